@@ -1,0 +1,208 @@
+"""Strict, typed options, and the reading of YAML recipes with dotted overrides.
+
+Knows no component and no tensor library. The recipe of a run is assembled by the rooms that own its
+sections; this file only says how such a section is written, read, checked and reported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, GetPydanticSchema, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, core_schema
+
+from medm.errors import RecipeError, suggest
+
+if TYPE_CHECKING:
+    from medm.registry import Registry
+
+
+class Options(BaseModel):
+    """A section of a recipe: frozen, every key known, every value of its type, a docstring under each field."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            unknown = [str(key) for key in value if key not in cls.model_fields]
+            if unknown:
+                reasons = "; ".join(f"unknown key {key!r}{suggest(key, cls.model_fields)}" for key in unknown)
+                raise PydanticCustomError("unknown_key", "{reasons}", {"reasons": reasons})
+        return value
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def named(registry: Registry[Any], *, key: str = "name") -> Any:
+    """The type of a block that names a registered part, e.g. `{name: mlp, depth: 2}` or just `mlp`.
+
+    The block is checked by the options class of the part it names, so an unknown option is reported
+    with the options that this part has.
+    """
+
+    def pick(value: Any) -> Options:
+        if isinstance(value, Options):
+            return value
+        if isinstance(value, str):
+            value = {key: value}
+        if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
+            raise PydanticCustomError(
+                "named_block", "expected a {kind} block with a '{key}', found {found}",
+                {"kind": registry.kind, "key": key, "found": repr(value)},
+            )
+        try:
+            entry = registry.entry(value[key])
+        except RecipeError as error:
+            raise PydanticCustomError("unknown_name", "{reason}", {"reason": str(error)}) from None
+        return entry.options.model_validate(dict(value))
+
+    return Annotated[
+        Options,
+        GetPydanticSchema(
+            lambda _source, _handler: core_schema.no_info_plain_validator_function(
+                pick, serialization=core_schema.plain_serializer_function_ser_schema(lambda o: o.model_dump())
+            )
+        ),
+    ]
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """SafeLoader that reads `2e-4` as a number (YAML 1.1 does not) and refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise RecipeError(f"{_place(key_node)}: key {key!r} is written twice; keep one of the two")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _place(node: yaml.Node) -> str:
+    return f"{node.start_mark.name}, line {node.start_mark.line + 1}"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """One YAML file as a mapping. Raises `RecipeError` with file and line."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; 'medm list recipes' prints the ones that are shipped") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    loader = _RecipeLoader(text)
+    loader.name = str(path)
+    try:
+        value = loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: expected a mapping of keys at the top, found {type(value).__name__}")
+    return value
+
+
+def parse_value(text: str) -> Any:
+    """The value of `key=value`, read as YAML: `1e-3` is a number, `[a, b]` a list, `null` nothing."""
+    loader = _RecipeLoader(text)
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise RecipeError(f"cannot read the value {text!r}: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def apply_overrides(recipe: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of the recipe with each `dotted.key=value` set.
+
+    A number in the path addresses a list item (`data.train.0.weight=2`). Part names that hold a dot
+    themselves (`parts.image.connector.lr`) are found because the longest key that exists wins.
+    """
+    result = _copy(recipe)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise RecipeError(f"override {override!r}: expected dotted.key=value")
+        _assign(result, path.split("."), parse_value(text), override)
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
+    if isinstance(node, list):
+        if not keys[0].isdigit() or int(keys[0]) >= len(node):
+            raise RecipeError(f"override {override!r}: {keys[0]!r} is not a position in a list of {len(node)} items")
+        if len(keys) == 1:
+            node[int(keys[0])] = value
+        else:
+            _assign(node[int(keys[0])], keys[1:], value, override)
+        return
+    if not isinstance(node, dict):
+        raise RecipeError(f"override {override!r}: there is no section {keys[0]!r} to set a key in")
+    for length in range(len(keys), 0, -1):
+        key = ".".join(keys[:length])
+        if key in node:
+            rest = keys[length:]
+            if not rest:
+                node[key] = value
+            elif isinstance(node[key], (dict, list)):
+                _assign(node[key], rest, value, override)
+            else:
+                # A short form such as `connector: mlp` or `image.encoder: frozen` grows into a block.
+                raise RecipeError(
+                    f"override {override!r}: {key!r} holds {node[key]!r}, not a block; write the whole block, "
+                    f"for example {key}={{...}}"
+                )
+            return
+    if len(keys) == 1:
+        node[keys[0]] = value
+    else:
+        _assign(node.setdefault(keys[0], {}), keys[1:], value, override)
+
+
+def validate(schema: type[OptionsT], value: Mapping[str, Any], *, source: str) -> OptionsT:
+    """Check a mapping against a schema.
+
+    Raises:
+        RecipeError: one line a problem, with the dotted key, what was found, and the nearest known key.
+    """
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        lines = [f"  {_describe(problem)}" for problem in error.errors()]
+        raise RecipeError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "(top)"
+    if problem["type"] == "missing":
+        return f"{key}: missing; this key is required"
+    if problem["type"] in ("unknown_key", "named_block", "unknown_name", "value_error"):
+        return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+    message = problem["msg"].replace("Input should be", "expected")
+    return f"{key}: {message}, found {problem['input']!r}"

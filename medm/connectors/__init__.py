@@ -1,0 +1,41 @@
+"""Connectors: vision tokens in, tokens of the LLM's width out. The table at the end has one line a member.
+
+Adding one is a new file with a `Connector` and a line here; options of its own stand above the table
+(they are torch-free, so that a recipe can be checked without loading any model code).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from medm.config import Options
+from medm.registry import Registry
+
+if TYPE_CHECKING:
+    from medm.connectors.base import Connector
+
+
+class ConnectorOptions(Options):
+    """What every connector block of a recipe may say. Widths and grids are told by the composition."""
+
+    name: str
+    """Registered name of the connector."""
+    path: str | None = None
+    """Weights of a connector trained elsewhere (LLaVA, TinyLLaVA, MedM-VL projector files); random without it."""
+
+
+class MLPOptions(ConnectorOptions):
+    """Connectors that end in an MLP to the LLM's width."""
+
+    depth: int = Field(default=2, ge=1)
+    """Number of linear layers, with an activation between them."""
+    activation: Literal["gelu", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
+    """Activation between the layers, by its transformers name."""
+
+
+CONNECTORS: Registry[type[Connector]] = Registry("connector", group="medm.connectors", options=ConnectorOptions)
+
+CONNECTORS.add("linear", "medm.connectors.mlp:LinearConnector", "one linear layer a token (LLaVA 1.0, MiniGPT-4)")
+CONNECTORS.add("mlp", "medm.connectors.mlp:MLPConnector", "linear layers with an activation between (LLaVA 1.5, TinyLLaVA, MedM-VL)", options=MLPOptions)

@@ -1,0 +1,44 @@
+"""What a connector must be. Connectors do not know which encoder or LLM stands beside them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from math import prod
+
+from torch import Tensor, nn
+
+from medm.types import VisionFeatures
+
+
+class Connector(nn.Module):
+    """Vision features to tokens of the LLM's width.
+
+    A subclass takes `in_dim`, `out_dim`, `grid` and `prefix` (what the composition derives: width in, width
+    out, the token grid, tokens in front of it) and, by keyword, the fields of its options class other than
+    `name` and `path`.
+    """
+
+    needs_task: bool = False
+    """True where the forward reads `task_ids` (a router that is told the task)."""
+
+    def __init__(self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0) -> None:
+        super().__init__()
+        self.in_dim, self.out_dim, self.grid, self.prefix = in_dim, out_dim, grid, prefix
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the LLM receives for one image or volume; arithmetic, as written in checkpoints."""
+        return self.prefix + prod(self.grid)
+
+    @abstractmethod
+    def forward(self, features: VisionFeatures, task_ids: Tensor | None = None) -> Tensor:
+        """Returns (B, num_tokens, out_dim).
+
+        Args:
+            features: tokens (B, prefix + prod(grid), in_dim).
+            task_ids: (B,) index of each item's task, for connectors with `needs_task`.
+        """
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Losses of the last forward that training adds by name (load balance of a router); usually none."""
+        return {}

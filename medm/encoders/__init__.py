@@ -1,0 +1,43 @@
+"""Vision encoders: pixels in, tokens on a grid out. The table at the end has one line a member.
+
+Adding one is a new file with a `VisionEncoder` and a line here; options of its own stand above the table
+(they are torch-free, so that a recipe can be checked without loading any model code).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from medm.config import Options
+from medm.registry import Registry
+
+if TYPE_CHECKING:
+    from medm.encoders.base import VisionEncoder
+
+
+class EncoderOptions(Options):
+    """What every encoder block of a recipe may say."""
+
+    name: str
+    """Registered name of the encoder."""
+    path: str | None = None
+    """Published weights: a Hugging Face id, a folder or a file. Without it the encoder starts from random weights."""
+    architecture: dict[str, Any] = {}
+    """Sizes that replace those of the published config, or all of them when there is no `path`."""
+
+
+class ViTOptions(EncoderOptions):
+    """Encoders of the ViT family."""
+
+    layer: int = -1
+    """Layer whose output is used: -1 the last, -2 the one before. Always before the final layer norm."""
+    tokens: Literal["patch", "cls_patch", "cls"] = "patch"
+    """Which tokens go on: patches, class token and patches, or the class token alone."""
+    image_size: int | None = None
+    """Side of the square input in pixels; position embeddings are interpolated when it is not the published one."""
+
+
+ENCODERS: Registry[type[VisionEncoder]] = Registry("encoder", group="medm.encoders", options=EncoderOptions)
+
+ENCODERS.add("clip", "medm.encoders.clip:CLIPEncoder", "CLIP ViT (OpenAI, LAION, and medical CLIPs in its layout)", options=ViTOptions)
+ENCODERS.add("siglip", "medm.encoders.siglip:SiglipEncoder", "SigLIP ViT, also SigLIP 2 at fixed resolution; has no class token", options=ViTOptions)

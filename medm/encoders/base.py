@@ -1,0 +1,63 @@
+"""What an encoder must be. Encoders know nothing of LLMs, prompts, files or learning rates."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from medm.types import VisionFeatures
+
+
+class VisionEncoder(nn.Module):
+    """Pixels (B, C, *spatial) to tokens on a grid.
+
+    A subclass is built from plain values alone: `architecture`, a JSON-able mapping of sizes, and the
+    fields of its options class other than `name`, `path`, `architecture` and `image_size`. Building is
+    offline and random; reading published files is `medm.models.checkpoint`, which asks the class
+    for the three translations below.
+    """
+
+    axes: ClassVar[int] = 2
+    """Spatial axes of the input: 2 for images (rows, columns), 3 for volumes (depth, rows, columns)."""
+
+    key_map: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Published tensor names to own names: (regular expression, replacement), the first that matches wins."""
+
+    ignored_keys: ClassVar[tuple[str, ...]] = ()
+    """Regular expressions of published tensors that this encoder has no use for (a text tower, a pooling head)."""
+
+    dim: int
+    """Width of a token."""
+    pooled_dim: int | None = None
+    """Width of the pooled vector, where there is one."""
+    prefix: int = 0
+    """Tokens in front of the grid that stand for no place (a class token)."""
+
+    @classmethod
+    def architecture_from(cls, published: Mapping[str, Any]) -> dict[str, Any]:
+        """Own `architecture` from the published `config.json` (empty mapping where there is none)."""
+        return dict(published)
+
+    @classmethod
+    @abstractmethod
+    def preprocess_from(
+        cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
+    ) -> dict[str, Any]:
+        """Fields of the preprocessing description (`medm.imaging`) from the published `preprocessor_config.json`."""
+
+    @abstractmethod
+    def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
+        """Token grid of an input of this spatial size; arithmetic only. Raises `ValueError` when it does not fit."""
+
+    @abstractmethod
+    def forward(self, pixels: Tensor) -> VisionFeatures:
+        """pixels: (B, C, *spatial), normalised as `preprocess_from` says."""
+
+    @property
+    def device_and_dtype(self) -> dict[str, Any]:
+        """For building inputs beside the weights: `torch.zeros(..., **encoder.device_and_dtype)`."""
+        parameter = next(self.parameters())
+        return {"device": parameter.device, "dtype": parameter.dtype}

@@ -1,0 +1,93 @@
+"""The errors medm raises on purpose.
+
+Every message says what was expected, what was found, where, and what to do. Anything that is not a
+`MedmError` is a defect of medm and keeps its traceback; the command line prints these ones without.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class MedmError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class RecipeError(MedmError, ValueError):
+    """A recipe, an override or an option does not fit the schema."""
+
+
+class UnknownNameError(RecipeError):
+    """A name that no registry knows.
+
+    Args:
+        kind: what was looked up, in the singular ("connector").
+        name: what was asked for.
+        known: every name that would have been accepted.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.kind, self.name, self.known = kind, name, sorted(known)
+        super().__init__(f"unknown {kind} {name!r}{suggest(name, self.known)}")
+
+
+class DataError(MedmError, ValueError):
+    """One record of an annotation file cannot be used.
+
+    Args:
+        reason: what was expected, what was found and what to do.
+        file: the annotation file.
+        index: position of the record in it, from 0.
+        field: the field at fault, as a dotted path ("conversations.1.from").
+    """
+
+    def __init__(
+        self, reason: str, *, file: str | Path | None = None, index: int | None = None, field: str | None = None
+    ) -> None:
+        self.reason, self.file, self.index, self.field = reason, file, index, field
+        super().__init__(reason)
+
+    def at(self, *, file: str | Path | None = None, index: int | None = None, field: str | None = None) -> DataError:
+        """The same error with the place filled in where it is still unknown (same class, for `except` clauses)."""
+        self.file = self.file if self.file is not None else file
+        self.index = self.index if self.index is not None else index
+        self.field = self.field if self.field is not None else field
+        return self
+
+    def __str__(self) -> str:
+        place = [str(self.file)] if self.file is not None else []
+        if self.index is not None:
+            place.append(f"record {self.index}")
+        if self.field is not None:
+            place.append(f"field '{self.field}'")
+        return f"{', '.join(place)}: {self.reason}" if place else self.reason
+
+
+class MediaError(DataError):
+    """An image or a volume is missing, damaged, unsafe or not what the recipe declares."""
+
+
+class CheckpointError(MedmError):
+    """Weights do not fit, are damaged, or would need unsafe loading."""
+
+
+class NonFiniteError(MedmError):
+    """A loss, gradient or weight stopped being a number."""
+
+
+class ExportError(MedmError):
+    """A model cannot be written in the asked format without changing what it computes."""
+
+
+class DeviceError(MedmError):
+    """A device, precision or optional library was asked for and is not there."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`": did you mean 'mlp'? Known: linear, mlp"`, or only the list where nothing is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    listing = f"known: {', '.join(known)}" if known else "none are registered"
+    return f": did you mean {near[0]!r}? ({listing})" if near else f" ({listing})"

@@ -1,0 +1,144 @@
+"""Parts by exact name.
+
+A registry is a visible table: one line a member, giving its name, where its code lies and one sentence.
+Looking at the table imports nothing; asking for a member imports its module. Packages outside medm join
+through entry points (the registry's `group`), single files through `--plugin file.py`, which calls
+`register`. The torch-free options class of a member is what a recipe may say about it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from medm.config import Options
+from medm.errors import RecipeError, UnknownNameError
+
+T = TypeVar("T")
+Member = TypeVar("Member")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a registry's table."""
+
+    name: str
+    target: str | Any
+    """`"package.module:attribute"`, imported when asked for, or the object itself."""
+    summary: str
+    options: type[Options]
+    """What a recipe may set; its fields are the keyword arguments of the target."""
+
+
+class Registry(Generic[T]):
+    """Names of one kind of part.
+
+    Args:
+        kind: singular noun for messages ("connector").
+        group: entry-point group through which other packages add members ("medm.connectors").
+        options: the options class of members that bring none of their own.
+    """
+
+    def __init__(self, kind: str, *, group: str, options: type[Options] = Options) -> None:
+        self.kind, self.group, self.options = kind, group, options
+        self._entries: dict[str, Entry] = {}
+        self._entry_points_read = False
+
+    def add(
+        self, name: str, target: str | T, summary: str, *, options: type[Options] | None = None
+    ) -> None:
+        """Add one line. Raises `RecipeError` when the name is taken: silent replacement hides mistakes."""
+        if name in self._entries:
+            raise RecipeError(
+                f"{self.kind} {name!r} is registered twice: first as {self._entries[name].target}, now as {target}; "
+                "give the second one a name of its own"
+            )
+        self._entries[name] = Entry(name, target, summary, options or self.options)
+
+    def register(
+        self, name: str, summary: str, *, options: type[Options] | None = None
+    ) -> Callable[[Member], Member]:
+        """The decorator form of `add`, for plug-in files."""
+
+        def decorate(member: Member) -> Member:
+            self.add(name, member, summary, options=options)
+            return member
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """Every name, sorted."""
+        self._read_entry_points()
+        return sorted(self._entries)
+
+    def entries(self) -> list[Entry]:
+        """The table in its written order."""
+        self._read_entry_points()
+        return list(self._entries.values())
+
+    def entry(self, name: str) -> Entry:
+        """The line of an exact name. Raises `UnknownNameError` with the nearest one and the list."""
+        self._read_entry_points()
+        if name not in self._entries:
+            raise UnknownNameError(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def get(self, name: str) -> T:
+        """The member itself; imports its module on first use."""
+        target = self.entry(name).target
+        if not isinstance(target, str):
+            return target
+        module, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def __contains__(self, name: str) -> bool:
+        self._read_entry_points()
+        return name in self._entries
+
+    @contextmanager
+    def temporary(self) -> Iterator[Registry[T]]:
+        """Additions made inside are forgotten outside (for tests)."""
+        before = dict(self._entries)
+        try:
+            yield self
+        finally:
+            self._entries = before
+
+    def _read_entry_points(self) -> None:
+        if self._entry_points_read:
+            return
+        self._entry_points_read = True
+        for point in entry_points(group=self.group):
+            source = point.dist.name if point.dist else "an installed package"
+            self.add(point.name, point.value, f"from {source}")
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run one plug-in file, whose `register` calls add parts. Loading the same file twice does nothing.
+
+    Raises:
+        RecipeError: there is no such file, or it registers a name that is taken.
+    """
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise RecipeError(f"--plugin {path}: no such file")
+    name = f"medm_plugin_{file.stem}_{abs(hash(str(file))):x}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"--plugin {path}: expected a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise

@@ -1,0 +1,114 @@
+"""What travels between the rooms: a record, an encoded example, a batch, vision features.
+
+Torch is imported for type checkers only, so that reading and checking annotation files needs none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that is not learned; the value that torch's cross-entropy ignores by default."""
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A place in a turn where an image or a volume stands."""
+
+    branch: str
+    """Name of the model branch that reads it: "image" or "volume" in the shipped recipes."""
+    path: str | None = None
+    """File relative to the data root; None when the caller hands over the pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message. Text parts are text: nothing inside them is ever read as a control token or placeholder."""
+
+    role: Role
+    content: tuple[str | Media, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts joined."""
+        return "".join(part for part in self.content if isinstance(part, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One record of an annotation file, checked: placeholders and files agree, roles are in order."""
+
+    turns: tuple[Turn, ...]
+    id: str | None = None
+    task: str | None = None
+    answer: str | None = None
+    """Reference answer of an inference record; never shown to the model."""
+    file: str | None = None
+    index: int | None = None
+    """Annotation file and position in it, for messages."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the record, passed through untouched (question type, split, mask paths ...)."""
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """Every image and volume, in the order of their placeholders."""
+        return tuple(part for turn in self.turns for part in turn.content if isinstance(part, Media))
+
+
+@dataclass(slots=True)
+class Example:
+    """One sample as the model takes it, before batching."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """Same length as `input_ids`; `IGNORE_INDEX` wherever nothing is learned."""
+    pixels: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """Per branch the preprocessed arrays (C, *spatial), in the order of their placeholders."""
+    task_id: int = 0
+    """Position of the sample's task in the model's task list; 0 where the model has none."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What objectives other than language modelling need (masks, boxes, label vectors)."""
+
+
+Batch: TypeAlias = dict[str, Any]
+"""Keyword arguments of a model's forward. For an LVLM:
+
+input_ids, attention_mask, labels  (B, T) int64; padding has mask 0 and label -100
+pixels      {branch: (N, C, *spatial) float32}, items of all samples in order; a branch without input is absent
+task_ids    {branch: (N,) int64}, the task of the sample that each item belongs to
+position_ids (B, T), only where several samples share one row (packing)
+"""
+
+
+@dataclass(slots=True)
+class VisionFeatures:
+    """What an encoder returns.
+
+    `tokens` is (B, P + prod(grid), D): first `prefix` tokens that stand for no place (CLS), then one token
+    per cell of `grid`, the last axis fastest. Two grid axes for images (rows, columns), three for volumes
+    (depth, rows, columns): the length of `grid` is the only difference between the two.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, ...]
+    prefix: int = 0
+    pooled: Tensor | None = None
+    """(B, D_pooled), one vector per item, where the encoder has one."""
+
+
+class Encode(Protocol):
+    """Turns a checked sample and its preprocessed pixels into an example. The processor of a model is one."""
+
+    def __call__(
+        self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False
+    ) -> Example:
+        """`generation=True`: the prompt ends where the assistant's reply begins, and nothing is labelled."""
+        ...
