@@ -42,8 +42,10 @@ class Options(BaseModel):
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-def named(registry: Registry[Any], *, key: str = "name") -> Any:
+def named(registry: Registry[Any], *, key: str = "name", default: str | None = None) -> Any:
     """The type of a block that names a registered part, e.g. `{name: mlp, depth: 2}` or just `mlp`.
+
+    `default` is the part that is meant when the block names none.
 
     The block is checked by the options class of the part it names, so an unknown option is reported
     with the options that this part has.
@@ -54,6 +56,8 @@ def named(registry: Registry[Any], *, key: str = "name") -> Any:
             return value
         if isinstance(value, str):
             value = {key: value}
+        if default is not None and isinstance(value, Mapping):
+            value = {key: default, **value}
         if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
             raise PydanticCustomError(
                 "named_block", "expected a {kind} block with a '{key}', found {found}",

@@ -1,0 +1,38 @@
+"""CLIP vision tower (arXiv 2103.00020), the blocks of transformers run up to the layer that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from medm.encoders.vit import HFViTEncoder
+
+
+class CLIPEncoder(HFViTEncoder):
+    """CLIP ViT. Output of the chosen block, before the final layer norm, as LLaVA uses it."""
+
+    key_map: ClassVar = ((r"^(?:vision_model\.)?(embeddings|pre_layrnorm|encoder)\.", r"tower.\1."),)
+    ignored_keys: ClassVar = (
+        r"^(text_model|text_projection|visual_projection|logit_scale)",
+        r"^(vision_model\.)?post_layernorm\.",
+        r"position_ids$",
+    )
+    config_class: ClassVar = CLIPVisionConfig
+    tower_class: ClassVar = CLIPVisionModel
+    has_class_token: ClassVar[bool] = True
+
+    def embed(self, pixels: Tensor, *, interpolate: bool) -> Tensor:
+        return self.tower.pre_layrnorm(self.tower.embeddings(pixels, interpolate_pos_encoding=interpolate))
+
+    @classmethod
+    def preprocess_from(
+        cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
+    ) -> dict[str, Any]:
+        return {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711], "fit": "crop"} | (
+            super().preprocess_from(published, architecture, image_size)
+        )
+
+

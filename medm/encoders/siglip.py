@@ -1,0 +1,28 @@
+"""SigLIP vision tower (arXiv 2303.15343) and fixed-resolution SigLIP 2 (arXiv 2502.14786), which shares its layout."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from medm.encoders.vit import HFViTEncoder
+
+
+class SiglipEncoder(HFViTEncoder):
+    """SigLIP ViT: every token is a patch. Output of the chosen block, before the final layer norm."""
+
+    key_map: ClassVar = ((r"^(?:vision_model\.)?(embeddings|encoder)\.", r"tower.\1."),)
+    ignored_keys: ClassVar = (
+        r"^(text_model|logit_scale|logit_bias)",
+        r"^(vision_model\.)?(post_layernorm|head)\.",
+        r"position_ids$",
+    )
+    config_class: ClassVar = SiglipVisionConfig
+    tower_class: ClassVar = SiglipVisionModel
+    config_defaults: ClassVar[dict[str, Any]] = {"vision_use_head": False}
+    has_class_token: ClassVar[bool] = False
+
+    def embed(self, pixels: Tensor, *, interpolate: bool) -> Tensor:
+        return self.tower.embeddings(pixels, interpolate_pos_encoding=interpolate)

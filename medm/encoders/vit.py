@@ -1,0 +1,93 @@
+"""Common ground of ViT towers that are transformers' own modules."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from medm.encoders.base import VisionEncoder
+from medm.errors import RecipeError
+from medm.types import VisionFeatures
+
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's filter numbers, which `preprocessor_config.json` stores."""
+
+
+class HFViTEncoder(VisionEncoder):
+    """A ViT whose blocks after the chosen layer are not built: they would cost time, memory and idle parameters.
+
+    Args:
+        architecture: fields of the transformers vision config.
+        layer: -1 for the last block, -2 for the one before, or the number of blocks counted from the input.
+        tokens: "patch", "cls_patch" or "cls".
+    """
+
+    config_class: ClassVar[type[PreTrainedConfig]]
+    tower_class: ClassVar[type[PreTrainedModel]]
+    config_defaults: ClassVar[dict[str, Any]] = {}
+    has_class_token: ClassVar[bool]
+
+    def __init__(self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: str = "patch") -> None:
+        super().__init__()
+        if tokens == "cls" and not self.has_class_token:
+            raise RecipeError(f"{type(self).__name__} has no class token; expected tokens 'patch' or 'cls_patch', found 'cls'")
+        depth = int(architecture.get("num_hidden_layers", self.config_class().num_hidden_layers))
+        blocks = depth + 1 + layer if layer < 0 else layer
+        if not 1 <= blocks <= depth:
+            raise RecipeError(f"layer {layer} does not exist in a tower of {depth} blocks; expected -{depth} to {depth}, not 0")
+        config = self.config_class(**{**architecture, **self.config_defaults, "num_hidden_layers": blocks})
+        self.tower = self.tower_class(config)
+        # Of the whole tower only embedding and blocks are used; the rest would be weights without a gradient.
+        for unused in ("post_layernorm", "head"):
+            if hasattr(self.tower, unused):
+                setattr(self.tower, unused, nn.Identity())
+        self.tokens, self.patch_size, self.native_size = tokens, int(config.patch_size), int(config.image_size)
+        self.dim = int(config.hidden_size)
+        self.prefix = 1 if self.has_class_token and tokens != "patch" else 0
+
+    @abstractmethod
+    def embed(self, pixels: Tensor, *, interpolate: bool) -> Tensor:
+        """Patch and position embeddings, (B, tokens, dim)."""
+
+    def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
+        if len(spatial) != 2 or min(spatial) < self.patch_size:
+            raise ValueError(f"expected an image of at least {self.patch_size} pixels a side, found {spatial}")
+        if self.tokens == "cls":
+            return (0,)
+        return tuple(side // self.patch_size for side in spatial)
+
+    def forward(self, pixels: Tensor) -> VisionFeatures:
+        spatial = tuple(pixels.shape[2:])
+        native = spatial == (self.native_size, self.native_size)
+        hidden = self.embed(pixels.to(self.device_and_dtype["dtype"]), interpolate=not native)
+        hidden = self.tower.encoder(inputs_embeds=hidden).last_hidden_state  # (B, cls + patches, dim)
+        if self.tokens == "cls":
+            hidden = hidden[:, :1]
+        elif self.has_class_token and self.tokens == "patch":
+            hidden = hidden[:, 1:]
+        return VisionFeatures(tokens=hidden, grid=self.grid(spatial), prefix=self.prefix)
+
+    @classmethod
+    def architecture_from(cls, published: Mapping[str, Any]) -> dict[str, Any]:
+        vision = dict(published.get("vision_config", published))
+        known = set(cls.config_class().to_dict()) - {"model_type", "transformers_version", "architectures", "dtype"}
+        return {key: value for key, value in vision.items() if key in known}
+
+    @classmethod
+    def preprocess_from(
+        cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
+    ) -> dict[str, Any]:
+        side = image_size or int(architecture.get("image_size", cls.config_class().image_size))
+        fields: dict[str, Any] = {"kind": "image", "size": [side, side]}
+        if "resample" in published:
+            fields["interpolation"] = _RESAMPLE[int(published["resample"])]
+        if "do_center_crop" in published:
+            fields["fit"] = "crop" if published["do_center_crop"] else "squash"
+        for own, theirs in (("mean", "image_mean"), ("std", "image_std")):
+            if theirs in published:
+                fields[own] = [float(value) for value in published[theirs]]
+        return fields

@@ -1,0 +1,163 @@
+"""Turns to token ids and a mask of what the assistant said, in one pass through a chat template.
+
+The template is rendered with a mark in the place of each message. Only what the template itself wrote may
+become control tokens; what people wrote is encoded with control tokens switched off, so that a user who
+types `<|im_end|>` or `<image>` gets those letters and nothing else. The text between two control tokens is
+encoded as one piece, which gives the same ids as the tokenizer gives for the rendered string.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from medm.errors import DataError, RecipeError
+from medm.types import Role
+
+Part: TypeAlias = "str | list[int]"
+"""Text, or token ids that are ready as they are (the placeholders of an image)."""
+
+# Private-use characters: no template tests for them, no template trims them.
+_MARK = "\ue000{}\ue001"
+_MARKS = re.compile("\ue000(\\d+)\ue001")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn as the chat format takes it."""
+
+    role: Role
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A stretch of the conversation: text of the template, or parts of one message."""
+
+    parts: Sequence[Part]
+    from_template: bool
+    spoken: bool = False
+    """Said by the assistant."""
+
+
+class ChatFormat:
+    """Encodes conversations for one tokenizer and one template.
+
+    Args:
+        tokenizer: any fast tokenizer.
+        template: Jinja chat template.
+        template_kwargs: fixed variables of the template.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, template: str, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.tokenizer, self.template, self.template_kwargs = tokenizer, template, dict(template_kwargs or {})
+        self._control = {
+            str(token): (index, token) for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def encode(self, messages: Sequence[Message], *, generation: bool = False) -> tuple[list[int], list[bool]]:
+        """Token ids, and for each whether it is learned: the assistant's words and the end token after them.
+
+        Args:
+            messages: the conversation.
+            generation: end with the template's opening of the assistant's reply.
+
+        Raises:
+            DataError: the template refuses this conversation (no system turn, roles that do not alternate).
+            RecipeError: the template loses a message, or writes no end token after a reply.
+        """
+        ids: list[int] = []
+        learned: list[bool] = []
+        buffer = ""
+
+        def flush(*, spoken: bool = False) -> None:
+            nonlocal buffer
+            piece = self._encode_text(buffer)
+            ids.extend(piece)
+            learned.extend([spoken] * len(piece))
+            buffer = ""
+
+        reply_is_open = False  # the assistant spoke, and its end token has not come yet
+        for piece in self._pieces(messages, generation):
+            if piece.spoken:
+                flush()
+            for part in piece.parts:
+                if not isinstance(part, str):
+                    flush()
+                    ids.extend(part)
+                    learned.extend([False] * len(part))
+                elif not piece.from_template:
+                    buffer += part
+                else:
+                    for text, control in self._split_control(part):
+                        buffer += text
+                        if control is not None:
+                            # White space that a template puts before the end token belongs to the reply's end.
+                            flush(spoken=reply_is_open and not text.strip())
+                            ids.append(control)
+                            learned.append(reply_is_open)
+                            reply_is_open = False
+            if piece.from_template and reply_is_open:
+                raise RecipeError(
+                    "the chat template writes no end token after a reply, so a model could not learn to stop; "
+                    "set model.llm.chat_template to a template that ends replies with a special token"
+                )
+            if piece.spoken:
+                flush(spoken=True)
+                reply_is_open = True
+        flush()
+        return ids, learned
+
+    def _pieces(self, messages: Sequence[Message], generation: bool) -> Iterator[_Piece]:
+        rendered = self._render(messages, generation)
+        found = [int(match) for match in _MARKS.findall(rendered)]
+        if found != list(range(len(messages))):
+            raise RecipeError(
+                f"the chat template wrote messages {found} of a conversation of {len(messages)}; expected each once and "
+                "in order. Set model.llm.chat_template to a template that does"
+            )
+        texts = _MARKS.split(rendered)  # template, index, template, index, ..., template
+        yield _Piece([texts[0]], from_template=True)
+        for index, after in zip(found, texts[2::2], strict=True):
+            message = messages[index]
+            yield _Piece(message.parts, from_template=False, spoken=message.role == "assistant")
+            yield _Piece([after], from_template=True)
+
+    def _render(self, messages: Sequence[Message], generation: bool) -> str:
+        marked = [{"role": message.role, "content": _MARK.format(i)} for i, message in enumerate(messages)]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    marked, chat_template=self.template, tokenize=False, add_generation_prompt=generation,
+                    **self.template_kwargs,
+                )
+            )  # fmt: skip
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(f"the model's chat template refuses turns of roles [{roles}]: {error}") from None
+
+    def _split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """(text, control token after it) pairs; the last has none. A token that strips its sides does so here."""
+        start, strip_left = 0, False
+        for match in self._control_pattern.finditer(text):
+            index, token = self._control[match.group()]
+            before = text[start : match.start()]
+            before = before.lstrip() if strip_left else before
+            yield (before.rstrip() if token.lstrip else before), index
+            start, strip_left = match.end(), token.rstrip
+        rest = text[start:]
+        yield (rest.lstrip() if strip_left else rest), None
+
+    def _encode_text(self, text: str) -> list[int]:
+        if not text:
+            return []
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])

@@ -1,0 +1,6 @@
+"""Llama 3 to 3.2 (https://huggingface.co/meta-llama)."""
+
+from medm.llms.base import LLMFamily
+
+# The published template writes today's date into the system turn; this is the date it falls back to.
+LLAMA_3 = LLMFamily(model_types=("llama",), template_kwargs={"date_string": "26 Jul 2024"})

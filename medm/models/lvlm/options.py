@@ -1,0 +1,49 @@
+"""The `model` section of a recipe for a vision-language model. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from medm.config import Options, named
+from medm.connectors import CONNECTORS
+from medm.encoders import ENCODERS
+from medm.llms import LLMS
+
+PLACEHOLDERS = {"image": "<image>", "volume": "<volume>"}
+"""Branch names and the placeholder that stands for one of their items in text."""
+
+
+class BranchOptions(Options):
+    """One way for vision to come in: an encoder and the connector that leads to the LLM."""
+
+    encoder: named(ENCODERS)  # type: ignore[valid-type]
+    """The encoder, by name, and its options."""
+    connector: named(CONNECTORS)  # type: ignore[valid-type]
+    """The connector, by name, and its options."""
+    preprocess: dict[str, Any] = {}
+    """Fields of the preprocessing that replace what the encoder was published with (size, window, fit ...)."""
+
+
+class LVLMOptions(Options):
+    """A vision-language model, put together from parts by name."""
+
+    kind: Literal["lvlm"] = "lvlm"
+    """Kind of model."""
+    llm: named(LLMS)  # type: ignore[valid-type]
+    """The language model."""
+    branches: dict[str, BranchOptions] = {}
+    """Vision branches: `image` reads 2-D images, `volume` reads 3-D volumes. Each has an encoder of its own."""
+    tasks: list[str] = []
+    """Names of the tasks that records carry, in the order of their ids; needed by connectors that route by task."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which the weights are held. Mixed precision in training is `train.bf16`, whatever stands here."""
+
+    @field_validator("branches")
+    @classmethod
+    def _known_branches(cls, branches: dict[str, BranchOptions]) -> dict[str, BranchOptions]:
+        for name in branches:
+            if name not in PLACEHOLDERS:
+                raise ValueError(f"expected branches {sorted(PLACEHOLDERS)}, found {name!r}")
+        return branches
