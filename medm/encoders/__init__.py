@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from medm.config import Options
 from medm.registry import Registry
 
@@ -37,7 +39,23 @@ class ViTOptions(EncoderOptions):
     """Side of the square input in pixels; position embeddings are interpolated when it is not the published one."""
 
 
+class EfficientNetLiteOptions(EncoderOptions):
+    """The EfficientNet-Lite family."""
+
+    variant: Literal["lite0", "lite1", "lite2", "lite3", "lite4"] = "lite0"
+    """Member of the family. Lite1 to lite4 were trained at 240, 260, 280 and 300 pixels: say so in `image_size`."""
+    stages: list[int] = Field(default=[5, 7], min_length=1)
+    """Feature maps that become tokens, joined on the channel axis: 1 to 7 the block stages, 8 the head's convolution."""
+    pool: int | None = Field(default=None, ge=1)
+    """Side of the token grid to which each map is averaged; without it, the grid of the coarsest map."""
+    statistics: Literal["running", "batch"] = "running"
+    """Batch norm in training: stored statistics that never change, or those of each batch (needs large batches)."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square input in pixels; 224 without it."""
+
+
 ENCODERS: Registry[type[VisionEncoder]] = Registry("encoder", group="medm.encoders", options=EncoderOptions)
 
 ENCODERS.add("clip", "medm.encoders.clip:CLIPEncoder", "CLIP ViT (OpenAI, LAION, and medical CLIPs in its layout)", options=ViTOptions)
 ENCODERS.add("siglip", "medm.encoders.siglip:SiglipEncoder", "SigLIP ViT, also SigLIP 2 at fixed resolution; has no class token", options=ViTOptions)
+ENCODERS.add("efficientnet-lite", "medm.encoders.efficientnet_lite:EfficientNetLiteEncoder", "EfficientNet-Lite 0 to 4 (ImageNet CNN): pooled cells of several feature maps", options=EfficientNetLiteOptions)

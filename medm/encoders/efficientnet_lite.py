@@ -1,0 +1,231 @@
+"""EfficientNet-Lite 0 to 4: an encoder that is no ViT. Its tokens are pooled cells of one or several feature maps.
+
+Inverted residual blocks with ReLU6 and without squeeze-and-excitation, padded as TensorFlow pads ("same"), because the
+published weights were trained there. Tensor names of `efficientnet_pytorch` are read through `key_map`.
+Source of the sizes: EfficientNet-Lite (tensorflow/tpu, efficientnet/lite), on EfficientNet (arXiv 1905.11946).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medm.encoders.base import VisionEncoder
+from medm.types import VisionFeatures
+
+
+class Stage(NamedTuple):
+    """Blocks of one resolution, before scaling by width and depth."""
+
+    repeats: int
+    kernel: int
+    stride: int
+    expansion: int
+    channels: int
+
+
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+HEAD_STAGE = len(STAGES) + 1
+STEM_STRIDE = 2
+
+VARIANTS: dict[str, dict[str, float]] = {
+    "lite0": {"width": 1.0, "depth": 1.0},
+    "lite1": {"width": 1.0, "depth": 1.1},
+    "lite2": {"width": 1.1, "depth": 1.2},
+    "lite3": {"width": 1.2, "depth": 1.4},
+    "lite4": {"width": 1.4, "depth": 1.8},
+}
+BATCH_NORM_EPS = 1e-3
+BATCH_NORM_MOMENTUM = 0.01
+"""TensorFlow's 0.99, counted from the other end as torch does."""
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """Nearest multiple of 8, never more than 10 % below the exact product."""
+    exact = channels * width
+    rounded = max(8, int(exact + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * exact else rounded
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's "same" padding: output = ceil(input / stride), an odd row or column at the end."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C', ceil(h / stride), ceil(w / stride))."""
+        padding: list[int] = []
+        for axis in (-1, -2):  # F.pad counts from the last axis
+            size, kernel, stride = pixels.shape[axis], self.kernel_size[axis], self.stride[axis]
+            missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            padding += [missing // 2, missing - missing // 2]
+        return super().forward(F.pad(pixels, padding) if any(padding) else pixels)
+
+
+class FixedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that always uses its stored statistics and never changes them; scale and shift can be learned."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """As in evaluation, also in training."""
+        return F.batch_norm(
+            pixels, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, and ReLU6 where asked."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, *, kernel: int = 1, stride: int = 1, groups: int = 1,
+        activate: bool = True, norm: type[nn.BatchNorm2d],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.conv = SameConv2d(in_dim, out_dim, kernel, stride=stride, groups=groups, bias=False)
+        self.norm = norm(out_dim, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
+        self.activate = activate
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C', h', w')."""
+        pixels = self.norm(self.conv(pixels))
+        return F.relu6(pixels) if self.activate else pixels
+
+
+class Block(nn.Module):
+    """Inverted residual: expand, depthwise, project; the input is added where the shape allows it."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, *, kernel: int, stride: int, expansion: int, norm: type[nn.BatchNorm2d]
+    ) -> None:
+        super().__init__()
+        dim = in_dim * expansion
+        self.expand = ConvNorm(in_dim, dim, norm=norm) if expansion > 1 else nn.Identity()
+        self.depthwise = ConvNorm(dim, dim, kernel=kernel, stride=stride, groups=dim, norm=norm)
+        self.project = ConvNorm(dim, out_dim, activate=False, norm=norm)
+        self.residual = stride == 1 and in_dim == out_dim
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C', h', w')."""
+        out = self.project(self.depthwise(self.expand(pixels)))
+        return out + pixels if self.residual else out
+
+
+class EfficientNetLiteEncoder(VisionEncoder):
+    """Maps of the chosen stages, averaged to one common grid and joined on the channel axis; pooled is the head's mean.
+
+    Args:
+        architecture: sizes that replace those of the variant: `width` and `depth` (multipliers), `stem` and `head`
+            (channels), `in_channels`.
+        variant: lite0 to lite4.
+        stages: which maps: 1 to 7 the block stages, 8 the 1x1 convolution of the head. Lite0 at 224 pixels: stage 5 is
+            14x14x112, stage 7 is 7x7x320, stage 8 is 7x7x1280.
+        pool: side of the common grid; None takes the grid of the coarsest chosen map.
+        statistics: what batch norm divides by in training: "running" the stored statistics, which then never change
+            (batches of fine-tuning are too small to estimate them), "batch" those of the batch, as torch does.
+    """
+
+    key_map = (
+        (r"^_conv_stem\.", "stem.conv."),
+        (r"^_bn0\.", "stem.norm."),
+        (r"^_blocks\.(\d+)\._expand_conv\.", r"blocks.\1.expand.conv."),
+        (r"^_blocks\.(\d+)\._bn0\.", r"blocks.\1.expand.norm."),
+        (r"^_blocks\.(\d+)\._depthwise_conv\.", r"blocks.\1.depthwise.conv."),
+        (r"^_blocks\.(\d+)\._bn1\.", r"blocks.\1.depthwise.norm."),
+        (r"^_blocks\.(\d+)\._project_conv\.", r"blocks.\1.project.conv."),
+        (r"^_blocks\.(\d+)\._bn2\.", r"blocks.\1.project.norm."),
+        (r"^_conv_head\.", "head.conv."),
+        (r"^_bn1\.", "head.norm."),
+    )
+    ignored_keys = (r"^_fc\.",)
+
+    def __init__(
+        self, *, architecture: Mapping[str, Any], variant: str = "lite0", stages: Sequence[int] = (5, 7),
+        pool: int | None = None, statistics: Literal["running", "batch"] = "running",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        sizes = {"stem": 32, "head": 1280, "in_channels": 3, **VARIANTS[variant], **architecture}
+        if not stages or any(stage not in range(1, HEAD_STAGE + 1) for stage in stages):
+            raise ValueError(f"efficientnet-lite: expected stages from 1 to {HEAD_STAGE}, found {list(stages)}")
+        norm = FixedBatchNorm2d if statistics == "running" else nn.BatchNorm2d
+        channels = [scaled_channels(stage.channels, sizes["width"]) for stage in STAGES]
+
+        self.stages, self.pool = tuple(stages), pool
+        self.stem = ConvNorm(int(sizes["in_channels"]), int(sizes["stem"]), kernel=3, stride=STEM_STRIDE, norm=norm)
+        self.blocks = nn.ModuleList()
+        self.stage_of_block: dict[int, int] = {}
+        dim = int(sizes["stem"])
+        for number, (stage, out_dim) in enumerate(zip(STAGES, channels, strict=True), start=1):
+            # The family keeps the first and last stage at their length, so that small variants stay fast.
+            scaled = stage.repeats if number in (1, len(STAGES)) else math.ceil(stage.repeats * sizes["depth"])
+            for repeat in range(scaled):
+                stride = stage.stride if repeat == 0 else 1
+                self.blocks.append(
+                    Block(dim, out_dim, kernel=stage.kernel, stride=stride, expansion=stage.expansion, norm=norm)
+                )
+                dim = out_dim
+            self.stage_of_block[len(self.blocks) - 1] = number
+        self.head = ConvNorm(dim, int(sizes["head"]), norm=norm)
+
+        widths = [*channels, int(sizes["head"])]
+        self.dim = sum(widths[stage - 1] for stage in self.stages)
+        self.pooled_dim = int(sizes["head"])
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    @classmethod
+    def preprocess_from(
+        cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
+    ) -> dict[str, Any]:
+        """(value - 127) / 128 of 8-bit RGB, as the family was trained; padded to a square, so no margin is lost."""
+        side = image_size or 224
+        channels = architecture.get("in_channels", 3)
+        return {
+            "size": [side, side], "fit": "pad", "interpolation": "bicubic", "channels": channels,
+            "mean": [127 / 255] * channels, "std": [128 / 255] * channels,
+        }  # fmt: skip
+
+    def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
+        """`pool` cells a side, or the coarsest chosen map. Raises `ValueError` when that map is too coarse."""
+        if len(spatial) != 2:
+            raise ValueError(f"efficientnet-lite: expected an input of (height, width), found {spatial}")
+        stride = STEM_STRIDE * math.prod(stage.stride for stage in STAGES[: max(self.stages)])
+        coarsest = tuple(math.ceil(size / stride) for size in spatial)
+        if self.pool is None:
+            return coarsest
+        if self.pool > min(coarsest):
+            raise ValueError(
+                f"efficientnet-lite: pool {self.pool} asks for more cells than the {coarsest} of stage "
+                f"{max(self.stages)} at input {spatial}; use a larger image or an earlier stage"
+            )
+        return (self.pool, self.pool)
+
+    def forward(self, pixels: Tensor) -> VisionFeatures:
+        """pixels: (B, in_channels, height, width)."""
+        rows, columns = self.grid(tuple(pixels.shape[2:]))
+        maps: dict[int, Tensor] = {}
+        hidden = self.stem(pixels)
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden)
+            if index in self.stage_of_block:
+                maps[self.stage_of_block[index]] = hidden  # (B, C, h, w)
+        maps[HEAD_STAGE] = self.head(hidden)
+        cells = torch.cat([F.adaptive_avg_pool2d(maps[stage], (rows, columns)) for stage in self.stages], dim=1)
+        return VisionFeatures(
+            tokens=cells.flatten(2).transpose(1, 2),  # (B, prod(grid), dim)
+            grid=(rows, columns),
+            pooled=maps[HEAD_STAGE].mean(dim=(2, 3)),
+        )

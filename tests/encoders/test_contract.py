@@ -1,0 +1,109 @@
+"""What every registered encoder must do. A newcomer is tested by its line in the table and its line in `tiny.py`."""
+
+import inspect
+import json
+import socket
+from math import prod
+
+import pytest
+import torch
+
+from medm.encoders import ENCODERS
+from tests.encoders.tiny import NOT_FOR_CONSTRUCTORS, TINY_ENCODERS, build_encoder
+
+pytestmark = pytest.mark.parametrize("name", ENCODERS.names())
+
+
+def build(name, seed=0):
+    torch.manual_seed(seed)
+    return build_encoder(TINY_ENCODERS[name].block).eval()
+
+
+def pixels_for(name, batch=2, seed=1):
+    return torch.randn(batch, *TINY_ENCODERS[name].pixels, generator=torch.Generator().manual_seed(seed))
+
+
+def test_options_are_the_keywords_of_the_constructor(name):
+    fields = ENCODERS.entry(name).options.model_fields
+    keywords = inspect.signature(ENCODERS.get(name).__init__).parameters
+    assert set(fields) - NOT_FOR_CONSTRUCTORS == set(keywords) - {"self"}
+    for key, keyword in keywords.items():
+        assert key == "self" or keyword.kind is keyword.KEYWORD_ONLY
+        if key != "self" and keyword.default is not inspect.Parameter.empty and not fields[key].is_required():
+            default = fields[key].get_default(call_default_factory=True)
+            assert keyword.default == (tuple(default) if isinstance(keyword.default, tuple) else default)
+
+
+def test_building_is_offline_random_and_repeatable(name, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("building an encoder must not open a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    first, same, other = (build(name, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[key], same[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_shapes_are_the_arithmetic_of_the_grid(name):
+    encoder, pixels = build(name), pixels_for(name)
+    features = encoder(pixels)
+    spatial = tuple(pixels.shape[2:])
+    assert len(spatial) == encoder.axes == len(features.grid)
+    assert features.grid == encoder.grid(spatial)
+    assert features.prefix == encoder.prefix
+    assert features.tokens.shape == (2, encoder.prefix + prod(features.grid), encoder.dim)
+    if encoder.pooled_dim is None:
+        assert features.pooled is None
+    else:
+        assert features.pooled.shape == (2, encoder.pooled_dim)
+
+
+def test_grid_refuses_another_number_of_axes(name):
+    with pytest.raises(ValueError, match=name):
+        build(name).grid((32,))
+
+
+def test_the_image_changes_every_token(name):
+    encoder = build(name)
+    features = [encoder(pixels_for(name, seed=seed)).tokens for seed in (1, 2)]
+    assert (features[0] != features[1]).any(dim=-1).all()
+
+
+def test_gradient_reaches_every_parameter(name):
+    encoder = build(name).train()
+    features = encoder(pixels_for(name))
+    loss = (features.tokens * torch.randn_like(features.tokens)).sum()
+    if features.pooled is not None:
+        loss = loss + (features.pooled * torch.randn_like(features.pooled)).sum()
+    loss.backward()
+    silent = [key for key, value in encoder.named_parameters() if value.grad is None or not value.grad.any()]
+    assert silent == []
+
+
+def test_state_dict_round_trip(name):
+    first, second = build(name, seed=0), build(name, seed=1)
+    second.load_state_dict(first.state_dict(), strict=True)
+    pixels = pixels_for(name)
+    assert torch.equal(first(pixels).tokens, second(pixels).tokens)
+
+
+def test_items_of_a_batch_do_not_see_each_other(name):
+    encoder, pixels = build(name), pixels_for(name, batch=3)
+    together = encoder(pixels).tokens
+    alone = torch.cat([encoder(item[None]).tokens for item in pixels])
+    # Other batch sizes take other kernels: float rounding is all that may differ.
+    assert torch.allclose(together, alone, atol=1e-5 * together.abs().max().clamp(min=1).item())
+
+
+def test_bf16_stays_bf16_and_close(name):
+    encoder, pixels = build(name), pixels_for(name)
+    exact = encoder(pixels).tokens
+    rough = encoder.to(torch.bfloat16)(pixels.to(torch.bfloat16)).tokens
+    assert rough.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0) > 0.99
+
+
+def test_preprocessing_is_plain_data(name):
+    encoder_class, architecture = ENCODERS.get(name), TINY_ENCODERS[name].block.get("architecture", {})
+    described = encoder_class.preprocess_from({}, encoder_class.architecture_from({}) | architecture, None)
+    assert json.loads(json.dumps(described)) == described
