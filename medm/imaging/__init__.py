@@ -1,0 +1,71 @@
+"""Files to pixels: images and volumes are read safely and prepared as one saved description says.
+
+Knows nothing of tokens, prompts or models. Importing this package is cheap; readers are loaded when used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from medm.config import validate
+from medm.errors import RecipeError, suggest
+from medm.imaging.options import Augment, ImagePreprocess, VolumePreprocess
+from medm.imaging.paths import resolve_inside
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "Augment",
+    "ImagePreprocess",
+    "Preprocess",
+    "VolumePreprocess",
+    "fingerprint",
+    "load_pixels",
+    "preprocess_from_dict",
+    "resolve_inside",
+]
+
+Preprocess: TypeAlias = ImagePreprocess | VolumePreprocess
+
+_KINDS: dict[str, type[ImagePreprocess] | type[VolumePreprocess]] = {
+    "image": ImagePreprocess,
+    "volume": VolumePreprocess,
+}
+
+_VERSION = 1
+"""Raised whenever the same description would give other pixels, so that old cache entries are not used."""
+
+
+def load_pixels(path: Path, preprocess: Preprocess) -> np.ndarray:
+    """The file as the model takes it: (C, *spatial) float32.
+
+    Raises:
+        MediaError: the file is missing, damaged, unsafe or not what `preprocess` declares.
+    """
+    if isinstance(preprocess, ImagePreprocess):
+        from medm.imaging.images import apply_image, read_image
+
+        return apply_image(preprocess, read_image(path))
+    from medm.imaging.transforms import apply_volume
+    from medm.imaging.volumes import read_volume
+
+    return apply_volume(preprocess, read_volume(path, several=preprocess.series))
+
+
+def preprocess_from_dict(value: Mapping[str, Any]) -> Preprocess:
+    """The description that `kind` names, from a checkpoint or a recipe. Raises `RecipeError`."""
+    kind = value.get("kind")
+    if kind not in _KINDS:
+        raise RecipeError(f"preprocess: unknown kind {kind!r}{suggest(str(kind), _KINDS)}")
+    return validate(_KINDS[kind], value, source=f"preprocess ({kind})")
+
+
+def fingerprint(preprocess: Preprocess) -> str:
+    """A stable short name of a description: equal descriptions and only they have the same one."""
+    text = json.dumps({"version": _VERSION, **preprocess.model_dump(mode="json")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

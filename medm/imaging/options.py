@@ -5,11 +5,16 @@ The same object serves training, inference and serving. Torch-free; the work is 
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from medm.config import Options
+
+logger = logging.getLogger(__name__)
 
 
 class ImagePreprocess(Options):
@@ -21,7 +26,7 @@ class ImagePreprocess(Options):
     """Height and width of the result, in pixels."""
     fit: Literal["squash", "crop", "pad"] = "squash"
     """How an image of another shape is made to fit: resized without regard to its aspect (SigLIP), resized by its
-    shorter side and cropped in the centre (CLIP), or resized by its longer side and padded with `mean` (LLaVA "pad")."""
+    shorter side and cropped in the centre (CLIP), or resized by its longer side and padded with `mean` (LLaVA)."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     """Resampling filter, Pillow's by name."""
     channels: Literal[1, 3] = 3
@@ -33,3 +38,156 @@ class ImagePreprocess(Options):
     window: list[float] | None = None
     """Lower and upper raw value that become 0 and 1 in images of more than 8 bits (HU for CT). Without it such an
     image uses its DICOM window where the file has one, else its full declared range."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ImagePreprocess:
+        _positive(self.size, "size")
+        _per_channel(self.mean, self.std, self.channels)
+        if self.window is not None:
+            _rising(self.window, "window")
+        return self
+
+
+_VOLUME_CONVENTIONS: dict[str, dict[str, Any]] = {
+    # M3D-Cap as published: arrays already 0..1, stretched per volume, cropped to what is not background.
+    "m3d": {"scale": "0-1", "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256]},
+    # MedM-VL since September 2025: HU -1000..1000 to 0..1, then as M3D.
+    "medm-vl": {
+        "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256]
+    },
+    # MedM-CLIP's statistics are given on 0..255; here the same on 0..1.
+    "medm-clip": {
+        "scale": "hu", "windows": [[-1000.0, 1000.0]], "size": [32, 256, 256],
+        "mean": [55.698 / 255], "std": [66.194 / 255],
+    },
+    # Astra takes (X, Y, Z) in RAS, 0..1; size as in its documentation.
+    "astra": {"scale": "hu", "windows": [[-1000.0, 1000.0]], "orientation": "RAS", "size": [224, 224, 160]},
+}  # fmt: skip
+
+
+class VolumePreprocess(Options):
+    """A 3-D volume to a normalised array (C, *size) of float32.
+
+    The order of the work: orientation, spacing, windows, foreground crop, size, mean and std.
+    """
+
+    kind: Literal["volume"] = "volume"
+    """3-D."""
+    convention: Literal["m3d", "medm-vl", "medm-clip", "astra"] | None = None
+    """Published preprocessing by name: fills every field that is not written here."""
+    size: list[int] | None = Field(default=[32, 256, 256], min_length=3, max_length=3)
+    """Voxels of the result along each axis. Without `spacing` the volume is stretched to it; with `spacing` it is
+    cropped or padded around its centre. None keeps the size that `spacing` gives."""
+    spacing: list[float] | None = Field(default=None, min_length=3, max_length=3)
+    """Millimetres between voxels of the result along each axis; None does not look at millimetres."""
+    orientation: str | None = "SPL"
+    """Where the index grows along each axis of the result: one letter an axis, of R/L, A/P and S/I. "SPL" are axial
+    slices from feet to head as radiologists look at them (front up, the patient's left on the right). "LPS" and "RAS"
+    are arrays (x, y, z). None keeps the order of the file. Arrays and slice stacks carry no direction and stay as they
+    are."""
+    scale: Literal["hu", "0-255", "0-1", "minmax"] = "hu"
+    """What the stored values are: Hounsfield units, 0..255, 0..1, or anything, stretched per volume between its
+    smallest and largest value. Never guessed; values that do not look like it are reported with numbers."""
+    windows: list[list[float]] | None = Field(default=None, min_length=1)
+    """Lower and upper values that become 0 and 1, one pair a channel, in the unit of `scale` (0..1 for "minmax").
+    Without it: -1000..1000 HU, or the whole of the declared scale."""
+    stretch: bool = False
+    """Stretch each windowed channel again to exactly 0..1 (M3D and MedM-VL do)."""
+    crop_foreground: float | None = Field(default=None, ge=0, lt=1)
+    """Keep the smallest box that holds all voxels whose first channel is above this value in 0..1; None keeps all."""
+    interpolation: Literal["trilinear", "nearest", "area"] = "trilinear"
+    """Resampling: "area" averages what falls together when a volume shrinks; "trilinear" is what the published models
+    use."""
+    channels: Literal[1, 3] | None = None
+    """3 repeats a single window for encoders made for colour; None has one channel a window."""
+    mean: list[float] = [0.0]
+    """Subtracted from values in 0..1: one, or one a channel."""
+    std: list[float] = [1.0]
+    """Divides after the mean is subtracted."""
+    series: Literal["only", "largest"] = "only"
+    """Which series of a DICOM folder is read when it holds several: "only" reports them and stops, "largest" takes
+    the one with most slices. A record can name one as "folder#SeriesNumber"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_convention(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("convention") in _VOLUME_CONVENTIONS:
+            return {**_VOLUME_CONVENTIONS[value["convention"]], **value}
+        return value
+
+    @field_validator("orientation")
+    @classmethod
+    def _three_axes(cls, value: str | None) -> str | None:
+        pairs = ("RL", "AP", "SI")
+        if value is not None and sorted(
+            next((i for i, pair in enumerate(pairs) if letter in pair), -1) for letter in value
+        ) != [0, 1, 2]:
+            raise ValueError(f"expected three letters, one each of R/L, A/P and S/I (such as SPL), found {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VolumePreprocess:
+        if self.size is not None:
+            _positive(self.size, "size")
+        if self.spacing is not None:
+            _positive(self.spacing, "spacing")
+        for window in self.windows or []:
+            _rising(window, "windows")
+        count = len(self.windows or [None])
+        if self.channels is not None and count not in (1, self.channels):
+            raise ValueError(f"channels is {self.channels}, but there are {count} windows; give one window or as many")
+        _per_channel(self.mean, self.std, self.num_channels)
+        return self
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the result."""
+        return self.channels or len(self.windows or [None])
+
+
+class Augment(Options):
+    """Random changes of preprocessed pixels, 2-D and 3-D alike, drawn anew for each access. All off by default.
+
+    Rotation is in the plane of the last two axes. Left and right are kept unless `mirror` is asked for.
+    """
+
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Largest angle, in degrees, either way."""
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    """Largest relative change of size, either way: 0.1 draws from 0.9..1.1."""
+    shift: float = Field(default=0.0, ge=0, le=1)
+    """Largest shift along each axis as a fraction of its length."""
+    brightness: float = Field(default=0.0, ge=0, le=1)
+    """Largest offset as a fraction of the range of the pixels."""
+    contrast: float = Field(default=0.0, ge=0, lt=1)
+    """Largest relative change of the distance to the mean."""
+    gamma: float = Field(default=0.0, ge=0, lt=1)
+    """Largest relative change of the exponent, on values scaled to 0..1."""
+    mirror: bool = False
+    """Flip the last axis half of the time. Reports say left and right: only for tasks without sides."""
+
+    @model_validator(mode="after")
+    def _warn_of_mirroring(self) -> Augment:
+        if self.mirror:
+            logger.warning(
+                "augment.mirror is on: half of the images have left and right exchanged, but reports and answers "
+                "that say 'left' and 'right' are not changed with them"
+            )
+        return self
+
+
+def _positive(values: list[int] | list[float], field: str) -> None:
+    if not all(value > 0 for value in values):
+        raise ValueError(f"{field}: expected numbers above 0, found {values}")
+
+
+def _rising(window: list[float], field: str) -> None:
+    if len(window) != 2 or not all(low < high for low, high in pairwise(window)):
+        raise ValueError(f"{field}: expected [lower, upper] with lower < upper, found {window}")
+
+
+def _per_channel(mean: list[float], std: list[float], channels: int) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise ValueError(f"{name}: expected 1 or {channels} values (one a channel), found {len(values)}")
+    _positive(std, "std")

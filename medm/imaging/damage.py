@@ -1,0 +1,12 @@
+"""What decoders raise when the bytes of a stranger are damaged."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, RuntimeError,
+    MemoryError, AssertionError, struct.error, zlib.error,
+)  # fmt: skip
+"""Messages built from these tell the type only: the text may quote metadata of a patient."""

@@ -1,0 +1,243 @@
+"""2-D images: PNG, JPEG, TIFF, BMP, NPY and single-frame DICOM to pixels, and pixels to what an encoder takes.
+
+Files come from strangers: formats are on a list, sizes are checked before anything is decoded, metadata is dropped.
+Images of more than 8 bits keep their values until a window says which of them matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from medm.errors import MediaError
+from medm.imaging.arrays import read_npy
+from medm.imaging.damage import DECODE_ERRORS
+from medm.imaging.options import ImagePreprocess
+
+logger = logging.getLogger(__name__)
+
+MAX_PIXELS = 64 * 2**20
+"""Largest image that is decoded. Pillow alone would allow 179 million pixels (a 17 kB PNG can declare 144)."""
+
+_FORMATS = ["PNG", "JPEG", "TIFF", "BMP"]
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded image without its metadata."""
+
+    pixels: np.ndarray
+    """(H, W, 3) uint8 colour, (H, W) uint8 grey, or (H, W) of a wider type with raw values."""
+    name: str
+    """The file, for messages."""
+    window: tuple[float, float] | None = None
+    """Lower and upper raw value of the file's own DICOM window."""
+    full_range: tuple[float, float] | None = None
+    """Smallest and largest raw value that the file's type can hold; None where it declares none (float, 32 bit)."""
+    inverted: bool = False
+    """The smallest raw value is white (DICOM MONOCHROME1)."""
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether the pixels need a window before they are shown."""
+        return self.pixels.dtype != np.uint8
+
+
+def read_image(file: Path | BinaryIO, *, name: str | None = None) -> Picture:
+    """Decode one image.
+
+    Args:
+        file: a path, or a seekable stream of bytes (an upload).
+        name: what messages call the image; the path, or "image", by default.
+
+    Raises:
+        MediaError: missing, empty, truncated, too large, of several frames, or of a format that is not on the list.
+    """
+    if not isinstance(file, (str, Path)):
+        return _decode(file, name or "image")
+    name = name or str(file)
+    try:
+        # Opened once and asked afterwards: what is checked is what is read.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise MediaError(f"{name}: cannot be opened ({error.strerror})") from None
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise MediaError(f"{name}: expected an image file, found a folder, device or pipe")
+        return _decode(stream, name)
+
+
+def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
+    """The picture as an encoder takes it: (C, height, width) float32.
+
+    8-bit pictures give what the CLIP and SigLIP processors of transformers give (Pillow backend). Deeper ones are
+    windowed first and resized without rounding.
+
+    Raises:
+        MediaError: a deep picture with neither a window nor a declared range, or sides too unequal to be cropped.
+    """
+    image = _windowed(preprocess, picture) if picture.is_deep else _shallow(preprocess, picture)
+    height, width = preprocess.size
+    image = _fit(image, height, width, preprocess, picture.name)
+    pixels = np.asarray(image, dtype=np.float32)  # [H, W] or [H, W, C], values 0..255
+    pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    if pixels.shape[0] != preprocess.channels:
+        pixels = np.repeat(pixels, preprocess.channels, axis=0)
+    mean = np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]
+    std = np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
+    pixels = (pixels * np.float32(1 / 255) - mean) / std
+    if preprocess.fit == "pad":
+        pixels = _pad(pixels, height, width)
+    return np.ascontiguousarray(pixels)
+
+
+def _decode(stream: BinaryIO, name: str) -> Picture:
+    head = stream.read(132)
+    stream.seek(0)
+    if not head:
+        raise MediaError(f"{name}: the file is empty")
+    if head.startswith(b"\x93NUMPY"):
+        return _from_array(read_npy(stream, name, max_items=MAX_PIXELS * 3), name)
+    if head[128:132] == b"DICM":
+        from medm.imaging.dicom import read_dicom_image
+
+        return read_dicom_image(stream, name)
+    try:
+        with Image.open(stream, formats=_FORMATS) as image:
+            _check_header(image, name)
+            image.load()
+            return _picture(ImageOps.exif_transpose(image), name)
+    except MediaError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise MediaError(f"{name}: declares more than the {MAX_PIXELS} pixels that are allowed") from None
+    except UnidentifiedImageError:
+        raise MediaError(f"{name}: not a PNG, JPEG, TIFF, BMP, DICOM or NPY image ({_looks_like(head)})") from None
+    except DECODE_ERRORS as error:
+        raise MediaError(f"{name}: the image is truncated or damaged ({type(error).__name__})") from None
+
+
+def _check_header(image: Image.Image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise MediaError(
+            f"{name}: {image.width} x {image.height} pixels are more than the {MAX_PIXELS} that are allowed"
+        )
+    # A phone's JPEG may carry a thumbnail or depth map as further frames (MPO); the photograph is the first.
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise MediaError(f"{name}: holds {frames} frames where one image is expected; write the wanted frame to a file")
+
+
+def _looks_like(head: bytes) -> str:
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html")):
+        return "it is an HTML page, perhaps a failed download"
+    signatures = {b"GIF8": "it is a GIF", b"%PDF": "it is a PDF", b"8BPS": "it is a PSD", b"%!PS": "it is PostScript"}
+    return next((what for start, what in signatures.items() if head.startswith(start)), "unknown content")
+
+
+def _picture(image: Image.Image, name: str) -> Picture:
+    """Pillow's modes to the three kinds of pixels that `Picture` knows."""
+    mode = image.mode
+    if mode.startswith("I;16"):
+        # `np.asarray` keeps the byte order of the mode.
+        return Picture(np.asarray(image).astype(np.uint16), name, full_range=(0.0, 65535.0))
+    if mode in ("I", "F"):
+        return _from_array(np.array(image), name)
+    if "A" in image.getbands() or "transparency" in image.info:
+        # As transformers does: what is transparent shows white.
+        grey = mode in ("LA", "L", "1")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        return Picture(np.array(image.convert("L" if grey else "RGB")), name)
+    return Picture(np.array(image.convert("L" if mode in ("L", "1") else "RGB")), name)
+
+
+def _from_array(array: np.ndarray, name: str) -> Picture:
+    colour = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
+    if not (colour or array.ndim == 2) or 0 in array.shape:
+        raise MediaError(
+            f"{name}: expected an array (height, width), or (height, width, 3) of uint8, "
+            f"found {array.shape} of {array.dtype}"
+        )
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise MediaError(
+            f"{name}: {array.shape[1]} x {array.shape[0]} pixels are more than the {MAX_PIXELS} that are allowed"
+        )
+    if array.dtype == np.uint8:
+        return Picture(array, name)
+    if array.dtype == np.bool_:
+        return Picture(array.astype(np.uint8) * 255, name)
+    if array.dtype.kind not in "iuf":
+        raise MediaError(f"{name}: expected numbers, found an array of {array.dtype}")
+    if not np.isfinite(array).all():
+        bad = int(array.size - np.isfinite(array).sum())
+        raise MediaError(f"{name}: {bad} of {array.size} pixels are NaN or infinite")
+    limits = np.iinfo(array.dtype) if array.dtype.kind in "iu" and array.dtype.itemsize <= 2 else None
+    return Picture(array, name, full_range=(float(limits.min), float(limits.max)) if limits else None)
+
+
+def _shallow(preprocess: ImagePreprocess, picture: Picture) -> Image.Image:
+    image = Image.fromarray(picture.pixels)
+    # Grey pixels are resized once and repeated afterwards: the filters treat channels alike.
+    return image.convert("L") if preprocess.channels == 1 else image
+
+
+def _windowed(preprocess: ImagePreprocess, picture: Picture) -> Image.Image:
+    window = preprocess.window or picture.window or picture.full_range
+    if window is None:
+        low, high = float(picture.pixels.min()), float(picture.pixels.max())
+        raise MediaError(
+            f"{picture.name}: {picture.pixels.dtype} pixels in {low:g}..{high:g} without a declared range; "
+            "say which values become black and white with `window: [lower, upper]`"
+        )
+    low, high = window
+    values = np.clip((picture.pixels.astype(np.float32) - low) / (high - low), 0, 1)
+    if float(values.max()) - float(values.min()) < 0.02 and picture.pixels.min() != picture.pixels.max():
+        logger.warning(
+            "%s: values %g..%g are almost one shade in the window %g..%g; set `window` to the range that matters",
+            picture.name, picture.pixels.min(), picture.pixels.max(), low, high,
+        )  # fmt: skip
+    return Image.fromarray((1 - values if picture.inverted else values) * np.float32(255))
+
+
+def _fit(image: Image.Image, height: int, width: int, preprocess: ImagePreprocess, name: str) -> Image.Image:
+    """Resized, and for "crop" cropped, by the arithmetic of transformers. "pad" leaves one side short."""
+    if preprocess.fit == "squash":
+        new_height, new_width = height, width
+    else:
+        across, down = width / image.width, height / image.height
+        by_width = (across >= down) == (preprocess.fit == "crop")
+        if by_width:
+            new_height, new_width = max(int(width * image.height / image.width), 1), width
+        else:
+            new_height, new_width = height, max(int(height * image.width / image.height), 1)
+    if new_height * new_width > MAX_PIXELS:
+        raise MediaError(
+            f"{name}: sides {image.width} x {image.height} are too unequal for `fit: crop` ({new_width} x {new_height} "
+            "pixels before the crop); use `fit: pad` or `fit: squash`"
+        )
+    image = image.resize((new_width, new_height), resample=_FILTERS[preprocess.interpolation])
+    if preprocess.fit != "crop":
+        return image
+    top, left = (new_height - height) // 2, (new_width - width) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _pad(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Zeros around: after normalisation zero is `mean`."""
+    down, across = height - pixels.shape[1], width - pixels.shape[2]
+    return np.pad(pixels, ((0, 0), (down // 2, down - down // 2), (across // 2, across - across // 2)))
