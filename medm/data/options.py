@@ -1,0 +1,67 @@
+"""What a recipe says about data. Torch-free; files are opened elsewhere."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from medm.config import Options
+from medm.imaging.options import Augment
+
+
+class SourceOptions(Options):
+    """One annotation file."""
+
+    path: str
+    """A JSON array or JSONL file of records."""
+    root: str | None = None
+    """Folder that image and volume paths are relative to; nothing outside it is read. Default: the file's own folder."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of this source in what is drawn, relative to the others. Set for every source or for none; with none,
+    every record is seen once an epoch."""
+    task: str | None = None
+    """Task of records that name none."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many records."""
+
+
+class DataOptions(Options):
+    """The `data` section of a recipe."""
+
+    train: list[SourceOptions] = []
+    """What is trained on."""
+    eval: list[SourceOptions] = []
+    """Held-out data for the loss during training."""
+    max_length: int | None = Field(default=2048, ge=1)
+    """Longest sample in tokens, vision tokens included; null for no limit."""
+    too_long: Literal["error", "truncate_text", "skip"] = "error"
+    """What happens to a longer one: stop; cut text at the end (never an image); or leave it out and count it."""
+    bad_records: Literal["stop", "skip"] = "stop"
+    """What happens to a record that cannot be used: stop, or leave it out, count it and report it."""
+    bad_records_limit: int | None = Field(default=None, ge=0)
+    """With `skip`: stop all the same after more than so many; null for no limit."""
+    augment: dict[str, Augment] | None = None
+    """Random changes by branch, in training only."""
+    order: Literal["shuffle", "length"] = "shuffle"
+    """Order of an epoch: shuffled, or shuffled in batches of similar length, which saves padding."""
+    packing: bool = False
+    """Put several samples in one row of `max_length` tokens, each attending to itself alone, instead of padding."""
+    balance_ranks: bool = False
+    """Deal the samples of a step to the processes so that each has about the same number of tokens."""
+    draws: int | None = Field(default=None, ge=1)
+    """With weights: samples drawn an epoch. Default: as many as all sources hold together."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataOptions:
+        weighted = [source.path for source in self.train if source.weight is not None]
+        if weighted and len(weighted) != len(self.train):
+            missing = [source.path for source in self.train if source.weight is None]
+            raise ValueError(f"train: weights are set for {weighted} but not for {missing}; set all or none")
+        if self.draws is not None and not weighted:
+            raise ValueError("draws: needs a weight for every source in train; without weights an epoch is every record once")
+        if self.packing and self.max_length is None:
+            raise ValueError("packing: needs max_length, the capacity of a row")
+        if self.packing and self.order == "length":
+            raise ValueError("order: length saves padding, which packing has none of; use order: shuffle with packing: true")
+        return self

@@ -1,0 +1,326 @@
+"""One record of an annotation file to a checked `Sample`, and several files as one sequence of samples.
+
+Reads LLaVA turns, ShareGPT and OpenAI-style `messages`. Knows no tokens and opens no image: a path is text
+until `Records.media_path` asks `medm.imaging` whether it lies inside the data root.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from medm.data.files import RecordFile
+from medm.data.options import SourceOptions
+from medm.errors import DataError
+from medm.imaging import resolve_inside
+from medm.types import Media, Role, Sample, Turn
+
+MEDIA_FIELDS = {"image": "image", "images": "image", "image3d": "volume", "volume": "volume", "volumes": "volume"}
+"""Record fields that name files, and the model branch that reads them."""
+
+PLACEHOLDERS = {"<image>": "image", "<image3d>": "volume", "<volume>": "volume"}
+"""Texts in user and system turns that stand for one file each."""
+
+_ROLES: dict[str, Role] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+}  # fmt: skip
+_PART_FIELDS = {"image": "image", "image_url": "image", "volume": "volume", "image3d": "volume"}
+_OWN_FIELDS = {"id", "task", "answer", "system", "conversations", "messages", *MEDIA_FIELDS}
+
+
+def parse_record(
+    record: Any, *, inference: bool = False, file: str | Path | None = None, index: int | None = None
+) -> Sample:
+    """Check one record and read it.
+
+    Args:
+        record: what the JSON parser gave.
+        inference: the last reply is to be generated: it is missing, or it is taken out of the turns and kept
+            as `answer` (where the record has no `answer` of its own).
+        file, index: where the record stands, for messages and for the sample.
+
+    Raises:
+        DataError: with file, index, field and reason. Placeholders and files that do not agree in number,
+            roles out of order and empty replies are such errors; nothing is dropped or mended.
+    """
+    try:
+        return _parse(record, inference=inference, file=None if file is None else str(file), index=index)
+    except DataError as error:
+        raise error.at(file=file, index=index) from None
+
+
+def _parse(record: Any, *, inference: bool, file: str | None, index: int | None) -> Sample:
+    if not isinstance(record, dict):
+        raise DataError(f"expected an object with 'conversations' or 'messages', found {_kind(record)}")
+    files = _media_files(record)
+    turns = _turns(record, files)
+    answer = _optional_text(record, "answer")
+    if inference and turns[-1].role == "assistant":
+        answer = answer if answer is not None else turns[-1].text or None
+        turns = turns[:-1]
+    _check_order(turns, _turns_field(record), inference=inference)
+    return Sample(
+        turns=tuple(turns),
+        id=_identifier(record),
+        task=_optional_text(record, "task"),
+        answer=answer,
+        file=file,
+        index=index,
+        extra={key: value for key, value in record.items() if key not in _OWN_FIELDS},
+    )
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words: the value itself may be about a patient and stays out of messages."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _identifier(record: Mapping[str, Any]) -> str | None:
+    value = record.get("id")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
+        raise DataError(f"expected text or a whole number, found {_kind(value)}", field="id")
+    return None if value is None else _text(str(value), "id")
+
+
+def _optional_text(record: Mapping[str, Any], field: str) -> str | None:
+    value = record.get(field)
+    return None if value is None else _text(value, field)
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"expected text, found {_kind(value)}", field=field)
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"half of a surrogate pair at character {error.start}, which is no text; save the file as UTF-8", field=field
+            ) from None
+    return value
+
+
+@dataclass(slots=True)
+class _Files:
+    """The files of one branch, taken in order by its placeholders."""
+
+    field: str
+    paths: list[str]
+    used: int = 0
+    """Placeholders met so far; may run past the number of paths."""
+
+    def take(self) -> str | None:
+        self.used += 1
+        return self.paths[self.used - 1] if self.used <= len(self.paths) else None
+
+
+def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
+    files: dict[str, _Files] = {}
+    for field, branch in MEDIA_FIELDS.items():
+        value = record.get(field)
+        if value is None:
+            continue
+        if branch in files:
+            raise DataError(f"'{files[branch].field}' is given as well, and both mean the {branch}s; keep one", field=field)
+        paths = [value] if isinstance(value, str) else value
+        if not isinstance(paths, list):
+            raise DataError(f"expected a path or a list of paths, found {_kind(value)}", field=field)
+        for position, path in enumerate(paths):
+            place = field if isinstance(value, str) else f"{field}.{position}"
+            if not _text(path, place).strip():
+                raise DataError("expected a path, found empty text", field=place)
+        files[branch] = _Files(field, paths)
+    return files
+
+
+def _turns_field(record: Mapping[str, Any]) -> str:
+    return "messages" if "messages" in record else "conversations"
+
+
+def _turns(record: Mapping[str, Any], files: dict[str, _Files]) -> list[Turn]:
+    field = _turns_field(record)
+    if field not in record:
+        raise DataError("expected 'conversations' or 'messages', a list of turns; the record has neither", field=field)
+    if field == "messages" and "conversations" in record:
+        raise DataError("'conversations' is given as well; keep one of the two", field=field)
+    entries = record[field]
+    if not isinstance(entries, list):
+        raise DataError(f"expected a list of turns, found {_kind(entries)}", field=field)
+    if not entries:
+        raise DataError("the conversation is empty; expected at least one turn of the user", field=field)
+    turns = []
+    system = _optional_text(record, "system")
+    if system:
+        turns.append(_turn("system", system, "system", files))
+    for position, entry in enumerate(entries):
+        role, content, place = _role_and_content(entry, f"{field}.{position}")
+        if role == "system" and turns and (position or system):
+            advice = "the record's field 'system' is one already" if not position else "it can only be the first turn"
+            raise DataError(f"a system turn is not allowed here: {advice}", field=f"{field}.{position}")
+        turns.append(_turn(role, content, place, files))
+    for branch, media in files.items():
+        if media.used != len(media.paths):
+            raise DataError(_count_reason(branch, media), field=media.field)
+    return turns
+
+
+def _role_and_content(entry: Any, field: str) -> tuple[Role, Any, str]:
+    """Role, content and the content's field of one turn, in either form: from/value or role/content."""
+    if not isinstance(entry, dict):
+        raise DataError(f"expected a turn, an object with 'from' and 'value', found {_kind(entry)}", field=field)
+    role_key, content_key = ("role", "content") if "role" in entry else ("from", "value")
+    for key in (role_key, content_key):
+        if key not in entry:
+            raise DataError(f"'{key}' is missing; a turn has 'from' and 'value', or 'role' and 'content'", field=field)
+    name = _text(entry[role_key], f"{field}.{role_key}")
+    if name not in _ROLES:
+        raise DataError(f"unknown role {name[:40]!r}; expected one of {', '.join(_ROLES)}", field=f"{field}.{role_key}")
+    return _ROLES[name], entry[content_key], f"{field}.{content_key}"
+
+
+def _turn(role: Role, content: Any, field: str, files: dict[str, _Files]) -> Turn:
+    if isinstance(content, list):
+        return Turn(role, tuple(_part(part, f"{field}.{position}", files) for position, part in enumerate(content)))
+    text = _text(content, field)
+    if role == "assistant":  # what looks like a placeholder in a reply is text to be learned
+        return Turn(role, (text,) if text else ())
+    return Turn(role, tuple(_split_placeholders(text, field, files)))
+
+
+def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iterator[str | Media]:
+    while text:
+        found = [(place, name) for name in PLACEHOLDERS if (place := text.find(name)) >= 0]
+        if not found:
+            yield text
+            return
+        place, name = min(found)
+        if place:
+            yield text[:place]
+        yield _next_media(PLACEHOLDERS[name], name, field, files)
+        text = text[place + len(name) :]
+
+
+def _next_media(branch: str, name: str, field: str, files: dict[str, _Files]) -> Media:
+    if branch not in files:
+        names = " or ".join(f"'{key}'" for key, value in MEDIA_FIELDS.items() if value == branch)
+        raise DataError(f"a {name} stands in the text, but the record has no field {names} that names its file", field=field)
+    return Media(branch, files[branch].take())
+
+
+def _part(part: Any, field: str, files: dict[str, _Files]) -> str | Media:
+    """One part of an OpenAI-style content list. Its media are parts, so its text holds no placeholders."""
+    if not isinstance(part, dict) or "type" not in part:
+        raise DataError(f"expected a content part, an object with 'type', found {_kind(part)}", field=field)
+    kind = _text(part["type"], f"{field}.type")
+    if kind == "text":
+        return _text(part.get("text"), f"{field}.text")
+    if kind not in _PART_FIELDS:
+        raise DataError(
+            f"unknown content part {kind[:40]!r}; expected text, {', '.join(_PART_FIELDS)}", field=f"{field}.type"
+        )
+    branch = _PART_FIELDS[kind]
+    for key in (kind, "path", "url"):
+        value = part.get(key)
+        if isinstance(value, dict) and key == "image_url":
+            key, value = "image_url.url", value.get("url")
+        if value is not None:
+            if not _text(value, f"{field}.{key}").strip():
+                raise DataError("expected a path, found empty text", field=f"{field}.{key}")
+            return Media(branch, value)
+    return _next_media(branch, f"{kind} part without a path", field, files)
+
+
+def _count_reason(branch: str, media: _Files) -> str:
+    names = " or ".join(name for name, value in PLACEHOLDERS.items() if value == branch)
+    reason = f"{len(media.paths)} file(s), but {media.used} placeholder(s) {names} in the user's and system turns"
+    if media.used == 0:
+        return f"{reason}; write one where each file belongs, usually '{names.split(' ')[0]}\\n' before the question"
+    return f"{reason}; each file needs exactly one"
+
+
+def _check_order(turns: Sequence[Turn], field: str, *, inference: bool) -> None:
+    """One system turn at most, then user and assistant by turns; the last is the assistant's unless it is asked for."""
+    offset = 0
+    spoken = turns
+    if turns and turns[0].role == "system":
+        spoken, offset = turns[1:], 1
+    if not spoken:
+        raise DataError("there is no turn of the user", field=field)
+    for position, turn in enumerate(spoken):
+        expected = "assistant" if position % 2 else "user"
+        if turn.role != expected:
+            raise DataError(
+                f"turns are out of order: expected the {expected} in place {position + offset}, found the {turn.role}", field=field
+            )
+        if not turn.content or (all(isinstance(part, str) for part in turn.content) and not turn.text.strip()):
+            raise DataError(f"the {turn.role}'s turn in place {position + offset} is empty", field=field)
+        if turn.role == "assistant" and any(isinstance(part, Media) for part in turn.content):
+            raise DataError("an image or volume in a reply; replies are text", field=field)
+    if not inference and spoken[-1].role != "assistant":
+        raise DataError("the last turn is the user's; training needs a reply to learn", field=field)
+
+
+class Records(Sequence[Sample]):
+    """All records of several annotation files, one after the other, parsed when asked for.
+
+    Args:
+        sources: where they are. Files are opened, and their record offsets found, here.
+        inference: as in `parse_record`.
+    """
+
+    def __init__(self, sources: Sequence[SourceOptions], *, inference: bool = False) -> None:
+        self.sources, self.inference = tuple(sources), inference
+        self.files = tuple(RecordFile(source.path) for source in self.sources)
+        self.sizes = tuple(
+            len(file) if source.limit is None else min(len(file), source.limit)
+            for file, source in zip(self.files, self.sources, strict=True)
+        )
+        """Records of each source."""
+        self._ends = list(itertools.accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Source and position within its file of record `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        source = bisect_right(self._ends, index)
+        return source, index - (self._ends[source - 1] if source else 0)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices: they would read the file
+        """Raises `DataError` with file, index, field and reason."""
+        source, position = self.locate(index)
+        file = self.files[source]
+        sample = parse_record(file[position], inference=self.inference, file=file.path, index=position)
+        default = self.sources[source].task
+        return replace(sample, task=default) if sample.task is None and default is not None else sample
+
+    def root(self, index: int) -> Path:
+        """The folder that the paths of record `index` are relative to."""
+        source, _ = self.locate(index)
+        root = self.sources[source].root
+        return Path(root) if root is not None else self.files[source].path.parent
+
+    def media_path(self, index: int, media: Media) -> Path:
+        """The file of an image or volume. Raises `MediaError` where it would lie outside the root."""
+        if media.path is None:
+            raise DataError(f"the {media.branch} has no path")
+        return resolve_inside(self.root(index), media.path)
+
+    def media_field(self, index: int, media_index: int) -> str:
+        """The field of the record that names the sample's `media_index`-th file. Reads the record again: for messages."""
+        source, position = self.locate(index)
+        record = self.files[source][position]
+        media = parse_record(record, inference=self.inference).media
+        branch = media[media_index].branch
+        for field, owner in MEDIA_FIELDS.items():
+            if owner == branch and record.get(field) is not None:
+                before = sum(other.branch == branch for other in media[:media_index])
+                return field if isinstance(record[field], str) else f"{field}.{before}"
+        return _turns_field(record)
