@@ -21,6 +21,7 @@ MAX_RECORD_BYTES = 16 * 1024 * 1024
 """A record of more bytes is bad: conversations are kilobytes, and one runaway line must not fill the memory."""
 
 _CHUNK = 1024 * 1024
+_EXPECTED = "expected a JSON array or one JSON object a line"
 _BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA, _OPENING, _CLOSING = range(1, 6)
 _KIND = np.zeros(256, np.uint8)
@@ -52,7 +53,7 @@ class RecordFile:
         self.sha256 = index.sha256
         """Of the whole file, for the notes that are kept beside a training run."""
         if len(self) == 0:
-            raise DataError("the file holds no records; expected a JSON array or one JSON object a line", file=self.path)
+            raise DataError(f"the file holds no records; {_EXPECTED}", file=self.path)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -97,7 +98,7 @@ class RecordFile:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if (status.st_size, status.st_mtime_ns) != self._stamp:
-                    raise DataError("the file changed after it was opened; start again, so that all records are of one version")
+                    raise DataError("the file changed after it was opened; start again, so that all records agree")
                 file.seek(start)
                 return file.read(end - start)
         except OSError as error:
@@ -146,14 +147,15 @@ def _index(file: BinaryIO, path: Path) -> _Index:
     digest = hashlib.sha256()
     head = file.read(4096)
     if not head.strip():
-        raise DataError("the file is empty; expected a JSON array or one JSON object a line", file=path)
+        raise DataError(f"the file is empty; {_EXPECTED}", file=path)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("the file is UTF-16; save it as UTF-8", file=path)
     text = head.removeprefix(_BOM)
     start = len(head) - len(text)
     if text.lstrip().startswith(b"{") and text.lstrip().split(b"\n", 1)[0].strip() == b"{":
         raise DataError(
-            "the file is one JSON object over several lines; expected an array of records, or one record a line", file=path
+            f"the file is one JSON object over several lines; {_EXPECTED}",
+            file=path,
         )
     file.seek(0)
     scan: _ArrayScan | _LineScan = _ArrayScan(start) if text.lstrip().startswith(b"[") else _LineScan(start)
@@ -220,7 +222,7 @@ class _ArrayScan:
             self._closed = True
             end = int(outside[closing[0]])
             if codes[end] != ord("]"):
-                self._damage = "a '}' without its '{': the array is broken here, and records after this place cannot be found"
+                self._damage = "a '}' without its '{': the array is broken here, and later records cannot be found"
             self._note_rest(codes[end + 1 :])
         self._bounds.append(outside[bound] + offset)
 
@@ -260,7 +262,7 @@ class _ArrayScan:
         if not self._closed:
             self._damage = (
                 "the file ends inside the array (no closing ']'): it was cut off, or a quote or bracket is missing "
-                "here, and records after this place cannot be found"
+                "here, and later records cannot be found"
             )
             bounds = np.append(bounds, size)
         return bounds[:-1] + 1, bounds[1:], self._damage

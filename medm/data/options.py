@@ -16,7 +16,7 @@ class SourceOptions(Options):
     path: str
     """A JSON array or JSONL file of records."""
     root: str | None = None
-    """Folder that image and volume paths are relative to; nothing outside it is read. Default: the file's own folder."""
+    """Folder that image and volume paths are relative to; nothing outside it is read. Default: the folder of `path`."""
     weight: float | None = Field(default=None, gt=0)
     """Share of this source in what is drawn, relative to the others. Set for every source or for none; with none,
     every record is seen once an epoch."""
@@ -59,9 +59,11 @@ class DataOptions(Options):
             missing = [source.path for source in self.train if source.weight is None]
             raise ValueError(f"train: weights are set for {weighted} but not for {missing}; set all or none")
         if self.draws is not None and not weighted:
-            raise ValueError("draws: needs a weight for every source in train; without weights an epoch is every record once")
+            raise ValueError(
+                "draws: needs a weight for every source in train; without them an epoch is every record once"
+            )
         if self.packing and self.max_length is None:
             raise ValueError("packing: needs max_length, the capacity of a row")
         if self.packing and self.order == "length":
-            raise ValueError("order: length saves padding, which packing has none of; use order: shuffle with packing: true")
+            raise ValueError("order: length saves padding, of which packing has none; use order: shuffle with packing")
         return self

@@ -41,7 +41,8 @@ def parse_record(
         record: what the JSON parser gave.
         inference: the last reply is to be generated: it is missing, or it is taken out of the turns and kept
             as `answer` (where the record has no `answer` of its own).
-        file, index: where the record stands, for messages and for the sample.
+        file: where the record stands, for messages and for the sample.
+        index: its position there, from 0.
 
     Raises:
         DataError: with file, index, field and reason. Placeholders and files that do not agree in number,
@@ -62,7 +63,7 @@ def _parse(record: Any, *, inference: bool, file: str | None, index: int | None)
     if inference and turns[-1].role == "assistant":
         answer = answer if answer is not None else turns[-1].text or None
         turns = turns[:-1]
-    _check_order(turns, _turns_field(record), inference=inference)
+    _check_order(turns, record, inference=inference)
     return Sample(
         turns=tuple(turns),
         id=_identifier(record),
@@ -100,7 +101,8 @@ def _text(value: Any, field: str) -> str:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"half of a surrogate pair at character {error.start}, which is no text; save the file as UTF-8", field=field
+                f"half of a surrogate pair at character {error.start}; save the file as UTF-8",
+                field=field,
             ) from None
     return value
 
@@ -126,7 +128,7 @@ def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
         if value is None:
             continue
         if branch in files:
-            raise DataError(f"'{files[branch].field}' is given as well, and both mean the {branch}s; keep one", field=field)
+            raise DataError(f"'{files[branch].field}' is given as well, and both name {branch}s; keep one", field=field)
         paths = [value] if isinstance(value, str) else value
         if not isinstance(paths, list):
             raise DataError(f"expected a path or a list of paths, found {_kind(value)}", field=field)
@@ -208,7 +210,7 @@ def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iter
 def _next_media(branch: str, name: str, field: str, files: dict[str, _Files]) -> Media:
     if branch not in files:
         names = " or ".join(f"'{key}'" for key, value in MEDIA_FIELDS.items() if value == branch)
-        raise DataError(f"a {name} stands in the text, but the record has no field {names} that names its file", field=field)
+        raise DataError(f"a {name} stands in the text, but the record has no field {names}", field=field)
     return Media(branch, files[branch].take())
 
 
@@ -243,24 +245,28 @@ def _count_reason(branch: str, media: _Files) -> str:
     return f"{reason}; each file needs exactly one"
 
 
-def _check_order(turns: Sequence[Turn], field: str, *, inference: bool) -> None:
+def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference: bool) -> None:
     """One system turn at most, then user and assistant by turns; the last is the assistant's unless it is asked for."""
-    offset = 0
-    spoken = turns
-    if turns and turns[0].role == "system":
-        spoken, offset = turns[1:], 1
+    field = _turns_field(record)
+    has_system = bool(turns) and turns[0].role == "system"
+    spoken = turns[1:] if has_system else turns
+    offset = 1 if has_system and not record.get("system") else 0
     if not spoken:
         raise DataError("there is no turn of the user", field=field)
     for position, turn in enumerate(spoken):
+        place = f"{field}.{position + offset}"
         expected = "assistant" if position % 2 else "user"
         if turn.role != expected:
             raise DataError(
-                f"turns are out of order: expected the {expected} in place {position + offset}, found the {turn.role}", field=field
+                f"turns are out of order: expected the {expected}, found the {turn.role}; user and assistant take "
+                "turns, the user first",
+                field=place,
             )
-        if not turn.content or (all(isinstance(part, str) for part in turn.content) and not turn.text.strip()):
-            raise DataError(f"the {turn.role}'s turn in place {position + offset} is empty", field=field)
-        if turn.role == "assistant" and any(isinstance(part, Media) for part in turn.content):
-            raise DataError("an image or volume in a reply; replies are text", field=field)
+        if any(isinstance(part, Media) for part in turn.content):
+            if turn.role == "assistant":
+                raise DataError("an image or volume in a reply; replies are text", field=place)
+        elif not turn.text.strip():
+            raise DataError(f"the {turn.role}'s turn is empty", field=place)
     if not inference and spoken[-1].role != "assistant":
         raise DataError("the last turn is the user's; training needs a reply to learn", field=field)
 
@@ -314,7 +320,7 @@ class Records(Sequence[Sample]):
         return resolve_inside(self.root(index), media.path)
 
     def media_field(self, index: int, media_index: int) -> str:
-        """The field of the record that names the sample's `media_index`-th file. Reads the record again: for messages."""
+        """The field of the record that names the sample's file number `media_index`. Reads the record again: for messages."""
         source, position = self.locate(index)
         record = self.files[source][position]
         media = parse_record(record, inference=self.inference).media
