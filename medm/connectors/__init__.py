@@ -35,7 +35,25 @@ class MLPOptions(ConnectorOptions):
     """Activation between the layers, by its transformers name."""
 
 
+class SpatialPoolingOptions(MLPOptions):
+    """Average pooling over the grid, then an MLP."""
+
+    pool: int | list[int] = 2
+    """Side of a window in cells: one number, or one for each axis of the grid."""
+
+
+class AttentionPoolingOptions(MLPOptions):
+    """Learned queries over all tokens, then an MLP."""
+
+    queries: int | None = Field(default=None, ge=1)
+    """Number of queries, which is the number of tokens; without it one for each cell of the last two grid axes."""
+    heads: int = Field(default=8, ge=1)
+    """Attention heads; must divide the encoder's width."""
+
+
 CONNECTORS: Registry[type[Connector]] = Registry("connector", group="medm.connectors", options=ConnectorOptions)
 
 CONNECTORS.add("linear", "medm.connectors.mlp:LinearConnector", "one linear layer a token (LLaVA 1.0, MiniGPT-4)")
 CONNECTORS.add("mlp", "medm.connectors.mlp:MLPConnector", "linear layers with an activation between (LLaVA 1.5, TinyLLaVA, MedM-VL)", options=MLPOptions)
+CONNECTORS.add("spatial-pooling", "medm.connectors.pooling:SpatialPoolingConnector", "averages of neighbouring tokens, then an MLP (M3D-LaMed, MedM-VL-CT)", options=SpatialPoolingOptions)
+CONNECTORS.add("attention-pooling", "medm.connectors.pooling:AttentionPoolingConnector", "learned queries over all tokens, then an MLP (MedM-VL-CT-Chest)", options=AttentionPoolingOptions)

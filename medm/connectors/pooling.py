@@ -1,0 +1,133 @@
+"""Connectors that hand the LLM fewer tokens than the encoder made: averages of neighbours, or learned queries.
+
+Both work on grids of any length, so images and volumes take the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medm.connectors.base import Connector
+from medm.connectors.mlp import build_mlp
+from medm.types import VisionFeatures
+
+_AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def windows(pool: int | Sequence[int], grid: tuple[int, ...], *, connector: str) -> tuple[int, ...]:
+    """Cells per window and axis, at most the whole axis. Raises `ValueError` when they do not belong to this grid."""
+    if prod(grid) == 0:
+        raise ValueError(
+            f"{connector}: expected tokens on a grid, found {grid}; the encoder hands on class tokens alone"
+        )
+    sides = (pool,) * len(grid) if isinstance(pool, int) else tuple(pool)
+    if len(sides) != len(grid) or min(sides) < 1:
+        raise ValueError(f"{connector}: expected one window side of at least 1 for each axis of {grid}, found {sides}")
+    return tuple(min(side, cells) for side, cells in zip(sides, grid, strict=True))
+
+
+def on_grid(features: VisionFeatures) -> Tensor:
+    """The tokens without the prefix, as a map (B, D, *grid)."""
+    return features.tokens[:, features.prefix :].transpose(1, 2).unflatten(2, features.grid)
+
+
+class SpatialPoolingConnector(Connector):
+    """Averages windows of neighbouring tokens, then an MLP. Tokens without a place (CLS) are dropped.
+
+    MedM-VL's `spatial_pooling` and M3D-LaMed's `spp` (arXiv 2404.00578) are `pool=2` on a grid of (8, 16, 16).
+
+    Args:
+        in_dim, out_dim, grid, prefix: see `Connector`.
+        pool: side of a window in cells, one number or one for each axis. Where it does not divide the grid, the
+            last window averages the cells that are left: none is dropped.
+        depth, activation: of the MLP.
+    """
+
+    def __init__(
+        self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
+        pool: int | Sequence[int] = 2, depth: int = 2, activation: str = "gelu",
+    ) -> None:  # fmt: skip
+        super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
+        self.window = windows(pool, grid, connector="spatial-pooling")
+        self.layers = build_mlp(in_dim, out_dim, depth=depth, activation=activation)
+
+    @property
+    def num_tokens(self) -> int:
+        """One a window."""
+        return prod(ceil(cells / side) for cells, side in zip(self.grid, self.window, strict=True))
+
+    def forward(self, features: VisionFeatures, task_ids: Tensor | None = None) -> Tensor:
+        """See `Connector`."""
+        cells = _AVERAGE_POOL[len(self.window)](on_grid(features), self.window, ceil_mode=True)  # (B, D, *pooled grid)
+        return self.layers(cells.flatten(2).transpose(1, 2))  # (B, num_tokens, out_dim)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with the tensors of `torch.nn.MultiheadAttention`, by the same names.
+
+    Torch's own reads the weights of its `out_proj` without calling it, so they are missing where weights are spread
+    over ranks and gathered as modules are called (ZeRO-3).
+    """
+
+    def __init__(self, dim: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))  # query, key, value
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """Queries (B, Q, dim) over tokens (B, N, dim) to (B, Q, dim)."""
+        dim = query.shape[-1]
+        q = F.linear(query, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+        k, v = F.linear(tokens, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)
+        q, k, v = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)
+        )  # (B, heads, tokens, dim / heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class AttentionPoolingConnector(Connector):
+    """Learned queries attend to all tokens, then an MLP (MedM-VL's `attn_pooling`, with its tensor names and shapes).
+
+    Args:
+        in_dim, out_dim, grid, prefix: see `Connector`.
+        queries: how many, which is the number of tokens for the LLM; without it one for each cell of the last two
+            axes: a volume takes as many tokens as one of its slices.
+        heads: of the attention; must divide `in_dim`.
+        depth, activation: of the MLP.
+    """
+
+    def __init__(
+        self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
+        queries: int | None = None, heads: int = 8, depth: int = 2, activation: str = "gelu",
+    ) -> None:  # fmt: skip
+        super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
+        if in_dim % heads:
+            raise ValueError(f"attention-pooling: {heads} heads do not divide the encoder's width of {in_dim}")
+        count = queries or prod(grid[-2:])
+        if count == 0:
+            raise ValueError(f"attention-pooling: the grid {grid} has no cells to take a number of queries from")
+        self.queries = count
+        self.query = nn.Parameter(torch.randn(count, in_dim))
+        self.attn = CrossAttention(in_dim, heads=heads)
+        self.layers = build_mlp(in_dim, out_dim, depth=depth, activation=activation)
+
+    @property
+    def num_tokens(self) -> int:
+        """One a query."""
+        return self.queries
+
+    def forward(self, features: VisionFeatures, task_ids: Tensor | None = None) -> Tensor:
+        """See `Connector`."""
+        tokens = features.tokens
+        query = self.query.expand(len(tokens), -1, -1)  # (B, queries, in_dim)
+        return self.layers(self.attn(query, tokens))  # (B, queries, out_dim)
