@@ -320,7 +320,7 @@ class Records(Sequence[Sample]):
         return resolve_inside(self.root(index), media.path)
 
     def media_field(self, index: int, media_index: int) -> str:
-        """The field of the record that names the sample's file number `media_index`. Reads the record again: for messages."""
+        """The field that names the sample's file number `media_index`. Reads the record again: for messages."""
         source, position = self.locate(index)
         record = self.files[source][position]
         media = parse_record(record, inference=self.inference).media

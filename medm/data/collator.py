@@ -1,0 +1,90 @@
+"""Examples to the batch that a model's forward takes (`medm.types.Batch`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medm.types import IGNORE_INDEX, Batch, Example
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Pads examples to the longest of them.
+
+    Records that were left out come as None and make the batch smaller. Where none is left, the batch is one row
+    of padding that teaches nothing: every rank has to make the step all the same.
+    """
+
+    pad_id: int
+    """Token of padding. Masks say what is padding, so it may be a real token as well (Llama pads with its end token)."""
+    padding_side: Literal["left", "right"] = "right"
+    """"left" for generation, where every row has to end where its reply begins."""
+    pad_to_multiple_of: int | None = None
+    """Lengths are rounded up to it (tensor cores, compiled shapes)."""
+
+    def __call__(self, examples: Sequence[Example | None]) -> Batch:
+        """One row an example."""
+        kept = [example for example in examples if example is not None] or [filler(self.pad_id)]
+        width = round_up(max(len(example.input_ids) for example in kept), self.pad_to_multiple_of)
+        return {
+            "input_ids": self._rows([example.input_ids for example in kept], width, self.pad_id),
+            "attention_mask": self._rows([[1] * len(example.input_ids) for example in kept], width, 0),
+            "labels": self._rows([example.labels for example in kept], width, IGNORE_INDEX),
+            **stack_media(kept),
+        }
+
+    def _rows(self, rows: list[list[int]], width: int, fill: int) -> Tensor:
+        """(B, width) int64."""
+        table = np.full((len(rows), width), fill, np.int64)
+        for line, row in zip(table, rows, strict=True):
+            place = slice(None, len(row)) if self.padding_side == "right" else slice(width - len(row), None)
+            line[place] = row
+        return torch.from_numpy(table)
+
+
+def filler(pad_id: int) -> Example:
+    """Stands in where every record of a batch was left out. Two tokens, so that shifted labels are not of length 0."""
+    return Example([pad_id] * 2, [IGNORE_INDEX] * 2)
+
+
+def round_up(length: int, multiple: int | None) -> int:
+    """The next multiple, or the length itself."""
+    return length if multiple is None else -(-length // multiple) * multiple
+
+
+def stack_media(examples: Sequence[Example]) -> Batch:
+    """`pixels` and `task_ids` by branch, items of all examples in order, and `meta` where an example has any.
+
+    Raises:
+        ValueError: the items of a branch differ in shape.
+    """
+    arrays: dict[str, list[np.ndarray]] = {}
+    tasks: dict[str, list[int]] = {}
+    for example in examples:
+        for branch, items in example.pixels.items():
+            if items:
+                arrays.setdefault(branch, []).extend(items)
+                tasks.setdefault(branch, []).extend([example.task_id] * len(items))
+    batch: Batch = {}
+    if arrays:
+        batch["pixels"] = {branch: _stack(branch, items) for branch, items in arrays.items()}
+        batch["task_ids"] = {branch: torch.tensor(ids) for branch, ids in tasks.items()}
+    if any(example.meta for example in examples):
+        batch["meta"] = [example.meta for example in examples]
+    return batch
+
+
+def _stack(branch: str, items: list[np.ndarray]) -> Tensor:
+    """(N, C, *spatial) float32."""
+    shapes = {item.shape for item in items}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{branch}: items of shapes {sorted(shapes)} in one batch; preprocessing must give them one size"
+        )
+    return torch.from_numpy(np.stack(items).astype(np.float32, copy=False))
