@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -42,6 +43,14 @@ class Options(BaseModel):
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
+@dataclass(frozen=True)
+class NamedBlock:
+    """Marks a field whose block names a registered part, so that its options can be looked up (for documentation)."""
+
+    registry: Registry[Any]
+    key: str
+
+
 def named(registry: Registry[Any], *, key: str = "name", default: str | None = None) -> Any:
     """The type of a block that names a registered part, e.g. `{name: mlp, depth: 2}` or just `mlp`.
 
@@ -60,7 +69,8 @@ def named(registry: Registry[Any], *, key: str = "name", default: str | None = N
             value = {key: default, **value}
         if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
             raise PydanticCustomError(
-                "named_block", "expected a {kind} block with a '{key}', found {found}",
+                "named_block",
+                "expected a {kind} block with a '{key}', found {found}",
                 {"kind": registry.kind, "key": key, "found": repr(value)},
             )
         try:
@@ -76,6 +86,7 @@ def named(registry: Registry[Any], *, key: str = "name", default: str | None = N
                 pick, serialization=core_schema.plain_serializer_function_ser_schema(lambda o: o.model_dump())
             )
         ),
+        NamedBlock(registry, key),
     ]
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from medm.config import Options
 from medm.errors import RecipeError, UnknownNameError
@@ -51,9 +51,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, Entry] = {}
         self._entry_points_read = False
 
-    def add(
-        self, name: str, target: str | T, summary: str, *, options: type[Options] | None = None
-    ) -> None:
+    def add(self, name: str, target: str | T, summary: str, *, options: type[Options] | None = None) -> None:
         """Add one line. Raises `RecipeError` when the name is taken: silent replacement hides mistakes."""
         if name in self._entries:
             raise RecipeError(
@@ -62,13 +60,11 @@ class Registry(Generic[T]):
             )
         self._entries[name] = Entry(name, target, summary, options or self.options)
 
-    def register(
-        self, name: str, summary: str, *, options: type[Options] | None = None
-    ) -> Callable[[Member], Member]:
+    def register(self, name: str, summary: str, *, options: type[Options] | None = None) -> Callable[[Member], Member]:
         """The decorator form of `add`, for plug-in files."""
 
         def decorate(member: Member) -> Member:
-            self.add(name, member, summary, options=options)
+            self.add(name, cast(T, member), summary, options=options)
             return member
 
         return decorate

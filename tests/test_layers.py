@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"training", "evaluation"},
     {"serving"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FOUNDATION = LAYERS[0]

@@ -1,0 +1,48 @@
+"""Every command, by name. Command modules load only what `--help` needs; the package is imported inside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medm import __version__
+from medm.cli import catalogue
+from medm.cli.console import out, start_logging
+
+app = typer.Typer(
+    help="A factory for small medical vision-language models. Not for clinical use.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"medm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(help="Python file that registers parts of your own; may be given several times.", metavar="FILE"),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options that stand before any command."""
+    start_logging(verbose=verbose)
+    if plugin:
+        from medm.registry import load_plugin
+
+        for file in plugin:
+            load_plugin(file)
+
+
+app.command("list")(catalogue.list_parts)
+app.add_typer(catalogue.recipes, name="recipes")

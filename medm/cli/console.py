@@ -1,0 +1,44 @@
+"""What is printed, and where: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+out = Console(soft_wrap=True, highlight=False)
+"""Results. Never wrapped: a line stays a line when it is piped into another program."""
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+"""Errors, progress and log lines."""
+
+
+def report(error: Exception) -> None:
+    """An error that the user can mend: its message, and no traceback."""
+    err.print(Text("error: ", style="bold red").append(str(error), style="not bold default"))
+
+
+def note(message: str) -> None:
+    """A line beside the result."""
+    err.print(Text(message, style="dim"))
+
+
+def rows(items: Iterable[Sequence[str]], *, header: Sequence[str] | None = None) -> None:
+    """Aligned columns, the first one bold. A row stays one line, however narrow the terminal or the pipe is."""
+    listed = [[Text(cell) for cell in item] for item in ([header] if header else []) + list(items)]
+    widths = [max(cell.cell_len for cell in column) for column in zip(*listed, strict=True)]
+    for position, item in enumerate(listed):
+        for cell, width in zip(item[:-1], widths, strict=False):
+            cell.pad_right(width - cell.cell_len + 2)
+        item[0].stylize("bold")
+        out.print(Text.assemble(*item, style="dim" if header and position == 0 else ""))
+
+
+def start_logging(*, verbose: bool = False) -> None:
+    """Log lines of medm to standard error; other libraries speak from warnings on."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=err, show_path=False, rich_tracebacks=False, log_time_format="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("medm").setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -1,0 +1,95 @@
+"""`medm`, `medm list`: what a person sees first; fast, complete, and calm about mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medm.cli import plugins_first
+from medm.cli.catalogue import REGISTRIES, registry
+from tests.cli.runner import medm
+
+PLUGIN = """
+from medm.connectors import CONNECTORS, MLPOptions
+from medm.connectors.base import Connector
+
+
+@CONNECTORS.register("mine", "a connector of my own", options=MLPOptions)
+class Mine(Connector):
+    pass
+"""
+
+
+def test_list_shows_every_part_with_its_line() -> None:
+    done = medm("list")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    for kind in REGISTRIES:
+        assert kind in lines
+        for entry in registry(kind).entries():
+            assert any(line.split()[:1] == [entry.name] and line.endswith(entry.summary) for line in lines), entry.name
+
+
+def test_list_of_one_kind_and_of_one_part() -> None:
+    assert [line.split()[0] for line in medm("list", "connectors").out.splitlines()] == [
+        entry.name for entry in registry("connectors").entries()
+    ]
+    options = medm("list", "connectors", "mlp").out
+    assert "depth" in options
+    assert "Number of linear layers" in options
+    assert "integer, ≥ 1" in options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("list", "encodrs"), ["encodrs", "did you mean 'encoders'?"]),
+        (("list", "connectors", "mpl"), ["mpl", "did you mean 'mlp'?"]),
+        (("recipes", "show", "medm-vl-2d/pretrian"), ["medm-vl-2d/pretrian", "did you mean 'medm-vl-2d/pretrain'?"]),
+        (("list", "--plugin", "nowhere.py"), ["nowhere.py", "no such file"]),
+    ],
+)
+def test_mistakes_are_answered_without_a_traceback(arguments: tuple[str, ...], words: list[str]) -> None:
+    done = medm(*arguments)
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert done.out == ""
+    for word in words:
+        assert word in done.err
+
+
+def test_unknown_command_is_a_usage_error() -> None:
+    done = medm("lst")
+    assert done.code == 2
+    assert "lst" in done.err
+
+
+def test_plugin_stands_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(PLUGIN)
+    script = "import sys; from medm.cli import main; main(sys.argv[1:])"
+    for arguments in (["--plugin", str(file), "list", "connectors"], ["list", "connectors", f"--plugin={file}"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
+        assert "a connector of my own" in done.stdout
+
+
+def test_plugins_first_keeps_the_rest_in_order() -> None:
+    assert plugins_first(["train", "a.yaml", "--plugin", "p.py", "x=1", "--plugin=q.py"]) == [
+        "--plugin", "p.py", "--plugin=q.py", "train", "a.yaml", "x=1",
+    ]  # fmt: skip
+    assert plugins_first(["train", "--", "--plugin", "p.py"]) == ["train", "--", "--plugin", "p.py"]
+    assert plugins_first(["list", "--plugin"]) == ["--plugin", "list"]
+
+
+def test_long_lines_are_not_cut_in_a_pipe() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "medm", "list", "encoders"], capture_output=True, text=True, check=True,
+        env={"COLUMNS": "20", "PATH": ""},
+    )  # fmt: skip
+    for entry in registry("encoders").entries():
+        assert f"{entry.summary}\n" in done.stdout
