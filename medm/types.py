@@ -107,8 +107,6 @@ class VisionFeatures:
 class Encode(Protocol):
     """Turns a checked sample and its preprocessed pixels into an example. The processor of a model is one."""
 
-    def __call__(
-        self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False
-    ) -> Example:
+    def __call__(self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False) -> Example:
         """`generation=True`: the prompt ends where the assistant's reply begins, and nothing is labelled."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from math import prod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -17,6 +18,9 @@ class Connector(nn.Module):
     out, the token grid, tokens in front of it) and, by keyword, the fields of its options class other than
     `name` and `path`.
     """
+
+    key_map: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Names in projector files to own names: (regular expression, replacement), the first that matches wins."""
 
     needs_task: bool = False
     """True where the forward reads `task_ids` (a router that is told the task)."""

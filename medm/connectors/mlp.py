@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -22,6 +23,13 @@ def build_mlp(in_dim: int, out_dim: int, *, depth: int, activation: str) -> nn.S
 
 class MLPConnector(Connector):
     """Every token through the same MLP; the number of tokens does not change."""
+
+    # LLaVA (`mm_projector.`), TinyLLaVA (`connector._connector.`), MedM-VL (`connector_image.connector.`), stock Llava.
+    key_map: ClassVar = (
+        (r"^.*?linear_1\.", "layers.0."),
+        (r"^.*?linear_2\.", "layers.2."),
+        (r"^(?:.*\.)?(?:mm_projector|_?connector|projector)\.(\d+)\.", r"layers.\1."),
+    )
 
     def __init__(
         self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,

@@ -29,6 +29,9 @@ class VisionEncoder(nn.Module):
     ignored_keys: ClassVar[tuple[str, ...]] = ()
     """Regular expressions of published tensors that this encoder has no use for (a text tower, a pooling head)."""
 
+    beyond_keys: ClassVar[tuple[str, ...]] = ()
+    """Regular expressions of own names that a published file may have beyond this instance (blocks after the layer)."""
+
     dim: int
     """Width of a token."""
     pooled_dim: int | None = None

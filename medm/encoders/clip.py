@@ -31,8 +31,8 @@ class CLIPEncoder(HFViTEncoder):
     def preprocess_from(
         cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
     ) -> dict[str, Any]:
-        return {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711], "fit": "crop"} | (
-            super().preprocess_from(published, architecture, image_size)
-        )
-
-
+        return {
+            "mean": [0.48145466, 0.4578275, 0.40821073],
+            "std": [0.26862954, 0.26130258, 0.27577711],
+            "fit": "crop",
+        } | (super().preprocess_from(published, architecture, image_size))

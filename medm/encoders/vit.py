@@ -30,15 +30,20 @@ class HFViTEncoder(VisionEncoder):
     tower_class: ClassVar[type[PreTrainedModel]]
     config_defaults: ClassVar[dict[str, Any]] = {}
     has_class_token: ClassVar[bool]
+    beyond_keys: ClassVar = (r"^tower\.encoder\.layers\.\d+\.",)
 
     def __init__(self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: str = "patch") -> None:
         super().__init__()
         if tokens == "cls" and not self.has_class_token:
-            raise RecipeError(f"{type(self).__name__} has no class token; expected tokens 'patch' or 'cls_patch', found 'cls'")
+            raise RecipeError(
+                f"{type(self).__name__} has no class token; expected tokens 'patch' or 'cls_patch', found 'cls'"
+            )
         depth = int(architecture.get("num_hidden_layers", self.config_class().num_hidden_layers))
         blocks = depth + 1 + layer if layer < 0 else layer
         if not 1 <= blocks <= depth:
-            raise RecipeError(f"layer {layer} does not exist in a tower of {depth} blocks; expected -{depth} to {depth}, not 0")
+            raise RecipeError(
+                f"layer {layer} does not exist in a tower of {depth} blocks; expected -{depth} to {depth}, not 0"
+            )
         config = self.config_class(**{**architecture, **self.config_defaults, "num_hidden_layers": blocks})
         self.tower = self.tower_class(config)
         # Of the whole tower only embedding and blocks are used; the rest would be weights without a gradient.

@@ -38,5 +38,7 @@ def read_template(name_or_path: str) -> str:
     file = shipped if shipped.is_file() else Path(name_or_path)
     if not file.is_file():
         names = [path.stem for path in TEMPLATES.glob("*.jinja")]
-        raise RecipeError(f"chat_template {name_or_path!r}: no such file, and no template of medm{suggest(name_or_path, names)}")
+        raise RecipeError(
+            f"chat_template {name_or_path!r}: no such file, and no template of medm{suggest(name_or_path, names)}"
+        )
     return file.read_text(encoding="utf-8")

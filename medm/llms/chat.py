@@ -117,13 +117,18 @@ class ChatFormat:
         flush()
         return ids, learned
 
+    def end_of_reply(self) -> int:
+        """The token that the template writes after a reply: where generation stops."""
+        ids, learned = self.encode([Message("user", ["?"]), Message("assistant", ["!"])])
+        return [token for token, said in zip(ids, learned, strict=True) if said][-1]
+
     def _pieces(self, messages: Sequence[Message], generation: bool) -> Iterator[_Piece]:
         rendered = self._render(messages, generation)
         found = [int(match) for match in _MARKS.findall(rendered)]
         if found != list(range(len(messages))):
             raise RecipeError(
-                f"the chat template wrote messages {found} of a conversation of {len(messages)}; expected each once and "
-                "in order. Set model.llm.chat_template to a template that does"
+                f"the chat template wrote messages {found} of a conversation of {len(messages)}; expected each once "
+                "and in order. Set model.llm.chat_template to a template that does"
             )
         texts = _MARKS.split(rendered)  # template, index, template, index, ..., template
         yield _Piece([texts[0]], from_template=True)

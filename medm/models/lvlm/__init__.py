@@ -1,0 +1,1 @@
+"""Vision-language models: configuration, processing, modelling, and the bridge from a recipe."""

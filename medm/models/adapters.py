@@ -1,0 +1,74 @@
+"""LoRA layers inside a part of a model, through peft.
+
+A spec is a mapping of `peft.LoraConfig` fields and lives in the checkpoint's config. The layers are part of
+the model from its construction on, so a checkpoint holds base and adapter in one set of named tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from medm.errors import CheckpointError, RecipeError
+
+ADAPTER = "default"
+"""Name of the adapter in peft's module names (`lora_A.default.weight`)."""
+
+
+def inject(part: nn.Module, spec: Mapping[str, Any]) -> None:
+    """Put LoRA layers into a part, in place. B starts at zero, so the part computes what it did before.
+
+    Raises:
+        RecipeError: `target_modules` names nothing in this part, or the part is adapted already.
+    """
+    if adapted(part):
+        raise RecipeError("this part has LoRA layers already; merge them first")
+    try:
+        inject_adapter_in_model(LoraConfig(**spec), part, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise RecipeError(f"LoRA cannot be put into {type(part).__name__}: {error}") from None
+
+
+def adapted(part: nn.Module) -> bool:
+    """Whether any layer of the part is adapted."""
+    return any(isinstance(module, BaseTunerLayer) for module in part.modules())
+
+
+def merge(part: nn.Module) -> None:
+    """Fold the adapter into the weights it adapts and restore plain layers, in place.
+
+    Raises:
+        CheckpointError: the merged weights would not be finite.
+    """
+    layers = [(name, module) for name, module in part.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, layer in layers:
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise CheckpointError(f"the adapter in {name} cannot be merged: {error}") from None
+        parent, _, child = name.rpartition(".")
+        setattr(part.get_submodule(parent), child, layer.get_base_layer())
+    # peft leaves its own record on the module, which would make it look adapted still.
+    if hasattr(part, "peft_config"):
+        del part.peft_config
+
+
+def export_peft(part: nn.Module, spec: Mapping[str, Any], folder: Path) -> None:
+    """Write the adapter as peft does, so that `PeftModel.from_pretrained(part, folder)` opens it.
+
+    The names are those of the bare part (an LLM without the vision around it).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = get_peft_model_state_dict(part, adapter_name=ADAPTER)
+    save_file(
+        {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    LoraConfig(**spec).save_pretrained(str(folder))

@@ -1,0 +1,247 @@
+"""Opening published weights: finding files, renaming tensors, and refusing what does not fit.
+
+The one place that reads model files. Loading reports every tensor that was used, ignored, missing or
+misshaped, and a partial load is an error: a model that is half random looks alive and scores like noise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.utils.hub import cached_file
+
+from medm.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "pretrained_ViT.bin")
+
+
+class Published:
+    """A folder, a file or a Hugging Face id that holds a config and weights.
+
+    Args:
+        path: as in a recipe. Ids are looked up in the local cache first and then on the hub.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._local = Path(path).expanduser()
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`, or an empty mapping for a bare weight file or a folder without one."""
+        return self._json("config.json")
+
+    def preprocessor(self) -> dict[str, Any]:
+        """`preprocessor_config.json`, or an empty mapping."""
+        return self._json("preprocessor_config.json")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its published name.
+
+        Raises:
+            CheckpointError: there are no weights, a file is damaged, or it would run code when opened.
+        """
+        if self._local.is_file():
+            return read_tensors(self._local)
+        for name in _INDEXES:
+            if (index := self._find(name)) is not None:
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                return {k: v for shard in shards for k, v in read_tensors(self._require(shard)).items()}
+        for name in _FILES:
+            if (file := self._find(name)) is not None:
+                return read_tensors(file)
+        others = sorted(self._local.glob("*.pth")) + sorted(self._local.glob("*.pt")) if self._local.is_dir() else []
+        if len(others) == 1:
+            return read_tensors(others[0])
+        raise CheckpointError(
+            f"{self.path}: no weights; expected one of {', '.join(_INDEXES + _FILES)}, or one .pth file"
+        )
+
+    def _json(self, name: str) -> dict[str, Any]:
+        if self._local.is_file():
+            beside = self._local.parent / name
+            file = beside if beside.is_file() else None
+        else:
+            file = self._find(name)
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file is not None else {}
+
+    def _find(self, name: str) -> Path | None:
+        if self._local.is_dir():
+            return self._local / name if (self._local / name).is_file() else None
+        try:
+            found = cached_file(self.path, name, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: neither a file nor a folder here, and not to be had as a Hugging Face id ({error})"
+            ) from None
+        return Path(found) if found is not None else None
+
+    def _require(self, name: str) -> Path:
+        file = self._find(name)
+        if file is None:
+            raise CheckpointError(f"{self.path}: the index names {name}, which is missing")
+        return file
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of one safetensors or torch file. Torch files are opened without running what they pickle.
+
+    Raises:
+        CheckpointError: damaged, or holds objects other than tensors and plain values.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as handle:
+                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged safetensors file ({error})") from None
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: not opened. It is damaged, or holds pickled objects, which could run any code; "
+            f"ask for a safetensors file ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file}: expected a mapping of names to tensors")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What became of every tensor of one load."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+    def raise_if_partial(self) -> None:
+        """Raises `CheckpointError` naming what is missing, unexpected or misshaped."""
+        problems = [
+            f"{len(names)} {what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for what, names in (
+                ("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.mismatched),
+            )
+            if names
+        ]  # fmt: skip
+        if problems:
+            raise CheckpointError(
+                f"{self.source}: the tensors do not fit the model; nothing was loaded\n  " + "\n  ".join(problems)
+            )
+
+    def __str__(self) -> str:
+        return f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.ignored)} of no use here"
+
+
+def rename(
+    tensors: Mapping[str, Tensor], *, key_map: Iterable[tuple[str, str]], ignored: Iterable[str], report: LoadReport
+) -> dict[str, Tensor]:
+    """Published names to own names. What matches `ignored` is left out and noted; other names stay as they are."""
+    patterns = [(re.compile(pattern), replacement) for pattern, replacement in key_map]
+    useless = [re.compile(pattern) for pattern in ignored]
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if any(pattern.search(name) for pattern in useless):
+            report.ignored.append(name)
+            continue
+        for pattern, replacement in patterns:
+            new, count = pattern.subn(replacement, name, count=1)
+            if count:
+                break
+        else:
+            new = name
+        if new in renamed:
+            raise CheckpointError(f"{report.source}: two tensors become {new!r}; the second is {name!r}")
+        renamed[new] = tensor
+    return renamed
+
+
+def load_module(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    key_map: Iterable[tuple[str, str]] = (),
+    ignored: Iterable[str] = (),
+    beyond: Iterable[str] = (),
+) -> LoadReport:
+    """Load published tensors into a module, all or nothing.
+
+    Args:
+        module: built, with weights of its own.
+        tensors: by published name.
+        source: for messages.
+        key_map: see `VisionEncoder.key_map`.
+        ignored: see `VisionEncoder.ignored_keys`.
+        beyond: patterns of own names that the module does not have on purpose (blocks behind the chosen layer).
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or misshaped.
+    """
+    report = LoadReport(source)
+    renamed = rename(tensors, key_map=key_map, ignored=ignored, report=report)
+    own = module.state_dict()
+    skip = [re.compile(pattern) for pattern in beyond]
+    for name, tensor in list(renamed.items()):
+        if name in own and own[name].shape != tensor.shape:
+            report.mismatched.append(f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        elif name in own:
+            report.loaded.append(name)
+        elif any(pattern.search(name) for pattern in skip):
+            report.ignored.append(name)
+            del renamed[name]
+        else:
+            report.unexpected.append(name)
+    report.missing = sorted(own.keys() - renamed.keys())
+    report.raise_if_partial()
+    module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in renamed.items()})
+    logger.info("%s", report)
+    return report
+
+
+def open_saved(folder: str) -> tuple[Any, Any]:
+    """See `medm.models.load`."""
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: not a model folder; expected config.json, weights and processor_config.json in it"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if not config.model_type.startswith("medm-"):
+            raise CheckpointError(
+                f"{folder}: a model of type {config.model_type!r}, which medm did not save; "
+                "'medm import' turns published folders into medm models"
+            )
+        model, report = AutoModel.from_pretrained(path, config=config, output_loading_info=True, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be opened ({error})") from None
+    loaded = LoadReport(
+        folder,
+        missing=sorted(report["missing_keys"]),
+        unexpected=sorted(report["unexpected_keys"]),
+        mismatched=sorted(str(key) for key in report["mismatched_keys"]),
+    )
+    loaded.raise_if_partial()
+    model.eval()
+    return model, processor

@@ -1,0 +1,192 @@
+"""From a recipe's `model` section to a model: resolve every size, build, load what was published."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from medm.encoders import ENCODERS
+from medm.errors import CheckpointError, RecipeError
+from medm.imaging import preprocess_from_dict
+from medm.imaging.options import ImagePreprocess
+from medm.llms import LLMS, LLMOptions
+from medm.llms.base import read_template
+from medm.models.checkpoint import Published, load_module
+from medm.models.lvlm.configuration import LVLMConfig
+from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
+from medm.models.lvlm.options import PLACEHOLDERS, BranchOptions, LVLMOptions
+from medm.models.lvlm.processing import LVLMProcessor
+
+logger = logging.getLogger(__name__)
+
+_NOT_FOR_THE_ENCODER = {"name", "path", "architecture", "image_size"}
+_NOT_FOR_THE_CONNECTOR = {"name", "path"}
+
+
+def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
+    """A model with published weights wherever the recipe gives a path, and its processor.
+
+    Raises:
+        RecipeError: parts that do not fit each other or the recipe.
+        CheckpointError: published weights that do not fit.
+    """
+    config, processor = resolve(options)
+    dtype = getattr(torch, options.dtype)
+    # The frame holds no memory; its parts are put in with their weights.
+    with torch.device("meta"):
+        model = LVLMForConditionalGeneration(config)
+    model.language_model = _language_model(options.llm, config, dtype)
+    model.branches = nn.ModuleDict(
+        {name: _branch(name, branch, config, model.width).to(dtype) for name, branch in options.branches.items()}
+    )
+    model.config.dtype = dtype
+    model.generation_config = _generation_config(model, processor)
+    model.eval()
+    return model, processor
+
+
+def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
+    """Every size and the processor, from published configs and tokenizers alone; no weights are read."""
+    text_config = _text_config(options.llm)
+    tokenizer = _tokenizer(options.llm)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [PLACEHOLDERS[name] for name in options.branches]},
+        replace_extra_special_tokens=False,
+    )
+    if len(tokenizer) > text_config.vocab_size:
+        # A multiple of 64 keeps the head's matrix in the shape that tensor cores like.
+        text_config.vocab_size = -(-len(tokenizer) // 64) * 64
+    branches, spoken = {}, {}
+    for name, branch in options.branches.items():
+        entry, preprocess = _branch_config(name, branch)
+        entry["placeholder_id"] = tokenizer.convert_tokens_to_ids(PLACEHOLDERS[name])
+        with torch.device("meta"):
+            num_tokens = Branch(entry, out_dim=text_config.hidden_size).num_tokens
+        branches[name] = entry
+        spoken[name] = {"placeholder": PLACEHOLDERS[name], "num_tokens": num_tokens, "preprocess": preprocess}
+    family = LLMS.get(options.llm.name)
+    template = options.llm.chat_template or (None if tokenizer.chat_template else family.template)
+    processor = LVLMProcessor(
+        tokenizer,
+        branches=spoken,
+        template_kwargs=family.template_kwargs,
+        tasks=options.tasks,
+        chat_template=read_template(template) if template else None,
+    )
+    config = LVLMConfig(text_config=text_config, llm=options.llm.name, branches=branches, tasks=list(options.tasks))
+    return config, processor
+
+
+def _text_config(options: LLMOptions) -> PreTrainedConfig:
+    if options.path is not None:
+        try:
+            config = AutoConfig.from_pretrained(options.path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"model.llm.path {options.path!r}: no usable config ({error})") from None
+        for key, value in options.architecture.items():
+            setattr(config, key, value)
+    elif "model_type" in options.architecture:
+        config = AutoConfig.for_model(**options.architecture)
+    else:
+        raise RecipeError("model.llm: expected a path to published weights, or an architecture with a model_type")
+    expected = LLMS.get(options.name).model_types
+    if expected and config.model_type not in expected:
+        raise RecipeError(
+            f"model.llm: family {options.name!r} is of type {' or '.join(expected)}, but "
+            f"{options.path or 'the architecture'} is {config.model_type!r}; name the right family, or 'auto'"
+        )
+    config._attn_implementation = options.attention
+    return config
+
+
+def _tokenizer(options: LLMOptions) -> PreTrainedTokenizerBase:
+    source = options.tokenizer or options.path
+    if source is None:
+        raise RecipeError("model.llm.tokenizer: required where model.llm has no path")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model.llm: no usable tokenizer at {source!r} ({error})") from None
+
+
+def _branch_config(name: str, options: BranchOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    encoder_options, connector_options = options.encoder, options.connector
+    encoder = ENCODERS.get(encoder_options.name)
+    published = Published(encoder_options.path) if encoder_options.path else None
+    architecture = encoder.architecture_from(published.config() if published else {})
+    architecture |= encoder_options.architecture
+    image_size = getattr(encoder_options, "image_size", None)
+    preprocess = encoder.preprocess_from(published.preprocessor() if published else {}, architecture, image_size)
+    described = preprocess_from_dict({"kind": name, **preprocess, **options.preprocess})
+    entry = {
+        "encoder": {
+            "name": encoder_options.name,
+            "architecture": architecture,
+            **_fields(encoder_options, _NOT_FOR_THE_ENCODER),
+        },
+        "connector": {"name": connector_options.name, **_fields(connector_options, _NOT_FOR_THE_CONNECTOR)},
+        "channels": described.channels if isinstance(described, ImagePreprocess) else described.num_channels,
+        "spatial": list(described.size),
+    }
+    return entry, described.model_dump()
+
+
+def _fields(options: Any, left_out: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in options.model_dump().items() if key not in left_out}
+
+
+def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype) -> Any:
+    text_config = config.get_text_config()
+    if options.path is None:
+        return AutoModelForCausalLM.from_config(text_config, dtype=dtype)
+    published_vocabulary = AutoConfig.from_pretrained(options.path).vocab_size
+    vocabulary, text_config.vocab_size = text_config.vocab_size, published_vocabulary
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        options.path, config=text_config, dtype=dtype, output_loading_info=True
+    )
+    model, report = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(what):
+            raise CheckpointError(f"{options.path}: {what.replace('_', ' ')}: {sorted(map(str, report[what]))[:5]}")
+    if vocabulary != published_vocabulary:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        logger.info("vocabulary grown from %d to %d for the placeholders", published_vocabulary, vocabulary)
+    return model
+
+
+def _branch(name: str, options: BranchOptions, config: LVLMConfig, out_dim: int) -> Branch:
+    branch = Branch(config.branches[name], out_dim=out_dim)
+    if options.encoder.path:
+        load_module(
+            branch.encoder,
+            Published(options.encoder.path).tensors(),
+            source=f"{name}.encoder from {options.encoder.path}",
+            key_map=type(branch.encoder).key_map,
+            ignored=type(branch.encoder).ignored_keys,
+            beyond=type(branch.encoder).beyond_keys,
+        )
+    if options.connector.path:
+        load_module(
+            branch.connector,
+            Published(options.connector.path).tensors(),
+            source=f"{name}.connector from {options.connector.path}",
+            key_map=type(branch.connector).key_map,
+        )
+    return branch
+
+
+def _generation_config(model: LVLMForConditionalGeneration, processor: LVLMProcessor) -> Any:
+    """The LLM's own, which also stops at the template's end token and never says a placeholder."""
+    generation: Any = model.language_model.generation_config
+    end = processor.chat.end_of_reply()
+    stops: Any = generation.eos_token_id
+    known = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    generation.eos_token_id = sorted({end, *known})
+    generation.pad_token_id = processor.pad_id
+    if processor.placeholder_ids:
+        generation.suppress_tokens = sorted(processor.placeholder_ids.values())
+    return generation

@@ -1,0 +1,50 @@
+"""What an LVLM is: every size resolved, so that it can be built without asking anyone."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class LVLMConfig(PreTrainedConfig):
+    """Config of a checkpoint.
+
+    `branches` maps a branch name to::
+
+        encoder          {"name": "siglip", "architecture": {...}, "layer": -1, "tokens": "patch"}
+        connector        {"name": "mlp", "depth": 2, "activation": "gelu"}
+        channels         channels of the input
+        spatial          size of the input, (height, width) or (depth, height, width)
+        placeholder_id   token that stands for one vision token in `input_ids`
+
+    Widths, grids and token counts are derived from these when the model is built and stand nowhere twice.
+    """
+
+    model_type = "medm-lvlm"
+    sub_configs = {"text_config": AutoConfig}
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    """Config of the language model."""
+    llm: str = "auto"
+    """Family of the language model, a name of `medm.llms`."""
+    branches: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, Any] = field(default_factory=dict)
+    """Part name to the LoRA that sits in it, in peft's field names; the layers are built with the model."""
+    tasks: list[str] = field(default_factory=list)
+    """Names of the tasks, in the order of their ids."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**self.text_config)
+        elif self.text_config is None:
+            self.text_config = AutoConfig.for_model("llama")
+        # Tying is the language model's own affair: it holds both its embeddings and its head.
+        self.tie_word_embeddings = False
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, *_args: Any, **_kwargs: Any) -> PreTrainedConfig:
+        """The language model's config, which generation reads for its cache."""
+        assert isinstance(self.text_config, PreTrainedConfig)
+        return self.text_config

@@ -1,0 +1,327 @@
+"""What an LVLM computes: encode, connect, scatter, decode.
+
+The processor wrote one placeholder token for each vision token; the model puts the vision tokens there and
+checks the counts. Labels, masks and positions are never rebuilt. Knows nothing of files, prompts or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin
+from transformers.utils.generic import ModelOutput
+
+from medm.connectors import CONNECTORS
+from medm.connectors.base import Connector
+from medm.encoders import ENCODERS
+from medm.encoders.base import VisionEncoder
+from medm.errors import RecipeError
+from medm.models.base import MedmModel
+from medm.models.lvlm.configuration import LVLMConfig
+from medm.models.lvlm.options import LVLMOptions
+from medm.types import IGNORE_INDEX, VisionFeatures
+
+
+@dataclass
+class LVLMOutput(ModelOutput):
+    """`logits` (B, T, V) where no labels were given; `loss` where they were.
+
+    With labels the head runs on the labelled positions alone and no full logits exist.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    losses: dict[str, Tensor] | None = field(default=None)
+    """Auxiliary losses by name (load balance of a router), unweighted."""
+
+
+class Branch(nn.Module):
+    """One way for vision to come in: an encoder and the connector that leads to the LLM.
+
+    Args:
+        config: the branch's entry in `LVLMConfig.branches`.
+        out_dim: width of the language model.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, out_dim: int) -> None:
+        super().__init__()
+        encoder, connector = dict(config["encoder"]), dict(config["connector"])
+        self.encoder: VisionEncoder = ENCODERS.get(encoder.pop("name"))(**encoder)
+        self.spatial, self.channels = tuple(config["spatial"]), int(config["channels"])
+        self.connector: Connector = CONNECTORS.get(connector.pop("name"))(
+            in_dim=self.encoder.dim, out_dim=out_dim, grid=self.encoder.grid(self.spatial), prefix=self.encoder.prefix,
+            **connector,
+        )  # fmt: skip
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one item in the language model's sequence."""
+        return self.connector.num_tokens
+
+    def encode(self, pixels: Tensor) -> VisionFeatures:
+        """Vision features of (N, C, *spatial); without gradient book-keeping where the encoder is frozen."""
+        frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return self.encoder(pixels)
+
+    def forward(self, pixels: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """(N, C, *spatial) to (N, num_tokens, out_dim)."""
+        return self.connector(self.encode(pixels), task_ids)
+
+    def dummy(self) -> Tensor:
+        """Zero pixels of one item."""
+        return torch.zeros(1, self.channels, *self.spatial, **self.encoder.device_and_dtype)
+
+
+class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
+    """Vision branches in front of a causal language model.
+
+    `forward` and `generate` take what the collator makes (see `medm.types.Batch`).
+    """
+
+    config_class = LVLMConfig
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    accepts_loss_kwargs = True  # tells transformers' Trainer that the loss is normalised by num_items_in_batch
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: LVLMConfig) -> None:
+        super().__init__(config)
+        self.language_model: Any = AutoModelForCausalLM.from_config(config.get_text_config())
+        self.branches = nn.ModuleDict(
+            {name: Branch(entry, out_dim=self.width) for name, entry in config.branches.items()}
+        )
+        self.inject_adapters()
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        return self.language_model.get_output_embeddings()
+
+    @property
+    def width(self) -> int:
+        """Width of the language model's embeddings."""
+        return int(self.get_input_embeddings().embedding_dim)
+
+    def branch(self, name: str) -> Branch:
+        """A branch by name."""
+        return cast(Branch, self.branches[name])
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The units that a recipe freezes, trains or adapts: `llm`, `image.encoder`, `image.connector` ..."""
+        parts: dict[str, nn.Module] = {"llm": self.language_model}
+        for name in self.branches:
+            parts[f"{name}.encoder"] = self.branch(name).encoder
+            parts[f"{name}.connector"] = self.branch(name).connector
+        return parts
+
+    def check_same_parts(self, options: LVLMOptions, *, source: str) -> None:  # type: ignore[override]
+        differences = (
+            [] if options.llm.name == self.config.llm else [f"llm {self.config.llm!r}, not {options.llm.name!r}"]
+        )
+        if set(options.branches) != set(self.branches):
+            differences.append(f"branches {sorted(self.branches)}, not {sorted(options.branches)}")
+        for name in set(options.branches) & set(self.branches):
+            wanted = options.branches[name].model_dump()
+            for part in ("encoder", "connector"):
+                held = self.config.branches[name][part]
+                differences += [
+                    f"{name}.{part}.{key} {held[key]!r}, not {value!r}"
+                    for key, value in wanted[part].items()
+                    if key in held and key != "architecture" and held[key] != value
+                ]
+        if differences:
+            raise RecipeError(
+                f"init_from {source}: holds " + "; ".join(differences) + ". Change the recipe or init_from"
+            )
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixels: Mapping[str, Tensor] | None = None,
+        task_ids: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, VisionFeatures] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Token embeddings (B, T, D) with the vision tokens in their places, and the connectors' auxiliary losses.
+
+        Args:
+            input_ids: (B, T), with one placeholder for each vision token.
+            pixels: per branch (N, C, *spatial), the items of all samples in order.
+            task_ids: per branch (N,).
+            features: per branch what the encoder gave before, in place of `pixels`.
+
+        Raises:
+            ValueError: placeholders and vision tokens differ in number.
+        """
+        pixels, task_ids, features = pixels or {}, task_ids or {}, features or {}
+        embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        losses: dict[str, Tensor] = {}
+        for name in self.branches:
+            branch = self.branch(name)
+            if name in pixels or name in features:
+                seen = features[name] if name in features else branch.encode(pixels[name])
+                tokens = branch.connector(seen, task_ids.get(name))  # (N, M, D)
+                losses |= {f"{name}.{key}": value for key, value in branch.connector.auxiliary_losses().items()}
+                embeds = scatter(
+                    embeds, input_ids, tokens, placeholder_id=self.config.branches[name]["placeholder_id"], branch=name
+                )
+            else:
+                self._check_no_placeholder(input_ids, name)
+                if self._must_run_every_branch():
+                    embeds = embeds + 0.0 * branch(branch.dummy()).sum().to(embeds.dtype)
+        return embeds, losses
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixels: Mapping[str, Tensor] | None = None,
+        task_ids: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, VisionFeatures] | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> LVLMOutput:
+        """Run the model on a batch.
+
+        1. Embed the text.
+        2. Encode and connect each branch's pixels, and scatter the result onto its placeholders.
+        3. Decode with the language model.
+        4. With labels: the loss over labelled positions; without: logits.
+
+        Args are those of `medm.types.Batch`, of `embed`, and transformers' own; besides them:
+            labels: (B, T), -100 where nothing is learned. Not shifted: position t is predicted from t - 1.
+            num_items_in_batch: labelled tokens over all micro-batches and ranks of the step; the loss is the sum
+                over this batch divided by it. Without it the loss is the mean over this batch.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds, found both or none")
+        losses: dict[str, Tensor] = {}
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds, losses = self.embed(input_ids, pixels, task_ids, features)
+        decoding = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        if labels is None:
+            output = self.language_model(**decoding, logits_to_keep=logits_to_keep)
+            return LVLMOutput(
+                logits=output.logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+            )
+        output = self.language_model.base_model(**decoding, use_cache=False)
+        loss = self._label_loss(output.last_hidden_state, labels, num_items_in_batch)
+        return LVLMOutput(loss=loss, hidden_states=output.hidden_states, losses=losses or None)
+
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        pixels: Mapping[str, Tensor] | None = None,
+        task_ids: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, VisionFeatures] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Answers, in the form of transformers' `generate`: (B * sequences, prompt + answer) token ids.
+
+        Vision runs once; the language model's own generation does the rest. Batches are padded on the left.
+        """
+        with torch.no_grad():
+            embeds, _ = self.embed(input_ids, pixels, task_ids, features)
+        kwargs.setdefault("generation_config", self.generation_config)
+        return self.language_model.generate(input_ids=input_ids, inputs_embeds=embeds, **kwargs)
+
+    def _label_loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Cross-entropy at the labelled positions alone: the head is the largest matrix of a small LLM.
+
+        Every rank takes part even without a label, since the head's weights may be spread over ranks.
+        """
+        targets = labels[:, 1:]
+        learned = targets != IGNORE_INDEX
+        hidden, targets = hidden[:, :-1][learned], targets[learned]  # (L, D), (L,)
+        if not len(targets):
+            return self._head(hidden.new_zeros(1, self.width)).sum() * 0.0
+        total = F.cross_entropy(self._head(hidden).float(), targets, reduction="sum")
+        return total / (len(targets) if num_items is None else num_items)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits (L, V) of hidden states (L, D), with the scaling that some families put after the head."""
+        logits = self.language_model.get_output_embeddings()(hidden)
+        text = self.config.get_text_config()
+        if (cap := getattr(text, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
+            logits = torch.tanh(logits / cap) * cap
+        if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (factor := getattr(text, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * factor
+        return logits
+
+    def _must_run_every_branch(self) -> bool:
+        """In training every rank must touch the same weights in the same order, or ZeRO-3 waits for ever; the same
+        holds for evaluation on several ranks.
+        """
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return self.training or (several and torch.distributed.get_world_size() > 1)
+
+    def _check_no_placeholder(self, input_ids: Tensor, name: str) -> None:
+        count = (input_ids == self.config.branches[name]["placeholder_id"]).sum()
+        check(count == 0, lambda: f"branch '{name}': {int(count)} placeholder tokens in the text, and no pixels")
+
+
+def scatter(embeds: Tensor, input_ids: Tensor, tokens: Tensor, *, placeholder_id: int, branch: str = "") -> Tensor:
+    """Put vision tokens where the placeholders are.
+
+    Args:
+        embeds: (B, T, D).
+        input_ids: (B, T).
+        tokens: (N, M, D), in the order of the placeholders.
+        placeholder_id: the token to replace.
+        branch: name, for the message.
+
+    Returns:
+        (B, T, D), a new tensor.
+
+    Raises:
+        ValueError: the counts differ. Going on would give one sample the image of another.
+    """
+    places = input_ids == placeholder_id  # (B, T)
+    given = tokens.shape[0] * tokens.shape[1]
+    check(
+        places.sum() == given,
+        lambda: (
+            f"branch '{branch}': {int(places.sum())} placeholder tokens in the text, but {tokens.shape[0]} items of "
+            f"{tokens.shape[1]} tokens = {given}; the processor and the model do not belong together"
+        ),
+    )
+    return embeds.masked_scatter(places.unsqueeze(-1), tokens.to(embeds.dtype))
+
+
+def check(condition: Tensor, message: Any) -> None:
+    """Raise `ValueError` when a tensor condition is false; on an accelerator without waiting for it."""
+    if condition.device.type == "cpu":
+        if not bool(condition):
+            raise ValueError(message())
+    else:
+        torch._assert_async(condition)
