@@ -16,6 +16,7 @@ FOLDERS = ("medm", "scripts", "examples", "benchmarks", "docs")
 
 MAY_TORCH_LOAD = {"medm/models/checkpoint.py", "medm/training/checkpoint.py", "medm/training/checkpoints.py"}
 """The modules that read torch files, always with `weights_only=True`."""
+MAY_EXTRACT = {"examples/quickstart/fetch.py": "its archives are pinned by SHA-256"}
 
 FORBIDDEN_IMPORTS = {
     "pickle": "runs code of the file's author",
@@ -29,6 +30,8 @@ FORBIDDEN_IMPORTS = {
     "open_clip": "needs torchvision",
     "evaluate": "fetches metric code from a hub when it runs",
 }
+HARMLESS_IMPORTS = [("pickle", ["UnpicklingError"])]
+"""What `torch.load(weights_only=True)` raises on a file that would run code."""
 FORBIDDEN_CALLS = {
     "eval": "runs text as code",
     "exec": "runs text as code",
@@ -52,6 +55,8 @@ def problems(source: str, place: str) -> Iterator[str]:
     """Every forbidden thing in a source text, one sentence each."""
     for node in ast.walk(ast.parse(source)):
         line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.ImportFrom) and (node.module, [a.name for a in node.names]) in HARMLESS_IMPORTS:
+            continue
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             for top in {module.split(".")[0] for module in modules} & set(FORBIDDEN_IMPORTS):
@@ -74,7 +79,8 @@ def _call_problems(node: ast.Call, place: str) -> Iterator[str]:
     name, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
     if name in FORBIDDEN_CALLS:
         yield f"{place}:{node.lineno} calls {name}, which {FORBIDDEN_CALLS[name]}"
-    if isinstance(node.func, ast.Attribute) and node.func.attr in FORBIDDEN_METHODS:
+    sifted = place in MAY_EXTRACT or ("filter" in keywords and ast.unparse(keywords["filter"]) == "'data'")  # tarfile's
+    if isinstance(node.func, ast.Attribute) and node.func.attr in FORBIDDEN_METHODS and not sifted:
         yield f"{place}:{node.lineno} calls {node.func.attr}, which {FORBIDDEN_METHODS[node.func.attr]}"
     for key in FORBIDDEN_TRUE.keys() & keywords.keys():
         if _is_true(keywords[key]):
@@ -99,6 +105,7 @@ def test_nothing_forbidden_is_written() -> None:
     "source",
     [
         "import pickle",
+        "from pickle import UnpicklingError, loads",
         "from cloudpickle import loads",
         "import torchvision.transforms as T",
         "from timm import create_model",
@@ -129,6 +136,8 @@ def test_the_rule_sees(source: str) -> None:
         "subprocess.run([command], shell=False)",
         "def evaluate(): ...",
         "from medm.evaluation import runner",
+        "from pickle import UnpicklingError",
+        "archive.extractall(folder, filter='data')",
     ],
 )
 def test_the_rule_lets_pass(source: str) -> None:

@@ -17,6 +17,7 @@ REGISTRIES = {
     "connectors": "medm.connectors:CONNECTORS",
     "llms": "medm.llms:LLMS",
     "models": "medm.models:MODELS",
+    "objectives": "medm.objectives:OBJECTIVES",
 }
 """What `medm list` prints: kind, and where its table is."""
 
@@ -77,13 +78,10 @@ def show(
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
 ) -> None:
     """Check a recipe and print it as medm understands it, defaults included."""
-    import yaml
-
     from medm.cli.recipes import find
-    from medm.training.recipe import load_recipe
+    from medm.training.recipe import dump, load_recipe, resolved
 
-    checked = load_recipe(find(recipe), overrides or [])
-    out.print(yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False, allow_unicode=True), markup=False)
+    out.print(dump(resolved(load_recipe(find(recipe), overrides or []))), end="", markup=False)
 
 
 @recipes.command("reference")

@@ -1,0 +1,124 @@
+"""Every shipped recipe says what it means: it passes the schema, without torch and without asking a hub."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medm.cli.recipes import find, shipped, summary
+from medm.errors import RecipeError
+from medm.training.recipe import dump, load_recipe, resolved
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(shipped())
+
+
+def test_the_published_systems_are_there() -> None:
+    assert {
+        "medm-vl-2d/pretrain",
+        "medm-vl-2d/finetune",
+        "medm-vl-2d/finetune_lora",
+        "tinyllava-phi2-siglip/pretrain",
+        "tinyllava-phi2-siglip/finetune",
+    } <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_resolves_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(shipped()[name])
+    written = tmp_path / "resolved.yaml"
+    written.write_text(dump(resolved(recipe)), encoding="utf-8")
+    assert load_recipe(written) == recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_says_what_it_is(name: str) -> None:
+    assert len(summary(shipped()[name])) > 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_are_those_of_the_model(name: str) -> None:
+    """A part that the model lacks would be noticed only after the weights are loaded."""
+    recipe = load_recipe(shipped()[name])
+    if recipe.model.kind != "lvlm":
+        pytest.skip("the parts of other kinds are known to the built model alone")
+    branches = recipe.model.branches
+    known = {"llm"} | {f"{branch}.{part}" for branch in branches for part in ("encoder", "connector")}
+    assert set(recipe.parts) <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [  # the published numbers, as a reader of the paper would look them up
+        ("medm-vl-2d/pretrain", "parts.image.connector.lr", 1e-3),
+        ("medm-vl-2d/pretrain", "train.per_device_train_batch_size", 64),
+        ("medm-vl-2d/pretrain", "train.gradient_accumulation_steps", 2),
+        ("medm-vl-2d/finetune", "parts.image.encoder.tune", "full"),
+        ("medm-vl-2d/finetune", "parts.llm.lr", 2e-5),
+        ("medm-vl-2d/finetune", "train.num_train_epochs", 3),
+        ("medm-vl-2d/finetune_lora", "parts.llm.r", 128),
+        ("medm-vl-2d/finetune_lora", "parts.llm.alpha", 256),
+        ("medm-vl-2d/finetune_lora", "parts.image.encoder.tune", "frozen"),
+        ("tinyllava-phi2-siglip/pretrain", "data.max_length", 3072),
+        ("tinyllava-phi2-siglip/pretrain", "parts.image.connector.lr", 1e-3),
+        ("tinyllava-phi2-siglip/finetune", "parts.llm.tune", "full"),
+        ("tinyllava-phi2-siglip/finetune", "parts.image.encoder.tune", "frozen"),
+        ("tinyllava-phi2-siglip/finetune", "train.gradient_accumulation_steps", 4),
+    ],
+)
+def test_published_values(name: str, key: str, value: object) -> None:
+    section, rest = key.split(".", 1)
+    block = resolved(load_recipe(shipped()[name]))[section]
+    part, _, last = rest.rpartition(".")
+    assert (block[part] if part else block)[last] == value
+
+
+def test_recipes_are_found_by_name_from_anywhere(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "medm", "recipes", "show", "medm-vl-2d/pretrain", "train.num_train_epochs=7"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "num_train_epochs: 7" in done.stdout
+    assert find("medm-vl-2d/pretrain.yaml") == find("medm-vl-2d/pretrain")
+    assert find("recipes/medm-vl-2d/pretrain.yaml").samefile(find("medm-vl-2d/pretrain"))
+    with pytest.raises(RecipeError, match="did you mean 'medm-vl-2d/pretrain'"):
+        find("medm-vl-2d/pretrian")
+
+
+def test_recipe_check_needs_no_torch() -> None:
+    script = (
+        "import sys; from medm.cli import main\n"
+        "try: main(['recipes', 'show', 'medm-vl-2d/finetune'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("modle.llm=x", ["modle", "did you mean 'model'"]),
+        ("model.llm.name=qwen", ["qwen", "qwen2.5"]),
+        ("model.branches.image.connector.dept=3", ["model.branches.image.connector", "dept", "did you mean 'depth'"]),
+        ("train.learning_rte=1e-4", ["learning_rte", "did you mean 'learning_rate'"]),
+        ("train.bf16=maybe", ["train.bf16", "'maybe'"]),
+        ("parts.llm.tune=lor", ["parts.llm", "'lor'"]),
+        ("data.train.0.path=7", ["data.train.0.path", "7"]),
+    ],
+)
+def test_mistakes_are_named_with_their_key(override: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(find("medm-vl-2d/finetune_lora"), [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_reference_page_is_current() -> None:
+    from medm.cli.reference import page
+
+    written = (ROOT / "docs" / "recipe-reference.md").read_text(encoding="utf-8")
+    assert written == page(), "run: medm recipes reference docs/recipe-reference.md"
