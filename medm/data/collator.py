@@ -22,7 +22,7 @@ class Collator:
     """
 
     pad_id: int
-    """Token of padding. Masks say what is padding, so it may be a real token as well (Llama pads with its end token)."""
+    """Token of padding. Masks say what is padding, so it may be a real token too (Llama pads with its end token)."""
     padding_side: Literal["left", "right"] = "right"
     """"left" for generation, where every row has to end where its reply begins."""
     pad_to_multiple_of: int | None = None

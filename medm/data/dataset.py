@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from medm.data.records import Records
-from medm.errors import DataError
+from medm.data.limits import LengthLimit, TooLongError, require_label
+from medm.data.records import Records, missing_branch
+from medm.errors import DataError, RecipeError
 from medm.imaging import Preprocess, load_pixels
-from medm.types import IGNORE_INDEX, Encode, Example, Sample
+from medm.types import Encode, Example, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,7 @@ class ConversationDataset(Dataset[Example | None]):
         preprocess: by branch, what is done to the pixels; its keys are the branches that the model has.
         load: file and description to (C, *spatial) float32; a cache fits in here.
         max_length: longest example in tokens; None for no limit.
-        too_long: what happens to a longer one. Text is cut at the end, but never a placeholder or the last
-            label: an example that cannot be cut so counts as bad.
+        too_long: what happens to a longer one, as in `LengthLimit`; one that cannot be shortened counts as bad.
         placeholder_ids: token ids that stand for vision tokens, which are never cut.
         bad_records: stop with the `DataError`, or leave the record out and count it.
         bad_records_limit: with "skip", stop all the same after more than so many.
@@ -64,9 +64,13 @@ class ConversationDataset(Dataset[Example | None]):
         seed: int = 0,
     ) -> None:
         self.records, self.encode, self.preprocess, self.load = records, encode, dict(preprocess), load
-        self.max_length, self.too_long, self.placeholder_ids = max_length, too_long, frozenset(placeholder_ids)
+        self.limit = LengthLimit(max_length, too_long, frozenset(placeholder_ids))
         self.bad_records, self.bad_records_limit = bad_records, bad_records_limit
         self.augment, self.generation, self.seed = dict(augment or {}), generation, seed
+        if unknown := sorted(self.augment.keys() - self.preprocess.keys()):
+            raise RecipeError(
+                f"data.augment: {unknown} are not branches of the model; it has {sorted(self.preprocess)}"
+            )
         # Shared with the workers. Each has a row of its own to count in, so that no lock is needed.
         self._counts = torch.zeros(1 + _MAX_WORKERS, len(COUNTED), dtype=torch.int64).share_memory_()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -86,23 +90,25 @@ class ConversationDataset(Dataset[Example | None]):
     def __getitem__(self, index: int) -> Example | None:
         """Raises `DataError` with file, index and field, unless the policy is to leave such a record out."""
         try:
-            example = self._fit(self._example(index))
+            example = self._example(index)
+            fitting = self.limit.apply(example)
         except DataError as error:
             source, position = self.records.locate(index)
             error.at(file=self.records.files[source].path, index=position)
-            if self.bad_records == "stop":
+            if self.bad_records == "stop" or isinstance(error, TooLongError):
                 raise
-            return self._leave_out(error)
-        if example is None:
-            self._count("too_long")
-        return example
+            self._leave_out(error)
+            return None
+        if fitting is not example:
+            self._count("too_long" if fitting is None else "truncated")
+        return fitting
 
     def _example(self, index: int) -> Example:
         sample = self.records[index]
         pixels = self._pixels(sample, index)
         example = self.encode(sample, pixels, generation=self.generation)
-        if not self.generation and all(label == IGNORE_INDEX for label in example.labels):
-            raise DataError("no token of this record is learned: the replies are empty once encoded")
+        if not self.generation:
+            require_label(example)
         return example
 
     def _pixels(self, sample: Sample, index: int) -> dict[str, list[np.ndarray]]:
@@ -121,22 +127,6 @@ class ConversationDataset(Dataset[Example | None]):
             pixels.setdefault(media.branch, []).append(array)
         return pixels
 
-    def _fit(self, example: Example) -> Example | None:
-        """The example within `max_length`, or None where the policy is to leave it out."""
-        length = len(example.input_ids)
-        if self.max_length is None or length <= self.max_length:
-            return example
-        if self.too_long == "skip":
-            return None
-        if self.too_long == "truncate_text":
-            example = truncate_text(example, self.max_length, self.placeholder_ids)
-            self._count("truncated")
-            return example
-        raise DataError(
-            f"{length} tokens, vision tokens included, but data.max_length is {self.max_length}; raise it, or set "
-            "data.too_long to truncate_text or skip"
-        )
-
     def _leave_out(self, error: DataError) -> None:
         self._count("bad")
         logger.warning("left out: %s", error)
@@ -150,26 +140,3 @@ class ConversationDataset(Dataset[Example | None]):
     def _count(self, what: str) -> None:
         worker = get_worker_info()
         self._counts[0 if worker is None else 1 + worker.id, COUNTED.index(what)] += 1
-
-
-def truncate_text(example: Example, max_length: int, placeholder_ids: Collection[int]) -> Example:
-    """The first `max_length` tokens. Raises `DataError` where that would cut a placeholder or leave no label."""
-    cut = [token for token in example.input_ids[max_length:] if token in placeholder_ids]
-    length = len(example.input_ids)
-    if cut:
-        raise DataError(
-            f"{length} tokens cannot be cut to data.max_length = {max_length}: {len(cut)} vision tokens stand beyond "
-            "it, and images are never cut; raise max_length or shorten the text before the image"
-        )
-    labels = example.labels[:max_length]
-    if all(label == IGNORE_INDEX for label in labels):
-        raise DataError(
-            f"{length} tokens cut to data.max_length = {max_length} leave nothing of the reply to learn; raise it or "
-            "shorten the question"
-        )
-    return Example(example.input_ids[:max_length], labels, example.pixels, example.task_id, example.meta)
-
-
-def missing_branch(branch: str, known: Collection[str]) -> str:
-    """Why a record's image or volume cannot be used by this model."""
-    return f"the record holds a {branch}, but the model has no branch of that name; it has {sorted(known) or 'none'}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -269,6 +269,11 @@ def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference:
             raise DataError(f"the {turn.role}'s turn is empty", field=place)
     if not inference and spoken[-1].role != "assistant":
         raise DataError("the last turn is the user's; training needs a reply to learn", field=field)
+
+
+def missing_branch(branch: str, known: Collection[str]) -> str:
+    """Why a record's image or volume cannot be used by this model."""
+    return f"the record holds a {branch}, but the model has no branch of that name; it has {sorted(known) or 'none'}"
 
 
 class Records(Sequence[Sample]):

@@ -1,0 +1,286 @@
+"""Every record of the annotation files looked at before anything is trained or answered.
+
+Needs no torch: encoding, where it is asked for, is handed in. Reports places and reasons, never what a record says,
+but for the one preview that is asked for by handing in a decoder.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from medm.data.limits import LengthLimit, require_label
+from medm.data.options import SourceOptions
+from medm.data.records import Records, missing_branch
+from medm.errors import DataError
+from medm.imaging import Preprocess, load_pixels
+from medm.imaging.probe import probe
+from medm.types import IGNORE_INDEX, Encode, Example, Sample
+
+MAX_KEPT = 1000
+"""So many bad records are kept with their place and reason; the rest are counted."""
+
+
+_KINDS: dict[str, Literal["image", "volume"]] = {"image": "image", "volume": "volume"}
+"""What the branches that records name are, where no model says more."""
+
+
+@dataclass(slots=True)
+class Segment:
+    """A stretch of an encoded sample that is learned, or not."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(slots=True)
+class Report:
+    """What a check found."""
+
+    files: dict[str, int] = field(default_factory=dict)
+    """Records looked at in each annotation file."""
+    records: int = 0
+    """Records looked at, good and bad."""
+    turns: int = 0
+    text_only: int = 0
+    """Good records without image or volume."""
+    media: Counter[str] = field(default_factory=Counter)
+    """Images and volumes of good records by branch."""
+    tasks: Counter[str] = field(default_factory=Counter)
+    """Good records by task; "" for those that name none."""
+    bad: list[DataError] = field(default_factory=list)
+    """The first bad records, with file, index, field and reason."""
+    num_bad: int = 0
+    duplicate_ids: list[tuple[str, str, int]] = field(default_factory=list)
+    """(id, file, index) of the first records whose id another one had before."""
+    num_duplicate_ids: int = 0
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each record in order, after shortening; 0 for bad ones and those left out. Empty without an encoder."""
+    num_too_long: int = 0
+    """Records that the policy leaves out for their length."""
+    num_truncated: int = 0
+    """Records that the policy shortens."""
+    preview: list[Segment] = field(default_factory=list)
+    """The first good record as the model sees it."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every record can be used."""
+        return self.num_bad == 0
+
+    def lines(self) -> list[str]:
+        """The report for people, bad records first."""
+        lines = [f"{error}" for error in self.bad]
+        if self.num_bad > len(self.bad):
+            lines.append(f"... and {self.num_bad - len(self.bad)} more bad records")
+        lines += [f"{file}: {count} records" for file, count in self.files.items()]
+        media = ", ".join(f"{count} {branch}(s)" for branch, count in sorted(self.media.items())) or "no images"
+        lines.append(
+            f"{self.records} records, {self.num_bad} bad; {self.turns} turns, {media}, {self.text_only} text only"
+        )
+        if set(self.tasks) - {""}:
+            lines.append("tasks: " + ", ".join(f"{task or '(none)'} {n}" for task, n in self.tasks.most_common()))
+        if self.num_duplicate_ids:
+            name, file, index = self.duplicate_ids[0]
+            lines.append(
+                f"{self.num_duplicate_ids} ids occur more than once; the first is {name!r} at {file}, record {index}"
+            )
+        if any(self.lengths):
+            lines += self._length_lines()
+        if self.preview:
+            lines.append("the first record as the model sees it; [x] is learned, [ ] is not:")
+            lines += [f"  [{'x' if part.learned else ' '}] {part.text!r}" for part in self.preview]
+        return lines
+
+    def _length_lines(self) -> list[str]:
+        values = np.asarray([length for length in self.lengths if length])
+        middle, high = np.percentile(values, [50, 95]).astype(int)
+        lines = [f"tokens a record: {values.min()} to {values.max()}, median {middle}, 95 % up to {high}"]
+        counts, edges = np.histogram(values, bins=min(10, len(np.unique(values))))
+        for count, low, top in zip(counts, edges, edges[1:], strict=False):
+            bar = "#" * round(40 * int(count) / int(counts.max()))
+            lines.append(f"  {int(np.ceil(low)):>7} .. {int(top):>7} {count:>9} {bar}")
+        if self.num_too_long or self.num_truncated:
+            lines.append(f"too long: {self.num_too_long} left out, {self.num_truncated} shortened")
+        return lines
+
+
+@dataclass(slots=True)
+class _Checker:
+    """The settings of one check and what it carries from record to record."""
+
+    preprocess: Mapping[str, Preprocess] | None
+    decode: bool
+    encode: Encode | None
+    to_text: Callable[[list[int]], str] | None
+    limit: LengthLimit
+    inference: bool
+    report: Report
+    seen_ids: set[str] = field(default_factory=set)
+    seen_files: dict[Path, str | None] = field(default_factory=dict)
+    """Files already probed, and what is wrong with them."""
+
+    def record(self, records: Records, index: int) -> None:
+        """Check one record and add it to the report. Raises `DataError` when it is bad."""
+        sample = records[index]
+        self._note_id(sample)
+        for position in range(len(sample.media)):
+            try:
+                self._media(records, index, sample, position)
+            except DataError as error:
+                raise error.at(
+                    file=sample.file, index=sample.index, field=records.media_field(index, position)
+                ) from None
+        if self.encode is not None:
+            try:
+                self.report.lengths.append(self._length(self.encode, sample, self._pixels(records, index, sample)))
+            except DataError as error:
+                raise error.at(file=sample.file, index=sample.index) from None
+        self.report.turns += len(sample.turns)
+        self.report.text_only += not sample.media
+        self.report.media.update(media.branch for media in sample.media)
+        self.report.tasks[sample.task or ""] += 1
+
+    def _note_id(self, sample: Sample) -> None:
+        if sample.id is None:
+            return
+        if sample.id in self.seen_ids:
+            self.report.num_duplicate_ids += 1
+            if len(self.report.duplicate_ids) < MAX_KEPT:
+                self.report.duplicate_ids.append((sample.id, str(sample.file), sample.index or 0))
+        self.seen_ids.add(sample.id)
+
+    def _media(self, records: Records, index: int, sample: Sample, position: int) -> None:
+        media = sample.media[position]
+        if self.preprocess is not None and media.branch not in self.preprocess:
+            raise DataError(missing_branch(media.branch, self.preprocess))
+        path = records.media_path(index, media)
+        if path not in self.seen_files:
+            kind = _KINDS[media.branch] if self.preprocess is None else self.preprocess[media.branch].kind
+            self.seen_files[path] = None
+            try:
+                probe(path, kind=kind, decode=self.decode)
+            except DataError as error:
+                self.seen_files[path] = error.reason
+                raise
+        reason = self.seen_files[path]
+        if reason is not None:
+            raise DataError(reason)
+
+    def _length(self, encode: Encode, sample: Sample, pixels: Mapping[str, list[np.ndarray]]) -> int:
+        """Tokens of the record as it will be trained on, 0 where the policy leaves it out."""
+        example = encode(sample, pixels, generation=self.inference)
+        if not self.inference:
+            require_label(example)
+        fitting = self.limit.apply(example)
+        self.report.num_too_long += fitting is None
+        self.report.num_truncated += fitting is not None and fitting is not example
+        if fitting is None:
+            return 0
+        if self.to_text is not None and not self.report.preview:
+            self.report.preview = segments(fitting, self.to_text)
+        return len(fitting.input_ids)
+
+    def _pixels(self, records: Records, index: int, sample: Sample) -> dict[str, list[np.ndarray]]:
+        """The real pixels where files are decoded anyway, else arrays of the same shape that take no memory."""
+        preprocess = self.preprocess or {}
+        if not self.decode:
+            return blank_pixels(sample, preprocess)
+        pixels: dict[str, list[np.ndarray]] = {}
+        for media in sample.media:
+            array = load_pixels(records.media_path(index, media), preprocess[media.branch])
+            pixels.setdefault(media.branch, []).append(array)
+        return pixels
+
+
+def check(
+    sources: Sequence[SourceOptions],
+    *,
+    inference: bool = False,
+    preprocess: Mapping[str, Preprocess] | None = None,
+    decode: bool = False,
+    encode: Encode | None = None,
+    to_text: Callable[[list[int]], str] | None = None,
+    max_length: int | None = None,
+    too_long: Literal["error", "truncate_text", "skip"] = "error",
+    placeholder_ids: Collection[int] = (),
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Read every record, look at every file that it names, and say what is bad.
+
+    Args:
+        sources: the annotation files. One that cannot be opened at all is reported like a bad record.
+        inference: the last reply of a record may be missing.
+        preprocess: by branch, as the model has it; without it "image" and "volume" are looked at as such.
+        decode: read every image and volume in full; otherwise only as far as their header.
+        encode: a model's encoder, for token lengths. Needs `preprocess`.
+        to_text: ids to text, for the preview of the first good record.
+        max_length: longest record in tokens, as in training.
+        too_long: what training will do with a longer one; with "error" it is a bad record.
+        placeholder_ids: token ids that stand for vision tokens, which are never cut.
+        limit: look only at the first so many records of each file.
+        progress: called with (records done, records in all) now and then.
+    """
+    report = Report()
+    length_limit = LengthLimit(max_length, too_long, frozenset(placeholder_ids))
+    checker = _Checker(preprocess, decode, encode, to_text, length_limit, inference, report)
+    opened = []
+    for source in sources:
+        try:
+            opened.append(Records([source], inference=inference))
+        except DataError as error:
+            _note_bad(report, error)
+    totals = [len(records) if limit is None else min(limit, len(records)) for records in opened]
+    for records, total in zip(opened, totals, strict=True):
+        report.files[str(records.files[0].path)] = report.files.get(str(records.files[0].path), 0) + total
+        for index in range(total):
+            report.records += 1
+            try:
+                checker.record(records, index)
+            except DataError as error:
+                _note_bad(report, error)
+                report.lengths += [0] if encode is not None else []
+            if progress is not None and report.records % 1000 == 0:
+                progress(report.records, sum(totals))
+    return report
+
+
+def _note_bad(report: Report, error: DataError) -> None:
+    report.num_bad += 1
+    if len(report.bad) < MAX_KEPT:
+        report.bad.append(error)
+
+
+def blank_pixels(sample: Sample, preprocess: Mapping[str, Preprocess]) -> dict[str, list[np.ndarray]]:
+    """Arrays of the shape that the sample's files will have, all zero and without memory of their own."""
+    pixels: dict[str, list[np.ndarray]] = {}
+    for media in sample.media:
+        options = preprocess[media.branch]
+        channels = options.channels if options.kind == "image" else options.num_channels
+        shape = (channels, *(options.size or (1, 1, 1)))
+        pixels.setdefault(media.branch, []).append(np.broadcast_to(np.float32(0), shape))
+    return pixels
+
+
+def segments(example: Example, to_text: Callable[[list[int]], str]) -> list[Segment]:
+    """An encoded sample as text, cut where learning begins and ends; a repeated token is written once, with a number."""
+    pieces: list[Segment] = []
+    pairs = list(zip(example.input_ids, (label != IGNORE_INDEX for label in example.labels), strict=True))
+    for learned, group in groupby(pairs, key=lambda pair: pair[1]):
+        text, plain = "", []
+        for token, run in groupby(token for token, _ in group):
+            count = len(list(run))
+            if count < 8:
+                plain += [token] * count
+                continue
+            text += (to_text(plain) if plain else "") + f"{to_text([token])} x {count} "
+            plain = []
+        pieces.append(Segment(text + (to_text(plain) if plain else ""), learned))
+    return pieces
