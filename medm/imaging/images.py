@@ -9,6 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from medm.errors import MediaError
 from medm.imaging.arrays import read_npy
 from medm.imaging.damage import DECODE_ERRORS
+from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
 
 logger = logging.getLogger(__name__)
@@ -27,6 +32,8 @@ MAX_PIXELS = 64 * 2**20
 """Largest image that is decoded. Pillow alone would allow 179 million pixels (a 17 kB PNG can declare 144)."""
 
 _FORMATS = ["PNG", "JPEG", "TIFF", "BMP"]
+_NPY, _DICOM = b"\x93NUMPY", b"DICM"
+_NPY = b"\x93NUMPY"
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -67,17 +74,29 @@ def read_image(file: Path | BinaryIO, *, name: str | None = None) -> Picture:
         MediaError: missing, empty, truncated, too large, of several frames, or of a format that is not on the list.
     """
     if not isinstance(file, (str, Path)):
-        return _decode(file, name or "image")
+        return _decode(file, name or "image", None)
     name = name or str(file)
-    try:
-        # Opened once and asked afterwards: what is checked is what is read.
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise MediaError(f"{name}: cannot be opened ({error.strerror})") from None
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise MediaError(f"{name}: expected an image file, found a folder, device or pipe")
-        return _decode(stream, name)
+    with _regular_file(Path(file), name) as stream:
+        return _decode(stream, name, Path(file))
+
+
+def check_image(file: Path) -> None:
+    """Look at the header of an image without decoding it.
+
+    Raises:
+        MediaError: as `read_image`, except for damage behind the header.
+    """
+    name = str(file)
+    with _regular_file(file, name) as stream:
+        head = _head(stream, name)
+        if head[128:132] == b"DICM":
+            from medm.imaging.dicom import read_header
+
+            if read_header(file, name) is None:
+                raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
+        elif not head.startswith(_NPY):
+            with _pillow_image(stream, head, name):
+                pass
 
 
 def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
@@ -104,22 +123,68 @@ def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _decode(stream: BinaryIO, name: str) -> Picture:
+@contextmanager
+def _opened(file: Path, name: str) -> Iterator[BinaryIO]:
+    try:
+        # Opened once and asked afterwards: what is checked is what is read.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise MediaError(f"{name}: cannot be opened ({error.strerror})") from None
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise MediaError(f"{name}: expected an image file, found a folder, device or pipe")
+        yield stream
+
+
+def _head(stream: BinaryIO, name: str) -> bytes:
     head = stream.read(132)
     stream.seek(0)
     if not head:
         raise MediaError(f"{name}: the file is empty")
-    if head.startswith(b"\x93NUMPY"):
+    return head
+
+
+@contextmanager
+def _regular_file(file: Path, name: str) -> Iterator[BinaryIO]:
+    """The opened file. It is asked what it is after it was opened, so that what is checked is what is read."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise MediaError(f"{name}: cannot be opened ({error.strerror})") from None
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise MediaError(f"{name}: expected an image file, found a folder, device or pipe")
+        yield stream
+
+
+def _head(stream: BinaryIO, name: str) -> bytes:
+    head = stream.read(132)
+    stream.seek(0)
+    if not head:
+        raise MediaError(f"{name}: the file is empty")
+    return head
+
+
+def _decode(stream: BinaryIO, name: str, path: Path | None) -> Picture:
+    head = _head(stream, name)
+    if head.startswith(_NPY):
         return _from_array(read_npy(stream, name, max_items=MAX_PIXELS * 3), name)
     if head[128:132] == b"DICM":
         from medm.imaging.dicom import read_dicom_image
 
-        return read_dicom_image(stream, name)
+        return read_dicom_image(path or stream, name)
+    with _pillow_image(stream, head, name) as image:
+        image.load()
+        return _picture(ImageOps.exif_transpose(image), name)
+
+
+@contextmanager
+def _pillow_image(stream: BinaryIO, head: bytes, name: str) -> Iterator[Image.Image]:
+    """The image, opened and its header checked; whatever Pillow raises inside becomes a `MediaError`."""
     try:
         with Image.open(stream, formats=_FORMATS) as image:
             _check_header(image, name)
-            image.load()
-            return _picture(ImageOps.exif_transpose(image), name)
+            yield image
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -206,11 +271,13 @@ def _windowed(preprocess: ImagePreprocess, picture: Picture) -> Image.Image:
         )
     low, high = window
     values = np.clip((picture.pixels.astype(np.float32) - low) / (high - low), 0, 1)
-    if float(values.max()) - float(values.min()) < 0.02 and picture.pixels.min() != picture.pixels.max():
-        logger.warning(
-            "%s: values %g..%g are almost one shade in the window %g..%g; set `window` to the range that matters",
-            picture.name, picture.pixels.min(), picture.pixels.max(), low, high,
-        )  # fmt: skip
+    if float(values.max()) - float(values.min()) < 1 / 16 and picture.pixels.min() != picture.pixels.max():
+        warn_once(
+            logger,
+            f"shade {low:g} {high:g}",
+            f"{picture.name}: values {picture.pixels.min():g}..{picture.pixels.max():g} are almost one shade in the window "
+            f"{low:g}..{high:g}; set `window` to the range that matters",
+        )
     return Image.fromarray((1 - values if picture.inverted else values) * np.float32(255))
 
 

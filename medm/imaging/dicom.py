@@ -1,0 +1,378 @@
+"""DICOM files: which of their header is needed, checked, and their pixels.
+
+GDCM (inside SimpleITK) decodes pixels; before it sees a file, pydicom has read the few numbers that matter, so that
+lying lengths, missing pixels and unknown encodings are refused, since GDCM fills what is missing with zeros. Names,
+dates and free text of the header are never read into an object and never quoted in a message.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from medm.errors import DeviceError, MediaError
+from medm.imaging.damage import DECODE_ERRORS
+
+MAX_FRAMES = 10_000
+"""Most frames of one file, and most files of one folder."""
+
+_KEYWORDS = [
+    "SOPClassUID", "Modality", "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient", "ImageOrientationPatient",
+    "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
+    "PixelRepresentation", "PhotometricInterpretation", "RescaleIntercept", "RescaleSlope", "RescaleType",
+    "WindowCenter", "WindowWidth", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+]  # fmt: skip
+
+_NATIVE = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
+_COMPRESSED = {
+    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70",
+    "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91",
+    "1.2.840.10008.1.2.5",
+}  # fmt: skip
+"""JPEG baseline, extended and lossless, JPEG-LS, JPEG 2000, run lengths. Deflated files are left out: pydicom would
+inflate them without a limit."""
+
+_DIRECTORY = "1.2.840.10008.1.3.10"
+_MODALITIES = {
+    "CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "OP", "OPT", "SM", "ES", "GM", "IO", "IVUS",
+    "PX", "XC", "RTIMAGE", "RTDOSE", "SEG",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Where a slice lies, in millimetres of the patient (LPS)."""
+
+    position: np.ndarray
+    """(3,) centre of the first pixel."""
+    across: np.ndarray
+    """(3,) unit vector along which the column index grows."""
+    down: np.ndarray
+    """(3,) unit vector along which the row index grows."""
+    spacing: tuple[float, float]
+    """Between rows, between columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The numbers of one DICOM file that decide how its pixels are read."""
+
+    path: Path
+    name: str
+    """The file, for messages."""
+    modality: str
+    """A known modality, or "unknown": never free text."""
+    series_uid: str
+    """For grouping only; it belongs to a patient and is never shown."""
+    series_number: int | None
+    rows: int
+    columns: int
+    frames: int
+    samples: int
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+    inverted: bool
+    palette: bool
+    """Pixels are indices; decoded they have three samples."""
+    rescale: tuple[float, float] | None
+    """Slope and intercept; None where the file has neither."""
+    hounsfield: bool
+    """A CT whose values become Hounsfield units by its rescale."""
+    window: tuple[float, float] | None
+    """Lower and upper value after rescale."""
+    planes: tuple[Plane, ...]
+    """One a frame; empty where the file does not say where they lie."""
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file carries the mark of DICOM."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def read_header(path: Path, name: str | None = None) -> Header | None:
+    """The header of one file; None for DICOM that holds no image (a structure set, a report, a DICOMDIR).
+
+    Raises:
+        MediaError: damaged, of an encoding that is not read, or declaring more than the file holds.
+    """
+    name = name or str(path)
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream, _quiet():
+            dataset, syntax, pixel_length, pixel_bytes = _read_until_pixels(stream, size, name)
+            if pixel_length is None or str(dataset.get("SOPClassUID", "")) == _DIRECTORY:
+                return None
+            header = _header(dataset, path, name)
+    except MediaError:
+        raise
+    except DECODE_ERRORS as error:
+        raise MediaError(f"{name}: the DICOM header is damaged ({type(error).__name__})") from None
+    _check_pixels(header, syntax, pixel_length, pixel_bytes)
+    return header
+
+
+def read_pixels(header: Header) -> np.ndarray:
+    """(frames, rows, columns) after rescale, or (frames, rows, columns, 3) in colour."""
+    sitk = simpleitk()
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(header.path))
+    reader.SetImageIO("GDCMImageIO")
+    try:
+        image = reader.Execute()
+    except RuntimeError:
+        # GDCM's text may quote the header.
+        raise MediaError(f"{header.name}: the DICOM pixels are damaged or encoded in a way that is not read") from None
+    pixels = sitk.GetArrayFromImage(image)
+    pixels = pixels[None] if image.GetDimension() == 2 else pixels
+    expected = (header.frames, header.rows, header.columns) + ((3,) if header.samples == 3 else ())
+    if pixels.shape != expected:
+        raise MediaError(f"{header.name}: the DICOM header declares pixels {expected}, decoded were {pixels.shape}")
+    return pixels
+
+
+def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
+    """A single-frame DICOM file as a `Picture`, with the window that the file declares.
+
+    Raises:
+        MediaError: as `read_header`, or the file holds several frames or no image.
+    """
+    from medm.imaging.images import MAX_PIXELS, Picture
+
+    if not isinstance(file, Path):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "image.dcm"
+            with path.open("wb") as copy:
+                shutil.copyfileobj(file, copy)
+            return read_dicom_image(path, name)
+    header = read_header(file, name)
+    if header is None:
+        raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
+    if header.frames > 1:
+        raise MediaError(f"{name}: holds {header.frames} frames where one image is expected; give it as a volume")
+    if header.rows * header.columns > MAX_PIXELS:
+        raise MediaError(
+            f"{name}: {header.columns} x {header.rows} pixels are more than the {MAX_PIXELS} that are allowed"
+        )
+    pixels = read_pixels(header)[0]
+    if header.samples == 3:
+        return Picture(pixels, name)
+    plain = header.rescale in (None, (1.0, 0.0)) and header.window is None
+    if plain and header.bits_stored == 8 and not header.signed:
+        pixels = pixels.astype(np.uint8)
+        return Picture(255 - pixels if header.inverted else pixels, name)
+    slope, intercept = header.rescale or (1.0, 0.0)
+    lowest = -(2 ** (header.bits_stored - 1)) if header.signed else 0
+    ends = sorted(slope * value + intercept for value in (lowest, lowest + 2**header.bits_stored - 1))
+    return Picture(
+        pixels, name, window=header.window, full_range=(ends[0], ends[1]), inverted=header.inverted
+    )  # fmt: skip
+
+
+@functools.cache
+def simpleitk() -> Any:
+    """SimpleITK, told to keep its warnings to itself: they go to stderr and may quote headers."""
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    return SimpleITK
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Header values are a patient's, and pydicom quotes them in its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@functools.cache
+def _pydicom() -> Any:
+    try:
+        import pydicom
+        import pydicom.filereader
+        import pydicom.tag
+    except ImportError:
+        raise DeviceError("reading DICOM needs pydicom; install it with: pip install 'medm[dicom]'") from None
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote header values
+    return pydicom
+
+
+def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> tuple[Any, str, int | None, int]:
+    """What stands before the pixels: wanted tags, transfer syntax, declared length of the pixels, bytes left for them.
+
+    The length is None where there are no pixels and 2**32 - 1 where it is undefined.
+    """
+    pydicom = _pydicom()
+    syntax = str(pydicom.filereader.read_file_meta_info(stream.name).get("TransferSyntaxUID", ""))
+    if syntax not in _NATIVE | _COMPRESSED:
+        what = pydicom.uid.UID(syntax).name if syntax in pydicom.uid.UID_dictionary else "unknown"
+        raise MediaError(
+            f"{name}: DICOM transfer syntax '{what}' is not read; convert the file to Explicit VR Little Endian"
+        )
+    found: list[int] = []
+    overlong: list[int] = []
+
+    def stop(tag: Any, _vr: str | None, length: int) -> bool:
+        if tag == 0x7FE00010:
+            found.append(length)
+        elif length != 0xFFFFFFFF and length > size:
+            overlong.append(length)
+        return bool(found or overlong)
+
+    wanted = [pydicom.tag.Tag(keyword) for keyword in _KEYWORDS]
+    dataset = pydicom.filereader.read_partial(stream, stop_when=stop, specific_tags=wanted)
+    if overlong:
+        raise MediaError(f"{name}: a DICOM element declares {overlong[0]} bytes, the file has {size}; it is damaged")
+    return dataset, syntax, found[0] if found else None, size - stream.tell()
+
+
+def _header(dataset: Any, path: Path, name: str) -> Header:
+    modality = str(dataset.get("Modality", "unknown"))
+    frames = int(_number(dataset, "NumberOfFrames") or 1)
+    slope, intercept = _rescale(dataset)
+    per_frame, shared = _groups(dataset)
+    transforms = {_rescale(item) for group in [shared, *per_frame] for item in _items(group, 0x00289145)}
+    if len(transforms) > 1:
+        raise MediaError(f"{name}: its frames have different rescale slopes or intercepts, which is not read")
+    if transforms:
+        slope, intercept = transforms.pop()
+    for value, keyword in ((slope, "RescaleSlope"), (intercept, "RescaleIntercept")):
+        if value is not None and not math.isfinite(value):
+            raise MediaError(f"{name}: DICOM {keyword} is not a finite number")
+    if slope == 0:
+        raise MediaError(f"{name}: DICOM RescaleSlope is 0, which would make all pixels equal")
+    rescaled = slope is not None and intercept is not None
+    number = _number(dataset, "SeriesNumber")
+    photometric = str(dataset.get("PhotometricInterpretation", ""))
+    return Header(
+        path=path,
+        name=name,
+        modality=modality if modality in _MODALITIES else "unknown",
+        series_uid=str(dataset.get("SeriesInstanceUID", "")),
+        series_number=None if number is None else int(number),
+        rows=int(_number(dataset, "Rows") or 0),
+        columns=int(_number(dataset, "Columns") or 0),
+        frames=frames,
+        samples=3 if photometric == "PALETTE COLOR" else int(_number(dataset, "SamplesPerPixel") or 1),
+        bits_allocated=int(_number(dataset, "BitsAllocated") or 0),
+        bits_stored=int(_number(dataset, "BitsStored") or _number(dataset, "BitsAllocated") or 0),
+        signed=_number(dataset, "PixelRepresentation") == 1,
+        inverted=photometric == "MONOCHROME1",
+        palette=photometric == "PALETTE COLOR",
+        rescale=(slope or 1.0, intercept or 0.0) if slope is not None or intercept is not None else None,
+        hounsfield=modality == "CT" and rescaled and str(dataset.get("RescaleType", "HU")) in ("HU", ""),
+        window=_window(dataset),
+        planes=_planes(dataset, per_frame, shared, frames),
+    )
+
+
+def _check_pixels(header: Header, syntax: str, declared: int, available: int) -> None:
+    name = header.name
+    if header.rows < 1 or header.columns < 1 or not 1 <= header.frames <= MAX_FRAMES:
+        raise MediaError(
+            f"{name}: DICOM Rows {header.rows}, Columns {header.columns}, NumberOfFrames {header.frames}: expected at "
+            f"least 1 of each and at most {MAX_FRAMES} frames"
+        )
+    if header.samples not in (1, 3) or header.bits_allocated not in (8, 16) or not 1 <= header.bits_stored <= 16:
+        raise MediaError(
+            f"{name}: DICOM pixels of {header.samples} samples and {header.bits_allocated} bits are not read; "
+            "expected 1 or 3 samples of 8 or 16 bits"
+        )
+    if header.samples == 3 and header.bits_allocated != 8:
+        raise MediaError(f"{name}: DICOM colour of {header.bits_allocated} bits is not read; expected 8")
+    if syntax in _COMPRESSED:
+        return
+    # The smallest native layouts of colour: indices of a palette, and YBR_FULL_422, two bytes a pixel.
+    samples = 1 if header.samples == 1 or header.palette else 2
+    needed = header.rows * header.columns * header.frames * samples * header.bits_allocated // 8
+    if declared == 0xFFFFFFFF or min(declared, available) < needed:
+        raise MediaError(
+            f"{name}: {header.frames} x {header.rows} x {header.columns} DICOM pixels need {needed} bytes, "
+            f"the file has {min(declared, available)}; it is truncated"
+        )
+
+
+def _number(dataset: Any, keyword: str) -> float | None:
+    """One number, or None where it is missing, empty or not a number."""
+    try:
+        value = dataset.get(keyword)
+        return None if value is None or value == "" else float(value)
+    except DECODE_ERRORS:
+        return None
+
+
+def _numbers(dataset: Any, keyword: str, count: int) -> np.ndarray | None:
+    try:
+        values = np.asarray([float(value) for value in dataset.get(keyword) or ()])
+    except DECODE_ERRORS:
+        return None
+    return values if values.shape == (count,) and np.isfinite(values).all() else None
+
+
+def _rescale(dataset: Any) -> tuple[float | None, float | None]:
+    return _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
+
+
+def _window(dataset: Any) -> tuple[float, float] | None:
+    """The first window of the file, by the linear function of DICOM PS3.3 C.11.2.1.2."""
+    values = []
+    for keyword in ("WindowCenter", "WindowWidth"):
+        try:
+            value = dataset.get(keyword)
+            values.append(float(value if isinstance(value, (int, float, str)) else value[0]))
+        except DECODE_ERRORS:
+            return None
+    centre, width = values
+    if not (math.isfinite(centre) and math.isfinite(width)) or width <= 1:
+        return None
+    return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
+
+
+def _groups(dataset: Any) -> tuple[list[Any], Any]:
+    shared = dataset.get("SharedFunctionalGroupsSequence") or []
+    return list(dataset.get("PerFrameFunctionalGroupsSequence") or []), shared[0] if len(shared) else None
+
+
+def _items(group: Any, tag: int) -> list[Any]:
+    return list(group[tag].value or []) if group is not None and tag in group else []
+
+
+def _planes(dataset: Any, per_frame: list[Any], shared: Any, frames: int) -> tuple[Plane, ...]:
+    if not per_frame:
+        plane = _plane(dataset, dataset, dataset) if frames == 1 else None
+        return () if plane is None else (plane,)
+    planes = []
+    for group in per_frame:
+        parts = [
+            (_items(group, tag) or _items(shared, tag) or [None])[0] for tag in (0x00209113, 0x00209116, 0x00289110)
+        ]
+        plane = None if any(part is None for part in parts) else _plane(*parts)
+        if plane is None:
+            return ()
+        planes.append(plane)
+    return tuple(planes) if len(planes) == frames else ()
+
+
+def _plane(position_of: Any, orientation_of: Any, spacing_of: Any) -> Plane | None:
+    position = _numbers(position_of, "ImagePositionPatient", 3)
+    axes = _numbers(orientation_of, "ImageOrientationPatient", 6)
+    spacing = _numbers(spacing_of, "PixelSpacing", 2)
+    if position is None or axes is None or spacing is None:
+        return None
+    return Plane(position, axes[:3], axes[3:], (float(spacing[0]), float(spacing[1])))
