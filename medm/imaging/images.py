@@ -11,8 +11,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -121,27 +119,6 @@ def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
     if preprocess.fit == "pad":
         pixels = _pad(pixels, height, width)
     return np.ascontiguousarray(pixels)
-
-
-@contextmanager
-def _opened(file: Path, name: str) -> Iterator[BinaryIO]:
-    try:
-        # Opened once and asked afterwards: what is checked is what is read.
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise MediaError(f"{name}: cannot be opened ({error.strerror})") from None
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise MediaError(f"{name}: expected an image file, found a folder, device or pipe")
-        yield stream
-
-
-def _head(stream: BinaryIO, name: str) -> bytes:
-    head = stream.read(132)
-    stream.seek(0)
-    if not head:
-        raise MediaError(f"{name}: the file is empty")
-    return head
 
 
 @contextmanager
@@ -275,8 +252,8 @@ def _windowed(preprocess: ImagePreprocess, picture: Picture) -> Image.Image:
         warn_once(
             logger,
             f"shade {low:g} {high:g}",
-            f"{picture.name}: values {picture.pixels.min():g}..{picture.pixels.max():g} are almost one shade in the window "
-            f"{low:g}..{high:g}; set `window` to the range that matters",
+            f"{picture.name}: values {picture.pixels.min():g}..{picture.pixels.max():g} are almost one shade in the "
+            f"window {low:g}..{high:g}; set `window` to the range that matters",
         )
     return Image.fromarray((1 - values if picture.inverted else values) * np.float32(255))
 
