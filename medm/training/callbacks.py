@@ -1,0 +1,150 @@
+"""What a run shows while it goes on: one line now and then, the loss curve, and its answer to signals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+RESUMABLE = 75
+"""Exit code of a run that a signal stopped after a checkpoint was written (`EX_TEMPFAIL`): start it again with --resume."""
+
+LOSS_LOG, LOSS_CURVE = "loss.jsonl", "loss.png"
+
+
+class Interruption(TrainerCallback):
+    """SIGTERM and SIGINT: finish the step, write a checkpoint, stop. A second SIGINT stops at once.
+
+    All processes of a run stop at the same step, whichever of them got the signal.
+    """
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._received: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over both signals inside; only the main thread of a program can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number).name
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        received = self._received is not None
+        if args.world_size > 1:
+            flag = torch.tensor(float(received), device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            received = bool(flag)
+        if received:
+            self.raised = True
+            control.should_save, control.should_training_stop = True, True
+            if state.is_world_process_zero:
+                logger.warning(
+                    "%s: stopping after step %d; continue with --resume (exit code %d)",
+                    self._received or "a signal to another process", state.global_step, RESUMABLE,
+                )  # fmt: skip
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.raised:  # the epoch is not over, the run is
+            control.should_evaluate, control.should_save = False, False
+
+
+class Progress(TrainerCallback):
+    """One line a log step, from the first process."""
+
+    def __init__(self) -> None:
+        self._started, self._first_step = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started, self._first_step = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            values = [f"loss {logs['loss']:.4f}"]
+            values += [f"{name.removeprefix('loss/')} {value:.4f}" for name, value in logs.items() if name.startswith("loss/")]
+            values += [f"lr {logs['learning_rate']:.2e}"] if "learning_rate" in logs else []
+            done = state.global_step - self._first_step
+            seconds = (time.monotonic() - self._started) / max(done, 1)
+            values += [f"{seconds:.2f} s/step", f"{_clock(seconds * (state.max_steps - state.global_step))} left"]
+        else:
+            values = [f"{name} {value:.4f}" for name, value in logs.items() if name.endswith("_loss")]
+        if values:
+            logger.info("step %d/%d  %s", state.global_step, state.max_steps, "  ".join(values))
+
+
+class LossCurve(TrainerCallback):
+    """`loss.jsonl`, a line a log step, and at the end `loss.png`; both restart from what a resumed run remembers."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / LOSS_LOG
+            path.write_text("".join(_line(entry) for entry in state.log_history), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with (Path(args.output_dir) / LOSS_LOG).open("a", encoding="utf-8") as file:
+                file.write(_line(state.log_history[-1]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            draw_curve(state.log_history, Path(args.output_dir) / LOSS_CURVE)
+
+
+def draw_curve(history: list[dict[str, Any]], path: Path) -> bool:
+    """Loss over steps as a PNG; says so and returns False where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        logger.info("no %s: matplotlib is not installed (pip install 'medm[plot]'); the numbers are in %s", path.name, LOSS_LOG)
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(dict(entry)) + "\n"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(max(int(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,246 @@
+"""Checkpoint folders that are whole or not there: written aside, verified, renamed, pruned.
+
+Knows files, not models. A folder `checkpoint-N` has a `manifest.json` with the size and sha256 of each of its
+files; it is written last, and the folder gets its name only after everything reached the disk. A kill at any
+moment leaves earlier checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medm.errors import CheckpointError, MedmError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FOLDER = re.compile(r"^checkpoint-(\d+)$")
+_STAGING = ".tmp-"
+_SLACK = 1.2
+"""Free space that has to be there, as a multiple of the last checkpoint's size."""
+_BLOCK = 1 << 22
+
+
+def folders(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, newest step first, damaged or not."""
+    found = [
+        (int(match[1]), path)
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if path.is_dir() and (match := _FOLDER.match(path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def staging(output_dir: Path, step: int) -> Path:
+    """A new, empty folder in which the checkpoint of a step is put together."""
+    folder = output_dir / f"{_STAGING}checkpoint-{step}"
+    remove(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def clear_staging(output_dir: Path) -> None:
+    """Remove what a killed run left half written."""
+    for path in output_dir.glob(f"{_STAGING}*"):
+        logger.warning("removing %s, which an interrupted run left half written", path)
+        remove(path)
+
+
+def check_space(output_dir: Path, *, estimate: int) -> None:
+    """Raise `CheckpointError` when the next checkpoint would not fit on the disk.
+
+    Args:
+        output_dir: where checkpoints go.
+        estimate: bytes that the first one is expected to take; later ones are judged by the last.
+    """
+    last = folders(output_dir)
+    needed = int(_SLACK * (folder_size(last[0]) if last else estimate))
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise CheckpointError(
+            f"{output_dir}: the next checkpoint needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. Earlier "
+            "checkpoints are untouched: make room or lower train.save_total_limit, then continue with --resume"
+        )
+
+
+def commit(folder: Path, *, final: Path, facts: Mapping[str, Any]) -> None:
+    """Turn a finished staging folder into a checkpoint.
+
+    Args:
+        folder: the staging folder, on the same file system as `final`.
+        final: the name it gets; a folder of that name is replaced.
+        facts: what else the manifest says (step, world size, recipe).
+    """
+    write_manifest(folder, facts)
+    old = final.with_name(f"{_STAGING}old-{final.name}")
+    remove(old)
+    if final.exists():
+        final.rename(old)
+    folder.rename(final)
+    sync(final.parent)
+    remove(old)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Bring every file to the disk and note its size and sha256; the manifest itself comes last."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(_sync_and_hash, files))
+    record = {
+        **facts,
+        "files": {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(files, digests, strict=True)
+        },
+    }
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for path in [manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        sync(path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises `CheckpointError` when it is missing or unreadable."""
+    try:
+        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {MANIFEST}; the checkpoint was not finished, or medm did not write it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        raise CheckpointError(f"{folder / MANIFEST}: expected a list of files, found something else")
+    return record
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Compare every file with the manifest; returns the manifest.
+
+    Raises:
+        CheckpointError: a file is missing, shorter, longer or changed, or was added.
+    """
+    record = read_manifest(folder)
+    listed: dict[str, Any] = record["files"]
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}
+    if missing := sorted(set(listed) - present):
+        raise CheckpointError(f"{folder}: {len(missing)} files are missing: {', '.join(missing[:3])}")
+    if added := sorted(present - set(listed)):
+        raise CheckpointError(f"{folder}: {len(added)} files that the manifest does not know: {', '.join(added[:3])}")
+    for name, entry in listed.items():
+        size = (folder / name).stat().st_size
+        if size != entry["size"]:
+            raise CheckpointError(f"{folder / name}: expected {entry['size']} bytes, found {size}")
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda name: _hash(folder / name), listed)
+        for name, digest in zip(listed, digests, strict=True):
+            if digest != listed[name]["sha256"]:
+                raise CheckpointError(f"{folder / name}: the content changed since it was written (sha256 differs)")
+    return record
+
+
+def newest_good(output_dir: Path) -> Path | None:
+    """The newest checkpoint that verifies; None where there is none at all.
+
+    A damaged one is passed over with a line that nobody can miss.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    damaged: list[str] = []
+    for folder in folders(output_dir):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            logger.error("DAMAGED CHECKPOINT, going back to an older one: %s", error)
+            continue
+        if damaged:
+            logger.error("resuming from %s, the newest checkpoint that is whole", folder)
+        return folder
+    if damaged:
+        raise CheckpointError(
+            f"{output_dir}: none of its {len(damaged)} checkpoints is whole; start a new run in another folder\n  "
+            + "\n  ".join(damaged)
+        )
+    return None
+
+
+def prune(output_dir: Path, *, keep: int, spare: Path | None, newest: Path) -> None:
+    """Remove all but the newest `keep` checkpoints and `spare` (the best), after `newest` has been read back and verified."""
+    doomed = [folder for folder in folders(output_dir)[keep:] if folder not in (spare, newest)]
+    if not doomed:
+        return
+    verify(newest)
+    for folder in doomed:
+        # Renamed first: a kill during the removal must not leave half a checkpoint under its name.
+        going = folder.with_name(f"{_STAGING}old-{folder.name}")
+        remove(going)
+        folder.rename(going)
+        remove(going)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def remove(path: Path) -> None:
+    """Remove a folder if it is there."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Hold an output folder for this run alone; a killed run lets go by itself.
+
+    Raises:
+        MedmError: another run holds it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise MedmError(
+                f"{output_dir}: another run is writing here ({file.read().strip() or 'unknown process'}); wait for it or "
+                "give this run an output_dir of its own"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _sync_and_hash(path: Path) -> str:
+    sync(path)
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

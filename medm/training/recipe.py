@@ -1,0 +1,103 @@
+"""The recipe of a training run: one YAML file, every section owned by its room. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, field_validator
+
+from medm.config import Options, apply_overrides, named, read_yaml, validate
+from medm.data.options import DataOptions
+from medm.models import MODELS
+from medm.objectives import OBJECTIVES
+from medm.training.options import Part, TrainOptions, flatten_parts
+
+
+def _default_kind(value: Any) -> Any:
+    return {"kind": "lvlm", **value} if isinstance(value, Mapping) else value
+
+
+class Recipe(Options):
+    """Everything that decides a training run."""
+
+    model: Annotated[named(MODELS, key="kind"), BeforeValidator(_default_kind)]  # type: ignore[valid-type]
+    """The model, put together from parts by name; `kind` is `lvlm` unless said."""
+    data: DataOptions
+    """What is trained and evaluated on."""
+    parts: Annotated[dict[str, Part], BeforeValidator(flatten_parts)]
+    """Part of the model -> how it is trained. A part that is not named is frozen."""
+    train: TrainOptions = TrainOptions()
+    """The run itself, in the words of `transformers.TrainingArguments`."""
+    objective: named(OBJECTIVES) = "language-modeling"  # type: ignore[valid-type]
+    """What is minimised, by name, and its options."""
+    init_from: str | None = None
+    """Folder of a trained model to start from. Not the same thing as `--resume`, which continues this run."""
+    output_dir: str
+    """Folder for checkpoints and the trained model."""
+
+    @field_validator("parts")
+    @classmethod
+    def _something_to_train(cls, parts: dict[str, Any]) -> dict[str, Any]:
+        if all(part.tune == "frozen" for part in parts.values()):
+            raise ValueError("nothing to train: name at least one part with tune: full or tune: lora")
+        return parts
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value`, as typed on the command line.
+
+    Raises:
+        RecipeError: with every problem of the file, one a line.
+    """
+    return validate(Recipe, apply_overrides(read_yaml(path), overrides), source=str(path))
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every default filled in, as plain values."""
+    return recipe.model_dump(mode="json")
+
+
+def dump(recipe: Mapping[str, Any]) -> str:
+    """A resolved recipe as YAML that `load_recipe` reads again."""
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+HARMLESS = frozenset(
+    f"train.{name}"
+    for name in (
+        "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_first_step", "report_to", "run_name",
+        "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "ddp_timeout", "require_gpu",
+        "per_device_eval_batch_size",
+    )
+) | {"output_dir"}  # fmt: skip
+"""What may differ between a run and its continuation without changing what is learned."""
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What changed between two resolved recipes and matters for what is learned: one line a key."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(set(old) | set(new))
+        if key not in HARMLESS and old.get(key) != new.get(key)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return flat

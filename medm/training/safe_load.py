@@ -1,0 +1,51 @@
+"""Reading checkpoints of torch and DeepSpeed without running what they hold.
+
+DeepSpeed reads its files with `weights_only=False`, so a checkpoint of a stranger would run code. Inside
+`safe_loading` every `torch.load` of the process is a weights-only one, whatever its caller asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from medm.errors import CheckpointError
+
+_FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def safe_loading(classes: tuple[Any, ...] = ()) -> Iterator[None]:
+    """Refuse pickled objects in every file that torch reads inside.
+
+    Args:
+        classes: what may be rebuilt beside tensors and plain values.
+
+    Raises:
+        CheckpointError: a file holds anything else; nothing of it was run.
+    """
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORBID)}
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            yield
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise CheckpointError(
+            f"a checkpoint holds more than tensors and plain values, and was not loaded ({_first_line(error)}). It was not "
+            "written by this run, or was tampered with"
+        ) from None
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error)
+    _, found, rest = text.partition("WeightsUnpickler error: ")
+    return (rest if found else text).strip().splitlines()[0]

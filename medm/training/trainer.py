@@ -1,0 +1,453 @@
+"""transformers' Trainer under an objective, with whole checkpoints. Blind to what it trains.
+
+Every modality is out of sight: a model says its parts, an objective turns batches into losses, a sampler says
+which samples come when. What is added to the Trainer: learning rates per part, losses divided by the items of
+the whole step, a stop at the first number that is none, checkpoints that are whole or not there, and a
+continuation that computes the same bits as a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from medm.errors import CheckpointError, MedmError, NonFiniteError, RecipeError
+from medm.objectives.base import Losses, Objective
+from medm.training import checkpoints
+from medm.training.callbacks import Interruption
+from medm.training.options import PartOptions, TrainOptions
+from medm.training.parts import frozen_modules, parameter_groups
+from medm.training.recipe import differences
+from medm.training.safe_load import safe_loading
+from medm.types import Batch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_OVERFLOWS = 50
+"""Optimiser steps in a row that fp16 loss scaling may skip before the run counts as broken."""
+
+
+class BatchSampler(Protocol):
+    """Which samples this process sees, batch by batch; a pure function of seed, epoch and position."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that `__iter__` goes through."""
+        ...
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Positions in the dataset, one list a micro-batch."""
+        ...
+
+    def __len__(self) -> int:
+        """Micro-batches an epoch; the same on every process."""
+        ...
+
+
+class _Epochs:
+    """A batch sampler whose epoch also seeds the loader's workers and reaches the dataset."""
+
+    def __init__(self, sampler: BatchSampler, dataset: Dataset[Any], seed: int) -> None:
+        self.sampler, self.dataset, self.seed = sampler, dataset, seed
+        self.generator = torch.Generator()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed * 1_000_003 + epoch)
+        self.sampler.set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins, before the loader is asked for its first batch."""
+
+    def __init__(self, epochs: _Epochs) -> None:
+        self.epochs = epochs
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epochs.set_epoch(int(state.epoch or 0))
+
+
+class MedmTrainer(Trainer):
+    """Trains `model` on `objective`.
+
+    Args:
+        model: has `parts()`; `medm.training.parts.apply_parts` was called on it.
+        args: see `medm.training.arguments`.
+        objective: turns the model and a batch into losses.
+        parts: how each part is trained; gives the optimiser its groups.
+        train_options: the `train` section.
+        train_dataset: map-style; `set_epoch` is called where it has one.
+        sampler: this process's micro-batches.
+        data_collator: list of samples -> batch.
+        eval_dataset: held-out data for the loss during training.
+        processing_class: saved beside the weights.
+        callbacks: further callbacks.
+        recipe: the resolved recipe; kept with every checkpoint, and compared when a run continues.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, *, objective: Objective, parts: Mapping[str, PartOptions],
+        train_options: TrainOptions, train_dataset: Dataset[Any], sampler: BatchSampler,
+        data_collator: Callable[[list[Any]], Batch], eval_dataset: Dataset[Any] | None = None,
+        processing_class: Any = None, callbacks: Sequence[TrainerCallback] = (),
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.objective, self.parts, self.train_options = objective, dict(parts), train_options
+        self.recipe = dict(recipe or {})
+        self.epochs = _Epochs(sampler, train_dataset, args.seed)
+        self.interruption = Interruption()
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator,
+            processing_class=processing_class, callbacks=[_SetEpoch(self.epochs), *callbacks, self.interruption],
+        )  # fmt: skip
+        # Objectives divide by the items of the whole step, so the Trainer must not divide by micro-batches again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._frozen = frozen_modules(model)
+        self._terms: dict[str, Tensor] = {}
+        self._terms_since = 0
+        self._overflows = 0
+        self._committed_step: int | None = None
+
+    # Running ------------------------------------------------------------------------------------------
+
+    def fit(self, *, resume: bool = False) -> bool:
+        """Train to the end, from the start or from the newest whole checkpoint.
+
+        Returns:
+            True when the run is finished; False when a signal stopped it after a checkpoint was written.
+
+        Raises:
+            RecipeError: the folder holds another run's checkpoints, or the recipe changed.
+            CheckpointError: no checkpoint is whole, or one cannot be written.
+            NonFiniteError: a loss, gradient or weight is no number.
+        """
+        output_dir = Path(self.args.output_dir)
+        with self._first_process_holds(output_dir), self.interruption.listening(), safe_loading():
+            start = self._on_first(lambda: self._starting_point(output_dir, resume=resume))
+            super().train(resume_from_checkpoint=None if start is None else str(start))
+        return not self.interruption.raised
+
+    def _starting_point(self, output_dir: Path, *, resume: bool) -> Path | None:
+        checkpoints.clear_staging(output_dir)
+        if not resume:
+            if present := checkpoints.folders(output_dir):
+                raise RecipeError(
+                    f"{output_dir}: holds {present[0].name} of an earlier run; continue that run with --resume, or choose "
+                    "another output_dir"
+                )
+            return None
+        start = checkpoints.newest_good(output_dir)
+        if start is None:
+            logger.warning("--resume: %s holds no checkpoint yet, so the run starts from the beginning", output_dir)
+            return None
+        manifest = checkpoints.read_manifest(start)
+        if manifest["world_size"] != self.args.world_size:
+            raise CheckpointError(
+                f"{start}: written by {manifest['world_size']} processes, and {self.args.world_size} are running; continue "
+                "with the same number, or start a new run from its weights with init_from"
+            )
+        if changed := differences(manifest["recipe"], self.recipe):
+            raise RecipeError(
+                f"{start}: the recipe changed since it was written; undo the change, or start a new run from its weights "
+                "with init_from\n  " + "\n  ".join(changed)
+            )
+        logger.info("continuing from %s", start)
+        return start
+
+    # Data ---------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.epochs.dataset,
+            batch_sampler=self.epochs,  # type: ignore[arg-type]
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            generator=self.epochs.generator,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        count = torch.stack([self.objective.num_items(batch).to(device) for batch in batch_samples]).sum()
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count.clamp(min=1)
+
+    # Loss ---------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.parts, self.train_options)
+            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if self.is_deepspeed_enabled:
+                from medm.training.deepspeed import offloaded_optimizer
+
+                cls = offloaded_optimizer(self.args) or cls
+                settings = {key: value for key, value in settings.items() if key != "fused"}
+            self.optimizer = cls(groups, **settings)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        for module in self._frozen:
+            module.eval()
+        losses = self.objective(model, inputs, num_items_in_batch)
+        self._require_finite(losses)
+        # Gradients are averaged over processes, while the items are counted over all of them.
+        world_size = self.accelerator.num_processes
+        if not self._terms:
+            self._terms_since = self.state.global_step
+        for name, value in losses.parts.items():
+            self._terms[name] = self._terms.get(name, value.new_zeros(())) + value * world_size
+        return losses.total * world_size
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = self.objective(model, inputs)
+        self._require_finite(losses)
+        return losses.total.detach(), None, None
+
+    def _require_finite(self, losses: Losses) -> None:
+        """All processes stop together, or the others would wait for the one that stopped."""
+        finite = torch.isfinite(losses.total.detach()).float()
+        if self.args.world_size > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not bool(finite):
+            terms = "".join(f", {name} {value.item():g}" for name, value in losses.parts.items())
+            raise NonFiniteError(
+                f"the loss of step {self.state.global_step + 1} is {losses.total.item():g} on this process{terms}; nothing "
+                "of it was saved. Lower the learning rate, or look for damaged samples in this step's batch"
+            )
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        norm = None if grad_norm is None else float(grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            self._overflows += 1
+            # With fp16 a step that overflowed is skipped and the scale lowered; that is how it finds its scale.
+            if not self.args.fp16 or self._overflows > MAX_OVERFLOWS:
+                raise NonFiniteError(
+                    f"the gradient norm of step {self.state.global_step} is {norm}; nothing of this step was saved. Lower "
+                    "the learning rate, or use bf16"
+                )
+        else:
+            self._overflows = 0
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            steps = max(self.state.global_step - self._terms_since, 1)
+            logs |= {f"loss/{name}": value / steps for name, value in self._drain_terms().items()}
+        super().log(logs, start_time)
+
+    def _drain_terms(self) -> dict[str, float]:
+        terms = {name: value.item() for name, value in self._terms.items()}
+        self._terms = {}
+        if self.args.world_size == 1:
+            return terms
+        everyone: list[dict[str, float]] = [{}] * self.args.world_size
+        dist.all_gather_object(everyone, terms)
+        names = sorted({name for one in everyone for name in one})
+        return {name: sum(one.get(name, 0.0) for one in everyone) / len(everyone) for name in names}
+
+    # Checkpoints --------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write aside on every process, agree that all succeeded, then let the first one commit."""
+        output_dir, step = Path(self.args.output_dir), self.state.global_step
+        if self._committed_step == step:
+            return
+        self._require_finite_weights()
+        self.store_flos()
+        final = output_dir / f"checkpoint-{step}"
+        folder = self._on_first(lambda: self._make_staging(output_dir, step))
+        self._together(lambda: self._write_checkpoint(folder, final), during=f"writing {final}", cleanup=folder)
+        self._on_first(lambda: self._commit(folder, final))
+        self._committed_step = step
+
+    def _make_staging(self, output_dir: Path, step: int) -> Path:
+        checkpoints.check_space(output_dir, estimate=self._estimated_size())
+        return checkpoints.staging(output_dir, step)
+
+    def _write_checkpoint(self, folder: Path, final: Path) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self._note_callbacks()
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _note_callbacks(self) -> None:
+        """Put the state of stateful callbacks (early stopping) where `TrainerState` saves it."""
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+    def _commit(self, folder: Path, final: Path) -> None:
+        facts = {"step": self.state.global_step, "world_size": self.args.world_size, "recipe": self.recipe}
+        checkpoints.commit(folder, final=final, facts=facts)
+        if self.args.save_total_limit is not None:
+            best = self.state.best_model_checkpoint
+            checkpoints.prune(
+                final.parent, keep=self.args.save_total_limit, spare=Path(best) if best else None, newest=final
+            )
+
+    def _estimated_size(self) -> int:
+        """Bytes of a first checkpoint: weights, and for each trained one two moments and a copy in float32."""
+        total = 0
+        for parameter in self.model.parameters():
+            numel = int(getattr(parameter, "ds_numel", parameter.numel()))
+            total += numel * parameter.element_size() + 12 * numel * parameter.requires_grad
+        return total
+
+    def _require_finite_weights(self) -> None:
+        broken = [
+            name
+            for name, parameter in self.model.named_parameters()
+            # Under ZeRO-3 the parameter itself is empty, and this process's share lies beside it.
+            if parameter.requires_grad and not torch.isfinite(getattr(parameter, "ds_tensor", parameter.data)).all()
+        ]
+        if self._any(bool(broken)):
+            raise NonFiniteError(
+                f"step {self.state.global_step}: weights are no numbers any more ({', '.join(broken[:3]) or 'on another process'}); "
+                "no checkpoint was written, earlier ones are untouched"
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Weights in safetensors, config and processor; no pickled arguments."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(folder, state_dict=state_dict)
+        else:
+            tensors = {name: t.detach().cpu().contiguous() for name, t in (state_dict or model.state_dict()).items()}
+            save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Every tensor of the model comes from the checkpoint, and every tensor of the checkpoint is used."""
+        folder, model = Path(resume_from_checkpoint), model or self.model
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        files = [SAFE_WEIGHTS_NAME]
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        given: dict[str, Tensor] = {}
+        for name in files:
+            given |= load_file(folder / name)
+        result = model.load_state_dict(given, strict=False)
+        own = model.state_dict(keep_vars=True)
+        filled = {own[name].data_ptr() for name in given if name in own}
+        missing = [name for name in result.missing_keys if own[name].data_ptr() not in filled]  # tied ones are filled
+        if missing or result.unexpected_keys:
+            raise CheckpointError(
+                f"{folder}: does not hold this model: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "
+                f"{len(result.unexpected_keys)} are unknown ({', '.join(result.unexpected_keys[:3])})"
+            )
+
+    def _load_best_model(self) -> None:
+        if self.interruption.raised:
+            return
+        best = Path(self.state.best_model_checkpoint)
+        self._on_first(lambda: checkpoints.verify(best))
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(best), self.accelerator.unwrap_model(self.model))
+
+    # Several processes --------------------------------------------------------------------------------
+
+    def _any(self, value: bool) -> bool:
+        """Whether it holds on any process."""
+        if self.args.world_size == 1:
+            return value
+        flag = torch.tensor(float(value), device=self.args.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _first_process_holds(self, output_dir: Path) -> Any:
+        return _FirstHolds(self, output_dir)
+
+    def _on_first(self, action: Callable[[], T]) -> T:
+        """The result of an action that the first process alone takes; an error there is raised everywhere."""
+        if self.args.world_size == 1:
+            return action()
+        message: list[Any] = [None, None]
+        caught: Exception | None = None
+        if self.args.process_index == 0:
+            try:
+                message[0] = action()
+            except (MedmError, OSError) as error:
+                caught, message[1] = error, (type(error), str(error))
+        dist.broadcast_object_list(message, src=0)
+        if caught is not None:
+            raise caught
+        if message[1] is not None:
+            kind, text = message[1]
+            raise kind(text)
+        return message[0]
+
+    def _together(self, action: Callable[[], None], *, during: str, cleanup: Path) -> None:
+        """Take an action on every process; if it fails on one, all of them clean up and stop."""
+        problem: str | None = None
+        try:
+            action()
+        except (OSError, RuntimeError) as error:
+            problem = f"process {self.args.process_index}: {error}"
+        problems = [problem]
+        if self.args.world_size > 1:
+            problems = [None] * self.args.world_size
+            dist.all_gather_object(problems, problem)
+        if failed := [text for text in problems if text]:
+            if self.args.process_index == 0:
+                checkpoints.remove(cleanup)
+            raise CheckpointError(f"{during} failed ({'; '.join(failed)}); earlier checkpoints are untouched")
+
+
+class _FirstHolds:
+    """The lock on the output folder, taken by the first process for all."""
+
+    def __init__(self, trainer: MedmTrainer, output_dir: Path) -> None:
+        self.trainer, self.lock = trainer, checkpoints.locked(output_dir)
+
+    def __enter__(self) -> None:
+        self.trainer._on_first(self.lock.__enter__)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.trainer.args.process_index == 0:
+            self.lock.__exit__(*error)

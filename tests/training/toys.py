@@ -1,0 +1,190 @@
+"""Models of a few thousand weights, and data for them, that training is tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from medm.models.adapters import inject
+from medm.objectives.contrastive import Contrastive
+from medm.objectives.language_modeling import LanguageModeling
+from medm.training.arguments import training_arguments
+from medm.training.options import PartOptions, TrainOptions
+from medm.training.parts import apply_parts
+from medm.training.trainer import MedmTrainer
+
+VOCABULARY = 64
+
+
+@dataclass
+class ToyOutput(ModelOutput):
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = field(default=None)
+
+
+class ToyConfig(PreTrainedConfig):
+    model_type = "medm-toy"
+    adapters: dict[str, Any] = field(default_factory=dict)
+
+
+class Toy(PreTrainedModel):
+    """A connector in front of a two-layer Llama, and a frozen batch norm: every kind of part there is."""
+
+    config_class = ToyConfig
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        llama = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, attention_dropout=0.1, max_position_embeddings=64,
+        )  # fmt: skip
+        self.llm = AutoModelForCausalLM.from_config(llama)
+        self.encoder = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.5))
+        self.connector = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 32))
+        for part, spec in config.adapters.items():
+            inject(self.parts()[part], spec)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"llm": self.llm, "image.encoder": self.encoder, "image.connector": self.connector}
+
+    def add_adapter_to_part(self, part: str, spec: Mapping[str, Any]) -> None:
+        inject(self.parts()[part], spec)
+        self.config.adapters = {**self.config.adapters, part: dict(spec)}
+
+    def forward(
+        self, input_ids: Tensor, vision: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> ToyOutput:
+        tokens = self.connector(self.encoder(vision)).unsqueeze(1)  # (B, 1, D)
+        embeds = torch.cat([tokens, self.llm.get_input_embeddings()(input_ids)[:, 1:]], dim=1)
+        logits = self.llm(inputs_embeds=embeds).logits
+        count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / count
+        return ToyOutput(loss=loss, losses={"balance": 0.01 * tokens.pow(2).mean()})
+
+
+class Towers(nn.Module):
+    """Two encoders and no language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 8))
+        self.second = nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Flatten(), nn.Linear(64, 8))
+        self.scale = nn.ParameterList([nn.Parameter(torch.tensor(2.0))])
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"image.encoder": self.first, "text.encoder": self.second, "scale": self.scale}
+
+    def forward(self, input_ids: Tensor, vision: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {
+            "image_embeds": self.first(vision),
+            "text_embeds": self.second(input_ids),
+            "logit_scale": self.scale[0].exp(),
+        }
+
+
+class Pairs(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """A vector, and eight tokens that follow from it. `poisoned` makes one sample's vector no number."""
+
+    def __init__(self, size: int = 48, poisoned: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.vision = torch.randn(size, 6, generator=generator)
+        weights = torch.randn(6, 8, generator=generator)
+        self.tokens = ((self.vision @ weights) * 8).long() % VOCABULARY
+        if poisoned is not None:
+            self.vision[poisoned] = float("nan")
+
+    def __len__(self) -> int:
+        return len(self.vision)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        labels = self.tokens[index].clone()
+        labels[: 1 + index % 4] = -100
+        return {"input_ids": self.tokens[index], "vision": self.vision[index], "labels": labels}
+
+
+def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+class Order:
+    """Shuffled batches; the global batch of a step is the same for any number of processes."""
+
+    def __init__(self, size: int, batch: int, *, rank: int = 0, world: int = 1, seed: int = 0) -> None:
+        self.size, self.batch, self.rank, self.world, self.seed, self.epoch = size, batch, rank, world, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // (self.batch * self.world)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for step in range(len(self)):
+            start = (step * self.world + self.rank) * self.batch
+            yield order[start : start + self.batch]
+
+
+LORA = {
+    "llm": PartOptions(tune="lora", r=4, alpha=8, dropout=0.1, lr=3e-3),
+    "image.connector": PartOptions(tune="full", lr=1e-2, weight_decay=0.1),
+}
+FULL = {name: PartOptions(tune="full", lr=3e-3) for name in ("llm", "image.connector")}
+TOWERS = {name: PartOptions(tune="full") for name in ("image.encoder", "text.encoder", "scale")}
+
+
+def trainer(
+    output_dir: Path,
+    *,
+    parts: Mapping[str, PartOptions] = LORA,
+    kind: str = "toy",
+    poisoned: int | None = None,
+    held_out: int = 0,
+    callbacks: list[Any] | None = None,
+    seed: int = 0,
+    recipe: Mapping[str, Any] | None = None,
+    dropout: bool = True,
+    **train: Any,
+) -> MedmTrainer:
+    """A trainer on a toy; the same call gives the same model, data and order."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "use_cpu": True, "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
+        "save_steps": 4, "warmup_steps": 2,
+    }  # fmt: skip
+    options = TrainOptions(**(settings | train))
+    args = training_arguments(options, output_dir)
+    model: Any = Toy(ToyConfig()) if kind == "toy" else Towers()
+    if not dropout:
+        for module in model.modules():
+            module.p = 0.0 if isinstance(module, nn.Dropout) else getattr(module, "p", None)
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+    apply_parts(model, parts, options, keep_float32=options.deepspeed is None)
+    data = Pairs(poisoned=poisoned)
+    world, rank = args.world_size, args.process_index
+    return MedmTrainer(
+        model, args,
+        objective=LanguageModeling() if kind == "toy" else Contrastive(),
+        parts=parts, train_options=options, train_dataset=data,
+        sampler=Order(len(data), options.per_device_train_batch_size, rank=rank, world=world),
+        data_collator=collate, eval_dataset=Pairs(held_out) if held_out else None,
+        callbacks=callbacks or [], recipe=recipe,
+    )  # fmt: skip
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
