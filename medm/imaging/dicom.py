@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from medm.errors import DeviceError, MediaError
+from medm.errors import MediaError
 from medm.imaging.damage import DECODE_ERRORS
 
 MAX_FRAMES = 10_000
@@ -203,12 +203,10 @@ def _quiet() -> Iterator[None]:
 
 @functools.cache
 def _pydicom() -> Any:
-    try:
-        import pydicom
-        import pydicom.filereader
-        import pydicom.tag
-    except ImportError:
-        raise DeviceError("reading DICOM needs pydicom; install it with: pip install 'medm[dicom]'") from None
+    import pydicom
+    import pydicom.filereader
+    import pydicom.tag
+
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote header values
     return pydicom
 
