@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates are one line each)
 """The smallest things that are still real: tokenizers, language models and vision towers built in a second.
 
 The tokenizers are byte-level BPE without merges (any text, exact round trip) or SentencePiece-like, with the
@@ -90,11 +91,20 @@ def save_llm(family: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-VIT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+VIT = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 """A three-block ViT on 16 x 16 pixels: a grid of 4 x 4."""
 
 
-def lvlm_section(llm: Path, *, family: str = "qwen2.5", encoder: str = "siglip", **encoder_options: Any) -> dict[str, Any]:
+def lvlm_section(
+    llm: Path, *, family: str = "qwen2.5", encoder: str = "siglip", **encoder_options: Any
+) -> dict[str, Any]:
     """The `model` section of a recipe with one image branch."""
     return {
         "llm": {"name": family, "path": str(llm)},

@@ -42,7 +42,7 @@ class HFViTEncoder(VisionEncoder):
         blocks = depth + 1 + layer if layer < 0 else layer
         if not 1 <= blocks <= depth:
             raise RecipeError(
-                f"layer {layer} does not exist in a tower of {depth} blocks; expected -{depth} to {depth}, not 0"
+                f"layer {layer}: a tower of {depth} blocks has layers 1 to {depth} and -{depth} to -1"
             )
         config = self.config_class(**{**architecture, **self.config_defaults, "num_hidden_layers": blocks})
         self.tower = self.tower_class(config)

@@ -232,7 +232,10 @@ def open_saved(folder: str) -> tuple[Any, Any]:
                 f"{folder}: a model of type {config.model_type!r}, which medm did not save; "
                 "'medm import' turns published folders into medm models"
             )
-        model, report = AutoModel.from_pretrained(path, config=config, output_loading_info=True, use_safetensors=True)
+        # Mismatched tensors are let through here, so that the report below names them as it names the others.
+        model, report = AutoModel.from_pretrained(
+            path, config=config, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+        )
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be opened ({error})") from None
@@ -240,7 +243,9 @@ def open_saved(folder: str) -> tuple[Any, Any]:
         folder,
         missing=sorted(report["missing_keys"]),
         unexpected=sorted(report["unexpected_keys"]),
-        mismatched=sorted(str(key) for key in report["mismatched_keys"]),
+        mismatched=[
+            f"{k} {tuple(found)}, expected {tuple(own)}" for k, found, own in sorted(report["mismatched_keys"])
+        ],
     )
     loaded.raise_if_partial()
     model.eval()
