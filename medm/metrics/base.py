@@ -1,0 +1,166 @@
+"""What a metric returns, and the bootstrap behind its interval.
+
+Every value is known as a function of how often each item counts. The interval is that function on random
+counts (items drawn with replacement), and two systems are compared under the same counts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from medm.errors import DeviceError
+
+Reweighted: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""(R, n) counts of the items in R resamples -> (R,) values of the metric; nan where it is undefined."""
+
+References: TypeAlias = Sequence[str | Sequence[str]]
+"""One reference text for each item, or several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """How the interval is drawn."""
+
+    rounds: int = 1000
+    """Number of bootstrap samples; 0 leaves the interval out (nan)."""
+    seed: int = 0
+    """Seed of the draw: the same predictions give the same interval."""
+    level: float = 0.95
+    """Share of the bootstrap values inside the interval."""
+
+
+DEFAULT = Resampling()
+
+
+@dataclass(frozen=True, slots=True)
+class MetricResult:
+    """One number and what one needs to trust it."""
+
+    name: str
+    value: float
+    """nan where the metric is undefined (no items, one class only)."""
+    n: int
+    """Items that were scored."""
+    low: float
+    high: float
+    """Bounds of the percentile bootstrap interval (95 % unless the signature says otherwise)."""
+    signature: str
+    """Variant, tokeniser, normalisation, version: results with different signatures are not comparable."""
+    per_item: list[float] | None = None
+    """Score of each item, only where `value` is exactly their mean."""
+    reweighted: Reweighted | None = field(default=None, repr=False, compare=False)
+    """The value under other counts of the items, for comparisons; not stored."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: undefined numbers are None, the function is left out."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        return {
+            "name": self.name, "n": self.n, "signature": self.signature,
+            **{key: None if math.isnan(number) else number for key, number in numbers.items()},
+            **({} if self.per_item is None else {"per_item": self.per_item}),
+        }  # fmt: skip
+
+
+class Metric(Protocol):
+    """A member of the table. Some give several results from one pass (BLEU-1 to 4)."""
+
+    def __call__(
+        self, predictions: Any, references: Any, *, resampling: Resampling = ..., **options: Any
+    ) -> list[MetricResult]:
+        """`predictions[i]` is compared with `references[i]`. Raises `ValueError` when the lengths differ."""
+        ...
+
+
+def check_lengths(predictions: Sized, references: Sized) -> int:
+    """The number of items; raises `ValueError` when the two sides differ."""
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} references: scoring them pairwise would be "
+            "meaningless; check that the predictions file belongs to this split"
+        )
+    return len(predictions)
+
+
+def as_references(references: References) -> list[tuple[str, ...]]:
+    """Each item's reference texts as a tuple. Raises `ValueError` for an item without any."""
+    result = [(item,) if isinstance(item, str) else tuple(item) for item in references]
+    for index, texts in enumerate(result):
+        if not texts:
+            raise ValueError(f"item {index} has no reference text")
+    return result
+
+
+def draws(n: int, resampling: Resampling, chunk: int = 64) -> Iterator[np.ndarray]:
+    """Bootstrap counts, (chunk, n) at a time; each row sums to n. The same seed and n give the same rows."""
+    random = np.random.default_rng(resampling.seed)
+    for start in range(0, resampling.rounds, chunk):
+        rows = min(chunk, resampling.rounds - start)
+        picked = random.integers(n, size=(rows, n)) + np.arange(rows)[:, None] * n
+        yield np.bincount(picked.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+
+
+def percentile_interval(values: np.ndarray, level: float) -> tuple[float, float]:
+    """Bounds that leave (1 - level) / 2 of the defined values on each side; nan where none is defined."""
+    defined = values[~np.isnan(values)]
+    if not len(defined):
+        return math.nan, math.nan
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def result_of(
+    name: str, reweighted: Reweighted, n: int, signature: str, resampling: Resampling, *,
+    per_item: Sequence[float] | np.ndarray | None = None,
+) -> MetricResult:  # fmt: skip
+    """The metric at one count each, with its bootstrap interval."""
+    if n == 0:
+        return MetricResult(name, math.nan, 0, math.nan, math.nan, signature)
+    value = float(reweighted(np.ones((1, n)))[0])
+    sampled = [reweighted(counts) for counts in draws(n, resampling)]
+    low, high = percentile_interval(np.concatenate(sampled), resampling.level) if sampled else (math.nan, math.nan)
+    if resampling.level != 0.95:
+        signature = f"{signature}|interval:{resampling.level:g}"
+    scores = None if per_item is None else [float(score) for score in per_item]
+    return MetricResult(name, value, n, low, high, signature, scores, reweighted)
+
+
+def mean_result(
+    name: str, per_item: Sequence[float] | np.ndarray, signature: str, resampling: Resampling
+) -> MetricResult:
+    """The mean of item scores."""
+    scores = np.asarray(per_item, dtype=np.float64)
+    return result_of(
+        name, lambda counts: counts @ scores / counts.sum(axis=1), len(scores), signature, resampling, per_item=per_item
+    )
+
+
+def summed_result(
+    name: str, statistics: np.ndarray, finish: Callable[[np.ndarray], np.ndarray], signature: str,
+    resampling: Resampling,
+) -> MetricResult:  # fmt: skip
+    """A corpus metric: a function `(R, k) -> (R,)` of the sums over items of `statistics` (n, k)."""
+    statistics = np.asarray(statistics, dtype=np.float64)
+    return result_of(name, lambda counts: finish(counts @ statistics), len(statistics), signature, resampling)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Element-wise quotient; nan where the denominator is 0."""
+    safe = np.where(denominator == 0, 1.0, denominator)
+    return np.where(denominator == 0, np.nan, numerator / safe)
+
+
+def optional(module: str, *, package: str, extra: str) -> ModuleType:
+    """An optional library, or a `DeviceError` that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        raise DeviceError(f"this metric needs {package}: pip install '{package}' (or 'medm[{extra}]')") from None

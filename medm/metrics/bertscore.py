@@ -1,0 +1,87 @@
+"""BERTScore (Zhang et al. 2020) with an encoder that lies on this machine. Torch is imported inside.
+
+The one metric that reads files: the encoder's folder, named by the caller. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medm.errors import CheckpointError
+from medm.metrics.base import DEFAULT, MetricResult, References, Resampling, as_references, check_lengths, mean_result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def bertscore(
+    predictions: Sequence[str], references: References, *, path: str, layer: int = -1, batch_size: int = 32,
+    device: str = "cpu", resampling: Resampling = DEFAULT,
+) -> list[MetricResult]:  # fmt: skip
+    """Mean precision, recall and F1; no idf weights, no rescaling. With several references the best F1 counts.
+
+    Special tokens may be matched but are not averaged, as in bert-score. An empty text scores 0.
+
+    Raises:
+        CheckpointError: there is no encoder at `path`.
+    """
+    check_lengths(predictions, references)
+    targets = as_references(references)
+    texts = sorted({*predictions, *(text for item in targets for text in item)})
+    embedded = dict(zip(texts, _embed(texts, path, layer, batch_size, device), strict=True))
+    scores = [
+        max((greedy_match(*embedded[prediction], *embedded[text]) for text in item), key=lambda score: score[2])
+        for prediction, item in zip(predictions, targets, strict=True)
+    ]
+    signature = f"bertscore|{Path(path).name}|layer:{layer}|idf:no|rescale:no|mean"
+    return [
+        mean_result(f"bertscore-{name}", [score[column] for score in scores], signature, resampling)
+        for column, name in enumerate(("precision", "recall", "f1"))
+    ]
+
+
+def greedy_match(mine: Tensor, my_content: Tensor, theirs: Tensor, their_content: Tensor) -> tuple[float, float, float]:
+    """Precision, recall, F1 of two texts.
+
+    Args:
+        mine: (T, D) unit vectors of the prediction.
+        my_content: (T,) False for special tokens.
+        theirs: (S, D) of the reference.
+        their_content: (S,) likewise.
+    """
+    if not my_content.any() or not their_content.any():
+        return 0.0, 0.0, 0.0
+    similarity = mine @ theirs.T  # (T, S)
+    precision = similarity.max(dim=1).values[my_content].mean().item()
+    recall = similarity.max(dim=0).values[their_content].mean().item()
+    total = precision + recall
+    return precision, recall, 2 * precision * recall / total if total else 0.0
+
+
+def _embed(texts: Sequence[str], path: str, layer: int, batch_size: int, device: str) -> list[tuple[Tensor, Tensor]]:
+    """Unit vectors (T, D) and content mask (T,) of each text, on the CPU."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model: Any = AutoModel.from_pretrained(path, local_files_only=True)
+    except OSError as error:
+        raise CheckpointError(f"bertscore: no encoder at {path} on this machine ({error})") from None
+    model.to(device).eval()
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
+    result: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(
+            list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=longest,
+            return_tensors="pt", return_special_tokens_mask=True,
+        )  # fmt: skip
+        special = batch.pop("special_tokens_mask").bool()  # [B, T]
+        with torch.inference_mode():
+            states = model(**batch.to(device), output_hidden_states=True).hidden_states[layer].cpu().float()
+        states = torch.nn.functional.normalize(states, dim=-1)  # [B, T, D]
+        for row, mask, is_special in zip(states, batch["attention_mask"].cpu().bool(), special, strict=True):
+            result.append((row[mask], ~is_special[mask]))
+    return result

@@ -1,0 +1,157 @@
+"""BLEU, three ways that the literature uses under one name. All values are fractions.
+
+Papineni et al. 2002; sacrebleu: Post 2018. The COCO and NLTK variants are written from their formulas.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from medm.metrics.base import (
+    DEFAULT,
+    MetricResult,
+    References,
+    Resampling,
+    as_references,
+    check_lengths,
+    mean_result,
+    optional,
+    summed_result,
+)
+from medm.metrics.words import ANSWER_SIGNATURE, PTB_SIGNATURE, ngrams, normalise_answer, ptb_tokens
+
+ORDERS = 4
+
+Statistics = np.ndarray
+"""(2 * ORDERS + 2,): matches of order 1 to 4, candidates of order 1 to 4, length, reference length."""
+
+
+def bleu(predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT) -> list[MetricResult]:
+    """Corpus BLEU-1 to 4 of sacrebleu (tokeniser 13a, exponential smoothing), divided by 100."""
+    check_lengths(predictions, references)
+    sacrebleu = optional("sacrebleu.metrics", package="sacrebleu", extra="text-metrics")
+    scorer = sacrebleu.BLEU(effective_order=True)
+    rows = []
+    for prediction, texts in zip(predictions, as_references(references), strict=True):
+        score = scorer.sentence_score(prediction, list(texts))
+        rows.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
+    statistics = np.asarray(rows, dtype=np.float64).reshape(len(rows), 2 * ORDERS + 2)
+    results = []
+    for order in range(1, ORDERS + 1):
+        corpus = sacrebleu.BLEU(max_ngram_order=order)
+        if predictions:  # sacrebleu's signature knows its number of references only after a first score
+            corpus.corpus_score(list(predictions[:1]), [[text] for text in as_references(references[:1])[0]])
+        name = f"bleu-{order}"
+        signature = f"sacrebleu|{corpus.get_signature().format()}|order:{order}|scale:1"
+        results.append(summed_result(name, statistics, _sacrebleu_value(scorer, order), signature, resampling))
+    return results
+
+
+def _sacrebleu_value(scorer: Any, order: int) -> Callable[[np.ndarray], np.ndarray]:
+    def value(row: np.ndarray) -> float:
+        counts, totals = row[:order].astype(int).tolist(), row[ORDERS : ORDERS + order].astype(int).tolist()
+        score = scorer.compute_bleu(
+            counts, totals, int(row[-2]), int(row[-1]), smooth_method="exp", max_ngram_order=order
+        )
+        return score.score / 100
+
+    return lambda sums: np.array([value(row) for row in sums])
+
+
+def bleu_coco(
+    predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
+) -> list[MetricResult]:
+    """Corpus BLEU-1 to 4 as in the COCO caption toolkit: PTB-like tokens, closest reference length, no smoothing."""
+    check_lengths(predictions, references)
+    rows = [
+        overlap(ptb_tokens(prediction), [ptb_tokens(text) for text in texts])
+        for prediction, texts in zip(predictions, as_references(references), strict=True)
+    ]
+    statistics = np.asarray(rows, dtype=np.float64).reshape(len(rows), 2 * ORDERS + 2)
+    return [
+        summed_result(
+            f"bleu-coco-{order}", statistics, partial(coco_value, order=order),
+            f"coco-caption|{PTB_SIGNATURE}|smooth:none|len:closest|order:{order}", resampling,
+        )
+        for order in range(1, ORDERS + 1)
+    ]  # fmt: skip
+
+
+def coco_value(sums: np.ndarray, order: int) -> np.ndarray:
+    """BLEU of that order from (R, 2 * ORDERS + 2) sums, with the toolkit's guards against division by zero."""
+    tiny, small = 1e-15, 1e-9
+    precisions = (sums[:, :order] + tiny) / (sums[:, ORDERS : ORDERS + order] + small)
+    length_ratio = (sums[:, -2] + tiny) / (sums[:, -1] + small)
+    penalty = np.exp(np.minimum(0.0, 1 - 1 / length_ratio))
+    return np.exp(np.log(precisions).mean(axis=1)) * penalty
+
+
+def overlap(words: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """One item's row of statistics: clipped matches, candidates, length, length of the closest reference."""
+    matches, candidates = [], []
+    for size in range(1, ORDERS + 1):
+        counts = ngrams(words, size)
+        most = ngrams(references[0], size)
+        for other in references[1:]:
+            most |= ngrams(other, size)
+        matches.append(float((counts & most).total()))
+        candidates.append(float(max(0, len(words) - size + 1)))
+    closest = min((abs(len(reference) - len(words)), len(reference)) for reference in references)[1]
+    return [*matches, *candidates, float(len(words)), float(closest)]
+
+
+def bleu_nltk(
+    predictions: Sequence[str], references: References, *,
+    resampling: Resampling = DEFAULT, smoothing: str = "epsilon",
+) -> list[MetricResult]:  # fmt: skip
+    """Mean over items of NLTK's sentence BLEU-1 to 4, on words of the normalised answers."""
+    check_lengths(predictions, references)
+    pairs = [
+        (normalise_answer(prediction).split(), [normalise_answer(text).split() for text in texts])
+        for prediction, texts in zip(predictions, as_references(references), strict=True)
+    ]
+    return nltk_results("bleu-nltk", pairs, f"nltk-sentence-mean|{ANSWER_SIGNATURE}", resampling, smoothing=smoothing)
+
+
+def nltk_results(
+    name: str, pairs: Sequence[tuple[list[str], list[list[str]]]], signature: str, resampling: Resampling, *,
+    smoothing: str,
+) -> list[MetricResult]:  # fmt: skip
+    """Mean sentence BLEU-1 to 4 of tokenised pairs."""
+    return [
+        mean_result(
+            f"{name}-{order}", [sentence_bleu(words, texts, order, smoothing=smoothing) for words, texts in pairs],
+            f"{signature}|smooth:{smoothing}|order:{order}", resampling,
+        )
+        for order in range(1, ORDERS + 1)
+    ]  # fmt: skip
+
+
+def sentence_bleu(
+    words: Sequence[str], references: Sequence[Sequence[str]], order: int, *, smoothing: str = "none"
+) -> float:
+    """NLTK's `sentence_bleu` with equal weights up to `order`.
+
+    Without smoothing an order without a match counts as the smallest positive float, so that the score is about
+    1e-308 ** (1 / order): a right one-word answer has BLEU-2 of 1.5e-154, not 1. 0 without any matching word.
+    """
+    row = overlap(words, references)
+    if row[0] == 0:
+        return 0.0
+    logarithms = []
+    for size in range(order):
+        matched, total = row[size], max(1.0, row[ORDERS + size])
+        if smoothing == "add-one" and size > 0:
+            matched, total = matched + 1, total + 1
+        elif matched == 0:
+            matched = 0.1 if smoothing == "epsilon" else sys.float_info.min * total
+        logarithms.append(math.log(matched / total))
+    length, closest = row[-2], row[-1]
+    penalty = 1.0 if length > closest else math.exp(1 - closest / length)
+    return penalty * math.exp(sum(logarithms) / order)

@@ -1,0 +1,133 @@
+"""Closed questions: what a text answers is parsed, never searched for as a substring.
+
+"abnormal" contains "no", and "A large mass" begins with an A; neither is an answer to the question asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from medm.metrics.base import DEFAULT, MetricResult, Resampling, check_lengths, mean_result
+from medm.metrics.words import ANSWER_SIGNATURE, normalise_answer
+
+_YES = frozenset(("yes", "yeah", "yep", "true", "correct"))
+_NO = frozenset(("no", "nope", "false", "incorrect"))
+_ANSWER_IS = r"(?:answer|choice|option)(?:\s+(?:is|would\s+be|should\s+be))?\s*[:=]?\s*"
+_STATED_POLARITY = re.compile(rf"\b{_ANSWER_IS}[\"'(*]*(yes|no|true|false)\b", re.IGNORECASE)
+
+_LETTER = r"[\"'(\[*]*\b([A-Za-z])\b"
+_LEADING_LETTER = re.compile(
+    r"(?!\s*(?:e\.g|i\.e)\b)\s*[\"'*]*"
+    r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s*(?:[.):\]*]|$))"
+)
+_STATED_LETTER = re.compile(
+    rf"\b{_ANSWER_IS}{_LETTER}(?=\s*(?:[.,;:)\]*\"']|$|\s+(?:because|since|as)\b))", re.IGNORECASE
+)
+_BRACKETED_LETTER = re.compile(r"\(([A-Za-z])\)")
+
+
+def parse_yes_no(text: str) -> bool | None:
+    """What a text answers to a yes/no question; None where it does not say.
+
+    Read: a first word that is an answer, "the answer is ...", or an answer as the last sentence. Not read: a "no"
+    within a sentence ("there is no effusion"), because whether that means yes or no depends on the question.
+    """
+    words = normalise_answer(text).split()
+    if not words:
+        return None
+    if words[0] in _YES | _NO and not {"yes", "no"} <= set(words[:3]):
+        return words[0] in _YES
+    stated = _STATED_POLARITY.findall(text)
+    if stated:
+        return stated[-1].lower() in _YES
+    last = normalise_answer(re.split(r"[.!?\n]", text.strip().rstrip(".!?"))[-1])
+    return last in _YES if last in _YES | _NO else None
+
+
+def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
+    """The letter that a text chooses among `options` (letter -> text); None where it names none or several.
+
+    Read, in this order: a letter at the start ("B", "B.", "(b) liver"), a text that is one option's wording, "the
+    answer is B", a single bracketed letter, exactly one option's wording among the words. A letter outranks the
+    wording beside it.
+    """
+    letters = {letter.upper(): wording for letter, wording in options.items()}
+    leading = _LEADING_LETTER.match(text)
+    if leading:
+        letter = next(group for group in leading.groups() if group).upper()
+        if letter in letters:
+            return letter
+    answer = normalise_answer(text)
+    wordings = {letter: normalise_answer(wording) for letter, wording in letters.items()}
+    equal = [letter for letter, wording in wordings.items() if wording and wording == answer]
+    if equal:
+        return equal[0] if len(equal) == 1 else None
+    for pattern in (_STATED_LETTER, _BRACKETED_LETTER):
+        found = {letter.upper() for letter in pattern.findall(text)} & letters.keys()
+        if found:
+            return found.pop() if len(found) == 1 else None
+    inside = {letter for letter, wording in wordings.items() if wording and f" {wording} " in f" {answer} "}
+    # "left lung" also holds "lung": an option inside another one that is there does not count as a second answer
+    inside -= {
+        small for small in inside for large in inside
+        if small != large and f" {wordings[small]} " in f" {wordings[large]} " and wordings[small] != wordings[large]
+    }  # fmt: skip
+    return inside.pop() if len(inside) == 1 else None
+
+
+def closed_accuracy(
+    predictions: Sequence[str], references: Sequence[str], *, resampling: Resampling = DEFAULT
+) -> list[MetricResult]:
+    """Accuracy on closed questions.
+
+    Where the reference is yes or no the prediction is parsed for one; otherwise ("left", "MRI") it has to equal the
+    reference after normalisation. `closed-unparsed` is the share of yes/no questions whose answer says neither.
+    """
+    check_lengths(predictions, references)
+    hits, unparsed = [], []
+    for prediction, reference in zip(predictions, references, strict=True):
+        expected = parse_yes_no(reference)
+        if expected is None:
+            hits.append(float(normalise_answer(prediction) == normalise_answer(reference) != ""))
+            continue
+        answer = parse_yes_no(prediction)
+        hits.append(float(answer is expected))
+        unparsed.append(float(answer is None))
+    signature = f"yes/no:parsed|other:{ANSWER_SIGNATURE}"
+    return [
+        mean_result("closed-accuracy", hits, signature, resampling),
+        *([mean_result("closed-unparsed", unparsed, signature, resampling)] if unparsed else []),
+    ]
+
+
+def choice_accuracy(
+    predictions: Sequence[str], references: Sequence[str], *, options: Sequence[Mapping[str, str]] | None = None,
+    resampling: Resampling = DEFAULT,
+) -> list[MetricResult]:  # fmt: skip
+    """Accuracy on multiple choice, and the share of texts in which no choice could be read.
+
+    Args:
+        predictions: free texts.
+        references: the right letter, alone or leading ("B", "(b) liver").
+        options: letter -> wording of each question. Without them only letters A to Z are read.
+        resampling: how the interval is drawn.
+    """
+    n = check_lengths(predictions, references)
+    if options is not None:
+        check_lengths(options, references)
+    letters_only = {chr(code): "" for code in range(ord("A"), ord("Z") + 1)}
+    hits, unparsed = [], []
+    for index in range(n):
+        choices = options[index] if options is not None else letters_only
+        expected = parse_choice(references[index], choices)
+        if expected is None:
+            raise ValueError(f"item {index}: no choice can be read from the reference {references[index]!r}")
+        answer = parse_choice(predictions[index], choices)
+        hits.append(float(answer == expected))
+        unparsed.append(float(answer is None))
+    signature = f"choice:parsed|wording:{'yes' if options is not None else 'no'}|{ANSWER_SIGNATURE}"
+    return [
+        mean_result("choice-accuracy", hits, signature, resampling),
+        mean_result("choice-unparsed", unparsed, signature, resampling),
+    ]

@@ -1,0 +1,108 @@
+"""M3D-Bench's scoring (arXiv 2404.00578, public code), with its quirks, for comparison with published numbers.
+
+METEOR and BERTScore of the published table are `meteor` and `bertscore` of this room, on the same texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from medm.metrics.base import (
+    DEFAULT,
+    MetricResult,
+    References,
+    Resampling,
+    as_references,
+    check_lengths,
+    mean_result,
+    optional,
+)
+from medm.metrics.boxes import CODECS, Box, enclosing_iou
+from medm.metrics.rouge import rouge as sound_rouge
+from medm.metrics.words import ngrams
+
+
+def bleu(predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT) -> list[MetricResult]:
+    """Mean over items of unsmoothed BLEU-1, tokeniser 13a, as the `evaluate` library computes it; an empty text is 0.
+
+    Wrong as a corpus measure: a mean of sentence scores is not corpus BLEU. Sound: `bleu`.
+    """
+    check_lengths(predictions, references)
+    tokenizers = optional("sacrebleu.tokenizers.tokenizer_13a", package="sacrebleu", extra="text-metrics")
+    tokenize = tokenizers.Tokenizer13a()
+    scores = []
+    for prediction, texts in zip(predictions, as_references(references), strict=True):
+        words = tokenize(prediction.strip()).split()
+        targets = [tokenize(text.strip()).split() for text in texts]
+        scores.append(_bleu_1(words, targets))
+    return [mean_result("m3d-bench-bleu-1", scores, "m3d-bench|evaluate-bleu|tok:13a|max_order:1|mean", resampling)]
+
+
+def _bleu_1(words: list[str], references: list[list[str]]) -> float:
+    shortest = min(map(len, references))
+    if not words or not shortest:
+        return 0.0
+    most = ngrams(references[0], 1)
+    for reference in references[1:]:
+        most |= ngrams(reference, 1)
+    precision = (ngrams(words, 1) & most).total() / len(words)
+    return precision * min(1.0, math.exp(1 - shortest / len(words)))
+
+
+def rouge(
+    predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
+) -> list[MetricResult]:
+    """Mean ROUGE-1 F1, no stemming: the same number as `rouge`, under the name of the published column."""
+    check_lengths(predictions, references)
+    scores = sound_rouge(predictions, references, resampling=Resampling(rounds=0))[0].per_item or []
+    return [mean_result("m3d-bench-rouge-1", scores, "m3d-bench|rouge-score|rouge1|stem:no|mean", resampling)]
+
+
+def choice_accuracy(
+    predictions: Sequence[str], references: Sequence[str], *, resampling: Resampling = DEFAULT
+) -> list[MetricResult]:
+    """Is "<letter>." anywhere in the text? Wrong: "the AORTA." answers A, an empty reference is always right.
+
+    Sound: `choice-accuracy`. References are letters, or texts that begin with one.
+    """
+    check_lengths(predictions, references)
+    letters = [reference.strip()[:1] for reference in references]
+    scores = [float(f"{letter}." in text or not letter) for letter, text in zip(letters, predictions, strict=True)]
+    return [mean_result("m3d-bench-choice-accuracy", scores, "m3d-bench|substring:letter+stop", resampling)]
+
+
+def box_iou(
+    predictions: Sequence[Box | str | None], references: Sequence[Box | str], *, codec: str = "m3d",
+    resampling: Resampling = DEFAULT,
+) -> list[MetricResult]:  # fmt: skip
+    """Mean of intersection over the enclosing box; -1 for an unreadable box. Sound: `box-iou`, where that counts 0."""
+    check_lengths(predictions, references)
+    scores = []
+    for guess, truth in zip(predictions, references, strict=True):
+        guessed = CODECS[codec].parse(guess).first if isinstance(guess, str) else guess
+        true = CODECS[codec].parse(truth).first if isinstance(truth, str) else truth
+        scores.append(-1.0 if guessed is None or true is None else enclosing_iou(tuple(guessed), tuple(true)))
+    return [mean_result("m3d-bench-box-iou", scores, "m3d-bench|enclosing-box|unreadable:-1|mean", resampling)]
+
+
+def soft_dice_of(probabilities: np.ndarray, reference: np.ndarray) -> float:
+    """2 sum(p y) / (sum p + sum y + 1)."""
+    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if p.shape != y.shape:
+        raise ValueError(f"probabilities are {p.shape}, reference is {y.shape}")
+    return float(2 * (p * y).sum() / (p.sum() + y.sum() + 1))
+
+
+def dice(
+    predictions: Sequence[np.ndarray], references: Sequence[np.ndarray], *, resampling: Resampling = DEFAULT
+) -> list[MetricResult]:
+    """Mean soft Dice on sigmoid probabilities. Wrong: no threshold, and a perfect mask of one voxel scores 2/3.
+
+    Sound: `dice`.
+    """
+    check_lengths(predictions, references)
+    scores = [soft_dice_of(a, b) for a, b in zip(predictions, references, strict=True)]
+    return [mean_result("m3d-bench-dice", scores, "m3d-bench|soft|denominator:+1|mean", resampling)]

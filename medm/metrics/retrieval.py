@@ -1,0 +1,70 @@
+"""Retrieval by similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from medm.metrics.base import DEFAULT, MetricResult, Resampling, mean_result, result_of
+
+
+def ranks(similarity: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """(Q,) rank from 1 of each query's best relevant candidate.
+
+    A tie counts against the query: a model that gives all candidates the same score ranks last, not first.
+
+    Args:
+        similarity: (Q, C), higher is nearer.
+        relevant: (Q, C) booleans; every query needs at least one.
+    """
+    if similarity.shape != relevant.shape:
+        raise ValueError(f"similarity is {similarity.shape}, relevance is {relevant.shape}")
+    if not relevant.any(axis=1).all():
+        raise ValueError(f"{int((~relevant.any(axis=1)).sum())} queries have no relevant candidate")
+    if np.isnan(similarity).any():
+        raise ValueError("similarities hold nan and cannot be ranked")
+    best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
+    return 1 + ((similarity >= best) & ~relevant).sum(axis=1)
+
+
+def recall_at_k(
+    predictions: np.ndarray, references: np.ndarray | None = None, *, cutoffs: Sequence[int] = (1, 5, 10),
+    resampling: Resampling = DEFAULT,
+) -> list[MetricResult]:  # fmt: skip
+    """Share of queries with a relevant candidate among the first k, and the median rank, in both directions.
+
+    Args:
+        predictions: (Q, C) similarities, images in rows and texts in columns.
+        references: (Q, C) relevance; without it row i belongs to column i.
+        cutoffs: the values of k.
+        resampling: how the interval is drawn.
+    """
+    similarity = np.asarray(predictions, dtype=np.float64)
+    relevant = np.eye(*similarity.shape) == 1 if references is None else np.asarray(references, dtype=bool)
+    results = []
+    for direction, scores, wanted in (
+        ("image-to-text", similarity, relevant),
+        ("text-to-image", similarity.T, relevant.T),
+    ):
+        place = ranks(scores, wanted)
+        signature = f"{direction}|candidates:{scores.shape[1]}|ties:last"
+        for k in cutoffs:
+            results.append(mean_result(f"{direction}-R@{k}", (place <= k).astype(float), signature, resampling))
+        results.append(result_of(f"{direction}-median-rank", _WeightedMedian(place), len(place), signature, resampling))
+    return results
+
+
+class _WeightedMedian:
+    """Median of values of which each counts several times; the mean of the middle two where their number is even."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.order = np.argsort(values, kind="stable")
+        self.values = values[self.order].astype(float)
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        cumulated = np.cumsum(counts[:, self.order], axis=1)
+        total = cumulated[:, -1:]
+        lower = (cumulated < np.floor((total + 1) / 2)).sum(axis=1)
+        upper = (cumulated < np.floor(total / 2) + 1).sum(axis=1)
+        return (self.values[lower] + self.values[upper]) / 2
