@@ -270,7 +270,7 @@ def blank_pixels(sample: Sample, preprocess: Mapping[str, Preprocess]) -> dict[s
 
 
 def segments(example: Example, to_text: Callable[[list[int]], str]) -> list[Segment]:
-    """An encoded sample as text, cut where learning begins and ends; a repeated token is written once, with a number."""
+    """An example as text, cut where learning begins and ends; a repeated token is written once with its number."""
     pieces: list[Segment] = []
     pairs = list(zip(example.input_ids, (label != IGNORE_INDEX for label in example.labels), strict=True))
     for learned, group in groupby(pairs, key=lambda pair: pair[1]):

@@ -203,14 +203,14 @@ def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iter
         place, name = min(found)
         if place:
             yield text[:place]
-        yield _next_media(PLACEHOLDERS[name], name, field, files)
+        yield _next_media(PLACEHOLDERS[name], f"{name} stands in the text", field, files)
         text = text[place + len(name) :]
 
 
-def _next_media(branch: str, name: str, field: str, files: dict[str, _Files]) -> Media:
+def _next_media(branch: str, what: str, field: str, files: dict[str, _Files]) -> Media:
     if branch not in files:
         names = " or ".join(f"'{key}'" for key, value in MEDIA_FIELDS.items() if value == branch)
-        raise DataError(f"a {name} stands in the text, but the record has no field {names}", field=field)
+        raise DataError(f"{what}, and the record has no field {names} that names a file", field=field)
     return Media(branch, files[branch].take())
 
 
@@ -234,7 +234,7 @@ def _part(part: Any, field: str, files: dict[str, _Files]) -> str | Media:
             if not _text(value, f"{field}.{key}").strip():
                 raise DataError("expected a path, found empty text", field=f"{field}.{key}")
             return Media(branch, value)
-    return _next_media(branch, f"{kind} part without a path", field, files)
+    return _next_media(branch, "the part names no path", field, files)
 
 
 def _count_reason(branch: str, media: _Files) -> str:

@@ -1,0 +1,63 @@
+"""Small records, files and an encoder that is a character a token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medm.imaging import ImagePreprocess, Preprocess
+from medm.types import IGNORE_INDEX, Example, Media, Sample
+
+PAD, PLACEHOLDER = 0, 1
+PREPROCESS: dict[str, Preprocess] = {"image": ImagePreprocess(size=[4, 4])}
+NUM_VISION_TOKENS = 5
+
+
+def human(value: Any) -> dict[str, Any]:
+    return {"from": "human", "value": value}
+
+
+def gpt(value: Any) -> dict[str, Any]:
+    return {"from": "gpt", "value": value}
+
+
+def record(question: str = "Is there an effusion?", reply: str = "Yes.", /, **fields: Any) -> dict[str, Any]:
+    return {"conversations": [human(question), gpt(reply)], **fields}
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def write_lines(path: Path, *values: Any) -> Path:
+    path.write_text("".join(f"{json.dumps(value, ensure_ascii=False)}\n" for value in values), encoding="utf-8")
+    return path
+
+
+def write_image(path: Path, shade: int = 0, size: tuple[int, int] = (6, 5)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, shade, shade)).save(path)
+    return path
+
+
+def encode(sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False) -> Example:
+    """Every character is its code point plus 2, an item is five placeholders; replies are learned."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn in sample.turns:
+        for part in turn.content:
+            new = [PLACEHOLDER] * NUM_VISION_TOKENS if isinstance(part, Media) else [ord(c) + 2 for c in part]
+            ids += new
+            labels += new if turn.role == "assistant" and not generation else [IGNORE_INDEX] * len(new)
+    assert sum(map(len, pixels.values())) == len(sample.media)
+    return Example(ids, labels, {branch: list(items) for branch, items in pixels.items()})
+
+
+def to_text(ids: list[int]) -> str:
+    return "".join("<image>" if token == PLACEHOLDER else chr(token - 2) for token in ids)
