@@ -1,0 +1,93 @@
+"""`medm data check`: bad records are named, good ones counted, and the shipped examples pass."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+from tests.cli.runner import medm
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "inference"])
+def test_shipped_examples_pass(name: str) -> None:
+    flags = ["--inference"] if name == "inference" else []
+    done = medm("data", "check", str(DOCS / f"example_{name}.json"), "--decode", *flags)
+    assert done.code == 0, done.out
+    assert " 0 bad;" in done.out
+
+
+def test_bad_records_are_named_and_the_status_says_so(tmp_path: Path) -> None:
+    good = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    bad = {
+        "image": "missing.png",
+        "conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}],
+    }
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([good, bad, good]))
+    done = medm("data", "check", str(file), "--root", str(tmp_path))
+    assert done.code == 1
+    (line,) = [line for line in done.out.splitlines() if "missing.png" in line]
+    assert line.startswith(f"{file}, record 1, field 'image': ")
+    assert "3 records, 1 bad" in done.out
+
+
+def test_nothing_to_check_is_a_usage_error() -> None:
+    done = medm("data", "check")
+    assert done.code == 2
+    assert "name an annotation file" in done.err
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    llm = tiny.save_llm("qwen2.5", folder / "llm")
+    file = folder / "recipe.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "model": tiny.lvlm_section(llm),
+                "data": {"train": [{"path": str(DOCS / "example_finetune.json")}], "max_length": 200},
+                "parts": {"image.connector": "full"},
+                "output_dir": str(folder / "out"),
+            }
+        )
+    )
+    return file
+
+
+def test_a_recipe_adds_lengths_and_a_preview_of_what_is_learned(recipe: Path) -> None:
+    done = medm("data", "check", "--recipe", str(recipe))
+    assert done.code == 0, done.out + done.err
+    assert "example_finetune.json: 4 records" in done.out
+    assert "tokens a record: " in done.out
+    assert "[x] 'Left.<|im_end|>" in done.out  # the reply and its end are learned
+    assert "<image> x 16 " in done.out  # 16 x 16 pixels in patches of 4
+    assert "[ ] '<|im_start|>user" in done.out
+
+
+def test_records_longer_than_the_recipe_allows_are_bad(recipe: Path) -> None:
+    text = yaml.safe_load(recipe.read_text())
+    text["data"]["max_length"] = 60
+    shorter = recipe.with_name("shorter.yaml")
+    shorter.write_text(yaml.safe_dump(text))
+    done = medm("data", "check", "--recipe", str(shorter))
+    assert done.code == 1
+    assert "60" in done.out
+
+
+def test_checking_files_alone_loads_no_torch() -> None:
+    script = (
+        "import sys; from medm.cli import main\n"
+        f"try: main(['data', 'check', {str(DOCS / 'example_finetune.json')!r}, '--decode'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
