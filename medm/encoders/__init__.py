@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from medm.config import Options
+from medm.config import Options, named
 from medm.registry import Registry
 
 if TYPE_CHECKING:
@@ -54,8 +54,105 @@ class EfficientNetLiteOptions(EncoderOptions):
     """Side of the square input in pixels; 224 without it."""
 
 
+class VolumeViTOptions(EncoderOptions):
+    """Encoders of the ViT family over volumes."""
+
+    layer: int = -1
+    """Layer whose output is used: -1 the last, -2 the one before."""
+    tokens: Literal["patch", "cls_patch", "cls"] = "patch"
+    """Which tokens go on: patches, class token and patches, or the class token alone."""
+    image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
+    """Slices, rows and columns of the input; position embeddings are interpolated when it is not the published one."""
+
+
+class M3DCLIPOptions(VolumeViTOptions):
+    """The vision tower of M3D-CLIP."""
+
+    norm: Literal["before", "after"] = "before"
+    """What layer -1 means: "before" the last layer norm (MedM-VL), or "after" it (M3D-LaMed)."""
+
+
+class I3DResNetOptions(EncoderOptions):
+    """Inflated ResNet over volumes."""
+
+    statistics: Literal["running", "batch"] = "running"
+    """Batch norm in training: stored statistics that never change, or those of each batch (needs large batches)."""
+    image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
+    """Slices, rows and columns of the input; 160, 224, 224 without it."""
+
+
+class EVACLIPOptions(ViTOptions):
+    """EVA-CLIP ViT-g/14."""
+
+    layer: int = -2
+    """Layer whose output is used; BLIP-2, MiniGPT-4 and Uni-Med take the one before the last."""
+    ln_vision: Literal["none", "plain", "learned"] = "plain"
+    """The layer norm behind the tower: none, one without weights (Uni-Med), or the learned one of BLIP-2 files."""
+
+
 ENCODERS: Registry[type[VisionEncoder]] = Registry("encoder", group="medm.encoders", options=EncoderOptions)
 
-ENCODERS.add("clip", "medm.encoders.clip:CLIPEncoder", "CLIP ViT (OpenAI, LAION, and medical CLIPs in its layout)", options=ViTOptions)
-ENCODERS.add("siglip", "medm.encoders.siglip:SiglipEncoder", "SigLIP ViT, also SigLIP 2 at fixed resolution; has no class token", options=ViTOptions)
-ENCODERS.add("efficientnet-lite", "medm.encoders.efficientnet_lite:EfficientNetLiteEncoder", "EfficientNet-Lite 0 to 4 (ImageNet CNN): pooled cells of several feature maps", options=EfficientNetLiteOptions)
+
+class SlicesOptions(EncoderOptions):
+    """A 2-D encoder over the slices of a volume. Weights and sizes are those of the inner block."""
+
+    encoder: named(ENCODERS)  # type: ignore[valid-type]
+    """The 2-D encoder, by name, and its options."""
+    image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
+    """Slices, rows and columns of the input; without it 32 slices of the inner encoder's size."""
+
+    @model_validator(mode="after")
+    def _weights_belong_to_the_inner_block(self) -> SlicesOptions:
+        if self.path is not None or self.architecture:
+            raise ValueError("path and architecture belong in the inner block: {name: slices, encoder: {name, path}}")
+        return self
+
+
+ENCODERS.add(
+    "clip",
+    "medm.encoders.clip:CLIPEncoder",
+    "CLIP ViT (OpenAI, LAION, and medical CLIPs in its layout)",
+    options=ViTOptions,
+)
+ENCODERS.add(
+    "siglip",
+    "medm.encoders.siglip:SiglipEncoder",
+    "SigLIP ViT, also SigLIP 2 at fixed resolution; has no class token",
+    options=ViTOptions,
+)
+ENCODERS.add(
+    "efficientnet-lite",
+    "medm.encoders.efficientnet_lite:EfficientNetLiteEncoder",
+    "EfficientNet-Lite 0 to 4 (ImageNet CNN): pooled cells of several feature maps",
+    options=EfficientNetLiteOptions,
+)
+ENCODERS.add(
+    "m3d-clip",
+    "medm.encoders.volume_vit:M3DCLIPEncoder",
+    "M3D-CLIP's vision tower: ViT over CT volumes of 32 x 256 x 256",
+    options=M3DCLIPOptions,
+)
+ENCODERS.add(
+    "medm-clip",
+    "medm.encoders.volume_vit:MedMCLIPEncoder",
+    "MedM-CLIP's vision tower: post-norm ViT over CT volumes",
+    options=VolumeViTOptions,
+)
+ENCODERS.add(
+    "slices",
+    "medm.encoders.slices:SlicesEncoder",
+    "any 2-D encoder over the slices of a volume (MedM-VL-CT-Chest)",
+    options=SlicesOptions,
+)
+ENCODERS.add(
+    "i3d-resnet",
+    "medm.encoders.i3d_resnet:I3DResNetEncoder",
+    "ResNet-152 inflated to CT volumes (Merlin, Astra)",
+    options=I3DResNetOptions,
+)
+ENCODERS.add(
+    "eva-clip",
+    "medm.encoders.eva_clip:EVACLIPEncoder",
+    "EVA-CLIP ViT-g/14 as in BLIP-2, MiniGPT-4 and Uni-Med",
+    options=EVACLIPOptions,
+)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from medm.encoders.base import VisionEncoder
+from medm.encoders.batch_norm import Statistics, batch_norm
 from medm.types import VisionFeatures
 
 
@@ -73,22 +75,12 @@ class SameConv2d(nn.Conv2d):
         return super().forward(F.pad(pixels, padding) if any(padding) else pixels)
 
 
-class FixedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that always uses its stored statistics and never changes them; scale and shift can be learned."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """As in evaluation, also in training."""
-        return F.batch_norm(
-            pixels, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-        )
-
-
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm, and ReLU6 where asked."""
 
     def __init__(
         self, in_dim: int, out_dim: int, *, kernel: int = 1, stride: int = 1, groups: int = 1,
-        activate: bool = True, norm: type[nn.BatchNorm2d],
+        activate: bool = True, norm: type[_BatchNorm],
     ) -> None:  # fmt: skip
         super().__init__()
         self.conv = SameConv2d(in_dim, out_dim, kernel, stride=stride, groups=groups, bias=False)
@@ -105,7 +97,7 @@ class Block(nn.Module):
     """Inverted residual: expand, depthwise, project; the input is added where the shape allows it."""
 
     def __init__(
-        self, in_dim: int, out_dim: int, *, kernel: int, stride: int, expansion: int, norm: type[nn.BatchNorm2d]
+        self, in_dim: int, out_dim: int, *, kernel: int, stride: int, expansion: int, norm: type[_BatchNorm]
     ) -> None:
         super().__init__()
         dim = in_dim * expansion
@@ -121,7 +113,9 @@ class Block(nn.Module):
 
 
 class EfficientNetLiteEncoder(VisionEncoder):
-    """Maps of the chosen stages, averaged to one common grid and joined on the channel axis; pooled is the head's mean.
+    """Maps of the chosen stages, averaged to one common grid and joined on the channel axis.
+
+    Stages after the last chosen one are not built. Pooled is the mean of the last map.
 
     Args:
         architecture: sizes that replace those of the variant: `width` and `depth` (multipliers), `stem` and `head`
@@ -134,7 +128,7 @@ class EfficientNetLiteEncoder(VisionEncoder):
             (batches of fine-tuning are too small to estimate them), "batch" those of the batch, as torch does.
     """
 
-    key_map = (
+    key_map: ClassVar = (
         (r"^_conv_stem\.", "stem.conv."),
         (r"^_bn0\.", "stem.norm."),
         (r"^_blocks\.(\d+)\._expand_conv\.", r"blocks.\1.expand.conv."),
@@ -146,17 +140,18 @@ class EfficientNetLiteEncoder(VisionEncoder):
         (r"^_conv_head\.", "head.conv."),
         (r"^_bn1\.", "head.norm."),
     )
-    ignored_keys = (r"^_fc\.",)
+    ignored_keys: ClassVar = (r"^_fc\.",)
+    beyond_keys: ClassVar = (r"^blocks\.\d+\.", r"^head\.")
 
     def __init__(
         self, *, architecture: Mapping[str, Any], variant: str = "lite0", stages: Sequence[int] = (5, 7),
-        pool: int | None = None, statistics: Literal["running", "batch"] = "running",
+        pool: int | None = None, statistics: Statistics = "running",
     ) -> None:  # fmt: skip
         super().__init__()
         sizes = {"stem": 32, "head": 1280, "in_channels": 3, **VARIANTS[variant], **architecture}
         if not stages or any(stage not in range(1, HEAD_STAGE + 1) for stage in stages):
             raise ValueError(f"efficientnet-lite: expected stages from 1 to {HEAD_STAGE}, found {list(stages)}")
-        norm = FixedBatchNorm2d if statistics == "running" else nn.BatchNorm2d
+        norm = batch_norm(statistics, axes=2)
         channels = [scaled_channels(stage.channels, sizes["width"]) for stage in STAGES]
 
         self.stages, self.pool = tuple(stages), pool
@@ -165,6 +160,8 @@ class EfficientNetLiteEncoder(VisionEncoder):
         self.stage_of_block: dict[int, int] = {}
         dim = int(sizes["stem"])
         for number, (stage, out_dim) in enumerate(zip(STAGES, channels, strict=True), start=1):
+            if number > max(self.stages):
+                break
             # The family keeps the first and last stage at their length, so that small variants stay fast.
             scaled = stage.repeats if number in (1, len(STAGES)) else math.ceil(stage.repeats * sizes["depth"])
             for repeat in range(scaled):
@@ -174,11 +171,11 @@ class EfficientNetLiteEncoder(VisionEncoder):
                 )
                 dim = out_dim
             self.stage_of_block[len(self.blocks) - 1] = number
-        self.head = ConvNorm(dim, int(sizes["head"]), norm=norm)
+        self.head = ConvNorm(dim, int(sizes["head"]), norm=norm) if HEAD_STAGE in self.stages else None
 
         widths = [*channels, int(sizes["head"])]
         self.dim = sum(widths[stage - 1] for stage in self.stages)
-        self.pooled_dim = int(sizes["head"])
+        self.pooled_dim = widths[max(self.stages) - 1]
         self._initialise()
 
     def _initialise(self) -> None:
@@ -217,15 +214,16 @@ class EfficientNetLiteEncoder(VisionEncoder):
         """pixels: (B, in_channels, height, width)."""
         rows, columns = self.grid(tuple(pixels.shape[2:]))
         maps: dict[int, Tensor] = {}
-        hidden = self.stem(pixels)
+        hidden = self.stem(pixels.to(self.stem.conv.weight.dtype))
         for index, block in enumerate(self.blocks):
             hidden = block(hidden)
             if index in self.stage_of_block:
                 maps[self.stage_of_block[index]] = hidden  # (B, C, h, w)
-        maps[HEAD_STAGE] = self.head(hidden)
+        if self.head is not None:
+            maps[HEAD_STAGE] = self.head(hidden)
         cells = torch.cat([F.adaptive_avg_pool2d(maps[stage], (rows, columns)) for stage in self.stages], dim=1)
         return VisionFeatures(
             tokens=cells.flatten(2).transpose(1, 2),  # (B, prod(grid), dim)
             grid=(rows, columns),
-            pooled=maps[HEAD_STAGE].mean(dim=(2, 3)),
+            pooled=maps[max(maps)].mean(dim=(2, 3)),
         )

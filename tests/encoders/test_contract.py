@@ -59,7 +59,7 @@ def test_shapes_are_the_arithmetic_of_the_grid(name):
 
 
 def test_grid_refuses_another_number_of_axes(name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match="expected an i"):
         build(name).grid((32,))
 
 

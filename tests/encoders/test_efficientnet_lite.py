@@ -114,7 +114,7 @@ def test_same_padding_puts_the_odd_column_at_the_end():
 def test_sizes_of_the_published_variants(variant, millions):
     # The published figures count the classifier of 1000 classes, which is not built here: 1280 * 1000 + 1000.
     with torch.device("meta"):
-        encoder = EfficientNetLiteEncoder(architecture={}, variant=variant)
+        encoder = EfficientNetLiteEncoder(architecture={}, variant=variant, stages=[8])
     count = sum(parameter.numel() for parameter in encoder.parameters()) + 1_281_000
     assert count / 1e6 == pytest.approx(millions, abs=0.001)
 
@@ -147,6 +147,14 @@ def test_a_grid_finer_than_the_map_is_refused_with_numbers():
         encoder.grid((64, 64))
 
 
+def test_stages_after_the_last_chosen_one_are_not_built():
+    encoder = EfficientNetLiteEncoder(architecture=TINY, stages=[2, 3])
+    beyond = set(EfficientNetLiteEncoder(architecture=TINY, stages=[8]).state_dict()) - set(encoder.state_dict())
+    assert beyond
+    assert all(any(re.search(pattern, key) for pattern in encoder.beyond_keys) for key in beyond)
+    assert encoder(torch.randn(1, 3, 32, 32)).grid == (4, 4)
+
+
 def test_an_unknown_stage_is_refused():
     with pytest.raises(ValueError, match="stages from 1 to 8, found"):
         EfficientNetLiteEncoder(architecture=TINY, stages=[9])
@@ -157,7 +165,7 @@ def test_published_weights_know_a_photograph():
     cbook = pytest.importorskip("matplotlib.cbook", reason="its sample photograph is the picture")
     image_module = pytest.importorskip("PIL.Image")
     state = torch.load(PUBLISHED_FILE, weights_only=True)
-    encoder = EfficientNetLiteEncoder(architecture={}).eval()
+    encoder = EfficientNetLiteEncoder(architecture={}, stages=[8]).eval()
     classifier = {key: state.pop(key) for key in ("_fc.weight", "_fc.bias")}
     encoder.load_state_dict(renamed(state), strict=True)
 

@@ -18,7 +18,33 @@ class Tiny:
     """(C, *spatial) of one item."""
 
 
+VIT = {
+    "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+VOLUME_VIT = VIT | {"image_size": [8, 16, 16], "patch_size": [4, 8, 8], "num_channels": 1}
+
 TINY_ENCODERS = {
+    "clip": Tiny(
+        {"name": "clip", "architecture": VIT | {"image_size": 16, "patch_size": 8}, "tokens": "cls_patch"},
+        pixels=(3, 16, 16),
+    ),
+    "siglip": Tiny({"name": "siglip", "architecture": VIT | {"image_size": 16, "patch_size": 8}}, pixels=(3, 16, 24)),
+    "m3d-clip": Tiny({"name": "m3d-clip", "architecture": VOLUME_VIT, "norm": "after"}, pixels=(1, 8, 16, 16)),
+    "medm-clip": Tiny({"name": "medm-clip", "architecture": VOLUME_VIT, "tokens": "cls_patch"}, pixels=(1, 8, 16, 24)),
+    "eva-clip": Tiny(
+        {
+            "name": "eva-clip", "architecture": VIT | {"image_size": 16, "patch_size": 8}, "tokens": "cls_patch",
+            "ln_vision": "learned",
+        },
+        pixels=(3, 24, 16),
+    ),
+    "i3d-resnet": Tiny(
+        {"name": "i3d-resnet", "architecture": {"layers": [1, 1, 2, 1], "width": 4}}, pixels=(1, 20, 40, 33)
+    ),
+    "slices": Tiny(
+        {"name": "slices", "encoder": {"name": "siglip", "architecture": VIT | {"image_size": 16, "patch_size": 8}}},
+        pixels=(3, 3, 16, 16),
+    ),
     "efficientnet-lite": Tiny(
         {
             "name": "efficientnet-lite", "stages": [3, 5],

@@ -1,0 +1,29 @@
+"""Batch norm as convolutional encoders need it when batches are too small to estimate statistics from."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Statistics: TypeAlias = Literal["running", "batch"]
+"""In training: stored statistics that never change, or those of each batch as in torch."""
+
+
+class FixedBatchNorm(_BatchNorm):
+    """Batch norm, for any number of axes, that always uses its stored statistics; scale and shift can be learned."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """As in evaluation, also in training."""
+        return F.batch_norm(
+            pixels, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+def batch_norm(statistics: Statistics, *, axes: int) -> type[_BatchNorm]:
+    """The class of batch norm for this choice."""
+    if statistics == "running":
+        return FixedBatchNorm
+    return nn.BatchNorm3d if axes == 3 else nn.BatchNorm2d

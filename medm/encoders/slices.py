@@ -1,0 +1,76 @@
+"""A 2-D encoder over the slices of a volume, as MedM-VL-CT-Chest does: every slice is one image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from medm.encoders import ENCODERS
+from medm.encoders.base import VisionEncoder
+from medm.errors import RecipeError
+from medm.types import VisionFeatures
+
+DEFAULT_SLICES = 32
+
+
+class SlicesEncoder(VisionEncoder):
+    """Tokens of every slice on one grid (slices, rows, columns). Slices do not see each other here.
+
+    Args:
+        architecture: has no sizes of its own; they stand in the block of the inner encoder.
+        encoder: block of a registered 2-D encoder: its name, `architecture` and options.
+    """
+
+    axes: ClassVar[int] = 3
+
+    def __init__(self, *, architecture: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
+        super().__init__()
+        if architecture:
+            raise RecipeError(f"slices: sizes belong in the inner encoder's block, found {sorted(architecture)}")
+        keywords = {key: value for key, value in encoder.items() if key not in ("name", "path", "image_size")}
+        self.encoder: VisionEncoder = ENCODERS.get(encoder["name"])(**keywords)
+        if self.encoder.axes != 2:
+            raise RecipeError(f"slices: expected an encoder of 2-D images, found {encoder['name']!r}")
+        if self.encoder.prefix:
+            raise RecipeError("slices: class tokens of single slices have no place on the grid; use tokens 'patch'")
+        self.dim, self.pooled_dim = self.encoder.dim, self.encoder.pooled_dim
+
+    @classmethod
+    def preprocess_from(
+        cls, published: Mapping[str, Any], architecture: Mapping[str, Any],
+        image_size: int | Sequence[int] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """HU -1000..1000 in 0..1, 32 slices of the inner encoder's size, its channels, mean and deviation.
+
+        Args:
+            published: preprocessing of the inner encoder, as its own `preprocess_from` gives it.
+            architecture: empty.
+            image_size: slices, rows and columns; one number is the side of 32 slices.
+        """
+        size = [DEFAULT_SLICES, *published.get("size", (224, 224))]
+        if image_size is not None:
+            size = [DEFAULT_SLICES, image_size, image_size] if isinstance(image_size, int) else list(image_size)
+        return {
+            "scale": "hu", "windows": [[-1000.0, 1000.0]], "crop_foreground": 0.0, "size": size,
+            "channels": published.get("channels", 3), "mean": published.get("mean", [0.5]),
+            "std": published.get("std", [0.5]),
+        }  # fmt: skip
+
+    def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
+        """One layer of the grid a slice."""
+        if len(spatial) != 3:
+            raise ValueError(f"slices: expected an input of (slices, rows, columns), found {spatial}")
+        return (spatial[0], *self.encoder.grid(spatial[1:]))
+
+    def forward(self, pixels: Tensor) -> VisionFeatures:
+        """pixels: (B, C, slices, rows, columns)."""
+        batch, depth = pixels.shape[0], pixels.shape[2]
+        images = pixels.transpose(1, 2).flatten(0, 1)  # (B * slices, C, rows, columns)
+        features = self.encoder(images)
+        return VisionFeatures(
+            tokens=features.tokens.unflatten(0, (batch, depth)).flatten(1, 2),  # (B, slices * cells, dim)
+            grid=(depth, *features.grid),
+            pooled=None if features.pooled is None else features.pooled.unflatten(0, (batch, depth)).mean(dim=1),
+        )
