@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -143,18 +144,19 @@ def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype)
     text_config = config.get_text_config()
     if options.path is None:
         return AutoModelForCausalLM.from_config(text_config, dtype=dtype)
-    published_vocabulary = AutoConfig.from_pretrained(options.path).vocab_size
-    vocabulary, text_config.vocab_size = text_config.vocab_size, published_vocabulary
+    # The published file has the published number of rows; ours may have more, for the placeholders.
+    published = copy.deepcopy(text_config)
+    published.vocab_size = AutoConfig.from_pretrained(options.path).vocab_size
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        options.path, config=text_config, dtype=dtype, output_loading_info=True
+        options.path, config=published, dtype=dtype, output_loading_info=True
     )
     model, report = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(what):
             raise CheckpointError(f"{options.path}: {what.replace('_', ' ')}: {sorted(map(str, report[what]))[:5]}")
-    if vocabulary != published_vocabulary:
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
-        logger.info("vocabulary grown from %d to %d for the placeholders", published_vocabulary, vocabulary)
+    if text_config.vocab_size != published.vocab_size:
+        logger.info("vocabulary grown from %d to %d for the placeholders", published.vocab_size, text_config.vocab_size)
+        model.resize_token_embeddings(text_config.vocab_size, mean_resizing=False)
     return model
 
 
