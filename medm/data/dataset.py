@@ -18,7 +18,8 @@ from torch.utils.data import Dataset, get_worker_info
 from medm.data.limits import LengthLimit, TooLongError, require_label
 from medm.data.records import Records, missing_branch
 from medm.errors import DataError, RecipeError
-from medm.imaging import Preprocess, load_pixels
+from medm.imaging import Augment, Preprocess, load_pixels
+from medm.imaging.augment import augment
 from medm.types import Encode, Example, Sample
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class ConversationDataset(Dataset[Example | None]):
         placeholder_ids: token ids that stand for vision tokens, which are never cut.
         bad_records: stop with the `DataError`, or leave the record out and count it.
         bad_records_limit: with "skip", stop all the same after more than so many.
-        augment: by branch, a random change of the pixels.
+        augmentation: by branch, random changes of the pixels.
         generation: examples end where the reply begins, and have no labels.
         seed: of the augmentation.
     """
@@ -59,15 +60,15 @@ class ConversationDataset(Dataset[Example | None]):
         placeholder_ids: Collection[int] = (),
         bad_records: Literal["stop", "skip"] = "stop",
         bad_records_limit: int | None = None,
-        augment: Mapping[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] | None = None,
+        augmentation: Mapping[str, Augment] | None = None,
         generation: bool = False,
         seed: int = 0,
     ) -> None:
         self.records, self.encode, self.preprocess, self.load = records, encode, dict(preprocess), load
         self.limit = LengthLimit(max_length, too_long, frozenset(placeholder_ids))
         self.bad_records, self.bad_records_limit = bad_records, bad_records_limit
-        self.augment, self.generation, self.seed = dict(augment or {}), generation, seed
-        if unknown := sorted(self.augment.keys() - self.preprocess.keys()):
+        self.augmentation, self.generation, self.seed = dict(augmentation or {}), generation, seed
+        if unknown := sorted(self.augmentation.keys() - self.preprocess.keys()):
             raise RecipeError(
                 f"data.augment: {unknown} are not branches of the model; it has {sorted(self.preprocess)}"
             )
@@ -122,8 +123,8 @@ class ConversationDataset(Dataset[Example | None]):
                 array = self.load(self.records.media_path(index, media), self.preprocess[media.branch])
             except DataError as error:
                 raise error.at(field=self.records.media_field(index, position)) from None
-            if media.branch in self.augment:
-                array = self.augment[media.branch](array, rng)
+            if media.branch in self.augmentation:
+                array = augment(self.augmentation[media.branch], array, rng)
             pixels.setdefault(media.branch, []).append(array)
         return pixels
 

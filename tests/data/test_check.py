@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medm.data.check import Report, blank_pixels, check, segments
+from medm.data.options import SourceOptions
+from medm.data.records import parse_record
+from medm.imaging import VolumePreprocess
+from medm.types import IGNORE_INDEX, Example
+from tests.data.tiny import PLACEHOLDER, PREPROCESS, encode, gpt, human, record, to_text, write_image, write_lines
+
+
+def source(folder: Path, *values: Any, name: str = "a.jsonl", **fields: Any) -> SourceOptions:
+    return SourceOptions(path=str(write_lines(folder / name, *values)), **fields)
+
+
+def places(report: Report) -> list[tuple[str, int | None, str | None]]:
+    return [(Path(str(error.file)).name, error.index, error.field) for error in report.bad]
+
+
+def test_a_clean_file(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    report = check(
+        [
+            source(
+                tmp_path,
+                record("<image>q", "A", image="a.png", task="vqa", id="1"),
+                {"conversations": [human("a"), gpt("b"), human("c"), gpt("d")], "task": "chat", "id": 2},
+                record("<image><image>", "A", image=["a.png", "a.png"], task="vqa"),
+            )
+        ]
+    )
+    assert report.ok and report.bad == []
+    assert (report.records, report.turns, report.text_only, dict(report.media)) == (3, 8, 1, {"image": 3})
+    assert dict(report.tasks) == {"vqa": 2, "chat": 1}
+    assert f"{tmp_path / 'a.jsonl'}: 3 records" in report.lines()
+    assert "3 records, 0 bad; 8 turns, 3 image(s), 1 text only" in report.lines()
+
+
+def test_every_bad_record_is_named_in_order(tmp_path: Path) -> None:
+    write_image(tmp_path / "good.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "page.jpg").write_text("<html>not found</html>")
+    files = [
+        source(
+            tmp_path,
+            record("<image>", "A", image="good.png"),
+            record("<image>", "A", image="gone.png"),
+            record("<image><image>", "A", image=["good.png", "empty.png"]),
+            record("<image>", "A", image="page.jpg"),
+            record("<image>", "A", image="page.jpg"),
+            record("<image>", "A", image="../a.png"),
+            record("<image>", "A"),
+            {"conversations": []},
+            [],
+        ),
+        source(tmp_path, record(), {"conversations": [human("q"), gpt("")]}, name="b.jsonl"),
+        SourceOptions(path=str(tmp_path / "none.jsonl")),
+    ]
+    report = check(files)
+    assert not report.ok and report.num_bad == 10
+    assert sorted(places(report), key=str) == sorted(
+        [
+            ("a.jsonl", 1, "image"), ("a.jsonl", 2, "image.1"), ("a.jsonl", 3, "image"), ("a.jsonl", 4, "image"),
+            ("a.jsonl", 5, "image"), ("a.jsonl", 6, "conversations.0.value"), ("a.jsonl", 7, "conversations"),
+            ("a.jsonl", 8, None), ("b.jsonl", 1, "conversations.1"), ("none.jsonl", None, None),
+        ], key=str,
+    )  # fmt: skip
+    assert report.records == 11 and report.files == {str(tmp_path / "a.jsonl"): 9, str(tmp_path / "b.jsonl"): 2}
+    assert any("a.jsonl, record 3, field 'image': " in line and "HTML page" in line for line in report.lines())
+    assert report.text_only == 1 and report.media["image"] == 1
+
+
+def test_a_truncated_image_is_found_when_decoding(tmp_path: Path) -> None:
+    whole = write_image(tmp_path / "a.png", size=(64, 64)).read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) - 30])
+    file = source(tmp_path, record("<image>", "A", image="a.png"))
+    assert check([file]).ok
+    assert places(check([file], decode=True)) == [("a.jsonl", 0, "image")]
+
+
+def test_branches_that_the_model_lacks(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(b"x")
+    file = source(tmp_path, record("<image3d>", "A", image3d="a.npy"))
+    report = check([file], preprocess=PREPROCESS)
+    assert places(report) == [("a.jsonl", 0, "image3d")] and "no branch of that name" in report.bad[0].reason
+
+
+def test_duplicate_ids_are_reported_but_not_bad(tmp_path: Path) -> None:
+    report = check([source(tmp_path, *(record(id=name) for name in ("a", "b", "a", "a", 1, "1")), record(), record())])
+    assert report.ok and report.num_duplicate_ids == 3
+    assert [(name, index) for name, _, index in report.duplicate_ids] == [("a", 2), ("a", 3), ("1", 5)]
+    assert any(line.startswith("3 ids occur more than once; the first is 'a'") for line in report.lines())
+
+
+def test_inference_records_and_the_limit(tmp_path: Path) -> None:
+    file = source(tmp_path, *({"conversations": [human("q")]} for _ in range(5)), {"conversations": []})
+    assert check([file]).num_bad == 6
+    assert check([file], inference=True).num_bad == 1
+    report = check([file], inference=True, limit=5)
+    assert report.ok and report.records == 5
+
+
+def test_lengths_policies_and_preview(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    file = source(
+        tmp_path,
+        record("q", ""),
+        record("<image>\nWhich?", "Axial.", image="a.png"),
+        record("q", "A" * 40),
+        record("q" * 40, "A"),
+    )
+    settings: dict[str, Any] = {
+        "preprocess": PREPROCESS, "encode": encode, "to_text": to_text, "placeholder_ids": {PLACEHOLDER}
+    }  # fmt: skip
+    assert check([file], **settings).lengths == [0, 18, 41, 41]
+    stop = check([file], max_length=20, **settings)
+    assert places(stop) == [("a.jsonl", 0, "conversations.1"), ("a.jsonl", 2, None), ("a.jsonl", 3, None)]
+    assert stop.lengths == [0, 18, 0, 0]
+    cut = check([file], max_length=20, too_long="truncate_text", **settings)
+    assert (cut.num_bad, cut.num_truncated, cut.lengths) == (2, 1, [0, 18, 20, 0])
+    skip = check([file], max_length=20, too_long="skip", **settings)
+    assert (skip.num_bad, skip.num_too_long, skip.lengths) == (1, 2, [0, 18, 0, 0])
+    assert "too long: 2 left out, 0 shortened" in skip.lines()
+    assert [(part.text, part.learned) for part in skip.preview] == [
+        ("<image>" * 5 + "\nWhich?", False),
+        ("Axial.", True),
+    ]
+    assert "  [x] 'Axial.'" in skip.lines()
+    assert any("tokens a record: 18 to 18" in line for line in skip.lines())
+
+
+def test_repeated_tokens_are_shown_once() -> None:
+    example = Example([PLACEHOLDER] * 300 + [67, 67, 68], [IGNORE_INDEX] * 301 + [67, 68])
+    assert [(part.text, part.learned) for part in segments(example, to_text)] == [
+        ("<image> x 300 A", False), ("AB", True)
+    ]  # fmt: skip
+
+
+def test_blank_pixels_have_the_shape_and_no_weight() -> None:
+    preprocess = {**PREPROCESS, "volume": VolumePreprocess(size=[8, 16, 16])}
+    sample = parse_record(record("<volume><image><image>", image=["a", "b"], volume="v"))
+    blank = blank_pixels(sample, preprocess)
+    assert [array.shape for array in blank["image"]] == [(3, 4, 4)] * 2
+    assert blank["volume"][0].shape == (1, 8, 16, 16) and blank["volume"][0].strides == (0, 0, 0, 0)
+
+
+def test_bad_records_beyond_the_kept_ones_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medm.data.check.MAX_KEPT", 2)
+    report = check([source(tmp_path, *([{"conversations": []}] * 5))])
+    assert (report.num_bad, len(report.bad)) == (5, 2)
+    assert report.lines()[2] == "... and 3 more bad records"
+
+
+def test_reports_hold_no_text_of_records(tmp_path: Path) -> None:
+    secret = "Jane Doe"
+    report = check([source(tmp_path, record(secret, secret), record(secret, " "), {"conversations": secret})])
+    assert secret not in "\n".join(report.lines())
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    check([source(tmp_path, *([record()] * 2500))], progress=lambda done, total: told.append((done, total)))
+    assert told == [(1000, 2500), (2000, 2500)]

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from medm.data.collator import Collator
+from medm.data.dataset import ConversationDataset
+from medm.data.limits import TooLongError
+from medm.data.options import SourceOptions
+from medm.data.records import Records
+from medm.errors import DataError, MediaError, RecipeError
+from medm.imaging import Augment, load_pixels
+from medm.types import IGNORE_INDEX
+from tests.data.tiny import PAD, PLACEHOLDER, PREPROCESS, encode, human, record, write_image, write_lines
+
+
+def build(folder: Path, *values: Any, inference: bool = False, **settings: Any) -> ConversationDataset:
+    for shade in (0, 255):
+        write_image(folder / f"{shade}.png", shade)
+    Image.linear_gradient("L").save(folder / "grey.png")
+    file = write_lines(folder / "a.jsonl", *values)
+    records = Records([SourceOptions(path=str(file))], inference=inference)
+    return ConversationDataset(records, encode, PREPROCESS, placeholder_ids={PLACEHOLDER}, **settings)
+
+
+IMAGE = record("<image>\nq", "A.", image="grey.png")
+
+
+def test_an_example_with_its_pixels(tmp_path: Path) -> None:
+    dataset = build(tmp_path, record("<image>q<image>", "A", image=["0.png", "255.png"]), record("q", "A"))
+    example = dataset[0]
+    assert example is not None
+    assert example.input_ids == [1] * 5 + [ord("q") + 2] + [1] * 5 + [ord("A") + 2]
+    assert example.labels == [IGNORE_INDEX] * 11 + [ord("A") + 2]
+    assert [float(array.mean()) for array in example.pixels["image"]] == [-1.0, 1.0]
+    assert all(array.shape == (3, 4, 4) and array.dtype == np.float32 for array in example.pixels["image"])
+    assert len(dataset) == 2 and dataset[1].pixels == {}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (record("<image>", "A", image="gone.png"), "image"),
+        (record("<image><image>", "A", image=["0.png", "gone.png"]), "image.1"),
+        (record("<image>", "A", image="empty.png"), "image"),
+        (record("<volume>", "A", image3d="0.png"), "image3d"),
+        (record("<image>", "A"), "conversations.0.value"),
+        ({"conversations": []}, "conversations"),
+    ],
+)
+def test_a_bad_record_stops_with_its_place_or_is_left_out_and_counted(
+    tmp_path: Path, value: Any, field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "empty.png").touch()
+    dataset = build(tmp_path, IMAGE, value)
+    with pytest.raises(DataError) as caught:
+        dataset[1]
+    assert (caught.value.file, caught.value.index, caught.value.field) in [
+        (path, 1, field) for path in (tmp_path / "a.jsonl", str(tmp_path / "a.jsonl"))
+    ]
+    lenient = build(tmp_path, IMAGE, value, bad_records="skip")
+    with caplog.at_level(logging.WARNING):
+        assert lenient[1] is None
+    assert f"record 1, field '{field}'" in caplog.text
+    assert lenient[0] is not None
+    assert lenient.counts == {"bad": 1, "too_long": 0, "truncated": 0}
+
+
+def test_nothing_is_put_in_the_place_of_a_bad_record(tmp_path: Path) -> None:
+    values = [record("q", str(i)) if i % 3 else {"conversations": []} for i in range(9)]
+    dataset = build(tmp_path, *values, bad_records="skip")
+    batches = list(DataLoader(dataset, batch_size=3, collate_fn=Collator(PAD)))  # type: ignore[arg-type]
+    assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 2]
+    learned = [chr(row[row != IGNORE_INDEX][0] - 2) for batch in batches for row in batch["labels"]]
+    assert learned == ["1", "2", "4", "5", "7", "8"]
+
+
+def test_workers_count_together_and_the_limit_holds(tmp_path: Path) -> None:
+    values = [{"conversations": []} if i % 4 == 0 else record("q", str(i)) for i in range(16)]
+    dataset = build(tmp_path, *values, bad_records="skip", bad_records_limit=3)
+    loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=Collator(PAD))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="4 records were left out as bad, more than data.bad_records_limit = 3"):
+        list(loader)
+    assert dataset.counts["bad"] == 4
+
+
+def test_a_model_without_the_branch(tmp_path: Path) -> None:
+    dataset = build(tmp_path, record("<volume>", "A", volume="0.png"))
+    with pytest.raises(
+        DataError, match=r"the record holds a volume, but the model has no branch of that name; it has \['image'\]"
+    ):
+        dataset[0]
+
+
+def test_too_long_stops_whatever_the_policy_for_bad_records(tmp_path: Path) -> None:
+    dataset = build(tmp_path, record("qqqq", "AAAA"), max_length=7, bad_records="skip")
+    with pytest.raises(TooLongError, match=r"a\.jsonl, record 0: 8 tokens, .* but data\.max_length is 7"):
+        dataset[0]
+    assert build(tmp_path, record("qqqq", "AAA"), max_length=7)[0] is not None
+
+
+def test_too_long_left_out_and_counted(tmp_path: Path) -> None:
+    dataset = build(tmp_path, record("qqqq", "AAAA"), record("q", "A"), max_length=7, too_long="skip")
+    assert dataset[0] is None and dataset[1] is not None
+    assert dataset.counts == {"bad": 0, "too_long": 1, "truncated": 0}
+
+
+def test_text_is_cut_at_the_end(tmp_path: Path) -> None:
+    dataset = build(tmp_path, record("<image>q", "ABCDEF", image="0.png"), max_length=8, too_long="truncate_text")
+    example = dataset[0]
+    assert example is not None
+    assert example.input_ids == [1] * 5 + [ord("q") + 2, ord("A") + 2, ord("B") + 2]
+    assert example.labels == [IGNORE_INDEX] * 6 + [ord("A") + 2, ord("B") + 2]
+    assert len(example.pixels["image"]) == 1
+    assert dataset.counts["truncated"] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (record("long question<image>", "A", image="0.png"), "images are never cut"),  # in the middle of the run
+        ({"image": "0.png", "conversations": [human("q"), *record("A", "B")["conversations"][1:],
+                                              human("and much later <image>"), *record("", "C")["conversations"][1:]]},
+         "5 vision tokens stand beyond it"),
+        (record("a question too long", "A"), "leave nothing of the reply to learn"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_cut_is_bad(tmp_path: Path, value: Any, reason: str) -> None:
+    limits: dict[str, Any] = {"max_length": 15, "too_long": "truncate_text"}
+    with pytest.raises(DataError, match=reason) as caught:
+        build(tmp_path, value, **limits)[0]
+    assert caught.value.index == 0
+    lenient = build(tmp_path, value, bad_records="skip", **limits)
+    assert lenient[0] is None and lenient.counts["bad"] == 1
+
+
+def test_a_record_that_teaches_nothing_is_bad(tmp_path: Path) -> None:
+    def mask_all(*args: Any, **kwargs: Any) -> Any:
+        example = encode(*args, **kwargs)
+        example.labels = [IGNORE_INDEX] * len(example.labels)
+        return example
+
+    dataset = build(tmp_path, record())
+    dataset.encode = mask_all
+    with pytest.raises(DataError, match="no token of this record is learned"):
+        dataset[0]
+
+
+def test_generation_has_no_labels_and_needs_none(tmp_path: Path) -> None:
+    dataset = build(tmp_path, record("q", "A"), inference=True, generation=True)
+    example = dataset[0]
+    assert example is not None
+    assert (example.input_ids, example.labels) == ([ord("q") + 2], [IGNORE_INDEX])
+
+
+BRIGHTER = {"image": Augment(brightness=0.5, shift=0.3)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path, num_workers: int) -> None:
+    dataset = build(tmp_path, IMAGE, IMAGE, IMAGE, IMAGE, augmentation=BRIGHTER, seed=5)
+    loader = DataLoader(
+        dataset, batch_size=2, num_workers=num_workers, persistent_workers=num_workers > 0, collate_fn=Collator(PAD)
+    )  # type: ignore[call-overload]
+
+    def epoch(number: int) -> np.ndarray:
+        dataset.set_epoch(number)
+        return np.concatenate([batch["pixels"]["image"].numpy() for batch in loader])
+
+    first, second, again = epoch(0), epoch(1), epoch(0)
+    assert np.array_equal(first, again) and not np.array_equal(first, second)
+    assert not np.array_equal(first[0], first[1])
+    dataset.set_epoch(1)
+    alone = build(tmp_path, IMAGE, IMAGE, IMAGE, IMAGE, augmentation=BRIGHTER, seed=5)
+    alone.set_epoch(1)
+    example = alone[3]
+    assert example is not None and np.array_equal(example.pixels["image"][0], second[3])
+    other = build(tmp_path, IMAGE, augmentation=BRIGHTER, seed=6)[0]
+    assert other is not None and not np.array_equal(other.pixels["image"][0], first[0])
+
+
+def test_augmentation_of_an_unknown_branch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.augment: \['volume'\] are not branches"):
+        build(tmp_path, IMAGE, augmentation={"volume": Augment()})
+
+
+def test_a_cache_takes_the_place_of_the_reader(tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def load(path: Path, preprocess: Any) -> np.ndarray:
+        seen.append(path)
+        return load_pixels(path, preprocess)
+
+    dataset = build(tmp_path, IMAGE, load=load)
+    assert dataset[0] is not None and seen == [tmp_path / "grey.png"]
+
+
+def test_a_path_outside_the_root_is_never_opened(tmp_path: Path) -> None:
+    def load(path: Path, preprocess: Any) -> np.ndarray:
+        raise AssertionError(path)
+
+    dataset = build(tmp_path, record("<image>", "A", image="../secret.png"), load=load)
+    with pytest.raises(MediaError, match=r"record 0, field 'image': '../secret\.png': '\.\.' is refused"):
+        dataset[0]
