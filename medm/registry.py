@@ -112,8 +112,19 @@ class Registry(Generic[T]):
             return
         self._entry_points_read = True
         for point in entry_points(group=self.group):
+            if not point.attr:  # a module, whose import adds lines with options of their own
+                point.load()
+                continue
             source = point.dist.name if point.dist else "an installed package"
             self.add(point.name, point.value, f"from {source}")
+
+
+_plugins: list[Path] = []
+
+
+def loaded_plugins() -> list[Path]:
+    """Plug-in files in the order they were loaded, for processes that have to load them too."""
+    return list(_plugins)
 
 
 def load_plugin(path: str | Path) -> None:
@@ -138,3 +149,4 @@ def load_plugin(path: str | Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    _plugins.append(file)

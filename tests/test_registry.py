@@ -80,3 +80,22 @@ def test_entry_points_of_other_packages_join(monkeypatch: pytest.MonkeyPatch) ->
     fruits: Registry[Any] = Registry("fruit", group="medm.fruits")
     assert fruits.names() == ["papaya"]
     assert fruits.get("papaya").__name__ == "DataError"
+
+
+def test_an_entry_point_can_be_a_module_that_registers_with_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from importlib.metadata import EntryPoint
+
+    from medm.connectors import CONNECTORS
+
+    (tmp_path / "someones_package.py").write_text(
+        "from medm.connectors import CONNECTORS, MLPOptions\n"
+        "CONNECTORS.add('theirs', 'someones_package.code:Theirs', 'from elsewhere', options=MLPOptions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint(name="theirs", value="someones_package", group="medm.connectors")
+    monkeypatch.setattr("medm.registry.entry_points", lambda group: [point])
+    with CONNECTORS.temporary():
+        monkeypatch.setattr(CONNECTORS, "_entry_points_read", False)
+        assert "depth" in CONNECTORS.entry("theirs").options.model_fields
