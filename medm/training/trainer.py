@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -122,6 +122,7 @@ class MedmTrainer(Trainer):
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator,
             processing_class=processing_class, callbacks=[_SetEpoch(self.epochs), *callbacks, self.interruption],
         )  # fmt: skip
+        self.remove_callback(PrinterCallback)
         # Objectives divide by the items of the whole step, so the Trainer must not divide by micro-batches again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -145,7 +146,7 @@ class MedmTrainer(Trainer):
             NonFiniteError: a loss, gradient or weight is no number.
         """
         output_dir = Path(self.args.output_dir)
-        with self._first_process_holds(output_dir), self.interruption.listening(), safe_loading():
+        with self._first_process_holds(output_dir), self.interruption.listening(), safe_loading(self._checkpoint_classes()):
             start = self._on_first(lambda: self._starting_point(output_dir, resume=resume))
             super().train(resume_from_checkpoint=None if start is None else str(start))
         return not self.interruption.raised
@@ -176,6 +177,13 @@ class MedmTrainer(Trainer):
             )
         logger.info("continuing from %s", start)
         return start
+
+    def _checkpoint_classes(self) -> tuple[Any, ...]:
+        if not self.is_deepspeed_enabled:
+            return ()
+        from medm.training.deepspeed import checkpoint_classes
+
+        return checkpoint_classes()
 
     # Data ---------------------------------------------------------------------------------------------
 
@@ -216,8 +224,7 @@ class MedmTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        for module in self._frozen:
-            module.eval()
+        self._hold_frozen_still()
         losses = self.objective(model, inputs, num_items_in_batch)
         self._require_finite(losses)
         # Gradients are averaged over processes, while the items are counted over all of them.
@@ -227,6 +234,14 @@ class MedmTrainer(Trainer):
         for name, value in losses.parts.items():
             self._terms[name] = self._terms.get(name, value.new_zeros(())) + value * world_size
         return losses.total * world_size
+
+    def _hold_frozen_still(self) -> None:
+        """Frozen parts drop nothing out and move no running mean; layers that recompute must still say they train."""
+        for part in self._frozen:
+            part.eval()
+            for module in part.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None

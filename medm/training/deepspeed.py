@@ -1,0 +1,123 @@
+"""Everything medm says to DeepSpeed. The only file that imports it, and only when a recipe names a stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from medm.errors import RecipeError, suggest
+from medm.training.options import TrainOptions
+
+_COMMON: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "wall_clock_breakdown": False,
+}
+
+# Bucket sizes in elements. "auto" would need a hidden size in the model's config, which two towers do not have.
+_BUCKET = 50_000_000
+_ZERO2 = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": _BUCKET}
+_ZERO3 = {
+    "stage": 3,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "reduce_bucket_size": _BUCKET,
+    "stage3_prefetch_bucket_size": _BUCKET,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
+_TO_CPU = {"device": "cpu", "pin_memory": True}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": _ZERO2,
+    "zero3": _ZERO3,
+    "zero2_offload": {**_ZERO2, "offload_optimizer": _TO_CPU},
+    "zero3_offload": {**_ZERO3, "offload_optimizer": _TO_CPU, "offload_param": _TO_CPU},
+}
+"""The `zero_optimization` block of each preset."""
+
+
+def configuration(options: TrainOptions) -> dict[str, Any]:
+    """The DeepSpeed configuration that a recipe names, and the environment that a process without launcher lacks.
+
+    Raises:
+        RecipeError: neither a preset nor a readable JSON file, or a file with settings that belong to the recipe.
+    """
+    assert options.deepspeed is not None
+    config = _preset(options.deepspeed) if options.deepspeed in PRESETS else _read(options.deepspeed)
+    if options.use_cpu or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _launch_alone()
+    return config
+
+
+def _preset(name: str) -> dict[str, Any]:
+    return {**_COMMON, "zero_optimization": dict(PRESETS[name])}
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix != ".json":
+        raise RecipeError(f"train.deepspeed: {name!r} is neither a preset nor a JSON file{suggest(name, PRESETS)}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"train.deepspeed: {path} cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"train.deepspeed: {path}: expected an object at the top, found {type(config).__name__}")
+    for block in ("optimizer", "scheduler"):
+        if block in config:
+            raise RecipeError(
+                f"train.deepspeed: {path} has a '{block}' block, under which learning rates per part would have no effect; "
+                "remove it: the optimiser and its schedule are those of the train section"
+            )
+    if config.get("checkpoint", {}).get("load_universal"):
+        raise RecipeError(f"train.deepspeed: {path}: checkpoint.load_universal reads pickled files; remove it")
+    zero = config.setdefault("zero_optimization", {})
+    if zero.get("stage") == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # checkpoints hold tensors of full size
+    return {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **config}
+
+
+def _launch_alone() -> None:
+    """What torchrun would have set; without it DeepSpeed looks for MPI."""
+    if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+def offloaded_optimizer(args: TrainingArguments) -> Any:
+    """DeepSpeed's CPU Adam where the optimiser lives on the CPU beside a GPU and AdamW is asked for; else None."""
+    zero = args.hf_deepspeed_config.config.get("zero_optimization", {})  # type: ignore[union-attr]
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if not offloaded or not torch.cuda.is_available() or not str(args.optim.value).startswith("adamw_torch"):
+        return None
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam
+
+
+def checkpoint_classes() -> tuple[Any, ...]:
+    """Classes that DeepSpeed's own optimiser files hold; plain data, and the loss scalers."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
