@@ -85,7 +85,7 @@ def test_workers_count_together_and_the_limit_holds(tmp_path: Path) -> None:
     values = [{"conversations": []} if i % 4 == 0 else record("q", str(i)) for i in range(16)]
     dataset = build(tmp_path, *values, bad_records="skip", bad_records_limit=3)
     loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=Collator(PAD))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="4 records were left out as bad, more than data.bad_records_limit = 3"):
+    with pytest.raises(DataError, match="4 records were left out as bad, more than"):
         list(loader)
     assert dataset.counts["bad"] == 4
 
