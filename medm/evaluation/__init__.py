@@ -1,0 +1,1 @@
+"""Evaluation: generation, batch inference over annotation files, and scored reports. Knows no training."""

@@ -1,0 +1,101 @@
+"""`medm infer`: batch inference from the command line."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from medm.cli.console import err, note, out
+
+
+def infer(
+    model: Annotated[str, typer.Option(help="Model folder that medm saved.")],
+    data: Annotated[str, typer.Option(help="JSON or JSONL of records; the last reply may be missing.")],
+    output: Annotated[str, typer.Option(help="JSONL to append to; the same command goes on where it stopped.")],
+    root: Annotated[str | None, typer.Option(help="Folder of images and volumes.  [default: that of --data]")] = None,
+    json_output: Annotated[
+        str | None, typer.Option("--json", help="At the end, all records with their replies as one JSON array.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply in tokens.")] = 256,
+    num_beams: Annotated[int, typer.Option(help="Beams; 1 for none.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 for the likeliest reply; above it, replies are drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of drawing.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes with the model each; on GPUs one each.")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.  [default: by cores]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        Literal["saved", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights.")
+    ] = "saved",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many records.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew instead of going on.")] = False,
+) -> None:
+    """Answer every record of an annotation file. Not for clinical use.
+
+    A run that was stopped goes on with the same command. Several GPUs: --processes, or torchrun -m medm infer.
+    """
+    from medm.config import validate
+    from medm.evaluation.infer import infer as run
+    from medm.evaluation.options import InferOptions
+
+    generation = {
+        "max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature, "top_p": top_p,
+        "seed": seed,
+    }  # fmt: skip
+    options = validate(
+        InferOptions,
+        {
+            "model": model, "data": data, "root": root, "output": output, "json_output": json_output,
+            "generation": generation, "batch_size": batch_size, "processes": processes, "workers": workers,
+            "device": device, "dtype": dtype, "limit": limit, "overwrite": overwrite,
+        },
+        source="medm infer",
+    )  # fmt: skip
+    summary = run(options, progress=CalmProgress())
+    if summary is None:
+        return
+    out.print(
+        f"{summary.records} records: {summary.answered} answered, {summary.errors} refused"
+        + (f" (see the 'error' of their lines in {output})" if summary.errors else "")
+    )
+    if summary.resumed:
+        note(f"{summary.resumed} of them by earlier runs")
+    if summary.unfinished:
+        note(f"{summary.unfinished} replies were cut at {max_new_tokens} tokens")
+    out.print(
+        f"{summary.seconds:.1f} s, {summary.per_second:.2f} records/s, {summary.tokens} tokens"
+        f"  {Path(json_output or output)}"
+    )
+    note("Not for clinical use.")
+
+
+class CalmProgress:
+    """A line now and then: soon at first, every half minute later. On a terminal the line is rewritten in place."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self._live: Any = err.is_terminal
+
+    def __call__(self, done: int, total: int, errors: int) -> None:
+        """Told how far the work is."""
+        now = time.monotonic()
+        pause = 0.5 if self._live else min(30.0, max(2.0, now - self._started))
+        if now - self._last < pause and done < total:
+            return
+        self._last = now
+        rate = done / max(now - self._started, 1e-9)
+        left = (total - done) / max(rate, 1e-9)
+        refused = f", {errors} refused" if errors else ""
+        line = f"{done} of {total}{refused}, {rate:.1f}/s, {duration(left)} left"
+        err.print(line, end="\r" if self._live and done < total else "\n", style="dim")
+
+
+def duration(seconds: float) -> str:
+    """`50 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
