@@ -1,0 +1,109 @@
+"""Where voxels lie in the patient, and the limits that every volume keeps to.
+
+Everything here is in the order of the array's axes. Positions are LPS, as in DICOM: x grows to the patient's left, y to
+the back, z to the head; NIfTI's RAS is turned when a file is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from medm.errors import MediaError
+
+MAX_VOXELS = 2**29
+"""Largest volume that is read: 512 x 512 x 2048."""
+MAX_BYTES = 2**31
+"""Most bytes of voxels, as stored."""
+SPACING_RANGE = (0.01, 50.0)
+"""Millimetres between voxels that are believed."""
+
+_LETTERS = ("LR", "PA", "SI")
+"""Growing and falling along x, y, z of the patient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Spacing, direction and origin of a voxel grid."""
+
+    spacing: np.ndarray
+    """(3,) millimetres between voxels along each array axis."""
+    direction: np.ndarray
+    """(3, 3): column i is the unit vector (LPS) along which the index of array axis i grows."""
+    origin: np.ndarray
+    """(3,) position of voxel [0, 0, 0]."""
+
+    @property
+    def axes(self) -> str:
+        """One letter an array axis: the direction of the patient that is nearest to it ("SPL")."""
+        return "".join(
+            _LETTERS[axis][int(self.direction[axis, column] < 0)] for column, axis in enumerate(self.nearest_axes())
+        )
+
+    @property
+    def tilt(self) -> float:
+        """Largest angle in degrees between an array axis and the patient axis nearest to it."""
+        cosines = [abs(self.direction[axis, column]) for column, axis in enumerate(self.nearest_axes())]
+        return math.degrees(math.acos(min(1.0, min(cosines))))
+
+    def nearest_axes(self) -> tuple[int, ...]:
+        """For each array axis the patient axis that it follows, each once: the assignment of largest agreement."""
+        return max(
+            itertools.permutations(range(3)),
+            key=lambda order: sum(abs(self.direction[axis, column]) for column, axis in enumerate(order)),
+        )
+
+
+def check_size(shape: Sequence[int], itemsize: int, name: str) -> None:
+    """Refuse shapes before anything is allocated. Raises `MediaError`."""
+    text = " x ".join(str(length) for length in shape)
+    if len(shape) != 3:
+        raise MediaError(f"{name}: expected a volume of 3 axes, found {len(shape)} ({text}); extract one 3-D volume")
+    if any(length < 1 for length in shape):
+        raise MediaError(f"{name}: declares an impossible size {text}")
+    if math.prod(shape) > MAX_VOXELS or math.prod(shape) * itemsize > MAX_BYTES:
+        raise MediaError(
+            f"{name}: declares {text} voxels, more than the {MAX_VOXELS} voxels or {MAX_BYTES} bytes that are allowed"
+        )
+    if any(length < 2 for length in shape):
+        raise MediaError(f"{name}: {text} voxels are a single slice, not a volume; give it as an image")
+
+
+def check_spacing(spacing: Sequence[float], name: str) -> None:
+    """Refuse distances that cannot be. Raises `MediaError`."""
+    low, high = SPACING_RANGE
+    if not all(math.isfinite(value) and low <= value <= high for value in spacing):
+        text = ", ".join(f"{value:g}" for value in spacing)
+        raise MediaError(f"{name}: spacing {text}: expected {low:g} to {high:g} mm between voxels; mend the header")
+
+
+def geometry_from_steps(steps: np.ndarray, origin: np.ndarray, name: str) -> Geometry:
+    """The geometry of an array whose axes are (z, y, x) from the steps of x, y, z.
+
+    Args:
+        steps: (3, 3), column i is the step in mm (LPS) from one voxel to the next along x, y, z of the file.
+        origin: (3,) position of the first voxel (LPS).
+        name: the file, for messages.
+
+    Raises:
+        MediaError: steps that are not finite, vanish, are parallel or sheared.
+    """
+    if not (np.isfinite(steps).all() and np.isfinite(origin).all()):
+        raise MediaError(f"{name}: the direction or origin in the header holds NaN or infinite numbers")
+    spacing = np.linalg.norm(steps, axis=0)
+    check_spacing([float(value) for value in spacing], name)
+    direction = steps / spacing
+    if abs(np.linalg.det(direction)) < 1e-3:
+        raise MediaError(f"{name}: the direction in the header is singular: two axes are parallel")
+    skew = np.abs(direction.T @ direction - np.eye(3)).max()
+    if skew > 1e-2:
+        angle = math.degrees(math.asin(min(1.0, float(skew))))
+        raise MediaError(
+            f"{name}: the axes are sheared by {angle:.1f} degrees (a tilted gantry?); "
+            "resample to a right-angled grid first"
+        )
+    return Geometry(spacing[::-1].copy(), direction[:, ::-1].copy(), np.asarray(origin, dtype=np.float64).copy())
