@@ -49,5 +49,15 @@ class ContrastiveOptions(ObjectiveOptions):
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", group="medm.objectives", options=ObjectiveOptions)
 
-OBJECTIVES.add("language-modeling", "medm.objectives.language_modeling:LanguageModeling", "next-token loss over the labelled tokens, and the model's auxiliary losses", options=LanguageModelingOptions)
-OBJECTIVES.add("contrastive", "medm.objectives.contrastive:Contrastive", "image-text contrast over the global batch (CLIP or SigLIP loss)", options=ContrastiveOptions)
+OBJECTIVES.add(
+    "language-modeling",
+    "medm.objectives.language_modeling:LanguageModeling",
+    "next-token loss over the labelled tokens, and the model's auxiliary losses",
+    options=LanguageModelingOptions,
+)
+OBJECTIVES.add(
+    "contrastive",
+    "medm.objectives.contrastive:Contrastive",
+    "image-text contrast over the global batch (CLIP or SigLIP loss)",
+    options=ContrastiveOptions,
+)

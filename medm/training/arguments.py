@@ -42,7 +42,7 @@ _WITHOUT_EFFECT = {
     "resume_from_checkpoint": "it is --resume",
     "push_to_hub": "medm uploads nothing",
     "average_tokens_across_devices": "losses are always divided by the items of all processes",
-    **{name: "medm decides it" for name in _DECIDED},
+    **dict.fromkeys(_DECIDED, "medm decides it"),
 }
 
 
@@ -54,13 +54,17 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
         DeviceError: a GPU was required and there is none.
     """
     if options.require_gpu and not torch.cuda.is_available():
-        raise DeviceError("train.require_gpu: no CUDA device is there; check the driver, or leave the key out to use the CPU")
+        raise DeviceError(
+            "train.require_gpu: no CUDA device is there; check the driver, or leave the key out to use the CPU"
+        )
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in options.arguments:
         if name in _WITHOUT_EFFECT:
             raise RecipeError(f"train.arguments.{name}: has no effect in medm ({_WITHOUT_EFFECT[name]}); leave it out")
         if name not in known:
-            raise RecipeError(f"train.arguments.{name}: TrainingArguments of transformers has no such field{suggest(name, known)}")
+            raise RecipeError(
+                f"train.arguments.{name}: TrainingArguments of transformers has no such field{suggest(name, known)}"
+            )
     values: dict[str, Any] = {name: getattr(options, name) for name in TrainOptions.model_fields if name not in _OURS}
     values |= {**_DECIDED, **options.arguments, "output_dir": str(output_dir)}
     if not values["lr_scheduler_kwargs"]:
@@ -78,6 +82,8 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train: transformers refuses these arguments: {error}") from None
     if arguments.n_gpu > 1:
-        logger.warning("%d GPUs are visible and one is used; start with torchrun or deepspeed to use all", arguments.n_gpu)
+        logger.warning(
+            "%d GPUs are visible and one is used; start with torchrun or deepspeed to use all", arguments.n_gpu
+        )
         arguments._n_gpu = 1  # torch's DataParallel, which transformers would choose, cannot split our batches
     return arguments

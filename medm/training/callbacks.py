@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import distributed as dist
 from transformers import TrainerCallback
+
+from medm.training.processes import anywhere
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,7 @@ class Interruption(TrainerCallback):
         self._received = signal.Signals(number).name
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        received = self._received is not None
-        if args.world_size > 1:
-            flag = torch.tensor(float(received), device=args.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            received = bool(flag)
-        if received:
+        if anywhere(self._received is not None, args.device):
             self.raised = True
             control.should_save, control.should_training_stop = True, True
             if state.is_world_process_zero:
@@ -87,7 +82,9 @@ class Progress(TrainerCallback):
             return
         if "loss" in logs:
             values = [f"loss {logs['loss']:.4f}"]
-            values += [f"{name.removeprefix('loss/')} {value:.4f}" for name, value in logs.items() if name.startswith("loss/")]
+            values += [
+                f"{name.removeprefix('loss/')} {value:.4f}" for name, value in logs.items() if name.startswith("loss/")
+            ]
             values += [f"lr {logs['learning_rate']:.2e}"] if "learning_rate" in logs else []
             done = state.global_step - self._first_step
             seconds = (time.monotonic() - self._started) / max(done, 1)
@@ -119,7 +116,9 @@ class LossCurve(TrainerCallback):
 def draw_curve(history: list[dict[str, Any]], path: Path) -> bool:
     """Loss over steps as a PNG; says so and returns False where matplotlib is missing."""
     if find_spec("matplotlib") is None:
-        logger.info("no %s: matplotlib is not installed (pip install 'medm[plot]'); the numbers are in %s", path.name, LOSS_LOG)
+        logger.info(
+            "no %s: matplotlib is not installed (pip install 'medm[plot]'); the numbers are in %s", path.name, LOSS_LOG
+        )
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

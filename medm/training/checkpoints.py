@@ -116,7 +116,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {MANIFEST}; the checkpoint was not finished, or medm did not write it") from None
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}; the checkpoint was not finished, or medm did not write it"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict):

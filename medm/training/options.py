@@ -50,7 +50,9 @@ class PartOptions(Options):
         if self.tune == "frozen":
             idle = self._changed(("lr", "weight_decay"))
             if idle:
-                raise ValueError(f"{', '.join(idle)}: has no effect on a frozen part; leave it out or choose another tune")
+                raise ValueError(
+                    f"{', '.join(idle)}: has no effect on a frozen part; leave it out or choose another tune"
+                )
         return self
 
     def _changed(self, names: Sequence[str]) -> list[str]:

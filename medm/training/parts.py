@@ -117,9 +117,7 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
     return [part for part in parts if not any(parameter.requires_grad for parameter in part.parameters())]
 
 
-def parameter_groups(
-    model: nn.Module, parts: Mapping[str, PartOptions], train: TrainOptions
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, parts: Mapping[str, PartOptions], train: TrainOptions) -> list[dict[str, Any]]:
     """Optimiser groups: for each part its matrices with weight decay, and its norms and biases without.
 
     A tensor that two parts share counts for the first.
@@ -196,7 +194,9 @@ def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
 def linear_layers(module: nn.Module) -> list[str]:
     """Names of every linear layer of a part but its output head."""
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    return [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head]
+    return [
+        name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
+    ]
 
 
 def _checkpoint_activations(module: nn.Module, *, asked: bool, name: str) -> None:
@@ -206,7 +206,9 @@ def _checkpoint_activations(module: nn.Module, *, asked: bool, name: str) -> Non
         enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
         enable()
     if asked and not able:
-        raise RecipeError(f"parts.{name}: gradient_checkpointing: this part has no layers that support it; leave it out")
+        raise RecipeError(
+            f"parts.{name}: gradient_checkpointing: this part has no layers that support it; leave it out"
+        )
 
 
 def _check_covered(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

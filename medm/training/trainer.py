@@ -12,31 +12,30 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from medm.errors import CheckpointError, MedmError, NonFiniteError, RecipeError
+from medm.errors import CheckpointError, NonFiniteError, RecipeError
 from medm.objectives.base import Losses, Objective
 from medm.training import checkpoints
 from medm.training.callbacks import Interruption
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import frozen_modules, parameter_groups
+from medm.training.processes import anywhere, failures, gathered, on_first
 from medm.training.recipe import differences
 from medm.training.safe_load import safe_loading
 from medm.types import Batch
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 MAX_OVERFLOWS = 50
 """Optimiser steps in a row that fp16 loss scaling may skip before the run counts as broken."""
@@ -102,6 +101,7 @@ class MedmTrainer(Trainer):
         sampler: this process's micro-batches.
         data_collator: list of samples -> batch.
         eval_dataset: held-out data for the loss during training.
+        eval_collator: list of held-out samples -> batch; `data_collator` without it.
         processing_class: saved beside the weights.
         callbacks: further callbacks.
         recipe: the resolved recipe; kept with every checkpoint, and compared when a run continues.
@@ -111,12 +111,13 @@ class MedmTrainer(Trainer):
         self, model: nn.Module, args: TrainingArguments, *, objective: Objective, parts: Mapping[str, PartOptions],
         train_options: TrainOptions, train_dataset: Dataset[Any], sampler: BatchSampler,
         data_collator: Callable[[list[Any]], Batch], eval_dataset: Dataset[Any] | None = None,
-        processing_class: Any = None, callbacks: Sequence[TrainerCallback] = (),
-        recipe: Mapping[str, Any] | None = None,
+        eval_collator: Callable[[list[Any]], Batch] | None = None, processing_class: Any = None,
+        callbacks: Sequence[TrainerCallback] = (), recipe: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.objective, self.parts, self.train_options = objective, dict(parts), train_options
         self.recipe = dict(recipe or {})
         self.epochs = _Epochs(sampler, train_dataset, args.seed)
+        self.eval_collator = eval_collator or data_collator
         self.interruption = Interruption()
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator,
@@ -146,8 +147,8 @@ class MedmTrainer(Trainer):
             NonFiniteError: a loss, gradient or weight is no number.
         """
         output_dir = Path(self.args.output_dir)
-        with self._first_process_holds(output_dir), self.interruption.listening(), safe_loading(self._checkpoint_classes()):
-            start = self._on_first(lambda: self._starting_point(output_dir, resume=resume))
+        with _first_process_holds(output_dir), self.interruption.listening(), safe_loading(self._checkpoint_classes()):
+            start = on_first(lambda: self._starting_point(output_dir, resume=resume))
             super().train(resume_from_checkpoint=None if start is None else str(start))
         return not self.interruption.raised
 
@@ -198,6 +199,16 @@ class MedmTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             generator=self.epochs.generator,
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        loader = DataLoader(
+            eval_dataset or self.eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.eval_collator,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # the run's own random numbers stay as they are
+        )
+        return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
         if not batch_samples:
@@ -254,10 +265,7 @@ class MedmTrainer(Trainer):
 
     def _require_finite(self, losses: Losses) -> None:
         """All processes stop together, or the others would wait for the one that stopped."""
-        finite = torch.isfinite(losses.total.detach()).float()
-        if self.args.world_size > 1:
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if not bool(finite):
+        if anywhere(not bool(torch.isfinite(losses.total.detach())), self.args.device):
             terms = "".join(f", {name} {value.item():g}" for name, value in losses.parts.items())
             raise NonFiniteError(
                 f"the loss of step {self.state.global_step + 1} is {losses.total.item():g} on this process{terms}; nothing "
@@ -287,10 +295,7 @@ class MedmTrainer(Trainer):
     def _drain_terms(self) -> dict[str, float]:
         terms = {name: value.item() for name, value in self._terms.items()}
         self._terms = {}
-        if self.args.world_size == 1:
-            return terms
-        everyone: list[dict[str, float]] = [{}] * self.args.world_size
-        dist.all_gather_object(everyone, terms)
+        everyone = gathered(terms)
         names = sorted({name for one in everyone for name in one})
         return {name: sum(one.get(name, 0.0) for one in everyone) / len(everyone) for name in names}
 
@@ -304,10 +309,22 @@ class MedmTrainer(Trainer):
         self._require_finite_weights()
         self.store_flos()
         final = output_dir / f"checkpoint-{step}"
-        folder = self._on_first(lambda: self._make_staging(output_dir, step))
+        folder = on_first(lambda: self._make_staging(output_dir, step))
         self._together(lambda: self._write_checkpoint(folder, final), during=f"writing {final}", cleanup=folder)
-        self._on_first(lambda: self._commit(folder, final))
+        on_first(lambda: self._commit(folder, final))
         self._committed_step = step
+
+    def save_whole(self, folder: Path) -> None:
+        """The model as a folder that opens anywhere: tensors of full size, config and processor. All processes call it."""
+        self._require_finite_weights()
+        on_first(lambda: self._fresh(folder))
+        self._together(
+            lambda: self.save_model(str(folder), _internal_call=True), during=f"writing {folder}", cleanup=folder
+        )
+
+    def _fresh(self, folder: Path) -> None:
+        checkpoints.remove(folder)
+        folder.mkdir(parents=True)
 
     def _make_staging(self, output_dir: Path, step: int) -> Path:
         checkpoints.check_space(output_dir, estimate=self._estimated_size())
@@ -354,7 +371,7 @@ class MedmTrainer(Trainer):
             # Under ZeRO-3 the parameter itself is empty, and this process's share lies beside it.
             if parameter.requires_grad and not torch.isfinite(getattr(parameter, "ds_tensor", parameter.data)).all()
         ]
-        if self._any(bool(broken)):
+        if anywhere(bool(broken), self.args.device):
             raise NonFiniteError(
                 f"step {self.state.global_step}: weights are no numbers any more ({', '.join(broken[:3]) or 'on another process'}); "
                 "no checkpoint was written, earlier ones are untouched"
@@ -399,70 +416,27 @@ class MedmTrainer(Trainer):
         if self.interruption.raised:
             return
         best = Path(self.state.best_model_checkpoint)
-        self._on_first(lambda: checkpoints.verify(best))
+        on_first(lambda: checkpoints.verify(best))
         if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(best), self.accelerator.unwrap_model(self.model))
 
-    # Several processes --------------------------------------------------------------------------------
-
-    def _any(self, value: bool) -> bool:
-        """Whether it holds on any process."""
-        if self.args.world_size == 1:
-            return value
-        flag = torch.tensor(float(value), device=self.args.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
-
-    def _first_process_holds(self, output_dir: Path) -> Any:
-        return _FirstHolds(self, output_dir)
-
-    def _on_first(self, action: Callable[[], T]) -> T:
-        """The result of an action that the first process alone takes; an error there is raised everywhere."""
-        if self.args.world_size == 1:
-            return action()
-        message: list[Any] = [None, None]
-        caught: Exception | None = None
-        if self.args.process_index == 0:
-            try:
-                message[0] = action()
-            except (MedmError, OSError) as error:
-                caught, message[1] = error, (type(error), str(error))
-        dist.broadcast_object_list(message, src=0)
-        if caught is not None:
-            raise caught
-        if message[1] is not None:
-            kind, text = message[1]
-            raise kind(text)
-        return message[0]
-
     def _together(self, action: Callable[[], None], *, during: str, cleanup: Path) -> None:
         """Take an action on every process; if it fails on one, all of them clean up and stop."""
-        problem: str | None = None
-        try:
-            action()
-        except (OSError, RuntimeError) as error:
-            problem = f"process {self.args.process_index}: {error}"
-        problems = [problem]
-        if self.args.world_size > 1:
-            problems = [None] * self.args.world_size
-            dist.all_gather_object(problems, problem)
-        if failed := [text for text in problems if text]:
+        if failed := failures(action):
             if self.args.process_index == 0:
                 checkpoints.remove(cleanup)
             raise CheckpointError(f"{during} failed ({'; '.join(failed)}); earlier checkpoints are untouched")
 
 
-class _FirstHolds:
+@contextmanager
+def _first_process_holds(output_dir: Path) -> Iterator[None]:
     """The lock on the output folder, taken by the first process for all."""
+    with ExitStack() as stack:
 
-    def __init__(self, trainer: MedmTrainer, output_dir: Path) -> None:
-        self.trainer, self.lock = trainer, checkpoints.locked(output_dir)
+        def lock() -> None:
+            stack.enter_context(checkpoints.locked(output_dir))
 
-    def __enter__(self) -> None:
-        self.trainer._on_first(self.lock.__enter__)
-
-    def __exit__(self, *error: Any) -> None:
-        if self.trainer.args.process_index == 0:
-            self.lock.__exit__(*error)
+        on_first(lock)
+        yield

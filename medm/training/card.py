@@ -1,0 +1,145 @@
+"""What is left beside the weights for people: model card, resolved recipe, versions, hashes of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import medm
+from medm.training.parts import PartTable
+from medm.training.recipe import dump
+
+WARNING = (
+    "**Not for clinical use.** This model is for research; it must not be used to diagnose, treat or triage anyone."
+)
+
+RECIPE, RUN, CARD = "recipe.yaml", "run.json", "README.md"
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "safetensors",
+    "tokenizers",
+    "monai",
+    "SimpleITK",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of medm, Python and the libraries that decide what a run computes; the commit, in a git checkout."""
+    found = {"medm": medm.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | ({"commit": commit} if (commit := _commit()) else {})
+
+
+def data_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
+    """sha256 of every annotation file."""
+    hashes = {}
+    for path in paths:
+        with Path(path).open("rb") as file:
+            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def write_record(
+    folder: Path, *, recipe: Mapping[str, Any], table: PartTable, hashes: Mapping[str, str], history: list[dict[str, Any]],
+    counts: Mapping[str, int],
+) -> None:  # fmt: skip
+    """`recipe.yaml`, `run.json` and `README.md` in a model's folder.
+
+    Args:
+        folder: where the weights are.
+        recipe: resolved.
+        table: what was trained.
+        hashes: of the annotation files.
+        history: what was logged; the last training and evaluation losses are shown.
+        counts: records that were left out or shortened.
+    """
+    last = _last(history)
+    run = {
+        "versions": versions(), "data": dict(hashes), "records": dict(counts), "scores": last,
+        "parameters": table.parameters, "trainable": table.trainable,
+    }  # fmt: skip
+    (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
+    (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(_card(recipe, table, run), encoding="utf-8")
+
+
+def _card(recipe: Mapping[str, Any], table: PartTable, run: Mapping[str, Any]) -> str:
+    name = Path(str(recipe["output_dir"])).name
+    scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in run["scores"].items()) or "| none | |"
+    data = "\n".join(f"- `{path}`, sha256 `{digest}`" for path, digest in run["data"].items()) or "- none"
+    left_out = ", ".join(f"{key} {count}" for key, count in run["records"].items() if count) or "none"
+    used = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
+    return f"""---
+library_name: medm
+tags: [medical, vision-language]
+---
+# {name}
+
+{WARNING}
+
+A medical vision-language model trained with medm. It can be wrong, can invent findings, and carries the biases of its
+data. It was not validated on any clinical task.
+
+## Training
+
+```
+{table}
+```
+
+Losses at the end (no task was scored during training; `medm eval` does that):
+
+| | |
+|---|---|
+{scores}
+
+The whole recipe is in `{RECIPE}`; versions and hashes are in `{RUN}` too.
+
+## Data
+
+{data}
+
+Records left out or shortened: {left_out}.
+
+## Made with
+
+{used}
+"""
+
+
+def _last(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The newest value of every loss that was logged."""
+    found: dict[str, float] = {}
+    for entry in history:
+        found |= {key: float(entry[key]) for key in ("loss", "eval_loss") if key in entry}
+    return {"training loss" if key == "loss" else "held-out loss": value for key, value in found.items()}
+
+
+def _commit() -> str | None:
+    """The commit of a git checkout, with a mark where files were changed; None for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,144 @@
+"""From the `data` section of a recipe to what a trainer takes: datasets, a sampler, collators.
+
+The annotation files are checked as a whole before anything is built on them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from medm.data.check import Report, check
+from medm.data.collator import Collator
+from medm.data.dataset import ConversationDataset
+from medm.data.options import DataOptions, SourceOptions
+from medm.data.packing import PackedBatches, PackingCollator
+from medm.data.records import Records
+from medm.data.sampling import Mixture, Order, RankedBatches, Shuffle
+from medm.errors import DataError, RecipeError
+from medm.imaging.augment import augment
+from medm.training.options import TrainOptions
+from medm.training.processes import on_first
+from medm.types import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingData:
+    """Everything about the data of a run.
+
+    Args:
+        options: the `data` section.
+        train: the `train` section, for batch sizes and the seed.
+        processor: of the model; encodes samples.
+        rank: this process.
+        world: number of processes.
+
+    Raises:
+        RecipeError: no training data.
+        DataError: a bad record, where the policy is to stop; every one of them was logged.
+    """
+
+    def __init__(self, options: DataOptions, train: TrainOptions, processor: Any, *, rank: int, world: int) -> None:
+        if not options.train:
+            raise RecipeError("data.train: no annotation file; name at least one")
+        if train.eval_strategy != "no" and not options.eval:
+            raise RecipeError(
+                f"train.eval_strategy: {train.eval_strategy} needs held-out records; name files in data.eval"
+            )
+        self.options, self.train_options, self.processor = options, train, processor
+        self.files = [source.path for source in (*options.train, *options.eval)]
+        lengths = on_first(lambda: self._check("training", options.train))
+        if options.eval:
+            on_first(lambda: self._check("held-out", options.eval))
+        self.train = self._dataset(options.train, augmented=True)
+        self.evaluation: Dataset[Any] | None = self._dataset(options.eval, augmented=False) if options.eval else None
+        self.sampler = self._sampler(self.train.records, np.asarray(lengths), rank=rank, world=world)
+        self.eval_collate: Callable[[list[Any]], Batch] = Collator(processor.pad_id)
+        self.collate = self.eval_collate
+        if options.packing:
+            assert options.max_length is not None
+            self.collate = PackingCollator(processor.pad_id, options.max_length)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Records that this process left out or shortened."""
+        return self.train.counts
+
+    def _check(self, what: str, sources: list[SourceOptions]) -> list[int]:
+        """Look at every record; log what was found and return the tokens of each."""
+        report = check(
+            sources,
+            preprocess=self.processor.preprocess,
+            encode=self.processor.encode,
+            to_text=self.processor.text,
+            max_length=self.options.max_length,
+            too_long=self.options.too_long,
+            placeholder_ids=self._placeholders,
+            progress=lambda done, total: logger.info("checking %s records: %d of %d", what, done, total),
+        )
+        logger.info("%s records\n%s", what, "\n".join(report.lines()))
+        self._judge(what, report)
+        return report.lengths
+
+    def _judge(self, what: str, report: Report) -> None:
+        limit = self.options.bad_records_limit
+        if report.num_bad and self.options.bad_records == "stop":
+            raise DataError(
+                f"{report.num_bad} of {report.records} {what} records are bad; the first: {report.bad[0]}. Mend them, or set "
+                "data.bad_records: skip"
+            )
+        if limit is not None and report.num_bad > limit:
+            raise DataError(
+                f"{report.num_bad} of {report.records} {what} records are bad, more than data.bad_records_limit = {limit}; "
+                f"the first: {report.bad[0]}"
+            )
+        if not any(report.lengths):
+            raise DataError(f"none of {report.records} {what} records can be used")
+
+    @property
+    def _placeholders(self) -> list[int]:
+        return list(self.processor.placeholder_ids.values())
+
+    def _dataset(self, sources: list[SourceOptions], *, augmented: bool) -> ConversationDataset:
+        changes = self.options.augment if augmented else None
+        return ConversationDataset(
+            Records(sources),
+            self.processor.encode,
+            self.processor.preprocess,
+            max_length=self.options.max_length,
+            too_long=self.options.too_long,
+            placeholder_ids=self._placeholders,
+            bad_records=self.options.bad_records,
+            bad_records_limit=self.options.bad_records_limit,
+            augment={branch: partial(augment, change) for branch, change in (changes or {}).items()},
+            seed=self.train_options.seed,
+        )
+
+    def _sampler(self, records: Records, lengths: np.ndarray, *, rank: int, world: int) -> RankedBatches:
+        options, train = self.options, self.train_options
+        settings: dict[str, Any] = {
+            "batch_size": train.per_device_train_batch_size,
+            "rank": rank,
+            "world": world,
+            "accumulation": train.gradient_accumulation_steps,
+            "drop_last": train.dataloader_drop_last,
+            "balance_ranks": options.balance_ranks and not options.packing,
+            "seed": train.seed,
+        }
+        order = self._order(records, apart=settings["batch_size"] * world * settings["accumulation"])
+        if options.packing:
+            return PackedBatches(order, lengths=lengths, capacity=options.max_length or 0, **settings)
+        return RankedBatches(order, lengths=lengths, group_by_length=options.order == "length", **settings)
+
+    def _order(self, records: Records, *, apart: int) -> Order:
+        weights = [source.weight for source in self.options.train if source.weight is not None]
+        if weights:
+            seed = self.train_options.seed
+            return Mixture(records.sizes, weights, draws=self.options.draws, apart=apart, seed=seed)
+        return Shuffle(len(records), seed=self.train_options.seed)
