@@ -1,0 +1,85 @@
+"""`medm chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from medm.cli.console import err, note, out, report
+from medm.errors import MedmError
+
+if TYPE_CHECKING:
+    from medm.evaluation.chat import Conversation
+
+HELP = "/image FILE   /volume FILE   show one before the next question;   /reset   begin anew;   /quit   leave"
+
+
+def chat(
+    model: Annotated[str, typer.Option(help="Model folder that medm saved.")],
+    image: Annotated[list[str] | None, typer.Option(help="Image before the first question; may be repeated.")] = None,
+    volume: Annotated[list[str] | None, typer.Option(help="Volume before the first question.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system turn before everything.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 for the likeliest reply; above it, replies are drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        Literal["saved", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights.")
+    ] = "saved",
+) -> None:
+    """Talk with a model about images and volumes, in several turns. Not for clinical use."""
+    from medm.config import validate
+    from medm.evaluation.chat import Conversation
+    from medm.evaluation.engine import load_engine, pick_device
+    from medm.evaluation.options import GenerationOptions
+
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    options = validate(GenerationOptions, given, source="medm chat")
+    engine, processor = load_engine(model, options, device=pick_device(device), dtype=dtype)
+    conversation = Conversation(engine, processor, system=system)
+    for branch, files in (("image", image), ("volume", volume)):
+        for file in files or []:
+            conversation.show(branch, file)
+    note("Not for clinical use: replies can be wrong in every way.")
+    note(HELP)
+    for line in _lines():
+        if line in ("/quit", "/exit"):
+            return
+        try:
+            respond(conversation, line)
+        except MedmError as error:
+            report(error)
+        except KeyboardInterrupt:  # ends the reply, not the conversation
+            out.print()
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, or comes through a pipe, without empty lines."""
+    while True:
+        if sys.stdin.isatty():
+            err.print("> ", end="", style="bold")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def respond(conversation: Conversation, line: str) -> None:
+    """One line of the person: a command, or a question whose reply is printed as it comes."""
+    command, _, rest = line.partition(" ")
+    if command in ("/image", "/volume"):
+        conversation.show(command.removeprefix("/"), rest.strip())
+        note(f"{rest.strip()} will be shown with the next question")
+    elif command == "/reset":
+        conversation.reset()
+        note("begun anew")
+    elif command.startswith("/"):
+        note(HELP)
+    else:
+        for piece in conversation.ask(line):
+            out.print(piece, end="", markup=False)
+        out.print()

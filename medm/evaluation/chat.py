@@ -1,0 +1,70 @@
+"""A conversation of several turns with one model. Knows no terminal and no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medm.data.records import missing_branch
+from medm.errors import DataError
+from medm.evaluation.engine import Engine, prepare
+from medm.imaging import load_pixels
+from medm.types import Media, Sample, Turn
+
+
+class Conversation:
+    """What was said so far, and the images and volumes that were shown.
+
+    Args:
+        engine: answers.
+        processor: of the engine's model.
+        system: a system turn before everything.
+    """
+
+    def __init__(self, engine: Engine, processor: Any, *, system: str | None = None) -> None:
+        self.engine, self.processor, self.system = engine, processor, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was said and shown."""
+        self.turns: list[Turn] = [Turn("system", (self.system,))] if self.system else []
+        self.pixels: dict[str, list[np.ndarray]] = {}
+        self._shown: list[Media] = []
+
+    def show(self, branch: str, path: str | Path) -> None:
+        """Put a file before the next question.
+
+        Raises:
+            DataError: the model has no such branch, or the file cannot be read.
+        """
+        if branch not in self.processor.preprocess:
+            raise DataError(missing_branch(branch, self.processor.preprocess))
+        array = load_pixels(Path(path).expanduser(), self.processor.preprocess[branch])
+        self.pixels.setdefault(branch, []).append(array)
+        self._shown.append(Media(branch, str(path)))
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The reply in pieces as they come. The turns are kept once the reply is complete.
+
+        Raises:
+            DataError: the conversation no longer fits the model's context, or the template refuses it.
+        """
+        content: list[str | Media] = []
+        for media in self._shown:
+            content += [media, "\n"]
+        turn = Turn("user", (*content, question))
+        example = self.processor.encode(Sample((*self.turns, turn)), self.pixels, generation=True)
+        longest = getattr(self.engine.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and len(example.input_ids) >= longest:
+            raise DataError(
+                f"the conversation has {len(example.input_ids)} tokens, but the context is {longest}; begin anew"
+            )
+        said: list[str] = []
+        for piece in self.engine.stream(prepare([example], pad_id=self.processor.pad_id)):
+            said.append(piece)
+            yield piece
+        self.turns += [turn, Turn("assistant", ("".join(said).strip(),))]
+        self._shown = []
