@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlamaConfig,
     SiglipVisionConfig,
 )
 
@@ -49,7 +49,8 @@ class Sizes:
 def _text(layers: int, dim: int, heads: int, kv: int, mlp: int, vocabulary: int) -> dict[str, Any]:
     return {
         "num_hidden_layers": layers, "hidden_size": dim, "num_attention_heads": heads, "num_key_value_heads": kv,
-        "intermediate_size": mlp, "vocab_size": vocabulary, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+        "intermediate_size": mlp, "vocab_size": vocabulary, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD,
     }  # fmt: skip
 
@@ -71,7 +72,9 @@ WORKLOADS = {
 }
 
 
-def medm_model(sizes: Sizes, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LVLMForConditionalGeneration:
+def medm_model(
+    sizes: Sizes, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> LVLMForConditionalGeneration:
     """Our model of a workload."""
     torch.manual_seed(0)
     config = LVLMConfig(
@@ -91,7 +94,7 @@ def medm_model(sizes: Sizes, *, device: str = "cpu", dtype: torch.dtype = torch.
 
 
 def stock_model(ours: LVLMForConditionalGeneration, sizes: Sizes) -> LlavaForConditionalGeneration:
-    """transformers' Llava with the same weights, tensor by tensor."""
+    """Transformers' Llava with the same weights, tensor by tensor."""
     config = LlavaConfig(
         vision_config=SiglipVisionConfig(**sizes.vision).to_dict(),
         text_config=LlamaConfig(**sizes.text).to_dict(),
