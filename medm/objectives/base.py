@@ -43,7 +43,7 @@ class Objective(ABC):
         """
 
     def share(self, batch: Batch, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """This batch's part of the step's items, by which a mean over the batch is weighted."""
+        """The part of the step's items that this batch holds; weighs a mean over the batch."""
         if num_items_in_batch is None:
             return 1.0
         items = self.num_items(batch)

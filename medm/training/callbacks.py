@@ -20,7 +20,7 @@ from medm.training.processes import anywhere
 logger = logging.getLogger(__name__)
 
 RESUMABLE = 75
-"""Exit code of a run that a signal stopped after a checkpoint was written (`EX_TEMPFAIL`): start it again with --resume."""
+"""Exit code of a run that a signal stopped after a checkpoint was written (`EX_TEMPFAIL`): continue with --resume."""
 
 LOSS_LOG, LOSS_CURVE = "loss.jsonl", "loss.png"
 

@@ -55,8 +55,8 @@ def data_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
 
 
 def write_record(
-    folder: Path, *, recipe: Mapping[str, Any], table: PartTable, hashes: Mapping[str, str], history: list[dict[str, Any]],
-    counts: Mapping[str, int],
+    folder: Path, *, recipe: Mapping[str, Any], table: PartTable, hashes: Mapping[str, str],
+    history: list[dict[str, Any]], counts: Mapping[str, int],
 ) -> None:  # fmt: skip
     """`recipe.yaml`, `run.json` and `README.md` in a model's folder.
 

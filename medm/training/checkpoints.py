@@ -70,8 +70,8 @@ def check_space(output_dir: Path, *, estimate: int) -> None:
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise CheckpointError(
-            f"{output_dir}: the next checkpoint needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. Earlier "
-            "checkpoints are untouched: make room or lower train.save_total_limit, then continue with --resume"
+            f"{output_dir}: the next checkpoint needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
+            "Earlier checkpoints are untouched: make room or lower train.save_total_limit, then continue with --resume"
         )
 
 
@@ -179,7 +179,7 @@ def newest_good(output_dir: Path) -> Path | None:
 
 
 def prune(output_dir: Path, *, keep: int, spare: Path | None, newest: Path) -> None:
-    """Remove all but the newest `keep` checkpoints and `spare` (the best), after `newest` has been read back and verified."""
+    """Remove all but the newest `keep` checkpoints and `spare` (the best), once `newest` has been read back."""
     doomed = [folder for folder in folders(output_dir)[keep:] if folder not in (spare, newest)]
     if not doomed:
         return
@@ -226,8 +226,8 @@ def locked(output_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise MedmError(
-                f"{output_dir}: another run is writing here ({file.read().strip() or 'unknown process'}); wait for it or "
-                "give this run an output_dir of its own"
+                f"{output_dir}: another run is writing here ({file.read().strip() or 'unknown process'}); wait for it "
+                "or give this run an output_dir of its own"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from medm.data.packing import PackedBatches, PackingCollator
 from medm.data.records import Records
 from medm.data.sampling import Mixture, Order, RankedBatches, Shuffle
 from medm.errors import DataError, RecipeError
-from medm.imaging.augment import augment
 from medm.training.options import TrainOptions
 from medm.training.processes import on_first
 from medm.types import Batch
@@ -60,7 +58,7 @@ class TrainingData:
         self.evaluation: Dataset[Any] | None = self._dataset(options.eval, augmented=False) if options.eval else None
         self.sampler = self._sampler(self.train.records, np.asarray(lengths), rank=rank, world=world)
         self.eval_collate: Callable[[list[Any]], Batch] = Collator(processor.pad_id)
-        self.collate = self.eval_collate
+        self.collate: Callable[[list[Any]], Batch] = self.eval_collate
         if options.packing:
             assert options.max_length is not None
             self.collate = PackingCollator(processor.pad_id, options.max_length)
@@ -90,13 +88,13 @@ class TrainingData:
         limit = self.options.bad_records_limit
         if report.num_bad and self.options.bad_records == "stop":
             raise DataError(
-                f"{report.num_bad} of {report.records} {what} records are bad; the first: {report.bad[0]}. Mend them, or set "
-                "data.bad_records: skip"
+                f"{report.num_bad} of {report.records} {what} records are bad; the first: {report.bad[0]}. Mend them, "
+                "or set data.bad_records: skip"
             )
         if limit is not None and report.num_bad > limit:
             raise DataError(
-                f"{report.num_bad} of {report.records} {what} records are bad, more than data.bad_records_limit = {limit}; "
-                f"the first: {report.bad[0]}"
+                f"{report.num_bad} of {report.records} {what} records are bad, more than "
+                f"data.bad_records_limit = {limit}; the first: {report.bad[0]}"
             )
         if not any(report.lengths):
             raise DataError(f"none of {report.records} {what} records can be used")
@@ -106,7 +104,6 @@ class TrainingData:
         return list(self.processor.placeholder_ids.values())
 
     def _dataset(self, sources: list[SourceOptions], *, augmented: bool) -> ConversationDataset:
-        changes = self.options.augment if augmented else None
         return ConversationDataset(
             Records(sources),
             self.processor.encode,
@@ -116,7 +113,7 @@ class TrainingData:
             placeholder_ids=self._placeholders,
             bad_records=self.options.bad_records,
             bad_records_limit=self.options.bad_records_limit,
-            augment={branch: partial(augment, change) for branch, change in (changes or {}).items()},
+            augmentation=self.options.augment if augmented else None,
             seed=self.train_options.seed,
         )
 

@@ -81,8 +81,8 @@ def _read(name: str) -> dict[str, Any]:
     for block in ("optimizer", "scheduler"):
         if block in config:
             raise RecipeError(
-                f"train.deepspeed: {path} has a '{block}' block, under which learning rates per part would have no effect; "
-                "remove it: the optimiser and its schedule are those of the train section"
+                f"train.deepspeed: {path} has a '{block}' block, under which learning rates per part would have no "
+                "effect; remove it: the optimiser and its schedule are those of the train section"
             )
     if config.get("checkpoint", {}).get("load_universal"):
         raise RecipeError(f"train.deepspeed: {path}: checkpoint.load_universal reads pickled files; remove it")
@@ -105,9 +105,9 @@ def _launch_alone() -> None:
 
 def offloaded_optimizer(args: TrainingArguments) -> Any:
     """DeepSpeed's CPU Adam where the optimiser lives on the CPU beside a GPU and AdamW is asked for; else None."""
-    zero = args.hf_deepspeed_config.config.get("zero_optimization", {})  # type: ignore[union-attr]
+    zero = args.hf_deepspeed_config.config.get("zero_optimization", {})
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if not offloaded or not torch.cuda.is_available() or not str(args.optim.value).startswith("adamw_torch"):
+    if not offloaded or not torch.cuda.is_available() or args.optim not in ("adamw_torch", "adamw_torch_fused"):
         return None
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 

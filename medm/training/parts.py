@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from medm.errors import RecipeError, UnknownNameError
@@ -193,7 +194,7 @@ def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
 
 def linear_layers(module: nn.Module) -> list[str]:
     """Names of every linear layer of a part but its output head."""
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     return [
         name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
     ]
@@ -201,8 +202,9 @@ def linear_layers(module: nn.Module) -> list[str]:
 
 def _checkpoint_activations(module: nn.Module, *, asked: bool, name: str) -> None:
     """Switch recomputation on in every transformers model inside a part."""
-    able = [m for m in module.modules() if getattr(m, "supports_gradient_checkpointing", False)]
+    able = [m for m in module.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
     for inner in able:
+        # The first name is the one of releases from 2026 on.
         enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
         enable()
     if asked and not able:

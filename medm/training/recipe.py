@@ -72,9 +72,9 @@ def dump(recipe: Mapping[str, Any]) -> str:
 HARMLESS = frozenset(
     f"train.{name}"
     for name in (
-        "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_first_step", "report_to", "run_name",
-        "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "ddp_timeout", "require_gpu",
-        "per_device_eval_batch_size",
+        "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_first_step", "report_to",
+        "run_name", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "ddp_timeout",
+        "require_gpu", "per_device_eval_batch_size",
     )
 ) | {"output_dir"}  # fmt: skip
 """What may differ between a run and its continuation without changing what is learned."""

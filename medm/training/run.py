@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         model, args,
         objective=objective(recipe), parts=recipe.parts, train_options=recipe.train, train_dataset=data.train,
         sampler=data.sampler, data_collator=data.collate, eval_dataset=data.evaluation,
-        eval_collator=data.eval_collate, processing_class=processor, callbacks=_callbacks(recipe), recipe=resolved(recipe),
+        eval_collator=data.eval_collate, processing_class=processor, callbacks=_callbacks(recipe),
+        recipe=resolved(recipe),
     )  # fmt: skip
     finished = trainer.fit(resume=resume)
     if finished:
@@ -97,8 +97,8 @@ def _save_final(trainer: MedmTrainer, recipe: Recipe, table: PartTable, data: Tr
     trainer.save_whole(folder)
     if trainer.args.process_index == 0:
         write_record(
-            folder, recipe=resolved(recipe), table=table, hashes=data_hashes(data.files), history=trainer.state.log_history,
-            counts=data.counts,
+            folder, recipe=resolved(recipe), table=table, hashes=data_hashes(data.files),
+            history=trainer.state.log_history, counts=data.counts,
         )  # fmt: skip
         publish(folder, output_dir)
         logger.info("the model is in %s. Not for clinical use.", output_dir)
@@ -118,7 +118,7 @@ def publish(folder: Path, output_dir: Path) -> None:
             if path.is_dir() and target.is_dir():
                 shutil.rmtree(target)
             checkpoints.sync(path)
-            os.replace(path, target)
+            path.replace(target)
         checkpoints.sync(output_dir)
     except OSError as error:
         raise CheckpointError(

@@ -37,8 +37,8 @@ def safe_loading(classes: tuple[Any, ...] = ()) -> Iterator[None]:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise CheckpointError(
-            f"a checkpoint holds more than tensors and plain values, and was not loaded ({_first_line(error)}). It was not "
-            "written by this run, or was tampered with"
+            f"a checkpoint holds more than tensors and plain values, and was not loaded ({_first_line(error)}). It was "
+            "not written by this run, or was tampered with"
         ) from None
     finally:
         del os.environ[_FORCE]

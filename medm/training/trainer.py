@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -114,8 +114,11 @@ class MedmTrainer(Trainer):
         eval_collator: Callable[[list[Any]], Batch] | None = None, processing_class: Any = None,
         callbacks: Sequence[TrainerCallback] = (), recipe: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.objective, self.parts, self.train_options = objective, dict(parts), train_options
-        self.recipe = dict(recipe or {})
+        self.objective: Objective = objective
+        self.parts: dict[str, PartOptions] = dict(parts)
+        self.train_options: TrainOptions = train_options
+        self.recipe: dict[str, Any] = dict(recipe or {})
+        self.output_dir = Path(args.output_dir or "")
         self.epochs = _Epochs(sampler, train_dataset, args.seed)
         self.eval_collator = eval_collator or data_collator
         self.interruption = Interruption()
@@ -146,9 +149,12 @@ class MedmTrainer(Trainer):
             CheckpointError: no checkpoint is whole, or one cannot be written.
             NonFiniteError: a loss, gradient or weight is no number.
         """
-        output_dir = Path(self.args.output_dir)
-        with _first_process_holds(output_dir), self.interruption.listening(), safe_loading(self._checkpoint_classes()):
-            start = on_first(lambda: self._starting_point(output_dir, resume=resume))
+        with (
+            _first_process_holds(self.output_dir),
+            self.interruption.listening(),
+            safe_loading(self._checkpoint_classes()),
+        ):
+            start = on_first(lambda: self._starting_point(self.output_dir, resume=resume))
             super().train(resume_from_checkpoint=None if start is None else str(start))
         return not self.interruption.raised
 
@@ -157,8 +163,8 @@ class MedmTrainer(Trainer):
         if not resume:
             if present := checkpoints.folders(output_dir):
                 raise RecipeError(
-                    f"{output_dir}: holds {present[0].name} of an earlier run; continue that run with --resume, or choose "
-                    "another output_dir"
+                    f"{output_dir}: holds {present[0].name} of an earlier run; continue that run with --resume, or "
+                    "choose another output_dir"
                 )
             return None
         start = checkpoints.newest_good(output_dir)
@@ -168,16 +174,21 @@ class MedmTrainer(Trainer):
         manifest = checkpoints.read_manifest(start)
         if manifest["world_size"] != self.args.world_size:
             raise CheckpointError(
-                f"{start}: written by {manifest['world_size']} processes, and {self.args.world_size} are running; continue "
-                "with the same number, or start a new run from its weights with init_from"
+                f"{start}: written by {manifest['world_size']} processes, and {self.args.world_size} are running; "
+                "continue with the same number, or start a new run from its weights with init_from"
             )
         if changed := differences(manifest["recipe"], self.recipe):
             raise RecipeError(
-                f"{start}: the recipe changed since it was written; undo the change, or start a new run from its weights "
-                "with init_from\n  " + "\n  ".join(changed)
+                f"{start}: the recipe changed since it was written; undo the change, or start a new run from its "
+                "weights with init_from\n  " + "\n  ".join(changed)
             )
         logger.info("continuing from %s", start)
         return start
+
+    @property
+    def _module(self) -> nn.Module:
+        """The model without wrappers."""
+        return cast(nn.Module, self.model)
 
     def _checkpoint_classes(self) -> tuple[Any, ...]:
         if not self.is_deepspeed_enabled:
@@ -192,7 +203,7 @@ class MedmTrainer(Trainer):
         workers = self.args.dataloader_num_workers
         return DataLoader(
             self.epochs.dataset,
-            batch_sampler=self.epochs,  # type: ignore[arg-type]
+            batch_sampler=self.epochs,
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -202,7 +213,7 @@ class MedmTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         loader = DataLoader(
-            eval_dataset or self.eval_dataset,
+            cast("Dataset[Any]", eval_dataset or self.eval_dataset),
             batch_size=self.args.eval_batch_size,
             collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -222,8 +233,8 @@ class MedmTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.parts, self.train_options)
-            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(self._module, self.parts, self.train_options)
+            cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
             if self.is_deepspeed_enabled:
                 from medm.training.deepspeed import offloaded_optimizer
 
@@ -268,8 +279,8 @@ class MedmTrainer(Trainer):
         if anywhere(not bool(torch.isfinite(losses.total.detach())), self.args.device):
             terms = "".join(f", {name} {value.item():g}" for name, value in losses.parts.items())
             raise NonFiniteError(
-                f"the loss of step {self.state.global_step + 1} is {losses.total.item():g} on this process{terms}; nothing "
-                "of it was saved. Lower the learning rate, or look for damaged samples in this step's batch"
+                f"the loss of step {self.state.global_step + 1} is {losses.total.item():g} on this process{terms}; "
+                "nothing of it was saved. Lower the learning rate, or look for damaged samples in this step's batch"
             )
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
@@ -279,8 +290,8 @@ class MedmTrainer(Trainer):
             # With fp16 a step that overflowed is skipped and the scale lowered; that is how it finds its scale.
             if not self.args.fp16 or self._overflows > MAX_OVERFLOWS:
                 raise NonFiniteError(
-                    f"the gradient norm of step {self.state.global_step} is {norm}; nothing of this step was saved. Lower "
-                    "the learning rate, or use bf16"
+                    f"the gradient norm of step {self.state.global_step} is {norm}; nothing of this step was saved. "
+                    "Lower the learning rate, or use bf16"
                 )
         else:
             self._overflows = 0
@@ -303,19 +314,19 @@ class MedmTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write aside on every process, agree that all succeeded, then let the first one commit."""
-        output_dir, step = Path(self.args.output_dir), self.state.global_step
+        step = self.state.global_step
         if self._committed_step == step:
             return
         self._require_finite_weights()
         self.store_flos()
-        final = output_dir / f"checkpoint-{step}"
-        folder = on_first(lambda: self._make_staging(output_dir, step))
+        final = self.output_dir / f"checkpoint-{step}"
+        folder = on_first(lambda: self._make_staging(self.output_dir, step))
         self._together(lambda: self._write_checkpoint(folder, final), during=f"writing {final}", cleanup=folder)
         on_first(lambda: self._commit(folder, final))
         self._committed_step = step
 
     def save_whole(self, folder: Path) -> None:
-        """The model as a folder that opens anywhere: tensors of full size, config and processor. All processes call it."""
+        """The model as a folder that opens anywhere: tensors of full size, config, processor. All processes call it."""
         self._require_finite_weights()
         on_first(lambda: self._fresh(folder))
         self._together(
@@ -343,9 +354,10 @@ class MedmTrainer(Trainer):
 
     def _note_callbacks(self) -> None:
         """Put the state of stateful callbacks (early stopping) where `TrainerState` saves it."""
+        states = cast(dict[str, Any], self.state.stateful_callbacks)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                states[type(callback).__name__] = callback.state()
 
     def _commit(self, folder: Path, final: Path) -> None:
         facts = {"step": self.state.global_step, "world_size": self.args.world_size, "recipe": self.recipe}
@@ -359,7 +371,7 @@ class MedmTrainer(Trainer):
     def _estimated_size(self) -> int:
         """Bytes of a first checkpoint: weights, and for each trained one two moments and a copy in float32."""
         total = 0
-        for parameter in self.model.parameters():
+        for parameter in self._module.parameters():
             numel = int(getattr(parameter, "ds_numel", parameter.numel()))
             total += numel * parameter.element_size() + 12 * numel * parameter.requires_grad
         return total
@@ -367,21 +379,21 @@ class MedmTrainer(Trainer):
     def _require_finite_weights(self) -> None:
         broken = [
             name
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in self._module.named_parameters()
             # Under ZeRO-3 the parameter itself is empty, and this process's share lies beside it.
             if parameter.requires_grad and not torch.isfinite(getattr(parameter, "ds_tensor", parameter.data)).all()
         ]
         if anywhere(bool(broken), self.args.device):
             raise NonFiniteError(
-                f"step {self.state.global_step}: weights are no numbers any more ({', '.join(broken[:3]) or 'on another process'}); "
-                "no checkpoint was written, earlier ones are untouched"
+                f"step {self.state.global_step}: weights are no numbers any more "
+                f"({', '.join(broken[:3]) or 'on another process'}); nothing was written, earlier checkpoints are untouched"
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Weights in safetensors, config and processor; no pickled arguments."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if isinstance(model, PreTrainedModel):
@@ -394,7 +406,7 @@ class MedmTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Every tensor of the model comes from the checkpoint, and every tensor of the checkpoint is used."""
-        folder, model = Path(resume_from_checkpoint), model or self.model
+        folder, model = Path(resume_from_checkpoint), model or self._module
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         files = [SAFE_WEIGHTS_NAME]
         if index.exists():
@@ -415,7 +427,7 @@ class MedmTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.interruption.raised:
             return
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(self.state.best_model_checkpoint or "")
         on_first(lambda: checkpoints.verify(best))
         if self.is_deepspeed_enabled:
             super()._load_best_model()
