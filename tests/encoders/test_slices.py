@@ -1,13 +1,19 @@
 """Slices: every slice is what the 2-D encoder makes of it alone, in the order of the grid."""
 
+import json
+
 import pytest
 import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
+import medm.models
 from medm.config import validate
 from medm.encoders import SlicesOptions
 from medm.encoders.slices import SlicesEncoder
 from medm.errors import RecipeError
 from medm.imaging.options import VolumePreprocess
+from medm.models.lvlm.options import LVLMOptions
+from tests import tiny
 from tests.encoders.tiny import VIT, build_encoder
 
 SIGLIP = {"name": "siglip", "architecture": VIT | {"image_size": 16, "patch_size": 8}}
@@ -62,3 +68,37 @@ def test_preprocessing_is_that_of_the_inner_encoder_for_each_slice():
     assert described.size == [32, 256, 256]
     assert (described.num_channels, described.mean, described.std) == (3, inner["mean"], inner["std"])
     assert SlicesEncoder.preprocess_from(inner, {}, [8, 64, 64])["size"] == [8, 64, 64]
+
+
+def test_a_recipe_loads_the_inner_encoder_from_its_published_folder(tmp_path):
+    torch.manual_seed(0)
+    published = SiglipVisionModel(SiglipVisionConfig(**tiny.VIT))
+    published.save_pretrained(tmp_path / "siglip")
+    (tmp_path / "siglip/preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1] * 3, "image_std": [0.2] * 3})
+    )
+    section = tiny.lvlm_section(tiny.save_llm("qwen2.5", tmp_path / "llm"))
+    section["branches"] = {
+        "volume": {
+            "encoder": {
+                "name": "slices", "image_size": [4, 16, 16],
+                "encoder": {"name": "siglip", "path": str(tmp_path / "siglip"), "layer": -2},
+            },
+            "connector": {"name": "attention-pooling", "heads": 2},
+        }
+    }  # fmt: skip
+    model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
+    described = processor.preprocess["volume"]
+    assert (described.size, described.num_channels, described.mean) == ([4, 16, 16], 3, [0.1] * 3)
+    encoder = model.branch("volume").encoder
+    volume = torch.randn(1, 3, 4, 16, 16)
+    expected = published.eval()(volume[:, :, 2], output_hidden_states=True).hidden_states[-2]
+    tokens = encoder(volume).tokens.unflatten(1, (4, 16))
+    torch.testing.assert_close(tokens[:, 2], expected, atol=1e-5, rtol=1e-5)
+    assert model.branch("volume").num_tokens == 16
+
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    assert str(tmp_path / "siglip") not in (tmp_path / "saved/config.json").read_text()
+    again = type(model).from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.branch("volume").encoder(volume).tokens, encoder(volume).tokens)

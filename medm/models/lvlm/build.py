@@ -115,25 +115,34 @@ def _tokenizer(options: LLMOptions) -> PreTrainedTokenizerBase:
 
 
 def _branch_config(name: str, options: BranchOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    encoder_options, connector_options = options.encoder, options.connector
-    encoder = ENCODERS.get(encoder_options.name)
-    published = Published(encoder_options.path) if encoder_options.path else None
-    architecture = encoder.architecture_from(published.config() if published else {})
-    architecture |= encoder_options.architecture
-    image_size = getattr(encoder_options, "image_size", None)
-    preprocess = encoder.preprocess_from(published.preprocessor() if published else {}, architecture, image_size)
+    encoder, preprocess = _encoder_config(options.encoder)
     described = preprocess_from_dict({"kind": name, **preprocess, **options.preprocess})
+    if described.size is None:
+        raise RecipeError(
+            f"model.branches.{name}.preprocess: size is null, but the token grid must be known; give sizes"
+        )
     entry = {
-        "encoder": {
-            "name": encoder_options.name,
-            "architecture": architecture,
-            **_fields(encoder_options, _NOT_FOR_THE_ENCODER),
-        },
-        "connector": {"name": connector_options.name, **_fields(connector_options, _NOT_FOR_THE_CONNECTOR)},
+        "encoder": encoder,
+        "connector": {"name": options.connector.name, **_fields(options.connector, _NOT_FOR_THE_CONNECTOR)},
         "channels": described.channels if isinstance(described, ImagePreprocess) else described.num_channels,
         "spatial": list(described.size),
     }
     return entry, described.model_dump()
+
+
+def _encoder_config(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Name and keywords of an encoder with every size resolved, and the preprocessing it was published with."""
+    encoder = ENCODERS.get(options.name)
+    entry = {"name": options.name, **_fields(options, _NOT_FOR_THE_ENCODER)}
+    image_size = getattr(options, "image_size", None)
+    if (inner := getattr(options, "encoder", None)) is not None:  # an encoder around another one
+        entry["encoder"], inner_preprocess = _encoder_config(inner)
+        entry["architecture"] = {}
+        return entry, encoder.preprocess_from(inner_preprocess, {}, image_size)
+    published = Published(options.path) if options.path else None
+    entry["architecture"] = encoder.architecture_from(published.config() if published else {}) | options.architecture
+    preprocessor = published.preprocessor() if published else {}
+    return entry, encoder.preprocess_from(preprocessor, entry["architecture"], image_size)
 
 
 def _fields(options: Any, left_out: set[str]) -> dict[str, Any]:
@@ -162,15 +171,7 @@ def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype)
 
 def _branch(name: str, options: BranchOptions, config: LVLMConfig, out_dim: int) -> Branch:
     branch = Branch(config.branches[name], out_dim=out_dim)
-    if options.encoder.path:
-        load_module(
-            branch.encoder,
-            Published(options.encoder.path).tensors(),
-            source=f"{name}.encoder from {options.encoder.path}",
-            key_map=type(branch.encoder).key_map,
-            ignored=type(branch.encoder).ignored_keys,
-            beyond=type(branch.encoder).beyond_keys,
-        )
+    _load_encoder(branch.encoder, options.encoder, f"{name}.encoder")
     if options.connector.path:
         load_module(
             branch.connector,
@@ -179,6 +180,20 @@ def _branch(name: str, options: BranchOptions, config: LVLMConfig, out_dim: int)
             key_map=type(branch.connector).key_map,
         )
     return branch
+
+
+def _load_encoder(encoder: Any, options: Any, part: str) -> None:
+    if (inner := getattr(options, "encoder", None)) is not None:
+        _load_encoder(encoder.encoder, inner, f"{part}.encoder")
+    elif options.path:
+        load_module(
+            encoder,
+            Published(options.path).tensors(),
+            source=f"{part} from {options.path}",
+            key_map=type(encoder).key_map,
+            ignored=type(encoder).ignored_keys,
+            beyond=type(encoder).beyond_keys,
+        )
 
 
 def _generation_config(model: LVLMForConditionalGeneration, processor: LVLMProcessor) -> Any:
