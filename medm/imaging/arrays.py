@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -15,7 +15,7 @@ _MAX_HEADER = 10_000
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-def read_npy(stream: BinaryIO, name: str, *, max_items: int) -> np.ndarray:
+def read_npy(stream: IO[bytes], name: str, *, max_items: int) -> np.ndarray:
     """One array of plain numbers from the stream of a .npy file (a file, or a member of an archive).
 
     Args:
@@ -51,3 +51,13 @@ def read_npy(stream: BinaryIO, name: str, *, max_items: int) -> np.ndarray:
     array = np.frombuffer(data, dtype=dtype)
     array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
     return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def compact(array: np.ndarray) -> np.ndarray:
+    """Numbers as int16 where that holds every one of them, as float32 otherwise."""
+    if array.dtype.kind == "b" or (array.dtype.kind in "iu" and array.dtype.itemsize < 2):
+        return array.astype(np.int16)
+    whole = array.dtype.kind in "iu" and array.size > 0
+    fits = whole and int(array.min()) >= -(2**15) and int(array.max()) < 2**15
+    with np.errstate(over="ignore"):  # what becomes infinite is counted and refused by the caller
+        return array.astype(np.int16 if fits else np.float32, copy=False)

@@ -97,8 +97,10 @@ class Header:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file carries the mark of DICOM."""
+    """Whether a regular file carries the mark of DICOM."""
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return False
         with path.open("rb") as stream:
             return stream.read(132)[128:] == b"DICM"
     except OSError:

@@ -85,6 +85,9 @@ class VolumePreprocess(Options):
     slices from feet to head as radiologists look at them (front up, the patient's left on the right). "LPS" and "RAS"
     are arrays (x, y, z). None keeps the order of the file. Arrays and slice stacks carry no direction and stay as they
     are."""
+    oblique: Literal["resample", "keep"] = "resample"
+    """A grid that is turned against the patient by more than a degree: resampled to the axes of `orientation`, or kept
+    with its axes only exchanged and flipped."""
     scale: Literal["hu", "0-255", "0-1", "minmax"] = "hu"
     """What the stored values are: Hounsfield units, 0..255, 0..1, or anything, stretched per volume between its
     smallest and largest value. Never guessed; values that do not look like it are reported with numbers."""

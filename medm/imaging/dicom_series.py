@@ -1,0 +1,197 @@
+"""Slices or frames of DICOM to one volume: chosen, sorted by position, and checked for gaps, doubles and tilt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from medm.errors import MediaError
+from medm.imaging.arrays import compact
+from medm.imaging.dicom import MAX_FRAMES, Header, Plane, is_dicom, read_header, read_pixels
+from medm.imaging.geometry import Geometry, check_size, geometry_from_steps
+
+_GAP_TOLERANCE = 0.1
+"""Largest deviation of a distance between slices from the usual one, as a share of it."""
+
+
+def read_dicom_file(path: Path, name: str) -> tuple[np.ndarray, Geometry, Header]:
+    """A multi-frame file as voxels (z, y, x). Raises `MediaError`, also for a single slice."""
+    header = read_header(path, name)
+    if header is None:
+        raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
+    if header.frames == 1:
+        raise MediaError(
+            f"{name}: one DICOM slice, not a volume; give the folder of its series, or give it as an image"
+        )
+    return _multi_frame(header, name)
+
+
+def read_dicom_folder(
+    folder: Path, name: str, *, series: str | None, several: Literal["only", "largest"]
+) -> tuple[np.ndarray, Geometry, Header]:
+    """One series of a folder (and the folders in it) as voxels (z, y, x).
+
+    Args:
+        folder: holds DICOM files under any names; other files and DICOM without images are passed over.
+        name: the folder, for messages.
+        series: SeriesNumber or SeriesInstanceUID of the wanted one.
+        several: what to do when there are several and none is named.
+
+    Raises:
+        MediaError: no image, no or no single series that fits, or slices that do not form a volume.
+    """
+    headers, others = _headers(folder, name)
+    if not headers:
+        raise MediaError(f"{name}: {others} DICOM files, none with an image (structure sets, reports or directories)")
+    groups: dict[str, list[Header]] = {}
+    for header in headers:
+        groups.setdefault(header.series_uid, []).append(header)
+    chosen = _choose(list(groups.items()), name, series=series, several=several)
+    if any(header.frames > 1 for header in chosen):
+        if len(chosen) > 1:
+            raise MediaError(f"{name}: the series has {len(chosen)} files of several frames; name one file instead")
+        return _multi_frame(chosen[0], name)
+    return _stack(chosen, name)
+
+
+def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
+    headers: list[Header] = []
+    others = count = 0
+    root = folder.resolve()
+    for place, _, files in os.walk(folder):
+        for file in sorted(files):
+            count += 1
+            if count > MAX_FRAMES:
+                raise MediaError(f"{name}: more than {MAX_FRAMES} files in one folder; give the folder of one study")
+            path = Path(place) / file
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise MediaError(f"{name}: {file} is a link out of the folder; copy the slices into it")
+            if path.is_file() and is_dicom(path):
+                header = read_header(path)
+                others += header is None
+                if header is not None:
+                    headers.append(header)
+    return headers, others
+
+
+def _choose(
+    groups: list[tuple[str, list[Header]]], name: str, *, series: str | None, several: Literal["only", "largest"]
+) -> list[Header]:
+    if series is not None:
+        fitting = [found for uid, found in groups if series in (uid, str(found[0].series_number))]
+    elif several == "largest":
+        most = max(_slices(found) for _, found in groups)
+        fitting = [found for _, found in groups if _slices(found) == most]
+    else:
+        fitting = [found for _, found in groups]
+    if len(fitting) == 1:
+        return fitting[0]
+    listing = "; ".join(
+        f"SeriesNumber {found[0].series_number or 'missing'}: {_slices(found)} slices "
+        f"{found[0].rows} x {found[0].columns} {found[0].modality}"
+        for _, found in groups
+    )
+    wanted = "the series asked for is not among them" if not fitting else f"{len(fitting)} series fit"
+    raise MediaError(f"{name}: {wanted}; name one as 'folder#SeriesNumber' or set `series: largest`. Found: {listing}")
+
+
+def _slices(found: Sequence[Header]) -> int:
+    return sum(header.frames for header in found)
+
+
+def _stack(headers: list[Header], name: str) -> tuple[np.ndarray, Geometry, Header]:
+    sizes = {(header.rows, header.columns, header.samples) for header in headers}
+    if len(sizes) > 1:
+        raise MediaError(
+            f"{name}: the series mixes slices of {len(sizes)} sizes (rows, columns, samples): {sorted(sizes)}"
+        )
+    _check_grey(headers[0], name)
+    if len({header.hounsfield for header in headers}) > 1:
+        raise MediaError(f"{name}: some slices of the series have RescaleSlope and RescaleIntercept, others have not")
+    check_size((len(headers), headers[0].rows, headers[0].columns), 4, name)
+    planes = [header.planes[0] for header in headers if header.planes]
+    if len(planes) < len(headers):
+        raise MediaError(
+            f"{name}: {len(headers) - len(planes)} of {len(headers)} slices lack ImagePositionPatient, "
+            "ImageOrientationPatient or PixelSpacing; their order in the body is unknown"
+        )
+    order, geometry = arrange(planes, name)
+    voxels = np.stack([compact(read_pixels(headers[index])[0]) for index in order])
+    return voxels, geometry, headers[0]
+
+
+def _multi_frame(header: Header, name: str) -> tuple[np.ndarray, Geometry, Header]:
+    _check_grey(header, name)
+    check_size((header.frames, header.rows, header.columns), 4, name)
+    if not header.planes:
+        raise MediaError(
+            f"{name}: {header.frames} frames without positions (a film over time?); a volume needs a position for each"
+        )
+    order, geometry = arrange(header.planes, name)
+    return compact(read_pixels(header))[order], geometry, header
+
+
+def _check_grey(header: Header, name: str) -> None:
+    if header.samples != 1:
+        raise MediaError(f"{name}: the slices are in colour; expected one number a voxel")
+
+
+def arrange(planes: Sequence[Plane], name: str) -> tuple[list[int], Geometry]:
+    """The order of slices along their normal, and the geometry of the sorted stack.
+
+    Raises:
+        MediaError: different orientations or pixel sizes, two slices at one place, gaps, uneven distances, a tilt.
+    """
+    first = planes[0]
+    for plane in planes:
+        if not (np.allclose(plane.across, first.across, atol=1e-3) and np.allclose(plane.down, first.down, atol=1e-3)):
+            raise MediaError(f"{name}: the slices have different orientations (a scout among them?)")
+        if not np.allclose(plane.spacing, first.spacing, rtol=1e-3):
+            raise MediaError(f"{name}: the slices have different PixelSpacing")
+    normal = np.cross(first.across, first.down)
+    if abs(np.linalg.norm(normal) - 1) > 1e-2:
+        raise MediaError(f"{name}: DICOM ImageOrientationPatient is singular: not two unit vectors at a right angle")
+    positions = np.stack([plane.position for plane in planes])
+    along = positions @ normal
+    order = np.argsort(along, kind="stable")
+    _check_distances(np.diff(along[order]), name)
+
+    travel = positions[order[-1]] - positions[order[0]]
+    depth = float(along[order[-1]] - along[order[0]])
+    offsets = positions[order] - positions[order[0]]
+    sideways = offsets - np.outer(offsets @ normal, normal)
+    drift = float(np.linalg.norm(sideways, axis=1).max())
+    if drift > 0.5 * min(first.spacing):
+        angle = np.degrees(np.arctan2(np.linalg.norm(travel - depth * normal), depth))
+        raise MediaError(
+            f"{name}: the slices shift sideways by {drift:.1f} mm (gantry tilt of {angle:.1f} degrees?); "
+            "resample to a right-angled grid first"
+        )
+    steps = np.stack(
+        [first.across * first.spacing[1], first.down * first.spacing[0], normal * depth / (len(planes) - 1)], axis=1
+    )
+    return [int(index) for index in order], geometry_from_steps(steps, positions[order[0]], name)
+
+
+def _check_distances(distances: np.ndarray, name: str) -> None:
+    usual = float(np.median(distances))
+    doubles = int((distances < 0.01).sum())
+    if doubles:
+        raise MediaError(
+            f"{name}: {doubles} slices lie where another lies (duplicates, or several phases in one series)"
+        )
+    gaps = distances[distances > (1 + _GAP_TOLERANCE) * usual]
+    if len(gaps) and float(gaps.max()) > 1.5 * usual:
+        missing = int(np.round(gaps / usual - 1).sum())
+        raise MediaError(
+            f"{name}: about {missing} slices are missing: distances of {usual:.2f} mm, but up to {gaps.max():.2f}"
+        )
+    if np.abs(distances - usual).max() > _GAP_TOLERANCE * usual:
+        raise MediaError(
+            f"{name}: distances between slices are uneven, {distances.min():.2f} to {distances.max():.2f} mm; "
+            "resample to an even grid first"
+        )

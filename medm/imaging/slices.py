@@ -1,0 +1,59 @@
+"""A folder of numbered slice images (PNG, JPEG, TIFF, BMP, NPY) to one stack, without spacing or direction."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from medm.errors import MediaError
+from medm.imaging.geometry import check_size
+from medm.imaging.images import read_image
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"}
+
+
+def read_slices(folder: Path, name: str) -> np.ndarray:
+    """Voxels (D, H, W), in the order of the last number in each file's name.
+
+    Raises:
+        MediaError: no images, names without numbers, a number twice or missing, different sizes or types, colour.
+    """
+    files = [path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")]
+    if not files:
+        raise MediaError(f"{name}: the folder holds neither DICOM files nor slice images")
+    numbered: dict[int, Path] = {}
+    for path in files:
+        numbers = re.findall(r"\d+", path.stem)
+        if not numbers:
+            raise MediaError(f"{name}: {path.name} has no number in its name, so its place in the stack is unknown")
+        if int(numbers[-1]) in numbered:
+            raise MediaError(f"{name}: slice {int(numbers[-1])} is there twice")
+        numbered[int(numbers[-1])] = path
+    order = sorted(numbered)
+    if missing := order[-1] - order[0] + 1 - len(order):
+        raise MediaError(f"{name}: {missing} slices are missing between numbers {order[0]} and {order[-1]}")
+    first = _grey(numbered[order[0]])
+    check_size((len(order), *first.shape), first.dtype.itemsize, name)
+    slices = [first]
+    for number in order[1:]:
+        pixels = _grey(numbered[number])
+        if pixels.shape != first.shape or pixels.dtype != first.dtype:
+            raise MediaError(
+                f"{name}: slice {number} is {pixels.shape} of {pixels.dtype}, "
+                f"slice {order[0]} is {first.shape} of {first.dtype}"
+            )
+        slices.append(pixels)
+    return np.stack(slices)
+
+
+def _grey(path: Path) -> np.ndarray:
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise MediaError(f"{path}: a link out of the folder; copy the slices into it")
+    pixels = read_image(path).pixels
+    if pixels.ndim == 3:
+        if (pixels != pixels[..., :1]).any():
+            raise MediaError(f"{path}: a slice in colour; expected grey")
+        pixels = pixels[..., 0]
+    return pixels

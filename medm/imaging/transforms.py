@@ -1,0 +1,233 @@
+"""A volume as its description wants it: orientation, spacing, windows, crop, size, normalisation; in this order."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medm.errors import MediaError
+from medm.imaging.geometry import MAX_VOXELS, Geometry
+from medm.imaging.notices import warn_once
+from medm.imaging.options import VolumePreprocess
+from medm.imaging.volumes import Volume
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_OBLIQUE_DEGREES = 1.0
+_PATIENT_AXIS = {"L": (0, 1), "R": (0, -1), "P": (1, 1), "A": (1, -1), "S": (2, 1), "I": (2, -1)}
+"""Axis of the patient (LPS) and sense of growth by letter."""
+_DEFAULT_WINDOWS = {"hu": [-1000.0, 1000.0], "0-255": [0.0, 255.0], "0-1": [0.0, 1.0], "minmax": [0.0, 1.0]}
+
+
+def apply_volume(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
+    """The volume as an encoder takes it: (C, *size) float32.
+
+    Raises:
+        MediaError: values that the file proves not to be of the declared scale, an orientation or spacing that the file
+            does not have, nothing in the foreground, or a result that is too large.
+    """
+    return apply_volume_in_steps(preprocess, volume)[0]
+
+
+def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, np.ndarray]:
+    """The result of `apply_volume`, and the same before `mean` and `std`, in 0..1 (what a person can look at)."""
+    import torch
+
+    voxels, geometry = _oriented(preprocess, volume)
+    _check_scale(preprocess, voxels, volume)
+    values = torch.from_numpy(voxels.astype(np.float32, order="C"))  # [D, H, W]
+    if preprocess.spacing is not None:
+        values = _respaced(preprocess, values, geometry, volume.name)
+    if preprocess.scale == "minmax":
+        values = _stretched(values, volume.name)
+    box = None
+    channels = []
+    for low, high in preprocess.windows or [_DEFAULT_WINDOWS[preprocess.scale]]:
+        channel = ((values - low) / (high - low)).clamp_(0, 1)
+        if preprocess.stretch:
+            channel = _stretched(channel, volume.name)
+        if preprocess.crop_foreground is not None:
+            box = box or _foreground(channel, preprocess.crop_foreground, volume.name)
+            channel = channel[box]
+        channels.append(_sized(preprocess, channel))
+    shown = torch.stack(channels)  # [C, *size]
+    if preprocess.channels is not None and len(channels) == 1:
+        shown = shown.expand(preprocess.channels, -1, -1, -1)
+    mean = torch.tensor(preprocess.mean).view(-1, 1, 1, 1)
+    std = torch.tensor(preprocess.std).view(-1, 1, 1, 1)
+    return ((shown - mean) / std).contiguous().numpy(), shown.numpy()
+
+
+def _oriented(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, Geometry | None]:
+    """Axes exchanged and flipped to the wanted orientation; an oblique grid is resampled to it first."""
+    geometry = volume.geometry
+    if preprocess.orientation is None:
+        return volume.voxels, geometry
+    if geometry is None:
+        warn_once(
+            logger,
+            "no direction",
+            f"{volume.name}: the file says nothing of its direction; its axes are taken to be {preprocess.orientation} "
+            "already. Set `orientation: null` to say that this is meant",
+        )
+        return volume.voxels, None
+    voxels = volume.voxels
+    if preprocess.oblique == "resample" and geometry.tilt > _OBLIQUE_DEGREES:
+        voxels, geometry = straightened(voxels, geometry, volume.name)
+    return reoriented(voxels, geometry, preprocess.orientation)
+
+
+def reoriented(voxels: np.ndarray, geometry: Geometry, orientation: str) -> tuple[np.ndarray, Geometry]:
+    """Axes exchanged and flipped, without interpolation, so that each follows its letter as nearly as it can."""
+    nearest = geometry.nearest_axes()
+    order, flips = [], []
+    for letter in orientation:
+        axis, sign = _PATIENT_AXIS[letter]
+        column = nearest.index(axis)
+        order.append(column)
+        flips.append(geometry.direction[axis, column] * sign < 0)
+    spacing, direction = geometry.spacing[order], geometry.direction[:, order].copy()
+    voxels = voxels.transpose(order)
+    origin = geometry.origin.copy()
+    for column, flip in enumerate(flips):
+        if flip:
+            origin += direction[:, column] * spacing[column] * (voxels.shape[column] - 1)
+            direction[:, column] *= -1
+            voxels = np.flip(voxels, column)
+    return voxels, Geometry(spacing, direction, origin)
+
+
+def straightened(voxels: np.ndarray, geometry: Geometry, name: str) -> tuple[np.ndarray, Geometry]:
+    """Resampled (linear) to a grid along the patient's axes that holds the whole volume.
+
+    Each axis takes the spacing of the old axis nearest to it. Outside the volume the smallest value stands (air).
+    """
+    from medm.imaging.dicom import simpleitk
+
+    sitk = simpleitk()
+    nearest = geometry.nearest_axes()
+    spacing = np.zeros(3)
+    for column, axis in enumerate(nearest):
+        spacing[axis] = geometry.spacing[column]
+    corners = np.indices((2, 2, 2)).reshape(3, 8) * (np.asarray(voxels.shape)[:, None] - 1)
+    places = geometry.origin[:, None] + geometry.direction @ (geometry.spacing[:, None] * corners)
+    low, high = places.min(axis=1), places.max(axis=1)
+    size = np.round((high - low) / spacing).astype(int) + 1  # x, y, z
+    _check_result(size.tolist(), name)
+
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing(geometry.spacing[::-1].tolist())
+    image.SetDirection(geometry.direction[:, ::-1].ravel().tolist())
+    image.SetOrigin(geometry.origin.tolist())
+    straight = sitk.Resample(
+        image, size.tolist(), sitk.Transform(), sitk.sitkLinear, low.tolist(), spacing.tolist(),
+        np.eye(3).ravel().tolist(), float(voxels.min()),
+    )  # fmt: skip
+    return sitk.GetArrayFromImage(straight), Geometry(spacing[::-1].copy(), np.eye(3)[:, ::-1].copy(), low)
+
+
+def _check_scale(preprocess: VolumePreprocess, voxels: np.ndarray, volume: Volume) -> None:
+    """Refuse what the file itself disproves, warn of what the values make unlikely."""
+    low, high = float(voxels.min()), float(voxels.max())
+    if low == high:
+        warn_once(logger, "constant volume", f"{volume.name}: all voxels are {low:g}")
+        return
+    scale = preprocess.scale
+    if scale == "hu" and volume.modality is not None and volume.unit != "HU":
+        raise MediaError(
+            f"{volume.name}: `scale: hu` is declared, but this DICOM of modality {volume.modality} has no "
+            "RescaleSlope and RescaleIntercept to Hounsfield units; its values are "
+            f"{low:g}..{high:g}. Use `scale: minmax` for other modalities"
+        )
+    unlikely = {
+        "hu": low >= 0,
+        "0-255": low < 0 or high > 255 or high <= 1,
+        "0-1": low < -0.01 or high > 1.01,
+        "minmax": False,
+    }[scale]
+    if unlikely:
+        warn_once(
+            logger,
+            f"scale {scale}",
+            f"{volume.name}: `scale: {scale}` is declared, but the values are {low:g}..{high:g}; is the scale right?",
+        )
+
+
+def _respaced(preprocess: VolumePreprocess, values: Tensor, geometry: Geometry | None, name: str) -> Tensor:
+    if geometry is None or preprocess.spacing is None:
+        raise MediaError(
+            f"{name}: `spacing` is asked for, but the file does not say where its voxels lie; set `spacing: null`"
+        )
+    shape = [
+        max(1, round(length * own / wanted))
+        for length, own, wanted in zip(values.shape, geometry.spacing, preprocess.spacing, strict=True)
+    ]
+    _check_result(shape, name)
+    return _resized(values, shape, preprocess.interpolation)
+
+
+def _sized(preprocess: VolumePreprocess, channel: Tensor) -> Tensor:
+    if preprocess.size is None:
+        return channel
+    if preprocess.spacing is None:
+        return _resized(channel, preprocess.size, preprocess.interpolation)
+    return _centred(channel, preprocess.size)
+
+
+def _resized(values: Tensor, shape: Sequence[int], interpolation: str) -> Tensor:
+    """[D, H, W] stretched; the outer faces of the outer voxels stay where they are."""
+    import torch.nn.functional as F
+
+    if list(values.shape) == list(shape):
+        return values
+    mode = {"nearest": "nearest-exact"}.get(interpolation, interpolation)
+    return F.interpolate(values[None, None], size=list(shape), mode=mode)[0, 0]
+
+
+def _centred(channel: Tensor, size: Sequence[int]) -> Tensor:
+    """Cropped or padded with 0 (black) on both sides alike."""
+    import torch.nn.functional as F
+
+    pads: list[int] = []
+    for axis, wanted in enumerate(size):
+        spare = channel.shape[axis] - wanted
+        if spare > 0:
+            channel = channel.narrow(axis, spare // 2, wanted)
+        missing = max(-spare, 0)
+        pads = [missing // 2, missing - missing // 2, *pads]
+    return F.pad(channel, pads)
+
+
+def _stretched(values: Tensor, name: str) -> Tensor:
+    low, high = values.aminmax()
+    if low == high:
+        warn_once(logger, "constant channel", f"{name}: all voxels are one value in a window; the channel becomes 0")
+        return values - low
+    return (values - low) / (high - low)
+
+
+def _foreground(channel: Tensor, threshold: float, name: str) -> tuple[slice, slice, slice]:
+    mask = channel > threshold
+    box = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        inside = mask.any(dim=others[1]).any(dim=others[0]).nonzero().flatten()
+        if not len(inside):
+            raise MediaError(
+                f"{name}: no voxel is above `crop_foreground: {threshold:g}` in the first window; nothing is left"
+            )
+        box.append(slice(int(inside[0]), int(inside[-1]) + 1))
+    return box[0], box[1], box[2]
+
+
+def _check_result(shape: Sequence[int], name: str) -> None:
+    if math.prod(shape) > MAX_VOXELS:
+        text = " x ".join(str(length) for length in shape)
+        raise MediaError(f"{name}: resampling would give {text} voxels, more than the {MAX_VOXELS} that are allowed")

@@ -1,0 +1,142 @@
+"""3-D volumes: NIfTI, NRRD, MetaImage, DICOM files and folders, NPY, NPZ and stacks of slices, through one reader.
+
+A volume comes with what its file says of unit, spacing and direction, and without anything else of the header. Nothing
+is repaired or guessed: what is missing is None, what is impossible is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from medm.errors import MediaError
+from medm.imaging.arrays import compact, read_npy
+from medm.imaging.damage import DECODE_ERRORS
+from medm.imaging.geometry import MAX_VOXELS, Geometry, check_size
+from medm.imaging.payload import open_binary
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """Voxels and where they lie."""
+
+    voxels: np.ndarray
+    """(D, H, W) int16 or float32, all finite."""
+    name: str
+    """The file, for messages."""
+    unit: Literal["HU", "raw"] = "raw"
+    """"HU" where the file itself proves it (CT in DICOM with its rescale); other formats cannot say."""
+    geometry: Geometry | None = None
+    """Spacing, direction and origin in the order of the array's axes; None where the file has no direction."""
+    modality: str | None = None
+    """DICOM modality, where there is one."""
+
+
+def read_volume(path: Path, *, series: str | None = None, several: Literal["only", "largest"] = "only") -> Volume:
+    """Read one volume.
+
+    Args:
+        path: a file, or a folder of DICOM or of numbered slices. "folder#3" names the DICOM series with SeriesNumber 3.
+        series: the same, said apart: a SeriesNumber or SeriesInstanceUID.
+        several: what to do with a DICOM folder of several series when none is named.
+
+    Raises:
+        MediaError: missing, truncated, damaged, too large, not three-dimensional, not finite, or of an unknown format.
+    """
+    path = Path(path)
+    if series is None and "#" in path.name and not path.exists():
+        folder, _, series = path.name.rpartition("#")
+        path = path.with_name(folder) if folder else path
+    name = str(path)
+    if not path.exists():
+        raise MediaError(f"{name}: no such file or folder")
+    volume = _read_folder(path, name, series, several) if path.is_dir() else _read_file(path, name)
+    return Volume(_checked(volume.voxels, name), name, volume.unit, volume.geometry, volume.modality)
+
+
+def _read_folder(path: Path, name: str, series: str | None, several: Literal["only", "largest"]) -> Volume:
+    from medm.imaging.dicom import is_dicom
+
+    if any(is_dicom(Path(place) / file) for place, _, files in os.walk(path) for file in files):
+        from medm.imaging.dicom_series import read_dicom_folder
+
+        voxels, geometry, header = read_dicom_folder(path, name, series=series, several=several)
+        return Volume(voxels, name, "HU" if header.hounsfield else "raw", geometry, header.modality)
+    from medm.imaging.slices import read_slices
+
+    return Volume(read_slices(path, name), name)
+
+
+def _read_file(path: Path, name: str) -> Volume:
+    if not path.is_file():
+        raise MediaError(f"{name}: expected a file or folder, found a device or pipe")
+    with open_binary(path, name) as stream:
+        head = stream.read(352)
+    if not head:
+        raise MediaError(f"{name}: the file is empty")
+    lower = path.name.lower()
+    if lower.endswith((".nii", ".nii.gz", ".hdr", ".img")):
+        from medm.imaging.nifti import read_nifti
+
+        voxels, geometry = read_nifti(path, name)
+        return Volume(voxels, name, geometry=geometry)
+    if head.startswith(b"NRRD"):
+        from medm.imaging.nrrd import read_nrrd
+
+        voxels, geometry = read_nrrd(path, name)
+        return Volume(voxels, name, geometry=geometry)
+    if lower.endswith((".mha", ".mhd")):
+        from medm.imaging.metaimage import read_metaimage
+
+        voxels, geometry = read_metaimage(path, name)
+        return Volume(voxels, name, geometry=geometry)
+    if head[128:132] == b"DICM":
+        from medm.imaging.dicom_series import read_dicom_file
+
+        voxels, geometry, scan = read_dicom_file(path, name)
+        return Volume(voxels, name, "HU" if scan.hounsfield else "raw", geometry, scan.modality)
+    if head.startswith(b"\x93NUMPY"):
+        with open_binary(path, name) as stream:
+            return Volume(_three_axes(read_npy(stream, name, max_items=MAX_VOXELS), name), name)
+    if lower.endswith(".npz"):
+        return Volume(_three_axes(_read_npz(path, name), name), name)
+    raise MediaError(
+        f"{name}: not a volume that is read; expected NIfTI, NRRD, MHA, DICOM, NPY, NPZ, or a folder of DICOM or slices"
+    )
+
+
+def _read_npz(path: Path, name: str) -> np.ndarray:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            if len(members) != 1 or not members[0].endswith(".npy"):
+                raise MediaError(f"{name}: expected an archive with one array, found {len(members)} members")
+            with archive.open(members[0]) as stream:
+                return read_npy(stream, name, max_items=MAX_VOXELS)
+    except MediaError:
+        raise
+    except (zipfile.BadZipFile, *DECODE_ERRORS) as error:
+        raise MediaError(f"{name}: the NPZ archive is truncated or damaged ({type(error).__name__})") from None
+
+
+def _three_axes(array: np.ndarray, name: str) -> np.ndarray:
+    """(D, H, W) as it is, (1, D, H, W) without its channel (M3D stores that)."""
+    return array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+
+
+def _checked(voxels: np.ndarray, name: str) -> np.ndarray:
+    """The voxels as int16 or float32; refuses what is not finite."""
+    check_size(voxels.shape, voxels.dtype.itemsize, name)
+    voxels = np.ascontiguousarray(compact(voxels))
+    if voxels.dtype.kind == "f":
+        bad = int(voxels.size - np.isfinite(voxels).sum())
+        if bad:
+            raise MediaError(
+                f"{name}: {bad} of {voxels.size} voxels are NaN or infinite; replace them or leave the file out"
+            )
+    return voxels
