@@ -6,7 +6,7 @@ the clause. A measuring aid for comparing generated with written reports, and no
 Known limits: misspellings and phrases outside of the tables are not seen; a cue reaches over a list of findings but
 not over a full stop or a verb, so long-winded negation is missed; history ("previous pneumonia") counts as present
 unless it is called resolved; comparison ("no change in the effusion") counts as present; laterality and severity are
-not judged. Tuned on no test set. Scores are comparable with each other, and not with CheXbert's or the CheXpert labeller's.
+not judged. Tuned on no test set. Scores compare with each other, and not with CheXbert's or the CheXpert labeller's.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ _CLAUSE = re.compile(
     r"|,? and there (?:is|are)\b|:"
 )
 _NO_NEGATION = re.compile(
-    r"\b(?:no|without|not)(?: (?:significant|substantial|relevant|interval|appreciable|definite|acute))*"
-    r" (?:changed?|increase[ds]?|decrease[ds]?|progression|improve(?:d|ment)|worsening|difference|longer)\b"
+    r"\b(?:no|without|not)(?: (?:significant(?:ly)?|substantial(?:ly)?|relevant|interval|appreciabl[ey]|definite(?:ly)?|acute))*"
+    r" (?:changed?|increase[ds]?|decrease[ds]?|progression|improve(?:d|ment)|worsening|worsened|difference)\b"
 )
 _NEGATION_BEFORE = re.compile(
     r"\b(?:no|not|without|never|neither|nor|den(?:y|ies|ied)|negative for|free of|free from|absence of|absent|lack of"
@@ -137,7 +137,7 @@ def _status(clause: str, start: int, end: int) -> Status:
         return "uncertain"
     if negation is not None and not _VERB.search(reach[negation:]):
         return "negative"
-    if _NEGATION_AFTER.search(after):
+    if _NEGATION_AFTER.search(_without_pseudo_negation(after)):
         return "negative"
     if doubt is not None and not _VERB.search(before[doubt:]):
         return "uncertain"

@@ -43,6 +43,8 @@ def meteor(
 ) -> list[MetricResult]:
     """NLTK's METEOR with exact, stem and WordNet synonym matches.
 
+    NLTK looks words up by their stems ("larg" for "large"), so it finds fewer synonyms than METEOR's own program.
+
     Raises:
         DeviceError: NLTK or the WordNet files are missing. Nothing is downloaded, and no weaker variant takes its name.
     """

@@ -82,7 +82,7 @@ def match(
 
 
 def bleu(predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT) -> list[MetricResult]:
-    """Mean unsmoothed sentence BLEU-1 to 4. Wrong: a right one-word answer has BLEU-4 of about 1e-231. Sound: `bleu`."""
+    """Mean unsmoothed sentence BLEU-1 to 4. Wrong: a right one-word answer has a BLEU-4 of 1e-231. Sound: `bleu`."""
     check_lengths(predictions, references)
     pairs = [
         (normalise(clean_prediction(prediction)).split(), [normalise(text).split() for text in texts])
