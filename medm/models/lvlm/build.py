@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from medm.encoders import ENCODERS
+from medm.encoders.base import VisionEncoder
 from medm.errors import CheckpointError, RecipeError
 from medm.imaging import preprocess_from_dict
 from medm.imaging.options import ImagePreprocess
@@ -45,6 +46,7 @@ def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProce
         {name: _branch(name, branch, config, model.width).to(dtype) for name, branch in options.branches.items()}
     )
     model.config.dtype = dtype
+    model.config.pad_token_id = processor.pad_id
     model.generation_config = _generation_config(model, processor)
     model.eval()
     return model, processor
@@ -140,9 +142,38 @@ def _encoder_config(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         entry["architecture"] = {}
         return entry, encoder.preprocess_from(inner_preprocess, {}, image_size)
     published = Published(options.path) if options.path else None
+    if published is not None and published.is_bundle():
+        return _bundle_config(entry, options, published.config())
     entry["architecture"] = encoder.architecture_from(published.config() if published else {}) | options.architecture
     preprocessor = published.preprocessor() if published else {}
     return entry, encoder.preprocess_from(preprocessor, entry["architecture"], image_size)
+
+
+def _bundle_config(
+    entry: dict[str, Any], options: Any, bundle: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same, from an encoder that medm exported."""
+    if bundle["encoder"] != options.name:
+        raise RecipeError(f"{options.path}: holds an encoder {bundle['encoder']!r}, not {options.name!r}; name that one")
+    preprocess = dict(bundle["preprocess"])
+    if (image_size := getattr(options, "image_size", None)) is not None:
+        sized = ENCODERS.get(options.name).preprocess_from({}, bundle["architecture"], image_size)
+        preprocess["size"] = sized["size"]
+    entry["architecture"] = bundle["architecture"] | options.architecture
+    return entry, preprocess
+
+
+def build_encoder(options: Any) -> tuple[VisionEncoder, dict[str, Any]]:
+    """An encoder alone, with its weights where the options name some, and the preprocessing that belongs to it.
+
+    Args:
+        options: an encoder block of a recipe.
+    """
+    entry, preprocess = _encoder_config(options)
+    encoder = ENCODERS.get(entry.pop("name"))(**entry)
+    _load_encoder(encoder, options, options.name)
+    encoder.eval()
+    return encoder, preprocess
 
 
 def _fields(options: Any, left_out: set[str]) -> dict[str, Any]:
@@ -186,11 +217,12 @@ def _load_encoder(encoder: Any, options: Any, part: str) -> None:
     if (inner := getattr(options, "encoder", None)) is not None:
         _load_encoder(encoder.encoder, inner, f"{part}.encoder")
     elif options.path:
+        published = Published(options.path)
         load_module(
             encoder,
-            Published(options.path).tensors(),
+            published.tensors(),
             source=f"{part} from {options.path}",
-            key_map=type(encoder).key_map,
+            key_map=() if published.is_bundle() else type(encoder).key_map,
             ignored=type(encoder).ignored_keys,
             beyond=type(encoder).beyond_keys,
         )
