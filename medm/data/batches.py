@@ -1,0 +1,96 @@
+"""From the `data` section of a recipe to batch sampler and collator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from medm.data.collator import Collator
+from medm.data.options import DataOptions
+from medm.data.packing import PackedBatches, PackingCollator
+from medm.data.sampling import WINDOW, Among, Mixture, Order, RankedBatches, Shuffle
+from medm.errors import DataError
+
+
+def needs_lengths(options: DataOptions) -> bool:
+    """Whether the order of training asks for the tokens of every record beforehand (`Report.lengths`)."""
+    return options.packing or options.balance_ranks or options.order == "length"
+
+
+def build_batches(
+    options: DataOptions,
+    sizes: Sequence[int],
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    accumulation: int = 1,
+    drop_last: bool = False,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    seed: int = 0,
+) -> RankedBatches:
+    """The batch sampler of training.
+
+    Args:
+        options: the recipe's `data`.
+        sizes: records of each source (`Records.sizes`).
+        batch_size: samples of a micro-batch on one rank; with packing, its rows.
+        rank: this process.
+        world: number of processes.
+        accumulation: micro-batches of an optimiser step.
+        drop_last: whether an incomplete last step is left out.
+        lengths: tokens of each record, 0 for those that are left out, as a check gives them.
+        seed: of every draw.
+
+    Raises:
+        DataError: no record can be used.
+    """
+    known = None if lengths is None else np.asarray(lengths)
+    if known is not None and len(known) != sum(sizes):
+        raise ValueError(f"{len(known)} lengths for {sum(sizes)} records")
+    chosen = np.arange(sum(sizes)) if known is None else np.flatnonzero(known)
+    if not len(chosen):
+        raise DataError("no record is left to train on; 'medm data check' says why")
+    global_batch = batch_size * world * accumulation
+    order, window = _order(options, sizes, chosen, global_batch, seed)
+    if options.packing:
+        if known is None or options.max_length is None:
+            raise ValueError("packing needs the lengths of the records and data.max_length")
+        return PackedBatches(
+            order, lengths=known, capacity=options.max_length, batch_size=batch_size, rank=rank, world=world,
+            accumulation=accumulation, drop_last=drop_last, seed=seed,
+        )  # fmt: skip
+    return RankedBatches(
+        order, batch_size=batch_size, rank=rank, world=world, accumulation=accumulation, drop_last=drop_last,
+        lengths=known, group_by_length=options.order == "length", balance_ranks=options.balance_ranks,
+        window=window, seed=seed,
+    )  # fmt: skip
+
+
+def _order(
+    options: DataOptions, sizes: Sequence[int], chosen: np.ndarray, global_batch: int, seed: int
+) -> tuple[Order, int]:
+    """The order of an epoch over the chosen records, and how many global batches of it may be sorted together."""
+    weights = [source.weight for source in options.train if source.weight is not None]
+    if not weights:
+        return Among(Shuffle(len(chosen), seed), chosen), WINDOW
+    counts, _ = np.histogram(chosen, bins=np.cumsum([0, *sizes]))
+    if not counts.all():
+        empty = options.train[int(np.argmin(counts))].path
+        raise DataError("no record of this source can be used; 'medm data check' says why", file=empty)
+    # Sorting by length would bring the repetitions of a short source together, so it stays within what repeats none.
+    free = Mixture(counts.tolist(), weights).unrepeated
+    window = min(WINDOW, max(1, free // global_batch)) if options.order == "length" else 1
+    draws = options.draws or len(chosen)
+    mixture = Mixture(counts.tolist(), weights, draws=draws, apart=window * global_batch, seed=seed)
+    return Among(mixture, chosen), window
+
+
+def build_collator(options: DataOptions, *, pad_id: int, flat: bool = False) -> Collator | PackingCollator:
+    """The collator that goes with `build_batches`; `flat` is for flash attention, which packs into a single row."""
+    if not options.packing:
+        return Collator(pad_id)
+    if options.max_length is None:
+        raise ValueError("packing needs data.max_length")
+    return PackingCollator(pad_id, options.max_length, flat=flat)

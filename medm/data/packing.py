@@ -1,0 +1,166 @@
+"""Several samples in one row, each attending to itself alone, so that little of a batch is padding.
+
+A sample is never split. Attention per sample follows from `position_ids` that begin again at 0: transformers (5.17 and
+later) builds the block mask from them where there is no attention mask and no cache (`use_cache=False`, else samples
+see each other), for "sdpa", "eager" and "flex_attention" in any number of rows, for flash attention in a single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from medm.data.collator import filler, round_up, stack_media
+from medm.data.sampling import Order, RankedBatches
+from medm.types import IGNORE_INDEX, Batch, Example
+
+
+def plan_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Positions grouped so that each group's lengths add up to at most `capacity`: best fit, longest first.
+
+    Takes time in proportion to the number of lengths. How many groups come out depends on the lengths, not on their
+    order. A length of 0 (a record that is left out) is in no group.
+
+    Raises:
+        ValueError: a length is above the capacity.
+    """
+    values = np.asarray(lengths, np.int64)
+    if len(values) and values.max() > capacity:
+        raise ValueError(
+            f"item {int(values.argmax())} has {int(values.max())} tokens, more than the {capacity} of a row; items are "
+            "never split: raise the capacity or limit the length of samples"
+        )
+    bins: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the tokens that they still hold
+    rooms = 0  # bit r is set where by_room[r] has a bin
+    for position in np.argsort(-values, kind="stable").tolist():
+        length = int(values[position])
+        if length == 0:
+            break
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1  # the smallest that is large enough
+            number = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(position)
+        by_room[room - length].append(number)
+        rooms |= 1 << (room - length)
+    return bins
+
+
+@dataclass(frozen=True, slots=True)
+class PackingCollator:
+    """Packs examples into rows of at most `capacity` tokens.
+
+    A batch has `position_ids` instead of an `attention_mask`. The first label of each example is not learned, since
+    it would be predicted from the last token of another. What is left of a row is padding with positions of its own,
+    so no example attends to it. Examples are kept in their order where that takes no more rows than best fit, as with
+    the batches of `PackedBatches`.
+    """
+
+    pad_id: int
+    """Token of padding."""
+    capacity: int
+    """Tokens of a row, at most."""
+    flat: bool = False
+    """All examples in a single row without padding, whatever its length: what flash attention needs."""
+    pad_to_multiple_of: int | None = None
+    """Row lengths are rounded up to it."""
+
+    def __call__(self, examples: Sequence[Example | None]) -> Batch:
+        """One row a bin. Raises `ValueError` for an example longer than the capacity."""
+        kept = [example for example in examples if example is not None] or [filler(self.pad_id)]
+        rows = [kept] if self.flat else self._rows(kept)
+        width = round_up(max(sum(len(e.input_ids) for e in row) for row in rows), self.pad_to_multiple_of)
+        packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+        for row in rows:
+            rest = width - sum(len(example.input_ids) for example in row)
+            packed["input_ids"].append([t for e in row for t in e.input_ids] + [self.pad_id] * rest)
+            packed["labels"].append(
+                [label for e in row for label in (IGNORE_INDEX, *e.labels[1:])] + [IGNORE_INDEX] * rest
+            )
+            packed["position_ids"].append([p for e in row for p in range(len(e.input_ids))] + list(range(rest)))
+        # Rows are written in the order of their examples, and so are the pixels.
+        tensors = {key: torch.tensor(value) for key, value in packed.items()}
+        return {**tensors, **stack_media([example for row in rows for example in row])}
+
+    def _rows(self, examples: list[Example]) -> list[list[Example]]:
+        lengths = [len(example.input_ids) for example in examples]
+        best = plan_bins(lengths, self.capacity)
+        in_order: list[list[Example]] = []
+        room = 0
+        for example, length in zip(examples, lengths, strict=True):
+            if length > room:
+                in_order.append([])
+                room = self.capacity
+            in_order[-1].append(example)
+            room -= length
+        if len(in_order) <= len(best):
+            return in_order
+        return [[examples[position] for position in sorted(group)] for group in best]
+
+
+class _Bins:
+    """An order of bins: the samples of an epoch, packed."""
+
+    def __init__(self, order: Order, lengths: np.ndarray, capacity: int, seed: int) -> None:
+        self.order, self.lengths, self.capacity, self.seed = order, lengths, capacity, seed
+        first = self._plan(0)
+        self._size = len(first)
+        self._cached = (0, first)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch, 3]).permutation(len(self))
+
+    def bins(self, epoch: int) -> list[list[int]]:
+        """Record indices of each bin, as many bins as in every epoch.
+
+        The number only varies where an order draws other records each epoch (a mixture): then a few bins are left out
+        or empty.
+        """
+        if self._cached[0] != epoch:
+            bins = self._plan(epoch)
+            if len(bins) > self._size:  # leave out bins at random, not the last ones, which hold the short samples
+                chosen = np.random.default_rng([self.seed, epoch, 4]).permutation(len(bins))[: self._size]
+                bins = [bins[number] for number in chosen]
+            self._cached = (epoch, bins + [[]] * (self._size - len(bins)))
+        return self._cached[1]
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        drawn = self.order(epoch)
+        return [drawn[group].tolist() for group in plan_bins(self.lengths[drawn], self.capacity)]
+
+
+class PackedBatches(RankedBatches):
+    """`RankedBatches` of bins: a micro-batch holds the samples of `batch_size` rows. Goes with `PackingCollator`.
+
+    Args:
+        order: the indices of each epoch.
+        lengths: tokens of each record by index; 0 leaves a record out.
+        capacity: tokens of a row.
+        batch_size: rows of a micro-batch on one rank.
+        seed: of the order of rows.
+        settings: the other arguments of `RankedBatches`, as far as they say something about rows.
+    """
+
+    def __init__(
+        self, order: Order, *, lengths: np.ndarray | Sequence[int], capacity: int, batch_size: int, seed: int = 0,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        self.bins = _Bins(order, np.asarray(lengths), capacity, seed)
+        super().__init__(self.bins, batch_size=batch_size, seed=seed, **settings)
+
+    def batch(self, epoch: int, step: int) -> list[int]:
+        bins = self.bins.bins(epoch)
+        return [index for number in super().batch(epoch, step) for index in bins[number]]
