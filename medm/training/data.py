@@ -74,7 +74,7 @@ class TrainingData:
             sources,
             preprocess=self.processor.preprocess,
             encode=self.processor.encode,
-            to_text=self.processor.text,
+            to_text=self.processor.tokenizer.decode,
             max_length=self.options.max_length,
             too_long=self.options.too_long,
             placeholder_ids=self._placeholders,
