@@ -25,6 +25,9 @@ from medm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+BUNDLE_TYPE = "medm-encoder"
+"""`model_type` in the `config.json` of an encoder that medm exported: sizes, preprocessing and tensors by own names."""
+
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "pretrained_ViT.bin")
 
@@ -47,6 +50,10 @@ class Published:
     def preprocessor(self) -> dict[str, Any]:
         """`preprocessor_config.json`, or an empty mapping."""
         return self._json("preprocessor_config.json")
+
+    def is_bundle(self) -> bool:
+        """Whether medm exported it as an encoder."""
+        return self.config().get("model_type") == BUNDLE_TYPE
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its published name.
