@@ -386,7 +386,7 @@ class MedmTrainer(Trainer):
         if anywhere(bool(broken), self.args.device):
             raise NonFiniteError(
                 f"step {self.state.global_step}: weights are no numbers any more "
-                f"({', '.join(broken[:3]) or 'on another process'}); nothing was written, earlier checkpoints are untouched"
+                f"({', '.join(broken[:3]) or 'on another process'}); nothing was written, earlier ones are untouched"
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -157,6 +157,7 @@ def trainer(
     seed: int = 0,
     recipe: Mapping[str, Any] | None = None,
     dropout: bool = True,
+    balance: float = 1.0,
     **train: Any,
 ) -> MedmTrainer:
     """A trainer on a toy; the same call gives the same model, data and order."""
@@ -178,7 +179,7 @@ def trainer(
     world, rank = args.world_size, args.process_index
     return MedmTrainer(
         model, args,
-        objective=LanguageModeling() if kind == "toy" else Contrastive(),
+        objective=LanguageModeling(auxiliary={"balance": balance}) if kind == "toy" else Contrastive(),
         parts=parts, train_options=options, train_dataset=data,
         sampler=Order(len(data), options.per_device_train_batch_size, rank=rank, world=world),
         data_collator=collate, eval_dataset=Pairs(held_out) if held_out else None,

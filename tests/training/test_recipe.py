@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medm.config import Options
+from medm.errors import RecipeError
+from medm.training.options import PartOptions, TrainOptions
+from medm.training.recipe import Recipe, differences, dump, load_recipe, resolved
+
+RECIPE: dict[str, Any] = {
+    "model": {
+        "llm": {"name": "qwen2.5", "path": "Qwen/Qwen2.5-3B-Instruct"},
+        "branches": {"image": {"encoder": "siglip", "connector": {"name": "mlp", "depth": 2}}},
+    },
+    "data": {"train": [{"path": "a.json", "root": "images"}]},
+    "parts": {
+        "llm": {"tune": "lora", "r": 128, "alpha": 256, "lr": 2e-4},
+        "image.connector": {"tune": "full"},
+        "image.encoder": "frozen",
+    },
+    "train": {"deepspeed": "zero2", "bf16": True},
+    "output_dir": "out",
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+def test_the_complete_recipe_is_read(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.parts["image.encoder"].tune == "frozen"
+    assert recipe.parts["llm"].lora() == {
+        "r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "target_modules": None, "use_rslora": False, "use_dora": False,
+    }  # fmt: skip
+    assert recipe.model.kind == "lvlm"
+    assert recipe.objective.name == "language-modeling"
+    assert recipe.train.num_train_epochs == 1.0
+
+
+def test_a_resolved_recipe_reads_back_as_itself(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(resolved(recipe)))
+    assert load_recipe(again) == recipe
+    assert differences(resolved(recipe), resolved(load_recipe(again))) == []
+
+
+def test_overrides_reach_parts_with_dots_in_their_names(file: Path) -> None:
+    recipe = load_recipe(file, ["parts.image.connector.lr=1e-3", "train.max_steps=3", "parts.volume.connector=full"])
+    assert recipe.parts["image.connector"].lr == 1e-3
+    assert recipe.parts["volume.connector"].tune == "full"
+    assert recipe.train.max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.learning_rte=1", ["train", "learning_rte", "learning_rate"]),
+        ("parts.image.connector.r=8", ["image.connector", "r", "tune: lora"]),
+        ("parts.image.encoder={tune: frozen, lr: 1e-3}", ["lr", "frozen"]),
+        ("parts.llm.tune=loar", ["parts.llm", "loar"]),
+        ("parts={image.encoder: frozen}", ["nothing to train"]),
+        ("train.fp16=true", ["bf16", "fp16"]),
+        ("train.load_best_model_at_end=true", ["load_best_model_at_end", "eval_strategy"]),
+        ("train.arguments={learning_rate: 1}", ["learning_rate", "key of its own"]),
+        ("objective=contrastiv", ["contrastive"]),
+        ("model.kind=lvml", ["lvlm"]),
+        ("train.save_steps=many", ["save_steps", "many"]),
+    ],
+)
+def test_mistakes_are_named(file: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(file, [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_what_matters_for_learning_is_told_from_what_does_not(file: Path) -> None:
+    before = resolved(load_recipe(file))
+    assert differences(before, resolved(load_recipe(file, ["train.save_steps=7", "output_dir=other"]))) == []
+    changed = differences(before, resolved(load_recipe(file, ["train.seed=7", "data.train.0.path=b.json"])))
+    assert changed == ["data.train.0.path: was 'a.json', is 'b.json'", "train.seed: was 42, is 7"]
+
+
+def test_recipes_are_checked_without_torch() -> None:
+    code = "import sys, medm.training.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("schema", [Recipe, PartOptions, TrainOptions])
+def test_every_key_is_documented(schema: type[Options]) -> None:
+    assert [name for name, field in schema.model_fields.items() if not field.description] == []
+
+
+def test_names_of_the_train_section_are_those_of_transformers() -> None:
+    from transformers import TrainingArguments
+
+    ours = {"early_stopping_patience", "early_stopping_threshold", "require_gpu", "arguments", "gradient_checkpointing"}
+    assert set(TrainOptions.model_fields) - ours <= set(TrainingArguments.__dataclass_fields__)

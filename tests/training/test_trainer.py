@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from medm.errors import CheckpointError, DeviceError, MedmError, NonFiniteError, RecipeError
+from medm.training import checkpoints
+from medm.training.callbacks import LossCurve
+from medm.training.options import PartOptions
+from medm.training.parts import ADAPTER_PARAMETER
+from tests.training.toys import FULL, LORA, TOWERS, Toy, trainer, weights
+
+Case = dict[str, Any]
+
+CASES: dict[str, Case] = {
+    "lora and connector": {"parts": LORA},
+    "full, accumulation": {"parts": FULL, "gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3},
+    "two towers": {"parts": TOWERS, "kind": "towers"},
+    "across epochs, held-out loss": {"parts": LORA, "max_steps": 20, "save_steps": 6, "held_out": 8, "eval_strategy": "steps", "eval_steps": 3},
+}  # fmt: skip
+
+
+class StopAt(TrainerCallback):
+    """Sends this process a signal at the end of a step, or lets an error through it."""
+
+    def __init__(self, step: int, what: signal.Signals | type[Exception] = RuntimeError) -> None:
+        self.step, self.what = step, what
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            if isinstance(self.what, signal.Signals):
+                os.kill(os.getpid(), self.what)
+            else:
+                raise self.what("stopped by the test")
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, case: Case) -> None:
+    whole = trainer(tmp_path / "whole", **case)
+    before = weights(whole.model)
+    assert whole.fit()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(whole.model).items())
+    stopped = trainer(tmp_path / "cut", callbacks=[StopAt(whole.state.max_steps * 2 // 3)], **case)
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        stopped.fit()
+    # Another seed for the new weights: everything has to come from the checkpoint.
+    resumed = trainer(tmp_path / "cut", **case)
+    for parameter in resumed.model.parameters():
+        parameter.data.add_(1.0)
+    assert resumed.fit(resume=True)
+    assert same(whole.model, resumed.model)
+    strip = ("train_runtime", "eval_runtime")
+    history = [entry for entry in whole.state.log_history if not any(key in entry for key in strip)]
+    again = [entry for entry in resumed.state.log_history if not any(key in entry for key in strip)]
+    assert history == again
+
+
+def test_the_loss_goes_down_for_two_towers(tmp_path: Path) -> None:
+    run = trainer(tmp_path, kind="towers", parts=TOWERS, max_steps=24, save_strategy="no")
+    run.fit()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+def test_frozen_parts_do_not_move_at_all(tmp_path: Path) -> None:
+    run = trainer(tmp_path, parts=LORA, save_strategy="no")
+    before = weights(run.model)
+    run.fit()
+    moved = {name for name, tensor in weights(run.model).items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all(ADAPTER_PARAMETER in name or name.startswith("connector.") for name in moved)
+
+
+def test_accumulation_and_one_large_batch_give_the_same_weights(tmp_path: Path) -> None:
+    """Labels differ in number between micro-batches, so a mean of means would differ."""
+    runs = [
+        trainer(tmp_path / str(batch), parts=FULL, dropout=False, balance=0.0, max_steps=4, save_strategy="no",
+                per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch)
+        for batch in (8, 2)
+    ]  # fmt: skip
+    for run in runs:
+        run.fit()
+    first, second = (weights(run.model) for run in runs)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_named_losses_add_up(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="no", max_steps=6, logging_steps=2, gradient_accumulation_steps=2)
+    run.fit()
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(entries) == 4  # the first step, and every second
+    for entry in entries:
+        assert entry["loss"] == pytest.approx(entry["loss/language"] + entry["loss/balance"], rel=1e-4)
+        assert entry["loss/balance"] > 0
+
+
+def test_a_frozen_llm_recomputes_its_activations_and_drops_nothing_out(tmp_path: Path) -> None:
+    """The connector below it needs them; frozen parts are in eval mode, in which transformers would not recompute."""
+    parts = {
+        "image.connector": PartOptions(tune="full"),
+        "llm": PartOptions(tune="frozen", gradient_checkpointing=True),
+    }
+    run = trainer(tmp_path, parts=parts, max_steps=1, save_strategy="no")
+    modes: list[bool] = []
+    attention = run.model.llm.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda *_: modes.append(attention.training))
+    run.fit()
+    assert modes == [False, False]  # forward, and once more in the backward pass
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_reaches_no_file(tmp_path: Path) -> None:
+    run = trainer(tmp_path, poisoned=17, save_steps=1, save_total_limit=None)
+    with pytest.raises(NonFiniteError, match=r"loss of step \d+ is nan"):
+        run.fit()
+    for folder in checkpoints.folders(tmp_path):
+        checkpoints.verify(folder)
+        run._load_from_checkpoint(str(folder))
+        assert all(torch.isfinite(tensor).all() for tensor in weights(run.model).values())
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_gradient_or_weight_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "gradient")
+    run.model.connector[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match="gradient norm of step 1"):
+        run.fit()
+    assert checkpoints.folders(tmp_path / "gradient") == []
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                kwargs["model"].connector[0].bias.data[0] = float("nan")
+
+    run = trainer(tmp_path / "weight", callbacks=[Break()])
+    with pytest.raises(NonFiniteError, match=r"connector\.0\.bias"):
+        run.fit()
+    assert checkpoints.folders(tmp_path / "weight") == []
+
+
+class Planted:
+    """A pickle that leaves a mark when it is opened."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path(self.mark),))
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_planted_pickle_is_refused_and_does_not_run(tmp_path: Path, file: str) -> None:
+    trainer(tmp_path / "run", max_steps=4).fit()
+    folder = tmp_path / "run" / "checkpoint-4"
+    torch.save({"state": Planted(str(tmp_path / "mark"))}, folder / file)
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+        trainer(tmp_path / "run", max_steps=4).fit(resume=True)
+    # A stranger can write a manifest too.
+    facts = {key: value for key, value in checkpoints.read_manifest(folder).items() if key != "files"}
+    checkpoints.write_manifest(folder, facts)
+    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
+        trainer(tmp_path / "run", max_steps=8).fit(resume=True)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_damaged_newest_checkpoint_costs_one_interval_and_not_the_run(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    whole.fit()
+    trainer(tmp_path / "cut", max_steps=12, save_total_limit=None).fit()
+    newest = tmp_path / "cut" / "checkpoint-12"
+    content = bytearray((newest / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "optimizer.pt").write_bytes(content)
+    resumed = trainer(tmp_path / "cut")
+    resumed.fit(resume=True)
+    assert same(whole.model, resumed.model)
+    checkpoints.verify(newest)  # written again
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_later(tmp_path: Path, number: signal.Signals) -> None:
+    whole = trainer(tmp_path / "whole")
+    whole.fit()
+    stopped = trainer(tmp_path / "cut", callbacks=[StopAt(6, number)], save_strategy="epoch")
+    handler = signal.getsignal(number)
+    assert stopped.fit() is False
+    assert signal.getsignal(number) == handler
+    assert [folder.name for folder in checkpoints.folders(tmp_path / "cut")] == ["checkpoint-7"]
+    resumed = trainer(tmp_path / "cut", save_strategy="epoch")
+    assert resumed.fit(resume=True) is True
+    assert same(whole.model, resumed.model)
+
+
+def test_a_full_disk_ends_the_run_and_spares_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path)
+    save = torch.save
+
+    def full(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if run.state.global_step > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-8 failed .*No space left"):
+        run.fit()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-4"]
+    checkpoints.verify(tmp_path / "checkpoint-4")
+
+
+def test_a_run_does_not_mix_with_another(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=4, recipe={"train": {"seed": 1}}).fit()
+    with pytest.raises(RecipeError, match="--resume"):
+        trainer(tmp_path, max_steps=4).fit()
+    with pytest.raises(RecipeError, match=r"train\.seed: was 1, is 2"):
+        trainer(tmp_path, max_steps=8, recipe={"train": {"seed": 2}}).fit(resume=True)
+    with checkpoints.locked(tmp_path), pytest.raises(MedmError, match="another run"):
+        trainer(tmp_path, max_steps=8, recipe={"train": {"seed": 1}}).fit(resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
+    assert trainer(tmp_path, max_steps=2).fit(resume=True)
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=4).fit()
+    folder = tmp_path / "checkpoint-4"
+    facts = {key: value for key, value in checkpoints.read_manifest(folder).items() if key != "files"}
+    checkpoints.write_manifest(folder, facts | {"world_size": 2})
+    with pytest.raises(CheckpointError, match="written by 2 processes, and 1 are running"):
+        trainer(tmp_path, max_steps=8).fit(resume=True)
+
+
+def test_the_best_weights_come_back_and_patience_ends_the_run(tmp_path: Path) -> None:
+    """With such a learning rate the held-out loss rises soon."""
+    run = trainer(
+        tmp_path, parts=FULL, max_steps=60, held_out=8, learning_rate=0.3, eval_strategy="steps", eval_steps=2,
+        save_steps=2, save_total_limit=1, load_best_model_at_end=True, early_stopping_patience=3,
+        callbacks=[EarlyStoppingCallback(3)],
+    )  # fmt: skip
+    assert run.fit()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
+    assert run.state.global_step == best + 6 < 60
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert {folder.name for folder in checkpoints.folders(tmp_path)} >= {f"checkpoint-{best}"}
+
+
+def test_the_loss_curve_is_written_and_continued(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=4, callbacks=[LossCurve()]).fit()
+    with (tmp_path / "loss.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 9.0}\n')  # after the checkpoint, before the kill
+    resumed = trainer(tmp_path, max_steps=8, callbacks=[LossCurve()])
+    resumed.fit(resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert lines == resumed.state.log_history
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_opens_as_a_model(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=4)
+    run.fit()
+    opened = Toy.from_pretrained(tmp_path / "checkpoint-4")
+    assert same(run.model, opened)
+    assert not list((tmp_path / "checkpoint-4").glob("*.bin"))  # the pickled arguments that the Trainer would leave
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=4, parts=FULL).fit()
+    with pytest.raises(CheckpointError, match="does not hold this model"):
+        trainer(tmp_path, max_steps=8, parts=LORA).fit(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "words"),
+    [
+        ({"arguments": {"weight_dekay": 1}}, RecipeError, "weight_dekay"),
+        ({"arguments": {"label_smoothing_factor": 0.1}}, RecipeError, "the loss belongs to the objective"),
+        ({"lr_scheduler_type": "cosinus"}, RecipeError, "cosinus"),
+        ({"eval_strategy": "steps", "eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}, RecipeError, "load_best"),
+        ({"deepspeed": "zero4"}, RecipeError, "zero"),
+    ],
+)  # fmt: skip
+def test_arguments_are_checked_at_the_start(tmp_path: Path, train: Case, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        trainer(tmp_path, **train)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_and_absent(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        trainer(tmp_path, use_cpu=False, require_gpu=True)
