@@ -128,9 +128,10 @@ def _regular_file(file: Path, name: str) -> Iterator[BinaryIO]:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise MediaError(f"{name}: cannot be opened ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # asked first: a folder cannot even become a stream
+        os.close(descriptor)
+        raise MediaError(f"{name}: expected an image file, found a folder, device or pipe")
     with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise MediaError(f"{name}: expected an image file, found a folder, device or pipe")
         yield stream
 
 

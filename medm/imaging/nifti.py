@@ -73,9 +73,7 @@ def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
         MediaError: truncated, damaged, of a kind that is not read, or with impossible numbers in its header.
     """
     with open_binary(path, name) as stream:
-        packed = stream.read(2) == b"\x1f\x8b"
-        stream.seek(0)
-        header = _parse(_first_bytes(stream, packed, name), name)
+        header, packed = _read_header(stream, name)
         shape, dtype = _check(header, name)
         start = int(header.vox_offset)
         if packed:
@@ -87,6 +85,23 @@ def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
             stream.seek(start)
             voxels = read_voxels(stream, shape, dtype, "raw", name)
     return _scaled(voxels, header, name), _geometry(header, name)
+
+
+def check_nifti(path: Path, name: str) -> None:
+    """Look at the header, and at the size of a file that is not packed. Raises `MediaError`."""
+    with open_binary(path, name) as stream:
+        header, packed = _read_header(stream, name)
+    shape, dtype = _check(header, name)
+    needed, found = int(header.vox_offset) + math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if not packed and found < needed:
+        raise MediaError(f"{name}: {found} bytes, but its header declares {needed}; the file is truncated")
+
+
+def _read_header(stream: BinaryIO, name: str) -> tuple[_Header, bool]:
+    """The header, and whether the file is packed."""
+    packed = stream.read(2) == b"\x1f\x8b"
+    stream.seek(0)
+    return _parse(_first_bytes(stream, packed, name), name), packed
 
 
 def _first_bytes(stream: BinaryIO, packed: bool, name: str) -> bytes:

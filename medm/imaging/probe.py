@@ -14,7 +14,8 @@ def probe(path: Path, *, kind: Literal["image", "volume"], decode: bool = False)
     Args:
         path: the file, or the folder of a DICOM series.
         kind: what it should be.
-        decode: read all of it; otherwise an image's header, and whether a volume's file holds anything.
+        decode: read all of it; otherwise the header of an image or NIfTI file, and of the other formats of volumes
+            only whether they hold anything.
 
     Raises:
         MediaError: it is missing, empty, damaged or of no known format.
@@ -30,5 +31,23 @@ def probe(path: Path, *, kind: Literal["image", "volume"], decode: bool = False)
         from medm.imaging.volumes import read_volume
 
         read_volume(path, several="largest")
-    elif path.is_file() and path.stat().st_size == 0:
+    else:
+        _check_volume(path)
+
+
+def _check_volume(path: Path) -> None:
+    if not path.exists() and "#" in path.name:  # "folder#3" names a series of a DICOM folder
+        path = path.with_name(path.name.rpartition("#")[0])
+    if not path.exists():
+        raise MediaError(f"{path}: no such file or folder")
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise MediaError(f"{path}: the folder is empty; expected DICOM files or slices")
+    elif not path.is_file():
+        raise MediaError(f"{path}: expected a file or folder, found a device or pipe")
+    elif path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty")
+    elif path.name.lower().endswith((".nii", ".nii.gz")):
+        from medm.imaging.nifti import check_nifti
+
+        check_nifti(path, str(path))
