@@ -117,3 +117,10 @@ def test_values_are_yaml() -> None:
         [1, "x"],
         "text",
     ]
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off", "n", "y", "No", "YES"])
+def test_words_stay_words(word: str) -> None:
+    """`train.save_strategy=no` means the word: YAML 1.1 would make it false."""
+    assert parse_value(word) == word
+    assert parse_value(f"[{word}]") == [word]

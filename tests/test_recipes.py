@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from medm.cli.recipes import find, shipped, summary
 from medm.errors import RecipeError
+from medm.llms.base import read_template
 from medm.training.recipe import dump, load_recipe, resolved
+from tests import shrink
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(shipped())
@@ -115,6 +118,48 @@ def test_mistakes_are_named_with_their_key(override: str, words: list[str]) -> N
         load_recipe(find("medm-vl-2d/finetune_lora"), [override])
     for word in words:
         assert word in str(caught.value)
+
+
+EXAMPLES = {"pretrain": "example_pretrain.json"}
+"""Records for a recipe, by the last word of its name; the finetuning ones for all others."""
+
+
+@pytest.fixture(scope="module")
+def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parts")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_trains(name: str, tiny_parts: Path, tmp_path: Path) -> None:
+    """Two steps with tiny parts: what the recipe says is trained moves, and nothing else does."""
+    from transformers import set_seed
+
+    from medm.models import build, load
+    from medm.training.run import train
+
+    records = ROOT / "docs" / EXAMPLES.get(name.rsplit("/")[-1], "example_finetune.json")
+    sources = f'[{{"path": "{records}"}}]'
+    recipe = load_recipe(
+        find(name),
+        [*shrink.overrides(name, tiny_parts), f"data.train={sources}", "data.eval=[]", "train.eval_strategy=no",
+         "train.save_strategy=no", "init_from=null", f"output_dir={tmp_path / 'out'}"],
+    )  # fmt: skip
+    set_seed(recipe.train.seed)
+    before = {part: module.state_dict() for part, module in build(recipe.model)[0].parts().items()}
+    outcome = train(recipe)
+    assert outcome.finished
+    assert outcome.steps == 2
+    model, processor = load(str(tmp_path / "out"))
+    for part, module in model.parts().items():
+        after, tune = module.state_dict(), recipe.parts[part].tune if part in recipe.parts else "frozen"
+        if tune == "lora":
+            assert any(bool(tensor.any()) for key, tensor in after.items() if "lora_B" in key), part
+        else:
+            moved = any(not torch.equal(tensor, before[part][key]) for key, tensor in after.items())
+            assert moved == (tune == "full"), part
+    template = recipe.model.llm.chat_template
+    if template is not None:
+        assert processor.chat_template == read_template(template)
 
 
 def test_reference_page_is_current() -> None:

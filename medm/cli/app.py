@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from medm import __version__
-from medm.cli import catalogue, chat, data, infer
+from medm.cli import catalogue, chat, data, infer, train
 from medm.cli.console import out, start_logging
 
 app = typer.Typer(
@@ -47,5 +47,6 @@ def common(
 app.command("list")(catalogue.list_parts)
 app.add_typer(catalogue.recipes, name="recipes")
 app.add_typer(data.app, name="data")
+app.command("train")(train.train)
 app.command("infer")(infer.infer)
 app.command("chat")(chat.chat)

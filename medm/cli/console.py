@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -35,10 +36,16 @@ def rows(items: Iterable[Sequence[str]], *, header: Sequence[str] | None = None)
         out.print(Text.assemble(*item, style="dim" if header and position == 0 else ""))
 
 
+def first_process() -> bool:
+    """Whether this is the process of a launch that speaks for all (torchrun's rank 0, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start_logging(*, verbose: bool = False) -> None:
-    """Log lines of medm to standard error; other libraries speak from warnings on."""
+    """Log lines of medm to standard error; other libraries speak from warnings on, other ranks from errors on."""
     from rich.logging import RichHandler
 
     handler = RichHandler(console=err, show_path=False, rich_tracebacks=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("medm").setLevel(logging.DEBUG if verbose else logging.INFO)
+    usual = logging.INFO if first_process() else logging.ERROR
+    logging.getLogger("medm").setLevel(logging.DEBUG if verbose else usual)

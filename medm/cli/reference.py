@@ -72,10 +72,10 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return "mapping" if arguments[1] is Any else f"mapping of name to {_type(arguments[1], [])}"
     if annotation is type(None):
         return "null"
-    plain = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any value"}
+    plain: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any value"}
     if isinstance(annotation, type) and issubclass(annotation, Options):
         return "block"
-    return plain.get(annotation) or getattr(annotation, "__name__", str(annotation))
+    return plain.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
 def default_text(info: FieldInfo) -> str:

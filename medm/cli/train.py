@@ -1,0 +1,36 @@
+"""`medm train`: one run of one recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from medm.cli.console import first_process, out
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint; start where there is none.")
+    ] = False,
+) -> None:
+    """Train what a recipe describes. Not for clinical use.
+
+    One process; several GPUs or machines: torchrun -m medm train, which the launchers in scripts/train do.
+    The exit status is 75 when a signal stopped the run: the same command with --resume goes on.
+    """
+    from medm.cli.recipes import find
+    from medm.training.recipe import load_recipe
+
+    checked = load_recipe(find(recipe), overrides or [])
+
+    from medm.training.callbacks import RESUMABLE
+    from medm.training.run import train as run
+
+    outcome = run(checked, resume=resume)
+    if not outcome.finished:
+        raise typer.Exit(RESUMABLE)
+    if first_process():
+        out.print(str(outcome.output_dir), markup=False)

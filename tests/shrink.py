@@ -1,0 +1,42 @@
+"""Makes a shipped recipe small enough for a test: tiny random parts in place of the published ones, two steps, one CPU.
+
+Everything else of the recipe stays as it is: which parts are trained and how, schedule, templates, limits.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from medm.cli.recipes import find
+from medm.training.recipe import load_recipe
+from tests import tiny
+from tests.encoders.tiny import TINY_ENCODERS
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
+    """What to append to `medm train NAME`. The tiny language model is saved below `folder`."""
+    recipe = load_recipe(find(name))
+    family = recipe.model.llm.name
+    llm = folder / f"tiny-{family}"
+    if not llm.exists():
+        tiny.save_llm(family, llm, max_position_embeddings=2048)
+    result = [
+        f"model.llm.path={llm}",
+        "train.deepspeed=null",
+        "train.bf16=false",
+        "train.use_cpu=true",
+        "train.per_device_train_batch_size=2",
+        "train.gradient_accumulation_steps=1",
+        "train.dataloader_num_workers=0",
+        f"train.max_steps={steps}",
+    ]
+    for branch, options in recipe.model.branches.items():
+        block = {
+            key: value for key, value in options.encoder.model_dump().items() if key not in ("path", "architecture")
+        }
+        block["architecture"] = TINY_ENCODERS[options.encoder.name].block.get("architecture", {})
+        result.append(f"model.branches.{branch}.encoder={json.dumps(block)}")
+    return result
