@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ for _kind, _bytes in ((_QUOTE, b'"'), (_BACKSLASH, b"\\"), (_COMMA, b","), (_OPE
 class RecordFile:
     """A JSON array or JSONL file as a sequence of parsed records, read one at a time.
 
-    Opening makes one pass over the file. The object holds no handle, so that it can be sent to workers.
+    Opening makes one pass over the file. Reads are at absolute offsets, so that workers forked later can share the
+    handle; it is not sent along to others, who open their own.
 
     Raises:
         DataError: at opening, when there is no such file, or it is empty or neither of the two forms; at
@@ -48,6 +50,7 @@ class RecordFile:
                 index = _index(file, self.path)
         except OSError as error:
             raise DataError(f"cannot be read ({error.strerror or error})", file=self.path) from None
+        self._handle: BinaryIO | None = None
         self._starts, self._ends, self._damage = index.starts, index.ends, index.damage
         self._stamp = (status.st_size, status.st_mtime_ns)
         self.sha256 = index.sha256
@@ -57,6 +60,9 @@ class RecordFile:
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
@@ -95,12 +101,13 @@ class RecordFile:
         if end - start > MAX_RECORD_BYTES:
             raise DataError(f"a record of {end - start:,} bytes; at most {MAX_RECORD_BYTES:,} are read")
         try:
-            with self.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if (status.st_size, status.st_mtime_ns) != self._stamp:
-                    raise DataError("the file changed after it was opened; start again, so that all records agree")
-                file.seek(start)
-                return file.read(end - start)
+            if self._handle is None:
+                self._handle = self.path.open("rb", buffering=0)
+                weakref.finalize(self, self._handle.close)
+            status = os.fstat(self._handle.fileno())
+            if (status.st_size, status.st_mtime_ns) != self._stamp:
+                raise DataError("the file changed after it was opened; start again, so that all records agree")
+            return os.pread(self._handle.fileno(), end - start, start)
         except OSError as error:
             raise DataError(f"cannot be read ({error.strerror or error})") from None
 
@@ -108,7 +115,7 @@ class RecordFile:
 def parse_json(text: bytes) -> Any:
     """Strict JSON: UTF-8, no key twice, no NaN or Infinity. Raises `DataError` without a place."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return _DECODER.decode(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"not valid UTF-8 at byte {error.start} of the record; save the file as UTF-8") from None
     except RecursionError:
@@ -132,6 +139,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise DataError(f"{name} is not JSON; write null, or leave the field out")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
 
 
 @dataclass(frozen=True, slots=True)

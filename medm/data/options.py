@@ -46,7 +46,8 @@ class DataOptions(Options):
     order: Literal["shuffle", "length"] = "shuffle"
     """Order of an epoch: shuffled, or shuffled in batches of similar length, which saves padding."""
     packing: bool = False
-    """Put several samples in one row of `max_length` tokens, each attending to itself alone, instead of padding."""
+    """Put several samples in one row of `max_length` tokens, each attending to itself alone, instead of padding. With
+    weights, a record of a small source may then come twice in a step."""
     balance_ranks: bool = False
     """Deal the samples of a step to the processes so that each has about the same number of tokens."""
     draws: int | None = Field(default=None, ge=1)

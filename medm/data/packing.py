@@ -71,7 +71,9 @@ class PackingCollator:
     capacity: int
     """Tokens of a row, at most."""
     flat: bool = False
-    """All examples in a single row without padding, whatever its length: what flash attention needs."""
+    """All examples in a single row without padding, whatever its length: what flash attention needs. The batch then
+    also says where each begins, under transformers' names: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`,
+    `max_length_k`; other attention ignores them."""
     pad_to_multiple_of: int | None = None
     """Row lengths are rounded up to it."""
 
@@ -90,7 +92,8 @@ class PackingCollator:
             packed["position_ids"].append([p for e in row for p in range(len(e.input_ids))] + list(range(rest)))
         # Rows are written in the order of their examples, and so are the pixels.
         tensors = {key: torch.tensor(value) for key, value in packed.items()}
-        return {**tensors, **stack_media([example for row in rows for example in row])}
+        media = stack_media([example for row in rows for example in row])
+        return {**tensors, **media, **(_boundaries(tensors["position_ids"]) if self.flat else {})}
 
     def _rows(self, examples: list[Example]) -> list[list[Example]]:
         lengths = [len(example.input_ids) for example in examples]
@@ -106,6 +109,14 @@ class PackingCollator:
         if len(in_order) <= len(best):
             return in_order
         return [[examples[position] for position in sorted(group)] for group in best]
+
+
+def _boundaries(position_ids: torch.Tensor) -> Batch:
+    """Where each sample of a single row begins, so that no layer has to find out (and wait for the device) itself."""
+    starts = torch.nonzero(position_ids[0] == 0).flatten()
+    ends = torch.cat([starts, torch.tensor([position_ids.shape[1]])]).to(torch.int32)  # (samples + 1,)
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 class _Bins:

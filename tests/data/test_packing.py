@@ -115,6 +115,9 @@ def test_pixels_follow_the_rows_when_best_fit_moves_examples() -> None:
 def test_flat_is_one_row_without_padding() -> None:
     batch = PackingCollator(pad_id=0, capacity=4, flat=True)(examples([3, 4, 2]))
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 7, 9]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert (batch["max_length_q"], batch["max_length_k"]) == (4, 4)
 
 
 def test_records_left_out_and_rounded_widths() -> None:
