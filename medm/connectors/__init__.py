@@ -51,9 +51,59 @@ class AttentionPoolingOptions(MLPOptions):
     """Attention heads; must divide the encoder's width."""
 
 
+class ResampleOptions(MLPOptions):
+    """Windows of tokens become one token each, then an MLP."""
+
+    method: Literal["projection", "average", "max"] = "projection"
+    """What becomes of a window: its tokens side by side on the channel axis, their average, or their maximum."""
+    window: int | list[int] = 2
+    """Side of a window in cells: one number, or one for each axis. Uni-Med's strips of a row are [1, 4]."""
+
+
+class MoEOptions(MLPOptions):
+    """Experts mixed by a router. `depth` and `activation` are those of each expert; depth 1 are linear experts."""
+
+    num_experts: int = Field(default=5, ge=1)
+    """Number of experts."""
+    gate: Literal["soft", "sparse", "hard", "constant"] = "soft"
+    """Weighs all experts; runs the `top_k` best alone; runs the expert of the task; or averages all (the dense
+    baseline of equal size)."""
+    route_by: Literal["token", "task", "task+token"] = "token"
+    """What a learned gate sees: the visual token, a learned token of the task, or both."""
+    mode: Literal["sound", "published"] = "sound"
+    """Softmax, narrow router and load-balance loss; or Uni-Med's formulas: normalised sigmoids, a router four times
+    as wide as its input, no auxiliary loss."""
+    top_k: int = Field(default=2, ge=1)
+    """Experts a token under `gate: sparse`."""
+    tasks: list[str] = []
+    """Names of the tasks in the order of their ids; filled from `model.tasks`."""
+    unseen_task: Literal["error", "mean", "constant"] = "error"
+    """An item whose task is none of them: an error, the mean of the known tasks, or the mean of all experts."""
+    task_dim: int | None = Field(default=None, ge=1)
+    """Width of a task token; without it that of a visual token (published) or 64 (sound)."""
+    router_dim: int | None = Field(default=None, ge=1)
+    """Hidden width of the router; without it four times its input (published) or 256 (sound)."""
+    resample: Literal["none", "projection", "average", "max"] = "none"
+    """Windows of tokens become one token each before the experts, as in the `resample` connector."""
+    window: int | list[int] = 2
+    """Side of such a window in cells: one number, or one for each axis."""
+
+
 CONNECTORS: Registry[type[Connector]] = Registry("connector", group="medm.connectors", options=ConnectorOptions)
 
 CONNECTORS.add("linear", "medm.connectors.mlp:LinearConnector", "one linear layer a token (LLaVA 1.0, MiniGPT-4)")
 CONNECTORS.add("mlp", "medm.connectors.mlp:MLPConnector", "linear layers with an activation between (LLaVA 1.5, TinyLLaVA, MedM-VL)", options=MLPOptions)
 CONNECTORS.add("spatial-pooling", "medm.connectors.pooling:SpatialPoolingConnector", "averages of neighbouring tokens, then an MLP (M3D-LaMed, MedM-VL-CT)", options=SpatialPoolingOptions)
 CONNECTORS.add("attention-pooling", "medm.connectors.pooling:AttentionPoolingConnector", "learned queries over all tokens, then an MLP (MedM-VL-CT-Chest)", options=AttentionPoolingOptions)
+CONNECTORS.add(
+    "resample",
+    "medm.connectors.resample:ResampleConnector",
+    "windows of tokens side by side, averaged or their maximum, then an MLP (MiniGPT-v2, Uni-Med)",
+    options=ResampleOptions,
+)
+CONNECTORS.add(
+    "moe",
+    "medm.connectors.moe:MoEConnector",
+    "mixture of expert MLPs, routed by token, task or both (Uni-Med)",
+    options=MoEOptions,
+)

@@ -40,7 +40,7 @@ class Connector(nn.Module):
 
         Args:
             features: tokens (B, prefix + prod(grid), in_dim).
-            task_ids: (B,) index of each item's task, for connectors with `needs_task`.
+            task_ids: (B,) index of each item's task, for connectors with `needs_task`; negative for a dummy item.
         """
 
     def auxiliary_losses(self) -> dict[str, Tensor]:

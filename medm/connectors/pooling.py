@@ -6,34 +6,17 @@ Both work on grids of any length, so images and volumes take the same code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, prod
+from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medm.connectors.base import Connector
-from medm.connectors.mlp import build_mlp
+from medm.connectors.mlp import MLPConnector, build_mlp
+from medm.connectors.windows import Windows
 from medm.types import VisionFeatures
-
-_AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
-def windows(pool: int | Sequence[int], grid: tuple[int, ...], *, connector: str) -> tuple[int, ...]:
-    """Cells per window and axis, at most the whole axis. Raises `ValueError` when they do not belong to this grid."""
-    if prod(grid) == 0:
-        raise ValueError(
-            f"{connector}: expected tokens on a grid, found {grid}; the encoder hands on class tokens alone"
-        )
-    sides = (pool,) * len(grid) if isinstance(pool, int) else tuple(pool)
-    if len(sides) != len(grid) or min(sides) < 1:
-        raise ValueError(f"{connector}: expected one window side of at least 1 for each axis of {grid}, found {sides}")
-    return tuple(min(side, cells) for side, cells in zip(sides, grid, strict=True))
-
-
-def on_grid(features: VisionFeatures) -> Tensor:
-    """The tokens without the prefix, as a map (B, D, *grid)."""
-    return features.tokens[:, features.prefix :].transpose(1, 2).unflatten(2, features.grid)
 
 
 class SpatialPoolingConnector(Connector):
@@ -48,23 +31,24 @@ class SpatialPoolingConnector(Connector):
         depth, activation: of the MLP.
     """
 
+    key_map: ClassVar = MLPConnector.key_map
+
     def __init__(
         self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
         pool: int | Sequence[int] = 2, depth: int = 2, activation: str = "gelu",
     ) -> None:  # fmt: skip
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
-        self.window = windows(pool, grid, connector="spatial-pooling")
+        self.windows = Windows("average", pool, grid, connector="spatial-pooling")
         self.layers = build_mlp(in_dim, out_dim, depth=depth, activation=activation)
 
     @property
     def num_tokens(self) -> int:
         """One a window."""
-        return prod(ceil(cells / side) for cells, side in zip(self.grid, self.window, strict=True))
+        return self.windows.count
 
     def forward(self, features: VisionFeatures, task_ids: Tensor | None = None) -> Tensor:
         """See `Connector`."""
-        cells = _AVERAGE_POOL[len(self.window)](on_grid(features), self.window, ceil_mode=True)  # (B, D, *pooled grid)
-        return self.layers(cells.flatten(2).transpose(1, 2))  # (B, num_tokens, out_dim)
+        return self.layers(self.windows(features))  # (B, num_tokens, out_dim)
 
 
 class CrossAttention(nn.Module):
@@ -105,6 +89,8 @@ class AttentionPoolingConnector(Connector):
         heads: of the attention; must divide `in_dim`.
         depth, activation: of the MLP.
     """
+
+    key_map: ClassVar = ((r"^(?:.*\.)?(query|attn\..+)$", r"\1"), *MLPConnector.key_map)
 
     def __init__(
         self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medm.connectors.pooling import AttentionPoolingConnector, SpatialPoolingConnector, on_grid
+from medm.connectors.pooling import AttentionPoolingConnector, SpatialPoolingConnector
 from medm.types import VisionFeatures
 from tests.connectors.tiny import IN_DIM, build_connector, features_on
 
@@ -62,19 +62,13 @@ def test_a_window_for_each_axis():
 
 @pytest.mark.parametrize("pool", [[2, 2], [2, 2, 0]])
 def test_windows_that_do_not_belong_to_the_grid_are_refused(pool):
-    with pytest.raises(ValueError, match=r"each axis of \(8, 4, 4\), found"):
+    with pytest.raises(ValueError, match=r"each axis of the grid \(8, 4, 4\), found"):
         build_connector("spatial-pooling", (8, 4, 4), pool=pool)
 
 
 def test_class_tokens_alone_cannot_be_pooled():
     with pytest.raises(ValueError, match="class tokens alone"):
         build_connector("spatial-pooling", (0,), prefix=1)
-
-
-def test_on_grid_keeps_the_order_of_cells():
-    features = features_on((2, 3, 4), prefix=1)
-    cells = on_grid(features)
-    assert torch.equal(cells[0, :, 1, 2, 3], features.tokens[0, 1 + (1 * 3 + 2) * 4 + 3])
 
 
 def test_attention_pooling_equals_torch_attention_under_the_same_names():

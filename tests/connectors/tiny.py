@@ -20,6 +20,8 @@ TINY_CONNECTORS: dict[str, dict[str, Any]] = {
     "mlp": {"depth": 2},
     "spatial-pooling": {"pool": 2},
     "attention-pooling": {"queries": 3, "heads": 4},
+    "resample": {"method": "projection", "window": 2},
+    "moe": {"num_experts": 3, "route_by": "task+token", "tasks": ["a", "b"], "router_dim": 8, "task_dim": 4},
 }
 
 

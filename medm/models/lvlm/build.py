@@ -66,6 +66,7 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
     branches, spoken = {}, {}
     for name, branch in options.branches.items():
         entry, preprocess = _branch_config(name, branch)
+        entry["connector"] |= _tasks_of(name, entry["connector"], options.tasks)
         entry["placeholder_id"] = tokenizer.convert_tokens_to_ids(PLACEHOLDERS[name])
         with torch.device("meta"):
             num_tokens = Branch(entry, out_dim=text_config.hidden_size).num_tokens
@@ -154,7 +155,9 @@ def _bundle_config(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same, from an encoder that medm exported."""
     if bundle["encoder"] != options.name:
-        raise RecipeError(f"{options.path}: holds an encoder {bundle['encoder']!r}, not {options.name!r}; name that one")
+        raise RecipeError(
+            f"{options.path}: holds an encoder {bundle['encoder']!r}, not {options.name!r}; name that one"
+        )
     preprocess = dict(bundle["preprocess"])
     if (image_size := getattr(options, "image_size", None)) is not None:
         sized = ENCODERS.get(options.name).preprocess_from({}, bundle["architecture"], image_size)
@@ -174,6 +177,18 @@ def build_encoder(options: Any) -> tuple[VisionEncoder, dict[str, Any]]:
     _load_encoder(encoder, options, options.name)
     encoder.eval()
     return encoder, preprocess
+
+
+def _tasks_of(name: str, connector: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+    """The model's tasks, for a connector that routes by task: ids mean positions in one and the same list."""
+    if "tasks" not in connector or list(connector["tasks"]) == list(tasks):
+        return {}
+    if connector["tasks"]:
+        raise RecipeError(
+            f"model.branches.{name}.connector.tasks: {connector['tasks']} are not the model's tasks {list(tasks)}; "
+            "write them once, as model.tasks"
+        )
+    return {"tasks": list(tasks)}
 
 
 def _fields(options: Any, left_out: set[str]) -> dict[str, Any]:

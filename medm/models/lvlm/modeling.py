@@ -184,7 +184,8 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             else:
                 self._check_no_placeholder(input_ids, name)
                 if self._must_run_every_branch():
-                    embeds = embeds + 0.0 * branch(branch.dummy()).sum().to(embeds.dtype)
+                    no_task = torch.full((1,), -1, device=embeds.device)
+                    embeds = embeds + 0.0 * branch(branch.dummy(), no_task).sum().to(embeds.dtype)
         return embeds, losses
 
     def forward(
