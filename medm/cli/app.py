@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from medm import __version__
-from medm.cli import catalogue, chat, data, infer, train
+from medm.cli import catalogue, chat, data, infer, models, pages, train
 from medm.cli.console import out, start_logging
 
 app = typer.Typer(
@@ -50,3 +50,5 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("infer")(infer.infer)
 app.command("chat")(chat.chat)
+app.command("export")(models.export)
+app.command("reference", hidden=True)(pages.reference)

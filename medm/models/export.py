@@ -1,0 +1,305 @@
+"""Saved models in other forms, each proven before it is handed over: the same logits and the same reply, or nothing.
+
+`merged` folds adapters into the weights they adapt; `llava` is the layout of transformers' own LLaVA class, run in a
+process that cannot import medm; `encoder` is a vision tower for other recipes.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from medm.config import validate
+from medm.encoders import ENCODERS
+from medm.errors import ExportError
+from medm.imaging import load_pixels
+from medm.models import load
+from medm.models.checkpoint import BUNDLE_TYPE
+from medm.models.llava import save_llava
+from medm.models.lvlm.build import build_encoder
+from medm.types import Media, Sample, Turn
+
+PROMPT = "Describe the image. Is anything abnormal?"
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Largest difference of a logit, as a share of the largest logit, that the rounding of each precision explains.
+
+The export runs the same operations; only the image processors round differently in the last bit (measured in float32:
+below 1e-5). A norm too many, a wrong layer or a shifted token change logits by more than a tenth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was compared."""
+
+    difference: float
+    """Largest difference of a logit between the model and its export."""
+    largest: float
+    """Largest logit."""
+    reply: str
+    """What both said."""
+
+    def __str__(self) -> str:
+        if not self.reply:
+            return "the same features, bit for bit"
+        return f"largest logit difference {self.difference:.2g} (of {self.largest:.3g}), same reply: {self.reply!r}"
+
+
+def export(
+    folder: str,
+    out: str,
+    *,
+    form: str,
+    branch: str | None = None,
+    image: str | None = None,
+    prompt: str = PROMPT,
+    max_new_tokens: int = 24,
+) -> Proof:
+    """Write a saved model in another form.
+
+    Args:
+        folder: model folder that medm saved.
+        out: folder to write; must not exist, or be empty.
+        form: "merged", "llava" or "encoder".
+        branch: for "encoder", whose; may be left out where the model has one branch.
+        image: picture to prove with; a drawn one without it.
+        prompt: question to prove with.
+        max_new_tokens: length of the reply that is compared.
+
+    Raises:
+        ExportError: the form cannot hold this model, or the proof failed. Nothing is left at `out`.
+        CheckpointError: the folder cannot be opened.
+    """
+    forms: dict[str, Callable[[Path, Any, Any, Question], Proof]] = {
+        "merged": _merged,
+        "llava": _llava,
+        "encoder": lambda target, model, processor, _question: _encoder(target, model, processor, branch),
+    }
+    if form not in forms:
+        raise ExportError(f"unknown form {form!r}; expected one of {', '.join(forms)}")
+    model, processor = load(folder)
+    with _written_aside(Path(out).expanduser()) as target, tempfile.TemporaryDirectory() as scratch:
+        question = Question(
+            Path(image) if image else draw_picture(Path(scratch) / "picture.png"), prompt, max_new_tokens
+        )
+        return forms[form](target, model, processor, question)
+
+
+@contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
+    """A folder that takes its place only when everything went well."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out}: exists already; choose another folder, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What model and export are both asked."""
+
+    image: Path
+    prompt: str
+    max_new_tokens: int
+
+
+def draw_picture(file: Path) -> Path:
+    """A picture with edges, gradients and colour, wider than high, so that resizing and cropping show."""
+    rows, columns = np.mgrid[0:180, 0:240]
+    picture = np.stack([rows * 255 // 180, columns * 255 // 240, (rows + columns) % 256], axis=-1)
+    picture[(rows - 90) ** 2 + (columns - 80) ** 2 < 50**2] = (235, 225, 210)
+    picture[40:70, 150:210] = (20, 60, 30)
+    Image.fromarray(picture.astype(np.uint8)).save(file)
+    return file
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """What a model made of a question."""
+
+    input_ids: Tensor
+    pixels: Tensor
+    logits: Tensor
+    reply: list[int]
+    text: str
+
+
+@torch.no_grad()
+def _ask(model: Any, processor: Any, question: Question) -> _Heard:
+    """The model's own logits (1, T, V) and greedy reply; without an image where the model has no image branch."""
+    content: tuple[str | Media, ...] = (question.prompt,)
+    pixels: dict[str, list[np.ndarray]] = {}
+    if "image" in processor.preprocess:
+        content = (Media("image"), f"\n{question.prompt}")
+        pixels = {"image": [load_pixels(question.image, processor.preprocess["image"])]}
+    example = processor.encode(Sample((Turn("user", content),)), pixels, generation=True)
+    batch = dict(processor.pad([example]))
+    logits = model(**batch).logits
+    choice = copy.deepcopy(model.generation_config)
+    choice.update(max_new_tokens=question.max_new_tokens, do_sample=False)
+    ids = model.generate(**batch, generation_config=choice)
+    reply = ids[0, batch["input_ids"].shape[1] :]
+    seen = batch["pixels"]["image"] if "pixels" in batch else torch.zeros(0)
+    return _Heard(batch["input_ids"], seen, logits.float(), reply.tolist(), processor.text(reply))
+
+
+def _compare(own: _Heard, other: _Heard, *, dtype: torch.dtype, what: str) -> Proof:
+    """Raises `ExportError` where two models do not say the same."""
+    difference = float((own.logits - other.logits).abs().max())
+    largest = float(own.logits.abs().max())
+    allowed = TOLERANCES[dtype] * max(1.0, largest)
+    if not difference <= allowed:  # not: a NaN differs
+        raise ExportError(
+            f"{what} computes other logits: they differ by up to {difference:.3g}, and rounding in {dtype} explains "
+            f"{allowed:.3g} at most; nothing was written"
+        )
+    if own.reply != other.reply:
+        raise ExportError(f"{what} replies {other.text!r} instead of {own.text!r}; nothing was written")
+    return Proof(difference, largest, own.text)
+
+
+def _merged(target: Path, model: Any, processor: Any, question: Question) -> Proof:
+    before = _ask(model, processor, question)
+    model.merge_adapters()
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    merged, reloaded = load(str(target))
+    return _compare(before, _ask(merged, reloaded, question), dtype=model.dtype, what="the merged model")
+
+
+def _llava(target: Path, model: Any, processor: Any, question: Question) -> Proof:
+    model.merge_adapters()
+    save_llava(model, processor, target)
+    own = _ask(model, processor, question)
+    dtype, num_tokens = model.dtype, model.branch("image").num_tokens
+    del model  # the two of them need not be in memory at once
+    gc.collect()
+    stock, notes = run_stock(target, question)
+    if notes["problems"] != "{}":
+        raise ExportError(f"the stock class opens the export with {notes['problems']}; nothing was written")
+    if own.input_ids.tolist() != stock.input_ids.tolist():
+        raise ExportError(
+            f"the stock processor makes another prompt of {stock.input_ids.shape[1]} tokens, expected "
+            f"{own.input_ids.shape[1]}: the chat template cannot be written without medm; nothing was written"
+        )
+    if own.pixels.shape != stock.pixels.shape or float((own.pixels - stock.pixels).abs().max()) > _pixel_step(dtype):
+        raise ExportError("the stock image processor makes other pixels; nothing was written")
+    if int(notes["num_image_tokens"]) != num_tokens:
+        raise ExportError(
+            f"the stock processor counts {notes['num_image_tokens']} tokens an image for servers, expected "
+            f"{num_tokens}; nothing was written"
+        )
+    return _compare(own, stock, dtype=dtype, what="transformers' LlavaForConditionalGeneration")
+
+
+def _pixel_step(dtype: torch.dtype) -> float:
+    """Pixels are of the order of 2; the stock process hands them over in the model's precision."""
+    return 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+
+
+def run_stock(folder: Path, question: Question) -> tuple[_Heard, dict[str, str]]:
+    """Ask a folder in a fresh process that cannot import medm.
+
+    Raises:
+        ExportError: the process failed; with the last lines that it wrote.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        plan, result = Path(scratch) / "plan.json", Path(scratch) / "result.safetensors"
+        with Image.open(question.image) as picture:
+            size = [picture.height, picture.width]
+        asked = {
+            "image": str(question.image.resolve()), "image_size": size,
+            "prompt": question.prompt, "max_new_tokens": question.max_new_tokens,
+        }  # fmt: skip
+        plan.write_text(json.dumps(asked), encoding="utf-8")
+        script = Path(__file__).with_name("stock_check.py")
+        done = subprocess.run(
+            [sys.executable, "-I", str(script), str(folder.resolve()), str(plan), str(result)],
+            capture_output=True, text=True, check=False, cwd=scratch,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        if done.returncode:
+            tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+            raise ExportError(f"transformers alone cannot run the export; nothing was written\n{tail}")
+        with safe_open(result, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+            notes = dict(handle.metadata())
+    reply = tensors["reply"][0].tolist()
+    return _Heard(tensors["input_ids"], tensors["pixels"], tensors["logits"], reply, notes["text"].strip()), notes
+
+
+def _encoder(target: Path, model: Any, processor: Any, branch: str | None) -> Proof:
+    """A bundle that a recipe can name as `encoder.path`, with the preprocessing that belongs to it.
+
+    Of an encoder around another one (slices) it holds the inner one, which is where the weights are.
+    """
+    names = sorted(model.config.branches)
+    if branch is None and len(names) == 1:
+        branch = names[0]
+    if branch not in names:
+        raise ExportError(f"the model has branches {names}; say whose encoder with --branch")
+    model.merge_adapters()
+    encoder, entry = model.branch(branch).encoder, dict(model.config.branches[branch]["encoder"])
+    preprocess = processor.preprocess[branch].model_dump()
+    if "encoder" in entry:
+        encoder, entry = encoder.encoder, dict(entry["encoder"])
+        preprocess = {key: preprocess[key] for key in ("channels", "mean", "std")} | {"size": preprocess["size"][1:]}
+    bundle = {
+        "model_type": BUNDLE_TYPE,
+        "encoder": entry["name"],
+        "architecture": entry["architecture"],
+        "options": {key: value for key, value in entry.items() if key not in ("name", "architecture")},
+        "preprocess": preprocess,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    (target / "config.json").write_text(json.dumps(bundle, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return _prove_encoder(target, encoder, bundle, tuple(preprocess["size"]), model.branch(branch).channels)
+
+
+@torch.no_grad()
+def _prove_encoder(
+    target: Path, encoder: Any, bundle: dict[str, Any], spatial: tuple[int, ...], channels: int
+) -> Proof:
+    """A recipe's own way to the encoder gives the same features."""
+    block = {"name": bundle["encoder"], "path": str(target), **bundle["options"]}
+    options = validate(ENCODERS.entry(bundle["encoder"]).options, block, source="the encoder's own options")
+    again, _ = build_encoder(options)
+    noise = torch.randn(1, channels, *spatial, generator=torch.Generator().manual_seed(0))
+    own, other = (
+        encoder(noise.to(**encoder.device_and_dtype)).tokens,
+        again.to(encoder.device_and_dtype["dtype"])(noise).tokens,
+    )
+    difference = float((own - other).abs().max())
+    if difference != 0:
+        raise ExportError(
+            f"the encoder computes other features: they differ by up to {difference:.3g}; nothing was written"
+        )
+    return Proof(difference, float(own.abs().max()), "")

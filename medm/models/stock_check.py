@@ -1,0 +1,61 @@
+"""Runs a model folder with transformers alone, as a stranger would, and writes down what came out.
+
+Started by path in a fresh process (`python -I stock_check.py FOLDER PLAN RESULT`), in which medm cannot be imported:
+what works here works without it. `PLAN` is JSON with image, prompt and length; `RESULT` a safetensors file.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class NoMedm(importlib.abc.MetaPathFinder):
+    """Makes `import medm` fail, also where it is installed."""
+
+    def find_spec(self, fullname: str, *_arguments: Any) -> None:
+        """Raises `ImportError` for medm and everything in it."""
+        if fullname.partition(".")[0] == "medm":
+            raise ImportError("medm is hidden from this process")
+
+
+def run(folder: str, plan: dict[str, Any], result: Path) -> None:
+    """Open the folder by the Auto classes, ask about one image, and write ids, pixels, logits and the reply."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    opened: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, report = opened
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image", "path": plan["image"]}, {"type": "text", "text": plan["prompt"]}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    ).to(model.dtype)  # fmt: skip
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        reply = model.generate(**inputs, max_new_tokens=plan["max_new_tokens"], do_sample=False)
+    reply = reply[:, inputs["input_ids"].shape[1] :]
+    counted = processor._get_num_multimodal_tokens(image_sizes=[plan["image_size"]])["num_image_tokens"]
+    notes = {
+        "class": type(model).__name__,
+        "problems": json.dumps({k: sorted(map(str, v)) for k, v in report.items() if v and "keys" in k}),
+        "num_image_tokens": str(counted[0]),
+        "text": processor.batch_decode(reply, skip_special_tokens=True)[0],
+    }
+    tensors = {
+        "input_ids": inputs["input_ids"],
+        "pixels": inputs["pixel_values"].float(),
+        "logits": logits.float(),
+        "reply": reply,
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, result, metadata=notes)
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NoMedm())
+    run(sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), Path(sys.argv[3]))

@@ -1,0 +1,188 @@
+"""Exports compute what the model computes, with nothing of medm at hand; what cannot be exported is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import medm.models.export as export_module
+from medm.config import validate
+from medm.encoders import ViTOptions
+from medm.errors import CheckpointError, ExportError
+from medm.models import build, load
+from medm.models.export import Question, _ask, draw_picture, export
+from medm.models.llava import literal, save_llava, stock_template
+from medm.models.lvlm.build import build_encoder
+from medm.models.lvlm.options import LVLMOptions
+from tests.evaluation.tiny import awaken
+from tests.tiny import lvlm_section, save_llm
+
+
+@pytest.fixture(scope="module")
+def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("llms")
+    return {family: save_llm(family, folder / family) for family in ("qwen2.5", "llama-3.2", "phi3", "phi", "qwen3")}
+
+
+def make(llm: Path, *, family: str = "qwen2.5", encoder: str = "siglip", changes: Any = None, **options: Any) -> Any:
+    section = lvlm_section(llm, family=family, encoder=encoder, **options)
+    section["branches"]["image"] |= changes or {}
+    torch.manual_seed(1)
+    model, processor = build(validate(LVLMOptions, section, source="test"))
+    awaken(model)
+    return model, processor
+
+
+def save(pair: Any, folder: Path) -> str:
+    for part in pair:
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+@pytest.mark.parametrize("family", ["qwen2.5", "llama-3.2", "phi3"])
+def test_logits_and_ids_equal_the_stock_class(family: str, encoder: str, llms: dict[str, Path], tmp_path: Path) -> None:
+    """The measured worst case is 0 on equal pixels: both run the same kernels on the same tensors.
+
+    The two image processors round differently in the last bit; random weights as large as these make 4e-5 of it.
+    """
+    layer = -2 if encoder == "clip" else -1
+    model, processor = make(llms[family], family=family, encoder=encoder, layer=layer)
+    save_llava(model, processor, tmp_path)
+    stock, report = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(stock).__name__ == "LlavaForConditionalGeneration"
+    own = _ask(model, processor, Question(draw_picture(tmp_path / "p.png"), "What is it?", 12))
+    inputs = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": [
+            {"type": "image", "path": str(tmp_path / "p.png")}, {"type": "text", "text": "What is it?"},
+        ]}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    assert inputs["input_ids"].tolist() == own.input_ids.tolist()
+    assert (inputs["pixel_values"] - own.pixels).abs().max() < 1e-6
+    with torch.no_grad():
+        logits = stock(**{**inputs, "pixel_values": own.pixels}).logits
+        ids = stock.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert own.logits.abs().max() > 0.5
+    assert (logits - own.logits).abs().max() < 1e-5
+    assert ids.tolist() == own.reply
+    assert len(set(own.reply)) > 1
+
+
+def test_the_proof_runs_where_medm_cannot_be_imported(llms: dict[str, Path], tmp_path: Path) -> None:
+    pair = make(llms["qwen2.5"], encoder="clip", layer=-2, image_size=24, tokens="cls_patch")
+    folder = save(pair, tmp_path / "model")
+    proof = export(folder, str(tmp_path / "out"), form="llava")
+    assert proof.difference < 1e-5
+    assert "same reply" in str(proof)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vision_config"]["num_hidden_layers"] == 3
+    assert config["vision_config"]["image_size"] == 24
+    assert config["vision_feature_select_strategy"] == "full"
+    hiding = Path(export_module.__file__).with_name("stock_check.py").read_text().partition("if __name__")[0]
+    script = f"{hiding}\nsys.meta_path.insert(0, NoMedm())\nimport medm"
+    hidden = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)
+    assert "medm is hidden from this process" in hidden.stderr
+
+
+def test_what_the_stock_class_cannot_compute_is_refused(llms: dict[str, Path], tmp_path: Path) -> None:
+    cases: list[tuple[Any, str]] = [
+        (make(llms["qwen2.5"], changes={"connector": {"name": "mlp", "depth": 3}}), "mlp of depth 3"),
+        (make(llms["qwen2.5"], changes={"connector": {"name": "linear"}}), "this model has linear"),
+        (make(llms["qwen2.5"], encoder="clip", tokens="cls"), "class token alone"),
+        (make(llms["qwen2.5"], changes={"preprocess": {"fit": "pad"}}), "pads before it resizes"),
+        (make(llms["qwen2.5"], changes={"preprocess": {"size": [16, 24]}}), "takes 16 x 24"),
+    ]
+    for pair, words in cases:
+        with pytest.raises(ExportError, match=words):
+            save_llava(*pair, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_phi_2_is_refused_with_the_size_of_its_bias(llms: dict[str, Path], tmp_path: Path) -> None:
+    model, processor = make(llms["phi"], family="phi")
+    with torch.no_grad():
+        model.language_model.lm_head.bias[7] = -0.75
+    folder = save((model, processor), tmp_path / "model")
+    with pytest.raises(ExportError, match=r"without the bias of this phi model the logits would change by up to 0\.75"):
+        export(folder, str(tmp_path / "out"), form="llava")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_proof_leaves_nothing(llms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(make(llms["qwen2.5"]), tmp_path / "model")
+    original = export_module.save_llava
+
+    def broken(model: Any, processor: Any, target: Path) -> None:
+        original(model, processor, target)
+        config = json.loads((target / "config.json").read_text())
+        config["vision_feature_layer"] = -3
+        (target / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(export_module, "save_llava", broken)
+    with pytest.raises(ExportError, match="other logits: they differ by up to"):
+        export(folder, str(tmp_path / "out"), form="llava")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_merged_folds_the_adapter_and_computes_the_same(llms: dict[str, Path], tmp_path: Path) -> None:
+    model, processor = make(llms["llama-3.2"], family="llama-3.2")
+    model.add_adapter_to_part("llm", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(3))
+    folder = save((model, processor), tmp_path / "model")
+    proof = export(folder, str(tmp_path / "out"), form="merged")
+    assert proof.difference < 1e-4
+    merged, _ = load(str(tmp_path / "out"))
+    assert merged.config.adapters == {}
+    assert not any("lora" in name for name in merged.state_dict())
+
+
+def test_an_encoder_goes_into_another_recipe(llms: dict[str, Path], tmp_path: Path) -> None:
+    model, processor = make(llms["qwen2.5"], encoder="clip", layer=-2, image_size=24)
+    folder = save((model, processor), tmp_path / "model")
+    assert str(export(folder, str(tmp_path / "tower"), form="encoder")) == "the same features, bit for bit"
+    options = validate(ViTOptions, {"name": "clip", "path": str(tmp_path / "tower"), "layer": -2}, source="test")
+    encoder, preprocess = build_encoder(options)
+    pixels = torch.rand(2, 3, 24, 24)
+    with torch.no_grad():
+        assert torch.equal(encoder(pixels).tokens, model.branch("image").encoder(pixels).tokens)
+    assert preprocess == processor.preprocess["image"].model_dump()
+    section = lvlm_section(llms["qwen2.5"], encoder="siglip", path=str(tmp_path / "tower"), layer=-2)
+    with pytest.raises(Exception, match="holds an encoder 'clip', not 'siglip'"):
+        build(validate(LVLMOptions, section, source="test"))
+    with pytest.raises(CheckpointError, match="missing"):  # the last block was never used, so it is not there
+        build_encoder(options.model_copy(update={"layer": -1}))
+    with pytest.raises(ExportError, match=r"branches \['image'\]"):
+        export(folder, str(tmp_path / "none"), form="encoder", branch="volume")
+
+
+def test_nothing_is_overwritten(llms: dict[str, Path], tmp_path: Path) -> None:
+    folder = save(make(llms["qwen2.5"]), tmp_path / "model")
+    with pytest.raises(ExportError, match="exists already"):
+        export(folder, folder, form="merged")
+    with pytest.raises(ExportError, match="unknown form 'gguf'"):
+        export(folder, str(tmp_path / "out"), form="gguf")
+
+
+def test_templates_carry_their_variables() -> None:
+    from jinja2 import Template
+
+    template = stock_template(
+        "{{ date }}|{{ on }}|{{ messages[0].content }}", {"date": "it's", "on": False}, image_token="<image>"
+    )
+    parts = [{"type": "image"}, {"type": "text", "text": "Why?"}]
+    assert Template(template).render(messages=[{"role": "user", "content": parts}]) == "it's|False|<image>\nWhy?"
+    assert Template(template).render(messages=[{"role": "user", "content": "Why?"}]) == "it's|False|Why?"
+    with pytest.raises(ExportError):
+        literal([1])
