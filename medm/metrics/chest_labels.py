@@ -85,7 +85,8 @@ _CLAUSE = re.compile(
     r"|,? and there (?:is|are)\b|:"
 )
 _NO_NEGATION = re.compile(
-    r"\b(?:no|without|not)(?: (?:significant(?:ly)?|substantial(?:ly)?|relevant|interval|appreciabl[ey]|definite(?:ly)?|acute))*"
+    r"\b(?:no|without|not)(?: (?:significant(?:ly)?|substantial(?:ly)?|relevant|interval"
+    r"|appreciabl[ey]|definite(?:ly)?|acute))*"
     r" (?:changed?|increase[ds]?|decrease[ds]?|progression|improve(?:d|ment)|worsening|worsened|difference)\b"
 )
 _NEGATION_BEFORE = re.compile(

@@ -58,17 +58,26 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
         letter = next(group for group in leading.groups() if group).upper()
         if letter in letters:
             return letter
-    answer = normalise_answer(text)
-    wordings = {letter: normalise_answer(wording) for letter, wording in letters.items()}
-    equal = [letter for letter, wording in wordings.items() if wording and wording == answer]
-    if equal:
-        return equal[0] if len(equal) == 1 else None
+    if any(normalise_answer(wording) == normalise_answer(text) for wording in letters.values()):
+        return parse_wording(text, letters)
     for pattern in (_STATED_LETTER, _BRACKETED_LETTER):
         found = {letter.upper() for letter in pattern.findall(text)} & letters.keys()
         if found:
             return found.pop() if len(found) == 1 else None
-    inside = {letter for letter, wording in wordings.items() if wording and f" {wording} " in f" {answer} "}
-    # "left lung" also holds "lung": an option inside another one that is there does not count as a second answer
+    return parse_wording(text, letters)
+
+
+def parse_wording(text: str, options: Mapping[str, str]) -> str | None:
+    """The key of the one option whose wording a text is or holds as whole words; None for none or several.
+
+    "left lung" also holds "lung": an option within another one that is there does not count as a second answer.
+    """
+    answer = normalise_answer(text)
+    wordings = {key: normalise_answer(wording) for key, wording in options.items()}
+    equal = [key for key, wording in wordings.items() if wording and wording == answer]
+    if equal:
+        return equal[0] if len(equal) == 1 else None
+    inside = {key for key, wording in wordings.items() if wording and f" {wording} " in f" {answer} "}
     inside -= {
         small for small in inside for large in inside
         if small != large and f" {wordings[small]} " in f" {wordings[large]} " and wordings[small] != wordings[large]

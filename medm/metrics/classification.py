@@ -32,7 +32,7 @@ def balanced_accuracy(
 ) -> list[MetricResult]:
     """Mean over the reference classes of the share that is found."""
     statistics, classes = _confusion(predictions, references)
-    recall = lambda sums: _mean_defined(ratio(sums[:, :classes], sums[:, :classes] + sums[:, 2 * classes :]))  # noqa: E731
+    recall = lambda sums: mean_defined(ratio(sums[:, :classes], sums[:, :classes] + sums[:, 2 * classes :]))  # noqa: E731
     return [summed_result("balanced-accuracy", statistics, recall, f"classes:{classes}|of:references", resampling)]
 
 
@@ -46,7 +46,7 @@ def macro_f1(
         true, false, missed = sums[:, :classes], sums[:, classes : 2 * classes], sums[:, 2 * classes :]
         f1 = ratio(2 * true, 2 * true + false + missed)
         f1[true + missed == 0] = np.nan  # the class is not in this resample
-        return _mean_defined(f1)
+        return mean_defined(f1)
 
     return [summed_result("macro-f1", statistics, value, f"classes:{classes}|of:references", resampling)]
 
@@ -100,7 +100,7 @@ def auroc(
     names = class_names or [str(c) for c in range(classes)]
     signature = f"mann-whitney|ties:half|classes:{classes}"
     mean = result_of(
-        "auroc", lambda counts: _mean_defined(np.stack([column(counts) for column in columns], axis=1)),
+        "auroc", lambda counts: mean_defined(np.stack([column(counts) for column in columns], axis=1)),
         len(scores), f"{signature}|macro", resampling,
     )  # fmt: skip
     if classes == 1:
@@ -145,7 +145,7 @@ def _confusion(predictions: Sequence[Hashable], references: Sequence[Hashable]) 
     return rows.reshape(n, -1), len(index)
 
 
-def _mean_defined(values: np.ndarray) -> np.ndarray:
+def mean_defined(values: np.ndarray) -> np.ndarray:
     """(R, C) -> (R,): the mean without nan; nan where all are."""
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0.0).sum(axis=1), defined.sum(axis=1).astype(float))

@@ -1,0 +1,93 @@
+"""Tasks: data, prompt and scoring of one benchmark each. They do not know which model answers.
+
+The table at the end has one line a task: a `Task` (see `medm.tasks.base`) that reads the benchmark's files as they are
+distributed. Adding one is a file with a `Task` and a line here; options of its own stand above the table (torch-free,
+so that a recipe can be checked without loading any model code).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from medm.config import Options, named
+from medm.metrics import METRICS
+from medm.registry import Registry
+
+if TYPE_CHECKING:
+    from medm.tasks.base import Task
+
+
+class TaskOptions(Options):
+    """What every task block of a recipe may say."""
+
+    name: str
+    """Registered name of the task."""
+    rounds: int = Field(default=1000, ge=0)
+    """Bootstrap samples behind each interval; 0 leaves the intervals out."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
+class BoxTaskOptions(TaskOptions):
+    """Tasks with a box of an image in the answer or the question."""
+
+    codec: Literal["uni-med", "thousand"] = "uni-med"
+    """How boxes are written: Uni-Med's grid of 100, or one of 1000."""
+
+
+class ReportTaskOptions(TaskOptions):
+    """Tasks that are answered by a report or a caption."""
+
+    bertscore: str | None = None
+    """Folder of an encoder on this machine; BERTScore is computed where it is given."""
+
+
+class CustomOptions(TaskOptions):
+    """A user's own file."""
+
+    path: str
+    """JSON or JSONL of records in the training format, relative to the data folder; the last reply is the answer."""
+    metrics: Annotated[list[named(METRICS)], Field(min_length=1)]  # type: ignore[valid-type]
+    """Metric names, or blocks with options; those that take texts, labels or boxes written in texts."""
+    group_by: list[str] = []
+    """Record fields whose values get a row each in the tables."""
+
+    def metric_blocks(self) -> list[dict[str, Any]]:
+        """The metrics as plain mappings."""
+        return [block.model_dump() for block in self.metrics]
+
+
+TASKS: Registry[type[Task]] = Registry("task", group="medm.tasks", options=TaskOptions)
+
+# fmt: off
+TASKS.add("slake-vqa", "medm.tasks.slake:SlakeVQA", "SLAKE English, Uni-Med's split files, open and closed questions")
+TASKS.add("slake-rec", "medm.tasks.slake:SlakeREC", "SLAKE objects: name to box", options=BoxTaskOptions)
+TASKS.add("slake-reg", "medm.tasks.slake:SlakeREG", "SLAKE objects: box to name", options=BoxTaskOptions)
+TASKS.add("slake", "medm.tasks.slake:Slake", "SLAKE English, the distributed train, validate and test JSON")
+TASKS.add("path-vqa", "medm.tasks.path_vqa:PathVQA", "PathVQA pathology questions")
+TASKS.add("vqa-rad", "medm.tasks.vqa_rad:VQARAD", "VQA-RAD radiology questions")
+TASKS.add("sa-med2d-rec", "medm.tasks.sa_med2d:SAMed2DREC", "SA-Med2D-20M subset of Uni-Med: name to box", options=BoxTaskOptions)
+TASKS.add("sa-med2d-reg", "medm.tasks.sa_med2d:SAMed2DREG", "SA-Med2D-20M subset of Uni-Med: box to name", options=BoxTaskOptions)
+TASKS.add("medpix", "medm.tasks.reports:MedPix", "MPx-Single captions (RadFM's CSV)", options=ReportTaskOptions)
+TASKS.add("mimic-caption", "medm.tasks.reports:MimicCaption", "MIMIC-CXR, first image to report, Uni-Med's layout", options=ReportTaskOptions)
+TASKS.add("mimic-cxr", "medm.tasks.reports:MimicCXR", "MIMIC-CXR reports, R2Gen's annotation.json", options=ReportTaskOptions)
+TASKS.add("iu-xray", "medm.tasks.reports:IUXray", "IU X-Ray reports from two views, R2Gen's annotation.json", options=ReportTaskOptions)
+TASKS.add("medmnist-derma", "medm.tasks.medmnist:DermaMNIST", "DermaMNIST, 7 skin lesions")
+TASKS.add("medmnist-organs", "medm.tasks.medmnist:OrganSMNIST", "OrganSMNIST, 11 organs in sagittal CT")
+TASKS.add("m3d-cap", "medm.tasks.m3d:M3DCap", "M3D-Cap: volume to report", options=ReportTaskOptions)
+TASKS.add("m3d-vqa-open", "medm.tasks.m3d:M3DOpenVQA", "M3D-VQA without choices", options=ReportTaskOptions)
+TASKS.add("m3d-vqa-closed", "medm.tasks.m3d:M3DClosedVQA", "M3D-VQA with four choices")
+TASKS.add("m3d-rec", "medm.tasks.m3d_regions:M3DREC", "M3D positioning: name to 3-D box")
+TASKS.add("m3d-reg", "medm.tasks.m3d_regions:M3DREG", "M3D positioning: 3-D box to name")
+TASKS.add("m3d-seg", "medm.tasks.m3d_regions:M3DSeg", "M3D-Seg: name to mask")
+TASKS.add("m3d-refseg", "medm.tasks.m3d_regions:M3DRefSeg", "M3D-RefSeg: description or question to mask")
+TASKS.add("ct-rate-report", "medm.tasks.ct_rate:CTRateReport", "CT-RATE chest CT reports (findings and impression)", options=ReportTaskOptions)
+TASKS.add("ct-rate-choice", "medm.tasks.ct_rate:CTRateChoice", "CT-RATE VQA, multiple choice")
+TASKS.add("ct-rate-short", "medm.tasks.ct_rate:CTRateShort", "CT-RATE VQA, short answers", options=ReportTaskOptions)
+TASKS.add("ct-rate-long", "medm.tasks.ct_rate:CTRateLong", "CT-RATE VQA, long answers", options=ReportTaskOptions)
+TASKS.add("medqa", "medm.tasks.text_qa:MedQA", "MedQA (USMLE), text with options")
+TASKS.add("pubmedqa", "medm.tasks.text_qa:PubMedQA", "PubMedQA, yes / no / maybe with the abstract")
+TASKS.add("custom", "medm.tasks.custom:Custom", "your own JSON with a list of metrics", options=CustomOptions)
+# fmt: on

@@ -1,0 +1,195 @@
+"""What a task must be, and how its samples become training records.
+
+A task reads a benchmark's files, words the questions and scores the answers. It does not know which model answers, and
+opens no image except to ask for its size.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+from medm.data.records import PLACEHOLDERS
+from medm.errors import DataError
+from medm.metrics.base import MetricResult, Resampling
+from medm.types import Media, Sample, Turn
+
+Record: TypeAlias = Mapping[str, Any]
+"""One scored item: `id`, `prediction`, `answer`, and the `extra` fields of its sample."""
+
+
+@dataclass(slots=True)
+class Scores:
+    """What scoring a set of predictions gives."""
+
+    results: list[MetricResult]
+    """The sound numbers, the headline first."""
+    published: list[MetricResult] = field(default_factory=list)
+    """The benchmark's own scoring with its quirks, to be printed beside."""
+    groups: dict[str, dict[str, list[MetricResult]]] = field(default_factory=dict)
+    """Record field -> its value -> the sound numbers of that part."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader has to know: answers that are missing, parts that were left out."""
+
+
+class Task(ABC):
+    """One benchmark.
+
+    Args:
+        rounds: bootstrap samples behind each interval.
+        seed: seed of the bootstrap.
+    """
+
+    tag: ClassVar[str]
+    """What kind of task its samples are ("vqa", "caption", ...): task tokens and mixtures go by it."""
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    """Splits by medm's names; each task says which file holds one."""
+    eval_split: ClassVar[str] = "test"
+    """The split that is scored."""
+    layout: ClassVar[str]
+    """The files it expects, for the message about a missing one."""
+    group_by: ClassVar[tuple[str, ...]] = ()
+    """Record fields whose values get a row each in the tables."""
+
+    def __init__(self, *, rounds: int = 1000, seed: int = 0) -> None:
+        self.resampling = Resampling(rounds=rounds, seed=seed)
+
+    @abstractmethod
+    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+        """The questions of one split in the order of the files, each with `answer`, a unique `id` and scoring fields.
+
+        Args:
+            folder: where the benchmark lies; media paths are relative to it.
+            split: one of `splits`.
+            wording: draws an instruction from the pool for each sample (training). Without it every sample has the
+                same, first one (evaluation).
+
+        Raises:
+            DataError: an unknown split, or a file is missing or damaged, by name.
+        """
+
+    @abstractmethod
+    def measure(self, records: Sequence[Record]) -> list[MetricResult]:
+        """The sound numbers of these records."""
+
+    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+        """The numbers as the benchmark's authors compute them; nothing where that is sound or unknown."""
+        return []
+
+    def score(self, records: Iterable[Record]) -> Scores:
+        """Score one split's records. An item without an answer counts as wrong; it is never left out.
+
+        Raises:
+            DataError: a record lacks a field that scoring needs.
+        """
+        rows = [self._checked(record, index) for index, record in enumerate(records)]
+        groups: dict[str, dict[str, list[MetricResult]]] = {}
+        for name in self.group_by:
+            values = sorted({str(row[name]) for row in rows if row.get(name) is not None})
+            if len(values) > 1:
+                groups[name] = {
+                    value: self.measure([row for row in rows if str(row.get(name)) == value]) for value in values
+                }
+        empty = sum(not str(row["prediction"]).strip() for row in rows)
+        notes = [f"{empty} of {len(rows)} items have no answer and count as wrong"] if empty else []
+        return Scores(self.measure(rows), self.published(rows), groups, notes)
+
+    def _checked(self, record: Record, index: int) -> dict[str, Any]:
+        for name in ("id", "answer"):
+            if record.get(name) is None:
+                raise DataError(f"a scored record needs {name!r}; found {sorted(record)}", index=index, field=name)
+        prediction = record.get("prediction")
+        if prediction is not None and not isinstance(prediction, str):
+            raise DataError(f"expected text, found {type(prediction).__name__}", index=index, field="prediction")
+        return {**record, "prediction": prediction or ""}
+
+    def _known_split(self, split: str) -> str:
+        if split not in self.splits:
+            raise DataError(f"there is no split {split!r}; this task has {', '.join(self.splits)}")
+        return split
+
+
+def ask(
+    text: str, /, *, id: str, tag: str, answer: str, media: Sequence[Media] = (), **extra: Any
+) -> Sample:  # fmt: skip
+    """A sample with one question: each image or volume on a line of its own, then the text."""
+    content: list[str | Media] = []
+    for item in media:
+        content += [item, "\n"]
+    if content:
+        content[-1] = f"\n{text}"
+    else:
+        content = [text]
+    return Sample(turns=(Turn("user", tuple(content)),), id=id, task=tag, answer=answer, extra=extra)
+
+
+def choose(pool: Sequence[str], wording: random.Random | None) -> str:
+    """The first instruction, or one of all at random."""
+    return pool[0] if wording is None else wording.choice(pool)
+
+
+def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Scoring records from a task's samples and another program's answers by id.
+
+    A sample without an answer stays, with an empty one. Raises `DataError` for ids that no sample has (another split,
+    another benchmark) and for ids that samples share.
+    """
+    records: list[dict[str, Any]] = []
+    for sample in samples:
+        prediction = predictions.get(sample.id or "", "")
+        records.append({**sample.extra, "id": sample.id, "answer": sample.answer, "prediction": prediction})
+    known = {record["id"] for record in records}
+    if len(known) != len(records):
+        raise DataError(f"{len(records) - len(known)} samples share their id with another one")
+    unknown = sorted(set(predictions) - known)
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(predictions)} predictions belong to no sample of this split, the first is "
+            f"{unknown[0]!r}: check task, split and folder"
+        )
+    return records
+
+
+def task_to_records(task: Task, folder: Path, split: str, *, seed: int | None = None) -> Iterator[dict[str, Any]]:
+    """The samples of a split as training records (`image` or `volume`, LLaVA conversations, the answer as reply).
+
+    With a `seed` instructions are drawn from the task's pool, one stream over the split; without, all are worded alike.
+    """
+    for sample in task.samples(folder, split, wording=None if seed is None else random.Random(seed)):
+        yield record_of(sample)
+
+
+def record_of(sample: Sample) -> dict[str, Any]:
+    """One sample as a training record; `medm.data` reads it back as the same turns."""
+    if sample.answer is None:
+        raise DataError(f"sample {sample.id!r} has no answer to learn")
+    record: dict[str, Any] = {"id": sample.id, "task": sample.task}
+    for media in sample.media:
+        record.setdefault(media.branch, []).append(media.path)
+    texts = [part for turn in sample.turns for part in turn.content if isinstance(part, str)]
+    if any(name in text for text in texts for name in PLACEHOLDERS):
+        # Text that looks like a placeholder can only be told from one where media are parts of their own.
+        messages: list[dict[str, Any]] = [
+            {"role": turn.role, "content": [_part(part) for part in turn.content]} for turn in sample.turns
+        ]
+        messages.append({"role": "assistant", "content": sample.answer})
+        return {**{key: record[key] for key in ("id", "task")}, "messages": messages, **sample.extra}
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [
+        {"from": names[turn.role], "value": "".join(p if isinstance(p, str) else f"<{p.branch}>" for p in turn.content)}
+        for turn in sample.turns
+    ]
+    return {**record, "conversations": [*turns, {"from": "gpt", "value": sample.answer}], **sample.extra}
+
+
+def _part(part: str | Media) -> dict[str, Any]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": part.branch, "path": part.path}
+
+
+def scoped(scope: str, results: Iterable[MetricResult]) -> list[MetricResult]:
+    """Results of one part of the items, named so: "open/token-f1"."""
+    return [replace(result, name=f"{scope}/{result.name}") for result in results]

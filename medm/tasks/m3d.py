@@ -1,0 +1,144 @@
+"""M3D-Cap and M3D-VQA (Bai et al. 2024): reports and questions about volumes of 1 x 32 x 256 x 256, 0 to 1, as .npy."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from medm.errors import DataError
+from medm.imaging import resolve_inside
+from medm.metrics import m3d_bench
+from medm.metrics.base import MetricResult
+from medm.metrics.match import normalised_match
+from medm.tasks import prompts, scoring
+from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.files import field_of, read_csv, read_json_map, read_text, require
+from medm.tasks.reports import CaptionTask
+from medm.types import Media, Sample
+
+QUESTION_TYPES = {"1": "plane", "2": "phase", "3": "organ", "4": "abnormality", "5": "location"}
+_CHOICES = ("A", "B", "C", "D")
+
+
+def npy_path(folder: Path, written: str) -> str:
+    """A volume's path relative to the folder; the published files name it with or without their own top folder."""
+    path = written.replace("\\", "/").lstrip("/")
+    _, _, below = path.partition("/")
+    return below if below and not (folder / path).exists() and (folder / below).exists() else path
+
+
+class M3DCap(CaptionTask):
+    """Volume to report; the text of each lies in a file of its own."""
+
+    splits = ("train", "validation", "test", "test100", "test500", "test1k")
+    layout = "M3D_Cap.json ({split: [{image, text}]}) and the .npy and text.txt files that it names"
+
+    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+        folder, split = Path(folder), self._known_split(split)
+        file = require(folder, "M3D_Cap.json", "M3D_Cap/M3D_Cap.json", layout=self.layout)
+        rows = read_json_map(file).get(split)
+        if not isinstance(rows, list):
+            raise DataError("expected a list under this key", file=file, field=split)
+        for index, row in enumerate(rows):
+            image = npy_path(folder, field_of(row, "image", str, file=file, index=index))
+            text = npy_path(folder, field_of(row, "text", str, file=file, index=index))
+            report = read_text(resolve_inside(folder, text))
+            yield ask(
+                choose(prompts.VOLUME_REPORT, wording), id=image, tag=self.tag, answer=report.strip(),
+                media=[Media("volume", image)],
+            )  # fmt: skip
+
+    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+        return _m3d_texts(records, self)
+
+
+class _M3DVQA(Task):
+    """Reads the CSV."""
+
+    splits = ("train", "val", "test", "test5k")
+    layout = (
+        "M3D_VQA_{train,val,test,test5k}.csv (Image Path, Question Type, Question, Choice A..D, Answer, Answer Choice)"
+    )
+    tag = "vqa"
+    group_by = ("question_type",)
+
+    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+        folder, split = Path(folder), self._known_split(split)
+        name = f"M3D_VQA_{split}.csv"
+        file = require(folder, name, f"M3D-VQA/{name}", f"M3D_VQA/{name}", layout=self.layout)
+        columns = (
+            "Image Path",
+            "Question Type",
+            "Question",
+            "Answer",
+            "Answer Choice",
+            *(f"Choice {c}" for c in _CHOICES),
+        )
+        for index, row in enumerate(read_csv(file, columns)):
+            yield self.sample(row, npy_path(folder, row["Image Path"]), f"{split}:{index}", wording)
+
+    @abstractmethod
+    def sample(self, row: dict[str, str], image: str, id: str, wording: random.Random | None) -> Sample:
+        """One row."""
+
+
+class M3DOpenVQA(_M3DVQA, CaptionTask):
+    """The question without its choices."""
+
+    tag = "vqa"
+
+    def sample(self, row: dict[str, str], image: str, id: str, wording: random.Random | None) -> Sample:
+        return ask(
+            choose(prompts.VOLUME_VQA, wording).format(question=row["Question"]), id=id, tag=self.tag,
+            answer=row["Answer"], media=[Media("volume", image)], question=row["Question"],
+            question_type=_question_type(row),
+        )  # fmt: skip
+
+    def measure(self, records: Sequence[Record]) -> list[MetricResult]:
+        match = normalised_match(*scoring.texts(records), resampling=self.resampling)
+        return match + super().measure(records)
+
+    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+        results = _m3d_texts(records, self)
+        return results + [scoring.mean_over_groups(records, r, "question_type", self.resampling) for r in results]
+
+
+class M3DClosedVQA(_M3DVQA):
+    """The question with four choices."""
+
+    def sample(self, row: dict[str, str], image: str, id: str, wording: random.Random | None) -> Sample:
+        options = {letter: row[f"Choice {letter}"] for letter in _CHOICES if row[f"Choice {letter}"].strip()}
+        letter = row["Answer Choice"].strip().upper()
+        if letter not in options:
+            raise DataError(f"answer choice {letter!r} is none of {sorted(options)} (row {id})")
+        return ask(
+            choose(prompts.CHOICE, wording).format(question=row["Question"], options=prompts.lettered(options)),
+            id=id, tag=self.tag, answer=f"{letter}. {row['Answer']}", media=[Media("volume", image)],
+            question=row["Question"], question_type=_question_type(row), options=options, answer_choice=letter,
+        )  # fmt: skip
+
+    def measure(self, records: Sequence[Record]) -> list[MetricResult]:
+        results = scoring.choices(records, self.resampling)
+        return [*results, scoring.mean_over_groups(records, results[0], "question_type", self.resampling)]
+
+    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+        predictions = [record["prediction"] for record in records]
+        letters = [scoring.needed(record, "answer_choice") for record in records]
+        results = m3d_bench.choice_accuracy(predictions, letters, resampling=self.resampling)
+        return results + [scoring.mean_over_groups(records, r, "question_type", self.resampling) for r in results]
+
+
+def _question_type(row: dict[str, str]) -> str:
+    code = row["Question Type"].strip().split(".")[0]
+    return QUESTION_TYPES.get(code, code)
+
+
+def _m3d_texts(records: Sequence[Record], task: Task) -> list[MetricResult]:
+    """BLEU-1 and ROUGE-1 as published; METEOR and BERTScore of the published table are among the sound results."""
+    pair = scoring.texts(records)
+    return [
+        *m3d_bench.bleu(*pair, resampling=task.resampling),
+        *m3d_bench.rouge(*pair, resampling=task.resampling),
+    ]

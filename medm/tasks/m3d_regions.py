@@ -1,0 +1,250 @@
+"""M3D-Seg and M3D-RefSeg (Bai et al. 2024): names, boxes and masks in volumes.
+
+Read in the processed form of the published scripts: `image.npy` beside one mask file a class.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medm.errors import DataError
+from medm.imaging import resolve_inside
+from medm.metrics import m3d_bench, masks
+from medm.metrics.base import MetricResult, mean_result
+from medm.metrics.boxes import CODECS, Box
+from medm.tasks import prompts, scoring
+from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.files import field_of, read_array, read_csv, read_json_map, require
+from medm.tasks.m3d import npy_path
+from medm.types import Media, Sample
+
+_LAYOUT = (
+    "<set>/<set>.json (labels, train, test: [{image, label}]) for sets 0000 to 0024, with image.npy and "
+    "masks/mask_<class>.npy"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """One class that is present in one volume."""
+
+    dataset: str
+    image: str
+    mask: str
+    """Paths relative to the folder."""
+    name: str
+
+
+def structures(folder: Path, split: str) -> Iterator[Structure]:
+    """Every class of every volume of a split, present or not, set by set."""
+    files = sorted(path for path in folder.glob("[0-9][0-9][0-9][0-9]/*.json") if path.stem == path.parent.name)
+    if not files:
+        require(folder, "0000/0000.json", layout=_LAYOUT)
+    for file in files:
+        content = read_json_map(file)
+        labels = field_of(content, "labels", dict, file=file, index=0)
+        rows = content.get(split, content.get("training" if split == "train" else split))
+        if not isinstance(rows, list):
+            raise DataError("expected a list under this key", file=file, field=split)
+        for index, row in enumerate(rows):
+            image = npy_path(folder, field_of(row, "image", str, file=file, index=index))
+            mask = npy_path(folder, field_of(row, "label", str, file=file, index=index))
+            number = Path(mask).stem.removeprefix("mask_")
+            # class numbers count from 0 in file names and from 1 in `labels`, whose 0 is the background
+            name = labels.get(str(int(number) + 1)) if number.isdigit() else None
+            if name is None:
+                raise DataError(f"class {number!r} has no name in 'labels'", file=file, index=index, field="label")
+            yield Structure(file.stem, image, mask, str(name))
+
+
+def read_mask(folder: Path, relative: str, value: int | None = None) -> np.ndarray:
+    """A mask (D, H, W) of booleans; with `value` the voxels that hold it."""
+    array = read_array(resolve_inside(folder, relative))
+    array = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+    if array.ndim != 3:
+        raise DataError(f"expected (1, D, H, W) or (D, H, W), found {array.shape}", file=folder / relative)
+    return array > 0 if value is None else array == value
+
+
+def box_of(mask: np.ndarray) -> Box:
+    """The smallest box around the mask: first voxel and one past the last along each axis."""
+    places = np.nonzero(mask)
+    return (*(float(axis.min()) for axis in places), *(float(axis.max() + 1) for axis in places))
+
+
+def box_text(box: Box, size: Sequence[int]) -> str:
+    """A box in M3D's convention: its upper corner is the index of the last voxel inside."""
+    return CODECS["m3d"].encode((*box[:3], *(upper - 1 for upper in box[3:])), size)
+
+
+class _Positioning(Task):
+    """Classes that are present; absent ones have no box to name."""
+
+    layout = _LAYOUT
+    group_by = ("dataset",)
+
+    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+        folder, split = Path(folder), self._known_split(split)
+        for structure in structures(folder, split):
+            mask = read_mask(folder, structure.mask)
+            if mask.any():
+                yield self.sample(structure, box_of(mask), mask.shape, wording)
+
+    @abstractmethod
+    def sample(
+        self, structure: Structure, box: Box, size: tuple[int, ...], wording: random.Random | None
+    ) -> Sample:  # fmt: skip
+        """One question about one structure."""
+
+
+class M3DREC(_Positioning):
+    """A name to a box."""
+
+    tag = "refer"
+
+    def sample(self, structure: Structure, box: Box, size: tuple[int, ...], wording: random.Random | None) -> Sample:
+        return ask(
+            choose(prompts.VOLUME_REFER, wording).format(name=structure.name), id=structure.mask, tag=self.tag,
+            answer=box_text(box, size), media=[Media("volume", structure.image)],
+            box=list(box), size=list(size), dataset=structure.dataset,
+        )  # fmt: skip
+
+    def measure(self, records: Sequence[Record]) -> list[MetricResult]:
+        return scoring.refer(records, self.resampling, "m3d", corners="voxels")
+
+    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+        return m3d_bench.box_iou(*scoring.texts(records), resampling=self.resampling)
+
+
+class M3DREG(_Positioning):
+    """A box to a name."""
+
+    tag = "identify"
+
+    def sample(self, structure: Structure, box: Box, size: tuple[int, ...], wording: random.Random | None) -> Sample:
+        text = box_text(box, size)
+        return ask(
+            choose(prompts.VOLUME_IDENTIFY, wording).format(box=text), id=structure.mask, tag=self.tag,
+            answer=structure.name, media=[Media("volume", structure.image)], dataset=structure.dataset,
+        )  # fmt: skip
+
+    def measure(self, records: Sequence[Record]) -> list[MetricResult]:
+        return scoring.identify(records, self.resampling)
+
+    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+        pair = scoring.texts(records)
+        return [
+            *m3d_bench.bleu(*pair, resampling=self.resampling),
+            *m3d_bench.rouge(*pair, resampling=self.resampling),
+        ]
+
+
+class MaskTask(Task):
+    """Answers are masks. They are measured one by one (`measure_mask`), so that a run keeps numbers and not volumes."""
+
+    tag = "segment"
+
+    @abstractmethod
+    def reference(self, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+        """The true mask (D, H, W) of a sample, from its `extra` fields."""
+
+    def measure_mask(
+        self, probabilities: np.ndarray, reference: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    ) -> dict[str, float]:
+        """The numbers of one item, which belong into its record.
+
+        Args:
+            probabilities: (D, H, W) in 0..1, on the grid of the reference; the mask is where they exceed 0.5.
+            reference: (D, H, W) of 0 and 1.
+            spacing: millimetres a step; M3D's volumes have lost theirs, so that distances are in voxels.
+        """
+        mask = np.asarray(probabilities) > 0.5
+        return {
+            "dice": masks.dice_of(mask, reference),
+            "mask_iou": masks.iou_of(mask, reference),
+            "hd95": masks.hd95_of(mask, reference, spacing),
+            "nsd": masks.nsd_of(mask, reference, spacing, 2.0),
+            "soft_dice": m3d_bench.soft_dice_of(probabilities, reference),
+        }
+
+    def measure(self, records: Sequence[Record]) -> list[MetricResult]:
+        names = {"dice": "dice", "mask_iou": "mask-iou", "hd95": "hd95", "nsd": "nsd@2"}
+        signature = "hard>0.5|unit:step|missing mask:dice 0|mean"
+        return [
+            mean_result(name, [_number(record, field) for record in records], signature, self.resampling)
+            for field, name in names.items()
+        ]
+
+    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+        scores = [_number(record, "soft_dice") for record in records]
+        return [mean_result("m3d-bench-dice", scores, "m3d-bench|soft|denominator:+1|mean", self.resampling)]
+
+    def _checked(self, record: Record, index: int) -> dict[str, Any]:
+        row = super()._checked(record, index)
+        return {**row, "prediction": row["prediction"] or ("mask" if row.get("dice") is not None else "")}
+
+
+def _number(record: Record, field: str) -> float:
+    """A record's number; an item for which no mask came has overlap 0, and needs its distance from `measure_mask`."""
+    if record.get(field) is None:
+        if field == "hd95":
+            raise DataError(
+                f"record {record.get('id')!r} has no 'hd95'; where the model gives no mask, measure an empty one"
+            )
+        return 0.0
+    return float(record[field])
+
+
+class M3DSeg(MaskTask):
+    """A name to a mask; classes that are absent from a volume are left out, as published."""
+
+    layout = _LAYOUT
+    group_by = ("dataset",)
+
+    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+        folder, split = Path(folder), self._known_split(split)
+        for structure in structures(folder, split):
+            if read_mask(folder, structure.mask).any():
+                yield ask(
+                    choose(prompts.SEGMENT, wording).format(name=structure.name), id=structure.mask, tag=self.tag,
+                    answer="It is [SEG].", media=[Media("volume", structure.image)], mask=structure.mask,
+                    dataset=structure.dataset,
+                )  # fmt: skip
+
+    def reference(self, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+        return read_mask(Path(folder), str(scoring.needed(record, "mask")))
+
+
+class M3DRefSeg(MaskTask):
+    """A description, or a question that takes reasoning, to a mask."""
+
+    layout = (
+        "M3D_RefSeg.csv and M3D_RefSeg_test.csv (Image, Mask, Mask_ID, Question_Type, Question, Answer) and the .npy "
+        "files"
+    )
+    group_by = ("question_type",)
+
+    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+        folder, split = Path(folder), self._known_split(split)
+        names = ["M3D_RefSeg_test.csv"] if split == "test" else ["M3D_RefSeg_train.csv", "M3D_RefSeg.csv"]
+        file = require(folder, *names, layout=self.layout)
+        columns = ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answer")
+        for index, row in enumerate(read_csv(file, columns)):
+            if not row["Mask_ID"].strip().isdigit():
+                raise DataError("expected a whole number", file=file, index=index, field="Mask_ID")
+            kind = row["Question_Type"].strip()
+            yield ask(
+                row["Question"], id=f"{split}:{index}", tag=self.tag, answer=row["Answer"],
+                media=[Media("volume", npy_path(folder, row["Image"]))], mask=npy_path(folder, row["Mask"]),
+                mask_id=int(row["Mask_ID"]), question_type={"0": "descriptive", "1": "reasoning"}.get(kind, kind),
+            )  # fmt: skip
+
+    def reference(self, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+        return read_mask(Path(folder), str(scoring.needed(record, "mask")), int(scoring.needed(record, "mask_id")))

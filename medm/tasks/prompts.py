@@ -1,0 +1,77 @@
+"""Instruction wordings, medm's own. The first of each pool is the fixed one of evaluation; training draws from all."""
+
+from __future__ import annotations
+
+VQA = (
+    "{question}\nAnswer the question about the image in a word or a short phrase.",
+    "{question}",
+    "Look at the image and answer briefly: {question}",
+    "{question} Reply with a short answer only.",
+)
+VOLUME_VQA = (
+    "{question}",
+    "Look through the scan and answer: {question}",
+    "{question} Answer from what the volume shows.",
+)
+CHOICE = (
+    "{question}\n{options}\nAnswer with the letter of the right choice.",
+    "{question}\nChoices:\n{options}\nWhich one is right?",
+)
+REFER = (
+    "Where in the image is the {name}? Answer with its box.",
+    "Give the bounding box of the {name}.",
+    "Locate the {name} and write down its box.",
+    "Mark the {name} with a box.",
+    "Which region of the image holds the {name}?",
+)
+IDENTIFY = (
+    "What lies inside the box {box} of the image? Name it.",
+    "Name the structure at {box}.",
+    "Which object does the region {box} show?",
+    "Say what can be seen at {box}.",
+)
+CHEST_REPORT = (
+    "Write the findings of this chest X-ray examination as a radiology report.",
+    "Report this chest radiograph.",
+    "What does the chest X-ray show? Write a full description of the findings.",
+    "Describe heart, lungs, pleura and bones in this chest X-ray.",
+)
+CAPTION = (
+    "Describe what this medical image shows.",
+    "Write a caption for this image.",
+    "Summarise the findings of this image for a colleague.",
+    "What can be seen in this image? Describe it.",
+)
+VOLUME_REPORT = (
+    "Write a radiology report of this scan.",
+    "Describe the findings of this volume.",
+    "Report what this three-dimensional scan shows.",
+    "Summarise the abnormal and normal findings of this scan.",
+)
+CLASSIFY = (
+    "{question} Choose one of: {classes}.",
+    "{question} The possible answers are: {classes}.",
+)
+VOLUME_REFER = (
+    "Where in the volume is the {name}? Answer with its box.",
+    "Give the three-dimensional box of the {name}.",
+    "Locate the {name} in this scan and write down its box.",
+)
+VOLUME_IDENTIFY = (
+    "What lies inside the box {box} of the volume? Name it.",
+    "Name the structure at {box} in this scan.",
+)
+SEGMENT = (
+    "Segment the {name} in this scan.",
+    "Draw the mask of the {name}.",
+    "Where is the {name}? Answer with a mask.",
+)
+CONTEXT_QA = (
+    "Abstract:\n{context}\n\nQuestion: {question}\nAnswer with yes, no or maybe.",
+    "Read the abstract and answer with yes, no or maybe.\n{context}\n\n{question}",
+)
+
+
+def lettered(options: dict[str, str]) -> str:
+    """Options a line each, "A. liver"."""
+    return "\n".join(f"{letter}. {wording}" for letter, wording in options.items())

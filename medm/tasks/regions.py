@@ -1,0 +1,118 @@
+"""Objects in images: a name to a box, and a box to a name. Shared by SLAKE and SA-Med2D."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from medm.errors import DataError
+from medm.metrics.base import MetricResult
+from medm.metrics.boxes import CODECS, Box
+from medm.tasks import prompts, scoring
+from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.files import image_size, read_json_list
+from medm.types import Media, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One object of one image."""
+
+    id: str
+    image: str
+    """Path relative to the benchmark's folder."""
+    name: str
+    box: Box
+    """Corners in pixels."""
+    group: str
+    """What the tables are broken down by (modality)."""
+    others: int
+    """Objects of the same name in the same image: with any, the question has several right answers."""
+
+
+def read_regions(file: Path, *, image: str, id: str, group: str) -> list[Region]:
+    """The objects of one image from a list of one-key maps {name: [x, y, width, height]}."""
+    found: list[tuple[str, Box]] = []
+    for index, item in enumerate(read_json_list(file)):
+        if len(item) != 1:
+            raise DataError(f"expected one object a map, found {len(item)}", file=file, index=index)
+        name, box = next(iter(item.items()))
+        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) for n in box)
+        if not numbers or not all(not isinstance(n, bool) for n in box):
+            raise DataError("expected [x, y, width, height] in pixels", file=file, index=index, field=name)
+        x, y, width, height = map(float, box)
+        found.append((name, (x, y, x + width, y + height)))
+    counts = Counter(name for name, _ in found)
+    return [
+        Region(f"{id}:{index}", image, name, box, group, counts[name] - 1) for index, (name, box) in enumerate(found)
+    ]
+
+
+class RegionTask(Task):
+    """Reads regions; says how they are asked for in a subclass."""
+
+    group_by: ClassVar[tuple[str, ...]] = ("group", "unique_name")
+
+    def __init__(self, *, codec: str = "uni-med", rounds: int = 1000, seed: int = 0) -> None:
+        super().__init__(rounds=rounds, seed=seed)
+        self.codec = codec
+
+    @abstractmethod
+    def regions(self, folder: Path, split: str) -> Iterator[Region]:
+        """The objects of a split, in the order of the files."""
+
+    @abstractmethod
+    def sample(self, region: Region, size: tuple[int, int], wording: random.Random | None) -> Sample:
+        """One question about one object."""
+
+    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+        folder, split = Path(folder), self._known_split(split)
+        sizes: dict[str, tuple[int, int]] = {}
+        for region in self.regions(folder, split):
+            if region.image not in sizes:
+                sizes = {region.image: image_size(folder, region.image)}  # objects of an image follow each other
+            yield self.sample(region, sizes[region.image], wording)
+
+
+class ReferTask(RegionTask):
+    """A name to a box (REC)."""
+
+    tag = "refer"
+
+    def sample(self, region: Region, size: tuple[int, int], wording: random.Random | None) -> Sample:
+        return ask(
+            choose(prompts.REFER, wording).format(name=region.name), id=region.id, tag=self.tag,
+            answer=CODECS[self.codec].encode(region.box, size), media=[Media("image", region.image)],
+            box=list(region.box), size=list(size), group=region.group, unique_name=region.others == 0,
+        )  # fmt: skip
+
+    def measure(self, records: Sequence[Record]) -> list[MetricResult]:
+        return scoring.refer(records, self.resampling, self.codec)
+
+    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+        return scoring.uni_med_refer(records, self.resampling) if self.codec == "uni-med" else []
+
+
+class IdentifyTask(RegionTask):
+    """A box to a name (REG)."""
+
+    tag = "identify"
+    group_by = ("group",)
+
+    def sample(self, region: Region, size: tuple[int, int], wording: random.Random | None) -> Sample:
+        box = CODECS[self.codec].encode(region.box, size)
+        return ask(
+            choose(prompts.IDENTIFY, wording).format(box=box), id=region.id, tag=self.tag, answer=region.name,
+            media=[Media("image", region.image)], group=region.group,
+        )  # fmt: skip
+
+    def measure(self, records: Sequence[Record]) -> list[MetricResult]:
+        return scoring.identify(records, self.resampling)
+
+    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+        return scoring.uni_med_identify(records, self.resampling)

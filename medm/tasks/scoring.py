@@ -1,0 +1,205 @@
+"""Scoring that several benchmarks share. Records in, results out; each function says which fields it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from medm.errors import DataError
+from medm.metrics import uni_med
+from medm.metrics.base import MetricResult, Resampling, mean_result, ratio, result_of
+from medm.metrics.bleu import bleu, bleu_coco, bleu_nltk
+from medm.metrics.boxes import CODECS, Box, box_accuracy, box_iou, scale
+from medm.metrics.chest_labels import chest_label_f1
+from medm.metrics.choice import choice_accuracy, closed_accuracy, parse_wording
+from medm.metrics.cider import cider_d
+from medm.metrics.classification import accuracy, balanced_accuracy, macro_f1, mean_defined
+from medm.metrics.match import normalised_match, token_f1
+from medm.metrics.meteor import meteor, meteor_exact_stem, wordnet_available
+from medm.metrics.rouge import rouge
+from medm.tasks.base import Record, scoped
+
+Pair = tuple[list[str], list[str]]
+
+
+def texts(records: Sequence[Record]) -> Pair:
+    """Predictions and answers."""
+    return [record["prediction"] for record in records], [str(record["answer"]) for record in records]
+
+
+def needed(record: Record, name: str) -> Any:
+    """A field that scoring cannot do without."""
+    if record.get(name) is None:
+        raise DataError(
+            f"record {record.get('id')!r} has no {name!r}, which its sample carries; keep the samples' fields"
+        )
+    return record[name]
+
+
+def answer_types(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by `answer_type`: "open", "closed"; parts without records are left out."""
+    parts: dict[str, list[Record]] = {"open": [], "closed": []}
+    for record in records:
+        parts["closed" if str(needed(record, "answer_type")).lower() == "closed" else "open"].append(record)
+    return {name: part for name, part in parts.items() if part}
+
+
+def vqa(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """Short answers: all, open and closed. Reads `answer_type`."""
+    results = normalised_match(*texts(records), resampling=resampling)
+    results += token_f1(*texts(records), resampling=resampling)
+    for name, part in answer_types(records).items():
+        pair = texts(part)
+        if name == "closed":
+            results += scoped(name, closed_accuracy(*pair, resampling=resampling))
+        else:
+            for metric in (normalised_match, token_f1):
+                results += scoped(name, metric(*pair, resampling=resampling))
+            results += scoped(name, bleu_nltk(*pair, resampling=resampling)[:1])
+    return results
+
+
+def uni_med_vqa(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """Uni-Med's table: BLEU-1 to 4 and token F1 of open, closed and all, accuracy of closed."""
+    results: list[MetricResult] = []
+    for name, part in {"all": list(records), **answer_types(records)}.items():
+        metrics = [uni_med.bleu, uni_med.token_f1]
+        metrics += [uni_med.closed_accuracy] if name == "closed" else []
+        for metric in metrics:
+            results += scoped(name, metric(*texts(part), resampling=resampling))
+    return results
+
+
+def caption(
+    records: Sequence[Record], resampling: Resampling, *, bertscore: str | None = None, chest: bool = False
+) -> list[MetricResult]:
+    """Reports and captions. METEOR is the WordNet one where its files are, else the one that says it is not."""
+    pair = texts(records)
+    results = chest_label_f1(*pair, resampling=resampling) if chest else []
+    results += bleu_coco(*pair, resampling=resampling)
+    results += bleu(*pair, resampling=resampling)
+    results += rouge(*pair, resampling=resampling)
+    results += (meteor if wordnet_available() else meteor_exact_stem)(*pair, resampling=resampling)
+    results += cider_d(*pair, resampling=resampling)
+    results += token_f1(*pair, resampling=resampling)
+    if bertscore is not None:
+        from medm.metrics.bertscore import bertscore as score
+
+        results += score(*pair, path=bertscore, resampling=resampling)
+    return results
+
+
+def uni_med_caption(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """Uni-Med's table for reports: references cut to 50 words, empty pairs left out."""
+    cut = [
+        {**record, "prediction": uni_med.clean_prediction(record["prediction"]),
+         "answer": uni_med.first_words(str(record["answer"]))}
+        for record in records
+    ]  # fmt: skip
+    pair = texts([record for record in cut if record["prediction"] and record["answer"]])
+    results = bleu_coco(*pair, resampling=resampling)
+    results += (meteor if wordnet_available() else meteor_exact_stem)(*pair, resampling=resampling)
+    results += rouge(*pair, resampling=resampling)
+    results += uni_med.token_f1(*pair, resampling=resampling)
+    return scoped("uni-med-50-words", results)
+
+
+def refer(
+    records: Sequence[Record], resampling: Resampling, codec: str, *, corners: Literal["edges", "voxels"] = "edges"
+) -> list[MetricResult]:
+    """A name to a box. Reads `box` (corners in pixels or voxels, the upper one outside) and `size` (the extent).
+
+    With `corners="voxels"` texts name the first and the last voxel inside (M3D); else they name the edges. The ceiling
+    is what a perfect text scores: writing a box on a grid loses precision.
+    """
+    guesses: list[Box | str | None] = []
+    ceiling: list[Box | str | None] = []
+    malformed, repaired = [], []
+    for record in records:
+        parsed = CODECS[codec].parse(record["prediction"])
+        size = needed(record, "size")
+        guesses.append(_edges(parsed.first, size, corners))
+        ceiling.append(_edges(CODECS[codec].parse(str(record["answer"])).first, size, corners))
+        malformed.append(float(parsed.malformed > 0))
+        repaired.append(float(parsed.repaired > 0))
+    truths: list[Box | str] = [tuple(map(float, needed(record, "box"))) for record in records]
+    best = box_iou(ceiling, truths, codec=codec, resampling=resampling)[0]
+    return [
+        *box_iou(guesses, truths, codec=codec, resampling=resampling),
+        *box_accuracy(guesses, truths, codec=codec, resampling=resampling),
+        mean_result("box-malformed", malformed, f"share of texts|codec:{codec}", resampling),
+        mean_result("box-repaired", repaired, f"share of texts|codec:{codec}", resampling),
+        replace(best, name="box-iou-ceiling"),
+    ]
+
+
+def _edges(fractions: Box | None, size: Sequence[float], corners: str) -> Box | None:
+    """A parsed box in pixels or voxels, the upper corner outside."""
+    if fractions is None:
+        return None
+    box = scale(fractions, size)
+    if corners == "edges":
+        return box
+    axes = len(size)
+    return (*(float(round(n)) for n in box[:axes]), *(float(round(n)) + 1 for n in box[axes:]))
+
+
+def uni_med_refer(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """Uni-Med's table for boxes, from the texts."""
+    return uni_med.box_iou(
+        [record["prediction"] for record in records],
+        [tuple(map(float, needed(record, "box"))) for record in records],
+        extents=[needed(record, "size") for record in records],
+        resampling=resampling,
+    )
+
+
+def identify(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """A box to a name."""
+    pair = texts(records)
+    results = normalised_match(*pair, resampling=resampling) + token_f1(*pair, resampling=resampling)
+    return results + bleu_nltk(*pair, resampling=resampling)[:1]
+
+
+def uni_med_identify(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """Uni-Med's table for names of boxes."""
+    pair = texts(records)
+    metrics = (uni_med.match, uni_med.bleu, uni_med.token_f1)
+    return [result for metric in metrics for result in metric(*pair, resampling=resampling)]
+
+
+def classes(records: Sequence[Record], names: Sequence[str], resampling: Resampling) -> list[MetricResult]:
+    """One class in words: exactly one class name has to be read from the answer."""
+    wordings = {name: name for name in names}
+    guesses = [parse_wording(record["prediction"], wordings) for record in records]
+    truths = [str(record["answer"]) for record in records]
+    results = accuracy(guesses, truths, resampling=resampling)
+    results += balanced_accuracy(guesses, truths, resampling=resampling)
+    results += macro_f1(guesses, truths, resampling=resampling)
+    unread = [float(guess is None) for guess in guesses]
+    return [*results, mean_result("class-unparsed", unread, "class:one wording", resampling)]
+
+
+def choices(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """Multiple choice. Reads `options` (letter -> wording) and `answer_choice` (the right letter)."""
+    predictions = [record["prediction"] for record in records]
+    letters = [str(needed(record, "answer_choice")) for record in records]
+    options: list[Mapping[str, str]] = [needed(record, "options") for record in records]
+    return choice_accuracy(predictions, letters, options=options, resampling=resampling)
+
+
+def mean_over_groups(
+    records: Sequence[Record], result: MetricResult, field: str, resampling: Resampling
+) -> MetricResult:
+    """The mean of a metric over the values of a field, each group counting the same ("macro over question types")."""
+    values = sorted({str(record.get(field)) for record in records})
+    member = np.array([[str(record.get(field)) == value for value in values] for record in records], dtype=float)
+    scores = np.asarray(result.per_item, dtype=float)
+
+    def value(counts: Any) -> Any:
+        return mean_defined(ratio(counts @ (member * scores[:, None]), counts @ member))
+
+    return result_of(f"{result.name}-macro", value, len(records), f"{result.signature}|macro:{field}", resampling)
