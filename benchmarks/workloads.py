@@ -34,6 +34,7 @@ class Sizes:
     vision: dict[str, Any]
     text: dict[str, Any]
     mean_text: int = 220
+    longest_text: int = 1400
 
     @property
     def image_size(self) -> int:
@@ -65,7 +66,7 @@ def _vision(layers: int, dim: int, heads: int, mlp: int, size: int, patch: int) 
 WORKLOADS = {
     sizes.name: sizes
     for sizes in (
-        Sizes("tiny", _vision(4, 192, 3, 768, 112, 14), _text(4, 256, 4, 4, 1024, 32_000)),
+        Sizes("tiny", _vision(4, 192, 3, 768, 112, 14), _text(4, 256, 4, 4, 1024, 32_000), longest_text=800),
         Sizes("0.5B", _vision(12, 768, 12, 3072, 256, 16), _text(24, 896, 14, 2, 4864, 151_936)),
         Sizes("3B", _vision(12, 768, 12, 3072, 256, 16), _text(36, 2048, 16, 2, 11_008, 151_936)),
     )
@@ -118,7 +119,7 @@ def make_examples(sizes: Sizes, count: int, *, seed: int = 0, generation: bool =
     """Samples after the processor: ids with placeholders, labels, pixels."""
     rng = np.random.default_rng(seed)
     sigma = 0.7
-    lengths = rng.lognormal(np.log(sizes.mean_text) - sigma**2 / 2, sigma, count).clip(16, 1400).astype(int)
+    lengths = rng.lognormal(np.log(sizes.mean_text) - sigma**2 / 2, sigma, count).clip(16, sizes.longest_text).astype(int)
     images = rng.choice([0, 1, 2], size=count, p=[0.10, 0.85, 0.05])
     examples = []
     for length, number in zip(lengths, images, strict=True):

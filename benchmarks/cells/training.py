@@ -1,0 +1,256 @@
+"""Training: useful tokens a second against transformers' Trainer on stock Llava, and what limits it."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+
+from benchmarks.harness import Cell, Figure, GateError, Ratio, seconds
+from benchmarks.limits import measure_limits
+from benchmarks.memory import peak_bytes
+from benchmarks.workloads import PAD, WORKLOADS, Sizes, make_examples, medm_model, stock_model, tokens
+from medm.data.collator import Collator
+from medm.data.packing import PackedBatches, PackingCollator
+from medm.data.sampling import Shuffle
+from medm.objectives.language_modeling import LanguageModeling
+from medm.training.arguments import training_arguments
+from medm.training.options import PartOptions, TrainOptions
+from medm.training.parts import apply_parts
+from medm.training.trainer import MedmTrainer
+from medm.types import Batch, Example
+
+BATCH = 16
+"""Samples of a padded batch."""
+CAPACITY = {"cpu": 1024, "h200": 4096}
+"""Tokens of a packed row: short on the CPU, where attention runs over the whole row."""
+
+
+class _Examples(Dataset[Example]):
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+def stock_batch(examples: list[Example]) -> dict[str, Any]:
+    """What users of stock Llava collate: padded to the longest of the batch."""
+    batch = Collator(PAD)(examples)
+    pixels = batch.pop("pixels", {})
+    batch.pop("task_ids", None)
+    return batch | ({"pixel_values": pixels["image"]} if pixels else {})
+
+
+class _Workload:
+    """Both models with the same weights, and the data."""
+
+    def __init__(self, profile: str, name: str, count: int) -> None:
+        self.cuda = profile == "h200"
+        self.sizes: Sizes = WORKLOADS[name]
+        self.capacity = CAPACITY[profile]
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.device = "cuda" if self.cuda else "cpu"
+        self.examples = make_examples(self.sizes, count)
+        self.useful = tokens(self.examples)
+        self.lengths = np.array([len(example.input_ids) for example in self.examples])
+        self.ours = medm_model(self.sizes, device=self.device, dtype=self.dtype)
+        self.stock: LlavaForConditionalGeneration = stock_model(self.ours, self.sizes)
+        self.folder = tempfile.TemporaryDirectory()
+
+    @property
+    def rows(self) -> int:
+        """Packed rows that hold about as many samples as a padded batch."""
+        return max(1, round(BATCH * self.useful / len(self.examples) / self.capacity))
+
+    def train_stock(self) -> float:
+        """One epoch of transformers' Trainer; returns the useful tokens."""
+        arguments = TrainingArguments(
+            output_dir=self.folder.name, per_device_train_batch_size=BATCH, num_train_epochs=1, save_strategy="no",
+            report_to="none", disable_tqdm=True, logging_strategy="no", remove_unused_columns=False, bf16=self.cuda,
+            use_cpu=not self.cuda, learning_rate=1e-5,
+        )  # fmt: skip
+        Trainer(self.stock, arguments, train_dataset=_Examples(self.examples), data_collator=stock_batch).train()
+        return self.useful
+
+    def train_ours(self) -> float:
+        """One epoch of medm's trainer on packed rows; returns the useful tokens."""
+        options = TrainOptions(
+            per_device_train_batch_size=self.rows, save_strategy="no", bf16=self.cuda, use_cpu=not self.cuda,
+            learning_rate=1e-5, logging_steps=10_000, lr_scheduler_type="linear",
+        )  # fmt: skip
+        parts = {name: PartOptions(tune="full") for name in self.ours.parts()}
+        apply_parts(self.ours, parts, options, keep_float32=False)
+        trainer = MedmTrainer(
+            self.ours, training_arguments(options, Path(self.folder.name)), objective=LanguageModeling(), parts=parts,
+            train_options=options, train_dataset=_Examples(self.examples), data_collator=self.collator,
+            sampler=PackedBatches(
+                Shuffle(len(self.examples), seed=0), lengths=self.lengths, capacity=self.capacity, batch_size=self.rows
+            ),
+        )  # fmt: skip
+        trainer.fit()
+        return self.useful
+
+    @property
+    def collator(self) -> PackingCollator:
+        return PackingCollator(PAD, self.capacity)
+
+    def to_device(self, batch: Batch) -> Batch:
+        move = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        nested = {k: {n: t.to(self.device) for n, t in v.items()} for k, v in batch.items() if isinstance(v, dict)}
+        return batch | move | nested
+
+    def check_same(self) -> str:
+        """Same loss and same gradients on the same samples, packed here and padded there."""
+        sample = self.examples[:BATCH]
+        tolerance = 2e-3 if self.cuda else 1e-5
+        losses, gradients = [], []
+        for model, batch in ((self.ours, self.collator(sample)), (self.stock, stock_batch(sample))):
+            model.train()
+            model.zero_grad()
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.cuda):
+                loss = model(**self.to_device(batch)).loss
+            loss.backward()
+            losses.append(float(loss.detach()))
+            embedding = model.get_input_embeddings().weight.grad
+            assert embedding is not None
+            gradients.append(embedding.float().flatten().clone())
+            model.zero_grad(set_to_none=True)
+        difference = abs(losses[0] - losses[1]) / losses[1]
+        cosine = float(torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0))
+        if difference > tolerance or cosine < 0.9999:
+            raise GateError(f"losses {losses[0]:.6f} and {losses[1]:.6f}, gradient cosine {cosine:.6f}")
+        return f"loss differs by {difference:.1e}, gradient cosine {cosine:.6f}"
+
+
+class _TrainingCell(Cell):
+    workloads = {"cpu": "tiny", "h200": "0.5B"}  # noqa: RUF012
+    count = {"cpu": 64, "h200": 512}  # noqa: RUF012
+
+    @cached_property
+    def workload(self) -> _Workload:
+        return _Workload(self.profile, self.workloads[self.profile], self.count[self.profile])
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        return {
+            "workload": self.workloads[self.profile], "samples": self.count[self.profile], "batch": BATCH,
+            "row": CAPACITY[self.profile], "rows": self.workload.rows, "dtype": str(self.workload.dtype).removeprefix("torch."),
+        }  # fmt: skip
+
+
+class TrainingTokens(_TrainingCell, Ratio):
+    """P1."""
+
+    name, title, peer = "P1", "useful training tokens/s", "HF Trainer + Llava, batch 16"
+    targets = {"cpu": 4.0, "h200": 3.0}  # noqa: RUF012
+
+    def gate(self) -> str:
+        return self.workload.check_same()
+
+    def run_peer(self) -> float:
+        return self.workload.train_stock()
+
+    def run_ours(self) -> float:
+        return self.workload.train_ours()
+
+
+class Utilisation(_TrainingCell, Figure):
+    """P2: arithmetic that had to be done, over what the machine could have done in the time."""
+
+    name, title, peer = "P2", "MFU against measured matmul peak", "limit"
+    targets = {"cpu": 0.45, "h200": 0.45}  # noqa: RUF012
+
+    def values(self, rounds: int) -> list[float]:
+        load = self.workload
+        peak = measure_limits(device=load.device, dtype=load.dtype).matmul
+        work = training_flops(load)
+        load.train_ours()
+        return [work / seconds(load.train_ours) / peak for _ in range(rounds)]
+
+
+def training_flops(load: _Workload) -> float:
+    """6 FLOPs a weight and token for what is trained, the head at labelled positions alone, and attention."""
+    text, model = load.sizes.text, load.ours
+    head = text["vocab_size"] * text["hidden_size"]
+    body = sum(p.numel() for p in model.language_model.base_model.parameters()) - head
+    images = sum(len(example.pixels.get("image", [])) for example in load.examples)
+    learned = sum(sum(label >= 0 for label in example.labels) for example in load.examples)
+    encoder = sum(p.numel() for p in model.branch("image").encoder.parameters())
+    connector = sum(p.numel() for p in model.branch("image").connector.parameters())
+    patches = images * load.sizes.image_tokens
+    # Scores and values: 2 * 2 * T^2 * D / 2 (causal) a layer forward, three times that with the backward pass.
+    attention = 6.0 * text["num_hidden_layers"] * text["hidden_size"] * float((load.lengths.astype(float) ** 2).sum())
+    vision = load.sizes.vision
+    seeing = 12.0 * vision["num_hidden_layers"] * vision["hidden_size"] * images * load.sizes.image_tokens**2
+    return 6.0 * (body * load.useful + head * learned + (encoder + connector) * patches) + attention + seeing
+
+
+class Waste(_TrainingCell, Figure):
+    """P3: share of the processed tokens that are padding."""
+
+    name, title, peer, at_most = "P3", "processed tokens wasted", "-", True
+    targets = {"cpu": 0.03, "h200": 0.03}  # noqa: RUF012
+    count = {"cpu": 512, "h200": 4096}  # noqa: RUF012
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Lengths alone; an epoch of real size, without pixels or models."""
+        sizes = WORKLOADS[self.workloads[self.profile]]
+        return np.array([len(e.input_ids) for e in make_examples(sizes, self.count[self.profile])])
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        return {"samples": self.count[self.profile], "row": CAPACITY[self.profile]}
+
+    def values(self, rounds: int) -> list[float]:
+        wasted = []
+        capacity = CAPACITY[self.profile]
+        for seed in range(rounds):
+            sampler = PackedBatches(
+                Shuffle(len(self.lengths), seed=seed), lengths=self.lengths, capacity=capacity, batch_size=4, seed=seed
+            )
+            used = processed = 0
+            for batch in sampler:
+                examples = [Example([PAD] * int(self.lengths[i]), [PAD] * int(self.lengths[i])) for i in batch]
+                used += tokens(examples)
+                processed += PackingCollator(PAD, capacity)(examples)["input_ids"].numel()
+            wasted.append(1 - used / processed)
+        return wasted
+
+
+class PeakMemory(_TrainingCell, Figure):
+    """P11: memory of a step above the weights, ours over the peer's."""
+
+    name, title, peer, at_most = "P11", "peak memory above weights", "HF Trainer + Llava", True
+    targets = {"cpu": 0.5, "h200": 0.35}  # noqa: RUF012
+
+    def gate(self) -> str:
+        return self.workload.check_same()
+
+    def values(self, rounds: int) -> list[float]:
+        load = self.workload
+        sample = load.examples[:BATCH]
+
+        def step(model: Any, batch: Batch) -> None:
+            model.train()
+            with torch.autocast(load.device, torch.bfloat16, enabled=load.cuda):
+                loss = model(**load.to_device(batch)).loss
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        ratios = []
+        for _ in range(rounds):
+            peer = peak_bytes(lambda: step(load.stock, stock_batch(sample)))
+            ours = peak_bytes(lambda: step(load.ours, load.collator(sample)))
+            ratios.append(ours / peer)
+        return ratios
