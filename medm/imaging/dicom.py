@@ -276,7 +276,8 @@ def _header(dataset: Any, path: Path, name: str) -> Header:
         inverted=photometric == "MONOCHROME1",
         palette=photometric == "PALETTE COLOR",
         rescale=(slope or 1.0, intercept or 0.0) if slope is not None or intercept is not None else None,
-        hounsfield=modality == "CT" and rescaled and str(dataset.get("RescaleType", "HU")) in ("HU", ""),
+        # "US" is DICOM for "unspecified"; toolkits write it for every CT.
+        hounsfield=modality == "CT" and rescaled and str(dataset.get("RescaleType", "")) in ("HU", "US", ""),
         window=_window(dataset),
         planes=_planes(dataset, per_frame, shared, frames),
     )

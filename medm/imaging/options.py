@@ -100,7 +100,7 @@ class VolumePreprocess(Options):
     """Keep the smallest box that holds all voxels whose first channel is above this value in 0..1; None keeps all."""
     interpolation: Literal["trilinear", "nearest", "area"] = "trilinear"
     """Resampling: "area" averages what falls together when a volume shrinks; "trilinear" is what the published models
-    use."""
+    use. To a `spacing`, whole voxels are averaged first and the rest is linear."""
     channels: Literal[1, 3] | None = None
     """3 repeats a single window for encoders made for colour; None has one channel a window."""
     mean: list[float] = [0.0]

@@ -40,11 +40,9 @@ def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple
     """The result of `apply_volume`, and the same before `mean` and `std`, in 0..1 (what a person can look at)."""
     import torch
 
-    voxels, geometry = _oriented(preprocess, volume)
-    _check_scale(preprocess, voxels, volume)
+    _check_scale(preprocess, volume)
+    voxels = _on_grid(preprocess, volume)
     values = torch.from_numpy(voxels.astype(np.float32, order="C"))  # [D, H, W]
-    if preprocess.spacing is not None:
-        values = _respaced(preprocess, values, geometry, volume.name)
     if preprocess.scale == "minmax":
         values = _stretched(values, volume.name)
     box = None
@@ -65,23 +63,49 @@ def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple
     return ((shown - mean) / std).contiguous().numpy(), shown.numpy()
 
 
-def _oriented(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, Geometry | None]:
-    """Axes exchanged and flipped to the wanted orientation; an oblique grid is resampled to it first."""
+def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
+    """Voxels along the wanted axes at the wanted spacing: exchanged and flipped where that is enough, or resampled."""
     geometry = volume.geometry
-    if preprocess.orientation is None:
-        return volume.voxels, geometry
     if geometry is None:
-        warn_once(
-            logger,
-            "no direction",
-            f"{volume.name}: the file says nothing of its direction; its axes are taken to be {preprocess.orientation} "
-            "already. Set `orientation: null` to say that this is meant",
-        )
-        return volume.voxels, None
-    voxels = volume.voxels
-    if preprocess.oblique == "resample" and geometry.tilt > _OBLIQUE_DEGREES:
-        voxels, geometry = straightened(voxels, geometry, volume.name)
-    return reoriented(voxels, geometry, preprocess.orientation)
+        if preprocess.spacing is not None:
+            raise MediaError(
+                f"{volume.name}: `spacing` is asked for, but the file does not say where its voxels lie; "
+                "set `spacing: null`"
+            )
+        if preprocess.orientation is not None:
+            warn_once(
+                logger,
+                "no direction",
+                f"{volume.name}: the file says nothing of its direction; its axes are taken to be "
+                f"{preprocess.orientation} already. Set `orientation: null` to say that this is meant",
+            )
+        return volume.voxels
+    voxels, direction = volume.voxels, geometry.direction
+    if preprocess.orientation is not None:
+        voxels, geometry = reoriented(voxels, geometry, preprocess.orientation)
+        oblique = geometry.tilt > _OBLIQUE_DEGREES and preprocess.oblique == "resample"
+        direction = _directions(preprocess.orientation) if oblique else geometry.direction
+    if direction is geometry.direction and preprocess.spacing is None:
+        return voxels
+    if preprocess.interpolation == "area" and preprocess.spacing is not None:
+        voxels, geometry = _averaged(voxels, geometry, preprocess.spacing)
+    target = Geometry(
+        np.asarray(preprocess.spacing or geometry.spacing, dtype=np.float64),
+        direction,
+        geometry.origin,
+    )
+    # A crop to the foreground comes between spacing and size; without it the final grid is known already.
+    size = preprocess.size if preprocess.spacing is not None and preprocess.crop_foreground is None else None
+    return _resampled(voxels, geometry, target, size, preprocess.interpolation, volume.name)
+
+
+def _directions(orientation: str) -> np.ndarray:
+    """(3, 3): column i is the unit vector of the patient (LPS) that letter i names."""
+    direction = np.zeros((3, 3))
+    for column, letter in enumerate(orientation):
+        axis, sign = _PATIENT_AXIS[letter]
+        direction[axis, column] = sign
+    return direction
 
 
 def reoriented(voxels: np.ndarray, geometry: Geometry, orientation: str) -> tuple[np.ndarray, Geometry]:
@@ -104,38 +128,62 @@ def reoriented(voxels: np.ndarray, geometry: Geometry, orientation: str) -> tupl
     return voxels, Geometry(spacing, direction, origin)
 
 
-def straightened(voxels: np.ndarray, geometry: Geometry, name: str) -> tuple[np.ndarray, Geometry]:
-    """Resampled (linear) to a grid along the patient's axes that holds the whole volume.
+def _averaged(voxels: np.ndarray, geometry: Geometry, spacing: Sequence[float]) -> tuple[np.ndarray, Geometry]:
+    """Blocks of whole voxels averaged, as many as fit into the wanted spacing."""
+    import torch
+    import torch.nn.functional as F
 
-    Each axis takes the spacing of the old axis nearest to it. Outside the volume the smallest value stands (air).
+    factors = [
+        max(1, min(length, int(wanted / own + 1e-6)))
+        for length, own, wanted in zip(voxels.shape, geometry.spacing, spacing, strict=True)
+    ]
+    values = torch.from_numpy(voxels.astype(np.float32, order="C"))
+    means = F.avg_pool3d(values[None, None], factors, ceil_mode=False)[0, 0].numpy()
+    shift = geometry.direction @ (geometry.spacing * (np.asarray(factors) - 1) / 2)
+    return means, Geometry(geometry.spacing * factors, geometry.direction, geometry.origin + shift)
+
+
+def _resampled(
+    voxels: np.ndarray, geometry: Geometry, target: Geometry, size: Sequence[int] | None, interpolation: str, name: str
+) -> np.ndarray:
+    """On a grid of the target's spacing and direction around the same centre; outside stands the smallest value (air).
+
+    Args:
+        voxels: along the axes of `geometry`.
+        geometry: where they lie.
+        target: spacing and direction of the result; its origin is not used.
+        size: voxels of the result; without it, what holds the whole volume.
+        interpolation: "nearest", or anything else for linear.
+        name: the file, for messages.
     """
     from medm.imaging.dicom import simpleitk
 
-    sitk = simpleitk()
-    nearest = geometry.nearest_axes()
-    spacing = np.zeros(3)
-    for column, axis in enumerate(nearest):
-        spacing[axis] = geometry.spacing[column]
-    corners = np.indices((2, 2, 2)).reshape(3, 8) * (np.asarray(voxels.shape)[:, None] - 1)
-    places = geometry.origin[:, None] + geometry.direction @ (geometry.spacing[:, None] * corners)
-    low, high = places.min(axis=1), places.max(axis=1)
-    size = np.round((high - low) / spacing).astype(int) + 1  # x, y, z
-    _check_result(size.tolist(), name)
+    lengths = np.asarray(voxels.shape)
+    if size is None:
+        # Extent along each new axis of the box whose faces are the outer faces of the outer voxels.
+        extent = np.abs(target.direction.T @ geometry.direction) @ (lengths * geometry.spacing)
+        size = np.maximum(np.round(extent / target.spacing), 1).astype(int).tolist()
+    _check_result(size, name)
+    centre = geometry.origin + geometry.direction @ (geometry.spacing * (lengths - 1) / 2)
+    origin = centre - target.direction @ (target.spacing * (np.asarray(size) - 1) / 2)
 
+    sitk = simpleitk()
     image = sitk.GetImageFromArray(voxels)
     image.SetSpacing(geometry.spacing[::-1].tolist())
     image.SetDirection(geometry.direction[:, ::-1].ravel().tolist())
     image.SetOrigin(geometry.origin.tolist())
-    straight = sitk.Resample(
-        image, size.tolist(), sitk.Transform(), sitk.sitkLinear, low.tolist(), spacing.tolist(),
-        np.eye(3).ravel().tolist(), float(voxels.min()),
+    result = sitk.Resample(
+        image, [int(length) for length in reversed(size)], sitk.Transform(),
+        sitk.sitkNearestNeighbor if interpolation == "nearest" else sitk.sitkLinear, origin.tolist(),
+        target.spacing[::-1].tolist(), target.direction[:, ::-1].ravel().tolist(), float(voxels.min()),
+        sitk.sitkFloat32,
     )  # fmt: skip
-    return sitk.GetArrayFromImage(straight), Geometry(spacing[::-1].copy(), np.eye(3)[:, ::-1].copy(), low)
+    return sitk.GetArrayFromImage(result)
 
 
-def _check_scale(preprocess: VolumePreprocess, voxels: np.ndarray, volume: Volume) -> None:
+def _check_scale(preprocess: VolumePreprocess, volume: Volume) -> None:
     """Refuse what the file itself disproves, warn of what the values make unlikely."""
-    low, high = float(voxels.min()), float(voxels.max())
+    low, high = float(volume.voxels.min()), float(volume.voxels.max())
     if low == high:
         warn_once(logger, "constant volume", f"{volume.name}: all voxels are {low:g}")
         return
@@ -158,19 +206,6 @@ def _check_scale(preprocess: VolumePreprocess, voxels: np.ndarray, volume: Volum
             f"scale {scale}",
             f"{volume.name}: `scale: {scale}` is declared, but the values are {low:g}..{high:g}; is the scale right?",
         )
-
-
-def _respaced(preprocess: VolumePreprocess, values: Tensor, geometry: Geometry | None, name: str) -> Tensor:
-    if geometry is None or preprocess.spacing is None:
-        raise MediaError(
-            f"{name}: `spacing` is asked for, but the file does not say where its voxels lie; set `spacing: null`"
-        )
-    shape = [
-        max(1, round(length * own / wanted))
-        for length, own, wanted in zip(values.shape, geometry.spacing, preprocess.spacing, strict=True)
-    ]
-    _check_result(shape, name)
-    return _resized(values, shape, preprocess.interpolation)
 
 
 def _sized(preprocess: VolumePreprocess, channel: Tensor) -> Tensor:
