@@ -1,6 +1,8 @@
 # make quickstart   environment, then the main job end to end on the real data that is shipped (about 15 minutes on 2 cores)
 # make test         environment, then the tests
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
+# make format       ruff's fixes and formatting
+# make docs         the generated pages of docs/
 # make env          the environment alone
 #
 # Variables: PYTHON (3.11 or newer), VENV (folder), TORCH (what pip installs first; empty: take the torch that is there),
@@ -23,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: help env quickstart test check lint types layers format clean
+.PHONY: help env quickstart test check lint types layers format docs clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -35,6 +37,7 @@ $(STAMP): pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "medm needs Python 3.11 or newer; none was found (set PYTHON=/path/to/python3)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || $(PYTHON) -m virtualenv $(VENV_FLAGS) $(VENV) || \
 		{ echo "no virtual environment could be made at $(VENV): install python3-venv, or 'pip install virtualenv'"; exit 1; }
+	@echo "preparing $(VENV); the first time takes a few minutes"
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)")
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
 	@touch $@
@@ -60,6 +63,10 @@ layers: env
 format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: env
+	$(BIN)/medm reference recipes docs/recipe-reference.md
+	$(BIN)/medm reference commands docs/cli.md
 
 clean:
 	rm -rf build dist *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache

@@ -166,4 +166,4 @@ def test_reference_page_is_current() -> None:
     from medm.cli.reference import page
 
     written = (ROOT / "docs" / "recipe-reference.md").read_text(encoding="utf-8")
-    assert written == page(), "run: medm recipes reference docs/recipe-reference.md"
+    assert written == page(), "run: make docs"

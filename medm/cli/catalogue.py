@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -82,16 +81,3 @@ def show(
     from medm.training.recipe import dump, load_recipe, resolved
 
     out.print(dump(resolved(load_recipe(find(recipe), overrides or []))), end="", markup=False)
-
-
-@recipes.command("reference")
-def write_reference(
-    output: Annotated[Path | None, typer.Argument(help="File to write; standard output without it.")] = None,
-) -> None:
-    """Write the reference page of every recipe key, in Markdown."""
-    from medm.cli.reference import page
-
-    if output is None:
-        out.print(page(), markup=False)
-    else:
-        output.write_text(page(), encoding="utf-8")

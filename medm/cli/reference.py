@@ -15,8 +15,8 @@ from medm.registry import Registry
 HEADER = """\
 # Recipe reference
 
-Every key of a recipe, its type, its default and what it does. This page is written by `medm recipes reference` from the
-classes that check recipes, and a test fails when it is not current. How recipes work: [recipes.md](recipes.md).
+Every key of a recipe, its type, its default and what it does. This page is written by `make docs` from the classes that
+check recipes, and a test fails when it is not current. How recipes work: [recipes.md](recipes.md).
 
 Keys are strict: an unknown one is an error that names the nearest known one. Any key can be set on the command line as
 `dotted.key=value`.

@@ -1,0 +1,101 @@
+"""The pages on adding parts, followed to the letter from outside the package; and what the other pages promise."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import shrink
+from tests.test_readme import run
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Fenced blocks of one language on a page of docs/."""
+    fences = re.finditer(r"^```(\w*)\n(.*?)^```$", (DOCS / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return [fence[2] for fence in fences if fence[1] == language]
+
+
+def ask(folder: Path, plugin: Path, code: str) -> Any:
+    """The JSON that `code` prints in a fresh process outside the checkout, with the plug-in loaded."""
+    script = f"import json\nfrom medm.registry import load_plugin\nload_plugin({str(plugin)!r})\n{code}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(900)
+def test_add_a_connector(tmp_path: Path) -> None:
+    (source,) = blocks("add-a-connector.md", "python")
+    (tmp_path / "gated_connector.py").write_text(source)
+    (tmp_path / "docs").symlink_to(DOCS)
+    lines = [line for block in blocks("add-a-connector.md", "") for line in block.splitlines()]
+    assert [line.split()[3] for line in lines] == ["list", "list", "train", "infer"]
+    listed, options, train, infer = lines
+    assert "linear layer, gated by the mean token" in run(listed, tmp_path).stdout
+    assert "Width of the gate's hidden layer." in run(options, tmp_path).stdout
+
+    small = [*shrink.overrides("medm-vl-2d/pretrain", tmp_path, steps=1),
+             'data.train=[{path: docs/example_pretrain.json}]']  # fmt: skip
+    done = run(train + "".join(f" '{override}'" for override in small), tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    model = tmp_path / "work_dirs" / "medm-vl-2d" / "pretrain"
+    connector = json.loads((model / "config.json").read_text())["branches"]["image"]["connector"]
+    assert connector == {"name": "gated", "hidden": 128}
+
+    done = run(f"{infer} --max-new-tokens 3 --workers 0", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+    without = run(infer.replace("--plugin gated_connector.py ", "").replace("answers", "others"), tmp_path)
+    assert without.returncode != 0
+    assert "unknown connector 'gated'" in without.stderr
+
+
+def test_add_an_encoder(tmp_path: Path) -> None:
+    (source,) = blocks("add-an-encoder.md", "python")
+    plugin = tmp_path / "patches.py"
+    plugin.write_text(source)
+    shapes = ask(
+        tmp_path,
+        plugin,
+        "import torch\nfrom medm.encoders import ENCODERS\n"
+        "encoder = ENCODERS.get('patches')(architecture={'patch': 8, 'dim': 12})\n"
+        "seen = encoder(torch.zeros(2, 3, 32, 16))\n"
+        "print(json.dumps([list(seen.tokens.shape), list(seen.grid), encoder.dim, encoder.prefix]))",
+    )
+    assert shapes == [[2, 8, 12], [4, 2], 12, 0]
+
+
+def test_add_an_llm(tmp_path: Path) -> None:
+    (source,) = blocks("add-an-llm.md", "python")
+    plugin = tmp_path / "some_family.py"
+    plugin.write_text(source)
+    family = ask(
+        tmp_path,
+        plugin,
+        "from medm.llms import LLMS\nf = LLMS.get('some-family')\nprint(json.dumps([f.model_types, f.template]))",
+    )
+    assert family == [["llama"], "vicuna"]
+
+
+def test_the_recipe_of_the_recipes_page_is_one() -> None:
+    import yaml
+
+    from medm.config import validate
+    from medm.training.recipe import Recipe
+
+    (text,) = blocks("recipes.md", "yaml")
+    validate(Recipe, yaml.safe_load(text), source="docs/recipes.md")
+
+
+def test_the_page_of_commands_is_current() -> None:
+    from medm.cli.pages import commands_page
+
+    assert (DOCS / "cli.md").read_text("utf-8") == commands_page(), "run: make docs"

@@ -1,0 +1,99 @@
+"""The three jobs of the README, run as they are written, with tiny parts in place of the published ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import shrink
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {
+    "scripts/train/MedM-VL-2D-3B-en/pretrain.sh": "medm-vl-2d/pretrain",
+    "scripts/train/MedM-VL-2D-3B-en/finetune.sh": "medm-vl-2d/finetune",
+    "scripts/train/finetune.sh": "medm-vl-2d/finetune_lora",
+}
+"""Launchers that train, and the recipe that each of them runs."""
+
+
+def commands() -> list[str]:
+    """Every line of the README's bash blocks."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """One command in a folder, without a GPU and without a hub."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1", "GPUS": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like a checkout, for runs to write in."""
+    for name in ("scripts", "docs", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.timeout(1500)  # six processes that import torch, on a machine that may be busy
+def test_the_three_jobs(checkout: Path) -> None:
+    lines = commands()
+    assert len(lines) >= 5
+    trained = set()
+    for line in lines:
+        launcher = next((path for path in RECIPES if path in line), None)
+        if launcher is not None:
+            trained.add(launcher)
+            tiny = shrink.overrides(RECIPES[launcher], checkout, steps=1)
+            line += "".join(f" '{override}'" for override in tiny)
+        if "inference.sh" in line:
+            line += " --max-new-tokens 4 --workers 0"
+        done = run(line, checkout)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert trained == set(RECIPES)
+    records = json.loads((ROOT / "docs" / "example_inference.json").read_text("utf-8"))
+    answers = [json.loads(line) for line in (checkout / "work_dirs" / "inference.jsonl").read_text().splitlines()]
+    assert len([answer for answer in answers if "reply" in answer]) == len(records)
+    written = json.loads((checkout / "work_dirs" / "inference.json").read_text("utf-8"))
+    assert [record["id"] for record in written] == [record["id"] for record in records]
+    assert all(record["conversations"][-1]["from"] == "gpt" for record in written)
+    assert written[1]["answer"] == "Two."
+
+
+def test_what_the_readme_points_to_is_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    missing = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_launchers_are_short_valid_and_have_their_paths_on_top() -> None:
+    launchers = [path for path in (ROOT / "scripts").rglob("*.sh") if path.name != "launch.sh"]
+    assert launchers
+    for path in [*launchers, ROOT / "scripts" / "launch.sh"]:
+        subprocess.run(["bash", "-n", str(path)], check=True)
+    for path in launchers:
+        lines = path.read_text("utf-8").splitlines()
+        assert os.access(path, os.X_OK), path
+        assert len(lines) <= 15, path
+        assert lines[1].startswith("# "), f"{path}: its second line says what it does"
+        assert any(line.startswith("GPUS=") for line in lines), path
+        # no path stands below the variables, but those of the recipe and of launch.sh
+        body = "\n".join(lines[lines.index("set -euo pipefail") :])
+        assert not re.search(r"work_dirs|data/", body), path
