@@ -72,6 +72,8 @@ class Example:
     """Same length as `input_ids`; `IGNORE_INDEX` wherever nothing is learned."""
     pixels: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """Per branch the preprocessed arrays (C, *spatial), in the order of their placeholders."""
+    features: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """Per branch what the encoder made of them (prefix + prod(grid), D), in place of `pixels`, where that is known."""
     task_id: int = 0
     """Position of the sample's task in the model's task list; 0 where the model has none."""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +85,7 @@ Batch: TypeAlias = dict[str, Any]
 
 input_ids, attention_mask, labels  (B, T) int64; padding has mask 0 and label -100
 pixels      {branch: (N, C, *spatial) float32}, items of all samples in order; a branch without input is absent
+features    {branch: (N, prefix + prod(grid), D)}, in place of a branch's pixels: the encoder's output, kept from before
 task_ids    {branch: (N,) int64}, the task of the sample that each item belongs to
 position_ids (B, T), only where several samples share one row (packing)
 """

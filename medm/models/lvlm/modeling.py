@@ -71,6 +71,13 @@ class Branch(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             return self.encoder(pixels)
 
+    def known(self, features: VisionFeatures | Tensor) -> VisionFeatures:
+        """Features that were encoded before; bare tokens (N, prefix + prod(grid), D) are of the branch's own input size."""
+        if isinstance(features, VisionFeatures):
+            return features
+        tokens = features.to(**self.encoder.device_and_dtype)
+        return VisionFeatures(tokens, self.encoder.grid(self.spatial), self.encoder.prefix)
+
     def forward(self, pixels: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """(N, C, *spatial) to (N, num_tokens, out_dim)."""
         return self.connector(self.encode(pixels), task_ids)
@@ -156,7 +163,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         input_ids: Tensor,
         pixels: Mapping[str, Tensor] | None = None,
         task_ids: Mapping[str, Tensor] | None = None,
-        features: Mapping[str, VisionFeatures] | None = None,
+        features: Mapping[str, VisionFeatures | Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Token embeddings (B, T, D) with the vision tokens in their places, and the connectors' auxiliary losses.
 
@@ -175,7 +182,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         for name in self.branches:
             branch = self.branch(name)
             if name in pixels or name in features:
-                seen = features[name] if name in features else branch.encode(pixels[name])
+                seen = branch.known(features[name]) if name in features else branch.encode(pixels[name])
                 tokens = branch.connector(seen, task_ids.get(name))  # (N, M, D)
                 losses |= {f"{name}.{key}": value for key, value in branch.connector.auxiliary_losses().items()}
                 embeds = scatter(
@@ -195,7 +202,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         position_ids: Tensor | None = None,
         pixels: Mapping[str, Tensor] | None = None,
         task_ids: Mapping[str, Tensor] | None = None,
-        features: Mapping[str, VisionFeatures] | None = None,
+        features: Mapping[str, VisionFeatures | Tensor] | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Tensor | None = None,
@@ -242,7 +249,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         input_ids: Tensor,
         pixels: Mapping[str, Tensor] | None = None,
         task_ids: Mapping[str, Tensor] | None = None,
-        features: Mapping[str, VisionFeatures] | None = None,
+        features: Mapping[str, VisionFeatures | Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Answers, in the form of transformers' `generate`: (B * sequences, prompt + answer) token ids.

@@ -1,0 +1,124 @@
+"""What a frozen encoder makes of each file, kept on disk, so that it runs once and not once an epoch.
+
+A store belongs to one encoder (its weights, its config, its precision) and one preprocessing: `name` says which.
+An item is found by the content of its file, so a file may move, and one that changed is simply not found. Items
+are written in shards that appear whole or not at all; several processes may fill one store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from medm.errors import MedmError
+
+_SLACK = 1.05
+"""Free space that has to be there, as a multiple of what a shard takes."""
+
+
+@dataclass(slots=True)
+class FeatureStore:
+    """Arrays of one shape and type by the content of the file that they come from.
+
+    Memory-mapped: any number of workers read the same pages, and memory does not grow with the data.
+    """
+
+    folder: Path
+    """One store; made by `open_store`."""
+    _rows: dict[str, tuple[np.ndarray, int]] = field(default_factory=dict)
+    _shards: set[str] = field(default_factory=set)
+    _keys: dict[tuple[str, int, int], str] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Take in the shards that were finished since."""
+        for index in sorted(self.folder.glob("*.json")):
+            if index.name in self._shards:
+                continue
+            self._shards.add(index.name)
+            array = np.load(index.with_suffix(".npy"), mmap_mode="r")
+            for row, key in enumerate(json.loads(index.read_text(encoding="utf-8"))):
+                self._rows.setdefault(key, (array, row))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def get(self, file: Path) -> np.ndarray | None:
+        """The features of a file, a view of the disk; None where they are not kept."""
+        found = self._rows.get(self.key(file))
+        return None if found is None else found[0][found[1]]
+
+    def key(self, file: Path) -> str:
+        """Name of a file's content. A file is read again only when its size or time changed."""
+        status = file.stat()
+        seen = (str(file), status.st_size, status.st_mtime_ns)
+        if seen not in self._keys:
+            with file.open("rb") as opened:
+                self._keys[seen] = hashlib.file_digest(opened, "blake2b").hexdigest()[:32]
+        return self._keys[seen]
+
+    def add(self, keys: list[str], arrays: Iterable[np.ndarray], *, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Write one shard.
+
+        Args:
+            keys: of the items, in order.
+            arrays: batches (n, *shape), together as many as keys.
+            shape: of one item.
+            dtype: of the items.
+
+        Raises:
+            MedmError: the disk has no room for it.
+            ValueError: more or fewer items than keys came.
+        """
+        needed = _SLACK * len(keys) * np.prod(shape, dtype=np.int64) * dtype.itemsize
+        status = os.statvfs(self.folder)
+        if status.f_bavail * status.f_frsize < needed:
+            raise MedmError(
+                f"{self.folder}: features of {len(keys)} files need {needed / 1e9:.2f} GB, and "
+                f"{status.f_bavail * status.f_frsize / 1e9:.2f} GB are free; make room or set data.cache_features: null"
+            )
+        name = uuid.uuid4().hex
+        aside = self.folder / f".tmp-{name}.npy"
+        try:
+            table = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=(len(keys), *shape))
+            row = 0
+            for batch in arrays:
+                table[row : row + len(batch)] = batch
+                row += len(batch)
+            if row != len(keys):
+                raise ValueError(f"expected {len(keys)} items, found {row}")
+            table.flush()
+            del table
+            aside.replace(self.folder / f"{name}.npy")
+        finally:
+            aside.unlink(missing_ok=True)
+        # The index comes last: a shard without one is not seen.
+        index = self.folder / f".tmp-{name}.json"
+        index.write_text(json.dumps(keys), encoding="utf-8")
+        index.replace(self.folder / f"{name}.json")
+        self.refresh()
+
+
+def open_store(root: Path, name: str) -> FeatureStore:
+    """The store of one encoder and one preprocessing beneath a cache folder, with everything that it holds."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    store = FeatureStore(folder)
+    store.refresh()
+    return store
+
+
+def missing(store: FeatureStore, files: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """(key, file) of what a store does not hold, each content once."""
+    seen: set[str] = set()
+    for file in files:
+        key = store.key(file)
+        if key not in store and key not in seen:
+            seen.add(key)
+            yield key, file

@@ -1,0 +1,78 @@
+"""Features on disk: found by content, whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medm.data.features import missing, open_store
+from medm.errors import MedmError
+
+
+def write(folder: Path, **contents: str) -> dict[str, Path]:
+    files = {}
+    for name, content in contents.items():
+        files[name] = folder / name
+        files[name].write_text(content)
+    return files
+
+
+def fill(store, files: list[Path]) -> int:
+    wanted = list(missing(store, files))
+    arrays = (np.full((1, 2, 3), len(file.read_text()), np.float16) for _, file in wanted)
+    if wanted:
+        store.add([key for key, _ in wanted], arrays, shape=(2, 3), dtype=np.dtype(np.float16))
+    return len(wanted)
+
+
+def test_items_are_found_by_content_and_filled_once(tmp_path: Path) -> None:
+    files = write(tmp_path, a="x", b="xy", same_as_a="x")
+    store = open_store(tmp_path / "cache", "encoder")
+    assert store.get(files["a"]) is None
+    assert fill(store, list(files.values())) == 2
+    assert store.get(files["same_as_a"]).tolist() == np.full((2, 3), 1.0).tolist()
+    again = open_store(tmp_path / "cache", "encoder")
+    assert fill(again, list(files.values())) == 0
+    assert again.get(files["b"])[0, 0] == 2
+    assert isinstance(again.get(files["b"]), np.memmap)
+
+
+def test_a_file_that_changed_is_not_found(tmp_path: Path) -> None:
+    files = write(tmp_path, a="x")
+    store = open_store(tmp_path / "cache", "encoder")
+    fill(store, [files["a"]])
+    files["a"].write_text("other")
+    assert store.get(files["a"]) is None
+    assert fill(store, [files["a"]]) == 1
+    assert store.get(files["a"])[0, 0] == 5
+
+
+def test_another_encoder_has_a_store_of_its_own(tmp_path: Path) -> None:
+    files = write(tmp_path, a="x")
+    fill(open_store(tmp_path / "cache", "one"), [files["a"]])
+    assert open_store(tmp_path / "cache", "two").get(files["a"]) is None
+
+
+def test_a_shard_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
+    files = write(tmp_path, a="x", b="xy")
+    store = open_store(tmp_path / "cache", "encoder")
+
+    def dies() -> object:
+        yield np.ones((1, 2, 3), np.float16)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.add(["k", "l"], dies(), shape=(2, 3), dtype=np.dtype(np.float16))
+    with pytest.raises(ValueError, match="expected 2 items, found 1"):
+        store.add(["k", "l"], [np.ones((1, 2, 3))], shape=(2, 3), dtype=np.dtype(np.float16))
+    assert list(store.folder.iterdir()) == []
+    assert fill(open_store(tmp_path / "cache", "encoder"), list(files.values())) == 2
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "cache", "encoder")
+    with pytest.raises(MedmError, match=r"need .* GB, and .* GB are free"):
+        store.add(["k"] * 10, [], shape=(10**12,), dtype=np.dtype(np.float32))
+    assert list(store.folder.iterdir()) == []
