@@ -17,6 +17,8 @@ REGISTRIES = {
     "llms": "medm.llms:LLMS",
     "models": "medm.models:MODELS",
     "objectives": "medm.objectives:OBJECTIVES",
+    "tasks": "medm.tasks:TASKS",
+    "metrics": "medm.metrics:METRICS",
 }
 """What `medm list` prints: kind, and where its table is."""
 

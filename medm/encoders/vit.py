@@ -41,11 +41,9 @@ class HFViTEncoder(VisionEncoder):
         depth = int(architecture.get("num_hidden_layers", self.config_class().num_hidden_layers))
         blocks = depth + 1 + layer if layer < 0 else layer
         if not 1 <= blocks <= depth:
-            raise RecipeError(
-                f"layer {layer}: a tower of {depth} blocks has layers 1 to {depth} and -{depth} to -1"
-            )
+            raise RecipeError(f"layer {layer}: a tower of {depth} blocks has layers 1 to {depth} and -{depth} to -1")
         config = self.config_class(**{**architecture, **self.config_defaults, "num_hidden_layers": blocks})
-        self.tower = self.tower_class(config)
+        self.tower: Any = self.tower_class(config)
         # Of the whole tower only embedding and blocks are used; the rest would be weights without a gradient.
         for unused in ("post_layernorm", "head"):
             if hasattr(self.tower, unused):

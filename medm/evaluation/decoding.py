@@ -188,6 +188,7 @@ def _merge(one: _Rows, other: _Rows) -> _Rows:
     pads = [width - rows.mask.shape[1] for rows in (one, other)]
     for layer, second in zip(one.cache.layers, other.cache.layers, strict=True):
         assert isinstance(layer, _BlockLayer)
+        assert isinstance(second, _BlockLayer)
         keys, values = (
             torch.cat([F.pad(a, (0, 0, pads[0], 0)), F.pad(b, (0, 0, pads[1], 0))])
             for a, b in ((layer.keys, second.keys), (layer.values, second.values))
@@ -209,6 +210,8 @@ def _cache() -> Cache:
 class _BlockLayer(DynamicLayer):
     """Keys and values (B, heads, L, head_dim) at the front of a larger tensor: one more token is one small write."""
 
+    keys: Any  # optional in transformers' class, which has none before the first token
+    values: Any
     _room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
