@@ -52,6 +52,13 @@ def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProce
     return model, processor
 
 
+def skeleton(options: LVLMOptions) -> LVLMForConditionalGeneration:
+    """The model without memory behind its weights, for `medm.models.estimate`."""
+    config, _ = resolve(options)
+    with torch.device("meta"):
+        return LVLMForConditionalGeneration(config).to(getattr(torch, options.dtype))
+
+
 def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
     """Every size and the processor, from published configs and tokenizers alone; no weights are read."""
     text_config = _text_config(options.llm)

@@ -1,0 +1,197 @@
+"""What a model costs before anything is downloaded or trained: parameters, memory, tokens. Runs on the meta device.
+
+Needs published configs and tokenizers (kilobytes), never weights. Activations are left out: they depend on the batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from medm.config import Options
+from medm.errors import CheckpointError, RecipeError
+from medm.models import MODELS
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+"""What is spread over GPUs: nothing (also training without DeepSpeed); optimiser state; and gradients; and weights
+(arXiv 1910.02054, section 5)."""
+
+_OPTIMISER_BYTES = {"8bit": 2.0, "adamw": 8.0, "sgd": 0.0, "adafactor": 0.0, "lion": 4.0}
+"""Bytes of state per trained parameter by what an optimiser's name holds; Adafactor's rows and columns round to 0."""
+
+_4BIT_BYTES = 0.5 + 4 / 64
+"""NF4: half a byte a weight and a float32 scale for each 64."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartSize:
+    """One part, or something inside it."""
+
+    name: str
+    parameters: int
+    trainable: int
+    frozen_bytes: float
+    """Of the weights that are not trained, in the precision in which the model is loaded."""
+    quantized_bytes: float
+    """Of those among them that are held in 4 bits."""
+    plain: int
+    """Parameters that are neither trained nor held in 4 bits."""
+    inner: tuple[PartSize, ...] = ()
+    """Children of a connector that has several (pooling and MLP; router and experts)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on each GPU, without activations and buffers."""
+
+    stage: str
+    weights: float
+    gradients: float
+    optimiser: float
+    """Its state, and the float32 copy of trained weights where they are held in 16 bits."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimiser
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a recipe costs."""
+
+    parts: tuple[PartSize, ...]
+    tokens: dict[str, int]
+    """Per branch the tokens of one item in the language model's sequence."""
+    memory: tuple[Memory, ...]
+    gpus: int
+
+    @property
+    def parameters(self) -> int:
+        """Of all parts."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def trainable(self) -> int:
+        """Of all parts."""
+        return sum(part.trainable for part in self.parts)
+
+
+def estimate(
+    options: Options,
+    *,
+    choose: Callable[[nn.Module], Any],
+    half: bool = False,
+    optimiser: str = "adamw_torch",
+    gpus: int = 1,
+    quantized: Collection[str] = (),
+    init_from: str | None = None,
+) -> Estimate:
+    """Sizes of the model that a recipe's `model` section describes.
+
+    Args:
+        options: the section.
+        choose: freezes, adapts and sets free the parts, in place (`medm.training.parts.apply_parts`).
+        half: compute in 16 bits (`train.bf16` or `train.fp16`).
+        optimiser: by its transformers name.
+        gpus: processes that share the state.
+        quantized: parts whose linear layers are held in 4 bits.
+        init_from: model folder whose config is used in place of the published ones.
+
+    Raises:
+        CheckpointError: a published config or tokenizer is neither in a local folder nor in the cache nor on the hub.
+        RecipeError: parts that do not fit each other, or a kind of model that cannot be built without weights.
+    """
+    model = skeleton(options, init_from=init_from)
+    held = {id(p): p.element_size() for p in model.parameters()}
+    choose(model)
+    parts = tuple(part_size(name, part, held=held, in_4bit=name in quantized) for name, part in model.parts().items())
+    branches = getattr(model, "branches", {})
+    return Estimate(
+        parts=parts,
+        tokens={name: int(branch.num_tokens) for name, branch in branches.items() if hasattr(branch, "num_tokens")},
+        memory=tuple(memory(parts, stage, half=half, optimiser=optimiser, gpus=gpus) for stage in STAGES),
+        gpus=gpus,
+    )
+
+
+def skeleton(options: Options, *, init_from: str | None = None) -> Any:
+    """The model without memory behind its weights."""
+    if init_from is not None and (Path(init_from) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(init_from)
+        config.adapters = {}  # training folds them in
+        with torch.device("meta"):
+            return AutoModel.from_config(config)
+    kind = options.model_dump()["kind"]
+    builder = MODELS.get(kind)
+    # A kind says beside its `build` how it is built without weights.
+    build_skeleton = getattr(importlib.import_module(builder.__module__), "skeleton", None)
+    if build_skeleton is None:
+        raise RecipeError(f"models of kind {kind!r} cannot be estimated: they cannot be built without their weights")
+    try:
+        return build_skeleton(options)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n  an estimate needs the published config and tokenizer, not the weights; connect once, or give "
+            "a local folder that holds config.json and the tokenizer files"
+        ) from None
+
+
+def part_size(name: str, part: nn.Module, *, held: dict[int, int], in_4bit: bool = False) -> PartSize:
+    """Parameters of a part; a tensor that two layers share counts once.
+
+    Args:
+        name: of the part.
+        part: frozen, adapted and set free.
+        held: bytes of an element of each tensor as it was loaded, by the tensor's identity.
+        in_4bit: its frozen linear layers are.
+    """
+    head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None  # stays as it is
+    layers = [layer for layer in part.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    linear = {id(layer.weight) for layer in layers} if in_4bit else set()
+    total = trainable = plain = 0
+    frozen = quantized = 0.0
+    for parameter in part.parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+        elif id(parameter) in linear:
+            quantized += parameter.numel() * _4BIT_BYTES
+        else:
+            plain += parameter.numel()
+            frozen += parameter.numel() * held.get(id(parameter), parameter.element_size())
+    inner: tuple[PartSize, ...] = ()
+    if name.endswith(".connector"):
+        children = [part_size(child, module, held=held) for child, module in part.named_children()]
+        children = [child for child in children if child.parameters]
+        inner = tuple(children) if len(children) > 1 else ()
+    return PartSize(name, total, trainable, frozen + quantized, quantized, plain, inner)
+
+
+def memory(parts: Collection[PartSize], stage: str, *, half: bool, optimiser: str, gpus: int) -> Memory:
+    """Bytes on each GPU, for each trained parameter T and frozen parameter F.
+
+    zero0 holds T in float32 whatever is computed in, and F as it was loaded: 4 + 4 bytes and the optimiser's state.
+    DeepSpeed in 16 bits casts every weight: 2 for F, 2 + 2 for T and a float32 copy beside the optimiser's state.
+    DeepSpeed in 32 bits makes that copy too: 4 + 4 + 4 and the state.
+    """
+    level, deepspeed = STAGES.index(stage), stage != "zero0"
+    trainable = sum(part.trainable for part in parts)
+    frozen = sum(part.frozen_bytes for part in parts)
+    if half and deepspeed:
+        frozen = sum(part.quantized_bytes + 2 * part.plain for part in parts)
+    width = 2 if half and deepspeed else 4
+    state = next((size for word, size in _OPTIMISER_BYTES.items() if word in optimiser), 8.0)
+    return Memory(
+        stage=stage,
+        weights=(frozen + trainable * width) / (gpus if level >= 3 else 1),
+        gradients=trainable * width / (gpus if level >= 2 else 1),
+        optimiser=trainable * (state + (4 if deepspeed else 0)) / (gpus if level >= 1 else 1),
+    )
