@@ -298,6 +298,10 @@ def _check_pixels(header: Header, syntax: str, declared: int, available: int) ->
     if header.samples == 3 and header.bits_allocated != 8:
         raise MediaError(f"{name}: DICOM colour of {header.bits_allocated} bits is not read; expected 8")
     if syntax in _COMPRESSED:
+        if declared != 0xFFFFFFFF:
+            raise MediaError(
+                f"{name}: a compressed encoding is declared, but the pixels are not in frames; it is damaged"
+            )
         return
     # The smallest native layouts of colour: indices of a palette, and YBR_FULL_422, two bytes a pixel.
     samples = 1 if header.samples == 1 or header.palette else 2

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-CANARY = "Canary^Patient"
+CANARY = "Canary^Quarrel"
 SPACING = (1.5, 2.0, 5.0)
 """Of the phantom, x, y, z in mm."""
 SHAPE = (12, 20, 26)
