@@ -4,8 +4,8 @@
 
 What is asked is known from the volume a picture was cut from: its modality and region, the plane of the cut, the third
 of the lungs or the brain it went through, and whether it met a lesion that the source marked. Nothing is labelled by
-eye or by a model. Training pictures are turned, moved, resized and brightened a little, never mirrored: in a mirrored chest
-the heart is on the wrong side. Test pictures come from other volumes (`data/volumes.yaml`) and are only placed.
+eye or by a model. Training pictures are turned, moved, resized and brightened a little, never mirrored: in a mirrored
+chest the heart is on the wrong side. Test pictures come from other volumes (`data/volumes.yaml`) and are only placed.
 
 Written: images/*.png, pretrain.json (captions), finetune.json (questions), test.json (questions, `answer` beside them),
 pictures.json (what is known of each picture), tasks_train.json and tasks_test.json (caption, vqa, cls, rec, reg).
@@ -32,8 +32,8 @@ from medm.metrics.boxes import BinnedBoxes
 SEED = 0
 SIDE = 224
 """Pixels; the size at which EfficientNet-Lite0 was trained."""
-TRAIN_PER_PLANE = 32
-TEST_AXIAL_WITH_LEVEL, TEST_AXIAL, TEST_OTHER = 18, 10, 9
+TRAIN_PER_PLANE = 24
+TEST_AXIAL_WITH_LEVEL, TEST_AXIAL, TEST_OTHER = 15, 8, 6
 """Test pictures of a volume: axial ones where thirds are asked for, axial ones elsewhere, and of each other plane."""
 MARGIN = 0.04
 """Slices this close to the border of two thirds (as a share of the organ) are left out: a toss-up."""
