@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from medm.objectives.base import Losses, Objective
@@ -66,13 +67,29 @@ class Contrastive(Objective):
 
     def _everywhere(self, view: Tensor) -> Tensor:
         """(B * world, D): the rows of every process, in rank order, with gradient."""
-        return torch.cat(all_gather(view.contiguous())) if self._spread() else view
+        return _Gather.apply(view.contiguous()) if self._spread() else view
 
     def _offset(self, view: Tensor) -> int:
         return dist.get_rank() * len(view) if self._spread() else 0
 
     def _spread(self) -> bool:
         return self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of every process in rank order; each process gets back the sum of all gradients of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, view: Tensor) -> Tensor:
+        rows = [torch.empty_like(view) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, view)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def _first_tensor(batch: Batch) -> Tensor:

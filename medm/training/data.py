@@ -9,16 +9,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset
 
+from medm.data.batches import build_batches, build_collator
 from medm.data.check import Report, check
 from medm.data.collator import Collator
 from medm.data.dataset import ConversationDataset
 from medm.data.options import DataOptions, SourceOptions
-from medm.data.packing import PackedBatches, PackingCollator
 from medm.data.records import Records
-from medm.data.sampling import Mixture, Order, RankedBatches, Shuffle
 from medm.errors import DataError, RecipeError
 from medm.training.options import TrainOptions
 from medm.training.processes import on_first
@@ -52,21 +50,29 @@ class TrainingData:
         self.options, self.train_options, self.processor = options, train, processor
         self.files = [source.path for source in (*options.train, *options.eval)]
         lengths = on_first(lambda: self._check("training", options.train))
+        self._left_out = sum(length == 0 for length in lengths)
         if options.eval:
             on_first(lambda: self._check("held-out", options.eval))
         self.train = self._dataset(options.train, augmented=True)
         self.evaluation: Dataset[Any] | None = self._dataset(options.eval, augmented=False) if options.eval else None
-        self.sampler = self._sampler(self.train.records, np.asarray(lengths), rank=rank, world=world)
+        self.sampler = build_batches(
+            options,
+            self.train.records.sizes,
+            batch_size=train.per_device_train_batch_size,
+            rank=rank,
+            world=world,
+            accumulation=train.gradient_accumulation_steps,
+            drop_last=train.dataloader_drop_last,
+            lengths=lengths,
+            seed=train.seed,
+        )
+        self.collate: Callable[[list[Any]], Batch] = build_collator(options, pad_id=processor.pad_id)
         self.eval_collate: Callable[[list[Any]], Batch] = Collator(processor.pad_id)
-        self.collate: Callable[[list[Any]], Batch] = self.eval_collate
-        if options.packing:
-            assert options.max_length is not None
-            self.collate = PackingCollator(processor.pad_id, options.max_length)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Records that this process left out or shortened."""
-        return self.train.counts
+        """Records that the check left out (bad or too long), and those that this process left out or shortened since."""
+        return {"left_out_by_check": self._left_out, **self.train.counts}
 
     def _check(self, what: str, sources: list[SourceOptions]) -> list[int]:
         """Look at every record; log what was found and return the tokens of each."""
@@ -116,26 +122,3 @@ class TrainingData:
             augmentation=self.options.augment if augmented else None,
             seed=self.train_options.seed,
         )
-
-    def _sampler(self, records: Records, lengths: np.ndarray, *, rank: int, world: int) -> RankedBatches:
-        options, train = self.options, self.train_options
-        settings: dict[str, Any] = {
-            "batch_size": train.per_device_train_batch_size,
-            "rank": rank,
-            "world": world,
-            "accumulation": train.gradient_accumulation_steps,
-            "drop_last": train.dataloader_drop_last,
-            "balance_ranks": options.balance_ranks and not options.packing,
-            "seed": train.seed,
-        }
-        order = self._order(records, apart=settings["batch_size"] * world * settings["accumulation"])
-        if options.packing:
-            return PackedBatches(order, lengths=lengths, capacity=options.max_length or 0, **settings)
-        return RankedBatches(order, lengths=lengths, group_by_length=options.order == "length", **settings)
-
-    def _order(self, records: Records, *, apart: int) -> Order:
-        weights = [source.weight for source in self.options.train if source.weight is not None]
-        if weights:
-            seed = self.train_options.seed
-            return Mixture(records.sizes, weights, draws=self.options.draws, apart=apart, seed=seed)
-        return Shuffle(len(records), seed=self.train_options.seed)

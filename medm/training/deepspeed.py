@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from medm.errors import RecipeError, suggest
@@ -101,6 +102,16 @@ def _launch_alone() -> None:
         port = free.getsockname()[1]
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise `RecipeError` for parameters that DeepSpeed cannot send to other processes."""
+    scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    if scalars:
+        raise RecipeError(
+            f"train.deepspeed: DeepSpeed cannot handle parameters without an axis ({', '.join(scalars)}); train without "
+            "DeepSpeed, or give them the shape (1,)"
+        )
 
 
 def offloaded_optimizer(args: TrainingArguments) -> Any:

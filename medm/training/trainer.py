@@ -236,8 +236,9 @@ class MedmTrainer(Trainer):
             groups = parameter_groups(self._module, self.parts, self.train_options)
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
             if self.is_deepspeed_enabled:
-                from medm.training.deepspeed import offloaded_optimizer
+                from medm.training.deepspeed import check_parameters, offloaded_optimizer
 
+                check_parameters(self._module)
                 cls = offloaded_optimizer(self.args) or cls
                 settings = {key: value for key, value in settings.items() if key != "fused"}
             self.optimizer = cls(groups, **settings)

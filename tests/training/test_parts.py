@@ -116,7 +116,7 @@ def test_an_adapter_that_weights_bring_is_kept_merged_or_refused(toy: Toy) -> No
     kept = copy.deepcopy(toy)
     apply_parts(kept, LORA, TRAIN)  # the same adapter: training goes on
     torch.testing.assert_close(kept.eval().llm(input_ids=ids).logits, expected)
-    with pytest.raises(RecipeError, match="another adapter .*r is 4, the recipe says 8"):
+    with pytest.raises(RecipeError, match=r"another adapter .*r is 4, the recipe says 8"):
         apply_parts(kept, {"llm": PartOptions(tune="lora", r=8, alpha=8)}, TRAIN)
     with pytest.raises(RecipeError, match="adapter: merge"):
         apply_parts(kept, FULL, TRAIN)

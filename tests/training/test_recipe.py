@@ -40,7 +40,8 @@ def test_the_complete_recipe_is_read(file: Path) -> None:
     recipe = load_recipe(file)
     assert recipe.parts["image.encoder"].tune == "frozen"
     assert recipe.parts["llm"].lora() == {
-        "r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "target_modules": None, "use_rslora": False, "use_dora": False,
+        "r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "target_modules": None,
+        "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     assert recipe.model.kind == "lvlm"
     assert recipe.objective.name == "language-modeling"

@@ -25,7 +25,9 @@ CASES: dict[str, Case] = {
     "lora and connector": {"parts": LORA},
     "full, accumulation": {"parts": FULL, "gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3},
     "two towers": {"parts": TOWERS, "kind": "towers"},
-    "across epochs, held-out loss": {"parts": LORA, "max_steps": 20, "save_steps": 6, "held_out": 8, "eval_strategy": "steps", "eval_steps": 3},
+    "across epochs, held-out loss": {
+        "parts": LORA, "max_steps": 20, "save_steps": 6, "held_out": 8, "eval_strategy": "steps", "eval_steps": 3,
+    },
 }  # fmt: skip
 
 
@@ -291,7 +293,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         ({"arguments": {"weight_dekay": 1}}, RecipeError, "weight_dekay"),
         ({"arguments": {"label_smoothing_factor": 0.1}}, RecipeError, "the loss belongs to the objective"),
         ({"lr_scheduler_type": "cosinus"}, RecipeError, "cosinus"),
-        ({"eval_strategy": "steps", "eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}, RecipeError, "load_best"),
+        (
+            {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True},
+            RecipeError,
+            "load_best",
+        ),
         ({"deepspeed": "zero4"}, RecipeError, "zero"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils import logging as transformers_logging
 
 from medm.models.adapters import inject
 from medm.objectives.contrastive import Contrastive
@@ -22,6 +23,8 @@ from medm.training.parts import apply_parts
 from medm.training.trainer import MedmTrainer
 
 VOCABULARY = 64
+
+transformers_logging.disable_progress_bar()
 
 
 @dataclass
@@ -81,7 +84,7 @@ class Towers(nn.Module):
         super().__init__()
         self.first = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 8))
         self.second = nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Flatten(), nn.Linear(64, 8))
-        self.scale = nn.ParameterList([nn.Parameter(torch.tensor(2.0))])
+        self.scale = nn.ParameterList([nn.Parameter(torch.tensor([2.0]))])
 
     def parts(self) -> dict[str, nn.Module]:
         return {"image.encoder": self.first, "text.encoder": self.second, "scale": self.scale}
@@ -167,14 +170,14 @@ def trainer(
         "save_steps": 4, "warmup_steps": 2,
     }  # fmt: skip
     options = TrainOptions(**(settings | train))
-    args = training_arguments(options, output_dir)
     model: Any = Toy(ToyConfig()) if kind == "toy" else Towers()
+    apply_parts(model, parts, options, keep_float32=options.deepspeed is None)
     if not dropout:
         for module in model.modules():
             module.p = 0.0 if isinstance(module, nn.Dropout) else getattr(module, "p", None)
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
-    apply_parts(model, parts, options, keep_float32=options.deepspeed is None)
+    args = training_arguments(options, output_dir)  # after the model: see medm.training.run
     data = Pairs(poisoned=poisoned)
     world, rank = args.world_size, args.process_index
     return MedmTrainer(

@@ -1,0 +1,190 @@
+"""Cases that two processes run together, started once by torchrun from their test, so that imports are paid once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from medm.errors import MedmError
+from medm.objectives.contrastive import Contrastive
+from medm.training import checkpoints
+from medm.training.trainer import MedmTrainer
+from tests.training.toys import LORA, TOWERS, trainer
+
+CURVE: dict[str, Any] = {"dropout": False, "balance": 0.0, "max_steps": 6, "save_strategy": "no", "parts": LORA}
+"""What one process with a batch of 4 does too."""
+HALF = {"per_device_train_batch_size": 2}
+
+
+class Terminate(TrainerCallback):
+    """The second process gets SIGTERM in the middle of step 3."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def losses(run: MedmTrainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def curve(folder: Path, **case: Any) -> Any:
+    """Losses, and the final weights in full size in a file."""
+    run = trainer(folder, **(CURVE | HALF | case))
+    run.fit()
+    run.save_whole(folder / "final")
+    return losses(run)
+
+
+def resumed(folder: Path, **case: Any) -> Any:
+    """Dropout on, six steps at once and four and two: the final tensors are compared by the test."""
+    settings = HALF | {"max_steps": 6, "save_steps": 4, "save_total_limit": None} | case
+    whole = trainer(folder / "whole", **settings)
+    whole.fit()
+    whole.save_whole(folder / "whole" / "final")
+    before = losses(whole)
+    del whole
+    release()
+    first = trainer(folder / "cut", **settings)
+    first.fit()
+    del first
+    release()
+    if dist.get_rank() == 0:
+        checkpoints.remove(folder / "cut" / "checkpoint-6")
+    dist.barrier()
+    run = trainer(folder / "cut", **settings)
+    run.fit(resume=True)
+    run.save_whole(folder / "cut" / "final")
+    return [before, losses(run)]
+
+
+def refusal(action: Callable[[], Any]) -> Any:
+    """The error on each process, by name and text."""
+    try:
+        action()
+    except MedmError as error:
+        return [type(error).__name__, str(error)]
+    return None
+
+
+class Planted:
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path(self.mark),))
+
+
+def planted(folder: Path, pattern: str, stage: str) -> Any:
+    """A pickle in a file of DeepSpeed, under a manifest that knows it."""
+    settings = HALF | {"max_steps": 2, "save_steps": 2, "deepspeed": stage}
+    trainer(folder, **settings).fit()
+    release()
+    if dist.get_rank() == 0:
+        checkpoint = folder / "checkpoint-2"
+        for file in checkpoint.rglob(pattern):  # one a process
+            torch.save({"module": Planted(str(folder / "mark"))}, file)
+        facts = {key: value for key, value in checkpoints.read_manifest(checkpoint).items() if key != "files"}
+        checkpoints.write_manifest(checkpoint, facts)
+    dist.barrier()
+    return refusal(lambda: trainer(folder, **(settings | {"max_steps": 4})).fit(resume=True))
+
+
+def poisoned(folder: Path) -> Any:
+    """One bad sample reaches one process; both have to stop."""
+    return refusal(lambda: trainer(folder, **(HALF | {"poisoned": 17, "save_steps": 1})).fit())
+
+
+def terminated(folder: Path) -> Any:
+    run = trainer(folder, **HALF, callbacks=[Terminate()])
+    return [run.fit(), run.state.global_step, [path.name for path in checkpoints.folders(folder)]]
+
+
+def contrast() -> Any:
+    """The gradient of the gathered loss, averaged over processes as DDP does, against the whole batch at once."""
+    generator = torch.Generator().manual_seed(3)
+    inputs, other = torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    differences = {}
+    for loss in ("softmax", "sigmoid"):
+        gradients = []
+        for spread in (True, False):
+            model = Heads()
+            mine = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3) if spread else slice(None)
+            objective = Contrastive(loss=loss, gather=spread)
+            total = objective(model, {"first": inputs[mine], "second": other[mine]}, num_items_in_batch=6).total
+            # As the trainer: items of all processes divide, and gradients are averaged.
+            (total * (2 if spread else 1)).backward()
+            found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            for gradient in found if spread else ():
+                dist.all_reduce(gradient)
+                gradient /= 2
+            gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        differences[loss] = [(gradients[0] - gradients[1]).abs().max().item(), gradients[1].abs().max().item()]
+    return differences
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.one, self.two = nn.Linear(5, 4), nn.Linear(5, 4)
+        self.scale, self.bias = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "image_embeds": self.one(first), "text_embeds": self.two(second),
+            "logit_scale": self.scale, "logit_bias": self.bias,
+        }  # fmt: skip
+
+
+def release() -> None:
+    """Let the last case's engine and configuration go: transformers keeps both where later models would see them."""
+    unset_hf_deepspeed_config()
+    gc.collect()
+
+
+def main(folder: Path) -> None:
+    cases: dict[str, Callable[[], Any]] = {
+        "ddp": lambda: curve(folder / "ddp"),
+        "contrast": contrast,
+        "towers": lambda: curve(folder / "towers", kind="towers", parts=TOWERS),
+        "poisoned": lambda: poisoned(folder / "poisoned"),
+        "terminated": lambda: terminated(folder / "terminated"),
+        "resumed-ddp": lambda: resumed(folder / "resumed-ddp"),
+    }
+    if "--deepspeed" in sys.argv:
+        cases |= {
+            **{
+                stage: lambda stage=stage: curve(folder / stage, deepspeed=stage)
+                for stage in ("zero1", "zero2", "zero3")
+            },
+            "towers-zero2": lambda: curve(folder / "towers-zero2", kind="towers", parts=TOWERS, deepspeed="zero2"),
+            "resumed-zero2": lambda: resumed(folder / "resumed-zero2", deepspeed="zero2"),
+            "resumed-zero3": lambda: resumed(folder / "resumed-zero3", deepspeed="zero3"),
+            "planted-model": lambda: planted(folder / "planted-model", "*model_states.pt", "zero2"),
+            "planted-optimiser": lambda: planted(folder / "planted-optimiser", "*optim_states.pt", "zero3"),
+        }
+    results = {}
+    for name, case in cases.items():
+        started = time.monotonic()
+        results[name] = case()
+        results[f"seconds of {name}"] = round(time.monotonic() - started, 1)
+        release()
+        (folder / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
