@@ -13,11 +13,6 @@ from medm.data.sampling import WINDOW, Among, Mixture, Order, RankedBatches, Shu
 from medm.errors import DataError
 
 
-def needs_lengths(options: DataOptions) -> bool:
-    """Whether the order of training asks for the tokens of every record beforehand (`Report.lengths`)."""
-    return options.packing or options.balance_ranks or options.order == "length"
-
-
 def build_batches(
     options: DataOptions,
     sizes: Sequence[int],

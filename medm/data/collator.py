@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,32 +59,44 @@ def round_up(length: int, multiple: int | None) -> int:
 
 
 def stack_media(examples: Sequence[Example]) -> Batch:
-    """`pixels` and `task_ids` by branch, items of all examples in order, and `meta` where an example has any.
+    """`pixels`, `features` and `task_ids` by branch, items of all examples in order, and `meta` where there is any.
 
     Raises:
-        ValueError: the items of a branch differ in shape.
+        ValueError: the items of a branch differ in shape, or some come as pixels and some as features.
     """
-    arrays: dict[str, list[np.ndarray]] = {}
     tasks: dict[str, list[int]] = {}
     for example in examples:
-        for branch, items in example.pixels.items():
+        for branch, items in [*example.pixels.items(), *example.features.items()]:
             if items:
-                arrays.setdefault(branch, []).extend(items)
                 tasks.setdefault(branch, []).extend([example.task_id] * len(items))
-    batch: Batch = {}
-    if arrays:
-        batch["pixels"] = {branch: _stack(branch, items) for branch, items in arrays.items()}
-        batch["task_ids"] = {branch: torch.tensor(ids) for branch, ids in tasks.items()}
+    batch: Batch = {
+        "pixels": _stacked([example.pixels for example in examples]),
+        "features": _stacked([example.features for example in examples]),
+        "task_ids": {branch: torch.tensor(ids) for branch, ids in tasks.items()},
+    }
+    if mixed := sorted(batch["pixels"].keys() & batch["features"].keys()):
+        raise ValueError(
+            f"{mixed}: some items of the batch are pixels and some features; a branch has one or the other"
+        )
     if any(example.meta for example in examples):
         batch["meta"] = [example.meta for example in examples]
-    return batch
+    return {key: value for key, value in batch.items() if value}
 
 
-def _stack(branch: str, items: list[np.ndarray]) -> Tensor:
-    """(N, C, *spatial) float32."""
-    shapes = {item.shape for item in items}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"{branch}: items of shapes {sorted(shapes)} in one batch; preprocessing must give them one size"
-        )
-    return torch.from_numpy(np.stack(items).astype(np.float32, copy=False))
+def _stacked(by_example: Sequence[Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
+    """Per branch (N, C, *spatial) or (N, tokens, D) in float32; no entry for a branch without items."""
+    arrays: dict[str, list[np.ndarray]] = {}
+    for of_example in by_example:
+        for branch, items in of_example.items():
+            arrays.setdefault(branch, []).extend(items)
+    for branch, items in arrays.items():
+        shapes = {item.shape for item in items}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{branch}: items of shapes {sorted(shapes)} in one batch; preprocessing must give them one size"
+            )
+    return {
+        branch: torch.from_numpy(np.stack(items).astype(np.float32, copy=False))
+        for branch, items in arrays.items()
+        if items
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from medm.errors import DataError
@@ -60,7 +60,7 @@ def truncate_text(example: Example, max_length: int, placeholder_ids: Collection
             f"{length} tokens cut to data.max_length = {max_length} leave nothing of the reply to learn; raise it, or "
             "shorten the question"
         )
-    return Example(example.input_ids[:max_length], labels, example.pixels, example.task_id, example.meta)
+    return replace(example, input_ids=example.input_ids[:max_length], labels=labels)
 
 
 def has_label(labels: list[int]) -> bool:

@@ -71,7 +71,7 @@ class TrainingData:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Records that the check left out (bad or too long), and those that this process left out or shortened since."""
+        """Records that the check left out, and those that this process left out or shortened since."""
         return {"left_out_by_check": self._left_out, **self.train.counts}
 
     def _check(self, what: str, sources: list[SourceOptions]) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from medm.config import validate
-from medm.data.batches import build_batches, build_collator, needs_lengths
+from medm.data.batches import build_batches, build_collator
 from medm.data.check import check
 from medm.data.collator import Collator
 from medm.data.dataset import ConversationDataset
@@ -24,13 +24,6 @@ from tests.data.tiny import PAD, PLACEHOLDER, PREPROCESS, encode, record, write_
 def data(*weights: float | None, **fields: Any) -> DataOptions:
     sources = [{"path": f"{k}.json"} | ({} if w is None else {"weight": w}) for k, w in enumerate(weights)]
     return validate(DataOptions, {"train": sources, **fields}, source="r.yaml")
-
-
-def test_lengths_are_asked_for_where_they_matter() -> None:
-    assert not needs_lengths(data(None))
-    assert all(
-        map(needs_lengths, (data(None, packing=True), data(None, order="length"), data(None, balance_ranks=True)))
-    )
 
 
 @pytest.mark.parametrize("fields", [{}, {"order": "length"}, {"balance_ranks": True}, {"packing": True}])

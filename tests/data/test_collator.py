@@ -68,6 +68,16 @@ def test_meta_is_a_list_where_any_example_has_some() -> None:
     assert batch["meta"] == [{}, {"mask": "m"}]
 
 
+def test_features_stand_in_the_place_of_pixels() -> None:
+    kept = Example([1], [1], features={"image": [item(3, (5, 4)), item(4, (5, 4))]}, task_id=2)
+    batch = Collator(pad_id=0)([kept, SECOND])
+    assert batch["features"]["image"].shape == (2, 5, 4) and batch["features"]["image"].dtype == torch.float32
+    assert set(batch["pixels"]) == {"volume"}
+    assert {branch: ids.tolist() for branch, ids in batch["task_ids"].items()} == {"image": [2, 2], "volume": [4]}
+    with pytest.raises(ValueError, match=r"\['image'\]: some items of the batch are pixels and some features"):
+        Collator(pad_id=0)([kept, FIRST])
+
+
 def test_items_of_different_shapes_are_refused_with_numbers() -> None:
     with pytest.raises(ValueError, match=r"image: items of shapes \[\(1, 2, 2\), \(1, 3, 3\)\]"):
         Collator(pad_id=0)([FIRST, Example([1], [1], {"image": [item(0, (1, 3, 3))]})])

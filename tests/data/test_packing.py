@@ -105,7 +105,9 @@ def test_rows_by_hand() -> None:
 
 def test_pixels_follow_the_rows_when_best_fit_moves_examples() -> None:
     lengths = [6, 6, 4, 4]  # in order three rows of 10, best fit two
-    made = [Example([n + 1] * length, [n + 1] * length, {"image": [item(n)]}, n) for n, length in enumerate(lengths)]
+    made = [
+        Example([n + 1] * length, [n + 1] * length, {"image": [item(n)]}, task_id=n) for n, length in enumerate(lengths)
+    ]
     batch = PackingCollator(pad_id=0, capacity=10)(made)
     first_tokens = [row[start].item() - 1 for row in batch["input_ids"] for start in (0, 6)]
     assert batch["input_ids"].shape == (2, 10)

@@ -92,7 +92,7 @@ class LVLMProcessor(ProcessorMixin):
         messages = [Message(turn.role, [self._part(part) for part in turn.content]) for turn in sample.turns]
         ids, learned = self.chat.encode(messages, generation=generation)
         labels = [token if said and not generation else IGNORE_INDEX for token, said in zip(ids, learned, strict=True)]
-        return Example(ids, labels, {name: list(pixels[name]) for name in given}, self.task_id(sample))
+        return Example(ids, labels, {name: list(pixels[name]) for name in given}, task_id=self.task_id(sample))
 
     def task_id(self, sample: Sample) -> int:
         """Position of the sample's task in `tasks`; the number of tasks where it is none of them."""
