@@ -14,7 +14,6 @@ from typing import Any
 from medm.errors import DataError
 
 _MAX_BYTES = 512 * 2**20
-_MARK = object()
 _LITERALS = frozenset((
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE",
     "BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING",
@@ -43,10 +42,12 @@ def read_plain_pickle(path: Path) -> Any:
 
 
 class _Reader:
-    """A stack and a memo, as the pickle format describes them."""
+    """A stack with marks, and a memo, as the pickle format describes them."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
+        self.marks: list[int] = []
+        """Heights of the stack at which marks were set."""
         self.memo: dict[int, Any] = {}
 
     def follow(self, name: str, argument: Any) -> None:
@@ -57,7 +58,7 @@ class _Reader:
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name == "MARK":
-            stack.append(_MARK)
+            self.marks.append(len(stack))
         elif name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"):
             stack.append({"EMPTY_LIST": [], "EMPTY_DICT": {}, "EMPTY_TUPLE": ()}[name])
         elif name in ("LIST", "TUPLE", "DICT"):
@@ -87,9 +88,9 @@ class _Reader:
             )
 
     def since_mark(self) -> list[Any]:
-        """Takes what was pushed after the last mark, and the mark."""
-        start = max(i for i, item in enumerate(self.stack) if item is _MARK)
-        items = self.stack[start + 1 :]
+        """Takes what was pushed after the last mark."""
+        start = self.marks.pop()
+        items = self.stack[start:]
         del self.stack[start:]
         return items
 
@@ -107,7 +108,7 @@ class _Reader:
 
     def result(self) -> Any:
         """What is left at the end."""
-        if len(self.stack) != 1 or self.stack[0] is _MARK:
+        if len(self.stack) != 1 or self.marks:
             raise ValueError(f"{len(self.stack)} values are left where one belongs")
         return self.stack[0]
 

@@ -77,7 +77,7 @@ class PubMedQA(Task):
             )  # fmt: skip
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The decision is the first of the three words in the answer's first sentence; none or several is a miss."""
+        """The decision that the answer names, where it names one alone; beside it the accuracy of its first word."""
         results = scoring.classes(records, self.decisions, self.resampling)
         first_words = [record["prediction"].strip().lower().split(" ")[0].strip(".,:;!") for record in records]
         answers = [str(record["answer"]) for record in records]

@@ -1,0 +1,188 @@
+"""What every registered task must do, on a tiny copy of its benchmark in the published layout."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medm.data.records import parse_record
+from medm.errors import DataError, MediaError
+from medm.imaging import resolve_inside
+from medm.tasks import TASKS
+from medm.tasks.base import Task, join_predictions, record_of, task_to_records
+from medm.tasks.m3d_regions import MaskTask
+from tests.tasks.layouts import LAYOUTS
+
+NAMES = TASKS.names()
+
+
+def build(name: str) -> Task:
+    return TASKS.get(name)(rounds=20, **LAYOUTS[name].options)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder a task."""
+    made = {}
+    for name in NAMES:
+        made[name] = tmp_path_factory.mktemp(name)
+        LAYOUTS[name].build(made[name])
+    return made
+
+
+def records(task: Task, folder: Path, answer: Any) -> list[dict[str, Any]]:
+    """Scoring records with predictions `answer(sample)`; masks are measured as a run would."""
+    rows = join_predictions(task.samples(folder, task.eval_split), {})
+    for row in rows:
+        row["prediction"] = answer(row)
+        if isinstance(task, MaskTask):
+            truth = task.reference(folder, row)
+            guess = truth if row["prediction"] == row["answer"] else np.zeros_like(truth)
+            row.update(task.measure_mask(guess.astype(float), truth))
+    return rows
+
+
+def test_every_task_has_a_layout() -> None:
+    assert set(NAMES) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_steps_through_its_split(name: str, folders: dict[str, Path]) -> None:
+    task = build(name)
+    samples = list(task.samples(folders[name], task.eval_split))
+    assert len(samples) == LAYOUTS[name].count
+    assert len({sample.id for sample in samples}) == len(samples)
+    for sample in samples:
+        assert sample.answer
+        assert sample.turns[-1].role == "user"
+        assert sample.turns[-1].text.strip()
+        json.dumps(dict(sample.extra))
+        for media in sample.media:
+            assert media.path is not None
+            assert resolve_inside(folders[name], media.path).is_file()
+            assert media.branch in ("image", "volume")
+    again = list(task.samples(folders[name], task.eval_split))
+    assert again == samples
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(folders[name], root)
+    gone = root / LAYOUTS[name].missing
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    task = build(name)
+    with pytest.raises((DataError, MediaError)) as caught:
+        list(task.samples(root, task.eval_split))
+    assert Path(LAYOUTS[name].missing).name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_folder_is_explained(name: str, tmp_path: Path) -> None:
+    task = build(name)
+    with pytest.raises(DataError, match=r"missing in .*expected"):
+        list(task.samples(tmp_path, task.eval_split))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_split_is_refused(name: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match="no split 'tset'"):
+        list(build(name).samples(folders[name], "tset"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_right_answers_score_best_and_wrong_ones_do_not(name: str, folders: dict[str, Path]) -> None:
+    task = build(name)
+    right = task.score(records(task, folders[name], lambda row: row["answer"]))
+    wrong = task.score(records(task, folders[name], lambda row: "zebra"))
+    best = {result.name: result.value for result in right.results}
+    headline = right.results[0]
+    expected = best.get("box-iou-ceiling", 1.0)
+    assert headline.value == pytest.approx(expected, rel=1e-6)
+    assert expected > 0.8
+    assert wrong.results[0].value < 0.5
+    assert headline.n == LAYOUTS[name].count
+    for group in right.groups.values():
+        assert sum(results[0].n for results in group.values()) == LAYOUTS[name].count
+    for result in right.published:
+        other = next(r for r in wrong.published if r.name == result.name)
+        assert result.value > other.value or "unparsed" in result.name or result.value == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_answer_counts_as_wrong_and_is_said(name: str, folders: dict[str, Path]) -> None:
+    task = build(name)
+    if isinstance(task, MaskTask):
+        pytest.skip("masks are measured before they are scored")
+    scores = task.score(records(task, folders[name], lambda row: None))
+    assert scores.results[0].n == LAYOUTS[name].count
+    assert scores.results[0].value < 0.5
+    assert "have no answer" in scores.notes[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_records_read_back_as_the_same_turns(name: str, folders: dict[str, Path]) -> None:
+    task = build(name)
+    samples = list(task.samples(folders[name], task.eval_split))
+    written = list(task_to_records(task, folders[name], task.eval_split))
+    for sample, record in zip(samples, written, strict=True):
+        back = parse_record(json.loads(json.dumps(record)), inference=True)
+        assert [(turn.role, turn.content) for turn in back.turns] == [(t.role, t.content) for t in sample.turns]
+        assert (back.answer, back.id, back.task) == (sample.answer, sample.id, sample.task)
+        parse_record(record)  # and as a record to learn from
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("custom", "m3d-refseg")])
+def test_training_draws_its_wording_and_evaluation_does_not(name: str, folders: dict[str, Path]) -> None:
+    task = build(name)
+
+    def questions(seed: int | None) -> list[str]:
+        wording = None if seed is None else random.Random(seed)
+        return [sample.turns[-1].text for sample in task.samples(folders[name], task.eval_split, wording=wording)]
+
+    drawn = {tuple(questions(seed)) for seed in range(12)}
+    assert len(drawn) > 1
+    assert questions(3) == questions(3)
+    assert tuple(questions(None)) in {tuple(questions(None))} | drawn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_training_split_steps_too(name: str, folders: dict[str, Path]) -> None:
+    if name.startswith("ct-rate"):
+        pytest.skip("the tiny copy holds volumes of the validation split only")
+    assert list(build(name).samples(folders[name], "train"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_of_the_table_are_arguments_of_the_task(name: str) -> None:
+    entry = TASKS.entry(name)
+    block = entry.options.model_validate({"name": name, **LAYOUTS[name].options})
+    options = block.model_dump()
+    options.pop("name")
+    assert isinstance(TASKS.get(name)(**options), Task)
+
+
+def test_text_that_looks_like_a_placeholder_stays_text(folders: dict[str, Path]) -> None:
+    from medm.tasks.base import ask
+    from medm.types import Media
+
+    sample = ask("What does <image> or <volume> mean?", id="1", tag="vqa", answer="x", media=[Media("image", "a.png")])
+    back = parse_record(record_of(sample), inference=True)
+    assert back.media == sample.media
+    assert back.turns[0].text == sample.turns[0].text
+
+
+def test_the_page_of_benchmarks_names_every_task_and_published_metric() -> None:
+    from medm.metrics import METRICS
+
+    page = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text("utf-8")
+    published = [name for name in METRICS.names() if name.startswith(("uni-med-", "m3d-bench-"))]
+    same_as_sound = {"m3d-bench-bleu", "m3d-bench-rouge"}
+    missing = [name for name in [*NAMES, *published] if f"`{name}`" not in page and name not in same_as_sound]
+    assert not missing

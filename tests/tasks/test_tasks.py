@@ -1,0 +1,281 @@
+"""What single tasks have to get right."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medm.errors import DataError, RecipeError
+from medm.tasks import TASKS
+from medm.tasks.base import join_predictions
+from medm.tasks.custom import Custom
+from medm.tasks.files import NumberArchive, read_csv
+from medm.tasks.m3d import M3DClosedVQA
+from medm.tasks.m3d_regions import M3DREC, M3DRefSeg, M3DSeg, box_of, box_text
+from medm.tasks.path_vqa import PathVQA
+from medm.tasks.plain_pickle import read_plain_pickle
+from medm.tasks.slake import SlakeREC, SlakeVQA
+from tests.tasks import layouts
+
+
+def answered(task: Any, folder: Path, predictions: list[str]) -> Any:
+    samples = list(task.samples(folder, task.eval_split))
+    given = {str(sample.id): text for sample, text in zip(samples, predictions, strict=True)}
+    return task.score(join_predictions(samples, given))
+
+
+def values(results: list) -> dict[str, float]:
+    return {result.name: result.value for result in results}
+
+
+def test_a_refer_question_in_full(tmp_path: Path) -> None:
+    layouts.slake_tree(tmp_path)
+    first = next(iter(SlakeREC().samples(tmp_path)))
+    assert [getattr(part, "path", part) for part in first.turns[0].content] == [
+        "imgs/xmlab1/source.jpg", "\nWhere in the image is the Liver? Answer with its box.",
+    ]  # fmt: skip
+    # [x, y, w, h] = [20, 10, 100, 50] of 200 x 100
+    assert first.answer == "{<10><10><60><60>}"
+    assert first.extra["box"] == [20, 10, 120, 60]
+    assert first.extra["size"] == [200, 100]
+    assert next(iter(SlakeREC(codec="thousand").samples(tmp_path))).answer == "{<100><100><600><600>}"
+
+
+def test_objects_of_the_same_name_are_told_apart_in_the_tables(tmp_path: Path) -> None:
+    layouts.slake_tree(tmp_path)
+    scores = answered(SlakeREC(rounds=20), tmp_path, ["{<10><10><60><60>}", "{<0><0><15><30>}", "{<0><0><15><30>}"])
+    by_name = scores.groups["unique_name"]
+    assert by_name["True"][0].value == pytest.approx(1)
+    assert by_name["False"][0].value == pytest.approx(0.5)  # two lungs, one box cannot be both
+
+
+def test_boxes_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    layouts.slake_tree(tmp_path)
+    scores = answered(SlakeREC(rounds=20), tmp_path, ["{<60><60><10><10>}", "{<0><0><15>}", "no idea"])
+    found = values(scores.results)
+    assert found["box-iou"] == pytest.approx(1 / 3)  # swapped corners are mended, and counted
+    assert found["box-repaired"] == pytest.approx(1 / 3)
+    assert found["box-malformed"] == pytest.approx(1 / 3)
+    assert found["box-unreadable"] == pytest.approx(2 / 3)
+    assert values(scores.published)["uni-med-box-iou"] == 0
+
+
+def test_open_and_closed_questions_are_scored_apart_and_beside_the_published_way(tmp_path: Path) -> None:
+    layouts.slake_tree(tmp_path)
+    (tmp_path / "imgs/xmlab1/question.json").write_text(json.dumps([
+        {"img_name": "xmlab1/source.jpg", "q_lang": "en", "qid": 1, "question": "Is it normal?", "answer": "No",
+         "answer_type": "CLOSED"},
+        {"img_name": "xmlab1/source.jpg", "q_lang": "en", "qid": 2, "question": "Organ?", "answer": "lung",
+         "answer_type": "OPEN"},
+    ]))  # fmt: skip
+    scores = answered(SlakeVQA(rounds=20), tmp_path, ["abnormal", "lung lung lung"])
+    sound, published = values(scores.results), values(scores.published)
+    assert sound["closed/closed-accuracy"] == 0
+    assert published["closed/uni-med-closed-accuracy"] == 1
+    assert sound["open/token-f1"] == 0.5
+    assert published["open/uni-med-token-f1"] == 1
+    assert set(scores.groups) == {"answer_type"}
+
+
+def test_the_pickle_is_read_and_a_program_in_it_is_not_run(tmp_path: Path) -> None:
+    import pickle
+
+    rows = layouts.path_vqa_rows("test")
+    shared = ["x"]
+    plain = {"rows": rows, "t": (1, 2.5, None, True), "same": [shared, shared], "big": 2**80, "negative": -3}
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        file = tmp_path / f"plain{protocol}.pkl"
+        file.write_bytes(pickle.dumps(plain, protocol=protocol))
+        assert read_plain_pickle(file) == plain
+
+    class Program:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        file = tmp_path / "program.pkl"
+        file.write_bytes(pickle.dumps([Program()], protocol=protocol))
+        with pytest.raises(DataError, match="could run a stranger's code"):
+            read_plain_pickle(file)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a pickle", b"\x80\x04", b"\x80\x04K\x01K\x02.", b"\x80\x04a.", b"\x80\x04h\x05."]
+)
+def test_a_damaged_pickle_is_an_error(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "x.pkl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.pkl"):
+        read_plain_pickle(file)
+
+
+def test_path_vqa_prefers_the_converted_file(tmp_path: Path) -> None:
+    layouts.path_vqa(tmp_path)
+    layouts.put_json(tmp_path / "qas/test_vqa.json", layouts.path_vqa_rows("test")[:1])
+    assert [sample.id for sample in PathVQA().samples(tmp_path)] == ["7"]
+
+
+def test_an_archive_with_objects_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", test_labels=np.array([{"a": 1}], dtype=object))
+    from medm.errors import MediaError
+
+    with pytest.raises(MediaError, match="Python objects"):
+        NumberArchive(tmp_path / "x.npz")["test_labels"]
+
+
+def test_medmnist_pictures_are_the_pixels(tmp_path: Path) -> None:
+    from PIL import Image
+
+    layouts.medmnist(tmp_path, "dermamnist", True)
+    task = TASKS.get("medmnist-derma")(rounds=5)
+    samples = list(task.samples(tmp_path))
+    stored = np.load(tmp_path / "dermamnist_224.npz", allow_pickle=False)["test_images"]
+    written = [np.asarray(Image.open(tmp_path / str(sample.media[0].path))) for sample in samples]
+    assert np.array_equal(np.stack(written), stored)
+    assert [sample.answer for sample in samples][1] == "melanoma"
+
+
+def test_melanoma_and_melanocytic_are_two_classes(tmp_path: Path) -> None:
+    layouts.medmnist(tmp_path, "dermamnist", True)
+    task = TASKS.get("medmnist-derma")(rounds=5)
+    scores = answered(task, tmp_path, ["It is melanoma.", "This shows Melanoma", "melanoma or dermatofibroma"])
+    assert values(scores.results)["accuracy"] == pytest.approx(1 / 3)
+    assert values(scores.results)["class-unparsed"] == pytest.approx(1 / 3)
+
+
+def test_closed_m3d_questions_by_type_and_the_published_substring(tmp_path: Path) -> None:
+    layouts.m3d_vqa(tmp_path)
+    scores = answered(M3DClosedVQA(rounds=20), tmp_path, ["B. Sagittal", "It is the AORTA. C. Coronal", "D"])
+    sound, published = values(scores.results), values(scores.published)
+    # sound: right, wrong (nothing but a stated letter counts: "Coronal" is the one wording in it), right
+    assert sound["choice-accuracy"] == pytest.approx(2 / 3)
+    assert sound["choice-accuracy-macro"] == pytest.approx((1 / 2 + 1) / 2)
+    # published: "B." found, "A." found in "AORTA.", "D." missing in "D"
+    assert published["m3d-bench-choice-accuracy"] == pytest.approx(2 / 3)
+    assert published["m3d-bench-choice-accuracy-macro"] == pytest.approx((1 + 0) / 2)
+    assert scores.groups["question_type"]["location"][0].value == 1
+
+
+def test_a_box_of_a_flat_structure_has_an_extent(tmp_path: Path) -> None:
+    """One voxel deep: with corners taken as edges its volume, and every IoU with it, would be 0."""
+    mask = np.zeros((8, 16, 16), dtype=bool)
+    mask[2, 4:9, 3:7] = True
+    box = box_of(mask)
+    assert box == (2, 4, 3, 3, 9, 7)
+    assert box_text(box, mask.shape) == "<bx_start>[0.25, 0.25, 0.188, 0.25, 0.5, 0.375]<bx_end>"
+    layouts.m3d_seg(tmp_path)
+    samples = list(M3DREC().samples(tmp_path))
+    assert [sample.extra["dataset"] for sample in samples] == ["0000", "0003", "0003"]
+    scores = answered(M3DREC(rounds=5), tmp_path, [str(sample.answer) for sample in samples])
+    assert values(scores.results)["box-iou"] == 1
+    assert values(scores.published)["m3d-bench-box-iou"] == pytest.approx(0, abs=0.2)  # the flat ones get nothing
+
+
+def test_absent_structures_are_not_asked_for(tmp_path: Path) -> None:
+    layouts.m3d_seg(tmp_path)
+    assert [s.turns[0].text.split()[2] for s in M3DSeg().samples(tmp_path)] == ["liver", "liver", "kidney"]
+
+
+def test_masks_are_measured_one_by_one(tmp_path: Path) -> None:
+    layouts.m3d_refseg(tmp_path)
+    task = M3DRefSeg(rounds=5)
+    rows = join_predictions(task.samples(tmp_path), {})
+    truths = [task.reference(tmp_path, row) for row in rows]
+    assert [int(truth.sum()) for truth in truths] == [4, 1]
+    rows[0].update(task.measure_mask(truths[0] * 0.9, truths[0]))
+    rows[1].update(task.measure_mask(np.zeros(truths[1].shape), truths[1]))
+    scores = task.score(rows)
+    assert values(scores.results)["dice"] == 0.5
+    assert values(scores.published)["m3d-bench-dice"] == pytest.approx((2 * 3.6 / (3.6 + 4 + 1) + 0) / 2)
+    assert scores.groups["question_type"]["descriptive"][0].value == 1
+    del rows[1]["hd95"]
+    with pytest.raises(DataError, match="hd95"):
+        task.score(rows)
+
+
+def test_ct_rate_reads_each_turn_of_its_kind(tmp_path: Path) -> None:
+    layouts.ct_rate(tmp_path)
+    task = TASKS.get("ct-rate-choice")(rounds=5)
+    samples = list(task.samples(tmp_path, "valid"))
+    assert [sample.id for sample in samples] == ["valid_1_a_1:2", "valid_1_a_1:3"]
+    assert samples[0].extra["options"] == {"A": "the heart", "B": "the liver", "C": "nothing"}
+    assert "<" not in samples[0].turns[0].text
+    scores = answered(task, tmp_path, ["(b) and (a), I am not sure", "b"])
+    assert values(scores.results)["choice-accuracy"] == 0.5
+    assert values(scores.published)["medm-vl-choice-accuracy"] == 0.5  # "(a)" is found, "(b)" is not in "b"
+
+
+def test_a_report_and_its_negation(tmp_path: Path) -> None:
+    layouts.annotated(tmp_path, "images")
+    task = TASKS.get("iu-xray")(rounds=5)
+    samples = list(task.samples(tmp_path))
+    assert len(samples[0].media) == 2
+    negated = ["The heart is not enlarged. No left pleural effusion.", layouts.REPORTS[1]]
+    found = values(answered(task, tmp_path, negated).results)
+    assert found["rouge-1"] > 0.75
+    assert found["chest-label-f1-micro-14"] == pytest.approx(2 * 1 / (2 * 1 + 3))
+
+
+def test_uni_med_cuts_references_to_fifty_words(tmp_path: Path) -> None:
+    layouts.annotated(tmp_path, "files")
+    long = " ".join(f"word{n}" for n in range(60))
+    content = json.loads((tmp_path / "annotation.json").read_text())
+    content["test"] = [{**content["test"][0], "report": long}]
+    layouts.put_json(tmp_path / "annotation.json", content)
+    task = TASKS.get("mimic-caption")(rounds=5)
+    scores = answered(task, tmp_path, [" ".join(long.split()[:50])])
+    assert values(scores.published)["uni-med-50-words/rouge-1"] == pytest.approx(1)
+    assert values(scores.results)["rouge-1"] < 0.95
+
+
+def test_predictions_of_another_benchmark_are_noticed(tmp_path: Path) -> None:
+    layouts.slake_tree(tmp_path)
+    samples = list(SlakeVQA().samples(tmp_path))
+    with pytest.raises(DataError, match=r"1 of 2 predictions belong to no sample.*'99'"):
+        join_predictions(samples, {"1": "yes", "99": "no"})
+    assert [row["prediction"] for row in join_predictions(samples, {"2": "x"})] == ["", "x"]
+
+
+def test_records_without_the_samples_fields_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="answer_type"):
+        SlakeVQA().score([{"id": "1", "answer": "yes", "prediction": "yes"}])
+    with pytest.raises(DataError, match="'answer'"):
+        SlakeVQA().score([{"id": "1", "prediction": "yes"}])
+
+
+def test_a_custom_task_takes_text_metrics_only(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="compares masks"):
+        Custom(path="x.json", metrics=[{"name": "dice"}])
+    with pytest.raises(RecipeError, match=r"unknown metric 'bleuu'.*did you mean 'bleu'"):
+        Custom(path="x.json", metrics=[{"name": "bleuu"}])
+    with pytest.raises(ValueError, match="smoothing"):
+        TASKS.entry("custom").options.model_validate(
+            {"name": "custom", "path": "x", "metrics": [{"name": "bleu-nltk", "smoothing": "much"}]}
+        )
+
+
+def test_custom_boxes_in_text(tmp_path: Path) -> None:
+    layouts.put_json(tmp_path / "b.json", [
+        {"id": "1", "answer": "{<0><0><10><10>}", "conversations": [{"from": "human", "value": "Where?"}]}
+    ])  # fmt: skip
+    task = Custom(path="b.json", metrics=[{"name": "box-iou"}, {"name": "box-accuracy", "threshold": 0.3}], rounds=5)
+    found = values(answered(task, tmp_path, ["{<5><0><15><10>}"]).results)
+    assert found["box-iou"] == pytest.approx(1 / 3)
+    assert found["box-accuracy@0.3"] == 1
+
+
+def test_a_csv_without_its_columns_is_explained(tmp_path: Path) -> None:
+    layouts.put_csv(tmp_path / "x.csv", [{"name": "a"}])
+    with pytest.raises(DataError, match=r"column\(s\) \['type'\] are missing"):
+        list(read_csv(tmp_path / "x.csv", ("name", "type")))
+
+
+def test_long_reports_fit_into_a_csv_field(tmp_path: Path) -> None:
+    layouts.put_csv(tmp_path / "x.csv", [{"name": "a" * 200_000}])
+    assert len(next(iter(read_csv(tmp_path / "x.csv", ("name",))))["name"]) == 200_000
