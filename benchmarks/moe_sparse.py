@@ -1,6 +1,6 @@
 """How much faster the sparse gate is for running only the experts that were chosen.
 
-    python -m benchmarks.moe_sparse [--dim 1024] [--out 2048] [--tokens 256] [--batch 4] [--device cpu]
+    python -m benchmarks.moe_sparse [--dim 512] [--out 1024] [--tokens 144] [--batch 4] [--device cpu]
 
 Both sides are the same connector with the same weights and top 2; the peer runs every expert on every token and
 multiplies with zeros, as the published code does. The two are checked to give the same numbers before each ratio.
@@ -59,7 +59,7 @@ def ratio(connector: MoEConnector, features: VisionFeatures, *, backward: bool) 
 def main() -> None:
     """Print one line for each number of experts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("dim", 1024), ("out", 2048), ("tokens", 256), ("batch", 4)):
+    for name, value in (("dim", 512), ("out", 1024), ("tokens", 144), ("batch", 4)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()

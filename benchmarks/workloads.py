@@ -119,7 +119,9 @@ def make_examples(sizes: Sizes, count: int, *, seed: int = 0, generation: bool =
     """Samples after the processor: ids with placeholders, labels, pixels."""
     rng = np.random.default_rng(seed)
     sigma = 0.7
-    lengths = rng.lognormal(np.log(sizes.mean_text) - sigma**2 / 2, sigma, count).clip(16, sizes.longest_text).astype(int)
+    lengths = (
+        rng.lognormal(np.log(sizes.mean_text) - sigma**2 / 2, sigma, count).clip(16, sizes.longest_text).astype(int)
+    )
     images = rng.choice([0, 1, 2], size=count, p=[0.10, 0.85, 0.05])
     examples = []
     for length, number in zip(lengths, images, strict=True):

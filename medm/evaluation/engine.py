@@ -20,6 +20,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.utils import logging as transformers_logging
 
 from medm.errors import DeviceError
+from medm.evaluation.decoding import GreedyDecoder, Prompt
 from medm.evaluation.options import GenerationOptions
 from medm.types import Example, VisionFeatures
 
@@ -146,11 +147,13 @@ class Engine:
         processor: the model's.
         options: how replies are chosen.
         store: bytes of vision features that are kept for later prompts on the same image.
+        slots: prompts that are decoded at the same time; a batch may hold more.
     """
 
     def __init__(
-        self, model: Any, processor: Any, options: GenerationOptions | None = None, *, store: int = 256 * 2**20
-    ) -> None:
+        self, model: Any, processor: Any, options: GenerationOptions | None = None, *, store: int = 256 * 2**20,
+        slots: int = 16,
+    ) -> None:  # fmt: skip
         self.model, self.processor, self.options = model, processor, options or GenerationOptions()
         self.store = FeatureStore(store)
         self.config = generation_config(model.generation_config, self.options)
@@ -160,6 +163,11 @@ class Engine:
             name: (int(processor.placeholder_ids[name]), int(entry["num_tokens"]))
             for name, entry in processor.branches.items()
         }
+        greedy = not self.config.do_sample and self.config.num_beams == 1
+        self.decoder: GreedyDecoder | None = None
+        if greedy and GreedyDecoder.supports(model.language_model):
+            suppress = self.config.suppress_tokens or []
+            self.decoder = GreedyDecoder(model.language_model, stops=self._stops, suppress=suppress, slots=slots)
 
     @property
     def device(self) -> torch.device:
@@ -219,6 +227,8 @@ class Engine:
             digest = blake2b(np.ascontiguousarray(batch.input_ids.numpy()).data, digest_size=7).digest()
             torch.manual_seed((int.from_bytes(digest, "big") + self.options.seed) % 2**63)
         features = {name: self._features(name, batch) for name in batch.pixels}
+        if self.decoder is not None and not kwargs:
+            return self.decoder.decode(self._prompts(batch, features))
         output = self.model.generate(
             input_ids=batch.input_ids.to(self.device),
             attention_mask=batch.attention_mask.to(self.device),
@@ -228,6 +238,25 @@ class Engine:
             **kwargs,
         )
         return [self._cut(row) for row in output[:, batch.input_ids.shape[1] :].tolist()]
+
+    def _prompts(self, batch: PromptBatch, features: dict[str, VisionFeatures]) -> list[Prompt]:
+        """Each prompt by itself, embedded; equal beginnings are marked equal, images by their content."""
+        tasks = {name: ids.to(self.device) for name, ids in batch.task_ids.items()}
+        embeds, _ = self.model.embed(batch.input_ids.to(self.device), features=features, task_ids=tasks)
+        signature = batch.input_ids.numpy().copy()
+        for name, order in batch.order.items():
+            token, per_item = self._runs[name]
+            rows, columns = np.nonzero(batch.input_ids.numpy() == token)
+            for run, (position, task) in enumerate(zip(order, batch.task_ids[name].tolist(), strict=True)):
+                content = blake2b(batch.keys[name][position] + bytes([task]), digest_size=5).digest()
+                place = slice(run * per_item, (run + 1) * per_item)
+                # Below zero, where no token id is.
+                signature[rows[place], columns[place]] = (
+                    -1 - (int.from_bytes(content, "big") << 20) - np.arange(per_item)
+                )
+        starts = (1 - batch.attention_mask).sum(dim=1).tolist()
+        longest = self.options.max_new_tokens
+        return [Prompt(embeds[row, start:], signature[row, start:], longest) for row, start in enumerate(starts)]
 
     def _features(self, name: str, batch: PromptBatch) -> VisionFeatures:
         """Features of every placeholder run of a branch; what was seen before is not encoded again."""
@@ -311,7 +340,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_engine(
-    folder: str, options: GenerationOptions, *, device: torch.device, dtype: str = "saved"
+    folder: str, options: GenerationOptions, *, device: torch.device, dtype: str = "saved", slots: int = 16
 ) -> tuple[Engine, Any]:
     """The model of a folder on a device, ready to answer, and its processor.
 
@@ -326,4 +355,4 @@ def load_engine(
     nn.Module.to(model, device=device, dtype=None if dtype == "saved" else getattr(torch, dtype))
     model.requires_grad_(False)
     model.eval()
-    return Engine(model, processor, options), processor
+    return Engine(model, processor, options, slots=slots), processor

@@ -41,6 +41,9 @@ Progress = Callable[[int, int, int], None]
 _LONGEST_WAIT = timedelta(days=7)
 """Ranks wait for each other at the end, however long the slowest takes."""
 
+_BATCHES_AHEAD = 4
+"""Batches that are decoded together; their lines are written when the last of them is answered."""
+
 
 @dataclass(frozen=True, slots=True)
 class InferSummary:
@@ -156,16 +159,18 @@ def open_records(options: InferOptions) -> Records:
 def _answer_share(options: InferOptions, rank: int, world: int, note: Callable[[int, int], None]) -> None:
     """Answer this process's share of the records that have no line yet."""
     device = _device_of(options.device, rank)
-    engine, processor = load_engine(options.model, options.generation, device=device, dtype=options.dtype)
+    engine, processor = load_engine(
+        options.model, options.generation, device=device, dtype=options.dtype, slots=options.batch_size
+    )
     records = open_records(options)
     tokens_per_item = {name: int(entry["num_tokens"]) for name, entry in processor.branches.items()}
     share = deal(work_order(records, tokens_per_item), rank=rank, world=world)
     results = Results(Path(options.output), {})
     with results.append(rank=rank, world=world) as appender:
         left = share[~np.isin(share, list(results.done()))]
-        batches = [
-            left[start : start + options.batch_size].tolist() for start in range(0, len(left), options.batch_size)
-        ]
+        # A decoder that fills the places of finished prompts is given several batches at once.
+        size = options.batch_size * (_BATCHES_AHEAD if engine.decoder is not None else 1)
+        batches = [left[start : start + size].tolist() for start in range(0, len(left), size)]
         prompts = Prompts(records, processor, batches, context=_context(engine, options))
         done = errors = 0
         for prepared in _load(prompts, options, world):

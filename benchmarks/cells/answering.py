@@ -1,0 +1,209 @@
+"""Answering: batches of prompts, one token after another, and many questions on one image."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Cell, Figure, GateError, Ratio, seconds
+from benchmarks.limits import measure_limits
+from benchmarks.workloads import IMAGE, PAD, WORKLOADS, make_examples, medm_model, stock_model
+from medm.data.collator import Collator
+from medm.evaluation.decoding import GreedyDecoder, Prompt
+from medm.types import Example
+
+BATCH = 16
+
+
+class _AnsweringCell(Cell):
+    workloads: ClassVar[dict[str, str]] = {"cpu": "tiny", "h200": "0.5B"}
+    count: ClassVar[dict[str, int]] = {"cpu": 32, "h200": 256}
+    mean_reply: ClassVar[int] = 40
+
+    @property
+    def cuda(self) -> bool:
+        """Whether this profile runs on a GPU."""
+        return self.profile == "h200"
+
+    @property
+    def device(self) -> str:
+        """Where both models are."""
+        return "cuda" if self.cuda else "cpu"
+
+    @cached_property
+    def sizes(self) -> Any:
+        """The workload."""
+        return WORKLOADS[self.workloads[self.profile]]
+
+    @cached_property
+    def models(self) -> tuple[Any, Any]:
+        """Ours and the stock one, same weights. Weights are wide enough apart that greedy choices are clear."""
+        ours = medm_model(self.sizes, device=self.device, dtype=torch.bfloat16 if self.cuda else torch.float32).eval()
+        with torch.no_grad():
+            for parameter in ours.language_model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(4)
+        return ours, stock_model(ours, self.sizes).eval()
+
+    @cached_property
+    def questions(self) -> list[Example]:
+        """Prompts, with the reply lengths in `replies`."""
+        return make_examples(self.sizes, self.count[self.profile], seed=1, generation=True)
+
+    @cached_property
+    def replies(self) -> list[int]:
+        """Tokens of each reply, log-normal like the prompts; no end token, so that every run says as much."""
+        drawn = np.random.default_rng(2).lognormal(np.log(self.mean_reply) - 0.245, 0.7, len(self.questions))
+        return [int(length) for length in drawn.clip(2, 4 * self.mean_reply)]
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        return {
+            "workload": self.workloads[self.profile], "prompts": self.count[self.profile], "batch": BATCH,
+            "mean reply": self.mean_reply, "dtype": "bfloat16" if self.cuda else "float32",
+        }  # fmt: skip
+
+    def prompts(self, examples: list[Example], replies: list[int]) -> list[Prompt]:
+        """Embedded prompts, each image encoded once."""
+        model = self.models[0]
+        encoded: dict[int, Tensor] = {}
+        made = []
+        for example, length in zip(examples, replies, strict=True):
+            ids = torch.tensor(example.input_ids, device=self.device)
+            signature = np.array(example.input_ids, np.int64)
+            with torch.inference_mode():
+                embeds = model.get_input_embeddings()(ids)
+                places = (signature == IMAGE).nonzero()[0]
+                for array, run in zip(
+                    example.pixels.get("image", []),
+                    np.split(places, max(1, len(places) // self.sizes.image_tokens)),
+                    strict=False,
+                ):
+                    if id(array) not in encoded:
+                        pixels = torch.from_numpy(array)[None].to(self.device)
+                        encoded[id(array)] = model.branch("image")(pixels)[0].to(embeds.dtype)
+                    embeds[run[0] : run[-1] + 1] = encoded[id(array)]
+                    signature[run] = -(1 + id(array) + np.arange(len(run)))
+            made.append(Prompt(embeds, signature, length))
+        return made
+
+    def decode_ours(self, examples: list[Example], replies: list[int], *, slots: int = BATCH) -> list[list[int]]:
+        """Medm's way."""
+        decoder = GreedyDecoder(self.models[0].language_model, stops=[], suppress=[IMAGE], slots=slots)
+        return decoder.decode(self.prompts(examples, replies))
+
+    def decode_stock(self, examples: list[Example], replies: list[int], *, batch: int) -> list[list[int]]:
+        """Transformers' `generate` on left-padded batches in the given order."""
+        said = []
+        for start in range(0, len(examples), batch):
+            part, lengths = examples[start : start + batch], replies[start : start + batch]
+            inputs = Collator(PAD, padding_side="left")(part)
+            pixels = inputs.get("pixels", {}).get("image")
+            output = self.models[1].generate(
+                input_ids=inputs["input_ids"].to(self.device),
+                attention_mask=inputs["attention_mask"].to(self.device),
+                pixel_values=None if pixels is None else pixels.to(self.device),
+                max_new_tokens=max(lengths), do_sample=False, eos_token_id=None, pad_token_id=PAD, suppress_tokens=[IMAGE],
+            )  # fmt: skip
+            new = output[:, inputs["input_ids"].shape[1] :].tolist()
+            said += [row[:length] for row, length in zip(new, lengths, strict=True)]
+        return said
+
+    def same(self, ours: list[list[int]], theirs: list[list[int]]) -> str:
+        """Greedy tokens are equal. In bfloat16 only the first tokens can be asked for: sums are ordered differently."""
+        if self.cuda:
+            share = float(np.mean([a[0] == b[0] for a, b in zip(ours, theirs, strict=True)]))
+            if share < 0.95:
+                raise GateError(f"{share:.0%} of the first tokens are equal")
+            return f"{share:.0%} of the first tokens are equal (bfloat16)"
+        wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+        if wrong:
+            raise GateError(f"{len(wrong)} of {len(ours)} replies differ, the first: number {wrong[0]}")
+        return f"{sum(map(len, ours))} greedy tokens are equal"
+
+
+class OneByOne(_AnsweringCell, Ratio):
+    """P7, against one prompt at a time."""
+
+    name, title, peer = "P7a", "batch inference samples/s", "HF generate, one by one"
+    targets: ClassVar = {"cpu": 6.0, "h200": 25.0}
+
+    def gate(self) -> str:
+        part, lengths = self.questions[:8], self.replies[:8]
+        return self.same(self.decode_ours(part, lengths), self.decode_stock(part, lengths, batch=1))
+
+    def run_peer(self) -> float:
+        return len(self.decode_stock(self.questions, self.replies, batch=1))
+
+    def run_ours(self) -> float:
+        return len(self.decode_ours(self.questions, self.replies))
+
+
+class PaddedBatches(OneByOne):
+    """P7, against padded batches."""
+
+    name, peer = "P7b", "HF generate, padded batches of 16"
+    targets: ClassVar = {"cpu": 1.5, "h200": 1.8}
+
+    def run_peer(self) -> float:
+        return len(self.decode_stock(self.questions, self.replies, batch=BATCH))
+
+
+class Decoding(_AnsweringCell, Figure):
+    """P8: bytes of weights and cache that a token needs, over the bytes that could have been read in the time."""
+
+    name, title, peer = "P8", "decode against memory bandwidth", "limit"
+    targets: ClassVar = {"cpu": 0.5, "h200": 0.6}
+    length: ClassVar[int] = 64
+
+    def values(self, rounds: int) -> list[float]:
+        bandwidth = measure_limits(device=self.device, dtype=torch.float32).bandwidth
+        model, text = self.models[0].language_model, self.sizes.text
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        example = next(e for e in self.questions if "image" in e.pixels)
+        size = next(model.parameters()).element_size()
+        head_dim = text["hidden_size"] // text["num_attention_heads"]
+        per_token = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head_dim * size
+        shares = []
+        for _ in range(rounds + 1):
+            first = seconds(lambda: self.decode_ours([example], [1], slots=1))
+            all_of_them = seconds(lambda: self.decode_ours([example], [1 + self.length], slots=1))
+            cached = per_token * (len(example.input_ids) + self.length / 2)
+            shares.append(self.length * (weights + cached) / (all_of_them - first) / bandwidth)
+        return shares[1:]
+
+
+class ManyQuestions(_AnsweringCell, Ratio):
+    """P9: eight questions on each image."""
+
+    name, title, peer = "P9", "answers/s, 8 questions an image", "HF generate, one by one"
+    targets: ClassVar = {"cpu": 4.0, "h200": 5.0}
+    mean_reply: ClassVar[int] = 8
+    images: ClassVar[dict[str, int]] = {"cpu": 3, "h200": 24}
+
+    @cached_property
+    def questions(self) -> list[Example]:
+        rng = np.random.default_rng(3)
+        size, vocabulary = self.sizes.image_size, self.sizes.text["vocab_size"]
+        made = []
+        for _ in range(self.images[self.profile]):
+            array = rng.normal(size=(3, size, size)).astype(np.float32)
+            beginning = rng.integers(2, vocabulary, 40).tolist() + [IMAGE] * self.sizes.image_tokens
+            for _ in range(8):
+                ids = beginning + rng.integers(2, vocabulary, rng.integers(8, 24)).tolist()
+                made.append(Example(ids, [-100] * len(ids), {"image": [array]}))
+        return made
+
+    def gate(self) -> str:
+        part, lengths = self.questions[:8], self.replies[:8]
+        return self.same(self.decode_ours(part, lengths), self.decode_stock(part, lengths, batch=1))
+
+    def run_peer(self) -> float:
+        return len(self.decode_stock(self.questions, self.replies, batch=1))
+
+    def run_ours(self) -> float:
+        return len(self.decode_ours(self.questions, self.replies, slots=2 * BATCH))
