@@ -5,7 +5,6 @@ Knows JSON and JSONL, not what a record means. Nothing is cached on disk; a mill
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import weakref
@@ -53,8 +52,6 @@ class RecordFile:
         self._handle: BinaryIO | None = None
         self._starts, self._ends, self._damage = index.starts, index.ends, index.damage
         self._stamp = (status.st_size, status.st_mtime_ns)
-        self.sha256 = index.sha256
-        """Of the whole file, for the notes that are kept beside a training run."""
         if len(self) == 0:
             raise DataError(f"the file holds no records; {_EXPECTED}", file=self.path)
 
@@ -150,11 +147,9 @@ class _Index:
     ends: np.ndarray
     damage: str | None
     """What is wrong from the last record on, where the array as a whole is broken."""
-    sha256: str
 
 
 def _index(file: BinaryIO, path: Path) -> _Index:
-    digest = hashlib.sha256()
     head = file.read(4096)
     if not head.strip():
         raise DataError(f"the file is empty; {_EXPECTED}", file=path)
@@ -171,14 +166,13 @@ def _index(file: BinaryIO, path: Path) -> _Index:
     scan: _ArrayScan | _LineScan = _ArrayScan(start) if text.lstrip().startswith(b"[") else _LineScan(start)
     offset = 0
     while chunk := file.read(_CHUNK):
-        digest.update(chunk)
         codes = np.frombuffer(chunk, np.uint8)
         scan.feed(codes[start:] if offset == 0 else codes, offset + (start if offset == 0 else 0))
         offset += len(chunk)
     starts, ends, damage = scan.finish(offset)
     if isinstance(scan, _LineScan) or len(starts) == 1:  # a blank between two commas of an array is a bad record
         starts, ends = _without_blank(file, starts, ends)
-    return _Index(starts, ends, damage, digest.hexdigest())
+    return _Index(starts, ends, damage)
 
 
 def _without_blank(file: BinaryIO, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

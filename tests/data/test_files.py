@@ -179,13 +179,10 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
         opened[1]
 
 
-def test_it_travels_to_workers_and_knows_its_hash(tmp_path: Path) -> None:
+def test_it_travels_to_workers(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.json", [{"a": index} for index in range(50)])
     opened = pickle.loads(pickle.dumps(RecordFile(path)))
     assert [opened[index]["a"] for index in (49, 0, -1)] == [49, 0, 49]
-    import hashlib
-
-    assert opened.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(IndexError):
         opened[50]
 
