@@ -95,6 +95,12 @@ class Header:
     planes: tuple[Plane, ...]
     """One a frame; empty where the file does not say where they lie."""
 
+    @property
+    def stored_range(self) -> tuple[int, int]:
+        """Smallest and largest number that the stored bits can hold, before rescale."""
+        lowest = -(2 ** (self.bits_stored - 1)) if self.signed else 0
+        return lowest, lowest + 2**self.bits_stored - 1
+
 
 def is_dicom(path: Path) -> bool:
     """Whether a regular file carries the mark of DICOM."""
@@ -145,6 +151,11 @@ def read_pixels(header: Header) -> np.ndarray:
     expected = (header.frames, header.rows, header.columns) + ((3,) if header.samples == 3 else ())
     if pixels.shape != expected:
         raise MediaError(f"{header.name}: the DICOM header declares pixels {expected}, decoded were {pixels.shape}")
+    if header.inverted and header.samples == 1:
+        # ITK turns MONOCHROME1 over within the stored range; windows are about the values as they were.
+        slope, intercept = header.rescale or (1.0, 0.0)
+        turned = slope * sum(header.stored_range) + 2 * intercept - pixels.astype(np.float64)
+        return turned.astype(np.int32) if (turned == np.round(turned)).all() else turned.astype(np.float32)
     return pixels
 
 
@@ -179,8 +190,7 @@ def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
         pixels = pixels.astype(np.uint8)
         return Picture(255 - pixels if header.inverted else pixels, name)
     slope, intercept = header.rescale or (1.0, 0.0)
-    lowest = -(2 ** (header.bits_stored - 1)) if header.signed else 0
-    ends = sorted(slope * value + intercept for value in (lowest, lowest + 2**header.bits_stored - 1))
+    ends = sorted(slope * value + intercept for value in header.stored_range)
     return Picture(
         pixels, name, window=header.window, full_range=(ends[0], ends[1]), inverted=header.inverted
     )  # fmt: skip
