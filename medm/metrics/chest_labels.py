@@ -107,6 +107,8 @@ _DOUBT_AFTER = re.compile(
     r"^[^,]{0,40}?\b(?:(?:cannot|can not|could not|not)(?: be)?(?: entirely| completely)? (?:excluded|ruled out)"
     r"|is possible|are possible|is suspected|is questioned|versus|vs|not excluded)\b"
 )
+_REACH = 300
+"""Characters to either side in which a cue is looked for: a model that repeats itself must not cost minutes."""
 _VERB = re.compile(
     r"\b(?:is|are|was|were|has|have|there|shows?|showing|demonstrates?|appears?|remains?|noted|seen|present|persists?)\b"
 )
@@ -128,7 +130,7 @@ def label_report(text: str) -> dict[str, Status]:
 
 def _status(clause: str, start: int, end: int) -> Status:
     """What a clause says of the phrase at `start:end`."""
-    before, after = clause[:start], clause[end:]
+    before, after = clause[max(0, start - _REACH) : start], clause[end : end + _REACH]
     if _DOUBT_AFTER.search(after):
         return "uncertain"
     reach = _without_pseudo_negation(before)
