@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from jinja2.exceptions import TemplateError
@@ -131,11 +132,28 @@ class ChatFormat:
                 "and in order. Set model.llm.chat_template to a template that does"
             )
         texts = _MARKS.split(rendered)  # template, index, template, index, ..., template
-        yield _Piece([texts[0]], from_template=True)
+        before = texts[0]
         for index, after in zip(found, texts[2::2], strict=True):
             message = messages[index]
-            yield _Piece(message.parts, from_template=False, spoken=message.role == "assistant")
-            yield _Piece([after], from_template=True)
+            parts, spoken = message.parts, message.role == "assistant"
+            if spoken and self._lead and before.endswith(self._lead):
+                before, parts = before.removesuffix(self._lead), [self._lead, *parts]
+            yield _Piece([before], from_template=True)
+            yield _Piece(parts, from_template=False, spoken=spoken)
+            before = after
+        yield _Piece([before], from_template=True)
+
+    @cached_property
+    def _lead(self) -> str:
+        """White space that the template writes between its opening of a reply and the reply.
+
+        A prompt ends before it, so the model has to say it: it is learned with the reply's first word.
+        """
+        question, reply = Message("user", [""]), Message("assistant", [""])
+        opened = _MARKS.split(self._render([question], True))[-1]
+        written = _MARKS.split(self._render([question, reply], False))[2]
+        lead = written.removeprefix(opened)
+        return lead if written.startswith(opened) and lead.isspace() else ""
 
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
         marked = [{"role": message.role, "content": _MARK.format(i)} for i, message in enumerate(messages)]

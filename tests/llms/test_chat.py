@@ -118,9 +118,15 @@ def test_templates_that_cannot_teach_are_refused() -> None:
 def test_vicuna_layout_is_medm_vls() -> None:
     tokenizer = make_tokenizer("qwen2.5")
     chat = ChatFormat(tokenizer, template=read_template("vicuna"))
-    ids, learned = chat.encode([Message("user", ["Q"]), Message("assistant", ["A"])])
+    first = [Message("user", ["Q"]), Message("assistant", ["A"])]
+    ids, learned = chat.encode(first)
     assert chat.tokenizer.decode(ids).endswith("polite answers to the user's questions. USER: Q ASSISTANT: A<|im_end|>")
-    assert chat.tokenizer.decode([t for t, said in zip(ids, learned, strict=True) if said]) == "A<|im_end|>"
+    # The prompt ends at the colon, so the space before the reply is the model's to say.
+    assert chat.tokenizer.decode([t for t, said in zip(ids, learned, strict=True) if said]) == " A<|im_end|>"
+    prompt, _ = chat.encode(first[:1], generation=True)
+    assert ids[: learned.index(True)] == prompt
+    ids, _ = chat.encode([*first, Message("user", ["R"])], generation=True)
+    assert chat.tokenizer.decode(ids).endswith("ASSISTANT: A<|im_end|>USER: R ASSISTANT:")
 
 
 def test_an_unknown_template_names_the_nearest() -> None:
