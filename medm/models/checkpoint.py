@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils.hub import cached_file
@@ -223,6 +224,41 @@ def load_module(
     module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in renamed.items()})
     logger.info("%s", report)
     return report
+
+
+def save_bundle(
+    folder: Path,
+    encoder: nn.Module,
+    *,
+    name: str,
+    architecture: Mapping[str, Any],
+    options: Mapping[str, Any],
+    preprocess: Mapping[str, Any],
+) -> None:
+    """Write an encoder so that a recipe can name the folder as its `path`.
+
+    Args:
+        folder: exists.
+        encoder: with the weights.
+        name: registered name.
+        architecture: its sizes.
+        options: its other keywords, for the reader; a recipe says them itself.
+        preprocess: description of the pixels that belong to it.
+    """
+    bundle = {
+        "model_type": BUNDLE_TYPE,
+        "encoder": name,
+        "architecture": dict(architecture),
+        "options": dict(options),
+        "preprocess": dict(preprocess),
+    }
+    (folder / "config.json").write_text(json.dumps(bundle, indent=2) + "\n", encoding="utf-8")
+    save_tensors(encoder.state_dict(), folder / "model.safetensors")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """One safetensors file."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def open_saved(folder: str) -> tuple[Any, Any]:

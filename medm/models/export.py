@@ -10,12 +10,10 @@ import copy
 import gc
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from medm.config import validate
@@ -32,7 +29,8 @@ from medm.encoders import ENCODERS
 from medm.errors import ExportError
 from medm.imaging import load_pixels
 from medm.models import load
-from medm.models.checkpoint import BUNDLE_TYPE
+from medm.models.checkpoint import save_bundle
+from medm.models.folders import written_aside
 from medm.models.llava import save_llava
 from medm.models.lvlm.build import build_encoder
 from medm.types import Media, Sample, Turn
@@ -96,28 +94,11 @@ def export(
     if form not in forms:
         raise ExportError(f"unknown form {form!r}; expected one of {', '.join(forms)}")
     model, processor = load(folder)
-    with _written_aside(Path(out).expanduser()) as target, tempfile.TemporaryDirectory() as scratch:
+    with written_aside(Path(out).expanduser(), error=ExportError) as target, tempfile.TemporaryDirectory() as scratch:
         question = Question(
             Path(image) if image else draw_picture(Path(scratch) / "picture.png"), prompt, max_new_tokens
         )
         return forms[form](target, model, processor, question)
-
-
-@contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder that takes its place only when everything went well."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out}: exists already; choose another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    aside.mkdir()
-    try:
-        yield aside
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,28 +250,18 @@ def _encoder(target: Path, model: Any, processor: Any, branch: str | None) -> Pr
     preprocess = processor.preprocess[branch].model_dump()
     if "encoder" in entry:
         encoder, entry = encoder.encoder, dict(entry["encoder"])
-        preprocess = {key: preprocess[key] for key in ("channels", "mean", "std")} | {"size": preprocess["size"][1:]}
-    bundle = {
-        "model_type": BUNDLE_TYPE,
-        "encoder": entry["name"],
-        "architecture": entry["architecture"],
-        "options": {key: value for key, value in entry.items() if key not in ("name", "architecture")},
-        "preprocess": preprocess,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    (target / "config.json").write_text(json.dumps(bundle, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return _prove_encoder(target, encoder, bundle, tuple(preprocess["size"]), model.branch(branch).channels)
+        colours = {key: preprocess[key] for key in ("mean", "std")}
+        preprocess = {"size": preprocess["size"][1:], "channels": model.branch(branch).channels, **colours}
+    options = {key: value for key, value in entry.items() if key not in ("name", "architecture")}
+    save_bundle(target, encoder, name=entry["name"], architecture=entry["architecture"], options=options, preprocess=preprocess)
+    block = {"name": entry["name"], "path": str(target), **options}
+    return _prove_encoder(block, encoder, tuple(preprocess["size"]), model.branch(branch).channels)
 
 
 @torch.no_grad()
-def _prove_encoder(
-    target: Path, encoder: Any, bundle: dict[str, Any], spatial: tuple[int, ...], channels: int
-) -> Proof:
+def _prove_encoder(block: dict[str, Any], encoder: Any, spatial: tuple[int, ...], channels: int) -> Proof:
     """A recipe's own way to the encoder gives the same features."""
-    block = {"name": bundle["encoder"], "path": str(target), **bundle["options"]}
-    options = validate(ENCODERS.entry(bundle["encoder"]).options, block, source="the encoder's own options")
+    options = validate(ENCODERS.entry(block["name"]).options, block, source="the encoder's own options")
     again, _ = build_encoder(options)
     noise = torch.randn(1, channels, *spatial, generator=torch.Generator().manual_seed(0))
     own, other = (
