@@ -6,6 +6,7 @@ Adding one is a new file with a `VisionEncoder` and a line here; options of its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -43,7 +44,7 @@ class EfficientNetLiteOptions(EncoderOptions):
     """The EfficientNet-Lite family."""
 
     variant: Literal["lite0", "lite1", "lite2", "lite3", "lite4"] = "lite0"
-    """Member of the family. Lite1 to lite4 were trained at 240, 260, 280 and 300 pixels: say so in `image_size`."""
+    """Member of the family."""
     stages: list[int] = Field(default=[5, 7], min_length=1)
     """Feature maps that become tokens, joined on the channel axis: 1 to 7 the block stages, 8 the head's convolution."""
     pool: int | None = Field(default=None, ge=1)
@@ -51,7 +52,15 @@ class EfficientNetLiteOptions(EncoderOptions):
     statistics: Literal["running", "batch"] = "running"
     """Batch norm in training: stored statistics that never change, or those of each batch (needs large batches)."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side of the square input in pixels; 224 without it."""
+    """Side of the square input in pixels; without it the one that the variant was trained at: 224 to 300."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_of_the_variant(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("image_size") is None:
+            sizes = {"lite1": 240, "lite2": 260, "lite3": 280, "lite4": 300}
+            return {**value, "image_size": sizes.get(str(value.get("variant")), 224)}
+        return value
 
 
 class VolumeViTOptions(EncoderOptions):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.encoders.base import VisionEncoder
 from medm.encoders.batch_norm import Statistics, batch_norm
@@ -93,7 +94,7 @@ class ConvNorm(nn.Module):
         return F.relu6(pixels) if self.activate else pixels
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Inverted residual: expand, depthwise, project; the input is added where the shape allows it."""
 
     def __init__(

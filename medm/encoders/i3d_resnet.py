@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.encoders.base import VisionEncoder
 from medm.encoders.batch_norm import Statistics, batch_norm
@@ -23,7 +24,7 @@ PUBLISHED_SIZE = (160, 224, 224)
 EXPANSION = 4
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(GradientCheckpointingLayer):
     """1x1x1, 3x3x3 (which strides), 1x1x1 convolutions, each with batch norm, around a residual."""
 
     def __init__(self, in_dim: int, dim: int, *, stride: int, norm: type[_BatchNorm]) -> None:

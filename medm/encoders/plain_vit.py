@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Attention and MLP with residuals; the layer norms stand before each ("pre") or after each sum ("post")."""
 
     def __init__(

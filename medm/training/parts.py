@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from medm.errors import RecipeError, UnknownNameError
@@ -201,13 +204,19 @@ def linear_layers(module: nn.Module) -> list[str]:
 
 
 def _checkpoint_activations(module: nn.Module, *, asked: bool, name: str) -> None:
-    """Switch recomputation on in every transformers model inside a part."""
+    """Switch recomputation on in every transformers model inside a part, and in medm's own blocks."""
     able = [m for m in module.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
     for inner in able:
         # The first name is the one of releases from 2026 on.
         enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
         enable()
-    if asked and not able:
+    blocks: list[Any] = [
+        m for m in module.modules() if isinstance(m, GradientCheckpointingLayer) and not m.gradient_checkpointing
+    ]
+    for block in blocks:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    if asked and not able and not blocks:
         raise RecipeError(
             f"parts.{name}: gradient_checkpointing: this part has no layers that support it; leave it out"
         )

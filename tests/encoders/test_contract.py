@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from medm.encoders import ENCODERS
+from medm.training.parts import _checkpoint_activations
 from tests.encoders.tiny import NOT_FOR_CONSTRUCTORS, TINY_ENCODERS, build_encoder
 
 pytestmark = pytest.mark.parametrize("name", ENCODERS.names())
@@ -107,3 +108,28 @@ def test_preprocessing_is_plain_data(name):
     encoder_class, architecture = ENCODERS.get(name), TINY_ENCODERS[name].block.get("architecture", {})
     described = encoder_class.preprocess_from({}, encoder_class.architecture_from({}) | architecture, None)
     assert json.loads(json.dumps(described)) == described
+
+
+def count_block_calls(encoder):
+    """A list that grows with each run of a layer norm or a convolution."""
+    calls = []
+    for module in encoder.modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.modules.conv._ConvNd)):
+            module.register_forward_hook(lambda *_args: calls.append(1))
+    return calls
+
+
+def test_recomputed_activations_give_the_same_gradient(name):
+    gradients = []
+    for recompute in (False, True):
+        encoder = build(name).train()
+        if recompute:
+            _checkpoint_activations(encoder, asked=True, name="image.encoder")
+            forwards = count_block_calls(encoder)
+        features = encoder(pixels_for(name))
+        calls = len(forwards) if recompute else 0
+        features.tokens.square().sum().backward()
+        assert not recompute or len(forwards) > calls
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)

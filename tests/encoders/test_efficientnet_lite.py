@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from medm.encoders import EfficientNetLiteOptions
 from medm.encoders.efficientnet_lite import EfficientNetLiteEncoder, SameConv2d
+from medm.imaging.options import ImagePreprocess
 
 TINY = {"width": 0.1, "depth": 0.3, "stem": 8, "head": 16}
 
@@ -153,6 +155,18 @@ def test_stages_after_the_last_chosen_one_are_not_built():
     assert beyond
     assert all(any(re.search(pattern, key) for pattern in encoder.beyond_keys) for key in beyond)
     assert encoder(torch.randn(1, 3, 32, 32)).grid == (4, 4)
+
+
+def test_the_input_is_that_of_the_variant_unless_told():
+    def size(**block):
+        return EfficientNetLiteOptions.model_validate({"name": "efficientnet-lite", **block}).image_size
+
+    assert (size(), size(variant="lite4"), size(variant="lite4", image_size=128)) == (224, 300, 128)
+    described = ImagePreprocess.model_validate(EfficientNetLiteEncoder.preprocess_from({}, {}, size(variant="lite3")))
+    assert described.size == [280, 280]
+    # A value of 127 becomes 0, and 255 becomes 1.
+    assert (127 / 255 - described.mean[0]) / described.std[0] == 0
+    assert (255 / 255 - described.mean[0]) / described.std[0] == pytest.approx(1.0)
 
 
 def test_an_unknown_stage_is_refused():
