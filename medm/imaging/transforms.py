@@ -47,7 +47,7 @@ def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple
         values = _stretched(values, volume.name)
     box = None
     channels = []
-    for low, high in preprocess.windows or [_DEFAULT_WINDOWS[preprocess.scale]]:
+    for low, high in preprocess.windows or [default_window(preprocess.scale)]:
         channel = ((values - low) / (high - low)).clamp_(0, 1)
         if preprocess.stretch:
             channel = _stretched(channel, volume.name)
@@ -61,6 +61,11 @@ def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple
     mean = torch.tensor(preprocess.mean).view(-1, 1, 1, 1)
     std = torch.tensor(preprocess.std).view(-1, 1, 1, 1)
     return ((shown - mean) / std).contiguous().numpy(), shown.numpy()
+
+
+def default_window(scale: str) -> list[float]:
+    """What becomes 0 and 1 where a description gives no windows, in the unit of its scale."""
+    return _DEFAULT_WINDOWS[scale]
 
 
 def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:

@@ -1,0 +1,136 @@
+"""A contact sheet of an image or volume as the model will see it: windows, crop, and marks of the patient's sides.
+
+For people who check data; not for clinical use, and the sheet says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from medm.imaging import Preprocess
+from medm.imaging.images import apply_image, read_image
+from medm.imaging.options import ImagePreprocess, VolumePreprocess
+from medm.imaging.transforms import apply_volume_in_steps, default_window
+from medm.imaging.volumes import read_volume
+
+_OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
+_TEXT, _MARK, _GROUND = 200, 255, 24
+_CAPTION = 16
+"""Height of a line of text, in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    pixels: np.ndarray
+    """(H, W) or (H, W, 3), 0..1."""
+    caption: str
+    marks: tuple[str, str, str, str] | None = None
+    """Side of the patient at the left, right, top and bottom; None where it is not known."""
+
+
+def contact_sheet(path: Path, preprocess: Preprocess, *, slices: int = 12, tile: int = 192) -> Image.Image:
+    """What the model will see, as a picture.
+
+    Args:
+        path: the image or volume.
+        preprocess: the description that training uses.
+        slices: most slices of a volume that are shown, evenly spread over its first axis.
+        tile: width of one picture, in pixels.
+
+    Raises:
+        MediaError: as `load_pixels`.
+    """
+    if isinstance(preprocess, ImagePreprocess):
+        title, tiles = _image_tiles(path, preprocess)
+    else:
+        title, tiles = _volume_tiles(path, preprocess, slices)
+    return _sheet(title, tiles, tile)
+
+
+def save_contact_sheet(path: Path, preprocess: Preprocess, output: Path, *, slices: int = 12, tile: int = 192) -> None:
+    """`contact_sheet`, written as PNG without metadata."""
+    contact_sheet(path, preprocess, slices=slices, tile=tile).save(output, "PNG")
+
+
+def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], list[_Tile]]:
+    picture = read_image(path)
+    pixels = apply_image(preprocess, picture)
+    mean = np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]
+    std = np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
+    shown = np.moveaxis(pixels * std + mean, 0, -1)
+    height, width = picture.pixels.shape[:2]
+    window = preprocess.window or picture.window or picture.full_range
+    depth = f"window {window[0]:g}..{window[1]:g}" if picture.is_deep and window else "8 bits"
+    title = [
+        path.name,
+        f"{width} x {height}, {depth}, to {preprocess.size[1]} x {preprocess.size[0]} ({preprocess.fit})",
+    ]
+    return title, [_Tile(shown[..., 0] if shown.shape[-1] == 1 else shown, "")]
+
+
+def _volume_tiles(path: Path, preprocess: VolumePreprocess, slices: int) -> tuple[list[str], list[_Tile]]:
+    volume = read_volume(path, several=preprocess.series)
+    _, shown = apply_volume_in_steps(preprocess, volume)  # [C, D, H, W]
+    axes = None
+    if volume.geometry is not None:
+        axes = preprocess.orientation or volume.geometry.axes
+    marks = None if axes is None else (_OPPOSITE[axes[2]], axes[2], _OPPOSITE[axes[1]], axes[1])
+    windows = preprocess.windows or [default_window(preprocess.scale)]
+    depth = shown.shape[1]
+    # Middles of as many equal parts, so that neither end is over-represented.
+    picked = [int((i + 0.5) * depth / min(slices, depth)) for i in range(min(slices, depth))]
+    tiles = [
+        _Tile(shown[channel, z], f"{z + 1}/{depth}  {low:g}..{high:g}", marks)
+        for channel, (low, high) in enumerate(windows)
+        for z in picked
+    ]
+    direction = f"axes {axes}" if axes else "direction unknown, sides not marked"
+    sizes = [" x ".join(str(length) for length in shape) for shape in (volume.voxels.shape, shown.shape[1:])]
+    return [path.name, f"{sizes[0]} voxels ({volume.unit}) to {sizes[1]}, {direction}"], tiles
+
+
+def _sheet(title: list[str], tiles: list[_Tile], width: int) -> Image.Image:
+    font = ImageFont.load_default(size=_CAPTION - 4)
+    pictures = [_picture(tile, width, font) for tile in tiles]
+    columns = math.ceil(math.sqrt(len(tiles) * 1.5))
+    cell = max(picture.height for picture in pictures)
+    lines = [*title, "As the model sees it. Not for clinical use."]
+    wide = max(columns * (width + 4) + 4, *(int(font.getlength(line)) + 8 for line in lines))
+    rows = math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (wide, len(lines) * _CAPTION + rows * (cell + 4) + 8), (_GROUND,) * 3)
+    draw = ImageDraw.Draw(sheet)
+    for row, line in enumerate(lines):
+        draw.text((4, row * _CAPTION + 2), line, fill=(_TEXT,) * 3, font=font)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        sheet.paste(picture, (4 + column * (width + 4), len(lines) * _CAPTION + 4 + row * (cell + 4)))
+    return sheet
+
+
+def _picture(tile: _Tile, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    pixels = np.round(np.clip(tile.pixels, 0, 1) * 255).astype(np.uint8)
+    height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
+    caption = _CAPTION if tile.caption else 0
+    picture = Image.new("RGB", (width, height + caption), (_GROUND,) * 3)
+    picture.paste(Image.fromarray(pixels).convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
+    draw = ImageDraw.Draw(picture)
+    if tile.caption:
+        draw.text((2, height + 1), tile.caption, fill=(_TEXT,) * 3, font=font)
+    if tile.marks:
+        left, right, top, bottom = tile.marks
+        places = (
+            ((3, height // 2), left, "lm"),
+            ((width - 3, height // 2), right, "rm"),
+            ((width // 2, 2), top, "ma"),
+            ((width // 2, height - 2), bottom, "md"),
+        )
+        for place, letter, anchor in places:
+            draw.text(
+                place, letter, fill=(_MARK, _MARK, 0), font=font, anchor=anchor, stroke_width=2, stroke_fill=(0, 0, 0)
+            )
+    return picture
