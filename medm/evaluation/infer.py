@@ -6,6 +6,7 @@ that cannot be used becomes a line with its error.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from medm.data.files import RecordFile
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.errors import CheckpointError, DataError, MedmError, RecipeError
@@ -141,9 +141,14 @@ def run_settings(options: InferOptions) -> dict[str, Any]:
     folder = Path(options.model).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"{options.model}: no such model folder")
+    try:
+        with Path(options.data).open("rb") as stream:
+            data = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})", file=options.data) from None
     return {
         "data": options.data,
-        "data_sha256": RecordFile(options.data).sha256,
+        "data_sha256": data,
         "root": str(Path(options.root or Path(options.data).parent).resolve()),
         "model_fingerprint": model_fingerprint(folder),
         "generation": options.generation.model_dump(),
