@@ -109,8 +109,8 @@ def check_parameters(model: nn.Module) -> None:
     scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise RecipeError(
-            f"train.deepspeed: DeepSpeed cannot handle parameters without an axis ({', '.join(scalars)}); train without "
-            "DeepSpeed, or give them the shape (1,)"
+            f"train.deepspeed: DeepSpeed cannot handle parameters without an axis ({', '.join(scalars)}); train "
+            "without DeepSpeed, or give them the shape (1,)"
         )
 
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from medm.errors import RecipeError, UnknownNameError
 from medm.models.adapters import adapted, merge
 from medm.training.options import PartOptions, TrainOptions
+from medm.training.quantize import to_4bit
 
 logger = logging.getLogger(__name__)
 
@@ -183,10 +184,12 @@ def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
                 f"parts.{name}: the weights to start from hold another adapter ({'; '.join(changed)}); "
                 "go on with the same one, or fold it in first (adapter: merge)"
             )
+        if options.quantize == "4bit":
+            raise RecipeError(
+                f"parts.{name}.quantize: 4bit goes with new adapters; fold this one in first (adapter: merge)"
+            )
         return
     if options.quantize == "4bit":
-        from medm.training.quantize import to_4bit
-
         to_4bit(module, name=name)
     if spec["target_modules"] is None:
         spec["target_modules"] = linear_layers(module)
@@ -270,4 +273,6 @@ def _rank(parameter: nn.Parameter) -> int:
 
 
 def _numel(parameter: nn.Parameter) -> int:
+    if (packed := getattr(parameter, "quant_state", None)) is not None:  # two weights a byte
+        return int(packed.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))

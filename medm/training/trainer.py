@@ -31,6 +31,7 @@ from medm.training.callbacks import Interruption
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import frozen_modules, parameter_groups
 from medm.training.processes import anywhere, failures, gathered, on_first
+from medm.training.quantize import four_bit_weights, plain_state_dict
 from medm.training.recipe import differences
 from medm.training.safe_load import safe_loading
 from medm.types import Batch
@@ -397,6 +398,8 @@ class MedmTrainer(Trainer):
         folder = Path(output_dir or self.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if state_dict is None and four_bit_weights(model):
+            state_dict = plain_state_dict(model)
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder, state_dict=state_dict)
         else:
@@ -415,10 +418,17 @@ class MedmTrainer(Trainer):
         given: dict[str, Tensor] = {}
         for name in files:
             given |= load_file(folder / name)
+        rounded = four_bit_weights(model)  # frozen, and the same as at the start
+        given = {name: tensor for name, tensor in given.items() if name not in rounded}
         result = model.load_state_dict(given, strict=False)
         own = model.state_dict(keep_vars=True)
         filled = {own[name].data_ptr() for name in given if name in own}
-        missing = [name for name in result.missing_keys if own[name].data_ptr() not in filled]  # tied ones are filled
+        missing = [
+            name
+            for name in result.missing_keys
+            if own[name].data_ptr() not in filled  # tied ones are filled
+            and not any(name == weight or name.startswith(f"{weight}.") for weight in rounded)
+        ]
         if missing or result.unexpected_keys:
             raise CheckpointError(
                 f"{folder}: does not hold this model: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "

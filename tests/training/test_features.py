@@ -1,0 +1,89 @@
+"""A frozen encoder runs once a file, and training does not notice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from medm.config import validate
+from medm.encoders.siglip import SiglipEncoder
+from medm.errors import RecipeError
+from medm.training.features import encoder_fingerprint
+from medm.training.recipe import Recipe
+from medm.training.run import train
+from tests import tiny
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    images = folder / "images"
+    if not images.exists():
+        tiny.save_llm("smollm2", folder / "llm")
+        images.mkdir()
+        records = []
+        for i in range(6):
+            Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(images / f"{i}.png")
+            turns = [
+                {"from": "human", "value": "<image>\nBright?"},
+                {"from": "gpt", "value": "Yes." if i > 2 else "No."},
+            ]
+            records.append({"id": i, "image": f"{i}.png", "conversations": turns})
+        records.append(
+            {"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+        )
+        (folder / "train.json").write_text(json.dumps(records))
+    section = {
+        "model": tiny.lvlm_section(folder / "llm", family="smollm2"),
+        "data": {"train": [{"path": str(folder / "train.json"), "root": str(images)}], **changes.pop("data", {})},
+        "parts": {"image.connector": {"tune": "full", "lr": 1e-2}},
+        "train": {"num_train_epochs": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True},
+        **changes,
+    }
+    return validate(Recipe, section, source="test")
+
+
+def test_on_and_off_give_the_same_weights_and_the_encoder_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = SiglipEncoder.forward
+
+    def counting(self: SiglipEncoder, pixels: torch.Tensor) -> Any:
+        seen.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(SiglipEncoder, "forward", counting)
+    train(recipe(tmp_path, output_dir=str(tmp_path / "off")))
+    assert sum(seen) >= 12
+    seen.clear()
+    data = {"cache_features": str(tmp_path / "cache")}
+    train(recipe(tmp_path, output_dir=str(tmp_path / "on"), data=data))
+    once = [n for n in seen if n > 1]
+    assert once == [6], "every file once, in one batch"
+    assert all(n == 1 for n in seen if n not in once), "the rest are the dummies of a batch without an image"
+    off, on = (load_file(tmp_path / name / "model.safetensors") for name in ("off", "on"))
+    assert off.keys() == on.keys()
+    assert all(torch.allclose(off[name], on[name], atol=1e-6) for name in off)
+    seen.clear()
+    train(recipe(tmp_path, output_dir=str(tmp_path / "again"), data=data))
+    assert not [n for n in seen if n > 1], "a second run finds what the first kept"
+
+
+def test_other_weights_are_another_encoder() -> None:
+    encoders = [SiglipEncoder(architecture=tiny.VIT) for _ in range(2)]
+    names = [encoder_fingerprint(encoder) for encoder in encoders]
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    assert names[0] != names[1]
+    assert encoder_fingerprint(encoders[1]) == names[0]
+    assert encoder_fingerprint(encoders[1].half()) != names[0]
+
+
+def test_augmentation_and_kept_features_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="what is kept cannot be augmented"):
+        recipe(tmp_path, output_dir="x", data={"cache_features": "c", "augment": {"image": {"rotation": 5.0}}})
