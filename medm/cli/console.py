@@ -43,9 +43,25 @@ def first_process() -> bool:
 
 def start_logging(*, verbose: bool = False) -> None:
     """Log lines of medm to standard error; other libraries speak from warnings on, other ranks from errors on."""
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=err, show_path=False, rich_tracebacks=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     usual = logging.INFO if first_process() else logging.ERROR
     logging.getLogger("medm").setLevel(logging.DEBUG if verbose else usual)
+    logging.getLogger("huggingface_hub").propagate = False  # has a handler of its own, and would say everything twice
+    # transformers loads DeepSpeed wherever it is installed, which then says this on standard output, among the results.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
+class _Lines(logging.Formatter):
+    """`07:36:10  message`, further lines under the first; the level is named where it is not the usual one."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno >= logging.WARNING:
+            time, _, message = text.partition("  ")
+            text = f"{time}  {record.levelname.lower()}: {message}"
+        return text.replace("\n", "\n" + " " * len("07:36:10  "))
