@@ -42,6 +42,35 @@ def export(
     note("Not for clinical use.")
 
 
+def import_(
+    source: Annotated[str, typer.Argument(help="Published folder, file or Hugging Face id.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    kind: Annotated[
+        Literal["auto", "medm-vl", "llava", "clip", "siglip", "m3d-clip", "medm-clip", "projector"],
+        typer.Option(help="What the source is; found out without it."),
+    ] = "auto",
+    llm: Annotated[str | None, typer.Option(help="Folder or id with the language model's config.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Folder or id with the encoder's config.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Template by name or file, if not the published one.")
+    ] = None,
+    preprocess: Annotated[
+        list[str] | None, typer.Option(help="branch.key=value that replaces what is known, as in recipes; repeatable.")
+    ] = None,
+) -> None:
+    """Turn published weights into a medm checkpoint, an encoder bundle or a projector file.
+
+    Every tensor is loaded or named with its reason, in OUT/import.json; nothing is skipped silently.
+    """
+    from medm.config import apply_overrides
+    from medm.models.importing import Hints, import_model
+
+    hints = Hints(llm, encoder, chat_template, apply_overrides({}, preprocess or []))
+    for line in import_model(source, target, kind=kind, hints=hints).lines():
+        out.print(line, markup=False)
+    note("Not for clinical use.")
+
+
 def estimate(
     recipe: Annotated[str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,

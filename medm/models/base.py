@@ -26,6 +26,10 @@ class MedmModel(PreTrainedModel):
     def parts(self) -> dict[str, nn.Module]:
         """The units that a recipe freezes, trains or adapts, by name."""
 
+    def encoders(self) -> dict[str, Any]:
+        """Branch name -> module with `encoder`, `encode(pixels)` and `features_only`, where features can stand in a batch."""
+        return {}
+
     @abstractmethod
     def check_same_parts(self, options: Options, *, source: str) -> None:
         """Raises `RecipeError` when a recipe's `model` section names other parts than this model has."""

@@ -253,7 +253,9 @@ def _encoder(target: Path, model: Any, processor: Any, branch: str | None) -> Pr
         colours = {key: preprocess[key] for key in ("mean", "std")}
         preprocess = {"size": preprocess["size"][1:], "channels": model.branch(branch).channels, **colours}
     options = {key: value for key, value in entry.items() if key not in ("name", "architecture")}
-    save_bundle(target, encoder, name=entry["name"], architecture=entry["architecture"], options=options, preprocess=preprocess)
+    save_bundle(
+        target, encoder, name=entry["name"], architecture=entry["architecture"], options=options, preprocess=preprocess
+    )
     block = {"name": entry["name"], "path": str(target), **options}
     return _prove_encoder(block, encoder, tuple(preprocess["size"]), model.branch(branch).channels)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -53,6 +54,8 @@ class Branch(nn.Module):
     def __init__(self, config: Mapping[str, Any], *, out_dim: int) -> None:
         super().__init__()
         encoder, connector = dict(config["encoder"]), dict(config["connector"])
+        self.features_only = False
+        """Set by a run that hands over features on every process: then no process may touch the encoder."""
         self.encoder: VisionEncoder = ENCODERS.get(encoder.pop("name"))(**encoder)
         self.spatial, self.channels = tuple(config["spatial"]), int(config["channels"])
         self.connector: Connector = CONNECTORS.get(connector.pop("name"))(
@@ -72,7 +75,7 @@ class Branch(nn.Module):
             return self.encoder(pixels)
 
     def known(self, features: VisionFeatures | Tensor) -> VisionFeatures:
-        """Features that were encoded before; bare tokens (N, prefix + prod(grid), D) are of the branch's own input size."""
+        """Features that were encoded before; bare tokens (N, prefix + prod(grid), D) are of the branch's input size."""
         if isinstance(features, VisionFeatures):
             return features
         tokens = features.to(**self.encoder.device_and_dtype)
@@ -82,9 +85,13 @@ class Branch(nn.Module):
         """(N, C, *spatial) to (N, num_tokens, out_dim)."""
         return self.connector(self.encode(pixels), task_ids)
 
-    def dummy(self) -> Tensor:
-        """Zero pixels of one item."""
-        return torch.zeros(1, self.channels, *self.spatial, **self.encoder.device_and_dtype)
+    def idle(self) -> Tensor:
+        """Zero that depends on every weight that a batch with an item would have used; see contract 5."""
+        reference = self.encoder.device_and_dtype
+        if self.features_only:
+            tokens = torch.zeros(1, self.encoder.prefix + prod(self.connector.grid), self.encoder.dim, **reference)
+            return 0.0 * self.connector(self.known(tokens)).sum()
+        return 0.0 * self(torch.zeros(1, self.channels, *self.spatial, **reference)).sum()
 
 
 class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
@@ -137,6 +144,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             parts[f"{name}.encoder"] = self.branch(name).encoder
             parts[f"{name}.connector"] = self.branch(name).connector
         return parts
+
+    def encoders(self) -> dict[str, Any]:
+        return {name: self.branch(name) for name in self.branches}
 
     def check_same_parts(self, options: LVLMOptions, *, source: str) -> None:  # type: ignore[override]
         differences = (

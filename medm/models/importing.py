@@ -1,0 +1,368 @@
+"""Published folders to medm checkpoints: MedM-VL of three generations, stock LLaVA, towers, projectors.
+
+Every tensor of the source is loaded or named as ignored with the reason; one that is missing, unexpected or misshaped
+stops the import. What the source does not say (which chat template, whether arrays are 0..1 or HU) is noted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from medm.config import validate
+from medm.connectors.mlp import MLPConnector
+from medm.encoders import ENCODERS
+from medm.errors import CheckpointError, DataError, RecipeError
+from medm.llms.base import read_template
+from medm.llms.chat import ChatFormat
+from medm.models.checkpoint import LoadReport, Published, load_module, rename, save_bundle, save_tensors
+from medm.models.folders import written_aside
+from medm.models.lvlm.build import build, build_encoder
+from medm.models.lvlm.options import LVLMOptions
+from medm.models.source_configs import (
+    END_TOKENS,
+    encoder_block,
+    generation_of,
+    llava_section,
+    medm_vl_section,
+)
+
+_ROTARY = r"rotary_emb\.inv_freq$"
+
+
+@dataclass(slots=True)
+class ImportReport:
+    """What became of a source."""
+
+    source: str
+    kind: str
+    """What it was found to be."""
+    parts: list[LoadReport] = field(default_factory=list)
+    """One a part: tensors loaded and ignored."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided for lack of a statement in the source."""
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        lines = [f"{self.source}: {self.kind}"]
+        for part in self.parts:
+            ignored = f", {len(part.ignored)} ignored ({_families(part.ignored)})" if part.ignored else ""
+            lines.append(f"  {part.source}: {len(part.loaded)} tensors loaded{ignored}")
+        return lines + [f"  note: {note}" for note in self.notes]
+
+    def as_json(self) -> dict[str, Any]:
+        """Every tensor by name."""
+        parts = {part.source: {"loaded": part.loaded, "ignored": part.ignored} for part in self.parts}
+        return {"source": self.source, "kind": self.kind, "parts": parts, "notes": self.notes}
+
+
+def _families(names: list[str]) -> str:
+    """`text_model.*, logit_scale`: names by their first two words."""
+    return ", ".join(sorted({".".join(name.split(".")[:2]) + (".*" if name.count(".") > 1 else "") for name in names}))
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a person may know that the source does not say."""
+
+    llm: str | None = None
+    """Folder or id with the language model's config (and tokenizer, where the source has none)."""
+    encoder: str | None = None
+    """Folder or id with the encoder's config."""
+    chat_template: str | None = None
+    """Template by name or file, where it is not the published one."""
+    preprocess: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By branch, fields of the preprocessing that replace what the kind is known for."""
+
+
+KINDS: dict[str, str] = {
+    "medm-vl": "MedM-VL model folders, generations A to C",
+    "llava": "transformers' LlavaForConditionalGeneration (llava-hf)",
+    "clip": "CLIP vision towers",
+    "siglip": "SigLIP vision towers",
+    "m3d-clip": "M3D-CLIP, or pretrained_ViT.bin",
+    "medm-clip": "MedM-CLIP",
+    "projector": "MLP projectors of LLaVA, TinyLLaVA and MedM-VL",
+}
+"""What can be imported, and what it is."""
+
+_ENCODER_KINDS = ("clip", "siglip", "m3d-clip", "medm-clip")
+
+
+def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | None = None) -> ImportReport:
+    """Write a published folder or file as a medm checkpoint, an encoder bundle or a projector file.
+
+    Args:
+        source: folder, file or Hugging Face id.
+        out: folder to write; must not exist, or be empty. `import.json` in it names every tensor.
+        kind: one of `KINDS`, or "auto" to find out.
+        hints: what the source does not say.
+
+    Raises:
+        CheckpointError: of unknown kind, or tensors are missing, unexpected or misshaped. Nothing is left at `out`.
+    """
+    published, hints = Published(source), hints or Hints()
+    if kind == "auto":
+        kind = guess(published)
+    elif kind not in KINDS:
+        raise CheckpointError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
+    report = ImportReport(source, KINDS[kind])
+    write: dict[str, Callable[..., None]] = {"medm-vl": _medm_vl, "llava": _llava, "projector": _projector}
+    with written_aside(Path(out).expanduser(), error=CheckpointError) as target:
+        if kind in _ENCODER_KINDS:
+            _encoder(kind, published, target, report, hints)
+        else:
+            write[kind](published, target, report, hints)
+        text = json.dumps(report.as_json(), indent=2, ensure_ascii=False)
+        (target / "import.json").write_text(text + "\n", encoding="utf-8")
+    return report
+
+
+def guess(published: Published) -> str:
+    """The kind of a source, by its config and then by its tensors.
+
+    Raises:
+        CheckpointError: neither is known.
+    """
+    config = published.config()
+    if config.get("model_type") == "llava":
+        return "llava"
+    if generation_of(config) is not None:
+        return "medm-vl"
+    types = {
+        "m3d_clip": "m3d-clip", "medm-pretrain": "medm-clip", "clip": "clip", "clip_vision_model": "clip",
+        "siglip": "siglip", "siglip_vision_model": "siglip",
+    }  # fmt: skip
+    if config.get("model_type") in types:
+        return types[config["model_type"]]
+    names = list(published.tensors())
+    if any("patch_embedding.patch_embeddings.1." in name for name in names):
+        return "m3d-clip"
+    if any("to_patch_embedding." in name for name in names):
+        return "medm-clip"
+    if all(any(word in name for word in ("connector.", "projector.", "linear_1.", "linear_2.")) for name in names):
+        return "projector"
+    raise CheckpointError(
+        f"{published.path}: of unknown kind (model_type {config.get('model_type')!r}); say --kind, one of: "
+        + ", ".join(KINDS)
+    )
+
+
+def _medm_vl(published: Published, target: Path, report: ImportReport, hints: Hints) -> None:
+    config = published.config()
+    tensors = published.tensors()
+    generation = generation_of(config) or "C"
+    report.kind = f"MedM-VL model folder, generation {generation}"
+    groups = group(
+        tensors,
+        {
+            "llm": r"^llm\.",
+            "encoder_image3d": r"^encoder_image3d\.encoder\.",
+            "encoder_image": r"^encoder_image\.encoder\.",
+            "connector_image3d": r"^connector_image3d\.",
+            "connector_image": r"^connector_image\.",
+        },
+        source=published.path,
+    )
+    section, sources = medm_vl_section(config, groups, hints=hints, notes=report.notes)
+    _write_lvlm(published, target, report, hints, section, groups, sources)
+
+
+def _llava(published: Published, target: Path, report: ImportReport, hints: Hints) -> None:
+    """Names of llava-hf files, and of files that transformers saved from 4.52 on."""
+    renamed = rename(
+        published.tensors(),
+        key_map=[
+            (r"^(?:model\.)?vision_tower\.", "vision."),
+            (r"^(?:model\.)?multi_modal_projector\.", "connector."),
+            (r"^language_model\.(model|lm_head)\.", r"llm.\1."),
+            (r"^model\.language_model\.", "llm.model."),
+            (r"^lm_head\.", "llm.lm_head."),
+        ],
+        ignored=[],
+        report=LoadReport(published.path),
+    )
+    groups = group(
+        renamed,
+        {"llm": r"^llm\.", "encoder_image": r"^vision\.", "connector_image": r"^connector\."},
+        source=published.path,
+    )
+    section, sources = llava_section(published.config(), published.preprocessor(), hints=hints)
+    _write_lvlm(published, target, report, hints, section, groups, sources)
+
+
+def group(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str], *, source: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors by part, without their prefix. Raises `CheckpointError` for names under none of the prefixes."""
+    groups: dict[str, dict[str, Tensor]] = {name: {} for name in prefixes}
+    strangers = []
+    for name, tensor in tensors.items():
+        for part, prefix in prefixes.items():
+            if found := re.match(prefix, name):
+                groups[part][name[found.end() :]] = tensor
+                break
+        else:
+            strangers.append(name)
+    if strangers:
+        raise CheckpointError(f"{source}: {len(strangers)} tensors belong to no known part: {', '.join(strangers[:5])}")
+    return groups
+
+
+def _write_lvlm(
+    published: Published, target: Path, report: ImportReport, hints: Hints, section: dict[str, Any],
+    groups: dict[str, dict[str, Tensor]], sources: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Build what the section says, load every group of tensors, and save.
+
+    Args:
+        published: where the tokenizer is.
+        target: folder.
+        report: filled.
+        hints: see there.
+        section: a recipe's `model` section without paths.
+        groups: tensors by part of the source.
+        sources: part of the model -> part of the source.
+    """
+    llm = section["llm"]
+    with tempfile.TemporaryDirectory() as scratch:
+        llm["tokenizer"] = str(_tokenizer(published, hints, llm, Path(scratch), report))
+        llm["chat_template"] = str(Path(scratch) / "template.jinja")
+        _settle_head(groups["llm"], llm["architecture"], report)
+        dtype = groups["llm"]["model.embed_tokens.weight"].dtype
+        section["dtype"] = str(dtype).removeprefix("torch.")
+        model, processor = build(validate(LVLMOptions, section, source="the model that the source describes"))
+    report.parts.append(_load_llm(model.language_model, groups["llm"], source="llm"))
+    parts = model.parts()
+    for part, group_name in sources.items():
+        module: Any = parts[part]
+        tensors = groups[group_name]
+        if part.endswith(".encoder") and hasattr(module, "encoder"):
+            module = module.encoder  # slices: the weights are the inner encoder's
+        if part.endswith(".connector") and "query" in tensors and tensors["query"].ndim == 3:
+            tensors["query"] = tensors["query"].squeeze(0)
+        report.parts.append(
+            load_module(
+                module, tensors, source=part, key_map=type(module).key_map,
+                ignored=getattr(type(module), "ignored_keys", ()), beyond=getattr(type(module), "beyond_keys", ()),
+            )
+        )  # fmt: skip
+    unused = [name for name, tensors in groups.items() if tensors and name not in {"llm", *sources.values()}]
+    if unused:
+        raise CheckpointError(f"{published.path}: the config does not speak of {', '.join(unused)}, which has weights")
+    model.config.get_text_config()._name_or_path = ""
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+
+
+def _tokenizer(published: Published, hints: Hints, llm: Mapping[str, Any], scratch: Path, report: ImportReport) -> Path:
+    """The tokenizer and template that the weights were trained with, in a folder of their own."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(published.path)
+    except (OSError, ValueError) as error:
+        if hints.llm is None:
+            raise CheckpointError(
+                f"{published.path}: no usable tokenizer ({error}); give the LLM's with --llm"
+            ) from None
+        tokenizer = AutoTokenizer.from_pretrained(hints.llm)
+    end = END_TOKENS.get(llm["architecture"]["model_type"])
+    if end is not None and tokenizer.eos_token != end and end in tokenizer.get_vocab():
+        report.notes.append(f"replies end with {end!r} as in training; the tokenizer said {tokenizer.eos_token!r}")
+        tokenizer.eos_token = end
+    template = _template(tokenizer, hints, report)
+    first = tokenizer("a")["input_ids"][:1]
+    if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] and "bos_token" not in template:
+        template = "{{- bos_token -}}" + template  # published prompts begin with it
+    (scratch / "template.jinja").write_text(template, encoding="utf-8")
+    tokenizer.save_pretrained(scratch)
+    return scratch
+
+
+def _template(tokenizer: Any, hints: Hints, report: ImportReport) -> str:
+    """The template of the hint; that of the source where it takes text; else MedM-VL's and LLaVA's own layout."""
+    if hints.chat_template is not None or report.kind != KINDS["llava"] or not tokenizer.chat_template:
+        return read_template(hints.chat_template or "vicuna")
+    try:
+        ChatFormat(tokenizer, template=tokenizer.chat_template).end_of_reply()
+    except (RecipeError, DataError):
+        report.notes.append(
+            "the source's chat template does not take plain text; prompts have the Vicuna layout instead"
+        )
+        return read_template("vicuna")
+    return str(tokenizer.chat_template)
+
+
+def _settle_head(tensors: dict[str, Tensor], architecture: dict[str, Any], report: ImportReport) -> None:
+    """Use the head where it is stored, tie it where it is not; never tie what differs."""
+    embeddings, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
+    if embeddings is None:
+        raise CheckpointError("the language model has no model.embed_tokens.weight; this family is not imported")
+    architecture["vocab_size"] = len(embeddings)
+    if head is None:
+        architecture["tie_word_embeddings"] = True
+    elif architecture.get("tie_word_embeddings") and not torch.equal(head, embeddings):
+        architecture["tie_word_embeddings"] = False
+        report.notes.append("the head differs from the embeddings, so the two are no longer tied")
+
+
+def _load_llm(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> LoadReport:
+    """The language model; rows that the placeholders added to its vocabulary stay as they were built."""
+    own = module.state_dict()
+    padded = dict(tensors)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+        tensor = tensors.get(name)
+        if tensor is None and name == "lm_head.weight":
+            tensor = tensors["model.embed_tokens.weight"]
+        if tensor is not None and name in own:
+            rows = own[name].clone()
+            rows[: len(tensor)] = tensor
+            padded[name] = rows
+    return load_module(module, padded, source=source, ignored=[_ROTARY])
+
+
+def _encoder(kind: str, published: Published, target: Path, report: ImportReport, hints: Hints) -> None:
+    """A tower as a bundle."""
+    options = validate(ENCODERS.entry(kind).options, encoder_block(kind, published.path, hints), source=kind)
+    encoder, preprocess = build_encoder(options)
+    part = LoadReport(kind)
+    used = rename(published.tensors(), key_map=(), ignored=type(encoder).ignored_keys, report=part)
+    part.loaded = sorted(used)  # the builder has loaded them, all or nothing
+    report.parts.append(part)
+    architecture = type(encoder).architecture_from(published.config()) | options.model_dump()["architecture"]
+    entry = options.model_dump(exclude={"name", "path", "architecture", "image_size"})
+    save_bundle(
+        target, encoder, name=kind, architecture=architecture, options=entry,
+        preprocess={**preprocess, **hints.preprocess.get("image" if type(encoder).axes == 2 else "volume", {})},
+    )  # fmt: skip
+
+
+def _projector(published: Published, target: Path, report: ImportReport, _hints: Hints) -> None:
+    """An MLP that a recipe can name as `connector.path`."""
+    part = LoadReport("projector")
+    renamed = rename(published.tensors(), key_map=MLPConnector.key_map, ignored=[], report=part)
+    layers = sorted(
+        int(name.split(".")[1]) for name in renamed if name.endswith(".weight") and name.startswith("layers.")
+    )
+    if layers != list(range(0, 2 * len(layers), 2)) or not layers:
+        raise CheckpointError(
+            f"{published.path}: not an MLP projector; expected linear layers 0, 2, 4 ..., found {sorted(renamed)[:6]}"
+        )
+    in_dim, out_dim = renamed["layers.0.weight"].shape[1], renamed["layers.0.weight"].shape[0]
+    module = MLPConnector(in_dim=in_dim, out_dim=out_dim, grid=(1, 1), depth=len(layers))
+    report.parts.append(load_module(module, renamed, source="projector"))
+    save_tensors(module.state_dict(), target / "model.safetensors")
+    described = {
+        "model_type": "medm-connector",
+        "name": "mlp",
+        "depth": len(layers),
+        "in_dim": in_dim,
+        "out_dim": out_dim,
+    }
+    (target / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
