@@ -1,0 +1,242 @@
+"""The cache gives the same numbers, never a stale or damaged one, and holds nothing of the patient."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from medm.data import volume_cache
+from medm.data.volume_cache import MediaCache
+from medm.errors import MediaError
+from medm.imaging import ImagePreprocess, VolumePreprocess, load_pixels
+from tests.imaging.tiny import CANARY, phantom, write_series
+
+PREPROCESS = VolumePreprocess(size=[4, 6, 8])
+ENTRY_BYTES = 4 * 6 * 8 * 4
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    path = tmp_path / f"{CANARY}.nii.gz"
+    sitk.WriteImage(phantom(), str(path))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> MediaCache:
+    return MediaCache(tmp_path / "cache", max_bytes=10**6)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Every file that is read and prepared."""
+    seen: list[Path] = []
+
+    def counted(path: Path, preprocess: object) -> np.ndarray:
+        seen.append(path)
+        return load_pixels(path, preprocess)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(volume_cache, "load_pixels", counted)
+    return seen
+
+
+def entries(cache: MediaCache) -> list[Path]:
+    return sorted(cache.folder.glob("arrays/*/*.npy"))
+
+
+def test_the_same_numbers_and_one_reading(cache: MediaCache, volume: Path, reads: list[Path]) -> None:
+    expected = load_pixels(volume, PREPROCESS)
+    for again in range(3):
+        pixels = cache.load(volume, PREPROCESS)
+        np.testing.assert_array_equal(pixels, expected)
+        assert pixels.dtype == np.float32
+        assert len(reads) == 1, again
+    other = MediaCache(cache.folder, max_bytes=10**6)  # the next run
+    np.testing.assert_array_equal(other.load(volume, PREPROCESS), expected)
+    assert len(reads) == 1
+    assert cache.size() == (1, entries(cache)[0].stat().st_size)
+
+
+def test_what_is_handed_out_may_be_written_to(cache: MediaCache, volume: Path) -> None:
+    expected = cache.load(volume, PREPROCESS).copy()
+    cache.load(volume, PREPROCESS)[:] = 7
+    np.testing.assert_array_equal(cache.load(volume, PREPROCESS), expected)
+
+
+def test_another_description_is_another_entry(cache: MediaCache, volume: Path, reads: list[Path]) -> None:
+    cache.load(volume, PREPROCESS)
+    wider = cache.load(volume, VolumePreprocess(size=[4, 6, 8], windows=[[-200, 200]]))
+    np.testing.assert_array_equal(wider, load_pixels(volume, VolumePreprocess(size=[4, 6, 8], windows=[[-200, 200]])))
+    assert len(entries(cache)) == 2
+
+
+def test_a_changed_file_is_read_again_and_a_copy_is_not(
+    cache: MediaCache, volume: Path, reads: list[Path], tmp_path: Path
+) -> None:
+    cache.load(volume, PREPROCESS)
+    copy = tmp_path / "copy.nii.gz"
+    copy.write_bytes(volume.read_bytes())
+    os.utime(volume, (1, 1))  # touched, not changed
+    cache.load(copy, PREPROCESS)
+    cache.load(volume, PREPROCESS)
+    assert len(reads) == 1
+    sitk.WriteImage(phantom() + 100, str(volume))
+    np.testing.assert_array_equal(cache.load(volume, PREPROCESS), load_pixels(volume, PREPROCESS))
+    assert len(reads) == 2
+
+
+def test_folders_and_images(cache: MediaCache, tmp_path: Path, reads: list[Path]) -> None:
+    write_series(tmp_path / "ct", phantom())
+    expected = load_pixels(tmp_path / "ct", PREPROCESS)
+    for path in (tmp_path / "ct", tmp_path / "ct#3", tmp_path / "ct"):
+        np.testing.assert_array_equal(cache.load(path, PREPROCESS), expected)
+    assert len(reads) == 2
+    write_series(tmp_path / "ct", phantom() + 100)
+    np.testing.assert_allclose(cache.load(tmp_path / "ct", PREPROCESS).max() - expected.max(), 100 / 2000, atol=0.01)
+    assert len(reads) == 3
+    sitk.WriteImage(sitk.GetImageFromArray(np.eye(5, dtype=np.uint8)), str(tmp_path / "a.png"))
+    small = ImagePreprocess(size=[3, 3])
+    for _ in range(2):
+        np.testing.assert_array_equal(cache.load(tmp_path / "a.png", small), load_pixels(tmp_path / "a.png", small))
+    assert len(reads) == 4
+
+
+def test_a_detached_header_is_not_cached(cache: MediaCache, tmp_path: Path, reads: list[Path]) -> None:
+    """Its voxels are in another file, which may change alone."""
+    sitk.WriteImage(phantom(), str(tmp_path / "ct.mhd"))
+    cache.load(tmp_path / "ct.mhd", PREPROCESS)
+    cache.load(tmp_path / "ct.mhd", PREPROCESS)
+    assert len(reads) == 2
+    assert not entries(cache)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "header", "longer"])
+def test_a_damaged_entry_is_made_again(
+    cache: MediaCache, volume: Path, reads: list[Path], damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = cache.load(volume, PREPROCESS).copy()
+    entry = entries(cache)[0]
+    data = bytearray(entry.read_bytes())
+    if damage == "flipped":
+        data[-100] ^= 1
+    elif damage == "header":
+        data[20] ^= 255
+    entry.write_bytes({"truncated": data[:-50], "empty": b"", "longer": data + b"x"}.get(damage, data))
+    later = MediaCache(cache.folder, max_bytes=10**6)
+    np.testing.assert_array_equal(later.load(volume, PREPROCESS), expected)
+    assert "damaged cache entry is made again" in caplog.text
+    assert len(reads) == 2
+    np.testing.assert_array_equal(later.load(volume, PREPROCESS), expected)
+    assert len(reads) == 2
+
+
+def test_nothing_of_the_patient_is_stored(cache: MediaCache, volume: Path, tmp_path: Path) -> None:
+    write_series(tmp_path / "ct", phantom())
+    cache.load(volume, PREPROCESS)
+    cache.load(tmp_path / "ct", PREPROCESS)
+    files = [path for path in cache.folder.rglob("*") if path.is_file()]
+    assert len(files) == 4
+    for path in files:
+        for word in CANARY.encode().split(b"^"):
+            assert word not in path.read_bytes()
+            assert word.decode() not in path.name
+
+
+def make_volumes(folder: Path, count: int) -> list[Path]:
+    paths = [folder / f"{i}.npy" for i in range(count)]
+    for i, path in enumerate(paths):
+        np.save(path, np.full((4, 4, 4), -500 + 100 * i, dtype=np.int16))
+    return paths
+
+
+def test_the_size_is_bounded_and_a_full_cache_keeps_what_it_has(tmp_path: Path, reads: list[Path]) -> None:
+    paths = make_volumes(tmp_path, 6)
+    cache = MediaCache(tmp_path / "cache", max_bytes=int(3.9 * ENTRY_BYTES))
+    for _ in range(2):
+        for path in paths:
+            np.testing.assert_array_equal(cache.load(path, PREPROCESS), load_pixels(path, PREPROCESS))
+    number, size = cache.size()
+    assert number == 3
+    assert size <= 3.9 * ENTRY_BYTES + number * 200  # headers
+    assert len(reads) == 6 + 3  # in the second epoch half are found
+
+
+def test_entries_of_earlier_runs_give_way(tmp_path: Path) -> None:
+    paths = make_volumes(tmp_path, 6)
+    folder = tmp_path / "cache"
+    before = MediaCache(folder, max_bytes=10**6)
+    for path in paths[:3]:
+        before.load(path, PREPROCESS)
+    for age, entry in enumerate(entries(before)):
+        os.utime(entry, (time.time() - 1000 - age,) * 2)
+    now = MediaCache(folder, max_bytes=int(3.9 * ENTRY_BYTES))
+    now.load(paths[0], PREPROCESS)  # in use in this run too
+    for path in paths[3:5]:
+        now.load(path, PREPROCESS)
+    assert now.size()[0] == 3
+    recent = [entry for entry in entries(now) if entry.stat().st_mtime > time.time() - 500]
+    assert len(recent) == 3
+
+
+def test_a_disk_that_cannot_be_written_does_not_stop_the_run(
+    tmp_path: Path, volume: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    cache = MediaCache(tmp_path / "file", max_bytes=10**6)
+    for _ in range(2):
+        np.testing.assert_array_equal(cache.load(volume, PREPROCESS), load_pixels(volume, PREPROCESS))
+    assert caplog.text.count("nothing more is cached") == 1
+
+
+def test_what_a_killed_process_left_is_swept(cache: MediaCache, volume: Path) -> None:
+    cache.load(volume, PREPROCESS)
+    left = entries(cache)[0].with_name(".left.npy.1.abc")
+    left.write_bytes(b"half")
+    assert cache.size()[0] == 1
+    assert left.exists()  # perhaps still being written
+    os.utime(left, (1, 1))
+    assert cache.size()[0] == 1
+    assert not left.exists()
+
+
+def test_bad_files_raise_as_without_a_cache(cache: MediaCache, tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="no such file"):
+        cache.load(tmp_path / "nothing.nii", PREPROCESS)
+    (tmp_path / "bad.nii").write_bytes(b"x")
+    for _ in range(2):
+        with pytest.raises(MediaError, match="too few"):
+            cache.load(tmp_path / "bad.nii", PREPROCESS)
+    assert not entries(cache)
+
+
+def _many_loads(cache: MediaCache, paths: list[Path], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    for index in generator.integers(0, len(paths), 60):
+        pixels = cache.load(paths[index], PREPROCESS)
+        if not np.allclose(pixels, (500 + 100 * index) / 2000, atol=1e-6):
+            raise AssertionError(f"wrong numbers for {index}")
+        if generator.random() < 0.2:  # somebody clears the cache meanwhile
+            for entry in list(cache.folder.glob("arrays/*/*.npy"))[:1]:
+                entry.unlink(missing_ok=True)
+
+
+def test_many_processes_share_a_folder(tmp_path: Path) -> None:
+    paths = make_volumes(tmp_path, 8)
+    cache = pickle.loads(pickle.dumps(MediaCache(tmp_path / "cache", max_bytes=6 * ENTRY_BYTES)))
+    cache.load(paths[0], PREPROCESS)  # imports are paid before the fork
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_many_loads, args=(cache, paths, seed)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert not list(cache.folder.glob("arrays/*/.*"))
