@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from medm.data.features import FeatureStore
 from medm.data.limits import LengthLimit, TooLongError, require_label
 from medm.data.records import Records, missing_branch
 from medm.errors import DataError, RecipeError
@@ -44,6 +45,7 @@ class ConversationDataset(Dataset[Example | None]):
         bad_records: stop with the `DataError`, or leave the record out and count it.
         bad_records_limit: with "skip", stop all the same after more than so many.
         augmentation: by branch, random changes of the pixels.
+        features: by branch, what a frozen encoder made of the files; stands in the place of their pixels.
         generation: examples end where the reply begins, and have no labels.
         seed: of the augmentation.
     """
@@ -61,12 +63,14 @@ class ConversationDataset(Dataset[Example | None]):
         bad_records: Literal["stop", "skip"] = "stop",
         bad_records_limit: int | None = None,
         augmentation: Mapping[str, Augment] | None = None,
+        features: Mapping[str, FeatureStore] | None = None,
         generation: bool = False,
         seed: int = 0,
     ) -> None:
         self.records, self.encode, self.preprocess, self.load = records, encode, dict(preprocess), load
         self.limit = LengthLimit(max_length, too_long, frozenset(placeholder_ids))
         self.bad_records, self.bad_records_limit = bad_records, bad_records_limit
+        self.features = dict(features or {})
         self.augmentation, self.generation, self.seed = dict(augmentation or {}), generation, seed
         if unknown := sorted(self.augmentation.keys() - self.preprocess.keys()):
             raise RecipeError(
@@ -108,6 +112,8 @@ class ConversationDataset(Dataset[Example | None]):
         sample = self.records[index]
         pixels = self._pixels(sample, index)
         example = self.encode(sample, pixels, generation=self.generation)
+        for branch in self.features.keys() & example.pixels.keys():
+            example.features[branch] = example.pixels.pop(branch)
         if not self.generation:
             require_label(example)
         return example
@@ -120,13 +126,21 @@ class ConversationDataset(Dataset[Example | None]):
             try:
                 if media.branch not in self.preprocess:
                     raise DataError(missing_branch(media.branch, self.preprocess))
-                array = self.load(self.records.media_path(index, media), self.preprocess[media.branch])
+                array = self._load(self.records.media_path(index, media), media.branch)
             except DataError as error:
                 raise error.at(field=self.records.media_field(index, position)) from None
             if media.branch in self.augmentation:
                 array = augment(self.augmentation[media.branch], array, rng)
             pixels.setdefault(media.branch, []).append(array)
         return pixels
+
+    def _load(self, file: Path, branch: str) -> np.ndarray:
+        if branch not in self.features:
+            return self.load(file, self.preprocess[branch])
+        found = self.features[branch].get(file)
+        if found is None:
+            raise DataError(f"{file.name} changed after its features were made; start the run again")
+        return found
 
     def _leave_out(self, error: DataError) -> None:
         self._count("bad")

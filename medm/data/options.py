@@ -43,6 +43,9 @@ class DataOptions(Options):
     """With `skip`: stop all the same after more than so many; null for no limit."""
     augment: dict[str, Augment] | None = None
     """Random changes by branch, in training only."""
+    cache_features: str | None = None
+    """Folder in which the outputs of frozen encoders are kept, so that an encoder runs once a file and not once an
+    epoch. The folder may serve any number of runs; delete it when it is no longer needed."""
     order: Literal["shuffle", "length"] = "shuffle"
     """Order of an epoch: shuffled, or shuffled in batches of similar length, which saves padding."""
     packing: bool = False
@@ -59,6 +62,8 @@ class DataOptions(Options):
         if weighted and len(weighted) != len(self.train):
             missing = [source.path for source in self.train if source.weight is None]
             raise ValueError(f"train: weights are set for {weighted} but not for {missing}; set all or none")
+        if self.cache_features is not None and self.augment:
+            raise ValueError("cache_features: what is kept cannot be augmented; leave out cache_features or augment")
         if self.draws is not None and not weighted:
             raise ValueError(
                 "draws: needs a weight for every source in train; without them an epoch is every record once"

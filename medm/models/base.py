@@ -27,7 +27,7 @@ class MedmModel(PreTrainedModel):
         """The units that a recipe freezes, trains or adapts, by name."""
 
     def encoders(self) -> dict[str, Any]:
-        """Branch name -> module with `encoder`, `encode(pixels)` and `features_only`, where features can stand in a batch."""
+        """Branch name -> module with `encoder`, `encode(pixels)` and `features_only`, where a batch may hold features."""
         return {}
 
     @abstractmethod

@@ -6,15 +6,14 @@ The annotation files are checked as a whole before anything is built on them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from torch.utils.data import Dataset
 
 from medm.data.batches import build_batches, build_collator
 from medm.data.check import Report, check
 from medm.data.collator import Collator
 from medm.data.dataset import ConversationDataset
+from medm.data.features import FeatureStore
 from medm.data.options import DataOptions, SourceOptions
 from medm.data.records import Records
 from medm.errors import DataError, RecipeError
@@ -54,7 +53,9 @@ class TrainingData:
         if options.eval:
             on_first(lambda: self._check("held-out", options.eval))
         self.train = self._dataset(options.train, augmented=True)
-        self.evaluation: Dataset[Any] | None = self._dataset(options.eval, augmented=False) if options.eval else None
+        self.evaluation: ConversationDataset | None = (
+            self._dataset(options.eval, augmented=False) if options.eval else None
+        )
         self.sampler = build_batches(
             options,
             self.train.records.sizes,
@@ -68,6 +69,17 @@ class TrainingData:
         )
         self.collate: Callable[[list[Any]], Batch] = build_collator(options, pad_id=processor.pad_id)
         self.eval_collate: Callable[[list[Any]], Batch] = Collator(processor.pad_id)
+
+    def use_features(self, stores: Mapping[str, FeatureStore]) -> None:
+        """Read these features in the place of their branches' pixels."""
+        for dataset in (self.train, self.evaluation):
+            if dataset is not None:
+                dataset.features = dict(stores)
+
+    @property
+    def records(self) -> list[Records]:
+        """What is trained and evaluated on."""
+        return [dataset.records for dataset in (self.train, self.evaluation) if dataset is not None]
 
     @property
     def counts(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ from medm.training.arguments import training_arguments
 from medm.training.callbacks import LossCurve, Progress
 from medm.training.card import data_hashes, write_record
 from medm.training.data import TrainingData
+from medm.training.features import keep_features
 from medm.training.parts import PartTable, apply_parts
 from medm.training.recipe import Recipe, resolved
 from medm.training.trainer import MedmTrainer
@@ -61,6 +62,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     if args.process_index == 0:
         logger.info("what is trained\n%s", table)
     data = TrainingData(recipe.data, recipe.train, processor, rank=args.process_index, world=args.world_size)
+    if recipe.data.cache_features is not None:
+        root = Path(recipe.data.cache_features)
+        data.use_features(keep_features(model, root, data.train.preprocess, data.records, device=args.device))
     trainer = MedmTrainer(
         model, args,
         objective=objective(recipe), parts=recipe.parts, train_options=recipe.train, train_dataset=data.train,

@@ -146,7 +146,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         return parts
 
     def encoders(self) -> dict[str, Any]:
-        return {name: self.branch(name) for name in self.branches}
+        return dict(self.branches.items())
 
     def check_same_parts(self, options: LVLMOptions, *, source: str) -> None:  # type: ignore[override]
         differences = (
