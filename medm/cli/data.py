@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -45,6 +45,32 @@ def check(
         out.print(line, markup=False)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def preview(
+    file: Annotated[Path, typer.Argument(help="An image, a volume, or the folder of a DICOM series.")],
+    output: Annotated[Path, typer.Argument(help="PNG to write.")],
+    fields: Annotated[
+        list[str] | None, typer.Argument(help="field=value of the preprocessing, such as window=[-160,240] ...")
+    ] = None,
+    branch: Annotated[Literal["image", "volume"], typer.Option(help="What it is: 2-D or 3-D.")] = "image",
+    recipe: Annotated[str | None, typer.Option(help="Recipe whose model's preprocessing is used.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Trained model whose preprocessing is used.")] = None,
+    slices: Annotated[int, typer.Option(min=1, help="Most slices of a volume that are shown.")] = 12,
+) -> None:
+    """Draw what a model will see of one file: after window, orientation and size. Not for clinical use."""
+    from medm.config import apply_overrides
+    from medm.errors import RecipeError
+    from medm.imaging import preprocess_from_dict
+    from medm.imaging.preview import save_contact_sheet
+
+    known = _settings(_load(recipe) if recipe else None, model).get("preprocess", {})
+    if known and branch not in known:
+        raise RecipeError(f"--branch {branch}: the model has {', '.join(sorted(known))}")
+    described = known[branch].model_dump() if known else {"kind": branch}
+    save_contact_sheet(file, preprocess_from_dict(apply_overrides(described, fields or [])), output, slices=slices)
+    out.print(str(output), markup=False)
 
 
 def _load(recipe: str) -> Recipe:

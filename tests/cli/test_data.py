@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests import tiny
 from tests.cli.runner import medm
@@ -81,6 +82,32 @@ def test_records_longer_than_the_recipe_allows_are_bad(recipe: Path) -> None:
     done = medm("data", "check", "--recipe", str(shorter))
     assert done.code == 1
     assert "60" in done.out
+
+
+def test_preview_draws_what_the_model_sees(recipe: Path, tmp_path: Path) -> None:
+    picture, sheet = DOCS / "examples_media" / "disc_left.png", tmp_path / "sheet.png"
+    done = medm("data", "preview", str(picture), str(sheet), "size=[40,80]")
+    assert (done.code, done.out) == (0, f"{sheet}\n")
+    plain = Image.open(sheet).size
+    done = medm("data", "preview", str(picture), str(sheet), "--recipe", str(recipe))
+    assert done.code == 0, done.err
+    assert Image.open(sheet).size != plain  # the recipe's model takes square pictures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["size=[40]"], "size"),
+        (["windw=[0,1]"], "did you mean 'window'"),
+        (["--branch", "volume", "--recipe", "RECIPE"], "the model has image"),
+    ],
+)
+def test_preview_refuses_what_does_not_fit(recipe: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    given = [str(recipe) if argument == "RECIPE" else argument for argument in arguments]
+    done = medm("data", "preview", str(DOCS / "examples_media" / "bars.jpg"), str(tmp_path / "sheet.png"), *given)
+    assert done.code == 2
+    assert words in done.err
+    assert not (tmp_path / "sheet.png").exists()
 
 
 def test_checking_files_alone_loads_no_torch() -> None:
