@@ -88,10 +88,11 @@ class Branch(nn.Module):
     def idle(self) -> Tensor:
         """Zero that depends on every weight that a batch with an item would have used; see contract 5."""
         reference = self.encoder.device_and_dtype
+        no_task = torch.full((1,), -1, device=reference["device"])
         if self.features_only:
             tokens = torch.zeros(1, self.encoder.prefix + prod(self.connector.grid), self.encoder.dim, **reference)
-            return 0.0 * self.connector(self.known(tokens)).sum()
-        return 0.0 * self(torch.zeros(1, self.channels, *self.spatial, **reference)).sum()
+            return 0.0 * self.connector(self.known(tokens), no_task).sum()
+        return 0.0 * self(torch.zeros(1, self.channels, *self.spatial, **reference), no_task).sum()
 
 
 class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
@@ -201,8 +202,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             else:
                 self._check_no_placeholder(input_ids, name)
                 if self._must_run_every_branch():
-                    no_task = torch.full((1,), -1, device=embeds.device)
-                    embeds = embeds + 0.0 * branch(branch.dummy(), no_task).sum().to(embeds.dtype)
+                    embeds = embeds + branch.idle().to(embeds.dtype)
         return embeds, losses
 
     def forward(
