@@ -27,7 +27,7 @@ class MedmModel(PreTrainedModel):
         """The units that a recipe freezes, trains or adapts, by name."""
 
     def encoders(self) -> dict[str, Any]:
-        """Branch name -> module with `encoder`, `encode(pixels)`, `features_only`; its features may stand in a batch."""
+        """By branch a module with `encoder`, `encode(pixels)` and `features_only`, where features can be kept."""
         return {}
 
     @abstractmethod
