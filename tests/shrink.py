@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from medm.cli.recipes import find
 from medm.training.recipe import load_recipe
@@ -34,9 +35,24 @@ def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
         f"train.max_steps={steps}",
     ]
     for branch, options in recipe.model.branches.items():
-        block = {
-            key: value for key, value in options.encoder.model_dump().items() if key not in ("path", "architecture")
-        }
-        block["architecture"] = TINY_ENCODERS[options.encoder.name].block.get("architecture", {})
-        result.append(f"model.branches.{branch}.encoder={json.dumps(block)}")
+        result.append(f"model.branches.{branch}.encoder={json.dumps(tiny_block(options.encoder.model_dump()))}")
+        if branch == "volume":
+            result.append(
+                f"model.branches.volume.preprocess.size={list(TINY_ENCODERS[options.encoder.name].pixels[1:])}"
+            )
     return result
+
+
+def tiny_block(block: dict[str, Any]) -> dict[str, Any]:
+    """An encoder's block with its options, a tiny architecture and no published weights."""
+    small = {key: value for key, value in block.items() if key not in ("path", "architecture", "image_size")}
+    small["architecture"] = TINY_ENCODERS[block["name"]].block.get("architecture", {})
+    if "encoder" in block:
+        small["encoder"] = tiny_block(block["encoder"])
+    return small
+
+
+def records(name: str) -> Path:
+    """The example records that fit a shipped recipe: for its stage, with volumes where it reads them."""
+    stage = "pretrain" if name.endswith("/pretrain") else "finetune"
+    return DOCS / f"example_{stage}{'_3d' if 'volume' in load_recipe(find(name)).model.branches else ''}.json"

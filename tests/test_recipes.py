@@ -24,6 +24,12 @@ def test_the_published_systems_are_there() -> None:
         "medm-vl-2d/pretrain",
         "medm-vl-2d/finetune",
         "medm-vl-2d/finetune_lora",
+        "medm-vl-ct/pretrain",
+        "medm-vl-ct/finetune",
+        "medm-vl-ct/finetune_lora",
+        "medm-vl-ct-chest/pretrain",
+        "medm-vl-ct-chest/finetune",
+        "medm-vl-ct-chest/finetune_lora",
         "tinyllava-phi2-siglip/pretrain",
         "tinyllava-phi2-siglip/finetune",
     } <= set(NAMES)
@@ -65,6 +71,20 @@ def test_parts_are_those_of_the_model(name: str) -> None:
         ("medm-vl-2d/finetune_lora", "parts.llm.r", 128),
         ("medm-vl-2d/finetune_lora", "parts.llm.alpha", 256),
         ("medm-vl-2d/finetune_lora", "parts.image.encoder.tune", "frozen"),
+        ("medm-vl-ct/pretrain", "data.max_length", 512),
+        ("medm-vl-ct/pretrain", "parts.volume.connector.lr", 1e-4),
+        ("medm-vl-ct/pretrain", "train.num_train_epochs", 3),
+        ("medm-vl-ct/pretrain", "train.per_device_train_batch_size", 32),
+        ("medm-vl-ct/finetune", "parts.llm.lr", 5e-5),
+        ("medm-vl-ct/finetune", "parts.volume.encoder.tune", "frozen"),
+        ("medm-vl-ct/finetune", "train.num_train_epochs", 4),
+        ("medm-vl-ct/finetune", "train.per_device_train_batch_size", 16),
+        ("medm-vl-ct/finetune_lora", "parts.llm.r", 128),
+        ("medm-vl-ct-chest/pretrain", "parts.volume.connector.lr", 1e-3),
+        ("medm-vl-ct-chest/pretrain", "train.per_device_train_batch_size", 16),
+        ("medm-vl-ct-chest/finetune", "parts.volume.encoder.lr", 2e-5),
+        ("medm-vl-ct-chest/finetune", "train.per_device_train_batch_size", 8),
+        ("medm-vl-ct-chest/finetune_lora", "parts.volume.connector.lr", 2e-4),
         ("tinyllava-phi2-siglip/pretrain", "data.max_length", 3072),
         ("tinyllava-phi2-siglip/pretrain", "parts.image.connector.lr", 1e-3),
         ("tinyllava-phi2-siglip/finetune", "parts.llm.tune", "full"),
@@ -120,10 +140,6 @@ def test_mistakes_are_named_with_their_key(override: str, words: list[str]) -> N
         assert word in str(caught.value)
 
 
-EXAMPLES = {"pretrain": "example_pretrain.json"}
-"""Records for a recipe, by the last word of its name; the finetuning ones for all others."""
-
-
 @pytest.fixture(scope="module")
 def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("parts")
@@ -137,8 +153,7 @@ def test_recipe_trains(name: str, tiny_parts: Path, tmp_path: Path) -> None:
     from medm.models import build, load
     from medm.training.run import train
 
-    records = ROOT / "docs" / EXAMPLES.get(name.rsplit("/")[-1], "example_finetune.json")
-    sources = f'[{{"path": "{records}"}}]'
+    sources = f'[{{"path": "{shrink.records(name)}"}}]'
     recipe = load_recipe(
         find(name),
         [*shrink.overrides(name, tiny_parts), f"data.train={sources}", "data.eval=[]", "train.eval_strategy=no",

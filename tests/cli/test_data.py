@@ -17,9 +17,9 @@ from tests.cli.runner import medm
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune", "inference"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "inference", "pretrain_3d", "finetune_3d", "inference_3d"])
 def test_shipped_examples_pass(name: str) -> None:
-    flags = ["--inference"] if name == "inference" else []
+    flags = ["--inference"] if name.startswith("inference") else []
     done = medm("data", "check", str(DOCS / f"example_{name}.json"), "--decode", *flags)
     assert done.code == 0, done.out
     assert " 0 bad;" in done.out
