@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (templates are one line each)
 """The smallest things that are still real: tokenizers, language models and vision towers built in a second.
 
 The tokenizers are byte-level BPE without merges (any text, exact round trip) or SentencePiece-like, with the

@@ -92,9 +92,24 @@ class MoEOptions(MLPOptions):
 CONNECTORS: Registry[type[Connector]] = Registry("connector", group="medm.connectors", options=ConnectorOptions)
 
 CONNECTORS.add("linear", "medm.connectors.mlp:LinearConnector", "one linear layer a token (LLaVA 1.0, MiniGPT-4)")
-CONNECTORS.add("mlp", "medm.connectors.mlp:MLPConnector", "linear layers with an activation between (LLaVA 1.5, TinyLLaVA, MedM-VL)", options=MLPOptions)
-CONNECTORS.add("spatial-pooling", "medm.connectors.pooling:SpatialPoolingConnector", "averages of neighbouring tokens, then an MLP (M3D-LaMed, MedM-VL-CT)", options=SpatialPoolingOptions)
-CONNECTORS.add("attention-pooling", "medm.connectors.pooling:AttentionPoolingConnector", "learned queries over all tokens, then an MLP (MedM-VL-CT-Chest)", options=AttentionPoolingOptions)
+CONNECTORS.add(
+    "mlp",
+    "medm.connectors.mlp:MLPConnector",
+    "linear layers with an activation between (LLaVA 1.5, TinyLLaVA, MedM-VL)",
+    options=MLPOptions,
+)
+CONNECTORS.add(
+    "spatial-pooling",
+    "medm.connectors.pooling:SpatialPoolingConnector",
+    "averages of neighbouring tokens, then an MLP (M3D-LaMed, MedM-VL-CT)",
+    options=SpatialPoolingOptions,
+)
+CONNECTORS.add(
+    "attention-pooling",
+    "medm.connectors.pooling:AttentionPoolingConnector",
+    "learned queries over all tokens, then an MLP (MedM-VL-CT-Chest)",
+    options=AttentionPoolingOptions,
+)
 CONNECTORS.add(
     "resample",
     "medm.connectors.resample:ResampleConnector",

@@ -1,0 +1,1 @@
+"""Knowledge: graph, memory, fusion. Nothing is registered yet."""
