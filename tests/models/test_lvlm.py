@@ -215,14 +215,14 @@ def test_adapters_live_in_the_checkpoint_and_fold_away(llms: dict[str, Path], tm
     assert not any("lora" in name or "base_layer" in name for name in again.state_dict())
 
 
-def test_init_from_folds_adapters_and_refuses_other_parts(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_init_from_keeps_adapters_and_refuses_other_parts(llms: dict[str, Path], tmp_path: Path) -> None:
     model, processor = build(llms["qwen2.5"])
     model.add_adapter_to_part("llm", LORA)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     section = tiny.lvlm_section(llms["qwen2.5"])
     again, _ = medm.models.build(validate(LVLMOptions, section, source="test"), init_from=str(tmp_path))
-    assert again.config.adapters == {}
+    assert again.config.adapters == {"llm": LORA}
     section["branches"]["image"]["connector"] = {"name": "mlp", "depth": 3}
     with pytest.raises(RecipeError, match=r"image\.connector\.depth 2, not 3"):
         medm.models.build(validate(LVLMOptions, section, source="test"), init_from=str(tmp_path))

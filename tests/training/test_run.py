@@ -1,0 +1,184 @@
+"""A recipe run from its file to a model folder, with a real data set of a dozen images and tiny parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from medm.errors import DataError, RecipeError
+from medm.models import load
+from medm.training import checkpoints
+from medm.training.recipe import load_recipe
+from medm.training.run import publish, train
+from tests import tiny
+
+QUESTIONS = ("Which plane is shown?", "Is there a lesion?")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny language model, twelve images, annotation files and a recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny.save_llm("qwen2.5", folder / "llm")
+    (folder / "images").mkdir()
+    rng, records = np.random.default_rng(0), []
+    for index in range(12):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / "images" / f"{index}.png")
+        turns = [
+            {"from": "human", "value": f"<image>\n{QUESTIONS[index % 2]}"},
+            {"from": "gpt", "value": ("axial", "no")[index % 2]},
+        ]
+        records.append({"id": str(index), "image": [f"{index}.png"], "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(records[:8]))
+    (folder / "eval.json").write_text(json.dumps(records[8:]))
+    return folder
+
+
+def recipe(world: Path, output_dir: Path, **changes: Any) -> Any:
+    content: dict[str, Any] = {
+        "model": tiny.lvlm_section(world / "llm"),
+        "data": {
+            "train": [{"path": str(world / "train.json"), "root": str(world / "images")}],
+            "eval": [{"path": str(world / "eval.json"), "root": str(world / "images")}],
+        },
+        "parts": {"llm": {"tune": "lora", "r": 4, "lr": 1e-3}, "image.connector": {"tune": "full", "lr": 1e-2}},
+        "train": {
+            "use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1,
+            "eval_strategy": "steps", "eval_steps": 2,
+        },
+        "output_dir": str(output_dir),
+    }  # fmt: skip
+    for section, values in changes.items():
+        content[section] = content[section] | values if isinstance(content.get(section), dict) else values
+    path = output_dir.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(content))
+    return load_recipe(path)
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Path:
+    outcome = train(recipe(world, world / "trained"))
+    assert outcome.finished
+    assert outcome.steps == 6
+    return outcome.output_dir
+
+
+def test_the_folder_opens_and_says_where_it_comes_from(world: Path, trained: Path) -> None:
+    model, processor = load(str(trained))
+    assert set(model.config.adapters) == {"llm"}
+    assert list(processor.branches) == ["image"]
+    present = {path.name for path in trained.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "recipe.yaml",
+        "run.json",
+        "loss.jsonl",
+        "loss.png",
+    } <= present
+    assert not [name for name in present if name.startswith(".tmp")]
+    assert "Not for clinical use" in (trained / "README.md").read_text()
+    assert load_recipe(trained / "recipe.yaml") == recipe(world, trained)
+    run = json.loads((trained / "run.json").read_text())
+    train_file = world / "train.json"
+    assert run["data"][str(train_file)] == hashlib.sha256(train_file.read_bytes()).hexdigest()
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
+    assert run["scores"].keys() == {"training loss", "held-out loss"}
+    assert 0 < run["trainable"] < run["parameters"]
+
+
+def test_a_stopped_and_continued_run_writes_the_same_model(world: Path, trained: Path, tmp_path: Path) -> None:
+    """Through the command line, in a process of its own that gets SIGTERM: exit status 75, then --resume."""
+    output = tmp_path / "trained"
+    recipe(world, output)
+    script = (
+        "import os, signal, sys, transformers\n"
+        "from medm.cli import main\n"
+        "class Stop(transformers.TrainerCallback):\n"
+        "    def on_step_begin(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 3 and '--resume' not in sys.argv: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import medm.training.run as run\n"
+        "known = run._callbacks\n"
+        "run._callbacks = lambda recipe: [*known(recipe), Stop()]\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", script, "train", str(output.with_suffix(".yaml"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    stopped = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert stopped.returncode == 75, stopped.stderr
+    assert not (output / "config.json").exists()
+    assert checkpoints.folders(output)[0].name == "checkpoint-4"
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    whole, again = load_file(trained / "model.safetensors"), load_file(output / "model.safetensors")
+    assert whole.keys() == again.keys()
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_a_new_run_starts_from_a_lora_result_and_goes_on_with_its_adapter(
+    world: Path, trained: Path, tmp_path: Path
+) -> None:
+    before = load_file(trained / "model.safetensors")
+    outcome = train(recipe(world, tmp_path / "kept", init_from=str(trained), train={"max_steps": 1, "warmup_steps": 4}))
+    after = load_file(outcome.output_dir / "model.safetensors")
+    assert after.keys() == before.keys()  # the learning rate of step 1 is 0: what was loaded is what is saved
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    parts = {"llm": {"tune": "full", "adapter": "merge"}}
+    merged = train(recipe(world, tmp_path / "merged", init_from=str(trained), parts=parts, train={"max_steps": 1}))
+    assert not [name for name in load_file(merged.output_dir / "model.safetensors") if "lora" in name]
+    with pytest.raises(RecipeError, match="adapter: merge"):
+        train(recipe(world, tmp_path / "refused", init_from=str(trained), parts={"llm": {"tune": "full"}}))
+
+
+def test_bad_records_stop_the_run_before_it_begins(world: Path, tmp_path: Path) -> None:
+    records = json.loads((world / "train.json").read_text())
+    records[3]["image"] = ["../outside.png"]
+    records[5]["conversations"] = []
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(records))
+    data = {"train": [{"path": str(path), "root": str(world / "images")}]}
+    with pytest.raises(DataError, match=r"2 of 8 training records are bad; the first: .*bad\.json, record 3"):
+        train(recipe(world, tmp_path / "out", data=data))
+    skipped = recipe(world, tmp_path / "out", data=data | {"bad_records": "skip"}, train={"max_steps": 2})
+    assert train(skipped).finished
+    counts = json.loads((tmp_path / "out" / "run.json").read_text())["records"]
+    assert counts["left_out_by_check"] == 2
+
+
+def test_held_out_data_is_asked_for_when_it_is_to_be_measured(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.eval"):
+        train(recipe(world, tmp_path / "out", data={"eval": []}))
+
+
+def test_publishing_puts_the_config_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in between, the folder does not open; it never opens half new and half old."""
+    output, folder = tmp_path / "out", tmp_path / "out" / ".tmp-model"
+    folder.mkdir(parents=True)
+    (output / "config.json").write_text("old")
+    for name in ("config.json", "model.safetensors", "processor_config.json"):
+        (folder / name).write_text("new")
+    moved = []
+    replace = Path.replace
+
+    def note(path: Path, target: Path) -> Path:
+        moved.append((path.name, (output / "config.json").exists()))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", note)
+    publish(folder, output)
+    assert moved[-1] == ("config.json", False)
+    assert sorted(moved[:-1]) == [("model.safetensors", False), ("processor_config.json", False)]
+    assert (output / "config.json").read_text() == "new"
