@@ -8,8 +8,8 @@ eye or by a model. Training pictures are turned, moved, resized and brightened a
 chest the heart is on the wrong side. Test pictures come from other volumes (`data/volumes.yaml`) and are only placed.
 
 Written: images/*.png, pretrain.json (captions), finetune.json (questions), test.json (questions, `answer` beside them),
-pictures.json (what is known of each picture), tasks_train.json and tasks_test.json (caption, vqa, cls, rec, reg).
-The same seed gives the same files.
+about.json (for report.py), pictures.json (what is known of each picture), tasks_train.json and tasks_test.json
+(caption, vqa, cls, rec, reg). The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -50,6 +50,17 @@ QUESTIONS = {
 }
 """Every type of question: its wording, which names the answers, and the answers."""
 CAPTION = "Describe the image."
+
+NOTES = (
+    "Not for clinical use. This shows that the machinery learns, and nothing about medicine: a handful of volumes.",
+    "Slices of one volume resemble each other, so volumes are what counts: the interval draws whole volumes with "
+    "replacement. With so few of them it is itself rough, and no second seed was run.",
+    "Spine CT and abdominal MR are never trained on. Where the modality is wrong there and right elsewhere, the model "
+    "learned which region usually comes in which modality, not what CT and MR look like.",
+    "Level is asked of lungs and brains alone. Lesions: training holds a nodule on three slices and one small brain "
+    "lesion, too little to learn from; the row is there so that nobody has to wonder.",
+)
+"""What the table does not show; printed under it."""
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 in pixels of the picture."""
@@ -290,6 +301,7 @@ def write(folder: Path, pictures: list[Picture]) -> None:
     random = np.random.default_rng(SEED)
     train = [picture for picture in pictures if picture.split == "train"]
     held_out = [picture for picture in pictures if picture.split != "train"]
+    _dump(folder / "about.json", {"questions": QUESTIONS, "notes": NOTES})
     _dump(folder / "pictures.json", [asdict(picture) for picture in pictures])
     _dump(folder / "pretrain.json", [_record(picture, "caption", [(CAPTION, caption(picture))]) for picture in train])
     _dump(folder / "finetune.json", [conversation(picture, random) for picture in train])
@@ -300,8 +312,8 @@ def write(folder: Path, pictures: list[Picture]) -> None:
     )
 
 
-def _dump(file: Path, records: list[dict[str, object]]) -> None:
-    file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _dump(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def caption(picture: Picture) -> str:

@@ -1,8 +1,9 @@
-"""Score what the model answered about volumes it never saw, before and after finetuning, and say what it means.
+"""Score what a model answered about volumes it never saw, before and after finetuning, and say what it means.
 
     python examples/quickstart/report.py [folder, by default work_dirs/quickstart]
 
-Reads data/test.json, before.jsonl, after.jsonl and the loss logs; writes results.json, results.md and sheet.html.
+Reads data/{about,finetune,test}.json, before.jsonl (where there is one), after.jsonl and the loss logs; writes
+results.json, results.md and sheet.html.
 """
 
 from __future__ import annotations
@@ -15,30 +16,24 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from fetch import REPOSITORY
-from prepare import QUESTIONS
 
 from medm.metrics.choice import parse_choice, parse_yes_no
 
+CONSTANTS = (
+    "'Most frequent' answers what was most frequent in training; 'best constant' is the constant answer that turns out "
+    "best on the test pictures, which nobody could have known before."
+)
 ROUNDS = 4000
 """Bootstrap samples of an interval."""
 SHOWN_PER_VOLUME = 4
 """Pictures of each volume on the sheet."""
 
-NOTES = (
-    "Not for clinical use. This shows that the machinery learns, and nothing about medicine: a handful of volumes.",
-    "Slices of one volume resemble each other, so volumes are what counts: the interval draws whole volumes with "
-    "replacement. With so few of them it is itself rough, and no second seed was run.",
-    "Spine CT and abdominal MR are never trained on. Where the modality is wrong there and right elsewhere, the model "
-    "learned which region usually comes in which modality, not what CT and MR look like.",
-    "Level is asked of lungs and brains alone. Lesions: training holds a nodule on three slices and one small brain "
-    "lesion, too little to learn from; the row is there so that nobody has to wonder.",
-    "'Most frequent' answers what was most frequent in training; 'best constant' is the constant answer that turns out "
-    "best on the test pictures, which nobody could have known before.",
-)  # fmt: skip
+Questions: TypeAlias = dict[str, tuple[str, list[str]]]
+"""Question type -> its wording and its answers."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +41,23 @@ class Answered:
     """One question about one picture, and what was made of it."""
 
     kind: str
+    question: str
+    options: Sequence[str]
     volume: str
     split: str
     picture: str
-    question: str
     truth: str
-    before: str
+    before: str | None
     after: str
 
-    def hit(self, reply: str) -> bool:
+    def hit(self, reply: str | None) -> bool:
         """Whether a reply names this answer and no other."""
-        return parse(self.kind, reply) == self.truth
+        return reply is not None and parse(self.options, reply) == self.truth
 
 
-def parse(kind: str, reply: str) -> str | None:
+def parse(options: Sequence[str], reply: str) -> str | None:
     """The one answer that a reply names; None where it names none, or several."""
-    options = QUESTIONS[kind][1]
-    if options == ("yes", "no"):
+    if set(options) == {"yes", "no"}:
         said = parse_yes_no(reply)
         return None if said is None else "yes" if said else "no"
     letters = {chr(ord("A") + number): option for number, option in enumerate(options)}
@@ -73,13 +68,15 @@ def parse(kind: str, reply: str) -> str | None:
 def main(arguments: list[str]) -> int:
     """Write the three files and print the table. Returns the exit status."""
     folder = Path(arguments[0]) if arguments else REPOSITORY / "work_dirs" / "quickstart"
-    answered = read(folder)
-    frequent = most_frequent(json.loads((folder / "data" / "finetune.json").read_text(encoding="utf-8")))
+    about = json.loads((folder / "data" / "about.json").read_text(encoding="utf-8"))
+    answered = read(folder, about["questions"])
+    training = json.loads((folder / "data" / "finetune.json").read_text(encoding="utf-8"))
+    frequent = most_frequent(training, about["questions"])
     results = {
         "held_out": score([a for a in answered if a.split == "test"], frequent),
         "apart": score([a for a in answered if a.split == "extra"], frequent),
         "by_volume": by_volume(answered),
-        "notes": list(NOTES),
+        "notes": [*about["notes"], CONSTANTS],
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     text = markdown(results)
@@ -90,33 +87,39 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def read(folder: Path) -> list[Answered]:
-    """Every question with both replies. A record that was refused counts as an empty reply."""
-    questions = json.loads((folder / "data" / "test.json").read_text(encoding="utf-8"))
-    replies = {}
-    for when in ("before", "after"):
-        lines = map(json.loads, (folder / f"{when}.jsonl").read_text(encoding="utf-8").splitlines())
-        replies[when] = {line["index"]: line.get("reply", "") for line in lines}
-        if len(replies[when]) != len(questions):
-            raise SystemExit(
-                f"{when}.jsonl answers {len(replies[when])} of {len(questions)} questions; run medm infer again"
-            )
+def read(folder: Path, questions: Questions) -> list[Answered]:
+    """Every question with its replies. A record that was refused counts as an empty reply."""
+    records = json.loads((folder / "data" / "test.json").read_text(encoding="utf-8"))
+    before, after = (_replies(folder / f"{when}.jsonl", len(records)) for when in ("before", "after"))
+    if not after:
+        raise SystemExit(f"{folder / 'after.jsonl'}: not there; run medm infer with the finetuned model")
     return [
         Answered(
-            kind=record["question_type"], volume=record["source_volume"], split=record["split"],
-            picture=record["image"][0], question=QUESTIONS[record["question_type"]][0], truth=record["answer"],
-            before=replies["before"][index], after=replies["after"][index],
+            kind=(kind := record["question_type"]), question=questions[kind][0], options=questions[kind][1],
+            volume=record["source_volume"], split=record["split"], truth=record["answer"],
+            picture=record["picture"] if "picture" in record else record["image"][0],
+            before=before[index] if before else None, after=after[index],
         )
-        for index, record in enumerate(questions)
+        for index, record in enumerate(records)
     ]  # fmt: skip
 
 
-def most_frequent(records: Iterable[dict[str, Any]]) -> dict[str, str]:
+def _replies(file: Path, expected: int) -> dict[int, str]:
+    if not file.is_file():
+        return {}
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    replies = {line["index"]: line.get("reply", "") for line in lines}
+    if len(replies) != expected:
+        raise SystemExit(f"{file.name} answers {len(replies)} of {expected} questions; run medm infer again")
+    return replies
+
+
+def most_frequent(records: Iterable[dict[str, Any]], questions: Questions) -> dict[str, str]:
     """Question type -> its most frequent answer in training."""
-    kinds = {question: kind for kind, (question, _) in QUESTIONS.items()}
-    counts: dict[str, Counter[str]] = {kind: Counter() for kind in QUESTIONS}
+    kinds = {question: kind for kind, (question, _) in questions.items()}
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in questions}
     for record in records:
-        turns = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        turns = [turn["value"].rpartition(">\n")[2] for turn in record["conversations"]]  # without the placeholder
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
             counts[kinds[question]][answer] += 1
     return {kind: count.most_common(1)[0][0] for kind, count in counts.items() if count}
@@ -125,10 +128,8 @@ def most_frequent(records: Iterable[dict[str, Any]]) -> dict[str, str]:
 def score(answered: Sequence[Answered], frequent: dict[str, str]) -> list[dict[str, Any]]:
     """One row a question type."""
     rows = []
-    for kind in QUESTIONS:
+    for kind in dict.fromkeys(a.kind for a in answered):
         asked = [a for a in answered if a.kind == kind]
-        if not asked:
-            continue
         after = np.array([a.hit(a.after) for a in asked], dtype=float)
         truths = Counter(a.truth for a in asked)
         low, high = interval_over_volumes(after, [a.volume for a in asked])
@@ -137,14 +138,14 @@ def score(answered: Sequence[Answered], frequent: dict[str, str]) -> list[dict[s
                 "question": kind,
                 "n": len(asked),
                 "volumes": len({a.volume for a in asked}),
-                "before": float(np.mean([a.hit(a.before) for a in asked])),
+                "before": None if asked[0].before is None else float(np.mean([a.hit(a.before) for a in asked])),
                 "after": float(after.mean()),
                 "low": low,
                 "high": high,
                 "most_frequent": truths[frequent[kind]] / len(asked),
                 "best_constant": max(truths.values()) / len(asked),
-                "chance": 1 / len(QUESTIONS[kind][1]),
-                "unreadable": float(np.mean([parse(kind, a.after) is None for a in asked])),
+                "chance": 1 / len(asked[0].options),
+                "unreadable": float(np.mean([parse(a.options, a.after) is None for a in asked])),
             }
         )
     return rows
@@ -164,21 +165,21 @@ def interval_over_volumes(hits: np.ndarray, volumes: Sequence[str]) -> tuple[flo
 
 def by_volume(answered: Sequence[Answered]) -> dict[str, dict[str, dict[str, float]]]:
     """Volume -> question type -> accuracy after finetuning, and n."""
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for volume in dict.fromkeys(a.volume for a in answered):
-        for kind in QUESTIONS:
-            hits = [a.hit(a.after) for a in answered if a.volume == volume and a.kind == kind]
-            if hits:
-                table.setdefault(volume, {})[kind] = {"after": float(np.mean(hits)), "n": len(hits)}
-    return table
+    hits: dict[str, dict[str, list[bool]]] = {}
+    for a in answered:
+        hits.setdefault(a.volume, {}).setdefault(a.kind, []).append(a.hit(a.after))
+    return {
+        volume: {kind: {"after": float(np.mean(all_)), "n": len(all_)} for kind, all_ in kinds.items()}
+        for volume, kinds in hits.items()
+    }
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables and what they do not show."""
-    lines = ["# Quickstart: answers about volumes that were never trained on", ""]
+    lines = ["# Answers about volumes that were never trained on", ""]
     lines += _table(results["held_out"])
     if results["apart"]:
-        lines += ["", "Counted apart, the head CT that is fetched and not part of the repository:", ""]
+        lines += ["", "Counted apart: what is fetched and not part of the repository.", ""]
         lines += _table(results["apart"])
     lines += ["", "After finetuning, volume by volume:", "", *_volume_table(results["by_volume"]), ""]
     return "\n".join([*lines, *(f"- {note}" for note in results["notes"]), ""])
@@ -190,13 +191,17 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         interval = "-" if row["low"] is None else f"{row['low']:.2f}-{row['high']:.2f}"
         numbers = [f"{row[key]:.2f}" for key in ("most_frequent", "best_constant", "chance")]
-        name, before, after = row["question"], f"{row['before']:.2f}", f"{row['after']:.2f}"
+        name, before, after = row["question"], _share(row["before"]), _share(row["after"])
         body.append([name, before, after, interval, *numbers, str(row["n"]), str(row["volumes"])])
     return _aligned(head, body)
 
 
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _volume_table(table: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    kinds = list(QUESTIONS)
+    kinds = list(dict.fromkeys(kind for row in table.values() for kind in row))
     cells = {name: [_cell(row.get(kind)) for kind in kinds] for name, row in table.items()}
     return _aligned(["volume", *kinds], [[name, *row] for name, row in cells.items()])
 
@@ -259,7 +264,7 @@ def curve(log: Path, title: str) -> str:
     )
 
 
-PAGE = """<!doctype html><meta charset=utf-8><title>medm quickstart</title>
+PAGE = """<!doctype html><meta charset=utf-8><title>medm</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }}
 pre {{ overflow-x: auto; font-size: 13px; background: #f6f6f4; padding: 1rem }}
@@ -271,7 +276,8 @@ table {{ border-collapse: collapse; width: 100% }} td, th {{ text-align: left; p
 .axis {{ fill: none; stroke: #999 }} .line {{ fill: none; stroke: #24618f; stroke-width: 1.5 }}
 text {{ font-size: 12px }}
 </style>
-<h1>medm quickstart</h1><p><b>Not for clinical use.</b> The patient's right is on the left of each picture.</p>
+<h1>Answers about volumes that were never trained on</h1>
+<p><b>Not for clinical use.</b> The patient's right is on the left of each picture.</p>
 <pre>{table}</pre><div class=row>{curves}</div>{pictures}
 """
 

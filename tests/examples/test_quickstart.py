@@ -228,27 +228,29 @@ def test_second_run_does_nothing_and_another_is_the_same(prepare, folder, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "reply", "answer"),
+    ("options", "reply", "answer"),
     [
-        ("modality", "CT", "CT"),
-        ("modality", "This is a CT image.", "CT"),
-        ("modality", "It is either CT or MR.", None),
-        ("modality", "", None),
-        ("plane", "Sagittal.", "sagittal"),
-        ("plane", "I cannot see the image", None),
-        ("lesion", "No.", "no"),
-        ("lesion", "Abnormal", None),
-        ("lesion", "Yes, on the left", "yes"),
-        ("level", "upper third", "upper"),
+        (["CT", "MR"], "CT", "CT"),
+        (["CT", "MR"], "This is a CT image.", "CT"),
+        (["CT", "MR"], "It is either CT or MR.", None),
+        (["CT", "MR"], "", None),
+        (["axial", "coronal", "sagittal"], "Sagittal.", "sagittal"),
+        (["axial", "coronal", "sagittal"], "I cannot see the image", None),
+        (["yes", "no"], "No.", "no"),
+        (["yes", "no"], "Abnormal", None),
+        (["yes", "no"], "Yes, on the left", "yes"),
+        (["lower", "middle", "upper"], "upper third", "upper"),
     ],
 )
-def test_reply_counts_when_it_names_one_answer(report, kind, reply, answer):
-    assert report.parse(kind, reply) == answer
+def test_reply_counts_when_it_names_one_answer(report, options, reply, answer):
+    assert report.parse(options, reply) == answer
 
 
-def answered(report, truth_and_reply, *, volume="v1", kind="modality", before="I do not know"):
+def answered(report, truth_and_reply, *, volume="v1", before="I do not know"):
+    asked = {"kind": "modality", "question": "?", "options": ["CT", "MR"], "volume": volume, "split": "test"}
     return [
-        report.Answered(kind, volume, "test", "x.png", "?", truth, before, reply) for truth, reply in truth_and_reply
+        report.Answered(**asked, picture="x.png", truth=truth, before=before, after=reply)
+        for truth, reply in truth_and_reply
     ]
 
 
@@ -276,7 +278,8 @@ def test_most_frequent_counts_training_answers(report):
     turns = [("<image>\nIs this image CT or MR?", "CT"), ("Is a lesion visible: yes or no?", "no")]
     record = {"conversations": [{"value": text} for pair in turns for text in pair]}
     other = {"conversations": [{"value": "<image>\nIs this image CT or MR?"}, {"value": "MR"}]}
-    assert report.most_frequent([record, other, other]) == {"modality": "MR", "lesion": "no"}
+    questions = {"modality": ("Is this image CT or MR?", []), "lesion": ("Is a lesion visible: yes or no?", [])}
+    assert report.most_frequent([record, other, other], questions) == {"modality": "MR", "lesion": "no"}
 
 
 def test_report_is_written_whole_from_replies(report, folder, tmp_path, capsys):
@@ -304,11 +307,18 @@ def test_report_is_written_whole_from_replies(report, folder, tmp_path, capsys):
     assert page.count("<img") >= 24 and page.count("<svg") == 1
     assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
 
+    (tmp_path / "before.jsonl").unlink()
+    assert report.main([str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["held_out"]
+    assert {row["before"] for row in rows} == {None} and rows[1]["after"] == 1
+
 
 def test_report_asks_for_missing_replies(report, folder, tmp_path):
     (tmp_path / "data").symlink_to(folder)
-    (tmp_path / "before.jsonl").write_text('{"index": 0, "reply": "CT"}\n')
-    with pytest.raises(SystemExit, match="answers 1 of"):
+    with pytest.raises(SystemExit, match=r"after\.jsonl: not there"):
+        report.main([str(tmp_path)])
+    (tmp_path / "after.jsonl").write_text('{"index": 0, "reply": "CT"}\n')
+    with pytest.raises(SystemExit, match=r"after\.jsonl answers 1 of"):
         report.main([str(tmp_path)])
 
 
