@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from medm import __version__
-from medm.cli import catalogue, chat, data, infer, models, pages, train
+from medm.cli import catalogue, chat, data, evaluate, infer, models, pages, train
 from medm.cli.console import out, start_logging
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ app.add_typer(catalogue.recipes, name="recipes")
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("infer")(infer.infer)
+app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("estimate")(models.estimate)
 app.command("export")(models.export)

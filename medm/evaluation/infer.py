@@ -147,7 +147,6 @@ def run_settings(options: InferOptions) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})", file=options.data) from None
     return {
-        "data": options.data,
         "data_sha256": data,
         "root": str(Path(options.root or Path(options.data).parent).resolve()),
         "model_fingerprint": model_fingerprint(folder),

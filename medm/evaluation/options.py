@@ -1,4 +1,4 @@
-"""What a person may set for generation and batch inference. Torch-free."""
+"""What a person may set for generation, batch inference and evaluation. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medm.config import Options
+from medm.config import Options, named
+from medm.tasks import TASKS
 
 
 class GenerationOptions(Options):
@@ -59,3 +60,61 @@ class InferOptions(Options):
     """Answer only the first so many records."""
     overwrite: bool = False
     """Begin anew where `output` exists, instead of going on."""
+
+
+class EvalTaskOptions(Options):
+    """One benchmark of an evaluation."""
+
+    task: named(TASKS)  # type: ignore[valid-type]
+    """The task, by name, and its options."""
+    data: str
+    """Folder with the benchmark's files as they are distributed."""
+    split: str | None = None
+    """Split to score; the one that the benchmark is scored on without it."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first so many items. The numbers are then not the benchmark's."""
+    predictions: str | None = None
+    """Answers of another program, in place of a model's: JSON or JSONL by `id`, MedM-VL's inference files, or a list of
+    texts in the order of the items."""
+    against: str | None = None
+    """Output folder of another evaluation of the same task, or a file of predictions, to compare with."""
+
+
+class EvalOptions(Options):
+    """Scores of a model, or of files of predictions, on benchmarks."""
+
+    tasks: list[EvalTaskOptions] = Field(min_length=1)
+    """What is scored."""
+    model: str | None = None
+    """Model folder that medm saved; needed where a task has no `predictions`."""
+    output_dir: str
+    """Folder for questions, predictions, results and reports, one folder a task in it."""
+    generation: GenerationOptions = GenerationOptions()
+    """How replies are chosen."""
+    batch_size: int = Field(default=8, ge=1)
+    """As in `medm infer`, like the five that follow."""
+    processes: int = Field(default=1, ge=1)
+    """Processes on this machine, each with the model."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that read and prepare images for each of them."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
+    """Precision of the weights."""
+    overwrite: bool = False
+    """Answer again what was answered before."""
+    cases: int = Field(default=8, ge=0)
+    """How many of the worst and of random items the report shows, with their images."""
+    seed: int = Field(default=0, ge=0)
+    """Of the choice of random items."""
+
+    @model_validator(mode="after")
+    def _someone_answers(self) -> EvalOptions:
+        silent = [block.task.name for block in self.tasks if block.predictions is None]
+        if self.model is None and silent:
+            raise ValueError(f"model: needed to answer {', '.join(silent)}; give a model, or predictions for each task")
+        names = [block.task.name for block in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks: {', '.join(twice)} stands twice, and both would be written to one folder")
+        return self

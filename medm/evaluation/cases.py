@@ -1,0 +1,120 @@
+"""Which items a report shows, and their pictures. Looking at the worst ones is how wrong references are found."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medm.errors import MedmError
+from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, preprocess_from_dict, resolve_inside
+from medm.tasks.base import Scores, Task
+from medm.types import Sample
+
+logger = logging.getLogger(__name__)
+
+_MEASURED_ALONE = 400
+"""Where no metric is a mean over items, so many items are scored one by one to find the worst."""
+
+_SHOWN: dict[str, Preprocess] = {"image": ImagePreprocess(fit="pad"), "volume": VolumePreprocess(scale="minmax")}
+"""How a file is shown where no model says how it sees it."""
+
+
+@dataclass(slots=True)
+class Case:
+    """One item of a report."""
+
+    id: str
+    question: str
+    answer: str
+    reply: str
+    score: float | None
+    metric: str | None
+    sample: Sample
+    pictures: list[str] = field(default_factory=list)
+    """Files relative to the report."""
+    problem: str | None = None
+    """Why there is no picture."""
+
+
+def choose_cases(
+    scores: Scores, records: Sequence[dict[str, Any]], samples: Sequence[Sample], single: Task, *, count: int, seed: int
+) -> tuple[list[Case], list[Case]]:
+    """The worst items and random ones.
+
+    Args:
+        scores: of all records.
+        records: in the order of `samples`.
+        samples: the items.
+        single: the task without intervals, for scoring items alone.
+        count: of each kind.
+        seed: of the random ones.
+    """
+    draw = random.Random(seed)
+    metric, values = item_scores(scores, records, single, draw)
+    worst = sorted(values, key=lambda index: (values[index], index))[:count]
+    others = [index for index in range(len(records)) if index not in worst]
+    drawn = sorted(draw.sample(others, min(count, len(others))))
+
+    def case(index: int) -> Case:
+        sample, record = samples[index], records[index]
+        question = "".join(part if isinstance(part, str) else f"<{part.branch}>" for part in sample.turns[-1].content)
+        return Case(
+            str(sample.id), question.strip(), sample.answer or "", str(record.get("prediction") or ""),
+            values.get(index), metric, sample,
+        )  # fmt: skip
+
+    return [case(index) for index in worst], [case(index) for index in drawn]
+
+
+def item_scores(
+    scores: Scores, records: Sequence[dict[str, Any]], single: Task, draw: random.Random
+) -> tuple[str | None, dict[int, float]]:
+    """Name of a metric and its value for items; for a random part of them where each has to be scored alone."""
+    for result in scores.results:
+        if result.per_item is not None and len(result.per_item) == len(records):
+            return result.name, {i: value for i, value in enumerate(result.per_item) if not math.isnan(value)}
+    picked = sorted(draw.sample(range(len(records)), min(_MEASURED_ALONE, len(records))))
+    name, values = None, {}
+    for index in picked:
+        results = single.score([records[index]]).results
+        if results and not math.isnan(results[0].value):
+            name, values[index] = results[0].name, results[0].value
+    return name, values
+
+
+def draw_pictures(cases: Sequence[Case], root: Path, folder: Path, *, model: str | None = None) -> None:
+    """A PNG for each image and volume of the cases, in `folder/cases`; a file that cannot be shown says why."""
+    from medm.imaging.preview import save_contact_sheet
+
+    shown = _SHOWN | (_as_model(Path(model)) if model is not None else {})
+    place = folder / "cases"
+    for old in place.glob("*.png"):
+        old.unlink()
+    done: dict[tuple[str, str], str] = {}
+    for case in cases:
+        for media in case.sample.media:
+            key = (media.branch, media.path or "")
+            if key not in done:
+                name = f"cases/{len(done):03d}.png"
+                try:
+                    place.mkdir(exist_ok=True)
+                    save_contact_sheet(
+                        resolve_inside(root, key[1]), shown[media.branch], folder / name, slices=6, tile=160
+                    )
+                except MedmError as error:
+                    case.problem = str(error)
+                    continue
+                done[key] = name
+            case.pictures.append(done[key])
+
+
+def _as_model(folder: Path) -> dict[str, Preprocess]:
+    """Preprocessing of a model folder by branch."""
+    text = (folder / "processor_config.json").read_text(encoding="utf-8")
+    return {name: preprocess_from_dict(entry["preprocess"]) for name, entry in json.loads(text)["branches"].items()}

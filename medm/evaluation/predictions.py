@@ -1,0 +1,115 @@
+"""Answers of any program, read and joined to the items that they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medm.data.files import RecordFile, parse_json
+from medm.errors import DataError
+from medm.tasks.base import join_predictions
+from medm.types import Sample
+
+_TEXT_FIELDS = ("reply", "prediction", "response", "output", "generated", "text", "answer")
+"""Where programs put an answer, the surest first: `answer` is often the reference."""
+_ID_FIELDS = ("id", "question_id", "qid")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One answer."""
+
+    text: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Scores that come with it (overlaps of masks)."""
+
+
+def read_predictions(path: Path, samples: Sequence[Sample]) -> dict[str, Prediction]:
+    """Answers by item id.
+
+    Lines of `medm infer`, objects with an id and a text, MedM-VL's records with the reply as last turn, an object of
+    id to text, or a bare list of texts in the order of the items.
+
+    Raises:
+        DataError: none of these forms, an id twice, or a list of another length than the items.
+    """
+    if mapping := _mapping(path):
+        return {key: Prediction(text) for key, text in mapping.items()}
+    answers: dict[str, Prediction] = {}
+    file = RecordFile(path)
+    for index, item in enumerate(file):
+        try:
+            name = _identifier(item, index, samples, len(file))
+            if name in answers:
+                raise DataError(f"a second answer to item {name!r}; keep one")
+            answers[name] = _prediction(item)
+        except DataError as error:
+            raise error.at(file=path, index=index) from None
+    return answers
+
+
+def _mapping(path: Path) -> dict[str, str] | None:
+    """The file as one object of id to text; None where it is something else."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})", file=path) from None
+    if not content.lstrip().startswith(b"{") or b"\n{" in content.strip():
+        return None
+    try:
+        value = parse_json(content)
+    except DataError as error:
+        raise error.at(file=path) from None
+    texts = all(isinstance(text, str) for text in value.values())
+    if not texts or any(key in value for key in ("reply", "prediction")):  # one line of JSONL
+        return None
+    return dict(value)
+
+
+def _identifier(item: Any, index: int, samples: Sequence[Sample], count: int) -> str:
+    if isinstance(item, dict):
+        for key in _ID_FIELDS:
+            if item.get(key) is not None:
+                return str(item[key])
+    position = item.get("index", index) if isinstance(item, dict) else index
+    by_place = isinstance(item, dict) and "index" in item
+    if not by_place and count != len(samples):
+        raise DataError(f"{count} answers without ids for {len(samples)} items: which belongs to which is not known")
+    if not isinstance(position, int) or not 0 <= position < len(samples):
+        raise DataError(f"an answer to item {position!r} of {len(samples)}")
+    return samples[position].id or ""
+
+
+def _prediction(item: Any) -> Prediction:
+    if isinstance(item, str):
+        return Prediction(item)
+    if not isinstance(item, dict):
+        raise DataError(f"expected an answer, an object or a text, found {type(item).__name__}")
+    numbers = {key: float(value) for key, value in item.items() if _is_number(value)}
+    if item.get("error") is not None:
+        return Prediction("", numbers)
+    turns = item.get("conversations") or item.get("messages")
+    if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+        last = turns[-1]
+        if last.get("from", last.get("role")) in ("gpt", "assistant"):
+            return Prediction(str(last.get("value", last.get("content", ""))), numbers)
+    for key in _TEXT_FIELDS:
+        if isinstance(item.get(key), str):
+            return Prediction(item[key], numbers)
+    raise DataError(f"no answer in it; expected one of {', '.join(_TEXT_FIELDS)}, or a last turn of the assistant")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[dict[str, Any]]:
+    """Scoring records in the order of the items; see `medm.tasks.base.join_predictions`."""
+    records = join_predictions(samples, {name: prediction.text for name, prediction in predictions.items()})
+    for record in records:
+        found = predictions.get(str(record["id"]))
+        for key, value in found.numbers.items() if found is not None else ():
+            record.setdefault(key, value)
+    return records

@@ -1,0 +1,200 @@
+"""Scores as pages: Markdown to read anywhere, HTML with pictures and without any script or outside file."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medm.evaluation.cases import Case
+from medm.evaluation.results import write_aside
+from medm.metrics.base import MetricResult
+from medm.metrics.compare import Comparison
+
+if TYPE_CHECKING:
+    from medm.evaluation.runner import TaskReport
+
+NOT_CLINICAL = "Not for clinical use. These are scores on a benchmark, not evidence of benefit or safety for patients."
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:left;"
+    "vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}"
+    "small,.s{color:#666;font-size:12px}.c{display:flex;gap:1em;border-top:1px solid #ddd;padding:1em 0}"
+    ".c img{max-width:420px;height:auto}.c dl{margin:0}.c dt{color:#666}.c dd{margin:0 0 .6em;white-space:pre-wrap}"
+)
+
+Table = tuple[Sequence[str], list[Sequence[str]]]
+"""Header and rows of text."""
+
+
+def write_reports(report: TaskReport) -> None:
+    """`report.md` and `report.html` beside the results."""
+    write_aside(report.folder / "report.md", markdown(report))
+    write_aside(report.folder / "report.html", page(report))
+
+
+def number(value: float | None) -> str:
+    """Three decimals; a dash where it is undefined."""
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def interval(low: float, high: float) -> str:
+    """`0.412 to 0.533`."""
+    return "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+
+
+def results_table(results: Iterable[MetricResult]) -> Table:
+    """One metric a row."""
+    rows: list[Sequence[str]] = [
+        (r.name, number(r.value), interval(r.low, r.high), str(r.n), r.signature) for r in results
+    ]
+    return ("metric", "value", "95 % interval", "n", "signature"), rows
+
+
+def group_table(name: str, groups: dict[str, list[MetricResult]]) -> Table:
+    """One value of a field a row, one metric a column; metrics that only some rows have leave gaps."""
+    columns = list(dict.fromkeys(result.name for results in groups.values() for result in results))
+    rows: list[Sequence[str]] = []
+    for value, results in groups.items():
+        by_name = {result.name: result for result in results}
+        cells = [number(by_name[column].value) if column in by_name else "" for column in columns]
+        rows.append((value, str(max((result.n for result in results), default=0)), *cells))
+    return (name, "n", *columns), rows
+
+
+def comparison_table(comparisons: Iterable[Comparison]) -> Table:
+    """One metric a row."""
+    rows: list[Sequence[str]] = [
+        (c.name, number(c.first), number(c.second), f"{c.difference:+.3f}", interval(c.low, c.high),
+         number(c.p_value), str(c.n), c.test)
+        for c in comparisons
+    ]  # fmt: skip
+    return ("metric", "this", "other", "difference", "95 % interval", "p", "n", "test"), rows
+
+
+def tables(report: TaskReport) -> list[tuple[str, str, Table]]:
+    """Every table of a report: title, a sentence, and the table."""
+    sections = [("Scores", "", results_table(report.scores.results))]
+    if report.scores.published:
+        sentence = "As the benchmark's authors compute them, for comparison with their papers alone."
+        sections.append(("Published scoring", sentence, results_table(report.scores.published)))
+    if report.comparisons:
+        sentence = f"Paired, on the same items, against {report.against}."
+        sections.append(("Comparison", sentence, comparison_table(report.comparisons)))
+    for name, groups in report.scores.groups.items():
+        sections.append((f"By {name}", "", group_table(name, groups)))
+    return sections
+
+
+def facts(report: TaskReport) -> list[str]:
+    """What the numbers depend on, a line each."""
+    known = {key: value for key, value in report.facts.items() if value is not None and key != "options"}
+    return [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in known.items()]
+
+
+def _plain(value: object) -> str:
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+
+
+def markdown(report: TaskReport) -> str:
+    """The report as Markdown."""
+    lines = [f"# {report.task}", "", f"{report.summary}. {report.n} items.", "", NOT_CLINICAL, ""]
+    lines += [f"- {_md(fact)}" for fact in [*report.scores.notes, *facts(report)]]
+    for title, sentence, table in tables(report):
+        lines += ["", f"## {title}", "", *([sentence, ""] if sentence else []), *_markdown_table(table)]
+    for title, cases in _case_sections(report):
+        lines += ["", f"## {title}", ""]
+        for case in cases:
+            lines += [f"### {_md(case.id)}{_scored(case)}", ""]
+            lines += [f"![{_md(case.id)}]({picture})" for picture in case.pictures] + [""] * bool(case.pictures)
+            lines += [f"- {label}: {_md(text)}" for label, text in _said(case)] + [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def page(report: TaskReport) -> str:
+    """The report as one HTML page."""
+    out = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_esc(report.task)}</title>',
+        f"<style>{_STYLE}</style><h1>{_esc(report.task)}</h1>",
+        f"<p>{_esc(report.summary)}. {report.n} items.</p><p><strong>{NOT_CLINICAL}</strong></p><ul>",
+        *[f"<li>{_esc(note)}</li>" for note in report.scores.notes],
+        *[f'<li class="s">{_esc(fact)}</li>' for fact in facts(report)],
+        "</ul>",
+    ]
+    for title, sentence, table in tables(report):
+        out += [f"<h2>{_esc(title)}</h2>", f"<p>{_esc(sentence)}</p>" if sentence else "", _html_table(table)]
+    for title, cases in _case_sections(report):
+        out.append(f"<h2>{_esc(title)}</h2>")
+        out += [_html_case(case) for case in cases]
+    return "\n".join(line for line in out if line) + "\n</html>\n"
+
+
+def write_summary(folder: Path, reports: Sequence[TaskReport]) -> None:
+    """`summary.md`: the headline of every task."""
+    rows: list[Sequence[str]] = []
+    for report in reports:
+        head = report.scores.results[0] if report.scores.results else None
+        values = (head.name, number(head.value), interval(head.low, head.high)) if head else ("–", "–", "–")
+        rows.append((f"[{report.task}]({report.task}/report.md)", str(report.n), *values))
+    table = _markdown_table((("task", "items", "metric", "value", "95 % interval"), rows), escape=str)
+    write_aside(folder / "summary.md", "\n".join(["# Evaluation", "", NOT_CLINICAL, "", *table]) + "\n")
+
+
+def _case_sections(report: TaskReport) -> list[tuple[str, list[Case]]]:
+    return [
+        (title, cases) for title, cases in (("Worst items", report.worst), ("Random items", report.random)) if cases
+    ]
+
+
+def _scored(case: Case) -> str:
+    return "" if case.score is None else f" ({case.metric} {number(case.score)})"
+
+
+def _said(case: Case) -> list[tuple[str, str]]:
+    lines = [("question", case.question), ("reference", case.answer), ("reply", case.reply or "(none)")]
+    return lines + ([("no picture", case.problem)] if case.problem else [])
+
+
+def _html_case(case: Case) -> str:
+    pictures = "".join(f'<img src="{_esc(picture)}" alt="">' for picture in case.pictures)
+    said = "".join(f"<dt>{_esc(label)}</dt><dd>{_esc(text)}</dd>" for label, text in _said(case))
+    return (
+        f'<div class="c"><div>{pictures}</div><div><h3>{_esc(case.id)}<small>{_esc(_scored(case))}</small></h3>'
+        f"<dl>{said}</dl></div></div>"
+    )
+
+
+def _html_table(table: Table) -> str:
+    header, rows = table
+    head = "".join(f"<th>{_esc(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td{_kind(cell)}>{_esc(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )  # fmt: skip
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _kind(cell: str) -> str:
+    digits = cell[:1].isdigit() or cell[:1] in "+–-"
+    return ' class="n"' if digits else ' class="s"' if "|" in cell else ""
+
+
+def _markdown_table(table: Table, *, escape: Callable[[str], str] | None = None) -> list[str]:
+    header, rows = table
+    clean = escape or _md
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return lines + ["| " + " | ".join(clean(cell) for cell in row) + " |" for row in rows]
+
+
+def _md(text: str) -> str:
+    """Text in one line of Markdown, with what would be markup escaped."""
+    flat = " ".join(str(text).split())
+    for mark in ("\\", "|", "<", "*", "_", "`", "["):
+        flat = flat.replace(mark, "\\" + mark)
+    return flat
+
+
+def _esc(text: object) -> str:
+    return html.escape(str(text))

@@ -1,0 +1,227 @@
+"""`medm eval`: questions of a benchmark, answered, scored, compared and reported."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from medm.errors import DataError, RecipeError
+from medm.evaluation.cases import Case, choose_cases, draw_pictures
+from medm.evaluation.infer import Progress, infer
+from medm.evaluation.options import EvalOptions, EvalTaskOptions, InferOptions
+from medm.evaluation.predictions import join, read_predictions
+from medm.evaluation.report import write_reports, write_summary
+from medm.evaluation.results import model_fingerprint, write_aside
+from medm.metrics.base import MetricResult
+from medm.metrics.compare import Comparison, compare
+from medm.tasks import TASKS
+from medm.tasks.base import Scores, Task, record_of
+from medm.types import Sample
+
+logger = logging.getLogger(__name__)
+
+_VERSIONS = ("medm", "torch", "transformers")
+
+
+@dataclass(slots=True)
+class TaskReport:
+    """What scoring one task gave."""
+
+    task: str
+    summary: str
+    """The registry's line on it."""
+    folder: Path
+    """Where its files are."""
+    facts: dict[str, Any]
+    """What the numbers depend on: data, split, model, generation, versions."""
+    n: int
+    scores: Scores
+    comparisons: list[Comparison] = field(default_factory=list)
+    against: str | None = None
+    worst: list[Case] = field(default_factory=list)
+    random: list[Case] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the cases, which hold texts and images."""
+        return {
+            "task": self.task,
+            **self.facts,
+            "n": self.n,
+            "scores": [result.as_dict() for result in self.scores.results],
+            "published": [result.as_dict() for result in self.scores.published],
+            "groups": {
+                name: {value: [_without_items(result) for result in results] for value, results in group.items()}
+                for name, group in self.scores.groups.items()
+            },
+            "notes": self.scores.notes,
+            "against": self.against,
+            "comparison": [comparison.as_dict() for comparison in self.comparisons],
+        }
+
+
+def _without_items(result: MetricResult) -> dict[str, Any]:
+    return {key: value for key, value in result.as_dict().items() if key != "per_item"}
+
+
+def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[TaskReport] | None:
+    """Answer and score every task, and write its files into a folder of its own below `output_dir`.
+
+    These are `questions.jsonl`, `predictions.jsonl` (which a run that was stopped goes on with), `results.json`,
+    `report.md` and `report.html`; a summary of all tasks stands in `output_dir` itself.
+
+    Args:
+        options: see there.
+        progress: told how far the answering of a task is.
+
+    Returns:
+        One report a task; None on ranks of torchrun other than the first.
+
+    Raises:
+        DataError: a benchmark's folder is incomplete, or predictions belong to other items.
+        RecipeError: a task's options do not fit, or a folder holds answers of another run.
+        MedmError: as `infer`.
+    """
+    prepared = []
+    for block in options.tasks:  # every folder is looked at before anything is answered
+        task = build_task(block)
+        samples = samples_of(task, block)
+        prepared.append((block, task, samples))
+    reports = []
+    for block, task, samples in prepared:
+        folder = Path(options.output_dir) / block.task.name
+        folder.mkdir(parents=True, exist_ok=True)
+        predictions = Path(block.predictions) if block.predictions else folder / "predictions.jsonl"
+        if block.predictions is None:
+            _answer(options, block, samples, folder, progress)
+        if int(os.environ.get("RANK", "0")) > 0:
+            continue  # the first rank scores
+        reports.append(_score(options, block, task, samples, predictions, folder))
+    if not reports:
+        return None
+    write_summary(Path(options.output_dir), reports)
+    return reports
+
+
+def build_task(block: EvalTaskOptions, *, quick: bool = False) -> Task:
+    """The task that a block names.
+
+    Args:
+        block: its options.
+        quick: without intervals and metrics that run a model, for scoring single items.
+    """
+    settings = block.task.model_dump(exclude={"name"})
+    if block.task.name == "custom":
+        settings["metrics"] = block.task.metric_blocks()
+    if quick:
+        settings["rounds"] = 0
+        if "bertscore" in settings:
+            settings["bertscore"] = None
+    return TASKS.get(block.task.name)(**settings)
+
+
+def samples_of(task: Task, block: EvalTaskOptions) -> list[Sample]:
+    """The items of the split. Raises `DataError` for a folder that is incomplete."""
+    split = block.split or task.eval_split
+    samples = list(itertools.islice(task.samples(Path(block.data), split), block.limit))
+    if not samples:
+        raise DataError(f"split {split!r} of {block.task.name} holds no items", file=block.data)
+    return samples
+
+
+def _answer(
+    options: EvalOptions, block: EvalTaskOptions, samples: Sequence[Sample], folder: Path, progress: Progress | None
+) -> None:
+    """Ask the model; answers of an earlier run stay."""
+    questions = folder / "questions.jsonl"
+    lines = (json.dumps(record_of(sample), ensure_ascii=False) for sample in samples)
+    write_aside(questions, "\n".join(lines) + "\n")
+    if options.model is None:
+        raise RecipeError("model: needed where a task has no predictions")
+    infer(
+        InferOptions(
+            model=options.model, data=str(questions), root=block.data, output=str(folder / "predictions.jsonl"),
+            generation=options.generation, batch_size=options.batch_size, processes=options.processes,
+            workers=options.workers, device=options.device, dtype=options.dtype, overwrite=options.overwrite,
+        ),
+        progress=progress,
+    )  # fmt: skip
+
+
+def _score(
+    options: EvalOptions, block: EvalTaskOptions, task: Task, samples: Sequence[Sample], predictions: Path, folder: Path
+) -> TaskReport:  # fmt: skip
+    records = join(samples, read_predictions(predictions, samples))
+    entry = TASKS.entry(block.task.name)
+    report = TaskReport(
+        entry.name, entry.summary, folder, _facts(options, block, task), len(records), task.score(records)
+    )
+    if block.limit is not None:
+        report.scores.notes.append(f"only the first {len(records)} items: these are not the benchmark's numbers")
+    if block.against is not None:
+        report.against = block.against
+        report.comparisons = _compare(task, samples, report.scores, Path(block.against), entry.name)
+    worst, drawn = choose_cases(
+        report.scores, records, samples, build_task(block, quick=True), count=options.cases, seed=options.seed
+    )
+    draw_pictures([*worst, *drawn], Path(block.data), folder, model=options.model)
+    report.worst, report.random = worst, drawn
+    text = json.dumps(defined(report.as_json()), indent=2, ensure_ascii=False, allow_nan=False)
+    write_aside(folder / "results.json", text + "\n")
+    write_reports(report)
+    return report
+
+
+def defined(value: Any) -> Any:
+    """Plain values with null in place of NaN, which is not JSON."""
+    if isinstance(value, dict):
+        return {key: defined(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [defined(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _facts(options: EvalOptions, block: EvalTaskOptions, task: Task) -> dict[str, Any]:
+    """What the numbers depend on."""
+    facts: dict[str, Any] = {
+        "options": block.task.model_dump(mode="json"),
+        "data": block.data,
+        "split": block.split or task.eval_split,
+        "limit": block.limit,
+        "versions": {name: version(name) for name in _VERSIONS},
+    }
+    if block.predictions is not None:
+        return facts | {"predictions": block.predictions}
+    assert options.model is not None
+    return facts | {
+        "model": options.model,
+        "model_fingerprint": model_fingerprint(Path(options.model)),
+        "generation": options.generation.model_dump(),
+        "dtype": options.dtype,
+    }
+
+
+def _compare(
+    task: Task, samples: Sequence[Sample], scores: Scores, against: Path, name: str
+) -> list[Comparison]:  # fmt: skip
+    """Every sound metric of this run against the same metric of the other one, item by item."""
+    places = (against / "predictions.jsonl", against / name / "predictions.jsonl")
+    file = next((place for place in places if place.is_file()), against)
+    if not file.is_file():
+        raise DataError(
+            f"no predictions to compare with; expected a file, or a folder with {places[0].name}", file=against
+        )
+    other = task.score(join(samples, read_predictions(file, samples))).results
+    by_name = {result.name: result for result in other}
+    return [
+        compare(result, by_name[result.name], task.resampling)
+        for result in scores.results
+        if result.name in by_name and by_name[result.name].n == result.n > 0
+    ]

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# SA-Med2D-20M subset of Uni-Med: name to box. Further arguments go to `medm eval`.
+MODEL=${MODEL:-work_dirs/medm-vl-2d/finetune}
+DATA=${DATA:-data/sa-med2d-rec}  # the benchmark's folder as it is distributed
+OUTPUT=${OUTPUT:-work_dirs/eval}
+GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU
+NODES=${NODES:-1}  # machines; with more than one, set NODE_RANK and MASTER_ADDR on each
+set -euo pipefail
+source "$(dirname "$0")/../launch.sh"
+launch eval --model "$MODEL" --task sa-med2d-rec --data "$DATA" --output "$OUTPUT" "$@"

@@ -1,0 +1,230 @@
+"""Scoring on benchmarks: a model's or any program's answers, compared, reported, and honest about what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medm.config import validate
+from medm.errors import DataError, RecipeError
+from medm.evaluation.options import EvalOptions
+from medm.evaluation.predictions import read_predictions
+from medm.evaluation.report import group_table
+from medm.evaluation.runner import TaskReport, evaluate
+from medm.metrics.base import MetricResult
+from medm.types import Sample, Turn
+from tests.cli.runner import medm
+from tests.evaluation.tiny import read_output, save_picture, save_tiny, write_records
+
+ROOT = Path(__file__).parents[2]
+ANSWERS = ["left lung", "right lung", "heart", "no", "yes", "liver"]
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six items of two organs, with pictures; one question tries to be markup."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    records = []
+    for index, answer in enumerate(ANSWERS):
+        save_picture(folder / f"{index}.png", index)
+        text = "<image>\nIs it <b>bold</b> & bad?" if index == 0 else f"<image>\nQuestion {index}?"
+        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+        records.append({"id": f"i{index}", "image": f"{index}.png", "organ": "ab"[index % 2], "conversations": turns})
+    write_records(folder, records, "test.json")
+    return folder
+
+
+def section(benchmark: Path, out: Path, **task: Any) -> dict[str, Any]:
+    settings = {
+        "name": "custom",
+        "path": "test.json",
+        "metrics": ["exact-match", "bleu"],
+        "group_by": ["organ"],
+        "rounds": 50,
+    }
+    return {"tasks": [{"task": settings, "data": str(benchmark), **task}], "output_dir": str(out), "cases": 2}
+
+
+def run(content: dict[str, Any]) -> TaskReport:
+    reports = evaluate(validate(EvalOptions, content, source="test"))
+    assert reports is not None
+    return reports[0]
+
+
+def write_predictions(file: Path, texts: list[str]) -> Path:
+    file.write_text("".join(json.dumps({"id": f"i{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
+    return file
+
+
+def test_predictions_of_another_program(benchmark: Path, tmp_path: Path) -> None:
+    texts = ["left lung", "left lung", "heart", "no", "no", ""]
+    file = write_predictions(tmp_path / "other.jsonl", texts)
+    report = run(section(benchmark, tmp_path / "out", predictions=str(file)))
+    by_name = {result.name: result for result in report.scores.results}
+    assert by_name["exact-match"].value == pytest.approx(3 / 6)
+    groups = report.scores.groups["organ"]
+    assert {value: results[0].value for value, results in groups.items()} == {
+        "a": pytest.approx(2 / 3), "b": pytest.approx(1 / 3),
+    }  # fmt: skip
+    assert "1 of 6 items have no answer" in report.scores.notes[0]
+    assert [case.score for case in report.worst] == [0.0, 0.0]
+    assert not {case.id for case in report.worst} & {case.id for case in report.random}
+
+    folder = tmp_path / "out" / "custom"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["scores"][0]["per_item"] == [1, 0, 1, 1, 0, 0]
+    assert results["scores"][0]["signature"] == by_name["exact-match"].signature
+    assert results["predictions"] == str(file)
+    text = (folder / "report.md").read_text()
+    assert "| exact-match | 0.500 |" in text
+    assert "Not for clinical use" in text
+    assert "## By organ" in text
+    page = (folder / "report.html").read_text()
+    assert "<b>bold</b>" not in page
+    assert "<script" not in page
+    for picture in {picture for case in [*report.worst, *report.random] for picture in case.pictures}:
+        assert (folder / picture).stat().st_size > 500
+        assert f'src="{picture}"' in page
+    assert "[custom](custom/report.md)" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_markup_in_a_question_stays_text(benchmark: Path, tmp_path: Path) -> None:
+    file = write_predictions(tmp_path / "other.jsonl", ["<img src=x>", *ANSWERS[1:]])
+    run(section(benchmark, tmp_path / "out", predictions=str(file)))
+    page = (tmp_path / "out" / "custom" / "report.html").read_text()
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; bad?" in page
+    assert "&lt;img src=x&gt;" in page
+    assert "\\<b>bold" in (tmp_path / "out" / "custom" / "report.md").read_text()
+
+
+def test_two_systems_are_compared_on_the_same_items(benchmark: Path, tmp_path: Path) -> None:
+    good = write_predictions(tmp_path / "good.jsonl", [*ANSWERS[:5], "x"])
+    bad = write_predictions(tmp_path / "bad.jsonl", [*ANSWERS[:2], "x", "x", "x", "x"])
+    run(section(benchmark, tmp_path / "a", predictions=str(bad)))
+    report = run(section(benchmark, tmp_path / "b", predictions=str(good), against=str(bad)))
+    exact = next(c for c in report.comparisons if c.name == "exact-match")
+    assert (exact.first, exact.second) == (pytest.approx(5 / 6), pytest.approx(2 / 6))
+    assert exact.difference == pytest.approx(0.5)
+    assert {c.name for c in report.comparisons} == {result.name for result in report.scores.results}
+    assert "## Comparison" in (tmp_path / "b" / "custom" / "report.md").read_text()
+    with pytest.raises(DataError, match="no predictions to compare with"):
+        run(section(benchmark, tmp_path / "b", predictions=str(good), against=str(tmp_path / "nowhere")))
+
+
+def test_a_model_answers_and_a_second_run_goes_on(benchmark: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path)
+    content = section(benchmark, tmp_path / "out") | {
+        "model": str(model), "generation": {"max_new_tokens": 4}, "device": "cpu", "workers": 0,
+    }  # fmt: skip
+    report = run(content)
+    folder = tmp_path / "out" / "custom"
+    replies = {line["id"]: line["reply"] for line in read_output(folder / "predictions.jsonl")}
+    assert [case.reply for case in report.worst] == [replies[case.id] for case in report.worst]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["generation"]["max_new_tokens"] == 4
+    assert results["model_fingerprint"]
+    stamp = (folder / "predictions.jsonl").read_bytes()
+    run(content)
+    assert (folder / "predictions.jsonl").read_bytes() == stamp
+    with pytest.raises(RecipeError, match="another run"):
+        run(content | {"generation": {"max_new_tokens": 5}})
+
+    recipe = tmp_path / "eval.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    done = medm("eval", str(recipe), "tasks.0.limit=4", "--output", str(tmp_path / "cli"), "--cases", "1")
+    assert done.code == 0, done.err
+    assert "custom: 4 items" in done.out
+    assert "exact-match" in done.out
+    assert "only the first 4 items" in done.err
+
+
+def items(count: int) -> list[Sample]:
+    return [Sample((Turn("user", ("?",)),), id=f"i{i}", answer="a") for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"id": "i1", "index": 1, "reply": "B", "tokens": 3}\n{"index": 0, "reply": "A"}\n', {"i0": "A", "i1": "B"}),
+        ('{"index": 0, "error": "no file"}\n{"index": 1, "reply": "B"}\n', {"i0": "", "i1": "B"}),
+        ('{"i0": "A", "i1": "B"}', {"i0": "A", "i1": "B"}),
+        ('["A", "B"]', {"i0": "A", "i1": "B"}),
+        ('[{"question_id": "i0", "text": "A", "answer": "ref"}, {"question_id": "i1", "text": "B"}]', {"i0": "A", "i1": "B"}),
+        ('{"id": "i0", "reply": "A"}\n', {"i0": "A"}),
+        (
+            json.dumps([{"id": "i0", "answer": "ref", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "A"}]}]),
+            {"i0": "A"},
+        ),
+    ],
+)  # fmt: skip
+def test_answers_in_many_forms(content: str, expected: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(content)
+    found = read_predictions(file, items(2))
+    assert {name: prediction.text for name, prediction in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('["A"]', "1 answers without ids for 2 items"),
+        ('{"id": "i0", "text": "A"}\n{"id": "i0", "text": "B"}\n', "a second answer to item 'i0'"),
+        ('{"index": 7, "reply": "A"}\n{"index": 0, "reply": "A"}\n', "an answer to item 7 of 2"),
+        ('{"id": "i0", "score": 1}\n{"id": "i1", "text": "B"}\n', "no answer in it"),
+        ('{"id": "i0",\n', "not valid JSON"),
+    ],
+)
+def test_files_that_cannot_be_joined_say_why(content: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(content)
+    with pytest.raises(DataError, match=words):
+        read_predictions(file, items(2))
+
+
+def test_numbers_of_masks_come_with_the_answers(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"id": "i0", "reply": "It is [SEG].", "dice": 0.5, "finished": true}\n')
+    assert read_predictions(file, items(1))["i0"].numbers == {"dice": 0.5}
+
+
+def test_what_cannot_be_evaluated_says_why(benchmark: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="model: needed to answer custom"):
+        run(section(benchmark, tmp_path / "out"))
+    foreign = write_predictions(tmp_path / "p.jsonl", ["a"] * 9)
+    with pytest.raises(DataError, match="3 of 9 predictions belong to no sample"):
+        run(section(benchmark, tmp_path / "out", predictions=str(foreign)))
+    done = medm("eval", "--task", "slake", "--data", str(tmp_path), "--predictions", str(foreign))
+    assert done.code == 1
+    assert "is missing in" in done.err
+    assert medm("eval", "--task", "slak", "--data", ".", "--predictions", "x").code == 2
+    assert "expected a recipe" in medm("eval").err
+
+
+def test_groups_with_other_metrics_leave_gaps() -> None:
+    def result(name: str, value: float) -> MetricResult:
+        return MetricResult(name, value, 3, value, value, "s")
+
+    header, rows = group_table("organ", {"a": [result("x", 0.5)], "b": [result("y", 1.0)]})
+    assert header == ("organ", "n", "x", "y")
+    assert rows == [("a", "3", "0.500", ""), ("b", "3", "", "1.000")]
+
+
+def test_every_benchmark_has_its_launcher() -> None:
+    folder = ROOT / "scripts" / "eval"
+    spec = importlib.util.spec_from_file_location("write_launchers", folder / "write_launchers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = module.launchers()
+    assert len(written) >= 20
+    for name, text in written.items():
+        assert (folder / name).read_text() == text, f"{name}: run scripts/eval/write_launchers.py"
+        assert len(text.splitlines()) <= 10
+    subprocess.run(["bash", "-n", *[str(folder / name) for name in written][:1]], check=True)
