@@ -301,18 +301,17 @@ def write(folder: Path, pictures: list[Picture]) -> None:
     random = np.random.default_rng(SEED)
     train = [picture for picture in pictures if picture.split == "train"]
     held_out = [picture for picture in pictures if picture.split != "train"]
-    _dump(folder / "about.json", {"questions": QUESTIONS, "notes": NOTES})
-    _dump(folder / "pictures.json", [asdict(picture) for picture in pictures])
-    _dump(folder / "pretrain.json", [_record(picture, "caption", [(CAPTION, caption(picture))]) for picture in train])
-    _dump(folder / "finetune.json", [conversation(picture, random) for picture in train])
-    _dump(folder / "test.json", [record for picture in held_out for record in questions(picture)])
-    _dump(folder / "tasks_train.json", [record for picture in train for record in tasks(picture, random)])
-    _dump(
-        folder / "tasks_test.json", [as_question(record) for picture in held_out for record in tasks(picture, random)]
-    )
+    dump(folder / "about.json", {"questions": QUESTIONS, "notes": NOTES})
+    dump(folder / "pictures.json", [asdict(picture) for picture in pictures])
+    dump(folder / "pretrain.json", [_record(picture, "caption", [(CAPTION, caption(picture))]) for picture in train])
+    dump(folder / "finetune.json", [conversation(picture, random) for picture in train])
+    dump(folder / "test.json", [record for picture in held_out for record in questions(picture)])
+    dump(folder / "tasks_train.json", [record for picture in train for record in tasks(picture, random)])
+    dump(folder / "tasks_test.json", [as_question(record) for picture in held_out for record in tasks(picture, random)])
 
 
-def _dump(file: Path, content: object) -> None:
+def dump(file: Path, content: object) -> None:
+    """Readable JSON."""
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -324,15 +323,21 @@ def caption(picture: Picture) -> str:
 
 
 def _record(picture: Picture, task: str, turns: list[tuple[str, str]], **extra: object) -> dict[str, object]:
+    media, source = {"image": [picture.file]}, {"source_volume": picture.volume, "split": picture.split}
+    return record(picture.file.removesuffix(".png"), task, turns, media=media, **source, **extra)
+
+
+def record(
+    name: str, task: str, turns: list[tuple[str, str]], *, media: dict[str, list[str]], **extra: object
+) -> dict[str, object]:
+    """One record in LLaVA's form, its one file before the first question."""
+    (field,) = media
     conversations = []
     for number, (question, answer) in enumerate(turns):
-        conversations.append({"from": "human", "value": question if number else f"<image>\n{question}"})
+        conversations.append({"from": "human", "value": question if number else f"<{field}>\n{question}"})
         conversations.append({"from": "gpt", "value": answer})
     kind = str(extra.get("question_type", task)).replace(" ", "-")
-    return {
-        "id": f"{Path(picture.file).stem}_{kind}", "task": task, "image": [picture.file],
-        "conversations": conversations, "source_volume": picture.volume, "split": picture.split, **extra,
-    }  # fmt: skip
+    return {"id": f"{name}_{kind}", "task": task, **media, "conversations": conversations, **extra}
 
 
 def conversation(picture: Picture, random: np.random.Generator) -> dict[str, object]:
