@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -54,18 +55,25 @@ def preview(
     fields: Annotated[
         list[str] | None, typer.Argument(help="field=value of the preprocessing, such as window=[-160,240] ...")
     ] = None,
-    branch: Annotated[Literal["image", "volume"], typer.Option(help="What it is: 2-D or 3-D.")] = "image",
+    branch: Annotated[
+        Literal["image", "volume"] | None,
+        typer.Option(help="What it is: 2-D or 3-D; found out without it where the name or the model says so."),
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe whose model's preprocessing is used.")] = None,
     model: Annotated[Path | None, typer.Option(help="Trained model whose preprocessing is used.")] = None,
     slices: Annotated[int, typer.Option(min=1, help="Most slices of a volume that are shown.")] = 12,
 ) -> None:
-    """Draw what a model will see of one file: after window, orientation and size. Not for clinical use."""
+    """Draw what a model will see of one file: after window, orientation and size. Not for clinical use.
+
+    Published preprocessing of volumes goes by name: convention=medm-vl, m3d, medm-clip, astra.
+    """
     from medm.config import apply_overrides
     from medm.errors import RecipeError
     from medm.imaging import preprocess_from_dict
     from medm.imaging.preview import save_contact_sheet
 
     known = _settings(_load(recipe) if recipe else None, model).get("preprocess", {})
+    branch = branch or _kind_of(file, known)
     if known and branch not in known:
         raise RecipeError(f"--branch {branch}: the model has {', '.join(sorted(known))}")
     described = known[branch].model_dump() if known else {"kind": branch}
@@ -73,11 +81,96 @@ def preview(
     out.print(str(output), markup=False)
 
 
-def _load(recipe: str) -> Recipe:
+@app.command()
+def cache(
+    recipe: Annotated[str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read and resample.  [default: by cores]")
+    ] = None,
+) -> None:
+    """Fill the cache of a recipe (data.cache) before training: every volume is read and resampled once.
+
+    Started again it goes on. The exit status is 1 when a file or record is bad; the others are cached all the same.
+    """
+    import os
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from medm.cli.console import err
+    from medm.data.cached import fill, loader
+    from medm.data.records import Records
+    from medm.data.volume_cache import MediaCache
+    from medm.errors import RecipeError
+
+    read = _load(recipe, overrides or [])
+    options = read.data.cache
+    if options is None:
+        raise RecipeError(f"{recipe}: no data.cache; name a folder, such as data.cache.dir=.cache/volumes")
+    prepared = {name: how for name, how in _processor_of(read).preprocess.items() if how.kind in options.branches}
+    sources = [Records([source]) for source in _sources([], None, read)]
+    columns = (TextColumn("volumes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("volumes", total=None)
+        filled = fill(
+            sources, prepared, loader(options), workers=(os.cpu_count() or 1) if workers is None else workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    for error in filled.bad:
+        out.print(str(error), markup=False)
+    entries, size = MediaCache(options.dir, 0).size()
+    out.print(
+        f"{filled.files} files, {filled.num_bad} bad; {options.dir} holds {entries} entries, {size / 1e9:.2f} GB",
+        markup=False,
+    )
+    if filled.num_bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json or .jsonl.")],
+    task: Annotated[str, typer.Option(help="A benchmark that `medm list tasks` prints: m3d-cap, m3d-vqa-closed ...")],
+    data: Annotated[Path, typer.Option(help="Folder of the benchmark as it is distributed.")],
+    split: Annotated[str, typer.Option(help="Which split.")] = "train",
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Draw each instruction from the task's own wordings; without it all are worded alike."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+) -> None:
+    """Turn a published benchmark folder into conversation records to train on. Files stay where they are.
+
+    Paths in the records are relative to the folder, which is the `root` of the source in a recipe.
+    """
+    from itertools import islice
+
+    from medm.data.writing import write_records
+    from medm.tasks import TASKS
+    from medm.tasks.base import task_to_records
+
+    options = TASKS.entry(task).options
+    if needed := [name for name, field in options.model_fields.items() if field.is_required() and name != "name"]:
+        raise typer.BadParameter(f"task {task!r} needs {', '.join(needed)}: its file is in the training format already")
+    records = task_to_records(TASKS.get(task)(), data, split, seed=seed)
+    count = write_records(output, islice(records, limit))
+    out.print(f"{output}: {count} records of {task}, {split}", markup=False)
+    note(f"look at them: medm data check {output} --root {data}")
+
+
+def _kind_of(file: Path, known: Mapping[str, Any]) -> Literal["image", "volume"]:
+    """2-D or 3-D: what the model takes, where it takes one of them; else by the name of the file."""
+    if len(known) == 1:
+        return known[next(iter(known))].kind
+    flat = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
+    return "image" if file.suffix.lower() in flat and not file.is_dir() else "volume"
+
+
+def _load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     from medm.cli.recipes import find
     from medm.training.recipe import load_recipe
 
-    return load_recipe(find(recipe))
+    return load_recipe(find(recipe), overrides)
 
 
 def _sources(files: list[Path], root: Path | None, recipe: Recipe | None) -> list[SourceOptions]:

@@ -26,6 +26,21 @@ class SourceOptions(Options):
     """Use only the first so many records."""
 
 
+class CacheOptions(Options):
+    """Prepared volumes on disk: read and resampled once, then mapped into memory.
+
+    Any number of runs may share a folder; an entry is found by the content of its file and by the preprocessing.
+    """
+
+    dir: str
+    """Folder of the entries."""
+    max_gb: float = Field(default=100.0, gt=0)
+    """Most gigabytes (1e9 bytes) of entries; files beyond it are prepared anew each time. A volume of 32 x 256 x 256
+    takes 8.4 MB."""
+    branches: list[Literal["image", "volume"]] = Field(default=["volume"], min_length=1)
+    """What is kept. A 2-D image is mostly faster to decode than its prepared numbers, a volume never is."""
+
+
 class DataOptions(Options):
     """The `data` section of a recipe."""
 
@@ -46,6 +61,8 @@ class DataOptions(Options):
     cache_features: str | None = None
     """Folder in which the outputs of frozen encoders are kept, so that an encoder runs once a file and not once an
     epoch. The folder may serve any number of runs; delete it when it is no longer needed."""
+    cache: CacheOptions | None = None
+    """Keep prepared volumes on disk; null prepares them anew each time. `medm data cache` fills it before training."""
     order: Literal["shuffle", "length"] = "shuffle"
     """Order of an epoch: shuffled, or shuffled in batches of similar length, which saves padding."""
     packing: bool = False

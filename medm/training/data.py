@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from medm.data.batches import build_batches, build_collator
+from medm.data.cached import loader
 from medm.data.check import Report, check
 from medm.data.collator import Collator
 from medm.data.dataset import ConversationDataset
@@ -126,6 +127,7 @@ class TrainingData:
             Records(sources),
             self.processor.encode,
             self.processor.preprocess,
+            load=loader(self.options.cache),
             max_length=self.options.max_length,
             too_long=self.options.too_long,
             placeholder_ids=self._placeholders,

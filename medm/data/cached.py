@@ -1,0 +1,133 @@
+"""The cache that a recipe names: how the data reads through it, and how it is filled before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from medm.data.options import CacheOptions
+from medm.data.records import Records
+from medm.data.volume_cache import MediaCache
+from medm.errors import DataError
+from medm.imaging import Preprocess, load_pixels
+
+MAX_KEPT = 1000
+"""So many problems are kept with their place and reason; the rest are counted."""
+
+
+def loader(options: CacheOptions | None) -> Callable[[Path, Preprocess], np.ndarray]:
+    """How files become prepared arrays: through the cache that a recipe names, or by reading them each time."""
+    if options is None:
+        return load_pixels
+    cache = MediaCache(options.dir, round(options.max_gb * 1e9))
+    return partial(_load_through, cache, frozenset(options.branches))
+
+
+def _load_through(cache: MediaCache, kinds: frozenset[str], path: Path, preprocess: Preprocess) -> np.ndarray:
+    return cache.load(path, preprocess) if preprocess.kind in kinds else load_pixels(path, preprocess)
+
+
+@dataclass(slots=True)
+class Filled:
+    """What came of it."""
+
+    files: int = 0
+    """Different files that were looked at."""
+    num_bad: int = 0
+    bad: list[DataError] = field(default_factory=list)
+    """The first files and records that cannot be used, with annotation file, record, field and reason."""
+
+    def note(self, error: DataError) -> None:
+        """Count a problem."""
+        self.num_bad += 1
+        if len(self.bad) < MAX_KEPT:
+            self.bad.append(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A file, and where it is named first."""
+
+    path: Path
+    branch: str
+    records: Records
+    index: int
+    media: int
+
+    def error(self, reason: str) -> DataError:
+        """What is wrong with the file, with its place."""
+        source, position = self.records.locate(self.index)
+        field = self.records.media_field(self.index, self.media)
+        return DataError(reason, file=self.records.files[source].path, index=position, field=field)
+
+
+class _Loading(Dataset["str | None"]):
+    """Loads a file in a worker and sends back only what is wrong with it, not the pixels."""
+
+    def __init__(self, files: list[tuple[Path, Preprocess]], load: Callable[[Path, Any], np.ndarray]) -> None:
+        self.files, self.load = files, load
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            self.load(*self.files[index])
+        except DataError as error:
+            return error.reason
+        return None
+
+
+def fill(
+    data: Sequence[Records],
+    preprocess: Mapping[str, Preprocess],
+    load: Callable[[Path, Any], np.ndarray],
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Filled:
+    """Load every file of some branches once. Started again it goes on: what is there already is only looked at.
+
+    Args:
+        data: whose files are loaded; a file that several records name is loaded once.
+        preprocess: the branches whose files are loaded, and how they are prepared.
+        load: `load` of a cache.
+        workers: processes; 0 for this one.
+        progress: called with (files done, files in all) after each.
+    """
+    filled = Filled()
+    places = list(_places(data, preprocess, filled))
+    files = [(place.path, preprocess[place.branch]) for place in places]
+    # batch_size None: one file at a time and in order, so that a reason belongs to its place.
+    loading = DataLoader(_Loading(files, load), batch_size=None, num_workers=workers)
+    for place, reason in zip(places, loading, strict=True):
+        filled.files += 1
+        if reason is not None:
+            filled.note(place.error(reason))
+        if progress is not None:
+            progress(filled.files, len(places))
+    return filled
+
+
+def _places(data: Sequence[Records], preprocess: Mapping[str, Preprocess], filled: Filled) -> Iterator[_Place]:
+    """Each file once, in the order of the records; bad records are noted."""
+    seen: set[tuple[str, Path]] = set()
+    for records in data:
+        for index in range(len(records)):
+            try:
+                for position, media in enumerate(records[index].media):
+                    if media.branch not in preprocess:
+                        continue
+                    path = records.media_path(index, media)
+                    if (media.branch, path) not in seen:
+                        seen.add((media.branch, path))
+                        yield _Place(path, media.branch, records, index, position)
+            except DataError as error:
+                source, position = records.locate(index)
+                filled.note(error.at(file=records.files[source].path, index=position))

@@ -1,0 +1,124 @@
+"""`medm data cache`, `preview` and `convert` on the volumes that are shipped, and on a benchmark as it is published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from medm.data.options import SourceOptions
+from medm.data.records import Records
+from tests import tiny
+from tests.cli.runner import medm
+from tests.encoders.tiny import TINY_ENCODERS
+from tests.tasks.layouts import LAYOUTS
+
+DOCS = Path(__file__).parents[2] / "docs"
+BALL = DOCS / "examples_media" / "ball_left.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    section = tiny.lvlm_section(tiny.save_llm("llama-3.2", folder / "llm"), family="llama-3.2")
+    section["branches"] = {
+        "volume": {"encoder": TINY_ENCODERS["m3d-clip"].block, "connector": {"name": "spatial-pooling"}}
+    }
+    written: dict[str, Any] = {
+        "model": section,
+        "data": {
+            "train": [{"path": str(DOCS / "example_finetune_3d.json")}],
+            "cache": {"dir": str(folder / "cache"), "max_gb": 0.1},
+        },
+        "parts": {"volume.connector": "full"},
+        "output_dir": str(folder / "out"),
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(written))
+    return file
+
+
+def test_cache_is_filled_once_and_again_for_another_preprocessing(recipe: Path) -> None:
+    entries = recipe.parent / "cache" / "arrays"
+    done = medm("data", "cache", str(recipe), "--workers", "0")
+    assert done.code == 0, done.out + done.err
+    assert done.out.startswith("3 files, 0 bad;")
+    before = {path: path.stat().st_mtime_ns for path in entries.rglob("*.npy")}
+    assert len(before) == 3
+    assert medm("data", "cache", str(recipe), "--workers", "0").code == 0
+    assert {path: path.stat().st_mtime_ns for path in entries.rglob("*.npy")} == before
+    other = "model.branches.volume.preprocess={windows: [[-160, 240]]}"
+    assert medm("data", "cache", str(recipe), other, "--workers", "0").code == 0
+    assert len(list(entries.rglob("*.npy"))) == 6
+
+
+def test_cache_names_what_is_bad_and_what_is_missing(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.nii.gz").write_bytes(BALL.read_bytes()[:300])
+    bad = {
+        "volume": "cut.nii.gz",
+        "conversations": [{"from": "human", "value": "<volume>\n?"}, {"from": "gpt", "value": "A"}],
+    }
+    (tmp_path / "data.json").write_text(json.dumps([bad]))
+    done = medm("data", "cache", str(recipe), f"data.train=[{{path: {tmp_path / 'data.json'}}}]", "--workers", "0")
+    assert done.code == 1
+    assert done.out.startswith(f"{tmp_path / 'data.json'}, record 0, field 'volume': ")
+    assert medm("data", "cache", str(recipe), "data.cache=null").code == 2
+
+
+def test_preview_finds_out_that_a_volume_is_one(recipe: Path, tmp_path: Path) -> None:
+    sizes = {}
+    for name, arguments in {
+        "published": ["convention=medm-vl", "--slices", "4"],
+        "own": ["--recipe", str(recipe), "--slices", "4"],
+    }.items():
+        done = medm("data", "preview", str(BALL), str(tmp_path / f"{name}.png"), *arguments)
+        assert done.code == 0, done.err
+        sizes[name] = Image.open(tmp_path / f"{name}.png").size
+    assert all(width > 400 and height > 200 for width, height in sizes.values())
+
+
+def records(file: Path, root: Path) -> Records:
+    return Records([SourceOptions(path=str(file), root=str(root))])
+
+
+@pytest.mark.parametrize(("task", "answer"), [("m3d-cap", "The heart is enlarged."), ("m3d-vqa-closed", "B. Sagittal")])
+def test_convert_writes_records_that_training_reads(task: str, answer: str, tmp_path: Path) -> None:
+    LAYOUTS[task].build(tmp_path / "M3D")
+    for output in (tmp_path / "out.json", tmp_path / "out.jsonl"):
+        done = medm("data", "convert", "--task", task, "--data", str(tmp_path / "M3D"), str(output))
+        assert done.code == 0, done.err
+        read = records(output, tmp_path / "M3D")
+        assert len(read) == LAYOUTS[task].count
+        assert read[0].turns[-1].text.startswith(answer)
+        assert read.media_path(0, read[0].media[0]).is_file()
+    assert medm("data", "check", str(tmp_path / "out.json"), "--root", str(tmp_path / "M3D"), "--decode").code == 0
+
+
+def test_convert_words_questions_anew_with_a_seed_and_keeps_to_the_limit(tmp_path: Path) -> None:
+    LAYOUTS["m3d-cap"].build(tmp_path)
+    questions = set()
+    for seed in range(8):
+        arguments = ("--task", "m3d-cap", "--data", str(tmp_path), "--seed", str(seed), "--limit", "1")
+        assert medm("data", "convert", str(tmp_path / "out.json"), *arguments).code == 0
+        (sample,) = records(tmp_path / "out.json", tmp_path)
+        questions.add(sample.turns[0].text)
+    assert len(questions) > 2
+
+
+def test_convert_says_what_is_wrong_and_leaves_an_older_file(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    output.write_text("mine")
+    for arguments, words in {
+        ("--task", "m3d-cap", "--data", str(tmp_path)): "M3D_Cap.json",
+        ("--task", "m3d-kap", "--data", str(tmp_path)): "did you mean 'm3d-cap'",
+        ("--task", "custom", "--data", str(tmp_path)): "needs path, metrics",
+    }.items():
+        done = medm("data", "convert", str(output), *arguments)
+        assert done.code != 0
+        assert words in " ".join(done.err.replace("\u2502", " ").split())
+    assert output.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
