@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from benchmarks.cells import training
+from benchmarks.cells import answering, caches, checkpoints, startup, training, volumes
 from benchmarks.harness import Cell
 
 CELLS: list[type[Cell]] = [
     training.TrainingTokens,
     training.Utilisation,
     training.Waste,
+    volumes.CachedReading,
+    volumes.FirstReading,
+    training.DataStall,
+    answering.OneByOne,
+    answering.PaddedBatches,
+    answering.Decoding,
+    answering.ManyQuestions,
+    caches.FirstStage,
     training.PeakMemory,
+    checkpoints.Stall,
+    checkpoints.Replay,
+    startup.Help,
 ]

@@ -16,8 +16,8 @@ from medm.training.options import TrainOptions
 logger = logging.getLogger(__name__)
 
 _OURS = {
-    "gradient_checkpointing", "early_stopping_patience", "early_stopping_threshold", "require_gpu", "deepspeed",
-    "arguments",
+    "gradient_checkpointing", "save_in_background", "early_stopping_patience", "early_stopping_threshold",
+    "require_gpu", "deepspeed", "arguments",
 }  # fmt: skip
 """Keys of `TrainOptions` that other code reads (parts, callbacks, this file)."""
 

@@ -15,8 +15,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,39 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Background:
+    """One action at a time, in a thread beside the training. What goes wrong in it is raised by the next `wait`.
+
+    As a context manager it waits at the end, whatever ended it.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def start(self, action: Callable[[], None]) -> None:
+        """Begin, once the action before is done."""
+        self.wait()
+        self._running = self._pool.submit(action)
+
+    def wait(self) -> None:
+        """Until nothing is running any more."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        try:
+            self.wait()
+        except (MedmError, OSError) as error:
+            if kind is None:
+                raise
+            logger.error("the last checkpoint was not finished: %s", error)
 
 
 @contextmanager

@@ -158,6 +158,8 @@ class TrainOptions(Options):
     """Steps between two checkpoints; a number below 1 is a share of all steps."""
     save_total_limit: int | None = Field(default=2, ge=1)
     """Checkpoints that are kept, the best one aside; older ones go when a newer one has been verified."""
+    save_in_background: bool = True
+    """Go on training while a written checkpoint reaches the disk and is hashed."""
     logging_steps: float = Field(default=10, gt=0)
     """Steps between two lines of the log."""
     logging_first_step: bool = True

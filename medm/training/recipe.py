@@ -72,11 +72,12 @@ def dump(recipe: Mapping[str, Any]) -> str:
 HARMLESS = frozenset(
     f"train.{name}"
     for name in (
-        "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_first_step", "report_to",
+        "save_strategy", "save_steps", "save_total_limit", "save_in_background",
+        "logging_steps", "logging_first_step", "report_to",
         "run_name", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "ddp_timeout",
         "require_gpu", "per_device_eval_batch_size",
     )
-) | {"output_dir"}  # fmt: skip
+) | {"output_dir", "data.cache", "data.cache.dir", "data.cache.max_gb", "data.cache.branches"}  # fmt: skip
 """What may differ between a run and its continuation without changing what is learned."""
 
 

@@ -136,6 +136,7 @@ class MedmTrainer(Trainer):
         self._terms_since = 0
         self._overflows = 0
         self._committed_step: int | None = None
+        self._commits = checkpoints.Background()
 
     # Running ------------------------------------------------------------------------------------------
 
@@ -154,9 +155,11 @@ class MedmTrainer(Trainer):
             _first_process_holds(self.output_dir),
             self.interruption.listening(),
             safe_loading(self._checkpoint_classes()),
+            self._commits,
         ):
             start = on_first(lambda: self._starting_point(self.output_dir, resume=resume))
             super().train(resume_from_checkpoint=None if start is None else str(start))
+            on_first(self._commits.wait)
         return not self.interruption.raised
 
     def _starting_point(self, output_dir: Path, *, resume: bool) -> Path | None:
@@ -315,16 +318,24 @@ class MedmTrainer(Trainer):
     # Checkpoints --------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write aside on every process, agree that all succeeded, then let the first one commit."""
+        """Write aside on every process, agree that all succeeded, then let the first one commit.
+
+        Once the files are written they are copies, so training goes on while they reach the disk and are hashed.
+        """
         step = self.state.global_step
         if self._committed_step == step:
             return
         self._require_finite_weights()
         self.store_flos()
+        on_first(self._commits.wait)
         final = self.output_dir / f"checkpoint-{step}"
         folder = on_first(lambda: self._make_staging(self.output_dir, step))
         self._together(lambda: self._write_checkpoint(folder, final), during=f"writing {final}", cleanup=folder)
-        on_first(lambda: self._commit(folder, final))
+        commit = self._commit(folder, final)
+        if not self.train_options.save_in_background:
+            on_first(commit)
+        elif self.args.process_index == 0:
+            self._commits.start(commit)
         self._committed_step = step
 
     def save_whole(self, folder: Path) -> None:
@@ -361,14 +372,17 @@ class MedmTrainer(Trainer):
             if isinstance(callback, ExportableState):
                 states[type(callback).__name__] = callback.state()
 
-    def _commit(self, folder: Path, final: Path) -> None:
+    def _commit(self, folder: Path, final: Path) -> Callable[[], None]:
+        """What makes a written folder a checkpoint, with the facts of this moment."""
         facts = {"step": self.state.global_step, "world_size": self.args.world_size, "recipe": self.recipe}
-        checkpoints.commit(folder, final=final, facts=facts)
-        if self.args.save_total_limit is not None:
-            best = self.state.best_model_checkpoint
-            checkpoints.prune(
-                final.parent, keep=self.args.save_total_limit, spare=Path(best) if best else None, newest=final
-            )
+        best, keep = self.state.best_model_checkpoint, self.args.save_total_limit
+
+        def commit() -> None:
+            checkpoints.commit(folder, final=final, facts=facts)
+            if keep is not None:
+                checkpoints.prune(final.parent, keep=keep, spare=Path(best) if best else None, newest=final)
+
+        return commit
 
     def _estimated_size(self) -> int:
         """Bytes of a first checkpoint: weights, and for each trained one two moments and a copy in float32."""
@@ -438,6 +452,7 @@ class MedmTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.interruption.raised:
             return
+        on_first(self._commits.wait)
         best = Path(self.state.best_model_checkpoint or "")
         on_first(lambda: checkpoints.verify(best))
         if self.is_deepspeed_enabled:

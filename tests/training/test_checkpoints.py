@@ -132,3 +132,24 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
         checkpoints.locked(tmp_path).__enter__()
     with checkpoints.locked(tmp_path):
         pass
+
+
+def test_what_goes_wrong_in_the_background_comes_out_at_the_next_wait() -> None:
+    done: list[int] = []
+
+    def fails() -> None:
+        raise OSError("disk")
+
+    with checkpoints.Background() as background:
+        background.start(lambda: done.append(1))
+        background.start(fails)
+        assert done == [1], "one at a time"
+        with pytest.raises(OSError, match="disk"):
+            background.wait()
+        background.start(lambda: done.append(2))
+    assert done == [1, 2], "leaving waits"
+    with pytest.raises(OSError, match="disk"), checkpoints.Background() as background:
+        background.start(fails)
+    with pytest.raises(KeyError), checkpoints.Background() as background:
+        background.start(fails)
+        raise KeyError

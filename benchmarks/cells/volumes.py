@@ -1,0 +1,103 @@
+"""Volumes: what reading and resampling costs once, and what it costs from the cache."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from monai.transforms import Compose, Resize, ScaleIntensityRange
+
+from benchmarks.harness import Cell, GateError, Ratio
+from medm.data.volume_cache import MediaCache
+from medm.imaging import load_pixels
+from medm.imaging.options import VolumePreprocess
+
+
+class _VolumeCell(Cell):
+    shape: ClassVar[tuple[int, int, int]] = (128, 512, 512)
+    count: ClassVar[int] = 2
+
+    @cached_property
+    def folder(self) -> Any:
+        """Volumes of the size of a chest CT, in HU as int16; an `.npy` costs both sides the same to read."""
+        folder = tempfile.TemporaryDirectory()
+        rng = np.random.default_rng(0)
+        for number in range(self.count):
+            voxels = rng.normal(-300, 400, self.shape).clip(-1024, 3000).astype(np.int16)
+            np.save(Path(folder.name) / f"{number}.npy", voxels)
+        return folder
+
+    @property
+    def files(self) -> list[Path]:
+        """Files to read."""
+        return sorted(Path(self.folder.name).glob("*.npy"))
+
+    @cached_property
+    def preprocess(self) -> VolumePreprocess:
+        """One window, stretched to 32 x 256 x 256, in the order of the file."""
+        return VolumePreprocess(windows=[[-1000.0, 1000.0]], size=[32, 256, 256], orientation=None)
+
+    @cached_property
+    def chain(self) -> Compose:
+        """The same in MONAI, in its usual order."""
+        return Compose(
+            [
+                ScaleIntensityRange(a_min=-1000, a_max=1000, b_min=0, b_max=1, clip=True),
+                Resize((32, 256, 256), mode="trilinear"),
+            ]
+        )
+
+    def monai(self, file: Path) -> np.ndarray:
+        """(1, 32, 256, 256)."""
+        return np.asarray(self.chain(np.load(file)[None]))
+
+    def ours(self, file: Path) -> np.ndarray:
+        """(1, 32, 256, 256)."""
+        return load_pixels(file, self.preprocess)
+
+    def gate(self) -> str:
+        """Equal output."""
+        difference = float(np.abs(self.ours(self.files[0]) - self.monai(self.files[0])).max())
+        if difference > 1e-3:
+            raise GateError(f"largest difference {difference:.2e}")
+        return f"largest difference {difference:.1e}"
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        return {"volume": "x".join(map(str, self.shape)), "result": "32x256x256", "volumes": self.count}
+
+    def run_peer(self) -> float:
+        """MONAI at every access."""
+        return sum(self.monai(file).shape[0] for file in self.files)
+
+
+class FirstReading(_VolumeCell, Ratio):
+    """P5."""
+
+    name, title, peer = "P5", "first preprocessing of a volume", "MONAI chain"
+    targets: ClassVar = {"cpu": 2.0, "h200": 2.0}
+
+    def run_ours(self) -> float:
+        return sum(self.ours(file).shape[0] for file in self.files)
+
+
+class CachedReading(_VolumeCell, Ratio):
+    """P4: memory-mapped entries, read to the last byte."""
+
+    name, title, peer = "P4", "cached volume reads", "MONAI chain at every access"
+    targets: ClassVar = {"cpu": 150.0, "h200": 150.0}
+    passes: ClassVar[int] = 50
+
+    @cached_property
+    def cache(self) -> MediaCache:
+        """Filled when it is first read."""
+        return MediaCache(Path(self.folder.name) / "cache", max_bytes=2**30)
+
+    def ours(self, file: Path) -> np.ndarray:
+        return np.array(self.cache.load(file, self.preprocess))
+
+    def run_ours(self) -> float:
+        return sum(self.ours(file).shape[0] for _ in range(self.passes) for file in self.files)
