@@ -12,6 +12,9 @@ launch() {
   fi
   processes="${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}"
   if [ "$processes" -lt 1 ]; then processes=1; fi
+  if [ "$processes" -gt 1 ]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > processes ? $(nproc) / processes : 1 ))}"
+  fi
   if [ "${NODES:-1}" -gt 1 ]; then
     place=(--nnodes "$NODES" --node-rank "${NODE_RANK:?the number of this machine, from 0}"
       --master-addr "${MASTER_ADDR:?the address of machine 0}" --master-port "${MASTER_PORT:-29500}")
