@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,14 +29,18 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """One command in a folder, without a GPU and without a hub."""
-    environment = os.environ | {
+def environment() -> dict[str, str]:
+    """This one, with the tests' own Python in front, without a GPU and without a hub."""
+    return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1", "GPUS": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """One command in a folder."""
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
+        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=600
     )
 
 
@@ -97,3 +102,22 @@ def test_launchers_are_short_valid_and_have_their_paths_on_top() -> None:
         # no path stands below the variables, but those of the recipe and of launch.sh
         body = "\n".join(lines[lines.index("set -euo pipefail") :])
         assert not re.search(r"work_dirs|data/", body), path
+
+
+def test_two_machines_find_each_other() -> None:
+    """The same launcher on two nodes; here both are this machine, and the command is a cheap one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = "source scripts/launch.sh; launch list connectors"
+    nodes = [
+        subprocess.Popen(
+            ["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment() | {"NODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for node in nodes:
+        out, err = node.communicate(timeout=240)
+        assert node.returncode == 0, err
+        assert "mlp" in out
