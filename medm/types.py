@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,9 +91,8 @@ position_ids (B, T), only where several samples share one row (packing)
 """
 
 
-@dataclass(slots=True)
-class VisionFeatures:
-    """What an encoder returns.
+class VisionFeatures(NamedTuple):
+    """What an encoder returns. A tuple, because ZeRO-3 finds the tensors of a module's output only in tuples and dicts.
 
     `tokens` is (B, P + prod(grid), D): first `prefix` tokens that stand for no place (CLS), then one token
     per cell of `grid`, the last axis fastest. Two grid axes for images (rows, columns), three for volumes

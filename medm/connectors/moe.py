@@ -125,7 +125,13 @@ class Router(nn.Module):
         """Weights of the experts from logits, with the load-balance loss of the sound mode."""
         if self.gate == "sparse":
             kept, experts = logits.topk(self.top_k, dim=-1)
-            weights = torch.zeros_like(logits).scatter(-1, experts, kept.softmax(dim=-1))
+            shares = kept.softmax(dim=-1)
+            if self.top_k == 1 and self.mode == "sound":
+                # The softmax of one number is 1 whatever the router says, so it would learn nothing from the answers:
+                # the value stays 1, the gradient is that of the probability.
+                best = logits.softmax(dim=-1).gather(-1, experts)
+                shares = best / best.detach()
+            weights = torch.zeros_like(logits).scatter(-1, experts, shares)
         elif self.mode == "published":
             # sigmoid(z) / sum(sigmoid(z)), by way of logarithms: the quotient itself is 0/0 once all sigmoids vanish.
             weights = F.logsigmoid(logits).softmax(dim=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from einops.layers.torch import Rearrange
@@ -55,7 +54,7 @@ class EVACLIPEncoder(PlainViT):
     def forward(self, pixels: Tensor) -> VisionFeatures:
         """pixels: (B, C, height, width)."""
         features = super().forward(pixels)
-        return replace(features, tokens=self.ln_vision(features.tokens))
+        return features._replace(tokens=self.ln_vision(features.tokens))
 
     def embedding(self, channels: int) -> nn.Module:
         """A convolution whose stride is its kernel."""

@@ -1,6 +1,5 @@
 """What every registered connector must do, on images and volumes, with and without tokens in front of the grid."""
 
-import dataclasses
 import inspect
 
 import pytest
@@ -83,7 +82,7 @@ def test_items_of_a_batch_do_not_see_each_other(name):
     connector, features = build_connector(name, (4, 4)).eval(), features_on((4, 4), batch=4)
     together = run(connector, features)
     for i, task in enumerate((0, 1, 1, 0)):
-        alone = run(connector, dataclasses.replace(features, tokens=features.tokens[i : i + 1]), tasks=(task,))
+        alone = run(connector, features._replace(tokens=features.tokens[i : i + 1]), tasks=(task,))
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -91,7 +90,7 @@ def test_items_of_a_batch_do_not_see_each_other(name):
 def test_bf16_stays_bf16_and_close(name):
     connector, features = build_connector(name, (4, 4)).eval(), features_on((4, 4))
     exact = run(connector, features)
-    rough = run(connector.to(torch.bfloat16), dataclasses.replace(features, tokens=features.tokens.to(torch.bfloat16)))
+    rough = run(connector.to(torch.bfloat16), features._replace(tokens=features.tokens.to(torch.bfloat16)))
     assert rough.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0) > 0.99
 

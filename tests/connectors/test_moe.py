@@ -214,6 +214,18 @@ def test_extreme_gates_stay_numbers(gate, mode, bias, dtype):
             connector.router.layers[2].bias[1:] = 0
 
 
+def test_a_router_that_picks_one_expert_learns_from_the_answers():
+    # As published it cannot: the softmax over a single kept logit is 1.
+    for mode, learns in (("sound", True), ("published", False)):
+        connector = moe(gate="sparse", top_k=1, mode=mode)
+        output = connector(features_on((4, 4)))
+        chosen = connector.router(features_on((4, 4)).tokens, None)[0]
+        assert chosen.sum(dim=-1).eq(1).all()
+        assert set(chosen.flatten().tolist()) == {0.0, 1.0}
+        output.square().mean().backward()
+        assert bool(connector.router.layers[2].weight.grad.any()) is learns
+
+
 def test_load_balance_is_one_when_even_and_grows_when_not():
     for gate in ("soft", "sparse"):
         connector, features = moe(gate=gate, top_k=1).train(), features_on((4, 4))
