@@ -27,7 +27,12 @@ class FirstStage(Ratio, Cell):
 
     @property
     def setting(self) -> dict[str, Any]:
-        return {"workload": self.workloads[self.profile], "slices": self.slices, "caption": self.caption, "batch": self.batch}
+        return {
+            "workload": self.workloads[self.profile],
+            "slices": self.slices,
+            "caption": self.caption,
+            "batch": self.batch,
+        }
 
     @cached_property
     def model(self) -> LVLMForConditionalGeneration:
@@ -49,7 +54,9 @@ class FirstStage(Ratio, Cell):
             },
         )  # fmt: skip
         cuda = self.profile == "h200"
-        model = LVLMForConditionalGeneration(config).to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
+        model = LVLMForConditionalGeneration(config).to(
+            "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32
+        )
         model.requires_grad_(False)
         model.parts()["volume.connector"].requires_grad_(True)
         return model.train()

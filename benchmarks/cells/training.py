@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from benchmarks.harness import Cell, Figure, GateError, Ratio, seconds
@@ -19,6 +21,8 @@ from benchmarks.workloads import PAD, WORKLOADS, Sizes, make_examples, medm_mode
 from medm.data.collator import Collator
 from medm.data.packing import PackedBatches, PackingCollator
 from medm.data.sampling import Shuffle
+from medm.imaging import load_pixels
+from medm.imaging.options import ImagePreprocess
 from medm.objectives.language_modeling import LanguageModeling
 from medm.training.arguments import training_arguments
 from medm.training.options import PartOptions, TrainOptions
@@ -103,6 +107,14 @@ class _Workload:
     @property
     def collator(self) -> PackingCollator:
         return PackingCollator(PAD, self.capacity)
+
+    def step(self, model: Any, batch: Batch) -> None:
+        """Forward and backward."""
+        model.train()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.cuda):
+            loss = model(**self.to_device(batch)).loss
+        loss.backward()
+        model.zero_grad(set_to_none=True)
 
     def to_device(self, batch: Batch) -> Batch:
         move = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
@@ -228,6 +240,57 @@ class Waste(_TrainingCell, Figure):
         return wasted
 
 
+class _Decoded(Dataset[Example]):
+    """Examples whose pictures are PNG files of 512 x 512, decoded and resized when they are asked for."""
+
+    def __init__(self, examples: list[Example], folder: Path, side: int) -> None:
+        self.examples, self.folder = examples, folder
+        self.preprocess = ImagePreprocess(size=[side, side])
+        rng = np.random.default_rng(0)
+        for number in range(8):
+            picture = rng.integers(0, 255, (64, 64, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+            Image.fromarray(picture).save(folder / f"{number}.png")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.examples[index]
+        count = len(example.pixels.get("image", []))
+        pixels = [load_pixels(self.folder / f"{(index + i) % 8}.png", self.preprocess) for i in range(count)]
+        return Example(example.input_ids, example.labels, {"image": pixels} if pixels else {})
+
+
+class DataStall(_TrainingCell, Figure):
+    """P6: share of a step that is spent waiting for its batch; one worker reads and decodes."""
+
+    name, title, peer, at_most = "P6", "waiting for data in a step", "-", True
+    targets = {"cpu": 0.05, "h200": 0.02}
+
+    def values(self, rounds: int) -> list[float]:
+        load, shares = self.workload, []
+        with tempfile.TemporaryDirectory() as folder:
+            data = _Decoded(load.examples, Path(folder), load.sizes.image_size)
+            loader: DataLoader[Any] = DataLoader(
+                data,
+                batch_sampler=PackedBatches(
+                    Shuffle(len(data), seed=0), lengths=load.lengths, capacity=load.capacity, batch_size=load.rows
+                ),
+                collate_fn=load.collator, num_workers=1 if not load.cuda else 8, prefetch_factor=4, persistent_workers=True,
+            )  # fmt: skip
+            for _ in range(rounds + 1):
+                waiting = working = 0.0
+                batches = iter(loader)
+                next(batches)  # the first is never ready: nothing could be prepared before it was asked for
+                for _ in range(len(loader) - 1):
+                    start = time.perf_counter()
+                    batch = next(batches)
+                    waiting += time.perf_counter() - start
+                    working += seconds(lambda batch=batch: load.step(load.ours, batch))  # type: ignore[misc]
+                shares.append(waiting / (waiting + working))
+        return shares[1:]
+
+
 class PeakMemory(_TrainingCell, Figure):
     """P11: memory of a step above the weights, ours over the peer's."""
 
@@ -241,16 +304,9 @@ class PeakMemory(_TrainingCell, Figure):
         load = self.workload
         sample = load.examples[:BATCH]
 
-        def step(model: Any, batch: Batch) -> None:
-            model.train()
-            with torch.autocast(load.device, torch.bfloat16, enabled=load.cuda):
-                loss = model(**load.to_device(batch)).loss
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-
         ratios = []
         for _ in range(rounds):
-            peer = peak_bytes(lambda: step(load.stock, stock_batch(sample)))
-            ours = peak_bytes(lambda: step(load.ours, load.collator(sample)))
+            peer = peak_bytes(lambda: load.step(load.stock, stock_batch(sample)))
+            ours = peak_bytes(lambda: load.step(load.ours, load.collator(sample)))
             ratios.append(ours / peer)
         return ratios

@@ -1,0 +1,88 @@
+"""`python -m benchmarks --profile cpu [P1 P7 ...]`: every cell beside its peer, a JSON, a table and a chart."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cells import CELLS
+from benchmarks.harness import ROUNDS, Result
+from benchmarks.limits import measure_limits, versions
+from benchmarks.report import draw, table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Measure, print each line as it is there, write everything at the end."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--profile", choices=["cpu", "h200"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("names", nargs="*", help="cells by name; all of the profile without any")
+    arguments = parser.parse_args()
+    quiet()
+    chosen = [c for c in CELLS if arguments.profile in c.targets and (not arguments.names or c.name in arguments.names)]
+    if unknown := sorted(set(arguments.names) - {cell.name for cell in CELLS}):
+        parser.error(f"no such cell: {', '.join(unknown)}; there are {', '.join(cell.name for cell in CELLS)}")
+    cuda = arguments.profile == "h200"
+    if cuda and not torch.cuda.is_available():
+        parser.error("profile h200 needs a CUDA device; none is there")
+    limits = measure_limits(device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    print(
+        f"{limits.device}, {limits.threads} threads: {limits.matmul / 1e9:.0f} GFLOP/s, reads {limits.bandwidth / 1e9:.1f} "
+        f"GB/s, copies {limits.copy / 1e9:.1f} GB/s"
+    )
+    results: list[Result] = []
+    for cell in chosen:
+        results.append(cell(arguments.profile).measure(arguments.rounds))
+        print(line(results[-1]), flush=True)
+    write(arguments.output, arguments.profile, results, asdict(limits))
+
+
+def line(result: Result) -> str:
+    """One cell in words."""
+    if math.isnan(result.value):
+        return f"{result.name:5} {result.title}: {result.gate}"
+    aim = "no target" if result.target is None else f"target {'<=' if result.at_most else '>='} {result.target:g}"
+    verdict = {True: "reached", False: "NOT reached", None: ""}[result.reached]
+    return (
+        f"{result.name:5} {result.title}: {result.value:.3g} [{result.low:.3g}, {result.high:.3g}], {aim}, {verdict}; "
+        f"{result.status}; {result.gate}"
+    )
+
+
+def write(folder: Path, profile: str, results: list[Result], limits: dict[str, Any]) -> None:
+    """`<profile>.json`, `.md` and `.png`; cells that were not measured this time keep their last figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{profile}.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else {}
+    for result in results:
+        kept[result.name] = result.as_dict()
+    ordered = {cell.name: kept[cell.name] for cell in CELLS if cell.name in kept}
+    content = {"profile": profile, "limits": limits, "versions": versions(), "cells": ordered}
+    file.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(table(content), encoding="utf-8")
+    draw(content, file.with_suffix(".png"))
+
+
+def quiet() -> None:
+    """The table is the output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("medm").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+if __name__ == "__main__":
+    main()
