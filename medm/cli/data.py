@@ -70,6 +70,7 @@ def preview(
     from medm.config import apply_overrides
     from medm.errors import RecipeError
     from medm.imaging import preprocess_from_dict
+    from medm.imaging.options import changed
     from medm.imaging.preview import save_contact_sheet
 
     known = _settings(_load(recipe) if recipe else None, model).get("preprocess", {})
@@ -77,7 +78,8 @@ def preview(
     if known and branch not in known:
         raise RecipeError(f"--branch {branch}: the model has {', '.join(sorted(known))}")
     described = known[branch].model_dump() if known else {"kind": branch}
-    save_contact_sheet(file, preprocess_from_dict(apply_overrides(described, fields or [])), output, slices=slices)
+    wanted = preprocess_from_dict(changed(described, apply_overrides({}, fields or [])))
+    save_contact_sheet(file, wanted, output, slices=slices)
     out.print(str(output), markup=False)
 
 
@@ -219,6 +221,8 @@ def _processor_of(recipe: Recipe | None) -> Any:
 
     if recipe is None or recipe.model.kind != "lvlm":
         raise RecipeError("--recipe: token lengths are known for models of kind 'lvlm'; leave --recipe out")
+    if recipe.init_from is not None and Path(recipe.init_from).is_dir():
+        return _saved_processor(Path(recipe.init_from)).following(recipe.model)
     return resolve(recipe.model)[1]
 
 

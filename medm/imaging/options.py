@@ -48,20 +48,24 @@ class ImagePreprocess(Options):
         return self
 
 
+# Each says all of scale, windows, stretch and crop, so that it can take the place of another one.
 _VOLUME_CONVENTIONS: dict[str, dict[str, Any]] = {
     # M3D-Cap as published: arrays already 0..1, stretched per volume, cropped to what is not background.
-    "m3d": {"scale": "0-1", "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256]},
+    "m3d": {"scale": "0-1", "windows": None, "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256]},
     # MedM-VL since September 2025: HU -1000..1000 to 0..1, then as M3D.
     "medm-vl": {
         "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256]
     },
     # MedM-CLIP's statistics are given on 0..255; here the same on 0..1.
     "medm-clip": {
-        "scale": "hu", "windows": [[-1000.0, 1000.0]], "size": [32, 256, 256],
-        "mean": [55.698 / 255], "std": [66.194 / 255],
+        "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": False, "crop_foreground": None,
+        "size": [32, 256, 256], "mean": [55.698 / 255], "std": [66.194 / 255],
     },
     # Astra takes (X, Y, Z) in RAS, 0..1; size as in its documentation.
-    "astra": {"scale": "hu", "windows": [[-1000.0, 1000.0]], "orientation": "RAS", "size": [224, 224, 160]},
+    "astra": {
+        "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": False, "crop_foreground": None,
+        "orientation": "RAS", "size": [224, 224, 160],
+    },
 }  # fmt: skip
 
 
@@ -177,6 +181,15 @@ class Augment(Options):
                 "that say 'left' and 'right' are not changed with them"
             )
         return self
+
+
+def changed(described: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a description with some of them replaced.
+
+    A convention among the changes replaces everything that it speaks of but the size, which belongs to the encoder.
+    """
+    spoken = _VOLUME_CONVENTIONS.get(str(changes.get("convention")), {})
+    return {**described, **{key: value for key, value in spoken.items() if key != "size"}, **changes}
 
 
 def _positive(values: list[int] | list[float], field: str) -> None:

@@ -31,7 +31,8 @@ def build(options: Options, *, init_from: str | None = None) -> Built:
     Args:
         options: the section; its `kind` chooses the builder.
         init_from: a folder that medm saved. Its weights are the start instead of the published ones, with any
-            adapter that they hold, and its parts must be the ones that the section names.
+            adapter that they hold, and its parts must be the ones that the section names. Chat template and
+            preprocessing are the saved ones but for what the section writes.
 
     Raises:
         RecipeError: parts that do not fit each other, or `init_from` holds other parts.
@@ -42,7 +43,7 @@ def build(options: Options, *, init_from: str | None = None) -> Built:
         return MODELS.get(kind)(options)
     model, processor = load(init_from)
     model.check_same_parts(options, source=init_from)
-    return model, processor
+    return model, model.follow(options, processor)
 
 
 def load(folder: str) -> Built:

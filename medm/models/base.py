@@ -34,6 +34,10 @@ class MedmModel(PreTrainedModel):
     def check_same_parts(self, options: Options, *, source: str) -> None:
         """Raises `RecipeError` when a recipe's `model` section names other parts than this model has."""
 
+    def follow(self, options: Options, processor: Any) -> Any:
+        """The processor of `init_from`, with what a recipe writes in the place of what was saved."""
+        return processor
+
     def inject_adapters(self) -> None:
         """Build the LoRA layers that the config speaks of; the last step of a constructor before `post_init`."""
         for part, spec in self.config.adapters.items():

@@ -14,7 +14,7 @@ from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
 from medm.errors import CheckpointError, RecipeError
 from medm.imaging import preprocess_from_dict
-from medm.imaging.options import ImagePreprocess
+from medm.imaging.options import ImagePreprocess, changed
 from medm.llms import LLMS, LLMOptions
 from medm.llms.base import read_template
 from medm.models.checkpoint import Published, load_module
@@ -126,7 +126,7 @@ def _tokenizer(options: LLMOptions) -> PreTrainedTokenizerBase:
 
 def _branch_config(name: str, options: BranchOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     encoder, preprocess = _encoder_config(options.encoder)
-    described = preprocess_from_dict({"kind": name, **preprocess, **options.preprocess})
+    described = preprocess_from_dict(changed({"kind": name, **preprocess}, options.preprocess))
     if described.size is None:
         raise RecipeError(
             f"model.branches.{name}.preprocess: size is null, but the token grid must be known; give sizes"

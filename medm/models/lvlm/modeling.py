@@ -158,16 +158,18 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         for name in set(options.branches) & set(self.branches):
             wanted = options.branches[name].model_dump()
             for part in ("encoder", "connector"):
-                held = self.config.branches[name][part]
-                differences += [
-                    f"{name}.{part}.{key} {held[key]!r}, not {value!r}"
-                    for key, value in wanted[part].items()
-                    if key in held and key != "architecture" and held[key] != value
-                ]
+                differences += different(f"{name}.{part}", self.config.branches[name][part], wanted[part])
         if differences:
             raise RecipeError(
                 f"init_from {source}: holds " + "; ".join(differences) + ". Change the recipe or init_from"
             )
+
+    def follow(self, options: LVLMOptions, processor: Any) -> Any:  # type: ignore[override]
+        followed = processor.following(options)
+        generation: Any = self.generation_config
+        end, stops = followed.chat.end_of_reply(), generation.eos_token_id
+        generation.eos_token_id = sorted({end, *(stops if isinstance(stops, list) else [stops])} - {None})
+        return followed
 
     def embed(
         self,
@@ -306,6 +308,19 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
     def _check_no_placeholder(self, input_ids: Tensor, name: str) -> None:
         count = (input_ids == self.config.branches[name]["placeholder_id"]).sum()
         check(count == 0, lambda: f"branch '{name}': {int(count)} placeholder tokens in the text, and no pixels")
+
+
+def different(place: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What a recipe asks of a part and the model holds otherwise. Sizes and paths are not compared."""
+    found = []
+    for key, value in wanted.items():
+        if key not in held or key == "architecture":
+            continue
+        if isinstance(value, Mapping) and isinstance(held[key], Mapping):
+            found += different(f"{place}.{key}", held[key], value)
+        elif held[key] != value:
+            found.append(f"{place}.{key} {held[key]!r}, not {value!r}")
+    return found
 
 
 def scatter(embeds: Tensor, input_ids: Tensor, tokens: Tensor, *, placeholder_id: int, branch: str = "") -> Tensor:

@@ -14,7 +14,10 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from medm.errors import DataError, RecipeError
 from medm.imaging import load_pixels, preprocess_from_dict
+from medm.imaging.options import changed
+from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat, Message, Part
+from medm.models.lvlm.options import LVLMOptions
 from medm.types import IGNORE_INDEX, Example, Media, Sample, Turn
 
 
@@ -54,6 +57,33 @@ class LVLMProcessor(ProcessorMixin):
             name: tokenizer.added_tokens_encoder[entry["placeholder"]] for name, entry in self.branches.items()
         }
         self.chat = ChatFormat(tokenizer, template=template, template_kwargs=self.template_kwargs)
+
+    def following(self, options: LVLMOptions) -> LVLMProcessor:
+        """The same processor with the chat template and the fields of preprocessing that a recipe writes.
+
+        What it does not write stays: a stage may speak in another layout than the one before, or see other windows.
+
+        Raises:
+            RecipeError: an input size other than the one that the model was built for, or a field that is unknown.
+        """
+        branches = {}
+        for name, entry in self.branches.items():
+            fields = options.branches[name].preprocess if name in options.branches else {}
+            preprocess = changed(entry["preprocess"], fields)
+            if list(preprocess["size"]) != list(entry["preprocess"]["size"]):
+                raise RecipeError(
+                    f"model.branches.{name}.preprocess.size: {preprocess['size']}, but the model of init_from takes "
+                    f"{entry['preprocess']['size']}; leave size out, or train from the published parts"
+                )
+            branches[name] = {**entry, "preprocess": preprocess_from_dict(preprocess).model_dump()}
+        written = options.llm.chat_template
+        return LVLMProcessor(
+            self.tokenizer,
+            branches=branches,
+            template_kwargs=self.template_kwargs,
+            tasks=self.tasks,
+            chat_template=read_template(written) if written else str(self.chat_template),
+        )
 
     # Names that servers built on transformers look for.
     @property
