@@ -326,7 +326,7 @@ TABLE = {
 
 GROUPS = {
     "quickstart": ("SmolLM2-135M-Instruct", "efficientnet-lite0", "head-ct"),
-    "3d": ("SmolLM2-135M-Instruct", "astra", "pyradiomics", "totalsegmentator", "head-ct"),
+    "3d": ("SmolLM2-135M-Instruct", "astra", "head-ct"),
     "sources": ("pyradiomics", "totalsegmentator", "tptbox", "mni152", "colin27"),
 }
 

@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
         "held_out": score([a for a in answered if a.split == "test"], frequent),
         "apart": score([a for a in answered if a.split == "extra"], frequent),
         "by_volume": by_volume(answered),
-        "notes": [*about["notes"], CONSTANTS],
+        "notes": [*about["notes"], CONSTANTS, *unreadable_before(answered)],
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     text = markdown(results)
@@ -149,6 +149,18 @@ def score(answered: Sequence[Answered], frequent: dict[str, str]) -> list[dict[s
             }
         )
     return rows
+
+
+def unreadable_before(answered: Sequence[Answered]) -> list[str]:
+    """How much of the score before finetuning is a matter of form."""
+    replies = [(a.options, a.before) for a in answered if a.before is not None]
+    if not replies:
+        return []
+    share = np.mean([parse(options, reply) is None for options, reply in replies])
+    return [
+        f"Before finetuning, {share:.0%} of the replies name none of the answers, or several: much of that low score "
+        "is form, not sight. Compare with the constant answers first."
+    ]
 
 
 def interval_over_volumes(hits: np.ndarray, volumes: Sequence[str]) -> tuple[float | None, float | None]:

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# From nothing to a table of answers about blocks of CT volumes that were never seen. Public commands only; a second run
+# goes on with what the first one left.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=work_dirs/quickstart_3d
+newer() { [ -e "$1" ] && [ "$1" -nt "$2" ]; }
+
+python examples/quickstart/fetch.py 3d
+python examples/quickstart_3d/blocks.py
+newer $out/finetune/config.json $out/data/test.json || medm train recipes/quickstart-3d/finetune.yaml --resume
+newer $out/after.jsonl $out/finetune/config.json || rm -f $out/after.jsonl*
+medm infer --model $out/finetune --data $out/data/test.json --root $out/data/volumes --output $out/after.jsonl \
+  --batch-size 8 --max-new-tokens 12
+python examples/quickstart/report.py $out
+echo "Took $((SECONDS / 60)) min $((SECONDS % 60)) s. Not for clinical use."
