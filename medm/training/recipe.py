@@ -16,14 +16,10 @@ from medm.objectives import OBJECTIVES
 from medm.training.options import Part, TrainOptions, flatten_parts
 
 
-def _default_kind(value: Any) -> Any:
-    return {"kind": "lvlm", **value} if isinstance(value, Mapping) else value
-
-
 class Recipe(Options):
     """Everything that decides a training run."""
 
-    model: Annotated[named(MODELS, key="kind"), BeforeValidator(_default_kind)]  # type: ignore[valid-type]
+    model: named(MODELS, key="kind", default="lvlm")  # type: ignore[valid-type]
     """The model, put together from parts by name; `kind` is `lvlm` unless said."""
     data: DataOptions
     """What is trained and evaluated on."""

@@ -26,7 +26,7 @@ PREPROCESSOR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.6], "re
 def published_layout(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The names in the files on the hub, whatever this transformers writes: `vision_model.` in front, once."""
     known = ("vision_model.", "text_model.", "logit", "text_proj", "visual_proj")
-    return {name if name.startswith(known) else f"vision_model.{name}": tensor for name, tensor in tensors.items()}  # fmt: skip
+    return {n if n.startswith(known) else f"vision_model.{n}": tensor for n, tensor in tensors.items()}  # fmt: skip
 
 
 def save_tower(kind: str, folder: Path, *, shards: int = 1) -> Any:

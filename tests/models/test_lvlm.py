@@ -57,6 +57,7 @@ def test_every_family_trains_saves_reloads_and_answers(family: str, llms: dict[s
     model.eval()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
+    assert str(llms[family]) not in (tmp_path / "config.json").read_text(), "where parts came from stays at home"
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(AutoProcessor.from_pretrained(tmp_path)) is LVLMProcessor
     inputs = {key: value for key, value in batch.items() if key != "labels"}

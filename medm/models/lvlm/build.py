@@ -111,6 +111,7 @@ def _text_config(options: LLMOptions) -> PreTrainedConfig:
             f"{options.path or 'the architecture'} is {config.model_type!r}; name the right family, or 'auto'"
         )
     config._attn_implementation = options.attention
+    config._name_or_path = ""  # a checkpoint is complete; where its parts came from is in its recipe
     return config
 
 
