@@ -36,6 +36,11 @@ def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
     ]
     for branch, options in recipe.model.branches.items():
         result.append(f"model.branches.{branch}.encoder={json.dumps(tiny_block(options.encoder.model_dump()))}")
+        connector = options.connector.model_dump()
+        if "unseen_task" in connector:  # the example records have tasks of their own
+            result.append(f"model.branches.{branch}.connector.unseen_task=mean")
+        if connector.get("resample", "none") != "none":  # a grid of 4 x 4, which its windows divide
+            result.append(f"model.branches.{branch}.encoder.image_size=32")
         if branch == "volume":
             result.append(
                 f"model.branches.volume.preprocess.size={list(TINY_ENCODERS[options.encoder.name].pixels[1:])}"

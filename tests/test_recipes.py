@@ -12,7 +12,7 @@ import torch
 from medm.cli.recipes import find, shipped, summary
 from medm.errors import RecipeError
 from medm.llms.base import read_template
-from medm.training.recipe import dump, load_recipe, resolved
+from medm.training.recipe import differences, dump, load_recipe, resolved
 from tests import shrink
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,9 @@ def test_the_published_systems_are_there() -> None:
         "medm-vl-ct-chest/finetune_lora",
         "tinyllava-phi2-siglip/pretrain",
         "tinyllava-phi2-siglip/finetune",
+        "uni-med/published",
+        "uni-med/small",
+        "uni-med/small_dense",
     } <= set(NAMES)
 
 
@@ -90,6 +93,14 @@ def test_parts_are_those_of_the_model(name: str) -> None:
         ("tinyllava-phi2-siglip/finetune", "parts.llm.tune", "full"),
         ("tinyllava-phi2-siglip/finetune", "parts.image.encoder.tune", "frozen"),
         ("tinyllava-phi2-siglip/finetune", "train.gradient_accumulation_steps", 4),
+        ("uni-med/published", "parts.llm.r", 8),
+        ("uni-med/published", "parts.llm.alpha", 16),
+        ("uni-med/published", "train.learning_rate", 1e-5),
+        ("uni-med/published", "train.weight_decay", 0.05),
+        ("uni-med/published", "train.warmup_steps", 5000),
+        ("uni-med/published", "train.max_steps", 50000),
+        ("uni-med/published", "train.per_device_train_batch_size", 4),
+        ("uni-med/published", "data.max_length", 3800),
     ],
 )
 def test_published_values(name: str, key: str, value: object) -> None:
@@ -97,6 +108,42 @@ def test_published_values(name: str, key: str, value: object) -> None:
     block = resolved(load_recipe(shipped()[name]))[section]
     part, _, last = rest.rpartition(".")
     assert (block[part] if part else block)[last] == value
+
+
+UNI_MED = {
+    "medqa": 2, "pubmedqa": 2, "slake-vqa": 5, "path-vqa": 5, "slake-rec": 4, "sa-med2d-rec": 4, "slake-reg": 4,
+    "sa-med2d-reg": 4, "medpix": 8, "mimic-caption": 8, "medmnist-derma": 4 * 7007 / 20939,
+    "medmnist-organs": 4 * 13932 / 20939,
+}  # fmt: skip
+"""Task that makes the source -> published ratio; both MedMNIST sets are one source of 4 in proportion to their size."""
+
+
+@pytest.mark.parametrize("name", ["uni-med/published", "uni-med/small", "uni-med/small_dense"])
+def test_uni_med_draws_its_sources_in_the_published_ratios(name: str) -> None:
+    from medm.tasks import TASKS
+
+    weights = {Path(source.path).stem: source.weight for source in load_recipe(find(name)).data.train}
+    assert weights == pytest.approx(UNI_MED, abs=1e-3)
+    assert all(task in TASKS for task in weights)
+    convert = (ROOT / "scripts/train/Uni-Med/convert.sh").read_text("utf-8")
+    assert all(f" {task}=" in convert for task in weights)
+
+
+def test_the_published_connector_of_uni_med() -> None:
+    model = load_recipe(find("uni-med/published")).model
+    connector = model.branches["image"].connector.model_dump()
+    assert model.tasks == ["vqa", "refer", "identify", "caption", "cls"]
+    said = {key: connector[key] for key in ("mode", "num_experts", "gate", "route_by", "resample", "window", "depth")}
+    assert said == {
+        "mode": "published", "num_experts": 5, "gate": "soft", "route_by": "task+token", "resample": "projection",
+        "window": [1, 4], "depth": 2,
+    }  # fmt: skip
+
+
+def test_the_dense_baseline_of_uni_med_differs_in_one_line() -> None:
+    experts, dense = (resolved(load_recipe(find(f"uni-med/{name}"))) for name in ("small", "small_dense"))
+    changed = [line.partition(":")[0] for line in differences(experts, dense)]
+    assert changed == ["model.branches.image.connector.gate"]
 
 
 def test_recipes_are_found_by_name_from_anywhere(tmp_path: Path) -> None:

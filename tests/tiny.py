@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
                 "eos": "<|im_end|>", "pad": "<|endoftext|>", "tied": True},
     "qwen3": {"model_type": "qwen3", "template": QWEN3, "control": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
               "eos": "<|im_end|>", "pad": "<|endoftext|>", "tied": False},
+    "llama-2": {"model_type": "llama", "template": None, "bos": "<s>", "eos": "</s>", "control": ["<s>", "</s>"], "tied": False},
     "llama-3.2": {"model_type": "llama", "template": LLAMA3, "bos": "<|begin_of_text|>", "eos": "<|eot_id|>", "tied": True,
                   "control": ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]},
     "smollm2": {"model_type": "llama", "template": CHATML, "control": ["<|im_start|>", "<|im_end|>"],
