@@ -34,13 +34,16 @@ class TrainingData:
         processor: of the model; encodes samples.
         rank: this process.
         world: number of processes.
+        flat: pack a whole batch into one row, which flash attention needs to keep samples apart.
 
     Raises:
         RecipeError: no training data.
         DataError: a bad record, where the policy is to stop; every one of them was logged.
     """
 
-    def __init__(self, options: DataOptions, train: TrainOptions, processor: Any, *, rank: int, world: int) -> None:
+    def __init__(
+        self, options: DataOptions, train: TrainOptions, processor: Any, *, rank: int, world: int, flat: bool = False
+    ) -> None:
         if not options.train:
             raise RecipeError("data.train: no annotation file; name at least one")
         if train.eval_strategy != "no" and not options.eval:
@@ -68,7 +71,7 @@ class TrainingData:
             lengths=lengths,
             seed=train.seed,
         )
-        self.collate: Callable[[list[Any]], Batch] = build_collator(options, pad_id=processor.pad_id)
+        self.collate: Callable[[list[Any]], Batch] = build_collator(options, pad_id=processor.pad_id, flat=flat)
         self.eval_collate: Callable[[list[Any]], Batch] = Collator(processor.pad_id)
 
     def use_features(self, stores: Mapping[str, FeatureStore]) -> None:

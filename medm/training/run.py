@@ -19,6 +19,7 @@ from medm.training.arguments import training_arguments
 from medm.training.callbacks import LossCurve, Progress
 from medm.training.card import data_hashes, write_record
 from medm.training.data import TrainingData
+from medm.training.diagnostics import TugOfWar, Watched, WithTasks, require_measurable
 from medm.training.features import keep_features
 from medm.training.parts import PartTable, apply_parts
 from medm.training.recipe import Recipe, resolved
@@ -61,15 +62,26 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     table = apply_parts(model, recipe.parts, recipe.train, keep_float32=recipe.train.deepspeed is None)
     if args.process_index == 0:
         logger.info("what is trained\n%s", table)
-    data = TrainingData(recipe.data, recipe.train, processor, rank=args.process_index, world=args.world_size)
+    attention = str(getattr(model.config.get_text_config(), "_attn_implementation", ""))
+    data = TrainingData(
+        recipe.data, recipe.train, processor, rank=args.process_index, world=args.world_size,
+        flat=attention.startswith("flash"),
+    )  # fmt: skip
     if recipe.data.cache_features is not None:
         root = Path(recipe.data.cache_features)
         data.use_features(keep_features(model, root, data.train.preprocess, data.records, device=args.device))
+    goal, callbacks = objective(recipe), _callbacks(recipe)
+    if recipe.diagnostics is not None:
+        tasks = list(getattr(processor, "tasks", None) or [])
+        require_measurable(goal, tasks, packing=recipe.data.packing, deepspeed=recipe.train.deepspeed)
+        goal = Watched(goal, batches=recipe.diagnostics.batches)
+        data.collate = WithTasks(data.collate, other=len(tasks))
+        callbacks.append(TugOfWar(goal, model.parts(), tasks=tasks, every=recipe.diagnostics.every))
     trainer = MedmTrainer(
         model, args,
-        objective=objective(recipe), parts=recipe.parts, train_options=recipe.train, train_dataset=data.train,
+        objective=goal, parts=recipe.parts, train_options=recipe.train, train_dataset=data.train,
         sampler=data.sampler, data_collator=data.collate, eval_dataset=data.evaluation,
-        eval_collator=data.eval_collate, processing_class=processor, callbacks=_callbacks(recipe),
+        eval_collator=data.eval_collate, processing_class=processor, callbacks=callbacks,
         recipe=resolved(recipe),
     )  # fmt: skip
     finished = trainer.fit(resume=resume)
