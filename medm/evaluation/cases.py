@@ -103,7 +103,7 @@ def draw_pictures(cases: Sequence[Case], root: Path, folder: Path, *, model: str
             if key not in done:
                 name = f"cases/{len(done):03d}.png"
                 try:
-                    place.mkdir(exist_ok=True)
+                    place.mkdir(parents=True, exist_ok=True)
                     save_contact_sheet(
                         resolve_inside(root, key[1]), shown[media.branch], folder / name, slices=6, tile=160
                     )

@@ -8,17 +8,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from medm.config import validate
 from medm.errors import DataError, RecipeError
+from medm.evaluation.cases import Case, draw_pictures
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.predictions import read_predictions
 from medm.evaluation.report import group_table
 from medm.evaluation.runner import TaskReport, evaluate
 from medm.metrics.base import MetricResult
-from medm.types import Sample, Turn
+from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
 from tests.evaluation.tiny import read_output, save_picture, save_tiny, write_records
 
@@ -228,3 +230,15 @@ def test_every_benchmark_has_its_launcher() -> None:
         assert (folder / name).read_text() == text, f"{name}: run scripts/eval/write_launchers.py"
         assert len(text.splitlines()) <= 10
     subprocess.run(["bash", "-n", *[str(folder / name) for name in written][:1]], check=True)
+
+
+def test_pictures_of_volumes_and_of_files_that_are_gone(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).random((8, 20, 20), dtype=np.float32))
+    here = Sample((Turn("user", (Media("volume", "v.npy"), "?")),), id="a", answer="x")
+    gone = Sample((Turn("user", (Media("image", "none.png"), Media("volume", "v.npy"), "?")),), id="b", answer="x")
+    cases = [Case(str(s.id), "?", "x", "y", None, None, s) for s in (here, gone)]
+    draw_pictures(cases, tmp_path, tmp_path / "out")
+    assert cases[0].pictures == cases[1].pictures == ["cases/000.png"]
+    assert (tmp_path / "out" / "cases" / "000.png").is_file()
+    assert cases[0].problem is None
+    assert "none.png" in str(cases[1].problem)
