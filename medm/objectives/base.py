@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from medm.errors import RecipeError
 from medm.types import Batch
 
 
@@ -41,6 +42,22 @@ class Objective(ABC):
             num_items_in_batch: items over all micro-batches and processes of the step; without it those of this
                 batch alone, so that the total is a mean.
         """
+
+    def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
+        """Mean loss of some rows of a batch, without what belongs to no single row (a router's balance).
+
+        Args:
+            model: as above, without wrappers.
+            batch: as above.
+            rows: (B,) bool.
+
+        Returns:
+            A scalar with a graph; None where these rows hold nothing that is learned.
+
+        Raises:
+            RecipeError: the loss of this objective does not fall apart into rows.
+        """
+        raise RecipeError(f"{type(self).__name__}: its loss does not fall apart into rows; leave out diagnostics")
 
     def share(self, batch: Batch, num_items_in_batch: Tensor | int | None) -> Tensor | float:
         """The part of the step's items that this batch holds; weighs a mean over the batch."""

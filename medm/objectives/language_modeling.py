@@ -25,6 +25,11 @@ class LanguageModeling(Objective):
         labels: Tensor = batch["labels"]  # (B, T)
         return (labels[:, 1:] != IGNORE_INDEX).sum()
 
+    def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
+        """Mean cross-entropy over the labelled tokens of these rows; the others are run, and teach nothing."""
+        chosen = {**batch, "labels": batch["labels"].masked_fill(~rows[:, None], IGNORE_INDEX)}
+        return model(**chosen).loss if bool(self.num_items(chosen)) else None
+
     def __call__(self, model: nn.Module, batch: Batch, num_items_in_batch: Tensor | int | None = None) -> Losses:
         output = model(**batch, num_items_in_batch=num_items_in_batch)
         total, parts = output.loss, {}

@@ -9,6 +9,17 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from medm.config import Options
 
+
+class DiagnosticsOptions(Options):
+    """How far tasks pull shared weights apart (`medm.training.diagnostics`); changes nothing of what is learned."""
+
+    every: int = Field(ge=1)
+    """Steps between two measurements."""
+    batches: int = Field(default=4, ge=1)
+    """Batches a measurement is averaged over: the last ones that were trained on. Each costs one forward and backward
+    pass, and memory for one gradient, for every task that it holds."""
+
+
 _LORA_FIELDS = ("r", "alpha", "dropout", "targets", "rslora", "dora", "quantize")
 
 

@@ -13,7 +13,7 @@ from medm.config import Options, apply_overrides, named, read_yaml, validate
 from medm.data.options import DataOptions
 from medm.models import MODELS
 from medm.objectives import OBJECTIVES
-from medm.training.options import Part, TrainOptions, flatten_parts
+from medm.training.options import DiagnosticsOptions, Part, TrainOptions, flatten_parts
 
 
 class Recipe(Options):
@@ -29,6 +29,8 @@ class Recipe(Options):
     """The run itself, in the words of `transformers.TrainingArguments`."""
     objective: named(OBJECTIVES) = "language-modeling"  # type: ignore[valid-type]
     """What is minimised, by name, and its options."""
+    diagnostics: DiagnosticsOptions | None = None
+    """Measure gradients between tasks and routing shares on the way; null does not."""
     init_from: str | None = None
     """Folder of a trained model to start from. Not the same thing as `--resume`, which continues this run."""
     output_dir: str
@@ -73,7 +75,10 @@ HARMLESS = frozenset(
         "run_name", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "ddp_timeout",
         "require_gpu", "per_device_eval_batch_size",
     )
-) | {"output_dir", "data.cache", "data.cache.dir", "data.cache.max_gb", "data.cache.branches"}  # fmt: skip
+) | {
+    "output_dir", "data.cache", "data.cache.dir", "data.cache.max_gb", "data.cache.branches",
+    "diagnostics", "diagnostics.every", "diagnostics.batches",
+}  # fmt: skip
 """What may differ between a run and its continuation without changing what is learned."""
 
 

@@ -1,0 +1,374 @@
+"""Do tasks pull shared weights apart? Gradient cosines and sizes between tasks, and the experts that a task is sent to.
+
+Measured between steps on batches that were just trained on: the weights, their gradients, the optimiser, the random
+numbers and every buffer are afterwards what they were before. Blind to modality: the objective says what the loss of
+some rows is, the model says its parts, and a module that routes says its shares.
+
+Definitions (gradient surgery, arXiv 2001.06782), for the gradients g, h of two tasks on the same weights and batch:
+cosine <g, h> / (|g| |h|); a conflict where it is below zero; magnitude similarity 2 |g| |h| / (|g|^2 + |h|^2).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from medm.errors import RecipeError
+from medm.objectives.base import Losses, Objective
+from medm.training.processes import gathered
+from medm.types import Batch
+
+logger = logging.getLogger(__name__)
+
+ROW_TASKS = "row_tasks"
+"""Batch key: (B,) the task of each row. Taken out before the model sees the batch."""
+OTHER = "(other)"
+"""Rows whose task the model does not know."""
+FOLDER = "diagnostics"
+
+
+@dataclass(frozen=True, slots=True)
+class WithTasks:
+    """A collator whose batches also say which task each row is of."""
+
+    collate: Callable[[list[Any]], Batch]
+    other: int
+    """Task of a row that stands in for records that were left out."""
+
+    def __call__(self, examples: list[Any]) -> Batch:
+        batch = self.collate(examples)
+        tasks = [example.task_id for example in examples if example is not None] or [self.other]
+        return {**batch, ROW_TASKS: torch.tensor(tasks)}
+
+
+class Watched(Objective):
+    """An objective that keeps the last training batches for a measurement.
+
+    Args:
+        objective: does the work.
+        batches: how many are kept; they stay where they are, on the device of the training.
+    """
+
+    def __init__(self, objective: Objective, *, batches: int) -> None:
+        self.objective = objective
+        self.seen: deque[Batch] = deque(maxlen=batches)
+
+    def num_items(self, batch: Batch) -> Tensor:
+        return self.objective.num_items(without_tasks(batch))
+
+    def __call__(self, model: nn.Module, batch: Batch, num_items_in_batch: Tensor | int | None = None) -> Losses:
+        if ROW_TASKS in batch and torch.is_grad_enabled():
+            self.seen.append(dict(batch))
+        return self.objective(model, without_tasks(batch), num_items_in_batch)
+
+    def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
+        return self.objective.loss_of_rows(model, without_tasks(batch), rows)
+
+
+def require_measurable(objective: Objective, tasks: Sequence[str], *, packing: bool, deepspeed: str | None) -> None:
+    """Refuse at the start what could not be measured at the first measurement.
+
+    Raises:
+        RecipeError: with what to change.
+    """
+    if not tasks:
+        raise RecipeError("diagnostics: compares tasks, and the model has none; name them in model.tasks")
+    if packing:
+        raise RecipeError("diagnostics: needs one sample a row; set data.packing: false")
+    if deepspeed is not None:
+        raise RecipeError("diagnostics: measures whole gradients, without DeepSpeed; set train.deepspeed: null")
+    if type(objective).loss_of_rows is Objective.loss_of_rows:
+        raise RecipeError(f"diagnostics: the loss of {type(objective).__name__} does not fall apart into rows")
+
+
+def without_tasks(batch: Batch) -> Batch:
+    """The batch as models take it."""
+    return {key: value for key, value in batch.items() if key != ROW_TASKS}
+
+
+def gradient_groups(parts: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """What is measured: each part with trained weights, and inside it its children where there are several.
+
+    The children of a list count one by one: `image.connector`, `image.connector.router`, `image.connector.experts.0`.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, part in parts.items():
+        whole = _trained(part)
+        if not whole:
+            continue
+        groups[name] = whole
+        inner: dict[str, nn.Module] = {}
+        for child_name, child in part.named_children():
+            if isinstance(child, nn.ModuleList):
+                inner |= {f"{child_name}.{i}": item for i, item in enumerate(child)}
+            else:
+                inner[child_name] = child
+        found = {child_name: trained for child_name, child in inner.items() if (trained := _trained(child))}
+        if len(found) > 1:
+            groups |= {f"{name}.{child_name}": trained for child_name, trained in found.items()}
+    return groups
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+class Pairs:
+    """Running sums over batches, for one group of weights: (T, T) each, and the norm of each task's gradient."""
+
+    def __init__(self, tasks: int) -> None:
+        self.count, self.cosine, self.conflict, self.magnitude = (
+            torch.zeros(tasks, tasks, dtype=torch.float64) for _ in range(4)
+        )
+        self.norm = torch.zeros(tasks, dtype=torch.float64)
+        self.norm_count = torch.zeros(tasks, dtype=torch.float64)
+
+    def add(self, products: Tensor, present: Sequence[int]) -> None:
+        """One batch.
+
+        Args:
+            products: (P, P) scalar products of the gradients of the tasks that the batch holds, float64.
+            present: these tasks. One without any gradient here has no direction and is left out.
+        """
+        norms = products.diagonal().clamp(min=0).sqrt()
+        some = [k for k in range(len(present)) if norms[k] > 0]
+        for k in range(len(present)):
+            self.norm[present[k]] += norms[k]
+            self.norm_count[present[k]] += 1
+        for k in some:
+            for m in some:
+                i, j = present[k], present[m]
+                cosine = products[k, m] / (norms[k] * norms[m])
+                self.count[i, j] += 1
+                self.cosine[i, j] += cosine.clamp(-1, 1)
+                self.conflict[i, j] += float(cosine < 0)
+                self.magnitude[i, j] += 2 * norms[k] * norms[m] / (norms[k] ** 2 + norms[m] ** 2)
+
+    def tensors(self) -> list[Tensor]:
+        """Every sum, to be added to those of other processes."""
+        return [self.count, self.cosine, self.conflict, self.magnitude, self.norm, self.norm_count]
+
+    def means(self) -> dict[str, Any]:
+        """JSON-able; None for pairs that never met in a batch. `mean` is over the pairs of two different tasks."""
+        off = ~torch.eye(len(self.count), dtype=torch.bool)
+        met = float(self.count[off].sum())
+        names = ("cosine", "conflict", "magnitude")
+        return {
+            "pairs": [[int(x) for x in row] for row in self.count.tolist()],
+            **{name: _divided(getattr(self, name), self.count) for name in names},
+            "norm": _divided(self.norm[None], self.norm_count[None])[0],
+            "mean": {name: float(getattr(self, name)[off].sum()) / met if met else None for name in names},
+        }
+
+
+def _divided(sums: Tensor, counts: Tensor) -> list[list[float | None]]:
+    return [
+        [x / n if n else None for x, n in zip(row, row_counts, strict=True)]
+        for row, row_counts in zip(sums.tolist(), counts.tolist(), strict=True)
+    ]
+
+
+def measure(
+    model: nn.Module, objective: Watched, groups: Mapping[str, list[nn.Parameter]], *, tasks: int
+) -> dict[str, Pairs]:
+    """The sums over the batches that the objective kept, under the weights as they are now.
+
+    Every task of a batch runs the same rows with the same random numbers; only the labels that count differ.
+    """
+    parameters = list({id(p): p for group in groups.values() for p in group}.values())
+    place = {id(parameter): k for k, parameter in enumerate(parameters)}
+    sums = {name: Pairs(tasks) for name in groups}
+    with _undisturbed(model, parameters[0].device):
+        for number, batch in enumerate(objective.seen):
+            present: list[int] = []
+            gradients: list[tuple[Tensor | None, ...]] = []
+            for task in sorted(set(batch[ROW_TASKS].tolist())):
+                torch.manual_seed(number)
+                loss = objective.loss_of_rows(model, batch, batch[ROW_TASKS] == task)
+                if loss is not None:
+                    present.append(min(task, tasks - 1))
+                    gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+            if not present:
+                continue
+            products = [_products([g[k] for g in gradients]) for k in range(len(parameters))]
+            for name, group in groups.items():
+                sums[name].add(torch.stack([products[place[id(parameter)]] for parameter in group]).sum(0), present)
+    return sums
+
+
+def _products(gradients: Sequence[Tensor | None]) -> Tensor:
+    """(P, P) scalar products of the gradients of one weight, in float64 on the CPU."""
+    size = len(gradients)
+    some = [k for k, gradient in enumerate(gradients) if gradient is not None]
+    products = torch.zeros(size, size, dtype=torch.float64)
+    if some:
+        rows = torch.stack([g.flatten().float() for g in gradients if g is not None])
+        products[torch.tensor(some)[:, None], torch.tensor(some)] = (rows @ rows.T).cpu().double()
+    return products
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Random numbers and buffers come out as they went in; `autograd.grad` leaves the weights' own gradients alone."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    spread = device.type not in ("cpu", "meta")
+    with torch.random.fork_rng(devices=[device] if spread else [], device_type=device.type if spread else "cuda"):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+class TugOfWar(TrainerCallback):
+    """Measures every so many steps, and writes JSON, a Markdown table and a picture below the output folder.
+
+    Args:
+        objective: the trainer's.
+        parts: of the model.
+        tasks: names, in the order of their ids.
+        every: steps between two measurements.
+    """
+
+    def __init__(self, objective: Watched, parts: Mapping[str, nn.Module], *, tasks: Sequence[str], every: int) -> None:
+        self.objective, self.parts, self.every = objective, dict(parts), every
+        self.tasks = [*tasks, OTHER]
+        self.measurements: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that goes on keeps what it measured up to its checkpoint."""
+        file = Path(args.output_dir) / FOLDER / "tug_of_war.json"
+        if state.global_step and file.is_file():
+            known = json.loads(file.read_text(encoding="utf-8"))["measurements"]
+            self.measurements = [entry for entry in known if entry["step"] <= state.global_step]
+        for part in self._routing().values():
+            part.reset_routing_shares()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every:
+            return
+        # Before the measurement, whose own forward passes would count too.
+        shares = {name: part.routing_shares() for name, part in self._routing().items()}
+        sums = measure(model, self.objective, gradient_groups(self.parts), tasks=len(self.tasks))
+        batches = len(self.objective.seen)
+        for part in self._routing().values():
+            part.reset_routing_shares()
+        everywhere = gathered(({name: pairs.tensors() for name, pairs in sums.items()}, batches))
+        for name, pairs in sums.items():
+            for k, total in enumerate(pairs.tensors()):
+                total.copy_(torch.stack([tensors[name][k] for tensors, _ in everywhere]).sum(0))
+        entry = {
+            "step": state.global_step,
+            "batches": sum(count for _, count in everywhere),
+            "gradients": {name: pairs.means() for name, pairs in sums.items()},
+            "routing": {name: tasks for name, tasks in shares.items() if tasks},
+        }
+        self.measurements.append(entry)
+        if state.is_world_process_zero:
+            self._write(Path(args.output_dir) / FOLDER)
+
+    def _routing(self) -> dict[str, Any]:
+        """Parts that route."""
+        return {name: part for name, part in self.parts.items() if hasattr(part, "routing_shares")}
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"tasks": self.tasks, "measurements": self.measurements}
+        (folder / "tug_of_war.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        page = markdown(self.tasks, self.measurements)
+        (folder / "tug_of_war.md").write_text(page, encoding="utf-8")
+        draw(self.tasks, self.measurements[-1], folder / "tug_of_war.png")
+
+
+def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) -> str:
+    """The last measurement in full, and the means of all."""
+    last = measurements[-1]
+    lines = [
+        f"# Gradients between tasks, step {last['step']}", "",
+        f"Over {last['batches']} batches; pairs are two tasks that met in a batch. Conflict: cosine below 0.", "",
+        *_table(
+            ["weights", "step", "mean cosine", "conflicting pairs", "magnitude similarity"],
+            [
+                [name, str(entry["step"]), *(_number(value) for value in found["mean"].values())]
+                for name in last["gradients"]
+                for entry in measurements
+                if (found := entry["gradients"].get(name)) is not None
+            ],
+        ),
+    ]  # fmt: skip
+    for name, found in last["gradients"].items():
+        seen = _seen(found["pairs"])
+        for key, title in (("cosine", "cosine"), ("magnitude", "magnitude similarity")):
+            rows = [[tasks[i], *(_number(found[key][i][j]) for j in seen)] for i in seen]
+            lines += ["", f"## {name}: {title}", "", *_table(["task", *(tasks[j] for j in seen)], rows)]
+    for name, shares in last["routing"].items():
+        experts = [f"expert {k}" for k in range(len(next(iter(shares.values()))))]
+        rows = [[task, *map(_number, row)] for task, row in shares.items()]
+        lines += ["", f"## {name}: routing shares since the last measurement", "", *_table(["task", *experts], rows)]
+    return "\n".join([*lines, ""])
+
+
+def _seen(pairs: Sequence[Sequence[int]]) -> list[int]:
+    """Tasks that had a gradient."""
+    return [i for i in range(len(pairs)) if pairs[i][i]]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
+    """Heat maps of cosines, magnitude similarities and routing; says so and returns False without matplotlib."""
+    if find_spec("matplotlib") is None:
+        logger.info("no %s: matplotlib is not installed (pip install 'medm[plot]')", path.name)
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    maps: list[tuple[str, Sequence[Sequence[float | None]], list[str], list[str], float, str]] = []
+    for name, found in entry["gradients"].items():
+        seen = _seen(found["pairs"])
+        names = [tasks[i] for i in seen]
+        for key, low, colours in (("cosine", -1.0, "RdBu"), ("magnitude", 0.0, "viridis")):
+            maps.append(
+                (f"{name}: {key}", [[found[key][i][j] for j in seen] for i in seen], names, names, low, colours)
+            )
+    for name, shares in entry["routing"].items():
+        rows = list(shares.values())
+        experts = [str(k) for k in range(len(rows[0]))]
+        maps.append((f"{name}: routing", rows, list(shares), experts, 0.0, "viridis"))
+    columns, lines = 2, -(-len(maps) // 2)
+    figure = Figure(figsize=(9, 3.4 * max(lines, 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, values, down, across, low, colours) in enumerate(maps):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        if not values:
+            axes.set_axis_off()
+            continue
+        grid = [[float("nan") if value is None else value for value in row] for row in values]
+        image = axes.imshow(grid, vmin=low, vmax=1.0, cmap=colours)
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(len(across)), across, fontsize=7)
+        axes.set_yticks(range(len(down)), down, fontsize=7)
+        for i, row in enumerate(grid):
+            for j, value in enumerate(row):
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(path, dpi=110)
+    return True
