@@ -51,7 +51,7 @@ class Noisy(nn.Module):
 
 def watched(rows: list[list[float]], tasks: list[int], model: nn.Module, batches: int = 4) -> Watched:
     objective = Watched(Linear(), batches=batches)
-    objective(model, {"x": torch.tensor(rows), ROW_TASKS: torch.tensor(tasks)})
+    objective(model, {"x": torch.tensor(rows).float(), ROW_TASKS: torch.tensor(tasks)})
     return objective
 
 
