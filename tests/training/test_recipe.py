@@ -106,5 +106,8 @@ def test_every_key_is_documented(schema: type[Options]) -> None:
 def test_names_of_the_train_section_are_those_of_transformers() -> None:
     from transformers import TrainingArguments
 
-    ours = {"early_stopping_patience", "early_stopping_threshold", "require_gpu", "arguments", "gradient_checkpointing"}
+    ours = {
+        "early_stopping_patience", "early_stopping_threshold", "require_gpu", "arguments", "gradient_checkpointing",
+        "save_in_background",
+    }  # fmt: skip
     assert set(TrainOptions.model_fields) - ours <= set(TrainingArguments.__dataclass_fields__)
