@@ -1,4 +1,5 @@
 # make quickstart   environment, then the main job end to end on the real data that is shipped (about 15 minutes on 2 cores)
+# make quickstart-3d  the same in 3-D: blocks of CT, Astra's encoder (10 minutes on 2 cores)
 # make uni-med-demo several tasks: a mixture of experts against the dense baseline, scored on held-out volumes
 # make test         environment, then the tests
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
@@ -26,7 +27,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: help env quickstart uni-med-demo test check lint types layers format docs clean
+.PHONY: help env quickstart quickstart-3d uni-med-demo test check lint types layers format docs clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -45,6 +46,9 @@ $(STAMP): pyproject.toml setup.py
 
 quickstart: env
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart/run.sh
+
+quickstart-3d: env
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart_3d/run.sh
 
 uni-med-demo: env
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/uni_med_demo/run.sh

@@ -5,12 +5,15 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=work_dirs/quickstart_3d
 newer() { [ -e "$1" ] && [ "$1" -nt "$2" ]; }
+resume=()
+compgen -G "$out/finetune/checkpoint-*" >/dev/null && resume=(--resume) # a run that was stopped goes on
 
 python examples/quickstart/fetch.py 3d
 python examples/quickstart_3d/blocks.py
-newer $out/finetune/config.json $out/data/test.json || medm train recipes/quickstart-3d/finetune.yaml --resume
+newer $out/finetune/config.json $out/data/test.json || medm train recipes/quickstart-3d/finetune.yaml "${resume[@]}"
 newer $out/after.jsonl $out/finetune/config.json || rm -f $out/after.jsonl*
 medm infer --model $out/finetune --data $out/data/test.json --root $out/data/volumes --output $out/after.jsonl \
   --batch-size 8 --max-new-tokens 12
 python examples/quickstart/report.py $out
+python examples/quickstart_3d/sheet.py $out
 echo "Took $((SECONDS / 60)) min $((SECONDS % 60)) s. Not for clinical use."
