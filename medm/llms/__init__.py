@@ -34,7 +34,11 @@ class LLMOptions(Options):
 LLMS: Registry[LLMFamily] = Registry("LLM", group="medm.llms", options=LLMOptions)
 
 LLMS.add("auto", "medm.llms.base:AUTO", "any causal LM of transformers that brings a chat template")
-LLMS.add("llama-2", "medm.llms.llama:LLAMA_2", "Llama 2 Chat (7B, 13B); [INST] layout, also where the tokenizer brings no template")
+LLMS.add(
+    "llama-2",
+    "medm.llms.llama:LLAMA_2",
+    "Llama 2 Chat (7B, 13B); [INST] layout, also where the tokenizer brings no template",
+)
 LLMS.add("llama-3.2", "medm.llms.llama:LLAMA_3", "Llama 3, 3.1 and 3.2 Instruct (1B, 3B, 8B)")
 LLMS.add("phi", "medm.llms.phi:PHI_2", "Phi-2 (2.7B); a base model without a chat template, medm brings one")
 LLMS.add("phi3", "medm.llms.phi:PHI_3", "Phi-3 and Phi-3.5 mini Instruct (3.8B)")
