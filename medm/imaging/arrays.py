@@ -15,13 +15,14 @@ _MAX_HEADER = 10_000
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-def read_npy(stream: IO[bytes], name: str, *, max_items: int) -> np.ndarray:
+def read_npy(stream: IO[bytes], name: str, *, max_items: int, exact: bool = True) -> np.ndarray:
     """One array of plain numbers from the stream of a .npy file (a file, or a member of an archive).
 
     Args:
         stream: placed at the start of the array; may be unable to seek.
         name: the file, for messages.
         max_items: most numbers that are read.
+        exact: whether the stream has to end with the array.
 
     Raises:
         MediaError: objects or other non-numbers, a damaged or oversized header, too many numbers, too few bytes.
@@ -42,7 +43,7 @@ def read_npy(stream: IO[bytes], name: str, *, max_items: int) -> np.ndarray:
     items = math.prod(shape)
     if items > max_items or any(length < 0 for length in shape):
         raise MediaError(f"{name}: declares shape {shape}, more than the {max_items} numbers that are allowed")
-    data = stream.read(items * dtype.itemsize + 1)
+    data = stream.read(items * dtype.itemsize + exact)
     if len(data) != items * dtype.itemsize:
         found = "more" if len(data) > items * dtype.itemsize else str(len(data))
         raise MediaError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
+import tokenize
 import zlib
 
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, RuntimeError,
-    MemoryError, AssertionError, struct.error, zlib.error,
+    MemoryError, AssertionError, struct.error, zlib.error, tokenize.TokenError,
 )  # fmt: skip
 """Messages built from these tell the type only: the text may quote metadata of a patient."""

@@ -1,8 +1,8 @@
-"""DICOM files: which of their header is needed, checked, and their pixels.
+"""DICOM files: what of their header is needed, checked; and single images.
 
-GDCM (inside SimpleITK) decodes pixels; before it sees a file, pydicom has read the few numbers that matter, so that
-lying lengths, missing pixels and unknown encodings are refused, since GDCM fills what is missing with zeros. Names,
-dates and free text of the header are never read into an object and never quoted in a message.
+pydicom reads the few numbers that matter, so that lying lengths, missing pixels and unknown encodings are refused
+before anything is decoded: GDCM (inside SimpleITK) would fill what is missing with zeros. Names, dates and free text of
+the header are never read into an object and never quoted in a message.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ MAX_FRAMES = 10_000
 _KEYWORDS = [
     "SOPClassUID", "Modality", "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient", "ImageOrientationPatient",
     "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
-    "PixelRepresentation", "PhotometricInterpretation", "RescaleIntercept", "RescaleSlope", "RescaleType",
+    "HighBit", "PixelRepresentation", "PhotometricInterpretation", "RescaleIntercept", "RescaleSlope", "RescaleType",
     "WindowCenter", "WindowWidth", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
-_NATIVE = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
+_BIG_ENDIAN = "1.2.840.10008.1.2.2"
+_NATIVE = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", _BIG_ENDIAN}
 _COMPRESSED = {
-    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70",
-    "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91",
-    "1.2.840.10008.1.2.5",
+    "1.2.840.10008.1.2.4.50": 300, "1.2.840.10008.1.2.4.51": 300,  # JPEG baseline and extended: 8 x 8 in some bits
+    "1.2.840.10008.1.2.4.57": 64, "1.2.840.10008.1.2.4.70": 64,  # JPEG lossless: a bit a pixel
+    "1.2.840.10008.1.2.4.80": 10_000, "1.2.840.10008.1.2.4.81": 10_000,  # JPEG-LS
+    "1.2.840.10008.1.2.4.90": 10_000, "1.2.840.10008.1.2.4.91": 10_000,  # JPEG 2000
+    "1.2.840.10008.1.2.5": 64,  # run lengths: 128 pixels in two bytes
 }  # fmt: skip
-"""JPEG baseline, extended and lossless, JPEG-LS, JPEG 2000, run lengths. Deflated files are left out: pydicom would
-inflate them without a limit."""
+"""Compressed encodings and how many bytes of pixels a byte of the file can hold at most; more is a lie. Deflated files
+are left out: pydicom would inflate them without a limit."""
 
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _MODALITIES = {
@@ -80,12 +83,18 @@ class Header:
     columns: int
     frames: int
     samples: int
+    """1 for grey, 3 for colour and for indices of a palette, which become colour."""
     bits_allocated: int
     bits_stored: int
+    high_bit: int
     signed: bool
     inverted: bool
+    """The smallest value is white (MONOCHROME1)."""
     palette: bool
-    """Pixels are indices; decoded they have three samples."""
+    syntax: str
+    """UID of the transfer syntax."""
+    pixels_at: int
+    """Byte of the file at which uncompressed pixels begin."""
     rescale: tuple[float, float] | None
     """Slope and intercept; None where the file has neither."""
     hounsfield: bool
@@ -94,6 +103,17 @@ class Header:
     """Lower and upper value after rescale."""
     planes: tuple[Plane, ...]
     """One a frame; empty where the file does not say where they lie."""
+
+    @property
+    def byte_order(self) -> str:
+        """Of the pixels, as NumPy writes it."""
+        return ">" if self.syntax == _BIG_ENDIAN else "<"
+
+    @property
+    def direct(self) -> bool:
+        """Whether the pixels are grey numbers one after the other."""
+        swapped = self.syntax == _BIG_ENDIAN and self.bits_allocated == 8  # two bytes of a word change places
+        return self.syntax in _NATIVE and self.samples == 1 and not swapped
 
     @property
     def stored_range(self) -> tuple[int, int]:
@@ -120,43 +140,20 @@ def read_header(path: Path, name: str | None = None) -> Header | None:
         MediaError: damaged, of an encoding that is not read, or declaring more than the file holds.
     """
     name = name or str(path)
-    size = path.stat().st_size
+    pydicom_errors = _pydicom().errors
     try:
+        size = path.stat().st_size
         with path.open("rb") as stream, _quiet():
-            dataset, syntax, pixel_length, pixel_bytes = _read_until_pixels(stream, size, name)
-            if pixel_length is None or str(dataset.get("SOPClassUID", "")) == _DIRECTORY:
+            found = _read_until_pixels(stream, size, name)
+            if found.declared is None or str(found.dataset.get("SOPClassUID", "")) == _DIRECTORY:
                 return None
-            header = _header(dataset, path, name)
+            header = _header(found, path, name)
     except MediaError:
         raise
-    except DECODE_ERRORS as error:
+    except (*DECODE_ERRORS, pydicom_errors.InvalidDicomError, pydicom_errors.BytesLengthException) as error:
         raise MediaError(f"{name}: the DICOM header is damaged ({type(error).__name__})") from None
-    _check_pixels(header, syntax, pixel_length, pixel_bytes)
+    _check_pixels(header, found.declared, size - header.pixels_at)
     return header
-
-
-def read_pixels(header: Header) -> np.ndarray:
-    """(frames, rows, columns) after rescale, or (frames, rows, columns, 3) in colour."""
-    sitk = simpleitk()
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(header.path))
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        image = reader.Execute()
-    except RuntimeError:
-        # GDCM's text may quote the header.
-        raise MediaError(f"{header.name}: the DICOM pixels are damaged or encoded in a way that is not read") from None
-    pixels = sitk.GetArrayFromImage(image)
-    pixels = pixels[None] if image.GetDimension() == 2 else pixels
-    expected = (header.frames, header.rows, header.columns) + ((3,) if header.samples == 3 else ())
-    if pixels.shape != expected:
-        raise MediaError(f"{header.name}: the DICOM header declares pixels {expected}, decoded were {pixels.shape}")
-    if header.inverted and header.samples == 1:
-        # ITK turns MONOCHROME1 over within the stored range; windows are about the values as they were.
-        slope, intercept = header.rescale or (1.0, 0.0)
-        turned = slope * sum(header.stored_range) + 2 * intercept - pixels.astype(np.float64)
-        return turned.astype(np.int32) if (turned == np.round(turned)).all() else turned.astype(np.float32)
-    return pixels
 
 
 def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
@@ -165,6 +162,7 @@ def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
     Raises:
         MediaError: as `read_header`, or the file holds several frames or no image.
     """
+    from medm.imaging.dicom_pixels import read_pixels
     from medm.imaging.images import MAX_PIXELS, Picture
 
     if not isinstance(file, Path):
@@ -191,18 +189,7 @@ def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
         return Picture(255 - pixels if header.inverted else pixels, name)
     slope, intercept = header.rescale or (1.0, 0.0)
     ends = sorted(slope * value + intercept for value in header.stored_range)
-    return Picture(
-        pixels, name, window=header.window, full_range=(ends[0], ends[1]), inverted=header.inverted
-    )  # fmt: skip
-
-
-@functools.cache
-def simpleitk() -> Any:
-    """SimpleITK, told to keep its warnings to itself: they go to stderr and may quote headers."""
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    return SimpleITK
+    return Picture(pixels, name, window=header.window, full_range=(ends[0], ends[1]), inverted=header.inverted)
 
 
 @contextmanager
@@ -216,6 +203,7 @@ def _quiet() -> Iterator[None]:
 @functools.cache
 def _pydicom() -> Any:
     import pydicom
+    import pydicom.errors
     import pydicom.filereader
     import pydicom.tag
 
@@ -223,14 +211,22 @@ def _pydicom() -> Any:
     return pydicom
 
 
-def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> tuple[Any, str, int | None, int]:
-    """What stands before the pixels: wanted tags, transfer syntax, declared length of the pixels, bytes left for them.
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What stands before the pixels."""
 
-    The length is None where there are no pixels and 2**32 - 1 where it is undefined.
-    """
+    dataset: Any
+    """The wanted tags."""
+    syntax: str
+    declared: int | None
+    """Length of the pixels; 2**32 - 1 where it is undefined, None where there are none."""
+    pixels_at: int
+
+
+def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
     pydicom = _pydicom()
     syntax = str(pydicom.filereader.read_file_meta_info(stream.name).get("TransferSyntaxUID", ""))
-    if syntax not in _NATIVE | _COMPRESSED:
+    if syntax not in _NATIVE and syntax not in _COMPRESSED:
         what = pydicom.uid.UID(syntax).name if syntax in pydicom.uid.UID_dictionary else "unknown"
         raise MediaError(
             f"{name}: DICOM transfer syntax '{what}' is not read; convert the file to Explicit VR Little Endian"
@@ -249,10 +245,15 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> tuple[Any, str
     dataset = pydicom.filereader.read_partial(stream, stop_when=stop, specific_tags=wanted)
     if overlong:
         raise MediaError(f"{name}: a DICOM element declares {overlong[0]} bytes, the file has {size}; it is damaged")
-    return dataset, syntax, found[0] if found else None, size - stream.tell()
+    # The reader stands before the tag. A value representation of two letters is followed by a length of four bytes.
+    start, tag = stream.tell(), stream.read(8)
+    return _Found(
+        dataset, syntax, found[0] if found else None, start + (12 if tag[4:6] in (b"OB", b"OW", b"UN") else 8)
+    )
 
 
-def _header(dataset: Any, path: Path, name: str) -> Header:
+def _header(found: _Found, path: Path, name: str) -> Header:
+    dataset = found.dataset
     modality = str(dataset.get("Modality", "unknown"))
     frames = int(_number(dataset, "NumberOfFrames") or 1)
     slope, intercept = _rescale(dataset)
@@ -270,6 +271,8 @@ def _header(dataset: Any, path: Path, name: str) -> Header:
     rescaled = slope is not None and intercept is not None
     number = _number(dataset, "SeriesNumber")
     photometric = str(dataset.get("PhotometricInterpretation", ""))
+    stored = int(_number(dataset, "BitsStored") or _number(dataset, "BitsAllocated") or 0)
+    high_bit = _number(dataset, "HighBit")
     return Header(
         path=path,
         name=name,
@@ -281,10 +284,13 @@ def _header(dataset: Any, path: Path, name: str) -> Header:
         frames=frames,
         samples=3 if photometric == "PALETTE COLOR" else int(_number(dataset, "SamplesPerPixel") or 1),
         bits_allocated=int(_number(dataset, "BitsAllocated") or 0),
-        bits_stored=int(_number(dataset, "BitsStored") or _number(dataset, "BitsAllocated") or 0),
+        bits_stored=stored,
+        high_bit=stored - 1 if high_bit is None else int(high_bit),
         signed=_number(dataset, "PixelRepresentation") == 1,
         inverted=photometric == "MONOCHROME1",
         palette=photometric == "PALETTE COLOR",
+        syntax=found.syntax,
+        pixels_at=found.pixels_at,
         rescale=(slope or 1.0, intercept or 0.0) if slope is not None or intercept is not None else None,
         # "US" is DICOM for "unspecified"; toolkits write it for every CT.
         hounsfield=modality == "CT" and rescaled and str(dataset.get("RescaleType", "")) in ("HU", "US", ""),
@@ -293,7 +299,7 @@ def _header(dataset: Any, path: Path, name: str) -> Header:
     )
 
 
-def _check_pixels(header: Header, syntax: str, declared: int, available: int) -> None:
+def _check_pixels(header: Header, declared: int, available: int) -> None:
     name = header.name
     if header.rows < 1 or header.columns < 1 or not 1 <= header.frames <= MAX_FRAMES:
         raise MediaError(
@@ -307,16 +313,23 @@ def _check_pixels(header: Header, syntax: str, declared: int, available: int) ->
         )
     if header.samples == 3 and header.bits_allocated != 8:
         raise MediaError(f"{name}: DICOM colour of {header.bits_allocated} bits is not read; expected 8")
-    if syntax in _COMPRESSED:
-        if declared != 0xFFFFFFFF:
-            raise MediaError(
-                f"{name}: a compressed encoding is declared, but the pixels are not in frames; it is damaged"
-            )
-        return
+    if header.high_bit != header.bits_stored - 1 or header.bits_stored > header.bits_allocated:
+        raise MediaError(
+            f"{name}: DICOM HighBit {header.high_bit} and BitsStored {header.bits_stored} do not fit together in "
+            f"{header.bits_allocated} bits"
+        )
     # The smallest native layouts of colour: indices of a palette, and YBR_FULL_422, two bytes a pixel.
     samples = 1 if header.samples == 1 or header.palette else 2
     needed = header.rows * header.columns * header.frames * samples * header.bits_allocated // 8
-    if declared == 0xFFFFFFFF or min(declared, available) < needed:
+    if header.syntax in _COMPRESSED:
+        if declared != 0xFFFFFFFF:
+            raise MediaError(f"{name}: a compressed encoding is declared, but the pixels are not in frames")
+        if needed > available * _COMPRESSED[header.syntax]:
+            raise MediaError(
+                f"{name}: {header.frames} x {header.rows} x {header.columns} DICOM pixels are declared, which "
+                f"{available} compressed bytes cannot hold; it is damaged"
+            )
+    elif declared == 0xFFFFFFFF or min(declared, available) < needed:
         raise MediaError(
             f"{name}: {header.frames} x {header.rows} x {header.columns} DICOM pixels need {needed} bytes, "
             f"the file has {min(declared, available)}; it is truncated"

@@ -11,7 +11,8 @@ import numpy as np
 
 from medm.errors import MediaError
 from medm.imaging.arrays import compact
-from medm.imaging.dicom import MAX_FRAMES, Header, Plane, is_dicom, read_header, read_pixels
+from medm.imaging.dicom import MAX_FRAMES, Header, Plane, is_dicom, read_header
+from medm.imaging.dicom_pixels import read_pixels
 from medm.imaging.geometry import Geometry, check_size, geometry_from_steps
 
 _GAP_TOLERANCE = 0.1

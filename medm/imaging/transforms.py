@@ -161,7 +161,7 @@ def _resampled(
         interpolation: "nearest", or anything else for linear.
         name: the file, for messages.
     """
-    from medm.imaging.dicom import simpleitk
+    import SimpleITK
 
     lengths = np.asarray(voxels.shape)
     if size is None:
@@ -172,18 +172,17 @@ def _resampled(
     centre = geometry.origin + geometry.direction @ (geometry.spacing * (lengths - 1) / 2)
     origin = centre - target.direction @ (target.spacing * (np.asarray(size) - 1) / 2)
 
-    sitk = simpleitk()
-    image = sitk.GetImageFromArray(voxels)
+    image = SimpleITK.GetImageFromArray(voxels)
     image.SetSpacing(geometry.spacing[::-1].tolist())
     image.SetDirection(geometry.direction[:, ::-1].ravel().tolist())
     image.SetOrigin(geometry.origin.tolist())
-    result = sitk.Resample(
-        image, [int(length) for length in reversed(size)], sitk.Transform(),
-        sitk.sitkNearestNeighbor if interpolation == "nearest" else sitk.sitkLinear, origin.tolist(),
+    result = SimpleITK.Resample(
+        image, [int(length) for length in reversed(size)], SimpleITK.Transform(),
+        SimpleITK.sitkNearestNeighbor if interpolation == "nearest" else SimpleITK.sitkLinear, origin.tolist(),
         target.spacing[::-1].tolist(), target.direction[:, ::-1].ravel().tolist(), float(voxels.min()),
-        sitk.sitkFloat32,
+        SimpleITK.sitkFloat32,
     )  # fmt: skip
-    return sitk.GetArrayFromImage(result)
+    return SimpleITK.GetArrayFromImage(result)
 
 
 def _check_scale(preprocess: VolumePreprocess, volume: Volume) -> None:

@@ -1,0 +1,166 @@
+"""GDCM in a process of its own: what a stranger's compressed DICOM can crash, hang or bloat is not the one that trains.
+
+GDCM's JPEG decoder writes out of bounds on damaged files, and its parser can be made to allocate without end. The child
+has a limit of memory, each request a limit of time; when it dies the request fails and the next one starts another.
+
+The child is this module run as a program: `python -m medm.imaging.isolated`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, cast
+
+try:
+    import resource
+except ImportError:  # not on every system; crashes are kept apart all the same
+    resource = None  # type: ignore[assignment]
+
+import numpy as np
+from numpy.lib import format as npy
+
+from medm.errors import MediaError
+from medm.imaging.arrays import read_npy
+
+_MEMORY, _BYTES_PER_NUMBER = 2**30, 32
+"""Address space of the child (it begins with 0.4 GiB), and more for each number that the header declares."""
+_SECONDS = 10
+_NUMBERS_PER_SECOND = 5_000_000
+"""A request may take `_SECONDS` of processor time, and as long as its numbers take at this slow pace."""
+_PATIENCE = 30
+"""Times as long by the clock, after which the child is taken to hang (a busy machine, a slow disk)."""
+_REQUEST = struct.Struct("<IQI")
+"""Seconds, bytes of address space, length of the path that follows."""
+_REPLY = struct.Struct("<?")
+"""Whether an array follows."""
+
+
+class Decoder:
+    """One child, started when first asked and again after it died. Threads take turns."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
+
+    def decode(self, path: Path, name: str, *, max_items: int) -> np.ndarray:
+        """The pixels of a DICOM file as SimpleITK gives them: (frames, rows, columns[, samples]).
+
+        Args:
+            path: the file; its header has been checked.
+            name: the file, for messages.
+            max_items: numbers that the header declares.
+
+        Raises:
+            MediaError: GDCM refused the file, crashed on it, or took too much time or memory.
+        """
+        with self._lock:
+            child = self._running()
+            seconds = _SECONDS + max_items // _NUMBERS_PER_SECOND
+            memory = _MEMORY + max_items * _BYTES_PER_NUMBER
+            timer = threading.Timer(seconds * _PATIENCE, child.kill)
+            timer.daemon = True
+            timer.start()
+            try:
+                return self._ask(child, path, name, (seconds, memory), max_items)
+            except (OSError, EOFError):
+                self._stop()
+                raise MediaError(
+                    f"{name}: the DICOM pixels are damaged: decoding them crashed or took too much time or memory"
+                ) from None
+            except MediaError:
+                self._stop()  # what is left in the pipe belongs to this request
+                raise
+            finally:
+                timer.cancel()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._owner != os.getpid():  # a fork has the parent's pipes, and must not talk into them
+            self._child, self._owner = None, os.getpid()
+        if self._child is None or self._child.poll() is not None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "medm.imaging.isolated"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+            )  # fmt: skip
+        return self._child
+
+    def _ask(
+        self, child: subprocess.Popen[bytes], path: Path, name: str, limits: tuple[int, int], max_items: int
+    ) -> np.ndarray:
+        request, reply = cast(IO[bytes], child.stdin), cast(IO[bytes], child.stdout)
+        encoded = os.fsencode(path.resolve())
+        request.write(_REQUEST.pack(*limits, len(encoded)) + encoded)
+        request.flush()
+        (decoded,) = _REPLY.unpack(_exactly(reply, _REPLY.size))
+        if not decoded:
+            raise MediaError(f"{name}: the DICOM pixels are damaged or encoded in a way that is not read")
+        return read_npy(reply, name, max_items=max_items, exact=False)
+
+    def _stop(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            for pipe in (child.stdin, child.stdout):
+                with suppress(OSError):
+                    cast(IO[bytes], pipe).close()
+            child.wait()
+
+
+def _exactly(stream: IO[bytes], count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
+
+
+def main() -> None:
+    """Answer requests until the other end is closed."""
+    # Codecs print on standard output; the pipe for replies is moved out of their way.
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    while len(head := requests.read(_REQUEST.size)) == _REQUEST.size:
+        seconds, memory, length = _REQUEST.unpack(head)
+        _limit(seconds, memory)
+        reader = SimpleITK.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(os.fsdecode(_exactly(requests, length)))
+        try:
+            image = reader.Execute()
+            pixels = SimpleITK.GetArrayFromImage(image)
+        except (RuntimeError, MemoryError):
+            replies.write(_REPLY.pack(False))  # the text of the error may quote the header
+        else:
+            pixels = np.ascontiguousarray(pixels if image.GetDimension() == 3 else pixels[None])
+            replies.write(_REPLY.pack(True))
+            npy.write_array_header_1_0(replies, npy.header_data_from_array_1_0(pixels))
+            replies.write(pixels.data)
+        replies.flush()
+
+
+def _limit(seconds: int, memory: int) -> None:
+    """From now on: time of the processor, which stands still while other programs run, and address space."""
+    if resource is not None:
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        for what, limit in (
+            (resource.RLIMIT_CPU, int(spent.ru_utime + spent.ru_stime) + 1 + seconds),
+            (resource.RLIMIT_AS, memory),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            resource.setrlimit(what, (limit, resource.getrlimit(what)[1]))
+
+
+DECODER = Decoder()
+"""The one of this process."""
+
+if __name__ == "__main__":
+    main()
