@@ -81,18 +81,20 @@ class Branch(nn.Module):
         tokens = features.to(**self.encoder.device_and_dtype)
         return VisionFeatures(tokens, self.encoder.grid(self.spatial), self.encoder.prefix)
 
-    def forward(self, pixels: Tensor, task_ids: Tensor | None = None) -> Tensor:
-        """(N, C, *spatial) to (N, num_tokens, out_dim)."""
-        return self.connector(self.encode(pixels), task_ids)
-
     def idle(self) -> Tensor:
-        """Zero that depends on every weight that a batch with an item would have used; see contract 5."""
+        """Zero that depends on every weight that a batch with an item would have used; see contract 5.
+
+        The same modules in the same order as with an item: ZeRO-3 compares what the processes call.
+        """
         reference = self.encoder.device_and_dtype
         no_task = torch.full((1,), -1, device=reference["device"])
         if self.features_only:
-            tokens = torch.zeros(1, self.encoder.prefix + prod(self.connector.grid), self.encoder.dim, **reference)
-            return 0.0 * self.connector(self.known(tokens), no_task).sum()
-        return 0.0 * self(torch.zeros(1, self.channels, *self.spatial, **reference), no_task).sum()
+            seen = self.known(
+                torch.zeros(1, self.encoder.prefix + prod(self.connector.grid), self.encoder.dim, **reference)
+            )
+        else:
+            seen = self.encode(torch.zeros(1, self.channels, *self.spatial, **reference))
+        return 0.0 * self.connector(seen, no_task).sum()
 
 
 class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
