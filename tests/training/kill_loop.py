@@ -24,7 +24,7 @@ from medm.training import checkpoints
 from tests.training.toys import trainer, weights
 
 KILLS = 10
-CASE: dict[str, Any] = {"max_steps": 20, "save_steps": 2, "held_out": 8, "eval_strategy": "steps", "eval_steps": 6}
+CASE: dict[str, Any] = {"max_steps": 12, "save_steps": 2, "held_out": 4, "eval_strategy": "steps", "eval_steps": 6}
 
 
 def attempt(output_dir: Path, *, finished: Path, die_at_call: int | None = None, count: Path | None = None) -> int:

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from medm.errors import RecipeError
+from medm.models.adapters import adapted, export_peft, inject, merge
+
+SPEC: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "up_proj"]}
+KINDS = {
+    "lora": SPEC,
+    "rslora": {**SPEC, "use_rslora": True},
+    "dora": {**SPEC, "use_dora": True},
+    "every linear layer": {**SPEC, "target_modules": r".*(proj)"},
+}
+IDS = torch.arange(8)[None]
+
+
+def language_model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def stir(model: nn.Module) -> None:
+    """As if trained: adapters start at zero output."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+
+
+@pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_an_adapter_starts_without_effect_works_and_merges(spec: dict[str, Any]) -> None:
+    model = language_model()
+    plain = model(input_ids=IDS).logits
+    names = list(model.state_dict())
+    inject(model, spec)
+    model.eval()
+    torch.testing.assert_close(model(input_ids=IDS).logits, plain)
+    stir(model)
+    tuned = model(input_ids=IDS).logits
+    assert (tuned - plain).abs().max() > 1e-3
+    merge(model)
+    assert not adapted(model)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(input_ids=IDS).logits, tuned, atol=1e-5, rtol=1e-4)
+    inject(model, spec)  # and adapted once more
+
+
+def test_a_part_is_adapted_once() -> None:
+    model = language_model()
+    inject(model, SPEC)
+    with pytest.raises(RecipeError, match="LoRA layers already"):
+        inject(model, SPEC)
+
+
+@pytest.mark.parametrize("spec", [KINDS["lora"], KINDS["rslora"], KINDS["dora"]], ids=["lora", "rslora", "dora"])
+@torch.no_grad()
+def test_peft_opens_what_is_exported(spec: dict[str, Any], tmp_path: Path) -> None:
+    bare = language_model()
+    model = copy.deepcopy(bare)
+    inject(model, spec)
+    stir(model)
+    model.eval()
+    export_peft(model, spec, tmp_path / "adapter")
+    opened = PeftModel.from_pretrained(bare, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(opened(input_ids=IDS).logits, model(input_ids=IDS).logits)
