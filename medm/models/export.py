@@ -29,7 +29,7 @@ from medm.encoders import ENCODERS
 from medm.errors import ExportError
 from medm.imaging import load_pixels
 from medm.models import load
-from medm.models.checkpoint import save_bundle
+from medm.models.checkpoint import save_bundle, save_tensors
 from medm.models.folders import written_aside
 from medm.models.llava import save_llava
 from medm.models.lvlm.build import build_encoder
@@ -40,8 +40,8 @@ PROMPT = "Describe the image. Is anything abnormal?"
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest difference of a logit, as a share of the largest logit, that the rounding of each precision explains.
 
-The export runs the same operations; only the image processors round differently in the last bit (measured in float32:
-below 1e-5). A norm too many, a wrong layer or a shifted token change logits by more than a tenth."""
+A stock export runs the same operations on the same pixels (measured in float32 and bfloat16: 0); merging rounds once.
+A norm too many, a wrong layer or a shifted token change logits by more than a tenth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def _llava(target: Path, model: Any, processor: Any, question: Question) -> Proo
     dtype, num_tokens = model.dtype, model.branch("image").num_tokens
     del model  # the two of them need not be in memory at once
     gc.collect()
-    stock, notes = run_stock(target, question)
+    stock, notes = run_stock(target, question, own.pixels)
     if notes["problems"] != "{}":
         raise ExportError(f"the stock class opens the export with {notes['problems']}; nothing was written")
     if own.input_ids.tolist() != stock.input_ids.tolist():
@@ -204,19 +204,21 @@ def _pixel_step(dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
 
 
-def run_stock(folder: Path, question: Question) -> tuple[_Heard, dict[str, str]]:
-    """Ask a folder in a fresh process that cannot import medm.
+def run_stock(folder: Path, question: Question, pixels: Tensor) -> tuple[_Heard, dict[str, str]]:
+    """Ask a folder in a fresh process that cannot import medm, about the pixels that medm made of the image.
 
     Raises:
         ExportError: the process failed; with the last lines that it wrote.
     """
     with tempfile.TemporaryDirectory() as scratch:
         plan, result = Path(scratch) / "plan.json", Path(scratch) / "result.safetensors"
+        save_tensors({"pixels": pixels}, Path(scratch) / "pixels.safetensors")
         with Image.open(question.image) as picture:
             size = [picture.height, picture.width]
         asked = {
             "image": str(question.image.resolve()), "image_size": size,
-            "prompt": question.prompt, "max_new_tokens": question.max_new_tokens,
+            "pixels": str(Path(scratch) / "pixels.safetensors"), "prompt": question.prompt,
+            "max_new_tokens": question.max_new_tokens,
         }  # fmt: skip
         plan.write_text(json.dumps(asked), encoding="utf-8")
         script = Path(__file__).with_name("stock_check.py")

@@ -1,7 +1,9 @@
 """Runs a model folder with transformers alone, as a stranger would, and writes down what came out.
 
 Started by path in a fresh process (`python -I stock_check.py FOLDER PLAN RESULT`), in which medm cannot be imported:
-what works here works without it. `PLAN` is JSON with image, prompt and length; `RESULT` a safetensors file.
+what works here works without it. `PLAN` is JSON with image, prompt, length and the pixels that medm made of the image;
+`RESULT` a safetensors file. Logits and reply come from medm's pixels, so that the two models are compared and not the
+last bits of two image processors; the stock processor's pixels are written beside, to be compared with medm's.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class NoMedm(importlib.abc.MetaPathFinder):
 def run(folder: str, plan: dict[str, Any], result: Path) -> None:
     """Open the folder by the Auto classes, ask about one image, and write ids, pixels, logits and the reply."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     opened: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -36,6 +38,10 @@ def run(folder: str, plan: dict[str, Any], result: Path) -> None:
         [{"role": "user", "content": content}],
         add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
     ).to(model.dtype)  # fmt: skip
+    pixels = inputs["pixel_values"].float()
+    given = load_file(plan["pixels"])["pixels"]
+    if given.shape == pixels.shape:
+        inputs["pixel_values"] = given.to(model.dtype)
     with torch.no_grad():
         logits = model(**inputs).logits
         reply = model.generate(**inputs, max_new_tokens=plan["max_new_tokens"], do_sample=False)
@@ -49,7 +55,7 @@ def run(folder: str, plan: dict[str, Any], result: Path) -> None:
     }
     tensors = {
         "input_ids": inputs["input_ids"],
-        "pixels": inputs["pixel_values"].float(),
+        "pixels": pixels,
         "logits": logits.float(),
         "reply": reply,
     }
