@@ -19,7 +19,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,7 @@ from medm.metrics.boxes import BinnedBoxes
 SEED = 0
 SIDE = 224
 """Pixels; the size at which EfficientNet-Lite0 was trained."""
-TRAIN_PER_PLANE, CLOSE_UPS_PER_PLANE = 24, 8
-"""Training pictures of a volume. Close-ups are asked for the modality alone, which has to be seen in texture there."""
+TRAIN_PER_PLANE = 24
 TEST_AXIAL_WITH_LEVEL, TEST_AXIAL, TEST_OTHER = 15, 8, 6
 """Test pictures of a volume: axial ones where thirds are asked for, axial ones elsewhere, and of each other plane."""
 MARGIN = 0.04
@@ -196,28 +195,21 @@ def choose(scan: Scan, random: np.random.Generator) -> Iterator[Picture]:
     """Which slices are cut, and how each is shown. Boxes are not known yet."""
     train = scan.about.split == "train"
     for plane in scan.about.planes:
-        indices = (_train_slices if train else _test_slices)(scan, plane, random)
-        close_ups = random.choice(scan.candidates(plane), CLOSE_UPS_PER_PLANE).tolist() if train else []
-        for number, index in enumerate([*indices, *close_ups]):
+        for number, index in enumerate((_train_slices if train else _test_slices)(scan, plane, random)):
             window = scan.about.windows[number % len(scan.about.windows)]
-            close_up = number >= len(indices)
-            draw_view = _close_up if close_up else _train_view if train else _test_view
+            answers = {
+                "modality": scan.about.modality, "region": scan.about.region, "plane": plane,
+                "level": scan.level(index) if plane == "axial" else None, "lesion": scan.lesion_answer(plane, index),
+            }  # fmt: skip
             yield Picture(
                 file=f"{scan.name}_{plane}_{number:02d}.png",
                 volume=scan.name,
                 split=scan.about.split,
                 plane=plane,
                 index=index,
-                view=draw_view(window, random),
-                answers={"modality": scan.about.modality} if close_up else _answers(scan, plane, index),
+                view=_train_view(window, random) if train else _test_view(window, random),
+                answers={kind: answer for kind, answer in answers.items() if answer is not None},
             )
-
-
-def _answers(scan: Scan, plane: Plane, index: int) -> dict[str, str]:
-    level = scan.level(index) if plane == "axial" else None
-    sure = {"modality": scan.about.modality, "region": scan.about.region, "plane": plane}
-    unsure = {"level": level, "lesion": scan.lesion_answer(plane, index)}
-    return sure | {kind: answer for kind, answer in unsure.items() if answer is not None}
 
 
 def _train_slices(scan: Scan, plane: Plane, random: np.random.Generator) -> list[int]:
@@ -254,13 +246,6 @@ def _train_view(window: list[float], random: np.random.Generator) -> View:
     )
 
 
-def _close_up(window: list[float], random: np.random.Generator) -> View:
-    view = _train_view(window, random)
-    scale = random.uniform(1.6, 2.8)
-    shift = (scale * random.uniform(-0.25, 0.25), scale * random.uniform(-0.25, 0.25))
-    return replace(view, scale=scale, shift=shift)
-
-
 def _test_view(window: list[float], random: np.random.Generator) -> View:
     shift = (random.uniform(-0.03, 0.03), random.uniform(-0.03, 0.03))
     return View(window=(window[0], window[1]), scale=random.uniform(0.85, 1.0), shift=shift)
@@ -284,7 +269,7 @@ def draw(scan: Scan, picture: Picture, folder: Path) -> Picture:
         box = bounding_box(np.asarray(place(flat, pixel_size, picture.view, smooth=False)) > 0)
         if box is not None:
             boxes[name] = box
-    return replace(picture, boxes=boxes)
+    return Picture(**{**vars(picture), "boxes": boxes})
 
 
 def place(pixels: np.ndarray, pixel_size: tuple[float, float], view: View, *, smooth: bool = True) -> Image.Image:
@@ -315,14 +300,13 @@ def write(folder: Path, pictures: list[Picture]) -> None:
     """The JSON files."""
     random = np.random.default_rng(SEED)
     train = [picture for picture in pictures if picture.split == "train"]
-    whole = [picture for picture in train if "plane" in picture.answers]
     held_out = [picture for picture in pictures if picture.split != "train"]
     dump(folder / "about.json", {"questions": QUESTIONS, "notes": NOTES})
     dump(folder / "pictures.json", [asdict(picture) for picture in pictures])
-    dump(folder / "pretrain.json", [_record(picture, "caption", [(CAPTION, caption(picture))]) for picture in whole])
+    dump(folder / "pretrain.json", [_record(picture, "caption", [(CAPTION, caption(picture))]) for picture in train])
     dump(folder / "finetune.json", [conversation(picture, random) for picture in train])
     dump(folder / "test.json", [record for picture in held_out for record in questions(picture)])
-    dump(folder / "tasks_train.json", [record for picture in whole for record in tasks(picture, random)])
+    dump(folder / "tasks_train.json", [record for picture in train for record in tasks(picture, random)])
     dump(folder / "tasks_test.json", [as_question(record) for picture in held_out for record in tasks(picture, random)])
 
 
