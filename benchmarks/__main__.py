@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Measure, print each line as it is there, write everything at the end."""
+    """Measure one cell after another; each is printed and written as soon as it is there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--profile", choices=["cpu", "h200"], default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -41,11 +41,10 @@ def main() -> None:
         f"{limits.device}, {limits.threads} threads: {limits.matmul / 1e9:.0f} GFLOP/s, reads {limits.bandwidth / 1e9:.1f} "
         f"GB/s, copies {limits.copy / 1e9:.1f} GB/s"
     )
-    results: list[Result] = []
     for cell in chosen:
-        results.append(cell(arguments.profile).measure(arguments.rounds))
-        print(line(results[-1]), flush=True)
-    write(arguments.output, arguments.profile, results, asdict(limits))
+        result = cell(arguments.profile).measure(arguments.rounds)
+        print(line(result), flush=True)
+        write(arguments.output, arguments.profile, result, asdict(limits))
 
 
 def line(result: Result) -> str:
@@ -60,13 +59,12 @@ def line(result: Result) -> str:
     )
 
 
-def write(folder: Path, profile: str, results: list[Result], limits: dict[str, Any]) -> None:
+def write(folder: Path, profile: str, result: Result, limits: dict[str, Any]) -> None:
     """`<profile>.json`, `.md` and `.png`; cells that were not measured this time keep their last figures."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{profile}.json"
     kept = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else {}
-    for result in results:
-        kept[result.name] = result.as_dict()
+    kept[result.name] = result.as_dict()
     ordered = {cell.name: kept[cell.name] for cell in CELLS if cell.name in kept}
     content = {"profile": profile, "limits": limits, "versions": versions(), "cells": ordered}
     file.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")

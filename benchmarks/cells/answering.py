@@ -70,6 +70,7 @@ class _AnsweringCell(Cell):
     def prompts(self, examples: list[Example], replies: list[int]) -> list[Prompt]:
         """Embedded prompts, each image encoded once."""
         model = self.models[0]
+        branch = model.branch("image")
         encoded: dict[int, Tensor] = {}
         made = []
         for example, length in zip(examples, replies, strict=True):
@@ -85,7 +86,7 @@ class _AnsweringCell(Cell):
                 ):
                     if id(array) not in encoded:
                         pixels = torch.from_numpy(array)[None].to(self.device)
-                        encoded[id(array)] = model.branch("image")(pixels)[0].to(embeds.dtype)
+                        encoded[id(array)] = branch.connector(branch.encode(pixels))[0].to(embeds.dtype)
                     embeds[run[0] : run[-1] + 1] = encoded[id(array)]
                     signature[run] = -(1 + id(array) + np.arange(len(run)))
             made.append(Prompt(embeds, signature, length))
