@@ -135,7 +135,7 @@ class _Workload:
             losses.append(float(loss.detach()))
             embedding = model.get_input_embeddings().weight.grad
             assert embedding is not None
-            gradients.append(embedding.float().flatten().clone())
+            gradients.append(embedding.double().flatten().clone())
             model.zero_grad(set_to_none=True)
         difference = abs(losses[0] - losses[1]) / losses[1]
         cosine = float(torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,9 @@ def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple
 
     _check_scale(preprocess, volume)
     voxels = _on_grid(preprocess, volume)
+    blend = _blend(preprocess, len(voxels))
+    if blend is not None:
+        voxels = voxels[blend.used]
     values = torch.from_numpy(voxels.astype(np.float32, order="C"))  # [D, H, W]
     if preprocess.scale == "minmax":
         values = _stretched(values, volume.name)
@@ -54,7 +58,7 @@ def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple
         if preprocess.crop_foreground is not None:
             box = box or _foreground(channel, preprocess.crop_foreground, volume.name)
             channel = channel[box]
-        channels.append(_sized(preprocess, channel))
+        channels.append(_sized(preprocess, channel) if blend is None else blend.apply(channel))
     shown = torch.stack(channels)  # [C, *size]
     if preprocess.channels is not None and len(channels) == 1:
         shown = shown.expand(preprocess.channels, -1, -1, -1)
@@ -210,6 +214,52 @@ def _check_scale(preprocess: VolumePreprocess, volume: Volume) -> None:
             f"scale {scale}",
             f"{volume.name}: `scale: {scale}` is declared, but the values are {low:g}..{high:g}; is the scale right?",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Blend:
+    """A trilinear stretch in two steps: neighbouring slices are mixed, then each slice is resized.
+
+    The numbers are those of the stretch in one, but slices that no result needs are never touched.
+    """
+
+    used: np.ndarray
+    """Slices of the volume that any result reads."""
+    below: np.ndarray
+    above: np.ndarray
+    """By result slice, positions in `used`."""
+    weight: np.ndarray
+    """By result slice, the share of `above`."""
+    plane: tuple[int, int]
+    """Rows and columns of the result."""
+
+    def apply(self, channel: Tensor) -> Tensor:
+        """[len(used), H, W] to [len(weight), *plane]."""
+        import torch
+        import torch.nn.functional as F
+
+        mixed = torch.lerp(channel[self.below], channel[self.above], torch.from_numpy(self.weight).view(-1, 1, 1))
+        if tuple(mixed.shape[1:]) == self.plane:
+            return mixed
+        return F.interpolate(mixed[None], size=self.plane, mode="bilinear")[0]
+
+
+def _blend(preprocess: VolumePreprocess, depth: int) -> _Blend | None:
+    """For a volume that shrinks in depth and is windowed alone before it is stretched; None for any other."""
+    whole = preprocess.stretch or preprocess.crop_foreground is not None or preprocess.scale == "minmax"
+    if whole or preprocess.size is None or preprocess.spacing is not None or preprocess.interpolation != "trilinear":
+        return None
+    wanted, *plane = preprocess.size
+    if wanted >= depth:
+        return None
+    place = ((np.arange(wanted) + 0.5) * (depth / wanted) - 0.5).clip(
+        min=0
+    )  # as torch: outer faces stay where they are
+    below = np.floor(place).astype(np.int64)
+    above = np.minimum(below + 1, depth - 1)
+    used, positions = np.unique(np.concatenate([below, above]), return_inverse=True)
+    weight = (place - below).astype(np.float32)
+    return _Blend(used, positions[:wanted], positions[wanted:], weight, (plane[0], plane[1]))
 
 
 def _sized(preprocess: VolumePreprocess, channel: Tensor) -> Tensor:

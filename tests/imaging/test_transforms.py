@@ -181,3 +181,14 @@ def test_a_written_field_wins_over_the_convention() -> None:
 def test_impossible_descriptions_are_refused(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
         preprocess_from_dict({"kind": "volume", **fields})
+
+
+@pytest.mark.parametrize("shape", [(40, 20, 24), (9, 12, 8), (33, 12, 8), (8, 30, 8), (100, 5, 31)])
+def test_shrinking_in_two_steps_gives_the_numbers_of_one(shape: tuple[int, int, int]) -> None:
+    voxels = np.random.default_rng(0).integers(-1200, 1500, shape, dtype=np.int16)
+    preprocess = VolumePreprocess(windows=[[-1000.0, 400.0], [-160.0, 240.0]], size=[8, 12, 8], orientation=None)
+    found = apply_volume(preprocess, Volume(voxels, "v"))
+    for channel, (low, high) in zip(found, preprocess.windows or [], strict=True):
+        windowed = ((torch.from_numpy(voxels).float() - low) / (high - low)).clamp(0, 1)
+        expected = torch.nn.functional.interpolate(windowed[None, None], size=(8, 12, 8), mode="trilinear")[0, 0]
+        assert np.allclose(channel, expected.numpy(), atol=1e-6)
