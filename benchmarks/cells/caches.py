@@ -49,7 +49,7 @@ class FirstStage(Ratio, Cell):
                         "encoder": {"name": "siglip", "architecture": sizes.vision, "layer": -1, "tokens": "patch"},
                     },
                     "connector": {"name": "attention-pooling", "depth": 2, "queries": sizes.image_tokens},
-                    "channels": 1, "spatial": [self.slices, side, side], "placeholder_id": PLACEHOLDER,
+                    "channels": 3, "spatial": [self.slices, side, side], "placeholder_id": PLACEHOLDER,
                 }
             },
         )  # fmt: skip
@@ -72,7 +72,7 @@ class FirstStage(Ratio, Cell):
         labels = np.concatenate([np.full((self.batch, branch.num_tokens), IGNORE_INDEX), text], axis=1)
         device = next(model.parameters()).device
         shared = {"input_ids": torch.from_numpy(ids).to(device), "labels": torch.from_numpy(labels).to(device)}
-        pixels = torch.randn(self.batch, 1, *branch.spatial, device=device)
+        pixels = torch.randn(self.batch, 3, *branch.spatial, device=device)
         with torch.no_grad():
             tokens = branch.encode(pixels).tokens
         return shared | {"pixels": {"volume": pixels}}, shared | {"features": {"volume": tokens}}
