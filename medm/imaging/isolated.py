@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, cast
@@ -42,9 +43,14 @@ _REPLY = struct.Struct("<?")
 
 
 class Decoder:
-    """One child, started when first asked and again after it died. Threads take turns."""
+    """One child, started when first asked and again after it died. Threads take turns.
 
-    def __init__(self) -> None:
+    Args:
+        command: the program that answers requests; this module by default.
+    """
+
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "medm.imaging.isolated")) -> None:
+        self.command = list(command)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
@@ -85,7 +91,7 @@ class Decoder:
             self._child, self._owner = None, os.getpid()
         if self._child is None or self._child.poll() is not None:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "medm.imaging.isolated"],
+                self.command,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
             )  # fmt: skip

@@ -195,9 +195,15 @@ def test_real_dicom_files_of_every_encoding() -> None:
     for name in ("MR_small_RLE", "MR_small_bigendian", "MR_small_implicit", "MR_small_jp2klossless",
                  "MR_small_jpeg_ls_lossless"):  # fmt: skip
         np.testing.assert_array_equal(read_image(folder / f"{name}.dcm").pixels, reference)
-    for name in ("SC_rgb_jpeg_dcmtk", "SC_rgb_rle", "examples_palette", "SC_ybr_full_422_uncompressed", "examples_jpeg2k"):
+    for name in (
+        "SC_rgb_jpeg_dcmtk",
+        "SC_rgb_rle",
+        "examples_palette",
+        "SC_ybr_full_422_uncompressed",
+        "examples_jpeg2k",
+    ):
         assert read_image(folder / f"{name}.dcm").pixels.dtype == np.uint8
-    with pytest.raises(MediaError, match="need 8192 bytes, the file has 8142"):
+    with pytest.raises(MediaError, match="need 8192 bytes, the file has 8130"):
         read_image(folder / "MR_truncated.dcm")
     with pytest.raises(MediaError, match="holds 2 frames where one image is expected"):
         read_image(folder / "SC_rgb_rle_2frame.dcm")

@@ -1,0 +1,84 @@
+"""What a codec does to its process does not happen to ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+
+from medm.errors import MediaError
+from medm.imaging import isolated
+from medm.imaging.images import read_image
+from medm.imaging.isolated import Decoder
+
+FILES = Path(pydicom.__file__).parent / "data" / "test_files"
+GOOD = FILES / "MR_small_RLE.dcm"
+EXPECTED = pydicom.dcmread(FILES / "MR_small.dcm").pixel_array[None]
+
+
+def decode(decoder: Decoder, path: Path = GOOD) -> np.ndarray:
+    return decoder.decode(path, "scan", max_items=64 * 64)
+
+
+def test_a_child_that_died_is_replaced() -> None:
+    decoder = Decoder()
+    np.testing.assert_array_equal(decode(decoder), EXPECTED)
+    child = decoder._child
+    assert child is not None
+    np.testing.assert_array_equal(decode(decoder), EXPECTED)
+    assert decoder._child is child  # one program for many files
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    np.testing.assert_array_equal(decode(decoder), EXPECTED)
+    # Of a damaged file only the request fails. More numbers than declared are refused before they are read.
+    with pytest.raises(MediaError, match="scan: declares shape"):
+        decoder.decode(GOOD, "scan", max_items=64)
+    with pytest.raises(MediaError, match="scan: the DICOM pixels are damaged or encoded in a way that is not read"):
+        decode(decoder, Path(__file__))
+    np.testing.assert_array_equal(decode(decoder), EXPECTED)
+    decoder._stop()
+
+
+def test_a_crash_is_a_media_error() -> None:
+    with pytest.raises(MediaError, match="scan: the DICOM pixels are damaged: decoding them crashed"):
+        decode(Decoder([sys.executable, "-c", "import os; os.read(0, 9); os.abort()"]))
+
+
+def test_a_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "_SECONDS", 1)
+    monkeypatch.setattr(isolated, "_PATIENCE", 1)
+    start = time.monotonic()
+    with pytest.raises(MediaError, match="took too much time"):
+        decode(Decoder([sys.executable, "-c", "import time; time.sleep(600)"]))
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder()
+    np.testing.assert_array_equal(decode(decoder), EXPECTED)
+    big = FILES / "examples_palette.dcm"
+    with monkeypatch.context() as patch:
+        patch.setattr(isolated, "_MEMORY", 1)  # less than it has: nothing more is given
+        patch.setattr(isolated, "_BYTES_PER_NUMBER", 0)
+        with pytest.raises(MediaError, match="damaged"):
+            decoder.decode(big, "scan", max_items=350 * 800 * 3)
+    assert decoder.decode(big, "scan", max_items=350 * 800 * 3).shape == (1, 350, 800, 3)
+    decoder._stop()
+
+
+def test_a_file_on_which_gdcm_writes_out_of_bounds(tmp_path: Path) -> None:
+    """Found by changing bytes at random: four of a JPEG lossless stream. In one process it ends it."""
+    data = bytearray((FILES / "SC_rgb_jpeg_gdcm.dcm").read_bytes())
+    for at, value in ((402, 217), (626, 143), (1115, 55), (1358, 206)):
+        data[at] = value
+    (tmp_path / "a.dcm").write_bytes(data)
+    with pytest.raises(MediaError, match="the DICOM pixels are damaged"):
+        read_image(tmp_path / "a.dcm")
+    assert read_image(FILES / "SC_rgb_jpeg_gdcm.dcm").pixels.shape == (100, 100, 3)
