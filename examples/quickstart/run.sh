@@ -6,12 +6,18 @@ cd "$(dirname "$0")/../.."
 out=work_dirs/quickstart
 ask=(--data $out/data/test.json --root $out/data/images --batch-size 32 --max-new-tokens 12)
 newer() { [ -e "$1" ] && [ "$1" -nt "$2" ]; }
+train() { # recipe, folder of the model; a run that was stopped goes on
+  local resume=()
+  compgen -G "$2/checkpoint-*" >/dev/null && resume=(--resume)
+  medm train "recipes/$1.yaml" ${resume[@]+"${resume[@]}"}
+  rm -rf "$2"/checkpoint-*
+}
 
 python examples/quickstart/fetch.py
 python examples/quickstart/prepare.py
 for stage in "pretrain before data/made_from.txt" "finetune after pretrain/config.json"; do
   read -r recipe answers made_from <<<"$stage"
-  newer $out/$recipe/config.json $out/$made_from || medm train recipes/quickstart/$recipe.yaml --resume
+  newer $out/$recipe/config.json $out/$made_from || train quickstart/$recipe $out/$recipe
   newer $out/$answers.jsonl $out/$recipe/config.json || rm -f $out/$answers.jsonl*
   medm infer --model $out/$recipe "${ask[@]}" --output $out/$answers.jsonl
 done

@@ -10,7 +10,7 @@ compgen -G "$out/finetune/checkpoint-*" >/dev/null && resume=(--resume) # a run 
 
 python examples/quickstart/fetch.py 3d
 python examples/quickstart_3d/blocks.py
-newer $out/finetune/config.json $out/data/test.json || medm train recipes/quickstart-3d/finetune.yaml "${resume[@]}"
+newer $out/finetune/config.json $out/data/test.json || medm train recipes/quickstart-3d/finetune.yaml ${resume[@]+"${resume[@]}"}
 newer $out/after.jsonl $out/finetune/config.json || rm -f $out/after.jsonl*
 medm infer --model $out/finetune --data $out/data/test.json --root $out/data/volumes --output $out/after.jsonl \
   --batch-size 8 --max-new-tokens 12
