@@ -53,7 +53,6 @@ class Decoder:
         self.command = list(command)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._owner = os.getpid()
 
     def decode(self, path: Path, name: str, *, max_items: int) -> np.ndarray:
         """The pixels of a DICOM file as SimpleITK gives them: (frames, rows, columns[, samples]).
@@ -74,7 +73,7 @@ class Decoder:
             timer.daemon = True
             timer.start()
             try:
-                return self._ask(child, path, name, (seconds, memory), max_items)
+                pixels = self._ask(child, path, name, (seconds, memory), max_items)
             except (OSError, EOFError):
                 self._stop()
                 raise MediaError(
@@ -85,10 +84,15 @@ class Decoder:
                 raise
             finally:
                 timer.cancel()
+        if pixels is None:
+            raise MediaError(f"{name}: the DICOM pixels are damaged or encoded in a way that is not read")
+        return pixels
+
+    def forget(self) -> None:
+        """Start afresh in a forked process, which must not talk into the pipes of its parent."""
+        self._lock, self._child = threading.Lock(), None
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._owner != os.getpid():  # a fork has the parent's pipes, and must not talk into them
-            self._child, self._owner = None, os.getpid()
         if self._child is None or self._child.poll() is not None:
             self._child = subprocess.Popen(
                 self.command,
@@ -99,15 +103,13 @@ class Decoder:
 
     def _ask(
         self, child: subprocess.Popen[bytes], path: Path, name: str, limits: tuple[int, int], max_items: int
-    ) -> np.ndarray:
+    ) -> np.ndarray | None:
         request, reply = cast(IO[bytes], child.stdin), cast(IO[bytes], child.stdout)
         encoded = os.fsencode(path.resolve())
         request.write(_REQUEST.pack(*limits, len(encoded)) + encoded)
         request.flush()
         (decoded,) = _REPLY.unpack(_exactly(reply, _REPLY.size))
-        if not decoded:
-            raise MediaError(f"{name}: the DICOM pixels are damaged or encoded in a way that is not read")
-        return read_npy(reply, name, max_items=max_items, exact=False)
+        return read_npy(reply, name, max_items=max_items, exact=False) if decoded else None
 
     def _stop(self) -> None:
         child, self._child = self._child, None
@@ -167,6 +169,8 @@ def _limit(seconds: int, memory: int) -> None:
 
 DECODER = Decoder()
 """The one of this process."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=DECODER.forget)
 
 if __name__ == "__main__":
     main()

@@ -82,3 +82,16 @@ def test_a_file_on_which_gdcm_writes_out_of_bounds(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="the DICOM pixels are damaged"):
         read_image(tmp_path / "a.dcm")
     assert read_image(FILES / "SC_rgb_jpeg_gdcm.dcm").pixels.shape == (100, 100, 3)
+
+
+def test_a_forked_process_has_a_child_of_its_own() -> None:
+    parent = isolated.DECODER
+    np.testing.assert_array_equal(decode(parent), EXPECTED)
+    child = parent._child
+    pid = os.fork()
+    if pid == 0:
+        fresh = parent._child is None and np.array_equal(decode(parent), EXPECTED)
+        os._exit(0 if fresh else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert parent._child is child
+    np.testing.assert_array_equal(decode(parent), EXPECTED)
