@@ -52,7 +52,7 @@ def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple
     box = None
     channels = []
     for low, high in preprocess.windows or [default_window(preprocess.scale)]:
-        channel = ((values - low) / (high - low)).clamp_(0, 1)
+        channel = values.sub(low).div_(high - low).clamp_(0, 1)
         if preprocess.stretch:
             channel = _stretched(channel, volume.name)
         if preprocess.crop_foreground is not None:
