@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OBLIQUE_DEGREES = 1.0
+_GROWTH = 16
+"""Times as many voxels as the file's that straightening may give: a turned cube needs 5, a lying header any number."""
 _PATIENT_AXIS = {"L": (0, 1), "R": (0, -1), "P": (1, 1), "A": (1, -1), "S": (2, 1), "I": (2, -1)}
 """Axis of the patient (LPS) and sense of growth by letter."""
 _DEFAULT_WINDOWS = {"hu": [-1000.0, 1000.0], "0-255": [0.0, 255.0], "0-1": [0.0, 1.0], "minmax": [0.0, 1.0]}
@@ -105,7 +107,10 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
     )
     # A crop to the foreground comes between spacing and size; without it the final grid is known already.
     size = preprocess.size if preprocess.spacing is not None and preprocess.crop_foreground is None else None
-    return _resampled(voxels, geometry, target, size, preprocess.interpolation, volume.name)
+    limit = MAX_VOXELS if preprocess.spacing is not None else min(MAX_VOXELS, _GROWTH * voxels.size)
+    return _resampled(
+        voxels, geometry, target, size, interpolation=preprocess.interpolation, limit=limit, name=volume.name
+    )
 
 
 def _directions(orientation: str) -> np.ndarray:
@@ -153,7 +158,14 @@ def _averaged(voxels: np.ndarray, geometry: Geometry, spacing: Sequence[float]) 
 
 
 def _resampled(
-    voxels: np.ndarray, geometry: Geometry, target: Geometry, size: Sequence[int] | None, interpolation: str, name: str
+    voxels: np.ndarray,
+    geometry: Geometry,
+    target: Geometry,
+    size: Sequence[int] | None,
+    *,
+    interpolation: str,
+    limit: int,
+    name: str,
 ) -> np.ndarray:
     """On a grid of the target's spacing and direction around the same centre; outside stands the smallest value (air).
 
@@ -163,6 +175,7 @@ def _resampled(
         target: spacing and direction of the result; its origin is not used.
         size: voxels of the result; without it, what holds the whole volume.
         interpolation: "nearest", or anything else for linear.
+        limit: most voxels of the result.
         name: the file, for messages.
     """
     import SimpleITK
@@ -172,7 +185,7 @@ def _resampled(
         # Extent along each new axis of the box whose faces are the outer faces of the outer voxels.
         extent = np.abs(target.direction.T @ geometry.direction) @ (lengths * geometry.spacing)
         size = np.maximum(np.round(extent / target.spacing), 1).astype(int).tolist()
-    _check_result(size, name)
+    _check_result(size, name, limit=limit)
     centre = geometry.origin + geometry.direction @ (geometry.spacing * (lengths - 1) / 2)
     origin = centre - target.direction @ (target.spacing * (np.asarray(size) - 1) / 2)
 
@@ -316,7 +329,10 @@ def _foreground(channel: Tensor, threshold: float, name: str) -> tuple[slice, sl
     return box[0], box[1], box[2]
 
 
-def _check_result(shape: Sequence[int], name: str) -> None:
-    if math.prod(shape) > MAX_VOXELS:
+def _check_result(shape: Sequence[int], name: str, *, limit: int) -> None:
+    if math.prod(shape) > limit:
         text = " x ".join(str(length) for length in shape)
-        raise MediaError(f"{name}: resampling would give {text} voxels, more than the {MAX_VOXELS} that are allowed")
+        raise MediaError(
+            f"{name}: resampling would give {text} voxels, more than the {limit} that are allowed; "
+            "is the spacing in the header right?"
+        )
