@@ -83,7 +83,7 @@ def _order(
 
 
 def build_collator(options: DataOptions, *, pad_id: int, flat: bool = False) -> Collator | PackingCollator:
-    """The collator that goes with `build_batches`; `flat` is for flash attention, which packs into a single row."""
+    """The collator that goes with `build_batches`; `flat` packs a batch into a single row."""
     if not options.packing:
         return Collator(pad_id)
     if options.max_length is None:

@@ -2,7 +2,8 @@
 
 A sample is never split. Attention per sample follows from `position_ids` that begin again at 0: transformers (5.17 and
 later) builds the block mask from them where there is no attention mask and no cache (`use_cache=False`, else samples
-see each other), for "sdpa", "eager" and "flex_attention" in any number of rows, for flash attention in a single one.
+see each other), for "sdpa", "eager" and "flex_attention" in any number of rows. Flash attention and the attention of
+`medm.llms`, which need no mask, take a single row and the beginnings of its samples.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class PackingCollator:
     capacity: int
     """Tokens of a row, at most."""
     flat: bool = False
-    """All examples in a single row without padding, whatever its length: what flash attention needs. The batch then
+    """All examples in a single row without padding, whatever its length. The batch then
     also says where each begins, under transformers' names: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`,
     `max_length_k`; other attention ignores them."""
     pad_to_multiple_of: int | None = None

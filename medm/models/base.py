@@ -38,6 +38,10 @@ class MedmModel(PreTrainedModel):
         """The processor of `init_from`, with what a recipe writes in the place of what was saved."""
         return processor
 
+    def separate_samples(self) -> bool:
+        """Prepare for batches that are one row of samples with their beginnings; False where the model cannot."""
+        return False
+
     def inject_adapters(self) -> None:
         """Build the LoRA layers that the config speaks of; the last step of a constructor before `post_init`."""
         for part, spec in self.config.adapters.items():

@@ -34,7 +34,7 @@ class TrainingData:
         processor: of the model; encodes samples.
         rank: this process.
         world: number of processes.
-        flat: pack a whole batch into one row, which flash attention needs to keep samples apart.
+        flat: pack a whole batch into one row that says where samples begin; see `MedmModel.separate_samples`.
 
     Raises:
         RecipeError: no training data.

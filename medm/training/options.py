@@ -170,7 +170,8 @@ class TrainOptions(Options):
     save_total_limit: int | None = Field(default=2, ge=1)
     """Checkpoints that are kept, the best one aside; older ones go when a newer one has been verified."""
     save_in_background: bool = True
-    """Go on training while a written checkpoint reaches the disk and is hashed."""
+    """Go on training while a checkpoint is written from copies of weights and optimiser state, if half of the free
+    memory holds them (not with DeepSpeed or 4-bit weights), reaches the disk and is hashed."""
     logging_steps: float = Field(default=10, gt=0)
     """Steps between two lines of the log."""
     logging_first_step: bool = True

@@ -62,10 +62,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     table = apply_parts(model, recipe.parts, recipe.train, keep_float32=recipe.train.deepspeed is None)
     if args.process_index == 0:
         logger.info("what is trained\n%s", table)
-    attention = str(getattr(model.config.get_text_config(), "_attn_implementation", ""))
     data = TrainingData(
         recipe.data, recipe.train, processor, rank=args.process_index, world=args.world_size,
-        flat=attention.startswith("flash"),
+        flat=recipe.data.packing and model.separate_samples(),
     )  # fmt: skip
     if recipe.data.cache_features is not None:
         root = Path(recipe.data.cache_features)

@@ -14,13 +14,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -34,12 +35,20 @@ from medm.training.processes import anywhere, failures, gathered, on_first
 from medm.training.quantize import four_bit_weights, plain_state_dict
 from medm.training.recipe import differences
 from medm.training.safe_load import safe_loading
+from medm.training.snapshot import Snapshot, tensor_bytes, write_safetensors
 from medm.types import Batch
 
 logger = logging.getLogger(__name__)
 
 MAX_OVERFLOWS = 50
 """Optimiser steps in a row that fp16 loss scaling may skip before the run counts as broken."""
+
+
+class _State(TypedDict):
+    """What is large in a checkpoint."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
 
 
 class BatchSampler(Protocol):
@@ -137,6 +146,7 @@ class MedmTrainer(Trainer):
         self._overflows = 0
         self._committed_step: int | None = None
         self._commits = checkpoints.Background()
+        self._snapshot = Snapshot()
 
     # Running ------------------------------------------------------------------------------------------
 
@@ -320,7 +330,8 @@ class MedmTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write aside on every process, agree that all succeeded, then let the first one commit.
 
-        Once the files are written they are copies, so training goes on while they reach the disk and are hashed.
+        Where weights and optimiser state could be copied, training goes on while the copies are written; in any case
+        while files reach the disk and are hashed.
         """
         step = self.state.global_step
         if self._committed_step == step:
@@ -330,8 +341,12 @@ class MedmTrainer(Trainer):
         on_first(self._commits.wait)
         final = self.output_dir / f"checkpoint-{step}"
         folder = on_first(lambda: self._make_staging(self.output_dir, step))
-        self._together(lambda: self._write_checkpoint(folder, final), during=f"writing {final}", cleanup=folder)
-        commit = self._commit(folder, final)
+        copied = self._copied_state()
+        self._together(
+            lambda: self._write_checkpoint(folder, final, whole=copied is None),
+            during=f"writing {final}", cleanup=folder,
+        )  # fmt: skip
+        commit = self._commit(folder, final, copied)
         if not self.train_options.save_in_background:
             on_first(commit)
         elif self.args.process_index == 0:
@@ -354,11 +369,29 @@ class MedmTrainer(Trainer):
         checkpoints.check_space(output_dir, estimate=self._estimated_size())
         return checkpoints.staging(output_dir, step)
 
-    def _write_checkpoint(self, folder: Path, final: Path) -> None:
+    def _copied_state(self) -> _State | None:
+        """Weights and optimiser state as they are now, to be written while training goes on.
+
+        None where they are written at once: they are in pieces over the processes, in 4 bits, or memory is short.
+        """
+        if not (self.train_options.save_in_background and self.args.should_save):
+            return None
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or four_bit_weights(model):
+            return None
+        state: _State = {"weights": _untied(model), "optimizer": cast(Any, self.optimizer).state_dict()}
+        return self._snapshot.copy(state) if self._snapshot.fits(tensor_bytes(state)) else None
+
+    def _write_checkpoint(self, folder: Path, final: Path, *, whole: bool) -> None:
+        """All files of this process; not `whole`: those alone that `_write_copied` leaves."""
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
-        self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
+        if whole:
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+        else:
+            self._save(str(folder), state_dict={})
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
         if self.args.should_save:
@@ -372,12 +405,14 @@ class MedmTrainer(Trainer):
             if isinstance(callback, ExportableState):
                 states[type(callback).__name__] = callback.state()
 
-    def _commit(self, folder: Path, final: Path) -> Callable[[], None]:
-        """What makes a written folder a checkpoint, with the facts of this moment."""
+    def _commit(self, folder: Path, final: Path, copied: _State | None) -> Callable[[], None]:
+        """What makes a folder a checkpoint, with the facts of this moment."""
         facts = {"step": self.state.global_step, "world_size": self.args.world_size, "recipe": self.recipe}
         best, keep = self.state.best_model_checkpoint, self.args.save_total_limit
 
         def commit() -> None:
+            if copied is not None:
+                _write_copied(copied, folder, final)
             checkpoints.commit(folder, final=final, facts=facts)
             if keep is not None:
                 checkpoints.prune(final.parent, keep=keep, spare=Path(best) if best else None, newest=final)
@@ -397,7 +432,9 @@ class MedmTrainer(Trainer):
             name
             for name, parameter in self._module.named_parameters()
             # Under ZeRO-3 the parameter itself is empty, and this process's share lies beside it.
-            if parameter.requires_grad and not torch.isfinite(getattr(parameter, "ds_tensor", parameter.data)).all()
+            # One number that is none makes the sum none, and no mask of the weights' size is made.
+            if parameter.requires_grad
+            and not getattr(parameter, "ds_tensor", parameter.data).sum(dtype=torch.float32).isfinite()
         ]
         if anywhere(bool(broken), self.args.device):
             raise NonFiniteError(
@@ -417,7 +454,8 @@ class MedmTrainer(Trainer):
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder, state_dict=state_dict)
         else:
-            tensors = {name: t.detach().cpu().contiguous() for name, t in (state_dict or model.state_dict()).items()}
+            tensors = model.state_dict() if state_dict is None else state_dict
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -466,6 +504,26 @@ class MedmTrainer(Trainer):
             if self.args.process_index == 0:
                 checkpoints.remove(cleanup)
             raise CheckpointError(f"{during} failed ({'; '.join(failed)}); earlier checkpoints are untouched")
+
+
+def _untied(model: nn.Module) -> dict[str, Tensor]:
+    """The weights by name, those that another name holds too left out."""
+    weights = model.state_dict()
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {
+        name: tensor.contiguous()
+        for name, tensor in weights.items()
+        if (source := weights.get(tied.get(name, ""))) is None or source.data_ptr() != tensor.data_ptr()
+    }
+
+
+def _write_copied(copied: _State, folder: Path, final: Path) -> None:
+    try:
+        write_safetensors(copied["weights"], folder / SAFE_WEIGHTS_NAME)
+        torch.save(copied["optimizer"], folder / OPTIMIZER_NAME)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        checkpoints.remove(folder)
+        raise CheckpointError(f"writing {final} failed ({error}); earlier checkpoints are untouched") from None
 
 
 @contextmanager

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from medm.errors import CheckpointError, DeviceError, MedmError, NonFiniteError, RecipeError
 from medm.training import checkpoints
 from medm.training.callbacks import LossCurve
 from medm.training.options import PartOptions
 from medm.training.parts import ADAPTER_PARAMETER
+from medm.training.snapshot import Snapshot
 from tests.training.toys import FULL, LORA, TOWERS, Toy, trainer, weights
 
 Case = dict[str, Any]
@@ -25,6 +28,7 @@ CASES: dict[str, Case] = {
     "lora and connector": {"parts": LORA},
     "full, accumulation": {"parts": FULL, "gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3},
     "two towers": {"parts": TOWERS, "kind": "towers"},
+    "written at once": {"parts": LORA, "save_in_background": False},
     "across epochs, held-out loss": {
         "parts": LORA, "max_steps": 20, "save_steps": 6, "held_out": 8, "eval_strategy": "steps", "eval_steps": 3,
     },
@@ -207,8 +211,11 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_later(tmp_path: Path, numb
     assert same(whole.model, resumed.model)
 
 
-def test_a_full_disk_ends_the_run_and_spares_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(tmp_path)
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_ends_the_run_and_spares_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    run = trainer(tmp_path, save_in_background=background)
     save = torch.save
 
     def full(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
@@ -220,6 +227,33 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_there(tmp_path: Path, monke
     with pytest.raises(CheckpointError, match=r"checkpoint-8 failed .*No space left"):
         run.fit()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-4"]
+    checkpoints.verify(tmp_path / "checkpoint-4")
+
+
+def test_both_ways_of_writing_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From copies while training goes on, and at once."""
+    written: list[bool] = []
+    copy = Snapshot.copy
+    monkeypatch.setattr(Snapshot, "copy", lambda *args: written.append(True) or copy(*args))
+    for background in (True, False):
+        trainer(tmp_path / str(background), parts=FULL, max_steps=4, save_in_background=background).fit()
+        assert written == [True], "copied in the background, and only there"
+    first, second = (tmp_path / name / "checkpoint-4" for name in ("True", "False"))
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
+    tensors = [load_file(folder / SAFE_WEIGHTS_NAME) for folder in (first, second)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    states = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (first, second)]
+    torch.testing.assert_close(states[0]["state"], states[1]["state"], atol=0, rtol=0)
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+def test_without_memory_for_copies_a_checkpoint_is_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Snapshot, "fits", lambda *_: False)
+    monkeypatch.setattr(Snapshot, "copy", lambda *_: pytest.fail("nothing may be copied"))
+    trainer(tmp_path, max_steps=4).fit()
     checkpoints.verify(tmp_path / "checkpoint-4")
 
 

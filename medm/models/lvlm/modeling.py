@@ -22,6 +22,7 @@ from medm.connectors.base import Connector
 from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
+from medm.llms.attention import no_mask, separates_documents
 from medm.models.base import MedmModel
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.options import LVLMOptions
@@ -173,6 +174,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         generation.eos_token_id = sorted({end, *(stops if isinstance(stops, list) else [stops])} - {None})
         return followed
 
+    def separate_samples(self) -> bool:
+        return separates_documents(self.language_model)
+
     def embed(
         self,
         input_ids: Tensor,
@@ -242,6 +246,8 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds, losses = self.embed(input_ids, pixels, task_ids, features)
+        if attention_mask is None and "cu_seq_lens_q" in kwargs:
+            attention_mask = no_mask(self.language_model, inputs_embeds)
         decoding = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,

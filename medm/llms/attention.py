@@ -1,0 +1,116 @@
+"""Attention over a row of packed samples, each by itself: no mask over the whole row is made or read.
+
+Registered with transformers under `PER_DOCUMENT`, so that any language model can be switched to it. A call that does
+not say where samples begin (padded batches, decoding) goes to transformers' own "sdpa".
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PER_DOCUMENT = "per-document"
+
+
+def attend_per_document(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sample of one row.
+
+    Args:
+        module: the attention layer; says how many query heads share a key head.
+        query: (1, H, T, D).
+        key: (1, K, T, D), K dividing H.
+        value: (1, K, T, D).
+        attention_mask: read only where `cu_seq_lens_q` is absent.
+        dropout: of the attention weights.
+        scaling: of the scores; 1 / sqrt(D) without it.
+        cu_seq_lens_q: (samples + 1,) int32: where each sample begins, and the end of the row.
+        max_length_q: tokens of the longest sample.
+        kwargs: for "sdpa", where that is asked.
+
+    Returns:
+        (1, T, H, D), and no weights.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen():
+        return _varlen(query, key, value, cu_seq_lens_q, int(max_length_q or 0), scaling), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    # Split, not sliced: the gradients of slices are added up over the whole row, one sample after another.
+    samples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    attended = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling) for q, k, v in samples
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def separates_documents(model: Any) -> bool:
+    """Whether a language model keeps the samples of a long row apart; it is switched to `PER_DOCUMENT` if that helps.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Returns:
+        True: a batch may be one row that says where samples begin. False: rows have to be short, since their
+        attention runs over the whole of a row (a window, soft caps, "eager" and "flex_attention").
+    """
+    config = model.config.get_text_config()
+    attention = str(config._attn_implementation)
+    if attention.startswith("flash"):
+        return True
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    whole = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+    if attention != "sdpa" or not whole or getattr(config, "attn_logit_softcapping", None):
+        return False
+    model.set_attn_implementation(PER_DOCUMENT)
+    return True
+
+
+def no_mask(model: Any, row: Tensor) -> Tensor | None:
+    """What to pass as attention mask with a row that says where samples begin.
+
+    Four dimensions keep transformers from making a mask of T x T, which nobody would read.
+    """
+    return row.new_zeros(1, 1, 1, 1) if model.config._attn_implementation == PER_DOCUMENT else None
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, D)
+    attended = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))
+    return cast(Tensor, attended)[None]
+
+
+def _has_varlen() -> bool:
+    """The kernel of torch for packed samples, in the form that says causal by `window_size` (torch 2.11 and later)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+ALL_ATTENTION_FUNCTIONS.register(PER_DOCUMENT, attend_per_document)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PER_DOCUMENT, sdpa_mask)
