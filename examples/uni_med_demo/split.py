@@ -1,36 +1,77 @@
-"""The held-out records of the quickstart, one file a task: `medm eval --task custom` scores one file with its metrics.
+"""The quickstart's records as this demonstration uses them: fewer to train on, and the held-out ones one file a task.
 
-    python examples/uni_med_demo/split.py [records, by default work_dirs/quickstart/data/tasks_test.json] [folder]
+    python examples/uni_med_demo/split.py [folder, by default work_dirs/quickstart/data]
 
-Records of volumes that are fetched, and not part of the repository, are left out, so that the table is always the same.
+Reads tasks_train.json, tasks_test.json and pictures.json; writes demo_train.json and test_<task>.json, which lie beside
+the images, so that one folder holds all that a benchmark needs. Sides are the quickstart's: whole volumes, fixed before
+any training. Volumes that are fetched, and not part of the repository, are left out, so that the table is always the
+same. `medm eval --task custom` scores one file with its metrics; `volume` says which records resemble each other, and
+`box` is the exact box (fractions of the picture), which the reference text only holds in steps of a hundredth.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
-RECORDS = REPOSITORY / "work_dirs" / "quickstart" / "data" / "tasks_test.json"
+DATA = REPOSITORY / "work_dirs" / "quickstart" / "data"
+SEED = 0
+TRAINED_ON = {"rec": 240, "vqa": 240, "reg": 120, "cls": 100, "caption": 100}
+"""Records a task: what two CPU cores learn from in minutes. Boxes and five kinds of questions need the most."""
+SIDE = 224
+"""Pixels of a picture (examples/quickstart/prepare.py); boxes in pictures.json are in pixels."""
 
 
 def main(arguments: list[str]) -> int:
-    """Write `test_<task>.json` for each task. Returns the exit status."""
-    source = Path(arguments[0]) if arguments else RECORDS
-    folder = Path(arguments[1]) if len(arguments) > 1 else source.parent
+    """Write the files. Returns the exit status."""
+    folder = Path(arguments[0]) if arguments else DATA
+    boxes = {picture["file"]: picture["boxes"] for picture in read(folder / "pictures.json")}
+    training = fewer(read(folder / "tasks_train.json"), TRAINED_ON)
+    write(folder / "demo_train.json", training)
+    print(f"  {len(training)} records to train on: {', '.join(f'{task} {n}' for task, n in TRAINED_ON.items())}")
     by_task: dict[str, list[dict[str, Any]]] = {}
-    for record in json.loads(source.read_text(encoding="utf-8")):
+    for record in read(folder / "tasks_test.json"):
         if record["split"] == "test":
-            # The files lie beside the images, so that one folder holds all that a benchmark needs.
-            images = [f"images/{name}" for name in record["image"]]
-            by_task.setdefault(record["task"], []).append({**record, "image": images})
+            by_task.setdefault(record["task"], []).append(held_out(record, boxes))
     for task, records in by_task.items():
-        text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-        (folder / f"test_{task}.json").write_text(text, encoding="utf-8")
-        print(f"  {task:<8} {len(records)} questions about volumes that were held out")
+        write(folder / f"test_{task}.json", records)
+        volumes = len({record["volume"] for record in records})
+        print(f"  {task:<8} {len(records)} questions about {volumes} volumes that were held out")
     return 0
+
+
+def fewer(records: Sequence[dict[str, Any]], counts: Mapping[str, int]) -> list[dict[str, Any]]:
+    """So many of each task at random (all where there are not as many), the same ones at every run."""
+    chosen = []
+    for task, count in counts.items():
+        all_ = [record for record in records if record["task"] == task]
+        chosen += random.Random(f"{SEED} {task}").sample(all_, min(count, len(all_)))
+    return chosen
+
+
+def held_out(record: Mapping[str, Any], boxes: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """A question as the benchmark asks it."""
+    images = [f"images/{name}" for name in record["image"]]
+    changed: dict[str, Any] = {**record, "image": images, "volume": record["source_volume"]}
+    if record["task"] == "rec":
+        pixels = boxes[record["image"][0]][record["question_type"]]
+        changed["box"] = [coordinate / SIDE for coordinate in pixels]
+    return changed
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """A list of records."""
+    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def write(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Readable JSON."""
+    file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
