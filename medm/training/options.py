@@ -105,8 +105,8 @@ def flatten_parts(value: Any) -> Any:
 class TrainOptions(Options):
     """`transformers.TrainingArguments` by their own names; those not listed here go into `arguments`."""
 
-    num_train_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the data."""
+    num_train_epochs: float = Field(default=1.0, ge=0)
+    """Passes over the data; 0 writes the model as it was put together, untrained."""
     max_steps: int = -1
     """Optimiser steps; replaces `num_train_epochs` when it is positive."""
     per_device_train_batch_size: int = Field(default=8, ge=1)

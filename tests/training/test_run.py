@@ -182,3 +182,14 @@ def test_publishing_puts_the_config_last(tmp_path: Path, monkeypatch: pytest.Mon
     assert moved[-1] == ("config.json", False)
     assert sorted(moved[:-1]) == [("model.safetensors", False), ("processor_config.json", False)]
     assert (output / "config.json").read_text() == "new"
+
+
+def test_no_epoch_at_all_writes_the_model_as_it_was_put_together(world: Path, tmp_path: Path) -> None:
+    untrained = recipe(world, tmp_path / "untrained", train={"num_train_epochs": 0, "max_steps": -1})
+    outcome = train(untrained)
+    assert outcome.finished
+    assert (outcome.steps, outcome.loss) == (0, None)
+    model, _ = load(str(outcome.output_dir))
+    published = load_file(world / "llm" / "model.safetensors")
+    written = model.language_model.get_input_embeddings().weight
+    assert torch.equal(written[: len(published["model.embed_tokens.weight"])], published["model.embed_tokens.weight"])
