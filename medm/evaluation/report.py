@@ -49,27 +49,40 @@ def interval(low: float, high: float) -> str:
 def results_table(results: Iterable[MetricResult]) -> Table:
     """One metric a row."""
     rows: list[Sequence[str]] = [
-        (r.name, number(r.value), interval(r.low, r.high), str(r.n), r.signature) for r in results
+        (r.name, number(r.value), interval(r.low, r.high), _items(r), r.signature) for r in results
     ]
     return ("metric", "value", "95 % interval", "n", "signature"), rows
 
 
+def _items(result: MetricResult) -> str:
+    """`120`, or `120 in 14` groups where groups were drawn."""
+    return str(result.n) if result.clusters is None else f"{result.n} in {result.clusters.count}"
+
+
 def group_table(name: str, groups: dict[str, list[MetricResult]]) -> Table:
-    """One value of a field a row, one metric a column; metrics that only some rows have leave gaps."""
+    """One value of a field a row, one metric a column, each with its interval and the items behind it.
+
+    Metrics that only some rows have leave gaps. The column `n` is the row's items; a metric may score fewer.
+    """
     columns = list(dict.fromkeys(result.name for results in groups.values() for result in results))
     rows: list[Sequence[str]] = []
     for value, results in groups.items():
         by_name = {result.name: result for result in results}
-        cells = [number(by_name[column].value) if column in by_name else "" for column in columns]
+        cells = [_with_interval(by_name[column]) if column in by_name else "" for column in columns]
         rows.append((value, str(max((result.n for result in results), default=0)), *cells))
     return (name, "n", *columns), rows
+
+
+def _with_interval(result: MetricResult) -> str:
+    """`0.500 (0.412 to 0.533, n 12)`."""
+    return f"{number(result.value)} ({interval(result.low, result.high)}, n {_items(result)})"
 
 
 def comparison_table(comparisons: Iterable[Comparison]) -> Table:
     """One metric a row."""
     rows: list[Sequence[str]] = [
         (c.name, number(c.first), number(c.second), f"{c.difference:+.3f}", interval(c.low, c.high),
-         number(c.p_value), str(c.n), c.test)
+         number(c.p_value), str(c.n) if c.clusters is None else f"{c.n} in {c.clusters}", c.test)
         for c in comparisons
     ]  # fmt: skip
     return ("metric", "this", "other", "difference", "95 % interval", "p", "n", "test"), rows

@@ -1,7 +1,8 @@
 """What a metric returns, and the bootstrap behind its interval.
 
 Every value is known as a function of how often each item counts. The interval is that function on random
-counts (items drawn with replacement), and two systems are compared under the same counts.
+counts (items drawn with replacement), and two systems are compared under the same counts. Items that depend on each
+other (questions about one volume) are drawn together, as the group that they are.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
@@ -25,6 +26,25 @@ References: TypeAlias = Sequence[str | Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
+class Clusters:
+    """Which items depend on each other."""
+
+    field: str
+    """The record field that says it ("volume", "patient")."""
+    members: tuple[str, ...]
+    """Its value for each item; equal values are one group."""
+
+    @property
+    def count(self) -> int:
+        """Number of groups."""
+        return len(set(self.members))
+
+    def numbers(self) -> np.ndarray:
+        """(n,) group of each item, from 0 in the order of the groups' names."""
+        return np.unique(np.asarray(self.members, dtype=str), return_inverse=True)[1].reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
 class Resampling:
     """How the interval is drawn."""
 
@@ -34,6 +54,15 @@ class Resampling:
     """Seed of the draw: the same predictions give the same interval."""
     level: float = 0.95
     """Share of the bootstrap values inside the interval."""
+    clusters: Clusters | None = None
+    """Groups that are drawn whole; None where every item stands for itself."""
+
+    def part(self, indices: Sequence[int]) -> Resampling:
+        """The same for some of the items, for metrics that score no others."""
+        if self.clusters is None:
+            return self
+        members = tuple(self.clusters.members[index] for index in indices)
+        return replace(self, clusters=replace(self.clusters, members=members))
 
 
 DEFAULT = Resampling()
@@ -50,13 +79,15 @@ class MetricResult:
     """Items that were scored."""
     low: float
     high: float
-    """Bounds of the percentile bootstrap interval (95 % unless the signature says otherwise)."""
+    """Bounds of the percentile bootstrap interval (95 % or as the signature says). nan for a single group."""
     signature: str
     """Variant, tokeniser, normalisation, version: results with different signatures are not comparable."""
     per_item: list[float] | None = None
     """Score of each item, only where `value` is exactly their mean."""
     reweighted: Reweighted | None = field(default=None, repr=False, compare=False)
     """The value under other counts of the items, for comparisons; not stored."""
+    clusters: Clusters | None = field(default=None, repr=False, compare=False)
+    """Groups of items that were drawn whole; their number is stored."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: undefined numbers are None, the function is left out."""
@@ -64,6 +95,7 @@ class MetricResult:
         return {
             "name": self.name, "n": self.n, "signature": self.signature,
             **{key: None if math.isnan(number) else number for key, number in numbers.items()},
+            **({} if self.clusters is None else {"cluster_by": self.clusters.field, "clusters": self.clusters.count}),
             **({} if self.per_item is None else {"per_item": self.per_item}),
         }  # fmt: skip
 
@@ -98,12 +130,19 @@ def as_references(references: References) -> list[tuple[str, ...]]:
 
 
 def draws(n: int, resampling: Resampling, chunk: int = 64) -> Iterator[np.ndarray]:
-    """Bootstrap counts, (chunk, n) at a time; each row sums to n. The same seed and n give the same rows."""
+    """Bootstrap counts, (chunk, n) at a time. The same seed, n and groups give the same rows.
+
+    Items that stand for themselves are drawn n times, so that a row sums to n. Groups are drawn as often as there are
+    groups, and every item of one counts as often as its group came.
+    """
     random = np.random.default_rng(resampling.seed)
+    group_of = None if resampling.clusters is None else resampling.clusters.numbers()
+    units = n if group_of is None else int(group_of.max()) + 1
     for start in range(0, resampling.rounds, chunk):
         rows = min(chunk, resampling.rounds - start)
-        picked = random.integers(n, size=(rows, n)) + np.arange(rows)[:, None] * n
-        yield np.bincount(picked.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+        picked = random.integers(units, size=(rows, units)) + np.arange(rows)[:, None] * units
+        counts = np.bincount(picked.ravel(), minlength=rows * units).reshape(rows, units).astype(np.float64)
+        yield counts if group_of is None else counts[:, group_of]
 
 
 def percentile_interval(values: np.ndarray, level: float) -> tuple[float, float]:
@@ -119,16 +158,30 @@ def result_of(
     name: str, reweighted: Reweighted, n: int, signature: str, resampling: Resampling, *,
     per_item: Sequence[float] | np.ndarray | None = None,
 ) -> MetricResult:  # fmt: skip
-    """The metric at one count each, with its bootstrap interval."""
+    """The metric at one count each, with its bootstrap interval.
+
+    Raises:
+        ValueError: the groups of `resampling` are those of other items.
+    """
+    clusters = resampling.clusters
+    if clusters is not None:
+        if len(clusters.members) != n:
+            raise ValueError(
+                f"{name}: {n} items are scored, but groups by {clusters.field!r} are given for "
+                f"{len(clusters.members)}; a metric that leaves items out passes on resampling.part(indices)"
+            )
+        if f"|cluster:{clusters.field}" not in signature:
+            signature = f"{signature}|cluster:{clusters.field}"
     if n == 0:
         return MetricResult(name, math.nan, 0, math.nan, math.nan, signature)
     value = float(reweighted(np.ones((1, n)))[0])
-    sampled = [reweighted(counts) for counts in draws(n, resampling)]
+    alone = clusters is not None and clusters.count < 2  # one group drawn again and again varies by nothing
+    sampled = [] if alone else [reweighted(counts) for counts in draws(n, resampling)]
     low, high = percentile_interval(np.concatenate(sampled), resampling.level) if sampled else (math.nan, math.nan)
     if resampling.level != 0.95:
         signature = f"{signature}|interval:{resampling.level:g}"
     scores = None if per_item is None else [float(score) for score in per_item]
-    return MetricResult(name, value, n, low, high, signature, scores, reweighted)
+    return MetricResult(name, value, n, low, high, signature, scores, reweighted, clusters)
 
 
 def mean_result(

@@ -94,8 +94,8 @@ def closed_accuracy(
     reference after normalisation. `closed-unparsed` is the share of yes/no questions whose answer says neither.
     """
     check_lengths(predictions, references)
-    hits, unparsed = [], []
-    for prediction, reference in zip(predictions, references, strict=True):
+    hits, unparsed, asked = [], [], []
+    for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         expected = parse_yes_no(reference)
         if expected is None:
             hits.append(float(normalise_answer(prediction) == normalise_answer(reference) != ""))
@@ -103,10 +103,11 @@ def closed_accuracy(
         answer = parse_yes_no(prediction)
         hits.append(float(answer is expected))
         unparsed.append(float(answer is None))
+        asked.append(index)
     signature = f"yes/no:parsed|other:{ANSWER_SIGNATURE}"
     return [
         mean_result("closed-accuracy", hits, signature, resampling),
-        *([mean_result("closed-unparsed", unparsed, signature, resampling)] if unparsed else []),
+        *([mean_result("closed-unparsed", unparsed, signature, resampling.part(asked))] if unparsed else []),
     ]
 
 

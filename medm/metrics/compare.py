@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,8 @@ class Comparison:
     """"randomisation" (item scores exchanged between the systems) where the metric is a mean of item scores, else
     "bootstrap" (how often the difference changes its sign)."""
     signature: str
+    clusters: int | None = None
+    """Number of groups that were drawn and exchanged whole; None where every item stands for itself."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: undefined numbers are None."""
@@ -43,17 +45,22 @@ class Comparison:
 def compare(first: MetricResult, second: MetricResult, resampling: Resampling | None = None) -> Comparison:
     """Paired comparison of two systems scored by the same metric on the same items in the same order.
 
+    Items that were grouped for the intervals of the results are drawn, and exchanged, as the same whole groups.
+
     Raises:
         ValueError: the results have different metrics, signatures or numbers of items, or were read from a file
             and are not means (item scores are all that a file keeps).
     """
-    resampling = resampling or Resampling()
-    for what in ("name", "signature", "n"):
+    for what in ("name", "signature", "n", "clusters"):
         if getattr(first, what) != getattr(second, what):
             raise ValueError(
                 f"cannot compare: {what} is {getattr(first, what)!r} in the first and {getattr(second, what)!r} in the "
                 "second; score both with the same metric on the same items"
             )
+    clusters = first.clusters
+    if clusters is None and "|cluster:" in first.signature:
+        raise ValueError(f"{first.name} was scored by groups that a file does not keep: score the predictions again")
+    resampling = replace(resampling or Resampling(), clusters=clusters)
     deltas = _differences(first, second, resampling)
     low, high = percentile_interval(deltas, resampling.level)
     difference = first.value - second.value
@@ -63,18 +70,21 @@ def compare(first: MetricResult, second: MetricResult, resampling: Resampling | 
     else:
         p_value, test = _sign_change(deltas), "bootstrap"
     return Comparison(
-        first.name, first.value, second.value, difference, low, high, p_value, first.n, test, first.signature
-    )
+        first.name, first.value, second.value, difference, low, high, p_value, first.n, test, first.signature,
+        None if clusters is None else clusters.count,
+    )  # fmt: skip
 
 
 def randomisation_test(first: np.ndarray, second: np.ndarray, resampling: Resampling) -> float:
-    """Two-sided p-value of the mean difference when each item's two scores are exchanged at random.
+    """Two-sided p-value of the mean difference when each item's two scores are exchanged at random, or each group's.
 
     With `rounds` shuffles the least possible value is 1 / (rounds + 1) (Phipson and Smyth 2010).
     """
     deltas = first - second
     if not len(deltas):
         return math.nan
+    if resampling.clusters is not None:
+        deltas = np.bincount(resampling.clusters.numbers(), weights=deltas)  # what exchanging a whole group changes
     random = np.random.default_rng(resampling.seed)
     observed, as_far = abs(deltas.sum()), 0
     for _ in range(resampling.rounds):
@@ -94,7 +104,9 @@ def _differences(first: MetricResult, second: MetricResult, resampling: Resampli
             values.append(partial(_mean, scores))
         else:
             raise ValueError(f"{result.name} is a corpus metric without item scores: score the predictions again")
-    chunks = [values[0](counts) - values[1](counts) for counts in draws(first.n, resampling)] if first.n else []
+    alone = resampling.clusters is not None and resampling.clusters.count < 2
+    drawn = draws(first.n, resampling) if first.n and not alone else ()
+    chunks = [values[0](counts) - values[1](counts) for counts in drawn]
     return np.concatenate(chunks) if chunks else np.array([np.nan])
 
 

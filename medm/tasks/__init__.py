@@ -28,6 +28,9 @@ class TaskOptions(Options):
     """Bootstrap samples behind each interval; 0 leaves the intervals out."""
     seed: int = 0
     """Seed of the bootstrap."""
+    cluster_by: str | None = None
+    """Record field whose equal values belong together ("patient", "volume"): intervals and paired tests draw such
+    groups whole. `id` lets every item stand for itself. Default: the task's own."""
 
 
 class BoxTaskOptions(TaskOptions):

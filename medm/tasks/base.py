@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from medm.data.records import PLACEHOLDERS
 from medm.errors import DataError
-from medm.metrics.base import MetricResult, Resampling
+from medm.metrics.base import Clusters, MetricResult, Resampling
 from medm.types import Media, Sample, Turn
 
 Record: TypeAlias = Mapping[str, Any]
@@ -42,6 +42,7 @@ class Task(ABC):
     Args:
         rounds: bootstrap samples behind each interval.
         seed: seed of the bootstrap.
+        cluster_by: record field in place of the task's own `cluster_by`.
     """
 
     tag: ClassVar[str]
@@ -54,9 +55,15 @@ class Task(ABC):
     """The files it expects, for the message about a missing one."""
     group_by: ClassVar[tuple[str, ...]] = ()
     """Record fields whose values get a row each in the tables."""
+    cluster_by: str | None = None
+    """Record field, or kind of file ("image", "volume"), whose equal values are drawn together: several questions
+    about one scan are no independent items. None where every item stands for itself."""
 
-    def __init__(self, *, rounds: int = 1000, seed: int = 0) -> None:
+    def __init__(self, *, rounds: int = 1000, seed: int = 0, cluster_by: str | None = None) -> None:
         self.resampling = Resampling(rounds=rounds, seed=seed)
+        self._must_cluster = cluster_by is not None
+        if cluster_by is not None:
+            self.cluster_by = cluster_by
 
     @abstractmethod
     def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
@@ -80,6 +87,23 @@ class Task(ABC):
         """The numbers as the benchmark's authors compute them; nothing where that is sound or unknown."""
         return []
 
+    def resampling_of(self, records: Sequence[Record]) -> Resampling:
+        """How intervals on these records are drawn: by whole groups where the records say which belong together.
+
+        Raises:
+            DataError: a record lacks the field that `cluster_by` names.
+        """
+        name = self.cluster_by
+        lacking = next((record for record in records if name is not None and record.get(name) is None), None)
+        if name is None or (not self._must_cluster and all(record.get(name) is None for record in records)):
+            return self.resampling
+        if lacking is not None:
+            raise DataError(
+                f"record {lacking.get('id')!r} has no {name!r}, by which cluster_by groups the items; it has "
+                f"{', '.join(sorted(lacking))}"
+            )
+        return replace(self.resampling, clusters=Clusters(name, tuple(str(record[name]) for record in records)))
+
     def score(self, records: Iterable[Record]) -> Scores:
         """Score one split's records. An item without an answer counts as wrong; it is never left out.
 
@@ -96,6 +120,12 @@ class Task(ABC):
                 }
         empty = sum(not str(row["prediction"]).strip() for row in rows)
         notes = [f"{empty} of {len(rows)} items have no answer and count as wrong"] if empty else []
+        clusters = self.resampling_of(rows).clusters
+        if clusters is not None:
+            notes.append(
+                f"intervals and tests draw whole groups by {clusters.field!r}: {clusters.count} groups of "
+                f"{len(rows)} items"
+            )
         return Scores(self.measure(rows), self.published(rows), groups, notes)
 
     def _checked(self, record: Record, index: int) -> dict[str, Any]:
@@ -141,7 +171,9 @@ def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) 
     records: list[dict[str, Any]] = []
     for sample in samples:
         prediction = predictions.get(sample.id or "", "")
-        records.append({**sample.extra, "id": sample.id, "answer": sample.answer, "prediction": prediction})
+        records.append(
+            {**_files(sample), **sample.extra, "id": sample.id, "answer": sample.answer, "prediction": prediction}
+        )
     known = {record["id"] for record in records}
     if len(known) != len(records):
         raise DataError(f"{len(records) - len(known)} samples share their id with another one")
@@ -152,6 +184,14 @@ def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) 
             f"{unknown[0]!r}: check task, split and folder"
         )
     return records
+
+
+def _files(sample: Sample) -> dict[str, str]:
+    """The paths of a sample by branch, which say what scan a question is about."""
+    paths: dict[str, list[str]] = {}
+    for media in sample.media:
+        paths.setdefault(media.branch, []).append(media.path or "")
+    return {branch: ", ".join(names) for branch, names in paths.items()}
 
 
 def task_to_records(task: Task, folder: Path, split: str, *, seed: int | None = None) -> Iterator[dict[str, Any]]:

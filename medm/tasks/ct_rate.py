@@ -47,6 +47,11 @@ def volume_path(folder: Path, name: str) -> str:
     raise DataError(f"volume {name!r} is missing; looked for {', '.join(candidates[:4])} ...", file=folder / name)
 
 
+def patient_of(volume: str) -> str:
+    """`valid_1` of `valid_1_a_1.nii.gz`: scans and reconstructions of one patient share the beginning of their name."""
+    return "_".join(Path(volume).name.split(".")[0].split("_")[:2])
+
+
 class CTRateVQA(Task):
     """One kind of question of CT-CHAT's conversations, each turn a sample of its own."""
 
@@ -54,6 +59,7 @@ class CTRateVQA(Task):
     splits = ("train", "valid")
     eval_split = "valid"
     layout = "dataset/vqa/{train,valid}_vqa.json (CT-CHAT's conversations) and the volumes"
+    cluster_by = "patient"
     mark: ClassVar[str]
     """The kind, as CT-CHAT marks it at the end of a question."""
 
@@ -74,7 +80,7 @@ class CTRateVQA(Task):
                 yield ask(
                     self.word(text, wording), id=f"{row.get('id', index)}:{position}", tag=self.tag, answer=answer,
                     media=[Media("volume", volume_path(folder, image))], question=text,
-                    **self.fields(text, answer, file, index),
+                    patient=patient_of(image), **self.fields(text, answer, file, index),
                 )  # fmt: skip
 
     def word(self, question: str, wording: random.Random | None) -> str:
@@ -114,12 +120,12 @@ class CTRateChoice(CTRateVQA):
         return {"options": options, "answer_choice": found.group(1).upper()}
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.choices(records, self.resampling)
+        return scoring.choices(records, self.resampling_of(records))
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         """MedM-VL's: the bracketed letter anywhere in the text."""
         hits = [float(f"({scoring.needed(r, 'answer_choice').lower()})" in r["prediction"]) for r in records]
-        return [mean_result("medm-vl-choice-accuracy", hits, "medm-vl|substring:(letter)", self.resampling)]
+        return [mean_result("medm-vl-choice-accuracy", hits, "medm-vl|substring:(letter)", self.resampling_of(records))]
 
 
 class CTRateReport(CaptionTask):
@@ -128,6 +134,7 @@ class CTRateReport(CaptionTask):
     splits = ("train", "valid")
     eval_split = "valid"
     chest = True
+    cluster_by = "patient"
     layout = (
         "dataset/radiology_text_reports/{train,validation}_reports.csv (VolumeName, Findings_EN, Impressions_EN) and "
         "the volumes"
@@ -146,4 +153,5 @@ class CTRateReport(CaptionTask):
             yield ask(
                 choose(prompts.VOLUME_REPORT, wording), id=row["VolumeName"], tag=self.tag, answer=report,
                 media=[Media("volume", volume_path(folder, row["VolumeName"]))],
+                patient=patient_of(row["VolumeName"]),
             )  # fmt: skip

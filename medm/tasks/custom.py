@@ -29,6 +29,7 @@ class Custom(Task):
         group_by: record fields whose values get a row each.
         rounds: bootstrap samples behind each interval.
         seed: seed of the bootstrap.
+        cluster_by: record field whose equal values are drawn together.
     """
 
     tag = "custom"
@@ -37,9 +38,9 @@ class Custom(Task):
 
     def __init__(
         self, *, path: str, metrics: Sequence[Mapping[str, Any]], group_by: Sequence[str] = (), rounds: int = 1000,
-        seed: int = 0,
+        seed: int = 0, cluster_by: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(rounds=rounds, seed=seed)
+        super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
         self.path = path
         self.fields = tuple(group_by)
         self.metrics = [dict(block) for block in metrics]
@@ -71,5 +72,7 @@ class Custom(Task):
         results: list[MetricResult] = []
         for block in self.metrics:
             options = {key: value for key, value in block.items() if key != "name"}
-            results += METRICS.get(block["name"])(predictions, answers, resampling=self.resampling, **options)
+            results += METRICS.get(block["name"])(
+                predictions, answers, resampling=self.resampling_of(records), **options
+            )
         return results

@@ -63,6 +63,7 @@ class _M3DVQA(Task):
     )
     tag = "vqa"
     group_by = ("question_type",)
+    cluster_by = "volume"
 
     def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
@@ -97,12 +98,14 @@ class M3DOpenVQA(_M3DVQA, CaptionTask):
         )  # fmt: skip
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        match = normalised_match(*scoring.texts(records), resampling=self.resampling)
+        match = normalised_match(*scoring.texts(records), resampling=self.resampling_of(records))
         return match + super().measure(records)
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         results = _m3d_texts(records, self)
-        return results + [scoring.mean_over_groups(records, r, "question_type", self.resampling) for r in results]
+        return results + [
+            scoring.mean_over_groups(records, r, "question_type", self.resampling_of(records)) for r in results
+        ]
 
 
 class M3DClosedVQA(_M3DVQA):
@@ -120,14 +123,16 @@ class M3DClosedVQA(_M3DVQA):
         )  # fmt: skip
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        results = scoring.choices(records, self.resampling)
-        return [*results, scoring.mean_over_groups(records, results[0], "question_type", self.resampling)]
+        results = scoring.choices(records, self.resampling_of(records))
+        return [*results, scoring.mean_over_groups(records, results[0], "question_type", self.resampling_of(records))]
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         predictions = [record["prediction"] for record in records]
         letters = [scoring.needed(record, "answer_choice") for record in records]
-        results = m3d_bench.choice_accuracy(predictions, letters, resampling=self.resampling)
-        return results + [scoring.mean_over_groups(records, r, "question_type", self.resampling) for r in results]
+        results = m3d_bench.choice_accuracy(predictions, letters, resampling=self.resampling_of(records))
+        return results + [
+            scoring.mean_over_groups(records, r, "question_type", self.resampling_of(records)) for r in results
+        ]
 
 
 def _question_type(row: dict[str, str]) -> str:
@@ -139,6 +144,6 @@ def _m3d_texts(records: Sequence[Record], task: Task) -> list[MetricResult]:
     """BLEU-1 and ROUGE-1 as published; METEOR and BERTScore of the published table are among the sound results."""
     pair = scoring.texts(records)
     return [
-        *m3d_bench.bleu(*pair, resampling=task.resampling),
-        *m3d_bench.rouge(*pair, resampling=task.resampling),
+        *m3d_bench.bleu(*pair, resampling=task.resampling_of(records)),
+        *m3d_bench.rouge(*pair, resampling=task.resampling_of(records)),
     ]

@@ -89,6 +89,7 @@ class _Positioning(Task):
 
     layout = _LAYOUT
     group_by = ("dataset",)
+    cluster_by = "volume"
 
     def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
@@ -117,10 +118,10 @@ class M3DREC(_Positioning):
         )  # fmt: skip
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.refer(records, self.resampling, "m3d", corners="voxels")
+        return scoring.refer(records, self.resampling_of(records), "m3d", corners="voxels")
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return m3d_bench.box_iou(*scoring.texts(records), resampling=self.resampling)
+        return m3d_bench.box_iou(*scoring.texts(records), resampling=self.resampling_of(records))
 
 
 class M3DREG(_Positioning):
@@ -136,13 +137,13 @@ class M3DREG(_Positioning):
         )  # fmt: skip
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.identify(records, self.resampling)
+        return scoring.identify(records, self.resampling_of(records))
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         pair = scoring.texts(records)
         return [
-            *m3d_bench.bleu(*pair, resampling=self.resampling),
-            *m3d_bench.rouge(*pair, resampling=self.resampling),
+            *m3d_bench.bleu(*pair, resampling=self.resampling_of(records)),
+            *m3d_bench.rouge(*pair, resampling=self.resampling_of(records)),
         ]
 
 
@@ -178,13 +179,15 @@ class MaskTask(Task):
         names = {"dice": "dice", "mask_iou": "mask-iou", "hd95": "hd95", "nsd": "nsd@2"}
         signature = "hard>0.5|unit:step|missing mask:dice 0|mean"
         return [
-            mean_result(name, [_number(record, field) for record in records], signature, self.resampling)
+            mean_result(name, [_number(record, field) for record in records], signature, self.resampling_of(records))
             for field, name in names.items()
         ]
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         scores = [_number(record, "soft_dice") for record in records]
-        return [mean_result("m3d-bench-dice", scores, "m3d-bench|soft|denominator:+1|mean", self.resampling)]
+        return [
+            mean_result("m3d-bench-dice", scores, "m3d-bench|soft|denominator:+1|mean", self.resampling_of(records))
+        ]
 
     def _checked(self, record: Record, index: int) -> dict[str, Any]:
         row = super()._checked(record, index)
@@ -207,6 +210,7 @@ class M3DSeg(MaskTask):
 
     layout = _LAYOUT
     group_by = ("dataset",)
+    cluster_by = "volume"
 
     def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
@@ -230,6 +234,7 @@ class M3DRefSeg(MaskTask):
         "files"
     )
     group_by = ("question_type",)
+    cluster_by = "volume"
 
     def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)

@@ -71,10 +71,10 @@ class MedMNISTTask(Task):
         return names
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.classes(records, self.classes, self.resampling)
+        return scoring.classes(records, self.classes, self.resampling_of(records))
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return uni_med.match(*scoring.texts(records), resampling=self.resampling)
+        return uni_med.match(*scoring.texts(records), resampling=self.resampling_of(records))
 
 
 class DermaMNIST(MedMNISTTask):

@@ -22,6 +22,7 @@ class PathVQA(Task):
     splits = ("train", "val", "test")
     layout = "qas/{train,val,test}_vqa.pkl (or .json with the same list) and images/<split>/<img_id>.jpg"
     group_by = ("answer_type",)
+    cluster_by = "image"
 
     def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
@@ -44,7 +45,7 @@ class PathVQA(Task):
             )  # fmt: skip
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.vqa(records, self.resampling)
+        return scoring.vqa(records, self.resampling_of(records))
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.uni_med_vqa(records, self.resampling)
+        return scoring.uni_med_vqa(records, self.resampling_of(records))

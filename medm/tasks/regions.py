@@ -57,9 +57,12 @@ class RegionTask(Task):
     """Reads regions; says how they are asked for in a subclass."""
 
     group_by: ClassVar[tuple[str, ...]] = ("group", "unique_name")
+    cluster_by = "image"
 
-    def __init__(self, *, codec: str = "uni-med", rounds: int = 1000, seed: int = 0) -> None:
-        super().__init__(rounds=rounds, seed=seed)
+    def __init__(
+        self, *, codec: str = "uni-med", rounds: int = 1000, seed: int = 0, cluster_by: str | None = None
+    ) -> None:
+        super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
         self.codec = codec
 
     @abstractmethod
@@ -92,10 +95,10 @@ class ReferTask(RegionTask):
         )  # fmt: skip
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.refer(records, self.resampling, self.codec)
+        return scoring.refer(records, self.resampling_of(records), self.codec)
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.uni_med_refer(records, self.resampling) if self.codec == "uni-med" else []
+        return scoring.uni_med_refer(records, self.resampling_of(records)) if self.codec == "uni-med" else []
 
 
 class IdentifyTask(RegionTask):
@@ -112,7 +115,7 @@ class IdentifyTask(RegionTask):
         )  # fmt: skip
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.identify(records, self.resampling)
+        return scoring.identify(records, self.resampling_of(records))
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.uni_med_identify(records, self.resampling)
+        return scoring.uni_med_identify(records, self.resampling_of(records))

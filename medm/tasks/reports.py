@@ -22,12 +22,14 @@ class CaptionTask(Task):
     chest: ClassVar[bool] = False
     """Chest radiographs: the labels of 14 findings are compared as well."""
 
-    def __init__(self, *, bertscore: str | None = None, rounds: int = 1000, seed: int = 0) -> None:
-        super().__init__(rounds=rounds, seed=seed)
+    def __init__(
+        self, *, bertscore: str | None = None, rounds: int = 1000, seed: int = 0, cluster_by: str | None = None
+    ) -> None:
+        super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
         self.bertscore = bertscore
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.caption(records, self.resampling, bertscore=self.bertscore, chest=self.chest)
+        return scoring.caption(records, self.resampling_of(records), bertscore=self.bertscore, chest=self.chest)
 
 
 class AnnotatedReports(CaptionTask):
@@ -88,7 +90,7 @@ class MimicCaption(AnnotatedReports):
         return ("annotation_small.json", "annotation.json") if split == "train" else ("annotation.json",)
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.uni_med_caption(records, self.resampling)
+        return scoring.uni_med_caption(records, self.resampling_of(records))
 
 
 class MedPix(CaptionTask):
@@ -111,4 +113,4 @@ class MedPix(CaptionTask):
             )  # fmt: skip
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.uni_med_caption(records, self.resampling)
+        return scoring.uni_med_caption(records, self.resampling_of(records))

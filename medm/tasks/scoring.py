@@ -39,11 +39,11 @@ def needed(record: Record, name: str) -> Any:
     return record[name]
 
 
-def answer_types(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records by `answer_type`: "open", "closed"; parts without records are left out."""
-    parts: dict[str, list[Record]] = {"open": [], "closed": []}
-    for record in records:
-        parts["closed" if str(needed(record, "answer_type")).lower() == "closed" else "open"].append(record)
+def answer_types(records: Sequence[Record]) -> dict[str, list[int]]:
+    """Positions of the records by `answer_type`: "open", "closed"; parts without records are left out."""
+    parts: dict[str, list[int]] = {"open": [], "closed": []}
+    for index, record in enumerate(records):
+        parts["closed" if str(needed(record, "answer_type")).lower() == "closed" else "open"].append(index)
     return {name: part for name, part in parts.items() if part}
 
 
@@ -52,24 +52,25 @@ def vqa(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]
     results = normalised_match(*texts(records), resampling=resampling)
     results += token_f1(*texts(records), resampling=resampling)
     for name, part in answer_types(records).items():
-        pair = texts(part)
+        pair, drawn = texts([records[index] for index in part]), resampling.part(part)
         if name == "closed":
-            results += scoped(name, closed_accuracy(*pair, resampling=resampling))
+            results += scoped(name, closed_accuracy(*pair, resampling=drawn))
         else:
             for metric in (normalised_match, token_f1):
-                results += scoped(name, metric(*pair, resampling=resampling))
-            results += scoped(name, bleu_nltk(*pair, resampling=resampling)[:1])
+                results += scoped(name, metric(*pair, resampling=drawn))
+            results += scoped(name, bleu_nltk(*pair, resampling=drawn)[:1])
     return results
 
 
 def uni_med_vqa(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
     """Uni-Med's table: BLEU-1 to 4 and token F1 of open, closed and all, accuracy of closed."""
     results: list[MetricResult] = []
-    for name, part in {"all": list(records), **answer_types(records)}.items():
+    for name, part in {"all": list(range(len(records))), **answer_types(records)}.items():
+        pair, drawn = texts([records[index] for index in part]), resampling.part(part)
         metrics = [uni_med.bleu, uni_med.token_f1]
         metrics += [uni_med.closed_accuracy] if name == "closed" else []
         for metric in metrics:
-            results += scoped(name, metric(*texts(part), resampling=resampling))
+            results += scoped(name, metric(*pair, resampling=drawn))
     return results
 
 
@@ -99,7 +100,8 @@ def uni_med_caption(records: Sequence[Record], resampling: Resampling) -> list[M
          "answer": uni_med.first_words(str(record["answer"]))}
         for record in records
     ]  # fmt: skip
-    pair = texts([record for record in cut if record["prediction"] and record["answer"]])
+    kept = [index for index, record in enumerate(cut) if record["prediction"] and record["answer"]]
+    pair, resampling = texts([cut[index] for index in kept]), resampling.part(kept)
     results = bleu_coco(*pair, resampling=resampling)
     results += (meteor if wordnet_available() else meteor_exact_stem)(*pair, resampling=resampling)
     results += rouge(*pair, resampling=resampling)

@@ -28,6 +28,7 @@ class Slake(Task):
     splits: ClassVar[tuple[str, ...]] = ("train", "validate", "test")
     layout = "SLAKE as distributed: train.json, validate.json, test.json and imgs/<id>/source.jpg"
     group_by = ("answer_type", "content_type", "modality")
+    cluster_by = "image"
 
     def rows(self, folder: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any]]]:
         """File, position in it, and each English question with an answer."""
@@ -53,10 +54,10 @@ class Slake(Task):
             )  # fmt: skip
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.vqa(records, self.resampling)
+        return scoring.vqa(records, self.resampling_of(records))
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.uni_med_vqa(records, self.resampling)
+        return scoring.uni_med_vqa(records, self.resampling_of(records))
 
 
 class SlakeVQA(Slake):

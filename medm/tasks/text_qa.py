@@ -44,7 +44,7 @@ class MedQA(Task):
         return options if isinstance(options, dict) else {item["key"]: item["value"] for item in options}
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.choices(records, self.resampling)
+        return scoring.choices(records, self.resampling_of(records))
 
 
 class PubMedQA(Task):
@@ -78,8 +78,8 @@ class PubMedQA(Task):
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         """The decision that the answer names, where it names one alone; beside it the accuracy of its first word."""
-        results = scoring.classes(records, self.decisions, self.resampling)
+        results = scoring.classes(records, self.decisions, self.resampling_of(records))
         first_words = [record["prediction"].strip().lower().split(" ")[0].strip(".,:;!") for record in records]
         answers = [str(record["answer"]) for record in records]
-        leading = accuracy(first_words, answers, resampling=self.resampling)
+        leading = accuracy(first_words, answers, resampling=self.resampling_of(records))
         return [*results, *(scoped("first-word", leading))]

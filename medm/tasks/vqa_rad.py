@@ -23,6 +23,7 @@ class VQARAD(Task):
     tag = "vqa"
     layout = f"'{_PUBLIC}' with 'VQA_RAD Image Folder/', or trainset.json and testset.json with images/"
     group_by = ("answer_type", "question_type", "organ")
+    cluster_by = "image"
 
     def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
@@ -49,10 +50,10 @@ class VQARAD(Task):
             raise DataError("no record has 'phrase_type', which tells test from training", file=file)
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.vqa(records, self.resampling)
+        return scoring.vqa(records, self.resampling_of(records))
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.uni_med_vqa(records, self.resampling)
+        return scoring.uni_med_vqa(records, self.resampling_of(records))
 
 
 def _answer(row: dict[str, Any], file: Path, index: int) -> str:

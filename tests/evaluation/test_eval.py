@@ -96,6 +96,28 @@ def test_predictions_of_another_program(benchmark: Path, tmp_path: Path) -> None
     assert "[custom](custom/report.md)" in (tmp_path / "out" / "summary.md").read_text()
 
 
+def test_questions_about_one_scan_are_drawn_and_compared_together(benchmark: Path, tmp_path: Path) -> None:
+    good = write_predictions(tmp_path / "good.jsonl", ["left lung", "x", "heart", "x", "yes", "x"])  # right on organ a
+    bad = write_predictions(tmp_path / "bad.jsonl", ["x"] * 6)
+    content = section(benchmark, tmp_path / "out", predictions=str(good), against=str(bad))
+    content["tasks"][0]["task"] |= {"cluster_by": "organ", "group_by": ["organ"]}
+    report = run(content)
+    exact = report.scores.results[0]
+    assert "|cluster:organ" in exact.signature
+    assert (exact.low, exact.high) == (0, 1)  # two groups: one is all right, the other all wrong
+    assert any("2 groups of 6 items" in note for note in report.scores.notes)
+    assert report.comparisons[0].p_value == 1  # exchanging two whole groups cannot tell chance from skill
+    assert report.comparisons[0].clusters == 2
+    results = json.loads((tmp_path / "out" / "custom" / "results.json").read_text())
+    assert (results["scores"][0]["cluster_by"], results["scores"][0]["clusters"]) == ("organ", 2)
+    text = (tmp_path / "out" / "custom" / "report.md").read_text()
+    assert "| 6 in 2 |" in text
+    assert "1.000 (–, n 3 in 1)" in text  # a single group says nothing about scatter
+    content["tasks"][0]["task"]["cluster_by"] = "patient"
+    with pytest.raises(DataError, match="has no 'patient'"):
+        run(content)
+
+
 def test_markup_in_a_question_stays_text(benchmark: Path, tmp_path: Path) -> None:
     file = write_predictions(tmp_path / "other.jsonl", ["<img src=x>", *ANSWERS[1:]])
     run(section(benchmark, tmp_path / "out", predictions=str(file)))
@@ -214,7 +236,8 @@ def test_groups_with_other_metrics_leave_gaps() -> None:
 
     header, rows = group_table("organ", {"a": [result("x", 0.5)], "b": [result("y", 1.0)]})
     assert header == ("organ", "n", "x", "y")
-    assert rows == [("a", "3", "0.500", ""), ("b", "3", "", "1.000")]
+    first, second = "0.500 (0.500 to 0.500, n 3)", "1.000 (1.000 to 1.000, n 3)"
+    assert rows == [("a", "3", first, ""), ("b", "3", "", second)]
 
 
 def test_every_benchmark_has_its_launcher() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medm.metrics import METRICS
-from medm.metrics.base import MetricResult, Resampling, check_lengths, draws, mean_result, summed_result
+from medm.metrics.base import Clusters, MetricResult, Resampling, check_lengths, draws, mean_result, summed_result
 from medm.metrics.compare import compare, randomisation_test
 from medm.metrics.match import exact_match
 
@@ -35,6 +35,63 @@ def test_every_draw_has_n_items() -> None:
     assert rows.shape == (130, 7)
     assert (rows.sum(axis=1) == 7).all()
     assert rows.mean(axis=0) == pytest.approx(np.ones(7), abs=0.35)
+
+
+def test_groups_are_drawn_whole_as_a_naive_bootstrap_of_groups_does() -> None:
+    scores = np.array([1.0, 1, 1, 1, 0, 0, 0.5, 0.2, 0.2])
+    members = ("a", "a", "a", "a", "b", "b", "c", "d", "d")
+    drawn = Resampling(rounds=4000, seed=1, clusters=Clusters("volume", members))
+    rows = np.concatenate(list(draws(9, drawn)))
+    for first, second in ((0, 3), (4, 5), (7, 8)):
+        assert np.array_equal(rows[:, first], rows[:, second])
+    assert (rows[:, [0, 4, 6, 7]].sum(axis=1) == 4).all()  # as many groups as there are
+    result = mean_result("m", scores, "s", drawn)
+    random = np.random.default_rng(99)
+    groups = [scores[:4], scores[4:6], scores[6:7], scores[7:]]
+    naive = [np.concatenate([groups[i] for i in random.integers(4, size=4)]).mean() for _ in range(4000)]
+    low, high = np.quantile(naive, [0.025, 0.975])
+    assert (result.low, result.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+    alone = mean_result("m", scores, "s", Resampling(rounds=4000, seed=1))
+    assert result.high - result.low > 1.3 * (alone.high - alone.low)
+    assert result.signature == "s|cluster:volume"
+    assert (result.as_dict()["cluster_by"], result.as_dict()["clusters"]) == ("volume", 4)
+
+
+def test_a_group_of_one_item_each_changes_nothing_but_the_signature() -> None:
+    scores = np.random.default_rng(0).random(12)
+    alone = mean_result("m", scores, "s", Resampling(rounds=100))
+    each = mean_result("m", scores, "s", Resampling(rounds=100, clusters=Clusters("id", tuple("abcdefghijkl"))))
+    assert (each.low, each.high) == (alone.low, alone.high)
+    with pytest.raises(ValueError, match="signature"):
+        compare(alone, each)
+
+
+def test_groups_of_other_items_are_refused() -> None:
+    drawn = Resampling(clusters=Clusters("volume", ("a", "b", "b")))
+    with pytest.raises(ValueError, match=r"2 items are scored, but groups by 'volume' are given for 3"):
+        mean_result("m", [0.0, 1.0], "s", drawn)
+    assert mean_result("m", [0.0, 1.0], "s", drawn.part([0, 2])).clusters == Clusters("volume", ("a", "b"))
+
+
+def test_a_single_group_has_no_interval_and_no_test() -> None:
+    drawn = Resampling(rounds=50, clusters=Clusters("volume", ("a", "a", "a")))
+    first, second = mean_result("m", [1.0, 1, 0], "s", drawn), mean_result("m", [0.0, 1, 0], "s", drawn)
+    assert math.isnan(first.low)
+    found = compare(first, second)
+    assert math.isnan(found.low)
+    assert found.p_value == 1
+    ratio = lambda sums: sums[:, 0] / sums[:, 1]  # noqa: E731
+    pair = [summed_result("p", np.array([[v, 1.0]] * 3), ratio, "s", drawn) for v in (1.0, 0.0)]
+    assert math.isnan(compare(*pair).p_value)
+
+
+def test_signs_are_exchanged_by_whole_groups() -> None:
+    """Twelve items of three scans that all favour the first: by item very surprising, by scan 2 in 8."""
+    first, second = np.ones(12), np.zeros(12)
+    members = tuple(np.repeat(["a", "b", "c"], 4).tolist())
+    grouped = Resampling(rounds=8000, clusters=Clusters("volume", members))
+    assert randomisation_test(first, second, Resampling(rounds=8000)) < 0.005
+    assert randomisation_test(first, second, grouped) == pytest.approx(2 / 8, abs=0.02)
 
 
 def test_a_corpus_metric_is_resampled_as_a_corpus() -> None:
