@@ -1,13 +1,12 @@
 """What a frozen encoder makes of each file, kept on disk, so that it runs once and not once an epoch.
 
 A store belongs to one encoder (its weights, its config, its precision) and one preprocessing: `name` says which.
-An item is found by the content of its file, so a file may move, and one that changed is simply not found. Items
+An item is found by the content of its file or folder, so it may move, and one that changed is simply not found. Items
 are written in shards that appear whole or not at all; several processes may fill one store.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medm.data.content import content_hash, identity
 from medm.errors import MedmError
 
 _SLACK = 1.05
@@ -34,7 +34,7 @@ class FeatureStore:
     """One store; made by `open_store`."""
     _rows: dict[str, tuple[np.ndarray, int]] = field(default_factory=dict)
     _shards: set[str] = field(default_factory=set)
-    _keys: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    _keys: dict[str, str] = field(default_factory=dict)
 
     def refresh(self) -> None:
         """Take in the shards that were finished since."""
@@ -55,13 +55,17 @@ class FeatureStore:
         return None if found is None else found[0][found[1]]
 
     def key(self, file: Path) -> str:
-        """Name of a file's content. A file is read again only when its size or time changed."""
-        status = file.stat()
-        seen = (str(file), status.st_size, status.st_mtime_ns)
-        if seen not in self._keys:
-            with file.open("rb") as opened:
-                self._keys[seen] = hashlib.file_digest(opened, "blake2b").hexdigest()[:32]
-        return self._keys[seen]
+        """Name of the content of a file, of a header and its data file, or of a folder of slices ("folder#3" too).
+
+        Read again only when a name, size or time in it changed.
+
+        Raises:
+            MediaError: it is missing, or holds what is not read.
+        """
+        state = identity(file)
+        if state not in self._keys:
+            self._keys[state] = content_hash(file)
+        return self._keys[state]
 
     def add(self, keys: list[str], arrays: Iterable[np.ndarray], *, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Write one shard.

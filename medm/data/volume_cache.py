@@ -1,13 +1,13 @@
 """Prepared images and volumes on disk: read and resampled once, then mapped into memory.
 
 An entry is named by what is in the file and how it is prepared, so that moved, copied and changed files are all right.
-It holds the prepared numbers and their shape, nothing of a header. Any number of processes may share a folder: entries
-are written aside and renamed, and none waits for another. A half-written or damaged entry is noticed and made again.
+It holds the prepared numbers and their shape, nothing of a header. Any number of processes may share a folder: each
+takes its room from one ledger before it writes, and entries are written aside and renamed. A half-written or damaged
+entry is noticed and made again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import math
@@ -17,13 +17,19 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # not on every system; without it processes that share a folder may go a little beyond its bound
+    fcntl = None  # type: ignore[assignment]
 
 import numpy as np
 from numpy.lib import format as npy
 
+from medm.data.content import content_hash, identity
 from medm.errors import MediaError
 from medm.imaging import Preprocess, fingerprint, load_pixels
 
@@ -35,7 +41,6 @@ _ABANDONED = 3600.0
 """Seconds after which a file that was written aside is taken to be left over from a killed process."""
 _FRESH = 60.0
 """Seconds within which an entry is not marked as used again."""
-_DETACHED = (".mhd", ".nhdr")
 
 
 class MediaCache:
@@ -47,14 +52,13 @@ class MediaCache:
 
     Args:
         folder: where entries lie; made when the first one is written.
-        max_bytes: most bytes of entries.
+        max_bytes: most bytes of all files in it, whoever writes them.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self._started = time.time()
         self._verified: set[str] = set()
-        self._used: int | None = None
         self._full = self._unwritable = False
 
     def load(self, path: Path, preprocess: Preprocess) -> np.ndarray:
@@ -66,8 +70,11 @@ class MediaCache:
             MediaError: as `load_pixels`.
         """
         path = Path(path)
-        before = _identity(path)
-        content = None if before is None else self._content(path, before)
+        try:
+            before = identity(path)
+        except MediaError:
+            return load_pixels(path, preprocess)  # the reader says what is wrong, or passes over what it does not need
+        content = self._content(path, before)
         if content is None:
             return load_pixels(path, preprocess)
         key = f"{content}-{fingerprint(preprocess)}"
@@ -76,30 +83,32 @@ class MediaCache:
         if stored is not None:
             return stored
         pixels = load_pixels(path, preprocess)
-        if _identity(path) == before:
-            self._store(entry, pixels)
+        with suppress(MediaError):  # a file that went meanwhile
+            if identity(path) == before:
+                self._store(entry, pixels)
         return pixels
 
     def size(self) -> tuple[int, int]:
-        """How many entries there are, and their bytes."""
-        sizes = [stat.st_size for _, stat in self._entries()]
-        return len(sizes), sum(sizes)
+        """How many entries there are, and the bytes of them and of the index."""
+        files = list(self._files())
+        return sum(path.suffix == ".npy" for path, _ in files), sum(stat.st_size for _, stat in files)
 
-    def _content(self, path: Path, identity: str) -> str | None:
+    def _content(self, path: Path, state: str) -> str | None:
         """The hash of what the file holds, looked up by name, size and time so that it is read for it only once.
 
         None where it is not known and could not be noted.
         """
-        index = self.folder / "index" / identity[:2] / identity
+        index = self.folder / "index" / state[:2] / state
         try:
             known = index.read_bytes()
         except OSError:
             known = b""
         if len(known) == 64:
+            _mark_used(index)
             return known.decode("ascii", errors="replace")
-        if self._unwritable:
+        if self._full or self._unwritable:
             return None
-        content = _hash(path)
+        content = content_hash(path)
         self._write(index, [content.encode("ascii")])
         return content
 
@@ -115,9 +124,7 @@ class MediaCache:
             with suppress(OSError):
                 entry.unlink()
             return None
-        with suppress(OSError):
-            if time.time() - entry.stat().st_mtime > _FRESH:
-                os.utime(entry)  # in use: a full cache lets go of others first
+        _mark_used(entry)
         return array
 
     def _map(self, stream: BinaryIO, name: str) -> np.ndarray:
@@ -139,11 +146,10 @@ class MediaCache:
 
     def _store(self, entry: Path, pixels: np.ndarray) -> None:
         pixels = np.ascontiguousarray(pixels, dtype=np.float32)
-        if self._full or self._unwritable or not self._make_room(pixels.nbytes):
+        if self._full or self._unwritable:
             return
         footer = _FOOTER.pack(_MARK, zlib.crc32(pixels.data))
         if self._write(entry, [_header(pixels), pixels.data, footer]):
-            self._used = (self._used or 0) + pixels.nbytes
             self._verified.add(entry.name)
 
     def _write(self, target: Path, parts: list[bytes | memoryview]) -> bool:
@@ -151,7 +157,9 @@ class MediaCache:
         aside = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("xb") as stream:
+            if not self._reserve(aside, sum(memoryview(part).nbytes for part in parts)):
+                return False
+            with aside.open("r+b") as stream:
                 for part in parts:
                     stream.write(part)
             aside.replace(target)
@@ -164,81 +172,74 @@ class MediaCache:
             return False
         return True
 
-    def _make_room(self, needed: int) -> bool:
-        """Whether another entry fits, once what this run does not use has gone."""
-        if self._used is None:
-            self._used = self.size()[1]
-        if self._used + needed <= self.max_bytes:
-            return True
-        # Other processes write too: look again before anything is removed.
-        entries = sorted(self._entries(), key=lambda pair: pair[1].st_mtime)
-        self._used = sum(stat.st_size for _, stat in entries)
-        for entry, stat in entries:
-            if self._used + needed <= self.max_bytes or stat.st_mtime >= self._started - _FRESH:
-                break
-            with suppress(OSError):
-                entry.unlink()
-            self._used -= stat.st_size
-        fits = self._used + needed <= self.max_bytes
-        if not fits:
+    def _reserve(self, aside: Path, size: int) -> bool:
+        """Make a file of its final size, if the folder has room for it or can make some.
+
+        The ledger holds the bytes in use. It may say too much (an entry written twice, a write that failed, files that
+        somebody removed), never too little, and is counted anew before anything is refused.
+        """
+        with (self.folder / "ledger").open("a+b") as ledger, _locked(ledger):
+            ledger.seek(0)
+            text = ledger.read(32)
+            used = int(text) if text.isdigit() else self.size()[1]
+            if used + size > self.max_bytes:
+                used = self._let_go(size)
+            fits = used + size <= self.max_bytes
+            if fits:
+                with aside.open("xb") as stream:
+                    stream.truncate(size)  # counted from now on, also by those who look into the folder
+                used += size
+            ledger.truncate(0)
+            ledger.write(b"%d" % used)
+        if not fits and not self._full:
             logger.warning(
                 "%s: full with %.1f GB of the %.1f GB that are allowed; further files are prepared anew each time",
-                self.folder, self._used / 1e9, self.max_bytes / 1e9,
+                self.folder, used / 1e9, self.max_bytes / 1e9,
             )  # fmt: skip
             self._full = True
         return fits
 
-    def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self.folder.glob("arrays/*/*"):
-            with suppress(OSError):
-                stat = path.stat()
-                if not path.name.startswith("."):
-                    yield path, stat
-                elif time.time() - stat.st_mtime > _ABANDONED:
+    def _let_go(self, needed: int) -> int:
+        """Remove what nobody used since this object was made, the oldest first, until there is room. Bytes left."""
+        files = sorted(self._files(), key=lambda pair: pair[1].st_mtime)
+        used = sum(stat.st_size for _, stat in files)
+        for path, stat in files:
+            if used + needed <= self.max_bytes or stat.st_mtime >= self._started - _FRESH:
+                break
+            if not path.name.startswith("."):  # nobody's but its writer's
+                with suppress(OSError):
                     path.unlink()
+                used -= stat.st_size
+        return used
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Entries, index, and what is being written; what a killed process left is removed."""
+        for pattern in ("arrays/*/*", "index/*/*"):
+            for path in self.folder.glob(pattern):
+                with suppress(OSError):
+                    stat = path.stat()
+                    if path.name.startswith(".") and time.time() - stat.st_mtime > _ABANDONED:
+                        path.unlink()
+                    else:
+                        yield path, stat
+
+
+@contextmanager
+def _locked(stream: BinaryIO) -> Iterator[None]:
+    """Alone among the processes of this machine, and of others where the file system can."""
+    if fcntl is not None:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # let go when the file is closed
+    yield
+
+
+def _mark_used(file: Path) -> None:
+    """In use: a full cache lets go of others first."""
+    with suppress(OSError):
+        if time.time() - file.stat().st_mtime > _FRESH:
+            os.utime(file)
 
 
 def _header(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     npy.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": pixels.shape})
     return buffer.getvalue()
-
-
-def _parts(path: Path) -> tuple[list[Path], str]:
-    """The files that a path stands for (all of a folder), and the series that it names."""
-    series = ""
-    if "#" in path.name and not path.exists():
-        name, _, series = path.name.rpartition("#")
-        path = path.with_name(name)
-    if not path.is_dir():
-        return [path], series
-    return sorted(Path(place) / file for place, _, files in os.walk(path) for file in files), series
-
-
-def _identity(path: Path) -> str | None:
-    """Name, size and time of everything that is read, hashed; None where reading may depend on more than that."""
-    files, series = _parts(path)
-    if not files or path.name.lower().endswith(_DETACHED):
-        return None
-    digest = hashlib.sha256(f"{path.resolve()}\0{series}".encode())
-    for file in files:
-        try:
-            stat = file.stat()
-        except OSError:
-            return None  # the reader says what is wrong
-        digest.update(f"\0{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
-def _hash(path: Path) -> str:
-    files, series = _parts(path)
-    digest = hashlib.sha256(series.encode())
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise MediaError(f"{file}: cannot be read ({error.strerror})") from None
-        # Slices are put in order by their names, and a format is recognised by its suffix.
-        digest.update(file.name.encode() if len(files) > 1 else "".join(file.suffixes).lower().encode())
-    return digest.hexdigest()

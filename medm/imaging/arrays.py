@@ -15,13 +15,16 @@ _MAX_HEADER = 10_000
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-def read_npy(stream: IO[bytes], name: str, *, max_items: int, exact: bool = True) -> np.ndarray:
+def read_npy(
+    stream: IO[bytes], name: str, *, max_items: int, max_bytes: int | None = None, exact: bool = True
+) -> np.ndarray:
     """One array of plain numbers from the stream of a .npy file (a file, or a member of an archive).
 
     Args:
         stream: placed at the start of the array; may be unable to seek.
         name: the file, for messages.
         max_items: most numbers that are read.
+        max_bytes: most bytes of them; None for no further limit.
         exact: whether the stream has to end with the array.
 
     Raises:
@@ -43,6 +46,8 @@ def read_npy(stream: IO[bytes], name: str, *, max_items: int, exact: bool = True
     items = math.prod(shape)
     if items > max_items or any(length < 0 for length in shape):
         raise MediaError(f"{name}: declares shape {shape}, more than the {max_items} numbers that are allowed")
+    if max_bytes is not None and items * dtype.itemsize > max_bytes:
+        raise MediaError(f"{name}: declares {shape} of {dtype}, more than the {max_bytes} bytes that are allowed")
     data = stream.read(items * dtype.itemsize + exact)
     if len(data) != items * dtype.itemsize:
         found = "more" if len(data) > items * dtype.itemsize else str(len(data))

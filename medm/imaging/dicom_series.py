@@ -62,14 +62,14 @@ def read_dicom_folder(
 def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
     headers: list[Header] = []
     others = count = 0
-    root = folder.resolve()
+    root = os.path.realpath(folder)
     for place, _, files in os.walk(folder):
         for file in sorted(files):
             count += 1
             if count > MAX_FRAMES:
                 raise MediaError(f"{name}: more than {MAX_FRAMES} files in one folder; give the folder of one study")
             path = Path(place) / file
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
                 raise MediaError(f"{name}: {file} is a link out of the folder; copy the slices into it")
             if path.is_file() and is_dicom(path):
                 header = read_header(path)

@@ -29,11 +29,22 @@ def read_metaimage(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
         shape, dtype = _layout(fields, name)
         geometry = _geometry(fields, name)
         packing: Packing = "zlib" if _true(fields, "CompressedData") else "raw"
-        file = fields["ElementDataFile"]
-        if file.upper() == "LOCAL":
+        beside = _data_file(fields, path, name)
+        if beside is None:
             return read_voxels(stream, shape, dtype, packing, name), geometry
-    with open_binary(sibling(path, file, name), name) as stream:
+    with open_binary(beside, name) as stream:
         return read_voxels(stream, shape, dtype, packing, name), geometry
+
+
+def data_file(path: Path, name: str) -> Path | None:
+    """Where the voxels lie, if not in the file itself. Raises `MediaError` as `read_metaimage`."""
+    with open_binary(path, name) as stream:
+        return _data_file(_fields(stream, name), path, name)
+
+
+def _data_file(fields: dict[str, str], path: Path, name: str) -> Path | None:
+    file = fields["ElementDataFile"]
+    return None if file.upper() == "LOCAL" else sibling(path, file, name, header=".mhd")
 
 
 def _fields(stream: BinaryIO, name: str) -> dict[str, str]:
@@ -59,7 +70,10 @@ def _layout(fields: dict[str, str], name: str) -> tuple[tuple[int, ...], np.dtyp
         raise MediaError(f"{name}: a MetaImage with several numbers a voxel is not read; expected one")
     if not _true(fields, "BinaryData", default="True") or fields.get("HeaderSize", "0") != "0":
         raise MediaError(f"{name}: MetaImages of text, or with a HeaderSize, are not read")
-    sizes = [int(size) for size in _numbers(fields, "DimSize", name)]
+    try:
+        sizes = [int(size) for size in fields["DimSize"].split()]
+    except ValueError:
+        raise MediaError(f"{name}: the MetaImage field 'DimSize' does not hold whole numbers") from None
     if fields["NDims"] != str(len(sizes)):
         raise MediaError(f"{name}: the MetaImage header declares another NDims than its {len(sizes)} sizes")
     big = any(_true(fields, key) for key in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))

@@ -39,13 +39,24 @@ def read_nrrd(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
         fields = _fields(stream, name)
         shape, dtype, packing = _layout(fields, name)
         geometry = _geometry(fields, name)
-        detached = fields.get("data file") or fields.get("datafile")
         if any(fields.get(key, "0") != "0" for key in ("line skip", "lineskip", "byte skip", "byteskip")):
             raise MediaError(f"{name}: NRRD files that skip lines or bytes are not read")
-        if detached is None:
+        beside = _data_file(fields, path, name)
+        if beside is None:
             return read_voxels(stream, shape, dtype, packing, name), geometry
-    with open_binary(sibling(path, detached, name), name) as stream:
+    with open_binary(beside, name) as stream:
         return read_voxels(stream, shape, dtype, packing, name), geometry
+
+
+def data_file(path: Path, name: str) -> Path | None:
+    """Where the voxels lie, if not in the file itself. Raises `MediaError` as `read_nrrd`."""
+    with open_binary(path, name) as stream:
+        return _data_file(_fields(stream, name), path, name)
+
+
+def _data_file(fields: dict[str, str], path: Path, name: str) -> Path | None:
+    file = fields.get("data file") or fields.get("datafile")
+    return None if file is None else sibling(path, file, name, header=".nhdr")
 
 
 def _fields(stream: BinaryIO, name: str) -> dict[str, str]:
@@ -97,11 +108,11 @@ def _geometry(fields: dict[str, str], name: str) -> Geometry | None:
             check_spacing(_numbers(fields["spacings"].split(), "spacings", name), name)
         return None
     flip = np.asarray(signs, dtype=np.float64)
-    steps = np.asarray([_numbers(vector.split(","), "space directions", name) for vector in vectors])
+    steps = [_numbers(vector.split(","), "space directions", name) for vector in vectors]
     origin = np.asarray(_numbers(fields.get("space origin", "(0,0,0)").strip("() ").split(","), "space origin", name))
-    if steps.shape != (3, 3) or origin.shape != (3,):
+    if [len(step) for step in steps] != [3, 3, 3] or origin.shape != (3,):
         raise MediaError(f"{name}: the NRRD header needs three space directions of three numbers and such an origin")
-    return geometry_from_steps((steps * flip).T, origin * flip, name)
+    return geometry_from_steps((np.asarray(steps) * flip).T, origin * flip, name)
 
 
 def _numbers(words: list[str], field: str, name: str) -> list[float]:

@@ -81,8 +81,21 @@ def _unpack_zlib(stream: BinaryIO, needed: int) -> tuple[bytes, int]:
     return b"".join(parts)[:needed], max(total - needed, 0)
 
 
-def sibling(path: Path, file: str, name: str) -> Path:
-    """The data file that a detached header names: a plain name in the same folder. Raises `MediaError`."""
+def sibling(path: Path, file: str, name: str, *, header: str) -> Path:
+    """The data file that a detached header names: a plain name in the same folder.
+
+    Args:
+        path: the header.
+        file: what it names.
+        name: the header, for messages.
+        header: suffix of headers of this format that may lie apart from their voxels. A file of another suffix is
+            taken to be whole by whoever copies, caches or sends it.
+
+    Raises:
+        MediaError: another suffix, a name outside the folder, a missing file, or a link.
+    """
+    if path.suffix.lower() != header:
+        raise MediaError(f"{name}: its voxels are in another file; only {header} headers may do that, so rename it")
     if not file or "/" in file or "\\" in file or file in (".", ".."):
         raise MediaError(f"{name}: the header names a data file outside its folder or in several parts; refused")
     target = path.parent / file

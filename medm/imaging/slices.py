@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def read_slices(folder: Path, name: str) -> np.ndarray:
 
 
 def _grey(path: Path) -> np.ndarray:
-    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+    if path.is_symlink() and Path(os.path.realpath(path)).parent != path.parent.resolve():
         raise MediaError(f"{path}: a link out of the folder; copy the slices into it")
     pixels = read_image(path).pixels
     if pixels.ndim == 3:

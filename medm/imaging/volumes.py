@@ -17,7 +17,7 @@ import numpy as np
 from medm.errors import MediaError
 from medm.imaging.arrays import compact, read_npy
 from medm.imaging.damage import DECODE_ERRORS
-from medm.imaging.geometry import MAX_VOXELS, Geometry, check_size
+from medm.imaging.geometry import MAX_BYTES, MAX_VOXELS, Geometry, check_size
 from medm.imaging.payload import open_binary
 
 
@@ -102,7 +102,7 @@ def _read_file(path: Path, name: str) -> Volume:
         return Volume(voxels, name, "HU" if scan.hounsfield else "raw", geometry, scan.modality)
     if head.startswith(b"\x93NUMPY"):
         with open_binary(path, name) as stream:
-            return Volume(_three_axes(read_npy(stream, name, max_items=MAX_VOXELS), name), name)
+            return Volume(_three_axes(read_npy(stream, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES), name), name)
     if lower.endswith(".npz"):
         return Volume(_three_axes(_read_npz(path, name), name), name)
     raise MediaError(
@@ -117,7 +117,7 @@ def _read_npz(path: Path, name: str) -> np.ndarray:
             if len(members) != 1 or not members[0].endswith(".npy"):
                 raise MediaError(f"{name}: expected an archive with one array, found {len(members)} members")
             with archive.open(members[0]) as stream:
-                return read_npy(stream, name, max_items=MAX_VOXELS)
+                return read_npy(stream, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES)
     except MediaError:
         raise
     except (zipfile.BadZipFile, *DECODE_ERRORS) as error:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from medm.data.features import missing, open_store
-from medm.errors import MedmError
+from medm.errors import MediaError, MedmError
+from tests.imaging.tiny import phantom, write_series
 
 
 def write(folder: Path, **contents: str) -> dict[str, Path]:
@@ -76,3 +78,35 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(MedmError, match=r"need .* GB, and .* GB are free"):
         store.add(["k"] * 10, [], shape=(10**12,), dtype=np.dtype(np.float32))
     assert list(store.folder.iterdir()) == []
+
+
+def test_folders_and_their_series_have_a_name(tmp_path: Path) -> None:
+    write_series(tmp_path / "ct", phantom())
+    (tmp_path / "copy").mkdir()
+    for file in (tmp_path / "ct").iterdir():
+        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    store = open_store(tmp_path / "cache", "encoder")
+    whole, series = store.key(tmp_path / "ct"), store.key(tmp_path / "ct#3")
+    assert store.key(tmp_path / "copy") == whole != series
+    assert [path.name for _, path in missing(store, [tmp_path / "ct", tmp_path / "copy", tmp_path / "ct#3"])] == [
+        "ct", "ct#3",
+    ]  # fmt: skip
+    write_series(tmp_path / "ct", phantom() + 100)
+    assert store.key(tmp_path / "ct") != whole
+    with pytest.raises(MediaError, match="no such file or folder"):
+        store.key(tmp_path / "gone#3")
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
+def test_a_header_without_voxels_is_known_by_those_beside_it(tmp_path: Path, suffix: str) -> None:
+    store = open_store(tmp_path / "cache", "encoder")
+    keys = []
+    for case in ("one", "two"):
+        (tmp_path / case).mkdir()
+        sitk.WriteImage(phantom() + (case == "two"), str(tmp_path / case / f"ct{suffix}"))
+        keys.append(store.key(tmp_path / case / f"ct{suffix}"))
+    headers = [(tmp_path / case / f"ct{suffix}").read_bytes() for case in ("one", "two")]
+    assert headers[0] == headers[1]
+    assert keys[0] != keys[1]
+    (tmp_path / "one" / "ct.raw").write_bytes((tmp_path / "two" / "ct.raw").read_bytes())
+    assert store.key(tmp_path / "one" / f"ct{suffix}") == keys[1]

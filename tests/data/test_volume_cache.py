@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from medm.data import volume_cache
+from medm.data import content, volume_cache
+from medm.data.content import content_hash, identity
 from medm.data.volume_cache import MediaCache
 from medm.errors import MediaError
 from medm.imaging import ImagePreprocess, VolumePreprocess, load_pixels
 from tests.imaging.tiny import CANARY, phantom, write_series
 
 PREPROCESS = VolumePreprocess(size=[4, 6, 8])
-ENTRY_BYTES = 4 * 6 * 8 * 4
+INDEX_BYTES = 64
+FILE_BYTES = 4 * 6 * 8 * 4 + 128 + 12 + INDEX_BYTES
+"""What a file takes: numbers, header, footer, and its line in the index."""
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def test_the_same_numbers_and_one_reading(cache: MediaCache, volume: Path, reads
     other = MediaCache(cache.folder, max_bytes=10**6)  # the next run
     np.testing.assert_array_equal(other.load(volume, PREPROCESS), expected)
     assert len(reads) == 1
-    assert cache.size() == (1, entries(cache)[0].stat().st_size)
+    assert cache.size() == (1, entries(cache)[0].stat().st_size + INDEX_BYTES) == (1, FILE_BYTES)
 
 
 def test_what_is_handed_out_may_be_written_to(cache: MediaCache, volume: Path) -> None:
@@ -109,13 +112,48 @@ def test_folders_and_images(cache: MediaCache, tmp_path: Path, reads: list[Path]
     assert len(reads) == 4
 
 
-def test_a_detached_header_is_not_cached(cache: MediaCache, tmp_path: Path, reads: list[Path]) -> None:
-    """Its voxels are in another file, which may change alone."""
-    sitk.WriteImage(phantom(), str(tmp_path / "ct.mhd"))
-    cache.load(tmp_path / "ct.mhd", PREPROCESS)
-    cache.load(tmp_path / "ct.mhd", PREPROCESS)
+@pytest.mark.parametrize(("header", "voxels"), [("ct.mhd", "ct.raw"), ("ct.nhdr", "ct.raw")])
+def test_a_detached_header_is_known_by_its_voxels(
+    cache: MediaCache, tmp_path: Path, reads: list[Path], header: str, voxels: str
+) -> None:
+    """They are in another file, which may change alone."""
+    path = tmp_path / header
+    sitk.WriteImage(phantom(), str(path))
+    first = cache.load(path, PREPROCESS).copy()
+    cache.load(path, PREPROCESS)
+    assert len(reads) == 1
+    data = np.fromfile(tmp_path / voxels, dtype="<i2")
+    (data + 100).tofile(tmp_path / voxels)
+    os.utime(tmp_path / voxels, (1, 1))
+    np.testing.assert_allclose(cache.load(path, PREPROCESS).max() - first.max(), 100 / 2000, atol=0.01)
     assert len(reads) == 2
-    assert not entries(cache)
+
+
+def test_nothing_of_a_folder_is_opened_but_regular_files_inside_it(cache: MediaCache, tmp_path: Path) -> None:
+    """A pipe or /dev/zero among the slices would be read for ever."""
+    folder = tmp_path / "ct"
+    write_series(folder, phantom())
+    os.mkfifo(folder / "pipe")
+    expected = load_pixels(folder, PREPROCESS)
+    np.testing.assert_array_equal(cache.load(folder, PREPROCESS), expected)
+    (folder / "endless").symlink_to("/dev/zero")
+    with pytest.raises(MediaError, match="link out of the folder"):
+        cache.load(folder, PREPROCESS)
+    with pytest.raises(MediaError, match="link out of the folder"):
+        identity(folder)
+    (folder / "endless").unlink()
+    (folder / "loop").symlink_to("loop")
+    np.testing.assert_array_equal(cache.load(folder, PREPROCESS), expected)
+    with pytest.raises(MediaError, match="device or pipe"):
+        identity(folder / "pipe")
+
+
+def test_a_folder_of_too_many_files_is_not_listed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "MAX_FRAMES", 3)
+    for number in range(4):
+        (tmp_path / f"{number}").write_bytes(b"x")
+    with pytest.raises(MediaError, match="more than 3 files"):
+        content_hash(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "header", "longer"])
@@ -143,7 +181,7 @@ def test_nothing_of_the_patient_is_stored(cache: MediaCache, volume: Path, tmp_p
     cache.load(volume, PREPROCESS)
     cache.load(tmp_path / "ct", PREPROCESS)
     files = [path for path in cache.folder.rglob("*") if path.is_file()]
-    assert len(files) == 4
+    assert len(files) == 5  # two entries, two lines of the index, the ledger
     for path in files:
         for word in CANARY.encode().split(b"^"):
             assert word not in path.read_bytes()
@@ -159,13 +197,14 @@ def make_volumes(folder: Path, count: int) -> list[Path]:
 
 def test_the_size_is_bounded_and_a_full_cache_keeps_what_it_has(tmp_path: Path, reads: list[Path]) -> None:
     paths = make_volumes(tmp_path, 6)
-    cache = MediaCache(tmp_path / "cache", max_bytes=int(3.9 * ENTRY_BYTES))
+    cache = MediaCache(tmp_path / "cache", max_bytes=int(3.9 * FILE_BYTES))
     for _ in range(2):
         for path in paths:
             np.testing.assert_array_equal(cache.load(path, PREPROCESS), load_pixels(path, PREPROCESS))
     number, size = cache.size()
     assert number == 3
-    assert size <= 3.9 * ENTRY_BYTES + number * 200  # headers
+    assert size <= cache.max_bytes
+    assert size == sum(path.stat().st_size for path in cache.folder.glob("*/*/*"))
     assert len(reads) == 6 + 3  # in the second epoch half are found
 
 
@@ -177,7 +216,7 @@ def test_entries_of_earlier_runs_give_way(tmp_path: Path) -> None:
         before.load(path, PREPROCESS)
     for age, entry in enumerate(entries(before)):
         os.utime(entry, (time.time() - 1000 - age,) * 2)
-    now = MediaCache(folder, max_bytes=int(3.9 * ENTRY_BYTES))
+    now = MediaCache(folder, max_bytes=int(3.9 * FILE_BYTES))
     now.load(paths[0], PREPROCESS)  # in use in this run too
     for path in paths[3:5]:
         now.load(path, PREPROCESS)
@@ -217,26 +256,31 @@ def test_bad_files_raise_as_without_a_cache(cache: MediaCache, tmp_path: Path) -
     assert not entries(cache)
 
 
-def _many_loads(cache: MediaCache, paths: list[Path], seed: int) -> None:
+def _many_loads(cache: MediaCache, paths: list[Path], seed: int, clear: bool) -> None:
     generator = np.random.default_rng(seed)
     for index in generator.integers(0, len(paths), 60):
         pixels = cache.load(paths[index], PREPROCESS)
         if not np.allclose(pixels, (500 + 100 * index) / 2000, atol=1e-6):
             raise AssertionError(f"wrong numbers for {index}")
-        if generator.random() < 0.2:  # somebody clears the cache meanwhile
+        if clear and generator.random() < 0.2:  # somebody clears the cache meanwhile
             for entry in list(cache.folder.glob("arrays/*/*.npy"))[:1]:
                 entry.unlink(missing_ok=True)
 
 
-def test_many_processes_share_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clear", [False, True])
+def test_many_processes_share_a_folder_and_its_bound(tmp_path: Path, clear: bool) -> None:
     paths = make_volumes(tmp_path, 8)
-    cache = pickle.loads(pickle.dumps(MediaCache(tmp_path / "cache", max_bytes=6 * ENTRY_BYTES)))
+    limit = 5 * FILE_BYTES
+    cache = pickle.loads(pickle.dumps(MediaCache(tmp_path / "cache", max_bytes=limit)))
     cache.load(paths[0], PREPROCESS)  # imports are paid before the fork
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_many_loads, args=(cache, paths, seed)) for seed in range(4)]
+    workers = [context.Process(target=_many_loads, args=(cache, paths, seed, clear)) for seed in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(timeout=120)
     assert [worker.exitcode for worker in workers] == [0] * 4
-    assert not list(cache.folder.glob("arrays/*/.*"))
+    assert not list(cache.folder.glob("*/*/.*"))
+    number, size = cache.size()
+    assert size <= limit
+    assert clear or number >= 4

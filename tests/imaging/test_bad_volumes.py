@@ -233,10 +233,10 @@ def nrrd(folder: Path, *, packed: bool = False) -> bytes:
     return data
 
 
-def nrrd_with(folder: Path, old: str, new: str) -> Path:
+def nrrd_with(folder: Path, old: str, new: str, *, suffix: str = ".nrrd") -> Path:
     data = nrrd(folder)
     assert old.encode() in data
-    return written(folder / "ct.nrrd", data.replace(old.encode(), new.encode()))
+    return written(folder / f"ct{suffix}", data.replace(old.encode(), new.encode()))
 
 
 @bad("need 12480 bytes")
@@ -293,18 +293,29 @@ def nrrd_sheared(folder: Path) -> Path:
 
 @bad("outside its folder")
 def nrrd_detached_elsewhere(folder: Path) -> Path:
-    return nrrd_with(folder, "space origin", "data file: /etc/services\nspace origin")
+    return nrrd_with(folder, "space origin", "data file: /etc/services\nspace origin", suffix=".nhdr")
 
 
 @bad("outside its folder")
 def nrrd_detached_above(folder: Path) -> Path:
-    return nrrd_with(folder, "space origin", "data file: ../secret.raw\nspace origin")
+    return nrrd_with(folder, "space origin", "data file: ../secret.raw\nspace origin", suffix=".nhdr")
 
 
 @bad("link out of it")
 def nrrd_detached_to_a_link(folder: Path) -> Path:
     (folder / "voxels.raw").symlink_to("/etc/services")
+    return nrrd_with(folder, "space origin", "data file: voxels.raw\nspace origin", suffix=".nhdr")
+
+
+@bad(r"voxels are in another file; only \.nhdr headers may do that")
+def nrrd_detached_under_a_whole_name(folder: Path) -> Path:
+    written(folder / "voxels.raw", bytes(12480))
     return nrrd_with(folder, "space origin", "data file: voxels.raw\nspace origin")
+
+
+@bad("three space directions of three numbers")
+def nrrd_ragged_directions(folder: Path) -> Path:
+    return nrrd_with(folder, "(0,0,5)", "(0,5)")
 
 
 @bad("does not end")
@@ -341,10 +352,10 @@ def mha(folder: Path, *, packed: bool = False) -> bytes:
     return data
 
 
-def mha_with(folder: Path, pattern: str, new: str) -> Path:
+def mha_with(folder: Path, pattern: str, new: str, *, suffix: str = ".mha") -> Path:
     data, count = re.subn(pattern.encode(), new.encode(), mha(folder))
     assert count == 1
-    return written(folder / "ct.mha", data)
+    return written(folder / f"ct{suffix}", data)
 
 
 @bad("need 12480 bytes")
@@ -397,7 +408,23 @@ def mha_stretched_direction(folder: Path) -> Path:
 
 @bad("outside its folder")
 def mha_detached_elsewhere(folder: Path) -> Path:
-    return mha_with(folder, "ElementDataFile = LOCAL", "ElementDataFile = ../../etc/passwd")
+    return mha_with(folder, "ElementDataFile = LOCAL", "ElementDataFile = ../../etc/passwd", suffix=".mhd")
+
+
+@bad(r"voxels are in another file; only \.mhd headers may do that")
+def mha_detached_under_a_whole_name(folder: Path) -> Path:
+    written(folder / "voxels.raw", bytes(12480))
+    return mha_with(folder, "ElementDataFile = LOCAL", "ElementDataFile = voxels.raw")
+
+
+@bad("'DimSize' does not hold whole numbers")
+def mha_size_nan(folder: Path) -> Path:
+    return mha_with(folder, "DimSize = 26 20 12", "DimSize = nan 20 12")
+
+
+@bad("'DimSize' does not hold whole numbers")
+def mha_size_infinite(folder: Path) -> Path:
+    return mha_with(folder, "DimSize = 26 20 12", "DimSize = 26 20 inf")
 
 
 @bad("several numbers a voxel")
@@ -489,6 +516,27 @@ def npz_damaged(folder: Path) -> Path:
     return written(folder / "ct.npz", data)
 
 
+@bad("LZMAError")
+def npz_damaged_lzma(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "whole.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.npy", npy_header("(9, 9, 9)") + np.random.default_rng(0).bytes(9 * 9 * 9 * 2))
+    data = bytearray((folder / "whole.npz").read_bytes())
+    data[60:200] = b"\xff" * 140
+    return written(folder / "ct.npz", data)
+
+
+@bad("more than the 2147483648 bytes")
+def npy_too_many_bytes(folder: Path) -> Path:
+    return written(folder / "ct.npy", npy_header("(512, 1024, 1024)", "'<f8'"))
+
+
+@bad("more than the 2147483648 bytes")
+def npz_too_many_bytes(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "ct.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", npy_header("(512, 1024, 1024)", "'<f8'"))
+    return folder / "ct.npz"
+
+
 @bad("found more")
 def npz_bomb(folder: Path) -> Path:
     with zipfile.ZipFile(folder / "ct.npz", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -534,6 +582,20 @@ def dicom_structure_set_and_report(folder: Path) -> Path:
 @bad("without an image")
 def dicom_report_alone(folder: Path) -> Path:
     return write_report(folder / "sr.dcm", "1.2.840.10008.5.1.4.1.1.88.22", "SR")
+
+
+@bad("cannot be opened")
+def slice_links_to_itself(folder: Path) -> Path:
+    (folder / "ct").mkdir()
+    (folder / "ct" / "slice_1.png").symlink_to("slice_1.png")
+    return folder / "ct"
+
+
+@bad("2 series fit")
+def dicom_among_links_in_a_circle(folder: Path) -> Path:
+    path = dicom_two_series(folder)
+    (path / "loop").symlink_to("loop")
+    return path
 
 
 @bad("none with an image")
