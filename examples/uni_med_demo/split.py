@@ -5,8 +5,8 @@
 Reads tasks_train.json, tasks_test.json and pictures.json; writes demo_train.json and test_<task>.json, which lie beside
 the images, so that one folder holds all that a benchmark needs. Sides are the quickstart's: whole volumes, fixed before
 any training. Volumes that are fetched, and not part of the repository, are left out, so that the table is always the
-same. `medm eval --task custom` scores one file with its metrics; `volume` says which records resemble each other, and
-`box` is the exact box (fractions of the picture), which the reference text only holds in steps of a hundredth.
+same. `medm eval --task custom` scores one file with its metrics; `source_volume` says which records belong together,
+and `box` is the exact box (fractions of the picture), which the reference text only holds in steps of a hundredth.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "work_dirs" / "quickstart" / "data"
 SEED = 0
-TRAINED_ON = {"rec": 240, "vqa": 240, "reg": 120, "cls": 100, "caption": 100}
+TRAINED_ON = {"rec": 200, "vqa": 200, "reg": 80, "cls": 80, "caption": 80}
 """Records a task: what two CPU cores learn from in minutes. Boxes and five kinds of questions need the most."""
 SIDE = 224
 """Pixels of a picture (examples/quickstart/prepare.py); boxes in pictures.json are in pixels."""
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
             by_task.setdefault(record["task"], []).append(held_out(record, boxes))
     for task, records in by_task.items():
         write(folder / f"test_{task}.json", records)
-        volumes = len({record["volume"] for record in records})
+        volumes = len({record["source_volume"] for record in records})
         print(f"  {task:<8} {len(records)} questions about {volumes} volumes that were held out")
     return 0
 
@@ -57,7 +57,7 @@ def fewer(records: Sequence[dict[str, Any]], counts: Mapping[str, int]) -> list[
 def held_out(record: Mapping[str, Any], boxes: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
     """A question as the benchmark asks it."""
     images = [f"images/{name}" for name in record["image"]]
-    changed: dict[str, Any] = {**record, "image": images, "volume": record["source_volume"]}
+    changed: dict[str, Any] = {**record, "image": images}
     if record["task"] == "rec":
         pixels = boxes[record["image"][0]][record["question_type"]]
         changed["box"] = [coordinate / SIDE for coordinate in pixels]
@@ -70,8 +70,10 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def write(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Readable JSON."""
-    file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Readable JSON. A file that says the same already is left alone: a training may be reading it."""
+    text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
