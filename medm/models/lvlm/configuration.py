@@ -32,6 +32,9 @@ class LVLMConfig(PreTrainedConfig):
     branches: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, Any] = field(default_factory=dict)
     """Part name to the LoRA that sits in it, in peft's field names; the layers are built with the model."""
+    full_logits: bool = False
+    """Train on logits that the language model computes itself, at every position: what it does behind its head is not
+    known here."""
     tasks: list[str] = field(default_factory=list)
     """Names of the tasks, in the order of their ids."""
 

@@ -6,6 +6,7 @@ checks the counts. Labels, masks and positions are never rebuilt. Knows nothing 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from medm.connectors import CONNECTORS
@@ -28,12 +30,14 @@ from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.options import LVLMOptions
 from medm.types import IGNORE_INDEX, VisionFeatures
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class LVLMOutput(ModelOutput):
     """`logits` (B, T, V) where no labels were given; `loss` where they were.
 
-    With labels the head runs on the labelled positions alone and no full logits exist.
+    With labels the head runs on the labelled positions alone and no full logits exist, unless the config asks for them.
     """
 
     loss: Tensor | None = None
@@ -172,6 +176,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         generation: Any = self.generation_config
         end, stops = followed.chat.end_of_reply(), generation.eos_token_id
         generation.eos_token_id = sorted({end, *(stops if isinstance(stops, list) else [stops])} - {None})
+        self.choose_logits()
         return followed
 
     def separate_samples(self) -> bool:
@@ -260,8 +265,12 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             return LVLMOutput(
                 logits=output.logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
             )
-        output = self.language_model.base_model(**decoding, use_cache=False)
-        loss = self._label_loss(output.last_hidden_state, labels, num_items_in_batch)
+        if self.config.full_logits:
+            output = self.language_model(**decoding, use_cache=False)
+            loss = self._label_loss(output.logits, labels, num_items_in_batch)
+        else:
+            output = self.language_model.base_model(**decoding, use_cache=False)
+            loss = self._label_loss(output.last_hidden_state, labels, num_items_in_batch)
         return LVLMOutput(loss=loss, hidden_states=output.hidden_states, losses=losses or None)
 
     def generate(  # type: ignore[override]
@@ -281,21 +290,28 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         kwargs.setdefault("generation_config", self.generation_config)
         return self.language_model.generate(input_ids=input_ids, inputs_embeds=embeds, **kwargs)
 
-    def _label_loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def _label_loss(self, seen: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Cross-entropy at the labelled positions alone: the head is the largest matrix of a small LLM.
 
-        Every rank takes part even without a label, since the head's weights may be spread over ranks.
+        Every rank takes part even without a label, since the weights may be spread over ranks.
+
+        Args:
+            seen: hidden states (B, T, D); logits (B, T, V) with `full_logits`.
+            labels: (B, T).
+            num_items: see `forward`.
         """
         targets = labels[:, 1:]
         learned = targets != IGNORE_INDEX
-        hidden, targets = hidden[:, :-1][learned], targets[learned]  # (L, D), (L,)
+        targets = targets[learned]  # (L,)
+        chosen = seen[:, :-1][learned] if len(targets) else seen[:, 0]  # (L, D or V)
+        logits = chosen if self.config.full_logits else self._head(chosen)  # (L, V)
         if not len(targets):
-            return self._head(hidden.new_zeros(1, self.width)).sum() * 0.0
-        total = F.cross_entropy(self._head(hidden).float(), targets, reduction="sum")
+            return logits.sum() * 0.0
+        total = F.cross_entropy(logits.float(), targets, reduction="sum")
         return total / (len(targets) if num_items is None else num_items)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        """Logits (L, V) of hidden states (L, D), with the scaling that some families put after the head."""
+        """Logits (..., V) of hidden states (..., D), with the scaling that some families put after the head."""
         logits = self.language_model.get_output_embeddings()(hidden)
         text = self.config.get_text_config()
         if (cap := getattr(text, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
@@ -305,6 +321,31 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         if (factor := getattr(text, "logit_scale", None)) is not None:  # Cohere
             logits = logits * factor
         return logits
+
+    def choose_logits(self) -> None:
+        """Train on the language model's own logits where `_head` computes others: families scale them as they like.
+
+        Two drawn hidden states, large enough for a soft cap to show, stand in for what the decoder would give, so
+        that it costs a run of the head alone.
+        """
+        base, head = self.language_model.base_model, self.language_model.get_output_embeddings()
+        generator = torch.Generator().manual_seed(0)
+        hidden = 8.0 * torch.randn(1, 2, self.width, generator=generator)  # (1, 2, D)
+        hidden = hidden.to(head.weight)
+        with torch.no_grad():
+            expected = self._head(hidden).float()
+            base.forward = lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=hidden)
+            try:
+                own = self.language_model(inputs_embeds=hidden, use_cache=False).logits.float()
+            finally:
+                del base.forward
+        self.config.full_logits = bool((own - expected).abs().max() > 1e-2 * own.abs().max())
+        if self.config.full_logits:
+            logger.warning(
+                "language models of type %r change their logits in a way of their own; training computes them at every "
+                "position, which takes more memory",
+                self.config.get_text_config().model_type,
+            )
 
     def _must_run_every_branch(self) -> bool:
         """In training every rank must touch the same weights in the same order, or ZeRO-3 waits for ever; the same

@@ -1,0 +1,83 @@
+"""The loss of every language model that `auto` takes is that of the logits which the model itself computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig
+
+import medm.models
+from medm.config import validate
+from medm.models.lvlm.configuration import LVLMConfig
+from medm.models.lvlm.modeling import LVLMForConditionalGeneration
+from medm.models.lvlm.options import LVLMOptions
+from medm.types import IGNORE_INDEX
+from tests import tiny
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None,
+    "eos_token_id": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+KNOWN: dict[str, dict[str, Any]] = {
+    "gemma2": {"final_logit_softcapping": 0.1},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+    "llama": {},
+}
+"""What medm computes behind the head itself, at the labelled positions alone."""
+UNKNOWN: dict[str, dict[str, Any]] = {
+    "hyperclovax": {"logits_scaling": 4.0},  # a factor, and Granite's is a divisor
+    "falcon_h1": {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 4,
+                  "mamba_d_head": 8, "mamba_chunk_size": 8},
+}  # fmt: skip
+
+
+def made(kind: str, **fields: Any) -> LVLMForConditionalGeneration:
+    torch.manual_seed(0)
+    text = AutoConfig.for_model(kind, **(SIZES | fields))
+    model = LVLMForConditionalGeneration(LVLMConfig(text_config=text, llm="auto", branches={})).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # logits of the size that trained ones have
+    model.choose_logits()
+    return model
+
+
+@pytest.mark.parametrize("kind", [*KNOWN, *UNKNOWN])
+def test_the_loss_is_that_of_the_models_own_logits(kind: str) -> None:
+    model = made(kind, **(KNOWN | UNKNOWN)[kind])
+    assert model.config.full_logits is (kind in UNKNOWN)
+    ids = torch.arange(10).unsqueeze(0)
+    labels = ids.masked_fill(ids < 4, IGNORE_INDEX)
+    with torch.no_grad():
+        own = model.language_model(input_ids=ids).logits
+        loss = model(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(loss, F.cross_entropy(own[0, 3:-1], ids[0, 4:]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "hyperclovax"])
+def test_without_a_label_every_weight_has_a_gradient_of_zero(kind: str) -> None:
+    model = made(kind, **(KNOWN | UNKNOWN)[kind])
+    ids = torch.arange(6).unsqueeze(0)
+    model(input_ids=ids, labels=torch.full_like(ids, IGNORE_INDEX)).loss.backward()
+    for name, parameter in model.language_model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_auto_builds_any_causal_model_and_the_choice_is_saved(tmp_path: Path) -> None:
+    tiny.make_tokenizer("qwen2.5").save_pretrained(tmp_path / "tokenizer")
+    section = tiny.lvlm_section(tmp_path, family="auto")
+    section["llm"] = {
+        "name": "auto", "tokenizer": str(tmp_path / "tokenizer"),
+        "architecture": {"model_type": "hyperclovax", **SIZES, "vocab_size": 320, "logits_scaling": 4.0},
+    }  # fmt: skip
+    model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    again, _ = medm.models.load(str(tmp_path / "saved"))
+    assert model.config.full_logits is again.config.full_logits is True
