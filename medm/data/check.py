@@ -6,9 +6,11 @@ but for the one preview that is asked for by handing in a decoder.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -19,7 +21,7 @@ from medm.data.limits import LengthLimit, require_label
 from medm.data.options import SourceOptions
 from medm.data.records import Records, missing_branch
 from medm.errors import DataError
-from medm.imaging import Preprocess, load_pixels
+from medm.imaging import Preprocess, VolumePreprocess, load_pixels
 from medm.imaging.probe import probe
 from medm.types import IGNORE_INDEX, Encode, Example, Sample
 
@@ -68,6 +70,14 @@ class Report:
     """Records that the policy shortens."""
     preview: list[Segment] = field(default_factory=list)
     """The first good record as the model sees it."""
+    preview_at: int | None = None
+    """Its position among all records."""
+    bad_at: list[int] = field(default_factory=list)
+    """Positions of `bad`; -1 for a file that cannot be opened."""
+    starts: list[tuple[int, str]] = field(default_factory=list)
+    """Position of each source's first record, and its file."""
+    ids: list[tuple[int, str]] = field(default_factory=list)
+    """Position and id of the records that have one; only in the report of a share."""
 
     @property
     def ok(self) -> bool:
@@ -85,7 +95,8 @@ class Report:
             f"{self.records} records, {self.num_bad} bad; {self.turns} turns, {media}, {self.text_only} text only"
         )
         if set(self.tasks) - {""}:
-            lines.append("tasks: " + ", ".join(f"{task or '(none)'} {n}" for task, n in self.tasks.most_common()))
+            counts = sorted(self.tasks.items(), key=lambda entry: (-entry[1], entry[0]))
+            lines.append("tasks: " + ", ".join(f"{task or '(none)'} {n}" for task, n in counts))
         if self.num_duplicate_ids:
             name, file, index = self.duplicate_ids[0]
             lines.append(
@@ -122,24 +133,29 @@ class _Checker:
     limit: LengthLimit
     inference: bool
     report: Report
-    seen_ids: set[str] = field(default_factory=set)
     seen_files: dict[Path, str | None] = field(default_factory=dict)
     """Files already probed, and what is wrong with them."""
 
-    def record(self, records: Records, index: int) -> None:
-        """Check one record and add it to the report. Raises `DataError` when it is bad."""
+    def record(self, records: Records, index: int, *, position: int) -> None:
+        """Check one record and add it to the report. Raises `DataError` when it is bad.
+
+        Args:
+            records: of one file.
+            index: of the record in it.
+            position: of the record among all files.
+        """
         sample = records[index]
-        self._note_id(sample)
-        for position in range(len(sample.media)):
+        if sample.id is not None:
+            self.report.ids.append((position, sample.id))
+        for number in range(len(sample.media)):
             try:
-                self._media(records, index, sample, position)
+                self._media(records, index, sample, number)
             except DataError as error:
-                raise error.at(
-                    file=sample.file, index=sample.index, field=records.media_field(index, position)
-                ) from None
+                raise error.at(file=sample.file, index=sample.index, field=records.media_field(index, number)) from None
         if self.encode is not None:
             try:
-                self.report.lengths.append(self._length(self.encode, sample, self._pixels(records, index, sample)))
+                pixels = self._pixels(records, index, sample)
+                self.report.lengths.append(self._length(self.encode, sample, pixels, position=position))
             except DataError as error:
                 raise error.at(file=sample.file, index=sample.index) from None
         self.report.turns += len(sample.turns)
@@ -147,17 +163,8 @@ class _Checker:
         self.report.media.update(media.branch for media in sample.media)
         self.report.tasks[sample.task or ""] += 1
 
-    def _note_id(self, sample: Sample) -> None:
-        if sample.id is None:
-            return
-        if sample.id in self.seen_ids:
-            self.report.num_duplicate_ids += 1
-            if len(self.report.duplicate_ids) < MAX_KEPT:
-                self.report.duplicate_ids.append((sample.id, str(sample.file), sample.index or 0))
-        self.seen_ids.add(sample.id)
-
-    def _media(self, records: Records, index: int, sample: Sample, position: int) -> None:
-        media = sample.media[position]
+    def _media(self, records: Records, index: int, sample: Sample, number: int) -> None:
+        media = sample.media[number]
         if self.preprocess is not None and media.branch not in self.preprocess:
             raise DataError(missing_branch(media.branch, self.preprocess))
         path = records.media_path(index, media)
@@ -165,7 +172,9 @@ class _Checker:
             kind = _KINDS[media.branch] if self.preprocess is None else self.preprocess[media.branch].kind
             self.seen_files[path] = None
             try:
-                probe(path, kind=kind, decode=self.decode)
+                how = (self.preprocess or {}).get(media.branch)
+                series = how.series if isinstance(how, VolumePreprocess) else "only"
+                probe(path, kind=kind, decode=self.decode, series=series)
             except DataError as error:
                 self.seen_files[path] = error.reason
                 raise
@@ -173,7 +182,7 @@ class _Checker:
         if reason is not None:
             raise DataError(reason)
 
-    def _length(self, encode: Encode, sample: Sample, pixels: Mapping[str, list[np.ndarray]]) -> int:
+    def _length(self, encode: Encode, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, position: int) -> int:
         """Tokens of the record as it will be trained on, 0 where the policy leaves it out."""
         example = encode(sample, pixels, generation=self.inference)
         if not self.inference:
@@ -184,7 +193,7 @@ class _Checker:
         if fitting is None:
             return 0
         if self.to_text is not None and not self.report.preview:
-            self.report.preview = segments(fitting, self.to_text)
+            self.report.preview, self.report.preview_at = segments(fitting, self.to_text), position
         return len(fitting.input_ids)
 
     def _pixels(self, records: Records, index: int, sample: Sample) -> dict[str, list[np.ndarray]]:
@@ -212,6 +221,7 @@ def check(
     placeholder_ids: Collection[int] = (),
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    share: tuple[int, int] | None = None,
 ) -> Report:
     """Read every record, look at every file that it names, and say what is bad.
 
@@ -227,35 +237,86 @@ def check(
         placeholder_ids: token ids that stand for vision tokens, which are never cut.
         limit: look only at the first so many records of each file.
         progress: called with (records done, records in all) now and then.
+        share: (number, of how many), where several processes divide the work: the records whose position among all
+            leaves this remainder. What they return is put together by `merged`.
     """
     report = Report()
     length_limit = LengthLimit(max_length, too_long, frozenset(placeholder_ids))
     checker = _Checker(preprocess, decode, encode, to_text, length_limit, inference, report)
+    number, shares = share or (0, 1)
     opened = []
     for source in sources:
         try:
             opened.append(Records([source], inference=inference))
         except DataError as error:
-            _note_bad(report, error)
+            if number == 0:
+                _note_bad(report, error, position=-1)
     totals = [len(records) if limit is None else min(limit, len(records)) for records in opened]
+    position = -1
     for records, total in zip(opened, totals, strict=True):
-        report.files[str(records.files[0].path)] = report.files.get(str(records.files[0].path), 0) + total
+        file = str(records.files[0].path)
+        report.files[file] = report.files.get(file, 0) + total
+        report.starts.append((position + 1, file))
         for index in range(total):
+            position += 1
+            if position % shares != number:
+                continue
             report.records += 1
             try:
-                checker.record(records, index)
+                checker.record(records, index, position=position)
             except DataError as error:
-                _note_bad(report, error)
+                _note_bad(report, error, position=position)
                 report.lengths += [0] if encode is not None else []
             if progress is not None and report.records % 1000 == 0:
-                progress(report.records, sum(totals))
-    return report
+                progress(position + 1, sum(totals))
+    return merged([report]) if share is None else report
 
 
-def _note_bad(report: Report, error: DataError) -> None:
+def _note_bad(report: Report, error: DataError, *, position: int) -> None:
     report.num_bad += 1
     if len(report.bad) < MAX_KEPT:
         report.bad.append(error)
+        report.bad_at.append(position)
+
+
+def merged(reports: Sequence[Report]) -> Report:
+    """One report of the shares of a check, in the order of their numbers: as if one process had looked at all."""
+    whole = Report(files=dict(reports[0].files), starts=reports[0].starts)
+    for report in reports:
+        whole.records += report.records
+        whole.turns += report.turns
+        whole.text_only += report.text_only
+        whole.media.update(report.media)
+        whole.tasks.update(report.tasks)
+        whole.num_bad += report.num_bad
+        whole.num_too_long += report.num_too_long
+        whole.num_truncated += report.num_truncated
+    bad = sorted(
+        ((at, error) for report in reports for at, error in zip(report.bad_at, report.bad, strict=True)),
+        key=lambda entry: entry[0],
+    )
+    whole.bad_at, whole.bad = [at for at, _ in bad[:MAX_KEPT]], [error for _, error in bad[:MAX_KEPT]]
+    shown = [report for report in reports if report.preview_at is not None]
+    if shown:
+        first = min(shown, key=lambda report: report.preview_at or 0)
+        whole.preview, whole.preview_at = first.preview, first.preview_at
+    whole.lengths = [0] * sum(len(report.lengths) for report in reports)
+    for share, report in enumerate(reports):
+        whole.lengths[share :: len(reports)] = report.lengths
+    _note_duplicates(whole, merge(*(report.ids for report in reports)))
+    return whole
+
+
+def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
+    """Ids that an earlier record had. `ids`: with positions, in order."""
+    seen: set[str] = set()
+    for position, name in ids:
+        if name in seen:
+            whole.num_duplicate_ids += 1
+            if len(whole.duplicate_ids) < MAX_KEPT:
+                start, file = whole.starts[bisect_right(whole.starts, position, key=lambda entry: entry[0]) - 1]
+                whole.duplicate_ids.append((name, file, position - start))
+        seen.add(name)
 
 
 def blank_pixels(sample: Sample, preprocess: Mapping[str, Preprocess]) -> dict[str, list[np.ndarray]]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from medm.data.check import Report, blank_pixels, check, segments
+from medm.data.check import Report, blank_pixels, check, merged, segments
 from medm.data.options import SourceOptions
 from medm.data.records import parse_record
 from medm.imaging import VolumePreprocess
@@ -94,6 +96,34 @@ def test_duplicate_ids_are_reported_but_not_bad(tmp_path: Path) -> None:
     assert report.ok and report.num_duplicate_ids == 3
     assert [(name, index) for name, _, index in report.duplicate_ids] == [("a", 2), ("a", 3), ("1", 5)]
     assert any(line.startswith("3 ids occur more than once; the first is 'a'") for line in report.lines())
+
+
+@pytest.mark.parametrize("shares", [2, 3, 7])
+def test_processes_that_share_the_work_report_what_one_would(tmp_path: Path, shares: int) -> None:
+    """Also through pickle, as processes send it to one another."""
+    write_image(tmp_path / "a.png")
+    first = source(
+        tmp_path,
+        record("<image>", "A", image="a.png", id="x", task="vqa"), {"conversations": []}, record(id="y"),
+        record("<image>", "A", image="gone.png", id="x"), record("long " * 30, "A", task="chat"), record(id="z"),
+    )  # fmt: skip
+    second = source(tmp_path, record(id="z"), [], record(id="x", task="vqa"), record(id="y"), name="b.jsonl")
+    missing = SourceOptions(path=str(tmp_path / "missing.json"))
+    settings: dict[str, Any] = {
+        "preprocess": PREPROCESS, "encode": encode, "to_text": to_text, "max_length": 40, "too_long": "skip",
+    }  # fmt: skip
+    sources = [first, missing, second, first]
+    whole = check(sources, **settings)
+    assert whole.num_bad == 6 and whole.num_duplicate_ids == 8 and whole.num_too_long == 2 and 0 in whole.lengths
+    parts = [check(sources, share=(number, shares), **settings) for number in range(shares)]
+    assert max(part.records for part in parts) - min(part.records for part in parts) <= 1
+    together = merged(pickle.loads(pickle.dumps(parts)))
+    assert together.lines() == whole.lines()
+    assert (together.lengths, together.duplicate_ids) == (whole.lengths, whole.duplicate_ids)
+    assert (together.media, together.tasks, together.preview) == (whole.media, whole.tasks, whole.preview)
+    places = {(file, index): json.loads(line)["id"] for file in (first.path, second.path)
+              for index, line in enumerate(Path(file).read_text().splitlines()) if '"id"' in line}  # fmt: skip
+    assert all(places[file, index] == name for name, file, index in together.duplicate_ids)
 
 
 def test_inference_records_and_the_limit(tmp_path: Path) -> None:
