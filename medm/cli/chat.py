@@ -22,6 +22,7 @@ def chat(
     image: Annotated[list[str] | None, typer.Option(help="Image before the first question; may be repeated.")] = None,
     volume: Annotated[list[str] | None, typer.Option(help="Volume before the first question.")] = None,
     system: Annotated[str | None, typer.Option(help="A system turn before everything.")] = None,
+    task: Annotated[str | None, typer.Option(help="Kind of task, for models whose experts are chosen by it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 for the likeliest reply; above it, replies are drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
@@ -39,7 +40,7 @@ def chat(
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     options = validate(GenerationOptions, given, source="medm chat")
     engine, processor = load_engine(model, options, device=pick_device(device), dtype=dtype)
-    conversation = Conversation(engine, processor, system=system)
+    conversation = Conversation(engine, processor, system=system, task=task)
     for branch, files in (("image", image), ("volume", volume)):
         for file in files or []:
             conversation.show(branch, file)

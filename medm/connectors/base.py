@@ -23,6 +23,7 @@ class Connector(nn.Module):
     """Names in projector files to own names: (regular expression, replacement), the first that matches wins."""
 
     needs_task: bool = False
+    refuses_unseen_tasks: bool = False
     """True where the forward reads `task_ids` (a router that is told the task)."""
 
     def __init__(self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0) -> None:

@@ -187,6 +187,7 @@ class MoEConnector(Connector):
             num_tasks=len(tasks), unseen_task=unseen_task, task_dim=task_dim, router_dim=router_dim,
         )  # fmt: skip
         self.needs_task = self.router.needs_task
+        self.refuses_unseen_tasks = self.needs_task and unseen_task == "error"
         if self.needs_task and not tasks:
             raise RecipeError("moe: this gate routes by task, and there is no list of tasks; give 'tasks'")
         if gate == "hard" and num_experts < len(tasks):

@@ -22,10 +22,16 @@ class Conversation:
         engine: answers.
         processor: of the engine's model.
         system: a system turn before everything.
+        task: what kind of task it is, for connectors that choose experts by it.
+
+    Raises:
+        DataError: the model knows tasks, and this is none of them.
     """
 
-    def __init__(self, engine: Engine, processor: Any, *, system: str | None = None) -> None:
-        self.engine, self.processor, self.system = engine, processor, system
+    def __init__(self, engine: Engine, processor: Any, *, system: str | None = None, task: str | None = None) -> None:
+        if task is not None and processor.tasks and task not in processor.tasks:
+            raise DataError(f"task {task!r}: expected one of {', '.join(processor.tasks)}", field="task")
+        self.engine, self.processor, self.system, self.task = engine, processor, system, task
         self.reset()
 
     def reset(self) -> None:
@@ -56,7 +62,7 @@ class Conversation:
         for media in self._shown:
             content += [media, "\n"]
         turn = Turn("user", (*content, question))
-        example = self.processor.encode(Sample((*self.turns, turn)), self.pixels, generation=True)
+        example = self.processor.encode(Sample((*self.turns, turn), task=self.task), self.pixels, generation=True)
         longest = getattr(self.engine.model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and len(example.input_ids) >= longest:
             raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from medm.data.files import RecordFile, parse_json
 from medm.errors import DataError
-from medm.tasks.base import join_predictions
+from medm.tasks.base import FAILED, join_predictions
 from medm.types import Sample
 
 _TEXT_FIELDS = ("reply", "prediction", "response", "output", "generated", "text", "answer")
@@ -24,24 +24,34 @@ class Prediction:
     text: str
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Scores that come with it (overlaps of masks)."""
+    error: str | None = None
+    """Why the program gave no answer; the text is then empty."""
+    mask: str | None = None
+    """File of a mask that is the answer, relative to the folder of the predictions."""
 
 
-def read_predictions(path: Path, samples: Sequence[Sample]) -> dict[str, Prediction]:
+def read_predictions(path: Path, samples: Sequence[Sample], *, limit: int | None = None) -> dict[str, Prediction]:
     """Answers by item id.
 
     Lines of `medm infer`, objects with an id and a text, MedM-VL's records with the reply as last turn, an object of
     id to text, or a bare list of texts in the order of the items.
 
+    Args:
+        path: the file.
+        samples: every item of the split.
+        limit: only so many of them are scored; answers without ids may be to these alone.
+
     Raises:
         DataError: none of these forms, an id twice, or a list of another length than the items.
     """
-    if mapping := _mapping(path):
+    counts = {len(samples), len(samples[:limit])}
+    if mapping := _mapping(path, samples):
         return {key: Prediction(text) for key, text in mapping.items()}
     answers: dict[str, Prediction] = {}
     file = RecordFile(path)
     for index, item in enumerate(file):
         try:
-            name = _identifier(item, index, samples, len(file))
+            name = _identifier(item, index, samples, len(file) in counts, len(file))
             if name in answers:
                 raise DataError(f"a second answer to item {name!r}; keep one")
             answers[name] = _prediction(item)
@@ -50,7 +60,7 @@ def read_predictions(path: Path, samples: Sequence[Sample]) -> dict[str, Predict
     return answers
 
 
-def _mapping(path: Path) -> dict[str, str] | None:
+def _mapping(path: Path, samples: Sequence[Sample]) -> dict[str, str] | None:
     """The file as one object of id to text; None where it is something else."""
     try:
         content = path.read_bytes()
@@ -62,20 +72,22 @@ def _mapping(path: Path) -> dict[str, str] | None:
         value = parse_json(content)
     except DataError as error:
         raise error.at(file=path) from None
-    texts = all(isinstance(text, str) for text in value.values())
-    if not texts or any(key in value for key in ("reply", "prediction")):  # one line of JSONL
+    if not all(isinstance(text, str) for text in value.values()):
         return None
+    ids = {sample.id for sample in samples}
+    if any(key in value and key not in ids for key in (*_TEXT_FIELDS, "error", "mask")):
+        return None  # one line of JSONL
     return dict(value)
 
 
-def _identifier(item: Any, index: int, samples: Sequence[Sample], count: int) -> str:
+def _identifier(item: Any, index: int, samples: Sequence[Sample], complete: bool, count: int) -> str:
     if isinstance(item, dict):
         for key in _ID_FIELDS:
             if item.get(key) is not None:
                 return str(item[key])
     position = item.get("index", index) if isinstance(item, dict) else index
     by_place = isinstance(item, dict) and "index" in item
-    if not by_place and count != len(samples):
+    if not by_place and not complete:
         raise DataError(f"{count} answers without ids for {len(samples)} items: which belongs to which is not known")
     if not isinstance(position, int) or not 0 <= position < len(samples):
         raise DataError(f"an answer to item {position!r} of {len(samples)}")
@@ -89,15 +101,18 @@ def _prediction(item: Any) -> Prediction:
         raise DataError(f"expected an answer, an object or a text, found {type(item).__name__}")
     numbers = {key: float(value) for key, value in item.items() if _is_number(value)}
     if item.get("error") is not None:
-        return Prediction("", numbers)
+        return Prediction("", numbers, error=str(item["error"]))
+    mask = item["mask"] if isinstance(item.get("mask"), str) else None
     turns = item.get("conversations") or item.get("messages")
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         last = turns[-1]
         if last.get("from", last.get("role")) in ("gpt", "assistant"):
-            return Prediction(str(last.get("value", last.get("content", ""))), numbers)
+            return Prediction(str(last.get("value", last.get("content", ""))), numbers, mask=mask)
     for key in _TEXT_FIELDS:
         if isinstance(item.get(key), str):
-            return Prediction(item[key], numbers)
+            return Prediction(item[key], numbers, mask=mask)
+    if mask is not None:
+        return Prediction("", numbers, mask=mask)
     raise DataError(f"no answer in it; expected one of {', '.join(_TEXT_FIELDS)}, or a last turn of the assistant")
 
 
@@ -110,6 +125,10 @@ def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> li
     records = join_predictions(samples, {name: prediction.text for name, prediction in predictions.items()})
     for record in records:
         found = predictions.get(str(record["id"]))
-        for key, value in found.numbers.items() if found is not None else ():
+        if found is None:
+            continue
+        for key, value in found.numbers.items():
             record.setdefault(key, value)
+        if found.error is not None:
+            record[FAILED] = found.error
     return records

@@ -13,17 +13,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from medm.errors import DataError, RecipeError
+from medm.errors import DataError, MediaError, RecipeError
 from medm.evaluation.cases import Case, choose_cases, draw_pictures
 from medm.evaluation.infer import Progress, infer
 from medm.evaluation.options import EvalOptions, EvalTaskOptions, InferOptions
 from medm.evaluation.predictions import join, read_predictions
 from medm.evaluation.report import write_reports, write_summary
 from medm.evaluation.results import model_fingerprint, write_aside
+from medm.imaging import resolve_inside
 from medm.metrics.base import MetricResult
 from medm.metrics.compare import Comparison, compare
 from medm.tasks import TASKS
 from medm.tasks.base import Scores, Task, record_of
+from medm.tasks.m3d_regions import WITHOUT_MASK, MaskTask
 from medm.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ class TaskReport:
                 for name, group in self.scores.groups.items()
             },
             "notes": self.scores.notes,
+            "empty_replies": self.scores.empty,
+            "inference_errors": self.scores.failed,
             "against": self.against,
             "comparison": [comparison.as_dict() for comparison in self.comparisons],
         }
@@ -90,9 +94,11 @@ def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[
         MedmError: as `infer`.
     """
     prepared = []
-    for block in options.tasks:  # every folder is looked at before anything is answered
+    for block in options.tasks:  # every folder and every file is looked at before anything is answered
         task = build_task(block)
         samples = samples_of(task, block)
+        if block.predictions is None:
+            require_answerable(task, block, samples[: block.limit])
         prepared.append((block, task, samples))
     reports = []
     for block, task, samples in prepared:
@@ -100,7 +106,7 @@ def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[
         folder.mkdir(parents=True, exist_ok=True)
         predictions = Path(block.predictions) if block.predictions else folder / "predictions.jsonl"
         if block.predictions is None:
-            _answer(options, block, samples, folder, progress)
+            _answer(options, block, samples[: block.limit], folder, progress)
         if int(os.environ.get("RANK", "0")) > 0:
             continue  # the first rank scores
         reports.append(_score(options, block, task, samples, predictions, folder))
@@ -128,12 +134,61 @@ def build_task(block: EvalTaskOptions, *, quick: bool = False) -> Task:
 
 
 def samples_of(task: Task, block: EvalTaskOptions) -> list[Sample]:
-    """The items of the split. Raises `DataError` for a folder that is incomplete."""
+    """The items of the split: all of them where a file of answers may belong to any, else `limit` of them.
+
+    Raises:
+        DataError: the folder is incomplete.
+    """
     split = block.split or task.eval_split
-    samples = list(itertools.islice(task.samples(Path(block.data), split), block.limit))
+    needed = block.limit if block.predictions is None and block.against is None else None
+    samples = list(itertools.islice(task.samples(Path(block.data), split), needed))
     if not samples:
         raise DataError(f"split {split!r} of {block.task.name} holds no items", file=block.data)
     return samples
+
+
+def require_answerable(task: Task, block: EvalTaskOptions, samples: Sequence[Sample]) -> None:
+    """Refuse what a model could not answer, before it is loaded.
+
+    Raises:
+        RecipeError: the answers are masks, and a model of medm writes text.
+        DataError: an image or volume is missing. Without it a question could only count as wrong.
+    """
+    if task.answers == "mask":
+        raise RecipeError(
+            f"{block.task.name}: the answers are masks, and `medm eval` asks a model for text; give --predictions, a "
+            'JSONL with a line {"id": ..., "mask": "file.npy"} an item'
+        )
+    missing: dict[str, str] = {}
+    files = dict.fromkeys(media.path or "" for sample in samples for media in sample.media)
+    for path in files:
+        try:
+            resolve_inside(Path(block.data), path)
+        except MediaError as error:
+            missing[path] = str(error)
+    if missing:
+        first, reason = next(iter(missing.items()))
+        raise DataError(
+            f"{len(missing)} of {len(files)} images and volumes that the questions of {block.task.name} name cannot be "
+            f"opened, the first is {first!r} ({reason}); complete the folder",
+            file=block.data,
+        )
+
+
+def _records(task: Task, block: EvalTaskOptions, samples: Sequence[Sample], predictions: Path) -> list[dict[str, Any]]:
+    """The items that are scored, each with its answer from a file of predictions, which may answer more of them."""
+    answers = read_predictions(predictions, samples, limit=block.limit)
+    records = join(samples, answers)[: block.limit]
+    if isinstance(task, MaskTask):
+        for record in records:
+            answer = answers.get(str(record["id"]))
+            if answer is not None and "dice" in answer.numbers:
+                continue  # measured elsewhere
+            name = answer.mask if answer is not None else None
+            mask = resolve_inside(predictions.parent, name) if name is not None else None
+            record.update(task.measure_file(Path(block.data), record, mask))
+            record |= {"prediction": name or "", WITHOUT_MASK: mask is None}
+    return records
 
 
 def _answer(
@@ -158,7 +213,7 @@ def _answer(
 def _score(
     options: EvalOptions, block: EvalTaskOptions, task: Task, samples: Sequence[Sample], predictions: Path, folder: Path
 ) -> TaskReport:  # fmt: skip
-    records = join(samples, read_predictions(predictions, samples))
+    records = _records(task, block, samples, predictions)
     entry = TASKS.entry(block.task.name)
     report = TaskReport(
         entry.name, entry.summary, folder, _facts(options, block, task), len(records), task.score(records)
@@ -167,9 +222,14 @@ def _score(
         report.scores.notes.append(f"only the first {len(records)} items: these are not the benchmark's numbers")
     if block.against is not None:
         report.against = block.against
-        report.comparisons = _compare(task, samples, report.scores, Path(block.against), entry.name)
+        report.comparisons = _compare(task, block, samples, report.scores)
     worst, drawn = choose_cases(
-        report.scores, records, samples, build_task(block, quick=True), count=options.cases, seed=options.seed
+        report.scores,
+        records,
+        samples[: block.limit],
+        build_task(block, quick=True),
+        count=options.cases,
+        seed=options.seed,
     )
     draw_pictures([*worst, *drawn], Path(block.data), folder, model=options.model)
     report.worst, report.random = worst, drawn
@@ -209,16 +269,18 @@ def _facts(options: EvalOptions, block: EvalTaskOptions, task: Task) -> dict[str
 
 
 def _compare(
-    task: Task, samples: Sequence[Sample], scores: Scores, against: Path, name: str
+    task: Task, block: EvalTaskOptions, samples: Sequence[Sample], scores: Scores
 ) -> list[Comparison]:  # fmt: skip
     """Every sound metric of this run against the same metric of the other one, item by item."""
-    places = (against / "predictions.jsonl", against / name / "predictions.jsonl")
+    assert block.against is not None
+    against = Path(block.against)
+    places = (against / "predictions.jsonl", against / block.task.name / "predictions.jsonl")
     file = next((place for place in places if place.is_file()), against)
     if not file.is_file():
         raise DataError(
             f"no predictions to compare with; expected a file, or a folder with {places[0].name}", file=against
         )
-    other = task.score(join(samples, read_predictions(file, samples))).results
+    other = task.score(_records(task, block, samples, file)).results
     by_name = {result.name: result for result in other}
     return [
         compare(result, by_name[result.name], task.resampling)

@@ -66,8 +66,8 @@ def _embed(texts: Sequence[str], path: str, layer: int, batch_size: int, device:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model: Any = AutoModel.from_pretrained(path, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model: Any = AutoModel.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except OSError as error:
         raise CheckpointError(f"bertscore: no encoder at {path} on this machine ({error})") from None
     model.to(device).eval()

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from medm.data.records import PLACEHOLDERS
 from medm.errors import DataError
@@ -20,6 +20,10 @@ from medm.types import Media, Sample, Turn
 
 Record: TypeAlias = Mapping[str, Any]
 """One scored item: `id`, `prediction`, `answer`, and the `extra` fields of its sample."""
+
+
+FAILED = "inference_error"
+"""Field of a record that could not be answered: the reason."""
 
 
 @dataclass(slots=True)
@@ -34,6 +38,10 @@ class Scores:
     """Record field -> its value -> the sound numbers of that part."""
     notes: list[str] = field(default_factory=list)
     """What a reader has to know: answers that are missing, parts that were left out."""
+    empty: int = 0
+    """Items with an empty reply, or none."""
+    failed: int = 0
+    """Items that could not be answered because of an error."""
 
 
 class Task(ABC):
@@ -45,6 +53,8 @@ class Task(ABC):
         cluster_by: record field in place of the task's own `cluster_by`.
     """
 
+    answers: ClassVar[Literal["text", "mask"]] = "text"
+    """What an answer is. Masks are measured before they are scored (see `MaskTask`)."""
     tag: ClassVar[str]
     """What kind of task its samples are ("vqa", "caption", ...): task tokens and mixtures go by it."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
@@ -118,15 +128,21 @@ class Task(ABC):
                 groups[name] = {
                     value: self.measure([row for row in rows if str(row.get(name)) == value]) for value in values
                 }
-        empty = sum(not str(row["prediction"]).strip() for row in rows)
+        failures = [row[FAILED] for row in rows if row.get(FAILED) is not None]
+        empty = sum(not str(row["prediction"]).strip() for row in rows if row.get(FAILED) is None)
         notes = [f"{empty} of {len(rows)} items have no answer and count as wrong"] if empty else []
+        if failures:
+            notes.append(
+                f"{len(failures)} of {len(rows)} items could not be answered because of an error and count as wrong; "
+                f"the first error: {failures[0]}"
+            )
         clusters = self.resampling_of(rows).clusters
         if clusters is not None:
             notes.append(
                 f"intervals and tests draw whole groups by {clusters.field!r}: {clusters.count} groups of "
                 f"{len(rows)} items"
             )
-        return Scores(self.measure(rows), self.published(rows), groups, notes)
+        return Scores(self.measure(rows), self.published(rows), groups, notes, empty, len(failures))
 
     def _checked(self, record: Record, index: int) -> dict[str, Any]:
         for name in ("id", "answer"):

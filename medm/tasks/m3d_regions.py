@@ -31,6 +31,10 @@ _LAYOUT = (
 )
 
 
+WITHOUT_MASK = "without_mask"
+"""Field of a record that no mask came for, so that an empty one was measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Structure:
     """One class that is present in one volume."""
@@ -150,6 +154,7 @@ class M3DREG(_Positioning):
 class MaskTask(Task):
     """Answers are masks. They are measured one by one (`measure_mask`), so that a run keeps numbers and not volumes."""
 
+    answers = "mask"
     tag = "segment"
 
     @abstractmethod
@@ -175,6 +180,23 @@ class MaskTask(Task):
             "soft_dice": m3d_bench.soft_dice_of(probabilities, reference),
         }
 
+    def measure_file(self, folder: Path, record: Mapping[str, Any], file: Path | None) -> dict[str, float]:
+        """`measure_mask` of a mask on disk; of an empty one where there is none.
+
+        Raises:
+            DataError: the file is no .npy of the reference's shape with values in 0..1.
+        """
+        truth = self.reference(folder, record)
+        if file is None:
+            return self.measure_mask(np.zeros(truth.shape), truth)
+        array = read_array(file)
+        array = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+        if array.shape != truth.shape:
+            raise DataError(f"the mask is {array.shape}, the reference {truth.shape}; expected one grid", file=file)
+        if not (array.min() >= 0 and array.max() <= 1):  # nan included
+            raise DataError(f"expected 0 and 1, or probabilities; found {array.min()} to {array.max()}", file=file)
+        return self.measure_mask(array, truth)
+
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         names = {"dice": "dice", "mask_iou": "mask-iou", "hd95": "hd95", "nsd": "nsd@2"}
         signature = "hard>0.5|unit:step|missing mask:dice 0|mean"
@@ -191,7 +213,8 @@ class MaskTask(Task):
 
     def _checked(self, record: Record, index: int) -> dict[str, Any]:
         row = super()._checked(record, index)
-        return {**row, "prediction": row["prediction"] or ("mask" if row.get("dice") is not None else "")}
+        measured = row.get("dice") is not None and not row.get(WITHOUT_MASK)
+        return {**row, "prediction": row["prediction"] or ("mask" if measured else "")}
 
 
 def _number(record: Record, field: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from medm.metrics.base import MetricResult
 from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
 from tests.evaluation.tiny import read_output, save_picture, save_tiny, write_records
+from tests.tasks import layouts
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = ["left lung", "right lung", "heart", "no", "yes", "liver"]
@@ -181,6 +183,10 @@ def items(count: int) -> list[Sample]:
         ('["A", "B"]', {"i0": "A", "i1": "B"}),
         ('[{"question_id": "i0", "text": "A", "answer": "ref"}, {"question_id": "i1", "text": "B"}]', {"i0": "A", "i1": "B"}),
         ('{"id": "i0", "reply": "A"}\n', {"i0": "A"}),
+        ('{"id": "i0", "text": "A"}\n', {"i0": "A"}),
+        ('{"question_id": "i1", "answer": "A"}', {"i1": "A"}),
+        ('{"id": "i0", "error": "no file"}\n', {"i0": ""}),
+        ('{"i0": "A"}', {"i0": "A"}),
         (
             json.dumps([{"id": "i0", "answer": "ref", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "A"}]}]),
             {"i0": "A"},
@@ -215,6 +221,81 @@ def test_numbers_of_masks_come_with_the_answers(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"id": "i0", "reply": "It is [SEG].", "dice": 0.5, "finished": true}\n')
     assert read_predictions(file, items(1))["i0"].numbers == {"dice": 0.5}
+
+
+def test_an_object_of_texts_may_use_any_id(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_text('{"text": "A", "answer": "B"}')
+    samples = [Sample((Turn("user", ("?",)),), id=name, answer="a") for name in ("text", "answer")]
+    assert {name: given.text for name, given in read_predictions(file, samples).items()} == {"text": "A", "answer": "B"}
+
+
+def test_a_limit_takes_files_of_all_answers_or_of_the_first(benchmark: Path, tmp_path: Path) -> None:
+    full = write_predictions(tmp_path / "full.jsonl", ANSWERS)
+    report = run(section(benchmark, tmp_path / "a", predictions=str(full), against=str(full), limit=2))
+    assert (report.n, report.scores.results[0].value, report.comparisons[0].n) == (2, 1.0, 2)
+    assert "only the first 2 items" in report.scores.notes[-1]
+    for count in (2, 6):
+        bare = tmp_path / f"{count}.json"
+        bare.write_text(json.dumps(ANSWERS[:count]))
+        assert run(section(benchmark, tmp_path / "b", predictions=str(bare), limit=2)).scores.results[0].value == 1
+    (tmp_path / "4.json").write_text(json.dumps(ANSWERS[:4]))
+    with pytest.raises(DataError, match="4 answers without ids for 6 items"):
+        run(section(benchmark, tmp_path / "b", predictions=str(tmp_path / "4.json"), limit=2))
+
+
+def test_a_missing_picture_is_named_before_anything_is_answered(benchmark: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(benchmark, copy)
+    (copy / "1.png").unlink()
+    (copy / "4.png").unlink()
+    content = section(copy, tmp_path / "out") | {"model": str(tmp_path / "nowhere")}
+    with pytest.raises(DataError, match=r"2 of 6 images and volumes .* the first is '1\.png'"):
+        run(content)
+    assert not (tmp_path / "out").exists()
+    file = write_predictions(tmp_path / "p.jsonl", ANSWERS)  # answers of another program need no picture
+    assert run(section(copy, tmp_path / "out", predictions=str(file))).scores.results[0].value == 1
+
+
+def test_errors_are_counted_apart_from_empty_replies(benchmark: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    lines = [{"id": f"i{i}", "reply": text} for i, text in enumerate(ANSWERS[:4])]
+    lines += [{"id": "i4", "reply": " "}, {"id": "i5", "error": "the file is cut"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = run(section(benchmark, tmp_path / "out", predictions=str(file)))
+    assert (report.scores.empty, report.scores.failed) == (1, 1)
+    assert report.scores.results[0].value == pytest.approx(4 / 6)
+    assert "1 of 6 items could not be answered because of an error" in report.scores.notes[1]
+    assert "the file is cut" in report.scores.notes[1]
+    results = json.loads((tmp_path / "out" / "custom" / "results.json").read_text())
+    assert (results["empty_replies"], results["inference_errors"]) == (1, 1)
+
+
+def test_masks_come_as_files_and_a_model_is_refused(tmp_path: Path) -> None:
+    layouts.m3d_seg(tmp_path / "data")
+    content: dict[str, Any] = {
+        "tasks": [{"task": {"name": "m3d-seg", "rounds": 5}, "data": str(tmp_path / "data")}],
+        "output_dir": str(tmp_path / "out"), "cases": 0,
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=r"m3d-seg: the answers are masks.*--predictions"):
+        run(content | {"model": str(tmp_path / "nowhere")})
+    ids = ["0000/1/masks/mask_0.npy", "0003/1/masks/mask_0.npy", "0003/1/masks/mask_1.npy"]
+    truth = np.load(tmp_path / "data" / ids[0])
+    half = truth[0] * 0.9  # probabilities, and one slice of two is left out
+    half[3] = 0.2
+    np.save(tmp_path / "right.npy", truth)
+    np.save(tmp_path / "half.npy", half)
+    file = tmp_path / "p.jsonl"
+    lines = [{"id": ids[0], "mask": "right.npy"}, {"id": ids[1], "reply": "It is [SEG].", "mask": "half.npy"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content["tasks"][0]["predictions"] = str(file)
+    report = run(content)
+    by_name = {result.name: result for result in report.scores.results}
+    assert by_name["dice"].per_item == [1, pytest.approx(2 / 3), 0]
+    assert report.scores.empty == 1  # the item that no mask came for
+    np.save(tmp_path / "half.npy", half[:2])
+    with pytest.raises(DataError, match=r"half\.npy.*the mask is \(2, 16, 16\), the reference \(8, 16, 16\)"):
+        run(content)
 
 
 def test_what_cannot_be_evaluated_says_why(benchmark: Path, tmp_path: Path) -> None:

@@ -93,6 +93,23 @@ def test_bad_records_become_lines_with_their_error(model: Path, tmp_path: Path) 
     assert written[6] == {"error": lines[6]["error"]}
 
 
+def test_an_unknown_task_is_the_error_of_its_record_alone(tmp_path: Path) -> None:
+    connector = {"name": "moe", "num_experts": 2, "gate": "hard", "router_dim": 8}
+    folder = save_tiny(tmp_path, connector=connector, tasks=["vqa", "cls"])
+    records = [record | {"task": "vqa"} for record in questions(tmp_path, 5)]  # the first is text only
+    records[2]["task"] = "surgery"
+    del records[3]["task"], records[0]["task"]
+    summary = run(folder, write_records(tmp_path, records), tmp_path / "out.jsonl")
+    assert (summary.answered, summary.errors) == (3, 2)
+    lines = read_output(tmp_path / "out.jsonl")
+    assert "reply" in lines[0]
+    assert "field 'task': the record has the task 'surgery'" in lines[2]["error"]
+    assert "expected one of vqa, cls" in lines[3]["error"]
+    asked = medm("chat", "--model", str(folder), "--image", str(tmp_path / "0.png"), "--task", "surgery")
+    assert asked.code == 1
+    assert "task 'surgery': expected one of vqa, cls" in asked.err
+
+
 def test_the_json_has_the_published_form(model: Path, tmp_path: Path) -> None:
     records = questions(tmp_path, 2)
     records[0]["conversations"].append({"from": "gpt", "value": "参考答案"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,15 @@ from medm.models.lvlm.options import LVLMOptions
 from tests.tiny import lvlm_section, save_llm
 
 
-def build_tiny(folder: Path, *, family: str = "qwen2.5", encoder: str = "siglip", **options: Any) -> tuple[Any, Any]:
+def build_tiny(
+    folder: Path, *, family: str = "qwen2.5", encoder: str = "siglip", connector: dict[str, Any] | None = None,
+    tasks: Sequence[str] = (), **options: Any,
+) -> tuple[Any, Any]:  # fmt: skip
     """A random model with one image branch, and its processor."""
     section = lvlm_section(save_llm(family, folder / "llm"), family=family, encoder=encoder, **options)
+    section["tasks"] = list(tasks)
+    if connector is not None:
+        section["branches"]["image"]["connector"] = connector
     torch.manual_seed(1)
     model, processor = build(validate(LVLMOptions, section, source="test"))
     awaken(model)

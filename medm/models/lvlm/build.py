@@ -49,6 +49,7 @@ def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProce
     model.config.pad_token_id = processor.pad_id
     model.generation_config = _generation_config(model, processor)
     model.eval()
+    model.choose_logits()
     return model, processor
 
 
@@ -76,9 +77,11 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
         entry["connector"] |= _tasks_of(name, entry["connector"], options.tasks)
         entry["placeholder_id"] = tokenizer.convert_tokens_to_ids(PLACEHOLDERS[name])
         with torch.device("meta"):
-            num_tokens = Branch(entry, out_dim=text_config.hidden_size).num_tokens
+            built = Branch(entry, out_dim=text_config.hidden_size)
         branches[name] = entry
-        spoken[name] = {"placeholder": PLACEHOLDERS[name], "num_tokens": num_tokens, "preprocess": preprocess}
+        spoken[name] = {"placeholder": PLACEHOLDERS[name], "num_tokens": built.num_tokens, "preprocess": preprocess}
+        if built.connector.refuses_unseen_tasks:
+            spoken[name]["known_tasks_only"] = True
     family = LLMS.get(options.llm.name)
     template = options.llm.chat_template or (None if tokenizer.chat_template else family.template)
     processor = LVLMProcessor(
@@ -95,7 +98,7 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
 def _text_config(options: LLMOptions) -> PreTrainedConfig:
     if options.path is not None:
         try:
-            config = AutoConfig.from_pretrained(options.path)
+            config = AutoConfig.from_pretrained(options.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"model.llm.path {options.path!r}: no usable config ({error})") from None
         for key, value in options.architecture.items():
@@ -120,7 +123,7 @@ def _tokenizer(options: LLMOptions) -> PreTrainedTokenizerBase:
     if source is None:
         raise RecipeError("model.llm.tokenizer: required where model.llm has no path")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"model.llm: no usable tokenizer at {source!r} ({error})") from None
 
@@ -209,9 +212,9 @@ def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype)
         return AutoModelForCausalLM.from_config(text_config, dtype=dtype)
     # The published file has the published number of rows; ours may have more, for the placeholders.
     published = copy.deepcopy(text_config)
-    published.vocab_size = AutoConfig.from_pretrained(options.path).vocab_size
+    published.vocab_size = AutoConfig.from_pretrained(options.path, trust_remote_code=False).vocab_size
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        options.path, config=published, dtype=dtype, output_loading_info=True
+        options.path, config=published, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
     model, report = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -26,7 +26,8 @@ class LVLMProcessor(ProcessorMixin):
 
     Args:
         tokenizer: knows each branch's placeholder as a special token.
-        branches: per branch `{"placeholder": "<image>", "num_tokens": 256, "preprocess": {...}}`.
+        branches: per branch `{"placeholder": "<image>", "num_tokens": 256, "preprocess": {...}}`, and
+            `"known_tasks_only": True` where its connector refuses tasks that are not in `tasks`.
         template_kwargs: fixed variables of the chat template.
         tasks: task names, in the order of their ids.
         chat_template: the template; the tokenizer's without it.
@@ -117,6 +118,13 @@ class LVLMProcessor(ProcessorMixin):
             if name not in self.branches:
                 known = sorted(self.branches) or "no vision branch"
                 raise DataError(f"the model has {known}, and the record holds a '{name}'", field=name)
+            if self.branches[name].get("known_tasks_only") and sample.task not in self.tasks:
+                found = "no task" if sample.task is None else f"the task {sample.task!r}"
+                raise DataError(
+                    f"the record has {found}, and the experts of '{name}' are chosen by the task: expected one of "
+                    f"{', '.join(self.tasks)}; for others the recipe has unseen_task",
+                    field="task",
+                )
         if given != wanted:
             raise DataError(f"placeholders {wanted} and loaded files {given} differ in number")
         messages = [Message(turn.role, [self._part(part) for part in turn.content]) for turn in sample.turns]
@@ -136,7 +144,7 @@ class LVLMProcessor(ProcessorMixin):
         images: Any = None,
         volumes: Any = None,
         system: str | None = None,
-        **_unused: Any,
+        return_tensors: str = "pt",
     ) -> BatchFeature:
         """Questions ready for `generate`: one user turn each, left-padded.
 
@@ -145,7 +153,14 @@ class LVLMProcessor(ProcessorMixin):
             images: pictures for all questions in order: files, PIL images or arrays.
             volumes: volumes likewise.
             system: a system turn before each question.
+            return_tensors: "pt", as servers built on transformers say; there are no others.
+
+        Raises:
+            ValueError: another kind of tensors is asked for.
+            DataError: pictures or volumes and placeholders that differ in number.
         """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors: expected 'pt', found {return_tensors!r}")
         texts = [text] if isinstance(text, str) else list(text)
         stock = {"image": _as_list(images), "volume": _as_list(volumes)}
         examples = []
