@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from split import DATA, REPOSITORY, read
+
 from medm.metrics.base import Clusters, MetricResult, Resampling
 from medm.metrics.bleu import bleu
 from medm.metrics.boxes import CODECS, Box, box_accuracy, box_iou, iou
@@ -25,9 +27,7 @@ from medm.metrics.match import normalised_match
 from medm.metrics.rouge import rouge
 from medm.metrics.words import normalise_answer
 
-REPOSITORY = Path(__file__).parents[2]
 OUT = REPOSITORY / "work_dirs" / "uni_med_demo"
-DATA = REPOSITORY / "work_dirs" / "quickstart" / "data"
 MODELS = ("dense", "experts")
 CODEC = "uni-med"
 
@@ -37,10 +37,10 @@ Score: TypeAlias = Callable[[Sequence[str], Sequence[Record], Resampling], Metri
 
 NOTES = (
     "Not for clinical use. This shows that the machinery learns and measures, and nothing about medicine.",
-    "Slices of one volume resemble each other: intervals draw whole volumes, and tests exchange the replies about whole "
-    "volumes (for macro-F1 and BLEU, p is how often the sign changes over the draws). Exchanging v volumes can give no p "
-    "below 2 / 2^v: 0.03 for six, 0.5 for two. An interval of two volumes is no more than the values of the two, and a "
-    "single volume has neither interval nor test.",
+    "Slices of one volume resemble each other: intervals draw whole volumes, and tests exchange the replies about "
+    "whole volumes (for macro-F1 and BLEU, p is how often the sign changes over the draws). Exchanging v volumes can "
+    "give no p below 2 / 2^v: 0.03 for six, 0.5 for two. An interval of two volumes is no more than the values of the "
+    "two, and a single volume has neither interval nor test.",
     "'Constant' always gives the reply that was most frequent in training for that question; for boxes the training "
     "box of that structure that fits all the others best. A model below it has not learned to look.",
     "The boxes are those of two held-out volumes, of lungs of one. No other division of the volumes is better: five of "
@@ -241,11 +241,6 @@ def _difference(row: Row) -> str:
     c = row.comparison
     interval = "-" if c.low != c.low else f"{c.low:+.2f} to {c.high:+.2f}"
     return f"{c.difference:+.2f} ({interval})"
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """A list of records."""
-    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def held_out(record: Mapping[str, Any], boxes: Mapping[str, Mapping[str, Sequenc
 
 def read(file: Path) -> list[dict[str, Any]]:
     """A list of records."""
-    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    records: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return records
 
 
 def write(file: Path, records: Sequence[Mapping[str, Any]]) -> None:

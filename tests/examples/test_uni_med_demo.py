@@ -184,9 +184,12 @@ def report():
     spec = importlib.util.spec_from_file_location("uni_med_demo_report", DEMO / "report.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DEMO)  # the scripts of the folder import each other, as they do when one is run
+        spec.loader.exec_module(module)
     yield module
-    del sys.modules[spec.name]
+    for name in (spec.name, "split"):
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
