@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.cells import answering, caches, checkpoints, startup, training, volumes
+from benchmarks.cells import answering, caches, checkpoints, ranks, startup, training, volumes
 from benchmarks.harness import Cell
 
 CELLS: list[type[Cell]] = [
@@ -21,4 +21,5 @@ CELLS: list[type[Cell]] = [
     checkpoints.Stall,
     checkpoints.Replay,
     startup.Help,
+    ranks.TwoRanks,
 ]

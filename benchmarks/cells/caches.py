@@ -23,22 +23,24 @@ class FirstStage(Ratio, Cell):
     name, title, peer = "P10", "stage-1 samples/s with kept features", "the same without"
     targets: ClassVar = {"cpu": 3.0, "h200": 2.0}
     workloads: ClassVar[dict[str, str]] = {"cpu": "tiny", "h200": "0.5B"}
-    slices, caption, batch = 32, 60, 4
+    slices, tokens, caption, batch = 32, 64, 60, 4
 
     @property
     def setting(self) -> dict[str, Any]:
         return {
             "workload": self.workloads[self.profile],
-            "slices": self.slices,
+            "slices": f"{self.slices} of 256x256",
+            "vision tokens": self.tokens,
             "caption": self.caption,
             "batch": self.batch,
         }
 
     @cached_property
     def model(self) -> LVLMForConditionalGeneration:
-        """Slices through SigLIP, pooled to one slice's tokens."""
+        """Slices through SigLIP, pooled to `tokens`."""
         sizes = WORKLOADS[self.workloads[self.profile]]
-        side = sizes.image_size
+        side = 256  # slices of a real size, whatever pictures the workload has
+        vision = {**sizes.vision, "image_size": side, "patch_size": 16}
         torch.manual_seed(0)
         config = LVLMConfig(
             text_config={"model_type": "llama", **sizes.text},
@@ -46,9 +48,9 @@ class FirstStage(Ratio, Cell):
                 "volume": {
                     "encoder": {
                         "name": "slices", "architecture": {},
-                        "encoder": {"name": "siglip", "architecture": sizes.vision, "layer": -1, "tokens": "patch"},
+                        "encoder": {"name": "siglip", "architecture": vision, "layer": -1, "tokens": "patch"},
                     },
-                    "connector": {"name": "attention-pooling", "depth": 2, "queries": sizes.image_tokens},
+                    "connector": {"name": "attention-pooling", "depth": 2, "queries": self.tokens},
                     "channels": 3, "spatial": [self.slices, side, side], "placeholder_id": PLACEHOLDER,
                 }
             },

@@ -33,7 +33,7 @@ from medm.types import Batch, Example
 BATCH = 16
 """Samples of a padded batch."""
 CAPACITY = {"cpu": 1024, "h200": 4096}
-"""Tokens of a packed row: short on the CPU, where attention runs over the whole row."""
+"""Tokens that samples are packed into; a batch is some of these in one row, each sample attending to itself."""
 
 
 class _Examples(Dataset[Example]):
@@ -69,6 +69,8 @@ class _Workload:
         self.lengths = np.array([len(example.input_ids) for example in self.examples])
         self.ours = medm_model(self.sizes, device=self.device, dtype=self.dtype)
         self.stock: LlavaForConditionalGeneration = stock_model(self.ours, self.sizes)
+        if not self.ours.separate_samples():
+            raise ValueError("this workload's attention cannot keep the samples of one row apart")
         self.folder = tempfile.TemporaryDirectory()
 
     @property
@@ -106,7 +108,7 @@ class _Workload:
 
     @property
     def collator(self) -> PackingCollator:
-        return PackingCollator(PAD, self.capacity)
+        return PackingCollator(PAD, self.capacity, flat=True)
 
     def step(self, model: Any, batch: Batch) -> None:
         """Forward and backward."""
@@ -209,7 +211,7 @@ def training_flops(load: _Workload) -> float:
 
 
 class Waste(_TrainingCell, Figure):
-    """P3: share of the processed tokens that are padding."""
+    """P3: share of the processed tokens that are padding, in rows of their own (a batch of one row has none)."""
 
     name, title, peer, at_most = "P3", "processed tokens wasted", "-", True
     targets = {"cpu": 0.03, "h200": 0.03}
