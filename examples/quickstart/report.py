@@ -1,4 +1,4 @@
-"""Score what a model answered about volumes it never saw, before and after finetuning, and say what it means.
+"""Score what a model answered about volumes it never saw, before and after training, and say what it means.
 
     python examples/quickstart/report.py [folder, by default work_dirs/quickstart]
 
@@ -152,13 +152,13 @@ def score(answered: Sequence[Answered], frequent: dict[str, str]) -> list[dict[s
 
 
 def unreadable_before(answered: Sequence[Answered]) -> list[str]:
-    """How much of the score before finetuning is a matter of form."""
+    """How much of the score before training is a matter of form."""
     replies = [(a.options, a.before) for a in answered if a.before is not None]
     if not replies:
         return []
     share = np.mean([parse(options, reply) is None for options, reply in replies])
     return [
-        f"Before finetuning, {share:.0%} of the replies name none of the answers, or several: much of that low score "
+        f"Before training, {share:.0%} of the replies name none of the answers, or several: much of that low score "
         "is form, not sight. Compare with the constant answers first."
     ]
 

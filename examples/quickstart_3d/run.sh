@@ -5,15 +5,21 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=work_dirs/quickstart_3d
 newer() { [ -e "$1" ] && [ "$1" -nt "$2" ]; }
+ask=(--data $out/data/test.json --root $out/data/volumes --batch-size 8 --max-new-tokens 12)
+answer() { # folder of the model, name of the answers
+  newer $out/$2.jsonl $out/$1/config.json || rm -f $out/$2.jsonl*
+  medm infer --model $out/$1 "${ask[@]}" --output $out/$2.jsonl
+}
 resume=()
 compgen -G "$out/finetune/checkpoint-*" >/dev/null && resume=(--resume) # a run that was stopped goes on
 
 python examples/quickstart/fetch.py 3d
 python examples/quickstart_3d/blocks.py
+newer $out/untrained/config.json $out/data/test.json ||
+  medm train recipes/quickstart-3d/finetune.yaml output_dir=$out/untrained train.num_train_epochs=0
+answer untrained before
 newer $out/finetune/config.json $out/data/test.json || medm train recipes/quickstart-3d/finetune.yaml ${resume[@]+"${resume[@]}"}
-newer $out/after.jsonl $out/finetune/config.json || rm -f $out/after.jsonl*
-medm infer --model $out/finetune --data $out/data/test.json --root $out/data/volumes --output $out/after.jsonl \
-  --batch-size 8 --max-new-tokens 12
+answer finetune after
 python examples/quickstart/report.py $out
 python examples/quickstart_3d/sheet.py $out
 echo "Took $((SECONDS / 60)) min $((SECONDS % 60)) s. Not for clinical use."
