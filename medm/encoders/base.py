@@ -36,6 +36,8 @@ class VisionEncoder(nn.Module):
     """Width of a token."""
     pooled_dim: int | None = None
     """Width of the pooled vector, where there is one."""
+    channels: tuple[int, ...] = ()
+    """Numbers of channels of the pixels that it takes; empty where it takes any."""
     prefix: int = 0
     """Tokens in front of the grid that stand for no place (a class token)."""
 

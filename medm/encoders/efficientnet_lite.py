@@ -156,7 +156,8 @@ class EfficientNetLiteEncoder(VisionEncoder):
         channels = [scaled_channels(stage.channels, sizes["width"]) for stage in STAGES]
 
         self.stages, self.pool = tuple(stages), pool
-        self.stem = ConvNorm(int(sizes["in_channels"]), int(sizes["stem"]), kernel=3, stride=STEM_STRIDE, norm=norm)
+        self.channels = (int(sizes["in_channels"]),)
+        self.stem = ConvNorm(*self.channels, int(sizes["stem"]), kernel=3, stride=STEM_STRIDE, norm=norm)
         self.blocks = nn.ModuleList()
         self.stage_of_block: dict[int, int] = {}
         dim = int(sizes["stem"])

@@ -71,8 +71,9 @@ class I3DResNetEncoder(VisionEncoder):
         super().__init__()
         sizes = {"layers": [3, 8, 36, 3], "width": 64, "num_channels": 3, **architecture}
         norm = batch_norm(statistics, axes=3)
-        width, self.channels = int(sizes["width"]), int(sizes["num_channels"])
-        self.conv1 = nn.Conv3d(self.channels, width, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
+        width, channels = int(sizes["width"]), int(sizes["num_channels"])
+        self.channels = (1, channels)
+        self.conv1 = nn.Conv3d(channels, width, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
         self.bn1 = norm(width)
         self.stages = nn.ModuleDict()
         dim = width
@@ -93,14 +94,11 @@ class I3DResNetEncoder(VisionEncoder):
         cls, published: Mapping[str, Any], architecture: Mapping[str, Any],
         image_size: int | Sequence[int] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Astra's for chest CT: HU -1000..200 to 0..1, the foreground box, averaged to the published size."""
+        """Astra's for chest CT, by name."""
         size = list(PUBLISHED_SIZE)
         if image_size is not None:
             size = [size[0], image_size, image_size] if isinstance(image_size, int) else list(image_size)
-        return {
-            "scale": "hu", "windows": [[-1000.0, 200.0]], "crop_foreground": 0.0, "interpolation": "area",
-            "orientation": "SRA", "size": size,
-        }  # fmt: skip
+        return {"convention": "astra", "size": size}
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
         """A cell for 16 slices, 32 rows and 32 columns, the last ones perhaps cut."""
@@ -111,7 +109,7 @@ class I3DResNetEncoder(VisionEncoder):
     def forward(self, pixels: Tensor) -> VisionFeatures:
         """pixels: (B, 1 or num_channels, slices, rows, columns)."""
         if pixels.shape[1] == 1:
-            pixels = pixels.expand(-1, self.channels, -1, -1, -1)
+            pixels = pixels.expand(-1, self.channels[-1], -1, -1, -1)
         cells = F.relu(self.bn1(self.conv1(pixels.to(self.conv1.weight.dtype))))
         cells = F.max_pool3d(cells, 3, stride=2, padding=1)
         for stage in self.stages.values():

@@ -128,7 +128,8 @@ class PlainViT(VisionEncoder):
         self.prefix = 0 if tokens == "patch" else 1
         self._told_grids: set[tuple[int, ...]] = set()
 
-        self.patches = self.embedding(int(sizes["num_channels"]))
+        self.channels = (int(sizes["num_channels"]),)
+        self.patches = self.embedding(*self.channels)
         self.cls_token = nn.Parameter(torch.empty(1, 1, self.dim))
         cells = prod(self.native_grid) + self.class_token_has_position
         self.positions = nn.Parameter(torch.empty(1, cells, self.dim))

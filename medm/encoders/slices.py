@@ -35,6 +35,7 @@ class SlicesEncoder(VisionEncoder):
             raise RecipeError(f"slices: expected an encoder of 2-D images, found {encoder['name']!r}")
         if self.encoder.prefix:
             raise RecipeError("slices: class tokens of single slices have no place on the grid; use tokens 'patch'")
+        self.channels = self.encoder.channels
         self.dim, self.pooled_dim = self.encoder.dim, self.encoder.pooled_dim
 
     @classmethod

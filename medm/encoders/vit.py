@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
 from medm.types import VisionFeatures
+
+logger = logging.getLogger(__name__)
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's filter numbers, which `preprocessor_config.json` stores."""
@@ -49,7 +52,8 @@ class HFViTEncoder(VisionEncoder):
             if hasattr(self.tower, unused):
                 setattr(self.tower, unused, nn.Identity())
         self.tokens, self.patch_size, self.native_size = tokens, int(config.patch_size), int(config.image_size)
-        self.dim = int(config.hidden_size)
+        self.dim, self.channels = int(config.hidden_size), (int(config.num_channels),)
+        self._told_sizes: set[tuple[int, ...]] = set()
         self.prefix = 1 if self.has_class_token and tokens != "patch" else 0
 
     @abstractmethod
@@ -66,6 +70,11 @@ class HFViTEncoder(VisionEncoder):
     def forward(self, pixels: Tensor) -> VisionFeatures:
         spatial = tuple(pixels.shape[2:])
         native = spatial == (self.native_size, self.native_size)
+        if not native and spatial not in self._told_sizes:
+            self._told_sizes.add(spatial)
+            cells = self.native_size // self.patch_size
+            wanted = tuple(side // self.patch_size for side in spatial)
+            logger.warning("position embeddings of grid %s are interpolated to %s", (cells, cells), wanted)
         hidden = self.embed(pixels.to(self.device_and_dtype["dtype"]), interpolate=not native)
         hidden = self.tower.encoder(inputs_embeds=hidden).last_hidden_state  # (B, cls + patches, dim)
         if self.tokens == "cls":

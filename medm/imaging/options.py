@@ -48,23 +48,26 @@ class ImagePreprocess(Options):
         return self
 
 
-# Each says all of scale, windows, stretch and crop, so that it can take the place of another one.
+# Each says all of scale, windows, stretch, crop and interpolation, so that it can take the place of another one.
 _VOLUME_CONVENTIONS: dict[str, dict[str, Any]] = {
     # M3D-Cap as published: arrays already 0..1, stretched per volume, cropped to what is not background.
-    "m3d": {"scale": "0-1", "windows": None, "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256]},
+    "m3d": {"scale": "0-1", "windows": None, "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256],
+            "interpolation": "trilinear"},
     # MedM-VL since September 2025: HU -1000..1000 to 0..1, then as M3D.
     "medm-vl": {
-        "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256]
+        "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256],
+        "interpolation": "trilinear",
     },
     # MedM-CLIP's statistics are given on 0..255; here the same on 0..1.
     "medm-clip": {
         "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": False, "crop_foreground": None,
-        "size": [32, 256, 256], "mean": [55.698 / 255], "std": [66.194 / 255],
+        "size": [32, 256, 256], "interpolation": "trilinear", "mean": [55.698 / 255], "std": [66.194 / 255],
     },
-    # Astra takes (X, Y, Z) in RAS, 0..1; size as in its documentation.
+    # Astra's for chest CT: HU -1000..200, the foreground box, averaged. Its own arrays are (X, Y, Z) in RAS of
+    # 224 x 224 x 160, and its tower turns them to (Z, X, Y); here the slices stand in front from the beginning.
     "astra": {
-        "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": False, "crop_foreground": None,
-        "orientation": "RAS", "size": [224, 224, 160],
+        "scale": "hu", "windows": [[-1000.0, 200.0]], "stretch": False, "crop_foreground": 0.0,
+        "interpolation": "area", "orientation": "SRA", "size": [160, 224, 224],
     },
 }  # fmt: skip
 
@@ -158,8 +161,9 @@ class Augment(Options):
     Rotation is in the plane of the last two axes. Left and right are kept unless `mirror` is asked for.
     """
 
-    rotate: float = Field(default=0.0, ge=0, le=180)
-    """Largest angle, in degrees, either way."""
+    rotate: float = Field(default=0.0, ge=0, le=45)
+    """Largest angle, in degrees, either way. Beyond 45 the patient's left would no longer be nearest to where reports
+    expect it, and beyond 90 it would be on the other side."""
     scale: float = Field(default=0.0, ge=0, lt=1)
     """Largest relative change of size, either way: 0.1 draws from 0.9..1.1."""
     shift: float = Field(default=0.0, ge=0, le=1)

@@ -8,7 +8,9 @@ from typing import Literal
 from medm.errors import MediaError
 
 
-def probe(path: Path, *, kind: Literal["image", "volume"], decode: bool = False) -> None:
+def probe(
+    path: Path, *, kind: Literal["image", "volume"], decode: bool = False, series: Literal["only", "largest"] = "only"
+) -> None:
     """Look at one image or volume.
 
     Args:
@@ -16,6 +18,7 @@ def probe(path: Path, *, kind: Literal["image", "volume"], decode: bool = False)
         kind: what it should be.
         decode: read all of it; otherwise the header of an image or NIfTI file, and of the other formats of volumes
             only whether they hold anything.
+        series: what will be done with a DICOM folder of several, as in `VolumePreprocess`.
 
     Raises:
         MediaError: it is missing, empty, damaged or of no known format.
@@ -30,7 +33,7 @@ def probe(path: Path, *, kind: Literal["image", "volume"], decode: bool = False)
     elif decode:
         from medm.imaging.volumes import read_volume
 
-        read_volume(path, several="largest")
+        read_volume(path, several=series)
     else:
         _check_volume(path)
 

@@ -98,19 +98,39 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
         direction = _directions(preprocess.orientation) if oblique else geometry.direction
     if direction is geometry.direction and preprocess.spacing is None:
         return voxels
+    box = _Box.of(voxels, geometry)
+    target = Geometry(np.asarray(preprocess.spacing or geometry.spacing, dtype=np.float64), direction, box.centre)
     if preprocess.interpolation == "area" and preprocess.spacing is not None:
         voxels, geometry = _averaged(voxels, geometry, preprocess.spacing)
-    target = Geometry(
-        np.asarray(preprocess.spacing or geometry.spacing, dtype=np.float64),
-        direction,
-        geometry.origin,
-    )
     # A crop to the foreground comes between spacing and size; without it the final grid is known already.
     size = preprocess.size if preprocess.spacing is not None and preprocess.crop_foreground is None else None
     limit = MAX_VOXELS if preprocess.spacing is not None else min(MAX_VOXELS, _GROWTH * voxels.size)
     return _resampled(
-        voxels, geometry, target, size, interpolation=preprocess.interpolation, limit=limit, name=volume.name
-    )
+        voxels, geometry, target, size or box.size(target), interpolation=preprocess.interpolation, limit=limit,
+        name=volume.name,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """The space that a volume fills, to the outer faces of its outer voxels."""
+
+    centre: np.ndarray
+    """(3,) in LPS."""
+    edges: np.ndarray
+    """(3, 3): column i is the edge along array axis i, in mm."""
+
+    @classmethod
+    def of(cls, voxels: np.ndarray, geometry: Geometry) -> _Box:
+        """The box of voxels on a grid."""
+        lengths = np.asarray(voxels.shape)
+        centre = geometry.origin + geometry.direction @ (geometry.spacing * (lengths - 1) / 2)
+        return cls(centre, geometry.direction * (lengths * geometry.spacing))
+
+    def size(self, target: Geometry) -> list[int]:
+        """Voxels of another grid that hold the whole box."""
+        extent = np.abs(target.direction.T @ self.edges).sum(axis=1)
+        return np.maximum(np.round(extent / target.spacing), 1).astype(int).tolist()
 
 
 def _directions(orientation: str) -> np.ndarray:
@@ -143,7 +163,10 @@ def reoriented(voxels: np.ndarray, geometry: Geometry, orientation: str) -> tupl
 
 
 def _averaged(voxels: np.ndarray, geometry: Geometry, spacing: Sequence[float]) -> tuple[np.ndarray, Geometry]:
-    """Blocks of whole voxels averaged, as many as fit into the wanted spacing."""
+    """Blocks of whole voxels averaged, as many as fit into the wanted spacing.
+
+    Where the blocks do not divide the volume, its last voxels are repeated to fill the last block: none is dropped.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -151,8 +174,11 @@ def _averaged(voxels: np.ndarray, geometry: Geometry, spacing: Sequence[float]) 
         max(1, min(length, int(wanted / own + 1e-6)))
         for length, own, wanted in zip(voxels.shape, geometry.spacing, spacing, strict=True)
     ]
-    values = torch.from_numpy(voxels.astype(np.float32, order="C"))
-    means = F.avg_pool3d(values[None, None], factors, ceil_mode=False)[0, 0].numpy()
+    values = torch.from_numpy(voxels.astype(np.float32, order="C"))[None, None]
+    pads = [n for length, factor in zip(voxels.shape, factors, strict=True) for n in (-length % factor, 0)]
+    if any(pads):
+        values = F.pad(values, pads[::-1], mode="replicate")
+    means = F.avg_pool3d(values, factors)[0, 0].numpy()
     shift = geometry.direction @ (geometry.spacing * (np.asarray(factors) - 1) / 2)
     return means, Geometry(geometry.spacing * factors, geometry.direction, geometry.origin + shift)
 
@@ -161,33 +187,27 @@ def _resampled(
     voxels: np.ndarray,
     geometry: Geometry,
     target: Geometry,
-    size: Sequence[int] | None,
+    size: Sequence[int],
     *,
     interpolation: str,
     limit: int,
     name: str,
 ) -> np.ndarray:
-    """On a grid of the target's spacing and direction around the same centre; outside stands the smallest value (air).
+    """On a grid of the target's spacing and direction; outside stands the smallest value (air).
 
     Args:
         voxels: along the axes of `geometry`.
         geometry: where they lie.
-        target: spacing and direction of the result; its origin is not used.
-        size: voxels of the result; without it, what holds the whole volume.
+        target: spacing and direction of the result; its origin is the centre of the result.
+        size: voxels of the result.
         interpolation: "nearest", or anything else for linear.
         limit: most voxels of the result.
         name: the file, for messages.
     """
     import SimpleITK
 
-    lengths = np.asarray(voxels.shape)
-    if size is None:
-        # Extent along each new axis of the box whose faces are the outer faces of the outer voxels.
-        extent = np.abs(target.direction.T @ geometry.direction) @ (lengths * geometry.spacing)
-        size = np.maximum(np.round(extent / target.spacing), 1).astype(int).tolist()
     _check_result(size, name, limit=limit)
-    centre = geometry.origin + geometry.direction @ (geometry.spacing * (lengths - 1) / 2)
-    origin = centre - target.direction @ (target.spacing * (np.asarray(size) - 1) / 2)
+    origin = target.origin - target.direction @ (target.spacing * (np.asarray(size) - 1) / 2)
 
     image = SimpleITK.GetImageFromArray(voxels)
     image.SetSpacing(geometry.spacing[::-1].tolist())
@@ -216,7 +236,8 @@ def _check_scale(preprocess: VolumePreprocess, volume: Volume) -> None:
             f"{low:g}..{high:g}. Use `scale: minmax` for other modalities"
         )
     unlikely = {
-        "hu": low >= 0,
+        # A CT holds air or at least fat, and spans more than a hundred units; normalised values do neither.
+        "hu": low > -100 or high - low < 100,
         "0-255": low < 0 or high > 255 or high <= 1,
         "0-1": low < -0.01 or high > 1.01,
         "minmax": False,

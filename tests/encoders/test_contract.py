@@ -59,6 +59,17 @@ def test_shapes_are_the_arithmetic_of_the_grid(name):
         assert features.pooled.shape == (2, encoder.pooled_dim)
 
 
+def test_the_channels_that_it_takes_are_said(name):
+    """A recipe is refused by them before anything runs, so they must be the ones that the forward takes."""
+    encoder, pixels = build(name), pixels_for(name, batch=1)
+    assert encoder.channels
+    for channels in encoder.channels:
+        encoder(pixels[:, :1].expand(-1, channels, *pixels.shape[2:]))
+    others = max(encoder.channels) + 1
+    with pytest.raises((RuntimeError, ValueError)):
+        encoder(pixels[:, :1].expand(-1, others, *pixels.shape[2:]))
+
+
 def test_grid_refuses_another_number_of_axes(name):
     with pytest.raises(ValueError, match="expected an i"):
         build(name).grid((32,))

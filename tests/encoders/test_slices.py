@@ -40,6 +40,16 @@ def test_a_cnn_can_be_the_inner_encoder():
     torch.testing.assert_close(features.pooled, pooled, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["siglip", "clip"])
+def test_slices_of_another_size_are_said_once(name, caplog):
+    encoder = build_encoder({"name": "slices", "encoder": SIGLIP | {"name": name}}).eval()
+    encoder(torch.randn(1, 3, 2, 16, 16))
+    assert not caplog.text
+    for _ in range(2):
+        encoder(torch.randn(1, 3, 2, 16, 24))
+    assert caplog.text.count("position embeddings of grid (2, 2) are interpolated to (2, 3)") == 1
+
+
 def test_class_tokens_have_no_place():
     clip = {"name": "clip", "architecture": SIGLIP["architecture"], "tokens": "cls_patch"}
     with pytest.raises(RecipeError, match="use tokens 'patch'"):

@@ -962,6 +962,8 @@ def test_a_constant_volume_warns(
         ("hu", [0, 255], "`scale: hu` is declared, but the values are 0..255"),
         ("0-1", [-1024, 3071], "`scale: 0-1` is declared, but the values are -1024..3071"),
         ("0-255", [0, 1], "`scale: 0-255` is declared, but the values are 0..1"),
+        ("hu", [-3, 5], "`scale: hu` is declared, but the values are -3..5"),  # z-scores
+        ("hu", [-1, 1], "`scale: hu` is declared, but the values are -1..1"),
         ("hu", [-1000, 400], None),
         ("0-255", [0, 200], None),
         ("minmax", [-5, 9], None),

@@ -10,6 +10,7 @@ from PIL import Image
 
 from medm.errors import MediaError
 from medm.imaging.probe import probe
+from tests.imaging.tiny import phantom, write_series
 
 
 @pytest.fixture
@@ -50,6 +51,15 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MediaError, match=f"{name}: .*{reason}"):
         probe(tmp_path / name, kind=kind)  # type: ignore[arg-type]
+
+
+def test_a_folder_passes_only_if_training_would_read_it(tmp_path: Path) -> None:
+    write_series(tmp_path / "study", phantom(), number=3, prefix="A")
+    write_series(tmp_path / "study", phantom()[:, :, 2:8], number=4, prefix="B")
+    with pytest.raises(MediaError, match="2 series fit"):
+        probe(tmp_path / "study", kind="volume", decode=True)
+    probe(tmp_path / "study", kind="volume", decode=True, series="largest")
+    probe(tmp_path / "study#4", kind="volume", decode=True)
 
 
 def test_folders(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from medm.encoders.i3d_resnet import I3DResNetEncoder
+from medm.encoders.volume_vit import M3DCLIPEncoder, MedMCLIPEncoder
 from medm.errors import RecipeError
 from medm.imaging import VolumePreprocess, fingerprint, load_pixels, preprocess_from_dict
 from medm.imaging.geometry import Geometry
@@ -97,6 +99,22 @@ def test_area_averages_and_keeps_places() -> None:
     np.testing.assert_allclose(pixels[0, 0, 0] * 400, [50, 50, 400], atol=1e-4)
 
 
+@pytest.mark.parametrize("interpolation", ["area", "trilinear"])
+def test_no_voxel_is_dropped_and_the_centre_stays(interpolation: Any) -> None:
+    """A length that blocks do not divide: a ramp stays where it is in millimetres."""
+    ramp = np.broadcast_to(np.arange(23, dtype=np.float32), (2, 2, 23))
+    preprocess = VolumePreprocess(spacing=[1, 1, 4.5], size=None, interpolation=interpolation, windows=[[0, 23]])
+    row = apply_volume(preprocess, volume(ramp))[0, 0, 0] * 23
+    places = 11 + (np.arange(5) - 2) * 4.5  # five voxels of 4.5 mm around the centre of 23 mm
+    assert len(row) == 5
+    np.testing.assert_allclose(row[:-1], places[:-1], atol=1e-3)
+    np.testing.assert_allclose(row[-1], places[-1], atol=0.5)  # area: its block is filled up with the last voxel
+    last = np.zeros((2, 2, 9), dtype=np.float32)
+    last[..., -1] = 90
+    preprocess = VolumePreprocess(spacing=[1, 1, 2], size=[2, 2, 5], interpolation=interpolation, windows=[[0, 90]])
+    assert apply_volume(preprocess, volume(last))[0, 0, 0, -1] > 0.2
+
+
 def test_nearest_makes_no_new_values() -> None:
     voxels = np.random.default_rng(0).integers(0, 3, (5, 6, 7)) * 100.0
     for fields in ({"size": [3, 9, 5]}, {"size": None, "spacing": [1.5, 0.7, 1.2]}):
@@ -132,11 +150,21 @@ def test_medm_clip_normalises_on_its_own_scale() -> None:
     np.testing.assert_allclose(pixels[0], (on_255 - 55.698) / 66.194, rtol=1e-5)
 
 
-def test_astra_takes_x_y_z_in_ras(tmp_path: Path) -> None:
+def test_astra_takes_slices_rightwards_and_to_the_front(tmp_path: Path) -> None:
     sitk.WriteImage(phantom(), str(tmp_path / "a.nii"))
     pixels = load_pixels(tmp_path / "a.nii", VolumePreprocess(convention="astra", size=None))
-    expected = np.clip((body() + 1000) / 2000, 0, 1).transpose(2, 1, 0)[::-1, ::-1]  # L, P, S to R, A, S
-    np.testing.assert_allclose(pixels[0], expected, atol=1e-6)
+    expected = np.clip((body() + 1000) / 1200, 0, 1).transpose(0, 2, 1)[:, ::-1, ::-1]  # S, P, L to S, R, A
+    box = [slice(places.min(), places.max() + 1) for places in np.nonzero(expected > 0)]
+    np.testing.assert_allclose(pixels[0], expected[tuple(box)], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "convention"),
+    [(I3DResNetEncoder, "astra"), (M3DCLIPEncoder, "medm-vl"), (MedMCLIPEncoder, "medm-clip")],
+)
+def test_a_convention_by_name_is_what_its_encoder_asks_for(encoder: Any, convention: Any) -> None:
+    """One definition: the name in a recipe and the encoder of that name cannot drift apart."""
+    assert VolumePreprocess(**encoder.preprocess_from({}, {})) == VolumePreprocess(convention=convention)
 
 
 def test_oblique_can_be_kept(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import torch
 import medm.models
 from medm.config import validate
 from medm.data.collator import Collator
+from medm.errors import RecipeError
+from medm.models.lvlm.build import resolve
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.lvlm.processing import LVLMProcessor
@@ -151,6 +153,19 @@ def test_every_volume_encoder_trains_a_step_with_every_pooling_connector(
     for part, tensors in before.items():
         assert any(not torch.equal(old, new) for old, new in zip(tensors, parts[part].parameters(), strict=True)), part
     assert (batch["input_ids"] == processor.placeholder_ids["volume"]).sum() == 2 * model.branch("volume").num_tokens
+
+
+def test_windows_that_the_encoder_has_no_channels_for_are_refused(llms: dict[str, Path]) -> None:
+    section = tiny.lvlm_section(llms["qwen2.5"])
+    windows = {"windows": [[-1000, 400], [-160, 240], [-200, 1000]], "size": [8, 16, 16]}
+    section["branches"]["volume"] = {
+        "encoder": TINY_ENCODERS["m3d-clip"].block, "connector": {"name": "mlp"}, "preprocess": windows,
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=r"branches\.volume\.preprocess: gives pixels of 3 channels .* takes 1"):
+        resolve(validate(LVLMOptions, section, source="test"))
+    section["branches"]["volume"]["encoder"] = TINY_ENCODERS["slices"].block
+    config, _ = resolve(validate(LVLMOptions, section, source="test"))
+    assert config.branches["volume"]["channels"] == 3
 
 
 def test_a_volume_where_an_image_belongs_is_refused(llms: dict[str, Path]) -> None:

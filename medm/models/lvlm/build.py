@@ -78,6 +78,7 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
         entry["placeholder_id"] = tokenizer.convert_tokens_to_ids(PLACEHOLDERS[name])
         with torch.device("meta"):
             built = Branch(entry, out_dim=text_config.hidden_size)
+        _check_channels(name, entry, built.encoder)
         branches[name] = entry
         spoken[name] = {"placeholder": PLACEHOLDERS[name], "num_tokens": built.num_tokens, "preprocess": preprocess}
         if built.connector.refuses_unseen_tasks:
@@ -142,6 +143,15 @@ def _branch_config(name: str, options: BranchOptions) -> tuple[dict[str, Any], d
         "spatial": list(described.size),
     }
     return entry, described.model_dump()
+
+
+def _check_channels(name: str, entry: dict[str, Any], encoder: VisionEncoder) -> None:
+    """Pixels and encoder are described apart; here they meet. Raises `RecipeError`."""
+    if encoder.channels and entry["channels"] not in encoder.channels:
+        raise RecipeError(
+            f"model.branches.{name}.preprocess: gives pixels of {entry['channels']} channels (one a window, or "
+            f"`channels`), but encoder {entry['encoder']['name']!r} takes {' or '.join(map(str, encoder.channels))}"
+        )
 
 
 def _encoder_config(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
