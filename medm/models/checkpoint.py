@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from medm.errors import CheckpointError
+from medm.models.manifest import verify_weights
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Published:
             return read_tensors(self._local)
         for name in _INDEXES:
             if (index := self._find(name)) is not None:
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                shards = _shards(index)
                 return {k: v for shard in shards for k, v in read_tensors(self._require(shard)).items()}
         for name in _FILES:
             if (file := self._find(name)) is not None:
@@ -84,7 +85,7 @@ class Published:
             file = beside if beside.is_file() else None
         else:
             file = self._find(name)
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file is not None else {}
+        return _read_object(file) if file is not None else {}
 
     def _find(self, name: str) -> Path | None:
         if self._local.is_dir():
@@ -102,6 +103,27 @@ class Published:
         if file is None:
             raise CheckpointError(f"{self.path}: the index names {name}, which is missing")
         return file
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch or copy it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected an object at the top, found {type(content).__name__}")
+    return content
+
+
+def _shards(index: Path) -> list[str]:
+    """The weight files that an index names, all of them beside it."""
+    shards = _read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
+    for name in set(shards.values()):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: names {name!r}; expected the name of a file beside it")
+    return sorted(set(shards.values()))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -268,8 +290,9 @@ def open_saved(folder: str) -> tuple[Any, Any]:
         raise CheckpointError(
             f"{folder}: not a model folder; expected config.json, weights and processor_config.json in it"
         )
+    verify_weights(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not config.model_type.startswith("medm-"):
             raise CheckpointError(
                 f"{folder}: a model of type {config.model_type!r}, which medm did not save; "
@@ -277,9 +300,14 @@ def open_saved(folder: str) -> tuple[Any, Any]:
             )
         # Mismatched tensors are let through here, so that the report below names them as it names the others.
         model, report = AutoModel.from_pretrained(
-            path, config=config, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+            path,
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be opened ({error})") from None
     loaded = LoadReport(

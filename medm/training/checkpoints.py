@@ -8,8 +8,6 @@ moment leaves earlier checkpoints as they were.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import logging
 import os
 import re
@@ -22,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from medm.errors import CheckpointError, MedmError
+from medm.models.manifest import MANIFEST, sync, verify, write_manifest
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _STAGING = ".tmp-"
 _SLACK = 1.2
 """Free space that has to be there, as a multiple of the last checkpoint's size."""
-_BLOCK = 1 << 22
 
 
 def folders(output_dir: Path) -> list[Path]:
@@ -93,68 +90,14 @@ def commit(folder: Path, *, final: Path, facts: Mapping[str, Any]) -> None:
     remove(old)
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Bring every file to the disk and note its size and sha256; the manifest itself comes last."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_sync_and_hash, files))
-    record = {
-        **facts,
-        "files": {
-            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(files, digests, strict=True)
-        },
-    }
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for path in [manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        sync(path)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises `CheckpointError` when it is missing or unreadable."""
-    try:
-        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no {MANIFEST}; the checkpoint was not finished, or medm did not write it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
-        raise CheckpointError(f"{folder / MANIFEST}: expected a list of files, found something else")
-    return record
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Compare every file with the manifest; returns the manifest.
-
-    Raises:
-        CheckpointError: a file is missing, shorter, longer or changed, or was added.
-    """
-    record = read_manifest(folder)
-    listed: dict[str, Any] = record["files"]
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}
-    if missing := sorted(set(listed) - present):
-        raise CheckpointError(f"{folder}: {len(missing)} files are missing: {', '.join(missing[:3])}")
-    if added := sorted(present - set(listed)):
-        raise CheckpointError(f"{folder}: {len(added)} files that the manifest does not know: {', '.join(added[:3])}")
-    for name, entry in listed.items():
-        size = (folder / name).stat().st_size
-        if size != entry["size"]:
-            raise CheckpointError(f"{folder / name}: expected {entry['size']} bytes, found {size}")
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda name: _hash(folder / name), listed)
-        for name, digest in zip(listed, digests, strict=True):
-            if digest != listed[name]["sha256"]:
-                raise CheckpointError(f"{folder / name}: the content changed since it was written (sha256 differs)")
-    return record
-
-
-def newest_good(output_dir: Path) -> Path | None:
+def newest_good(output_dir: Path, *, facts: Mapping[str, type] | None = None) -> Path | None:
     """The newest checkpoint that verifies; None where there is none at all.
 
     A damaged one is passed over with a line that nobody can miss.
+
+    Args:
+        output_dir: where the checkpoints are.
+        facts: what a manifest must say besides its files, and of which type.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
@@ -162,7 +105,9 @@ def newest_good(output_dir: Path) -> Path | None:
     damaged: list[str] = []
     for folder in folders(output_dir):
         try:
-            verify(folder)
+            record = verify(folder)
+            if lacking := [name for name, kind in (facts or {}).items() if not isinstance(record.get(name), kind)]:
+                raise CheckpointError(f"{folder / MANIFEST}: does not say {', '.join(lacking)}")
         except CheckpointError as error:
             damaged.append(str(error))
             logger.error("DAMAGED CHECKPOINT, going back to an older one: %s", error)
@@ -201,15 +146,6 @@ def remove(path: Path) -> None:
     """Remove a folder if it is there."""
     if path.exists():
         shutil.rmtree(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Background:
@@ -266,16 +202,3 @@ def locked(output_dir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _sync_and_hash(path: Path) -> str:
-    sync(path)
-    return _hash(path)
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

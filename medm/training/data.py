@@ -11,7 +11,7 @@ from typing import Any
 
 from medm.data.batches import build_batches, build_collator
 from medm.data.cached import loader
-from medm.data.check import Report, check
+from medm.data.check import Report, check, merged
 from medm.data.collator import Collator
 from medm.data.dataset import ConversationDataset
 from medm.data.features import FeatureStore
@@ -19,7 +19,7 @@ from medm.data.options import DataOptions, SourceOptions
 from medm.data.records import Records
 from medm.errors import DataError, RecipeError
 from medm.training.options import TrainOptions
-from medm.training.processes import on_first
+from medm.training.processes import gathered, rank, world_size
 from medm.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,10 @@ class TrainingData:
             )
         self.options, self.train_options, self.processor = options, train, processor
         self.files = [source.path for source in (*options.train, *options.eval)]
-        lengths = on_first(lambda: self._check("training", options.train))
+        lengths = self._check("training", options.train)
         self._left_out = sum(length == 0 for length in lengths)
         if options.eval:
-            on_first(lambda: self._check("held-out", options.eval))
+            self._check("held-out", options.eval)
         self.train = self._dataset(options.train, augmented=True)
         self.evaluation: ConversationDataset | None = (
             self._dataset(options.eval, augmented=False) if options.eval else None
@@ -91,9 +91,10 @@ class TrainingData:
         return {"left_out_by_check": self._left_out, **self.train.counts}
 
     def _check(self, what: str, sources: list[SourceOptions]) -> list[int]:
-        """Look at every record; log what was found and return the tokens of each."""
-        report = check(
+        """Look at every record, each process at its share; log what was found and return the tokens of each."""
+        share = check(
             sources,
+            share=(rank(), world_size()),
             preprocess=self.processor.preprocess,
             encode=self.processor.encode,
             to_text=self.processor.tokenizer.decode,
@@ -102,7 +103,9 @@ class TrainingData:
             placeholder_ids=self._placeholders,
             progress=lambda done, total: logger.info("checking %s records: %d of %d", what, done, total),
         )
-        logger.info("%s records\n%s", what, "\n".join(report.lines()))
+        report = merged(gathered(share))
+        if rank() == 0:
+            logger.info("%s records\n%s", what, "\n".join(report.lines()))
         self._judge(what, report)
         return report.lengths
 

@@ -12,9 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 from medm.errors import CheckpointError
 from medm.models import build
+from medm.models.manifest import sync, write_manifest
 from medm.objectives import OBJECTIVES
 from medm.objectives.base import Objective
-from medm.training import checkpoints
 from medm.training.arguments import training_arguments
 from medm.training.callbacks import LossCurve, Progress
 from medm.training.card import data_hashes, write_record
@@ -22,6 +22,7 @@ from medm.training.data import TrainingData
 from medm.training.diagnostics import TugOfWar, Watched, WithTasks, require_measurable
 from medm.training.features import keep_features
 from medm.training.parts import PartTable, apply_parts
+from medm.training.processes import on_first
 from medm.training.recipe import Recipe, resolved
 from medm.training.trainer import MedmTrainer
 
@@ -66,6 +67,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         recipe.data, recipe.train, processor, rank=args.process_index, world=args.world_size,
         flat=recipe.data.packing and model.separate_samples(),
     )  # fmt: skip
+    hashes = on_first(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:
         root = Path(recipe.data.cache_features)
         data.use_features(keep_features(model, root, data.train.preprocess, data.records, device=args.device))
@@ -81,7 +83,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         objective=goal, parts=recipe.parts, train_options=recipe.train, train_dataset=data.train,
         sampler=data.sampler, data_collator=data.collate, eval_dataset=data.evaluation,
         eval_collator=data.eval_collate, processing_class=processor, callbacks=callbacks,
-        recipe=resolved(recipe),
+        recipe=resolved(recipe), data_hashes=hashes,
     )  # fmt: skip
     finished = trainer.fit(resume=resume)
     if finished:
@@ -112,9 +114,10 @@ def _save_final(trainer: MedmTrainer, recipe: Recipe, table: PartTable, data: Tr
     trainer.save_whole(folder)
     if trainer.args.process_index == 0:
         write_record(
-            folder, recipe=resolved(recipe), table=table, hashes=data_hashes(data.files),
+            folder, recipe=resolved(recipe), table=table, hashes=trainer.data_hashes,
             history=trainer.state.log_history, counts=data.counts,
         )  # fmt: skip
+        write_manifest(folder, {"step": trainer.state.global_step})
         publish(folder, output_dir)
         logger.info("the model is in %s. Not for clinical use.", output_dir)
 
@@ -128,13 +131,16 @@ def publish(folder: Path, output_dir: Path) -> None:
     last = "config.json"
     try:
         (output_dir / last).unlink(missing_ok=True)
+        # One file of an earlier model would be preferred to the shards of this one.
+        for old in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]:
+            old.unlink()
         for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
             target = output_dir / path.name
             if path.is_dir() and target.is_dir():
                 shutil.rmtree(target)
-            checkpoints.sync(path)
+            sync(path)
             path.replace(target)
-        checkpoints.sync(output_dir)
+        sync(output_dir)
     except OSError as error:
         raise CheckpointError(
             f"{output_dir}: the trained model could not be put in place ({error}); it is in {folder}"

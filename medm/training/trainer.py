@@ -23,9 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from medm.data.sampling import RankedBatches, Sequential
 from medm.errors import CheckpointError, NonFiniteError, RecipeError
+from medm.models.manifest import read_manifest, verify
 from medm.objectives.base import Losses, Objective
 from medm.training import checkpoints
 from medm.training.callbacks import Interruption
@@ -115,6 +118,7 @@ class MedmTrainer(Trainer):
         processing_class: saved beside the weights.
         callbacks: further callbacks.
         recipe: the resolved recipe; kept with every checkpoint, and compared when a run continues.
+        data_hashes: sha256 of every annotation file; kept and compared likewise.
     """
 
     def __init__(
@@ -123,11 +127,13 @@ class MedmTrainer(Trainer):
         data_collator: Callable[[list[Any]], Batch], eval_dataset: Dataset[Any] | None = None,
         eval_collator: Callable[[list[Any]], Batch] | None = None, processing_class: Any = None,
         callbacks: Sequence[TrainerCallback] = (), recipe: Mapping[str, Any] | None = None,
+        data_hashes: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.objective: Objective = objective
         self.parts: dict[str, PartOptions] = dict(parts)
         self.train_options: TrainOptions = train_options
         self.recipe: dict[str, Any] = dict(recipe or {})
+        self.data_hashes: dict[str, str] = dict(data_hashes or {})
         self.output_dir = Path(args.output_dir or "")
         self.epochs = _Epochs(sampler, train_dataset, args.seed)
         self.eval_collator = eval_collator or data_collator
@@ -140,6 +146,7 @@ class MedmTrainer(Trainer):
         # Objectives divide by the items of the whole step, so the Trainer must not divide by micro-batches again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self._held_out: list[Tensor] = []
         self._frozen = frozen_modules(model)
         self._terms: dict[str, Tensor] = {}
         self._terms_since = 0
@@ -181,11 +188,11 @@ class MedmTrainer(Trainer):
                     "choose another output_dir"
                 )
             return None
-        start = checkpoints.newest_good(output_dir)
+        start = checkpoints.newest_good(output_dir, facts={"world_size": int, "recipe": dict})
         if start is None:
             logger.warning("--resume: %s holds no checkpoint yet, so the run starts from the beginning", output_dir)
             return None
-        manifest = checkpoints.read_manifest(start)
+        manifest = read_manifest(start)
         if manifest["world_size"] != self.args.world_size:
             raise CheckpointError(
                 f"{start}: written by {manifest['world_size']} processes, and {self.args.world_size} are running; "
@@ -195,6 +202,12 @@ class MedmTrainer(Trainer):
             raise RecipeError(
                 f"{start}: the recipe changed since it was written; undo the change, or start a new run from its "
                 "weights with init_from\n  " + "\n  ".join(changed)
+            )
+        written = manifest.get("data", {})
+        if edited := [file for file, digest in self.data_hashes.items() if written.get(file, digest) != digest]:
+            raise RecipeError(
+                f"{start}: {', '.join(edited)} changed since it was written; put the old annotations back, or start a "
+                "new run from its weights with init_from"
             )
         logger.info("continuing from %s", start)
         return start
@@ -226,14 +239,18 @@ class MedmTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        loader = DataLoader(
-            cast("Dataset[Any]", eval_dataset or self.eval_dataset),
-            batch_size=self.args.eval_batch_size,
+        """Every held-out sample once: a process that has none left runs a batch that counts nothing."""
+        dataset = cast("Dataset[Any]", eval_dataset or self.eval_dataset)
+        return DataLoader(
+            dataset,
+            batch_sampler=RankedBatches(
+                Sequential(len(cast(Any, dataset))), batch_size=self.args.eval_batch_size,
+                rank=self.args.process_index, world=self.args.world_size,
+            ),
             collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator(),  # the run's own random numbers stay as they are
-        )
-        return self.accelerator.prepare(loader)
+        )  # fmt: skip
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
         if not batch_samples:
@@ -280,14 +297,30 @@ class MedmTrainer(Trainer):
                 if getattr(module, "gradient_checkpointing", False):
                     module.training = True
 
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """The loss is a mean over all items of the held-out data, whatever batches and processes they came in."""
+        self._held_out = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        sums = torch.stack(self._held_out).sum(dim=0)  # (2,): of the losses, of the items
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums).view(-1, 2).sum(dim=0)
+        total, items = sums.tolist()
+        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1.0)}
+        return output._replace(metrics=metrics)
+
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[None, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = self.objective(model, inputs)
         self._require_finite(losses)
-        return losses.total.detach(), None, None
+        items = self.objective.num_items(inputs).double()
+        self._held_out.append(torch.stack([losses.total.detach().double() * items, items]))
+        return None, None, None
 
     def _require_finite(self, losses: Losses) -> None:
         """All processes stop together, or the others would wait for the one that stopped."""
@@ -407,15 +440,23 @@ class MedmTrainer(Trainer):
 
     def _commit(self, folder: Path, final: Path, copied: _State | None) -> Callable[[], None]:
         """What makes a folder a checkpoint, with the facts of this moment."""
-        facts = {"step": self.state.global_step, "world_size": self.args.world_size, "recipe": self.recipe}
+        facts = {
+            "step": self.state.global_step, "world_size": self.args.world_size, "recipe": self.recipe,
+            "data": self.data_hashes,
+        }  # fmt: skip
         best, keep = self.state.best_model_checkpoint, self.args.save_total_limit
 
         def commit() -> None:
             if copied is not None:
                 _write_copied(copied, folder, final)
-            checkpoints.commit(folder, final=final, facts=facts)
-            if keep is not None:
-                checkpoints.prune(final.parent, keep=keep, spare=Path(best) if best else None, newest=final)
+            try:
+                checkpoints.commit(folder, final=final, facts=facts)
+                if keep is not None:
+                    checkpoints.prune(final.parent, keep=keep, spare=Path(best) if best else None, newest=final)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{final} could not be finished ({error}); make room, then continue with --resume"
+                ) from None
 
         return commit
 
@@ -492,7 +533,7 @@ class MedmTrainer(Trainer):
             return
         on_first(self._commits.wait)
         best = Path(self.state.best_model_checkpoint or "")
-        on_first(lambda: checkpoints.verify(best))
+        on_first(lambda: verify(best))
         if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:

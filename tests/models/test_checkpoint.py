@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,43 @@ def test_two_tensors_under_one_name_are_refused() -> None:
         rename(
             {"a.w": torch.ones(1), "b.w": torch.ones(1)}, key_map=[(r"^[ab]\.", "")], ignored=[], report=LoadReport("f")
         )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected an object at the top, found list"),
+        ("{}", "expected a weight_map"),
+        ('{"weight_map": {"a": 1}}', "expected a weight_map"),
+        ('{"weight_map": {"a": "../other/model.safetensors"}}', "expected the name of a file beside it"),
+    ],
+)
+def test_an_index_of_a_stranger_is_refused_in_words(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=words):
+        Published(str(tmp_path)).tensors()
+
+
+def test_a_broken_config_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type":')
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read as JSON"):
+        Published(str(tmp_path)).config()
+
+
+def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_about(
+    llms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(llms["qwen2.5"], folder)
+    (folder / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'mark')!r}).touch()\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is there to answer"))
+    section = validate(LVLMOptions, tiny.lvlm_section(folder), source="test")
+    (folder / "config.json").write_text(json.dumps(config))
+    medm.models.build(section)  # of a type that transformers knows itself
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "theirs"}))
+    with pytest.raises(CheckpointError, match="no usable config"):
+        medm.models.build(section)
+    assert not (tmp_path / "mark").exists()

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from medm.errors import CheckpointError
+from medm.models.manifest import verify
 from medm.training import checkpoints
 from tests.training.toys import trainer, weights
 
@@ -71,7 +72,7 @@ def main(folder: Path) -> None:
         saved.append(len(present))
         for path in present:
             try:
-                checkpoints.verify(path)
+                verify(path)
             except CheckpointError as error:
                 unreadable.append(str(error))
     os.waitpid(attempt(folder / "cut", finished=folder / "cut.safetensors"), 0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from medm.errors import CheckpointError, MedmError
+from medm.models.manifest import MANIFEST, verify
 from medm.training import checkpoints
 
 
@@ -23,7 +25,7 @@ def write(output_dir: Path, step: int, content: bytes = b"weights") -> Path:
 
 def test_a_committed_checkpoint_verifies_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     folder = write(tmp_path, 8)
-    assert checkpoints.verify(folder)["step"] == 8
+    assert verify(folder)["step"] == 8
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
 
 
@@ -63,7 +65,7 @@ def test_damage_is_seen_and_an_older_checkpoint_is_used_loudly(
     older, newest = write(tmp_path, 8), write(tmp_path, 12)
     damage(newest)
     with pytest.raises(CheckpointError, match="checkpoint-12"):
-        checkpoints.verify(newest)
+        verify(newest)
     with caplog.at_level(logging.ERROR):
         assert checkpoints.newest_good(tmp_path) == older
     assert "DAMAGED CHECKPOINT" in caplog.text
@@ -101,10 +103,29 @@ def test_nothing_is_pruned_when_the_new_checkpoint_does_not_verify(tmp_path: Pat
     assert len(checkpoints.folders(tmp_path)) == 2
 
 
+def test_a_manifest_that_lacks_what_it_must_say_sends_one_back_to_an_older_checkpoint(tmp_path: Path) -> None:
+    facts = {"step": int}
+    older = write(tmp_path, 4)
+    manifest = write(tmp_path, 8) / MANIFEST
+    record = json.loads(manifest.read_text())
+    entry = record["files"]["model.safetensors"]
+    for changed in (
+        {**record, "files": {**record["files"], "model.safetensors": {"size": entry["size"]}}},
+        {**record, "files": {**record["files"], "model.safetensors": 7}},
+        {**record, "step": "eight"},
+        {"files": record["files"]},
+        [],
+    ):
+        manifest.write_text(json.dumps(changed))
+        assert checkpoints.newest_good(tmp_path, facts=facts) == older
+    manifest.write_text(json.dumps(record))
+    assert checkpoints.newest_good(tmp_path, facts=facts) == manifest.parent
+
+
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     flip(write(tmp_path, 4, b"old"))
     folder = write(tmp_path, 4, b"new")
-    checkpoints.verify(folder)
+    verify(folder)
     assert (folder / "model.safetensors").read_bytes() == b"new"
 
 

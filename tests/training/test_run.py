@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from medm.errors import DataError, RecipeError
+from medm.errors import CheckpointError, DataError, RecipeError
 from medm.models import load
 from medm.training import checkpoints
 from medm.training.recipe import load_recipe
@@ -100,6 +101,18 @@ def test_the_folder_opens_and_says_where_it_comes_from(world: Path, trained: Pat
     assert 0 < run["trainable"] < run["parameters"]
 
 
+def test_weights_that_changed_since_they_were_written_are_not_opened(trained: Path, tmp_path: Path) -> None:
+    for folder in (trained, trained / "checkpoint-6"):
+        copy = tmp_path / folder.name
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
+        load(str(copy))
+        weights = bytearray((copy / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (copy / "model.safetensors").write_bytes(weights)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: the content changed"):
+            load(str(copy))
+
+
 def test_a_stopped_and_continued_run_writes_the_same_model(world: Path, trained: Path, tmp_path: Path) -> None:
     """Through the command line, in a process of its own that gets SIGTERM: exit status 75, then --resume."""
     output = tmp_path / "trained"
@@ -126,6 +139,19 @@ def test_a_stopped_and_continued_run_writes_the_same_model(world: Path, trained:
     whole, again = load_file(trained / "model.safetensors"), load_file(output / "model.safetensors")
     assert whole.keys() == again.keys()
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_annotations_that_were_edited_are_not_resumed_with(world: Path, tmp_path: Path) -> None:
+    records = json.loads((world / "train.json").read_text())
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(records))
+    data = {"train": [{"path": str(path), "root": str(world / "images")}], "eval": []}
+    settings = {"max_steps": 2, "eval_strategy": "no"}
+    train(recipe(world, tmp_path / "out", data=data, train=settings))
+    records[0]["conversations"][1]["value"] = "sagittal"
+    path.write_text(json.dumps(records))
+    with pytest.raises(RecipeError, match=r"checkpoint-2: .*mine\.json changed since it was written"):
+        train(recipe(world, tmp_path / "out", data=data, train=settings), resume=True)
 
 
 def test_a_new_run_starts_from_a_lora_result_and_goes_on_with_its_adapter(
@@ -168,6 +194,8 @@ def test_publishing_puts_the_config_last(tmp_path: Path, monkeypatch: pytest.Mon
     output, folder = tmp_path / "out", tmp_path / "out" / ".tmp-model"
     folder.mkdir(parents=True)
     (output / "config.json").write_text("old")
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (output / name).write_text("of an earlier model, and preferred to one file when a folder is opened")
     for name in ("config.json", "model.safetensors", "processor_config.json"):
         (folder / name).write_text("new")
     moved = []
@@ -182,6 +210,7 @@ def test_publishing_puts_the_config_last(tmp_path: Path, monkeypatch: pytest.Mon
     assert moved[-1] == ("config.json", False)
     assert sorted(moved[:-1]) == [("model.safetensors", False), ("processor_config.json", False)]
     assert (output / "config.json").read_text() == "new"
+    assert {path.name for path in output.iterdir()} == {"config.json", "model.safetensors", "processor_config.json"}
 
 
 def test_no_epoch_at_all_writes_the_model_as_it_was_put_together(world: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from medm.errors import CheckpointError, DeviceError, MedmError, NonFiniteError, RecipeError
+from medm.models.manifest import read_manifest, verify, write_manifest
 from medm.training import checkpoints
 from medm.training.callbacks import LossCurve
 from medm.training.options import PartOptions
@@ -105,6 +106,22 @@ def test_accumulation_and_one_large_batch_give_the_same_weights(tmp_path: Path) 
         torch.testing.assert_close(first[name], second[name], atol=2e-6, rtol=1e-4, msg=name)
 
 
+def test_the_held_out_loss_is_a_mean_over_tokens_whatever_the_batch(tmp_path: Path) -> None:
+    """Samples have 4 to 7 labels, so a mean of the batches' means would differ."""
+    found = []
+    for batch in (7, 3, 1):
+        run = trainer(tmp_path / str(batch), balance=0.0, held_out=7, per_device_eval_batch_size=batch)
+        found.append(run.evaluate()["eval_loss"])
+    samples = [run.eval_dataset[index] for index in range(7)]
+    model, total, count = run.model.eval(), 0.0, 0
+    for sample in samples:
+        batch_of_one = {name: value.unsqueeze(0) for name, value in sample.items()}
+        items = int((sample["labels"][1:] != -100).sum())
+        with torch.no_grad():
+            total, count = total + model(**batch_of_one).loss.item() * items, count + items
+    assert found == pytest.approx([total / count] * 3, abs=1e-5)
+
+
 def test_named_losses_add_up(tmp_path: Path) -> None:
     run = trainer(tmp_path, save_strategy="no", max_steps=6, logging_steps=2, gradient_accumulation_steps=2)
     run.fit()
@@ -134,7 +151,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_reaches_no_file(tmp_path: Pa
     with pytest.raises(NonFiniteError, match=r"loss of step \d+ is nan"):
         run.fit()
     for folder in checkpoints.folders(tmp_path):
-        checkpoints.verify(folder)
+        verify(folder)
         run._load_from_checkpoint(str(folder))
         assert all(torch.isfinite(tensor).all() for tensor in weights(run.model).values())
     assert not (tmp_path / "model.safetensors").exists()
@@ -176,8 +193,8 @@ def test_a_planted_pickle_is_refused_and_does_not_run(tmp_path: Path, file: str)
     with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
         trainer(tmp_path / "run", max_steps=4).fit(resume=True)
     # A stranger can write a manifest too.
-    facts = {key: value for key, value in checkpoints.read_manifest(folder).items() if key != "files"}
-    checkpoints.write_manifest(folder, facts)
+    facts = {key: value for key, value in read_manifest(folder).items() if key != "files"}
+    write_manifest(folder, facts)
     with pytest.raises(CheckpointError, match="more than tensors and plain values"):
         trainer(tmp_path / "run", max_steps=8).fit(resume=True)
     assert not (tmp_path / "mark").exists()
@@ -194,7 +211,7 @@ def test_a_damaged_newest_checkpoint_costs_one_interval_and_not_the_run(tmp_path
     resumed = trainer(tmp_path / "cut")
     resumed.fit(resume=True)
     assert same(whole.model, resumed.model)
-    checkpoints.verify(newest)  # written again
+    verify(newest)  # written again
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -227,7 +244,18 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_there(
     with pytest.raises(CheckpointError, match=r"checkpoint-8 failed .*No space left"):
         run.fit()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-4"]
-    checkpoints.verify(tmp_path / "checkpoint-4")
+    verify(tmp_path / "checkpoint-4")
+
+
+def test_a_disk_that_is_full_only_at_the_end_is_said_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_manifest", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be finished .*No space left.*--resume"):
+        trainer(tmp_path, max_steps=4).fit()
 
 
 def test_both_ways_of_writing_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +282,7 @@ def test_without_memory_for_copies_a_checkpoint_is_written_at_once(
     monkeypatch.setattr(Snapshot, "fits", lambda *_: False)
     monkeypatch.setattr(Snapshot, "copy", lambda *_: pytest.fail("nothing may be copied"))
     trainer(tmp_path, max_steps=4).fit()
-    checkpoints.verify(tmp_path / "checkpoint-4")
+    verify(tmp_path / "checkpoint-4")
 
 
 def test_a_run_does_not_mix_with_another(tmp_path: Path) -> None:
@@ -274,8 +302,8 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -
 def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=4).fit()
     folder = tmp_path / "checkpoint-4"
-    facts = {key: value for key, value in checkpoints.read_manifest(folder).items() if key != "files"}
-    checkpoints.write_manifest(folder, facts | {"world_size": 2})
+    facts = {key: value for key, value in read_manifest(folder).items() if key != "files"}
+    write_manifest(folder, facts | {"world_size": 2})
     with pytest.raises(CheckpointError, match="written by 2 processes, and 1 are running"):
         trainer(tmp_path, max_steps=8).fit(resume=True)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.toys import LORA, TOWERS, Toy, collate, trainer
-from tests.training.two_processes import CURVE
+from tests.training.two_processes import CURVE, losses
 
 STAGES = ("zero1", "zero2", "zero3")
 COMPILER = all(shutil.which(program) for program in (os.environ.get("CXX", "g++"), "ninja"))
@@ -58,7 +58,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     for kind, parts in (("toy", LORA), ("towers", TOWERS)):
         run = trainer(tmp_path_factory.mktemp("alone"), kind=kind, **(CURVE | {"parts": parts}))
         run.fit()
-        curves[kind] = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        curves[kind] = losses(run)
     return curves
 
 
@@ -67,7 +67,7 @@ def test_two_processes_follow_the_curve_of_one(
     case: str, results: list[dict[str, Any]], alone: dict[str, list[float]]
 ) -> None:
     """Measured worst case 1e-6; a rank that saw other samples, or a mean of means, is off by more than 1e-3."""
-    assert len(results[0][case]) == CURVE["max_steps"]
+    assert len(results[0][case]) == CURVE["max_steps"] + 1
     assert results[0][case] == pytest.approx(alone["toy"], abs=1e-4)
     assert results[0][case] == results[1][case]
 
@@ -76,11 +76,13 @@ def test_two_processes_follow_the_curve_of_one(
 def test_two_towers_contrast_over_both_processes(
     case: str, results: list[dict[str, Any]], alone: dict[str, list[float]]
 ) -> None:
-    assert results[0][case] == pytest.approx(alone["towers"], abs=1e-4)
+    steps = CURVE["max_steps"]  # the held-out loss depends on what a batch is compared with
+    assert results[0][case][:steps] == pytest.approx(alone["towers"][:steps], abs=1e-4)
 
 
-def test_the_gathered_loss_has_the_gradient_of_the_whole_batch(results: list[dict[str, Any]]) -> None:
-    for difference, size in results[0]["contrast"].values():
+@pytest.mark.parametrize("case", ["contrast", "contrast, uneven", "contrast, one without"])
+def test_the_gathered_loss_has_the_gradient_of_the_whole_batch(case: str, results: list[dict[str, Any]]) -> None:
+    for difference, size in results[0][case].values():
         assert difference < 1e-6 < 0.1 < size
 
 

@@ -19,12 +19,16 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medm.errors import MedmError
+from medm.models.manifest import read_manifest, write_manifest
 from medm.objectives.contrastive import Contrastive
 from medm.training import checkpoints
 from medm.training.trainer import MedmTrainer
 from tests.training.toys import LORA, TOWERS, trainer
 
-CURVE: dict[str, Any] = {"dropout": False, "balance": 0.0, "max_steps": 6, "save_strategy": "no", "parts": LORA}
+CURVE: dict[str, Any] = {
+    "dropout": False, "balance": 0.0, "max_steps": 6, "save_strategy": "no", "parts": LORA,
+    "held_out": 7, "eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 2,
+}  # fmt: skip
 """What one process with a batch of 4 does too."""
 HALF = {"per_device_train_batch_size": 2}
 
@@ -38,7 +42,8 @@ class Terminate(TrainerCallback):
 
 
 def losses(run: MedmTrainer) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    """Of the steps, and of the held-out data where that was measured."""
+    return [entry[key] for key in ("loss", "eval_loss") for entry in run.state.log_history if key in entry]
 
 
 def curve(folder: Path, **case: Any) -> Any:
@@ -97,8 +102,8 @@ def planted(folder: Path, pattern: str, stage: str) -> Any:
         checkpoint = folder / "checkpoint-2"
         for file in checkpoint.rglob(pattern):  # one a process
             torch.save({"module": Planted(str(folder / "mark"))}, file)
-        facts = {key: value for key, value in checkpoints.read_manifest(checkpoint).items() if key != "files"}
-        checkpoints.write_manifest(checkpoint, facts)
+        facts = {key: value for key, value in read_manifest(checkpoint).items() if key != "files"}
+        write_manifest(checkpoint, facts)
     dist.barrier()
     return refusal(lambda: trainer(folder, **(settings | {"max_steps": 4})).fit(resume=True))
 
@@ -113,8 +118,11 @@ def terminated(folder: Path) -> Any:
     return [run.fit(), run.state.global_step, [path.name for path in checkpoints.folders(folder)]]
 
 
-def contrast() -> Any:
-    """The gradient of the gathered loss, averaged over processes as DDP does, against the whole batch at once."""
+def contrast(first_rows: int = 3) -> Any:
+    """The gradient of the gathered loss, averaged over processes as DDP does, against the whole batch at once.
+
+    The first process holds `first_rows` of the six pairs, the second one the others.
+    """
     generator = torch.Generator().manual_seed(3)
     inputs, other = torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
     differences = {}
@@ -122,7 +130,8 @@ def contrast() -> Any:
         gradients = []
         for spread in (True, False):
             model = Heads()
-            mine = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3) if spread else slice(None)
+            share = slice(first_rows) if dist.get_rank() == 0 else slice(first_rows, None)
+            mine = share if spread else slice(None)
             objective = Contrastive(loss=loss, gather=spread)
             total = objective(model, {"first": inputs[mine], "second": other[mine]}, num_items_in_batch=6).total
             # As the trainer: items of all processes divide, and gradients are averaged.
@@ -160,6 +169,8 @@ def main(folder: Path) -> None:
     cases: dict[str, Callable[[], Any]] = {
         "ddp": lambda: curve(folder / "ddp"),
         "contrast": contrast,
+        "contrast, uneven": lambda: contrast(first_rows=4),
+        "contrast, one without": lambda: contrast(first_rows=6),
         "towers": lambda: curve(folder / "towers", kind="towers", parts=TOWERS),
         "poisoned": lambda: poisoned(folder / "poisoned"),
         "terminated": lambda: terminated(folder / "terminated"),

@@ -1,0 +1,127 @@
+"""The manifest of a folder: which files belong to it, with size and sha256. Knows files, not models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from medm.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_BLOCK = 1 << 22
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Bring every file to the disk and note its size and sha256; the manifest itself comes last."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(_sync_and_hash, files))
+    record = {
+        **facts,
+        "files": {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(files, digests, strict=True)
+        },
+    }
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for path in [manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        sync(path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder. Raises `CheckpointError` when it is missing, unreadable or no manifest."""
+    try:
+        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}; the checkpoint was not finished, or medm did not write it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error})") from None
+    files = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise CheckpointError(f"{folder / MANIFEST}: expected files with size and sha256, found something else")
+    return record
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Compare every file with the manifest; returns the manifest.
+
+    Raises:
+        CheckpointError: a file is missing, shorter, longer or changed, or was added.
+    """
+    record = read_manifest(folder)
+    listed: dict[str, Any] = record["files"]
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}
+    if missing := sorted(set(listed) - present):
+        raise CheckpointError(f"{folder}: {len(missing)} files are missing: {', '.join(missing[:3])}")
+    if added := sorted(present - set(listed)):
+        raise CheckpointError(f"{folder}: {len(added)} files that the manifest does not know: {', '.join(added[:3])}")
+    _compare(folder, listed)
+    return record
+
+
+def verify_weights(folder: Path) -> None:
+    """Compare the weights alone with the manifest, where there is one: the other files are for people to edit.
+
+    Raises:
+        CheckpointError: a weight file is missing, shorter, longer or changed, or was added.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    listed = {
+        name: entry
+        for name, entry in read_manifest(folder)["files"].items()
+        if name.endswith(".safetensors") and "/" not in name
+    }
+    present = {path.name for path in folder.glob("*.safetensors")}
+    if listed.keys() != present:
+        raise CheckpointError(
+            f"{folder}: expected the weights {sorted(listed)} of its {MANIFEST}, found {sorted(present)}; copy the "
+            f"folder again, or remove {MANIFEST} if you changed the weights yourself"
+        )
+    _compare(folder, listed)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+
+
+def _compare(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, entry in listed.items():
+        size = (folder / name).stat().st_size
+        if size != entry["size"]:
+            raise CheckpointError(f"{folder / name}: expected {entry['size']} bytes, found {size}")
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda name: _hash(folder / name), listed)
+        for name, digest in zip(listed, digests, strict=True):
+            if digest != listed[name]["sha256"]:
+                raise CheckpointError(f"{folder / name}: the content changed since it was written (sha256 differs)")
+
+
+def _sync_and_hash(path: Path) -> str:
+    sync(path)
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
