@@ -23,6 +23,10 @@ class ObjectiveOptions(Options):
     name: str
     """Registered name of the objective."""
 
+    def reads(self) -> frozenset[str]:
+        """Fields of the model's output that it cannot do without."""
+        return frozenset()
+
 
 class LanguageModelingOptions(ObjectiveOptions):
     """Next-token prediction."""
@@ -30,6 +34,9 @@ class LanguageModelingOptions(ObjectiveOptions):
     auxiliary: dict[str, float] = {}
     """Weight of each auxiliary loss that the model reports by name (`image.connector` router balance ...). A loss
     that is not named here counts once (weight 1); weight 0 switches it off."""
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({"loss"})
 
 
 class ContrastiveOptions(ObjectiveOptions):
@@ -45,6 +52,10 @@ class ContrastiveOptions(ObjectiveOptions):
     """Compare with the pairs of all processes; without it each process sees its own batch alone."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all pairs (`softmax` alone)."""
+
+    def reads(self) -> frozenset[str]:
+        bias = {"logit_bias"} if self.loss == "sigmoid" else set()
+        return frozenset({self.first, self.second, "logit_scale", *bias})
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", group="medm.objectives", options=ObjectiveOptions)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from medm.config import Options, apply_overrides, named, read_yaml, validate
 from medm.data.options import DataOptions
 from medm.models import MODELS
+from medm.models.options import ModelOptions
 from medm.objectives import OBJECTIVES
 from medm.training.options import DiagnosticsOptions, Part, TrainOptions, flatten_parts
 
@@ -42,6 +43,17 @@ class Recipe(Options):
         if all(part.tune == "frozen" for part in parts.values()):
             raise ValueError("nothing to train: name at least one part with tune: full or tune: lora")
         return parts
+
+    @model_validator(mode="after")
+    def _objective_fits_the_model(self) -> Recipe:
+        given = self.model.outputs if isinstance(self.model, ModelOptions) else None
+        missing = [] if given is None else sorted(self.objective.reads() - given)
+        if missing:
+            raise ValueError(
+                f"objective: {self.objective.name!r} reads {', '.join(missing)}, and a model of kind "
+                f"{self.model.kind!r} gives {', '.join(sorted(given))}; choose another objective or kind of model"
+            )
+        return self
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -75,6 +75,7 @@ def test_overrides_reach_parts_with_dots_in_their_names(file: Path) -> None:
         ("train.load_best_model_at_end=true", ["load_best_model_at_end", "eval_strategy"]),
         ("train.arguments={learning_rate: 1}", ["learning_rate", "key of its own"]),
         ("objective=contrastiv", ["contrastive"]),
+        ("objective=contrastive", ["'contrastive' reads image_embeds, logit_scale, text_embeds", "'lvlm' gives loss"]),
         ("model.kind=lvml", ["lvlm"]),
         ("train.save_steps=many", ["save_steps", "many"]),
     ],

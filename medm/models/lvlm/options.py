@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 
@@ -10,6 +10,7 @@ from medm.config import Options, named
 from medm.connectors import CONNECTORS
 from medm.encoders import ENCODERS
 from medm.llms import LLMS
+from medm.models.options import ModelOptions
 
 PLACEHOLDERS = {"image": "<image>", "volume": "<volume>"}
 """Branch names and the placeholder that stands for one of their items in text."""
@@ -26,8 +27,10 @@ class BranchOptions(Options):
     """Fields of the preprocessing that replace what the encoder was published with (size, window, fit ...)."""
 
 
-class LVLMOptions(Options):
+class LVLMOptions(ModelOptions):
     """A vision-language model, put together from parts by name."""
+
+    outputs: ClassVar[frozenset[str]] = frozenset({"loss", "losses"})
 
     kind: Literal["lvlm"] = "lvlm"
     """Kind of model."""

@@ -1,0 +1,14 @@
+"""What the `model` section of every kind of model says beside its options. Torch-free."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from medm.config import Options
+
+
+class ModelOptions(Options):
+    """The `model` section of a recipe."""
+
+    outputs: ClassVar[frozenset[str] | None] = None
+    """Fields of the output in training, for an objective to read; None where a kind does not say."""
