@@ -85,6 +85,9 @@ def _call_problems(node: ast.Call, place: str) -> Iterator[str]:
     for key in FORBIDDEN_TRUE.keys() & keywords.keys():
         if _is_true(keywords[key]):
             yield f"{place}:{node.lineno} passes {key}=True, which {FORBIDDEN_TRUE[key]}"
+    opens = place.startswith("medm/") and name.startswith("Auto") and name.endswith(".from_pretrained")
+    if opens and ast.unparse(keywords.get("trust_remote_code", ast.Constant(None))) != "False":
+        yield f"{place}:{node.lineno} leaves trust_remote_code open, and transformers asks on a terminal; pass False"
     if name == "torch.load":
         if place not in MAY_TORCH_LOAD:
             yield f"{place}:{node.lineno} calls torch.load; only {', '.join(sorted(MAY_TORCH_LOAD))} may"
@@ -121,6 +124,7 @@ def test_nothing_forbidden_is_written() -> None:
         "yaml.load(text, Loader=yaml.Loader)",
         "archive.extractall(folder)",
         "ImageFile.LOAD_TRUNCATED_IMAGES = True",
+        "AutoConfig.from_pretrained(path)",
     ],
 )
 def test_the_rule_sees(source: str) -> None:
@@ -133,6 +137,7 @@ def test_the_rule_sees(source: str) -> None:
         "model.eval()",
         "np.load(path, allow_pickle=False)",
         "loader(trust_remote_code=False)",
+        "AutoConfig.from_pretrained(path, trust_remote_code=False)",
         "subprocess.run([command], shell=False)",
         "def evaluate(): ...",
         "from medm.evaluation import runner",

@@ -210,7 +210,7 @@ def _saved_processor(folder: Path) -> Any:
     if not (folder / "processor_config.json").is_file():
         raise CheckpointError(f"{folder}: not a model folder; expected processor_config.json in it")
     try:
-        return AutoProcessor.from_pretrained(folder)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: its processor cannot be opened ({error})") from None
 

@@ -125,7 +125,7 @@ def estimate(
 def skeleton(options: Options, *, init_from: str | None = None) -> Any:
     """The model without memory behind its weights."""
     if init_from is not None and (Path(init_from) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(init_from)
+        config = AutoConfig.from_pretrained(init_from, trust_remote_code=False)
         config.adapters = {}  # training folds them in
         with torch.device("meta"):
             return AutoModel.from_config(config)

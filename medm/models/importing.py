@@ -265,13 +265,13 @@ def _write_lvlm(
 def _tokenizer(published: Published, hints: Hints, llm: Mapping[str, Any], scratch: Path, report: ImportReport) -> Path:
     """The tokenizer and template that the weights were trained with, in a folder of their own."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(published.path)
+        tokenizer = AutoTokenizer.from_pretrained(published.path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if hints.llm is None:
             raise CheckpointError(
                 f"{published.path}: no usable tokenizer ({error}); give the LLM's with --llm"
             ) from None
-        tokenizer = AutoTokenizer.from_pretrained(hints.llm)
+        tokenizer = AutoTokenizer.from_pretrained(hints.llm, trust_remote_code=False)
     end = END_TOKENS.get(llm["architecture"]["model_type"])
     if end is not None and tokenizer.eos_token != end and end in tokenizer.get_vocab():
         report.notes.append(f"replies end with {end!r} as in training; the tokenizer said {tokenizer.eos_token!r}")

@@ -103,7 +103,7 @@ def _llm(config: Mapping[str, Any], hints: Hints) -> dict[str, Any]:
         if path is None:
             raise CheckpointError("config.json names no language model; give a folder or id with its config by --llm")
         try:
-            architecture = AutoConfig.from_pretrained(path).to_dict()
+            architecture = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"the language model's config is looked up as {path!r} and is not to be had ({error}); give a folder "

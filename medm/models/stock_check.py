@@ -30,9 +30,11 @@ def run(folder: str, plan: dict[str, Any], result: Path) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    opened: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    opened: Any = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+    )
     model, report = opened
-    processor: Any = AutoProcessor.from_pretrained(folder)
+    processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     content = [{"type": "image", "path": plan["image"]}, {"type": "text", "text": plan["prompt"]}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
