@@ -122,3 +122,11 @@ def test_two_machines_find_each_other() -> None:
         out, err = node.communicate(timeout=240)
         assert node.returncode == 0, err
         assert "mlp" in out
+
+
+def test_a_launcher_trains_nothing_by_a_misspelt_word() -> None:
+    done = subprocess.run(
+        ["bash", "scripts/train/finetune.sh"], cwd=ROOT, env=environment() | {"TUNE": "lroa"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "TUNE=lroa: expected lora or full\n")

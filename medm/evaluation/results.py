@@ -120,10 +120,20 @@ class Appender:
         self._stream.close()
 
     def add(self, lines: list[dict[str, Any]]) -> None:
-        """Write some lines; when this returns they survive a kill and a power failure."""
-        self._stream.write("".join(map(encode, lines)).encode())
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Write some lines; when this returns they survive a kill and a power failure.
+
+        Raises:
+            MedmError: the disk does not take them.
+        """
+        try:
+            self._stream.write("".join(map(encode, lines)).encode())
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise MedmError(
+                f"{self.file}: cannot be written ({error}); make room and run the same command again, which goes on "
+                "behind the last whole line"
+            ) from None
 
     def _drop_torn_line(self) -> None:
         """A process that was killed while writing leaves half a line, which is cut off."""

@@ -30,8 +30,10 @@ MAX_PIXELS = 64 * 2**20
 """Largest image that is decoded. Pillow alone would allow 179 million pixels (a 17 kB PNG can declare 144)."""
 
 _FORMATS = ["PNG", "JPEG", "TIFF", "BMP"]
-_NPY, _DICOM = b"\x93NUMPY", b"DICM"
 _NPY = b"\x93NUMPY"
+_END_MARKS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
+_TAIL = 4096
+"""Bytes at the end in which the mark may stand: some programs write something behind it."""
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -79,10 +81,10 @@ def read_image(file: Path | BinaryIO, *, name: str | None = None) -> Picture:
 
 
 def check_image(file: Path) -> None:
-    """Look at the header of an image without decoding it.
+    """Look at the beginning and the end of an image. It is decoded only where its end mark is missing.
 
     Raises:
-        MediaError: as `read_image`, except for damage behind the header.
+        MediaError: as `read_image`, except for damage in the middle.
     """
     name = str(file)
     with _regular_file(file, name) as stream:
@@ -95,6 +97,8 @@ def check_image(file: Path) -> None:
         elif not head.startswith(_NPY):
             with _pillow_image(stream, head, name):
                 pass
+            if not _has_end(stream, head):
+                read_image(file)
 
 
 def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
@@ -141,6 +145,16 @@ def _head(stream: BinaryIO, name: str) -> bytes:
     if not head:
         raise MediaError(f"{name}: the file is empty")
     return head
+
+
+def _has_end(stream: BinaryIO, head: bytes) -> bool:
+    """Whether the mark that ends a PNG or JPEG stands near the end of the file; true for formats that have none."""
+    mark = next((end for start, end in _END_MARKS.items() if head.startswith(start)), None)
+    if mark is None:
+        return True
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - _TAIL))
+    return mark in stream.read(_TAIL)
 
 
 def _decode(stream: BinaryIO, name: str, path: Path | None) -> Picture:

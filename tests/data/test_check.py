@@ -76,9 +76,24 @@ def test_every_bad_record_is_named_in_order(tmp_path: Path) -> None:
     assert report.text_only == 1 and report.media["image"] == 1
 
 
-def test_a_truncated_image_is_found_when_decoding(tmp_path: Path) -> None:
-    whole = write_image(tmp_path / "a.png", size=(64, 64)).read_bytes()
-    (tmp_path / "a.png").write_bytes(whole[: len(whole) - 30])
+@pytest.mark.parametrize(("name", "cut"), [("a.png", 30), ("a.jpg", 2), ("a.jpg", 300)])
+def test_an_image_without_its_end_is_found_without_decoding_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cut: int
+) -> None:
+    path = write_image(tmp_path / name, size=(64, 64))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut])
+    file = source(tmp_path, record("<image>", "A", image=name))
+    assert places(check([file])) == [("a.jsonl", 0, "image")]
+    monkeypatch.setattr("medm.imaging.images.read_image", lambda *_: pytest.fail("decoded"))
+    path.write_bytes(whole + b"written behind the end by a scanner")
+    assert check([file]).ok
+
+
+def test_damage_in_the_middle_of_an_image_is_found_when_decoding(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png", size=(64, 64))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:41] + b"\xff\xff" + whole[43:])  # where the compressed pixels begin
     file = source(tmp_path, record("<image>", "A", image="a.png"))
     assert check([file]).ok
     assert places(check([file], decode=True)) == [("a.jsonl", 0, "image")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -245,3 +246,15 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     wrong = medm(*common, "--top-p", "2")
     assert wrong.code == 2
     assert "generation.top_p" in wrong.err
+
+
+def test_a_full_disk_is_said_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        Appender(tmp_path / "out.jsonl") as lines,
+        pytest.raises(MedmError, match=r"No space left.*same command again"),
+    ):
+        lines.add([{"id": 1}])

@@ -295,3 +295,12 @@ def test_the_config_round_trips(llms: dict[str, Path], tmp_path: Path) -> None:
     again = AutoConfig.from_pretrained(tmp_path)
     of_the_file = {"architectures": again.architectures, "_name_or_path": again._name_or_path}
     assert again.to_dict() == model.config.to_dict() | of_the_file
+
+
+def test_a_misspelt_keyword_of_the_processor_is_refused(llms: dict[str, Path]) -> None:
+    _, processor = build(llms["qwen2.5"])
+    assert processor("What?", return_tensors="pt")["input_ids"].shape[0] == 1
+    with pytest.raises(TypeError, match="image"):
+        processor("<image>What?", image=["a.png"])
+    with pytest.raises(ValueError, match="expected 'pt', found 'np'"):
+        processor("What?", return_tensors="np")
