@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -45,18 +46,27 @@ _WITHOUT_EFFECT = {
     **dict.fromkeys(_DECIDED, "medm decides it"),
 }
 
+_LOG_EXTRA = ("tensorboard", "wandb")
+"""Trackers that come with the extra `log`."""
+
 
 def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArguments:
     """Check every name and value, and build the arguments.
 
     Raises:
         RecipeError: an unknown name, a name without effect, or a value that transformers refuses.
-        DeviceError: a GPU was required and there is none.
+        DeviceError: a GPU was required and there is none, or a tracker is not installed.
     """
     if options.require_gpu and not torch.cuda.is_available():
         raise DeviceError(
             "train.require_gpu: no CUDA device is there; check the driver, or leave the key out to use the CPU"
         )
+    trackers = [options.report_to] if isinstance(options.report_to, str) else options.report_to
+    for tracker in trackers:
+        if tracker in _LOG_EXTRA and importlib.util.find_spec(tracker) is None:
+            raise DeviceError(
+                f"train.report_to: {tracker} is not installed; pip install 'medm[log]', or leave the key out"
+            )
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in options.arguments:
         if name in _WITHOUT_EFFECT:

@@ -47,8 +47,7 @@ class Recipe(Options):
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:
         given = self.model.outputs if isinstance(self.model, ModelOptions) else None
-        missing = [] if given is None else sorted(self.objective.reads() - given)
-        if missing:
+        if given is not None and (missing := sorted(self.objective.reads() - given)):
             raise ValueError(
                 f"objective: {self.objective.name!r} reads {', '.join(missing)}, and a model of kind "
                 f"{self.model.kind!r} gives {', '.join(sorted(given))}; choose another objective or kind of model"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,9 +34,7 @@ def safe_loading(classes: tuple[Any, ...] = ()) -> Iterator[None]:
     try:
         with torch.serialization.safe_globals(list(classes)):
             yield
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
+    except UnpicklingError as error:
         raise CheckpointError(
             f"a checkpoint holds more than tensors and plain values, and was not loaded ({_first_line(error)}). It was "
             "not written by this run, or was tampered with"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from medm.errors import CheckpointError, DeviceError, MedmError, NonFiniteError, RecipeError
 from medm.models.manifest import read_manifest, verify, write_manifest
 from medm.training import checkpoints
+from medm.training.arguments import training_arguments
 from medm.training.callbacks import LossCurve
-from medm.training.options import PartOptions
+from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import ADAPTER_PARAMETER
 from medm.training.snapshot import Snapshot
 from tests.training.toys import FULL, LORA, TOWERS, Toy, trainer, weights
@@ -372,3 +374,19 @@ def test_arguments_are_checked_at_the_start(tmp_path: Path, train: Case, error: 
 def test_a_gpu_that_is_asked_for_and_absent(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="no CUDA device"):
         trainer(tmp_path, use_cpu=False, require_gpu=True)
+
+
+def test_a_tracker_writes_beside_the_loss_curve(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="comes with the extra 'log'")
+    trainer(tmp_path, max_steps=2, save_strategy="no", report_to="tensorboard").fit()
+    events = [path for path in tmp_path.rglob("events.out.tfevents.*") if path.stat().st_size]
+    assert events
+
+
+def test_a_tracker_that_is_not_installed_is_said_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else find(name, *a))
+    with pytest.raises(DeviceError, match=r"train\.report_to: tensorboard is not installed.*medm\[log\]"):
+        training_arguments(TrainOptions(use_cpu=True, report_to="tensorboard"), tmp_path)
