@@ -147,7 +147,7 @@ def rows(out: Path, data: Path, constant: Mapping[tuple[str, str], str]) -> list
             score([said[index] for index in kept], records, resampling)
             for said in (replies(out, model, task, len(asked)) for model in MODELS)
         )
-        always = score([constant[task, record["question_type"]] for record in records], records, Resampling(rounds=0))
+        always = score([constant[asked_for(record)] for record in records], records, Resampling(rounds=0))
         name = f"{task} {'lungs' if kinds == LUNGS else kinds[0] + 's'}" if kinds else task
         against = compare(experts, dense, resampling)
         table.append(Row(name, measure, dense, experts, against, always.value, len(set(volumes))))
@@ -166,12 +166,18 @@ def replies(out: Path, model: str, task: str, expected: int) -> list[str]:
     return [said[index] for index in range(expected)]
 
 
+def asked_for(record: Record) -> tuple[str, str]:
+    """What a constant answer may depend on: task and question type, but not where the type is the answer."""
+    task = record["task"]
+    return task, "" if task == "reg" else record["question_type"]
+
+
 def constants(training: Iterable[Record]) -> dict[tuple[str, str], str]:
-    """(task, question type) -> the reply that was most frequent in training; for boxes the one that fits best."""
+    """What was asked for -> the reply that was most frequent in training; for boxes the one that fits best."""
     answers: dict[tuple[str, str], list[str]] = {}
     for record in training:
         reply = record["conversations"][-1]["value"]
-        answers.setdefault((record["task"], record["question_type"]), []).append(reply)
+        answers.setdefault(asked_for(record), []).append(reply)
     return {
         key: best_box(texts) if key[0] == "rec" else Counter(texts).most_common(1)[0][0]
         for key, texts in answers.items()

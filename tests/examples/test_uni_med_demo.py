@@ -149,7 +149,7 @@ QUESTIONS = {
     "vqa": [("a", "plane", "axial"), ("a", "plane", "coronal"), ("b", "plane", "coronal"), ("b", "plane", "sagittal")],
     "cls": [("a", "region", "head"), ("a", "region", "head"), ("b", "region", "chest"), ("b", "region", "chest")],
     "rec": [("a", "lesion", ""), ("b", "lesion", ""), ("a", "left lung", "")],
-    "reg": [("a", "lesion", "lesion"), ("b", "lesion", "lesion")],
+    "reg": [("a", "lesion", "lesion"), ("b", "left lung", "left lung")],
     "caption": [("a", "caption", "Axial CT."), ("b", "caption", "Axial CT.")],
 }
 BOXES = ([0.004, 0.0, 0.504, 0.5], [0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0])
@@ -158,14 +158,14 @@ SAID = {
         "vqa": ["Axial.", "axial", "axial", ""],
         "cls": ["head", "head", "head", "head"],
         "rec": ["{<0><0><50><25>}", "somewhere", "{<0><0><100><50>}"],
-        "reg": ["lesion", "left lung"],
+        "reg": ["lesion", "lesion"],
         "caption": ["Axial CT.", "No."],
     },
     "experts": {
         "vqa": ["axial", "coronal", "coronal", "axial"],
         "cls": ["head", "head", "chest", "chest"],
         "rec": ["{<0><0><50><50>}", "{<50><50><75><75>}", "{<0><0><100><100>}"],
-        "reg": ["lesion", "lesion"],
+        "reg": ["lesion", "left lung"],
         "caption": ["Axial CT.", "Axial CT."],
     },
 }
@@ -174,7 +174,8 @@ TRAINED_ON = {
     ("cls", "region"): ["chest"],
     ("rec", "lesion"): ["{<0><0><50><99>}", "{<0><0><50><50>}", "{<0><0><50><49>}"],
     ("rec", "left lung"): ["{<0><0><100><25>}"],
-    ("reg", "lesion"): ["lesion"],
+    ("reg", "lesion"): ["lesion", "lesion"],
+    ("reg", "left lung"): ["left lung"],
     ("caption", "caption"): ["Axial CT."],
 }
 
@@ -198,7 +199,10 @@ def results(report, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     boxes = iter(BOXES)
     for task, asked in QUESTIONS.items():
-        records = [{"source_volume": v, "question_type": kind, "answer": answer} for v, kind, answer in asked]
+        records = [
+            {"task": task, "source_volume": volume, "question_type": kind, "answer": answer}
+            for volume, kind, answer in asked
+        ]
         dump(folder / f"test_{task}.json", [{**r, "box": next(boxes)} if task == "rec" else r for r in records])
         for model in SAID:
             scores = folder / "scores" / model / task / "custom"
@@ -250,6 +254,12 @@ def test_boxes_are_scored_against_the_exact_box_and_the_best_constant_one(result
     assert overlap["constant"] == pytest.approx(0.496 / 0.504 / 2)  # {<0><0><50><50>} fits the other two best
     assert hits["dense"]["value"] == 0.0  # 0.494; exactly a half of the box in steps of a hundredth
     assert hits["experts"]["value"] == 0.5
+
+
+def test_a_constant_answer_is_not_told_the_answer(results):
+    assert (
+        row(results, "reg", "accuracy")["constant"] == 0.5
+    )  # the question type of `reg` is the name that is asked for
 
 
 def test_a_single_volume_has_neither_interval_nor_test(results):
