@@ -1,14 +1,15 @@
 """Greedy decoding of many prompts at once. Knows embeddings and a causal language model; no text, no images.
 
-Three things that `generate` on padded batches does not do: a prompt whose reply is finished leaves the batch
-and the next one takes its place; what several prompts begin with (an image, a system turn) is computed once; and
-the key-value cache grows in blocks instead of being copied at every token. The replies are those of one prompt at
-a time.
+What `generate` on padded batches does not do: a prompt whose reply is finished leaves the batch and the next one
+takes its place; what several prompts begin with (an image, a system turn) is computed once; the key-value cache
+grows in blocks instead of being copied at every token; and the head's weight is packed on a CPU. The replies are
+those of one prompt at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
+
+from medm.evaluation.packed_head import packed_head
 
 BLOCK = 128
 """Tokens by which a cache grows."""
@@ -63,6 +66,10 @@ class GreedyDecoder:
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The reply to each prompt as token ids, up to and with the end token."""
+        with packed_head(self.language_model) if len(prompts) > 1 else nullcontext():
+            return self._decode(prompts)
+
+    def _decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         replies: list[list[int]] = [[] for _ in prompts]
         waiting = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].embeds), row))
         active: _Rows | None = None
