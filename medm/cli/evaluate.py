@@ -65,8 +65,10 @@ def evaluate(
         ]
     elif recipe is None:
         raise RecipeError("expected a recipe, or --task and --data; 'medm list tasks' prints the tasks")
-    elif data or split or option or predictions or against or limit:
-        raise RecipeError("--data, --split, --option, --predictions, --against and --limit belong to --task")
+    elif data or split or option or predictions or limit:
+        raise RecipeError("--data, --split, --option, --predictions and --limit belong to --task")
+    elif against is not None:
+        section["tasks"] = [{**block, "against": against} for block in section.get("tasks", [])]
     given = {
         "model": model, "output_dir": output, "batch_size": batch_size, "processes": processes, "workers": workers,
         "device": device, "dtype": dtype, "cases": cases, "overwrite": overwrite or None,

@@ -53,11 +53,14 @@ def choose_cases(
         samples: the items.
         single: the task without intervals, for scoring items alone.
         count: of each kind.
-        seed: of the random ones.
+        seed: of the random ones, and of the choice among equally bad ones.
     """
     draw = random.Random(seed)
     metric, values = item_scores(scores, records, single, draw)
-    worst = sorted(values, key=lambda index: (values[index], index))[:count]
+    place = draw.sample(
+        range(len(records)), len(records)
+    )  # scores of 0 and 1 have many equals: chance decides, not order
+    worst = sorted(values, key=lambda index: (values[index], place[index]))[:count]
     others = [index for index in range(len(records)) if index not in worst]
     drawn = sorted(draw.sample(others, min(count, len(others))))
 

@@ -24,6 +24,8 @@ class Prediction:
     text: str
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Scores that come with it (overlaps of masks)."""
+    scores: Mapping[str, float] | Sequence[float] | None = None
+    """A score for each class, by name or in the order of the task's classes; a single one is in `numbers`."""
     error: str | None = None
     """Why the program gave no answer; the text is then empty."""
     mask: str | None = None
@@ -102,18 +104,31 @@ def _prediction(item: Any) -> Prediction:
     numbers = {key: float(value) for key, value in item.items() if _is_number(value)}
     if item.get("error") is not None:
         return Prediction("", numbers, error=str(item["error"]))
+    scores = _scores(item.get("scores"))
     mask = item["mask"] if isinstance(item.get("mask"), str) else None
     turns = item.get("conversations") or item.get("messages")
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         last = turns[-1]
         if last.get("from", last.get("role")) in ("gpt", "assistant"):
-            return Prediction(str(last.get("value", last.get("content", ""))), numbers, mask=mask)
+            return Prediction(str(last.get("value", last.get("content", ""))), numbers, scores, mask=mask)
     for key in _TEXT_FIELDS:
         if isinstance(item.get(key), str):
-            return Prediction(item[key], numbers, mask=mask)
-    if mask is not None:
-        return Prediction("", numbers, mask=mask)
+            return Prediction(item[key], numbers, scores, mask=mask)
+    if mask is not None or scores is not None:
+        return Prediction("", numbers, scores, mask=mask)
     raise DataError(f"no answer in it; expected one of {', '.join(_TEXT_FIELDS)}, or a last turn of the assistant")
+
+
+def _scores(value: Any) -> Mapping[str, float] | Sequence[float] | None:
+    """Numbers of classes; None where there are none, or a single one."""
+    if value is None or _is_number(value):
+        return None
+    items = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(items, list) or not items or not all(map(_is_number, items)):
+        raise DataError("expected a number, a list of numbers or an object of class to number", field="scores")
+    return (
+        {str(key): float(score) for key, score in value.items()} if isinstance(value, dict) else list(map(float, items))
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -129,6 +144,8 @@ def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> li
             continue
         for key, value in found.numbers.items():
             record.setdefault(key, value)
+        if found.scores is not None:
+            record["scores"] = found.scores
         if found.error is not None:
             record[FAILED] = found.error
     return records

@@ -13,8 +13,20 @@ from medm.metrics.words import ANSWER_SIGNATURE, normalise_answer
 
 _YES = frozenset(("yes", "yeah", "yep", "true", "correct"))
 _NO = frozenset(("no", "nope", "false", "incorrect"))
+_DECISIONS = {**dict.fromkeys(_YES, "yes"), **dict.fromkeys(_NO, "no"), "maybe": "maybe"}
 _ANSWER_IS = r"(?:answer|choice|option)(?:\s+(?:is|would\s+be|should\s+be))?\s*[:=]?\s*"
-_STATED_POLARITY = re.compile(rf"\b{_ANSWER_IS}[\"'(*]*(yes|no|true|false)\b", re.IGNORECASE)
+_STATED_DECISION = re.compile(rf"\b{_ANSWER_IS}[\"'(*]*(yes|no|true|false|maybe)\b", re.IGNORECASE)
+_CLOSED_REFERENCE = re.compile(r"\W*(\w+)\s*(?:[.,;:!].*)?$", re.DOTALL)
+"""A word alone, or cut off from what follows it: "No, none", not "no effusion" or "true pelvis"."""
+
+_CLAUSE_END = re.compile(r"[.,;:!?\n](?!\d)")
+_NEGATIONS = frozenset(
+    ("not", "no", "never", "neither", "nor", "without", "than", "except", "excluding", "isnt", "arent", "wasnt",
+     "cannot", "cant", "doesnt", "dont")
+)  # fmt: skip
+_TURNS = frozenset(("but", "instead"))
+_NEGATION_REACH = 4
+"""Words before a wording among which a negation is about it: "not really the left liver"."""
 
 _LETTER = r"[\"'(\[*]*\b([A-Za-z])\b"
 _LEADING_LETTER = re.compile(
@@ -33,16 +45,21 @@ def parse_yes_no(text: str) -> bool | None:
     Read: a first word that is an answer, "the answer is ...", or an answer as the last sentence. Not read: a "no"
     within a sentence ("there is no effusion"), because whether that means yes or no depends on the question.
     """
+    return {"yes": True, "no": False}.get(parse_decision(text) or "")
+
+
+def parse_decision(text: str) -> str | None:
+    """`yes`, `no` or `maybe` as `parse_yes_no` reads them; None where the text says none of them, or several."""
     words = normalise_answer(text).split()
     if not words:
         return None
-    if words[0] in _YES | _NO and not {"yes", "no"} <= set(words[:3]):
-        return words[0] in _YES
-    stated = _STATED_POLARITY.findall(text)
+    leading = _DECISIONS.get(words[0]) if words[:2] != ["no", "doubt"] else None
+    if leading and len({word for word in words[:3] if word in ("yes", "no", "maybe")} | {leading}) == 1:
+        return leading
+    stated = _STATED_DECISION.findall(text)
     if stated:
-        return stated[-1].lower() in _YES
-    last = normalise_answer(re.split(r"[.!?\n]", text.strip().rstrip(".!?"))[-1])
-    return last in _YES if last in _YES | _NO else None
+        return _DECISIONS[stated[-1].lower()]
+    return _DECISIONS.get(normalise_answer(re.split(r"[.!?\n]", text.strip().rstrip(".!?"))[-1]))
 
 
 def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
@@ -70,14 +87,21 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
 def parse_wording(text: str, options: Mapping[str, str]) -> str | None:
     """The key of the one option whose wording a text is or holds as whole words; None for none or several.
 
-    "left lung" also holds "lung": an option within another one that is there does not count as a second answer.
+    "left lung" also holds "lung": an option within another one that is there does not count as a second answer. A
+    wording that is negated in its clause ("not the liver") is no answer. Options that read yes, no or maybe are never
+    looked for inside a sentence ("there is no doubt that it helps"); see `parse_decision`.
     """
     answer = normalise_answer(text)
     wordings = {key: normalise_answer(wording) for key, wording in options.items()}
     equal = [key for key, wording in wordings.items() if wording and wording == answer]
     if equal:
         return equal[0] if len(equal) == 1 else None
-    inside = {key for key, wording in wordings.items() if wording and f" {wording} " in f" {answer} "}
+    clauses = [normalise_answer(clause).split() for clause in _CLAUSE_END.split(text)]
+    decision = parse_decision(text)
+    inside = {
+        key for key, wording in wordings.items()
+        if (_DECISIONS[wording] == decision if wording in _DECISIONS else _affirmed(wording.split(), clauses))
+    }  # fmt: skip
     inside -= {
         small for small in inside for large in inside
         if small != large and f" {wordings[small]} " in f" {wordings[large]} " and wordings[small] != wordings[large]
@@ -85,18 +109,37 @@ def parse_wording(text: str, options: Mapping[str, str]) -> str | None:
     return inside.pop() if len(inside) == 1 else None
 
 
+def _affirmed(wording: Sequence[str], clauses: Sequence[Sequence[str]]) -> bool:
+    """Whether the words stand beside each other somewhere without a negation shortly before them in the same clause."""
+    words: list[str] = []
+    begins: list[int] = []  # of each word, where its clause begins
+    for clause in clauses:
+        begins += [len(words)] * len(clause)
+        words += clause
+    for place in range(len(words) - len(wording) + 1 if wording else 0):
+        if list(words[place : place + len(wording)]) != list(wording):
+            continue
+        before = words[max(begins[place], place - _NEGATION_REACH) : place]
+        turn = max((at for at, word in enumerate(before) if word in _TURNS), default=-1)
+        if not _NEGATIONS & set(before[turn + 1 :]):
+            return True
+    return False
+
+
 def closed_accuracy(
     predictions: Sequence[str], references: Sequence[str], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
     """Accuracy on closed questions.
 
-    Where the reference is yes or no the prediction is parsed for one; otherwise ("left", "MRI") it has to equal the
-    reference after normalisation. `closed-unparsed` is the share of yes/no questions whose answer says neither.
+    Where the reference is yes or no, alone or before a comma, the prediction is parsed for one; otherwise ("left",
+    "MRI", "true pelvis") it has to equal the reference after normalisation. `closed-unparsed` is the share of yes/no
+    questions whose answer says neither.
     """
     check_lengths(predictions, references)
     hits, unparsed, asked = [], [], []
     for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        expected = parse_yes_no(reference)
+        bare = _CLOSED_REFERENCE.match(reference)
+        expected = parse_yes_no(reference) if bare and bare.group(1).lower() in _YES | _NO else None
         if expected is None:
             hits.append(float(normalise_answer(prediction) == normalise_answer(reference) != ""))
             continue
@@ -104,7 +147,7 @@ def closed_accuracy(
         hits.append(float(answer is expected))
         unparsed.append(float(answer is None))
         asked.append(index)
-    signature = f"yes/no:parsed|other:{ANSWER_SIGNATURE}"
+    signature = f"yes/no:parsed,bare-reference|other:{ANSWER_SIGNATURE}"
     return [
         mean_result("closed-accuracy", hits, signature, resampling),
         *([mean_result("closed-unparsed", unparsed, signature, resampling.part(asked))] if unparsed else []),
@@ -136,7 +179,7 @@ def choice_accuracy(
         answer = parse_choice(predictions[index], choices)
         hits.append(float(answer == expected))
         unparsed.append(float(answer is None))
-    signature = f"choice:parsed|wording:{'yes' if options is not None else 'no'}|{ANSWER_SIGNATURE}"
+    signature = f"choice:parsed|wording:{'affirmed' if options is not None else 'no'}|{ANSWER_SIGNATURE}"
     return [
         mean_result("choice-accuracy", hits, signature, resampling),
         mean_result("choice-unparsed", unparsed, signature, resampling),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,18 @@ from medm.data.files import RecordFile
 from medm.data.records import parse_record
 from medm.errors import DataError, RecipeError
 from medm.metrics import METRICS
-from medm.metrics.base import MetricResult
-from medm.tasks.base import Record, Task
+from medm.metrics.base import MetricResult, Resampling, mean_result
+from medm.metrics.boxes import CODECS
+from medm.metrics.choice import parse_wording
+from medm.metrics.words import normalise_answer
+from medm.tasks import scoring
+from medm.tasks.base import Record, Scores, Task
 from medm.tasks.files import require
 from medm.types import Sample
 
-_FROM_TEXT = ("text", "label", "box")
+_FROM_TEXT = ("text", "label", "box", "score")
+_LABELS = "label_names"
+"""Field in which every record carries the labels of all of them: a part of the records may lack some."""
 
 
 class Custom(Task):
@@ -66,13 +72,59 @@ class Custom(Task):
                 raise DataError("there is no answer to score against", file=file.path, index=index, field="answer")
             yield replace(sample, id=sample.id if sample.id is not None else str(index))
 
+    def score(self, records: Iterable[Record]) -> Scores:
+        rows = list(records)
+        names = list(dict.fromkeys(str(row.get("answer")) for row in rows))
+        return super().score([{**row, _LABELS: names} for row in rows])
+
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        predictions = [record["prediction"] for record in records]
-        answers = [str(record["answer"]) for record in records]
+        resampling = self.resampling_of(records)
         results: list[MetricResult] = []
         for block in self.metrics:
             options = {key: value for key, value in block.items() if key != "name"}
-            results += METRICS.get(block["name"])(
-                predictions, answers, resampling=self.resampling_of(records), **options
-            )
+            takes = METRICS.entry(block["name"]).options.takes  # type: ignore[attr-defined]
+            if takes == "score":
+                results += self._areas(records, resampling)
+                continue
+            pair: tuple[Sequence[Any], Sequence[Any]] = scoring.texts(records)
+            if block["name"] == "sensitivity-specificity":
+                pair = _binary_labels(records)
+            elif takes == "label":
+                pair = _labels(records)
+            results += METRICS.get(block["name"])(*pair, resampling=resampling, **options)
+        boxes = [block for block in self.metrics if str(block["name"]).startswith("box-")]
+        for codec in dict.fromkeys(str(block.get("codec", "uni-med")) for block in boxes):
+            results += _box_counts(records, codec, resampling)
         return results
+
+    def _areas(self, records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+        """AUROC of `scores`, which a predictions file brings: one number an item, or one for each class by name."""
+        first = scoring.needed(records[0], "scores") if records else 0.0
+        if isinstance(first, Mapping):
+            return scoring.class_areas(records, [str(name) for name in first], resampling)
+        return scoring.binary_area(records, resampling)
+
+
+def _labels(records: Sequence[Record]) -> tuple[list[str | None], list[str]]:
+    """What each prediction says among the labels of all answers, and the answers, both normalised."""
+    names = records[0][_LABELS] if records else []
+    labels = {normalise_answer(name): name for name in names}
+    guesses = [parse_wording(record["prediction"], labels) for record in records]
+    return guesses, [normalise_answer(str(record["answer"])) for record in records]
+
+
+def _binary_labels(records: Sequence[Record]) -> tuple[list[int], list[int]]:
+    """0 and 1; a prediction that says neither is the wrong one."""
+    truths = [int(truth or 0) for truth in scoring.binary(records, "answer")]
+    said = scoring.binary(records, "prediction")
+    return [1 - truth if guess is None else guess for guess, truth in zip(said, truths, strict=True)], truths
+
+
+def _box_counts(records: Sequence[Record], codec: str, resampling: Resampling) -> list[MetricResult]:
+    """Shares of predictions with a malformed, and with a repaired box."""
+    parsed = [CODECS[codec].parse(record["prediction"]) for record in records]
+    signature = f"share of texts|codec:{codec}"
+    return [
+        mean_result("box-malformed", [float(p.malformed > 0) for p in parsed], signature, resampling),
+        mean_result("box-repaired", [float(p.repaired > 0) for p in parsed], signature, resampling),
+    ]

@@ -51,7 +51,7 @@ class M3DCap(CaptionTask):
             )  # fmt: skip
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        return _m3d_texts(records, self)
+        return scoring.m3d_texts(records, self.resampling_of(records), self.bertscore)
 
 
 class _M3DVQA(Task):
@@ -102,10 +102,10 @@ class M3DOpenVQA(_M3DVQA, CaptionTask):
         return match + super().measure(records)
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        results = _m3d_texts(records, self)
-        return results + [
-            scoring.mean_over_groups(records, r, "question_type", self.resampling_of(records)) for r in results
-        ]
+        resampling = self.resampling_of(records)
+        results = scoring.m3d_texts(records, resampling, self.bertscore)
+        means = [r for r in results if r.per_item is not None]
+        return results + [scoring.mean_over_groups(records, r, "question_type", resampling) for r in means]
 
 
 class M3DClosedVQA(_M3DVQA):
@@ -138,12 +138,3 @@ class M3DClosedVQA(_M3DVQA):
 def _question_type(row: dict[str, str]) -> str:
     code = row["Question Type"].strip().split(".")[0]
     return QUESTION_TYPES.get(code, code)
-
-
-def _m3d_texts(records: Sequence[Record], task: Task) -> list[MetricResult]:
-    """BLEU-1 and ROUGE-1 as published; METEOR and BERTScore of the published table are among the sound results."""
-    pair = scoring.texts(records)
-    return [
-        *m3d_bench.bleu(*pair, resampling=task.resampling_of(records)),
-        *m3d_bench.rouge(*pair, resampling=task.resampling_of(records)),
-    ]

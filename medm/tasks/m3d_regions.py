@@ -144,11 +144,7 @@ class M3DREG(_Positioning):
         return scoring.identify(records, self.resampling_of(records))
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        pair = scoring.texts(records)
-        return [
-            *m3d_bench.bleu(*pair, resampling=self.resampling_of(records)),
-            *m3d_bench.rouge(*pair, resampling=self.resampling_of(records)),
-        ]
+        return scoring.m3d_texts(records, self.resampling_of(records))
 
 
 class MaskTask(Task):

@@ -71,7 +71,9 @@ class MedMNISTTask(Task):
         return names
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.classes(records, self.classes, self.resampling_of(records))
+        resampling = self.resampling_of(records)
+        results = scoring.classes(records, self.classes, resampling)
+        return results + scoring.class_areas(records, self.classes, resampling)
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         return uni_med.match(*scoring.texts(records), resampling=self.resampling_of(records))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,17 +10,18 @@ from typing import Any, Literal
 import numpy as np
 
 from medm.errors import DataError
-from medm.metrics import uni_med
+from medm.metrics import m3d_bench, uni_med
 from medm.metrics.base import MetricResult, Resampling, mean_result, ratio, result_of
 from medm.metrics.bleu import bleu, bleu_coco, bleu_nltk
 from medm.metrics.boxes import CODECS, Box, box_accuracy, box_iou, scale
 from medm.metrics.chest_labels import chest_label_f1
-from medm.metrics.choice import choice_accuracy, closed_accuracy, parse_wording
+from medm.metrics.choice import choice_accuracy, closed_accuracy, parse_wording, parse_yes_no
 from medm.metrics.cider import cider_d
-from medm.metrics.classification import accuracy, balanced_accuracy, macro_f1, mean_defined
+from medm.metrics.classification import accuracy, auroc, balanced_accuracy, macro_f1, mean_defined
 from medm.metrics.match import normalised_match, token_f1
 from medm.metrics.meteor import meteor, meteor_exact_stem, wordnet_available
 from medm.metrics.rouge import rouge
+from medm.metrics.words import normalise_answer
 from medm.tasks.base import Record, scoped
 
 Pair = tuple[list[str], list[str]]
@@ -109,6 +111,31 @@ def uni_med_caption(records: Sequence[Record], resampling: Resampling) -> list[M
     return scoped("uni-med-50-words", results)
 
 
+def m3d_texts(records: Sequence[Record], resampling: Resampling, bertscore: str | None = None) -> list[MetricResult]:
+    """M3D-Bench's table for texts: BLEU-1, ROUGE-1, METEOR and BERTScore.
+
+    What needs files that are not here is undefined, and its signature says why.
+    """
+    pair = texts(records)
+    results = m3d_bench.bleu(*pair, resampling=resampling) + m3d_bench.rouge(*pair, resampling=resampling)
+    if wordnet_available():
+        results += [replace(r, name="m3d-bench-meteor") for r in meteor(*pair, resampling=resampling)]
+    else:
+        results.append(_not_available("m3d-bench-meteor", len(records), "the WordNet files are not on this machine"))
+    if bertscore is not None:
+        from medm.metrics.bertscore import bertscore as score
+
+        found = score(*pair, path=bertscore, resampling=resampling)
+        results += [replace(r, name="m3d-bench-bertscore-f1") for r in found if r.name == "bertscore-f1"]
+    else:
+        results.append(_not_available("m3d-bench-bertscore-f1", len(records), "no encoder is given as 'bertscore'"))
+    return results
+
+
+def _not_available(name: str, n: int, reason: str) -> MetricResult:
+    return MetricResult(name, math.nan, n, math.nan, math.nan, f"n/a: {reason}")
+
+
 def refer(
     records: Sequence[Record], resampling: Resampling, codec: str, *, corners: Literal["edges", "voxels"] = "edges"
 ) -> list[MetricResult]:
@@ -182,7 +209,57 @@ def classes(records: Sequence[Record], names: Sequence[str], resampling: Resampl
     results += balanced_accuracy(guesses, truths, resampling=resampling)
     results += macro_f1(guesses, truths, resampling=resampling)
     unread = [float(guess is None) for guess in guesses]
-    return [*results, mean_result("class-unparsed", unread, "class:one wording", resampling)]
+    return [*results, mean_result("class-unparsed", unread, "class:one affirmed wording", resampling)]
+
+
+def class_areas(records: Sequence[Record], names: Sequence[str], resampling: Resampling) -> list[MetricResult]:
+    """AUROC of each class and their mean, where a predictions file brought `scores`; nothing where it brought none.
+
+    Reads `scores`: a number for each class, as a map by class name or a list in the order of `names`.
+
+    Raises:
+        DataError: only some records have scores, or they are not one number for each class.
+    """
+    if not any(record.get("scores") is not None for record in records):
+        return []
+    keys = [normalise_answer(name) for name in names]
+    rows = []
+    for record in records:
+        given = needed(record, "scores")
+        if isinstance(given, Mapping):
+            by_name = {normalise_answer(str(name)): value for name, value in given.items()}
+            given = [by_name[key] for key in keys] if by_name.keys() == set(keys) else []
+        if not isinstance(given, (list, tuple)) or len(given) != len(keys):
+            raise DataError(
+                f"record {record.get('id')!r}: expected 'scores' with one number for each of {', '.join(names)}"
+            )
+        rows.append([float(value) for value in given])
+    labels = [keys.index(normalise_answer(str(record["answer"]))) for record in records]
+    return auroc(rows, np.asarray(labels), class_names=names, resampling=resampling)
+
+
+def binary_area(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """AUROC of one score an item against answers that read yes or no, 1 or 0. Reads `scores`, a number."""
+    numbers = [needed(record, "scores") for record in records]
+    truths = np.asarray(binary(records, "answer"))
+    return auroc(np.asarray(numbers, dtype=float), truths, resampling=resampling)
+
+
+def binary(records: Sequence[Record], field: str) -> list[int | None]:
+    """1 and 0 from texts that say 1, 0, yes or no; None for a prediction that says neither.
+
+    Raises:
+        DataError: an answer is neither.
+    """
+    values: list[int | None] = []
+    for record in records:
+        text = str(record[field])
+        decision = parse_yes_no(text)
+        value = {"1": 1, "0": 0}.get(text.strip(), None if decision is None else int(decision))
+        if value is None and field == "answer":
+            raise DataError(f"record {record.get('id')!r}: expected the answer yes, no, 1 or 0, found {text!r}")
+        values.append(value)
+    return values
 
 
 def choices(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:

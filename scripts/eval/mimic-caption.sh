@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MIMIC-CXR, first image to report, Uni-Med's layout. Further arguments go to `medm eval`.
 MODEL=${MODEL:-work_dirs/medm-vl-2d/finetune}
-DATA=${DATA:-data/mimic-caption}  # the benchmark's folder as it is distributed
+DATA=${DATA:-data/mimic-cxr}  # the benchmark's folder as it is distributed
 OUTPUT=${OUTPUT:-work_dirs/eval}
 GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU
 NODES=${NODES:-1}  # machines; with more than one, set NODE_RANK and MASTER_ADDR on each

@@ -13,7 +13,7 @@ from medm.tasks import TASKS
 TEMPLATE = """#!/usr/bin/env bash
 # {summary}. Further arguments go to `medm eval`.
 MODEL=${{MODEL:-work_dirs/medm-vl-{branch}/finetune}}
-DATA=${{DATA:-data/{name}}}  # the benchmark's folder as it is distributed
+DATA=${{DATA:-data/{folder}}}  # the benchmark's folder as it is distributed
 OUTPUT=${{OUTPUT:-work_dirs/eval}}
 GPUS=${{GPUS:-}}     # processes on this machine; empty: one for each GPU, or one on the CPU
 NODES=${{NODES:-1}}  # machines; with more than one, set NODE_RANK and MASTER_ADDR on each
@@ -22,14 +22,46 @@ source "$(dirname "$0")/../launch.sh"
 launch eval --model "$MODEL" --task {name} --data "$DATA" --output "$OUTPUT" "$@"
 """
 
+SUITE = """#!/usr/bin/env bash
+# {summary}, in one go. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
+MODEL=${{MODEL:-work_dirs/{model}}}
+OUTPUT=${{OUTPUT:-work_dirs/eval}}
+GPUS=${{GPUS:-}}     # processes on this machine; empty: one for each GPU, or one on the CPU
+NODES=${{NODES:-1}}  # machines; with more than one, set NODE_RANK and MASTER_ADDR on each
+set -euo pipefail
+source "$(dirname "$0")/../launch.sh"
+launch eval "$(dirname "$0")/{name}.yaml" --model "$MODEL" --output "$OUTPUT" "$@"
+"""
+
+SUITES = {
+    "uni-med": (
+        "The ten tasks that Uni-Med is scored on", "uni-med/small",
+        ("slake-vqa", "path-vqa", "slake-rec", "sa-med2d-rec", "slake-reg", "sa-med2d-reg", "medpix", "mimic-caption",
+         "medmnist-derma", "medmnist-organs"),
+    ),
+    "m3d-bench": (
+        "M3D-Bench: reports, questions and boxes", "medm-vl-ct/finetune",
+        ("m3d-cap", "m3d-vqa-open", "m3d-vqa-closed", "m3d-rec", "m3d-reg"),
+    ),
+}  # fmt: skip
+"""Name to summary, model and tasks. M3D's masks are no answers of a text model, and stay with their own launchers."""
+
 OF_VOLUMES = ("m3d-", "ct-rate-")
 """Beginnings of the names of benchmarks over volumes."""
+
+FOLDERS = {"slake-": "slake", "sa-med2d-": "sa-med2d", "medmnist-": "medmnist", "mimic-caption": "mimic-cxr"}
+"""Beginnings of the names of benchmarks that share a folder, which the converters and recipes name as well."""
+
+
+def folder_of(name: str) -> str:
+    """The folder of a benchmark below `data/`."""
+    return next((folder for beginning, folder in FOLDERS.items() if name.startswith(beginning)), name)
 
 
 def launcher(entry: Entry) -> str:
     """The text of one launcher."""
     branch = "ct" if entry.name.startswith(OF_VOLUMES) else "2d"
-    return TEMPLATE.format(name=entry.name, summary=entry.summary, branch=branch)
+    return TEMPLATE.format(name=entry.name, summary=entry.summary, branch=branch, folder=folder_of(entry.name))
 
 
 def launchers() -> dict[str, str]:
@@ -37,8 +69,18 @@ def launchers() -> dict[str, str]:
     return {f"{entry.name}.sh": launcher(entry) for entry in TASKS.entries() if entry.name != "custom"}
 
 
+def suites() -> dict[str, str]:
+    """File name to text of the launchers of several benchmarks, and of the recipes that they run."""
+    files = {}
+    for name, (summary, model, tasks) in SUITES.items():
+        blocks = "".join(f"  - {{task: {task}, data: data/{folder_of(task)}}}\n" for task in tasks)
+        files[f"{name}.yaml"] = f"# {summary}. Run by {name}.sh.\noutput_dir: work_dirs/eval\ntasks:\n{blocks}"
+        files[f"{name}.sh"] = SUITE.format(name=name, summary=summary, model=model)
+    return files
+
+
 if __name__ == "__main__":
-    for name, text in launchers().items():
+    for name, text in {**launchers(), **suites()}.items():
         file = Path(__file__).with_name(name)
         file.write_text(text, encoding="utf-8")
-        file.chmod(0o755)
+        file.chmod(0o755 if name.endswith(".sh") else 0o644)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,12 +16,14 @@ import yaml
 
 from medm.config import validate
 from medm.errors import DataError, RecipeError
-from medm.evaluation.cases import Case, draw_pictures
+from medm.evaluation.cases import Case, choose_cases, draw_pictures
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.predictions import read_predictions
 from medm.evaluation.report import group_table
 from medm.evaluation.runner import TaskReport, evaluate
 from medm.metrics.base import MetricResult
+from medm.tasks.base import Scores
+from medm.tasks.custom import Custom
 from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
 from tests.evaluation.tiny import read_output, save_picture, save_tiny, write_records
@@ -333,7 +336,48 @@ def test_every_benchmark_has_its_launcher() -> None:
     for name, text in written.items():
         assert (folder / name).read_text() == text, f"{name}: run scripts/eval/write_launchers.py"
         assert len(text.splitlines()) <= 10
-    subprocess.run(["bash", "-n", *[str(folder / name) for name in written][:1]], check=True)
+    suites = module.suites()
+    for name, text in suites.items():
+        assert (folder / name).read_text() == text, f"{name}: run scripts/eval/write_launchers.py"
+    sections = {name: yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("uni-med", "m3d-bench")}
+    checked = {name: validate(EvalOptions, part | {"model": "m"}, source=name) for name, part in sections.items()}
+    assert len(checked["uni-med"].tasks) == 10
+    assert {block.task.name: block.data for block in checked["uni-med"].tasks}["mimic-caption"] == "data/mimic-cxr"
+    for name in (next(iter(written)), *(name for name in suites if name.endswith(".sh"))):
+        subprocess.run(["bash", "-n", str(folder / name)], check=True)
+
+
+def test_folders_are_those_that_the_converter_reads() -> None:
+    """One answer to where a benchmark lies: launchers, converter and recipes."""
+    convert = (ROOT / "scripts" / "train" / "Uni-Med" / "convert.sh").read_text()
+    folders = dict(re.findall(r"^(\w+)=\$\{\w+:-(data/[\w-]+)\}", convert, re.MULTILINE))
+    pairs = re.findall(r'([a-z0-9-]+)="\$(\w+)"', convert)
+    assert len(pairs) >= 12
+    for task, variable in pairs:
+        launcher = (ROOT / "scripts" / "eval" / f"{task}.sh").read_text()
+        assert f"DATA=${{DATA:-{folders[variable]}}}" in launcher, task
+
+
+def test_a_recipe_of_several_tasks_is_compared_with_another_run(benchmark: Path, tmp_path: Path) -> None:
+    file = write_predictions(tmp_path / "p.jsonl", ANSWERS)
+    recipe = tmp_path / "eval.yaml"
+    recipe.write_text(yaml.safe_dump(section(benchmark, tmp_path / "out", predictions=str(file))))
+    done = medm("eval", str(recipe), "--against", str(file), "--cases", "0")
+    assert done.code == 0, done.err
+    assert "against" in done.out
+
+
+def test_equally_bad_items_are_chosen_by_the_seed() -> None:
+    records = [{"id": str(i), "prediction": "x", "answer": "y"} for i in range(40)]
+    samples = [Sample((Turn("user", ("?",)),), id=str(i), answer="y") for i in range(40)]
+    scores = Scores([MetricResult("m", 0, 40, 0, 0, "s", [0.0] * 40)])
+
+    def worst(seed: int) -> list[str]:
+        cases, _ = choose_cases(scores, records, samples, Custom(path="x", metrics=[]), count=4, seed=seed)
+        return [case.id for case in cases]
+
+    assert worst(0) == worst(0)
+    assert len({tuple(worst(seed)) for seed in range(5)}) == 5
 
 
 def test_pictures_of_volumes_and_of_files_that_are_gone(tmp_path: Path) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from medm.metrics.base import Resampling
-from medm.metrics.choice import choice_accuracy, closed_accuracy, parse_choice, parse_yes_no
+from medm.metrics.choice import (
+    choice_accuracy,
+    closed_accuracy,
+    parse_choice,
+    parse_decision,
+    parse_wording,
+    parse_yes_no,
+)
 
 FAST = Resampling(rounds=20)
 ORGANS = {"A": "Liver", "B": "left lung", "C": "lung", "D": "None of the above"}
@@ -29,6 +36,9 @@ ORGANS = {"A": "Liver", "B": "left lung", "C": "lung", "D": "None of the above"}
         ("There is no effusion", None),
         ("nodule", None),
         ("yes or no", None),
+        ("There is no doubt that it helps", None),
+        ("No doubt it is", None),
+        ("maybe", None),
         ("", None),
         ("Yesterday", None),
     ],
@@ -60,6 +70,11 @@ def test_yes_and_no_are_read_and_not_guessed(text: str, answer: bool | None) -> 
         ("e.g. the spleen", None),
         ("(A) or (B)? unclear", "A"),
         ("either the liver or the lung", None),
+        ("not the liver", None),
+        ("It is not the left lung", None),
+        ("It is not the liver but the left lung", "B"),
+        ("This is the liver, not the left lung.", "A"),
+        ("the lung rather than the liver", "C"),
         ("E.", None),
         ("", None),
     ],
@@ -73,12 +88,38 @@ def test_letters_may_be_lower_case_and_options_may_repeat() -> None:
     assert parse_choice("yes", {"A": "yes", "B": "Yes"}) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "decision"),
+    [
+        ("There is no doubt that it helps", None),
+        ("No, it does not.", "no"),
+        ("Maybe. More trials are needed, and there is no agreement.", "maybe"),
+        ("The answer is maybe", "maybe"),
+        ("There is no clear effect. Yes.", "yes"),
+        ("yes, no or maybe", None),
+        ("It may be that there is no effect", None),
+    ],
+)
+def test_a_decision_is_leading_stated_or_last(text: str, decision: str | None) -> None:
+    assert parse_decision(text) == decision
+    assert parse_wording(text, {word: word for word in ("yes", "no", "maybe")}) == decision
+
+
 def test_closed_accuracy_by_hand() -> None:
     predictions = ["yes", "abnormal", "No, none", "Left", "left side", "maybe"]
     references = ["Yes", "No", "no", "left", "left", "yes"]
     accuracy, unparsed = closed_accuracy(predictions, references, resampling=FAST)
     assert accuracy.per_item == [1, 0, 1, 1, 0, 0]
     assert unparsed.value == pytest.approx(2 / 4)  # "abnormal" and "maybe", of the four yes/no questions
+
+
+def test_a_reference_that_only_begins_like_yes_or_no_is_text() -> None:
+    references = ["true pelvis", "no contrast", "No.", "yes, on the left"]
+    accuracy, unparsed = closed_accuracy(["true", "no", "no", "yes"], references, resampling=FAST)
+    assert accuracy.per_item == [0, 0, 1, 1]
+    assert unparsed.n == 2
+    right = closed_accuracy(["True pelvis.", "no contrast", "no", "Yes"], references, resampling=FAST)[0]
+    assert right.value == 1
 
 
 def test_an_empty_answer_to_an_empty_reference_is_no_hit() -> None:

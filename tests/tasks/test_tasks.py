@@ -270,6 +270,69 @@ def test_custom_boxes_in_text(tmp_path: Path) -> None:
     assert found["box-accuracy@0.3"] == 1
 
 
+def custom(folder: Path, answers: list[str], *metrics: str) -> Custom:
+    turns = [{"from": "human", "value": "What is it?"}]
+    layouts.put_json(
+        folder / "c.json", [{"id": str(i), "answer": a, "conversations": turns} for i, a in enumerate(answers)]
+    )
+    return Custom(path="c.json", metrics=[{"name": name} for name in metrics], rounds=5)
+
+
+def test_custom_labels_are_read_from_the_answers(tmp_path: Path) -> None:
+    task = custom(tmp_path, ["CT", "MRI", "MRI", "US"], "accuracy", "macro-f1")
+    found = values(answered(task, tmp_path, ["CT.", "This is an mri scan", "CT or MRI", "us"]).results)
+    assert found["accuracy"] == 0.75
+    assert found["macro-f1"] == pytest.approx((1 + 2 / 3 + 1) / 3)
+    task = custom(tmp_path, ["yes", "no", "1", "0"], "sensitivity-specificity")
+    found = values(answered(task, tmp_path, ["Yes, there is", "unclear", "1", "No."]).results)
+    assert (found["sensitivity"], found["specificity"]) == (1, 0.5)
+    with pytest.raises(DataError, match="expected the answer yes, no, 1 or 0"):
+        answered(custom(tmp_path, ["CT"], "sensitivity-specificity"), tmp_path, ["CT"])
+
+
+def test_custom_box_metrics_count_what_could_not_be_read(tmp_path: Path) -> None:
+    task = custom(tmp_path, ["{<0><0><10><10>}"] * 3, "box-iou", "box-accuracy")
+    results = answered(task, tmp_path, ["{<0><0><10><10>}", "{<10><10><0><0>}", "{<0><0><10>}"]).results
+    found = values(results)
+    assert found["box-repaired"] == found["box-malformed"] == pytest.approx(1 / 3)
+    assert len(results) == len(found)
+
+
+def test_areas_come_from_the_scores_of_a_predictions_file(tmp_path: Path) -> None:
+    task = custom(tmp_path, ["yes", "no", "yes"], "auroc")
+    rows = join_predictions(task.samples(tmp_path), {})
+    for row, score in zip(rows, [0.9, 0.5, 0.2], strict=True):
+        row["scores"] = score
+    assert values(task.score(rows).results) == {"auroc": 0.5}
+    del rows[1]["scores"]
+    with pytest.raises(DataError, match="'scores'"):
+        task.score(rows)
+
+    task = custom(tmp_path, ["CT", "MRI"], "auroc")
+    rows = join_predictions(task.samples(tmp_path), {})
+    rows[0]["scores"], rows[1]["scores"] = {"ct": 0.9, "mri": 0.1}, {"ct": 0.2, "mri": 0.8}
+    assert values(task.score(rows).results) == {"auroc": 1, "auroc[ct]": 1, "auroc[mri]": 1}
+
+    layouts.medmnist(tmp_path, "dermamnist", True)
+    derma = TASKS.get("medmnist-derma")(rounds=5)
+    rows = join_predictions(derma.samples(tmp_path), {})
+    for row in rows:
+        row["scores"] = [float(name == row["answer"]) for name in derma.classes]
+    assert values(derma.score(rows).results)["auroc"] == 1
+    rows[0]["scores"] = [0.5]
+    with pytest.raises(DataError, match="one number for each of"):
+        derma.score(rows)
+
+
+def test_the_table_of_m3d_says_what_is_not_available(tmp_path: Path) -> None:
+    layouts.m3d_seg(tmp_path)
+    scores = answered(TASKS.get("m3d-reg")(rounds=5), tmp_path, ["liver"] * 3)
+    by_name = {result.name: result for result in scores.published}
+    assert list(by_name) == ["m3d-bench-bleu-1", "m3d-bench-rouge-1", "m3d-bench-meteor", "m3d-bench-bertscore-f1"]
+    assert by_name["m3d-bench-bertscore-f1"].signature == "n/a: no encoder is given as 'bertscore'"
+    assert np.isnan(by_name["m3d-bench-bertscore-f1"].value)
+
+
 def test_a_csv_without_its_columns_is_explained(tmp_path: Path) -> None:
     layouts.put_csv(tmp_path / "x.csv", [{"name": "a"}])
     with pytest.raises(DataError, match=r"column\(s\) \['type'\] are missing"):
