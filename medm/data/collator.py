@@ -33,19 +33,19 @@ class Collator:
         kept = [example for example in examples if example is not None] or [filler(self.pad_id)]
         width = round_up(max(len(example.input_ids) for example in kept), self.pad_to_multiple_of)
         return {
-            "input_ids": self._rows([example.input_ids for example in kept], width, self.pad_id),
-            "attention_mask": self._rows([[1] * len(example.input_ids) for example in kept], width, 0),
-            "labels": self._rows([example.labels for example in kept], width, IGNORE_INDEX),
+            "input_ids": padded([example.input_ids for example in kept], width, self.pad_id, side=self.padding_side),
+            "attention_mask": padded([[1] * len(e.input_ids) for e in kept], width, 0, side=self.padding_side),
+            "labels": padded([example.labels for example in kept], width, IGNORE_INDEX, side=self.padding_side),
             **stack_media(kept),
         }
 
-    def _rows(self, rows: list[list[int]], width: int, fill: int) -> Tensor:
-        """(B, width) int64."""
-        table = np.full((len(rows), width), fill, np.int64)
-        for line, row in zip(table, rows, strict=True):
-            place = slice(None, len(row)) if self.padding_side == "right" else slice(width - len(row), None)
-            line[place] = row
-        return torch.from_numpy(table)
+
+def padded(rows: Sequence[Sequence[int]], width: int, fill: int, *, side: Literal["left", "right"]) -> Tensor:
+    """Rows of different lengths as (B, width) int64, filled up on one side."""
+    table = np.full((len(rows), width), fill, np.int64)
+    for line, row in zip(table, rows, strict=True):
+        line[slice(None, len(row)) if side == "right" else slice(width - len(row), None)] = row
+    return torch.from_numpy(table)
 
 
 def filler(pad_id: int) -> Example:

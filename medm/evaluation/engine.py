@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
+from medm.data.collator import padded
 from medm.errors import DeviceError
 from medm.evaluation.decoding import GreedyDecoder, Prompt
 from medm.evaluation.options import GenerationOptions
@@ -82,12 +83,10 @@ class PromptBatch:
 def prepare(examples: Sequence[Example], *, pad_id: int) -> PromptBatch:
     """Prompts padded on the left, where the replies of all of them begin in the same column."""
     width = max(len(example.input_ids) for example in examples)
-    ids = np.full((len(examples), width), pad_id, np.int64)
-    mask = np.zeros((len(examples), width), np.int64)
-    for row, example in enumerate(examples):
-        ids[row, width - len(example.input_ids) :] = example.input_ids
-        mask[row, width - len(example.input_ids) :] = 1
-    batch = PromptBatch(torch.from_numpy(ids), torch.from_numpy(mask))
+    batch = PromptBatch(
+        padded([example.input_ids for example in examples], width, pad_id, side="left"),
+        padded([[1] * len(example.input_ids) for example in examples], width, 0, side="left"),
+    )
     for name in dict.fromkeys(name for example in examples for name, items in example.pixels.items() if items):
         unique: dict[bytes, np.ndarray] = {}
         keys, tasks = [], []
@@ -110,7 +109,7 @@ def content_key(array: np.ndarray) -> bytes:
     return digest.digest()
 
 
-class FeatureStore:
+class FeatureMemory:
     """Vision features by content, the least used forgotten first.
 
     Args:
@@ -155,7 +154,7 @@ class Engine:
         slots: int = 16,
     ) -> None:  # fmt: skip
         self.model, self.processor, self.options = model, processor, options or GenerationOptions()
-        self.store = FeatureStore(store)
+        self.store = FeatureMemory(store)
         self.config = generation_config(model.generation_config, self.options)
         stops = self.config.eos_token_id
         self._stops = set(stops if isinstance(stops, list) else [stops])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medm.errors import DeviceError
-from medm.evaluation.engine import Engine, FeatureStore, content_key, generation_config, pick_device, prepare
+from medm.evaluation.engine import Engine, FeatureMemory, content_key, generation_config, pick_device, prepare
 from medm.evaluation.options import GenerationOptions
 from medm.types import Example, Media, Sample, Turn, VisionFeatures
 from tests.evaluation.tiny import build_tiny
@@ -76,9 +76,9 @@ def test_an_image_is_encoded_once_for_all_its_questions(
     assert counts == [2, 1]  # four placeholders of two pictures; nothing new; one new picture
 
 
-def test_feature_store_forgets_the_least_used() -> None:
+def test_feature_memory_forgets_the_least_used() -> None:
     one = VisionFeatures(torch.zeros(1, 4, 8), (2, 2))  # 128 bytes
-    store = FeatureStore(300)
+    store = FeatureMemory(300)
     for key in (b"a", b"b"):
         store.put("image", key, one)
     store.get("image", b"a")

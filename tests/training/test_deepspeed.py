@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from medm.training.arguments import training_arguments
-from medm.training.deepspeed import PRESETS
+from medm.training.deepspeed import PRESETS, configuration
 from medm.training.options import TrainOptions
+
+FILLED: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+    "bf16": {"enabled": False}, "fp16": {"enabled": False},
+}  # fmt: skip
+"""What transformers writes in the place of "auto"."""
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_deepspeed_takes_every_preset(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is built here: running with offload needs a compiler for DeepSpeed's Adam."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
+def test_deepspeed_takes_every_preset(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is built: a run with offload needs a compiler for DeepSpeed's Adam."""
+    monkeypatch.setenv("RANK", "0")  # else medm would start a process group's environment for this process
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    try:
-        options = TrainOptions(deepspeed=preset, use_cpu=True, max_steps=1, per_device_train_batch_size=3)
-        filled = training_arguments(options, tmp_path).hf_deepspeed_config
-    finally:
-        unset_hf_deepspeed_config()
-    read = DeepSpeedConfig({**filled.config, "gradient_clipping": 1.0, "train_batch_size": 3})
+    config = configuration(TrainOptions(deepspeed=preset, use_cpu=True))
+    assert {name for name, value in config.items() if value == "auto"} <= FILLED.keys()
+    read = DeepSpeedConfig(config | FILLED)
     zero = read.zero_config
     assert int(zero.stage) == int(preset[4])
-    assert read.train_micro_batch_size_per_gpu == 3
-    moved = [zero.offload_optimizer is not None, zero.offload_param is not None]
-    assert moved == {"zero2_offload": [True, False], "zero3_offload": [True, True]}.get(preset, [False, False])
+    assert (read.train_micro_batch_size_per_gpu, read.train_batch_size) == (3, 6)
+    moved = (zero.offload_optimizer is not None, zero.offload_param is not None)
+    assert moved == {"zero2_offload": (True, False), "zero3_offload": (True, True)}.get(preset, (False, False))
