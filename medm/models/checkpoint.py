@@ -159,10 +159,13 @@ class LoadReport:
 
     source: str
     loaded: list[str] = field(default_factory=list)
+    """Names of the source, as `ignored`; the others are names of the module."""
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    published: dict[str, str] = field(default_factory=dict)
+    """Own name to that of the source, for every tensor that was renamed or kept."""
 
     def raise_if_partial(self) -> None:
         """Raises `CheckpointError` naming what is missing, unexpected or misshaped."""
@@ -202,6 +205,7 @@ def rename(
         if new in renamed:
             raise CheckpointError(f"{report.source}: two tensors become {new!r}; the second is {name!r}")
         renamed[new] = tensor
+        report.published[new] = name
     return renamed
 
 
@@ -235,9 +239,9 @@ def load_module(
         if name in own and own[name].shape != tensor.shape:
             report.mismatched.append(f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
         elif name in own:
-            report.loaded.append(name)
+            report.loaded.append(report.published[name])
         elif any(pattern.search(name) for pattern in skip):
-            report.ignored.append(name)
+            report.ignored.append(report.published[name])
             del renamed[name]
         else:
             report.unexpected.append(name)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from medm.models.source_configs import (
     medm_vl_section,
 )
 
+T = TypeVar("T")
+
 _ROTARY = r"rotary_emb\.inv_freq$"
 
 
@@ -55,7 +57,8 @@ class ImportReport:
         """The report for people."""
         lines = [f"{self.source}: {self.kind}"]
         for part in self.parts:
-            ignored = f", {len(part.ignored)} ignored ({_families(part.ignored)})" if part.ignored else ""
+            families = _families(part.ignored, among=part.loaded + part.ignored)
+            ignored = f", {len(part.ignored)} ignored ({families})" if part.ignored else ""
             lines.append(f"  {part.source}: {len(part.loaded)} tensors loaded{ignored}")
         return lines + [f"  note: {note}" for note in self.notes]
 
@@ -65,9 +68,15 @@ class ImportReport:
         return {"source": self.source, "kind": self.kind, "parts": parts, "notes": self.notes}
 
 
-def _families(names: list[str]) -> str:
-    """`text_model.*, logit_scale`: names by their first two words."""
-    return ", ".join(sorted({".".join(name.split(".")[:2]) + (".*" if name.count(".") > 1 else "") for name in names}))
+def _families(names: list[str], *, among: list[str]) -> str:
+    """`text_model.*, logit_scale`: names by two words, without those that every name of the part begins with."""
+    shared = 0
+    for words in zip(*(name.split(".") for name in among), strict=False):
+        if len(set(words)) > 1:
+            break
+        shared += 1
+    short = [".".join(name.split(".")[shared:]) for name in names]
+    return ", ".join(sorted({".".join(name.split(".")[:2]) + (".*" if name.count(".") > 1 else "") for name in short}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,23 +171,22 @@ def _medm_vl(published: Published, target: Path, report: ImportReport, hints: Hi
     tensors = published.tensors()
     generation = generation_of(config) or "C"
     report.kind = f"MedM-VL model folder, generation {generation}"
-    groups = group(
-        tensors,
-        {
-            "llm": r"^llm\.",
-            "encoder_image3d": r"^encoder_image3d\.encoder\.",
-            "encoder_image": r"^encoder_image\.encoder\.",
-            "connector_image3d": r"^connector_image3d\.",
-            "connector_image": r"^connector_image\.",
-        },
-        source=published.path,
-    )
+    prefixes = {
+        "llm": r"^llm\.",
+        "encoder_image3d": r"^encoder_image3d\.encoder\.",
+        "encoder_image": r"^encoder_image\.encoder\.",
+        "connector_image3d": r"^connector_image3d\.",
+        "connector_image": r"^connector_image\.",
+    }
+    groups = group(tensors, prefixes, source=published.path)
+    names = group({name: name for name in tensors}, prefixes, source=published.path)
     section, sources = medm_vl_section(config, groups, hints=hints, notes=report.notes)
-    _write_lvlm(published, target, report, hints, section, groups, sources)
+    _write_lvlm(published, target, report, hints, section, groups, sources, names)
 
 
 def _llava(published: Published, target: Path, report: ImportReport, hints: Hints) -> None:
     """Names of llava-hf files, and of files that transformers saved from 4.52 on."""
+    renaming = LoadReport(published.path)
     renamed = rename(
         published.tensors(),
         key_map=[
@@ -189,20 +197,22 @@ def _llava(published: Published, target: Path, report: ImportReport, hints: Hint
             (r"^lm_head\.", "llm.lm_head."),
         ],
         ignored=[],
-        report=LoadReport(published.path),
+        report=renaming,
     )
-    groups = group(
-        renamed,
-        {"llm": r"^llm\.", "encoder_image": r"^vision\.", "connector_image": r"^connector\."},
-        source=published.path,
-    )
+    prefixes = {"llm": r"^llm\.", "encoder_image": r"^vision\.", "connector_image": r"^connector\."}
+    groups = group(renamed, prefixes, source=published.path)
+    names = group(renaming.published, prefixes, source=published.path)
     section, sources = llava_section(published.config(), published.preprocessor(), hints=hints)
-    _write_lvlm(published, target, report, hints, section, groups, sources)
+    _write_lvlm(published, target, report, hints, section, groups, sources, names)
 
 
-def group(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str], *, source: str) -> dict[str, dict[str, Tensor]]:
-    """Tensors by part, without their prefix. Raises `CheckpointError` for names under none of the prefixes."""
-    groups: dict[str, dict[str, Tensor]] = {name: {} for name in prefixes}
+def group(tensors: Mapping[str, T], prefixes: Mapping[str, str], *, source: str) -> dict[str, dict[str, T]]:
+    """Tensors (or what else stands under their names) by part, without their prefix.
+
+    Raises:
+        CheckpointError: names under none of the prefixes.
+    """
+    groups: dict[str, dict[str, T]] = {name: {} for name in prefixes}
     strangers = []
     for name, tensor in tensors.items():
         for part, prefix in prefixes.items():
@@ -218,7 +228,7 @@ def group(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str], *, source:
 
 def _write_lvlm(
     published: Published, target: Path, report: ImportReport, hints: Hints, section: dict[str, Any],
-    groups: dict[str, dict[str, Tensor]], sources: Mapping[str, str],
+    groups: dict[str, dict[str, Tensor]], sources: Mapping[str, str], names: Mapping[str, Mapping[str, str]],
 ) -> None:  # fmt: skip
     """Build what the section says, load every group of tensors, and save.
 
@@ -230,6 +240,7 @@ def _write_lvlm(
         section: a recipe's `model` section without paths.
         groups: tensors by part of the source.
         sources: part of the model -> part of the source.
+        names: by part of the source, what its tensors are called in the files.
     """
     llm = section["llm"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -239,7 +250,7 @@ def _write_lvlm(
         dtype = groups["llm"]["model.embed_tokens.weight"].dtype
         section["dtype"] = str(dtype).removeprefix("torch.")
         model, processor = build(validate(LVLMOptions, section, source="the model that the source describes"))
-    report.parts.append(_load_llm(model.language_model, groups["llm"], source="llm"))
+    report.parts.append(_in_the_files(_load_llm(model.language_model, groups["llm"], source="llm"), names["llm"]))
     parts = model.parts()
     for part, group_name in sources.items():
         module: Any = parts[part]
@@ -248,18 +259,24 @@ def _write_lvlm(
             module = module.encoder  # slices: the weights are the inner encoder's
         if part.endswith(".connector") and "query" in tensors and tensors["query"].ndim == 3:
             tensors["query"] = tensors["query"].squeeze(0)
-        report.parts.append(
-            load_module(
-                module, tensors, source=part, key_map=type(module).key_map,
-                ignored=getattr(type(module), "ignored_keys", ()), beyond=getattr(type(module), "beyond_keys", ()),
-            )
+        loaded = load_module(
+            module, tensors, source=part, key_map=type(module).key_map,
+            ignored=getattr(type(module), "ignored_keys", ()), beyond=getattr(type(module), "beyond_keys", ()),
         )  # fmt: skip
+        report.parts.append(_in_the_files(loaded, names[group_name]))
     unused = [name for name, tensors in groups.items() if tensors and name not in {"llm", *sources.values()}]
     if unused:
         raise CheckpointError(f"{published.path}: the config does not speak of {', '.join(unused)}, which has weights")
     model.config.get_text_config()._name_or_path = ""
     model.save_pretrained(target)
     processor.save_pretrained(target)
+
+
+def _in_the_files(part: LoadReport, names: Mapping[str, str]) -> LoadReport:
+    """The report under the names of the files, so that each can be ticked off, without a tied head that they lack."""
+    part.loaded = [names[name] for name in part.loaded if name in names]
+    part.ignored = [names[name] for name in part.ignored]
+    return part
 
 
 def _tokenizer(published: Published, hints: Hints, llm: Mapping[str, Any], scratch: Path, report: ImportReport) -> Path:
@@ -356,7 +373,7 @@ def _projector(published: Published, target: Path, report: ImportReport, _hints:
         )
     in_dim, out_dim = renamed["layers.0.weight"].shape[1], renamed["layers.0.weight"].shape[0]
     module = MLPConnector(in_dim=in_dim, out_dim=out_dim, grid=(1, 1), depth=len(layers))
-    report.parts.append(load_module(module, renamed, source="projector"))
+    report.parts.append(_in_the_files(load_module(module, renamed, source="projector"), part.published))
     save_tensors(module.state_dict(), target / "model.safetensors")
     described = {
         "model_type": "medm-connector",

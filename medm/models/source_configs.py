@@ -68,7 +68,7 @@ def medm_vl_section(
         if not groups[encoder_part]:
             continue
         name = _encoder_name(config, encoder_part, groups[encoder_part])
-        connector = _connector(config, connector_part, groups[connector_part])
+        connector = _connector(config, connector_part, groups[connector_part], encoder=name, notes=notes)
         encoder = _encoder(config, encoder_part, name, groups[encoder_part], hints=hints, notes=notes)
         branch: dict[str, Any] = {"encoder": encoder, "connector": connector}
         three_d = kind == "image3d"
@@ -82,16 +82,30 @@ def medm_vl_section(
                 "the source has a 2-D encoder over slices and a 3-D encoder; expected one for volumes"
             )
         preprocess = dict(hints.preprocess.get(target, {}))
-        if three_d and name == "m3d-clip" and generation_of(config) != "C" and not preprocess:
-            preprocess = {"convention": "m3d"}
-            notes.append(
-                "volumes are expected as M3D prepared them, arrays of 0..1; for files in HU say "
-                "--preprocess volume.convention=medm-vl, for arrays of 0..255 also volume.scale=0-255"
-            )
+        if three_d and generation_of(config) != "C":
+            preprocess = _scale(name, preprocess, notes)
         branch["preprocess"] = preprocess
         section["branches"][target] = branch
         sources |= {f"{target}.encoder": encoder_part, f"{target}.connector": connector_part}
     return section, sources
+
+
+def _scale(encoder: str, preprocess: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """What volumes are taken to hold where nobody says: generations A and B read the numbers of files as they were."""
+    said = "convention" in preprocess or "scale" in preprocess
+    if encoder == "m3d-clip":
+        if not said:
+            notes.append(
+                "volumes are expected as M3D prepared them, arrays of 0..1; for files in HU say "
+                "--preprocess volume.convention=medm-vl, for arrays of 0..255 --preprocess volume.scale=0-255"
+            )
+        return preprocess if "convention" in preprocess else {"convention": "m3d", **preprocess}
+    if not said:
+        notes.append(
+            "volumes are expected in HU, -1000..1000 of which become what the source's own arrays of 0..255 held; to "
+            "give such arrays themselves say --preprocess volume.scale=0-255 and volume.windows=null"
+        )
+    return preprocess
 
 
 def _llm(config: Mapping[str, Any], hints: Hints) -> dict[str, Any]:
@@ -198,10 +212,20 @@ def sizes_from_shapes(name: str, tensors: Mapping[str, Tensor], *, part: str, no
     } | ({"hidden_act": "quick_gelu"} if name == "clip" else {})  # fmt: skip
 
 
-def _connector(config: Mapping[str, Any], part: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _connector(
+    config: Mapping[str, Any], part: str, tensors: Mapping[str, Tensor], *, encoder: str, notes: list[str]
+) -> dict[str, Any]:
     said = setting(config, part, "type")
-    if said is None:
-        said = "attn_pooling" if any(key.rpartition(".")[2] == "query" for key in tensors) else "mlp"
+    if said is None and any(key.rpartition(".")[2] == "query" for key in tensors):
+        said = "attn_pooling"
+    elif said is None and encoder in ("m3d-clip", "medm-clip"):
+        said = "spatial_pooling"
+        notes.append(
+            f"{part}: the config does not name it, and its tensors are those of an MLP with or without pooling; taken "
+            "to be spatial_pooling, with which every published 3-D tower was trained"
+        )
+    elif said is None:
+        said = "mlp"
     if said not in _CONNECTORS:
         raise CheckpointError(f"{part}: connector {said!r} is not imported; known are {', '.join(_CONNECTORS)}")
     depth = sum(key.endswith(".weight") and "attn." not in key for key in tensors)

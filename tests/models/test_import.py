@@ -30,14 +30,17 @@ from medm.models.lvlm.build import build_encoder
 from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
 from tests.encoders.test_volume_vit import (
-    SIZES as M3D_SIZES,
-)
-from tests.encoders.test_volume_vit import (
+    DEPTH,
+    HEADS,
+    MLP,
+    PublishedMedMCLIP,
     m3d_shapes,
     m3d_straight_line,
     random_state,
     whole_clip,
 )
+from tests.encoders.test_volume_vit import DIM as DIM_3D
+from tests.encoders.test_volume_vit import SIZES as M3D_SIZES
 from tests.evaluation.tiny import awaken
 from tests.models.test_export import make, save
 from tests.tiny import VIT, save_llm
@@ -109,6 +112,13 @@ def check(model: Any, processor: Any, llm: Any, branch: str, pixels: Tensor, vis
     assert (found - expected).abs().max() < 2e-5  # measured 4e-6: the order of additions
 
 
+def check_every_tensor_is_listed(source: Path, out: Path) -> None:
+    """`import.json` names each tensor of the files once, as loaded or as ignored, and nothing else."""
+    parts = json.loads((out / "import.json").read_text())["parts"]
+    listed = [name for part in parts.values() for name in part["loaded"] + part["ignored"]]
+    assert sorted(listed) == sorted(read_tensors(source / "model.safetensors"))
+
+
 def siglip() -> SiglipVisionModel:
     torch.manual_seed(2)
     tower = SiglipVisionModel(SiglipVisionConfig(**VIT)).eval()
@@ -141,10 +151,8 @@ def test_generation_c_in_2d(llms: dict[str, Path], tmp_path: Path) -> None:
     hidden = tower(pixels[None], output_hidden_states=True).hidden_states[-1]
     check(model, processor, llm, "image", pixels, projector(hidden)[0])
 
+    check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
     listed = json.loads((tmp_path / "out" / "import.json").read_text())["parts"]
-    source = set(vision_names(tower) | names)
-    assert len(listed["image.encoder"]["loaded"]) + len(listed["image.encoder"]["ignored"]) == len(vision_names(tower))
-    assert len(source) == len(vision_names(tower)) + 4
     assert all("post_layernorm" in name or ".head." in name for name in listed["image.encoder"]["ignored"])
     text = processor.tokenizer.decode(encode(processor, "image", pixels, "Q").input_ids)
     assert text.startswith("A chat between a curious user")
@@ -152,9 +160,11 @@ def test_generation_c_in_2d(llms: dict[str, Path], tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
 
 
+@pytest.mark.parametrize("generation", ["A", "B", "C"])
 @torch.no_grad()
-def test_generation_a_in_3d(llms: dict[str, Path], tmp_path: Path) -> None:
-    """Nested configs, M3D-CLIP with its text side, spatial pooling, tied embeddings stored once, a BOS in prompts."""
+def test_a_3d_tower_with_spatial_pooling(llms: dict[str, Path], tmp_path: Path, generation: str) -> None:
+    """Nested configs (A), bare keys without a word about the connector (B) and prefixed keys (C); M3D-CLIP with its text
+    side, tied embeddings stored once, a BOS in prompts."""
     tower = random_state(m3d_shapes(), seed=4)
     projector, names = mlp("connector_image3d.connector", 24)
     whole = {f"encoder_image3d.encoder.{name}": tensor for name, tensor in whole_clip(tower).items()}
@@ -168,21 +178,69 @@ def test_generation_a_in_3d(llms: dict[str, Path], tmp_path: Path) -> None:
         },
         "connector_image3d_config": {"connector_type": "spatial_pooling", "connector_name": "mlp2x_gelu"},
     }  # fmt: skip
+    if generation != "A":
+        prefix = "lvlm_" if generation == "C" else ""
+        (tmp_path / "m3d").mkdir()
+        (tmp_path / "m3d" / "config.json").write_text(json.dumps(config["encoder_image3d_config"]))
+        config = {
+            f"{prefix}llm_type": "llama3", f"{prefix}llm_name_or_path": str(llms["llama-3.2"]),
+            f"{prefix}encoder_image3d_type": "m3dclip", f"{prefix}encoder_image3d_select_layer": -1,
+            f"{prefix}encoder_image3d_select_feature": "patch",
+            f"{prefix}encoder_image3d_name_or_path": str(tmp_path / "m3d"),
+        }  # fmt: skip
+        if generation == "C":
+            config["lvlm_connector_image3d_type"] = "spatial_pooling"
     llm = write(tmp_path / "src", llms["llama-3.2"], config, whole | names)
     report = import_model(str(tmp_path / "src"), str(tmp_path / "out"))
-    assert "generation A/B" in report.kind
-    assert any("arrays of 0..1" in note for note in report.notes)
+    check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
+    assert ("generation C" if generation == "C" else "generation A/B") in report.kind
+    assert any("arrays of 0..1" in note for note in report.notes) == (generation != "C")
+    assert any("taken to be spatial_pooling" in note for note in report.notes) == (generation == "B")
     assert any("language_encoder" in line for line in report.lines())
     model, processor = load(str(tmp_path / "out"))
     volume = torch.rand(1, 8, 16, 16)
     patches = m3d_straight_line(tower, volume, 3, False)[1:]  # without the class token
     pooled = F.avg_pool3d(patches.T.reshape(1, 24, 2, 2, 2), 2, 2).reshape(24, -1).T
     check(model, processor, llm, "volume", volume, projector(pooled))
-    assert processor.preprocess["volume"].scale == "0-1"
+    assert processor.preprocess["volume"].scale == ("hu" if generation == "C" else "0-1")
 
 
+@pytest.mark.parametrize(("generation", "prefix"), [("B", ""), ("C", "lvlm_")])
 @torch.no_grad()
-def test_generation_c_over_slices(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_medm_clip_with_spatial_pooling(llms: dict[str, Path], tmp_path: Path, generation: str, prefix: str) -> None:
+    torch.manual_seed(6)
+    tower = PublishedMedMCLIP().eval()
+    projector, names = mlp("connector_image3d.connector", DIM_3D)
+    whole = {f"encoder_image3d.encoder.vision_encoder.{name}": value for name, value in tower.state_dict().items()}
+    whole |= {
+        "encoder_image3d.encoder.text_encoder.weight": torch.zeros(2),
+        "encoder_image3d.encoder.logit_scale": torch.ones(()),
+    }
+    published = {
+        "model_type": "medm-pretrain", "hidden_size": DIM_3D, "image_size": 16, "image_patch_size": 8, "frame_size": 8,
+        "frame_patch_size": 4, "image_num_heads": HEADS, "image_mlp_dim": MLP, "image_num_layers": DEPTH,
+    }  # fmt: skip
+    (tmp_path / "medm").mkdir()
+    (tmp_path / "medm" / "config.json").write_text(json.dumps(published))
+    config = {
+        f"{prefix}llm_type": "qwen2", f"{prefix}llm_name_or_path": str(llms["qwen2.5"]),
+        f"{prefix}encoder_image3d_type": "medmclip", f"{prefix}encoder_image3d_name_or_path": str(tmp_path / "medm"),
+        f"{prefix}encoder_image3d_select_feature": "patch",
+    }  # fmt: skip
+    llm = write(tmp_path / "src", llms["qwen2.5"], config, whole | names)
+    report = import_model(str(tmp_path / "src"), str(tmp_path / "out"))
+    check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
+    assert any("taken to be spatial_pooling" in note for note in report.notes)
+    assert any("arrays of 0..255" in note for note in report.notes) == (generation == "B")
+    model, processor = load(str(tmp_path / "out"))
+    volume = torch.rand(1, 8, 16, 16)
+    pooled = tower(volume[None], DEPTH)[:, 1:].mean(dim=1)  # the grid of 2 x 2 x 2 is one window
+    check(model, processor, llm, "volume", volume, projector(pooled))
+
+
+@pytest.mark.parametrize(("generation", "prefix"), [("B", ""), ("C", "lvlm_")])
+@torch.no_grad()
+def test_a_2d_tower_over_slices(llms: dict[str, Path], tmp_path: Path, generation: str, prefix: str) -> None:
     """CT-Chest: a 2-D tower on every slice, learned queries over all of them; Phi-2's head has a bias and is untied."""
     tower = siglip()
     projector, names = mlp("connector_image.connector", 24)
@@ -190,16 +248,18 @@ def test_generation_c_over_slices(llms: dict[str, Path], tmp_path: Path) -> None
     names |= {f"connector_image.attn.{name}": tensor for name, tensor in attention.state_dict().items()}
     names["connector_image.query"] = query
     config = {
-        "model_type": "lvlm", "lvlm_llm_type": "phi", "lvlm_llm_name_or_path": "/nowhere/phi-2",
-        "lvlm_encoder_image_type": "siglip", "lvlm_encoder_image_select_feature": "cls_patch",
-        "lvlm_connector_image_type": "attn_pooling",
+        f"{prefix}llm_type": "phi", f"{prefix}llm_name_or_path": "/nowhere/phi-2",
+        f"{prefix}encoder_image_type": "siglip", f"{prefix}encoder_image_select_feature": "cls_patch",
+        f"{prefix}connector_image_type": "attn_pooling",
     }  # fmt: skip
     llm = write(tmp_path / "src", llms["phi"], config, vision_names(tower) | names)
     tower.save_pretrained(tmp_path / "siglip")
     with pytest.raises(CheckpointError, match=r"looked up as '/nowhere/phi-2'.*by --llm"):
         import_model(str(tmp_path / "src"), str(tmp_path / "out"))
     hints = Hints(llm=str(llms["phi"]), encoder=str(tmp_path / "siglip"), preprocess={"volume": {"size": [3, 16, 16]}})
-    import_model(str(tmp_path / "src"), str(tmp_path / "out"), hints=hints)
+    report = import_model(str(tmp_path / "src"), str(tmp_path / "out"), hints=hints)
+    check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
+    assert any("arrays of 0..255" in note for note in report.notes) == (generation == "B")
     model, processor = load(str(tmp_path / "out"))
     volume = torch.rand(3, 3, 16, 16)  # channels, slices, rows, columns
     hidden = tower(volume.transpose(0, 1), output_hidden_states=True).hidden_states[-1]  # (3 slices, 16, 24)
@@ -228,6 +288,7 @@ def test_generation_b_with_clip_and_a_head_of_its_own(llms: dict[str, Path], tmp
     llm.lm_head.weight = nn.Parameter(head)
     report = import_model(str(tmp_path / "src"), str(tmp_path / "out"))
     assert any("no longer tied" in note for note in report.notes)
+    check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
     model, processor = load(str(tmp_path / "out"))
     pixels = torch.rand(3, 16, 16)
     hidden = tower(pixels[None], output_hidden_states=True).hidden_states[-2][:, 1:]
