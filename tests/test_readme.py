@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import shrink
+from tests.cli.runner import medm
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -75,6 +76,36 @@ def test_the_three_jobs(checkout: Path) -> None:
     assert [record["id"] for record in written] == [record["id"] for record in records]
     assert all(record["conversations"][-1]["from"] == "gpt" for record in written)
     assert written[1]["answer"] == "Two."
+
+
+CT = {
+    "scripts/train/MedM-VL-CT-3B-en/pretrain.sh": "medm-vl-ct/pretrain",
+    "scripts/train/MedM-VL-CT-3B-en/finetune.sh": "medm-vl-ct/finetune",
+    "scripts/train/MedM-VL-CT-Chest-3B-en/pretrain.sh": "medm-vl-ct-chest/pretrain",
+    "scripts/train/MedM-VL-CT-Chest-3B-en/finetune.sh": "medm-vl-ct-chest/finetune",
+}
+"""Launchers of volumes, and the recipe that each of them runs; stage 2 takes what stage 1 left."""
+
+
+def test_the_launchers_of_volumes_train(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are, but that `torchrun` is written down and its command run in this process, to save four starts."""
+    stub = checkout / "bin" / "torchrun"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\nfor word in "$@"; do printf \'%s\\0\' "$word"; done > torchrun.txt\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("GPUS", "1")
+    monkeypatch.chdir(checkout)
+    for launcher, recipe in CT.items():
+        data = shrink.records(recipe)
+        tiny = shrink.overrides(recipe, checkout, steps=1)
+        line = f"DATA={data} VOLUMES={data.parent} bash {launcher}" + "".join(f" '{override}'" for override in tiny)
+        subprocess.run(["bash", "-c", line], check=True, timeout=60)
+        words = (checkout / "torchrun.txt").read_text().split("\0")[:-1]
+        assert words[:6] == ["--standalone", "--nproc-per-node", "1", "-m", "medm", "train"]
+        done = medm(*words[5:])
+        assert done.code == 0, f"{line}\n{done.out[-2000:]}\n{done.err[-4000:]}"
+        assert (checkout / "work_dirs" / recipe / "model.safetensors").is_file()
 
 
 def test_what_the_readme_points_to_is_there() -> None:

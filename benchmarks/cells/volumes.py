@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import SimpleITK
 from monai.transforms import Compose, CropForeground, Resize, ScaleIntensityRange
 
 from benchmarks.harness import Cell, GateError, Ratio
 from medm.data.volume_cache import MediaCache
 from medm.imaging import load_pixels
 from medm.imaging.options import VolumePreprocess
+
+REAL = Path(__file__).parents[2] / "examples" / "quickstart" / "data"
 
 
 class _VolumeCell(Cell):
@@ -22,7 +25,7 @@ class _VolumeCell(Cell):
 
     @cached_property
     def folder(self) -> Any:
-        """Volumes of the size of a chest CT, in HU as int16; an `.npy` costs both sides the same to read."""
+        """Drawn volumes of the size of a full chest CT, in HU as int16; an `.npy` costs both sides the same to read."""
         folder = tempfile.TemporaryDirectory()
         rng = np.random.default_rng(0)
         for number in range(self.count):
@@ -52,7 +55,11 @@ class _VolumeCell(Cell):
 
     def monai(self, file: Path) -> np.ndarray:
         """(1, 32, 256, 256)."""
-        return np.asarray(self.chain(np.load(file)[None]))
+        return np.asarray(self.chain(self.read(file)[None]))
+
+    def read(self, file: Path) -> np.ndarray:
+        """(D, H, W), as the other side reads it."""
+        return np.load(file)
 
     def ours(self, file: Path) -> np.ndarray:
         """(1, 32, 256, 256)."""
@@ -67,11 +74,35 @@ class _VolumeCell(Cell):
 
     @property
     def setting(self) -> dict[str, Any]:
-        return {"volume": "x".join(map(str, self.shape)), "result": "32x256x256", "volumes": self.count}
+        volume = f"{'x'.join(map(str, self.shape))}, drawn, .npy"
+        return {"volume": volume, "result": "32x256x256", "volumes": self.count}
 
     def run_peer(self) -> float:
         """MONAI at every access."""
         return sum(self.monai(file).shape[0] for file in self.files)
+
+
+class _RealCT(_VolumeCell):
+    """Real chest CT as compressed NIfTI. Smaller than a full one, so that it can be shipped: 1.5 to 2 mm a voxel."""
+
+    @cached_property
+    def folder(self) -> Any:
+        """Where the cache goes."""
+        return tempfile.TemporaryDirectory()
+
+    @property
+    def files(self) -> list[Path]:
+        """The chest CT of the quickstart."""
+        return [REAL / f"chest-ct-{number}.nii.gz" for number in (1, 2, 3)]
+
+    def read(self, file: Path) -> np.ndarray:
+        """By SimpleITK, which MONAI's own reader of such files calls too."""
+        return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        sizes = ", ".join("x".join(map(str, self.read(file).shape)) for file in self.files)
+        return {"volume": f"{sizes}, real CT, .nii.gz", "result": "32x256x256", "volumes": len(self.files)}
 
 
 class FirstReading(_VolumeCell, Ratio):
@@ -112,3 +143,15 @@ class CachedReading(_VolumeCell, Ratio):
 
     def run_ours(self) -> float:
         return sum(self.ours(file).shape[0] for _ in range(self.passes) for file in self.files)
+
+
+class FirstReadingOfCT(_RealCT, FirstReading):
+    """P5 on real files, which both sides unpack first."""
+
+    name, title = "P5-CT", "first preprocessing of a real CT"
+
+
+class CachedReadingOfCT(_RealCT, CachedReading):
+    """P4 on real files."""
+
+    name, title = "P4-CT", "cached reads of a real CT"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,6 +256,39 @@ def test_bad_files_raise_as_without_a_cache(cache: MediaCache, tmp_path: Path) -
         with pytest.raises(MediaError, match="too few"):
             cache.load(tmp_path / "bad.nii", PREPROCESS)
     assert not entries(cache)
+
+
+_HELD = """
+import sys
+from pathlib import Path
+from medm.data.volume_cache import MediaCache
+from medm.imaging import VolumePreprocess
+
+folder, preprocess = Path(sys.argv[1]), VolumePreprocess(size=[8, 128, 128])
+cache = MediaCache(folder / "cache", max_bytes=10**9)
+held = []
+for count in (20, 200):
+    held += [cache.load(folder / f"{i}.npy", preprocess) for i in range(len(held), count)]
+    total = sum(float(array.sum()) for array in held)  # every page is touched
+    private = [line for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous:")]
+    print(len(held), int(private[0].split()[1]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's account of private memory")
+def test_memory_is_flat_in_the_number_of_volumes(tmp_path: Path) -> None:
+    """All of 200 volumes are held and read to the last byte; their memory is the page cache's, not the process's."""
+    paths = [tmp_path / f"{i}.npy" for i in range(200)]
+    filling = MediaCache(tmp_path / "cache", max_bytes=10**9)
+    for i, path in enumerate(paths):
+        np.save(path, np.full((2, 2, 2), i, dtype=np.int16))
+        filling.load(path, VolumePreprocess(size=[8, 128, 128]))
+    done = subprocess.run(
+        [sys.executable, "-c", _HELD, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    (few, before), (many, after) = (tuple(map(int, line.split())) for line in done.stdout.splitlines())
+    assert (few, many) == (20, 200)
+    assert after - before < 8_000, "180 volumes of 512 KiB are 92,000 KiB; allowed are their names and objects"
 
 
 def _many_loads(cache: MediaCache, paths: list[Path], seed: int, clear: bool) -> None:
