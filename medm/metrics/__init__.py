@@ -103,6 +103,18 @@ class ChestLabelOptions(MetricOptions):
     """What an uncertain mention ("possible pneumonia") counts as."""
 
 
+class RadEvalOptions(MetricOptions):
+    """RadEval's scores of radiology reports."""
+
+    scores: list[
+        Literal[
+            "bleu", "rouge", "bertscore", "radeval_bertscore", "f1chexbert", "f1radbert_ct", "radgraph", "ratescore",
+            "radgraph_radcliq", "radcliq", "srrbert", "temporal", "green",
+        ]
+    ] = Field(default=["radgraph"], min_length=1)  # fmt: skip
+    """RadEval's names; those that need a service over the network are not offered."""
+
+
 METRICS: Registry[Metric] = Registry("metric", group="medm.metrics", options=MetricOptions)
 
 # fmt: off
@@ -121,6 +133,7 @@ METRICS.add("token-f1", "medm.metrics.match:token_f1", "F1 over words, each coun
 METRICS.add("closed-accuracy", "medm.metrics.choice:closed_accuracy", "yes/no and short closed answers, parsed, never found as a substring")
 METRICS.add("choice-accuracy", "medm.metrics.choice:choice_accuracy", "multiple choice by the parsed letter")
 METRICS.add("chest-label-f1", "medm.metrics.chest_labels:chest_label_f1", "F1 of 14 chest findings named by two reports, by an offline rule labeller", options=ChestLabelOptions)
+METRICS.add("radeval", "medm.metrics.radeval:radeval", "RadEval's scores of reports (RadGraph, F1CheXbert, ...); needs the extra 'report'", options=RadEvalOptions)
 METRICS.add("accuracy", "medm.metrics.classification:accuracy", "share of equal labels", options=LabelMetricOptions)
 METRICS.add("balanced-accuracy", "medm.metrics.classification:balanced_accuracy", "mean recall over the classes of the references", options=LabelMetricOptions)
 METRICS.add("macro-f1", "medm.metrics.classification:macro_f1", "mean F1 over the classes of the references", options=LabelMetricOptions)

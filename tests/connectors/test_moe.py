@@ -195,16 +195,22 @@ def test_an_unseen_task_as_the_mean_of_all_experts(gate):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [-100.0, -60000.0, 60000.0, math.inf, -math.inf])
-@pytest.mark.parametrize(("gate", "mode"), list(itertools.product(["soft", "sparse"], ["published", "sound"])))
-def test_extreme_gates_stay_numbers(gate, mode, bias, dtype):
-    connector = moe(gate=gate, mode=mode, router_dim=8).to(dtype).train()
+@pytest.mark.parametrize(
+    ("gate", "mode", "route"),
+    [
+        *itertools.product(["soft", "sparse"], ["published", "sound"], ["token"]),
+        *itertools.product(["soft"], ["published", "sound"], ["task+token"]),
+    ],
+)
+def test_extreme_gates_stay_numbers(gate, mode, route, bias, dtype):
+    connector = moe(gate=gate, mode=mode, route_by=route, router_dim=8, task_dim=4).to(dtype).train()
     with torch.no_grad():
         # All logits at the same extreme: the published quotient would be 0 / 0; then a single one.
         connector.router.layers[2].bias.fill_(bias)
     features = features_on((4, 4))
     tokens = features.tokens.to(dtype).requires_grad_()
     for _ in range(2):
-        output = connector(VisionFeatures(tokens, (4, 4)))
+        output = connector(VisionFeatures(tokens, (4, 4)), torch.arange(len(tokens)))
         losses = connector.auxiliary_losses().values()
         (output.float().square().mean() + sum(losses)).backward()
         assert output.isfinite().all()

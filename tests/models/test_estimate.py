@@ -63,6 +63,30 @@ def test_the_built_model_has_the_same_sizes(llm: Path) -> None:
     ]
 
 
+def test_what_a_router_costs_and_that_the_dense_baseline_has_the_same_experts(llm: Path) -> None:
+    """Router of a task token of 4 and a visual token of 24: (28, 8), (8, 3); experts (24, 32), (32, 32), three times."""
+
+    def connector(gate: str) -> PartSize:
+        section = lvlm_section(llm) | {"tasks": ["vqa", "cls"]}
+        block = {
+            "name": "moe",
+            "num_experts": 3,
+            "gate": gate,
+            "route_by": "task+token",
+            "router_dim": 8,
+            "task_dim": 4,
+        }
+        section["branches"]["image"]["connector"] = block
+        result = estimate(validate(LVLMOptions, section, source="test"), choose=chooser(image_connector=FULL))
+        return next(part for part in result.parts if part.name == "image.connector")
+
+    router = 2 * 4 + (28 * 8 + 8) + (8 * 3 + 3)
+    experts = 3 * ((24 * 32 + 32) + (32 * 32 + 32))
+    assert connector("soft").parameters == experts + router
+    assert connector("constant").parameters == experts  # equal experts, without a router
+    assert connector("soft").trainable == experts + router
+
+
 def test_memory_by_hand() -> None:
     """1000 trained and 600 frozen parameters, loaded in float32, on 4 GPUs with AdamW."""
     parts = [PartSize("a", 1000, 1000, 0, 0, 0), PartSize("b", 600, 0, 2400, 0, 600)]
