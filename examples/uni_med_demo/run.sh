@@ -40,7 +40,7 @@ for model in dense experts; do
     scores=$out/scores/$model/$task
     keep_if $scores "$(made_from $data/test_$task.json -- "$recipe" "${EVAL:-}")"
     medm eval --model $out/$model --task custom --data $data --option path=test_$task.json \
-      --option metrics="${job#* }" --option cluster_by=source_volume --option group_by=question_type \
+      --option metrics="${job#* }" --option cluster_by=source_volume --option group_by="[question_type]" \
       --output $scores --batch-size 32 --max-new-tokens 32 ${asked[@]+"${asked[@]}"}
   done
 done

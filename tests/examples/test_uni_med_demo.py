@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from medm.config import parse_value
+from medm.evaluation.options import EvalTaskOptions
+from medm.evaluation.runner import build_task
 from medm.metrics import METRICS
 from medm.training.recipe import differences, load_recipe, resolved
 
@@ -61,6 +64,10 @@ def test_every_task_is_scored_with_metrics_that_exist():
     recipe = load_recipe(ROOT / "recipes" / "uni-med-demo" / "experts.yaml")
     assert set(jobs) == set(recipe.model.tasks)
     assert all(name in METRICS for names in jobs.values() for name in names.split(","))
+    options = {key: parse_value(value.strip('"')) for key, value in re.findall(r"--option (\w+_by)=(\S+)", script)}
+    options |= {"name": "custom", "path": "test_vqa.json", "metrics": jobs["vqa"].split(",")}
+    block = EvalTaskOptions.model_validate({"task": options, "data": "."})
+    assert build_task(block).cluster_by == "source_volume"
 
 
 def test_the_baseline_differs_in_the_gate_alone():
