@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from medm.errors import DataError
 from medm.imaging import resolve_inside
@@ -20,6 +22,11 @@ from medm.types import Media, Sample
 
 QUESTION_TYPES = {"1": "plane", "2": "phase", "3": "organ", "4": "abnormality", "5": "location"}
 _CHOICES = ("A", "B", "C", "D")
+_TRAINING = ("train", "yn_train")
+"""Splits of which a bad row is left out: reports by the ten thousand, a few of them without their text."""
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def npy_path(folder: Path, written: str) -> str:
@@ -27,6 +34,30 @@ def npy_path(folder: Path, written: str) -> str:
     path = written.replace("\\", "/").lstrip("/")
     _, _, below = path.partition("/")
     return below if below and not (folder / path).exists() and (folder / below).exists() else path
+
+
+def _usable(rows: Iterable[T], make: Callable[[int, T], Sample], *, file: Path, split: str) -> Iterator[Sample]:
+    """A sample a row. What cannot be used is counted and left out of training data, and stops a test.
+
+    Raises:
+        DataError: a row of a test that cannot be used, or training data without any row that can.
+    """
+    total = left_out = 0
+    first: DataError | None = None
+    for index, row in enumerate(rows):
+        total += 1
+        try:
+            sample = make(index, row)
+        except DataError as error:
+            if split not in _TRAINING:
+                raise
+            left_out, first = left_out + 1, first or error
+            continue
+        yield sample
+    if first is not None and left_out == total:
+        raise DataError(f"none of {total} rows can be used; the first: {first}", file=file)
+    if first is not None:
+        logger.warning("%s: %d of %d rows left out; the first: %s", file.name, left_out, total, first)
 
 
 class M3DCap(CaptionTask):
@@ -41,14 +72,17 @@ class M3DCap(CaptionTask):
         rows = read_json_map(file).get(split)
         if not isinstance(rows, list):
             raise DataError("expected a list under this key", file=file, field=split)
-        for index, row in enumerate(rows):
+
+        def sample(index: int, row: Any) -> Sample:
             image = npy_path(folder, field_of(row, "image", str, file=file, index=index))
             text = npy_path(folder, field_of(row, "text", str, file=file, index=index))
             report = read_text(resolve_inside(folder, text))
-            yield ask(
+            return ask(
                 choose(prompts.VOLUME_REPORT, wording), id=image, tag=self.tag, answer=report.strip(),
                 media=[Media("volume", image)],
             )  # fmt: skip
+
+        yield from _usable(rows, sample, file=file, split=split)
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.m3d_texts(records, self.resampling_of(records), self.bertscore)
@@ -57,9 +91,10 @@ class M3DCap(CaptionTask):
 class _M3DVQA(Task):
     """Reads the CSV."""
 
-    splits = ("train", "val", "test", "test5k")
+    splits = ("train", "yn_train", "val", "test", "test5k")
     layout = (
-        "M3D_VQA_{train,val,test,test5k}.csv (Image Path, Question Type, Question, Choice A..D, Answer, Answer Choice)"
+        "M3D_VQA_{train,yn_train,val,test,test5k}.csv (Image Path, Question Type, Question, Choice A..D, Answer, "
+        "Answer Choice; yes-no questions may lack choices)"
     )
     tag = "vqa"
     group_by = ("question_type",)
@@ -69,16 +104,17 @@ class _M3DVQA(Task):
         folder, split = Path(folder), self._known_split(split)
         name = f"M3D_VQA_{split}.csv"
         file = require(folder, name, f"M3D-VQA/{name}", f"M3D_VQA/{name}", layout=self.layout)
-        columns = (
-            "Image Path",
-            "Question Type",
-            "Question",
-            "Answer",
-            "Answer Choice",
-            *(f"Choice {c}" for c in _CHOICES),
-        )
-        for index, row in enumerate(read_csv(file, columns)):
-            yield self.sample(row, npy_path(folder, row["Image Path"]), f"{split}:{index}", wording)
+        columns = ("Image Path", "Question", "Answer")
+        if split != "yn_train":
+            columns += ("Question Type", "Answer Choice", *(f"Choice {c}" for c in _CHOICES))
+
+        def sample(index: int, row: dict[str, str]) -> Sample:
+            for field in ("Image Path", "Question", "Answer"):
+                if not row[field].strip():
+                    raise DataError("expected text, found nothing", file=file, index=index, field=field)
+            return self.sample(row, npy_path(folder, row["Image Path"]), f"{split}:{index}", wording)
+
+        yield from _usable(read_csv(file, columns), sample, file=file, split=split)
 
     @abstractmethod
     def sample(self, row: dict[str, str], image: str, id: str, wording: random.Random | None) -> Sample:
@@ -112,8 +148,8 @@ class M3DClosedVQA(_M3DVQA):
     """The question with four choices."""
 
     def sample(self, row: dict[str, str], image: str, id: str, wording: random.Random | None) -> Sample:
-        options = {letter: row[f"Choice {letter}"] for letter in _CHOICES if row[f"Choice {letter}"].strip()}
-        letter = row["Answer Choice"].strip().upper()
+        options = {letter: row[f"Choice {letter}"] for letter in _CHOICES if row.get(f"Choice {letter}", "").strip()}
+        letter = row.get("Answer Choice", "").strip().upper()
         if letter not in options:
             raise DataError(f"answer choice {letter!r} is none of {sorted(options)} (row {id})")
         return ask(
@@ -136,5 +172,5 @@ class M3DClosedVQA(_M3DVQA):
 
 
 def _question_type(row: dict[str, str]) -> str:
-    code = row["Question Type"].strip().split(".")[0]
+    code = row.get("Question Type", "").strip().split(".")[0]
     return QUESTION_TYPES.get(code, code)

@@ -15,7 +15,7 @@ from medm.tasks import TASKS
 from medm.tasks.base import join_predictions
 from medm.tasks.custom import Custom
 from medm.tasks.files import NumberArchive, read_csv
-from medm.tasks.m3d import M3DClosedVQA
+from medm.tasks.m3d import M3DCap, M3DClosedVQA, M3DOpenVQA
 from medm.tasks.m3d_regions import M3DREC, M3DRefSeg, M3DSeg, box_of, box_text
 from medm.tasks.path_vqa import PathVQA
 from medm.tasks.plain_pickle import read_plain_pickle
@@ -342,3 +342,28 @@ def test_a_csv_without_its_columns_is_explained(tmp_path: Path) -> None:
 def test_long_reports_fit_into_a_csv_field(tmp_path: Path) -> None:
     layouts.put_csv(tmp_path / "x.csv", [{"name": "a" * 200_000}])
     assert len(next(iter(read_csv(tmp_path / "x.csv", ("name",))))["name"]) == 200_000
+
+
+def test_m3d_training_data_leaves_out_what_it_cannot_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    layouts.m3d_cap(tmp_path)
+    layouts.m3d_vqa(tmp_path)
+    table = json.loads((tmp_path / "M3D_Cap.json").read_text())
+    gone = {"image": "M3D_Cap/ct_case/7/a.npy", "text": "M3D_Cap/ct_case/7/text.txt"}
+    for split in ("train", "test"):
+        table[split] = [*table[split], gone, {"image": 5}]
+    (tmp_path / "M3D_Cap.json").write_text(json.dumps(table))
+    assert len(list(M3DCap().samples(tmp_path, "train"))) == 2
+    assert "M3D_Cap.json: 2 of 4 rows left out; the first: " in caplog.text
+    with pytest.raises(DataError, match=r"text\.txt"):  # a test is answered as a whole or not at all
+        list(M3DCap().samples(tmp_path, "test"))
+
+    header = "Image Path,Question Type,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer Choice"
+    rows = ["ct_case/000000/Axial.npy,4,Is there gas?,Yes,No,,,Yes,A", "ct_case/000000/Axial.npy,4,Gas?,Yes,No,,,No,E"]
+    (tmp_path / "M3D_VQA_yn_train.csv").write_text("\n".join([header, *rows]))
+    (sample,) = M3DClosedVQA().samples(tmp_path, "yn_train")
+    assert sample.answer == "A. Yes"
+    (tmp_path / "M3D_VQA_yn_train.csv").write_text("Image Path,Question,Answer\nct_case/000000/Axial.npy,Gas?,No")
+    (sample,) = M3DOpenVQA().samples(tmp_path, "yn_train")
+    assert sample.answer == "No"
+    with pytest.raises(DataError, match="none of 1 rows can be used"):
+        list(M3DClosedVQA().samples(tmp_path, "yn_train"))
