@@ -104,7 +104,7 @@ class _M3DVQA(Task):
         folder, split = Path(folder), self._known_split(split)
         name = f"M3D_VQA_{split}.csv"
         file = require(folder, name, f"M3D-VQA/{name}", f"M3D_VQA/{name}", layout=self.layout)
-        columns = ("Image Path", "Question", "Answer")
+        columns: tuple[str, ...] = ("Image Path", "Question", "Answer")
         if split != "yn_train":
             columns += ("Question Type", "Answer Choice", *(f"Choice {c}" for c in _CHOICES))
 
