@@ -68,9 +68,21 @@ def recipe(world: Path, output_dir: Path, **changes: Any) -> Any:
     return load_recipe(path)
 
 
+def weighted(world: Path) -> dict[str, Any]:
+    """Two sources of unequal size, drawn by weight."""
+    records = json.loads((world / "train.json").read_text())
+    for name, part in (("few", records[:3]), ("many", records[3:])):
+        (world / f"{name}.json").write_text(json.dumps(part))
+    images = str(world / "images")
+    return {
+        "train": [{"path": str(world / f"{name}.json"), "root": images, "weight": weight}
+                  for name, weight in (("few", 3), ("many", 1))]
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def trained(world: Path) -> Path:
-    outcome = train(recipe(world, world / "trained"))
+    outcome = train(recipe(world, world / "trained", data=weighted(world)))
     assert outcome.finished
     assert outcome.steps == 6
     return outcome.output_dir
@@ -92,9 +104,9 @@ def test_the_folder_opens_and_says_where_it_comes_from(world: Path, trained: Pat
     } <= present
     assert not [name for name in present if name.startswith(".tmp")]
     assert "Not for clinical use" in (trained / "README.md").read_text()
-    assert load_recipe(trained / "recipe.yaml") == recipe(world, trained)
+    assert load_recipe(trained / "recipe.yaml") == recipe(world, trained, data=weighted(world))
     run = json.loads((trained / "run.json").read_text())
-    train_file = world / "train.json"
+    train_file = world / "few.json"
     assert run["data"][str(train_file)] == hashlib.sha256(train_file.read_bytes()).hexdigest()
     assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
     assert run["scores"].keys() == {"training loss", "held-out loss"}
@@ -116,7 +128,7 @@ def test_weights_that_changed_since_they_were_written_are_not_opened(trained: Pa
 def test_a_stopped_and_continued_run_writes_the_same_model(world: Path, trained: Path, tmp_path: Path) -> None:
     """Through the command line, in a process of its own that gets SIGTERM: exit status 75, then --resume."""
     output = tmp_path / "trained"
-    recipe(world, output)
+    recipe(world, output, data=weighted(world))
     script = (
         "import os, signal, sys, transformers\n"
         "from medm.cli import main\n"
