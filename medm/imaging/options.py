@@ -190,10 +190,11 @@ class Augment(Options):
 def changed(described: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a description with some of them replaced.
 
-    A convention among the changes replaces everything that it speaks of but the size, which belongs to the encoder.
+    A convention among the changes replaces everything that it speaks of but the size, which belongs to the encoder;
+    what the earlier convention said beyond that stays.
     """
-    spoken = _VOLUME_CONVENTIONS.get(str(changes.get("convention")), {})
-    return {**described, **{key: value for key, value in spoken.items() if key != "size"}, **changes}
+    own, other = (_VOLUME_CONVENTIONS.get(str(given.get("convention")), {}) for given in (described, changes))
+    return {**own, **described, **{key: value for key, value in other.items() if key != "size"}, **changes}
 
 
 def _positive(values: list[int] | list[float], field: str) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Uni-Med, small. Run convert.sh first. RECIPE=uni-med/small_dense trains the dense baseline of equal size.
+# Uni-Med, small. Run convert.sh first. RECIPE=uni-med/small_dense trains the dense baseline: equal experts, without a router.
 # Further arguments go to `medm train`: train.max_steps=100, diagnostics.every=500, --resume ...
 RECIPE=${RECIPE:-uni-med/small}
 OUTPUT=${OUTPUT:-work_dirs/$RECIPE}
