@@ -1,5 +1,5 @@
 # make quickstart   environment, then the main job end to end on the real data that is shipped (12 minutes on 2 cores after the downloads)
-# make quickstart-3d  the same in 3-D: blocks of CT, Astra's encoder (10 minutes on 2 cores)
+# make quickstart-3d  the same in 3-D: blocks of CT, Astra's encoder (11 minutes on 2 cores after the downloads)
 # make uni-med-demo several tasks: experts against the dense baseline on held-out volumes, one table (half an hour on 2 busy cores)
 # make test         environment, then the tests
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
@@ -20,7 +20,8 @@ EXTRAS ?= dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.medm-$(EXTRAS)
 PYTEST ?= $(BIN)/python -m pytest
-PYTEST_ARGS ?=
+# A file's tests stay together, since they share what they prepare; one thread each, or processes wait for one another.
+PYTEST_ARGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # Nothing that is run from here asks a hub, and compiled extensions are kept between runs.
 export HF_HUB_OFFLINE ?= 1
@@ -54,7 +55,7 @@ uni-med-demo: env
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/uni_med_demo/run.sh
 
 test: env
-	$(PYTEST) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) $(PYTEST_ARGS)
 
 check: lint types layers
 

@@ -63,7 +63,7 @@ class _VolumeCell(Cell):
 
     def ours(self, file: Path) -> np.ndarray:
         """(1, 32, 256, 256)."""
-        return load_pixels(file, self.preprocess)
+        return load_pixels(file, self.preprocess, device="cuda" if self.profile == "h200" else "cpu")
 
     def gate(self) -> str:
         """Equal output."""
@@ -109,7 +109,7 @@ class FirstReading(_VolumeCell, Ratio):
     """P5."""
 
     name, title, peer = "P5", "first preprocessing of a volume", "MONAI chain"
-    targets: ClassVar = {"cpu": 2.0, "h200": 2.0}
+    targets: ClassVar = {"cpu": 2.0, "h200": 20.0}
 
     def run_ours(self) -> float:
         return sum(self.ours(file).shape[0] for file in self.files)

@@ -90,6 +90,9 @@ def cache(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that read and resample.  [default: by cores]")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where volumes are resampled: cpu, or cuda, each process with a context of its own.")
+    ] = "cpu",
 ) -> None:
     """Fill the cache of a recipe (data.cache) before training: every volume is read and resampled once.
 
@@ -109,13 +112,18 @@ def cache(
     options = read.data.cache
     if options is None:
         raise RecipeError(f"{recipe}: no data.cache; name a folder, such as data.cache.dir=.cache/volumes")
+    if device != "cpu":
+        from medm.evaluation.engine import pick_device
+
+        device = str(pick_device(device))
     prepared = {name: how for name, how in _processor_of(read).preprocess.items() if how.kind in options.branches}
     sources = [Records([source]) for source in _sources([], None, read)]
     columns = (TextColumn("volumes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as bar:
         task = bar.add_task("volumes", total=None)
         filled = fill(
-            sources, prepared, loader(options), workers=(os.cpu_count() or 1) if workers is None else workers,
+            sources, prepared, loader(options, device=device),
+            workers=(os.cpu_count() or 1) if workers is None else workers, start=None if device == "cpu" else "spawn",
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     for error in filled.bad:

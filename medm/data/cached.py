@@ -21,11 +21,16 @@ MAX_KEPT = 1000
 """So many problems are kept with their place and reason; the rest are counted."""
 
 
-def loader(options: CacheOptions | None) -> Callable[[Path, Preprocess], np.ndarray]:
-    """How files become prepared arrays: through the cache that a recipe names, or by reading them each time."""
+def loader(options: CacheOptions | None, *, device: str = "cpu") -> Callable[[Path, Preprocess], np.ndarray]:
+    """How files become prepared arrays: through the cache that a recipe names, or by reading them each time.
+
+    Args:
+        options: `data.cache`.
+        device: where volumes that the cache does not hold are prepared; a GPU not in forked workers.
+    """
     if options is None:
         return load_pixels
-    cache = MediaCache(options.dir, round(options.max_gb * 1e9))
+    cache = MediaCache(options.dir, round(options.max_gb * 1e9), device=device)
     return partial(_load_through, cache, frozenset(options.branches))
 
 
@@ -90,6 +95,7 @@ def fill(
     load: Callable[[Path, Any], np.ndarray],
     *,
     workers: int = 0,
+    start: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Filled:
     """Load every file of some branches once. Started again it goes on: what is there already is only looked at.
@@ -99,13 +105,17 @@ def fill(
         preprocess: the branches whose files are loaded, and how they are prepared.
         load: `load` of a cache.
         workers: processes; 0 for this one.
+        start: how they begin ("spawn" where they use a GPU); the system's way without it.
         progress: called with (files done, files in all) after each.
     """
     filled = Filled()
     places = list(_places(data, preprocess, filled))
     files = [(place.path, preprocess[place.branch]) for place in places]
     # batch_size None: one file at a time and in order, so that a reason belongs to its place.
-    loading = DataLoader(_Loading(files, load), batch_size=None, num_workers=workers)
+    loading = DataLoader(
+        _Loading(files, load), batch_size=None, num_workers=workers,
+        multiprocessing_context=start if workers else None,
+    )  # fmt: skip
     for place, reason in zip(places, loading, strict=True):
         filled.files += 1
         if reason is not None:

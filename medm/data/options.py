@@ -68,6 +68,8 @@ class DataOptions(Options):
     packing: bool = False
     """Put several samples in one row of `max_length` tokens, each attending to itself alone, instead of padding. With
     weights, a record of a small source may then come twice in a step."""
+    pad_to_multiple_of: int | None = Field(default=None, ge=2)
+    """Lengths of batches are rounded up to it: few shapes for compiled layers."""
     balance_ranks: bool = False
     """Deal the samples of a step to the processes so that each has about the same number of tokens."""
     draws: int | None = Field(default=None, ge=1)

@@ -53,10 +53,11 @@ class MediaCache:
     Args:
         folder: where entries lie; made when the first one is written.
         max_bytes: most bytes of all files in it, whoever writes them.
+        device: where volumes that are not there yet are prepared.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int) -> None:
-        self.folder, self.max_bytes = Path(folder), max_bytes
+    def __init__(self, folder: str | Path, max_bytes: int, *, device: str = "cpu") -> None:
+        self.folder, self.max_bytes, self.device = Path(folder), max_bytes, device
         self._started = time.time()
         self._verified: set[str] = set()
         self._full = self._unwritable = False
@@ -73,20 +74,23 @@ class MediaCache:
         try:
             before = identity(path)
         except MediaError:
-            return load_pixels(path, preprocess)  # the reader says what is wrong, or passes over what it does not need
+            return self._prepare(path, preprocess)  # the reader says what is wrong, if anything is
         content = self._content(path, before)
         if content is None:
-            return load_pixels(path, preprocess)
+            return self._prepare(path, preprocess)
         key = f"{content}-{fingerprint(preprocess)}"
         entry = self.folder / "arrays" / key[:2] / f"{key}.npy"
         stored = self._open(entry)
         if stored is not None:
             return stored
-        pixels = load_pixels(path, preprocess)
+        pixels = self._prepare(path, preprocess)
         with suppress(MediaError):  # a file that went meanwhile
             if identity(path) == before:
                 self._store(entry, pixels)
         return pixels
+
+    def _prepare(self, path: Path, preprocess: Preprocess) -> np.ndarray:
+        return load_pixels(path, preprocess, device=self.device)
 
     def size(self) -> tuple[int, int]:
         """How many entries there are, and the bytes of them and of the index."""

@@ -162,7 +162,7 @@ class Engine:
             name: (int(processor.placeholder_ids[name]), int(entry["num_tokens"]))
             for name, entry in processor.branches.items()
         }
-        greedy = not self.config.do_sample and self.config.num_beams == 1
+        greedy = not self.config.do_sample and self.config.num_beams == 1 and not self.options.static_cache
         self.decoder: GreedyDecoder | None = None
         if greedy and GreedyDecoder.supports(model.language_model):
             suppress = self.config.suppress_tokens or []
@@ -309,6 +309,8 @@ def generation_config(published: GenerationConfig, options: GenerationOptions) -
     config = GenerationConfig(**{key: getattr(published, key, None) for key in kept})
     config.max_new_tokens, config.num_beams = options.max_new_tokens, options.num_beams
     config.do_sample = options.temperature > 0
+    if options.static_cache:
+        config.cache_implementation = "static"
     if config.do_sample:
         config.temperature, config.top_p, config.top_k = options.temperature, options.top_p, 0
     return config

@@ -23,6 +23,9 @@ class GenerationOptions(Options):
     """Draw only from the likeliest tokens that together have this probability."""
     seed: int = Field(default=0, ge=0)
     """Of drawing."""
+    static_cache: bool = False
+    """Decode padded batches with a key-value cache of fixed size, for which transformers compiles the decoding on a
+    GPU; without it greedy prompts leave and join the batch."""
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerationOptions:

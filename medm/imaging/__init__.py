@@ -41,8 +41,8 @@ _VERSION = 1
 """Raised whenever the same description would give other pixels, so that old cache entries are not used."""
 
 
-def load_pixels(path: Path, preprocess: Preprocess) -> np.ndarray:
-    """The file as the model takes it: (C, *spatial) float32.
+def load_pixels(path: Path, preprocess: Preprocess, *, device: str = "cpu") -> np.ndarray:
+    """The file as the model takes it: (C, *spatial) float32 in host memory; `device` is where a volume is computed.
 
     Raises:
         MediaError: the file is missing, damaged, unsafe or not what `preprocess` declares.
@@ -54,7 +54,7 @@ def load_pixels(path: Path, preprocess: Preprocess) -> np.ndarray:
     from medm.imaging.transforms import apply_volume
     from medm.imaging.volumes import read_volume
 
-    return apply_volume(preprocess, read_volume(path, several=preprocess.series))
+    return apply_volume(preprocess, read_volume(path, several=preprocess.series), device=device)
 
 
 def preprocess_from_dict(value: Mapping[str, Any]) -> Preprocess:

@@ -29,17 +29,24 @@ _PATIENT_AXIS = {"L": (0, 1), "R": (0, -1), "P": (1, 1), "A": (1, -1), "S": (2, 
 _DEFAULT_WINDOWS = {"hu": [-1000.0, 1000.0], "0-255": [0.0, 255.0], "0-1": [0.0, 1.0], "minmax": [0.0, 1.0]}
 
 
-def apply_volume(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
+def apply_volume(preprocess: VolumePreprocess, volume: Volume, *, device: str = "cpu") -> np.ndarray:
     """The volume as an encoder takes it: (C, *size) float32.
+
+    Args:
+        preprocess: what is wanted.
+        volume: as it was read.
+        device: where windows, stretching and normalisation are computed; the result is in host memory.
 
     Raises:
         MediaError: values that the file proves not to be of the declared scale, an orientation or spacing that the file
             does not have, nothing in the foreground, or a result that is too large.
     """
-    return apply_volume_in_steps(preprocess, volume)[0]
+    return apply_volume_in_steps(preprocess, volume, device=device)[0]
 
 
-def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, np.ndarray]:
+def apply_volume_in_steps(
+    preprocess: VolumePreprocess, volume: Volume, *, device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
     """The result of `apply_volume`, and the same before `mean` and `std`, in 0..1 (what a person can look at)."""
     import torch
 
@@ -48,7 +55,7 @@ def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple
     blend = _blend(preprocess, len(voxels))
     if blend is not None:
         voxels = voxels[blend.used]
-    values = torch.from_numpy(voxels.astype(np.float32, order="C"))  # [D, H, W]
+    values = torch.from_numpy(voxels.astype(np.float32, order="C")).to(device)  # [D, H, W]
     if preprocess.scale == "minmax":
         values = _stretched(values, volume.name)
     box = None
@@ -64,9 +71,9 @@ def apply_volume_in_steps(preprocess: VolumePreprocess, volume: Volume) -> tuple
     shown = torch.stack(channels)  # [C, *size]
     if preprocess.channels is not None and len(channels) == 1:
         shown = shown.expand(preprocess.channels, -1, -1, -1)
-    mean = torch.tensor(preprocess.mean).view(-1, 1, 1, 1)
-    std = torch.tensor(preprocess.std).view(-1, 1, 1, 1)
-    return ((shown - mean) / std).contiguous().numpy(), shown.numpy()
+    mean = torch.tensor(preprocess.mean, device=device).view(-1, 1, 1, 1)
+    std = torch.tensor(preprocess.std, device=device).view(-1, 1, 1, 1)
+    return ((shown - mean) / std).contiguous().cpu().numpy(), shown.cpu().numpy()
 
 
 def default_window(scale: str) -> list[float]:
@@ -272,7 +279,10 @@ class _Blend:
         import torch
         import torch.nn.functional as F
 
-        mixed = torch.lerp(channel[self.below], channel[self.above], torch.from_numpy(self.weight).view(-1, 1, 1))
+        below, above, weight = (
+            torch.from_numpy(array).to(channel.device) for array in (self.below, self.above, self.weight)
+        )
+        mixed = torch.lerp(channel[below], channel[above], weight.view(-1, 1, 1))
         if tuple(mixed.shape[1:]) == self.plane:
             return mixed
         return F.interpolate(mixed[None], size=self.plane, mode="bilinear")[0]

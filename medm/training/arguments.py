@@ -17,8 +17,8 @@ from medm.training.options import TrainOptions
 logger = logging.getLogger(__name__)
 
 _OURS = {
-    "gradient_checkpointing", "save_in_background", "early_stopping_patience", "early_stopping_threshold",
-    "require_gpu", "deepspeed", "arguments",
+    "gradient_checkpointing", "torch_compile", "liger", "save_in_background", "early_stopping_patience",
+    "early_stopping_threshold", "require_gpu", "deepspeed", "arguments",
 }  # fmt: skip
 """Keys of `TrainOptions` that other code reads (parts, callbacks, this file)."""
 
@@ -31,6 +31,9 @@ _DECIDED = {
 }
 
 _WITHOUT_EFFECT = {
+    "use_liger_kernel": "it is train.liger",
+    "torch_compile_backend": "layers are compiled by train.torch_compile",
+    "torch_compile_mode": "layers are compiled by train.torch_compile",
     "label_smoothing_factor": "the loss belongs to the objective",
     "train_sampling_strategy": "the order of the data is data.order",
     "length_column_name": "the order of the data is data.order",

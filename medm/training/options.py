@@ -146,7 +146,10 @@ class TrainOptions(Options):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, much less memory."""
     torch_compile: bool = False
-    """Compile the model."""
+    """Compile the layers of encoders and language model with `torch.compile`; not with ZeRO-3. The number of shapes is
+    kept small by `data.pad_to_multiple_of`."""
+    liger: bool = False
+    """Use liger's kernels in the language model (NVIDIA GPUs; `pip install 'medm[liger]'`)."""
     use_cpu: bool = False
     """Train on the CPU even where there is a GPU."""
     require_gpu: bool = False

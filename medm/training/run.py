@@ -21,6 +21,7 @@ from medm.training.card import data_hashes, write_record
 from medm.training.data import TrainingData
 from medm.training.diagnostics import TugOfWar, Watched, WithTasks, require_measurable
 from medm.training.features import keep_features
+from medm.training.kernels import compile_layers, use_liger
 from medm.training.parts import PartTable, apply_parts
 from medm.training.processes import on_first
 from medm.training.recipe import Recipe, resolved
@@ -65,12 +66,17 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         logger.info("what is trained\n%s", table)
     data = TrainingData(
         recipe.data, recipe.train, processor, rank=args.process_index, world=args.world_size,
-        flat=recipe.data.packing and model.separate_samples(),
+        # A compiled layer wants rows of one length, not one row of samples of any lengths.
+        flat=recipe.data.packing and not recipe.train.torch_compile and model.separate_samples(),
     )  # fmt: skip
     hashes = on_first(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:
         root = Path(recipe.data.cache_features)
         data.use_features(keep_features(model, root, data.train.preprocess, data.records, device=args.device))
+    if recipe.train.liger:
+        use_liger(model.parts().get("llm"))
+    if recipe.train.torch_compile:
+        compile_layers(model, deepspeed=recipe.train.deepspeed)
     goal, callbacks = objective(recipe), _callbacks(recipe)
     if recipe.diagnostics is not None:
         tasks = list(getattr(processor, "tasks", None) or [])

@@ -62,6 +62,16 @@ def test_replies_are_those_of_plain_generate(tiny: tuple[Any, Any], prompts: lis
     assert reply.tokens == plain.shape[1] - ids.shape[1]
 
 
+def test_a_static_cache_gives_the_same_replies(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
+    model, processor = tiny
+    batch = prepare(prompts, pad_id=processor.pad_id)
+    replies = [
+        Engine(model, processor, GenerationOptions(max_new_tokens=6, static_cache=static)).answer(batch)
+        for static in (False, True)
+    ]
+    assert replies[0] == replies[1]
+
+
 def test_an_image_is_encoded_once_for_all_its_questions(
     tiny: tuple[Any, Any], prompts: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:

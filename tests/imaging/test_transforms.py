@@ -220,3 +220,13 @@ def test_shrinking_in_two_steps_gives_the_numbers_of_one(shape: tuple[int, int, 
         windowed = ((torch.from_numpy(voxels).float() - low) / (high - low)).clamp(0, 1)
         expected = torch.nn.functional.interpolate(windowed[None, None], size=(8, 12, 8), mode="trilinear")[0, 0]
         assert np.allclose(channel, expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("convention", ["m3d", "medm-vl", "astra"])
+def test_a_gpu_gives_what_the_cpu_gives(convention: str) -> None:
+    drawn = volume(np.random.default_rng(0).integers(-1000, 1000, (40, 60, 50)))
+    preprocess = VolumePreprocess(convention=convention, size=[16, 32, 32], scale="hu", windows=[[-1000.0, 1000.0]])
+    np.testing.assert_allclose(
+        apply_volume(preprocess, drawn, device="cuda"), apply_volume(preprocess, drawn), atol=1e-5
+    )

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +10,8 @@ import pytest
 
 import medm.models
 from medm.training.run import train
+from tests.launch import needs_compiler, on_two_processes
 from tests.training.mixed import STEPS, recipe, write_inputs
-from tests.training.test_two_processes import needs_compiler
 
 BRANCHES = ("image", "volume")
 
@@ -29,20 +25,7 @@ def losses(folder: Path) -> list[float]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mixed")
     write_inputs(path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).parents[2]
-    environment = {
-        "TORCH_EXTENSIONS_DIR": str(root / ".cache" / "torch_extensions"),
-        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
-        "-m", "tests.training.mixed", str(path),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1000, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    on_two_processes("tests.training.mixed", str(path))
     return path
 
 

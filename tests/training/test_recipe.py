@@ -109,6 +109,6 @@ def test_names_of_the_train_section_are_those_of_transformers() -> None:
 
     ours = {
         "early_stopping_patience", "early_stopping_threshold", "require_gpu", "arguments", "gradient_checkpointing",
-        "save_in_background",
+        "save_in_background", "liger",
     }  # fmt: skip
     assert set(TrainOptions.model_fields) - ours <= set(TrainingArguments.__dataclass_fields__)

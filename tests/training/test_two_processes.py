@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.launch import COMPILER, needs_compiler, on_two_processes
 from tests.training.toys import LORA, TOWERS, Toy, collate, trainer
 from tests.training.two_processes import CURVE, losses
 
 STAGES = ("zero1", "zero2", "zero3")
-COMPILER = all(shutil.which(program) for program in (os.environ.get("CXX", "g++"), "ninja"))
-needs_compiler = pytest.mark.skipif(
-    not COMPILER, reason="DeepSpeed builds its communication op, and there is no g++ or ninja"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of both processes: started once, since imports and engines are most of the time."""
     path = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).parents[2]
-    environment = {
-        "TORCH_EXTENSIONS_DIR": str(root / ".cache" / "torch_extensions"),
-        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
-        "-m", "tests.training.two_processes", str(path), *(["--deepspeed"] if COMPILER else []),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1000, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    on_two_processes("tests.training.two_processes", str(path), *(["--deepspeed"] if COMPILER else []))
     return path
 
 

@@ -1,0 +1,66 @@
+"""Faster layers for a model that is put together: compiled ones, and liger's Triton kernels on a GPU.
+
+Both change layers in place; names of weights, and so checkpoints, stay as they are.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from medm.errors import DeviceError, RecipeError
+
+
+def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: str = "inductor") -> int:
+    """Compile every repeated layer of transformers' towers and decoders by itself; returns how many there are.
+
+    A layer is the largest piece that holds no Python decisions: what is around it (placing vision tokens, choosing the
+    labelled positions) depends on the numbers of a batch. Layers of one kind share what is compiled.
+
+    Args:
+        model: not yet wrapped.
+        deepspeed: the recipe's key.
+        backend: of `torch.compile`.
+
+    Raises:
+        RecipeError: no layer can be compiled, or ZeRO-3 fetches weights inside each of them.
+    """
+    if deepspeed is not None and "zero3" in deepspeed:
+        raise RecipeError("train.torch_compile: does not go with ZeRO-3, which fetches weights by layer; use zero2")
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise RecipeError("train.torch_compile: this model has no repeated layers of transformers; leave the key out")
+    for layer in layers:
+        layer.compile(backend=backend)
+    return len(layers)
+
+
+def use_liger(language_model: Any) -> None:
+    """Liger's norms, rotary embeddings and gated layers (arXiv 2410.10989) in a language model, in place.
+
+    Its fused cross-entropy is not used: the head runs at labelled positions only.
+
+    Args:
+        language_model: a causal language model of transformers; None where the model has none.
+
+    Raises:
+        DeviceError: liger-kernel is not installed, or there is no GPU.
+        RecipeError: there is no language model, or liger has no kernels for its family.
+    """
+    if language_model is None:
+        raise RecipeError("train.liger: there is no language model to use its kernels in; leave the key out")
+    if find_spec("liger_kernel") is None:
+        raise DeviceError("train.liger: liger-kernel is not installed; pip install 'medm[liger]', or leave the key out")
+    if not torch.cuda.is_available():
+        raise DeviceError("train.liger: its kernels need a CUDA device, and none is there; leave the key out")
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    family = language_model.config.model_type
+    if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise RecipeError(f"train.liger: has no kernels for {family!r}; leave the key out")
+    _apply_liger_kernel_to_instance(language_model, fused_linear_cross_entropy=False, cross_entropy=False)

@@ -1,0 +1,35 @@
+"""Starts a module of the tests on two processes, as torchrun does for a training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILER = all(shutil.which(program) for program in (os.environ.get("CXX", "g++"), "ninja"))
+needs_compiler = pytest.mark.skipif(
+    not COMPILER, reason="DeepSpeed builds its communication op, and there is no g++ or ninja"
+)
+
+
+def on_two_processes(module: str, *arguments: str) -> None:
+    """Run `python -m module arguments` twice, connected; fails with what both printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
+        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), "-m", module,
+        *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
