@@ -103,12 +103,11 @@ class _AnsweringCell(Cell):
         for start in range(0, len(examples), batch):
             part, lengths = examples[start : start + batch], replies[start : start + batch]
             inputs = Collator(PAD, padding_side="left")(part)
-            pixels = inputs.get("pixels", {}).get("image")
+            pixels = {"pixel_values": one.to(self.device) for one in inputs.get("pixels", {}).values()}
             output = self.models[1].generate(
                 input_ids=inputs["input_ids"].to(self.device),
                 attention_mask=inputs["attention_mask"].to(self.device),
-                pixel_values=None if pixels is None else pixels.to(self.device),
-                max_new_tokens=max(lengths), do_sample=False, eos_token_id=None, pad_token_id=PAD, suppress_tokens=[IMAGE],
+                **pixels, max_new_tokens=max(lengths), do_sample=False, eos_token_id=None, pad_token_id=PAD, suppress_tokens=[IMAGE],
             )  # fmt: skip
             new = output[:, inputs["input_ids"].shape[1] :].tolist()
             said += [row[:length] for row, length in zip(new, lengths, strict=True)]

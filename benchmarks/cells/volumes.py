@@ -16,7 +16,11 @@ from medm.data.volume_cache import MediaCache
 from medm.imaging import load_pixels
 from medm.imaging.options import VolumePreprocess
 
-REAL = Path(__file__).parents[2] / "examples" / "quickstart" / "data"
+_ROOT = Path(__file__).parents[2]
+SHIPPED = [_ROOT / "examples" / "quickstart" / "data" / f"chest-ct-{number}.nii.gz" for number in (1, 2, 3)]
+"""Real chest CT, coarser than it was taken so that it can be shipped: 1.5 to 2 mm a voxel."""
+FETCHED = [_ROOT / ".assets" / "pyradiomics" / f"lung{number}_image.nrrd" for number in (1, 2)]
+"""Real chest CT as it was taken, 512 x 512 a slice: `python examples/quickstart/fetch.py sources`."""
 
 
 class _VolumeCell(Cell):
@@ -83,7 +87,7 @@ class _VolumeCell(Cell):
 
 
 class _RealCT(_VolumeCell):
-    """Real chest CT as compressed NIfTI. Smaller than a full one, so that it can be shipped: 1.5 to 2 mm a voxel."""
+    """Real chest CT in packed files: those that were fetched, or the coarser ones that are shipped."""
 
     @cached_property
     def folder(self) -> Any:
@@ -92,8 +96,8 @@ class _RealCT(_VolumeCell):
 
     @property
     def files(self) -> list[Path]:
-        """The chest CT of the quickstart."""
-        return [REAL / f"chest-ct-{number}.nii.gz" for number in (1, 2, 3)]
+        """What there is."""
+        return FETCHED if all(file.exists() for file in FETCHED) else SHIPPED
 
     def read(self, file: Path) -> np.ndarray:
         """By SimpleITK, which MONAI's own reader of such files calls too."""
@@ -102,7 +106,8 @@ class _RealCT(_VolumeCell):
     @property
     def setting(self) -> dict[str, Any]:
         sizes = ", ".join("x".join(map(str, self.read(file).shape)) for file in self.files)
-        return {"volume": f"{sizes}, real CT, .nii.gz", "result": "32x256x256", "volumes": len(self.files)}
+        names = ", ".join(file.name for file in self.files)
+        return {"volume": f"{sizes}, real CT ({names})", "result": "32x256x256", "volumes": len(self.files)}
 
 
 class FirstReading(_VolumeCell, Ratio):

@@ -9,7 +9,6 @@ those of one prompt at a time.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +65,7 @@ class GreedyDecoder:
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The reply to each prompt as token ids, up to and with the end token."""
-        with packed_head(self.language_model) if len(prompts) > 1 else nullcontext():
+        with packed_head(self.language_model):
             return self._decode(prompts)
 
     def _decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -29,14 +29,12 @@ def packed_head(language_model: Any) -> Iterator[bool]:
     if not _can_pack(head):
         yield False
         return
-    plain, bias = head.forward, head.bias
+    bias = head.bias
     with torch.no_grad():
         packed = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach(), None)
 
     def forward(hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if len(rows) == 1:  # a product with a vector reads the weight once either way
-            return plain(hidden)
         logits = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
         return logits.reshape(*hidden.shape[:-1], -1)
 

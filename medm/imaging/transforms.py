@@ -53,15 +53,19 @@ def apply_volume_in_steps(
     _check_scale(preprocess, volume)
     voxels = _on_grid(preprocess, volume)
     blend = _blend(preprocess, len(voxels))
-    if blend is not None:
-        voxels = voxels[blend.used]
-    values = torch.from_numpy(voxels.astype(np.float32, order="C")).to(device)  # [D, H, W]
+    used = range(len(voxels)) if blend is None else blend.used
+    copied = np.empty((len(used), *voxels.shape[1:]), np.float32)
+    for place, number in enumerate(used):  # in one step from what is stored: a volume is large for a cache
+        copied[place] = voxels[number]
+    values = torch.from_numpy(copied).to(device)  # [D, H, W]
     if preprocess.scale == "minmax":
         values = _stretched(values, volume.name)
     box = None
     channels = []
-    for low, high in preprocess.windows or [default_window(preprocess.scale)]:
-        channel = values.sub(low).div_(high - low).clamp_(0, 1)
+    windows = preprocess.windows or [default_window(preprocess.scale)]
+    for number, (low, high) in enumerate(windows):
+        own = values if number == len(windows) - 1 else values.clone()
+        channel = own.sub_(low).div_(high - low).clamp_(0, 1)
         if preprocess.stretch:
             channel = _stretched(channel, volume.name)
         if preprocess.crop_foreground is not None:
@@ -279,10 +283,9 @@ class _Blend:
         import torch
         import torch.nn.functional as F
 
-        below, above, weight = (
-            torch.from_numpy(array).to(channel.device) for array in (self.below, self.above, self.weight)
-        )
-        mixed = torch.lerp(channel[below], channel[above], weight.view(-1, 1, 1))
+        mixed = channel.new_empty(len(self.weight), *channel.shape[1:])
+        for place, (below, above, weight) in enumerate(zip(self.below, self.above, self.weight, strict=True)):
+            torch.lerp(channel[below], channel[above], float(weight), out=mixed[place])
         if tuple(mixed.shape[1:]) == self.plane:
             return mixed
         return F.interpolate(mixed[None], size=self.plane, mode="bilinear")[0]

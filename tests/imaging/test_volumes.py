@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import SimpleITK as sitk
 from pydicom.dataset import Dataset
 from pydicom.uid import RLELossless
 
+from medm.errors import MediaError
 from medm.imaging import VolumePreprocess, load_pixels
 from medm.imaging.geometry import Geometry
 from medm.imaging.transforms import reoriented
@@ -304,3 +306,18 @@ def test_a_compressed_volume_is_the_uncompressed_one(tmp_path: Path) -> None:
         assert volume.unit == "HU"
         assert plain.geometry is not None
         assert_same_place(volume, plain.geometry)
+
+
+def test_a_packed_volume_may_have_members_and_be_nearly_empty(tmp_path: Path) -> None:
+    """Members as bgzip writes them, zeros behind them, and pieces that unpack to a thousand times their size."""
+    voxels = np.zeros((24, 1024, 700), np.int16)
+    voxels[3, 5, 7] = 1234
+    nib = tmp_path / "plain.nii"
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(nib))
+    content = nib.read_bytes()
+    packed = tmp_path / "members.nii.gz"
+    packed.write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]) + bytes(300))
+    assert np.array_equal(read_volume(packed).voxels, voxels)
+    packed.write_bytes(packed.read_bytes()[:-310])
+    with pytest.raises(MediaError, match="truncated or damaged"):
+        read_volume(packed)
