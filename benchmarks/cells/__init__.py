@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.cells import answering, caches, checkpoints, ranks, startup, training, volumes
+from benchmarks.cells import answering, caches, checkpoints, experts, ranks, startup, training, volumes
 from benchmarks.harness import Cell
 
 CELLS: list[type[Cell]] = [
@@ -24,4 +24,6 @@ CELLS: list[type[Cell]] = [
     checkpoints.Replay,
     startup.Help,
     ranks.TwoRanks,
+    experts.EightExperts,
+    experts.SixteenExperts,
 ]

@@ -103,11 +103,13 @@ class _AnsweringCell(Cell):
         for start in range(0, len(examples), batch):
             part, lengths = examples[start : start + batch], replies[start : start + batch]
             inputs = Collator(PAD, padding_side="left")(part)
-            pixels = {"pixel_values": one.to(self.device) for one in inputs.get("pixels", {}).values()}
+            images = inputs.get("pixels", {}).get("image")
+            pixels = {} if images is None else {"pixel_values": images.to(self.device)}
             output = self.models[1].generate(
                 input_ids=inputs["input_ids"].to(self.device),
                 attention_mask=inputs["attention_mask"].to(self.device),
-                **pixels, max_new_tokens=max(lengths), do_sample=False, eos_token_id=None, pad_token_id=PAD, suppress_tokens=[IMAGE],
+                **pixels, max_new_tokens=max(lengths), do_sample=False, eos_token_id=None, pad_token_id=PAD,
+                suppress_tokens=[IMAGE],
             )  # fmt: skip
             new = output[:, inputs["input_ids"].shape[1] :].tolist()
             said += [row[:length] for row, length in zip(new, lengths, strict=True)]
