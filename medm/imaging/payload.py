@@ -45,6 +45,7 @@ def read_voxels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packi
         MediaError: too few bytes, far too many, or a checksum that does not fit.
     """
     needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    data: bytes | bytearray
     try:
         if packing == "raw":
             left = os.fstat(stream.fileno()).st_size - stream.tell()
