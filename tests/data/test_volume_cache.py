@@ -45,9 +45,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
     """Every file that is read and prepared."""
     seen: list[Path] = []
 
-    def counted(path: Path, preprocess: object) -> np.ndarray:
+    def counted(path: Path, preprocess: object, *, device: str = "cpu") -> np.ndarray:
         seen.append(path)
-        return load_pixels(path, preprocess)  # type: ignore[arg-type]
+        return load_pixels(path, preprocess, device=device)  # type: ignore[arg-type]
 
     monkeypatch.setattr(volume_cache, "load_pixels", counted)
     return seen
