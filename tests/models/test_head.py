@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 import medm.models
 from medm.config import validate
+from medm.models.lvlm import modeling
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.models.lvlm.options import LVLMOptions
@@ -81,3 +82,23 @@ def test_auto_builds_any_causal_model_and_the_choice_is_saved(tmp_path: Path) ->
     processor.save_pretrained(tmp_path / "saved")
     again, _ = medm.models.load(str(tmp_path / "saved"))
     assert model.config.full_logits is again.config.full_logits is True
+
+
+def test_many_labels_are_computed_in_chunks_with_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama")
+    ids = torch.arange(22).view(2, 11)
+    labels = ids.masked_fill(ids % 11 < 3, IGNORE_INDEX)
+    whole = model(input_ids=ids, labels=labels).loss
+    whole.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    rows: list[int] = []
+    monkeypatch.setattr(modeling, "HEAD_CHUNK", 5)
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    loss = model(input_ids=ids, labels=labels).loss
+    assert rows == [5, 5, 5, 1]
+    loss.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import ModelOutput
@@ -31,6 +32,10 @@ from medm.models.lvlm.options import LVLMOptions
 from medm.types import IGNORE_INDEX, VisionFeatures
 
 logger = logging.getLogger(__name__)
+
+
+HEAD_CHUNK = 4096
+"""Labelled positions whose logits are held at a time; more of them are computed in chunks, and again for gradients."""
 
 
 @dataclass
@@ -304,11 +309,24 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         learned = targets != IGNORE_INDEX
         targets = targets[learned]  # (L,)
         chosen = seen[:, :-1][learned] if len(targets) else seen[:, 0]  # (L, D or V)
-        logits = chosen if self.config.full_logits else self._head(chosen)  # (L, V)
-        if not len(targets):
-            return logits.sum() * 0.0
-        total = F.cross_entropy(logits.float(), targets, reduction="sum")
-        return total / (len(targets) if num_items is None else num_items)
+        if self.config.full_logits:
+            total = self._cross_entropy(chosen, targets)
+        elif len(targets) <= HEAD_CHUNK or hasattr(self.get_output_embeddings().weight, "ds_id"):
+            # Under ZeRO-3 each process has to call the head equally often, however many labels it has.
+            total = self._cross_entropy(self._head(chosen), targets)
+        else:
+            total = sum(
+                checkpoint(self._loss_of_chunk, part, wanted, use_reentrant=False)
+                for part, wanted in zip(chosen.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+            )
+        return total if not len(targets) else total / (len(targets) if num_items is None else num_items)
+
+    def _loss_of_chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return self._cross_entropy(self._head(hidden), targets)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Summed over (L, V) and (L,); zero that depends on every logit where nothing is learned."""
+        return F.cross_entropy(logits.float(), targets, reduction="sum") if len(targets) else logits.sum() * 0.0
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D), with the scaling that some families put after the head."""
