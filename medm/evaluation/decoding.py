@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
-from medm.evaluation.packed_head import packed_head
+from medm.evaluation.packed_head import PackedHead
 
 BLOCK = 128
 """Tokens by which a cache grows."""
@@ -54,6 +54,7 @@ class GreedyDecoder:
     ) -> None:
         self.language_model, self.slots = language_model, slots
         self.stops, self.suppress = frozenset(stops), sorted(suppress)
+        self._head = PackedHead(language_model)
 
     @staticmethod
     def supports(language_model: Any) -> bool:
@@ -65,7 +66,7 @@ class GreedyDecoder:
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The reply to each prompt as token ids, up to and with the end token."""
-        with packed_head(self.language_model):
+        with self._head:
             return self._decode(prompts)
 
     def _decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -6,43 +6,43 @@ slower than the machine. It is what torch's compiler does with frozen weights; n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-@contextmanager
-def packed_head(language_model: Any) -> Iterator[bool]:
-    """Within it the head runs on the packed weight where that can be: a plain float32 layer on a CPU.
+class PackedHead:
+    """A context in which the head runs on its packed weight where that can be: a plain float32 layer on a CPU.
+
+    The weight is packed at the first use and kept, since a small batch would not pay for it every time.
 
     Args:
-        language_model: a causal language model of transformers, whose weights do not change meanwhile. The packed
+        language_model: a causal language model of transformers, whose weights do not change any more. The packed
             weight takes as much memory again as the head.
-
-    Yields:
-        Whether it is so.
     """
-    head = language_model.get_output_embeddings()
-    if not _can_pack(head):
-        yield False
-        return
-    bias = head.bias
-    with torch.no_grad():
-        packed = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach(), None)
 
-    def forward(hidden: Tensor) -> Tensor:
+    def __init__(self, language_model: Any) -> None:
+        self._head = language_model.get_output_embeddings()
+        self._packed: Tensor | None = None
+
+    def __enter__(self) -> bool:
+        """Whether it is packed."""
+        if not _can_pack(self._head):
+            return False
+        if self._packed is None:
+            with torch.no_grad():
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(self._head.weight.detach(), None)
+        self._head.forward = self._forward
+        return True
+
+    def __exit__(self, *_error: object) -> None:
+        vars(self._head).pop("forward", None)
+
+    def _forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+        logits = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._head.bias, "none", [], "")
         return logits.reshape(*hidden.shape[:-1], -1)
-
-    head.forward = forward
-    try:
-        yield True
-    finally:
-        del head.forward
 
 
 def _can_pack(head: Any) -> bool:
