@@ -139,6 +139,7 @@ class ConversationDataset(Dataset[Example | None]):
             return self.load(file, self.preprocess[branch])
         found = self.features[branch].get(file)
         if found is None:
+            self.load(file, self.preprocess[branch])  # a file that cannot be read says why
             raise DataError(f"{file.name} changed after its features were made; start the run again")
         return found
 

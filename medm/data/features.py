@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from medm.data.content import content_hash, identity
-from medm.errors import MedmError
+from medm.errors import MediaError, MedmError
 
 _SLACK = 1.05
 """Free space that has to be there, as a multiple of what a shard takes."""
@@ -67,36 +67,39 @@ class FeatureStore:
             self._keys[state] = content_hash(file)
         return self._keys[state]
 
-    def add(self, keys: list[str], arrays: Iterable[np.ndarray], *, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def add(
+        self, batches: Iterable[tuple[Sequence[str], np.ndarray]], *, most: int, shape: tuple[int, ...], dtype: np.dtype
+    ) -> None:
         """Write one shard.
 
         Args:
-            keys: of the items, in order.
-            arrays: batches (n, *shape), together as many as keys.
+            batches: keys of some items and their arrays (n, *shape).
+            most: items that may come; fewer are fine.
             shape: of one item.
             dtype: of the items.
 
         Raises:
             MedmError: the disk has no room for it.
-            ValueError: more or fewer items than keys came.
+            ValueError: more than `most` items came, or keys and arrays differ in number.
         """
-        needed = _SLACK * len(keys) * np.prod(shape, dtype=np.int64) * dtype.itemsize
+        needed = _SLACK * most * np.prod(shape, dtype=np.int64) * dtype.itemsize
         status = os.statvfs(self.folder)
         if status.f_bavail * status.f_frsize < needed:
             raise MedmError(
-                f"{self.folder}: features of {len(keys)} files need {needed / 1e9:.2f} GB, and "
+                f"{self.folder}: features of {most} files need {needed / 1e9:.2f} GB, and "
                 f"{status.f_bavail * status.f_frsize / 1e9:.2f} GB are free; make room or set data.cache_features: null"
             )
         name = uuid.uuid4().hex
         aside = self.folder / f".tmp-{name}.npy"
+        keys: list[str] = []
         try:
-            table = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=(len(keys), *shape))
-            row = 0
-            for batch in arrays:
-                table[row : row + len(batch)] = batch
-                row += len(batch)
-            if row != len(keys):
-                raise ValueError(f"expected {len(keys)} items, found {row}")
+            # Rows that stay empty are a hole in the file and take no disk.
+            table = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=(most, *shape))
+            for names, batch in batches:
+                if len(names) != len(batch) or len(keys) + len(names) > most:
+                    raise ValueError(f"expected {len(names)} items, at most {most} in all, found {len(batch)}")
+                table[len(keys) : len(keys) + len(batch)] = batch
+                keys += names
             table.flush()
             del table
             aside.replace(self.folder / f"{name}.npy")
@@ -118,11 +121,16 @@ def open_store(root: Path, name: str) -> FeatureStore:
     return store
 
 
-def missing(store: FeatureStore, files: Iterable[Path]) -> Iterator[tuple[str, Path]]:
-    """(key, file) of what a store does not hold, each content once."""
-    seen: set[str] = set()
+def missing(store: FeatureStore, files: Iterable[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
+    """(key, file) of what a store does not hold, each content once; and why the others' content cannot be read."""
+    found: dict[str, Path] = {}
+    bad = []
     for file in files:
-        key = store.key(file)
-        if key not in store and key not in seen:
-            seen.add(key)
-            yield key, file
+        try:
+            key = store.key(file)
+        except MediaError as error:
+            bad.append(str(error))
+            continue
+        if key not in store:
+            found.setdefault(key, file)
+    return list(found.items()), bad

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from torch import nn
 
 from medm.data.features import FeatureStore, missing, open_store
 from medm.data.records import Records
-from medm.errors import DataError
+from medm.errors import DataError, MediaError, MedmError
 from medm.imaging import Preprocess, fingerprint, load_pixels
-from medm.training.processes import failures, on_first, rank, world_size
+from medm.training.processes import failures, gathered, on_first, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,13 @@ BATCH = 16
 
 
 def keep_features(
-    model: Any, root: Path, preprocess: Mapping[str, Preprocess], data: Sequence[Records], *, device: torch.device
+    model: Any,
+    root: Path,
+    preprocess: Mapping[str, Preprocess],
+    data: Sequence[Records],
+    *,
+    device: torch.device,
+    bad_records: Literal["stop", "skip"] = "stop",
 ) -> dict[str, FeatureStore]:
     """The stores of every branch whose encoder is frozen, with everything in them that the data needs.
 
@@ -37,9 +44,11 @@ def keep_features(
         preprocess: by branch.
         data: whose files are needed.
         device: where the encoders run; they are back where they were afterwards.
+        bad_records: what happens when files cannot be read: stop, with everything kept that could be made; or say
+            which, and leave it to the dataset to leave out and count the records that need them.
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: files cannot be read, and the policy is to stop.
         MedmError: the disk has no room.
     """
     stores = {}
@@ -48,15 +57,18 @@ def keep_features(
             continue
         store = open_store(root, f"{name}-{encoder_fingerprint(branch.encoder)}-{fingerprint(preprocess[name])}")
         files = sorted({file for records in data for file in _files(records, name)})
-        wanted = on_first(lambda store=store, files=files: list(missing(store, files)))  # type: ignore[misc]
-        share = wanted[rank() :: world_size()]
+        wanted, bad = on_first(lambda store=store, files=files: missing(store, files))  # type: ignore[misc]
         if wanted and rank() == 0:
             logger.info("%s: encoding %d of %d files once, for %s", name, len(wanted), len(files), store.folder)
-        problems = failures(lambda store=store, share=share, branch=branch, name=name: _fill(  # type: ignore[misc]
-            store, branch, preprocess[name], share, device
-        ))  # fmt: skip
-        if problems:
-            raise DataError(f"features of {name} could not be made: {'; '.join(problems)}")
+        bad += _made_by_all(store, branch, preprocess[name], wanted, device)
+        if bad and bad_records == "stop":
+            raise DataError(
+                f"features of {name}: {len(bad)} of {len(files)} files cannot be read; the first: {bad[0]}. Mend them, "
+                "or set data.bad_records: skip"
+            )
+        if rank() == 0:
+            for reason in bad:
+                logger.warning("no features of %s: %s", name, reason)
         store.refresh()
         stores[name] = store
         branch.features_only = True
@@ -87,30 +99,49 @@ def _files(records: Records, branch: str) -> Iterator[Path]:
             logger.debug("no features for %s", error)
 
 
-def _fill(
+def _made_by_all(
     store: FeatureStore, branch: Any, preprocess: Preprocess, wanted: list[tuple[str, Path]], device: torch.device
-) -> None:
-    if not wanted:
-        return
+) -> list[str]:
+    """Fill a store, each process with its share. What could not be read on any of them, and why."""
+    bad: list[str] = []
+    share = wanted[rank() :: world_size()]
+    if problems := failures(lambda: _fill(store, branch, preprocess, share, device, bad)):
+        raise MedmError(f"features could not be made: {'; '.join(problems)}")
+    return [reason for part in gathered(bad) for reason in part]
+
+
+def _fill(
+    store: FeatureStore, branch: Any, preprocess: Preprocess, wanted: list[tuple[str, Path]], device: torch.device,
+    bad: list[str],
+) -> None:  # fmt: skip
+    """Encode and keep what is wanted; `bad` grows by what cannot be read."""
     before = branch.encoder.device_and_dtype["device"]
     branch.encoder.to(device).eval()
     try:
-        batches = _encoded(branch, preprocess, [file for _, file in wanted], device)
-        first = next(batches)
-
-        def everything() -> Iterator[np.ndarray]:
-            yield first
-            yield from batches
-
-        store.add([key for key, _ in wanted], everything(), shape=first.shape[1:], dtype=first.dtype)
+        batches = _encoded(branch, preprocess, wanted, device, bad)
+        first = next(batches, None)
+        if first is not None:
+            tokens = first[1]
+            store.add(chain([first], batches), most=len(wanted), shape=tokens.shape[1:], dtype=tokens.dtype)
     finally:
         branch.encoder.to(before)
 
 
-def _encoded(branch: Any, preprocess: Preprocess, files: list[Path], device: torch.device) -> Iterator[np.ndarray]:
-    """(n, prefix + prod(grid), D), in float16 where the encoder computes in it, else in float32: exact either way."""
-    for start in range(0, len(files), BATCH):
-        pixels = np.stack([load_pixels(file, preprocess) for file in files[start : start + BATCH]])
+def _encoded(
+    branch: Any, preprocess: Preprocess, wanted: list[tuple[str, Path]], device: torch.device, bad: list[str]
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Keys and (n, prefix + prod(grid), D), in float16 where the encoder computes in it, else in float32: exact
+    either way.
+    """
+    for start in range(0, len(wanted), BATCH):
+        pixels: dict[str, np.ndarray] = {}
+        for key, file in wanted[start : start + BATCH]:
+            try:
+                pixels[key] = load_pixels(file, preprocess)
+            except MediaError as error:
+                bad.append(str(error))
+        if not pixels:
+            continue
         with torch.inference_mode():
-            tokens = branch.encode(torch.from_numpy(pixels).to(device)).tokens
-        yield (tokens if tokens.dtype == torch.float16 else tokens.float()).cpu().numpy()
+            tokens = branch.encode(torch.from_numpy(np.stack(list(pixels.values()))).to(device)).tokens
+        yield list(pixels), (tokens if tokens.dtype == torch.float16 else tokens.float()).cpu().numpy()

@@ -48,7 +48,7 @@ def failures(action: Callable[[], None]) -> list[str]:
     problem: str | None = None
     try:
         action()
-    except (OSError, RuntimeError) as error:
+    except (MedmError, OSError, RuntimeError) as error:
         problem = f"process {rank()}: {error}"
     return [text for text in gathered(problem) if text]
 

@@ -72,7 +72,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     hashes = on_first(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:
         root = Path(recipe.data.cache_features)
-        data.use_features(keep_features(model, root, data.train.preprocess, data.records, device=args.device))
+        data.use_features(
+            keep_features(
+                model, root, data.train.preprocess, data.records,
+                device=args.device, bad_records=recipe.data.bad_records,
+            )
+        )  # fmt: skip
     if recipe.train.liger:
         use_liger(model.parts().get("llm"))
     if recipe.train.torch_compile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ def write(folder: Path, **contents: str) -> dict[str, Path]:
 
 
 def fill(store, files: list[Path]) -> int:
-    wanted = list(missing(store, files))
-    arrays = (np.full((1, 2, 3), len(file.read_text()), np.float16) for _, file in wanted)
+    wanted, bad = missing(store, files)
+    assert not bad
+    batches = (([key], np.full((1, 2, 3), len(file.read_text()), np.float16)) for key, file in wanted)
     if wanted:
-        store.add([key for key, _ in wanted], arrays, shape=(2, 3), dtype=np.dtype(np.float16))
+        store.add(batches, most=len(wanted), shape=(2, 3), dtype=np.dtype(np.float16))
     return len(wanted)
 
 
@@ -61,14 +63,15 @@ def test_a_shard_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
     files = write(tmp_path, a="x", b="xy")
     store = open_store(tmp_path / "cache", "encoder")
 
-    def dies() -> object:
-        yield np.ones((1, 2, 3), np.float16)
+    def dies() -> Iterator[tuple[list[str], np.ndarray]]:
+        yield ["k"], np.ones((1, 2, 3), np.float16)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.add(["k", "l"], dies(), shape=(2, 3), dtype=np.dtype(np.float16))
-    with pytest.raises(ValueError, match="expected 2 items, found 1"):
-        store.add(["k", "l"], [np.ones((1, 2, 3))], shape=(2, 3), dtype=np.dtype(np.float16))
+        store.add(dies(), most=2, shape=(2, 3), dtype=np.dtype(np.float16))
+    for most, rows in ((2, 1), (1, 2)):
+        with pytest.raises(ValueError, match=f"expected 2 items, at most {most} in all, found {rows}"):
+            store.add([(["k", "l"], np.ones((rows, 2, 3)))], most=most, shape=(2, 3), dtype=np.dtype(np.float16))
     assert list(store.folder.iterdir()) == []
     assert fill(open_store(tmp_path / "cache", "encoder"), list(files.values())) == 2
 
@@ -76,8 +79,23 @@ def test_a_shard_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cache", "encoder")
     with pytest.raises(MedmError, match=r"need .* GB, and .* GB are free"):
-        store.add(["k"] * 10, [], shape=(10**12,), dtype=np.dtype(np.float32))
+        store.add([], most=10, shape=(10**12,), dtype=np.dtype(np.float32))
     assert list(store.folder.iterdir()) == []
+
+
+def test_a_shard_may_hold_less_than_was_hoped_for_and_takes_no_more_disk(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "cache", "encoder")
+    store.add([(["k"], np.ones((1, 1000)))], most=10_000, shape=(1000,), dtype=np.dtype(np.float64))
+    assert "k" in open_store(tmp_path / "cache", "encoder")
+    [table] = store.folder.glob("*.npy")
+    assert table.stat().st_blocks * 512 < 1_000_000 < table.stat().st_size
+
+
+def test_what_cannot_be_read_is_named_beside_what_is_missing(tmp_path: Path) -> None:
+    files = write(tmp_path, a="x")
+    wanted, bad = missing(open_store(tmp_path / "cache", "encoder"), [tmp_path / "gone", files["a"]])
+    assert [file for _, file in wanted] == [files["a"]]
+    assert bad == [f"{tmp_path / 'gone'}: no such file or folder"]
 
 
 def test_folders_and_their_series_have_a_name(tmp_path: Path) -> None:
@@ -88,9 +106,8 @@ def test_folders_and_their_series_have_a_name(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cache", "encoder")
     whole, series = store.key(tmp_path / "ct"), store.key(tmp_path / "ct#3")
     assert store.key(tmp_path / "copy") == whole != series
-    assert [path.name for _, path in missing(store, [tmp_path / "ct", tmp_path / "copy", tmp_path / "ct#3"])] == [
-        "ct", "ct#3",
-    ]  # fmt: skip
+    wanted, _ = missing(store, [tmp_path / "ct", tmp_path / "copy", tmp_path / "ct#3"])
+    assert [path.name for _, path in wanted] == ["ct", "ct#3"]
     write_series(tmp_path / "ct", phantom() + 100)
     assert store.key(tmp_path / "ct") != whole
     with pytest.raises(MediaError, match="no such file or folder"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from medm.config import validate
 from medm.encoders.siglip import SiglipEncoder
-from medm.errors import RecipeError
+from medm.errors import DataError, RecipeError
 from medm.training.features import encoder_fingerprint
 from medm.training.recipe import Recipe
 from medm.training.run import train
@@ -71,6 +71,33 @@ def test_on_and_off_give_the_same_weights_and_the_encoder_runs_once(
     seen.clear()
     train(recipe(tmp_path, output_dir=str(tmp_path / "again"), data=data))
     assert not seen, "a second run finds what the first kept"
+
+
+def test_a_bad_file_stops_the_run_or_leaves_its_records_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = {"cache_features": str(tmp_path / "cache")}
+    first = recipe(tmp_path, output_dir=str(tmp_path / "out"), data=data)
+    damaged = tmp_path / "images" / "2.png"
+    Image.effect_noise((16, 16), 90).save(damaged)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:80] + bytes(60) + content[140:])  # the check looks at the beginning and the end
+    with pytest.raises(DataError, match=r"features of image: 1 of 6 files cannot be read; the first: .*2\.png.*skip"):
+        train(first)
+    (tmp_path / "images" / "4.png").unlink()
+    (tmp_path / "images" / "5.png").write_bytes(damaged.read_bytes())  # the same content, so read once
+    data["bad_records"] = "skip"
+    outcome = train(recipe(tmp_path, output_dir=str(tmp_path / "out"), data=data))
+    assert outcome.finished
+    said = [line for line in caplog.messages if line.startswith("no features of image")]
+    assert len(said) == 1
+    assert "2.png: the image is truncated or damaged" in said[0]
+    left_out = [line for line in caplog.messages if line.startswith("left out")]
+    assert len(left_out) == 4, "two records in each of two epochs; the check left out the one whose file is missing"
+    assert all("train.json, record 2, field 'image'" in line or "record 5" in line for line in left_out)
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["records"]["left_out_by_check"] == 1
+    assert run["records"]["bad"] == 4
+    with pytest.raises(DataError, match=r"2 records were left out as bad, more than data\.bad_records_limit = 1"):
+        train(recipe(tmp_path, output_dir=str(tmp_path / "other"), data=data | {"bad_records_limit": 1}))
 
 
 def test_other_weights_are_another_encoder() -> None:
