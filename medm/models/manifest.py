@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medm.errors import CheckpointError
+from medm.models import verified
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 22
@@ -70,6 +71,8 @@ def verify(folder: Path) -> dict[str, Any]:
 def verify_weights(folder: Path) -> None:
     """Compare the weights alone with the manifest, where there is one: the other files are for people to edit.
 
+    Names and sizes are compared each time; contents once, and again when `medm.models.verified` sees another file.
+
     Raises:
         CheckpointError: a weight file is missing, shorter, longer or changed, or was added.
     """
@@ -86,7 +89,13 @@ def verify_weights(folder: Path) -> None:
             f"{folder}: expected the weights {sorted(listed)} of its {MANIFEST}, found {sorted(present)}; copy the "
             f"folder again, or remove {MANIFEST} if you changed the weights yourself"
         )
+    _compare_sizes(folder, listed)
+    before = verified.state([folder / MANIFEST, *(folder / name for name in sorted(listed))])
+    if before is not None and verified.is_known(folder, before):
+        return
     _compare(folder, listed)
+    if before is not None:
+        verified.note(folder, before)
 
 
 def sync(path: Path) -> None:
@@ -102,11 +111,15 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
 
 
-def _compare(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
+def _compare_sizes(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
     for name, entry in listed.items():
         size = (folder / name).stat().st_size
         if size != entry["size"]:
             raise CheckpointError(f"{folder / name}: expected {entry['size']} bytes, found {size}")
+
+
+def _compare(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
+    _compare_sizes(folder, listed)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda name: _hash(folder / name), listed)
         for name, digest in zip(listed, digests, strict=True):
