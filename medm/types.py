@@ -83,7 +83,9 @@ class Example:
 Batch: TypeAlias = dict[str, Any]
 """Keyword arguments of a model's forward. For an LVLM:
 
-input_ids, attention_mask, labels  (B, T) int64; padding has mask 0 and label -100
+input_ids, attention_mask, labels  (B, T) int64; padding has mask 0 and label -100. In training there is no mask where
+             padding stands behind the samples
+label_positions (L,) int64, in training: from which of the B * T positions a label is predicted, the one before it
 pixels      {branch: (N, C, *spatial) float32}, items of all samples in order; a branch without input is absent
 features    {branch: (N, prefix + prod(grid), D)}, in place of a branch's pixels: the encoder's output, kept from before
 task_ids    {branch: (N,) int64}, the task of the sample that each item belongs to

@@ -85,9 +85,10 @@ def _order(
 def build_collator(options: DataOptions, *, pad_id: int, flat: bool = False) -> Collator | PackingCollator:
     """The collator that goes with `build_batches`; `flat` packs a batch into a single row."""
     if not options.packing:
-        return Collator(pad_id, pad_to_multiple_of=options.pad_to_multiple_of)
+        return Collator(pad_id, pad_to_multiple_of=options.pad_to_multiple_of, for_training=True)
     if options.max_length is None:
         raise ValueError("packing needs data.max_length")
     return PackingCollator(
-        pad_id, options.max_length, flat=flat, pad_to_multiple_of=None if flat else options.pad_to_multiple_of
-    )
+        pad_id, options.max_length, flat=flat, pad_to_multiple_of=None if flat else options.pad_to_multiple_of,
+        for_training=True,
+    )  # fmt: skip

@@ -27,17 +27,27 @@ class Collator:
     """"left" for generation, where every row has to end where its reply begins."""
     pad_to_multiple_of: int | None = None
     """Lengths are rounded up to it (tensor cores, compiled shapes)."""
+    for_training: bool = False
+    """The batch says `label_positions`, so that no GPU is waited for to find them, and has no mask: what stands behind
+    a sample is not seen by causal attention, which is faster without one."""
+
+    def __post_init__(self) -> None:
+        if self.for_training and self.padding_side == "left":
+            raise ValueError("padding on the left needs a mask; batches for training are padded on the right")
 
     def __call__(self, examples: Sequence[Example | None]) -> Batch:
         """One row an example."""
         kept = [example for example in examples if example is not None] or [filler(self.pad_id)]
         width = round_up(max(len(example.input_ids) for example in kept), self.pad_to_multiple_of)
-        return {
+        batch = {
             "input_ids": padded([example.input_ids for example in kept], width, self.pad_id, side=self.padding_side),
-            "attention_mask": padded([[1] * len(e.input_ids) for e in kept], width, 0, side=self.padding_side),
             "labels": padded([example.labels for example in kept], width, IGNORE_INDEX, side=self.padding_side),
             **stack_media(kept),
         }
+        if self.for_training:
+            return {**batch, "label_positions": label_positions(batch["labels"])}
+        mask = padded([[1] * len(e.input_ids) for e in kept], width, 0, side=self.padding_side)
+        return {**batch, "attention_mask": mask}
 
 
 def padded(rows: Sequence[Sequence[int]], width: int, fill: int, *, side: Literal["left", "right"]) -> Tensor:
@@ -46,6 +56,12 @@ def padded(rows: Sequence[Sequence[int]], width: int, fill: int, *, side: Litera
     for line, row in zip(table, rows, strict=True):
         line[slice(None, len(row)) if side == "right" else slice(width - len(row), None)] = row
     return torch.from_numpy(table)
+
+
+def label_positions(labels: Tensor) -> Tensor:
+    """(B, T) to (L,): from which of the B * T positions a label is predicted. The first of a row is not."""
+    rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + columns
 
 
 def filler(pad_id: int) -> Example:

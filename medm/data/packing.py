@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medm.data.collator import filler, round_up, stack_media
+from medm.data.collator import filler, label_positions, round_up, stack_media
 from medm.data.sampling import Order, RankedBatches
 from medm.types import IGNORE_INDEX, Batch, Example
 
@@ -77,6 +77,8 @@ class PackingCollator:
     `max_length_k`; other attention ignores them."""
     pad_to_multiple_of: int | None = None
     """Row lengths are rounded up to it."""
+    for_training: bool = False
+    """The batch says `label_positions`, as with `Collator`."""
 
     def __call__(self, examples: Sequence[Example | None]) -> Batch:
         """One row a bin. Raises `ValueError` for an example longer than the capacity."""
@@ -94,7 +96,8 @@ class PackingCollator:
         # Rows are written in the order of their examples, and so are the pixels.
         tensors = {key: torch.tensor(value) for key, value in packed.items()}
         media = stack_media([example for row in rows for example in row])
-        return {**tensors, **media, **(_boundaries(tensors["position_ids"]) if self.flat else {})}
+        positions = {"label_positions": label_positions(tensors["labels"])} if self.for_training else {}
+        return {**tensors, **positions, **media, **(_boundaries(tensors["position_ids"]) if self.flat else {})}
 
     def _rows(self, examples: list[Example]) -> list[list[Example]]:
         lengths = [len(example.input_ids) for example in examples]

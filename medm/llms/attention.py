@@ -7,6 +7,7 @@ not say where samples begin (padded batches, decoding) goes to transformers' own
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -52,10 +53,12 @@ def attend_per_document(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    dtype = _computed_in(query)
+    if _on_gpu(query) and dropout == 0.0 and dtype in (torch.float16, torch.bfloat16) and _varlen_options():
+        q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # (T, H or K, D)
+        return _varlen(q, k, v, cu_seq_lens_q, int(max_length_q or 0), scaling)[None], None
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen():
-        return _varlen(query, key, value, cu_seq_lens_q, int(max_length_q or 0), scaling), None
     lengths = cu_seq_lens_q.diff().tolist()
     # Split, not sliced: the gradients of slices are added up over the whole row, one sample after another.
     samples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
@@ -95,21 +98,41 @@ def no_mask(model: Any, row: Tensor) -> Tensor | None:
     return row.new_zeros(1, 1, 1, 1) if model.config._attn_implementation == PER_DOCUMENT else None
 
 
+def _computed_in(query: Tensor) -> torch.dtype:
+    """The precision of the attention. Rotary embeddings in float32 make float32 of what a layer computed in less."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _on_gpu(query: Tensor) -> bool:
+    return query.is_cuda
+
+
 def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
+    """(T, H, D), (T, K, D) twice, to (T, H, D)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, D)
-    attended = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))
-    return cast(Tensor, attended)[None]
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in _varlen_options():
+            options["enable_gqa"] = True
+        else:
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    return cast(Tensor, varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, **options))
 
 
-def _has_varlen() -> bool:
-    """The kernel of torch for packed samples, in the form that says causal by `window_size` (torch 2.11 and later)."""
+@cache
+def _varlen_options() -> frozenset[str]:
+    """What torch's kernel for packed samples can be told; empty where there is none.
+
+    The form that says causal by `window_size` is asked for: torch 2.11 and later.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return "window_size" in inspect.signature(varlen_attn).parameters
+        return frozenset()
+    names = frozenset(inspect.signature(varlen_attn).parameters)
+    return names if {"window_size", "scale"} <= names else frozenset()
 
 
 ALL_ATTENTION_FUNCTIONS.register(PER_DOCUMENT, attend_per_document)

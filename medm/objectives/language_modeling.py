@@ -28,6 +28,7 @@ class LanguageModeling(Objective):
     def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
         """Mean cross-entropy over the labelled tokens of these rows; the others are run, and teach nothing."""
         chosen = {**batch, "labels": batch["labels"].masked_fill(~rows[:, None], IGNORE_INDEX)}
+        chosen.pop("label_positions", None)  # of all rows
         return model(**chosen).loss if bool(self.num_items(chosen)) else None
 
     def __call__(self, model: nn.Module, batch: Batch, num_items_in_batch: Tensor | int | None = None) -> Losses:

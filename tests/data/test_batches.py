@@ -63,9 +63,9 @@ def test_nothing_left_to_train_on_is_an_error() -> None:
 
 
 def test_collators() -> None:
-    assert build_collator(data(None), pad_id=7) == Collator(7)
+    assert build_collator(data(None), pad_id=7) == Collator(7, for_training=True)
     assert build_collator(data(None, packing=True, max_length=99), pad_id=7, flat=True) == PackingCollator(
-        7, 99, flat=True
+        7, 99, flat=True, for_training=True
     )
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medm.data.collator import Collator
+from medm.data.packing import PackingCollator
 from medm.types import IGNORE_INDEX, Example
 
 
@@ -33,6 +34,15 @@ def test_a_batch_by_hand() -> None:
         assert batch[key].dtype == torch.int64
     assert batch["pixels"]["image"].dtype == torch.float32
     assert batch["task_ids"]["image"].dtype == torch.int64
+
+
+def test_positions_before_labels_by_hand() -> None:
+    """The first token of a row is predicted from nothing."""
+    batch = Collator(pad_id=0, for_training=True)([FIRST, SECOND, THIRD])
+    assert batch["label_positions"].tolist() == [0, 1, 6]
+    packed = PackingCollator(pad_id=0, capacity=4, for_training=True)([FIRST, SECOND, THIRD])
+    assert packed["labels"].tolist() == [[-100, 6, 7, -100], [-100, 3] + [-100] * 2]
+    assert packed["label_positions"].tolist() == [0, 1, 4]
 
 
 def test_left_padding_and_rounded_lengths() -> None:

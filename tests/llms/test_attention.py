@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from transformers import (
 
 from medm.data.collator import Collator
 from medm.data.packing import PackingCollator
+from medm.llms import attention
 from medm.llms.attention import PER_DOCUMENT, no_mask, separates_documents
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
@@ -76,6 +79,24 @@ def test_one_row_gives_the_loss_and_gradients_of_a_padded_batch(
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("config", [*FAMILIES, MistralConfig])
+def test_padding_behind_the_samples_needs_no_mask(config: type[PreTrainedConfig]) -> None:
+    model = lvlm(config, **({"sliding_window": None} if config is Phi3Config else {}))
+    data = examples(7, 12, 2, 5, 9)
+    results = []
+    for for_training in (False, True):
+        batch = Collator(0, for_training=for_training)(data)
+        assert ("attention_mask" in batch) is not for_training
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (expected, gradients), (found, same) = results
+    assert found == pytest.approx(expected, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_padded_batches_and_decoding_go_on_as_before() -> None:
     model = lvlm(LlamaConfig).eval()
     batch = Collator(0, padding_side="left")(examples(7, 12, 5))
@@ -108,14 +129,84 @@ def test_attention_that_cannot_be_split_is_left_alone(
     assert no_mask(model, torch.zeros(1, 3, 32)) is None
 
 
+def kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, key_starts: torch.Tensor,
+    longest: int, key_longest: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """What torch's kernel for packed samples computes, and what it refuses."""
+    assert window_size == (-1, 0)
+    assert starts.dtype == torch.int32 and torch.equal(starts, key_starts)
+    assert longest == key_longest == int(starts.diff().max())
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    attended = [
+        torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, scale=scale, enable_gqa=enable_gqa
+        ).transpose(0, 1)
+        for q, k, v in zip(*(t.split(starts.diff().tolist()) for t in (query, key, value)), strict=True)
+    ]
+    return torch.cat(attended)
+
+
+@pytest.mark.parametrize("options", [{"window_size", "scale"}, {"window_size", "scale", "enable_gqa"}])
+def test_mixed_precision_reaches_the_kernel_for_packed_samples(
+    options: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained weights stay in float32, and with them the rotary embeddings: the queries arrive in float32."""
+    model = lvlm(LlamaConfig)
+    assert model.separate_samples()
+    batch = PackingCollator(0, 20, flat=True)(examples(7, 12, 2, 5, 9))
+
+    def run() -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, slow = run()
+    calls = []
+    fake = SimpleNamespace(varlen_attn=lambda *given, **named: calls.append(named) or kernel(*given, **named))
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake)
+    monkeypatch.setattr(attention, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(attention, "_varlen_options", lambda: frozenset(options))
+    loss, fast = run()
+    assert len(calls) == 2, "once a layer"
+    assert loss == pytest.approx(expected, rel=1e-3)
+    for name, gradient in fast.items():
+        assert torch.nn.functional.cosine_similarity(gradient.flatten(), slow[name].flatten(), dim=0) > 0.999, name
+
+
+def test_the_installed_torch_has_the_kernel_in_the_form_that_is_asked_for() -> None:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11):
+        assert {"window_size", "scale"} <= attention._varlen_options()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_kernel_for_packed_samples_gives_what_the_loop_gives() -> None:
-    model = lvlm(LlamaConfig, hidden_size=128).to("cuda", torch.bfloat16)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_the_kernel_for_packed_samples_gives_what_the_loop_gives(
+    weights: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lvlm(LlamaConfig, hidden_size=128).to("cuda", weights)
     model.separate_samples()
     batch = {
         key: value.cuda() if isinstance(value, torch.Tensor) else value
         for key, value in PackingCollator(0, 64, flat=True)(examples(7, 30, 12)).items()
     }
-    fast = model(**batch).loss
-    slow = model.float()(**batch).loss
-    assert fast.item() == pytest.approx(slow.item(), rel=2e-2)
+
+    def run() -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        return loss.item(), model.language_model.model.layers[0].self_attn.q_proj.weight.grad.float().flatten()
+
+    calls = []
+    varlen = attention._varlen
+    monkeypatch.setattr(attention, "_varlen", lambda *given: calls.append(1) or varlen(*given))
+    fast, fast_gradient = run()
+    assert len(calls) == 2, "once a layer"
+    monkeypatch.setattr(attention, "_on_gpu", lambda _: False)
+    slow, slow_gradient = run()
+    assert fast == pytest.approx(slow, rel=1e-2)
+    assert torch.nn.functional.cosine_similarity(fast_gradient, slow_gradient, dim=0) > 0.99

@@ -12,11 +12,12 @@ from transformers import AutoConfig
 
 import medm.models
 from medm.config import validate
+from medm.data.collator import Collator
 from medm.models.lvlm import modeling
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.models.lvlm.options import LVLMOptions
-from medm.types import IGNORE_INDEX
+from medm.types import IGNORE_INDEX, Example
 from tests import tiny
 
 SIZES: dict[str, Any] = {
@@ -102,3 +103,29 @@ def test_many_labels_are_computed_in_chunks_with_the_same_loss_and_gradients(mon
     for name, parameter in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "hyperclovax"])
+def test_positions_that_the_batch_says_give_the_same_loss_and_gradients(kind: str) -> None:
+    model = made(kind, **(KNOWN | UNKNOWN)[kind])
+    data = [Example(list(range(n)), [IGNORE_INDEX] * k + list(range(k, n))) for n, k in ((9, 0), (5, 3), (7, 6))]
+    results = []
+    for say in (False, True):
+        batch = Collator(0, for_training=say)(data)
+        assert ("label_positions" in batch) is say
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+    (found, gradients), (said, same) = results
+    assert said == found
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, same[name]), name
+
+
+def test_said_positions_are_used_and_not_looked_up() -> None:
+    model = made("llama")
+    ids = torch.arange(6).unsqueeze(0)
+    one = model(input_ids=ids, labels=ids, label_positions=torch.tensor([3])).loss
+    logits = model(input_ids=ids).logits
+    torch.testing.assert_close(one, F.cross_entropy(logits[0, 3:4], ids[0, 4:5]))

@@ -232,6 +232,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         task_ids: Mapping[str, Tensor] | None = None,
         features: Mapping[str, VisionFeatures | Tensor] | None = None,
         labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -247,6 +248,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
 
         Args are those of `medm.types.Batch`, of `embed`, and transformers' own; besides them:
             labels: (B, T), -100 where nothing is learned. Not shifted: position t is predicted from t - 1.
+            label_positions: (L,), from which of the B * T positions a label is predicted; looked up without it.
             num_items_in_batch: labelled tokens over all micro-batches and ranks of the step; the loss is the sum
                 over this batch divided by it. Without it the loss is the mean over this batch.
         """
@@ -272,10 +274,10 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             )
         if self.config.full_logits:
             output = self.language_model(**decoding, use_cache=False)
-            loss = self._label_loss(output.logits, labels, num_items_in_batch)
+            loss = self._label_loss(output.logits, labels, label_positions, num_items_in_batch)
         else:
             output = self.language_model.base_model(**decoding, use_cache=False)
-            loss = self._label_loss(output.last_hidden_state, labels, num_items_in_batch)
+            loss = self._label_loss(output.last_hidden_state, labels, label_positions, num_items_in_batch)
         return LVLMOutput(loss=loss, hidden_states=output.hidden_states, losses=losses or None)
 
     def generate(  # type: ignore[override]
@@ -295,7 +297,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         kwargs.setdefault("generation_config", self.generation_config)
         return self.language_model.generate(input_ids=input_ids, inputs_embeds=embeds, **kwargs)
 
-    def _label_loss(self, seen: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def _label_loss(
+        self, seen: Tensor, labels: Tensor, positions: Tensor | None, num_items: Tensor | int | None
+    ) -> Tensor:
         """Cross-entropy at the labelled positions alone: the head is the largest matrix of a small LLM.
 
         Every rank takes part even without a label, since the weights may be spread over ranks.
@@ -303,12 +307,14 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         Args:
             seen: hidden states (B, T, D); logits (B, T, V) with `full_logits`.
             labels: (B, T).
+            positions: (L,), see `forward`; a GPU is waited for where they have to be found.
             num_items: see `forward`.
         """
-        targets = labels[:, 1:]
-        learned = targets != IGNORE_INDEX
-        targets = targets[learned]  # (L,)
-        chosen = seen[:, :-1][learned] if len(targets) else seen[:, 0]  # (L, D or V)
+        if positions is None:
+            rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+            positions = rows * labels.shape[1] + columns
+        targets = labels.flatten()[positions + 1]  # (L,)
+        chosen = seen.flatten(0, 1).index_select(0, positions) if len(targets) else seen[:, 0]  # (L, D or V)
         if self.config.full_logits:
             total = self._cross_entropy(chosen, targets)
         elif len(targets) <= HEAD_CHUNK or hasattr(self.get_output_embeddings().weight, "ds_id"):
@@ -415,7 +421,10 @@ def scatter(embeds: Tensor, input_ids: Tensor, tokens: Tensor, *, placeholder_id
             f"{tokens.shape[1]} tokens = {given}; the processor and the model do not belong together"
         ),
     )
-    return embeds.masked_scatter(places.unsqueeze(-1), tokens.to(embeds.dtype))
+    # Of a size that is known beforehand, so that a GPU is not waited for; the gradients of a masked scatter are.
+    positions = places.flatten().nonzero_static(size=given).squeeze(1)  # (N * M,)
+    filled = embeds.flatten(0, 1).index_copy(0, positions, tokens.flatten(0, 1).to(embeds.dtype))
+    return filled.view_as(embeds)
 
 
 def check(condition: Tensor, message: Any) -> None:
