@@ -19,13 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medm.errors import CheckpointError, MedmError
+from medm.errors import CheckpointError, MedmError, RecipeError
 from medm.models.manifest import MANIFEST, sync, verify, write_manifest
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _STAGING = ".tmp-"
+_MODEL = ("config.json", "*.safetensors")
+"""Files by which a model at the top of an output folder is known."""
 _SLACK = 1.2
 """Free space that has to be there, as a multiple of the last checkpoint's size."""
 
@@ -53,6 +55,20 @@ def clear_staging(output_dir: Path) -> None:
     for path in output_dir.glob(f"{_STAGING}*"):
         logger.warning("removing %s, which an interrupted run left half written", path)
         remove(path)
+
+
+def check_unused(output_dir: Path) -> None:
+    """Raise `RecipeError` when a folder holds another run's checkpoints or model, which a new run would replace."""
+    if present := folders(output_dir):
+        raise RecipeError(
+            f"{output_dir}: holds {present[0].name} of an earlier run; continue that run with --resume, or choose "
+            "another output_dir"
+        )
+    if model := sorted(path.name for pattern in _MODEL for path in output_dir.glob(pattern)):
+        raise RecipeError(
+            f"{output_dir}: holds a finished model ({', '.join(model[:3])}) and no checkpoint; choose another "
+            "output_dir, or train from the beginning and replace that model with --resume"
+        )
 
 
 def check_space(output_dir: Path, *, estimate: int) -> None:
@@ -149,14 +165,16 @@ def remove(path: Path) -> None:
 
 
 class Background:
-    """One action at a time, in a thread beside the training. What goes wrong in it is raised by the next `wait`.
-
-    As a context manager it waits at the end, whatever ended it.
-    """
+    """One action at a time, in a thread beside the training. What goes wrong in it is raised by the next `wait`."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last action is still running."""
+        return self._running is not None and not self._running.done()
 
     def start(self, action: Callable[[], None]) -> None:
         """Begin, once the action before is done."""
@@ -168,17 +186,6 @@ class Background:
         running, self._running = self._running, None
         if running is not None:
             running.result()
-
-    def __enter__(self) -> Background:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        try:
-            self.wait()
-        except (MedmError, OSError) as error:
-            if kind is None:
-                raise
-            logger.error("the last checkpoint was not finished: %s", error)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +87,14 @@ def _read(name: str) -> dict[str, Any]:
                 f"train.deepspeed: {path} has a '{block}' block, under which learning rates per part would have no "
                 "effect; remove it: the optimiser and its schedule are those of the train section"
             )
-    if config.get("checkpoint", {}).get("load_universal"):
+    checkpoint = config.get("checkpoint", {})
+    if checkpoint.get("load_universal"):
         raise RecipeError(f"train.deepspeed: {path}: checkpoint.load_universal reads pickled files; remove it")
+    if checkpoint.get("writer"):
+        raise RecipeError(
+            f"train.deepspeed: {path}: checkpoint.writer has no effect, since medm writes DeepSpeed's files itself "
+            "(train.save_in_background); remove it"
+        )
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage") == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # checkpoints hold tensors of full size
@@ -123,6 +131,43 @@ def offloaded_optimizer(args: TrainingArguments) -> Any:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam
+
+
+@contextmanager
+def collected(engine: Any) -> Iterator[dict[Path, Any]]:
+    """Inside, `engine.save_checkpoint` writes no state; it is put here instead, by file.
+
+    All processes meet in `save_checkpoint`, so none of them may fail there on its own because of its disk.
+
+    Args:
+        engine: DeepSpeed's engine.
+
+    Yields:
+        What this process has to write; tensors that training changes, not copies.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    files: dict[Path, Any] = {}
+
+    class Collector(TorchCheckpointEngine):
+        def __init__(self) -> None:
+            pass  # the base logs how it would write
+
+        def save(self, state_dict: Any, path: str) -> None:
+            files[Path(path)] = state_dict
+
+    before, engine.checkpoint_engine = engine.checkpoint_engine, Collector()
+    try:
+        yield files
+    finally:
+        engine.checkpoint_engine = before
+
+
+def full_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The weights in full size, by name. All processes call it; under ZeRO-3 the first one alone gets them."""
+    if engine.zero_optimization_partition_weights():
+        return engine._zero3_consolidated_16bit_state_dict() or {}
+    return engine.module.state_dict()
 
 
 def checkpoint_classes() -> tuple[Any, ...]:

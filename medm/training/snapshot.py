@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import psutil
 import torch
 from torch import Tensor
 
+from medm.errors import CheckpointError
+
 _SHARE = 0.5
 """Part of the free memory that copies may take."""
 _TYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
 
 
@@ -29,26 +34,28 @@ class Snapshot:
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
-    def fits(self, size: int) -> bool:
-        """Whether copies of so many bytes leave the machine enough memory."""
-        held = sum(tensor.nbytes for tensor in self._memory.values())
-        return size - held <= _SHARE * psutil.virtual_memory().available
+    def fits(self, size: int, *, processes: int = 1) -> bool:
+        """Whether copies of so many bytes leave the machine enough memory.
 
-    def copy(self, state: Any, place: str = "") -> Any:
-        """Nested dicts and lists with every tensor replaced by a copy; other values stay as they are."""
-        copied = self._copy(state, place)
+        Args:
+            size: bytes that this process would copy.
+            processes: of this machine that copy at the same time.
+        """
+        held = sum(tensor.nbytes for tensor in self._memory.values())
+        return size - held <= _SHARE / processes * psutil.virtual_memory().available
+
+    def copy(self, state: Any) -> Any:
+        """A deep copy of nested dicts and lists; a tensor that is in there twice is one tensor in the copy too."""
+        copies: dict[Any, Tensor] = {}
+        known: dict[int, Any] = {}
+        for place, tensor in _tensors(state):
+            memory = _memory_of(tensor)
+            if memory not in copies:
+                copies[memory] = self._copy_tensor(tensor.detach(), place)
+            known[id(tensor)] = copies[memory]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return copied
-
-    def _copy(self, state: Any, place: str) -> Any:
-        if isinstance(state, Tensor):
-            return self._copy_tensor(state.detach(), place)
-        if isinstance(state, Mapping):
-            return {key: self._copy(value, f"{place}/{key}") for key, value in state.items()}
-        if isinstance(state, (list, tuple)):
-            return type(state)(self._copy(value, f"{place}/{number}") for number, value in enumerate(state))
-        return state
+        return copy.deepcopy(state, known)
 
     def _copy_tensor(self, tensor: Tensor, place: str) -> Tensor:
         held = self._memory.get(place)
@@ -59,22 +66,59 @@ class Snapshot:
 
 
 def tensor_bytes(state: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
+    """Bytes of all tensors in nested dicts and lists, each counted once."""
+    return sum({_memory_of(tensor): tensor.nbytes for _, tensor in _tensors(state)}.values())
+
+
+def _tensors(state: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dicts and lists, with the way to it."""
     if isinstance(state, Tensor):
-        return state.nbytes
-    values = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(tensor_bytes, values))
+        yield place, state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from _tensors(value, f"{place}/{key}")
+    elif isinstance(state, (list, tuple)):
+        for number, value in enumerate(state):
+            yield from _tensors(value, f"{place}/{number}")
+
+
+def _memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that show the same numbers because they share them."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def write_files(files: Mapping[Path, Any]) -> None:
+    """Write the state of each file: tensors by name into `.safetensors`, anything else as `torch.save` does."""
+    for file, state in files.items():
+        if file.suffix == ".safetensors":
+            write_safetensors(state, file)
+        else:
+            torch.save(state, file)
+
+
+def check_types(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for a tensor of a type that a safetensors file cannot hold."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TYPES:
+            raise CheckpointError(
+                f"{name}: expected a type that safetensors holds ({', '.join(sorted(_TYPES.values()))}), found "
+                f"{tensor.dtype}; convert it, or register the buffer with persistent=False if it can be computed again"
+            )
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write a safetensors file without holding the interpreter, as safetensors' own writer does until the disk is done.
 
     Args:
-        tensors: contiguous, in host memory.
+        tensors: contiguous.
         file: where to; overwritten.
+
+    Raises:
+        CheckpointError: a tensor is of a type that the format does not know; nothing was written.
 
     Format: https://github.com/huggingface/safetensors#format
     """
+    check_types(tensors)
     # Wide types first, so that each tensor begins at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -89,4 +133,4 @@ def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         opened.write(len(text).to_bytes(8, "little"))
         opened.write(text)
         for name in names:
-            opened.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+            opened.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)

@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from medm.errors import CheckpointError, MedmError
+from medm.errors import CheckpointError, MedmError, RecipeError
 from medm.models.manifest import MANIFEST, verify
 from medm.training import checkpoints
 
@@ -157,20 +158,34 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
 
 def test_what_goes_wrong_in_the_background_comes_out_at_the_next_wait() -> None:
     done: list[int] = []
+    go_on = threading.Event()
 
     def fails() -> None:
+        go_on.wait(60)
         raise OSError("disk")
 
-    with checkpoints.Background() as background:
-        background.start(lambda: done.append(1))
-        background.start(fails)
-        assert done == [1], "one at a time"
-        with pytest.raises(OSError, match="disk"):
-            background.wait()
-        background.start(lambda: done.append(2))
-    assert done == [1, 2], "leaving waits"
-    with pytest.raises(OSError, match="disk"), checkpoints.Background() as background:
-        background.start(fails)
-    with pytest.raises(KeyError), checkpoints.Background() as background:
-        background.start(fails)
-        raise KeyError
+    background = checkpoints.Background()
+    background.start(lambda: done.append(1))
+    background.start(fails)
+    assert done == [1], "one at a time"
+    assert background.busy
+    go_on.set()
+    with pytest.raises(OSError, match="disk"):
+        background.wait()
+    assert not background.busy
+    background.start(lambda: done.append(2))
+    background.wait()
+    assert done == [1, 2]
+
+
+@pytest.mark.parametrize("file", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_folder_with_a_model_is_not_for_a_new_run(tmp_path: Path, file: str) -> None:
+    (tmp_path / "loss.jsonl").write_text("{}")  # of a run that wrote nothing else
+    checkpoints.check_unused(tmp_path)
+    checkpoints.check_unused(tmp_path / "absent")
+    (tmp_path / file).write_text("")
+    with pytest.raises(RecipeError, match=rf"finished model \({file}\).*another output_dir.*--resume"):
+        checkpoints.check_unused(tmp_path)
+    write(tmp_path, 4)
+    with pytest.raises(RecipeError, match=r"holds checkpoint-4 of an earlier run.*--resume"):
+        checkpoints.check_unused(tmp_path)

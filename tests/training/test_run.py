@@ -234,3 +234,9 @@ def test_no_epoch_at_all_writes_the_model_as_it_was_put_together(world: Path, tm
     published = load_file(world / "llm" / "model.safetensors")
     written = model.language_model.get_input_embeddings().weight
     assert torch.equal(written[: len(published["model.embed_tokens.weight"])], published["model.embed_tokens.weight"])
+    weights = (outcome.output_dir / "model.safetensors").stat()
+    with pytest.raises(RecipeError, match=r"finished model \(config\.json, model\.safetensors\)"):
+        train(untrained)
+    assert (outcome.output_dir / "model.safetensors").stat() == weights
+    assert train(untrained, resume=True).finished  # the way to replace it
+    assert (outcome.output_dir / "model.safetensors").stat().st_ino != weights.st_ino

@@ -281,10 +281,21 @@ def test_both_ways_of_writing_give_the_same_files(tmp_path: Path, monkeypatch: p
 def test_without_memory_for_copies_a_checkpoint_is_written_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Snapshot, "fits", lambda *_: False)
+    monkeypatch.setattr(Snapshot, "fits", lambda *_, **__: False)
     monkeypatch.setattr(Snapshot, "copy", lambda *_: pytest.fail("nothing may be copied"))
     trainer(tmp_path, max_steps=4).fit()
     verify(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_weights_of_a_type_that_no_file_holds_are_said_before_anything_is_written(
+    tmp_path: Path, background: bool
+) -> None:
+    run = trainer(tmp_path, max_steps=4, save_in_background=background)
+    run.model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(CheckpointError, match=r"^phase: expected a type .*found torch\.complex128.*persistent=False"):
+        run.fit()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_a_run_does_not_mix_with_another(tmp_path: Path) -> None:

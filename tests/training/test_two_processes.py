@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from safetensors.torch import load_file
 
+from medm.models.manifest import verify
+from medm.training.deepspeed import checkpoint_classes
+from medm.training.safe_load import safe_loading
 from tests.launch import COMPILER, needs_compiler, on_two_processes
 from tests.training.toys import LORA, TOWERS, Toy, collate, trainer
 from tests.training.two_processes import CURVE, losses
@@ -94,6 +99,52 @@ def test_two_processes_resume_bit_for_bit(case: str, results: list[dict[str, Any
     assert before == after
     whole, cut = (load_file(folder / case / run / "final" / "model.safetensors") for run in ("whole", "cut"))
     assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_share_written_while_training_goes_on_is_the_one_written_in_the_step(stage: str, folder: Path) -> None:
+    """Held back until the weights had changed (see `two_processes.resumed`)."""
+    aside, at_once = (folder / f"resumed-{stage}" / run / "checkpoint-4" for run in ("cut", "whole"))
+    verify(aside)
+    files = {path.relative_to(aside).as_posix() for path in aside.rglob("*.*") if path.is_file()}
+    assert files == {path.relative_to(at_once).as_posix() for path in at_once.rglob("*.*") if path.is_file()}
+    shares = sorted(file for file in files if file.endswith("_states.pt"))
+    assert len(shares) == {"zero2": 3, "zero3": 4}[stage]
+    with safe_loading(checkpoint_classes()):
+        for file in shares:
+            first, second = (flat(torch.load(path / file)) for path in (aside, at_once))
+            assert len(first) > 10
+            assert first.keys() == second.keys()
+            for place, value in first.items():
+                other = second[place]
+                assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, place
+    weights = [load_file(path / "model.safetensors") for path in (aside, at_once)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def flat(state: Any, place: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts and lists, and what a loss scaler holds, by the way to them."""
+    if isinstance(state, LossScaler):
+        state = vars(state)
+    if not isinstance(state, (Mapping, list, tuple)):
+        return {place: state}
+    pairs = state.items() if isinstance(state, Mapping) else enumerate(state)
+    return {way: leaf for key, value in pairs for way, leaf in flat(value, f"{place}/{key}").items()}
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["full disk, background", "full disk, in the step"])
+def test_a_full_disk_of_one_process_stops_all_and_leaves_no_half_checkpoint(
+    case: str, results: list[dict[str, Any]]
+) -> None:
+    for result in results:
+        (name, text), step, folders = result[case]
+        assert name == "CheckpointError"
+        assert "checkpoint-4 failed (process 1: [Errno 28] No space left on device)" in text
+        assert step in ((5, 6) if "background" in case else (4,))
+        assert folders == ["checkpoint-2"]
 
 
 @needs_compiler

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from medm.errors import MedmError
 from medm.models.manifest import read_manifest, write_manifest
 from medm.objectives.contrastive import Contrastive
-from medm.training import checkpoints
+from medm.training import checkpoints, resumable, writing
 from medm.training.trainer import MedmTrainer
 from tests.training.toys import LORA, TOWERS, trainer
 
@@ -31,6 +34,17 @@ CURVE: dict[str, Any] = {
 }  # fmt: skip
 """What one process with a batch of 4 does too."""
 HALF = {"per_device_train_batch_size": 2}
+
+
+class Say(TrainerCallback):
+    """Sets an event at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.event = step, threading.Event()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.event.set()
 
 
 class Terminate(TrainerCallback):
@@ -55,16 +69,23 @@ def curve(folder: Path, **case: Any) -> Any:
 
 
 def resumed(folder: Path, **case: Any) -> Any:
-    """Dropout on, six steps at once and four and two: the final tensors are compared by the test."""
+    """Dropout on, six steps at once and four and two: the final tensors are compared by the test.
+
+    Checkpoints of the whole run are written in the step; those that are continued from are written from copies, after
+    training has gone on.
+    """
     settings = HALF | {"max_steps": 6, "save_steps": 4, "save_total_limit": None} | case
-    whole = trainer(folder / "whole", **settings)
+    whole = trainer(folder / "whole", **settings, save_in_background=False)
     whole.fit()
     whole.save_whole(folder / "whole" / "final")
     before = losses(whole)
     del whole
     release()
-    first = trainer(folder / "cut", **settings)
-    first.fit()
+    said = Say(step=5)
+    first = trainer(folder / "cut", **settings, callbacks=[said])
+    with replaced(lambda write: lambda files: said.event.wait(60) and write(files)):
+        first.fit()
+    assert first._snapshot._memory or not first.args.should_save, "nothing was copied"
     del first
     release()
     if dist.get_rank() == 0:
@@ -74,6 +95,33 @@ def resumed(folder: Path, **case: Any) -> Any:
     run.fit(resume=True)
     run.save_whole(folder / "cut" / "final")
     return [before, losses(run)]
+
+
+@contextmanager
+def replaced(by: Callable[[Any], Any], module: Any = writing) -> Iterator[None]:
+    """Another `write_files` in a module, made from the real one."""
+    real, module.write_files = module.write_files, by(module.write_files)
+    try:
+        yield
+    finally:
+        module.write_files = real
+
+
+def full_disk(folder: Path, *, background: bool) -> Any:
+    """The second process cannot write its share of the second checkpoint."""
+
+    def failing(write: Any) -> Any:
+        def write_some(files: Mapping[Path, Any]) -> None:
+            if dist.get_rank() == 1 and any("checkpoint-4" in str(file) for file in files):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(files)
+
+        return write_some
+
+    run = trainer(folder, **HALF, save_steps=2, save_in_background=background, deepspeed="zero2")
+    with replaced(failing, writing if background else resumable):
+        error = refusal(run.fit)
+    return [error, run.state.global_step, sorted(path.name for path in folder.iterdir() if path.is_dir())]
 
 
 def refusal(action: Callable[[], Any]) -> Any:
@@ -185,6 +233,8 @@ def main(folder: Path) -> None:
             "towers-zero2": lambda: curve(folder / "towers-zero2", kind="towers", parts=TOWERS, deepspeed="zero2"),
             "resumed-zero2": lambda: resumed(folder / "resumed-zero2", deepspeed="zero2"),
             "resumed-zero3": lambda: resumed(folder / "resumed-zero3", deepspeed="zero3"),
+            "full disk, background": lambda: full_disk(folder / "full-background", background=True),
+            "full disk, in the step": lambda: full_disk(folder / "full-step", background=False),
             "planted-model": lambda: planted(folder / "planted-model", "*model_states.pt", "zero2"),
             "planted-optimiser": lambda: planted(folder / "planted-optimiser", "*optim_states.pt", "zero3"),
         }
