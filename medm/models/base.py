@@ -38,6 +38,9 @@ class MedmModel(PreTrainedModel):
         """The processor of `init_from`, with what a recipe writes in the place of what was saved."""
         return processor
 
+    def complete(self, processor: Any) -> None:
+        """Tell a processor that an earlier medm saved what it could not say then, and the model knows."""
+
     def separate_samples(self) -> bool:
         """Prepare for batches that are one row of samples with their beginnings; False where the model cannot."""
         return False

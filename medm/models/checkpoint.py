@@ -6,6 +6,7 @@ misshaped, and a partial load is an error: a model that is half random looks ali
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -323,5 +324,20 @@ def open_saved(folder: str) -> tuple[Any, Any]:
         ],
     )
     loaded.raise_if_partial()
+    _report_strangers(path, config, processor)
+    model.complete(processor)
     model.eval()
     return model, processor
+
+
+def _report_strangers(folder: Path, config: Any, processor: Any) -> None:
+    """Say which fields of a saved model this medm does not know, and so does not heed."""
+    taken = {*inspect.signature(type(processor)).parameters, "processor_class"}
+    for name, known in (
+        ("config.json", lambda key: hasattr(type(config)(), key) or key.endswith("_token_id")),
+        ("processor_config.json", taken.__contains__),
+    ):
+        strangers = sorted(key for key in _read_object(folder / name) if not known(key))
+        if strangers:
+            logger.warning("%s: %s is not known here and has no effect; a later medm may have written it",
+                           folder / name, ", ".join(strangers))  # fmt: skip

@@ -7,19 +7,29 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from medm.config import Options
+
+
+class BranchEntry(Options):
+    """One branch of a checkpoint. A field that a later medm adds needs a default, so that older folders open."""
+
+    encoder: dict[str, Any]
+    """Such as `{"name": "siglip", "architecture": {...}, "layer": -1, "tokens": "patch"}`."""
+    connector: dict[str, Any]
+    """Such as `{"name": "mlp", "depth": 2, "activation": "gelu"}`."""
+    channels: int
+    """Channels of the input."""
+    spatial: list[int]
+    """Size of the input, (height, width) or (depth, height, width)."""
+    placeholder_id: int
+    """Token that stands for one vision token in `input_ids`."""
+
 
 class LVLMConfig(PreTrainedConfig):
     """Config of a checkpoint.
 
-    `branches` maps a branch name to::
-
-        encoder          {"name": "siglip", "architecture": {...}, "layer": -1, "tokens": "patch"}
-        connector        {"name": "mlp", "depth": 2, "activation": "gelu"}
-        channels         channels of the input
-        spatial          size of the input, (height, width) or (depth, height, width)
-        placeholder_id   token that stands for one vision token in `input_ids`
-
-    Widths, grids and token counts are derived from these when the model is built and stand nowhere twice.
+    `branches` maps a branch name to the fields of a `BranchEntry`. Widths, grids and token counts are derived from
+    these when the model is built and stand nowhere twice.
     """
 
     model_type = "medm-lvlm"

@@ -6,6 +6,7 @@ checks the counts. Labels, masks and positions are never rebuilt. Knows nothing 
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
+from medm.config import validate
 from medm.connectors import CONNECTORS
 from medm.connectors.base import Connector
 from medm.encoders import ENCODERS
@@ -27,8 +29,9 @@ from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
 from medm.llms.attention import no_mask, separates_documents
 from medm.models.base import MedmModel
-from medm.models.lvlm.configuration import LVLMConfig
+from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.options import LVLMOptions
+from medm.registry import Registry
 from medm.types import IGNORE_INDEX, VisionFeatures
 
 logger = logging.getLogger(__name__)
@@ -63,14 +66,14 @@ class Branch(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], *, out_dim: int) -> None:
         super().__init__()
-        encoder, connector = dict(config["encoder"]), dict(config["connector"])
+        entry = validate(BranchEntry, config, source="a branch of config.json")
         self.features_only = False
         """Set by a run that hands over features on every process: then no process may touch the encoder."""
-        self.encoder: VisionEncoder = ENCODERS.get(encoder.pop("name"))(**encoder)
-        self.spatial, self.channels = tuple(config["spatial"]), int(config["channels"])
-        self.connector: Connector = CONNECTORS.get(connector.pop("name"))(
+        self.encoder: VisionEncoder = part(ENCODERS, entry.encoder)
+        self.spatial, self.channels = tuple(entry.spatial), entry.channels
+        self.connector: Connector = part(
+            CONNECTORS, entry.connector,
             in_dim=self.encoder.dim, out_dim=out_dim, grid=self.encoder.grid(self.spatial), prefix=self.encoder.prefix,
-            **connector,
         )  # fmt: skip
 
     @property
@@ -183,6 +186,11 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         generation.eos_token_id = sorted({end, *(stops if isinstance(stops, list) else [stops])} - {None})
         self.choose_logits()
         return followed
+
+    def complete(self, processor: Any) -> None:
+        for name in self.branches:
+            if self.branch(name).connector.refuses_unseen_tasks:
+                processor.branches[name].setdefault("known_tasks_only", True)
 
     def separate_samples(self) -> bool:
         return separates_documents(self.language_model)
@@ -381,6 +389,24 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
     def _check_no_placeholder(self, input_ids: Tensor, name: str) -> None:
         count = (input_ids == self.config.branches[name]["placeholder_id"]).sum()
         check(count == 0, lambda: f"branch '{name}': {int(count)} placeholder tokens in the text, and no pixels")
+
+
+def part(registry: Registry[Any], entry: Mapping[str, Any], **sizes: Any) -> Any:
+    """An encoder or connector from its entry in a config. What the entry does not say is as the part's class has it.
+
+    Raises:
+        RecipeError: no such part, or it does not take what the entry says: a later medm wrote it, or a person.
+    """
+    options = dict(entry)
+    name = options.pop("name", "")
+    maker = registry.get(name)
+    try:
+        inspect.signature(maker).bind(**sizes, **options)
+    except TypeError as error:
+        raise RecipeError(
+            f"{registry.kind} {name!r} does not take what its config says ({error}); a later medm may have written it"
+        ) from None
+    return maker(**sizes, **options)
 
 
 def different(place: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from medm.config import Options, validate
 from medm.errors import DataError, RecipeError
 from medm.imaging import load_pixels, preprocess_from_dict
 from medm.imaging.options import changed
@@ -21,13 +22,25 @@ from medm.models.lvlm.options import LVLMOptions
 from medm.types import IGNORE_INDEX, Example, Media, Sample, Turn
 
 
+class SpokenBranch(Options):
+    """What the processor knows of a branch. A field that is added later needs a default, so that older folders open."""
+
+    placeholder: str
+    """Text that stands for one vision token."""
+    num_tokens: int
+    """Vision tokens of one item."""
+    preprocess: dict[str, Any]
+    """What is done to the pixels, in the fields of `medm.imaging.options`."""
+    known_tasks_only: bool = False
+    """Its connector refuses tasks that are not among the model's."""
+
+
 class LVLMProcessor(ProcessorMixin):
     """Tokenizer, chat template and per-branch preprocessing.
 
     Args:
         tokenizer: knows each branch's placeholder as a special token.
-        branches: per branch `{"placeholder": "<image>", "num_tokens": 256, "preprocess": {...}}`, and
-            `"known_tasks_only": True` where its connector refuses tasks that are not in `tasks`.
+        branches: per branch the fields of a `SpokenBranch`.
         template_kwargs: fixed variables of the chat template.
         tasks: task names, in the order of their ids.
         chat_template: the template; the tokenizer's without it.
@@ -50,6 +63,8 @@ class LVLMProcessor(ProcessorMixin):
                 "the tokenizer brings no chat template; set model.llm.chat_template to 'vicuna', 'plain' or a file"
             )
         super().__init__(tokenizer, chat_template=template, **kwargs)
+        for name, entry in (branches or {}).items():
+            validate(SpokenBranch, entry, source=f"processor_config.json, branches.{name}")
         self.branches = {name: dict(entry) for name, entry in (branches or {}).items()}
         self.template_kwargs = dict(template_kwargs or {})
         self.tasks = list(tasks or [])
