@@ -168,6 +168,20 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Iterable[str]) -> dict
     return result
 
 
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested blocks as `dotted.key` to value. A list of plain values is a value; other items go by their position."""
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}

@@ -197,9 +197,14 @@ def _sources(files: list[Path], root: Path | None, recipe: Recipe | None) -> lis
 
 def _settings(recipe: Recipe | None, model: Path | None) -> dict[str, Any]:
     """What a check learns from a model: its preprocessing, its encoder, its limits. Empty without one."""
-    if recipe is None and model is None:
+    from medm.models import load_processor
+
+    if model is not None:
+        processor = load_processor(str(model))
+    elif recipe is not None:
+        processor = _processor_of(recipe)
+    else:
         return {}
-    processor = _saved_processor(model) if model is not None else _processor_of(recipe)
     limits = {"max_length": recipe.data.max_length, "too_long": recipe.data.too_long} if recipe else {}
     return {
         "preprocess": processor.preprocess,
@@ -210,28 +215,11 @@ def _settings(recipe: Recipe | None, model: Path | None) -> dict[str, Any]:
     }
 
 
-def _saved_processor(folder: Path) -> Any:
-    from transformers import AutoProcessor
+def _processor_of(recipe: Recipe) -> Any:
+    from medm.models import processor_of
 
-    from medm.errors import CheckpointError
-
-    if not (folder / "processor_config.json").is_file():
-        raise CheckpointError(f"{folder}: not a model folder; expected processor_config.json in it")
-    try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its processor cannot be opened ({error})") from None
-
-
-def _processor_of(recipe: Recipe | None) -> Any:
-    from medm.errors import RecipeError
-    from medm.models.lvlm.build import resolve
-
-    if recipe is None or recipe.model.kind != "lvlm":
-        raise RecipeError("--recipe: token lengths are known for models of kind 'lvlm'; leave --recipe out")
-    if recipe.init_from is not None and Path(recipe.init_from).is_dir():
-        return _saved_processor(Path(recipe.init_from)).following(recipe.model)
-    return resolve(recipe.model)[1]
+    trained = recipe.init_from is not None and Path(recipe.init_from).is_dir()  # else that stage is still to come
+    return processor_of(recipe.model, init_from=recipe.init_from if trained else None)
 
 
 def _show_progress(done: int, total: int) -> None:

@@ -1,12 +1,11 @@
 """Models: how parts are put together, saved and loaded. Knows nothing of paths, DeepSpeed or task names.
 
-One line a kind of model. A kind is a function that turns its section of a recipe into a model and its
-processor; `load` opens what any of them saved.
+One line a kind of model. A kind turns its section of a recipe into a model and its processor
+(`medm.models.base.ModelKind`); `load` opens what any of them saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from medm.config import Options
@@ -16,13 +15,18 @@ from medm.registry import Registry
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from medm.models.base import MedmModel
+    from medm.models.base import MedmModel, ModelKind
 
     Built: TypeAlias = tuple[MedmModel, ProcessorMixin]
 
-MODELS: Registry[Callable[[Any], Built]] = Registry("model kind", group="medm.models")
+MODELS: Registry[type[ModelKind]] = Registry("model kind", group="medm.models")
 
-MODELS.add("lvlm", "medm.models.lvlm.build:build", "encoder, connector and LLM: answers in text", options=LVLMOptions)
+MODELS.add("lvlm", "medm.models.lvlm.build:LVLM", "encoder, connector and LLM: answers in text", options=LVLMOptions)
+
+
+def kind_of(options: Options) -> ModelKind:
+    """The kind of model that a recipe's `model` section names."""
+    return MODELS.get(options.model_dump()["kind"])()
 
 
 def build(options: Options, *, init_from: str | None = None) -> Built:
@@ -38,12 +42,21 @@ def build(options: Options, *, init_from: str | None = None) -> Built:
         RecipeError: parts that do not fit each other, or `init_from` holds other parts.
         CheckpointError: weights that do not fit, or are damaged.
     """
-    kind = options.model_dump()["kind"]
     if init_from is None:
-        return MODELS.get(kind)(options)
+        return kind_of(options).build(options)
     model, processor = load(init_from)
     model.check_same_parts(options, source=init_from)
     return model, model.follow(options, processor)
+
+
+def processor_of(options: Options, *, init_from: str | None = None) -> Any:
+    """The processor that `build` would give, without reading weights where the kind of model can do so.
+
+    Raises:
+        RecipeError, CheckpointError: as `build`.
+    """
+    kind = kind_of(options)
+    return kind.processor(options) if init_from is None else kind.following(options, load_processor(init_from))
 
 
 def load(folder: str) -> Built:
@@ -55,3 +68,10 @@ def load(folder: str) -> Built:
     from medm.models.checkpoint import open_saved
 
     return open_saved(folder)
+
+
+def load_processor(folder: str) -> Any:
+    """The processor of a model folder, without its weights. Raises `CheckpointError`."""
+    from medm.models.checkpoint import open_processor
+
+    return open_processor(folder)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from medm.config import Options
+from medm.errors import RecipeError
 from medm.models.adapters import inject, merge
 
 
@@ -60,3 +61,29 @@ class MedmModel(PreTrainedModel):
         for part in self.config.adapters:
             merge(self.parts()[part])
         self.config.adapters = {}
+
+
+class ModelKind(ABC):
+    """How a kind of model comes out of a recipe's `model` section; a line of `medm.models` names its class.
+
+    A kind's processor serves training, inference and `medm data check` alike: `preprocess` by branch, `encode` (see
+    `medm.types.Encode`), `tokenizer`, `placeholder_ids` by branch and `pad_id`.
+    """
+
+    @abstractmethod
+    def build(self, options: Any) -> tuple[MedmModel, ProcessorMixin]:
+        """The model, with published weights wherever the section gives a path, and its processor."""
+
+    def skeleton(self, options: Any) -> MedmModel:
+        """The model without memory behind its weights, for an estimate; it reads published configs alone."""
+        raise RecipeError(
+            f"models of kind {options.kind!r} cannot be estimated: they cannot be built without their weights"
+        )
+
+    def processor(self, options: Any) -> Any:
+        """The processor alone. Kinds that can make it without reading weights do."""
+        return self.build(options)[1]
+
+    def following(self, options: Any, processor: Any) -> Any:
+        """The processor of `init_from` with what the section writes in the place of what was saved."""
+        return processor

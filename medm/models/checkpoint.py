@@ -330,6 +330,17 @@ def open_saved(folder: str) -> tuple[Any, Any]:
     return model, processor
 
 
+def open_processor(folder: str) -> Any:
+    """See `medm.models.load_processor`."""
+    path = Path(folder).expanduser()
+    if not (path / "processor_config.json").is_file():
+        raise CheckpointError(f"{folder}: not a model folder; expected processor_config.json in it")
+    try:
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its processor cannot be opened ({error})") from None
+
+
 def _report_strangers(folder: Path, config: Any, processor: Any) -> None:
     """Say which fields of a saved model this medm does not know, and so does not heed."""
     taken = {*inspect.signature(type(processor)).parameters, "processor_class"}

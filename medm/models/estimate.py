@@ -5,7 +5,6 @@ Needs published configs and tokenizers (kilobytes), never weights. Activations a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from medm.config import Options
-from medm.errors import CheckpointError, RecipeError
-from medm.models import MODELS
+from medm.errors import CheckpointError
+from medm.models import kind_of
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 """What is spread over GPUs: nothing (also training without DeepSpeed); optimiser state; and gradients; and weights
@@ -129,14 +128,8 @@ def skeleton(options: Options, *, init_from: str | None = None) -> Any:
         config.adapters = {}  # training folds them in
         with torch.device("meta"):
             return AutoModel.from_config(config)
-    kind = options.model_dump()["kind"]
-    builder = MODELS.get(kind)
-    # A kind says beside its `build` how it is built without weights.
-    build_skeleton = getattr(importlib.import_module(builder.__module__), "skeleton", None)
-    if build_skeleton is None:
-        raise RecipeError(f"models of kind {kind!r} cannot be estimated: they cannot be built without their weights")
     try:
-        return build_skeleton(options)
+        return kind_of(options).skeleton(options)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\n  an estimate needs the published config and tokenizer, not the weights; connect once, or give "

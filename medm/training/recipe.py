@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, field_validator, model_validator
 
-from medm.config import Options, apply_overrides, named, read_yaml, validate
+from medm.config import Options, apply_overrides, flatten, named, read_yaml, validate
 from medm.data.options import DataOptions
 from medm.models import MODELS
 from medm.models.options import ModelOptions
@@ -95,22 +95,9 @@ HARMLESS = frozenset(
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What changed between two resolved recipes and matters for what is learned: one line a key."""
-    old, new = _flat(before), _flat(now)
+    old, new = flatten(before), flatten(now)
     return [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(set(old) | set(new))
         if key not in HARMLESS and old.get(key) != new.get(key)
     ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in items:
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
-    return flat

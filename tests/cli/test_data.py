@@ -6,11 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
 from PIL import Image
 
+from medm.imaging import ImagePreprocess
+from medm.models import MODELS
+from medm.models.base import ModelKind
+from medm.models.options import ModelOptions
+from medm.types import Example, Sample
 from tests import tiny
 from tests.cli.runner import medm
 
@@ -72,6 +79,45 @@ def test_a_recipe_adds_lengths_and_a_preview_of_what_is_learned(recipe: Path) ->
     assert "[x] 'Left.<|im_end|>" in done.out  # the reply and its end are learned
     assert "<image> x 16 " in done.out  # 16 x 16 pixels in patches of 4
     assert "[ ] '<|im_start|>user" in done.out
+
+
+class Words(ModelKind):
+    """A kind of model with a way of its own to read records: a token a word."""
+
+    preprocess: ClassVar[dict[str, Any]] = {"image": ImagePreprocess()}
+    placeholder_ids: ClassVar[dict[str, int]] = {}
+    tokenizer = SimpleNamespace(decode=lambda ids: f"{len(ids)} words")
+
+    def build(self, options: Any) -> Any:
+        raise AssertionError("a check reads no weights")
+
+    def processor(self, options: Any) -> Any:
+        return self
+
+    def encode(self, sample: Sample, pixels: Any, *, generation: bool = False) -> Example:
+        ids = list(range(sum(len(turn.text.split()) for turn in sample.turns)))
+        return Example(ids, ids)
+
+
+class WordsOptions(ModelOptions):
+    kind: Literal["words"] = "words"
+
+
+def test_any_kind_of_model_says_itself_how_records_are_read(recipe: Path) -> None:
+    text = yaml.safe_load(recipe.read_text()) | {"model": {"kind": "words"}}
+    text["data"]["train"][0]["limit"] = 1
+    other = recipe.with_name("words.yaml")
+    other.write_text(yaml.safe_dump(text))
+    record = json.loads((DOCS / "example_finetune.json").read_text())[0]
+    count = sum(len(turn["value"].replace("<image>", "").split()) for turn in record["conversations"])
+    with MODELS.temporary():
+        MODELS.add("words", Words, "for the test", options=WordsOptions)
+        done = medm("data", "check", "--recipe", str(other), "--limit", "1")
+        assert done.code == 0, done.out + done.err
+        assert f"[x] '{count} words'" in done.out
+        estimate = medm("estimate", str(other))
+    assert estimate.code == 2
+    assert "models of kind 'words' cannot be estimated" in estimate.err
 
 
 def test_records_longer_than_the_recipe_allows_are_bad(recipe: Path) -> None:

@@ -17,6 +17,7 @@ from medm.imaging import preprocess_from_dict
 from medm.imaging.options import ImagePreprocess, changed
 from medm.llms import LLMS, LLMOptions
 from medm.llms.base import read_template
+from medm.models.base import ModelKind
 from medm.models.checkpoint import Published, load_module
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
@@ -27,6 +28,24 @@ logger = logging.getLogger(__name__)
 
 _NOT_FOR_THE_ENCODER = {"name", "path", "architecture", "image_size"}
 _NOT_FOR_THE_CONNECTOR = {"name", "path"}
+
+
+class LVLM(ModelKind):
+    """The kind `lvlm`."""
+
+    def build(self, options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
+        return build(options)
+
+    def skeleton(self, options: LVLMOptions) -> LVLMForConditionalGeneration:
+        config, _ = resolve(options)
+        with torch.device("meta"):
+            return LVLMForConditionalGeneration(config).to(getattr(torch, options.dtype))
+
+    def processor(self, options: LVLMOptions) -> LVLMProcessor:
+        return resolve(options)[1]
+
+    def following(self, options: LVLMOptions, processor: LVLMProcessor) -> LVLMProcessor:
+        return processor.following(options)
 
 
 def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
@@ -51,13 +70,6 @@ def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProce
     model.eval()
     model.choose_logits()
     return model, processor
-
-
-def skeleton(options: LVLMOptions) -> LVLMForConditionalGeneration:
-    """The model without memory behind its weights, for `medm.models.estimate`."""
-    config, _ = resolve(options)
-    with torch.device("meta"):
-        return LVLMForConditionalGeneration(config).to(getattr(torch, options.dtype))
 
 
 def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from medm.config import validate
+from medm.config import flatten, validate
 from medm.connectors import CONNECTORS
 from medm.connectors.base import Connector
 from medm.encoders import ENCODERS
@@ -171,9 +171,12 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         if set(options.branches) != set(self.branches):
             differences.append(f"branches {sorted(self.branches)}, not {sorted(options.branches)}")
         for name in set(options.branches) & set(self.branches):
-            wanted = options.branches[name].model_dump()
-            for part in ("encoder", "connector"):
-                differences += different(f"{name}.{part}", self.config.branches[name][part], wanted[part])
+            held = flatten(self.config.branches[name])
+            differences += [
+                f"{name}.{key} {held[key]!r}, not {value!r}"
+                for key, value in flatten(options.branches[name].model_dump(include={"encoder", "connector"})).items()
+                if key in held and held[key] != value and "architecture" not in key.split(".")  # sizes are resolved
+            ]
         if differences:
             raise RecipeError(
                 f"init_from {source}: holds " + "; ".join(differences) + ". Change the recipe or init_from"
@@ -407,19 +410,6 @@ def part(registry: Registry[Any], entry: Mapping[str, Any], **sizes: Any) -> Any
             f"{registry.kind} {name!r} does not take what its config says ({error}); a later medm may have written it"
         ) from None
     return maker(**sizes, **options)
-
-
-def different(place: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What a recipe asks of a part and the model holds otherwise. Sizes and paths are not compared."""
-    found = []
-    for key, value in wanted.items():
-        if key not in held or key == "architecture":
-            continue
-        if isinstance(value, Mapping) and isinstance(held[key], Mapping):
-            found += different(f"{place}.{key}", held[key], value)
-        elif held[key] != value:
-            found.append(f"{place}.{key} {held[key]!r}, not {value!r}")
-    return found
 
 
 def scatter(embeds: Tensor, input_ids: Tensor, tokens: Tensor, *, placeholder_id: int, branch: str = "") -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from medm.config import Options, validate
@@ -196,16 +197,18 @@ class LVLMProcessor(ProcessorMixin):
 
     def pad(self, examples: Sequence[Example]) -> BatchFeature:
         """Left-padded tensors for generation."""
-        width = max(len(example.input_ids) for example in examples)
-        rows = [[self.pad_id] * (width - len(e.input_ids)) + e.input_ids for e in examples]
-        masks = [[0] * (width - len(e.input_ids)) + [1] * len(e.input_ids) for e in examples]
+        rows = [torch.tensor(example.input_ids) for example in examples]
+        on_the_left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
         pixels, tasks = {}, {}
         for name in self.branches:
             arrays = [array for example in examples for array in example.pixels.get(name, [])]
             if arrays:
                 pixels[name] = torch.from_numpy(np.stack(arrays))
                 tasks[name] = torch.tensor([e.task_id for e in examples for _ in e.pixels.get(name, [])])
-        data: dict[str, Any] = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
+        data: dict[str, Any] = {
+            "input_ids": pad_sequence(rows, padding_value=self.pad_id, **on_the_left),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], **on_the_left),
+        }
         return BatchFeature(data | ({"pixels": pixels, "task_ids": tasks} if pixels else {}))
 
     def text(self, ids: Any) -> str:
