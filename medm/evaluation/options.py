@@ -23,9 +23,9 @@ class GenerationOptions(Options):
     """Draw only from the likeliest tokens that together have this probability."""
     seed: int = Field(default=0, ge=0)
     """Of drawing."""
-    static_cache: bool = False
-    """Decode padded batches with a key-value cache of fixed size, for which transformers compiles the decoding on a
-    GPU; without it greedy prompts leave and join the batch."""
+    compile: bool = False
+    """Compile the steps of decoding, for GPUs: a minute before the first reply, and again whenever replies outgrow the
+    room for their keys and values; many prompts are worth it, a few are not."""
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerationOptions:
@@ -34,19 +34,9 @@ class GenerationOptions(Options):
         return self
 
 
-class InferOptions(Options):
-    """Batch inference over one annotation file."""
+class AnsweringOptions(Options):
+    """How a model answers many records."""
 
-    model: str
-    """Model folder that medm saved."""
-    data: str
-    """JSON array or JSONL of records; a last reply is not shown to the model and kept as `answer`."""
-    root: str | None = None
-    """Folder that image and volume paths are relative to. Default: the folder of `data`."""
-    output: str
-    """JSONL file to append to: one line a record, as soon as it is answered. A run that was stopped goes on in it."""
-    json_output: str | None = None
-    """Where the records with their replies are written at the end, as one JSON array in MedM-VL's form."""
     generation: GenerationOptions = GenerationOptions()
     """How replies are chosen."""
     batch_size: int = Field(default=8, ge=1)
@@ -59,10 +49,25 @@ class InferOptions(Options):
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
     """Precision of the weights; as they were saved without it."""
+    overwrite: bool = False
+    """Begin anew where answers of an earlier run lie, instead of going on."""
+
+
+class InferOptions(AnsweringOptions):
+    """Batch inference over one annotation file."""
+
+    model: str
+    """Model folder that medm saved."""
+    data: str
+    """JSON array or JSONL of records; a last reply is not shown to the model and kept as `answer`."""
+    root: str | None = None
+    """Folder that image and volume paths are relative to. Default: the folder of `data`."""
+    output: str
+    """JSONL file to append to: one line a record, as soon as it is answered. A run that was stopped goes on in it."""
+    json_output: str | None = None
+    """Where the records with their replies are written at the end, as one JSON array in MedM-VL's form."""
     limit: int | None = Field(default=None, ge=1)
     """Answer only the first so many records."""
-    overwrite: bool = False
-    """Begin anew where `output` exists, instead of going on."""
 
 
 class EvalTaskOptions(Options):
@@ -83,7 +88,7 @@ class EvalTaskOptions(Options):
     """Output folder of another evaluation of the same task, or a file of predictions, to compare with."""
 
 
-class EvalOptions(Options):
+class EvalOptions(AnsweringOptions):
     """Scores of a model, or of files of predictions, on benchmarks."""
 
     tasks: list[EvalTaskOptions] = Field(min_length=1)
@@ -92,20 +97,6 @@ class EvalOptions(Options):
     """Model folder that medm saved; needed where a task has no `predictions`."""
     output_dir: str
     """Folder for questions, predictions, results and reports, one folder a task in it."""
-    generation: GenerationOptions = GenerationOptions()
-    """How replies are chosen."""
-    batch_size: int = Field(default=8, ge=1)
-    """As in `medm infer`, like the five that follow."""
-    processes: int = Field(default=1, ge=1)
-    """Processes on this machine, each with the model."""
-    workers: int | None = Field(default=None, ge=0)
-    """Processes that read and prepare images for each of them."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
-    """Precision of the weights."""
-    overwrite: bool = False
-    """Answer again what was answered before."""
     cases: int = Field(default=8, ge=0)
     """How many of the worst and of random items the report shows, with their images."""
     seed: int = Field(default=0, ge=0)

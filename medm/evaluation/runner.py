@@ -16,7 +16,7 @@ from typing import Any
 from medm.errors import DataError, MediaError, RecipeError
 from medm.evaluation.cases import Case, choose_cases, draw_pictures
 from medm.evaluation.infer import Progress, infer
-from medm.evaluation.options import EvalOptions, EvalTaskOptions, InferOptions
+from medm.evaluation.options import AnsweringOptions, EvalOptions, EvalTaskOptions, InferOptions
 from medm.evaluation.predictions import join, read_predictions
 from medm.evaluation.report import write_reports, write_summary
 from medm.evaluation.results import model_fingerprint, write_aside
@@ -203,8 +203,7 @@ def _answer(
     infer(
         InferOptions(
             model=options.model, data=str(questions), root=block.data, output=str(folder / "predictions.jsonl"),
-            generation=options.generation, batch_size=options.batch_size, processes=options.processes,
-            workers=options.workers, device=options.device, dtype=options.dtype, overwrite=options.overwrite,
+            **{name: getattr(options, name) for name in AnsweringOptions.model_fields},
         ),
         progress=progress,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,33 +11,29 @@ import SimpleITK as sitk
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.training.recipe import load_recipe
+from tests.examples.scripts import scripts
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "examples" / "quickstart"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def scripts():
-    """The scripts of the folder import each other, as they do when one is run."""
-    sys.path.insert(0, str(QUICKSTART))
-    yield
-    sys.path.remove(str(QUICKSTART))
-    for name in ("fetch", "volumes", "prepare", "report"):
-        sys.modules.pop(name, None)
+def importable():
+    with scripts("quickstart"):
+        yield
 
 
 @pytest.fixture(scope="module")
-def volumes(scripts):
+def volumes(importable):
     return importlib.import_module("volumes")
 
 
 @pytest.fixture(scope="module")
-def prepare(scripts):
+def prepare(importable):
     return importlib.import_module("prepare")
 
 
 @pytest.fixture(scope="module")
-def report(scripts):
+def report(importable):
     return importlib.import_module("report")
 
 

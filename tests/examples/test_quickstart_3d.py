@@ -13,20 +13,15 @@ from medm.data.records import Records
 from medm.imaging import load_pixels
 from medm.imaging.options import VolumePreprocess
 from medm.training.recipe import load_recipe
+from tests.examples.scripts import scripts
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def blocks():
-    places = [str(ROOT / "examples" / name) for name in ("quickstart_3d", "quickstart")]
-    sys.path[:0] = places
-    yield importlib.import_module("blocks")
-    for place in places:
-        while place in sys.path:
-            sys.path.remove(place)
-    for name in ("blocks", "fetch", "volumes", "prepare"):
-        sys.modules.pop(name, None)
+    with scripts("quickstart_3d", "quickstart"):
+        yield importlib.import_module("blocks")
 
 
 @pytest.fixture

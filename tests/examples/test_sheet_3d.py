@@ -2,14 +2,13 @@
 
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+from tests.examples.scripts import scripts
+
 QUESTIONS = {
     "region": ("Which region?", ["head", "chest"]),
     "side": ("Which half?", ["left", "right"]),
@@ -18,14 +17,8 @@ QUESTIONS = {
 
 @pytest.fixture(scope="module")
 def sheet():
-    places = [str(ROOT / "examples" / name) for name in ("quickstart_3d", "quickstart")]
-    sys.path[:0] = places
-    yield importlib.import_module("sheet")
-    for place in places:
-        while place in sys.path:
-            sys.path.remove(place)
-    for name in ("sheet", "fetch", "report"):
-        sys.modules.pop(name, None)
+    with scripts("quickstart_3d", "quickstart"):
+        yield importlib.import_module("sheet")
 
 
 @pytest.fixture
