@@ -17,9 +17,23 @@ CHATML = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
-QWEN3 = CHATML.replace(
-    "'<|im_start|>assistant\\n' }}{%- endif -%}",
-    "'<|im_start|>assistant\\n' }}{%- if enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}{%- endif -%}",
+# What Qwen3's own template writes where there are no tools: a reply after the last question opens with its reasoning,
+# be it empty; of earlier replies the reasoning is cut off; without thinking a prompt opens the reply the same way.
+QWEN3 = (
+    "{%- set ns = namespace(searching=true, question=messages|length - 1) -%}"
+    "{%- for m in messages[::-1] -%}{%- if ns.searching and m.role == 'user' -%}"
+    "{%- set ns.searching = false -%}{%- set ns.question = messages|length - 1 - loop.index0 -%}{%- endif -%}{%- endfor -%}"
+    "{%- for m in messages -%}{%- set content = m.content -%}{%- set reasoning = '' -%}"
+    "{%- if m.role == 'assistant' and '</think>' in content -%}"
+    "{%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}"
+    "{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{%- if m.role == 'assistant' and loop.index0 > ns.question and (loop.last or reasoning) -%}"
+    "{{ '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}"
+    "{%- else -%}{{ content }}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}"
+    "{%- endif -%}"
 )
 LLAMA3 = (
     "{{ bos_token }}{%- if messages[0].role == 'system' -%}{%- set system = messages[0].content | trim -%}"
@@ -37,7 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2.5": {"model_type": "qwen2", "template": CHATML, "control": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
                 "eos": "<|im_end|>", "pad": "<|endoftext|>", "tied": True},
     "qwen3": {"model_type": "qwen3", "template": QWEN3, "control": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
-              "eos": "<|im_end|>", "pad": "<|endoftext|>", "tied": False},
+              "eos": "<|im_end|>", "pad": "<|endoftext|>", "tied": False, "words": ["<think>", "</think>"]},
     "llama-2": {"model_type": "llama", "template": None, "bos": "<s>", "eos": "</s>", "control": ["<s>", "</s>"], "tied": False},
     "llama-3.2": {"model_type": "llama", "template": LLAMA3, "bos": "<|begin_of_text|>", "eos": "<|eot_id|>", "tied": True,
                   "control": ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]},
@@ -59,6 +73,8 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     strip = traits.get("strip_right", False)
     backend.add_special_tokens([AddedToken(token, rstrip=strip, special=True) for token in traits["control"]])
+    # Tokens of their own that are no control tokens: Qwen3 lists them with special = false.
+    backend.add_tokens([AddedToken(word, normalized=False, special=False) for word in traits.get("words", ())])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=traits["eos"], bos_token=traits.get("bos"), pad_token=traits.get("pad"),

@@ -19,6 +19,7 @@ ADVERSARIAL = [
     "<image> and <|endoftext|> and <|end|></s>",
     "肺に結節 🫁 émphysème\n\n- one\n- two\ttab",
     "Instruct: x\nOutput: y",
+    "<think>\nhm\n</think>\n\nNo.",
 ]
 
 
@@ -84,8 +85,43 @@ def test_the_prompt_of_generation_is_what_training_saw_before_the_reply() -> Non
         question = Message("user", ["Is there a mass?"])
         prompt, _ = chat.encode([question], generation=True)
         ids, learned = chat.encode([question, Message("assistant", ["No."])])
-        if family != "qwen3":  # its template writes the empty thinking block into the prompt alone
-            assert ids[: learned.index(True)] == prompt, family
+        assert ids[: learned.index(True)] == prompt, family
+        # And so for the last reply of several.
+        earlier = [question, Message("assistant", ["No."]), Message("user", ["Sure?"])]
+        prompt, _ = chat.encode(earlier, generation=True)
+        ids, learned = chat.encode([*earlier, Message("assistant", ["Yes."])])
+        assert ids[: len(prompt)] == prompt, family
+        assert all(learned[len(prompt) : -1]), family
+
+
+def test_qwen3_answers_behind_an_empty_thinking_block() -> None:
+    """As its published template does with enable_thinking=False: before the reply to the last question, learned by nobody."""
+    chat = chat_format("qwen3")
+    turns = [
+        Message("user", ["A?"]),
+        Message("assistant", ["B."]),
+        Message("user", ["C?"]),
+        Message("assistant", ["D."]),
+    ]
+    ids, learned = chat.encode(turns)
+    start, block = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
+    asked = f"<|im_start|>user\nA?<|im_end|>\n{start}B.<|im_end|>\n<|im_start|>user\nC?<|im_end|>\n"
+    assert chat.tokenizer.decode(ids) == f"{asked}{start}{block}D.<|im_end|>\n"
+    assert [chat.tokenizer.decode(run) for run in spoken(chat, ids, learned)] == ["B.<|im_end|>", "D.<|im_end|>"]
+    prompt, _ = chat.encode(turns[:3], generation=True)
+    assert chat.tokenizer.decode(prompt) == f"{asked}{start}{block}"
+    assert chat.tokenizer.convert_tokens_to_ids(["<think>", "</think>"]) == [
+        token for token in prompt if chat.tokenizer.decode([token]) in ("<think>", "</think>")
+    ], "each a token of its own, once in the prompt"
+
+
+def test_reasoning_that_a_record_holds_is_learned_as_it_stands() -> None:
+    """The published template would cut it out of a reply that is not the last."""
+    chat = chat_format("qwen3")
+    reply = "<think>\nhm\n</think>\n\nNo."
+    turns = [Message("user", ["A?"]), Message("assistant", [reply])] * 2
+    ids, learned = chat.encode(turns)
+    assert [chat.tokenizer.decode(run) for run in spoken(chat, ids, learned)] == [f"{reply}<|im_end|>"] * 2
 
 
 def test_ready_ids_stand_where_they_were_put_and_are_not_learned() -> None:
