@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import math
+import time
+import traceback
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.cells import CELLS
-from benchmarks.harness import ROUNDS, Result
+from benchmarks.harness import ROUNDS, Cell, Result
 from benchmarks.limits import measure_limits, versions
 from benchmarks.report import draw, table
 
@@ -27,12 +30,16 @@ def main() -> None:
     parser.add_argument("--profile", choices=["cpu", "h200"], default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("names", nargs="*", help="cells by name; all of the profile without any")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no cell later, and give each its share of what is left"
+    )
+    parser.add_argument("names", nargs="*", help="cells by name, in this order; all of the profile without any")
     arguments = parser.parse_args()
     quiet()
-    chosen = [c for c in CELLS if arguments.profile in c.targets and (not arguments.names or c.name in arguments.names)]
-    if unknown := sorted(set(arguments.names) - {cell.name for cell in CELLS}):
-        parser.error(f"no such cell: {', '.join(unknown)}; there are {', '.join(cell.name for cell in CELLS)}")
+    known = {cell.name: cell for cell in CELLS}
+    if unknown := sorted(set(arguments.names) - set(known)):
+        parser.error(f"no such cell: {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = [cell for cell in map(known.get, arguments.names or known) if cell and arguments.profile in cell.targets]
     cuda = arguments.profile == "h200"
     if cuda and not torch.cuda.is_available():
         parser.error("profile h200 needs a CUDA device; none is there")
@@ -41,10 +48,38 @@ def main() -> None:
         f"{limits.device}, {limits.threads} threads: {limits.matmul / 1e9:.0f} GFLOP/s, reads {limits.bandwidth / 1e9:.1f} "
         f"GB/s, copies {limits.copy / 1e9:.1f} GB/s"
     )
-    for cell in chosen:
-        result = cell(arguments.profile).measure(arguments.rounds)
+    end = time.monotonic() + 60 * arguments.minutes
+    failed = []
+    for number, cell in enumerate(chosen):
+        left = end - time.monotonic()
+        if left <= 0:
+            print(f"no time is left for {' '.join(cell.name for cell in chosen[number:])}")
+            break
+        release_memory()
+        result = measured(cell(arguments.profile), arguments.rounds, seconds=left / (len(chosen) - number))
         print(line(result), flush=True)
         write(arguments.output, arguments.profile, result, asdict(limits))
+        failed += [cell.name] if result.status == "failed" else []
+    if failed:
+        raise SystemExit(f"failed: {' '.join(failed)}")
+
+
+def measured(cell: Cell, rounds: int, *, seconds: float) -> Result:
+    """One cell. What goes wrong in it is its result, and those of the other cells are not lost."""
+    try:
+        return cell.measure(rounds, until=time.monotonic() + seconds)
+    except Exception as error:  # noqa: BLE001 (whatever it is, the figures of the other cells are worth having)
+        traceback.print_exc()
+        reason = str(error).strip().splitlines()
+        return cell.failed(f"FAILED: {type(error).__name__}: {reason[0] if reason else ''}"[:300])
+
+
+def release_memory() -> None:
+    """Of the last cell. Raises where a kernel has left the device in a state in which nothing can be measured."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def line(result: Result) -> str:

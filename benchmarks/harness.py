@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 ROUNDS, WARM_UP = 7, 2
+FEWEST = 3
+"""Rounds that are measured even where time is short."""
 NOISE = (0.95, 1.05)
 """Where the median of the peer against itself has to lie for a ratio to count as measured."""
 
@@ -45,8 +47,16 @@ class Cell(ABC):
         return {}
 
     @abstractmethod
-    def measure(self, rounds: int) -> Result:
-        """Check the gate, then measure."""
+    def measure(self, rounds: int, *, until: float = math.inf) -> Result:
+        """Check the gate, then measure; with fewer rounds where `time.monotonic()` passes `until`."""
+
+    def failed(self, reason: str) -> Result:
+        """A cell that came to no figure."""
+        return Result(
+            name=self.name, title=self.title, peer=self.peer, profile=self.profile, value=math.nan,
+            target=self.targets.get(self.profile), at_most=self.at_most, reached=None, setting={}, gate=reason,
+            status="failed",
+        )  # fmt: skip
 
     def result(self, value: float, **rest: Any) -> Result:
         """The value judged against this profile's target."""
@@ -73,16 +83,20 @@ class Ratio(Cell):
     def run_ours(self) -> float:
         """The same, our way."""
 
-    def measure(self, rounds: int) -> Result:
+    def measure(self, rounds: int, *, until: float = math.inf) -> Result:
         try:
             proof = self.gate()
         except GateError as error:
             return self.result(math.nan, gate=f"FAILED: {error}", status="gate failed")
-        for _ in range(WARM_UP):
+        for number in range(WARM_UP):
+            if number and time.monotonic() > until:
+                break
             self.run_peer()
             self.run_ours()
         ratios, noise, raw = [], [], []
-        for _ in range(rounds):
+        for number in range(rounds):
+            if number >= FEWEST and time.monotonic() > until:
+                break
             a1, b1, b2, a2 = (rate(side) for side in (self.run_peer, self.run_ours, self.run_ours, self.run_peer))
             ratios.append((b1 + b2) / (a1 + a2))
             noise.append(a2 / a1)
@@ -106,12 +120,12 @@ class Figure(Cell):
         """What was checked before."""
         return ""
 
-    def measure(self, rounds: int) -> Result:
+    def measure(self, rounds: int, *, until: float = math.inf) -> Result:
         try:
             proof = self.gate()
         except GateError as error:
             return self.result(math.nan, gate=f"FAILED: {error}", status="gate failed")
-        values = self.values(rounds)
+        values = self.values(rounds if time.monotonic() < until else FEWEST)
         low, high = bootstrap(values)
         return self.result(statistics.median(values), low=low, high=high, gate=proof, raw=[{"values": values}])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -48,4 +48,10 @@ def _matmul(size: int, device: str, dtype: torch.dtype) -> float:
 def versions() -> dict[str, str]:
     """Of everything that a figure depends on."""
     names = ("torch", "transformers", "peft", "accelerate", "numpy", "monai", "SimpleITK")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a cell that needs it says so
+            found[name] = "-"
+    return found

@@ -34,7 +34,8 @@ class Sizes:
     vision: dict[str, Any]
     text: dict[str, Any]
     mean_text: int = 220
-    longest_text: int = 1400
+    longest_text: int = 800
+    """Decides whether the peer's padded batch of 16, with logits at every position, fits into a GPU of 139 GiB."""
 
     @property
     def image_size(self) -> int:
@@ -66,7 +67,7 @@ def _vision(layers: int, dim: int, heads: int, mlp: int, size: int, patch: int) 
 WORKLOADS = {
     sizes.name: sizes
     for sizes in (
-        Sizes("tiny", _vision(4, 192, 3, 768, 112, 14), _text(4, 256, 4, 4, 1024, 32_000), longest_text=800),
+        Sizes("tiny", _vision(4, 192, 3, 768, 112, 14), _text(4, 256, 4, 4, 1024, 32_000)),
         Sizes("0.5B", _vision(12, 768, 12, 3072, 256, 16), _text(24, 896, 14, 2, 4864, 151_936)),
         Sizes("3B", _vision(12, 768, 12, 3072, 256, 16), _text(36, 2048, 16, 2, 11_008, 151_936)),
     )
@@ -103,6 +104,12 @@ def stock_model(ours: LVLMForConditionalGeneration, sizes: Sizes) -> LlavaForCon
     )  # fmt: skip
     parameter = next(ours.parameters())
     stock = LlavaForConditionalGeneration(config).to(parameter.device, parameter.dtype)
+    copy_weights(ours, stock)
+    return stock
+
+
+def copy_weights(ours: LVLMForConditionalGeneration, stock: LlavaForConditionalGeneration) -> None:
+    """From our model into the stock one."""
     stock.model.language_model.load_state_dict(ours.language_model.base_model.state_dict())
     stock.model.vision_tower.load_state_dict(
         {k.removeprefix("tower."): v for k, v in ours.branch("image").encoder.state_dict().items()}, strict=False
@@ -112,11 +119,12 @@ def stock_model(ours: LVLMForConditionalGeneration, sizes: Sizes) -> LlavaForCon
     stock.model.multi_modal_projector.load_state_dict(
         {f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in mlp.items()}
     )
-    return stock
 
 
-def make_examples(sizes: Sizes, count: int, *, seed: int = 0, generation: bool = False) -> list[Example]:
-    """Samples after the processor: ids with placeholders, labels, pixels."""
+def make_examples(
+    sizes: Sizes, count: int, *, seed: int = 0, generation: bool = False, drawn: bool = True
+) -> list[Example]:
+    """Samples after the processor: ids with placeholders, labels, and pixels if they are `drawn`."""
     rng = np.random.default_rng(seed)
     sigma = 0.7
     lengths = (
@@ -129,7 +137,8 @@ def make_examples(sizes: Sizes, count: int, *, seed: int = 0, generation: bool =
         learned = max(2, round(0.12 * length))
         ids = [IMAGE] * (int(number) * sizes.image_tokens) + text
         labels = [IGNORE_INDEX] * (len(ids) - learned) + ids[-learned:]
-        pixels = [rng.normal(size=(3, sizes.image_size, sizes.image_size)).astype(np.float32) for _ in range(number)]
+        shape = (3, sizes.image_size, sizes.image_size)
+        pixels = [rng.normal(size=shape).astype(np.float32) for _ in range(number if drawn else 0)]
         examples.append(
             Example(
                 ids[:-learned] if generation else ids,

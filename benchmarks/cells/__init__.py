@@ -7,7 +7,10 @@ from benchmarks.harness import Cell
 
 CELLS: list[type[Cell]] = [
     training.TrainingTokens,
+    training.TrainingTokensLarge,
     training.Utilisation,
+    training.UtilisationLarge,
+    training.UtilisationCompiled,
     training.Waste,
     volumes.CachedReading,
     volumes.CachedReadingOfCT,
@@ -20,6 +23,7 @@ CELLS: list[type[Cell]] = [
     answering.ManyQuestions,
     caches.FirstStage,
     training.PeakMemory,
+    training.PeakMemoryLarge,
     checkpoints.Stall,
     checkpoints.Replay,
     startup.Help,

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import SimpleITK
-from monai.transforms import Compose, CropForeground, Resize, ScaleIntensityRange
 
 from benchmarks.harness import Cell, GateError, Ratio
 from medm.data.volume_cache import MediaCache
@@ -48,8 +46,10 @@ class _VolumeCell(Cell):
         return VolumePreprocess(windows=[[-1000.0, 1000.0]], size=[32, 256, 256], orientation=None)
 
     @cached_property
-    def chain(self) -> Compose:
+    def chain(self) -> Any:
         """The same in MONAI, in its usual order."""
+        from monai.transforms import Compose, Resize, ScaleIntensityRange
+
         return Compose(
             [
                 ScaleIntensityRange(a_min=-1000, a_max=1000, b_min=0, b_max=1, clip=True),
@@ -101,6 +101,8 @@ class _RealCT(_VolumeCell):
 
     def read(self, file: Path) -> np.ndarray:
         """By SimpleITK, which MONAI's own reader of such files calls too."""
+        import SimpleITK  # is not on every machine that measures the other cells
+
         return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
 
     @property
@@ -133,8 +135,10 @@ class CachedReading(_VolumeCell, Ratio):
         return VolumePreprocess(windows=[[-1000.0, 1000.0]], size=[32, 256, 256], orientation=None, crop_foreground=0.0)
 
     @cached_property
-    def chain(self) -> Compose:
+    def chain(self) -> Any:
         """The same in MONAI."""
+        from monai.transforms import Compose, CropForeground
+
         window, resize = super().chain.transforms
         return Compose([window, CropForeground(), resize])
 
