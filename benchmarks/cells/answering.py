@@ -23,6 +23,9 @@ class _AnsweringCell(Cell):
     workloads: ClassVar[dict[str, str]] = {"cpu": "tiny", "h200": "0.5B"}
     count: ClassVar[dict[str, int]] = {"cpu": 32, "h200": 256}
     mean_reply: ClassVar[int] = 40
+    peer_batch: ClassVar[int] = 1
+    slots: ClassVar[dict[str, int]] = {"cpu": 32, "h200": 128}
+    """Prompts that we answer at the same time."""
 
     @property
     def cuda(self) -> bool:
@@ -63,39 +66,50 @@ class _AnsweringCell(Cell):
     @property
     def setting(self) -> dict[str, Any]:
         return {
-            "workload": self.workloads[self.profile], "prompts": self.count[self.profile], "batch": BATCH,
-            "mean reply": self.mean_reply, "dtype": "bfloat16" if self.cuda else "float32",
+            "workload": self.workloads[self.profile], "prompts": len(self.questions), "peer's batch": self.peer_batch,
+            "ours at once": self.slots[self.profile], "mean reply": self.mean_reply,
+            "dtype": "bfloat16" if self.cuda else "float32",
         }  # fmt: skip
 
     def prompts(self, examples: list[Example], replies: list[int]) -> list[Prompt]:
         """Embedded prompts, each image encoded once."""
-        model = self.models[0]
-        branch = model.branch("image")
-        encoded: dict[int, Tensor] = {}
+        encoded = self.encoded(examples)
         made = []
         for example, length in zip(examples, replies, strict=True):
             ids = torch.tensor(example.input_ids, device=self.device)
             signature = np.array(example.input_ids, np.int64)
-            with torch.inference_mode():
-                embeds = model.get_input_embeddings()(ids)
-                places = (signature == IMAGE).nonzero()[0]
-                for array, run in zip(
-                    example.pixels.get("image", []),
-                    np.split(places, max(1, len(places) // self.sizes.image_tokens)),
-                    strict=False,
-                ):
-                    if id(array) not in encoded:
-                        pixels = torch.from_numpy(array)[None].to(self.device)
-                        encoded[id(array)] = branch.connector(branch.encode(pixels))[0].to(embeds.dtype)
-                    embeds[run[0] : run[-1] + 1] = encoded[id(array)]
-                    signature[run] = -(1 + id(array) + np.arange(len(run)))
+            embeds = self.models[0].get_input_embeddings()(ids)
+            places = (signature == IMAGE).nonzero()[0]
+            for array, run in zip(
+                example.pixels.get("image", []),
+                np.split(places, max(1, len(places) // self.sizes.image_tokens)),
+                strict=False,
+            ):
+                embeds[run[0] : run[-1] + 1] = encoded[id(array)].to(embeds.dtype)
+                signature[run] = -(1 + id(array) + np.arange(len(run)))
             made.append(Prompt(embeds, signature, length))
         return made
 
-    def decode_ours(self, examples: list[Example], replies: list[int], *, slots: int = BATCH) -> list[list[int]]:
+    def encoded(self, examples: list[Example]) -> dict[int, Tensor]:
+        """Vision tokens (N, D) of every different image."""
+        arrays = {id(array): array for example in examples for array in example.pixels.get("image", [])}
+        branch, found = self.models[0].branch("image"), dict[int, Tensor]()
+        for start in range(0, len(arrays), BATCH):
+            part = dict(list(arrays.items())[start : start + BATCH])
+            pixels = torch.from_numpy(np.stack(list(part.values()))).to(self.device)
+            found |= dict(zip(part, branch.connector(branch.encode(pixels)), strict=True))
+        return found
+
+    @cached_property
+    def decoder(self) -> GreedyDecoder:
+        """Ours; it lives as long as its model, and so does what it packed or compiled."""
+        language_model, slots = self.models[0].language_model, self.slots[self.profile]
+        return GreedyDecoder(language_model, stops=[], suppress=[IMAGE], slots=slots, compiled=self.cuda)
+
+    @torch.inference_mode()
+    def decode_ours(self, examples: list[Example], replies: list[int]) -> list[list[int]]:
         """Medm's way."""
-        decoder = GreedyDecoder(self.models[0].language_model, stops=[], suppress=[IMAGE], slots=slots)
-        return decoder.decode(self.prompts(examples, replies))
+        return self.decoder.decode(self.prompts(examples, replies))
 
     def decode_stock(self, examples: list[Example], replies: list[int], *, batch: int) -> list[list[int]]:
         """Transformers' `generate` on left-padded batches in the given order."""
@@ -139,7 +153,7 @@ class OneByOne(_AnsweringCell, Ratio):
         return self.same(self.decode_ours(part, lengths), self.decode_stock(part, lengths, batch=1))
 
     def run_peer(self) -> float:
-        return len(self.decode_stock(self.questions, self.replies, batch=1))
+        return len(self.decode_stock(self.questions, self.replies, batch=self.peer_batch))
 
     def run_ours(self) -> float:
         return len(self.decode_ours(self.questions, self.replies))
@@ -149,10 +163,9 @@ class PaddedBatches(OneByOne):
     """P7, against padded batches."""
 
     name, peer = "P7b", "HF generate, padded batches of 16"
+    peer_batch: ClassVar[int] = BATCH
+    slots: ClassVar[dict[str, int]] = {"cpu": BATCH, "h200": BATCH}
     targets: ClassVar = {"cpu": 1.5, "h200": 1.8}
-
-    def run_peer(self) -> float:
-        return len(self.decode_stock(self.questions, self.replies, batch=BATCH))
 
 
 class Decoding(_AnsweringCell, Figure):
@@ -161,6 +174,7 @@ class Decoding(_AnsweringCell, Figure):
     name, title, peer = "P8", "decode against memory bandwidth", "limit"
     targets: ClassVar = {"cpu": 0.5, "h200": 0.6}
     length: ClassVar[int] = 64
+    slots: ClassVar[dict[str, int]] = {"cpu": 1, "h200": 1}
 
     def values(self, rounds: int) -> list[float]:
         bandwidth = measure_limits(device=self.device, dtype=torch.float32).bandwidth
@@ -172,8 +186,8 @@ class Decoding(_AnsweringCell, Figure):
         per_token = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head_dim * size
         shares = []
         for _ in range(rounds + 1):
-            first = seconds(lambda: self.decode_ours([example], [1], slots=1))
-            all_of_them = seconds(lambda: self.decode_ours([example], [1 + self.length], slots=1))
+            first = seconds(lambda: self.decode_ours([example], [1]))
+            all_of_them = seconds(lambda: self.decode_ours([example], [1 + self.length]))
             cached = per_token * (len(example.input_ids) + self.length / 2)
             shares.append(self.length * (weights + cached) / (all_of_them - first) / bandwidth)
         return shares[1:]
@@ -205,7 +219,7 @@ class ManyQuestions(_AnsweringCell, Ratio):
         return self.same(self.decode_ours(part, lengths), self.decode_stock(part, lengths, batch=1))
 
     def run_peer(self) -> float:
-        return len(self.decode_stock(self.questions, self.replies, batch=1))
+        return len(self.decode_stock(self.questions, self.replies, batch=self.peer_batch))
 
     def run_ours(self) -> float:
-        return len(self.decode_ours(self.questions, self.replies, slots=2 * BATCH))
+        return len(self.decode_ours(self.questions, self.replies))

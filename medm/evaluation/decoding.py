@@ -1,30 +1,37 @@
 """Greedy decoding of many prompts at once. Knows embeddings and a causal language model; no text, no images.
 
-What `generate` on padded batches does not do: a prompt whose reply is finished leaves the batch and the next one
-takes its place; what several prompts begin with (an image, a system turn) is computed once; the key-value cache
-grows in blocks instead of being copied at every token; and the head's weight is packed on a CPU. The replies are
-those of one prompt at a time.
+What `generate` on padded batches does not do: prompts are read in one row without padding; what several begin with (an
+image, a system turn) is read once; a prompt whose reply is finished leaves and the next one takes its place; keys and
+values of one more token are written where they stay, nothing else is moved; the head's weight is packed on a CPU; and
+steps can be compiled. The replies are those of one prompt at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from medm.evaluation.packed_head import PackedHead
+from medm.llms.attention import PER_DOCUMENT, attends_to_all, no_mask
 
 BLOCK = 128
-"""Tokens by which a cache grows."""
+"""Tokens by which the room for keys and values grows."""
 
 MIN_SHARED = 16
-"""Tokens that a common beginning must have to be worth a forward pass of its own."""
+"""Tokens that a common beginning must have to be worth being read by itself."""
+
+MAX_READ = 8192
+"""Tokens of prompts that are read in one row; a longer prompt is read alone."""
+
+
+MODE: str | None = "reduce-overhead"
+"""Of `torch.compile`, as transformers compiles decoding: CUDA graphs; on a CPU it says nothing."""
 
 
 @dataclass(slots=True)
@@ -39,62 +46,69 @@ class Prompt:
     """Longest reply in tokens, the end token included."""
 
 
+Held = list[tuple[Tensor, Tensor]]
+"""Per layer keys (1, heads, T, D) and values (1, heads, T, D') of one text."""
+
+
 class GreedyDecoder:
     """Decodes prompts on one language model.
 
     Args:
-        language_model: a causal LM of transformers whose layers all attend to everything before them.
+        language_model: one that `supports` says yes to; its attention is switched to `PER_DOCUMENT`.
         stops: ids that end a reply.
         suppress: ids that are never said.
         slots: prompts that are decoded at the same time.
+        compiled: run steps as torch compiles them, on a GPU as CUDA graphs. All slots then take part in every step.
     """
 
     def __init__(
-        self, language_model: Any, *, stops: Collection[int], suppress: Collection[int] = (), slots: int = 16
-    ) -> None:
-        self.language_model, self.slots = language_model, slots
-        self.stops, self.suppress = frozenset(stops), sorted(suppress)
+        self, language_model: Any, *, stops: Collection[int], suppress: Collection[int] = (), slots: int = 16,
+        compiled: bool = False,
+    ) -> None:  # fmt: skip
+        self.language_model, self.slots, self.compiled = language_model, slots, compiled
+        self.stops, self.suppress = frozenset(stops), torch.tensor(sorted(suppress), dtype=torch.long)
+        language_model.set_attn_implementation(PER_DOCUMENT)
         self._head = PackedHead(language_model)
+        self._run = torch.compile(self._step, mode=MODE) if compiled else self._step
+        self._kept: _Slots | None = None
 
     @staticmethod
     def supports(language_model: Any) -> bool:
-        """Whether the model keeps one key and one value a token and layer, as this decoder's cache does."""
-        config = language_model.config
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        return kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+        """Whether each token attends to all before it, as what is kept here takes for granted."""
+        return attends_to_all(language_model)
 
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The reply to each prompt as token ids, up to and with the end token."""
+        if not prompts:
+            return []
+        self.suppress = self.suppress.to(prompts[0].embeds.device)
         with self._head:
             return self._decode(prompts)
 
     def _decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         replies: list[list[int]] = [[] for _ in prompts]
         waiting = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].embeds), row))
-        active: _Rows | None = None
-        while waiting or active is not None:
-            free = self.slots - (0 if active is None else len(active.prompts))
-            # Newcomers cost a pass of their own, so they come in groups.
-            if waiting and free >= max(1, self.slots // 4):
+        slots, self._kept = self._kept, None  # not those that an error left in disorder
+        if slots is None:
+            count = self.slots if self.compiled else min(self.slots, len(prompts))
+            slots = _Slots(count, device=prompts[0].embeds.device, still=self.compiled)
+        while waiting or slots.prompts:
+            free = slots.count - len(slots.prompts)
+            # Reading interrupts those who are being answered, so newcomers come in groups.
+            if waiting and free >= max(1, slots.count // 4):
                 newcomers, waiting = self._next(prompts, waiting, free)
-                for arrived in self._prefill(prompts, newcomers):
-                    active = arrived if active is None else _merge(active, arrived)
-            assert active is not None
-            tokens = active.tokens.tolist()
-            for row, token in zip(active.prompts, tokens, strict=True):
+                for row, held, first in self._read(prompts, newcomers):
+                    slots.enter(row, held, first)
+            for place, token in reversed(list(enumerate(slots.said()))):
+                row = slots.prompts[place]
                 replies[row].append(token)
-            going_on = [
-                place
-                for place, (row, token) in enumerate(zip(active.prompts, tokens, strict=True))
-                if token not in self.stops and len(replies[row]) < prompts[row].max_new_tokens
-            ]
-            if not going_on:
-                active = None
-                continue
-            if len(going_on) < len(active.prompts):
-                active.keep(going_on)
-            self._step(active)
+                if token in self.stops or len(replies[row]) == prompts[row].max_new_tokens:
+                    slots.leave(place)
+            if slots.prompts:
+                slots.advance(self._run)
+        if self.compiled:
+            self._kept = slots  # the tensors that were recorded
         return replies
 
     def _next(self, prompts: Sequence[Prompt], waiting: list[int], free: int) -> tuple[list[int], list[int]]:
@@ -105,152 +119,210 @@ class GreedyDecoder:
         taken = set(chosen)
         return chosen, [row for row in waiting if row not in taken]
 
-    def _prefill(self, prompts: Sequence[Prompt], rows: list[int]) -> list[_Rows]:
-        """Run prompts up to their first token; groups with a common beginning run it once."""
-        started = []
-        alone: list[int] = []
-        for length, members in shared_beginnings(rows, [prompts[row].signature for row in rows]):
-            if length == 0:
-                alone += members
-                continue
-            cache = _cache()
-            beginning = prompts[members[0]].embeds[None, :length]
-            self.language_model.base_model(inputs_embeds=beginning, past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(len(members))
-            mask = beginning.new_ones((len(members), length), dtype=torch.long)
-            started.append(self._start(members, [prompts[row].embeds[length:] for row in members], cache, mask))
-        if alone:
-            empty = torch.zeros(len(alone), 0, dtype=torch.long, device=prompts[alone[0]].embeds.device)
-            started.append(self._start(alone, [prompts[row].embeds for row in alone], _cache(), empty))
-        return started
+    def _read(self, prompts: Sequence[Prompt], rows: list[int]) -> Iterator[tuple[int, Held, Tensor]]:
+        """Each prompt with its keys and values, and the first token of the reply, (1,)."""
+        groups = shared_beginnings(rows, [prompts[row].signature for row in rows])
+        shared = [(length, members) for length, members in groups if length]
+        beginnings = [held for held, _ in self._run_texts([prompts[m[0]].embeds[:n] for n, m in shared], None)]
+        before = {row: held for held, (_, members) in zip(beginnings, shared, strict=True) for row in members}
+        lengths = {row: length for length, members in shared for row in members}
+        # Those with a beginning by themselves: the others need not know of longer keys.
+        for part in ([row for row in rows if row in before], [row for row in rows if row not in before]):
+            texts = [prompts[row].embeds[lengths.get(row, 0) :] for row in part]
+            read = self._run_texts(texts, [before[row] for row in part] if part and part[0] in before else None)
+            for row, (held, hidden_end) in zip(part, read, strict=True):
+                yield row, held, hidden_end
 
-    def _start(self, rows: list[int], embeds: list[Tensor], cache: Cache, before: Tensor) -> _Rows:
-        """The rest of each prompt, left-padded behind what the cache holds, and the first token of each reply."""
-        width = max(len(one) for one in embeds)
-        padded = torch.stack([F.pad(one, (0, 0, width - len(one), 0)) for one in embeds])  # (R, W, D)
-        lengths = torch.tensor([len(one) for one in embeds], device=padded.device)
-        columns = torch.arange(width, device=padded.device)
-        mask = torch.cat([before, (columns >= width - lengths[:, None]).long()], dim=1)  # (R, P + W)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    def _run_texts(self, texts: list[Tensor], before: list[Held] | None) -> Iterator[tuple[Held, Tensor]]:
+        """Keys and values of each text, those before it included, and the token that follows it, (1,)."""
+        for chosen in _bins([len(text) for text in texts]):
+            held = None if before is None else [before[i] for i in chosen]
+            yield from self._run_row([texts[i] for i in chosen], held)
+
+    def _run_row(self, texts: list[Tensor], before: list[Held] | None) -> Iterator[tuple[Held, Tensor]]:
+        device = texts[0].device
+        lengths = [len(text) for text in texts]
+        starts = [0] * len(texts) if before is None else [held[0][0].shape[2] for held in before]
+        ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        reaches = [length + start for length, start in zip(lengths, starts, strict=True)]
+        row = torch.cat(texts)[None]
+        cache = _RowCache(lengths, before)
         output = self.language_model(
-            inputs_embeds=padded,
-            attention_mask=mask,
-            position_ids=positions[:, before.shape[1] :],
+            inputs_embeds=row,
+            attention_mask=no_mask(self.language_model, row),
+            position_ids=torch.cat([torch.arange(a, b) for a, b in zip(starts, reaches, strict=True)])[None].to(device),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=(ends[1:] - 1).to(device),
+            cu_seq_lens_q=ends.to(device),
+            max_length_q=max(lengths),
+            cu_seq_lens_k=torch.tensor([0, *np.cumsum(reaches)], dtype=torch.int32).to(device),
+            max_length_k=max(reaches),
         )
-        return _Rows(rows, cache, mask, positions[:, -1], self._choose(output.logits))
+        first = self._choose(output.logits[0])
+        for number in range(len(texts)):
+            yield cache.of(number), first[number : number + 1]
 
-    def _step(self, active: _Rows) -> None:
-        """One more token for every row."""
-        active.mask = F.pad(active.mask, (0, 1), value=1)
-        active.positions = active.positions + 1
+    def _step(self, tokens: Tensor, lengths: Tensor, rooms: Held) -> Tensor:
+        """The token after `tokens` in each row, (R,); their keys and values are put behind the row's `lengths`."""
+        reach = rooms[0][0].shape[2]
+        mask = torch.arange(reach, device=tokens.device) <= lengths[:, None]
         output = self.language_model(
-            inputs_embeds=self.language_model.get_input_embeddings()(active.tokens[:, None]),
-            attention_mask=active.mask,
-            position_ids=active.positions[:, None],
-            past_key_values=active.cache,
+            inputs_embeds=self.language_model.get_input_embeddings()(tokens[:, None]),
+            attention_mask=mask[:, None, None],  # (R, 1, 1, reach)
+            position_ids=lengths[:, None],
+            past_key_values=_SlotCache(rooms, lengths),
             use_cache=True,
             logits_to_keep=1,
         )
-        active.tokens = self._choose(output.logits)
+        return self._choose(output.logits[:, -1])
 
     def _choose(self, logits: Tensor) -> Tensor:
-        """(R, 1, V) to (R,)."""
-        last = logits[:, -1]
-        if self.suppress:
-            last[:, self.suppress] = -torch.inf
-        return last.argmax(dim=-1)
+        """(R, V) to (R,)."""
+        if len(self.suppress):
+            logits = logits.index_fill(1, self.suppress, -torch.inf)
+        return logits.argmax(dim=-1)
 
 
-@dataclass(slots=True)
-class _Rows:
-    """Prompts that are being answered."""
+class _Slots:
+    """Prompts that are being answered, in the first rows of tensors that hold `count` of them.
 
-    prompts: list[int]
-    cache: Cache
-    mask: Tensor
-    """(R, L) over everything in the cache."""
-    positions: Tensor
-    """(R,), of the last token in the cache."""
-    tokens: Tensor
-    """(R,), chosen and not yet in the cache."""
+    Args:
+        count: rows.
+        device: where.
+        still: every step sees the same tensors in full, as CUDA graphs want it, whoever is there.
+    """
 
-    def keep(self, places: list[int]) -> None:
-        """Let the other rows go, and with them the columns that only they used."""
-        index = torch.tensor(places, device=self.mask.device)
-        self.prompts = [self.prompts[place] for place in places]
-        self.mask, self.positions, self.tokens = self.mask[index], self.positions[index], self.tokens[index]
-        unused = int(self.mask.any(dim=0).long().argmax())
-        self.mask = self.mask[:, unused:]
-        for layer in self.cache.layers:
-            assert isinstance(layer, _BlockLayer)
-            layer.replace(layer.keys[index, :, unused:], layer.values[index, :, unused:])
+    def __init__(self, count: int, *, device: torch.device, still: bool) -> None:
+        self.count, self.still, self.prompts = count, still, list[int]()
+        self._lengths: list[int] = []
+        self._tokens = torch.zeros(count, dtype=torch.long, device=device)
+        self._positions = torch.zeros(count, dtype=torch.long, device=device)
+        self._rooms: Held = []
+        """(count, heads, room, D): a row's keys and values stand at the front."""
+
+    def enter(self, prompt: int, held: Held, first: Tensor) -> None:
+        """One more, with what it has read and the token that it says first."""
+        place, length = len(self.prompts), held[0][0].shape[2]
+        if not self._rooms or self._rooms[0][0].shape[2] <= length:
+            self._grow(held, length + 1)
+        for room, states in zip(self._rooms, held, strict=True):
+            room[0][place, :, :length], room[1][place, :, :length] = states[0][0], states[1][0]
+        self._tokens[place : place + 1] = first
+        self._positions[place] = length
+        self.prompts.append(prompt)
+        self._lengths.append(length)
+
+    def said(self) -> list[int]:
+        """The newest token of each."""
+        tokens: list[int] = self._tokens[: len(self.prompts)].tolist()
+        return tokens
+
+    def leave(self, place: int) -> None:
+        """One less: the last takes its place."""
+        last = len(self.prompts) - 1
+        if place != last:
+            length = self._lengths[last]
+            for room in self._rooms:
+                for side in room:
+                    side[place, :, :length] = side[last, :, :length]
+            self._tokens[place], self._positions[place] = self._tokens[last], self._positions[last]
+            self.prompts[place], self._lengths[place] = self.prompts[last], length
+        self.prompts.pop()
+        self._lengths.pop()
+
+    def advance(self, step: Callable[[Tensor, Tensor, Held], Tensor]) -> None:
+        """One more token for each."""
+        count, reach = len(self.prompts), max(self._lengths) + 1
+        if self._rooms[0][0].shape[2] < reach:
+            self._grow(self._rooms, reach)
+        if self.still:
+            self._positions[count:] = 0
+            self._tokens.copy_(step(self._tokens, self._positions, self._rooms))
+        else:
+            rooms = [(keys[:count, :, :reach], values[:count, :, :reach]) for keys, values in self._rooms]
+            self._tokens[:count] = step(self._tokens[:count], self._positions[:count], rooms)
+        self._positions += 1
+        self._lengths = [length + 1 for length in self._lengths]
+
+    def _grow(self, like: Held, needed: int) -> None:
+        # Each size that a compiled step meets is recorded anew, so they double.
+        capacity = BLOCK << ((needed - 1) // BLOCK).bit_length() if self.still else -(-needed // BLOCK) * BLOCK
+        grown = []
+        for layer, sides in enumerate(like):
+            rooms = []
+            for side, states in enumerate(sides):
+                room = states.new_zeros(self.count, states.shape[1], capacity, states.shape[3])
+                if self._rooms:
+                    held = self._rooms[layer][side]
+                    room[:, :, : held.shape[2]] = held
+                if self.still:
+                    torch._dynamo.mark_static_address(room)
+                rooms.append(room)
+            grown.append((rooms[0], rooms[1]))
+        self._rooms = grown
 
 
-def _merge(one: _Rows, other: _Rows) -> _Rows:
-    """Both side by side; the shorter cache is padded on the left."""
-    width = max(one.mask.shape[1], other.mask.shape[1])
-    pads = [width - rows.mask.shape[1] for rows in (one, other)]
-    for layer, second in zip(one.cache.layers, other.cache.layers, strict=True):
-        assert isinstance(layer, _BlockLayer)
-        assert isinstance(second, _BlockLayer)
-        keys, values = (
-            torch.cat([F.pad(a, (0, 0, pads[0], 0)), F.pad(b, (0, 0, pads[1], 0))])
-            for a, b in ((layer.keys, second.keys), (layer.values, second.values))
-        )
-        layer.replace(keys, values)
-    return _Rows(
-        one.prompts + other.prompts,
-        one.cache,
-        torch.cat([F.pad(rows.mask, (pad, 0)) for rows, pad in zip((one, other), pads, strict=True)]),
-        torch.cat([one.positions, other.positions]),
-        torch.cat([one.tokens, other.tokens]),
-    )
+class _RowCache(Cache):
+    """Keys and values of several texts read in one row; where texts follow on others, those stand before them."""
+
+    def __init__(self, lengths: list[int], before: list[Held] | None) -> None:
+        super().__init__(layers=[])
+        self._lengths, self._before = lengths, before
+        self._sides: list[tuple[list[Tensor], list[Tensor]]] = []
+        """Per layer the keys and the values of each text."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = (list(states.split(self._lengths, dim=2)) for states in (key_states, value_states))
+        if self._before is not None:
+            keys = [torch.cat([held[layer_idx][0], own], dim=2) for held, own in zip(self._before, keys, strict=True)]
+            values = [
+                torch.cat([held[layer_idx][1], own], dim=2) for held, own in zip(self._before, values, strict=True)
+            ]
+            key_states, value_states = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        self._sides.append((keys, values))
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def of(self, text: int) -> Held:
+        """Of one text, with what stands before it."""
+        return [(keys[text], values[text]) for keys, values in self._sides]
 
 
-def _cache() -> Cache:
-    return Cache(layer_class_to_replicate=_BlockLayer)
+class _SlotCache(Cache):
+    """Room for keys and values (R, heads, room, D), into which each row writes one more behind its length."""
+
+    def __init__(self, rooms: Held, lengths: Tensor) -> None:
+        super().__init__(layers=[])
+        self._rooms, self._lengths = rooms, lengths
+        self._rows = torch.arange(len(lengths), device=lengths.device)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self._rooms[layer_idx]
+        keys[self._rows, :, self._lengths] = key_states[:, :, 0]
+        values[self._rows, :, self._lengths] = value_states[:, :, 0]
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
 
 
-class _BlockLayer(DynamicLayer):
-    """Keys and values (B, heads, L, head_dim) at the front of a larger tensor: one more token is one small write."""
-
-    keys: Any  # optional in transformers' class, which has none before the first token
-    values: Any
-    _room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        length = self.get_seq_length()
-        needed = length + key_states.shape[-2]
-        if self._room is None or self._room[0].shape[-2] < needed:
-            self._grow(key_states, value_states, length, needed)
-        assert self._room is not None
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, length:needed] = states
-        self.keys, self.values = (room[:, :, :needed] for room in self._room)
-        return self.keys, self.values
-
-    def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Other keys and values, of any batch and length."""
-        self.keys, self.values, self._room = keys, values, None
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.replace(self.keys.repeat_interleave(repeats, dim=0), self.values.repeat_interleave(repeats, dim=0))
-
-    def _grow(self, key_states: Tensor, value_states: Tensor, length: int, needed: int) -> None:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        capacity = -(-needed // BLOCK) * BLOCK
-        rooms = []
-        for states, held in ((key_states, self.keys), (value_states, self.values)):
-            batch, heads, _, dim = states.shape
-            room = states.new_empty(batch, heads, capacity, dim)
-            if length:
-                room[:, :, :length] = held
-            rooms.append(room)
-        self._room = (rooms[0], rooms[1])
+def _bins(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of texts in the given order, as many at a time as `MAX_READ` tokens hold."""
+    chosen: list[int] = []
+    for place, length in enumerate(lengths):
+        if chosen and sum(lengths[i] for i in chosen) + length > MAX_READ:
+            yield chosen
+            chosen = []
+        chosen.append(place)
+    if chosen:
+        yield chosen
 
 
 def shared_length(one: np.ndarray, other: np.ndarray) -> int:

@@ -162,11 +162,13 @@ class Engine:
             name: (int(processor.placeholder_ids[name]), int(entry["num_tokens"]))
             for name, entry in processor.branches.items()
         }
-        greedy = not self.config.do_sample and self.config.num_beams == 1 and not self.options.static_cache
+        greedy = not self.config.do_sample and self.config.num_beams == 1
         self.decoder: GreedyDecoder | None = None
         if greedy and GreedyDecoder.supports(model.language_model):
             suppress = self.config.suppress_tokens or []
-            self.decoder = GreedyDecoder(model.language_model, stops=self._stops, suppress=suppress, slots=slots)
+            self.decoder = GreedyDecoder(
+                model.language_model, stops=self._stops, suppress=suppress, slots=slots, compiled=self.options.compile
+            )
 
     @property
     def device(self) -> torch.device:
@@ -309,8 +311,8 @@ def generation_config(published: GenerationConfig, options: GenerationOptions) -
     config = GenerationConfig(**{key: getattr(published, key, None) for key in kept})
     config.max_new_tokens, config.num_beams = options.max_new_tokens, options.num_beams
     config.do_sample = options.temperature > 0
-    if options.static_cache:
-        config.cache_implementation = "static"
+    if options.compile and options.num_beams == 1:
+        config.cache_implementation = "static"  # which transformers compiles for
     if config.do_sample:
         config.temperature, config.top_p, config.top_k = options.temperature, options.top_p, 0
     return config

@@ -39,6 +39,7 @@ class PackedHead:
     def __exit__(self, *_error: object) -> None:
         vars(self._head).pop("forward", None)
 
+    @torch.compiler.disable  # inductor has no layout for the packed weight
     def _forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
         logits = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._head.bias, "none", [], "")

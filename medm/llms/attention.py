@@ -1,7 +1,7 @@
 """Attention over a row of packed samples, each by itself: no mask over the whole row is made or read.
 
 Registered with transformers under `PER_DOCUMENT`, so that any language model can be switched to it. A call that does
-not say where samples begin (padded batches, decoding) goes to transformers' own "sdpa".
+not say where samples begin (padded batches, steps of decoding) goes to transformers' own "sdpa".
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,20 +31,24 @@ def attend_per_document(
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sample of one row.
+    """Causal attention inside each sample of one row. Its last query sees all its keys, of which may be more.
 
     Args:
         module: the attention layer; says how many query heads share a key head.
         query: (1, H, T, D).
-        key: (1, K, T, D), K dividing H.
-        value: (1, K, T, D).
+        key: (1, K, S, D), K dividing H; S is T where no sample has keys of its own.
+        value: (1, K, S, D).
         attention_mask: read only where `cu_seq_lens_q` is absent.
         dropout: of the attention weights.
         scaling: of the scores; 1 / sqrt(D) without it.
         cu_seq_lens_q: (samples + 1,) int32: where each sample begins, and the end of the row.
         max_length_q: tokens of the longest sample.
+        cu_seq_lens_k: the same for the keys.
+        max_length_k: keys of the sample that has most.
         kwargs: for "sdpa", where that is asked.
 
     Returns:
@@ -56,16 +61,26 @@ def attend_per_document(
     dtype = _computed_in(query)
     if _on_gpu(query) and dropout == 0.0 and dtype in (torch.float16, torch.bfloat16) and _varlen_options():
         q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # (T, H or K, D)
-        return _varlen(q, k, v, cu_seq_lens_q, int(max_length_q or 0), scaling)[None], None
+        ends = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
+        longest = (int(max_length_q or 0), int(max_length_k or max_length_q or 0))
+        return _varlen(q, k, v, ends, longest, scaling)[None], None
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    lengths = cu_seq_lens_q.diff().tolist()
+    asked = cu_seq_lens_q.diff().tolist()
+    held = asked if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
     # Split, not sliced: the gradients of slices are added up over the whole row, one sample after another.
-    samples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    attended = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling) for q, k, v in samples
-    ]
+    samples = zip(query.split(asked, dim=2), key.split(held, dim=2), value.split(held, dim=2), strict=True)
+    attended = [_causal(q, k, v, dropout, scaling) for q, k, v in samples]
     return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
+    """Of one sample; the last query sees every key."""
+    asked, held = query.shape[2], key.shape[2]
+    if asked == held:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    mask = causal_lower_right(asked, held)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
 
 
 def separates_documents(model: Any) -> bool:
@@ -78,16 +93,28 @@ def separates_documents(model: Any) -> bool:
         True: a batch may be one row that says where samples begin. False: rows have to be short, since their
         attention runs over the whole of a row (a window, soft caps, "eager" and "flex_attention").
     """
-    config = model.config.get_text_config()
-    attention = str(config._attn_implementation)
+    attention = str(model.config.get_text_config()._attn_implementation)
     if attention.startswith("flash"):
         return True
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    whole = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
-    if attention != "sdpa" or not whole or getattr(config, "attn_logit_softcapping", None):
+    if attention not in ("sdpa", PER_DOCUMENT) or not attends_to_all(model):
         return False
     model.set_attn_implementation(PER_DOCUMENT)
     return True
+
+
+def attends_to_all(model: Any) -> bool:
+    """Whether each token of a language model attends to all before it, in layers that take their attention by name.
+
+    Not so: windows, layers of other kinds, soft caps on the scores, code that calls its attention itself.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (
+        kinds == {"full_attention"}
+        and not getattr(config, "sliding_window", None)
+        and not getattr(config, "attn_logit_softcapping", None)
+        and bool(getattr(model, "_supports_attention_backend", False))
+    )
 
 
 def no_mask(model: Any, row: Tensor) -> Tensor | None:
@@ -108,8 +135,11 @@ def _on_gpu(query: Tensor) -> bool:
     return query.is_cuda
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
-    """(T, H, D), (T, K, D) twice, to (T, H, D)."""
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int],
+    scaling: float | None,
+) -> Tensor:  # fmt: skip
+    """(T, H, D), (S, K, D) twice, to (T, H, D); where samples begin and how long they are, of queries and of keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
@@ -118,7 +148,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
             options["enable_gqa"] = True
         else:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-    return cast(Tensor, varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, **options))
+    return cast(Tensor, varlen_attn(query, key, value, *starts, *longest, scale=scaling, **options))
 
 
 @cache

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from medm.evaluation import decoding
 from medm.evaluation.decoding import MIN_SHARED, GreedyDecoder, Prompt, shared_beginnings, shared_length
 from tests.tiny import llm_architecture
 
@@ -27,14 +32,14 @@ def prompts(model: torch.nn.Module, seed: int = 0, count: int = 11, shared: int 
         ids = rng.integers(1, 300, rng.integers(1, 30))
         ids = np.concatenate([beginning, ids]) if i % 3 else ids
         with torch.no_grad():
-            embeds = model.get_input_embeddings()(torch.from_numpy(ids))
+            embeds = model.get_input_embeddings()(torch.from_numpy(ids).to(model.device))
         made.append(Prompt(embeds, ids, max_new_tokens=int(rng.integers(1, 12))))
     return made
 
 
 def alone(model: torch.nn.Module, prompt: Prompt, stops: list[int], suppress: list[int]) -> list[int]:
     out = model.generate(
-        inputs_embeds=prompt.embeds[None], attention_mask=torch.ones(1, len(prompt.embeds), dtype=torch.long),
+        inputs_embeds=prompt.embeds[None], attention_mask=prompt.embeds.new_ones(1, len(prompt.embeds), dtype=torch.long),
         max_new_tokens=prompt.max_new_tokens, do_sample=False, eos_token_id=stops or None,
         suppress_tokens=suppress or None, pad_token_id=0,
     )[0].tolist()  # fmt: skip
@@ -59,8 +64,65 @@ def test_what_is_shared_runs_once(language_model: torch.nn.Module) -> None:
     )
     GreedyDecoder(language_model, stops=[], slots=16).decode(given)
     hook.remove()
-    longest_rest = max(len(prompt.embeds) for prompt in given) - 40
-    assert positions[:2] == [40, len(given) * longest_rest]
+    assert positions[:2] == [40, sum(len(prompt.embeds) - 40 for prompt in given)], "and nothing is padded"
+
+
+def test_long_prompts_are_read_in_several_rows(
+    language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = prompts(language_model)
+    monkeypatch.setattr(decoding, "MAX_READ", 50)
+    rows = []
+    hook = language_model.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    replies = GreedyDecoder(language_model, stops=[], slots=16).decode(given)
+    hook.remove()
+    assert max(rows) <= 50
+    assert replies == [alone(language_model, prompt, [], []) for prompt in given]
+
+
+def test_a_reply_outgrows_its_room(language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "BLOCK", 8)
+    given = [replace(prompt, max_new_tokens=20) for prompt in prompts(language_model, count=5)]
+    replies = GreedyDecoder(language_model, stops=[], slots=2).decode(given)
+    assert replies == [alone(language_model, prompt, [], []) for prompt in given]
+
+
+def test_compiled_steps_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every slot, used or not; a second call meets the tensors of the first."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, not built
+    monkeypatch.setattr(decoding, "MODE", None)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**llm_architecture("qwen3", initializer_range=0.3))
+    language_model = AutoModelForCausalLM.from_config(config).eval()
+    given = prompts(language_model, count=7)
+    decoder = GreedyDecoder(language_model, stops=[], slots=3, compiled=True)
+    expected = [alone(language_model, prompt, [], []) for prompt in given]
+    assert decoder.decode(given) == expected
+    kept = decoder._kept
+    assert kept is not None
+    assert decoder.decode(given[:2]) == expected[:2]
+    assert decoder._kept is kept
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_replies_are_those_of_one_prompt_at_a_time(
+    language_model: torch.nn.Module, dtype: torch.dtype, compiled: bool
+) -> None:
+    """In bfloat16 the order of sums decides between close candidates, so the first tokens are compared."""
+    model = copy.deepcopy(language_model).to("cuda", dtype)
+    given = prompts(model)
+    decoder = GreedyDecoder(model, stops=[], slots=4, compiled=compiled)
+    replies = decoder.decode(given)
+    expected = [alone(model, prompt, [], []) for prompt in given]
+    if dtype == torch.float32:
+        assert replies == expected
+    else:
+        assert sum(a[0] == b[0] for a, b in zip(replies, expected, strict=True)) >= len(given) - 2
+    assert [len(reply) for reply in decoder.decode(given)] == [len(reply) for reply in replies]
 
 
 def test_sliding_attention_is_left_to_generate() -> None:

@@ -62,14 +62,20 @@ def test_replies_are_those_of_plain_generate(tiny: tuple[Any, Any], prompts: lis
     assert reply.tokens == plain.shape[1] - ids.shape[1]
 
 
-def test_a_static_cache_gives_the_same_replies(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
+def test_drawn_replies_are_the_same_from_a_cache_of_fixed_size(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
     model, processor = tiny
     batch = prepare(prompts, pad_id=processor.pad_id)
     replies = [
-        Engine(model, processor, GenerationOptions(max_new_tokens=6, static_cache=static)).answer(batch)
-        for static in (False, True)
+        Engine(model, processor, GenerationOptions(max_new_tokens=6, temperature=0.7, compile=fixed)).answer(batch)
+        for fixed in (False, True)
     ]
     assert replies[0] == replies[1]
+
+
+def test_compiled_decoding_is_asked_for_in_the_options(tiny: tuple[Any, Any]) -> None:
+    model, processor = tiny
+    decoders = [Engine(model, processor, GenerationOptions(compile=compiled)).decoder for compiled in (False, True)]
+    assert [decoder is not None and decoder.compiled for decoder in decoders] == [False, True]
 
 
 def test_an_image_is_encoded_once_for_all_its_questions(

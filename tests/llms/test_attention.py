@@ -22,6 +22,7 @@ from transformers import (
 
 from medm.data.collator import Collator
 from medm.data.packing import PackingCollator
+from medm.evaluation.decoding import GreedyDecoder, Prompt
 from medm.llms import attention
 from medm.llms.attention import PER_DOCUMENT, no_mask, separates_documents
 from medm.models.lvlm.configuration import LVLMConfig
@@ -135,16 +136,20 @@ def kernel(
 ) -> torch.Tensor:  # fmt: skip
     """What torch's kernel for packed samples computes, and what it refuses."""
     assert window_size == (-1, 0)
-    assert starts.dtype == torch.int32 and torch.equal(starts, key_starts)
-    assert longest == key_longest == int(starts.diff().max())
+    assert starts.dtype == key_starts.dtype == torch.int32
+    assert (longest, key_longest) == (int(starts.diff().max()), int(key_starts.diff().max()))
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16
     assert enable_gqa or query.shape[1] == key.shape[1]
     attended = [
         torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, scale=scale, enable_gqa=enable_gqa
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale=scale, enable_gqa=enable_gqa,
+            attn_mask=torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q)),
         ).transpose(0, 1)
-        for q, k, v in zip(*(t.split(starts.diff().tolist()) for t in (query, key, value)), strict=True)
-    ]
+        for q, k, v in zip(
+            query.split(starts.diff().tolist()), *(t.split(key_starts.diff().tolist()) for t in (key, value)),
+            strict=True,
+        )
+    ]  # fmt: skip
     return torch.cat(attended)
 
 
@@ -175,6 +180,27 @@ def test_mixed_precision_reaches_the_kernel_for_packed_samples(
     assert loss == pytest.approx(expected, rel=1e-3)
     for name, gradient in fast.items():
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), slow[name].flatten(), dim=0) > 0.999, name
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, PhiConfig])
+def test_the_kernel_reads_texts_that_follow_on_others(
+    config: type[PreTrainedConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts with a common beginning, read once: more keys than queries."""
+    model = lvlm(config).language_model.to(torch.bfloat16).eval()
+    ids = [np.concatenate([np.arange(3, 40), np.arange(3, 3 + more)]) for more in (4, 9, 2)]
+    with torch.no_grad():
+        texts = [Prompt(model.get_input_embeddings()(torch.from_numpy(one)), one, 1) for one in ids]
+    decoder = GreedyDecoder(model, stops=[])
+    expected = decoder.decode(texts)
+    calls = []
+    fake = SimpleNamespace(varlen_attn=lambda *given, **named: calls.append(given[3:7]) or kernel(*given, **named))
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake)
+    monkeypatch.setattr(attention, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(attention, "_varlen_options", lambda: frozenset({"window_size", "scale"}))
+    assert decoder.decode(texts) == expected
+    assert [longest for *_, longest, _ in calls] == [38, 38, 8, 8], "the beginning, and what follows, in each layer"
+    assert [keys.tolist() for _, keys, *_ in calls[2:]] == [[0, 46, 87, 126]] * 2, "longest first"
 
 
 def test_the_installed_torch_has_the_kernel_in_the_form_that_is_asked_for() -> None:
