@@ -93,3 +93,14 @@ def test_long_lines_are_not_cut_in_a_pipe() -> None:
     )  # fmt: skip
     for entry in registry("encoders").entries():
         assert f"{entry.summary}\n" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["train", "--help"]])
+def test_what_a_person_types_first_loads_no_torch(arguments: list[str]) -> None:
+    script = (
+        "import sys; from medm.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'monai', 'SimpleITK'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

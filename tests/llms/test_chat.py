@@ -173,3 +173,21 @@ def test_vicuna_layout_is_medm_vls() -> None:
 def test_an_unknown_template_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean 'vicuna'"):
         read_template("vicunna")
+
+
+def test_every_text_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt, replies and labels come out of one pass over the conversation."""
+    chat = chat_format("qwen2.5")
+    kind, seen = type(chat.tokenizer), list[str]()
+    tokenise = kind.__call__
+
+    def noted(self: object, text: str, **rest: object) -> object:
+        seen.append(text)
+        return tokenise(self, text, **rest)
+
+    monkeypatch.setattr(kind, "__call__", noted)
+    said = ["first question", "first answer", "second question", "second answer"]
+    roles = ["user", "assistant"] * 2
+    _, learned = chat.encode([Message(role, [text]) for role, text in zip(roles, said, strict=True)])
+    assert any(learned)
+    assert [sum(text.count(one) for text in seen) for one in said] == [1, 1, 1, 1]
