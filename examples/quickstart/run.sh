@@ -6,10 +6,10 @@ cd "$(dirname "$0")/../.."
 out=work_dirs/quickstart
 ask=(--data $out/data/test.json --root $out/data/images --batch-size 32 --max-new-tokens 12)
 newer() { [ -e "$1" ] && [ "$1" -nt "$2" ]; }
-train() { # recipe, folder of the model, overrides; a run that was stopped goes on
+train() { # recipe, folder of the model, overrides; a run that was stopped goes on, an older model is made anew
   local resume=() recipe=$1 folder=$2
   shift 2
-  compgen -G "$folder/checkpoint-*" >/dev/null && resume=(--resume)
+  if compgen -G "$folder/checkpoint-*" >/dev/null; then resume=(--resume); else rm -rf "$folder"; fi
   medm train "recipes/quickstart/$recipe.yaml" output_dir="$folder" "$@" ${resume[@]+"${resume[@]}"}
   rm -rf "$folder"/checkpoint-*
 }

@@ -10,15 +10,19 @@ answer() { # folder of the model, name of the answers
   newer $out/$2.jsonl $out/$1/config.json || rm -f $out/$2.jsonl*
   medm infer --model $out/$1 "${ask[@]}" --output $out/$2.jsonl
 }
-resume=()
-compgen -G "$out/finetune/checkpoint-*" >/dev/null && resume=(--resume) # a run that was stopped goes on
+train() { # folder of the model, overrides; a run that was stopped goes on, an older model is made anew
+  local resume=() folder=$out/$1
+  shift
+  if compgen -G "$folder/checkpoint-*" >/dev/null; then resume=(--resume); else rm -rf "$folder"; fi
+  medm train recipes/quickstart-3d/finetune.yaml output_dir="$folder" "$@" ${resume[@]+"${resume[@]}"}
+  rm -rf "$folder"/checkpoint-*
+}
 
 python examples/quickstart/fetch.py 3d
 python examples/quickstart_3d/blocks.py
-newer $out/untrained/config.json $out/data/test.json ||
-  medm train recipes/quickstart-3d/finetune.yaml output_dir=$out/untrained train.num_train_epochs=0
+newer $out/untrained/config.json $out/data/test.json || train untrained train.num_train_epochs=0
 answer untrained before
-newer $out/finetune/config.json $out/data/test.json || medm train recipes/quickstart-3d/finetune.yaml ${resume[@]+"${resume[@]}"}
+newer $out/finetune/config.json $out/data/test.json || train finetune
 answer finetune after
 python examples/quickstart/report.py $out
 python examples/quickstart_3d/sheet.py $out

@@ -174,7 +174,8 @@ class TrainOptions(Options):
     """Checkpoints that are kept, the best one aside; older ones go when a newer one has been verified."""
     save_in_background: bool = True
     """Go on training while a checkpoint is written from copies of weights and optimiser state, if half of the free
-    memory holds them (not with DeepSpeed or 4-bit weights), reaches the disk and is hashed."""
+    memory holds them (not with 4-bit weights), reaches the disk and is hashed. With DeepSpeed each process copies and
+    writes its own share, and the checkpoint counts from the end of the step in which the last one was written."""
     logging_steps: float = Field(default=10, gt=0)
     """Steps between two lines of the log."""
     logging_first_step: bool = True
