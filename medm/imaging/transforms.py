@@ -26,6 +26,8 @@ _GROWTH = 16
 """Times as many voxels as the file's that straightening may give: a turned cube needs 5, a lying header any number."""
 _PATIENT_AXIS = {"L": (0, 1), "R": (0, -1), "P": (1, 1), "A": (1, -1), "S": (2, 1), "I": (2, -1)}
 """Axis of the patient (LPS) and sense of growth by letter."""
+_TRAVELLING = tuple(map(np.dtype, ("i1", "u1", "=i2", "=i4", "=f4")))
+"""What voxels are stored as, where PyTorch knows it too."""
 _DEFAULT_WINDOWS = {"hu": [-1000.0, 1000.0], "0-255": [0.0, 255.0], "0-1": [0.0, 1.0], "minmax": [0.0, 1.0]}
 
 
@@ -41,23 +43,25 @@ def apply_volume(preprocess: VolumePreprocess, volume: Volume, *, device: str = 
         MediaError: values that the file proves not to be of the declared scale, an orientation or spacing that the file
             does not have, nothing in the foreground, or a result that is too large.
     """
-    return apply_volume_in_steps(preprocess, volume, device=device)[0]
+    return _computed(preprocess, volume, device)[0].cpu().numpy()
 
 
 def apply_volume_in_steps(
     preprocess: VolumePreprocess, volume: Volume, *, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
     """The result of `apply_volume`, and the same before `mean` and `std`, in 0..1 (what a person can look at)."""
+    result, shown = _computed(preprocess, volume, device)
+    return result.cpu().numpy(), shown.cpu().numpy()
+
+
+def _computed(preprocess: VolumePreprocess, volume: Volume, device: str) -> tuple[Tensor, Tensor]:
     import torch
 
     _check_scale(preprocess, volume)
     voxels = _on_grid(preprocess, volume)
     blend = _blend(preprocess, len(voxels))
     used = range(len(voxels)) if blend is None else blend.used
-    copied = np.empty((len(used), *voxels.shape[1:]), np.float32)
-    for place, number in enumerate(used):  # in one step from what is stored: a volume is large for a cache
-        copied[place] = voxels[number]
-    values = torch.from_numpy(copied).to(device)  # [D, H, W]
+    values = _on_device(voxels, used, device)  # [D, H, W]
     if preprocess.scale == "minmax":
         values = _stretched(values, volume.name)
     box = None
@@ -77,7 +81,18 @@ def apply_volume_in_steps(
         shown = shown.expand(preprocess.channels, -1, -1, -1)
     mean = torch.tensor(preprocess.mean, device=device).view(-1, 1, 1, 1)
     std = torch.tensor(preprocess.std, device=device).view(-1, 1, 1, 1)
-    return ((shown - mean) / std).contiguous().cpu().numpy(), shown.cpu().numpy()
+    return ((shown - mean) / std).contiguous(), shown
+
+
+def _on_device(voxels: np.ndarray, used: Sequence[int] | np.ndarray, device: str) -> Tensor:
+    """Some slices in float32. What is stored goes to a GPU as it is: that is half the bytes and no work here."""
+    import torch
+
+    kept = voxels.dtype if device != "cpu" and voxels.dtype in _TRAVELLING else np.float32
+    copied = np.empty((len(used), *voxels.shape[1:]), kept)
+    for place, number in enumerate(used):  # in one step from what is stored: a volume is large for a cache
+        copied[place] = voxels[number]
+    return torch.from_numpy(copied).to(device).float()
 
 
 def default_window(scale: str) -> list[float]:

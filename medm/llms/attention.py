@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PER_DOCUMENT = "per-document"
+_KERNEL_TYPES = (torch.float16, torch.bfloat16)
 
 
 def attend_per_document(
@@ -59,7 +60,7 @@ def attend_per_document(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     dtype = _computed_in(query)
-    if _on_gpu(query) and dropout == 0.0 and dtype in (torch.float16, torch.bfloat16) and _varlen_options():
+    if _on_gpu(query) and dropout == 0.0 and dtype in _KERNEL_TYPES and _varlen_options():
         q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # (T, H or K, D)
         ends = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
         longest = (int(max_length_q or 0), int(max_length_k or max_length_q or 0))
@@ -115,6 +116,12 @@ def attends_to_all(model: Any) -> bool:
         and not getattr(config, "attn_logit_softcapping", None)
         and bool(getattr(model, "_supports_attention_backend", False))
     )
+
+
+def in_one_kernel(model: Any, *, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the samples of a row are attended to in one call, whatever their lengths, which a compiler can follow."""
+    dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+    return device.type == "cuda" and dtype in _KERNEL_TYPES and not dropout and bool(_varlen_options())
 
 
 def no_mask(model: Any, row: Tensor) -> Tensor | None:

@@ -6,11 +6,14 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from medm.errors import CheckpointError
+from medm.llms.attention import in_one_kernel
 from medm.models import build
 from medm.models.manifest import sync, write_manifest
 from medm.objectives import OBJECTIVES
@@ -22,6 +25,7 @@ from medm.training.data import TrainingData
 from medm.training.diagnostics import TugOfWar, Watched, WithTasks, require_measurable
 from medm.training.features import keep_features
 from medm.training.kernels import compile_layers, use_liger
+from medm.training.options import TrainOptions
 from medm.training.parts import PartTable, apply_parts
 from medm.training.processes import on_first
 from medm.training.recipe import Recipe, resolved
@@ -66,8 +70,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         logger.info("what is trained\n%s", table)
     data = TrainingData(
         recipe.data, recipe.train, processor, rank=args.process_index, world=args.world_size,
-        # A compiled layer wants rows of one length, not one row of samples of any lengths.
-        flat=recipe.data.packing and not recipe.train.torch_compile and model.separate_samples(),
+        flat=recipe.data.packing and _any_lengths(model, recipe.train, args.device) and model.separate_samples(),
     )  # fmt: skip
     hashes = on_first(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:
@@ -101,6 +104,15 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         _save_final(trainer, recipe, table, data)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Outcome(output_dir, finished, trainer.state.global_step, losses[-1] if losses else None)
+
+
+def _any_lengths(model: Any, options: TrainOptions, device: torch.device) -> bool:
+    """Whether layers take a row of samples of any lengths: compiled ones do where one kernel attends to all of them."""
+    if not options.torch_compile:
+        return True
+    dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
+    language_model = model.parts().get("llm")
+    return language_model is not None and in_one_kernel(language_model, device=device, dtype=dtype)
 
 
 def objective(recipe: Recipe) -> Objective:

@@ -222,6 +222,16 @@ def test_shrinking_in_two_steps_gives_the_numbers_of_one(shape: tuple[int, int, 
         assert np.allclose(channel, expected.numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("stored", ["<i2", ">i2", "u1", "u2", "i4", "f4", "f8"])
+def test_voxels_that_travel_as_they_are_stored_give_the_same_numbers(stored: str) -> None:
+    """As to a GPU; "cpu:0" is another device than "cpu" by its name alone."""
+    drawn = volume(np.random.default_rng(0).integers(0, 250, (10, 6, 5)).astype(stored))
+    for size in ([4, 3, 3], None):  # a blend of some slices, and all of them
+        preprocess = VolumePreprocess(scale="0-255", size=size, orientation=None, windows=[[0.0, 255.0]])
+        there = apply_volume(preprocess, drawn, device="cpu:0")
+        assert np.array_equal(there, apply_volume(preprocess, drawn))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("convention", ["m3d", "medm-vl", "astra"])
 def test_a_gpu_gives_what_the_cpu_gives(convention: str) -> None:

@@ -27,6 +27,7 @@ from medm.llms import attention
 from medm.llms.attention import PER_DOCUMENT, no_mask, separates_documents
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
+from medm.training.kernels import compile_layers
 from medm.types import IGNORE_INDEX, Example
 
 SIZES: dict[str, Any] = {
@@ -236,3 +237,28 @@ def test_the_kernel_for_packed_samples_gives_what_the_loop_gives(
     slow, slow_gradient = run()
     assert fast == pytest.approx(slow, rel=1e-2)
     assert torch.nn.functional.cosine_similarity(fast_gradient, slow_gradient, dim=0) > 0.99
+
+
+def test_one_kernel_is_for_half_precision_on_a_gpu_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_varlen_options", lambda: frozenset({"window_size", "scale"}))
+    model, gpu = lvlm(LlamaConfig).language_model, torch.device("cuda")
+    assert attention.in_one_kernel(model, device=gpu, dtype=torch.bfloat16)
+    assert not attention.in_one_kernel(model, device=gpu, dtype=torch.float32)
+    assert not attention.in_one_kernel(model, device=torch.device("cpu"), dtype=torch.bfloat16)
+    dropping = lvlm(LlamaConfig, attention_dropout=0.1).language_model
+    assert not attention.in_one_kernel(dropping, device=gpu, dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_layers_take_rows_of_any_length() -> None:
+    model = lvlm(LlamaConfig, hidden_size=128).to("cuda", torch.bfloat16)
+    model.separate_samples()
+    rows = [PackingCollator(0, 64, flat=True)(examples(*lengths)) for lengths in ((7, 30, 12), (9, 5), (3, 40, 8, 2))]
+    batches = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in rows]
+    with torch.no_grad():
+        plain = [model(**batch).loss.item() for batch in batches]
+    compile_layers(model)
+    for batch, expected in zip(batches, plain, strict=True):
+        loss = model(**batch).loss
+        loss.backward()
+        assert loss.item() == pytest.approx(expected, rel=1e-2)
