@@ -124,7 +124,7 @@ class TrainOptions(Options):
     """Further arguments of the schedule."""
     warmup_steps: float = Field(default=0.0, ge=0)
     """Steps of warm-up; a number below 1 is a share of all steps."""
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     """Optimiser, by its transformers name."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of matrices in parts that have none of their own."""

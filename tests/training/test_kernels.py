@@ -9,8 +9,10 @@ import torch
 
 from medm.errors import DeviceError, RecipeError
 from medm.training.kernels import compile_layers, use_liger
+from medm.training.options import TrainOptions
 from tests import tiny
 from tests.models.test_lvlm import build, collate, example
+from tests.training.toys import FULL, trainer, weights
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,18 @@ def test_compiled_layers_give_the_same_loss_and_gradients_under_the_same_names(l
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4)
     assert list(model.state_dict()) == names
+
+
+def test_the_optimiser_in_one_kernel_takes_the_steps_of_the_plain_one(tmp_path: Path) -> None:
+    assert TrainOptions().optim == "adamw_torch_fused"
+    trained = []
+    for optim in ("adamw_torch", "adamw_torch_fused"):
+        run = trainer(tmp_path / optim, parts=FULL, max_steps=4, save_strategy="no", optim=optim, weight_decay=0.1)
+        run.fit()
+        assert bool(run.optimizer.param_groups[0]["fused"]) is optim.endswith("fused")
+        trained.append(weights(run.model))
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, atol=1e-6, rtol=1e-5)
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:
