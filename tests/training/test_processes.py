@@ -1,0 +1,22 @@
+"""What goes wrong on one process is told to all; defects keep their traceback."""
+
+from __future__ import annotations
+
+import pytest
+
+from medm.errors import DataError, MedmError
+from medm.training.processes import failures
+
+
+@pytest.mark.parametrize("kind", [MedmError, DataError, OSError, RuntimeError])
+def test_an_error_that_may_befall_one_process_is_collected(kind: type[Exception]) -> None:
+    def fails() -> None:
+        raise kind("no room")
+
+    assert failures(fails) == ["process 0: no room"]
+
+
+def test_a_defect_is_not() -> None:
+    with pytest.raises(ZeroDivisionError):
+        failures(lambda: None if 1 / 0 else None)
+    assert failures(lambda: None) == []
