@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from medm.errors import RecipeError
 from medm.training.deepspeed import PRESETS, configuration
 from medm.training.options import TrainOptions
 
@@ -30,3 +33,15 @@ def test_deepspeed_takes_every_preset(preset: str, monkeypatch: pytest.MonkeyPat
     assert (read.train_micro_batch_size_per_gpu, read.train_batch_size) == (3, 6)
     moved = (zero.offload_optimizer is not None, zero.offload_param is not None)
     assert moved == {"zero2_offload": (True, False), "zero3_offload": (True, True)}.get(preset, (False, False))
+
+
+@pytest.mark.parametrize(
+    ("block", "words"), [({"load_universal": True}, "pickled"), ({"writer": {"type": "FAST"}}, "save_in_background")]
+)
+def test_a_file_that_reads_or_writes_checkpoints_its_own_way_is_refused(
+    tmp_path: Path, block: dict[str, Any], words: str
+) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "checkpoint": block}))
+    with pytest.raises(RecipeError, match=rf"zero\.json: checkpoint\.{next(iter(block))} .*{words}"):
+        configuration(TrainOptions(deepspeed=str(file), use_cpu=True))
