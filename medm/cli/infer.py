@@ -31,6 +31,7 @@ def infer(
     dtype: Annotated[
         Literal["saved", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights.")
     ] = "saved",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile decoding, for many records on a GPU.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many records.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew instead of going on.")] = False,
 ) -> None:
@@ -44,7 +45,7 @@ def infer(
 
     generation = {
         "max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature, "top_p": top_p,
-        "seed": seed,
+        "seed": seed, "compile": compile,
     }  # fmt: skip
     options = validate(
         InferOptions,
