@@ -113,8 +113,7 @@ def together(action: Callable[[], None], *, final: Path, cleanup: Path) -> None:
         CheckpointError: on all processes, with what went wrong on each.
     """
     if failed := failures(action):
-        if rank() == 0:
-            remove(cleanup)
+        on_first(lambda: remove(cleanup))
         raise CheckpointError(_failed(final, "; ".join(failed)))
 
 
