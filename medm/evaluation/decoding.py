@@ -1,13 +1,14 @@
 """Greedy decoding of many prompts at once. Knows embeddings and a causal language model; no text, no images.
 
 What `generate` on padded batches does not do: prompts are read in one row without padding; what several begin with (an
-image, a system turn) is read once; a prompt whose reply is finished leaves and the next one takes its place; keys and
-values of one more token are written where they stay, nothing else is moved; the head's weight is packed on a CPU; and
-steps can be compiled. The replies are those of one prompt at a time.
+image, a system turn) is read once; a prompt whose reply is finished leaves and the next one, read before, takes its
+place; keys and values of one more token are written where they stay, nothing else is moved; the head's weight is packed
+on a CPU; and steps can be compiled. The replies are those of one prompt at a time.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class GreedyDecoder:
         language_model: one that `supports` says yes to; its attention is switched to `PER_DOCUMENT`.
         stops: ids that end a reply.
         suppress: ids that are never said.
-        slots: prompts that are decoded at the same time.
+        slots: prompts that are decoded at the same time; as many more may have been read.
         compiled: run steps as torch compiles them, on a GPU as CUDA graphs. All slots then take part in every step.
     """
 
@@ -93,13 +94,14 @@ class GreedyDecoder:
         if slots is None:
             count = self.slots if self.compiled else min(self.slots, len(prompts))
             slots = _Slots(count, device=prompts[0].embeds.device, still=self.compiled)
-        while waiting or slots.prompts:
-            free = slots.count - len(slots.prompts)
-            # Reading interrupts those who are being answered, so newcomers come in groups.
-            if waiting and free >= max(1, slots.count // 4):
-                newcomers, waiting = self._next(prompts, waiting, free)
-                for row, held, first in self._read(prompts, newcomers):
-                    slots.enter(row, held, first)
+        ready: deque[tuple[int, Held, Tensor]] = deque()
+        while waiting or ready or slots.prompts:
+            if waiting and not ready and len(slots.prompts) < slots.count:
+                # As many as there are slots, whatever is free: few tokens take as long to read as some hundred.
+                newcomers, waiting = self._next(prompts, waiting, slots.count)
+                ready.extend(self._read(prompts, newcomers))
+            while ready and len(slots.prompts) < slots.count:
+                slots.enter(*ready.popleft())
             for place, token in reversed(list(enumerate(slots.said()))):
                 row = slots.prompts[place]
                 replies[row].append(token)
@@ -111,11 +113,11 @@ class GreedyDecoder:
             self._kept = slots  # the tensors that were recorded
         return replies
 
-    def _next(self, prompts: Sequence[Prompt], waiting: list[int], free: int) -> tuple[list[int], list[int]]:
-        """The next prompts to start; those that begin like the first of them come along before others."""
+    def _next(self, prompts: Sequence[Prompt], waiting: list[int], count: int) -> tuple[list[int], list[int]]:
+        """The next prompts to read; those that begin like the first of them come along before others."""
         first = prompts[waiting[0]].signature
         alike = [row for row in waiting if shared_length(first, prompts[row].signature) >= MIN_SHARED]
-        chosen = (alike + [row for row in waiting if row not in set(alike)])[:free]
+        chosen = (alike + [row for row in waiting if row not in set(alike)])[:count]
         taken = set(chosen)
         return chosen, [row for row in waiting if row not in taken]
 
@@ -130,8 +132,8 @@ class GreedyDecoder:
         for part in ([row for row in rows if row in before], [row for row in rows if row not in before]):
             texts = [prompts[row].embeds[lengths.get(row, 0) :] for row in part]
             read = self._run_texts(texts, [before[row] for row in part] if part and part[0] in before else None)
-            for row, (held, hidden_end) in zip(part, read, strict=True):
-                yield row, held, hidden_end
+            for row, (held, first) in zip(part, read, strict=True):
+                yield row, held, first
 
     def _run_texts(self, texts: list[Tensor], before: list[Held] | None) -> Iterator[tuple[Held, Tensor]]:
         """Keys and values of each text, those before it included, and the token that follows it, (1,)."""
