@@ -29,6 +29,8 @@ class _AnsweringCell(Cell):
     """The peer answers one prompt in so many."""
     slots: ClassVar[dict[str, int]] = {"cpu": 32, "h200": 128}
     """Prompts that we answer at the same time."""
+    compiled: ClassVar[dict[str, bool]] = {"cpu": False, "h200": True}
+    """Whether our steps are compiled (`generation.compile`)."""
 
     @property
     def cuda(self) -> bool:
@@ -70,7 +72,8 @@ class _AnsweringCell(Cell):
     def setting(self) -> dict[str, Any]:
         return {
             "workload": self.workloads[self.profile], "prompts": len(self.questions), "peer's batch": self.peer_batch,
-            "ours at once": self.slots[self.profile], "mean reply": self.mean_reply,
+            "ours at once": self.slots[self.profile], "compiled": self.compiled[self.profile],
+            "mean reply": self.mean_reply,
             "dtype": "bfloat16" if self.cuda else "float32",
         }  # fmt: skip
 
@@ -107,7 +110,9 @@ class _AnsweringCell(Cell):
     def decoder(self) -> GreedyDecoder:
         """Ours; it lives as long as its model, and so does what it packed or compiled."""
         language_model, slots = self.models[0].language_model, self.slots[self.profile]
-        return GreedyDecoder(language_model, stops=[], suppress=[IMAGE], slots=slots, compiled=self.cuda)
+        return GreedyDecoder(
+            language_model, stops=[], suppress=[IMAGE], slots=slots, compiled=self.compiled[self.profile]
+        )
 
     @torch.inference_mode()
     def decode_ours(self, examples: list[Example], replies: list[int]) -> list[list[int]]:
@@ -189,6 +194,7 @@ class Decoding(_AnsweringCell, Figure):
     targets: ClassVar = {"cpu": 0.5, "h200": 0.6}
     length: ClassVar[int] = 64
     slots: ClassVar[dict[str, int]] = {"cpu": 1, "h200": 1}
+    compiled: ClassVar[dict[str, bool]] = {"cpu": True, "h200": True}
 
     def values(self, rounds: int) -> list[float]:
         bandwidth = measure_limits(device=self.device, dtype=torch.float32).bandwidth

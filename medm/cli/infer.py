@@ -31,7 +31,7 @@ def infer(
     dtype: Annotated[
         Literal["saved", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights.")
     ] = "saved",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile decoding, for many records on a GPU.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile decoding: a slow start, faster replies.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many records.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew instead of going on.")] = False,
 ) -> None:

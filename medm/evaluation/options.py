@@ -24,8 +24,8 @@ class GenerationOptions(Options):
     seed: int = Field(default=0, ge=0)
     """Of drawing."""
     compile: bool = False
-    """Compile the steps of decoding, for GPUs: a minute before the first reply, and again whenever replies outgrow the
-    room for their keys and values; many prompts are worth it, a few are not."""
+    """Compile the steps of decoding: about a minute before the first reply, and again when prompts and replies outgrow
+    the room for their keys and values. Worth it for many records on a GPU; a CPU gains with few prompts at once."""
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerationOptions:

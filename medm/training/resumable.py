@@ -212,7 +212,9 @@ class ResumableTrainer(Trainer):
             self._note_callbacks()
             self.state.save_to_json(str(folder / "trainer_state.json"))
         if copying and self._snapshot.fits(tensor_bytes(files), processes=neighbours):
-            return self._snapshot.copy(files)
+            # By names that are the same in every checkpoint, so that the memory is used again.
+            copied = self._snapshot.copy({file.name: state for file, state in files.items()})
+            return {file: copied[file.name] for file in files}
         write_files(files)
         return {}
 

@@ -28,7 +28,7 @@ _TYPES = {
 class Snapshot:
     """Copies in host memory, which is kept from one to the next: new pages cost more than the copying.
 
-    What an earlier `copy` returned is overwritten by a later one.
+    What an earlier `copy` returned is overwritten by a later one, for the tensors in the same places.
     """
 
     def __init__(self) -> None:
@@ -48,20 +48,20 @@ class Snapshot:
         """A deep copy of nested dicts and lists; a tensor that is in there twice is one tensor in the copy too."""
         copies: dict[Any, Tensor] = {}
         known: dict[int, Any] = {}
+        before, self._memory = self._memory, {}
         for place, tensor in _tensors(state):
             memory = _memory_of(tensor)
             if memory not in copies:
-                copies[memory] = self._copy_tensor(tensor.detach(), place)
+                copies[memory] = self._copy_tensor(tensor.detach(), place, before.pop(place, None))
             known[id(tensor)] = copies[memory]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copy.deepcopy(state, known)
 
-    def _copy_tensor(self, tensor: Tensor, place: str) -> Tensor:
-        held = self._memory.get(place)
+    def _copy_tensor(self, tensor: Tensor, place: str, held: Tensor | None) -> Tensor:
         if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
             held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._memory[place] = held
+        self._memory[place] = held
         return held.copy_(tensor, non_blocking=True)
 
 

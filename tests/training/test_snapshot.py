@@ -26,6 +26,8 @@ def test_a_copy_stays_what_it_was_and_its_memory_is_used_again() -> None:
     second = snapshot.copy(state)
     assert second["model"]["weight"].data_ptr() == first["model"]["weight"].data_ptr()
     assert not second["model"]["weight"].any()
+    snapshot.copy({"other": torch.zeros(2)})
+    assert [tensor.numel() for tensor in snapshot._memory.values()] == [2], "what is not copied any more is given back"
 
 
 def test_memory_that_is_held_already_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:

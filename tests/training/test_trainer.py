@@ -278,6 +278,21 @@ def test_both_ways_of_writing_give_the_same_files(tmp_path: Path, monkeypatch: p
     assert states[0]["param_groups"] == states[1]["param_groups"]
 
 
+def test_the_next_checkpoint_is_copied_into_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[dict[str, int]] = []
+    copy = Snapshot.copy
+
+    def noted(snapshot: Snapshot, state: Any) -> Any:
+        copied = copy(snapshot, state)
+        places.append({place: tensor.data_ptr() for place, tensor in snapshot._memory.items()})
+        return copied
+
+    monkeypatch.setattr(Snapshot, "copy", noted)
+    trainer(tmp_path, max_steps=4, save_steps=2).fit()
+    assert len(places) == 2
+    assert places[0] == places[1]
+
+
 def test_without_memory_for_copies_a_checkpoint_is_written_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
