@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import distributed, nn
 from torch.multiprocessing import get_context
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from benchmarks.cells.training import CAPACITY, _Workload
@@ -20,7 +21,6 @@ from benchmarks.workloads import PAD
 from medm.data.collator import Collator
 from medm.data.packing import PackedBatches
 from medm.data.sampling import Shuffle
-from medm.types import Batch
 
 WORLD = 2
 
@@ -28,15 +28,15 @@ WORLD = 2
 class TwoRanks(Figure):
     """P16: efficiency of two processes with rows of equal tokens, over that of padded batches dealt at random.
 
-    The efficiency of either is the time of one process for an epoch over twice the time of two, in micro-batches of the
-    same size; two processes sum their gradients in each step, and go on together. The model and its attention are the
-    same on both sides. Each round draws another order.
+    The efficiency of either is the tokens a second of two processes over twice those of one, in micro-batches of the
+    same size and whole steps; two processes exchange their gradients in each step (DDP). The model is the same
+    on both sides. Each round draws another order.
     """
 
     name, title, peer = "P16", "two-rank efficiency", "padded batches, DistributedSampler"
     targets: ClassVar = {"cpu": 1.15}
-    samples: ClassVar[int] = 64
-    batch: ClassVar[int] = 8
+    samples: ClassVar[int] = 128
+    batch: ClassVar[int] = 4
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -73,51 +73,48 @@ def _rank(rank: int, meeting: str, rounds: int, samples: int, batch: int, found:
     for number in range(rounds + 1):  # the first warms up
         efficiency = {}
         for side in ("peer", "ours") if number % 2 else ("ours", "peer"):
-            alone = _epoch(load, side, number, batch, rank=0, world=1) if rank == 0 else math.nan
+            alone = _speed(load, side, number, batch, rank=0, world=1) if rank == 0 else math.nan
             distributed.barrier()
-            both = _epoch(load, side, number, batch, rank=rank, world=WORLD)
-            distributed.barrier()
-            efficiency[side] = alone / (WORLD * both)
+            both = torch.tensor(_speed(load, side, number, batch, rank=rank, world=WORLD))
+            distributed.all_reduce(both)
+            efficiency[side] = both.item() / (WORLD * alone)
         values.append(efficiency["ours"] / efficiency["peer"])
     if rank == 0:
         found.put(values[1:])
     distributed.destroy_process_group()
 
 
-def _epoch(load: _Workload, side: str, number: int, batch: int, *, rank: int, world: int) -> float:
-    """Seconds for every sample once."""
-    model = load.ours.train()
-    prepared = [load.to_device(one) for one in _batches(load, side, number, batch, rank=rank, world=world)]
+def _speed(load: _Workload, side: str, number: int, batch: int, *, rank: int, world: int) -> float:
+    """Useful tokens a second of this process."""
+    model: nn.Module = load.ours.train()
+    if world > 1:
+        # Gradients are exchanged while the rest of them is computed, as in training.
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    chosen = list(_chosen(load, side, number, batch, rank=rank, world=world))
+    if world == 1:
+        chosen = chosen[: len(chosen) // WORLD]  # as many steps as each of two processes makes
+    collate = Collator(PAD) if side == "peer" else load.collator
+    prepared = [load.to_device(collate([load.examples[index] for index in one])) for one in chosen]
 
     def run() -> None:
         for one in prepared:
             model(**one).loss.backward()
-            if world > 1:
-                _sum_gradients(model)
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()
 
-    return seconds(run)
+    return sum(int(load.lengths[one].sum()) for one in chosen) / seconds(run)
 
 
-def _batches(load: _Workload, side: str, number: int, batch: int, *, rank: int, world: int) -> Iterator[Batch]:
+def _chosen(load: _Workload, side: str, number: int, batch: int, *, rank: int, world: int) -> Iterator[list[int]]:
+    """The samples of each micro-batch of an epoch; an incomplete last step is left out."""
     count = len(load.examples)
     if side == "peer":
-        order = list(DistributedSampler(range(count), world, rank, seed=number))
-        for start in range(0, len(order), batch):
-            yield Collator(PAD)([load.examples[index] for index in order[start : start + batch]])
+        order = list(DistributedSampler(range(count), world, rank, seed=number, drop_last=True))
+        yield from (order[start : start + batch] for start in range(0, len(order) - batch + 1, batch))
         return
     capacity = CAPACITY["cpu"]
     # As many rows as hold the batch's samples, so that both sides make about as many steps.
     rows = max(1, round(batch * load.useful / count / capacity))
-    packed = PackedBatches(
+    yield from PackedBatches(
         Shuffle(count, seed=number), lengths=load.lengths, capacity=capacity, batch_size=rows, rank=rank, world=world,
-        seed=number,
+        seed=number, drop_last=True,
     )  # fmt: skip
-    for chosen in packed:
-        yield load.collator([load.examples[index] for index in chosen])
-
-
-def _sum_gradients(model: nn.Module) -> None:
-    """In one message; weights that a batch did not touch count as zero."""
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
-    distributed.all_reduce(flat)

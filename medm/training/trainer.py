@@ -155,6 +155,12 @@ class MedmTrainer(ResumableTrainer):
             generator=torch.Generator(),  # the run's own random numbers stay as they are
         )  # fmt: skip
 
+    def _prepare_input(self, data: Any) -> Any:
+        """On its way to a GPU while the step before still runs there, where it comes from pinned memory."""
+        if isinstance(data, Tensor) and self.args.device.type == "cuda" and data.is_pinned():
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
