@@ -27,8 +27,12 @@ BLOCK = 128
 MIN_SHARED = 16
 """Tokens that a common beginning must have to be worth being read by itself."""
 
-MAX_READ = 8192
-"""Tokens of prompts that are read in one row; a longer prompt is read alone."""
+MAX_READ = {"cpu": 2048, "cuda": 8192}
+"""Tokens of prompts that are read in one row, by device; a longer prompt is read alone. On a CPU more would leave its
+cache, on a GPU fewer would leave it idle."""
+
+TOGETHER = 8
+"""Rows whose attention reaches as far as the longest of them needs; on a GPU all do."""
 
 
 MODE: str | None = "reduce-overhead"
@@ -71,7 +75,7 @@ class GreedyDecoder:
         language_model.set_attn_implementation(PER_DOCUMENT)
         self._head = PackedHead(language_model)
         self._run = torch.compile(self._step, mode=MODE) if compiled else self._step
-        self._kept: _Slots | None = None
+        self._slots: _Slots | None = None
 
     @staticmethod
     def supports(language_model: Any) -> bool:
@@ -90,8 +94,8 @@ class GreedyDecoder:
     def _decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         replies: list[list[int]] = [[] for _ in prompts]
         waiting = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].embeds), row))
-        slots, self._kept = self._kept, None  # not those that an error left in disorder
-        if slots is None:
+        slots, self._slots = self._slots, None  # not those that an error left in disorder
+        if slots is None or slots.count < min(self.slots, len(prompts)):
             count = self.slots if self.compiled else min(self.slots, len(prompts))
             slots = _Slots(count, device=prompts[0].embeds.device, still=self.compiled)
         ready: deque[tuple[int, Held, Tensor]] = deque()
@@ -109,9 +113,12 @@ class GreedyDecoder:
                     slots.leave(place)
             if slots.prompts:
                 slots.advance(self._run)
-        if self.compiled:
-            self._kept = slots  # the tensors that were recorded
+        self._slots = slots
         return replies
+
+    def forget(self) -> None:
+        """Give back the room for keys and values, which is kept from one call to the next."""
+        self._slots = None
 
     def _next(self, prompts: Sequence[Prompt], waiting: list[int], count: int) -> tuple[list[int], list[int]]:
         """The next prompts to read; those that begin like the first of them come along before others."""
@@ -137,7 +144,8 @@ class GreedyDecoder:
 
     def _run_texts(self, texts: list[Tensor], before: list[Held] | None) -> Iterator[tuple[Held, Tensor]]:
         """Keys and values of each text, those before it included, and the token that follows it, (1,)."""
-        for chosen in _bins([len(text) for text in texts]):
+        capacity = MAX_READ["cuda" if texts and texts[0].is_cuda else "cpu"]
+        for chosen in _bins([len(text) for text in texts], capacity):
             held = None if before is None else [before[i] for i in chosen]
             yield from self._run_row([texts[i] for i in chosen], held)
 
@@ -165,8 +173,13 @@ class GreedyDecoder:
         for number in range(len(texts)):
             yield cache.of(number), first[number : number + 1]
 
-    def _step(self, tokens: Tensor, lengths: Tensor, rooms: Held) -> Tensor:
-        """The token after `tokens` in each row, (R,); their keys and values are put behind the row's `lengths`."""
+    def _step(
+        self, tokens: Tensor, lengths: Tensor, rooms: Held, reaches: list[tuple[int, int]] | None = None
+    ) -> Tensor:
+        """The token after `tokens` in each row, (R,); their keys and values are put behind the row's `lengths`.
+
+        `reaches` is what attention takes as `row_reaches`.
+        """
         reach = rooms[0][0].shape[2]
         mask = torch.arange(reach, device=tokens.device) <= lengths[:, None]
         output = self.language_model(
@@ -176,6 +189,7 @@ class GreedyDecoder:
             past_key_values=_SlotCache(rooms, lengths),
             use_cache=True,
             logits_to_keep=1,
+            row_reaches=reaches,
         )
         return self._choose(output.logits[:, -1])
 
@@ -233,7 +247,7 @@ class _Slots:
         self.prompts.pop()
         self._lengths.pop()
 
-    def advance(self, step: Callable[[Tensor, Tensor, Held], Tensor]) -> None:
+    def advance(self, step: Callable[..., Tensor]) -> None:
         """One more token for each."""
         count, reach = len(self.prompts), max(self._lengths) + 1
         if self._rooms[0][0].shape[2] < reach:
@@ -243,7 +257,11 @@ class _Slots:
             self._tokens.copy_(step(self._tokens, self._positions, self._rooms))
         else:
             rooms = [(keys[:count, :, :reach], values[:count, :, :reach]) for keys, values in self._rooms]
-            self._tokens[:count] = step(self._tokens[:count], self._positions[:count], rooms)
+            reaches = None
+            if count > TOGETHER and not self._tokens.is_cuda:
+                groups = [self._lengths[start : start + TOGETHER] for start in range(0, count, TOGETHER)]
+                reaches = [(len(group), max(group) + 1) for group in groups]
+            self._tokens[:count] = step(self._tokens[:count], self._positions[:count], rooms, reaches)
         self._positions += 1
         self._lengths = [length + 1 for length in self._lengths]
 
@@ -315,11 +333,11 @@ class _SlotCache(Cache):
         return 0
 
 
-def _bins(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of texts in the given order, as many at a time as `MAX_READ` tokens hold."""
+def _bins(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
+    """Places of texts in the given order, as many at a time as `capacity` tokens hold."""
     chosen: list[int] = []
     for place, length in enumerate(lengths):
-        if chosen and sum(lengths[i] for i in chosen) + length > MAX_READ:
+        if chosen and sum(lengths[i] for i in chosen) + length > capacity:
             yield chosen
             chosen = []
         chosen.append(place)

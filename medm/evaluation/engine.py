@@ -189,6 +189,8 @@ class Engine:
                     f"out of memory on {self.device} with one prompt of {batch.input_ids.shape[1]} tokens; use a "
                     "lower precision (bfloat16), fewer beams or a smaller model"
                 ) from None
+            if self.decoder is not None:
+                self.decoder.forget()
             half = len(batch) // 2
             parts = [batch.rows(0, half, self._runs), batch.rows(half, len(batch), self._runs)]
             del batch

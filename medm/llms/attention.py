@@ -34,6 +34,7 @@ def attend_per_document(
     max_length_q: int | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_k: int | None = None,
+    row_reaches: list[tuple[int, int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sample of one row. Its last query sees all its keys, of which may be more.
@@ -50,11 +51,23 @@ def attend_per_document(
         max_length_q: tokens of the longest sample.
         cu_seq_lens_k: the same for the keys.
         max_length_k: keys of the sample that has most.
+        row_reaches: in a step of decoding, of some rows after another how many they are, and how many keys they have at
+            most; what lies behind is not read.
         kwargs: for "sdpa", where that is asked.
 
     Returns:
         (1, T, H, D), and no weights.
     """
+    if row_reaches is not None:
+        assert attention_mask is not None
+        rows = [count for count, _ in row_reaches]
+        parts = [
+            sdpa_attention_forward(module, q, k[:, :, :reach], v[:, :, :reach], mask[..., :reach], scaling=scaling)[0]
+            for (_, reach), q, k, v, mask in zip(
+                row_reaches, *(tensor.split(rows) for tensor in (query, key, value, attention_mask)), strict=True
+            )
+        ]
+        return torch.cat(parts), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

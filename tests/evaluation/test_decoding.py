@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from medm.evaluation import decoding
 from medm.evaluation.decoding import MIN_SHARED, GreedyDecoder, Prompt, shared_beginnings, shared_length
+from medm.llms.attention import PER_DOCUMENT
 from tests.tiny import llm_architecture
 
 
@@ -71,7 +74,7 @@ def test_long_prompts_are_read_in_several_rows(
     language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = prompts(language_model)
-    monkeypatch.setattr(decoding, "MAX_READ", 50)
+    monkeypatch.setitem(decoding.MAX_READ, "cpu", 50)
     rows = []
     hook = language_model.base_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
@@ -80,6 +83,26 @@ def test_long_prompts_are_read_in_several_rows(
     hook.remove()
     assert max(rows) <= 50
     assert replies == [alone(language_model, prompt, [], []) for prompt in given]
+
+
+def test_rows_attend_in_groups(language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the longest of a group has keys."""
+    monkeypatch.setattr(decoding, "TOGETHER", 2)
+    reaches = []
+    attend = ALL_ATTENTION_FUNCTIONS[PER_DOCUMENT]
+
+    def counted(*given: Any, **named: Any) -> Any:
+        reaches.append(named.get("row_reaches"))
+        return attend(*given, **named)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, PER_DOCUMENT, counted)
+    given = prompts(language_model, count=5, shared=0)
+    replies = GreedyDecoder(language_model, stops=[], slots=5).decode(given)
+    assert replies == [alone(language_model, prompt, [], []) for prompt in given]
+    lengths = sorted((len(prompt.embeds) for prompt in given), reverse=True)
+    first = next(groups for groups in reaches if groups)
+    assert [count for count, _ in first] == [2, 2, 1]
+    assert [reach for _, reach in first] == [lengths[0] + 1, lengths[2] + 1, lengths[4] + 1]
 
 
 def test_a_reply_outgrows_its_room(language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,10 +123,10 @@ def test_compiled_steps_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = GreedyDecoder(language_model, stops=[], slots=3, compiled=True)
     expected = [alone(language_model, prompt, [], []) for prompt in given]
     assert decoder.decode(given) == expected
-    kept = decoder._kept
+    kept = decoder._slots
     assert kept is not None
     assert decoder.decode(given[:2]) == expected[:2]
-    assert decoder._kept is kept
+    assert decoder._slots is kept
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
