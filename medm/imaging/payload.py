@@ -52,7 +52,7 @@ def read_voxels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packi
             data, more = stream.read(min(needed, left)), left - needed
         else:
             data, more = _unpack(stream, needed, packing)
-    except (OSError, EOFError, MemoryError, zlib_ng.error) as error:
+    except (OSError, EOFError, MemoryError, zlib_ng.error) as error:  # type: ignore[misc]  # its stub has an instance
         raise MediaError(f"{name}: the packed voxels are truncated or damaged ({type(error).__name__})") from None
     if len(data) < needed:
         raise MediaError(
