@@ -34,7 +34,6 @@ cache, on a GPU fewer would leave it idle."""
 TOGETHER = 8
 """Rows whose attention reaches as far as the longest of them needs; on a GPU all do."""
 
-
 MODE: str | None = "reduce-overhead"
 """Of `torch.compile`, as transformers compiles decoding: CUDA graphs; on a CPU it says nothing."""
 
@@ -336,11 +335,13 @@ class _SlotCache(Cache):
 def _bins(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
     """Places of texts in the given order, as many at a time as `capacity` tokens hold."""
     chosen: list[int] = []
+    left = capacity
     for place, length in enumerate(lengths):
-        if chosen and sum(lengths[i] for i in chosen) + length > capacity:
+        if chosen and length > left:
             yield chosen
-            chosen = []
+            chosen, left = [], capacity
         chosen.append(place)
+        left -= length
     if chosen:
         yield chosen
 
