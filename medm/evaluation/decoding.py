@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from medm.evaluation.packed_head import PackedHead
 from medm.llms.attention import PER_DOCUMENT, attends_to_all, no_mask
+from medm.llms.cache import cache_argument
 
 BLOCK = 128
 """Tokens by which the room for keys and values grows."""
@@ -73,6 +74,7 @@ class GreedyDecoder:
         self.stops, self.suppress = frozenset(stops), torch.tensor(sorted(suppress), dtype=torch.long)
         language_model.set_attn_implementation(PER_DOCUMENT)
         self._head = PackedHead(language_model)
+        self._cache_argument = cache_argument(language_model.forward)
         self._run = torch.compile(self._step, mode=MODE) if compiled else self._step
         self._slots: _Slots | None = None
 
@@ -160,7 +162,7 @@ class GreedyDecoder:
             inputs_embeds=row,
             attention_mask=no_mask(self.language_model, row),
             position_ids=torch.cat([torch.arange(a, b) for a, b in zip(starts, reaches, strict=True)])[None].to(device),
-            past_key_values=cache,
+            **{self._cache_argument: cache},
             use_cache=True,
             logits_to_keep=(ends[1:] - 1).to(device),
             cu_seq_lens_q=ends.to(device),
@@ -185,7 +187,7 @@ class GreedyDecoder:
             inputs_embeds=self.language_model.get_input_embeddings()(tokens[:, None]),
             attention_mask=mask[:, None, None],  # (R, 1, 1, reach)
             position_ids=lengths[:, None],
-            past_key_values=_SlotCache(rooms, lengths),
+            **{self._cache_argument: _SlotCache(rooms, lengths)},
             use_cache=True,
             logits_to_keep=1,
             row_reaches=reaches,

@@ -113,6 +113,29 @@ def test_the_folder_opens_and_says_where_it_comes_from(world: Path, trained: Pat
     assert 0 < run["trainable"] < run["parameters"]
 
 
+def test_what_a_run_saved_opens_without_a_warning(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers' Trainer sets fields on the config while it trains; none may look unknown later."""
+    for folder in (trained, trained / "checkpoint-6"):
+        load(str(folder))
+        assert "use_cache" not in json.loads((folder / "config.json").read_text())
+    assert [record.message for record in caplog.records if record.name.startswith("medm")] == []
+
+
+def test_folders_saved_before_use_cache_was_left_out_open_without_a_warning(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
+             "generation_config.json", "chat_template.jinja")  # fmt: skip
+    for name in names:
+        shutil.copy(trained / name, tmp_path / name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "use_cache": False, "from_the_future": 1}))
+    load(str(tmp_path))
+    (warning,) = [record.message for record in caplog.records if "not known here" in record.message]
+    assert "from_the_future" in warning
+    assert "use_cache" not in warning
+
+
 def test_weights_that_changed_since_they_were_written_are_not_opened(trained: Path, tmp_path: Path) -> None:
     for folder in (trained, trained / "checkpoint-6"):
         copy = tmp_path / folder.name
@@ -141,7 +164,7 @@ def test_a_stopped_and_continued_run_writes_the_same_model(world: Path, trained:
         "main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", script, "train", str(output.with_suffix(".yaml"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     stopped = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert stopped.returncode == 75, stopped.stderr
     assert not (output / "config.json").exists()

@@ -47,6 +47,8 @@ class LVLMConfig(PreTrainedConfig):
     known here."""
     tasks: list[str] = field(default_factory=list)
     """Names of the tasks, in the order of their ids."""
+    use_cache: bool = True
+    """Not saved: transformers' Trainer switches it off while it trains, and generation reads `text_config`."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):
@@ -56,6 +58,11 @@ class LVLMConfig(PreTrainedConfig):
         # Tying is the language model's own affair: it holds both its embeddings and its head.
         self.tie_word_embeddings = False
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        content = super().to_dict()
+        content.pop("use_cache", None)
+        return content
 
     def get_text_config(self, *_args: Any, **_kwargs: Any) -> PreTrainedConfig:
         """The language model's config, which generation reads for its cache."""

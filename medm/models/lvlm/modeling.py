@@ -6,10 +6,11 @@ checks the counts. Labels, masks and positions are never rebuilt. Knows nothing 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, cast
 
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin
-from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.utils.generic import ModelOutput
+from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from medm.config import flatten, validate
 from medm.connectors import CONNECTORS
@@ -42,18 +42,23 @@ HEAD_CHUNK = 4096
 
 
 @dataclass
-class LVLMOutput(ModelOutput):
-    """`logits` (B, T, V) where no labels were given; `loss` where they were.
+class LVLMOutput(CausalLMOutputWithPast):
+    """`logits` (B, T, V) without labels; `loss` with labels.
 
     With labels the head runs on the labelled positions alone and no full logits exist, unless the config asks for them.
+    Its other fields are those of the installed transformers: a release may rename them (5.24 renamed
+    `past_key_values` to `cache`), so none is named here.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    losses: dict[str, Tensor] | None = field(default=None)
+    losses: dict[str, Tensor] | None = None
     """Auxiliary losses by name (load balance of a router), unweighted."""
+
+    @classmethod
+    def wrap(cls, output: Mapping[str, Any], **own: Any) -> LVLMOutput:
+        """An output with the fields of `own` and those of the language model's output that this class has."""
+        names = {field.name for field in fields(cls)}
+        passed = {name: value for name, value in output.items() if name in names}
+        return cls(**(passed | own))
 
 
 class Branch(nn.Module):
@@ -124,7 +129,6 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(self, config: LVLMConfig) -> None:
         super().__init__(config)
@@ -246,7 +250,6 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         label_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LVLMOutput:
@@ -275,23 +278,20 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             **kwargs,
         }
         if labels is None:
             output = self.language_model(**decoding, logits_to_keep=logits_to_keep)
-            return LVLMOutput(
-                logits=output.logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
-            )
+            return LVLMOutput.wrap(output)
         if self.config.full_logits:
             output = self.language_model(**decoding, use_cache=False)
             loss = self._label_loss(output.logits, labels, label_positions, num_items_in_batch)
         else:
             output = self.language_model.base_model(**decoding, use_cache=False)
             loss = self._label_loss(output.last_hidden_state, labels, label_positions, num_items_in_batch)
-        return LVLMOutput(loss=loss, hidden_states=output.hidden_states, losses=losses or None)
+        return LVLMOutput.wrap(output, loss=loss, logits=None, losses=losses or None)
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: Tensor,
         pixels: Mapping[str, Tensor] | None = None,
@@ -305,7 +305,10 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         """
         with torch.no_grad():
             embeds, _ = self.embed(input_ids, pixels, task_ids, features)
-        kwargs.setdefault("generation_config", self.generation_config)
+        if "generation_config" not in kwargs:
+            # One config with the call's arguments merged into it: transformers deprecates handing over both.
+            config = copy.deepcopy(self.generation_config)
+            kwargs = {**config.update(**kwargs), "generation_config": config}
         return self.language_model.generate(input_ids=input_ids, inputs_embeds=embeds, **kwargs)
 
     def _label_loss(
