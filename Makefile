@@ -7,18 +7,24 @@
 # make docs         the generated pages of docs/
 # make env          the environment alone
 #
-# Variables: PYTHON (3.11 or newer), VENV (folder), TORCH (what pip installs first; empty: take the torch that is there),
-# VENV_FLAGS. On a machine that has its own torch build:  make env VENV_FLAGS=--system-site-packages TORCH=
+# make lock         renew requirements/*.txt, the exact versions that the environment is made from
+#
+# Variables: PYTHON (3.11 or newer), VENV (folder), VERSIONS (locked, oldest or newest of the ranges in pyproject.toml; each
+# has a folder of its own), TORCH (what pip installs first; empty: use the torch that is there), VENV_FLAGS.
+# On a machine that has its own torch build:  make env VENV_FLAGS=--system-site-packages TORCH=
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13,$(shell $(p) -c \
 	'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
-VENV ?= .venv
+VERSIONS ?= locked
+VENV ?= .venv$(if $(filter-out locked,$(VERSIONS)),-$(VERSIONS))
 VENV_FLAGS ?=
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev
+PIP := -m pip install --quiet --disable-pip-version-check
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.medm-$(EXTRAS)
+PINS := $(filter-out requirements/newest.txt,requirements/$(VERSIONS).txt)
 PYTEST ?= $(BIN)/python -m pytest
 # A file's tests stay together, since they share what they prepare; one thread each, or processes wait for one another.
 PYTEST_ARGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
@@ -28,22 +34,38 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: help env quickstart quickstart-3d uni-med-demo test check lint types layers format docs clean
+.PHONY: help env quickstart quickstart-3d uni-med-demo test check lint types layers format docs lock clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 env: $(STAMP)
 
-# torch goes first and alone: an open requirement would draw in the newest build with several GB of CUDA libraries.
-$(STAMP): pyproject.toml setup.py
+# torch is installed first and alone: an open requirement would install the newest build with several GB of CUDA libraries.
+# It is left out of the pins, so that a machine keeps its own build (TORCH=).
+$(STAMP): pyproject.toml setup.py $(PINS)
 	@test -n "$(PYTHON)" || { echo "medm needs Python 3.11 or newer; none was found (set PYTHON=/path/to/python3)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "medm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || $(PYTHON) -m virtualenv $(VENV_FLAGS) $(VENV) || \
 		{ echo "no virtual environment could be made at $(VENV): install python3-venv, or 'pip install virtualenv'"; exit 1; }
-	@echo "preparing $(VENV); the first time takes a few minutes"
-	$(if $(TORCH),$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)")
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	@echo "preparing $(VENV) with $(VERSIONS) versions; the first time takes a few minutes"
+	@grep -hv '^torch==' $(PINS) /dev/null > $(VENV)/constraints.txt || true
+	$(if $(TORCH),$(BIN)/python $(PIP) "$(TORCH)")
+	$(BIN)/python $(PIP) --constraint $(VENV)/constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
+
+# The CUDA libraries that torch's package names are left out: the CPU build needs none, and a CUDA build brings its own.
+lock:
+	@test -x .cache/lock/bin/uv || { $(PYTHON) -m venv .cache/lock && .cache/lock/bin/python $(PIP) uv; }
+	@echo "$(TORCH)" > .cache/lock/torch.txt
+	for end in locked:highest oldest:lowest-direct; do \
+		.cache/lock/bin/uv pip compile --quiet pyproject.toml --extra $(EXTRAS) --resolution $${end#*:} --upgrade \
+			--python-version 3.11 --override .cache/lock/torch.txt --no-annotate --no-header \
+			| grep -vE '^(nvidia-|triton==|cuda-)' > .cache/lock/new.txt && \
+		{ echo "# Written by make lock: $${end#*:} versions of the ranges in pyproject.toml, Python 3.11, CPU."; \
+			cat .cache/lock/new.txt; } > requirements/$${end%:*}.txt || exit 1; \
+	done
 
 quickstart: env
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart/run.sh
