@@ -12,6 +12,7 @@ from pathlib import Path
 
 from medm.errors import MediaError
 from medm.imaging.dicom import MAX_FRAMES
+from medm.imaging.paths import split_series
 
 
 def identity(path: Path) -> str:
@@ -52,10 +53,8 @@ def content_hash(path: Path) -> str:
 
 def _parts(path: Path) -> tuple[list[Path], str]:
     """The regular files that a path stands for (all of a folder), and the series that it names."""
-    series = ""
-    if "#" in path.name and not path.exists():
-        name, _, series = path.name.rpartition("#")
-        path = path.with_name(name) if name else path
+    path, named = split_series(path)
+    series = named or ""
     if path.is_dir():
         return _files_in(path), series
     if not path.exists():

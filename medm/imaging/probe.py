@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from medm.errors import MediaError
+from medm.imaging.paths import split_series
 
 
 def probe(
@@ -39,8 +40,7 @@ def probe(
 
 
 def _check_volume(path: Path) -> None:
-    if not path.exists() and "#" in path.name:  # "folder#3" names a series of a DICOM folder
-        path = path.with_name(path.name.rpartition("#")[0])
+    path, _ = split_series(path)
     if not path.exists():
         raise MediaError(f"{path}: no such file or folder")
     if path.is_dir():

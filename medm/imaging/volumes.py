@@ -18,6 +18,7 @@ from medm.errors import MediaError
 from medm.imaging.arrays import compact, read_npy
 from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.geometry import MAX_BYTES, MAX_VOXELS, Geometry, check_size
+from medm.imaging.paths import split_series
 from medm.imaging.payload import open_binary
 
 
@@ -49,9 +50,8 @@ def read_volume(path: Path, *, series: str | None = None, several: Literal["only
         MediaError: missing, truncated, damaged, too large, not three-dimensional, not finite, or of an unknown format.
     """
     path = Path(path)
-    if series is None and "#" in path.name and not path.exists():
-        folder, _, series = path.name.rpartition("#")
-        path = path.with_name(folder) if folder else path
+    if series is None:
+        path, series = split_series(path)
     name = str(path)
     if not path.exists():
         raise MediaError(f"{name}: no such file or folder")
