@@ -128,9 +128,13 @@ def cache(
         )  # fmt: skip
     for error in filled.bad:
         out.print(str(error), markup=False)
+    for message in filled.warnings:
+        out.print(f"warning: {message}", markup=False)
+    warned = f", {filled.num_warnings} warnings" if filled.num_warnings else ""
     entries, size = MediaCache(options.dir, 0).size()
     out.print(
-        f"{filled.files} files, {filled.num_bad} bad; {options.dir} holds {entries} entries, {size / 1e9:.2f} GB",
+        f"{filled.files} files, {filled.num_bad} bad{warned}; "
+        f"{options.dir} holds {entries} entries, {size / 1e9:.2f} GB",
         markup=False,
     )
     if filled.num_bad:

@@ -16,6 +16,7 @@ from medm.data.records import Records
 from medm.data.volume_cache import MediaCache
 from medm.errors import DataError
 from medm.imaging import Preprocess, load_pixels
+from medm.imaging.notices import Notice, collected
 
 MAX_KEPT = 1000
 """So many problems are kept with their place and reason; the rest are counted."""
@@ -47,12 +48,20 @@ class Filled:
     num_bad: int = 0
     bad: list[DataError] = field(default_factory=list)
     """The first files and records that cannot be used, with annotation file, record, field and reason."""
+    num_warnings: int = 0
+    warnings: list[str] = field(default_factory=list)
+    """The first warnings about files that are used all the same, such as a blank volume."""
 
     def note(self, error: DataError) -> None:
         """Count a problem."""
         self.num_bad += 1
         if len(self.bad) < MAX_KEPT:
             self.bad.append(error)
+
+    def warn(self, notices: Sequence[Notice]) -> None:
+        """Count the warnings about a file."""
+        self.num_warnings += len(notices)
+        self.warnings += [notice.message for notice in notices[: MAX_KEPT - len(self.warnings)]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +81,8 @@ class _Place:
         return DataError(reason, file=self.records.files[source].path, index=position, field=field)
 
 
-class _Loading(Dataset["str | None"]):
-    """Loads a file in a worker and sends back only what is wrong with it, not the pixels."""
+class _Loading(Dataset[tuple["str | None", list[Notice]]]):
+    """Loads a file in a worker and sends back only what is wrong or unusual about it, not the pixels."""
 
     def __init__(self, files: list[tuple[Path, Preprocess]], load: Callable[[Path, Any], np.ndarray]) -> None:
         self.files, self.load = files, load
@@ -81,12 +90,14 @@ class _Loading(Dataset["str | None"]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> str | None:
-        try:
-            self.load(*self.files[index])
-        except DataError as error:
-            return error.reason
-        return None
+    def __getitem__(self, index: int) -> tuple[str | None, list[Notice]]:
+        reason = None
+        with collected() as notices:
+            try:
+                self.load(*self.files[index])
+            except DataError as error:
+                reason = error.reason
+        return reason, notices
 
 
 def fill(
@@ -116,8 +127,9 @@ def fill(
         _Loading(files, load), batch_size=None, num_workers=workers,
         multiprocessing_context=start if workers else None,
     )  # fmt: skip
-    for place, reason in zip(places, loading, strict=True):
+    for place, (reason, notices) in zip(places, loading, strict=True):
         filled.files += 1
+        filled.warn(notices)
         if reason is not None:
             filled.note(place.error(reason))
         if progress is not None:

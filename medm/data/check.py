@@ -22,6 +22,7 @@ from medm.data.options import SourceOptions
 from medm.data.records import Records, missing_branch
 from medm.errors import DataError
 from medm.imaging import Preprocess, VolumePreprocess, load_pixels
+from medm.imaging.notices import Notice, collected
 from medm.imaging.probe import probe
 from medm.types import IGNORE_INDEX, Encode, Example, Sample
 
@@ -59,6 +60,9 @@ class Report:
     bad: list[DataError] = field(default_factory=list)
     """The first bad records, with file, index, field and reason."""
     num_bad: int = 0
+    warnings: list[str] = field(default_factory=list)
+    """The first warnings about files that are used all the same, such as a blank image."""
+    num_warnings: int = 0
     duplicate_ids: list[tuple[str, str, int]] = field(default_factory=list)
     """(id, file, index) of the first records whose id another one had before."""
     num_duplicate_ids: int = 0
@@ -89,11 +93,16 @@ class Report:
         lines = [f"{error}" for error in self.bad]
         if self.num_bad > len(self.bad):
             lines.append(f"... and {self.num_bad - len(self.bad)} more bad records")
+        lines += [f"warning: {message}" for message in self.warnings]
+        if self.num_warnings > len(self.warnings):
+            lines.append(f"... and {self.num_warnings - len(self.warnings)} more warnings")
         lines += [f"{file}: {count} records" for file, count in self.files.items()]
         media = ", ".join(f"{count} {branch}(s)" for branch, count in sorted(self.media.items())) or "no images"
         lines.append(
             f"{self.records} records, {self.num_bad} bad; {self.turns} turns, {media}, {self.text_only} text only"
         )
+        if self.num_warnings:
+            lines.append(f"{self.num_warnings} warnings about files")
         if set(self.tasks) - {""}:
             counts = sorted(self.tasks.items(), key=lambda entry: (-entry[1], entry[0]))
             lines.append("tasks: " + ", ".join(f"{task or '(none)'} {n}" for task, n in counts))
@@ -174,7 +183,9 @@ class _Checker:
             try:
                 how = (self.preprocess or {}).get(media.branch)
                 series = how.series if isinstance(how, VolumePreprocess) else "only"
-                probe(path, kind=kind, decode=self.decode, series=series)
+                with collected() as notices:
+                    probe(path, kind=kind, decode=self.decode, series=series, preprocess=how)
+                _note_warnings(self.report, notices)
             except DataError as error:
                 self.seen_files[path] = error.reason
                 raise
@@ -203,7 +214,8 @@ class _Checker:
             return blank_pixels(sample, preprocess)
         pixels: dict[str, list[np.ndarray]] = {}
         for media in sample.media:
-            array = load_pixels(records.media_path(index, media), preprocess[media.branch])
+            with collected():  # what is unusual about the file was noted when it was probed
+                array = load_pixels(records.media_path(index, media), preprocess[media.branch])
             pixels.setdefault(media.branch, []).append(array)
         return pixels
 
@@ -279,6 +291,11 @@ def _note_bad(report: Report, error: DataError, *, position: int) -> None:
         report.bad_at.append(position)
 
 
+def _note_warnings(report: Report, notices: Sequence[Notice]) -> None:
+    report.num_warnings += len(notices)
+    report.warnings += [notice.message for notice in notices[: MAX_KEPT - len(report.warnings)]]
+
+
 def merged(reports: Sequence[Report]) -> Report:
     """One report of the shares of a check, in the order of their numbers: as if one process had looked at all."""
     whole = Report(files=dict(reports[0].files), starts=reports[0].starts)
@@ -289,6 +306,8 @@ def merged(reports: Sequence[Report]) -> Report:
         whole.media.update(report.media)
         whole.tasks.update(report.tasks)
         whole.num_bad += report.num_bad
+        whole.num_warnings += report.num_warnings
+        whole.warnings += report.warnings[: MAX_KEPT - len(whole.warnings)]
         whole.num_too_long += report.num_too_long
         whole.num_truncated += report.num_truncated
     bad = sorted(

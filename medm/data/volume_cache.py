@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import os
+import re
 import struct
 import time
 import uuid
@@ -32,6 +33,7 @@ from numpy.lib import format as npy
 from medm.data.content import content_hash, identity
 from medm.errors import MediaError
 from medm.imaging import Preprocess, fingerprint, load_pixels
+from medm.imaging.constant import looks_constant
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ _FOOTER = struct.Struct("<8sI")
 _MARK = b"medm-v1\0"
 _ABANDONED = 3600.0
 """Seconds after which a file that was written aside is taken to be left over from a killed process."""
+_CONTENT = re.compile(rb"[0-9a-f]{64}")
 _FRESH = 60.0
 """Seconds within which an entry is not marked as used again."""
 
@@ -60,6 +63,10 @@ class MediaCache:
         self.folder, self.max_bytes, self.device = Path(folder), max_bytes, device
         self._started = time.time()
         self._verified: set[str] = set()
+        self._blank: set[str] = set()
+        """Verified entries that look constant."""
+        self._blank_files: set[Path] = set()
+        """Files of these that this process prepared itself."""
         self._full = self._unwritable = False
 
     def load(self, path: Path, preprocess: Preprocess) -> np.ndarray:
@@ -82,11 +89,17 @@ class MediaCache:
         entry = self.folder / "arrays" / key[:2] / f"{key}.npy"
         stored = self._open(entry)
         if stored is not None:
+            if entry.name in self._blank and path not in self._blank_files:
+                # Once in each process, so that the file is refused, or its warning given, as without a cache.
+                self._prepare(path, preprocess)
+                self._blank_files.add(path)
             return stored
         pixels = self._prepare(path, preprocess)
         with suppress(MediaError):  # a file that went meanwhile
             if identity(path) == before:
                 self._store(entry, pixels)
+        if entry.name in self._blank:
+            self._blank_files.add(path)
         return pixels
 
     def _prepare(self, path: Path, preprocess: Preprocess) -> np.ndarray:
@@ -107,9 +120,9 @@ class MediaCache:
             known = index.read_bytes()
         except OSError:
             known = b""
-        if len(known) == 64:
+        if _CONTENT.fullmatch(known):  # anything else, such as the zeros after a power failure, is written anew
             _mark_used(index)
-            return known.decode("ascii", errors="replace")
+            return known.decode("ascii")
         if self._full or self._unwritable:
             return None
         content = content_hash(path)
@@ -145,8 +158,13 @@ class MediaCache:
             mark, checksum = _FOOTER.unpack(stream.read(_FOOTER.size))
             if mark != _MARK or zlib.crc32(array.data) != checksum:
                 raise ValueError("its checksum does not fit")
-            self._verified.add(name)
+            self._verify(name, array)
         return np.asarray(array)
+
+    def _verify(self, name: str, array: np.ndarray) -> None:
+        self._verified.add(name)
+        if looks_constant(array):
+            self._blank.add(name)
 
     def _store(self, entry: Path, pixels: np.ndarray) -> None:
         pixels = np.ascontiguousarray(pixels, dtype=np.float32)
@@ -154,7 +172,7 @@ class MediaCache:
             return
         footer = _FOOTER.pack(_MARK, zlib.crc32(pixels.data))
         if self._write(entry, [_header(pixels), pixels.data, footer]):
-            self._verified.add(entry.name)
+            self._verify(entry.name, pixels)
 
     def _write(self, target: Path, parts: list[bytes | memoryview]) -> bool:
         """Aside, then renamed. A disk that is full or read-only is said once and does not stop the run."""

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from medm.errors import MediaError
 from medm.imaging.arrays import read_npy
+from medm.imaging.constant import Step, check_prepared
 from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
@@ -108,13 +109,23 @@ def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
     windowed first and resized without rounding.
 
     Raises:
-        MediaError: a deep picture with neither a window nor a declared range, or sides too unequal to be cropped.
+        MediaError: a deep picture with neither a window nor a declared range, sides too unequal to be cropped, or
+            one value for every pixel of a picture that varies.
     """
-    image = _windowed(preprocess, picture) if picture.is_deep else _shallow(preprocess, picture)
+    windowed = _windowed(preprocess, picture) if picture.is_deep else _shallow(preprocess, picture)
     height, width = preprocess.size
-    image = _fit(image, height, width, preprocess, picture.name)
+    image = _fit(windowed, height, width, preprocess, picture.name)
     pixels = np.asarray(image, dtype=np.float32)  # [H, W] or [H, W, C], values 0..255
     pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    window = (preprocess.window or picture.window or picture.full_range) if picture.is_deep else None
+    check_prepared(
+        pixels / 255, picture.pixels, name=picture.name, unit="pixel", windows=[window] if window else [],
+        trace=lambda channel: [
+            Step.of("the file", picture.pixels, tolerance=0.0),
+            Step.of(f"window {window}" if window else "no window", np.asarray(windowed, np.float32) / 255),
+            Step.of(f"fit {preprocess.fit} to {width} x {height}", pixels[channel] / 255),
+        ],
+    )  # fmt: skip
     if pixels.shape[0] != preprocess.channels:
         pixels = np.repeat(pixels, preprocess.channels, axis=0)
     mean = np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]

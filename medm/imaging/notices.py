@@ -1,10 +1,31 @@
-"""Warnings that would otherwise repeat for each file of a data set."""
+"""Warnings about files: each is given once, few of a kind are logged, and a check that asks gets all of them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+MAX_NAMED = 20
+"""Files that this process names in its log for one kind of warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something unusual about a file that is used all the same."""
+
+    kind: str
+    """What it is about, the same for all files: "constant", "scale" ..."""
+    file: str
+    message: str
+    """For people; names the file and the numbers."""
+
 
 _said: set[str] = set()
+"""Topics, and kinds with their files, that were logged."""
+_collector: ContextVar[list[Notice] | None] = ContextVar("collector", default=None)
 
 
 def warn_once(logger: logging.Logger, topic: str, message: str) -> None:
@@ -12,3 +33,39 @@ def warn_once(logger: logging.Logger, topic: str, message: str) -> None:
     if topic not in _said:
         _said.add(topic)
         logger.warning("%s (said once; other files may be alike)", message)
+
+
+def warn_of_file(logger: logging.Logger, *, kind: str, file: str, message: str) -> None:
+    """Log a warning about a file once, and after `MAX_NAMED` files of a kind only that there are more.
+
+    Inside `collected` nothing is logged: whoever collects shows the warnings.
+    """
+    collector = _collector.get()
+    if collector is not None:
+        collector.append(Notice(kind, file, message))
+        return
+    topic = f"{kind}\0{file}"
+    named = sum(other.startswith(f"{kind}\0") for other in _said)
+    if topic in _said or named > MAX_NAMED:
+        return
+    _said.add(topic)
+    if named < MAX_NAMED:
+        logger.warning("%s", message)
+    else:
+        logger.warning(
+            "more than %d files give a warning of this kind (%s); further files are not named here. "
+            "`medm data check --decode` and `medm data cache` name and count all of them",
+            MAX_NAMED, kind,
+        )  # fmt: skip
+
+
+@contextmanager
+def collected() -> Iterator[list[Notice]]:
+    """Collect the warnings about files that are given inside, one of a kind for each file, instead of logging them."""
+    notices: list[Notice] = []
+    token = _collector.set(notices)
+    try:
+        yield notices
+    finally:
+        _collector.reset(token)
+        notices[:] = {(notice.kind, notice.file): notice for notice in notices}.values()

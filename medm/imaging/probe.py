@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Literal
 
 from medm.errors import MediaError
+from medm.imaging import Preprocess, load_pixels
+from medm.imaging.constant import warn_if_constant
 from medm.imaging.paths import split_series
 
 
 def probe(
-    path: Path, *, kind: Literal["image", "volume"], decode: bool = False, series: Literal["only", "largest"] = "only"
+    path: Path,
+    *,
+    kind: Literal["image", "volume"],
+    decode: bool = False,
+    series: Literal["only", "largest"] = "only",
+    preprocess: Preprocess | None = None,
 ) -> None:
     """Look at one image or volume.
 
@@ -20,21 +27,24 @@ def probe(
         decode: read all of it; otherwise the header of an image or NIfTI file, and of the other formats of volumes
             only whether they hold anything.
         series: what will be done with a DICOM folder of several, as in `VolumePreprocess`.
+        preprocess: with `decode`, also prepare the file as it will be, so that what preprocessing makes of it is known.
 
     Raises:
-        MediaError: it is missing, empty, damaged or of no known format.
+        MediaError: it is missing, empty, damaged or of no known format, or nothing of it is left after `preprocess`.
     """
-    if kind == "image":
+    if decode and preprocess is not None:
+        load_pixels(path, preprocess)
+    elif kind == "image":
         from medm.imaging.images import check_image, read_image
 
         if decode:
-            read_image(path)
+            warn_if_constant(read_image(path).pixels, str(path), unit="pixel")
         else:
             check_image(path)
     elif decode:
         from medm.imaging.volumes import read_volume
 
-        read_volume(path, several=series)
+        warn_if_constant(read_volume(path, several=series).voxels, str(path))
     else:
         _check_volume(path)
 

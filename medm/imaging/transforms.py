@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medm.errors import MediaError
+from medm.imaging.constant import Step, check_prepared
 from medm.imaging.geometry import MAX_VOXELS, Geometry
-from medm.imaging.notices import warn_once
+from medm.imaging.notices import warn_of_file, warn_once
 from medm.imaging.options import VolumePreprocess
 from medm.imaging.volumes import Volume
 
@@ -41,7 +42,8 @@ def apply_volume(preprocess: VolumePreprocess, volume: Volume, *, device: str = 
 
     Raises:
         MediaError: values that the file proves not to be of the declared scale, an orientation or spacing that the file
-            does not have, nothing in the foreground, or a result that is too large.
+            does not have, nothing in the foreground, a result that is too large, or one value for every voxel of a
+            file that varies.
     """
     return _computed(preprocess, volume, device)[0].cpu().numpy()
 
@@ -57,31 +59,75 @@ def apply_volume_in_steps(
 def _computed(preprocess: VolumePreprocess, volume: Volume, device: str) -> tuple[Tensor, Tensor]:
     import torch
 
-    _check_scale(preprocess, volume)
-    voxels = _on_grid(preprocess, volume)
-    blend = _blend(preprocess, len(voxels))
-    used = range(len(voxels)) if blend is None else blend.used
-    values = _on_device(voxels, used, device)  # [D, H, W]
-    if preprocess.scale == "minmax":
-        values = _stretched(values, volume.name)
-    box = None
-    channels = []
-    windows = preprocess.windows or [default_window(preprocess.scale)]
-    for number, (low, high) in enumerate(windows):
-        own = values if number == len(windows) - 1 else values.clone()
-        channel = own.sub_(low).div_(high - low).clamp_(0, 1)
-        if preprocess.stretch:
-            channel = _stretched(channel, volume.name)
-        if preprocess.crop_foreground is not None:
-            box = box or _foreground(channel, preprocess.crop_foreground, volume.name)
-            channel = channel[box]
-        channels.append(_sized(preprocess, channel) if blend is None else blend.apply(channel))
-    shown = torch.stack(channels)  # [C, *size]
-    if preprocess.channels is not None and len(channels) == 1:
+    low, high = float(volume.voxels.min()), float(volume.voxels.max())
+    _check_scale(preprocess, volume, low, high)
+    shown = _shown(preprocess, volume, device)
+    check_prepared(
+        shown, volume.voxels, name=volume.name, windows=_stored_windows(preprocess, low, high),
+        trace=lambda channel: _trace(preprocess, volume, device)[channel],
+    )  # fmt: skip
+    if preprocess.channels is not None and len(shown) == 1:
         shown = shown.expand(preprocess.channels, -1, -1, -1)
     mean = torch.tensor(preprocess.mean, device=device).view(-1, 1, 1, 1)
     std = torch.tensor(preprocess.std, device=device).view(-1, 1, 1, 1)
     return ((shown - mean) / std).contiguous(), shown
+
+
+def _shown(preprocess: VolumePreprocess, volume: Volume, device: str, seen: list[list[Step]] | None = None) -> Tensor:
+    """[windows, *size] in 0..1, before mean and std. `seen` gets the ranges after each step, one list a window."""
+    import torch
+
+    voxels = _on_grid(preprocess, volume)
+    blend = _blend(preprocess, len(voxels))
+    used = range(len(voxels)) if blend is None else blend.used
+    values = _on_device(voxels, used, device)  # [D, H, W]
+    common = []
+    if seen is not None:
+        common += [
+            Step.of("the file", volume.voxels, tolerance=0.0),
+            Step.of(f"resampling to orientation {preprocess.orientation}, spacing {preprocess.spacing}", voxels,
+                    tolerance=0.0),
+            Step.of(f"size {preprocess.size} (its slices)", values, tolerance=0.0),
+        ]  # fmt: skip
+    if preprocess.scale == "minmax":
+        values = _stretched(values)
+    box = None
+    channels = []
+    windows = preprocess.windows or [default_window(preprocess.scale)]
+    for number, (low, high) in enumerate(windows):
+        steps = list(common)
+        own = values if number == len(windows) - 1 else values.clone()
+        channel = own.sub_(low).div_(high - low).clamp_(0, 1)
+        if seen is not None:
+            seen.append(steps)
+            steps.append(Step.of(f"window {low:g}..{high:g}", channel))
+        if preprocess.stretch:
+            channel = _stretched(channel)
+        if preprocess.crop_foreground is not None:
+            box = box or _foreground(channel, preprocess.crop_foreground, volume, (low, high))
+            channel = channel[box]
+            if seen is not None:
+                steps.append(Step.of(f"crop_foreground {preprocess.crop_foreground:g}", channel))
+        channel = _sized(preprocess, channel) if blend is None else blend.apply(channel)
+        if seen is not None:
+            steps.append(Step.of(f"size {preprocess.size}", channel))
+        channels.append(channel)
+    return torch.stack(channels)
+
+
+def _trace(preprocess: VolumePreprocess, volume: Volume, device: str) -> list[list[Step]]:
+    """The ranges after each step, by window: the work done once more, for a message."""
+    seen: list[list[Step]] = []
+    _shown(preprocess, volume, device, seen)
+    return seen
+
+
+def _stored_windows(preprocess: VolumePreprocess, low: float, high: float) -> list[list[float]]:
+    """The windows in stored values, for a volume of the range `low` to `high`."""
+    windows = preprocess.windows or [default_window(preprocess.scale)]
+    if preprocess.scale != "minmax":
+        return windows
+    return [[low + (high - low) * end for end in window] for window in windows]
 
 
 def _on_device(voxels: np.ndarray, used: Sequence[int] | np.ndarray, device: str) -> Tensor:
@@ -248,12 +294,10 @@ def _resampled(
     return SimpleITK.GetArrayFromImage(result)
 
 
-def _check_scale(preprocess: VolumePreprocess, volume: Volume) -> None:
-    """Refuse what the file itself disproves, warn of what the values make unlikely."""
-    low, high = float(volume.voxels.min()), float(volume.voxels.max())
+def _check_scale(preprocess: VolumePreprocess, volume: Volume, low: float, high: float) -> None:
+    """Refuse what the file itself disproves, warn of what the range of its values makes unlikely."""
     if low == high:
-        warn_once(logger, "constant volume", f"{volume.name}: all voxels are {low:g}")
-        return
+        return  # one value fits any scale; `check_prepared` warns of it
     scale = preprocess.scale
     if scale == "hu" and volume.modality is not None and volume.unit != "HU":
         raise MediaError(
@@ -262,18 +306,18 @@ def _check_scale(preprocess: VolumePreprocess, volume: Volume) -> None:
             f"{low:g}..{high:g}. Use `scale: minmax` for other modalities"
         )
     unlikely = {
-        # A CT holds air or at least fat, and spans more than a hundred units; normalised values do neither.
-        "hu": low > -100 or high - low < 100,
+        # A CT holds air or at least fat, something denser than lung, and spans more than a hundred units.
+        "hu": low > -100 or high < -900 or high - low < 100,
         "0-255": low < 0 or high > 255 or high <= 1,
         "0-1": low < -0.01 or high > 1.01,
         "minmax": False,
     }[scale]
     if unlikely:
-        warn_once(
-            logger,
-            f"scale {scale}",
-            f"{volume.name}: `scale: {scale}` is declared, but the values are {low:g}..{high:g}; is the scale right?",
-        )
+        warn_of_file(
+            logger, kind="scale", file=volume.name,
+            message=f"{volume.name}: `scale: {scale}` is declared, but the values are {low:g}..{high:g}; "
+            "is the scale right?",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,15 +400,17 @@ def _centred(channel: Tensor, size: Sequence[int]) -> Tensor:
     return F.pad(channel, pads)
 
 
-def _stretched(values: Tensor, name: str) -> Tensor:
+def _stretched(values: Tensor) -> Tensor:
+    """Between the smallest and the largest value; 0 where they are the same, of which `check_prepared` warns."""
     low, high = values.aminmax()
     if low == high:
-        warn_once(logger, "constant channel", f"{name}: all voxels are one value in a window; the channel becomes 0")
         return values - low
     return (values - low) / (high - low)
 
 
-def _foreground(channel: Tensor, threshold: float, name: str) -> tuple[slice, slice, slice]:
+def _foreground(
+    channel: Tensor, threshold: float, volume: Volume, window: tuple[float, float]
+) -> tuple[slice, slice, slice]:
     mask = channel > threshold
     box = []
     for axis in range(3):
@@ -372,7 +418,9 @@ def _foreground(channel: Tensor, threshold: float, name: str) -> tuple[slice, sl
         inside = mask.any(dim=others[1]).any(dim=others[0]).nonzero().flatten()
         if not len(inside):
             raise MediaError(
-                f"{name}: no voxel is above `crop_foreground: {threshold:g}` in the first window; nothing is left"
+                f"{volume.name}: no voxel is above `crop_foreground: {threshold:g}` in the first window "
+                f"{window[0]:g}..{window[1]:g}; nothing is left of the values {volume.voxels.min():g}.."
+                f"{volume.voxels.max():g}. Are the scale and the windows right?"
             )
         box.append(slice(int(inside[0]), int(inside[-1]) + 1))
     return box[0], box[1], box[2]

@@ -16,6 +16,7 @@ import numpy as np
 
 from medm.errors import MediaError
 from medm.imaging.arrays import compact, read_npy
+from medm.imaging.constant import refuse_lost_values
 from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.geometry import MAX_BYTES, MAX_VOXELS, Geometry, check_size
 from medm.imaging.paths import split_series
@@ -132,11 +133,12 @@ def _three_axes(array: np.ndarray, name: str) -> np.ndarray:
 def _checked(voxels: np.ndarray, name: str) -> np.ndarray:
     """The voxels as int16 or float32; refuses what is not finite."""
     check_size(voxels.shape, voxels.dtype.itemsize, name)
-    voxels = np.ascontiguousarray(compact(voxels))
+    stored, voxels = voxels, np.ascontiguousarray(compact(voxels))
     if voxels.dtype.kind == "f":
         bad = int(voxels.size - np.isfinite(voxels).sum())
         if bad:
             raise MediaError(
                 f"{name}: {bad} of {voxels.size} voxels are NaN or infinite; replace them or leave the file out"
             )
+        refuse_lost_values(stored, voxels, name, "single precision")
     return voxels

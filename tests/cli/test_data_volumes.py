@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import SimpleITK
 import yaml
 from PIL import Image
 
@@ -67,6 +68,26 @@ def test_cache_names_what_is_bad_and_what_is_missing(recipe: Path, tmp_path: Pat
     assert done.code == 1
     assert done.out.startswith(f"{tmp_path / 'data.json'}, record 0, field 'volume': ")
     assert medm("data", "cache", str(recipe), "data.cache=null").code == 2
+
+
+def test_a_volume_of_which_nothing_is_left_is_neither_cached_nor_drawn_nor_passed(recipe: Path, tmp_path: Path) -> None:
+    """HU minus 8192: every voxel is below the window of -1000..1000."""
+    image = SimpleITK.Cast(SimpleITK.ReadImage(str(BALL)), SimpleITK.sitkInt16) - 8192
+    SimpleITK.WriteImage(image, str(tmp_path / "shifted.nii.gz"))
+    turns = [{"from": "human", "value": "<volume>\n?"}, {"from": "gpt", "value": "A"}]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"volume": "shifted.nii.gz", "conversations": turns}]))
+    train = f"data.train=[{{path: {data}}}]"
+    convention = "model.branches.volume.preprocess={convention: medm-clip}"
+    reason = "window -1000..1000 makes 0 of the values -9192..-"
+    done = medm("data", "cache", str(recipe), train, convention, "--workers", "0")
+    assert (done.code, "1 files, 1 bad" in done.out, reason in done.out) == (1, True, True)
+    output = tmp_path / "sheet.png"
+    drawn = medm("data", "preview", str(tmp_path / "shifted.nii.gz"), str(output), "convention=medm-clip")
+    assert (drawn.code, output.exists(), reason in drawn.err) == (1, False, True)
+    checked = medm("data", "check", str(data), "--recipe", str(recipe), "--decode")
+    assert checked.code == 1
+    assert "-9192..-" in checked.out
 
 
 def test_preview_finds_out_that_a_volume_is_one(recipe: Path, tmp_path: Path) -> None:

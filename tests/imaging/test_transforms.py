@@ -63,12 +63,14 @@ def test_one_window_repeated_for_encoders_of_colour() -> None:
 def test_foreground_is_the_smallest_box_and_the_same_for_all_windows() -> None:
     voxels = np.full((6, 7, 8), -1000.0)
     voxels[2:4, 1:6, 3:5] = 100
+    voxels[3, 5, 4] = 300
     pixels = apply_volume(
         VolumePreprocess(size=None, windows=[[-1000, 1000], [200, 400]], crop_foreground=0.0), volume(voxels)
     )
     assert pixels.shape == (2, 2, 5, 2)
-    np.testing.assert_allclose(pixels[0], 0.55)
-    np.testing.assert_allclose(pixels[1], 0)
+    expected = np.full((2, 2, 5, 2), [[[[0.55]]], [[[0]]]])
+    expected[:, 1, 4, 1] = [0.65, 0.5]
+    np.testing.assert_allclose(pixels, expected, atol=1e-6)
 
 
 def test_spacing_then_size_crops_or_pads_around_the_centre() -> None:
