@@ -37,7 +37,7 @@ _KINDS: dict[str, type[ImagePreprocess] | type[VolumePreprocess]] = {
     "volume": VolumePreprocess,
 }
 
-_VERSION = 1
+_VERSION = 2
 """Raised whenever the same description would give other pixels, so that old cache entries are not used."""
 
 

@@ -1,7 +1,7 @@
 """2-D images: PNG, JPEG, TIFF, BMP, NPY and single-frame DICOM to pixels, and pixels to what an encoder takes.
 
-Files come from strangers: formats are on a list, sizes are checked before anything is decoded, metadata is dropped.
-Images of more than 8 bits keep their values until a window says which of them matter.
+Files are untrusted input: formats are on a list, sizes are checked before anything is decoded, metadata is dropped.
+Images of more than 8 bits, gray or color, keep their values until a window says which of them matter.
 """
 
 from __future__ import annotations
@@ -11,30 +11,39 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from medm.errors import MediaError
 from medm.imaging.arrays import read_npy
 from medm.imaging.constant import Step, check_prepared
 from medm.imaging.damage import DECODE_ERRORS
+from medm.imaging.formats import READ, describe_content
 from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
+from medm.imaging.samples import Samples, read_samples
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 64 * 2**20
 """Largest image that is decoded. Pillow alone would allow 179 million pixels (a 17 kB PNG can declare 144)."""
 
+_MAX_FRAMES_COUNTED = 100
+"""Frames that a message counts; Pillow needs longer for each further directory of a TIFF."""
+_MAX_SCANS = 100
+"""Scans of a progressive JPEG. Encoders write about ten; each costs a pass over all pixels (0.07 s at 64 Mpixel)."""
+
 _FORMATS = ["PNG", "JPEG", "TIFF", "BMP"]
 _NPY = b"\x93NUMPY"
 _END_MARKS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
 _TAIL = 4096
 """Bytes at the end in which the mark may stand: some programs write something behind it."""
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+"""Weights of red, green and blue in gray, as Pillow converts colors of 8 bits (ITU-R 601)."""
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -48,7 +57,7 @@ class Picture:
     """A decoded image without its metadata."""
 
     pixels: np.ndarray
-    """(H, W, 3) uint8 colour, (H, W) uint8 grey, or (H, W) of a wider type with raw values."""
+    """(H, W, 3) color or (H, W) gray, of uint8 or of a wider type with raw values."""
     name: str
     """The file, for messages."""
     window: tuple[float, float] | None = None
@@ -56,7 +65,9 @@ class Picture:
     full_range: tuple[float, float] | None = None
     """Smallest and largest raw value that the file's type can hold; None where it declares none (float, 32 bit)."""
     inverted: bool = False
-    """The smallest raw value is white (DICOM MONOCHROME1)."""
+    """The smallest raw value is white (DICOM MONOCHROME1, TIFF MinIsWhite)."""
+    alpha: np.ndarray | None = None
+    """(H, W) float32, opacity in 0..1 of deep pixels that are not opaque everywhere."""
 
     @property
     def is_deep(self) -> bool:
@@ -82,7 +93,7 @@ def read_image(file: Path | BinaryIO, *, name: str | None = None) -> Picture:
 
 
 def check_image(file: Path) -> None:
-    """Look at the beginning and the end of an image. It is decoded only where its end mark is missing.
+    """Check the beginning and the end of an image. It is decoded only where its end mark is missing.
 
     Raises:
         MediaError: as `read_image`, except for damage in the middle.
@@ -96,14 +107,14 @@ def check_image(file: Path) -> None:
             if read_header(file, name) is None:
                 raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
         elif not head.startswith(_NPY):
-            with _pillow_image(stream, head, name):
+            with _pillow_image(stream, head, name, file.suffix.lower()):
                 pass
             if not _has_end(stream, head):
                 read_image(file)
 
 
 def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
-    """The picture as an encoder takes it: (C, height, width) float32.
+    """Return the image as an encoder takes it: (C, height, width) float32.
 
     8-bit pictures give what the CLIP and SigLIP processors of transformers give (Pillow backend). Deeper ones are
     windowed first and resized without rounding.
@@ -112,17 +123,17 @@ def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
         MediaError: a deep picture with neither a window nor a declared range, sides too unequal to be cropped, or
             one value for every pixel of a picture that varies.
     """
-    windowed = _windowed(preprocess, picture) if picture.is_deep else _shallow(preprocess, picture)
+    layers = _windowed(preprocess, picture) if picture.is_deep else [_shallow(preprocess, picture)]
     height, width = preprocess.size
-    image = _fit(windowed, height, width, preprocess, picture.name)
-    pixels = np.asarray(image, dtype=np.float32)  # [H, W] or [H, W, C], values 0..255
+    fitted = [np.asarray(_fit(layer, height, width, preprocess, picture.name), dtype=np.float32) for layer in layers]
+    pixels = fitted[0] if len(fitted) == 1 else np.stack(fitted, axis=-1)  # [H, W] or [H, W, C], values 0..255
     pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
     window = (preprocess.window or picture.window or picture.full_range) if picture.is_deep else None
     check_prepared(
         pixels / 255, picture.pixels, name=picture.name, unit="pixel", windows=[window] if window else [],
         trace=lambda channel: [
             Step.of("the file", picture.pixels, tolerance=0.0),
-            Step.of(f"window {window}" if window else "no window", np.asarray(windowed, np.float32) / 255),
+            Step.of(f"window {window}" if window else "no window", np.asarray(layers[channel % len(layers)], np.float32) / 255),
             Step.of(f"fit {preprocess.fit} to {width} x {height}", pixels[channel] / 255),
         ],
     )  # fmt: skip
@@ -138,7 +149,7 @@ def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
 
 @contextmanager
 def _regular_file(file: Path, name: str) -> Iterator[BinaryIO]:
-    """The opened file. It is asked what it is after it was opened, so that what is checked is what is read."""
+    """Open a regular file. Its kind is asked after it was opened, so that what is checked is what is read."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
@@ -176,69 +187,85 @@ def _decode(stream: BinaryIO, name: str, path: Path | None) -> Picture:
         from medm.imaging.dicom import read_dicom_image
 
         return read_dicom_image(path or stream, name)
-    with _pillow_image(stream, head, name) as image:
-        image.load()
-        return _picture(ImageOps.exif_transpose(image), name)
+    suffix = path.suffix.lower() if path else ""
+    with _pillow_image(stream, head, name, suffix) as image:
+        samples = read_samples(image, lambda: _reopened(stream), name)
+    return _from_samples(samples, name)
+
+
+def _reopened(stream: BinaryIO) -> ImageFile.ImageFile:
+    stream.seek(0)
+    return Image.open(stream, formats=_FORMATS)
 
 
 @contextmanager
-def _pillow_image(stream: BinaryIO, head: bytes, name: str) -> Iterator[Image.Image]:
-    """The image, opened and its header checked; whatever Pillow raises inside becomes a `MediaError`."""
+def _pillow_image(stream: BinaryIO, head: bytes, name: str, suffix: str) -> Iterator[ImageFile.ImageFile]:
+    """Open the image and check its header; whatever Pillow raises inside becomes a `MediaError`."""
     try:
-        with Image.open(stream, formats=_FORMATS) as image:
+        with _reopened(stream) as image:
             _check_header(image, name)
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(stream, name)
             yield image
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise MediaError(f"{name}: declares more than the {MAX_PIXELS} pixels that are allowed") from None
     except UnidentifiedImageError:
-        raise MediaError(f"{name}: not a PNG, JPEG, TIFF, BMP, DICOM or NPY image ({_looks_like(head)})") from None
+        raise MediaError(
+            f"{name}: not a {READ} image that is read ({describe_content(head, stream, suffix)})"
+        ) from None
     except DECODE_ERRORS as error:
         raise MediaError(f"{name}: the image is truncated or damaged ({type(error).__name__})") from None
 
 
-def _check_header(image: Image.Image, name: str) -> None:
+def _check_header(image: ImageFile.ImageFile, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise MediaError(
             f"{name}: {image.width} x {image.height} pixels are more than the {MAX_PIXELS} that are allowed"
         )
     # A phone's JPEG may carry a thumbnail or depth map as further frames (MPO); the photograph is the first.
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":
-        raise MediaError(f"{name}: holds {frames} frames where one image is expected; write the wanted frame to a file")
+    frames = 1 if image.format == "MPO" else _count_frames(image)
+    if frames > 1:
+        count = frames if frames < _MAX_FRAMES_COUNTED else f"{frames} or more"
+        raise MediaError(f"{name}: holds {count} frames where one image is expected; write the wanted frame to a file")
 
 
-def _looks_like(head: bytes) -> str:
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html")):
-        return "it is an HTML page, perhaps a failed download"
-    signatures = {b"GIF8": "it is a GIF", b"%PDF": "it is a PDF", b"8BPS": "it is a PSD", b"%!PS": "it is PostScript"}
-    return next((what for start, what in signatures.items() if head.startswith(start)), "unknown content")
+def _count_frames(image: ImageFile.ImageFile) -> int:
+    if image.format != "TIFF":
+        return int(getattr(image, "n_frames", 1))
+    frames = 1
+    try:
+        while frames < _MAX_FRAMES_COUNTED:
+            image.seek(frames)
+            frames += 1
+    except EOFError:
+        pass  # the last directory
+    image.seek(0)
+    return frames
 
 
-def _picture(image: Image.Image, name: str) -> Picture:
-    """Pillow's modes to the three kinds of pixels that `Picture` knows."""
-    mode = image.mode
-    if mode.startswith("I;16"):
-        # `np.asarray` keeps the byte order of the mode.
-        return Picture(np.asarray(image).astype(np.uint16), name, full_range=(0.0, 65535.0))
-    if mode in ("I", "F"):
-        return _from_array(np.array(image), name)
-    if "A" in image.getbands() or "transparency" in image.info:
-        # As transformers does: what is transparent shows white.
-        grey = mode in ("LA", "L", "1")
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return Picture(np.array(image.convert("L" if grey else "RGB")), name)
-    return Picture(np.array(image.convert("L" if mode in ("L", "1") else "RGB")), name)
+def _check_scans(stream: BinaryIO, name: str) -> None:
+    """Refuse a JPEG of many scans. Inside a scan the start mark of another one cannot stand (bytes are stuffed)."""
+    at = stream.tell()
+    stream.seek(0)
+    scans = stream.read().count(b"\xff\xda")
+    stream.seek(at)
+    if scans > _MAX_SCANS:
+        raise MediaError(f"{name}: a JPEG of {scans} scans, more than the {_MAX_SCANS} that are allowed; save it anew")
+
+
+def _from_samples(samples: Samples, name: str) -> Picture:
+    picture = _from_array(samples.pixels, name)
+    full_range = picture.full_range if samples.bits is None else (0.0, 2.0**samples.bits - 1)
+    return replace(picture, alpha=samples.alpha, inverted=samples.inverted, full_range=full_range)
 
 
 def _from_array(array: np.ndarray, name: str) -> Picture:
-    colour = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
-    if not (colour or array.ndim == 2) or 0 in array.shape:
+    color = array.ndim == 3 and array.shape[2] == 3 and array.dtype in (np.uint8, np.uint16)
+    if not (color or array.ndim == 2) or 0 in array.shape:
         raise MediaError(
-            f"{name}: expected an array (height, width), or (height, width, 3) of uint8, "
+            f"{name}: expected an array (height, width), or (height, width, 3) of uint8 or uint16, "
             f"found {array.shape} of {array.dtype}"
         )
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
@@ -260,11 +287,12 @@ def _from_array(array: np.ndarray, name: str) -> Picture:
 
 def _shallow(preprocess: ImagePreprocess, picture: Picture) -> Image.Image:
     image = Image.fromarray(picture.pixels)
-    # Grey pixels are resized once and repeated afterwards: the filters treat channels alike.
+    # Gray pixels are resized once and repeated afterwards: the filters treat channels alike.
     return image.convert("L") if preprocess.channels == 1 else image
 
 
-def _windowed(preprocess: ImagePreprocess, picture: Picture) -> Image.Image:
+def _windowed(preprocess: ImagePreprocess, picture: Picture) -> list[Image.Image]:
+    """One floating-point image a channel, 0..255; one for gray."""
     window = preprocess.window or picture.window or picture.full_range
     if window is None:
         low, high = float(picture.pixels.min()), float(picture.pixels.max())
@@ -281,7 +309,14 @@ def _windowed(preprocess: ImagePreprocess, picture: Picture) -> Image.Image:
             f"{picture.name}: values {picture.pixels.min():g}..{picture.pixels.max():g} are almost one shade in the "
             f"window {low:g}..{high:g}; set `window` to the range that matters",
         )
-    return Image.fromarray((1 - values if picture.inverted else values) * np.float32(255))
+    if picture.inverted:
+        values = 1 - values
+    if picture.alpha is not None:  # what is transparent shows white, as in images of 8 bits
+        values = 1 - (1 - values) * (picture.alpha if values.ndim == 2 else picture.alpha[..., None])
+    values = values * np.float32(255)
+    if values.ndim == 3 and preprocess.channels == 1:
+        values = values @ _LUMA
+    return [Image.fromarray(values)] if values.ndim == 2 else [Image.fromarray(values[..., i]) for i in range(3)]
 
 
 def _fit(image: Image.Image, height: int, width: int, preprocess: ImagePreprocess, name: str) -> Image.Image:

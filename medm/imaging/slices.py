@@ -19,7 +19,7 @@ def read_slices(folder: Path, name: str) -> np.ndarray:
     """Voxels (D, H, W), in the order of the last number in each file's name.
 
     Raises:
-        MediaError: no images, names without numbers, a number twice or missing, different sizes or types, colour.
+        MediaError: no images, names without numbers, a number twice or missing, different sizes or types, color.
     """
     files = [path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")]
     if not files:
@@ -35,11 +35,11 @@ def read_slices(folder: Path, name: str) -> np.ndarray:
     order = sorted(numbered)
     if missing := order[-1] - order[0] + 1 - len(order):
         raise MediaError(f"{name}: {missing} slices are missing between numbers {order[0]} and {order[-1]}")
-    first = _grey(numbered[order[0]])
+    first = _gray(numbered[order[0]])
     check_size((len(order), *first.shape), first.dtype.itemsize, name)
     slices = [first]
     for number in order[1:]:
-        pixels = _grey(numbered[number])
+        pixels = _gray(numbered[number])
         if pixels.shape != first.shape or pixels.dtype != first.dtype:
             raise MediaError(
                 f"{name}: slice {number} is {pixels.shape} of {pixels.dtype}, "
@@ -49,12 +49,21 @@ def read_slices(folder: Path, name: str) -> np.ndarray:
     return np.stack(slices)
 
 
-def _grey(path: Path) -> np.ndarray:
+def _gray(path: Path) -> np.ndarray:
     if path.is_symlink() and Path(os.path.realpath(path)).parent != path.parent.resolve():
         raise MediaError(f"{path}: a link out of the folder; copy the slices into it")
-    pixels = read_image(path).pixels
+    picture = read_image(path)
+    pixels = picture.pixels
+    if picture.alpha is not None:
+        raise MediaError(f"{path}: a slice with transparent pixels; expected opaque gray")
     if pixels.ndim == 3:
         if (pixels != pixels[..., :1]).any():
-            raise MediaError(f"{path}: a slice in colour; expected grey")
+            raise MediaError(f"{path}: a slice in color; expected gray")
         pixels = pixels[..., 0]
+    if picture.inverted:
+        if picture.full_range is None:
+            raise MediaError(
+                f"{path}: a MinIsWhite slice of {pixels.dtype}, whose values cannot be inverted; store it as MinIsBlack"
+            )
+        pixels = (sum(picture.full_range) - pixels.astype(np.float64)).astype(pixels.dtype)
     return pixels

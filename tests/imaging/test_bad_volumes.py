@@ -870,7 +870,7 @@ def slices_of_two_sizes(folder: Path) -> Path:
     return slices(folder, ["1.png", "2.png"], lambda z: np.zeros((4, 5 + z), dtype=np.uint8))
 
 
-@bad("in colour; expected grey")
+@bad("in color; expected gray")
 def slices_in_colour(folder: Path) -> Path:
     return slices(folder, ["1.png", "2.png"], lambda z: np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
 

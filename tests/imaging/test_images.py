@@ -241,10 +241,10 @@ BAD = {
     "bomb of 144 Mpixel": (png_header(12_000, 12_000), "more than the 67108864"),
     "animated png": (animated("PNG"), "holds 2 frames where one image is expected"),
     "pages of a tiff": (animated("TIFF"), "holds 2 frames where one image is expected"),
-    "gif": (animated("GIF"), "it is a GIF"),
-    "pdf": (b"%PDF-1.7 " + CANARY.encode(), "it is a PDF"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0", "it is PostScript"),
-    "psd": (b"8BPS\0\1" + bytes(30), "it is a PSD"),
+    "gif": (animated("GIF"), "GIF content under .png"),
+    "pdf": (b"%PDF-1.7 " + CANARY.encode(), "PDF content under .png"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0", "PostScript content under .png"),
+    "psd": (b"8BPS\0\1" + bytes(30), "PSD content under .png"),
     "noise": (np.random.default_rng(0).bytes(500), "unknown content"),
 }
 

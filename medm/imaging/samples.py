@@ -1,0 +1,185 @@
+"""Samples of an opened PNG, TIFF, JPEG or BMP, as the file stores them.
+
+Pillow keeps the high byte of 16-bit color and drops the rest, takes signed bytes for unsigned ones, and swaps the bytes
+of some big-endian TIFFs. Such layouts are decoded here by other means, or refused by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from medm.errors import MediaError
+from medm.imaging.formats import describe_tiff_layout
+
+Reopen = Callable[[], AbstractContextManager[ImageFile.ImageFile]]
+"""Open the same file once more."""
+
+_NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
+"""Raw modes of big-endian TIFFs, and the ones for what libtiff returns: native byte order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Pixels of one image."""
+
+    pixels: np.ndarray
+    """(H, W) or (H, W, 3), of uint8 or of a wider type with the stored values."""
+    alpha: np.ndarray | None = None
+    """(H, W) float32 in 0..1, beside pixels of a wider type that are not opaque everywhere."""
+    inverted: bool = False
+    """The smallest stored value is white."""
+    bits: int | None = None
+    """Bits that the file declares for a sample, where they are fewer than those of the array's type."""
+
+
+def read_samples(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> Samples:
+    """Decode an opened image whose header has been checked. Its EXIF or TIFF orientation is applied.
+
+    Raises:
+        MediaError: a layout that cannot be decoded without loss.
+    """
+    if image.format == "TIFF":
+        return _read_tiff(image, reopen, name)
+    if _is_deep_color(image):
+        return _deep_color(image, reopen)
+    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        raise MediaError(
+            f"{name}: CMYK JPEG without an Adobe marker, which would say whether 0 or 255 is full ink; "
+            "convert it to RGB"
+        )
+    return _from_mode(image)
+
+
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    args = image.tile[0].args if image.tile else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
+    """Make Pillow unpack the stored bytes in another way."""
+    image.tile = [
+        tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw) for tile in image.tile
+    ]
+
+
+def _is_deep_color(image: ImageFile.ImageFile) -> bool:
+    return ";16" in _raw_mode(image) and not image.mode.startswith("I")
+
+
+def _read_tiff(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> Samples:
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    photometric = tags.get(262, 0)
+    bits = max(tags.get(258, (1,)))
+    signed = max(tags.get(339, (1,))) == 2
+    separate = tags.get(284, 1) == 2 and tags.get(277, 1) > 1
+    if (bits > 8 and separate) or (bits > 8 and photometric not in (0, 1, 2)) or photometric == 8:
+        depth = "16-bit color is" if bits == 16 else "this layout is"
+        raise MediaError(
+            f"{name}: {describe_tiff_layout(tags)}: {depth} not read; convert it to RGB with interleaved samples"
+        )
+    if _is_deep_color(image):
+        return _deep_color(image, reopen)
+    if photometric == 6 and tags.get(259, 1) == 1:
+        _check_plain_ycbcr(tags, name)
+    if image.tile and image.tile[0][0] == "libtiff":
+        raw = _raw_mode(image)
+        _set_raw_mode(image, _NATIVE.get(raw, raw))
+    if image.mode == "P":
+        return _from_mode(_with_palette(image, tags[320], name))
+    inverted = photometric == 0
+    if image.mode == "L" and signed:
+        return Samples(np.array(_upright(image)).view(np.int8))
+    if image.mode == "I":
+        pixels = np.array(_upright(image))
+        wanted = np.int16 if bits == 16 else np.int32 if signed else np.uint32
+        return Samples(pixels.astype(np.int16) if bits == 16 else pixels.view(wanted), inverted=inverted)
+    if image.mode.startswith("I;16") or image.mode == "F":
+        found = _from_mode(image)
+        return Samples(found.pixels, inverted=inverted, bits=bits if bits < 16 else None)
+    return _from_mode(image)
+
+
+def _check_plain_ycbcr(tags: Mapping[int, Any], name: str) -> None:
+    """Pillow takes uncompressed YCbCr as three full-range bytes a pixel, by the coefficients of JPEG."""
+    default = {530: (1, 1), 529: (0.299, 0.587, 0.114), 532: (0, 255, 128, 255, 128, 255)}
+    for tag, what in ((530, "YCbCrSubSampling"), (529, "YCbCrCoefficients"), (532, "ReferenceBlackWhite")):
+        # Without the tag, TIFF 6.0 subsamples by (2, 2).
+        value = tags.get(tag, (2, 2) if tag == 530 else default[tag])
+        if not np.allclose(np.asarray(value, dtype=np.float64), default[tag], atol=1e-3):
+            raise MediaError(
+                f"{name}: uncompressed YCbCr TIFF with {what} (tag {tag}) {tuple(map(float, value))}: "
+                f"expected {default[tag]}; convert it to RGB"
+            )
+
+
+def _with_palette(image: Image.Image, colors: tuple[int, ...], name: str) -> Image.Image:
+    """TIFF palettes hold 16 bits an entry; some writers put 8 bits into them, which Pillow shows as black."""
+    if max(colors) > 255:
+        return image
+    entries = np.asarray(colors, dtype=np.uint8).reshape(3, -1).T
+    turned = _upright(image)
+    turned.putpalette(entries.tobytes())
+    return turned
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
+def _deep_color(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
+    """16-bit color: Pillow returns the first or the second byte of each sample, as its raw mode says."""
+    raw, key = _raw_mode(image), image.info.get("transparency")
+    if raw.startswith("LA;"):  # four bytes a pixel, which are not converted at all as RGBA of 8 bits
+        four = _decode_as(reopen, "RGBA").astype(np.uint16)
+        return Samples(four[..., 0] << 8 | four[..., 1], _opacity(four[..., 2] << 8 | four[..., 3]))
+    layout, order = raw.split(";16")
+    kept = "RGBA" if layout == "RGBa" else layout
+    first, second = (_decode_as(reopen, f"{kept};16{byte}").astype(np.uint16) for byte in "BL")
+    little = order == "L" or (order == "N" and sys.byteorder == "little")
+    stored = second << 8 | first if little else first << 8 | second
+    pixels: np.ndarray = stored[..., :3]
+    opacity = _opacity(stored[..., 3]) if stored.shape[2] == 4 else None
+    if key is not None:
+        opacity = _opacity(np.where((pixels == np.asarray(key)).all(axis=-1), 0, 65535))
+    if layout == "RGBa" and opacity is not None:
+        # Colors were multiplied by alpha; what is fully transparent has none.
+        pixels = np.round(pixels / opacity[..., None].clip(min=1 / 65535)).clip(max=65535).astype(np.uint16)
+    return Samples(pixels, opacity)
+
+
+def _decode_as(reopen: Reopen, raw: str) -> np.ndarray:
+    with reopen() as image:
+        _set_raw_mode(image, raw)
+        return np.array(_upright(image))
+
+
+def _opacity(alpha: np.ndarray) -> np.ndarray | None:
+    return None if (alpha == 65535).all() else alpha.astype(np.float32) / 65535
+
+
+def _from_mode(image: Image.Image) -> Samples:
+    """Modes that Pillow decodes without loss: 8 bits, and gray numbers of any width."""
+    key = image.info.get("transparency")
+    image = _upright(image)
+    mode = image.mode
+    if mode.startswith("I;16"):
+        pixels = np.asarray(image).astype(np.uint16)  # `np.asarray` keeps the byte order of the mode
+        return Samples(pixels, None if key is None else _opacity(np.where(pixels == key, 0, 65535)))
+    if mode in ("I", "F"):
+        return Samples(np.array(image))
+    gray = mode in ("LA", "La", "L", "1")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        # As transformers does: what is transparent shows white.
+        if mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return Samples(np.array(image.convert("L" if gray else "RGB")))
