@@ -133,7 +133,10 @@ def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
         pixels / 255, picture.pixels, name=picture.name, unit="pixel", windows=[window] if window else [],
         trace=lambda channel: [
             Step.of("the file", picture.pixels, tolerance=0.0),
-            Step.of(f"window {window}" if window else "no window", np.asarray(layers[channel % len(layers)], np.float32) / 255),
+            Step.of(
+                f"window {window}" if window else "no window",
+                np.asarray(layers[channel % len(layers)], np.float32) / 255,
+            ),
             Step.of(f"fit {preprocess.fit} to {width} x {height}", pixels[channel] / 255),
         ],
     )  # fmt: skip
