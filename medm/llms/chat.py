@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from medm.errors import DataError, RecipeError
+from medm.llms.template_clock import fix_clock
 from medm.types import Role
 
 Part: TypeAlias = "str | list[int]"
@@ -51,14 +52,14 @@ class ChatFormat:
 
     Args:
         tokenizer: any fast tokenizer.
-        template: Jinja chat template.
+        template: Jinja chat template; its clock is stopped, see `fix_clock`.
         template_kwargs: fixed variables of the template.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, template: str, template_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        self.tokenizer, self.template, self.template_kwargs = tokenizer, template, dict(template_kwargs or {})
+        self.tokenizer, self.template, self.template_kwargs = tokenizer, fix_clock(template), dict(template_kwargs or {})
         self._control = {
             str(token): (index, token) for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }

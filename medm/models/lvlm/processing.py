@@ -19,6 +19,7 @@ from medm.imaging import load_pixels, preprocess_from_dict
 from medm.imaging.options import changed
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat, Message, Part
+from medm.llms.template_clock import fix_clock
 from medm.models.lvlm.options import LVLMOptions
 from medm.types import IGNORE_INDEX, Example, Media, Sample, Turn
 
@@ -63,6 +64,7 @@ class LVLMProcessor(ProcessorMixin):
             raise RecipeError(
                 "the tokenizer brings no chat template; set model.llm.chat_template to 'vicuna', 'plain' or a file"
             )
+        template = fix_clock(template)
         super().__init__(tokenizer, chat_template=template, **kwargs)
         for name, entry in (branches or {}).items():
             validate(SpokenBranch, entry, source=f"processor_config.json, branches.{name}")
