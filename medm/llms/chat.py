@@ -59,7 +59,11 @@ class ChatFormat:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, template: str, template_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        self.tokenizer, self.template, self.template_kwargs = tokenizer, fix_clock(template), dict(template_kwargs or {})
+        self.tokenizer, self.template, self.template_kwargs = (
+            tokenizer,
+            fix_clock(template),
+            dict(template_kwargs or {}),
+        )
         self._control = {
             str(token): (index, token) for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }

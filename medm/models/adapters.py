@@ -35,6 +35,30 @@ def inject(part: nn.Module, spec: Mapping[str, Any]) -> None:
         raise RecipeError(f"LoRA cannot be put into {type(part).__name__}: {error}") from None
 
 
+def check_unshared(model: nn.Module) -> None:
+    """Refuse adapters in layers whose weights another layer uses, too (a head tied to the embeddings).
+
+    The other layer would run without the adapter, and merging would change it.
+
+    Raises:
+        RecipeError: with the names of both layers.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for layer, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        for parameter in module.get_base_layer().parameters():
+            users = [name.rpartition(".")[0].removesuffix(".base_layer") for name in owners[id(parameter)]]
+            others = sorted(set(users) - {layer})
+            if others:
+                raise RecipeError(
+                    f"LoRA in {layer}: {', '.join(others)} uses the same weight, so that the adapter would be missing "
+                    "there and merging it would change both; leave this layer out of targets"
+                )
+
+
 def adapted(part: nn.Module) -> bool:
     """Whether any layer of the part is adapted."""
     return any(isinstance(module, BaseTunerLayer) for module in part.modules())

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from medm.config import Options
 from medm.errors import RecipeError
-from medm.models.adapters import inject, merge
+from medm.models.adapters import check_unshared, inject, merge
 
 
 class MedmModel(PreTrainedModel):
@@ -50,10 +50,12 @@ class MedmModel(PreTrainedModel):
         """Build the LoRA layers that the config speaks of; the last step of a constructor before `post_init`."""
         for part, spec in self.config.adapters.items():
             inject(self.parts()[part], spec)
+        check_unshared(self)
 
     def add_adapter_to_part(self, part: str, spec: Mapping[str, Any]) -> None:
         """Put LoRA layers into a part and note them in the config, so that a checkpoint holds both."""
         inject(self.parts()[part], spec)
+        check_unshared(self)
         self.config.adapters = {**self.config.adapters, part: dict(spec)}
 
     def merge_adapters(self) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -146,6 +147,29 @@ def test_merged_folds_the_adapter_and_computes_the_same(llms: dict[str, Path], t
     merged, _ = load(str(tmp_path / "out"))
     assert merged.config.adapters == {}
     assert not any("lora" in name for name in merged.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("form", "part", "layer"),
+    [("merged", "llm", "q_proj"), ("llava", "llm", "q_proj"), ("llava", "image.connector", "0"),
+     ("encoder", "image.encoder", "fc1")],
+)  # fmt: skip
+def test_a_wrong_merge_is_found_since_the_trained_model_is_what_exports_are_compared_with(
+    form: str, part: str, layer: str, llms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = make(llms["qwen2.5"])
+    model.add_adapter_to_part(part, {"r": 4, "lora_alpha": 8, "target_modules": [layer]})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(3))
+    folder = save((model, processor), tmp_path / "model")
+    proof = export(folder, str(tmp_path / "right"), form=form)
+    assert 0 < proof.difference < 1e-4 * max(1.0, proof.largest)
+    monkeypatch.setattr(peft.tuners.lora.Linear, "merge", lambda self, safe_merge=False: None)  # the adapter is lost
+    with pytest.raises(ExportError, match="they differ by up to"):
+        export(folder, str(tmp_path / "out"), form=form)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_encoder_goes_into_another_recipe(llms: dict[str, Path], tmp_path: Path) -> None:

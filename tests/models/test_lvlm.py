@@ -216,6 +216,14 @@ def test_adapters_live_in_the_checkpoint_and_fold_away(llms: dict[str, Path], tm
     assert not any("lora" in name or "base_layer" in name for name in again.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_on_a_tied_head_is_refused_before_training(llms: dict[str, Path]) -> None:
+    model, _ = build(llms["llama-3.2"], family="llama-3.2")
+    with pytest.raises(RecipeError, match=r"LoRA in language_model\.lm_head: language_model\.model\.embed_tokens"):
+        model.add_adapter_to_part("llm", {**LORA, "target_modules": ["lm_head"]})
+    assert model.config.adapters == {}
+
+
 def test_init_from_keeps_adapters_and_refuses_other_parts(llms: dict[str, Path], tmp_path: Path) -> None:
     model, processor = build(llms["qwen2.5"])
     model.add_adapter_to_part("llm", LORA)
