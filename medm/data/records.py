@@ -7,6 +7,7 @@ until `Records.media_path` asks `medm.imaging` whether it lies inside the data r
 from __future__ import annotations
 
 import itertools
+import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,44 @@ _ROLES: dict[str, Role] = {
 }  # fmt: skip
 _PART_FIELDS = {"image": "image", "image_url": "image", "volume": "volume", "image3d": "volume"}
 _OWN_FIELDS = {"id", "task", "answer", "system", "conversations", "messages", *MEDIA_FIELDS}
+
+_PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS)))
+_FOREIGN_PLACEHOLDER = re.compile(
+    r"</?\|?(?P<kind>im_patch|image|img|picture|volume|ct|scan|vision|video|audio|speech|point_?cloud)s?"
+    r"(?:[_ -]?(?:3d|\d{1,3}|here|file|patch|pad|tokens?|placeholder|start|end|bos|eos|soft_token|content|context))?"
+    r"\|?>",
+    re.IGNORECASE,
+)
+"""Placeholders and marks of other programs, such as <video>, <|image_pad|>, <img> and <image_1>. As text they would be
+trained as words without anything to look at."""
+
+_FOREIGN_FIELD = re.compile(
+    r"(?P<kind>image|img|picture|photo|volume|video|audio|pointcloud)s?(?:3d)?"
+    r"(?P<suffix>paths?|files?|filenames?|names?|urls?|bytes)?"
+)
+"""Fields of other programs that name files, in lower case and without `_` and `-`."""
+
+_UNREAD = {"video": "video", "audio": "audio", "speech": "audio", "pointcloud": "point clouds",
+           "point_cloud": "point clouds"}  # fmt: skip
+"""Kinds of media that no model reads, by the names that other programs give them."""
+
+_TO_CONVERSATION = (
+    "write 'conversations': [{{'from': 'human', 'value': {question}}}, {{'from': 'gpt', 'value': {reply}}}]"
+)
+_FOREIGN_FORMATS: tuple[tuple[frozenset[str], str, str, str], ...] = (
+    (frozenset({"instruction", "output"}), "the Alpaca format", "instruction and input", "output"),
+    (frozenset({"query", "response"}), "the query/response format of ms-swift", "query", "response"),
+    (frozenset({"prompt", "completion"}), "the prompt/completion format", "prompt", "completion"),
+    (frozenset({"prompt", "response"}), "the prompt/response format", "prompt", "response"),
+    (frozenset({"question", "answer"}), "a question and its answer", "question", "answer"),
+    (frozenset({"image", "caption"}), "an image and its caption", "'<image>' and a request", "caption"),
+    (frozenset({"image", "report"}), "an image and its report", "'<image>' and a request", "report"),
+    (frozenset({"image", "text"}), "an image and its text", "'<image>' and a request", "text"),
+)
+"""Records of other programs: fields that tell them, their name, and what becomes the question and the reply."""
+
+_PREFERENCE_FIELDS = ("rejected", "rejected_response", "rejected_messages", "kto_tag")
+"""Fields of preference data, whose replies are not all meant to be learned."""
 
 
 def parse_record(
@@ -57,8 +96,10 @@ def parse_record(
 def _parse(record: Any, *, inference: bool, file: str | None, index: int | None) -> Sample:
     if not isinstance(record, dict):
         raise DataError(f"expected an object with 'conversations' or 'messages', found {_kind(record)}")
+    _refuse_other_formats(record, inference=inference)
     files = _media_files(record)
     turns = _turns(record, files)
+    _refuse_unread_media(record, turns)
     answer = _optional_text(record, "answer")
     if inference and turns[-1].role == "assistant":
         answer = answer if answer is not None else turns[-1].text or None
@@ -73,6 +114,55 @@ def _parse(record: Any, *, inference: bool, file: str | None, index: int | None)
         index=index,
         extra={key: value for key, value in record.items() if key not in _OWN_FIELDS},
     )
+
+
+def _refuse_other_formats(record: Mapping[str, Any], *, inference: bool) -> None:
+    """Raise `DataError` for a record in the format of another program, with what to write instead."""
+    preference = next((field for field in _PREFERENCE_FIELDS if record.get(field) is not None), None)
+    if preference is not None and not inference:
+        raise DataError(
+            "a field of preference data (DPO, KTO): medm learns every reply of a record; write the preferred reply as "
+            "the last turn of 'conversations', and leave the other out",
+            field=preference,
+        )
+    if "conversations" in record or "messages" in record:
+        return
+    for fields, name, question, reply in _FOREIGN_FORMATS:
+        if fields <= record.keys():
+            raise DataError(
+                f"this is {name}, which is not read; {_TO_CONVERSATION.format(question=question, reply=reply)}"
+            )
+    if "dataset" in record or "file_name" in record:
+        raise DataError("this lists data sets or files and is no conversation; name the annotation file that it lists")
+
+
+def _refuse_unread_media(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
+    """Raise `DataError` for a field that names files which would not be read.
+
+    A record that has a file of its own may also say where that came from ("video_name"): only `video` and `audio`
+    themselves are refused then.
+    """
+    has_media = any(isinstance(part, Media) for turn in turns for part in turn.content)
+    for field, value in record.items():
+        if field in _OWN_FIELDS or not value or not isinstance(value, (str, list, dict)):
+            continue
+        found = _FOREIGN_FIELD.fullmatch(field.lower().replace("_", "").replace("-", ""))
+        if found is None:
+            continue
+        kind = found["kind"]
+        if kind in _UNREAD and not (has_media and found["suffix"]):
+            raise DataError(
+                f"the record names {_UNREAD[kind]}, which medm does not read; leave the record out, or write single "
+                "frames as 'image'",
+                field=field,
+            )
+        if not has_media:
+            branch = "volume" if kind == "volume" else "image"
+            raise DataError(
+                f"this field is not read, but looks like it names {branch}s, and the record has no other; rename it to "
+                f"'{branch}' and write <{branch}> where each belongs, or remove it",
+                field=field,
+            )
 
 
 def _kind(value: Any) -> str:
@@ -130,6 +220,12 @@ def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
         if branch in files:
             raise DataError(f"'{files[branch].field}' is given as well, and both name {branch}s; keep one", field=field)
         paths = [value] if isinstance(value, str) else value
+        if any(isinstance(entry, dict) and "bytes" in entry for entry in (value, *_listed(value))):
+            raise DataError(
+                "an image inside the record (as Hugging Face data sets hold them) is not read; write it to a file and "
+                "give its path",
+                field=field,
+            )
         if not isinstance(paths, list):
             raise DataError(f"expected a path or a list of paths, found {_kind(value)}", field=field)
         for position, path in enumerate(paths):
@@ -138,6 +234,10 @@ def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
                 raise DataError("expected a path, found empty text", field=place)
         files[branch] = _Files(field, paths)
     return files
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _turns_field(record: Mapping[str, Any]) -> str:
@@ -195,16 +295,30 @@ def _turn(role: Role, content: Any, field: str, files: dict[str, _Files]) -> Tur
 
 
 def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iterator[str | Media]:
-    while text:
-        found = [(place, name) for name in PLACEHOLDERS if (place := text.find(name)) >= 0]
-        if not found:
-            yield text
-            return
-        place, name = min(found)
-        if place:
-            yield text[:place]
+    start = 0
+    for found in _PLACEHOLDER.finditer(text):
+        if found.start() > start:
+            yield _plain(text[start : found.start()], field)
+        name = found.group()
         yield _next_media(PLACEHOLDERS[name], f"{name} stands in the text", field, files)
-        text = text[place + len(name) :]
+        start = found.end()
+    if start < len(text):
+        yield _plain(text[start:], field)
+
+
+def _plain(text: str, field: str) -> str:
+    """Text between placeholders. Raises `DataError` for a placeholder that would be trained as words."""
+    found = _FOREIGN_PLACEHOLDER.search(text) if "<" in text else None
+    if found is None:
+        return text
+    kind = found["kind"].lower()
+    if kind in _UNREAD:
+        raise DataError(f"{found.group()} stands in the text, and medm reads no {_UNREAD[kind]}", field=field)
+    raise DataError(
+        f"{found.group()} stands in the text, which is no placeholder of medm; write <image> or <volume> where each "
+        "file belongs",
+        field=field,
+    )
 
 
 def _next_media(branch: str, what: str, field: str, files: dict[str, _Files]) -> Media:
@@ -273,7 +387,7 @@ def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference:
 
 def missing_branch(branch: str, known: Collection[str]) -> str:
     """Why a record's image or volume cannot be used by this model."""
-    return f"the record holds a {branch}, but the model has no branch of that name; it has {sorted(known) or 'none'}"
+    return f"the model takes no {branch}s; it takes {' and '.join(f'{name}s' for name in sorted(known)) or 'text only'}"
 
 
 class Records(Sequence[Sample]):

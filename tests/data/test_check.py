@@ -103,7 +103,10 @@ def test_branches_that_the_model_lacks(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(b"x")
     file = source(tmp_path, record("<image3d>", "A", image3d="a.npy"))
     report = check([file], preprocess=PREPROCESS)
-    assert places(report) == [("a.jsonl", 0, "image3d")] and "no branch of that name" in report.bad[0].reason
+    assert (
+        places(report) == [("a.jsonl", 0, "image3d")]
+        and "the model takes no volumes; it takes images" in report.bad[0].reason
+    )
 
 
 def test_duplicate_ids_are_reported_but_not_bad(tmp_path: Path) -> None:

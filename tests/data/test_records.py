@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,83 @@ def test_inference_records() -> None:
 )  # fmt: skip
 def test_bad_records_are_named_by_file_index_field_and_reason(value: Any, field: str | None, reason: str) -> None:
     bad(value, field, reason)
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "reason"),
+    [
+        # media that no model reads
+        (record("<video>\nq", videos=["a.mp4"]), "conversations.0.value", "<video> stands in the text, .* reads no video"),
+        (record("q", videos=["a.mp4"]), "videos", "names video, which medm does not read"),
+        (record("<image>\nq", image="a.png", video="a.mp4"), "video", "names video"),
+        (record("q", audio="a.wav"), "audio", "names audio"),
+        (record("q", audios=[{"path": "a.wav"}]), "audios", "names audio"),
+        (record("<audio>q"), "conversations.0.value", "<audio> stands in the text, .* reads no audio"),
+        (record("q", point_cloud="a.ply"), "point_cloud", "names point clouds"),
+        # placeholders of other programs
+        (record("<|image_pad|>q"), "conversations.0.value", r"<\|image_pad\|> stands in the text.* write <image>"),
+        (record("<|vision_start|>q"), "conversations.0.value", "no placeholder of medm"),
+        (record("<image_1>q", image="a.png"), "conversations.0.value", "<image_1> .* no placeholder of medm"),
+        (record("<image 2>q"), "conversations.0.value", "<image 2> .* no placeholder of medm"),
+        (record("<Image>q", image="a.png"), "conversations.0.value", "<Image> .* no placeholder of medm"),
+        (record("<ImageHere>q"), "conversations.0.value", "<ImageHere> .* no placeholder of medm"),
+        (record("<image>" + "<im_patch>" * 9, image="a.png"), "conversations.0.value", "<im_patch> .* no placeholder"),
+        (record("<img>a.png</img>q"), "conversations.0.value", "<img> .* no placeholder"),
+        (record("q", system="<video>"), "system", "reads no video"),
+        # fields of other programs that name files
+        (record("q", image_path="a.png"), "image_path", "looks like it names images.* rename it to 'image'"),
+        (record("q", Image="a.png"), "Image", "rename it to 'image'"),
+        (record("q", imgUrl=["a.png"]), "imgUrl", "rename it to 'image'"),
+        (record("q", VolumeName="a.nii.gz"), "VolumeName", "rename it to 'volume'"),
+        (record("q", images=[], image_file="a.png"), "image_file", "rename it to 'image'"),
+        (record("<image>", image={"bytes": "x", "path": None}), "image", "write it to a file"),
+        (record("<image>", images=[{"bytes": "x", "path": None}]), "images", "write it to a file"),
+        # other formats
+        ({"instruction": "q", "input": "", "output": "a"}, None, "the Alpaca format.*'value': instruction and input}"),
+        ({"query": "q", "response": "a", "images": ["a"]}, None, "query/response format .*'value': query}.* response}"),
+        ({"prompt": "q", "completion": "a"}, None, "prompt/completion"),
+        ({"image": "a.png", "caption": "a"}, None, "an image and its caption.*'<image>' and a request"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "rejected", "preference data"),
+        ({"conversations": [human("q")], "chosen": gpt("a"), "rejected": gpt("b")}, "rejected", "preference data"),
+        (record(rejected_response="b"), "rejected_response", "preference data"),
+        (record(kto_tag=False), "kto_tag", "preference data"),
+        ({"train": {"file_name": "a.json"}, "file_name": "a.json"}, None, "name the annotation file that it lists"),
+    ],
+)  # fmt: skip
+def test_what_other_programs_write_is_refused_with_what_to_write(value: Any, field: str | None, reason: str) -> None:
+    bad(value, field, reason)
+
+
+@pytest.mark.parametrize(
+    ("value", "question"),
+    [
+        (record("q", "<video> and <image_1> are text in a reply"), "q"),
+        (record("Is 3 < 5 and 7 > 6? <b>Yes</b> <image-guided> <imaging>"), None),
+        (record("q", videos=[], audio=None, image_id=7, volume_ml=4.5, image_quality="good"), "q"),
+        (record("<image>q", image="a.png", image_path="/original/a.png", video_name="from film 3"), "q"),
+        (record("q", chosen="B"), "q"),
+        (record("<|im_start|>system"), "<|im_start|>system"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is <video>?"}]}, gpt("a")]},
+            "What is <video>?",
+        ),
+    ],
+)
+def test_what_only_looks_alike_is_kept(value: Any, question: str | None) -> None:
+    wanted = question or value["conversations"][0]["value"]
+    assert parse_record(value).turns[0].text == wanted
+
+
+def test_preference_fields_pass_through_inference() -> None:
+    assert parse_record(record(rejected="b"), inference=True).extra == {"rejected": "b"}
+
+
+def test_many_placeholders_take_time_by_their_number_only() -> None:
+    count = 100_000
+    start = time.process_time()
+    sample = parse_record(record("<image>x" * count, image=["a"] * count))
+    assert len(sample.media) == count
+    assert time.process_time() - start < 5  # by its square: minutes
 
 
 def test_messages_never_repeat_what_a_record_says() -> None:
