@@ -6,7 +6,10 @@ Knows JSON and JSONL, not what a record means. Nothing is cached on disk; a mill
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import stat
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ MAX_RECORD_BYTES = 16 * 1024 * 1024
 """A record of more bytes is bad: conversations are kilobytes, and one runaway line must not fill the memory."""
 
 _CHUNK = 1024 * 1024
+_HEAD = 4096
+"""Bytes at the beginning of a file that tell its format."""
 _EXPECTED = "expected a JSON array or one JSON object a line"
 _BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA, _OPENING, _CLOSING = range(1, 6)
@@ -43,12 +48,12 @@ class RecordFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
+            try:
                 status = os.fstat(file.fileno())
                 index = _index(file, self.path)
-        except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror or error})", file=self.path) from None
+            except OSError as error:
+                raise DataError(f"cannot be read ({error.strerror or error})", file=self.path) from None
         self._handle: BinaryIO | None = None
         self._starts, self._ends, self._damage = index.starts, index.ends, index.damage
         self._stamp = (status.st_size, status.st_mtime_ns)
@@ -79,7 +84,7 @@ class RecordFile:
 
     def line(self, index: int) -> int:
         """The line, from 1, on which a record begins. Counts through the file: for messages only."""
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             left = int(self._starts[index]) + self._leading_blank(file, index)
             file.seek(0)
             lines = 1
@@ -99,7 +104,7 @@ class RecordFile:
             raise DataError(f"a record of {end - start:,} bytes; at most {MAX_RECORD_BYTES:,} are read")
         try:
             if self._handle is None:
-                self._handle = self.path.open("rb", buffering=0)
+                self._handle = open_regular(self.path)
                 weakref.finalize(self, self._handle.close)
             status = os.fstat(self._handle.fileno())
             if (status.st_size, status.st_mtime_ns) != self._stamp:
@@ -109,10 +114,30 @@ class RecordFile:
             raise DataError(f"cannot be read ({error.strerror or error})") from None
 
 
-def parse_json(text: bytes) -> Any:
-    """Strict JSON: UTF-8, no key twice, no NaN or Infinity. Raises `DataError` without a place."""
+def open_regular(path: Path) -> BinaryIO:
+    """The opened annotation file. Raises `DataError` for anything but a regular file: reading it might never end."""
     try:
-        return _DECODER.decode(text.decode("utf-8"))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise DataError("no such file", file=path) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read ({getattr(error, 'strerror', None) or error})", file=path) from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise DataError(f"is a folder; name the annotation file in it: {_EXPECTED}", file=path)
+    raise DataError(f"is a device or pipe; write its records to a file first: {_EXPECTED}", file=path)
+
+
+def parse_json(text: bytes) -> Any:
+    """Strict JSON: UTF-8, no key twice, no half surrogate, only finite numbers. Raises `DataError` without a place."""
+    try:
+        record = _DECODER.decode(text.decode("utf-8"))
+        if _SURROGATE.search(text):
+            _require_unicode(record, "")
+        return record
     except UnicodeDecodeError as error:
         raise DataError(f"not valid UTF-8 at byte {error.start} of the record; save the file as UTF-8") from None
     except RecursionError:
@@ -128,9 +153,11 @@ def parse_json(text: bytes) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise DataError("the key is written twice in one object; keep one of the two", field=twice)
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise DataError("the key is written twice in one object; keep one of the two", field=_printable(key))
+            seen.add(key)
     return record
 
 
@@ -138,7 +165,38 @@ def _refuse_constant(name: str) -> Any:
     raise DataError(f"{name} is not JSON; write null, or leave the field out")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise DataError(f"the number {digits[:40]} is too large; write null, or leave the field out")
+    return value
+
+
+def _require_unicode(value: Any, place: str) -> None:
+    """Raise `DataError` for half a surrogate pair in a key or text, which could not be written to any result."""
+    if isinstance(value, str) and _printable(value) != value:
+        position = next(at for at, letter in enumerate(value) if "\ud800" <= letter <= "\udfff")
+        raise DataError(
+            f"half of a surrogate pair at character {position}; save the file as UTF-8", field=place or None
+        )
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            inner = f"{place}.{_printable(key)}" if place else _printable(key)
+            _require_unicode(key, inner)
+            _require_unicode(entry, inner)
+    elif isinstance(value, list):
+        for position, entry in enumerate(value):
+            _require_unicode(entry, f"{place}.{position}" if place else str(position))
+
+
+def _printable(key: str) -> str:
+    """A key as a message can show it: half surrogates as escapes."""
+    return key.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escape that is half of a pair; two of them are a whole letter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +208,14 @@ class _Index:
 
 
 def _index(file: BinaryIO, path: Path) -> _Index:
-    head = file.read(4096)
+    head = file.read(_HEAD)
     if not head.strip():
         raise DataError(f"the file is empty; {_EXPECTED}", file=path)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("the file is UTF-16; save it as UTF-8", file=path)
     text = head.removeprefix(_BOM)
     start = len(head) - len(text)
-    if text.lstrip().startswith(b"{") and text.lstrip().split(b"\n", 1)[0].strip() == b"{":
-        raise DataError(
-            f"the file is one JSON object over several lines; {_EXPECTED}",
-            file=path,
-        )
+    _refuse_other_formats(text, path)
     file.seek(0)
     scan: _ArrayScan | _LineScan = _ArrayScan(start) if text.lstrip().startswith(b"[") else _LineScan(start)
     offset = 0
@@ -173,6 +227,83 @@ def _index(file: BinaryIO, path: Path) -> _Index:
     if isinstance(scan, _LineScan) or len(starts) == 1:  # a blank between two commas of an array is a bad record
         starts, ends = _without_blank(file, starts, ends)
     return _Index(starts, ends, damage)
+
+
+_MAGIC: dict[bytes, str] = {
+    b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\xd0\xcf\x11\xe0": "an Excel file (.xls)",
+    b"\x1f\x8b": "packed with gzip", b"BZh": "packed with bzip2", b"\xfd7zXZ": "packed with xz",
+    b"\x28\xb5\x2f\xfd": "packed with zstd", b"\x89HDF": "an HDF5 file", b"SQLite format 3": "an SQLite file",
+    b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
+    b"\x93NUMPY": "a NumPy array", b"%PDF": "a PDF", b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image",
+}  # fmt: skip
+"""First bytes of files that are given in the place of annotation files."""
+
+_TO_JSON = "; docs/data-format.md shows how to turn a table into records"
+
+
+def _refuse_other_formats(head: bytes, path: Path) -> None:
+    """Raise `DataError` once for a file that holds no records at all, instead of once a line.
+
+    A file in which a record is visible is never refused here: one damaged line is one bad record.
+    """
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            table = _TO_JSON if what.startswith(("a Parquet", "an Excel")) else ""
+            raise DataError(f"looks like {what}{table}; {_EXPECTED}", file=path)
+    if head.startswith(b"PK\x03\x04"):
+        excel = path.suffix.lower().startswith(".xls") or b"xl/" in head or b"[Content_Types].xml" in head
+        what = f"an Excel file{_TO_JSON}" if excel else "a zip archive: unpack it"
+        raise DataError(f"looks like {what}; {_EXPECTED}", file=path)
+    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    if not lines or lines[0].startswith(b"["):
+        return
+    whole_line = len(head) < _HEAD or b"\n" in head.strip()
+    if lines[0].startswith(b"{"):
+        if whole_line and len(lines) > 1 and not lines[1].startswith(b"{") and _is_cut(lines[0]):
+            known = _known_object(head, path)
+            raise DataError(f"the file is one JSON object over several lines{known}; {_EXPECTED}", file=path)
+        return
+    if any(line.startswith(b"{") for line in lines):
+        return
+    if lines[0].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise DataError(f"looks like a web page or XML, perhaps a failed download; {_EXPECTED}", file=path)
+    if lines[0].startswith(b"version https://git-lfs"):
+        raise DataError("is a Git LFS pointer: fetch the file itself with 'git lfs pull'", file=path)
+    name = _table_name(lines[0], path, whole_line=whole_line)
+    if name is not None:
+        raise DataError(f"looks like {name}{_TO_JSON}; {_EXPECTED}", file=path)
+    if lines[0] == b"---" or path.suffix.lower() in (".yaml", ".yml"):
+        raise DataError(f"looks like YAML; {_EXPECTED}", file=path)
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a line of JSON is right as far as it goes, and goes on in the next one."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line.decode("utf-8", "replace")) - 1
+    except ValueError:
+        return False
+    return False
+
+
+def _known_object(head: bytes, path: Path) -> str:
+    """What a single JSON object probably is, for the message."""
+    if path.name == "dataset_info.json" or (b'"file_name"' in head and b'"formatting"' in head):
+        return ", LLaMA-Factory's list of data sets: name the annotation files that it lists"
+    if (b'"images"' in head and b'"annotations"' in head) or b'"categories"' in head:
+        return " in COCO's format, whose annotations are no conversations"
+    return ": if it holds the list of records under a key, save that list alone"
+
+
+def _table_name(line: bytes, path: Path, *, whole_line: bool) -> str | None:
+    """The kind of table whose first line this is; None where it is none."""
+    suffix = path.suffix.lower()
+    if suffix == ".tsv" or (whole_line and b"\t" in line):
+        return "a table with tabs (TSV)"
+    if suffix == ".csv" or (whole_line and (b"," in line or b";" in line)):
+        return "CSV"
+    return None
 
 
 def _without_blank(file: BinaryIO, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def test_a_file_without_records_is_refused(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_missing_file_a_folder_and_other_forms_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.json: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"none\.json: no such file"):
         RecordFile(tmp_path / "none.json")
-    with pytest.raises(DataError, match=r"cannot be read \(Is a directory"):
+    with pytest.raises(DataError, match="is a folder; name the annotation file in it"):
         RecordFile(tmp_path)
     (tmp_path / "one.json").write_text('{\n  "train": []\n}')
     with pytest.raises(DataError, match="one JSON object over several lines"):
@@ -89,6 +90,89 @@ def test_a_missing_file_a_folder_and_other_forms_are_named(tmp_path: Path) -> No
     (tmp_path / "wide.json").write_text("[1]", encoding="utf-16")
     with pytest.raises(DataError, match="UTF-16; save it as UTF-8"):
         RecordFile(tmp_path / "wide.json")
+
+
+CSV = b"id;image;question;answer\n1;a.png;Is there an effusion?;yes\n"
+ZIP = b"PK\x03\x04"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", CSV, "looks like CSV; docs/data-format.md shows how"),
+        ("a.json", b"\xef\xbb\xbf" + CSV, "looks like CSV"),
+        ("a.json", CSV.replace(b";", b","), "looks like CSV"),
+        ("a.csv", b"image\n" + b"a.png\n" * 2000, "looks like CSV"),
+        ("a.txt", CSV.replace(b";", b"\t"), "a table with tabs"),
+        ("a.xlsx", ZIP + b"\x14\0[Content_Types].xml", "an Excel file; docs/data-format.md"),
+        ("a.json", ZIP + b"\x14\0xl/workbook.xml", "an Excel file"),
+        ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel file"),
+        ("a.zip", ZIP + b"\x14\0a.json", "a zip archive: unpack it"),
+        ("a.parquet", b"PAR1\x15\x04\n{\n", "a Parquet file; docs/data-format.md"),
+        ("a.json.gz", b"\x1f\x8b\x08\0\n{", "packed with gzip"),
+        ("a.pkl", b"\x80\x04\x95", "a pickle"),
+        ("a.json", b"<!DOCTYPE html>\n<html>", "a web page or XML"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        ("a.yaml", b"- image: a.png\n", "looks like YAML"),
+        ("dataset_info.json", b'{\n  "mine": {"file_name": "a.json"}\n}', "LLaMA-Factory's list of data sets"),
+        ("instances.json", b'{"info": {},\n"images": [],\n"annotations": []}', "COCO's format"),
+        ("a.json", b'{"train": [\n  "a",\n{"id": 1}\n]}', "one JSON object over several lines: if it holds"),
+    ],
+)
+def test_a_file_of_another_format_is_named_once(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: .*{reason}"):
+        RecordFile(tmp_path / name)
+
+
+@pytest.mark.parametrize("first", [b"garbage, and more", b'"id": 1}', b"\x00\xff", b"x" * 5000 + b", y"])
+def test_a_damaged_first_line_is_one_bad_record(tmp_path: Path, first: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(first + b'\n{"id": 2}\n')
+    found = read_all(tmp_path / "a.jsonl")
+    assert isinstance(found[0], str) and found[1] == {"id": 2}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "link"])
+def test_what_never_ends_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = Path(kind)
+    if kind == "pipe":
+        os.mkfifo(path := tmp_path / "pipe.jsonl")
+    elif kind == "link":
+        (path := tmp_path / "link.jsonl").symlink_to("/dev/null")
+    with pytest.raises(DataError, match="is a device or pipe; write its records to a file"):
+        RecordFile(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "reason"),
+    [
+        ('{"a": {"b": [0, "x\\ud800"]}}', "a.b.1", "half of a surrogate pair at character 1"),
+        ('{"\\udc00": 1}', "\\udc00", "half of a surrogate pair at character 0"),
+        ('{"\\ud800": 1, "\\ud800": 2}', "\\ud800", "written twice"),
+        ('{"a": 1e999}', None, "the number 1e999 is too large"),
+        ('{"a": [-1e999]}', None, "the number -1e999 is too large"),
+    ],
+)
+def test_what_could_not_be_written_again_is_refused(tmp_path: Path, line: str, field: str | None, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=reason) as caught:
+        RecordFile(tmp_path / "a.jsonl")[0]
+    assert caught.value.field == field
+    str(caught.value).encode("utf-8")
+
+
+def test_whole_surrogate_pairs_are_letters(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "\\ud83d\\ude00", "b": 1e3}\n')
+    assert RecordFile(tmp_path / "a.jsonl")[0] == {"a": "\U0001f600", "b": 1000.0}
+
+
+def test_many_keys_take_time_by_their_number_only(tmp_path: Path) -> None:
+    keys = ", ".join(f'"k{i}": 0' for i in range(200_000))
+    (tmp_path / "a.jsonl").write_text(f'{{{keys}, "k199999": 1}}\n')
+    start = time.process_time()
+    with pytest.raises(DataError, match="written twice"):
+        RecordFile(tmp_path / "a.jsonl")[0]
+    assert time.process_time() - start < 5  # by its square: minutes
 
 
 LINES = [

@@ -255,6 +255,16 @@ def test_what_only_looks_alike_is_kept(value: Any, question: str | None) -> None
     assert parse_record(value).turns[0].text == wanted
 
 
+def test_the_table_of_the_documentation_becomes_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data-format.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reports.csv").write_text('\ufeffid;file;report\n1;a.nii.gz;"Müller;\nno effusion"\n')
+    exec(compile(code, "data-format.md", "exec"), {})
+    (sample,) = Records([SourceOptions(path="train.jsonl")])
+    assert (sample.id, sample.media[0].path, sample.turns[-1].text) == ("1", "a.nii.gz", "Müller;\nno effusion")
+
+
 def test_preference_fields_pass_through_inference() -> None:
     assert parse_record(record(rejected="b"), inference=True).extra == {"rejected": "b"}
 
