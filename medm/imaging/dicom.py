@@ -23,6 +23,7 @@ import numpy as np
 
 from medm.errors import MediaError
 from medm.imaging.damage import DECODE_ERRORS
+from medm.imaging.dicom_bare import BIG_ENDIAN, EXPLICIT, HEAD, IMPLICIT, bare_syntax, has_file_header, is_dicom_head
 
 MAX_FRAMES = 10_000
 """Most frames of one file, and most files of one folder."""
@@ -34,8 +35,7 @@ _KEYWORDS = [
     "WindowCenter", "WindowWidth", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
-_BIG_ENDIAN = "1.2.840.10008.1.2.2"
-_NATIVE = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", _BIG_ENDIAN}
+_NATIVE = {IMPLICIT, EXPLICIT, BIG_ENDIAN}
 _COMPRESSED = {
     "1.2.840.10008.1.2.4.50": 300, "1.2.840.10008.1.2.4.51": 300,  # JPEG baseline and extended: 8 x 8 in some bits
     "1.2.840.10008.1.2.4.57": 64, "1.2.840.10008.1.2.4.70": 64,  # JPEG lossless: a bit a pixel
@@ -47,6 +47,8 @@ _COMPRESSED = {
 are left out: pydicom would inflate them without a limit."""
 
 _DIRECTORY = "1.2.840.10008.1.3.10"
+_OTHER_IMAGES = {"RT Dose Storage", "Segmentation Storage", "Parametric Map Storage"}
+"""Classes with pixels whose name does not say "Image Storage"."""
 _MODALITIES = {
     "CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "OP", "OPT", "SM", "ES", "GM", "IO", "IVUS",
     "PX", "XC", "RTIMAGE", "RTDOSE", "SEG",
@@ -93,6 +95,8 @@ class Header:
     palette: bool
     syntax: str
     """UID of the transfer syntax."""
+    bare: bool
+    """The file lacks the preamble, prefix or meta information of DICOM."""
     pixels_at: int
     """Byte of the file at which uncompressed pixels begin."""
     rescale: tuple[float, float] | None
@@ -107,12 +111,12 @@ class Header:
     @property
     def byte_order(self) -> str:
         """Of the pixels, as NumPy writes it."""
-        return ">" if self.syntax == _BIG_ENDIAN else "<"
+        return ">" if self.syntax == BIG_ENDIAN else "<"
 
     @property
     def direct(self) -> bool:
         """Whether the pixels are grey numbers one after the other."""
-        swapped = self.syntax == _BIG_ENDIAN and self.bits_allocated == 8  # two bytes of a word change places
+        swapped = self.syntax == BIG_ENDIAN and self.bits_allocated == 8  # two bytes of a word change places
         return self.syntax in _NATIVE and self.samples == 1 and not swapped
 
     @property
@@ -123,12 +127,12 @@ class Header:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a regular file carries the mark of DICOM."""
+    """Whether a regular file is DICOM by its first bytes, with or without its file header."""
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             return False
         with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
+            return is_dicom_head(stream.read(HEAD))
     except OSError:
         return False
 
@@ -145,7 +149,8 @@ def read_header(path: Path, name: str | None = None) -> Header | None:
         size = path.stat().st_size
         with path.open("rb") as stream, _quiet():
             found = _read_until_pixels(stream, size, name)
-            if found.declared is None or str(found.dataset.get("SOPClassUID", "")) == _DIRECTORY:
+            if found.declared is None or found.storage == _DIRECTORY:
+                _check_no_image(found, name)
                 return None
             header = _header(found, path, name)
     except MediaError:
@@ -218,6 +223,10 @@ class _Found:
     dataset: Any
     """The wanted tags."""
     syntax: str
+    storage: str
+    """UID of the SOP class."""
+    bare: bool
+    """The file lacks its DICOM file header."""
     declared: int | None
     """Length of the pixels; 2**32 - 1 where it is undefined, None where there are none."""
     pixels_at: int
@@ -225,7 +234,14 @@ class _Found:
 
 def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
     pydicom = _pydicom()
-    syntax = str(pydicom.filereader.read_file_meta_info(stream.name).get("TransferSyntaxUID", ""))
+    bare = not has_file_header(stream.read(HEAD))
+    stream.seek(0)
+    storage, is_declared = "", True
+    if bare:
+        syntax, is_declared = bare_syntax(stream, name)
+    else:
+        meta = pydicom.filereader.read_file_meta_info(stream.name)
+        syntax, storage = str(meta.get("TransferSyntaxUID", "")), str(meta.get("MediaStorageSOPClassUID", ""))
     if syntax not in _NATIVE and syntax not in _COMPRESSED:
         what = pydicom.uid.UID(syntax).name if syntax in pydicom.uid.UID_dictionary else "unknown"
         raise MediaError(
@@ -242,14 +258,35 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
         return bool(found or overlong)
 
     wanted = [pydicom.tag.Tag(keyword) for keyword in _KEYWORDS]
-    dataset = pydicom.filereader.read_partial(stream, stop_when=stop, specific_tags=wanted)
+    dataset = pydicom.filereader.read_partial(stream, stop_when=stop, specific_tags=wanted, force=bare)
     if overlong:
         raise MediaError(f"{name}: a DICOM element declares {overlong[0]} bytes, the file has {size}; it is damaged")
+    if found and found[0] == 0xFFFFFFFF and not is_declared:
+        raise MediaError(
+            f"{name}: DICOM without its file header, which would name the encoding of its compressed pixels; "
+            "write the file anew with one (TransferSyntaxUID)"
+        )
     # The reader stands before the tag. A value representation of two letters is followed by a length of four bytes.
     start, tag = stream.tell(), stream.read(8)
     return _Found(
-        dataset, syntax, found[0] if found else None, start + (12 if tag[4:6] in (b"OB", b"OW", b"UN") else 8)
+        dataset=dataset,
+        syntax=syntax,
+        storage=str(dataset.get("SOPClassUID", "")) or storage,
+        bare=bare,
+        declared=found[0] if found else None,
+        pixels_at=start + (12 if tag[4:6] in (b"OB", b"OW", b"UN") else 8),
     )
+
+
+def _check_no_image(found: _Found, name: str) -> None:
+    """Refuse what is an image by its class and holds no pixels; passed over, it would shorten a volume."""
+    uid = _pydicom().uid.UID(found.storage)
+    known = uid in _pydicom().uid.UID_dictionary
+    if "Image Storage" in uid.name or uid.name in _OTHER_IMAGES or (not known and "Rows" in found.dataset):
+        raise MediaError(
+            f"{name}: a DICOM image without Pixel Data (7FE0,0010): the file is truncated or encrypted, or holds "
+            "Float Pixel Data or a link to its pixels, which are not read"
+        )
 
 
 def _header(found: _Found, path: Path, name: str) -> Header:
@@ -290,6 +327,7 @@ def _header(found: _Found, path: Path, name: str) -> Header:
         inverted=photometric == "MONOCHROME1",
         palette=photometric == "PALETTE COLOR",
         syntax=found.syntax,
+        bare=found.bare,
         pixels_at=found.pixels_at,
         rescale=(slope or 1.0, intercept or 0.0) if slope is not None or intercept is not None else None,
         # "US" is DICOM for "unspecified"; toolkits write it for every CT.

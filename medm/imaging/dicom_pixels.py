@@ -7,6 +7,11 @@ process.
 from __future__ import annotations
 
 import math
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +29,8 @@ def read_pixels(header: Header) -> np.ndarray:
     if header.direct:
         return _rescaled(_stored(header), header)
     expected = (header.frames, header.rows, header.columns) + ((3,) if header.samples == 3 else ())
-    pixels = DECODER.decode(header.path, header.name, max_items=math.prod(expected))
+    with _with_file_header(header) as path:
+        pixels = DECODER.decode(path, header.name, max_items=math.prod(expected))
     if pixels.shape != expected:
         raise MediaError(f"{header.name}: the DICOM header declares pixels {expected}, decoded were {pixels.shape}")
     if header.samples == 3:
@@ -36,6 +42,24 @@ def read_pixels(header: Header) -> np.ndarray:
         slope, intercept = header.rescale or (1.0, 0.0)
         pixels = slope * sum(header.stored_range) + 2 * intercept - pixels.astype(np.float64)
     return _whole(pixels)
+
+
+@contextmanager
+def _with_file_header(header: Header) -> Iterator[Path]:
+    """The file; where it lacks its DICOM file header, a copy that has one."""
+    if not header.bare:
+        yield header.path
+        return
+    data = header.path.read_bytes()
+    meta = b""
+    if data[:2] != b"\2\0":  # no meta information either
+        value = header.syntax.encode() + b"\0" * (len(header.syntax) % 2)
+        element = struct.pack("<2H2sH", 2, 0x10, b"UI", len(value)) + value
+        meta = struct.pack("<2H2sHI", 2, 0, b"UL", 4, len(element)) + element
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.dcm"
+        path.write_bytes(bytes(128) + b"DICM" + meta + data)
+        yield path
 
 
 def _stored(header: Header) -> np.ndarray:

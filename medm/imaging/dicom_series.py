@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ from medm.errors import MediaError
 from medm.imaging.arrays import compact
 from medm.imaging.dicom import MAX_FRAMES, Header, Plane, is_dicom, read_header
 from medm.imaging.dicom_pixels import read_pixels
+from medm.imaging.folders import refuse_lost_slice, report_passed_over
 from medm.imaging.geometry import Geometry, check_size, geometry_from_steps
+
+logger = logging.getLogger(__name__)
 
 _GAP_TOLERANCE = 0.1
 """Largest deviation of a distance between slices from the usual one, as a share of it."""
@@ -37,7 +41,8 @@ def read_dicom_folder(
     """One series of a folder (and the folders in it) as voxels (z, y, x).
 
     Args:
-        folder: holds DICOM files under any names; other files and DICOM without images are passed over.
+        folder: holds DICOM files under any names. Other files and DICOM without images are passed over, named and
+            counted; a file that could be a slice and is not DICOM is refused.
         name: the folder, for messages.
         series: SeriesNumber or SeriesInstanceUID of the wanted one.
         several: what to do when there are several and none is named.
@@ -60,8 +65,11 @@ def read_dicom_folder(
 
 
 def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
+    """The headers of all images in a folder, and the number of DICOM files without an image."""
     headers: list[Header] = []
-    others = count = 0
+    without_image: list[Path] = []
+    foreign: list[Path] = []
+    count = 0
     root = os.path.realpath(folder)
     for place, _, files in os.walk(folder):
         for file in sorted(files):
@@ -71,12 +79,23 @@ def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
             path = Path(place) / file
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
                 raise MediaError(f"{name}: {file} is a link out of the folder; copy the slices into it")
-            if path.is_file() and is_dicom(path):
-                header = read_header(path)
-                others += header is None
-                if header is not None:
-                    headers.append(header)
-    return headers, others
+            if not is_dicom(path):
+                foreign.append(path)
+            elif (header := read_header(path)) is not None:
+                headers.append(header)
+            else:
+                without_image.append(path)
+    suffixes = frozenset(header.path.suffix.lower() for header in headers) - {""}
+    for path in foreign:
+        if path.is_file():
+            refuse_lost_slice(path, name, expected="DICOM", suffixes=suffixes)
+    report_passed_over(name, foreign, expected="DICOM")
+    if without_image:
+        logger.info(
+            "%s: %d DICOM files without an image (structure sets, reports or directories) are passed over: %s",
+            name, len(without_image), ", ".join(path.name for path in without_image[:10]),
+        )  # fmt: skip
+    return headers, len(without_image)
 
 
 def _choose(

@@ -22,6 +22,7 @@ from medm.errors import MediaError
 from medm.imaging.arrays import read_npy
 from medm.imaging.constant import Step, check_prepared
 from medm.imaging.damage import DECODE_ERRORS
+from medm.imaging.dicom_bare import HEAD, is_dicom_head
 from medm.imaging.formats import READ, describe_content
 from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
@@ -101,7 +102,7 @@ def check_image(file: Path) -> None:
     name = str(file)
     with _regular_file(file, name) as stream:
         head = _head(stream, name)
-        if head[128:132] == b"DICM":
+        if is_dicom_head(head):
             from medm.imaging.dicom import read_header
 
             if read_header(file, name) is None:
@@ -165,7 +166,7 @@ def _regular_file(file: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def _head(stream: BinaryIO, name: str) -> bytes:
-    head = stream.read(132)
+    head = stream.read(HEAD)
     stream.seek(0)
     if not head:
         raise MediaError(f"{name}: the file is empty")
@@ -186,7 +187,7 @@ def _decode(stream: BinaryIO, name: str, path: Path | None) -> Picture:
     head = _head(stream, name)
     if head.startswith(_NPY):
         return _from_array(read_npy(stream, name, max_items=MAX_PIXELS * 3), name)
-    if head[128:132] == b"DICM":
+    if is_dicom_head(head):
         from medm.imaging.dicom import read_dicom_image
 
         return read_dicom_image(path or stream, name)

@@ -9,10 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from medm.errors import MediaError
+from medm.imaging.folders import is_system_file, refuse_lost_slice, report_passed_over
 from medm.imaging.geometry import check_size
 from medm.imaging.images import read_image
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"}
+_OTHER_IMAGES = {
+    ".webp", ".gif", ".jp2", ".j2k", ".jpx", ".jxl", ".heic", ".heif", ".avif", ".pgm", ".ppm", ".pnm", ".exr",
+    ".jpe", ".jfif", ".dib", ".apng",
+}  # fmt: skip
 
 
 def read_slices(folder: Path, name: str) -> np.ndarray:
@@ -21,9 +26,16 @@ def read_slices(folder: Path, name: str) -> np.ndarray:
     Raises:
         MediaError: no images, names without numbers, a number twice or missing, different sizes or types, color.
     """
-    files = [path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")]
+    inside = sorted(folder.iterdir())
+    files = [path for path in inside if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")]
+    others = [path for path in inside if path not in set(files)]
+    for path in others:
+        if path.is_file():
+            _refuse_lost_slice(path, name)
     if not files:
-        raise MediaError(f"{name}: the folder holds neither DICOM files nor slice images")
+        found = f"; found {', '.join(path.name for path in others[:5])}" if others else ""
+        raise MediaError(f"{name}: the folder holds neither DICOM files nor slice images{found}")
+    report_passed_over(name, others, expected="slice images")
     numbered: dict[int, Path] = {}
     for path in files:
         numbers = re.findall(r"\d+", path.stem)
@@ -47,6 +59,17 @@ def read_slices(folder: Path, name: str) -> np.ndarray:
             )
         slices.append(pixels)
     return np.stack(slices)
+
+
+def _refuse_lost_slice(path: Path, name: str) -> None:
+    """Refuse an image of another format beside the slices: a stack without it would be shorter."""
+    if is_system_file(path):
+        return
+    if path.suffix.lower() in _OTHER_IMAGES and re.search(r"\d", path.stem):
+        raise MediaError(
+            f"{name}: {path.name} could be a slice, but {path.suffix} is not read; convert it, or move it out"
+        )
+    refuse_lost_slice(path, name, expected="an image that is read")
 
 
 def _gray(path: Path) -> np.ndarray:

@@ -18,6 +18,7 @@ from medm.errors import MediaError
 from medm.imaging.arrays import compact, read_npy
 from medm.imaging.constant import refuse_lost_values
 from medm.imaging.damage import DECODE_ERRORS
+from medm.imaging.dicom_bare import is_dicom_head
 from medm.imaging.geometry import MAX_BYTES, MAX_VOXELS, Geometry, check_size
 from medm.imaging.paths import split_series
 from medm.imaging.payload import open_binary
@@ -96,7 +97,7 @@ def _read_file(path: Path, name: str) -> Volume:
 
         voxels, geometry = read_metaimage(path, name)
         return Volume(voxels, name, geometry=geometry)
-    if head[128:132] == b"DICM":
+    if is_dicom_head(head):
         from medm.imaging.dicom_series import read_dicom_file
 
         voxels, geometry, scan = read_dicom_file(path, name)

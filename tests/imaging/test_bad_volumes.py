@@ -598,7 +598,7 @@ def dicom_among_links_in_a_circle(folder: Path) -> Path:
     return path
 
 
-@bad("none with an image")
+@bad(r"without Pixel Data \(7FE0,0010\): the file is truncated or encrypted")
 def dicom_encrypted(folder: Path) -> Path:
     def encrypt(dataset: Dataset, _: int) -> None:
         part = Dataset()
