@@ -15,11 +15,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "medm"
 
 LAYERS: list[set[str]] = [
-    {"errors", "config", "registry", "types"},
+    {"errors", "config", "registry", "types", "transformers_hook"},
     {"encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
     {"models", "data"},
     {"objectives", "tasks"},
     {"training", "evaluation"},
+    {"api"},
     {"serving"},
     {"cli"},
     {"__main__"},
@@ -28,7 +29,9 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FOUNDATION = LAYERS[0]
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("medm", "models"): "`import medm` makes the model known to transformers' Auto classes",
+    ("medm", "transformers_hook"): "`import medm` makes transformers' Auto classes open medm's folders",
+    ("medm", "api"): "`medm.load`, imported when it is first used",
+    ("medm.transformers_hook", "models"): "registers the classes when transformers first meets a folder of medm",
 }
 """(importer's module, imported room): why this one may look up or sideways."""
 

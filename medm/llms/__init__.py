@@ -28,7 +28,7 @@ class LLMOptions(Options):
     chat_template: str | None = None
     """A Jinja file, or one of medm's templates by name (`chatml`, `vicuna`, `plain`); the model's own template without it."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
-    """Attention implementation, by its transformers name."""
+    """Attention implementation in training, by its transformers name. One that this machine cannot run is refused."""
 
 
 LLMS: Registry[LLMFamily] = Registry("LLM", group="medm.llms", options=LLMOptions)

@@ -17,8 +17,16 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import import_utils
+
+from medm.errors import RecipeError
 
 PER_DOCUMENT = "per-document"
+_FLASH = {
+    "flash_attention_2": ("flash-attn", "is_flash_attn_2_available"),
+    "flash_attention_3": ("flash-attn-3", "is_flash_attn_3_available"),
+}
+"""The package that each needs, and transformers' test of package and device."""
 _KERNEL_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -114,6 +122,31 @@ def separates_documents(model: Any) -> bool:
         return False
     model.set_attn_implementation(PER_DOCUMENT)
     return True
+
+
+def check_usable(attention: str) -> None:
+    """Refuse an attention implementation that this machine cannot train with.
+
+    The kernels that transformers would fetch from the hub in the place of a missing package do not count.
+
+    Raises:
+        RecipeError: its package or its device is missing.
+    """
+    missing = None
+    if attention in _FLASH:
+        package, available = _FLASH[attention]
+        if not getattr(import_utils, available)():
+            missing = f"a GPU and the package {package}"
+    elif attention == "flex_attention":
+        if not import_utils.is_torch_flex_attn_available():
+            missing = "a later PyTorch"
+        elif not torch.accelerator.is_available():
+            missing = "a GPU (PyTorch has no gradients of it on a CPU)"
+    if missing is not None:
+        raise RecipeError(
+            f"model.llm.attention: {attention!r} needs {missing}, which this machine does not have; "
+            "set model.llm.attention=sdpa"
+        )
 
 
 def attends_to_all(model: Any) -> bool:

@@ -39,11 +39,13 @@ def build(options: Options, *, init_from: str | None = None) -> Built:
             preprocessing are the saved ones but for what the section writes.
 
     Raises:
-        RecipeError: parts that do not fit each other, or `init_from` holds other parts.
+        RecipeError: parts that do not fit each other or this machine, or `init_from` holds other parts.
         CheckpointError: weights that do not fit, or are damaged.
     """
+    kind = kind_of(options)
+    kind.check(options)
     if init_from is None:
-        return kind_of(options).build(options)
+        return kind.build(options)
     model, processor = load(init_from)
     model.check_same_parts(options, source=init_from)
     return model, model.follow(options, processor)

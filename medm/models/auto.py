@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make `AutoConfig`, `AutoModelForImageTextToText`, `AutoModelForCausalLM` and `AutoProcessor` know medm."""
+    """Make transformers' Auto classes know medm: those for configs, models and processors.
+
+    `import medm` has this done when transformers first meets a folder of medm. medm's own functions that
+    open a folder call it too, so that they need no hook in transformers.
+    """
     from transformers import (
         AutoConfig,
         AutoModel,

@@ -72,6 +72,9 @@ class ModelKind(ABC):
     `medm.types.Encode`), `tokenizer`, `placeholder_ids` by branch and `pad_id`.
     """
 
+    def check(self, options: Any) -> None:  # noqa: B027 (a kind without demands needs none)
+        """Refuse what this machine cannot run, before weights are read. Raises `RecipeError`."""
+
     @abstractmethod
     def build(self, options: Any) -> tuple[MedmModel, ProcessorMixin]:
         """The model, with published weights wherever the section gives a path, and its processor."""

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from medm.errors import CheckpointError
+from medm.models.auto import register
 from medm.models.manifest import verify_weights
 
 logger = logging.getLogger(__name__)
@@ -296,6 +297,7 @@ def open_saved(folder: str) -> tuple[Any, Any]:
             f"{folder}: not a model folder; expected config.json, weights and processor_config.json in it"
         )
     verify_weights(path)
+    register()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not config.model_type.startswith("medm-"):
@@ -303,6 +305,9 @@ def open_saved(folder: str) -> tuple[Any, Any]:
                 f"{folder}: a model of type {config.model_type!r}, which medm did not save; "
                 "'medm import' turns published folders into medm models"
             )
+        # medm saves neither. A folder from elsewhere may name a kernel of the hub, which would be fetched and run.
+        config._attn_implementation = None
+        config._experts_implementation = None
         # Mismatched tensors are let through here, so that the report below names them as it names the others.
         model, report = AutoModel.from_pretrained(
             path,
@@ -335,6 +340,7 @@ def open_processor(folder: str) -> Any:
     path = Path(folder).expanduser()
     if not (path / "processor_config.json").is_file():
         raise CheckpointError(f"{folder}: not a model folder; expected processor_config.json in it")
+    register()
     try:
         return AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

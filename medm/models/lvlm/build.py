@@ -16,6 +16,7 @@ from medm.errors import CheckpointError, RecipeError
 from medm.imaging import preprocess_from_dict
 from medm.imaging.options import ImagePreprocess, changed
 from medm.llms import LLMS, LLMOptions
+from medm.llms.attention import check_usable
 from medm.llms.base import read_template
 from medm.models.base import ModelKind
 from medm.models.checkpoint import Published, load_module
@@ -33,11 +34,16 @@ _NOT_FOR_THE_CONNECTOR = {"name", "path"}
 class LVLM(ModelKind):
     """The kind `lvlm`."""
 
+    def check(self, options: LVLMOptions) -> None:
+        check_usable(options.llm.attention)
+
     def build(self, options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
         return build(options)
 
     def skeleton(self, options: LVLMOptions) -> LVLMForConditionalGeneration:
-        config, _ = resolve(options)
+        # An estimate is for another machine as well: this one may lack the kernel that the recipe names.
+        llm = options.llm.model_copy(update={"attention": "sdpa"})
+        config, _ = resolve(options.model_copy(update={"llm": llm}))
         with torch.device("meta"):
             return LVLMForConditionalGeneration(config).to(getattr(torch, options.dtype))
 
@@ -58,8 +64,13 @@ def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProce
     config, processor = resolve(options)
     dtype = getattr(torch, options.dtype)
     # The frame holds no memory; its parts are put in with their weights.
-    with torch.device("meta"):
-        model = LVLMForConditionalGeneration(config)
+    try:
+        with torch.device("meta"):
+            model = LVLMForConditionalGeneration(config)
+    except (ImportError, ValueError) as error:
+        if "ttention" not in str(error):
+            raise
+        raise RecipeError(f"model.llm.attention: {options.llm.attention!r} cannot be used ({error})") from None
     model.language_model = _language_model(options.llm, config, dtype)
     model.branches = nn.ModuleDict(
         {name: _branch(name, branch, config, model.width).to(dtype) for name, branch in options.branches.items()}
@@ -67,6 +78,7 @@ def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProce
     model.config.dtype = dtype
     model.config.pad_token_id = processor.pad_id
     model.generation_config = _generation_config(model, processor)
+    model.use_attention(options.llm.attention)
     model.eval()
     model.choose_logits()
     return model, processor
@@ -105,6 +117,8 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
         chat_template=read_template(template) if template else None,
     )
     config = LVLMConfig(text_config=text_config, llm=options.llm.name, branches=branches, tasks=list(options.tasks))
+    # At the end, since a config hands its own to the configs inside it when it is made.
+    config._attn_implementation = options.llm.attention
     return config, processor
 
 
@@ -126,7 +140,6 @@ def _text_config(options: LLMOptions) -> PreTrainedConfig:
             f"model.llm: family {options.name!r} is of type {' or '.join(expected)}, but "
             f"{options.path or 'the architecture'} is {config.model_type!r}; name the right family, or 'auto'"
         )
-    config._attn_implementation = options.attention
     config._name_or_path = ""  # a checkpoint is complete; where its parts came from is in its recipe
     return config
 

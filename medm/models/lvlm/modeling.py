@@ -191,8 +191,28 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         generation: Any = self.generation_config
         end, stops = followed.chat.end_of_reply(), generation.eos_token_id
         generation.eos_token_id = sorted({end, *(stops if isinstance(stops, list) else [stops])} - {None})
+        self.use_attention(options.llm.attention)
         self.choose_logits()
         return followed
+
+    def use_attention(self, attention: str) -> None:
+        """Switch the language model to an attention implementation, at every level that names one.
+
+        Raises:
+            RecipeError: the language model cannot be switched to it.
+        """
+        try:
+            self.language_model.set_attn_implementation(attention)
+        except (ImportError, ValueError) as error:
+            raise RecipeError(f"model.llm.attention: {attention!r} cannot be used ({error})") from None
+        found = self.language_model.config._attn_implementation
+        if found != attention:
+            kind = self.config.get_text_config().model_type
+            raise RecipeError(
+                f"model.llm.attention: language models of type {kind!r} stay with {found!r}; "
+                f"set model.llm.attention={found}"
+            )
+        self.config._attn_implementation = attention
 
     def complete(self, processor: Any) -> None:
         for name in self.branches:
