@@ -1,22 +1,36 @@
-"""NumPy files from strangers: the header is checked before anything is allocated, and no object is ever built."""
+"""Untrusted NumPy files: the header is checked before anything is allocated, and no object is ever built."""
 
 from __future__ import annotations
 
 import math
-from typing import IO
+import zipfile
+from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 from numpy.lib import format as npy
 
 from medm.errors import MediaError
 from medm.imaging.damage import DECODE_ERRORS
+from medm.imaging.payload import check_ratio
 
 _MAX_HEADER = 10_000
+_MAX_PREFIX = 12 + _MAX_HEADER
+"""Most bytes of an NPY file before its numbers."""
+_PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""What numpy.savez and numpy.savez_compressed write. bzip2 and LZMA unpack a million times their size, and Python's
+zipfile unpacks them in pieces of any length."""
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def read_npy(
-    stream: IO[bytes], name: str, *, max_items: int, max_bytes: int | None = None, exact: bool = True
+    stream: IO[bytes],
+    name: str,
+    *,
+    max_items: int,
+    max_bytes: int | None = None,
+    exact: bool = True,
+    length: int | None = None,
 ) -> np.ndarray:
     """One array of plain numbers from the stream of a .npy file (a file, or a member of an archive).
 
@@ -26,15 +40,19 @@ def read_npy(
         max_items: most numbers that are read.
         max_bytes: most bytes of them; None for no further limit.
         exact: whether the stream has to end with the array.
+        length: bytes of the whole stream where they are known: another number than the header declares is refused
+            before anything is read.
 
     Raises:
         MediaError: objects or other non-numbers, a damaged or oversized header, too many numbers, too few bytes.
     """
+    counted = _Counted(stream)
+    header = cast(IO[bytes], counted)  # all that is asked of it is `read`
     try:
-        version = npy.read_magic(stream)
+        version = npy.read_magic(header)
         if version not in _HEADERS:
             raise MediaError(f"{name}: NPY version {version} is not read; save it with numpy.save")
-        shape, fortran, dtype = _HEADERS[version](stream, max_header_size=_MAX_HEADER)
+        shape, fortran, dtype = _HEADERS[version](header, max_header_size=_MAX_HEADER)
     except MediaError:
         raise
     except DECODE_ERRORS as error:
@@ -43,20 +61,94 @@ def read_npy(
         raise MediaError(f"{name}: holds Python objects, which would run code when read; save a plain numeric array")
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise MediaError(f"{name}: expected an array of numbers, found {dtype}")
+    if not all(type(side) is int and side >= 0 for side in shape):  # True is an int to NumPy's reader
+        raise MediaError(f"{name}: declares the shape {_text(shape)}; expected whole numbers from 0 on")
     items = math.prod(shape)
-    if items > max_items or any(length < 0 for length in shape):
-        raise MediaError(f"{name}: declares shape {shape}, more than the {max_items} numbers that are allowed")
-    if max_bytes is not None and items * dtype.itemsize > max_bytes:
-        raise MediaError(f"{name}: declares {shape} of {dtype}, more than the {max_bytes} bytes that are allowed")
-    data = stream.read(items * dtype.itemsize + exact)
-    if len(data) != items * dtype.itemsize:
-        found = "more" if len(data) > items * dtype.itemsize else str(len(data))
+    needed = items * dtype.itemsize
+    if items > max_items:
+        raise MediaError(f"{name}: declares shape {_text(shape)}, more than the {max_items} numbers that are allowed")
+    if max_bytes is not None and needed > max_bytes:
         raise MediaError(
-            f"{name}: shape {shape} of {dtype} needs {items * dtype.itemsize} bytes, found {found}; the file is damaged"
+            f"{name}: declares {_text(shape)} of {dtype}, more than the {max_bytes} bytes that are allowed"
         )
+    left = None if length is None else length - counted.count
+    if left is not None and (left < needed or (exact and left > needed)):
+        raise MediaError(_wrong_length(name, shape, dtype, needed, str(left)))
+    data = stream.read(needed + exact)
+    if len(data) != needed:
+        raise MediaError(_wrong_length(name, shape, dtype, needed, "more" if len(data) > needed else str(len(data))))
     array = np.frombuffer(data, dtype=dtype)
     array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
     return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def read_npz(path: Path, name: str, *, max_items: int, max_bytes: int) -> np.ndarray:
+    """The one array of an archive that numpy.savez or numpy.savez_compressed wrote.
+
+    Raises:
+        MediaError: several members, or as `read_npz_member`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if len(members) != 1 or not members[0].filename.endswith(".npy"):
+                raise MediaError(f"{name}: expected an archive with one array, found {len(members)} members")
+            return read_npz_member(archive, members[0], name, max_items=max_items, max_bytes=max_bytes)
+    except MediaError:
+        raise
+    except (zipfile.BadZipFile, *DECODE_ERRORS) as error:
+        raise MediaError(f"{name}: the NPZ archive is truncated or damaged ({type(error).__name__})") from None
+
+
+def read_npz_member(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, *, max_items: int, max_bytes: int
+) -> np.ndarray:
+    """One array of an archive.
+
+    Every length is compared before memory is taken for it: what the directory of the archive declares with the bytes
+    that are allowed and with what so many packed bytes can hold, and the header of the array with the directory.
+
+    Raises:
+        MediaError: another packing than stored or deflated, encryption, or as `read_npy`.
+        zipfile.BadZipFile: a checksum that does not fit, or a damaged archive.
+    """
+    if member.flag_bits & 1:
+        raise MediaError(f"{name}: the NPZ archive is encrypted; save it with numpy.savez_compressed")
+    if member.compress_type not in _PACKINGS:
+        raise MediaError(
+            f"{name}: the array is packed by method {member.compress_type} of ZIP; expected 0 (stored) or "
+            "8 (deflated), as numpy.savez and numpy.savez_compressed write it"
+        )
+    if member.file_size > max_bytes + _MAX_PREFIX:
+        raise MediaError(
+            f"{name}: the NPZ archive declares {member.file_size} bytes, more than the {max_bytes} that are allowed"
+        )
+    check_ratio(member.compress_size, member.file_size, name)
+    with archive.open(member) as stream:
+        return read_npy(stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size)
+
+
+class _Counted:
+    """A stream that counts what is read of it; a member of an archive cannot always tell."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.count = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.count += len(data)
+        return data
+
+
+def _wrong_length(name: str, shape: tuple[int, ...], dtype: np.dtype, needed: int, found: str) -> str:
+    return f"{name}: shape {_text(shape)} of {dtype} needs {needed} bytes, found {found}; the file is damaged"
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    """A shape for a message: it may have thousands of digits."""
+    text = str(shape)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def compact(array: np.ndarray) -> np.ndarray:

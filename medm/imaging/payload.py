@@ -21,6 +21,8 @@ _SLACK = 2**12
 """Bytes that may follow the voxels (padding)."""
 _PIECE = 2**20
 """Packed bytes that are read at a time."""
+_MAX_RATIO = 1032
+"""Times its size that deflate can hold: 258 bytes in two bits."""
 
 
 def open_binary(path: Path, name: str) -> BinaryIO:
@@ -51,6 +53,7 @@ def read_voxels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packi
             left = os.fstat(stream.fileno()).st_size - stream.tell()
             data, more = stream.read(min(needed, left)), left - needed
         else:
+            check_ratio(os.fstat(stream.fileno()).st_size - stream.tell(), needed, name)
             data, more = _unpack(stream, needed, packing)
     except (OSError, EOFError, MemoryError, zlib_ng.error) as error:  # type: ignore[misc]  # its stub has an instance
         raise MediaError(f"{name}: the packed voxels are truncated or damaged ({type(error).__name__})") from None
@@ -64,6 +67,19 @@ def read_voxels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packi
             f"{name}: holds more than the {needed} bytes of voxels that its header declares; one of the two is wrong"
         )
     return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def check_ratio(packed: int, needed: int, name: str) -> None:
+    """Refuse a header that declares more than so many deflated bytes can hold, before memory is taken for it.
+
+    Raises:
+        MediaError: the numbers of bytes do not fit.
+    """
+    if needed > (packed + 1) * _MAX_RATIO:
+        raise MediaError(
+            f"{name}: {packed} packed bytes cannot hold the {needed} bytes that its header declares; "
+            "the file is truncated or its header is wrong"
+        )
 
 
 def _unpack(stream: BinaryIO, needed: int, packing: Packing) -> tuple[bytearray, int]:

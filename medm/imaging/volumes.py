@@ -7,7 +7,6 @@ is repaired or guessed: what is missing is None, what is impossible is refused.
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,9 +14,8 @@ from typing import Literal
 import numpy as np
 
 from medm.errors import MediaError
-from medm.imaging.arrays import compact, read_npy
+from medm.imaging.arrays import compact, read_npy, read_npz
 from medm.imaging.constant import refuse_lost_values
-from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom_bare import is_dicom_head
 from medm.imaging.geometry import MAX_BYTES, MAX_VOXELS, Geometry, check_size
 from medm.imaging.paths import split_series
@@ -104,26 +102,15 @@ def _read_file(path: Path, name: str) -> Volume:
         return Volume(voxels, name, "HU" if scan.hounsfield else "raw", geometry, scan.modality)
     if head.startswith(b"\x93NUMPY"):
         with open_binary(path, name) as stream:
-            return Volume(_three_axes(read_npy(stream, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES), name), name)
+            array = read_npy(
+                stream, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES, length=os.fstat(stream.fileno()).st_size
+            )
+            return Volume(_three_axes(array, name), name)
     if lower.endswith(".npz"):
-        return Volume(_three_axes(_read_npz(path, name), name), name)
+        return Volume(_three_axes(read_npz(path, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES), name), name)
     raise MediaError(
         f"{name}: not a volume that is read; expected NIfTI, NRRD, MHA, DICOM, NPY, NPZ, or a folder of DICOM or slices"
     )
-
-
-def _read_npz(path: Path, name: str) -> np.ndarray:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-            if len(members) != 1 or not members[0].endswith(".npy"):
-                raise MediaError(f"{name}: expected an archive with one array, found {len(members)} members")
-            with archive.open(members[0]) as stream:
-                return read_npy(stream, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES)
-    except MediaError:
-        raise
-    except (zipfile.BadZipFile, *DECODE_ERRORS) as error:
-        raise MediaError(f"{name}: the NPZ archive is truncated or damaged ({type(error).__name__})") from None
 
 
 def _three_axes(array: np.ndarray, name: str) -> np.ndarray:

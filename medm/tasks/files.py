@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from medm.data.files import parse_json
 from medm.errors import DataError, MediaError
 from medm.imaging import resolve_inside
-from medm.imaging.arrays import read_npy
+from medm.imaging.arrays import read_npy, read_npz_member
 
 MAX_NUMBERS = 4 * 10**9
 """Most numbers in one array: the largest here, DermaMNIST at 224 pixels, has 1.1e9."""
@@ -117,10 +118,12 @@ class NumberArchive:
         if name not in self.names:
             raise DataError(f"there is no array {name!r}; found {sorted(self.names)}", file=self.path)
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
-                member: IO[bytes] = stream
-                return read_npy(member, f"{self.path}:{name}", max_items=MAX_NUMBERS)
-        except (OSError, zipfile.BadZipFile, EOFError) as error:
+            with zipfile.ZipFile(self.path) as archive:
+                return read_npz_member(
+                    archive, archive.getinfo(f"{name}.npy"), f"{self.path}:{name}",
+                    max_items=MAX_NUMBERS, max_bytes=8 * MAX_NUMBERS,
+                )  # fmt: skip
+        except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise DataError(f"array {name!r} is damaged ({error})", file=self.path) from None
 
 

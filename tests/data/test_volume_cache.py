@@ -178,6 +178,23 @@ def test_a_damaged_entry_is_made_again(
     assert len(reads) == 2
 
 
+@pytest.mark.parametrize("garbage", [bytes(64), b"\xff" * 64, b"Z" * 64, b"", b"0" * 63 + b"\n"])
+def test_a_damaged_index_is_written_anew(tmp_path: Path, reads: list[Path], garbage: bytes) -> None:
+    """Zeros are what a file system leaves after a power failure. Two files with equal garbage stay apart."""
+    paths = make_volumes(tmp_path, 2)
+    expected = [load_pixels(path, PREPROCESS) for path in paths]
+    cache = MediaCache(tmp_path / "cache", max_bytes=10**6)
+    for path in paths:
+        cache.load(path, PREPROCESS)
+    whole = {index: index.read_bytes() for index in cache.folder.glob("index/*/*")}
+    assert len(whole) == 2
+    for index in whole:
+        index.write_bytes(garbage)
+    for path, pixels in zip(paths, expected, strict=True):
+        np.testing.assert_array_equal(MediaCache(tmp_path / "cache", max_bytes=10**6).load(path, PREPROCESS), pixels)
+    assert {index: index.read_bytes() for index in whole} == whole
+
+
 def test_nothing_of_the_patient_is_stored(cache: MediaCache, volume: Path, tmp_path: Path) -> None:
     write_series(tmp_path / "ct", phantom())
     cache.load(volume, PREPROCESS)

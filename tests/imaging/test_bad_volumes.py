@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import struct
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -89,6 +90,13 @@ def nii_gz_wrong_checksum(folder: Path) -> Path:
 @bad("holds more than the 12832 bytes")
 def nii_gz_bomb(folder: Path) -> Path:
     return written(folder / "ct.nii.gz", gzip.compress(bytes(nifti(folder)) + bytes(50_000_000)))
+
+
+@bad(r"packed bytes cannot hold the 1073742176 bytes that its header declares")
+def nii_gz_of_a_gibibyte_in_a_hundred_bytes(folder: Path) -> Path:
+    data = nifti(folder)[:352]
+    struct.pack_into("<4h", data, 40, 3, 1024, 1024, 512)
+    return written(folder / "ct.nii.gz", gzip.compress(bytes(data)))
 
 
 @bad("too few for a NIfTI header")
@@ -266,6 +274,12 @@ def nrrd_fewer_slices_than_there_are(folder: Path) -> Path:
     return nrrd_with(folder, "sizes: 26 20 12", "sizes: 26 20 6")
 
 
+@bad(r"packed bytes cannot hold the 1073741824 bytes")
+def nrrd_of_a_gibibyte_in_few_bytes(folder: Path) -> Path:
+    data = nrrd(folder, packed=True).replace(b"sizes: 26 20 12", b"sizes: 1024 1024 512")
+    return written(folder / "ct.nrrd", data)
+
+
 @bad("30000 x 30000 x 3000|3000 x 30000 x 30000")
 def nrrd_huge(folder: Path) -> Path:
     return nrrd_with(folder, "sizes: 26 20 12", "sizes: 30000 30000 3000")
@@ -379,6 +393,12 @@ def mha_wrong_checksum(folder: Path) -> Path:
 def mha_bomb(folder: Path) -> Path:
     header = mha(folder, packed=True).partition(b"LOCAL\n")[0]
     return written(folder / "ct.mha", header + b"LOCAL\n" + zlib.compress(bytes(50_000_000)))
+
+
+@bad(r"packed bytes cannot hold the 1073741824 bytes")
+def mha_of_a_gibibyte_in_few_bytes(folder: Path) -> Path:
+    data = mha(folder, packed=True).replace(b"DimSize = 26 20 12", b"DimSize = 1024 1024 512")
+    return written(folder / "ct.mha", data)
 
 
 @bad("impossible size")
@@ -516,13 +536,82 @@ def npz_damaged(folder: Path) -> Path:
     return written(folder / "ct.npz", data)
 
 
-@bad("LZMAError")
-def npz_damaged_lzma(folder: Path) -> Path:
-    with zipfile.ZipFile(folder / "whole.npz", "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("a.npy", npy_header("(9, 9, 9)") + np.random.default_rng(0).bytes(9 * 9 * 9 * 2))
-    data = bytearray((folder / "whole.npz").read_bytes())
-    data[60:200] = b"\xff" * 140
+def npz(folder: Path, content: bytes, packing: int = zipfile.ZIP_DEFLATED, name: str = "a.npy") -> Path:
+    with zipfile.ZipFile(folder / "ct.npz", "w", packing) as archive:
+        archive.writestr(name, content)
+    return folder / "ct.npz"
+
+
+def npz_declaring(folder: Path, content: bytes, size: int) -> Path:
+    """An archive whose directory declares another size than it holds."""
+    path = npz(folder, content)
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    for at in (22, entry + 24):  # local header and directory
+        assert struct.unpack_from("<I", data, at)[0] == len(content)
+        struct.pack_into("<I", data, at, size)
+    return written(path, data)
+
+
+CUBE = npy_header("(9, 9, 9)") + bytes(9 * 9 * 9 * 2)
+
+
+@bad(r"packed by method 14 of ZIP; expected 0 \(stored\) or 8 \(deflated\)")
+def npz_lzma(folder: Path) -> Path:
+    return npz(folder, CUBE, zipfile.ZIP_LZMA)
+
+
+@bad(r"packed by method 12 of ZIP")
+def npz_bzip2(folder: Path) -> Path:
+    return npz(folder, CUBE, zipfile.ZIP_BZIP2)
+
+
+@bad("declares 4000000000 bytes, more than the 2147483648 that are allowed")
+def npz_declares_more_than_is_allowed(folder: Path) -> Path:
+    return npz_declaring(folder, CUBE, 4_000_000_000)
+
+
+@bad(r"packed bytes cannot hold the 2000000000 bytes")
+def npz_declares_more_than_deflate_can_hold(folder: Path) -> Path:
+    return npz_declaring(folder, CUBE, 2_000_000_000)
+
+
+@bad("truncated or damaged")
+def npz_declares_less_than_its_array(folder: Path) -> Path:
+    return npz_declaring(folder, CUBE, len(CUBE) - 500)
+
+
+@bad(r"shape \(512, 1024, 1000\) of int16 needs 1048576000 bytes, found 1458")
+def npz_array_declares_more_than_its_member(folder: Path) -> Path:
+    return npz(folder, npy_header("(512, 1024, 1000)") + bytes(1458))
+
+
+@bad("the NPZ archive is encrypted")
+def npz_encrypted(folder: Path) -> Path:
+    data = bytearray(npz(folder, CUBE).read_bytes())
+    data[6] |= 1
+    data[data.index(b"PK\x01\x02") + 8] |= 1
     return written(folder / "ct.npz", data)
+
+
+@bad("expected an archive with one array, found 1 members")
+def npz_in_an_npz(folder: Path) -> Path:
+    return npz(folder, npz(folder, CUBE).read_bytes(), name="inner.npz")
+
+
+@bad(r"declares the shape \(True, 2, 2\); expected whole numbers")
+def npy_shape_of_truth_values(folder: Path) -> Path:
+    return written(folder / "ct.npy", npy_header("(True, 2, 2)") + bytes(8))
+
+
+@bad(r"declares the shape \(-2, -2, 2\); expected whole numbers")
+def npy_negative_sides(folder: Path) -> Path:
+    return written(folder / "ct.npy", npy_header("(-2, -2, 2)") + bytes(16))
+
+
+@bad(r"declares shape \(1{99}\.\.\., more than the .* numbers")
+def npy_side_of_a_thousand_digits(folder: Path) -> Path:
+    return written(folder / "ct.npy", npy_header(f"({'1' * 4000}, 2, 2)") + bytes(16))
 
 
 @bad("more than the 2147483648 bytes")
@@ -537,7 +626,7 @@ def npz_too_many_bytes(folder: Path) -> Path:
     return folder / "ct.npz"
 
 
-@bad("found more")
+@bad("found 50000000; the file is damaged")
 def npz_bomb(folder: Path) -> Path:
     with zipfile.ZipFile(folder / "ct.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.npy", npy_header("(2, 2, 2)") + bytes(50_000_000))
@@ -999,3 +1088,26 @@ def test_reading_a_stream_of_numbers_needs_no_seek(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("scan.npy", buffer.getvalue())
     np.testing.assert_array_equal(read_volume(tmp_path / "a.npz").voxels, body())
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["npz_declares_more_than_deflate_can_hold", "npz_array_declares_more_than_its_member", "npz_bomb_of_lzma",
+     "npz_bomb_of_bzip2", "nii_gz_of_a_gibibyte_in_a_hundred_bytes", "nrrd_of_a_gibibyte_in_few_bytes",
+     "mha_of_a_gibibyte_in_few_bytes"],
+)  # fmt: skip
+def test_a_lying_header_takes_no_memory(tmp_path: Path, case: str) -> None:
+    """Refused before anything of the declared size is made: measured below 1 MB, and 64 MB to 1 GiB before."""
+    if case.startswith("npz_bomb"):
+        content = npy_header("(1, 2, 3)") + bytes(64_000_000)
+        path = npz(tmp_path, content, {"a": zipfile.ZIP_LZMA, "2": zipfile.ZIP_BZIP2}[case[-1]])
+        assert path.stat().st_size < 20_000
+    else:
+        path = CASES[case][0](tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(MediaError):
+            read_volume(path)
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
