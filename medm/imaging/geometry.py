@@ -73,12 +73,30 @@ def check_size(shape: Sequence[int], itemsize: int, name: str) -> None:
         raise MediaError(f"{name}: {text} voxels are a single slice, not a volume; give it as an image")
 
 
-def check_spacing(spacing: Sequence[float], name: str) -> None:
-    """Refuse distances that cannot be. Raises `MediaError`."""
+def check_spacing(spacing: Sequence[float], name: str, *, source: str = "") -> None:
+    """Refuse distances that cannot be. `source` says for the message where they come from. Raises `MediaError`."""
     low, high = SPACING_RANGE
     if not all(math.isfinite(value) and low <= value <= high for value in spacing):
-        text = ", ".join(f"{value:g}" for value in spacing)
-        raise MediaError(f"{name}: spacing {text}: expected {low:g} to {high:g} mm between voxels; mend the header")
+        text = join_numbers(spacing)
+        raise MediaError(
+            f"{name}: spacing {text}{source}: expected {low:g} to {high:g} mm between voxels; correct the header"
+        )
+
+
+def largest_turn(one: Geometry, other: Geometry) -> float:
+    """Largest angle in degrees between the same axis of two grids."""
+    cosines = np.sum(one.direction * other.direction, axis=0)
+    return math.degrees(math.acos(float(np.clip(cosines.min(), -1.0, 1.0))))
+
+
+def spacings_differ(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> bool:
+    """Whether two headers' spacings differ by more than rounding: one part in a hundred."""
+    return not np.allclose(one, other, rtol=1e-2, atol=0)
+
+
+def join_numbers(values: Sequence[float] | np.ndarray) -> str:
+    """Numbers of a header for a message."""
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def geometry_from_steps(steps: np.ndarray, origin: np.ndarray, name: str) -> Geometry:

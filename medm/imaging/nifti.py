@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import struct
 import zlib
@@ -13,13 +14,28 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from medm.errors import MediaError
-from medm.imaging.geometry import Geometry, check_size, check_spacing, geometry_from_steps
+from medm.imaging.constant import refuse_lost_values
+from medm.imaging.geometry import (
+    Geometry,
+    check_size,
+    check_spacing,
+    geometry_from_steps,
+    join_numbers,
+    largest_turn,
+    spacings_differ,
+)
+from medm.imaging.notices import warn_of_file
 from medm.imaging.payload import open_binary, read_voxels
+
+logger = logging.getLogger(__name__)
 
 _TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"
 }  # fmt: skip
-_MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+_UNITS = {0: ("mm", 1.0), 1: ("m", 1000.0), 2: ("mm", 1.0), 3: ("um", 0.001)}
+"""Name and length in mm by the spatial part of `xyzt_units`; 0 says nothing, which every reader takes to be mm."""
+_TURN_DEGREES = 1.0
+"""Between sform and qform; less is the rounding of quaternions in single precision."""
 _MAX_OFFSET = 2**24
 """Largest header with extensions, which are skipped: they may hold a patient's data."""
 
@@ -61,9 +77,14 @@ class _Header:
     """The 12 numbers of the sform."""
 
     @property
-    def millimetres(self) -> float:
-        """Length of one unit of the header."""
-        return _MILLIMETRES.get(self.units & 7, 1.0)
+    def unit(self) -> tuple[str, float]:
+        """Name and length in mm of the unit of the header; mm where its code is not defined."""
+        return _UNITS.get(self.units & 7, ("mm", 1.0))
+
+    @property
+    def spacing(self) -> list[float]:
+        """Voxel sizes along x, y, z in mm. Their sign has no meaning in the standard."""
+        return [abs(value) * self.unit[1] for value in self.pixdim[1:4]]
 
 
 def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
@@ -88,10 +109,12 @@ def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
 
 
 def check_nifti(path: Path, name: str) -> None:
-    """Look at the header, and at the size of a file that is not packed. Raises `MediaError`."""
+    """Look at all of the header, and at the size of a file that is not packed. Raises `MediaError`."""
     with open_binary(path, name) as stream:
         header, packed = _read_header(stream, name)
     shape, dtype = _check(header, name)
+    _scaling(header, name)
+    _geometry(header, name)
     needed, found = int(header.vox_offset) + math.prod(shape) * dtype.itemsize, path.stat().st_size
     if not packed and found < needed:
         raise MediaError(f"{name}: {found} bytes, but its header declares {needed}; the file is truncated")
@@ -136,28 +159,65 @@ def _check(header: _Header, name: str) -> tuple[tuple[int, int, int], np.dtype]:
     while len(lengths) > 3 and lengths[-1] == 1:
         lengths.pop()
     if header.datatype not in _TYPES:
-        raise MediaError(f"{name}: NIfTI datatype {header.datatype} (colour or complex numbers) is not read")
+        raise MediaError(f"{name}: NIfTI datatype {header.datatype} (color or complex numbers) is not read")
     dtype = np.dtype(header.order + _TYPES[header.datatype])
     if header.bitpix != dtype.itemsize * 8:
-        raise MediaError(f"{name}: the header declares {header.bitpix} bits for {dtype.name}; it is damaged")
+        raise MediaError(
+            f"{name}: datatype {header.datatype} ({dtype.name}) has {dtype.itemsize * 8} bits, but bitpix declares "
+            f"{header.bitpix}; the header is damaged"
+        )
     check_size(lengths[::-1], dtype.itemsize, name)
-    if not (math.isfinite(header.vox_offset) and header.size <= header.vox_offset <= _MAX_OFFSET):
-        raise MediaError(f"{name}: voxels begin at byte {header.vox_offset:g} by the header; it is damaged")
-    check_spacing([abs(value) * header.millimetres for value in header.pixdim[1:4]], name)
+    offset = header.vox_offset
+    if not (math.isfinite(offset) and header.size <= offset <= _MAX_OFFSET and offset == int(offset)):
+        raise MediaError(f"{name}: voxels begin at byte {offset:g} by the header; it is damaged")
+    check_spacing(header.spacing, name, source=f" (pixdim {join_numbers(header.pixdim[1:4])} in {header.unit[0]})")
+    if header.units & 7 not in _UNITS:
+        warn_of_file(
+            logger, kind="NIfTI units", file=name,
+            message=f"{name}: the unit {header.units & 7} of xyzt_units is not defined (1 m, 2 mm, 3 um); "
+            f"mm are taken: voxels of {join_numbers(header.spacing)} mm",
+        )  # fmt: skip
     return (lengths[2], lengths[1], lengths[0]), dtype
 
 
-def _scaled(voxels: np.ndarray, header: _Header, name: str) -> np.ndarray:
+def _scaling(header: _Header, name: str) -> tuple[float, float] | None:
+    """Slope and intercept; None where the header says that the numbers are meant as they are stored.
+
+    As nifti1_io and nibabel: a slope that is 0 or not finite is no scaling, whatever the intercept says. The two
+    disagree about a valid slope beside an intercept that is not finite (0, and an error), so that is refused.
+    """
     slope, intercept = header.slope, header.intercept
-    if not (math.isfinite(slope) and math.isfinite(intercept)):
-        raise MediaError(f"{name}: scl_slope {slope:g} and scl_inter {intercept:g}: expected finite numbers")
-    if slope == 0 or (slope, intercept) == (1, 0):  # a slope of 0 means "not scaled"
+    if slope == 0 or not math.isfinite(slope):
+        if math.isfinite(intercept) and intercept != 0:
+            warn_of_file(
+                logger, kind="NIfTI scaling", file=name,
+                message=f"{name}: scl_slope {slope:g} means that the values are not scaled, so scl_inter "
+                f"{intercept:g} is not added either, as the standard says",
+            )  # fmt: skip
+        return None
+    if not math.isfinite(intercept):
+        raise MediaError(
+            f"{name}: scl_slope {slope:g} is valid, but scl_inter is {intercept:g}: expected a finite number; "
+            "correct the header, or set scl_slope to 0 where the stored values are meant"
+        )
+    return None if (slope, intercept) == (1, 0) else (slope, intercept)
+
+
+def _scaled(voxels: np.ndarray, header: _Header, name: str) -> np.ndarray:
+    scaling = _scaling(header, name)
+    if scaling is None:
         return voxels
-    return voxels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    scaled = voxels.astype(np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is counted and refused by `read_volume`
+        scaled *= np.float32(scaling[0])
+        scaled += np.float32(scaling[1])
+    refuse_lost_values(voxels, scaled, name, f"scl_slope {scaling[0]:g} with scl_inter {scaling[1]:g}")
+    return scaled
 
 
 def _geometry(header: _Header, name: str) -> Geometry | None:
-    unit = header.millimetres
+    """By the sform where there is one, else by the qform, as nibabel does; None where both codes are 0."""
+    unit = header.unit[1]
     to_lps = np.diag([-1.0, -1.0, 1.0])
     found = []
     if header.sform_code > 0:
@@ -166,12 +226,31 @@ def _geometry(header: _Header, name: str) -> Geometry | None:
     if header.qform_code > 0:
         found.append((_rotation(header, name) * np.abs(header.pixdim[1:4]), np.asarray(header.quaternion[3:])))
     geometries = [geometry_from_steps(to_lps @ steps * unit, to_lps @ offset * unit, name) for steps, offset in found]
-    if len(geometries) == 2 and geometries[0].axes != geometries[1].axes:
-        raise MediaError(
-            f"{name}: sform says the axes are {geometries[0].axes}, qform {geometries[1].axes}: left and right cannot "
-            "be known; mend the header"
-        )
+    if len(geometries) == 2:
+        _compare(geometries[0], geometries[1], name)
+    if header.sform_code > 0 and spacings_differ(geometries[0].spacing[::-1], header.spacing):
+        warn_of_file(
+            logger, kind="NIfTI spacing", file=name,
+            message=f"{name}: voxels of {join_numbers(geometries[0].spacing[::-1])} mm by the sform, of "
+            f"{join_numbers(header.spacing)} mm by pixdim; the sform is used",
+        )  # fmt: skip
     return geometries[0] if geometries else None
+
+
+def _compare(sform: Geometry, qform: Geometry, name: str) -> None:
+    """Two directions in one header: refused where they name other sides, a warning where they are turned."""
+    if sform.axes != qform.axes:
+        raise MediaError(
+            f"{name}: sform says the axes are {sform.axes}, qform {qform.axes}: left and right cannot "
+            "be known; correct the header"
+        )
+    turn = largest_turn(sform, qform)
+    if turn > _TURN_DEGREES:
+        warn_of_file(
+            logger, kind="NIfTI direction", file=name,
+            message=f"{name}: sform and qform are turned by {turn:.1f} degrees against each other (tilted against the "
+            f"patient by {sform.tilt:.1f} and {qform.tilt:.1f} degrees); the sform is used",
+        )  # fmt: skip
 
 
 def _rotation(header: _Header, name: str) -> np.ndarray:
@@ -179,7 +258,9 @@ def _rotation(header: _Header, name: str) -> np.ndarray:
     rest = 1 - (b * b + c * c + d * d)
     if not math.isfinite(rest) or rest < -1e-3:
         raise MediaError(f"{name}: the quaternion of the header is not a rotation")
-    a = math.sqrt(max(rest, 0.0))
+    if rest < 1e-7:  # half a turn: rounding may leave a vector that is not of unit length
+        b, c, d = (value / math.sqrt(b * b + c * c + d * d) for value in (b, c, d))
+    a = math.sqrt(max(rest, 0.0)) if rest >= 1e-7 else 0.0
     rotation = np.array(
         [
             [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],

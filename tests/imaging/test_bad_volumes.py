@@ -134,7 +134,7 @@ def nii_nine_dimensions(folder: Path) -> Path:
     return patched(folder, 40, "h", 9)
 
 
-@bad("spacing 0, 2, 5: expected 0.01 to 50 mm")
+@bad(r"spacing 0, 2, 5 \(pixdim 0, 2, 5 in mm\): expected 0\.01 to 50 mm")
 def nii_zero_spacing(folder: Path) -> Path:
     return patched(folder, 80, "f", 0.0)
 
@@ -178,7 +178,7 @@ def nii_colour(folder: Path) -> Path:
     return patched(folder, 70, "2h", 128, 24)
 
 
-@bad("declares 32 bits for int16")
+@bad(r"datatype 4 \(int16\) has 16 bits, but bitpix declares 32")
 def nii_bits_of_another_type(folder: Path) -> Path:
     return patched(folder, 72, "h", 32)
 
@@ -193,9 +193,34 @@ def nii_offset_nan(folder: Path) -> Path:
     return patched(folder, 108, "f", float("nan"))
 
 
-@bad("expected finite numbers")
-def nii_nan_slope(folder: Path) -> Path:
-    return patched(folder, 112, "f", float("nan"))
+@bad("scl_slope 2 is valid, but scl_inter is nan: expected a finite number")
+def nii_nan_intercept(folder: Path) -> Path:
+    return patched(folder, 112, "2f", 2.0, float("nan"))
+
+
+@bad(r"scl_slope 1e-30 with scl_inter -1024 turns the stored values -1000\.\.700 into the one value -1024")
+def nii_slope_that_leaves_one_value(folder: Path) -> Path:
+    return patched(folder, 112, "2f", 1e-30, -1024.0)
+
+
+@bad("voxels are NaN or infinite")
+def nii_slope_that_leaves_no_number(folder: Path) -> Path:
+    return patched(folder, 112, "f", 3e38)
+
+
+@bad(r"spacing 1500, 2000, 5000 \(pixdim 1\.5, 2, 5 in m\)")
+def nii_units_of_metres_beside_millimetres(folder: Path) -> Path:
+    return patched(folder, 123, "B", 1)
+
+
+@bad("voxels begin at byte 352.5 by the header")
+def nii_offset_between_bytes(folder: Path) -> Path:
+    return patched(folder, 108, "f", 352.5)
+
+
+@bad("voxels begin at byte 0 by the header")
+def nii_offset_of_zero(folder: Path) -> Path:
+    return patched(folder, 108, "f", 0.0)
 
 
 @bad("singular")
@@ -1008,7 +1033,7 @@ def test_there_are_enough_cases() -> None:
 
 def test_what_simpleitk_reads_without_a_word_is_refused_here(tmp_path: Path) -> None:
     """The reason why voxels are not read by SimpleITK alone: if this fails, it has become stricter."""
-    for build in (nii_truncated, nii_zero_spacing, nii_nan_slope, mha_wrong_checksum):
+    for build in (nii_truncated, nii_zero_spacing, nii_nan_intercept, mha_wrong_checksum):
         folder = tmp_path / build.__name__
         folder.mkdir()
         path = build(folder)
