@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
@@ -46,6 +48,34 @@ def read_npy(
     Raises:
         MediaError: objects or other non-numbers, a damaged or oversized header, too many numbers, too few bytes.
     """
+    shape, fortran, dtype = _read_header(
+        stream, name, max_items=max_items, max_bytes=max_bytes, length=length, exact=exact
+    )
+    needed = math.prod(shape) * dtype.itemsize
+    data = stream.read(needed + exact)
+    if len(data) != needed:
+        raise MediaError(_wrong_length(name, shape, dtype, needed, "more" if len(data) > needed else str(len(data))))
+    array = np.frombuffer(data, dtype=dtype)
+    array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+    return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def check_npy(
+    stream: IO[bytes], name: str, *, max_items: int, length: int, max_bytes: int | None = None
+) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and type of an array from its header, checked against the length of the file. No number is read.
+
+    Raises:
+        MediaError: as `read_npy`.
+    """
+    shape, _, dtype = _read_header(stream, name, max_items=max_items, max_bytes=max_bytes, length=length, exact=True)
+    return shape, dtype
+
+
+def _read_header(
+    stream: IO[bytes], name: str, *, max_items: int, max_bytes: int | None, length: int | None, exact: bool
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the first axis is fastest, and type; all believable."""
     counted = _Counted(stream)
     header = cast(IO[bytes], counted)  # all that is asked of it is `read`
     try:
@@ -74,12 +104,7 @@ def read_npy(
     left = None if length is None else length - counted.count
     if left is not None and (left < needed or (exact and left > needed)):
         raise MediaError(_wrong_length(name, shape, dtype, needed, str(left)))
-    data = stream.read(needed + exact)
-    if len(data) != needed:
-        raise MediaError(_wrong_length(name, shape, dtype, needed, "more" if len(data) > needed else str(len(data))))
-    array = np.frombuffer(data, dtype=dtype)
-    array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
-    return array.astype(dtype.newbyteorder("="), copy=False)
+    return shape, fortran, dtype
 
 
 def read_npz(path: Path, name: str, *, max_items: int, max_bytes: int) -> np.ndarray:
@@ -88,12 +113,27 @@ def read_npz(path: Path, name: str, *, max_items: int, max_bytes: int) -> np.nda
     Raises:
         MediaError: several members, or as `read_npz_member`.
     """
+    with _open_npz(path, name) as (archive, member):
+        return read_npz_member(archive, member, name, max_items=max_items, max_bytes=max_bytes)
+
+
+def check_npz(path: Path, name: str, *, max_items: int, max_bytes: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and type of the one array of an archive; only its header is unpacked. Raises as `read_npz`."""
+    with _open_npz(path, name) as (archive, member):
+        _check_member(member, name, max_bytes=max_bytes)
+        with archive.open(member) as stream:
+            return check_npy(stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size)
+
+
+@contextmanager
+def _open_npz(path: Path, name: str) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
+    """The archive and its only member; what is raised inside because of damage becomes a `MediaError`."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if len(members) != 1 or not members[0].filename.endswith(".npy"):
                 raise MediaError(f"{name}: expected an archive with one array, found {len(members)} members")
-            return read_npz_member(archive, members[0], name, max_items=max_items, max_bytes=max_bytes)
+            yield archive, members[0]
     except MediaError:
         raise
     except (zipfile.BadZipFile, *DECODE_ERRORS) as error:
@@ -112,6 +152,12 @@ def read_npz_member(
         MediaError: another packing than stored or deflated, encryption, or as `read_npy`.
         zipfile.BadZipFile: a checksum that does not fit, or a damaged archive.
     """
+    _check_member(member, name, max_bytes=max_bytes)
+    with archive.open(member) as stream:
+        return read_npy(stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size)
+
+
+def _check_member(member: zipfile.ZipInfo, name: str, *, max_bytes: int) -> None:
     if member.flag_bits & 1:
         raise MediaError(f"{name}: the NPZ archive is encrypted; save it with numpy.savez_compressed")
     if member.compress_type not in _PACKINGS:
@@ -124,8 +170,6 @@ def read_npz_member(
             f"{name}: the NPZ archive declares {member.file_size} bytes, more than the {max_bytes} that are allowed"
         )
     check_ratio(member.compress_size, member.file_size, name)
-    with archive.open(member) as stream:
-        return read_npy(stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size)
 
 
 class _Counted:

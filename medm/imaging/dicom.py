@@ -161,21 +161,14 @@ def read_header(path: Path, name: str | None = None) -> Header | None:
     return header
 
 
-def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
-    """A single-frame DICOM file as a `Picture`, with the window that the file declares.
+def read_image_header(file: Path, name: str) -> Header:
+    """The header of a file that holds one image.
 
     Raises:
         MediaError: as `read_header`, or the file holds several frames or no image.
     """
-    from medm.imaging.dicom_pixels import read_pixels
-    from medm.imaging.images import MAX_PIXELS, Picture
+    from medm.imaging.images import MAX_PIXELS
 
-    if not isinstance(file, Path):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "image.dcm"
-            with path.open("wb") as copy:
-                shutil.copyfileobj(file, copy)
-            return read_dicom_image(path, name)
     header = read_header(file, name)
     if header is None:
         raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
@@ -185,6 +178,25 @@ def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
         raise MediaError(
             f"{name}: {header.columns} x {header.rows} pixels are more than the {MAX_PIXELS} that are allowed"
         )
+    return header
+
+
+def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
+    """A single-frame DICOM file as a `Picture`, with the window that the file declares.
+
+    Raises:
+        MediaError: as `read_header`, or the file holds several frames or no image.
+    """
+    from medm.imaging.dicom_pixels import read_pixels
+    from medm.imaging.images import Picture
+
+    if not isinstance(file, Path):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "image.dcm"
+            with path.open("wb") as copy:
+                shutil.copyfileobj(file, copy)
+            return read_dicom_image(path, name)
+    header = read_image_header(file, name)
     pixels = read_pixels(header)[0]
     if header.samples == 3:
         return Picture(pixels, name)

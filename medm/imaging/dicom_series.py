@@ -25,6 +25,17 @@ _GAP_TOLERANCE = 0.1
 
 def read_dicom_file(path: Path, name: str) -> tuple[np.ndarray, Geometry, Header]:
     """A multi-frame file as voxels (z, y, x). Raises `MediaError`, also for a single slice."""
+    header = _multi_frame_header(path, name)
+    order, geometry = _frame_order(header, name)
+    return compact(read_pixels(header))[order], geometry, header
+
+
+def check_dicom_file(path: Path, name: str) -> None:
+    """Check everything of a multi-frame file but its pixels. Raises `MediaError` as `read_dicom_file`."""
+    _frame_order(_multi_frame_header(path, name), name)
+
+
+def _multi_frame_header(path: Path, name: str) -> Header:
     header = read_header(path, name)
     if header is None:
         raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
@@ -32,7 +43,7 @@ def read_dicom_file(path: Path, name: str) -> tuple[np.ndarray, Geometry, Header
         raise MediaError(
             f"{name}: one DICOM slice, not a volume; give the folder of its series, or give it as an image"
         )
-    return _multi_frame(header, name)
+    return header
 
 
 def read_dicom_folder(
@@ -50,6 +61,26 @@ def read_dicom_folder(
     Raises:
         MediaError: no image, no or no single series that fits, or slices that do not form a volume.
     """
+    chosen, order, geometry = _series(folder, name, series=series, several=several)
+    if chosen[0].frames > 1:
+        return compact(read_pixels(chosen[0]))[order], geometry, chosen[0]
+    voxels = np.stack([compact(read_pixels(chosen[index])[0]) for index in order])
+    return voxels, geometry, chosen[0]
+
+
+def check_dicom_folder(folder: Path, name: str, *, series: str | None, several: Literal["only", "largest"]) -> None:
+    """Check everything of a folder's series but its pixels: headers alone are read, each once.
+
+    Raises:
+        MediaError: as `read_dicom_folder`.
+    """
+    _series(folder, name, series=series, several=several)
+
+
+def _series(
+    folder: Path, name: str, *, series: str | None, several: Literal["only", "largest"]
+) -> tuple[list[Header], list[int], Geometry]:
+    """The headers of the series that is meant, the order of its slices (or of the frames of its one file), geometry."""
     headers, others = _headers(folder, name)
     if not headers:
         raise MediaError(f"{name}: {others} DICOM files, none with an image (structure sets, reports or directories)")
@@ -60,8 +91,8 @@ def read_dicom_folder(
     if any(header.frames > 1 for header in chosen):
         if len(chosen) > 1:
             raise MediaError(f"{name}: the series has {len(chosen)} files of several frames; name one file instead")
-        return _multi_frame(chosen[0], name)
-    return _stack(chosen, name)
+        return chosen, *_frame_order(chosen[0], name)
+    return chosen, *_slice_order(chosen, name)
 
 
 def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
@@ -116,14 +147,18 @@ def _choose(
         for _, found in groups
     )
     wanted = "the series asked for is not among them" if not fitting else f"{len(fitting)} series fit"
-    raise MediaError(f"{name}: {wanted}; name one as 'folder#SeriesNumber' or set `series: largest`. Found: {listing}")
+    raise MediaError(
+        f"{name}: {wanted}; name one in the record as 'folder#SeriesNumber', or read the largest: "
+        "model.branches.volume.preprocess.series: largest in the recipe, series=largest for 'medm data preview'. "
+        f"Found: {listing}"
+    )
 
 
 def _slices(found: Sequence[Header]) -> int:
     return sum(header.frames for header in found)
 
 
-def _stack(headers: list[Header], name: str) -> tuple[np.ndarray, Geometry, Header]:
+def _slice_order(headers: list[Header], name: str) -> tuple[list[int], Geometry]:
     sizes = {(header.rows, header.columns, header.samples) for header in headers}
     if len(sizes) > 1:
         raise MediaError(
@@ -139,20 +174,17 @@ def _stack(headers: list[Header], name: str) -> tuple[np.ndarray, Geometry, Head
             f"{name}: {len(headers) - len(planes)} of {len(headers)} slices lack ImagePositionPatient, "
             "ImageOrientationPatient or PixelSpacing; their order in the body is unknown"
         )
-    order, geometry = arrange(planes, name)
-    voxels = np.stack([compact(read_pixels(headers[index])[0]) for index in order])
-    return voxels, geometry, headers[0]
+    return arrange(planes, name)
 
 
-def _multi_frame(header: Header, name: str) -> tuple[np.ndarray, Geometry, Header]:
+def _frame_order(header: Header, name: str) -> tuple[list[int], Geometry]:
     _check_grey(header, name)
     check_size((header.frames, header.rows, header.columns), 4, name)
     if not header.planes:
         raise MediaError(
             f"{name}: {header.frames} frames without positions (a film over time?); a volume needs a position for each"
         )
-    order, geometry = arrange(header.planes, name)
-    return compact(read_pixels(header))[order], geometry, header
+    return arrange(header.planes, name)
 
 
 def _check_grey(header: Header, name: str) -> None:

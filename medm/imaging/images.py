@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from medm.errors import MediaError
-from medm.imaging.arrays import read_npy
+from medm.imaging.arrays import check_npy, read_npy
 from medm.imaging.constant import Step, check_prepared
 from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom_bare import HEAD, is_dicom_head
@@ -93,8 +93,10 @@ def read_image(file: Path | BinaryIO, *, name: str | None = None) -> Picture:
         return _decode(stream, name, Path(file))
 
 
-def check_image(file: Path) -> None:
-    """Check the beginning and the end of an image. It is decoded only where its end mark is missing.
+def check_image(file: Path) -> tuple[int, int]:
+    """Check the beginning and the end of an image, and return its stored height and width.
+
+    It is decoded only where its end mark is missing.
 
     Raises:
         MediaError: as `read_image`, except for damage in the middle.
@@ -103,15 +105,19 @@ def check_image(file: Path) -> None:
     with _regular_file(file, name) as stream:
         head = _head(stream, name)
         if is_dicom_head(head):
-            from medm.imaging.dicom import read_header
+            from medm.imaging.dicom import read_image_header
 
-            if read_header(file, name) is None:
-                raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
-        elif not head.startswith(_NPY):
-            with _pillow_image(stream, head, name, file.suffix.lower()):
-                pass
-            if not _has_end(stream, head):
-                read_image(file)
+            header = read_image_header(file, name)
+            return header.rows, header.columns
+        if head.startswith(_NPY):
+            shape, dtype = check_npy(stream, name, max_items=MAX_PIXELS * 3, length=os.fstat(stream.fileno()).st_size)
+            _check_array(shape, dtype, name)
+            return shape[0], shape[1]
+        with _pillow_image(stream, head, name, file.suffix.lower()) as image:
+            size = image.height, image.width
+        if not _has_end(stream, head):
+            read_image(file)
+        return size
 
 
 def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
@@ -265,17 +271,20 @@ def _from_samples(samples: Samples, name: str) -> Picture:
     return replace(picture, alpha=samples.alpha, inverted=samples.inverted, full_range=full_range)
 
 
-def _from_array(array: np.ndarray, name: str) -> Picture:
-    color = array.ndim == 3 and array.shape[2] == 3 and array.dtype in (np.uint8, np.uint16)
-    if not (color or array.ndim == 2) or 0 in array.shape:
+def _check_array(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
+    """Raise `MediaError` unless an array of this shape and type is an image."""
+    color = len(shape) == 3 and shape[2] == 3 and dtype in (np.uint8, np.uint16)
+    if not (color or len(shape) == 2) or 0 in shape:
         raise MediaError(
             f"{name}: expected an array (height, width), or (height, width, 3) of uint8 or uint16, "
-            f"found {array.shape} of {array.dtype}"
+            f"found {shape} of {dtype}"
         )
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise MediaError(
-            f"{name}: {array.shape[1]} x {array.shape[0]} pixels are more than the {MAX_PIXELS} that are allowed"
-        )
+    if shape[0] * shape[1] > MAX_PIXELS:
+        raise MediaError(f"{name}: {shape[1]} x {shape[0]} pixels are more than the {MAX_PIXELS} that are allowed")
+
+
+def _from_array(array: np.ndarray, name: str) -> Picture:
+    _check_array(array.shape, array.dtype, name)
     if array.dtype == np.uint8:
         return Picture(array, name)
     if array.dtype == np.bool_:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from medm.errors import MediaError
 from medm.imaging.geometry import Geometry, check_size, check_spacing, geometry_from_steps
-from medm.imaging.payload import Packing, open_binary, read_voxels, sibling
+from medm.imaging.payload import Packing, check_length, open_binary, read_voxels, sibling
 
 _MAX_HEADER = 2**16
 _TYPES = {
@@ -24,16 +26,33 @@ def read_metaimage(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
     Raises:
         MediaError: truncated, damaged, of a kind that is not read, or with impossible numbers in its header.
     """
+    with _at_voxels(path, name) as (stream, fields):
+        return read_voxels(stream, *_layout(fields, name), _packing(fields), name), _geometry(fields, name)
+
+
+def check_metaimage(path: Path, name: str) -> None:
+    """Check the header, and the length of voxels that are not packed. Raises `MediaError` as `read_metaimage`."""
+    with _at_voxels(path, name) as (stream, fields):
+        check_length(stream, *_layout(fields, name), _packing(fields), name)
+
+
+@contextmanager
+def _at_voxels(path: Path, name: str) -> Iterator[tuple[BinaryIO, dict[str, str]]]:
+    """The file that holds the voxels, before the first one, and the fields of the header, which were checked."""
     with open_binary(path, name) as stream:
         fields = _fields(stream, name)
-        shape, dtype = _layout(fields, name)
-        geometry = _geometry(fields, name)
-        packing: Packing = "zlib" if _true(fields, "CompressedData") else "raw"
+        _layout(fields, name)
+        _geometry(fields, name)
         beside = _data_file(fields, path, name)
         if beside is None:
-            return read_voxels(stream, shape, dtype, packing, name), geometry
+            yield stream, fields
+            return
     with open_binary(beside, name) as stream:
-        return read_voxels(stream, shape, dtype, packing, name), geometry
+        yield stream, fields
+
+
+def _packing(fields: dict[str, str]) -> Packing:
+    return "zlib" if _true(fields, "CompressedData") else "raw"
 
 
 def data_file(path: Path, name: str) -> Path | None:

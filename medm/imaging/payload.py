@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NoReturn
 
 import numpy as np
 from zlib_ng import zlib_ng  # unpacks twice as fast as Python's zlib, with the same checks
@@ -58,14 +58,9 @@ def read_voxels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packi
     except (OSError, EOFError, MemoryError, zlib_ng.error) as error:  # type: ignore[misc]  # its stub has an instance
         raise MediaError(f"{name}: the packed voxels are truncated or damaged ({type(error).__name__})") from None
     if len(data) < needed:
-        raise MediaError(
-            f"{name}: {' x '.join(map(str, shape))} voxels of {dtype.name} need {needed} bytes, found {len(data)}; "
-            "the file is truncated or its header is wrong"
-        )
+        _refuse_short(shape, dtype, needed, len(data), name)
     if more > _SLACK:
-        raise MediaError(
-            f"{name}: holds more than the {needed} bytes of voxels that its header declares; one of the two is wrong"
-        )
+        _refuse_long(needed, name)
     return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
@@ -80,6 +75,42 @@ def check_ratio(packed: int, needed: int, name: str) -> None:
             f"{name}: {packed} packed bytes cannot hold the {needed} bytes that its header declares; "
             "the file is truncated or its header is wrong"
         )
+
+
+def check_length(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packing: Packing, name: str) -> None:
+    """Check that voxels can all be there by the length of their file, without reading them.
+
+    Args:
+        stream: at the first voxel.
+        shape: of the array.
+        dtype: as stored.
+        packing: how the bytes are packed.
+        name: the file, for messages.
+
+    Raises:
+        MediaError: too few bytes; for voxels that are not packed also too many.
+    """
+    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    found = os.fstat(stream.fileno()).st_size - stream.tell()
+    if packing != "raw":
+        check_ratio(found, needed, name)
+    elif found < needed:
+        _refuse_short(shape, dtype, needed, found, name)
+    elif found > needed + _SLACK:
+        _refuse_long(needed, name)
+
+
+def _refuse_short(shape: tuple[int, ...], dtype: np.dtype, needed: int, found: int, name: str) -> NoReturn:
+    raise MediaError(
+        f"{name}: {' x '.join(map(str, shape))} voxels of {dtype.name} need {needed} bytes, found {found}; "
+        "the file is truncated or its header is wrong"
+    )
+
+
+def _refuse_long(needed: int, name: str) -> NoReturn:
+    raise MediaError(
+        f"{name}: holds more than the {needed} bytes of voxels that its header declares; one of the two is wrong"
+    )
 
 
 def _unpack(stream: BinaryIO, needed: int, packing: Packing) -> tuple[bytearray, int]:

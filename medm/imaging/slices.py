@@ -11,7 +11,7 @@ import numpy as np
 from medm.errors import MediaError
 from medm.imaging.folders import is_system_file, refuse_lost_slice, report_passed_over
 from medm.imaging.geometry import check_size
-from medm.imaging.images import read_image
+from medm.imaging.images import check_image, read_image
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"}
 _OTHER_IMAGES = {
@@ -20,11 +20,11 @@ _OTHER_IMAGES = {
 }  # fmt: skip
 
 
-def read_slices(folder: Path, name: str) -> np.ndarray:
-    """Voxels (D, H, W), in the order of the last number in each file's name.
+def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
+    """Slice images and the last number in each name, in their order.
 
     Raises:
-        MediaError: no images, names without numbers, a number twice or missing, different sizes or types, color.
+        MediaError: no images, names without numbers, a number twice or missing.
     """
     inside = sorted(folder.iterdir())
     files = [path for path in inside if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")]
@@ -47,15 +47,37 @@ def read_slices(folder: Path, name: str) -> np.ndarray:
     order = sorted(numbered)
     if missing := order[-1] - order[0] + 1 - len(order):
         raise MediaError(f"{name}: {missing} slices are missing between numbers {order[0]} and {order[-1]}")
-    first = _gray(numbered[order[0]])
-    check_size((len(order), *first.shape), first.dtype.itemsize, name)
+    return [(number, numbered[number]) for number in order]
+
+
+def check_slices(folder: Path, name: str) -> None:
+    """Check the names of all slices and the header of each. Raises `MediaError` as `read_slices` where they show it."""
+    sizes: dict[tuple[int, int], str] = {}
+    for _, path in _numbered(folder, name):
+        _require_inside(path)
+        sizes.setdefault(check_image(path), path.name)
+    if len(sizes) > 1:
+        found = ", ".join(f"{file} is {height} x {width}" for (height, width), file in sorted(sizes.items())[:3])
+        raise MediaError(f"{name}: the slices have {len(sizes)} sizes: {found}")
+
+
+def read_slices(folder: Path, name: str) -> np.ndarray:
+    """Voxels (D, H, W), in the order of the last number in each file's name.
+
+    Raises:
+        MediaError: no images, names without numbers, a number twice or missing, different sizes or types, color.
+    """
+    files = _numbered(folder, name)
+    start = files[0][0]
+    first = _gray(files[0][1])
+    check_size((len(files), *first.shape), first.dtype.itemsize, name)
     slices = [first]
-    for number in order[1:]:
-        pixels = _gray(numbered[number])
+    for number, path in files[1:]:
+        pixels = _gray(path)
         if pixels.shape != first.shape or pixels.dtype != first.dtype:
             raise MediaError(
                 f"{name}: slice {number} is {pixels.shape} of {pixels.dtype}, "
-                f"slice {order[0]} is {first.shape} of {first.dtype}"
+                f"slice {start} is {first.shape} of {first.dtype}"
             )
         slices.append(pixels)
     return np.stack(slices)
@@ -72,9 +94,13 @@ def _refuse_lost_slice(path: Path, name: str) -> None:
     refuse_lost_slice(path, name, expected="an image that is read")
 
 
-def _gray(path: Path) -> np.ndarray:
+def _require_inside(path: Path) -> None:
     if path.is_symlink() and Path(os.path.realpath(path)).parent != path.parent.resolve():
         raise MediaError(f"{path}: a link out of the folder; copy the slices into it")
+
+
+def _gray(path: Path) -> np.ndarray:
+    _require_inside(path)
     picture = read_image(path)
     pixels = picture.pixels
     if picture.alpha is not None:

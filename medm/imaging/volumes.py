@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from medm.errors import MediaError
-from medm.imaging.arrays import compact, read_npy, read_npz
+from medm.imaging.arrays import check_npy, check_npz, compact, read_npy, read_npz
 from medm.imaging.constant import refuse_lost_values
 from medm.imaging.dicom_bare import is_dicom_head
 from medm.imaging.geometry import MAX_BYTES, MAX_VOXELS, Geometry, check_size
@@ -59,10 +59,78 @@ def read_volume(path: Path, *, series: str | None = None, several: Literal["only
     return Volume(_checked(volume.voxels, name), name, volume.unit, volume.geometry, volume.modality)
 
 
-def _read_folder(path: Path, name: str, series: str | None, several: Literal["only", "largest"]) -> Volume:
+def check_volume(path: Path, *, series: str | None = None, several: Literal["only", "largest"] = "only") -> None:
+    """Check a volume as far as its headers and names show: form, size, slices, positions. No voxel is decoded.
+
+    Args:
+        path: a file or folder, as in `read_volume`.
+        series: a SeriesNumber or SeriesInstanceUID.
+        several: what will be done with a DICOM folder of several series when none is named.
+
+    Raises:
+        MediaError: as `read_volume`, except for damage of the voxels themselves.
+    """
+    path = Path(path)
+    if series is None:
+        path, series = split_series(path)
+    name = str(path)
+    if not path.exists():
+        raise MediaError(f"{name}: no such file or folder")
+    if path.is_dir():
+        _check_folder(path, name, series, several)
+    else:
+        _check_file(path, name)
+
+
+def _check_folder(path: Path, name: str, series: str | None, several: Literal["only", "largest"]) -> None:
+    if not any(path.iterdir()):
+        raise MediaError(f"{name}: the folder is empty; expected DICOM files or slices")
+    if _holds_dicom(path):
+        from medm.imaging.dicom_series import check_dicom_folder
+
+        check_dicom_folder(path, name, series=series, several=several)
+    else:
+        from medm.imaging.slices import check_slices
+
+        check_slices(path, name)
+
+
+def _check_file(path: Path, name: str) -> None:
+    kind = _format(path, name)
+    if kind == "nifti":
+        from medm.imaging.nifti import check_nifti
+
+        check_nifti(path, name)
+    elif kind == "nrrd":
+        from medm.imaging.nrrd import check_nrrd
+
+        check_nrrd(path, name)
+    elif kind == "metaimage":
+        from medm.imaging.metaimage import check_metaimage
+
+        check_metaimage(path, name)
+    elif kind == "dicom":
+        from medm.imaging.dicom_series import check_dicom_file
+
+        check_dicom_file(path, name)
+    else:
+        limits = {"max_items": MAX_VOXELS, "max_bytes": MAX_BYTES}
+        if kind == "npz":
+            shape, dtype = check_npz(path, name, **limits)
+        else:
+            with open_binary(path, name) as stream:
+                shape, dtype = check_npy(stream, name, length=os.fstat(stream.fileno()).st_size, **limits)
+        check_size(shape[1:] if len(shape) == 4 and shape[0] == 1 else shape, dtype.itemsize, name)
+
+
+def _holds_dicom(path: Path) -> bool:
     from medm.imaging.dicom import is_dicom
 
-    if any(is_dicom(Path(place) / file) for place, _, files in os.walk(path) for file in files):
+    return any(is_dicom(Path(place) / file) for place, _, files in os.walk(path) for file in files)
+
+
+def _read_folder(path: Path, name: str, series: str | None, several: Literal["only", "largest"]) -> Volume:
+    if _holds_dicom(path):
         from medm.imaging.dicom_series import read_dicom_folder
 
         voxels, geometry, header = read_dicom_folder(path, name, series=series, several=several)
@@ -72,7 +140,8 @@ def _read_folder(path: Path, name: str, series: str | None, several: Literal["on
     return Volume(read_slices(path, name), name)
 
 
-def _read_file(path: Path, name: str) -> Volume:
+def _format(path: Path, name: str) -> Literal["nifti", "nrrd", "metaimage", "dicom", "npy", "npz"]:
+    """The format of a file by its suffix or its first bytes. Raises `MediaError` for any other."""
     if not path.is_file():
         raise MediaError(f"{name}: expected a file or folder, found a device or pipe")
     with open_binary(path, name) as stream:
@@ -81,36 +150,51 @@ def _read_file(path: Path, name: str) -> Volume:
         raise MediaError(f"{name}: the file is empty")
     lower = path.name.lower()
     if lower.endswith((".nii", ".nii.gz", ".hdr", ".img")):
+        return "nifti"
+    if head.startswith(b"NRRD"):
+        return "nrrd"
+    if lower.endswith((".mha", ".mhd")):
+        return "metaimage"
+    if is_dicom_head(head):
+        return "dicom"
+    if head.startswith(b"\x93NUMPY"):
+        return "npy"
+    if lower.endswith(".npz"):
+        return "npz"
+    raise MediaError(
+        f"{name}: not a volume that is read; expected NIfTI, NRRD, MHA, DICOM, NPY, NPZ, or a folder of DICOM or slices"
+    )
+
+
+def _read_file(path: Path, name: str) -> Volume:
+    kind = _format(path, name)
+    if kind == "nifti":
         from medm.imaging.nifti import read_nifti
 
         voxels, geometry = read_nifti(path, name)
         return Volume(voxels, name, geometry=geometry)
-    if head.startswith(b"NRRD"):
+    if kind == "nrrd":
         from medm.imaging.nrrd import read_nrrd
 
         voxels, geometry = read_nrrd(path, name)
         return Volume(voxels, name, geometry=geometry)
-    if lower.endswith((".mha", ".mhd")):
+    if kind == "metaimage":
         from medm.imaging.metaimage import read_metaimage
 
         voxels, geometry = read_metaimage(path, name)
         return Volume(voxels, name, geometry=geometry)
-    if is_dicom_head(head):
+    if kind == "dicom":
         from medm.imaging.dicom_series import read_dicom_file
 
         voxels, geometry, scan = read_dicom_file(path, name)
         return Volume(voxels, name, "HU" if scan.hounsfield else "raw", geometry, scan.modality)
-    if head.startswith(b"\x93NUMPY"):
+    if kind == "npy":
         with open_binary(path, name) as stream:
             array = read_npy(
                 stream, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES, length=os.fstat(stream.fileno()).st_size
             )
             return Volume(_three_axes(array, name), name)
-    if lower.endswith(".npz"):
-        return Volume(_three_axes(read_npz(path, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES), name), name)
-    raise MediaError(
-        f"{name}: not a volume that is read; expected NIfTI, NRRD, MHA, DICOM, NPY, NPZ, or a folder of DICOM or slices"
-    )
+    return Volume(_three_axes(read_npz(path, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES), name), name)
 
 
 def _three_axes(array: np.ndarray, name: str) -> np.ndarray:
