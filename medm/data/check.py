@@ -1,4 +1,4 @@
-"""Every record of the annotation files looked at before anything is trained or answered.
+"""Check every record of the annotation files, and every file that they name, before training or inference.
 
 Needs no torch: encoding, where it is asked for, is handed in. Reports places and reasons, never what a record says,
 but for the one preview that is asked for by handing in a decoder.
@@ -23,6 +23,7 @@ from medm.data.records import Records, missing_branch
 from medm.errors import DataError
 from medm.imaging import Preprocess, VolumePreprocess, load_pixels
 from medm.imaging.notices import Notice, collected
+from medm.imaging.paths import MissingFileError
 from medm.imaging.probe import probe
 from medm.types import IGNORE_INDEX, Encode, Example, Sample
 
@@ -60,6 +61,14 @@ class Report:
     bad: list[DataError] = field(default_factory=list)
     """The first bad records, with file, index, field and reason."""
     num_bad: int = 0
+    num_unreadable: int = 0
+    """Annotation files that cannot be read; they count in `num_bad` too."""
+    found_files: Counter[int] = field(default_factory=Counter)
+    """Images and volumes that exist, by source."""
+    without_file: Counter[int] = field(default_factory=Counter)
+    """Records that name a file which does not exist, by source."""
+    num_folded: int = 0
+    """Bad records that an error about their whole source in `bad` stands for, beyond the first."""
     warnings: list[str] = field(default_factory=list)
     """The first warnings about files that are used all the same, such as a blank image."""
     num_warnings: int = 0
@@ -80,6 +89,8 @@ class Report:
     """Positions of `bad`; -1 for a file that cannot be opened."""
     starts: list[tuple[int, str]] = field(default_factory=list)
     """Position of each source's first record, and its file."""
+    roots: list[Path] = field(default_factory=list)
+    """Folder of each source's images and volumes."""
     ids: list[tuple[int, str]] = field(default_factory=list)
     """Position and id of the records that have one; only in the report of a share."""
 
@@ -89,18 +100,26 @@ class Report:
         return self.num_bad == 0
 
     def lines(self) -> list[str]:
-        """The report for people, bad records first."""
+        """The report for people: bad records first, the totals last."""
         lines = [f"{error}" for error in self.bad]
-        if self.num_bad > len(self.bad):
-            lines.append(f"... and {self.num_bad - len(self.bad)} more bad records")
+        more = self.num_bad - self.num_folded - len(self.bad)
+        if more > 0:
+            lines.append(f"... and {more} more bad records")
         lines += [f"warning: {message}" for message in self.warnings]
         if self.num_warnings > len(self.warnings):
             lines.append(f"... and {self.num_warnings - len(self.warnings)} more warnings")
         lines += [f"{file}: {count} records" for file, count in self.files.items()]
-        media = ", ".join(f"{count} {branch}(s)" for branch, count in sorted(self.media.items())) or "no images"
-        lines.append(
-            f"{self.records} records, {self.num_bad} bad; {self.turns} turns, {media}, {self.text_only} text only"
-        )
+        if self.num_unreadable:
+            lines.append(f"{_counted(self.num_unreadable, 'annotation file')} cannot be read")
+        if self.files:
+            media = [_counted(count, branch) for branch, count in sorted(self.media.items())] or [
+                "no images or volumes"
+            ]
+            bad = self.num_bad - self.num_unreadable
+            lines.append(
+                f"{_counted(self.records, 'record')}, {bad} bad; {'the good ones have ' if bad else ''}"
+                f"{_counted(self.turns, 'turn')}, {', '.join(media)}, {self.text_only} text only"
+            )
         if self.num_warnings:
             lines.append(f"{self.num_warnings} warnings about files")
         if set(self.tasks) - {""}:
@@ -109,7 +128,8 @@ class Report:
         if self.num_duplicate_ids:
             name, file, index = self.duplicate_ids[0]
             lines.append(
-                f"{self.num_duplicate_ids} ids occur more than once; the first is {name!r} at {file}, record {index}"
+                f"{_counted(self.num_duplicate_ids, 'record')} with an id that an earlier one has (not an error); the "
+                f"first: {name!r} at {file}, record {index}"
             )
         if any(self.lengths):
             lines += self._length_lines()
@@ -121,7 +141,7 @@ class Report:
     def _length_lines(self) -> list[str]:
         values = np.asarray([length for length in self.lengths if length])
         middle, high = np.percentile(values, [50, 95]).astype(int)
-        lines = [f"tokens a record: {values.min()} to {values.max()}, median {middle}, 95 % up to {high}"]
+        lines = [f"tokens per record: {values.min()} to {values.max()}, median {middle}, 95 % up to {high}"]
         counts, edges = np.histogram(values, bins=min(10, len(np.unique(values))))
         for count, low, top in zip(counts, edges, edges[1:], strict=False):
             bar = "#" * round(40 * int(count) / int(counts.max()))
@@ -142,8 +162,10 @@ class _Checker:
     limit: LengthLimit
     inference: bool
     report: Report
-    seen_files: dict[Path, str | None] = field(default_factory=dict)
-    """Files already probed, and what is wrong with them."""
+    source: int = 0
+    """Number of the source that is checked."""
+    seen_files: dict[tuple[Path, str], str | None] = field(default_factory=dict)
+    """Files already checked for a branch, and what is wrong with them: a good volume is no image."""
 
     def record(self, records: Records, index: int, *, position: int) -> None:
         """Check one record and add it to the report. Raises `DataError` when it is bad.
@@ -177,9 +199,11 @@ class _Checker:
         if self.preprocess is not None and media.branch not in self.preprocess:
             raise DataError(missing_branch(media.branch, self.preprocess))
         path = records.media_path(index, media)
-        if path not in self.seen_files:
+        self.report.found_files[self.source] += 1
+        key = path, media.branch
+        if key not in self.seen_files:
             kind = _KINDS[media.branch] if self.preprocess is None else self.preprocess[media.branch].kind
-            self.seen_files[path] = None
+            self.seen_files[key] = None
             try:
                 how = (self.preprocess or {}).get(media.branch)
                 series = how.series if isinstance(how, VolumePreprocess) else "only"
@@ -187,9 +211,9 @@ class _Checker:
                     probe(path, kind=kind, decode=self.decode, series=series, preprocess=how)
                 _note_warnings(self.report, notices)
             except DataError as error:
-                self.seen_files[path] = error.reason
+                self.seen_files[key] = error.reason
                 raise
-        reason = self.seen_files[path]
+        reason = self.seen_files[key]
         if reason is not None:
             raise DataError(reason)
 
@@ -235,7 +259,7 @@ def check(
     progress: Callable[[int, int], None] | None = None,
     share: tuple[int, int] | None = None,
 ) -> Report:
-    """Read every record, look at every file that it names, and say what is bad.
+    """Read every record, check every file that it names once, and report what is bad.
 
     Args:
         sources: the annotation files. One that cannot be opened at all is reported like a bad record.
@@ -262,13 +286,15 @@ def check(
             opened.append(Records([source], inference=inference))
         except DataError as error:
             if number == 0:
+                report.num_unreadable += 1
                 _note_bad(report, error, position=-1)
     totals = [len(records) if limit is None else min(limit, len(records)) for records in opened]
     position = -1
-    for records, total in zip(opened, totals, strict=True):
+    for checker.source, (records, total) in enumerate(zip(opened, totals, strict=True)):
         file = str(records.files[0].path)
         report.files[file] = report.files.get(file, 0) + total
         report.starts.append((position + 1, file))
+        report.roots.append(records.root(0))
         for index in range(total):
             position += 1
             if position % shares != number:
@@ -277,6 +303,7 @@ def check(
             try:
                 checker.record(records, index, position=position)
             except DataError as error:
+                report.without_file[checker.source] += isinstance(error, MissingFileError)
                 _note_bad(report, error, position=position)
                 report.lengths += [0] if encode is not None else []
             if progress is not None and report.records % 1000 == 0:
@@ -298,7 +325,7 @@ def _note_warnings(report: Report, notices: Sequence[Notice]) -> None:
 
 def merged(reports: Sequence[Report]) -> Report:
     """One report of the shares of a check, in the order of their numbers: as if one process had looked at all."""
-    whole = Report(files=dict(reports[0].files), starts=reports[0].starts)
+    whole = Report(files=dict(reports[0].files), starts=reports[0].starts, roots=reports[0].roots)
     for report in reports:
         whole.records += report.records
         whole.turns += report.turns
@@ -306,6 +333,9 @@ def merged(reports: Sequence[Report]) -> Report:
         whole.media.update(report.media)
         whole.tasks.update(report.tasks)
         whole.num_bad += report.num_bad
+        whole.num_unreadable += report.num_unreadable
+        whole.found_files.update(report.found_files)
+        whole.without_file.update(report.without_file)
         whole.num_warnings += report.num_warnings
         whole.warnings += report.warnings[: MAX_KEPT - len(whole.warnings)]
         whole.num_too_long += report.num_too_long
@@ -315,6 +345,7 @@ def merged(reports: Sequence[Report]) -> Report:
         key=lambda entry: entry[0],
     )
     whole.bad_at, whole.bad = [at for at, _ in bad[:MAX_KEPT]], [error for _, error in bad[:MAX_KEPT]]
+    _fold_wrong_roots(whole)
     shown = [report for report in reports if report.preview_at is not None]
     if shown:
         first = min(shown, key=lambda report: report.preview_at or 0)
@@ -324,6 +355,34 @@ def merged(reports: Sequence[Report]) -> Report:
         whole.lengths[share :: len(reports)] = report.lengths
     _note_duplicates(whole, merge(*(report.ids for report in reports)))
     return whole
+
+
+def _fold_wrong_roots(whole: Report) -> None:
+    """Put one error in the place of many where a source's root is wrong: none of its files exists."""
+    ends = [start for start, _ in whole.starts[1:]] + [whole.records]
+    for number, ((start, file), end) in enumerate(zip(whole.starts, ends, strict=True)):
+        count = whole.without_file[number]
+        if whole.found_files[number] or count < 2:
+            continue
+        of_source = [
+            isinstance(error, MissingFileError) and start <= at < end
+            for at, error in zip(whole.bad_at, whole.bad, strict=True)
+        ]
+        first = whole.bad[of_source.index(True)]
+        wrong_root = DataError(
+            f"no file of this source exists under its root {whole.roots[number]}: is the folder right? Set `root` "
+            f"of the source in the recipe, or --root. {count} records name files; the first is record {first.index}, "
+            f"field '{first.field}': {first.reason}",
+            file=file,
+        )
+        kept = [(at, error) for at, error, fold in zip(whole.bad_at, whole.bad, of_source, strict=True) if not fold]
+        kept.insert(0, (start, wrong_root))
+        whole.bad_at, whole.bad = [at for at, _ in kept], [error for _, error in kept]
+        whole.num_folded += count - 1
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:

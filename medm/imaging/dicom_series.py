@@ -240,7 +240,8 @@ def _check_distances(distances: np.ndarray, name: str) -> None:
     if len(gaps) and float(gaps.max()) > 1.5 * usual:
         missing = int(np.round(gaps / usual - 1).sum())
         raise MediaError(
-            f"{name}: about {missing} slices are missing: distances of {usual:.2f} mm, but up to {gaps.max():.2f}"
+            f"{name}: about {missing} slice{' is' if missing == 1 else 's are'} missing: distances of {usual:.2f} mm, "
+            f"but up to {gaps.max():.2f}"
         )
     if np.abs(distances - usual).max() > _GAP_TOLERANCE * usual:
         raise MediaError(

@@ -75,7 +75,7 @@ def test_a_recipe_adds_lengths_and_a_preview_of_what_is_learned(recipe: Path) ->
     done = medm("data", "check", "--recipe", str(recipe))
     assert done.code == 0, done.out + done.err
     assert "example_finetune.json: 4 records" in done.out
-    assert "tokens a record: " in done.out
+    assert "tokens per record: " in done.out
     assert "[x] 'Left.<|im_end|>" in done.out  # the reply and its end are learned
     assert "<image> x 16 " in done.out  # 16 x 16 pixels in patches of 4
     assert "[ ] '<|im_start|>user" in done.out

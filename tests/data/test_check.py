@@ -5,14 +5,17 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import medm.data.check
 from medm.data.check import Report, blank_pixels, check, merged, segments
 from medm.data.options import SourceOptions
 from medm.data.records import parse_record
-from medm.imaging import VolumePreprocess
+from medm.imaging import Preprocess, VolumePreprocess
 from medm.types import IGNORE_INDEX, Example
 from tests.data.tiny import PLACEHOLDER, PREPROCESS, encode, gpt, human, record, to_text, write_image, write_lines
+from tests.imaging.tiny import phantom, write_series
 
 
 def source(folder: Path, *values: Any, name: str = "a.jsonl", **fields: Any) -> SourceOptions:
@@ -39,7 +42,7 @@ def test_a_clean_file(tmp_path: Path) -> None:
     assert (report.records, report.turns, report.text_only, dict(report.media)) == (3, 8, 1, {"image": 3})
     assert dict(report.tasks) == {"vqa": 2, "chat": 1}
     assert f"{tmp_path / 'a.jsonl'}: 3 records" in report.lines()
-    assert "3 records, 0 bad; 8 turns, 3 image(s), 1 text only" in report.lines()
+    assert "3 records, 0 bad; 8 turns, 3 images, 1 text only" in report.lines()
 
 
 def test_every_bad_record_is_named_in_order(tmp_path: Path) -> None:
@@ -90,6 +93,78 @@ def test_an_image_without_its_end_is_found_without_decoding_whole_ones(
     assert check([file]).ok
 
 
+def test_a_file_is_checked_for_each_kind_that_names_it(tmp_path: Path) -> None:
+    """A good volume is no image, and the other way round, whichever record comes first."""
+    np.save(tmp_path / "deep.npy", np.zeros((3, 4, 5), np.float32))
+    write_image(tmp_path / "flat.png")
+    as_volume = [record("<volume>", "A", volume=name) for name in ("deep.npy", "flat.png")]
+    as_image = [record("<image>", "A", image=name) for name in ("deep.npy", "flat.png")]
+    for decode in (False, True):
+        first = check([source(tmp_path, *as_volume, *as_image, *as_volume)], decode=decode)
+        assert places(first) == [("a.jsonl", 1, "volume"), ("a.jsonl", 2, "image"), ("a.jsonl", 5, "volume")]
+        other = check([source(tmp_path, *as_image, *as_volume, *as_image)], decode=decode)
+        assert places(other) == [("a.jsonl", 0, "image"), ("a.jsonl", 3, "volume"), ("a.jsonl", 4, "image")]
+
+
+def test_a_series_is_checked_once_by_its_headers_and_as_training_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_series(tmp_path / "study", phantom(), number=3, prefix="A")
+    write_series(tmp_path / "study", phantom()[:, :, 2:8], number=4, prefix="B")
+    write_series(tmp_path / "gap", phantom())[4].unlink()
+    asked = ("study", "study#4", "study", "gap")
+    file = source(tmp_path, *(record("<volume>", "A", volume=name) for name in asked))
+    calls: list[Path] = []
+    plain = medm.data.check.probe
+    monkeypatch.setattr("medm.data.check.probe", lambda path, **rest: calls.append(path) or plain(path, **rest))
+    report = check([file])
+    assert [(error.index, error.reason.split(": ")[1].split("; ")[0]) for error in report.bad] == [
+        (0, "2 series fit"), (2, "2 series fit"), (3, "about 1 slice is missing"),
+    ]  # fmt: skip
+    assert len(calls) == 3
+    largest: dict[str, Preprocess] = {"volume": VolumePreprocess(series="largest")}
+    assert [error.index for error in check([file], preprocess=largest).bad] == [3]
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+def test_a_wrong_root_is_one_error(tmp_path: Path, shares: int) -> None:
+    write_image(tmp_path / "good" / "0.png")
+    asked = [record("<image>", "A", image=f"{number}.png") for number in range(5)]
+    files = [
+        source(tmp_path, *asked[:1], name="a.jsonl", root=str(tmp_path / "good")),
+        source(tmp_path, *asked, record(), {"conversations": []}, name="b.jsonl", root=str(tmp_path / "wrong")),
+        source(tmp_path, *asked, name="c.jsonl", root=str(tmp_path / "good")),
+    ]
+    report = merged([check(files, share=(number, shares)) for number in range(shares)])
+    folded, other, *missing = report.lines()[:6]
+    assert f"b.jsonl: no file of this source exists under its root {tmp_path / 'wrong'}: is the folder right?" in folded
+    assert "5 records name files; the first is record 0, field 'image': '0.png': no such file" in folded
+    assert "b.jsonl, record 6" in other
+    assert [line.split(": ")[0] for line in missing] == [
+        f"{tmp_path / 'c.jsonl'}, record {number}, field 'image'" for number in range(1, 5)
+    ]
+    assert report.num_bad == 10 and report.bad[0].file == str(tmp_path / "b.jsonl")
+    assert "13 records, 10 bad; the good ones have 6 turns, 2 images, 1 text only" in report.lines()
+    assert not any("more bad records" in line for line in report.lines())
+
+
+def test_a_wrong_root_of_many_records_is_counted_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medm.data.check.MAX_KEPT", 2)
+    report = check([source(tmp_path, *(record("<image>", "A", image="gone.png") for _ in range(9)))])
+    assert len(report.bad) == 1 and "9 records name files" in report.bad[0].reason
+    assert report.num_bad == 9 and not any("more bad records" in line for line in report.lines())
+
+
+def test_an_annotation_file_that_cannot_be_read_is_no_bad_record(tmp_path: Path) -> None:
+    report = check([SourceOptions(path=str(tmp_path / "none.json")), source(tmp_path, record())])
+    assert report.lines()[0] == f"{tmp_path / 'none.json'}: no such file"
+    assert report.lines()[2:4] == [
+        "1 annotation file cannot be read",
+        "1 record, 0 bad; 2 turns, no images or volumes, 1 text only",
+    ]
+    assert not report.ok
+
+
 def test_damage_in_the_middle_of_an_image_is_found_when_decoding(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.png", size=(64, 64))
     whole = path.read_bytes()
@@ -113,7 +188,10 @@ def test_duplicate_ids_are_reported_but_not_bad(tmp_path: Path) -> None:
     report = check([source(tmp_path, *(record(id=name) for name in ("a", "b", "a", "a", 1, "1")), record(), record())])
     assert report.ok and report.num_duplicate_ids == 3
     assert [(name, index) for name, _, index in report.duplicate_ids] == [("a", 2), ("a", 3), ("1", 5)]
-    assert any(line.startswith("3 ids occur more than once; the first is 'a'") for line in report.lines())
+    assert any(
+        line.startswith("3 records with an id that an earlier one has (not an error); the first: 'a'")
+        for line in report.lines()
+    )
 
 
 @pytest.mark.parametrize("shares", [2, 3, 7])
@@ -178,7 +256,7 @@ def test_lengths_policies_and_preview(tmp_path: Path) -> None:
         ("Axial.", True),
     ]
     assert "  [x] 'Axial.'" in skip.lines()
-    assert any("tokens a record: 18 to 18" in line for line in skip.lines())
+    assert any("tokens per record: 18 to 18" in line for line in skip.lines())
 
 
 def test_repeated_tokens_are_shown_once() -> None:
