@@ -1,5 +1,13 @@
 """`python -m medm`, the form that `torchrun -m medm` and `deepspeed --module medm` start."""
 
-from medm.cli import main
+import os
+import sys
+
+# Python puts the working folder first. Nothing is imported from there, unless medm itself lies there; not `pathlib`.
+_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+if not sys.flags.safe_path and os.path.realpath(sys.path[0]) != os.path.realpath(_HOME):
+    del sys.path[0]
+
+from medm.cli import main  # noqa: E402 (after the import path is as it has to be)
 
 main()

@@ -14,6 +14,7 @@ import pytest
 
 from tests import shrink
 from tests.cli.runner import medm
+from tests.evaluation.tiny import questions, read_output, save_tiny, write_records
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -88,10 +89,10 @@ CT = {
 
 
 def test_the_launchers_of_volumes_train(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they are, but that `torchrun` is written down and its command run in this process, to save four starts."""
-    stub = checkout / "bin" / "torchrun"
+    """As they are, but that the command of `medm` is written down and run in this process, to save four starts."""
+    stub = checkout / "bin" / "medm"
     stub.parent.mkdir()
-    stub.write_text('#!/bin/sh\nfor word in "$@"; do printf \'%s\\0\' "$word"; done > torchrun.txt\n')
+    stub.write_text('#!/bin/sh\nfor word in "$@"; do printf \'%s\\0\' "$word"; done > command.txt\n')
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("GPUS", "1")
@@ -101,9 +102,9 @@ def test_the_launchers_of_volumes_train(checkout: Path, monkeypatch: pytest.Monk
         tiny = shrink.overrides(recipe, checkout, steps=1)
         line = f"DATA={data} VOLUMES={data.parent} bash {launcher}" + "".join(f" '{override}'" for override in tiny)
         subprocess.run(["bash", "-c", line], check=True, timeout=60)
-        words = (checkout / "torchrun.txt").read_text().split("\0")[:-1]
-        assert words[:6] == ["--standalone", "--nproc-per-node", "1", "-m", "medm", "train"]
-        done = medm(*words[5:])
+        words = (checkout / "command.txt").read_text().split("\0")[:-1]
+        assert words[:2] == ["launch", "train"]
+        done = medm(*words)
         assert done.code == 0, f"{line}\n{done.out[-2000:]}\n{done.err[-4000:]}"
         assert (checkout / "work_dirs" / recipe / "model.safetensors").is_file()
 
@@ -136,12 +137,18 @@ def test_launchers_are_short_valid_and_have_their_paths_on_top() -> None:
         assert not re.search(r"work_dirs|data/", body), path
 
 
-def test_two_machines_find_each_other() -> None:
-    """The same launcher on two nodes; here both are this machine, and the command is a cheap one."""
+def test_two_machines_find_each_other(tmp_path: Path) -> None:
+    """The same launcher on two nodes; here both are this machine, and they meet to answer two records."""
+    model = save_tiny(tmp_path)
+    data = write_records(tmp_path, questions(tmp_path, 2))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = "source scripts/launch.sh; launch list connectors"
+    output = tmp_path / "out.jsonl"
+    script = (
+        f"source scripts/launch.sh; launch infer --model {model} --data {data} --output {output}"
+        " --max-new-tokens 2 --device cpu --workers 0"
+    )
     nodes = [
         subprocess.Popen(
             ["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -149,10 +156,14 @@ def test_two_machines_find_each_other() -> None:
         )
         for rank in range(2)
     ]  # fmt: skip
+    printed = []
     for node in nodes:
         out, err = node.communicate(timeout=240)
         assert node.returncode == 0, err
-        assert "mlp" in out
+        printed.append(out)
+    assert [read_output(output)[index]["index"] for index in range(2)] == [0, 1]
+    assert "2 records: 2 answered" in printed[0]
+    assert printed[1] == "", "the machine of rank 0 speaks"
 
 
 def test_a_launcher_trains_nothing_by_a_misspelt_word() -> None:

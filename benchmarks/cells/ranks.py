@@ -18,6 +18,7 @@ from torch.utils.data import DistributedSampler
 from benchmarks.cells.training import CAPACITY, _Workload
 from benchmarks.harness import Figure, seconds
 from benchmarks.workloads import PAD
+from medm.children import safe_path
 from medm.data.collator import Collator
 from medm.data.packing import PackedBatches
 from medm.data.sampling import Shuffle
@@ -53,8 +54,9 @@ class TwoRanks(Figure):
                 context.Process(target=_rank, args=(rank, str(meeting), rounds, self.samples, self.batch, found))
                 for rank in range(WORLD)
             ]
-            for process in others:
-                process.start()
+            with safe_path():
+                for process in others:
+                    process.start()
             for process in others:
                 process.join()
             if any(process.exitcode for process in others):

@@ -17,7 +17,7 @@ class Help(Figure):
 
     def gate(self) -> str:
         script = "import sys; from medm.cli.app import app; print('torch' in sys.modules)"
-        loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        loaded = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True).stdout
         if loaded.strip() != "False":
             raise GateError("the command line imports torch")
         return "no torch is imported"

@@ -1,18 +1,27 @@
 """The command line. Commands parse what a person typed, call the package, and print; nothing is decided here.
 
-Exit status: 0 done; 2 wrong usage or recipe; 1 any other failure; 75 stopped, and the same command with
-`--resume` goes on (sysexits' EX_TEMPFAIL, which batch systems requeue); 130 interrupted from the keyboard.
+Exit status: 0 done; 2 wrong usage or recipe; 1 any other failure; 75 `train`, `infer` or `eval` was stopped by SIGTERM
+or SIGINT, and the same command (`train` with `--resume`) continues (sysexits' EX_TEMPFAIL, which batch systems
+requeue); 130 and 143 another command was stopped by SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
+from medm.children import safe_path
 from medm.errors import MedmError, RecipeError
+from medm.launcher import LINK
+from medm.stopping import RESUMABLE, STOP_SIGNALS, Stopped
 
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+USAGE, FAILURE = 2, 1
+
+LAUNCHER = "launch"
+CONTINUED = ("train", "infer", "eval")
+"""Commands that continue when they are started again; `medm launch` runs these."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,28 +30,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: what follows `medm`; the process's own arguments without it.
     """
+    given = plugins_first(sys.argv[1:] if arguments is None else arguments)
+    command = command_of(given)
+    try:
+        with STOP_SIGNALS.handled(resumable=command in (*CONTINUED, LAUNCHER)), safe_path():
+            LINK.join()
+            run(given)
+    except Stopped as stop:
+        if stop.code == RESUMABLE:
+            _note(f"stopped by {stop.number.name}; the same command starts again (train: with --resume)")
+        raise
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one command, and say what went wrong; by `main`, which handles signals.
+
+    Args:
+        arguments: what follows `medm`, with plug-ins in front.
+    """
     from medm.cli.app import app
     from medm.cli.console import report
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(plugins_first(given), prog_name="medm")
-    except MedmError as error:
-        if os.environ.get("MEDM_TRACEBACK"):
-            raise
-        report(error)
+        app(arguments, prog_name="medm")
+    except Exception as error:
+        explained = isinstance(error, MedmError) and not os.environ.get("MEDM_TRACEBACK")
+        text = f"error: {error}" if explained else traceback.format_exc()
+        if not LINK.report(text, traceback=not explained):
+            if not explained:
+                raise
+            report(error)
         raise SystemExit(USAGE if isinstance(error, RecipeError) else FAILURE) from None
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+
+
+def _note(message: str) -> None:
+    from medm.cli.console import first_process, note
+
+    if first_process():
+        note(message)
+
+
+def command_of(arguments: Sequence[str]) -> str | None:
+    """Return the name of the command: the first word that is neither an option nor a plug-in file."""
+    words = iter(plugins_first(arguments))
+    for word in words:
+        if word == "--plugin":
+            next(words, None)
+        elif not word.startswith("-"):
+            return word
+    return None
 
 
 def plugins_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with every `--plugin FILE` in front of the command, where the options of all commands stand."""
+    """The arguments with every `--plugin FILE` in front of the command, where the options of all commands stand.
+
+    What follows `launch` is another command with options of its own, and stays as it is.
+    """
     plugins: list[str] = []
     rest: list[str] = []
     items = iter(arguments)
     for item in items:
-        if item == "--":
+        if item == "--" or (item == LAUNCHER and all(word.startswith("-") for word in rest)):
             rest += [item, *items]
         elif item == "--plugin":
             plugins += [item, *[value for value in [next(items, None)] if value is not None]]

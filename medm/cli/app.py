@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from medm import __version__
-from medm.cli import catalogue, chat, data, evaluate, infer, models, pages, train
+from medm.cli import LAUNCHER, catalogue, chat, data, evaluate, infer, launch, models, pages, train
 from medm.cli.console import out, start_logging
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def common(
+    context: typer.Context,
     plugin: Annotated[
         list[Path] | None,
         typer.Option(help="Python file that registers parts of your own; may be given several times.", metavar="FILE"),
@@ -37,7 +38,9 @@ def common(
 ) -> None:
     """Options that stand before any command."""
     start_logging(verbose=verbose)
-    if plugin:
+    if context.invoked_subcommand == LAUNCHER:  # these are for the processes that it starts
+        context.obj = [f"--plugin={file}" for file in plugin or []] + ["--verbose"] * verbose
+    elif plugin:
         from medm.registry import load_plugin
 
         for file in plugin:
@@ -48,6 +51,9 @@ app.command("list")(catalogue.list_parts)
 app.add_typer(catalogue.recipes, name="recipes")
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
+app.command(LAUNCHER, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(
+    launch.launch
+)
 app.command("infer")(infer.infer)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)

@@ -37,7 +37,7 @@ def infer(
 ) -> None:
     """Answer every record of an annotation file. Not for clinical use.
 
-    A run that was stopped goes on with the same command. Several GPUs: --processes, or torchrun -m medm infer.
+    A run that was stopped goes on with the same command. Several GPUs: --processes, or `medm launch infer`.
     """
     from medm.config import validate
     from medm.evaluation.infer import infer as run

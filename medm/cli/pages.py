@@ -17,9 +17,9 @@ Every command and option, as `medm COMMAND --help` prints them. This page is wri
 when it is not current.
 
 Results go to standard output, everything else to standard error. Exit status: 0 done; 1 failed, or something bad was
-found; 2 wrong usage or a wrong recipe; 75 stopped by a signal, and the same command with `--resume` goes on; 130
-interrupted from the keyboard. An error that you can mend is one message without a traceback; with `MEDM_TRACEBACK=1`
-in the environment it has one.
+found; 2 wrong usage or a wrong recipe; 75 `train`, `infer` or `eval` was stopped by SIGTERM or SIGINT, and the same
+command (`train` with `--resume`) continues; 143 or 130 another command was stopped by SIGTERM or SIGINT. An error that
+you can fix is one message without a traceback; with `MEDM_TRACEBACK=1` in the environment it has one.
 
 `--plugin FILE` may stand anywhere in a command. A model that was trained with parts of a plug-in needs it wherever it
 is opened.

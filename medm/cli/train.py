@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from medm.cli.console import first_process, out
+from medm.stopping import RESUMABLE
 
 
 def train(
@@ -18,15 +19,15 @@ def train(
 ) -> None:
     """Train what a recipe describes. Not for clinical use.
 
-    One process; several GPUs or machines: torchrun -m medm train, which the launchers in scripts/train do.
-    The exit status is 75 when a signal stopped the run: the same command with --resume goes on.
+    One process; several GPUs or machines: `medm launch train`, which the launchers in scripts/train use.
+    SIGTERM or SIGINT (Ctrl-C) finishes the step, writes a checkpoint and exits with status 75: the same command with
+    --resume continues. Further signals change nothing; SIGQUIT ends the run at once, without that checkpoint.
     """
     from medm.cli.recipes import find
     from medm.training.recipe import load_recipe
 
     checked = load_recipe(find(recipe), overrides or [])
 
-    from medm.training.callbacks import RESUMABLE
     from medm.training.run import train as run
 
     outcome = run(checked, resume=resume)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from medm.children import safe_path
 from medm.data.options import CacheOptions
 from medm.data.records import Records
 from medm.data.volume_cache import MediaCache
 from medm.errors import DataError
 from medm.imaging import Preprocess, load_pixels
 from medm.imaging.notices import Notice, collected
+from medm.stopping import ignore_stops
 
 MAX_KEPT = 1000
 """So many problems are kept with their place and reason; the rest are counted."""
@@ -125,15 +127,16 @@ def fill(
     # batch_size None: one file at a time and in order, so that a reason belongs to its place.
     loading = DataLoader(
         _Loading(files, load), batch_size=None, num_workers=workers,
-        multiprocessing_context=start if workers else None,
+        multiprocessing_context=start if workers else None, worker_init_fn=ignore_stops,
     )  # fmt: skip
-    for place, (reason, notices) in zip(places, loading, strict=True):
-        filled.files += 1
-        filled.warn(notices)
-        if reason is not None:
-            filled.note(place.error(reason))
-        if progress is not None:
-            progress(filled.files, len(places))
+    with safe_path():
+        for place, (reason, notices) in zip(places, loading, strict=True):
+            filled.files += 1
+            filled.warn(notices)
+            if reason is not None:
+                filled.note(place.error(reason))
+            if progress is not None:
+                progress(filled.files, len(places))
     return filled
 
 

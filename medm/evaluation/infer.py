@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import queue
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from medm.children import safe_path
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.errors import CheckpointError, DataError, MedmError, RecipeError
@@ -32,6 +34,7 @@ from medm.evaluation.options import InferOptions
 from medm.evaluation.prompts import Prepared, Prompts, deal, work_order
 from medm.evaluation.results import Results, model_fingerprint, write_aside
 from medm.registry import load_plugin, loaded_plugins
+from medm.stopping import ignore_stops
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +213,7 @@ def _load(prompts: Prompts, options: InferOptions, world: int) -> Iterator[Prepa
         cores = len(os.sched_getaffinity(0)) // world
         workers = min(8, cores - 1, len(prompts) // 8)
     extra: dict[str, Any] = {"prefetch_factor": 4} if workers > 0 else {}
-    yield from DataLoader(prompts, batch_size=None, num_workers=max(0, workers), **extra)
+    yield from DataLoader(prompts, batch_size=None, num_workers=max(0, workers), worker_init_fn=ignore_stops, **extra)
 
 
 def _context(engine: Engine, options: InferOptions) -> int | None:
@@ -257,14 +260,16 @@ def _wait_for_all(world: int) -> None:
 def _answer_in_processes(options: InferOptions, counter: _Counter) -> None:
     """Shares answered by processes of our own, on one machine."""
     context = multiprocessing.get_context("spawn")
-    news: Any = context.Queue()
+    with safe_path():  # the queue starts a process too, which tracks semaphores
+        news: Any = context.Queue()
     plugins = [str(path) for path in loaded_plugins()]
     children = [
         context.Process(target=_child, args=(options, rank, options.processes, plugins, news))
         for rank in range(options.processes)
     ]
-    for child in children:
-        child.start()
+    with safe_path():
+        for child in children:
+            child.start()
     try:
         _watch(children, news, counter)
     finally:
@@ -297,7 +302,8 @@ def _watch(children: list[Any], news: Any, counter: _Counter) -> None:
 
 
 def _child(options: InferOptions, rank: int, world: int, plugins: list[str], news: Any) -> None:
-    """One process of several."""
+    """One process of several. It ends with its parent, which SIGINT from a terminal reaches too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     try:
         for plugin in plugins:

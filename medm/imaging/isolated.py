@@ -3,7 +3,8 @@
 GDCM's JPEG decoder writes out of bounds on damaged files, and its parser can be made to allocate without end. The child
 has a limit of memory, each request a limit of time; when it dies the request fails and the next one starts another.
 
-The child is this module run as a program: `python -m medm.imaging.isolated`.
+The child is this module run as a program: `python -P -m medm.imaging.isolated`. Without -P, Python would import from
+the working folder.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ except ImportError:  # not on every system; crashes are kept apart all the same
 import numpy as np
 from numpy.lib import format as npy
 
+from medm.children import child_environment
 from medm.errors import MediaError
 from medm.imaging.arrays import read_npy
+from medm.stopping import ignore_stops
 
 _MEMORY, _BYTES_PER_NUMBER = 2**30, 32
 """Address space of the child (it begins with 0.4 GiB), and more for each number that the header declares."""
@@ -49,7 +52,7 @@ class Decoder:
         command: the program that answers requests; this module by default.
     """
 
-    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "medm.imaging.isolated")) -> None:
+    def __init__(self, command: Sequence[str] = (sys.executable, "-P", "-m", "medm.imaging.isolated")) -> None:
         self.command = list(command)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
@@ -97,7 +100,8 @@ class Decoder:
             self._child = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+                env=child_environment(),
+                start_new_session=True,  # a signal to the group of the training must not end a decoding
             )  # fmt: skip
         return self._child
 
@@ -130,6 +134,7 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
 
 def main() -> None:
     """Answer requests until the other end is closed."""
+    ignore_stops()
     # Codecs print on standard output; the pipe for replies is moved out of their way.
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -4,63 +4,59 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from medm.stopping import RESUMABLE, STOP_SIGNALS
 from medm.training.processes import anywhere
 
 logger = logging.getLogger(__name__)
-
-RESUMABLE = 75
-"""Exit code of a run that a signal stopped after a checkpoint was written (`EX_TEMPFAIL`): continue with --resume."""
 
 LOSS_LOG, LOSS_CURVE = "loss.jsonl", "loss.png"
 
 
 class Interruption(TrainerCallback):
-    """SIGTERM and SIGINT: finish the step, write a checkpoint, stop. A second SIGINT stops at once.
+    """SIGTERM and SIGINT: finish the step, write a checkpoint, stop. Further signals change nothing.
 
-    All processes of a run stop at the same step, whichever of them got the signal.
+    All processes of a run stop at the same step, whichever of them got the signal. Before the first step there is
+    nothing to save, and a signal ends the run at once.
     """
 
     def __init__(self) -> None:
         self.raised = False
-        self._received: str | None = None
+        self._deferred: ExitStack | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over both signals inside; only the main thread of a program can."""
-        if threading.current_thread() is not threading.main_thread():
+        """Defer both signals from the first step inside to the end of the outermost of these contexts."""
+        if self._deferred is not None:
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with ExitStack() as self._deferred:
+            try:
+                yield
+            finally:
+                self._deferred = None
 
-    def _note(self, number: int, frame: Any) -> None:
-        if self._received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._received = signal.Signals(number).name
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._deferred is not None:
+            self._deferred.enter_context(STOP_SIGNALS.deferred())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if anywhere(self._received is not None, args.device):
+        received = STOP_SIGNALS.received
+        if anywhere(received is not None, args.device):
             self.raised = True
             control.should_save, control.should_training_stop = True, True
             if state.is_world_process_zero:
                 logger.warning(
                     "%s: stopping after step %d; continue with --resume (exit code %d)",
-                    self._received or "a signal to another process", state.global_step, RESUMABLE,
+                    received.name if received else "a signal to another process", state.global_step, RESUMABLE,
                 )  # fmt: skip
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from medm.errors import CheckpointError, NonFiniteError, RecipeError
+from medm.launcher import LINK
 from medm.models.manifest import read_manifest, verify
 from medm.training import checkpoints
 from medm.training.callbacks import Interruption
@@ -166,7 +167,8 @@ class ResumableTrainer(Trainer):
         )  # fmt: skip
         commit = self._commit(folder, final)
         if not self.train_options.save_in_background:
-            on_first(commit)
+            with LINK.writing():
+                on_first(commit)
         elif self.is_deepspeed_enabled and self.args.world_size > 1:
             self._commits.shared(copied, commit, folder=folder, final=final)
         else:

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from medm.errors import CheckpointError
+from medm.launcher import LINK
 from medm.llms.attention import in_one_kernel
 from medm.models import build
 from medm.models.manifest import sync, write_manifest
@@ -99,9 +100,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         eval_collator=data.eval_collate, processing_class=processor, callbacks=callbacks,
         recipe=resolved(recipe), data_hashes=hashes,
     )  # fmt: skip
-    finished = trainer.fit(resume=resume)
-    if finished:
-        _save_final(trainer, recipe, table, data)
+    with trainer.interruption.listening():
+        finished = trainer.fit(resume=resume)
+        if finished:
+            _save_final(trainer, recipe, table, data)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Outcome(output_dir, finished, trainer.state.global_step, losses[-1] if losses else None)
 
@@ -136,12 +138,13 @@ def _save_final(trainer: MedmTrainer, recipe: Recipe, table: PartTable, data: Tr
     folder = output_dir / ".tmp-model"
     trainer.save_whole(folder)
     if trainer.args.process_index == 0:
-        write_record(
-            folder, recipe=resolved(recipe), table=table, hashes=trainer.data_hashes,
-            history=trainer.state.log_history, counts=data.counts,
-        )  # fmt: skip
-        write_manifest(folder, {"step": trainer.state.global_step})
-        publish(folder, output_dir)
+        with LINK.writing():
+            write_record(
+                folder, recipe=resolved(recipe), table=table, hashes=trainer.data_hashes,
+                history=trainer.state.log_history, counts=data.counts,
+            )  # fmt: skip
+            write_manifest(folder, {"step": trainer.state.global_step})
+            publish(folder, output_dir)
         logger.info("the model is in %s. Not for clinical use.", output_dir)
 
 

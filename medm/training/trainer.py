@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from medm.data.sampling import RankedBatches, Sequential
 from medm.errors import NonFiniteError
 from medm.objectives.base import Losses, Objective
+from medm.stopping import ignore_stops
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import frozen_modules, parameter_groups
 from medm.training.processes import anywhere, gathered
@@ -138,6 +139,7 @@ class MedmTrainer(ResumableTrainer):
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            worker_init_fn=ignore_stops,
             generator=self.epochs.generator,
         )
 
@@ -152,6 +154,7 @@ class MedmTrainer(ResumableTrainer):
             ),
             collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=ignore_stops,
             generator=torch.Generator(),  # the run's own random numbers stay as they are
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from medm.errors import CheckpointError, MedmError, NonFiniteError
+from medm.launcher import LINK
 from medm.training.checkpoints import Background, remove
 from medm.training.processes import anywhere, failures, on_first, rank
 from medm.training.snapshot import write_files
@@ -65,13 +66,16 @@ class Writing:
             together(self._background.wait, final=final, cleanup=folder)
             self._start_on_first(commit)
 
-        self._background.start(lambda: write_files(files))
+        self._start(lambda: write_files(files))
         self._next = commit_together
 
     def _start_on_first(self, action: Callable[[], None]) -> None:
         if rank() == 0:
-            self._background.start(action)
+            self._start(action)
         self._next = lambda: on_first(self._background.wait)
+
+    def _start(self, action: Callable[[], None]) -> None:
+        self._background.start(_unharmed(action))
 
     def settle(self) -> None:
         """Go as far as is possible without waiting. All processes call it at the same step."""
@@ -112,9 +116,19 @@ def together(action: Callable[[], None], *, final: Path, cleanup: Path) -> None:
     Raises:
         CheckpointError: on all processes, with what went wrong on each.
     """
-    if failed := failures(action):
+    if failed := failures(_unharmed(action)):
         on_first(lambda: remove(cleanup))
         raise CheckpointError(_failed(final, "; ".join(failed)))
+
+
+def _unharmed(action: Callable[[], None]) -> Callable[[], None]:
+    """Let the launcher wait for an action, even when another process of the run has died."""
+
+    def act() -> None:
+        with LINK.writing():
+            action()
+
+    return act
 
 
 def _failed(final: Path, reason: str) -> str:

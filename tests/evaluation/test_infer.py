@@ -21,6 +21,7 @@ from medm.evaluation.prompts import deal
 from medm.evaluation.results import Appender, Results, encode, model_fingerprint
 from tests.cli.runner import medm
 from tests.evaluation.tiny import questions, read_output, save_tiny, write_records
+from tests.planted import marks, plant
 
 ROOT = Path(__file__).parents[2]
 REPLY = GenerationOptions(max_new_tokens=5)
@@ -38,7 +39,9 @@ def run(model: Path, data: Path, output: Path, **changes: Any) -> InferSummary:
     return summary
 
 
-def test_batches_resume_and_processes_answer_like_one_by_one(model: Path, tmp_path: Path) -> None:
+def test_batches_resume_and_processes_answer_like_one_by_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_records(tmp_path, questions(tmp_path, 11))
     assert run(model, data, tmp_path / "one.jsonl", batch_size=1).answered == 11
     one = read_output(tmp_path / "one.jsonl")
@@ -56,6 +59,8 @@ def test_batches_resume_and_processes_answer_like_one_by_one(model: Path, tmp_pa
     assert run(model, data, tmp_path / "part.jsonl").resumed == 11
 
     told: list[tuple[int, int, int]] = []
+    planted = plant(tmp_path)
+    monkeypatch.chdir(planted)
     options = InferOptions(
         model=str(model), data=str(data), output=str(tmp_path / "two.jsonl"), generation=REPLY, device="cpu",
         workers=0, batch_size=2, processes=2,
@@ -63,6 +68,7 @@ def test_batches_resume_and_processes_answer_like_one_by_one(model: Path, tmp_pa
     infer(options, progress=lambda *numbers: told.append(numbers))
     assert read_output(tmp_path / "two.jsonl") == one
     assert told[-1] == (11, 11, 0)
+    assert marks(planted) == [], "a process imported from the working folder"
     assert not list(tmp_path.glob("two.jsonl.part*"))
 
 

@@ -84,6 +84,19 @@ def test_a_file_on_which_gdcm_writes_out_of_bounds(tmp_path: Path) -> None:
     assert read_image(FILES / "SC_rgb_jpeg_gdcm.dcm").pixels.shape == (100, 100, 3)
 
 
+def test_signals_to_the_process_group_spare_the_child() -> None:
+    """Ctrl-C and batch systems reach the whole group, and the run needs its decoder until the checkpoint is written."""
+    decoder = Decoder()
+    decode(decoder)
+    child = decoder._child
+    assert child is not None
+    assert os.getpgid(child.pid) != os.getpgid(0)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(child.pid, number)
+    np.testing.assert_array_equal(decode(decoder), EXPECTED)
+    assert decoder._child is child
+
+
 def test_a_forked_process_has_a_child_of_its_own() -> None:
     parent = isolated.DECODER
     np.testing.assert_array_equal(decode(parent), EXPECTED)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,21 @@ def test_a_stopped_and_continued_run_writes_the_same_model(world: Path, trained:
     whole, again = load_file(trained / "model.safetensors"), load_file(output / "model.safetensors")
     assert whole.keys() == again.keys()
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_a_signal_while_the_final_model_is_written_lets_it_be_finished(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put_in_place(folder: Path, output_dir: Path) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        publish(folder, output_dir)
+
+    monkeypatch.setattr("medm.training.run.publish", put_in_place)
+    settings = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    outcome = train(recipe(world, tmp_path / "out", train=settings))
+    assert outcome.finished
+    load(str(tmp_path / "out"))
 
 
 def test_annotations_that_were_edited_are_not_resumed_with(world: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -228,6 +229,36 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_later(tmp_path: Path, numb
     resumed = trainer(tmp_path / "cut", save_strategy="epoch")
     assert resumed.fit(resume=True) is True
     assert same(whole.model, resumed.model)
+
+
+class SignalHelpers(TrainerCallback):
+    """Sends the workers of the DataLoader and this process a signal, as one to the process group does; then another."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number, self.workers = number, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            children = multiprocessing.active_children()
+            self.workers = len(children)
+            for child in children:
+                os.kill(int(child.pid or 0), self.number)
+            for number in (self.number, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_to_the_process_group_and_signals_again_save_and_stop(
+    tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    helpers = SignalHelpers(number)
+    run = trainer(tmp_path, callbacks=[helpers], save_strategy="no", dataloader_num_workers=1)
+    assert run.fit() is False
+    assert helpers.workers == 1
+    (checkpoint,) = checkpoints.folders(tmp_path)
+    verify(checkpoint)
+    said = capfd.readouterr().err
+    assert said.count("again: the run is already stopping and ends when its checkpoint is written") == 3
 
 
 @pytest.mark.parametrize("background", [True, False])
