@@ -111,7 +111,7 @@ def fill(
     start: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Filled:
-    """Load every file of some branches once. Started again it goes on: what is there already is only looked at.
+    """Load every file of some branches once. Started again it resumes: entries that exist are only verified.
 
     Args:
         data: whose files are loaded; a file that several records name is loaded once.

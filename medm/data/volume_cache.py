@@ -2,8 +2,8 @@
 
 An entry is named by what is in the file and how it is prepared, so that moved, copied and changed files are all right.
 It holds the prepared numbers and their shape, nothing of a header. Any number of processes may share a folder: each
-takes its room from one ledger before it writes, and entries are written aside and renamed. A half-written or damaged
-entry is noticed and made again.
+reserves bytes in one ledger before it writes, and writes are atomic. A half-written or damaged entry is noticed and
+made again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _FOOTER = struct.Struct("<8sI")
 _MARK = b"medm-v1\0"
 _ABANDONED = 3600.0
-"""Seconds after which a file that was written aside is taken to be left over from a killed process."""
+"""Seconds after which a temporary file is taken to be left over from a killed process."""
 _CONTENT = re.compile(rb"[0-9a-f]{64}")
 _FRESH = 60.0
 """Seconds within which an entry is not marked as used again."""
@@ -175,26 +175,26 @@ class MediaCache:
             self._verify(entry.name, pixels)
 
     def _write(self, target: Path, parts: list[bytes | memoryview]) -> bool:
-        """Aside, then renamed. A disk that is full or read-only is said once and does not stop the run."""
-        aside = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex}")
+        """Write atomically. A disk that is full or read-only gives one warning and does not stop the run."""
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not self._reserve(aside, sum(memoryview(part).nbytes for part in parts)):
+            if not self._reserve(temporary, sum(memoryview(part).nbytes for part in parts)):
                 return False
-            with aside.open("r+b") as stream:
+            with temporary.open("r+b") as stream:
                 for part in parts:
                     stream.write(part)
-            aside.replace(target)
+            temporary.replace(target)
         except OSError as error:
             with suppress(OSError):
-                aside.unlink()
+                temporary.unlink()
             if not self._unwritable:
                 logger.warning("%s: nothing more is cached in this run (%s)", self.folder, error.strerror)
             self._unwritable = True
             return False
         return True
 
-    def _reserve(self, aside: Path, size: int) -> bool:
+    def _reserve(self, temporary: Path, size: int) -> bool:
         """Make a file of its final size, if the folder has room for it or can make some.
 
         The ledger holds the bytes in use. It may say too much (an entry written twice, a write that failed, files that
@@ -208,7 +208,7 @@ class MediaCache:
                 used = self._let_go(size)
             fits = used + size <= self.max_bytes
             if fits:
-                with aside.open("xb") as stream:
+                with temporary.open("xb") as stream:
                     stream.truncate(size)  # counted from now on, also by those who look into the folder
                 used += size
             ledger.truncate(0)

@@ -20,7 +20,7 @@ MAX_VOXELS = 2**29
 MAX_BYTES = 2**31
 """Most bytes of voxels, as stored."""
 SPACING_RANGE = (0.01, 50.0)
-"""Millimetres between voxels that are believed."""
+"""Millimeters between voxels that are believed."""
 
 _LETTERS = ("LR", "PA", "SI")
 """Growing and falling along x, y, z of the patient."""
@@ -31,7 +31,7 @@ class Geometry:
     """Spacing, direction and origin of a voxel grid."""
 
     spacing: np.ndarray
-    """(3,) millimetres between voxels along each array axis."""
+    """(3,) millimeters between voxels along each array axis."""
     direction: np.ndarray
     """(3, 3): column i is the unit vector (LPS) along which the index of array axis i grows."""
     origin: np.ndarray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,22 @@ from typing import BinaryIO
 import numpy as np
 
 from medm.errors import MediaError
-from medm.imaging.geometry import Geometry, check_size, check_spacing, geometry_from_steps
+from medm.imaging.geometry import Geometry, check_size, check_spacing, geometry_from_steps, join_numbers
+from medm.imaging.notices import warn_of_file
 from medm.imaging.payload import Packing, check_length, open_binary, read_voxels, sibling
 
+logger = logging.getLogger(__name__)
+
 _MAX_HEADER = 2**16
+_USED = {
+    "NDims", "DimSize", "ElementType", "ElementSpacing", "ElementSize", "ElementNumberOfChannels", "TransformMatrix",
+    "Orientation", "Rotation", "Offset", "Origin", "Position", "BinaryData", "BinaryDataByteOrderMSB",
+    "ElementByteOrderMSB", "CompressedData", "HeaderSize", "AnatomicalOrientation", "DistanceUnits",
+    "ElementToIntensityFunctionSlope", "ElementToIntensityFunctionOffset",
+}  # fmt: skip
+"""Fields that are read."""
+_MILLIMETERS = {"?": 1.0, "mm": 1.0, "cm": 10.0, "um": 0.001}
+_OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
 _TYPES = {
     "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
     "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
@@ -73,7 +86,8 @@ def _fields(stream: BinaryIO, name: str) -> dict[str, str]:
         key, equals, value = line.decode("latin-1").partition("=")
         if not line or not equals:
             break
-        fields[key.strip()] = value.strip()
+        if fields.setdefault(key.strip(), value.strip()) != value.strip() and key.strip() in _USED:
+            raise MediaError(f"{name}: the MetaImage header has '{key.strip()}' twice, with different values")
         if key.strip() == "ElementDataFile":
             return fields
     raise MediaError(f"{name}: not a MetaImage: its header does not end with ElementDataFile")
@@ -88,38 +102,89 @@ def _layout(fields: dict[str, str], name: str) -> tuple[tuple[int, ...], np.dtyp
     if fields.get("ElementNumberOfChannels", "1") != "1":
         raise MediaError(f"{name}: a MetaImage with several numbers a voxel is not read; expected one")
     if not _true(fields, "BinaryData", default="True") or fields.get("HeaderSize", "0") != "0":
-        raise MediaError(f"{name}: MetaImages of text, or with a HeaderSize, are not read")
+        raise MediaError(f"{name}: MetaImages of text, or with a HeaderSize other than 0, are not read")
+    _check_intensity(fields, name)
     try:
         sizes = [int(size) for size in fields["DimSize"].split()]
     except ValueError:
         raise MediaError(f"{name}: the MetaImage field 'DimSize' does not hold whole numbers") from None
     if fields["NDims"] != str(len(sizes)):
         raise MediaError(f"{name}: the MetaImage header declares another NDims than its {len(sizes)} sizes")
-    big = any(_true(fields, key) for key in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))
-    dtype = np.dtype(_TYPES[fields["ElementType"]]).newbyteorder(">" if big else "<")
+    dtype = np.dtype(_TYPES[fields["ElementType"]])
+    orders = {_true(fields, key) for key in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB") if key in fields}
+    if len(orders) > 1 and dtype.itemsize > 1:
+        raise MediaError(
+            f"{name}: BinaryDataByteOrderMSB and ElementByteOrderMSB of the MetaImage header contradict each other; "
+            "the byte order is not known"
+        )
+    dtype = dtype.newbyteorder(">" if True in orders else "<")
     check_size(sizes[::-1], dtype.itemsize, name)
     return tuple(sizes[::-1]), dtype
 
 
+def _check_intensity(fields: dict[str, str], name: str) -> None:
+    """Refuse a scale of the stored values that common readers, ITK among them, do not apply."""
+    slope, offset = (
+        _numbers(fields, key, name) if key in fields else [default]
+        for key, default in (("ElementToIntensityFunctionSlope", 1.0), ("ElementToIntensityFunctionOffset", 0.0))
+    )
+    if (slope, offset) != ([1.0], [0.0]):
+        raise MediaError(
+            f"{name}: the MetaImage header declares intensities of {join_numbers(slope)} times the stored values plus "
+            f"{join_numbers(offset)}, which most programs do not apply; store the values that are meant"
+        )
+
+
 def _geometry(fields: dict[str, str], name: str) -> Geometry | None:
+    # ElementSize is the size of a voxel, which gaps between slices make smaller than the distance.
     spacing = next((_numbers(fields, key, name) for key in ("ElementSpacing", "ElementSize") if key in fields), None)
     if spacing is None or len(spacing) != 3:
         raise MediaError(f"{name}: the MetaImage header lacks an ElementSpacing of three numbers")
+    unit = _MILLIMETERS.get(fields.get("DistanceUnits", "?").lower())
+    if unit is None:
+        raise MediaError(f"{name}: DistanceUnits of the MetaImage header is not known; expected mm, cm or um")
+    spacing = [value * unit for value in spacing]
     check_spacing(spacing, name)
-    matrix = next((key for key in ("TransformMatrix", "Orientation", "Rotation") if key in fields), None)
-    if matrix is None:
+    columns = _agreed(fields, ("TransformMatrix", "Orientation", "Rotation"), name)
+    origin = _agreed(fields, ("Offset", "Origin", "Position"), name) or [0.0] * 3
+    if columns is None:
         return None
-    origin = next((_numbers(fields, key, name) for key in ("Offset", "Origin", "Position") if key in fields), [0.0] * 3)
-    columns = _numbers(fields, matrix, name)
     if len(columns) != 9 or len(origin) != 3:
         raise MediaError(f"{name}: the MetaImage header needs nine numbers of direction and three of origin")
-    unit = np.asarray(columns).reshape(3, 3).T  # stored axis by axis
-    lengths = np.linalg.norm(unit, axis=0)
+    directions = np.asarray(columns).reshape(3, 3).T  # stored axis by axis
+    lengths = np.linalg.norm(directions, axis=0)
     if not np.allclose(lengths, 1, atol=1e-2):
         raise MediaError(
             f"{name}: the direction of the MetaImage header is not made of unit vectors; it is singular or scaled"
         )
-    return geometry_from_steps(unit / lengths * np.asarray(spacing), np.asarray(origin), name)
+    geometry = geometry_from_steps(directions / lengths * np.asarray(spacing), np.asarray(origin) * unit, name)
+    _compare_orientation(fields, geometry, name)
+    return geometry
+
+
+def _agreed(fields: dict[str, str], keys: tuple[str, ...], name: str) -> list[float] | None:
+    """The numbers of fields that mean the same; None where there is none of them. Raises `MediaError`."""
+    found = {key: _numbers(fields, key, name) for key in keys if key in fields}
+    for key, numbers in found.items():
+        first = next(iter(found))
+        if len(numbers) != len(found[first]) or not np.allclose(numbers, found[first], atol=1e-3, equal_nan=True):
+            raise MediaError(
+                f"{name}: {first} {join_numbers(found[first])} and {key} {join_numbers(numbers)} of the MetaImage "
+                "header mean the same and contradict each other; remove the wrong one"
+            )
+    return next(iter(found.values()), None)
+
+
+def _compare_orientation(fields: dict[str, str], geometry: Geometry, name: str) -> None:
+    """Warn of letters that contradict the matrix, which is used: they name the sides where the axes x, y, z begin."""
+    letters = fields.get("AnatomicalOrientation", "").upper()
+    own = "".join(_OPPOSITE[letter] for letter in reversed(geometry.axes))
+    if len(letters) == 3 and set(letters) <= set(_OPPOSITE) and letters != own:
+        warn_of_file(
+            logger, kind="MetaImage orientation", file=name,
+            message=f"{name}: the axes begin at {own} by TransformMatrix, at {letters} by AnatomicalOrientation; "
+            "TransformMatrix is used. Look at left and right with `medm data preview`",
+        )  # fmt: skip
 
 
 def _true(fields: dict[str, str], key: str, default: str = "False") -> bool:

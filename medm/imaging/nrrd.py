@@ -11,10 +11,22 @@ from typing import BinaryIO
 import numpy as np
 
 from medm.errors import MediaError
-from medm.imaging.geometry import Geometry, check_size, check_spacing, geometry_from_steps
+from medm.imaging.geometry import (
+    Geometry,
+    check_size,
+    check_spacing,
+    geometry_from_steps,
+    join_numbers,
+    spacings_differ,
+)
 from medm.imaging.payload import Packing, check_length, open_binary, read_voxels, sibling
 
 _MAX_HEADER = 2**16
+_USED = {
+    "type", "dimension", "sizes", "encoding", "endian", "kinds", "space", "spacedimension", "spacedirections",
+    "spaceorigin", "spaceunits", "spacings", "units", "datafile", "lineskip", "byteskip",
+}  # fmt: skip
+"""Fields that are read, without spaces."""
 _TYPES = {
     "signed char": "i1", "int8": "i1", "int8_t": "i1", "uchar": "u1", "unsigned char": "u1", "uint8": "u1",
     "uint8_t": "u1", "short": "i2", "short int": "i2", "signed short": "i2", "signed short int": "i2", "int16": "i2",
@@ -29,6 +41,19 @@ _TO_LPS = {
     "left-posterior-superior": (1, 1, 1), "lps": (1, 1, 1), "right-anterior-superior": (-1, -1, 1),
     "ras": (-1, -1, 1), "left-anterior-superior": (1, -1, 1), "las": (1, -1, 1),
 }  # fmt: skip
+_MILLIMETERS = {
+    "": 1.0, "???": 1.0, "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "millimetre": 1.0, "millimetres": 1.0,
+    "cm": 10.0, "centimeter": 10.0, "centimeters": 10.0, "m": 1000.0, "meter": 1000.0, "meters": 1000.0,
+    "um": 0.001, "\xb5m": 0.001, "micron": 0.001, "microns": 0.001, "micrometer": 0.001, "micrometers": 0.001,
+}  # fmt: skip
+_SPATIAL_KINDS = {"domain", "space", "none", "???"}
+_OTHER_KINDS = {
+    "time", "list", "point", "vector", "covariant-vector", "normal", "stub", "scalar", "complex", "2-vector",
+    "3-color", "rgb-color", "hsv-color", "xyz-color", "4-color", "rgba-color", "3-vector", "3-gradient", "3-normal",
+    "4-vector", "quaternion", "2d-symmetric-matrix", "2d-masked-symmetric-matrix", "2d-matrix", "2d-masked-matrix",
+    "3d-symmetric-matrix", "3d-masked-symmetric-matrix", "3d-matrix", "3d-masked-matrix",
+}  # fmt: skip
+"""Named in messages; any other text may be a patient's."""
 _PACKINGS: dict[str, Packing] = {"raw": "raw", "gzip": "gzip", "gz": "gzip"}
 
 
@@ -55,8 +80,11 @@ def _at_voxels(path: Path, name: str) -> Iterator[tuple[BinaryIO, dict[str, str]
         fields = _fields(stream, name)
         _layout(fields, name)
         _geometry(fields, name)
-        if any(fields.get(key, "0") != "0" for key in ("line skip", "lineskip", "byte skip", "byteskip")):
-            raise MediaError(f"{name}: NRRD files that skip lines or bytes are not read")
+        if any(fields.get(key, "0") != "0" for key in ("lineskip", "byteskip")):
+            raise MediaError(
+                f"{name}: NRRD files that skip lines or bytes before their voxels are not read; expected "
+                "'line skip' and 'byte skip' of 0"
+            )
         beside = _data_file(fields, path, name)
         if beside is None:
             yield stream, fields
@@ -72,12 +100,15 @@ def data_file(path: Path, name: str) -> Path | None:
 
 
 def _data_file(fields: dict[str, str], path: Path, name: str) -> Path | None:
-    file = fields.get("data file") or fields.get("datafile")
+    file = fields.get("datafile")
     return None if file is None else sibling(path, file, name, header=".nhdr")
 
 
 def _fields(stream: BinaryIO, name: str) -> dict[str, str]:
-    """The fields that describe the array, without comments and key:=value pairs, which may hold a patient's data."""
+    """The fields that describe the array, without comments and key:=value pairs, which may hold a patient's data.
+
+    Names are in small letters without spaces: "data file" and "datafile" are the same.
+    """
     if not stream.readline(16).startswith(b"NRRD000"):
         raise MediaError(f"{name}: not an NRRD file: its first line is not NRRD000x")
     fields: dict[str, str] = {}
@@ -88,7 +119,9 @@ def _fields(stream: BinaryIO, name: str) -> dict[str, str]:
         text = line.decode("latin-1").strip()
         key, colon, value = text.partition(":")
         if colon and not text.startswith("#") and not value.startswith("="):
-            fields[key.strip().lower()] = value.strip()
+            key = "".join(key.lower().split())
+            if fields.setdefault(key, value.strip()) != value.strip() and key in _USED:
+                raise MediaError(f"{name}: the NRRD header has the field '{key}' twice, with different values")
     raise MediaError(f"{name}: the NRRD header does not end within {_MAX_HEADER} bytes")
 
 
@@ -114,22 +147,68 @@ def _layout(fields: dict[str, str], name: str) -> tuple[tuple[int, ...], np.dtyp
             raise MediaError(f"{name}: the NRRD field 'endian' is missing or neither little nor big")
         dtype = dtype.newbyteorder("<" if endian == "little" else ">")
     check_size(sizes[::-1], dtype.itemsize, name)
+    _check_kinds(fields, name)
     return tuple(sizes[::-1]), dtype, _PACKINGS[encoding]
 
 
+def _check_kinds(fields: dict[str, str], name: str) -> None:
+    """Refuse axes that do not lie in space: colors, vectors, time."""
+    kinds = fields.get("kinds", "").lower().split()
+    other = [(axis, kind) for axis, kind in enumerate(kinds) if kind not in _SPATIAL_KINDS]
+    if other:
+        axis, kind = other[0]
+        found = f"'{kind}'" if kind in _OTHER_KINDS else "a kind that is not known"
+        raise MediaError(
+            f"{name}: axis {axis + 1} of the NRRD file is {found} by the field 'kinds'; expected 'domain' or 'space' "
+            "for all three. Extract one volume of plain numbers"
+        )
+
+
 def _geometry(fields: dict[str, str], name: str) -> Geometry | None:
+    """Where the voxels lie. Centers of voxels are meant, whether 'centers' says cell or node (format, section 4)."""
     signs = _TO_LPS.get(fields.get("space", "").lower())
-    vectors = re.findall(r"\(([^)]*)\)", fields.get("space directions", ""))
+    vectors = re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))
     if signs is None or not vectors:
         if "spacings" in fields:
-            check_spacing(_numbers(fields["spacings"].split(), "spacings", name), name)
+            check_spacing(_spacings(fields, name), name)
         return None
-    flip = np.asarray(signs, dtype=np.float64)
+    if fields.get("spacedimension", "3") != "3":
+        raise MediaError(f"{name}: the NRRD header names a space of the patient and another 'space dimension' than 3")
+    units = _units(fields, "spaceunits", name)
+    scale = np.asarray(signs, dtype=np.float64) * units
     steps = [_numbers(vector.split(","), "space directions", name) for vector in vectors]
-    origin = np.asarray(_numbers(fields.get("space origin", "(0,0,0)").strip("() ").split(","), "space origin", name))
+    origin = np.asarray(_numbers(fields.get("spaceorigin", "(0,0,0)").strip("() ").split(","), "space origin", name))
     if [len(step) for step in steps] != [3, 3, 3] or origin.shape != (3,):
         raise MediaError(f"{name}: the NRRD header needs three space directions of three numbers and such an origin")
-    return geometry_from_steps((np.asarray(steps) * flip).T, origin * flip, name)
+    geometry = geometry_from_steps((np.asarray(steps) * scale).T, origin * scale, name)
+    if "spacings" in fields:
+        spacings = _spacings(fields, name)
+        if spacings_differ(spacings, geometry.spacing[::-1]):
+            raise MediaError(
+                f"{name}: voxels of {join_numbers(geometry.spacing[::-1])} mm by 'space directions', of "
+                f"{join_numbers(spacings)} mm by 'spacings', which may not stand beside each other; remove one of them"
+            )
+    return geometry
+
+
+def _spacings(fields: dict[str, str], name: str) -> list[float]:
+    """The field 'spacings' in mm."""
+    spacings = _numbers(fields["spacings"].split(), "spacings", name)
+    if len(spacings) != 3:
+        raise MediaError(f"{name}: the NRRD field 'spacings' holds {len(spacings)} numbers; expected 3")
+    return [value * unit for value, unit in zip(spacings, _units(fields, "units", name), strict=True)]
+
+
+def _units(fields: dict[str, str], field: str, name: str) -> list[float]:
+    """Length in mm of the unit along each of three axes; mm where the header names none."""
+    words = re.findall(r'"([^"]*)"', fields.get(field, ""))
+    lengths = [_MILLIMETERS.get(word.strip().lower()) for word in words] or [1.0] * 3
+    if len(lengths) != 3 or None in lengths:
+        raise MediaError(
+            f"{name}: the NRRD field '{field}' holds {len(words)} units, of which {lengths.count(None)} are not known; "
+            'expected three of "mm", "cm", "m" and "um"'
+        )
+    return [length for length in lengths if length is not None]
 
 
 def _numbers(words: list[str], field: str, name: str) -> list[float]:

@@ -6,6 +6,7 @@ impossible spacing, and skips the checksum of a MetaImage, each without a word. 
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
@@ -46,7 +47,7 @@ def read_voxels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packi
     Raises:
         MediaError: too few bytes, far too many, or a checksum that does not fit.
     """
-    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    needed = math.prod(shape) * dtype.itemsize
     data: bytes | bytearray
     try:
         if packing == "raw":
@@ -90,7 +91,7 @@ def check_length(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, pack
     Raises:
         MediaError: too few bytes; for voxels that are not packed also too many.
     """
-    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    needed = math.prod(shape) * dtype.itemsize
     found = os.fstat(stream.fileno()).st_size - stream.tell()
     if packing != "raw":
         check_ratio(found, needed, name)

@@ -1,4 +1,4 @@
-"""A volume as its description wants it: orientation, spacing, windows, crop, size, normalisation; in this order."""
+"""A volume as its description wants it: orientation, spacing, windows, crop, size, normalization; in this order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def apply_volume(preprocess: VolumePreprocess, volume: Volume, *, device: str = 
     Args:
         preprocess: what is wanted.
         volume: as it was read.
-        device: where windows, stretching and normalisation are computed; the result is in host memory.
+        device: where windows, stretching and normalization are computed; the result is in host memory.
 
     Raises:
         MediaError: values that the file proves not to be of the declared scale, an orientation or spacing that the file
@@ -171,7 +171,7 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
     if direction is geometry.direction and preprocess.spacing is None:
         return voxels
     box = _Box.of(voxels, geometry)
-    target = Geometry(np.asarray(preprocess.spacing or geometry.spacing, dtype=np.float64), direction, box.centre)
+    target = Geometry(np.asarray(preprocess.spacing or geometry.spacing, dtype=np.float64), direction, box.center)
     if preprocess.interpolation == "area" and preprocess.spacing is not None:
         voxels, geometry = _averaged(voxels, geometry, preprocess.spacing)
     # A crop to the foreground comes between spacing and size; without it the final grid is known already.
@@ -187,7 +187,7 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
 class _Box:
     """The space that a volume fills, to the outer faces of its outer voxels."""
 
-    centre: np.ndarray
+    center: np.ndarray
     """(3,) in LPS."""
     edges: np.ndarray
     """(3, 3): column i is the edge along array axis i, in mm."""
@@ -196,8 +196,8 @@ class _Box:
     def of(cls, voxels: np.ndarray, geometry: Geometry) -> _Box:
         """The box of voxels on a grid."""
         lengths = np.asarray(voxels.shape)
-        centre = geometry.origin + geometry.direction @ (geometry.spacing * (lengths - 1) / 2)
-        return cls(centre, geometry.direction * (lengths * geometry.spacing))
+        center = geometry.origin + geometry.direction @ (geometry.spacing * (lengths - 1) / 2)
+        return cls(center, geometry.direction * (lengths * geometry.spacing))
 
     def size(self, target: Geometry) -> list[int]:
         """Voxels of another grid that hold the whole box."""
@@ -270,7 +270,7 @@ def _resampled(
     Args:
         voxels: along the axes of `geometry`.
         geometry: where they lie.
-        target: spacing and direction of the result; its origin is the centre of the result.
+        target: spacing and direction of the result; its origin is the center of the result.
         size: voxels of the result.
         interpolation: "nearest", or anything else for linear.
         limit: most voxels of the result.
@@ -373,7 +373,7 @@ def _sized(preprocess: VolumePreprocess, channel: Tensor) -> Tensor:
         return channel
     if preprocess.spacing is None:
         return _resized(channel, preprocess.size, preprocess.interpolation)
-    return _centred(channel, preprocess.size)
+    return _centered(channel, preprocess.size)
 
 
 def _resized(values: Tensor, shape: Sequence[int], interpolation: str) -> Tensor:
@@ -386,7 +386,7 @@ def _resized(values: Tensor, shape: Sequence[int], interpolation: str) -> Tensor
     return F.interpolate(values[None, None], size=list(shape), mode=mode)[0, 0]
 
 
-def _centred(channel: Tensor, size: Sequence[int]) -> Tensor:
+def _centered(channel: Tensor, size: Sequence[int]) -> Tensor:
     """Cropped or padded with 0 (black) on both sides alike."""
     import torch.nn.functional as F
 

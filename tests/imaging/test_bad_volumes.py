@@ -145,7 +145,7 @@ def nii_nan_spacing(folder: Path) -> Path:
 
 
 @bad("spacing 1.5, 2, 5000")
-def nii_spacing_of_metres(folder: Path) -> Path:
+def nii_spacing_of_meters(folder: Path) -> Path:
     return patched(folder, 88, "f", 5000.0)
 
 
@@ -209,7 +209,7 @@ def nii_slope_that_leaves_no_number(folder: Path) -> Path:
 
 
 @bad(r"spacing 1500, 2000, 5000 \(pixdim 1\.5, 2, 5 in m\)")
-def nii_units_of_metres_beside_millimetres(folder: Path) -> Path:
+def nii_units_of_meters_beside_millimetres(folder: Path) -> Path:
     return patched(folder, 123, "B", 1)
 
 

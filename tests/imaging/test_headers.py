@@ -175,3 +175,168 @@ def test_qfac_is_a_sign(tmp_path: Path, qfac: float, axes: str) -> None:
 def test_a_quaternion_rounded_above_unit_length_is_a_rotation(tmp_path: Path) -> None:
     volume, _ = read(nifti(tmp_path / "a.nii", sform=0, qform=1, quaternion=(0, 0, 1.0004, 5, 6, 7)))
     assert spacing(volume) == [2, 3, 4]
+
+
+def nrrd(path: Path, **fields: str | None) -> Path:
+    """`VOXELS` with 2 x 3 x 4 mm along LPS; None leaves a field out."""
+    values = {
+        "type": "short", "dimension": "3", "space": "left-posterior-superior", "sizes": "4 3 2",
+        "space directions": "(2,0,0) (0,3,0) (0,0,4)", "kinds": "domain domain domain", "endian": "little",
+        "encoding": "raw", "space origin": "(5,6,7)", **{key.replace("_", " "): value for key, value in fields.items()},
+    }  # fmt: skip
+    text = "".join(f"{key}: {value}\n" for key, value in values.items() if value is not None)
+    path.write_bytes(f"NRRD0005\n{text}\n".encode() + VOXELS.astype("<i2").tobytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "origin"),
+    [
+        ({}, [5, 6, 7]),
+        ({"spacings": "2 3.001 4"}, [5, 6, 7]),  # superfluous, but the same
+        ({"spacings": "0.2 0.3 0.4", "units": '"cm" "cm" "cm"'}, [5, 6, 7]),
+        ({"space_units": '"mm" "mm" "mm"'}, [5, 6, 7]),
+        ({"space_units": '"um" "um" "um"', "space_directions": "(2000,0,0) (0,3000,0) (0,0,4000)"},
+         [0.005, 0.006, 0.007]),
+        ({"space_units": '"cm" "mm" "mm"', "space_directions": "(.2,0,0) (0,3,0) (0,0,4)"}, [50, 6, 7]),
+        ({"centers": "cell cell cell"}, [5, 6, 7]),  # the origin is the center of the first voxel in both cases
+        ({"centers": "node node node"}, [5, 6, 7]),
+        ({"kinds": None}, [5, 6, 7]),
+        ({"kinds": "space space space"}, [5, 6, 7]),
+        ({"space": "RAS", "space_directions": "(-2,0,0) (0,-3,0) (0,0,4)", "space_origin": "(-5,-6,7)"}, [5, 6, 7]),
+        ({"line_skip": "0", "byteskip": "0"}, [5, 6, 7]),
+        ({"type": "signed short int", "Space": "left-posterior-superior"}, [5, 6, 7]),
+    ],
+)  # fmt: skip
+def test_nrrd_fields_by_the_standard(tmp_path: Path, fields: dict[str, str], origin: list[float]) -> None:
+    volume, warnings = read(nrrd(tmp_path / "a.nrrd", **fields))
+    np.testing.assert_array_equal(volume.voxels, VOXELS)
+    assert spacing(volume) == [2, 3, 4]
+    assert volume.geometry is not None
+    assert volume.geometry.axes == "SPL"
+    np.testing.assert_allclose(volume.geometry.origin, origin)
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    "fields", [{"space": None}, {"space": "scanner-xyz"}, {"space": None, "space_dimension": "3"},
+               {"space_directions": None, "spacings": "2 3 4"},
+               {"space_directions": None, "spacings": "2000 3000 4000", "units": '"um" "um" "um"'}]
+)  # fmt: skip
+def test_nrrd_without_a_space_of_the_patient_has_no_direction(tmp_path: Path, fields: dict[str, str | None]) -> None:
+    volume, warnings = read(nrrd(tmp_path / "a.nrrd", **fields))
+    assert volume.geometry is None
+    assert warnings == []
+
+
+NRRD_REFUSED: dict[str, tuple[dict[str, str | None], str]] = {
+    "two spacings": ({"spacings": "1 1 1"},
+                     "voxels of 2, 3, 4 mm by 'space directions', of 1, 1, 1 mm by 'spacings'"),
+    "units of meters": ({"space_units": '"m" "m" "m"'}, "spacing 4000, 3000, 2000|spacing 2000, 3000, 4000"),
+    "unknown units": ({"space_units": '"ell" "mm" "mm"'}, "'spaceunits' holds 3 units, of which 1 are not known"),
+    "two units": ({"space_units": '"mm" "mm"'}, "'spaceunits' holds 2 units"),
+    "colors": ({"kinds": "RGB-color domain domain"}, "axis 1 of the NRRD file is 'rgb-color'"),
+    "time": ({"kinds": "domain domain time"}, "axis 3 of the NRRD file is 'time'"),
+    "a kind that is a name": ({"kinds": "domain Canary domain"}, "axis 2 of the NRRD file is a kind that is not known"),
+    "no byte order": ({"endian": None}, "'endian' is missing"),
+    "skipped bytes": ({"byte_skip": "-1"}, "skip lines or bytes"),
+    "skipped lines": ({"lineskip": "2"}, "skip lines or bytes"),
+    "a field twice": ({"Sizes": "4 2 3"}, "has the field 'sizes' twice"),
+    "an alias twice": ({"encoding": "raw", "Encoding": "gzip"}, "has the field 'encoding' twice"),
+    "two dimensions of space": ({"space_dimension": "2"}, "another 'space dimension' than 3"),
+    "an axis without direction": ({"space_directions": "none (0,3,0) (0,0,4)"}, "needs three space directions"),
+    "undefined spacing": ({"space_directions": None, "spacings": "nan 3 4"}, "spacing nan, 3, 4"),
+    "undefined direction": ({"space_directions": "(nan,0,0) (0,3,0) (0,0,4)"}, "NaN or infinite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NRRD_REFUSED)
+def test_nrrd_fields_that_contradict_each_other_are_refused_from_the_header(tmp_path: Path, case: str) -> None:
+    fields, reason = NRRD_REFUSED[case]
+    path = nrrd(tmp_path / "a.nrrd", **fields)
+    for decode in (False, True):
+        with pytest.raises(MediaError, match=reason) as caught:
+            probe(path, kind="volume", decode=decode)
+        assert "canary" not in str(caught.value).lower()
+
+
+def test_nrrd_of_one_byte_needs_no_byte_order(tmp_path: Path) -> None:
+    path = nrrd(tmp_path / "a.nrrd", type="uchar", endian=None, sizes="4 3 4")
+    assert read(path)[0].voxels.shape == (4, 3, 4)
+
+
+def mha(path: Path, *more: str, **fields: str | None) -> Path:
+    """`VOXELS` with 2 x 3 x 4 mm along LPS; None leaves a field out."""
+    values = {
+        "ObjectType": "Image", "NDims": "3", "BinaryData": "True", "BinaryDataByteOrderMSB": "False",
+        "CompressedData": "False", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "Offset": "5 6 7",
+        "AnatomicalOrientation": "RAI", "ElementSpacing": "2 3 4", "DimSize": "4 3 2", "ElementType": "MET_SHORT",
+        **fields,
+    }  # fmt: skip
+    lines = [f"{key} = {value}" for key, value in values.items() if value is not None]
+    order = ">" if "True" in (fields.get("BinaryDataByteOrderMSB"), fields.get("ElementByteOrderMSB")) else "<"
+    header = "\n".join([*lines, *more, "ElementDataFile = LOCAL\n"])
+    path.write_bytes(header.encode() + VOXELS.astype(order + "i2").tobytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "warning"),
+    [
+        ({}, None),
+        ({"ElementSize": "2 3 1"}, None),  # slices of 1 mm with gaps of 3 mm
+        ({"ElementSpacing": None, "ElementSize": "2 3 4"}, None),
+        ({"BinaryDataByteOrderMSB": "True"}, None),
+        ({"BinaryDataByteOrderMSB": None, "ElementByteOrderMSB": "True"}, None),
+        ({"ElementByteOrderMSB": "False"}, None),
+        ({"Position": "5 6 7", "Orientation": "1 0 0 0 1 0 0 0 1"}, None),
+        ({"HeaderSize": "0", "ElementNumberOfChannels": "1"}, None),
+        ({"ElementToIntensityFunctionSlope": "1", "ElementToIntensityFunctionOffset": "0"}, None),
+        ({"AnatomicalOrientation": "???"}, None),
+        ({"AnatomicalOrientation": None}, None),
+        ({"AnatomicalOrientation": "LAI"}, "the axes begin at RAI by TransformMatrix, at LAI by AnatomicalOrientation"),
+        ({"DistanceUnits": "mm"}, None),
+    ],
+)
+def test_metaimage_fields_by_the_standard(tmp_path: Path, fields: dict[str, str | None], warning: str | None) -> None:
+    volume, warnings = read(mha(tmp_path / "a.mha", **fields))
+    np.testing.assert_array_equal(volume.voxels, VOXELS)
+    assert spacing(volume) == [2, 3, 4]
+    assert volume.geometry is not None
+    assert volume.geometry.axes == "SPL"
+    np.testing.assert_allclose(volume.geometry.origin, [5, 6, 7])
+    assert len(warnings) == (warning is not None)
+    assert warning is None or warning in warnings[0]
+
+
+def test_metaimage_units_are_converted(tmp_path: Path) -> None:
+    volume, _ = read(mha(tmp_path / "a.mha", DistanceUnits="cm", ElementSpacing=".2 .3 .4", Offset=".5 .6 .7"))
+    assert spacing(volume) == [2, 3, 4]
+    assert volume.geometry is not None
+    np.testing.assert_allclose(volume.geometry.origin, [5, 6, 7])
+
+
+METAIMAGE_REFUSED: dict[str, tuple[list[str], dict[str, str | None], str]] = {
+    "two byte orders": ([], {"ElementByteOrderMSB": "True"}, "MSB of the MetaImage header contradict each other"),
+    "two directions": ([], {"Orientation": "-1 0 0 0 -1 0 0 0 1"},
+                       "TransformMatrix 1, 0, 0, .* and Orientation -1, 0, .* contradict each other"),
+    "two origins": ([], {"Position": "5 6 8"}, "Offset 5, 6, 7 and Position 5, 6, 8"),
+    "a field twice": (["ElementSpacing = 1 1 1"], {}, "has 'ElementSpacing' twice"),
+    "bytes before the voxels": ([], {"HeaderSize": "-1"}, "HeaderSize other than 0"),
+    "colors": ([], {"ElementNumberOfChannels": "3"}, "several numbers a voxel"),
+    "intensities": ([], {"ElementToIntensityFunctionSlope": "2", "ElementToIntensityFunctionOffset": "-1024"},
+                    "2 times the stored values plus -1024"),
+    "unknown units": ([], {"DistanceUnits": "ell"}, "DistanceUnits of the MetaImage header is not known"),
+    "undefined spacing": ([], {"ElementSpacing": "2 nan 4"}, "spacing 2, nan, 4"),
+    "singular": ([], {"TransformMatrix": "1 0 0 1 0 0 0 0 1"}, "singular"),
+    "too few bytes": ([], {"DimSize": "4 3 3"}, "need 72 bytes, found 48"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", METAIMAGE_REFUSED)
+def test_metaimage_fields_that_contradict_each_other_are_refused_from_the_header(tmp_path: Path, case: str) -> None:
+    more, fields, reason = METAIMAGE_REFUSED[case]
+    path = mha(tmp_path / "a.mha", *more, **fields)
+    for decode in (False, True):
+        with pytest.raises(MediaError, match=reason):
+            probe(path, kind="volume", decode=decode)
