@@ -9,20 +9,22 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from medm.config import validate
-from medm.errors import RecipeError, suggest
+from medm.errors import MediaError, RecipeError, suggest
 from medm.imaging.options import Augment, ImagePreprocess, VolumePreprocess
 from medm.imaging.paths import resolve_inside
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 __all__ = [
     "Augment",
     "ImagePreprocess",
     "Preprocess",
+    "Source",
     "VolumePreprocess",
     "fingerprint",
     "load_pixels",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 Preprocess: TypeAlias = ImagePreprocess | VolumePreprocess
+Source: TypeAlias = "str | Path | BinaryIO | Image.Image | np.ndarray"
+"""An image or volume: a file, or what a Python program has in memory."""
 
 _KINDS: dict[str, type[ImagePreprocess] | type[VolumePreprocess]] = {
     "image": ImagePreprocess,
@@ -41,8 +45,14 @@ _VERSION = 2
 """Raised whenever the same description would give other pixels, so that old cache entries are not used."""
 
 
-def load_pixels(path: Path, preprocess: Preprocess, *, device: str = "cpu") -> np.ndarray:
-    """The file as the model takes it: (C, *spatial) float32 in host memory; `device` is where a volume is computed.
+def load_pixels(source: Source, preprocess: Preprocess, *, device: str = "cpu") -> np.ndarray:
+    """Return an image or volume as the model takes it: (C, *spatial) float32 in host memory.
+
+    Args:
+        source: a path; for an image also a stream, an image of Pillow or an array (H, W) or (H, W, 3), for a
+            volume an array (D, H, W). Arrays are taken as a .npy file of them would be.
+        preprocess: what is done to it.
+        device: where a volume is computed.
 
     Raises:
         MediaError: the file is missing, damaged, unsafe or not what `preprocess` declares.
@@ -50,11 +60,15 @@ def load_pixels(path: Path, preprocess: Preprocess, *, device: str = "cpu") -> n
     if isinstance(preprocess, ImagePreprocess):
         from medm.imaging.images import apply_image, read_image
 
-        return apply_image(preprocess, read_image(path))
+        return apply_image(preprocess, read_image(source))
+    import numpy as np
+
     from medm.imaging.transforms import apply_volume
     from medm.imaging.volumes import read_volume
 
-    return apply_volume(preprocess, read_volume(path, several=preprocess.series), device=device)
+    if not isinstance(source, (str, Path, np.ndarray)):
+        raise MediaError(f"volume: expected a path or an array (D, H, W), found {type(source).__name__}")
+    return apply_volume(preprocess, read_volume(source, several=preprocess.series), device=device)
 
 
 def preprocess_from_dict(value: Mapping[str, Any]) -> Preprocess:

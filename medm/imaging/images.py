@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -26,7 +26,10 @@ from medm.imaging.dicom_bare import HEAD, is_dicom_head
 from medm.imaging.formats import READ, describe_content
 from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
-from medm.imaging.samples import Samples, read_samples
+from medm.imaging.samples import Samples, decoded_samples, read_samples
+
+if TYPE_CHECKING:
+    from medm.imaging import Source
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +79,21 @@ class Picture:
         return self.pixels.dtype != np.uint8
 
 
-def read_image(file: Path | BinaryIO, *, name: str | None = None) -> Picture:
+def read_image(file: Source, *, name: str | None = None) -> Picture:
     """Decode one image.
 
     Args:
-        file: a path, or a seekable stream of bytes (an upload).
+        file: a path, a seekable stream of bytes (an upload), an image of Pillow, or an array as a .npy file holds it:
+            (H, W), or (H, W, 3) of uint8 or uint16.
         name: what messages call the image; the path, or "image", by default.
 
     Raises:
         MediaError: missing, empty, truncated, too large, of several frames, or of a format that is not on the list.
     """
+    if isinstance(file, np.ndarray):
+        return _from_array(file, name or "image")
+    if isinstance(file, Image.Image):
+        return _from_pillow(file, name or str(getattr(file, "filename", "") or "image"))
     if not isinstance(file, (str, Path)):
         return _decode(file, name or "image", None)
     name = name or str(file)
@@ -203,6 +211,18 @@ def _decode(stream: BinaryIO, name: str, path: Path | None) -> Picture:
     return _from_samples(samples, name)
 
 
+def _from_pillow(image: Image.Image, name: str) -> Picture:
+    """The same picture as of the file, where Pillow has not decoded it yet: Pillow alone would lose 16-bit color."""
+    stream = getattr(image, "fp", None)
+    if stream is not None and getattr(image, "tile", None) and image.format in (*_FORMATS, "MPO"):
+        stream.seek(0)
+        return _decode(stream, name, None)
+    with _pillow_errors(name):
+        _check_header(image, name)
+        samples = decoded_samples(image)
+    return _from_samples(samples, name)
+
+
 def _reopened(stream: BinaryIO) -> ImageFile.ImageFile:
     stream.seek(0)
     return Image.open(stream, formats=_FORMATS)
@@ -211,25 +231,32 @@ def _reopened(stream: BinaryIO) -> ImageFile.ImageFile:
 @contextmanager
 def _pillow_image(stream: BinaryIO, head: bytes, name: str, suffix: str) -> Iterator[ImageFile.ImageFile]:
     """Open the image and check its header; whatever Pillow raises inside becomes a `MediaError`."""
+    with _pillow_errors(name):
+        try:
+            with _reopened(stream) as image:
+                _check_header(image, name)
+                if image.format in ("JPEG", "MPO"):
+                    _check_scans(stream, name)
+                yield image
+        except UnidentifiedImageError:
+            raise MediaError(
+                f"{name}: not a {READ} image that is read ({describe_content(head, stream, suffix)})"
+            ) from None
+
+
+@contextmanager
+def _pillow_errors(name: str) -> Iterator[None]:
     try:
-        with _reopened(stream) as image:
-            _check_header(image, name)
-            if image.format in ("JPEG", "MPO"):
-                _check_scans(stream, name)
-            yield image
+        yield
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise MediaError(f"{name}: declares more than the {MAX_PIXELS} pixels that are allowed") from None
-    except UnidentifiedImageError:
-        raise MediaError(
-            f"{name}: not a {READ} image that is read ({describe_content(head, stream, suffix)})"
-        ) from None
     except DECODE_ERRORS as error:
         raise MediaError(f"{name}: the image is truncated or damaged ({type(error).__name__})") from None
 
 
-def _check_header(image: ImageFile.ImageFile, name: str) -> None:
+def _check_header(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise MediaError(
             f"{name}: {image.width} x {image.height} pixels are more than the {MAX_PIXELS} that are allowed"
@@ -241,7 +268,7 @@ def _check_header(image: ImageFile.ImageFile, name: str) -> None:
         raise MediaError(f"{name}: holds {count} frames where one image is expected; write the wanted frame to a file")
 
 
-def _count_frames(image: ImageFile.ImageFile) -> int:
+def _count_frames(image: Image.Image) -> int:
     if image.format != "TIFF":
         return int(getattr(image, "n_frames", 1))
     frames = 1

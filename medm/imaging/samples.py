@@ -57,6 +57,15 @@ def read_samples(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> Sampl
     return _from_mode(image)
 
 
+def decoded_samples(image: Image.Image) -> Samples:
+    """Return the pixels of an image that Pillow has decoded; what it dropped on the way is gone."""
+    samples = _from_mode(image)
+    tags = getattr(image, "tag_v2", None) or {}
+    # Pillow turns white-is-zero TIFFs of 8 bits over, and leaves wider ones as they are stored.
+    inverted = tags.get(262) == 0 and samples.pixels.dtype != np.uint8
+    return Samples(samples.pixels, samples.alpha, inverted)
+
+
 def _raw_mode(image: ImageFile.ImageFile) -> str:
     args = image.tile[0].args if image.tile else ""
     return str(args[0] if isinstance(args, tuple) and args else args)

@@ -38,17 +38,24 @@ class Volume:
     """DICOM modality, where there is one."""
 
 
-def read_volume(path: Path, *, series: str | None = None, several: Literal["only", "largest"] = "only") -> Volume:
+def read_volume(
+    path: str | Path | np.ndarray, *, series: str | None = None, several: Literal["only", "largest"] = "only"
+) -> Volume:
     """Read one volume.
 
     Args:
-        path: a file, or a folder of DICOM or of numbered slices. "folder#3" names the DICOM series with SeriesNumber 3.
+        path: a file, or a folder of DICOM or of numbered slices. "folder#3" names the DICOM series with SeriesNumber 3;
+            or an array (D, H, W), as a .npy file holds it.
         series: the same, said apart: a SeriesNumber or SeriesInstanceUID.
         several: what to do with a DICOM folder of several series when none is named.
 
     Raises:
         MediaError: missing, truncated, damaged, too large, not three-dimensional, not finite, or of an unknown format.
     """
+    if isinstance(path, np.ndarray):
+        if path.dtype.kind not in "biuf" or path.dtype.itemsize > 8:
+            raise MediaError(f"volume: expected an array of numbers, found {path.dtype}")
+        return Volume(_checked(_three_axes(path, "volume"), "volume"), "volume")
     path = Path(path)
     if series is None:
         path, series = split_series(path)
