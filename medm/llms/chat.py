@@ -70,12 +70,15 @@ class ChatFormat:
         longest_first = sorted(self._control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def encode(self, messages: Sequence[Message], *, generation: bool = False) -> tuple[list[int], list[bool]]:
+    def encode(
+        self, messages: Sequence[Message], *, generation: bool = False, continue_final: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """Token ids, and for each whether it is learned: the assistant's words and the end token after them.
 
         Args:
             messages: the conversation.
             generation: end with the template's opening of the assistant's reply.
+            continue_final: end with the last message, without what the template writes after it.
 
         Raises:
             DataError: the template refuses this conversation (no system turn, roles that do not alternate).
@@ -93,7 +96,7 @@ class ChatFormat:
             buffer = ""
 
         reply_is_open = False  # the assistant spoke, and its end token has not come yet
-        for piece in self._pieces(messages, generation):
+        for piece in self._pieces(messages, generation, continue_final):
             if piece.spoken:
                 flush()
             for part in piece.parts:
@@ -123,12 +126,17 @@ class ChatFormat:
         flush()
         return ids, learned
 
+    def to_text(self, messages: Sequence[Message], *, generation: bool = False, continue_final: bool = False) -> str:
+        """The conversation as the template writes it, for people. All parts are text."""
+        pieces = self._pieces(messages, generation, continue_final)
+        return "".join(str(part) for piece in pieces for part in piece.parts)
+
     def end_of_reply(self) -> int:
         """The token that the template writes after a reply: where generation stops."""
         ids, learned = self.encode([Message("user", ["?"]), Message("assistant", ["!"])])
         return [token for token, said in zip(ids, learned, strict=True) if said][-1]
 
-    def _pieces(self, messages: Sequence[Message], generation: bool) -> Iterator[_Piece]:
+    def _pieces(self, messages: Sequence[Message], generation: bool, continue_final: bool) -> Iterator[_Piece]:
         rendered = self._render(messages, generation)
         found = [int(match) for match in _MARKS.findall(rendered)]
         if found != list(range(len(messages))):
@@ -146,7 +154,8 @@ class ChatFormat:
             yield _Piece([before], from_template=True)
             yield _Piece(parts, from_template=False, spoken=spoken)
             before = after
-        yield _Piece([before], from_template=True)
+        if not continue_final:
+            yield _Piece([before], from_template=True)
 
     @cached_property
     def _lead(self) -> str:

@@ -322,7 +322,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         """Answers, in the form of transformers' `generate`: (B * sequences, prompt + answer) token ids.
 
         Vision runs once; the language model's own generation does the rest. Batches are padded on the left.
+        A list of mappings (one for each prompt, as transformers' pipelines collate them) stands for one mapping.
         """
+        pixels, task_ids = _joined(pixels), _joined(task_ids)
         with torch.no_grad():
             embeds, _ = self.embed(input_ids, pixels, task_ids, features)
         if "generation_config" not in kwargs:
@@ -415,6 +417,14 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
     def _check_no_placeholder(self, input_ids: Tensor, name: str) -> None:
         count = (input_ids == self.config.branches[name]["placeholder_id"]).sum()
         check(count == 0, lambda: f"branch '{name}': {int(count)} placeholder tokens in the text, and no pixels")
+
+
+def _joined(items: Any) -> Any:
+    """Mappings of tensors, one for each prompt, as one mapping of the items of all of them."""
+    if items is None or isinstance(items, Mapping):
+        return items
+    names = dict.fromkeys(name for item in items for name in item)
+    return {name: torch.cat([item[name] for item in items if name in item]) for name in names}
 
 
 def part(registry: Registry[Any], entry: Mapping[str, Any], **sizes: Any) -> Any:

@@ -5,7 +5,9 @@ Never sees a model: it knows how many tokens an item of each branch takes, and w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,11 @@ from medm.imaging.options import changed
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat, Message, Part
 from medm.llms.template_clock import fix_clock
+from medm.models.lvlm.content import ChatInput, as_source, flatten, parse_messages
 from medm.models.lvlm.options import LVLMOptions
 from medm.types import IGNORE_INDEX, Example, Media, Sample, Turn
+
+logger = logging.getLogger(__name__)
 
 
 class SpokenBranch(Options):
@@ -35,6 +40,39 @@ class SpokenBranch(Options):
     """What is done to the pixels, in the fields of `medm.imaging.options`."""
     known_tasks_only: bool = False
     """Its connector refuses tasks that are not among the model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation, and how the prompt that is made of it ends."""
+
+    chat: ChatInput
+    generation: bool = True
+    """Where the assistant's reply begins."""
+    continue_final: bool = False
+    """With the last message."""
+    template: ChatFormat | None = None
+    """Another chat template than the processor's."""
+
+
+class RenderedPrompt(str):
+    """A prompt as text that knows the conversation which it was made of.
+
+    The text alone could not tell a placeholder from the same letters typed by a user.
+    """
+
+    source: Prompt
+
+
+class ModelInputs(BatchFeature):
+    """Inputs of the model, whose `to` reaches the tensors of each branch too."""
+
+    def to(self, *args: Any, **kwargs: Any) -> ModelInputs:
+        super().to(*args, **kwargs)
+        for name in ("pixels", "task_ids"):
+            if name in self.data:
+                self.data[name] = dict(BatchFeature(self.data[name]).to(*args, **kwargs))
+        return self
 
 
 class LVLMProcessor(ProcessorMixin):
@@ -76,6 +114,10 @@ class LVLMProcessor(ProcessorMixin):
             name: tokenizer.added_tokens_encoder[entry["placeholder"]] for name, entry in self.branches.items()
         }
         self.chat = ChatFormat(tokenizer, template=template, template_kwargs=self.template_kwargs)
+        placeholders = {entry["placeholder"] for entry in self.branches.values()}
+        self._control_tokens = sorted(
+            {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - placeholders
+        )
 
     def following(self, options: LVLMOptions) -> LVLMProcessor:
         """The same processor with the chat template and the fields of preprocessing that a recipe writes.
@@ -121,8 +163,18 @@ class LVLMProcessor(ProcessorMixin):
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return int(pad if pad is not None else end if end is not None else 0)
 
-    def encode(self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False) -> Example:
+    def encode(
+        self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False,
+        continue_final: bool = False, chat: ChatFormat | None = None,
+    ) -> Example:  # fmt: skip
         """A checked sample and its preprocessed pixels as an example (the `medm.types.Encode` contract).
+
+        Args:
+            sample: the conversation.
+            pixels: per branch, in the order of the placeholders.
+            generation: the prompt ends where the assistant's reply begins, and nothing is labelled.
+            continue_final: the prompt ends with the last message.
+            chat: another chat template than the processor's.
 
         Raises:
             DataError: an unknown branch or task, pixels and placeholders that differ in number, or turns
@@ -146,7 +198,7 @@ class LVLMProcessor(ProcessorMixin):
         if given != wanted:
             raise DataError(f"placeholders {wanted} and loaded files {given} differ in number")
         messages = [Message(turn.role, [self._part(part) for part in turn.content]) for turn in sample.turns]
-        ids, learned = self.chat.encode(messages, generation=generation)
+        ids, learned = (chat or self.chat).encode(messages, generation=generation, continue_final=continue_final)
         labels = [token if said and not generation else IGNORE_INDEX for token, said in zip(ids, learned, strict=True)]
         return Example(ids, labels, {name: list(pixels[name]) for name in given}, task_id=self.task_id(sample))
 
@@ -163,38 +215,143 @@ class LVLMProcessor(ProcessorMixin):
         volumes: Any = None,
         system: str | None = None,
         return_tensors: str = "pt",
+        **kwargs: Any,
     ) -> BatchFeature:
         """Questions ready for `generate`: one user turn each, left-padded.
 
         Args:
-            text: questions; `<image>` and `<volume>` stand where the pixels go.
-            images: pictures for all questions in order: files, PIL images or arrays.
-            volumes: volumes likewise.
+            text: questions; `<image>` and `<volume>` stand where the pixels go. A prompt that
+                `apply_chat_template` rendered is taken as the conversation that it was made of.
+            images: for all questions in order, one or (nested) lists of them: a path, an image of Pillow, an array
+                or tensor (H, W) or (H, W, 3), or an opened file. They are prepared as files are.
+            volumes: likewise: a path, or an array or tensor (D, H, W).
             system: a system turn before each question.
             return_tensors: "pt", as servers built on transformers say; there are no others.
+            kwargs: what transformers' own processors take, where it asks for what is done here.
 
         Raises:
-            ValueError: another kind of tensors is asked for.
-            DataError: pictures or volumes and placeholders that differ in number.
+            ValueError: another kind of tensors, padding or preprocessing is asked for.
+            DataError: images or volumes and placeholders that differ in number, or an item that cannot be read.
         """
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors: expected 'pt', found {return_tensors!r}")
+        _check_stock(return_tensors, kwargs)
         texts = [text] if isinstance(text, str) else list(text)
-        stock = {"image": _as_list(images), "volume": _as_list(volumes)}
+        prompts = [one.source if isinstance(one, RenderedPrompt) else self._question(one, system) for one in texts]
+        return self._inputs(prompts, images, volumes)
+
+    def apply_chat_template(  # type: ignore[override]  # its own arguments and no others
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = "pt",
+        return_dict: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        images: Any = None,
+        volumes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Conversations with content parts as a prompt, or as tensors ready for `generate`.
+
+        Args:
+            conversation: messages of `role` and `content`, which is text or a list of parts:
+                `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` (or `path`, `url`, `base64`),
+                `{"type": "volume", "volume": ...}`; or a list of such conversations. Items are what
+                `__call__` takes. Text is text: placeholders come from parts alone.
+            chat_template: another template than the model's.
+            add_generation_prompt: end where the assistant's reply begins.
+            continue_final_message: end with the last message, for the model to go on with it.
+            tokenize: return tensors; without it the prompt as text, which `__call__` takes with the images.
+            return_tensors: "pt"; there are no others.
+            return_dict: all inputs of `generate`; without it the token ids alone.
+            processor_kwargs: as `kwargs`, for `__call__`.
+            images: for parts that hold none, in order.
+            volumes: likewise.
+            kwargs: variables of the template, and what `__call__` takes.
+
+        Raises:
+            ValueError: as `__call__`.
+            DataError: messages or parts that are not understood, with their place.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("add_generation_prompt and continue_final_message exclude each other")
+        stock = {name: kwargs.pop(name) for name in list(kwargs) if name in _STOCK}
+        extra = dict(processor_kwargs or {})
+        images, volumes = extra.pop("images", images), extra.pop("volumes", volumes)
+        _check_stock(return_tensors, stock | extra)
+        several = not isinstance(conversation, (str, Mapping)) and len(conversation) > 0 and _is_chat(conversation[0])
+        chats = [getattr(chat, "messages", chat) for chat in (conversation if several else [conversation])]
+        template = None
+        if chat_template is not None or kwargs:
+            variables = self.template_kwargs | kwargs
+            text = chat_template or str(self.chat_template)
+            template = ChatFormat(self.tokenizer, template=text, template_kwargs=variables)
+        prompts = [
+            Prompt(parse_messages(chat), add_generation_prompt, continue_final_message, template) for chat in chats
+        ]
+        if not tokenize:
+            rendered = [self._rendered(prompt) for prompt in prompts]
+            return rendered if several else rendered[0]
+        inputs = self._inputs(prompts, images, volumes)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _question(self, text: Any, system: str | None) -> Prompt:
+        """One user turn, in whose text placeholders stand."""
+        if not isinstance(text, str):
+            raise DataError(f"text: expected a question or a list of them, found {type(text).__name__}")
+        control = [token for token in self._control_tokens if token in text]
+        if control:
+            logger.warning(
+                "the question holds %s, which is read as plain text: the chat template is applied here. "
+                "Give the messages to apply_chat_template, or the prompt that it returned",
+                ", ".join(control),
+            )
+        content = split_placeholders(text, {name: entry["placeholder"] for name, entry in self.branches.items()})
+        turns = [Turn("system", (system,))] if system else []
+        items = tuple(None for part in content if isinstance(part, Media))
+        return Prompt(ChatInput((*turns, Turn("user", content)), items))
+
+    def _rendered(self, prompt: Prompt) -> RenderedPrompt:
+        marks = {name: str(entry["placeholder"]) for name, entry in self.branches.items()}
+        messages = []
+        for turn in prompt.chat.turns:
+            parts = [p if isinstance(p, str) else marks.get(p.branch, f"<{p.branch}>") for p in turn.content]
+            messages.append(Message(turn.role, parts))
+        chat = prompt.template or self.chat
+        text = chat.to_text(messages, generation=prompt.generation, continue_final=prompt.continue_final)
+        rendered = RenderedPrompt(text)
+        rendered.source = prompt
+        return rendered
+
+    def _inputs(self, prompts: Sequence[Prompt], images: Any, volumes: Any) -> BatchFeature:
+        given = {"image": flatten(images), "volume": flatten(volumes)}
+        # As with transformers' own processors, what is handed over apart is for every place of its kind.
+        apart = {branch for branch, items in given.items() if items}
         examples = []
-        for question in texts:
-            content = split_placeholders(question, {n: e["placeholder"] for n, e in self.branches.items()})
-            turns = [Turn("system", (system,))] if system else []
-            sample = Sample((*turns, Turn("user", content)))
+        for prompt in prompts:
+            sample = Sample(prompt.chat.turns)
             pixels: dict[str, list[np.ndarray]] = {}
-            for media in sample.media:
-                if not stock[media.branch]:
-                    raise DataError(f"more {media.branch} placeholders in the text than {media.branch}s given")
-                pixels.setdefault(media.branch, []).append(self._pixels(media.branch, stock[media.branch].pop(0)))
-            examples.append(self.encode(sample, pixels, generation=True))
-        left = {name: len(items) for name, items in stock.items() if items}
-        if left:
-            raise DataError(f"{left} given beyond the placeholders in the text")
+            for media, item in zip(sample.media, prompt.chat.items, strict=True):
+                if media.branch not in self.branches:
+                    known = sorted(self.branches) or "no vision branch"
+                    raise DataError(f"the model has {known}, and the text holds a '{media.branch}'")
+                if media.branch in apart or item is None:
+                    if not given.get(media.branch):
+                        raise DataError(f"more {media.branch} placeholders in the text than {media.branch}s given")
+                    item = given[media.branch].pop(0)
+                pixels.setdefault(media.branch, []).append(self._pixels(media.branch, item))
+            examples.append(
+                self.encode(
+                    sample, pixels, generation=prompt.generation, continue_final=prompt.continue_final,
+                    chat=prompt.template,
+                )
+            )  # fmt: skip
+        for branch, items in given.items():
+            if items:
+                place = self.branches[branch]["placeholder"] if branch in self.branches else None
+                advice = f"; write {place} where each belongs" if place else "; the model reads none"
+                raise DataError(f"{len(items)} {branch}(s) given beyond the placeholders in the text{advice}")
         return self.pad(examples)
 
     def pad(self, examples: Sequence[Example]) -> BatchFeature:
@@ -211,7 +368,7 @@ class LVLMProcessor(ProcessorMixin):
             "input_ids": pad_sequence(rows, padding_value=self.pad_id, **on_the_left),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], **on_the_left),
         }
-        return BatchFeature(data | ({"pixels": pixels, "task_ids": tasks} if pixels else {}))
+        return ModelInputs(data | ({"pixels": pixels, "task_ids": tasks} if pixels else {}))
 
     def text(self, ids: Any) -> str:
         """The words of generated ids, without control tokens."""
@@ -223,7 +380,7 @@ class LVLMProcessor(ProcessorMixin):
         return [self.placeholder_ids[part.branch]] * int(self.branches[part.branch]["num_tokens"])
 
     def _pixels(self, branch: str, item: Any) -> np.ndarray:
-        return load_pixels(item, self.preprocess[branch])
+        return load_pixels(as_source(item), self.preprocess[branch])
 
     @property
     def model_input_names(self) -> list[str]:
@@ -246,7 +403,41 @@ def split_placeholders(text: str, placeholders: Mapping[str, str]) -> tuple[str 
     return tuple(parts)
 
 
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+_STOCK: dict[str, tuple[Any, ...]] = {
+    "padding": (None, True, False, "longest"),
+    "padding_side": (None, "left"),
+    "truncation": (None, False, "do_not_truncate"),
+    "max_length": (None,),
+    "add_special_tokens": (None, True, False),
+    "return_attention_mask": (None, True),
+    "return_token_type_ids": (None, False),
+    "return_mm_token_type_ids": (None, False),
+    "return_assistant_tokens_mask": (None, False),
+    "sanitize_control_tokens": (None, True, False),
+    "load_audio_from_video": (None, False),
+    "tools": (None,),
+    "documents": (None,),
+    "videos": (None,),
+    "audio": (None,),
+}
+"""Arguments of transformers' own processors, and the values that ask for what is done here in any case."""
+
+
+def _check_stock(return_tensors: str | None, given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a value, `TypeError` for an argument, that would have no effect."""
+    if return_tensors not in (None, "pt", "auto"):
+        raise ValueError(f"return_tensors: expected 'pt', found {return_tensors!r}")
+    for name, value in given.items():
+        if name not in _STOCK:
+            raise TypeError(
+                f"unexpected keyword argument {name!r}: this processor takes images and volumes, and prepares them as "
+                "was saved with the model"
+            )
+        if not any(value is accepted or value == accepted for accepted in _STOCK[name]):
+            expected = " or ".join(repr(accepted) for accepted in _STOCK[name])
+            raise ValueError(f"{name}: {value!r} is not supported; expected {expected}")
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether a value is a conversation, and not a message."""
+    return isinstance(value, (list, tuple)) or hasattr(value, "messages")

@@ -1,0 +1,158 @@
+"""Messages as transformers and OpenAI write them, with content parts, to turns and what is shown in them.
+
+`{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": "What is seen?"}]}`. Images and
+volumes are parts; text is text, whatever stands in it. Knows no tokens and decodes no image.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from medm.errors import DataError
+from medm.imaging import Source
+from medm.types import Media, Role, Turn
+
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_KEYS = {
+    "image": ("image", "path", "url", "base64"),
+    "volume": ("volume", "path", "url"),
+}
+"""Kinds of content parts, and the keys that may hold the item itself. Without one it is handed over apart."""
+_MESSAGE_KEYS = {"role", "content", "name"}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """One conversation."""
+
+    turns: tuple[Turn, ...]
+    items: tuple[Any, ...]
+    """Of each image and volume in order, what its part holds; None where it holds nothing."""
+
+
+def parse_messages(messages: Any) -> ChatInput:
+    """Read one conversation.
+
+    Args:
+        messages: mappings with `role` and `content`, which is text or a list of parts.
+
+    Raises:
+        DataError: a role, part or key that is unknown, with its place.
+    """
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise DataError(f"expected a list of messages with 'role' and 'content', found {_kind(messages)}")
+    turns: list[Turn] = []
+    items: list[Any] = []
+    for position, message in enumerate(messages):
+        place = f"messages.{position}"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise DataError(f"expected a message with 'role' and 'content', found {_kind(message)}", field=place)
+        unknown = sorted(key for key in set(message) - _MESSAGE_KEYS if message[key] is not None)
+        if unknown:
+            raise DataError(f"{', '.join(unknown)}: not supported; messages have 'role' and 'content'", field=place)
+        if message["role"] not in _ROLES:
+            raise DataError(
+                f"unknown role {str(message['role'])[:40]!r}; expected one of {', '.join(_ROLES)}",
+                field=f"{place}.role",
+            )
+        content: list[str | Media] = []
+        for part, item in _parts(message["content"], f"{place}.content"):
+            if isinstance(part, Media):
+                if message["role"] == "assistant":
+                    raise DataError("an image or volume in a reply; replies are text", field=f"{place}.content")
+                items.append(item)
+            content.append(part)
+        turns.append(Turn(_ROLES[message["role"]], tuple(content)))
+    return ChatInput(tuple(turns), tuple(items))
+
+
+def _parts(content: Any, field: str) -> Iterator[tuple[str | Media, Any]]:
+    if isinstance(content, str):
+        yield content, None
+        return
+    if isinstance(content, Mapping) or not isinstance(content, Sequence):
+        raise DataError(f"expected text or a list of content parts, found {_kind(content)}", field=field)
+    for position, part in enumerate(content):
+        place = f"{field}.{position}"
+        if isinstance(part, str):
+            yield part, None
+            continue
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise DataError(f"expected text, found {_kind(part.get('text'))}", field=f"{place}.text")
+            yield part["text"], None
+        elif kind == "image_url":
+            value = part.get("image_url")
+            yield Media("image"), value.get("url") if isinstance(value, Mapping) else value
+        elif kind in _KEYS:
+            found = [key for key in _KEYS[kind] if part.get(key) is not None]
+            if len(found) > 1:
+                raise DataError(f"{' and '.join(found)} are given; keep one", field=place)
+            item = part[found[0]] if found else None
+            yield Media(kind), _decoded(item, place) if found == ["base64"] else item
+        else:
+            known = ", ".join(["text", *_KEYS, "image_url"])
+            found_kind = f"type {str(kind)[:40]!r}" if isinstance(part, Mapping) else _kind(part)
+            raise DataError(f"expected a content part of type {known}, found {found_kind}", field=place)
+
+
+def as_source(item: Any) -> Source:
+    """What a caller hands over as an image or volume, as `medm.imaging.load_pixels` takes it.
+
+    Raises:
+        DataError: an address on the network, or an object of another kind.
+    """
+    if isinstance(item, torch.Tensor):
+        tensor = item.detach().cpu()
+        return tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    if isinstance(item, str):
+        if item.startswith("data:"):
+            head, _, text = item.partition(",")
+            if not head.endswith(";base64"):
+                raise DataError("expected a data: address in base64")
+            return _decoded(text, None)
+        if item.startswith(("http://", "https://", "s3://", "gs://")):
+            raise DataError(f"{item[:80]}: nothing is fetched from a network; download the file and give its path")
+        return Path(item.removeprefix("file://")).expanduser()
+    if isinstance(item, Path):
+        return item.expanduser()
+    if isinstance(item, bytes):
+        return io.BytesIO(item)
+    if isinstance(item, (Image.Image, np.ndarray)) or hasattr(item, "read"):
+        return item
+    raise DataError(
+        "expected an image or volume: a path, an image of Pillow, a NumPy array, a torch tensor or an opened file, "
+        f"found {_kind(item)}"
+    )
+
+
+def flatten(value: Any) -> list[Any]:
+    """One item, or lists of them at any depth, as one list."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [item for part in value for item in flatten(part)]
+    return [value]
+
+
+def _decoded(text: Any, field: str | None) -> io.BytesIO:
+    try:
+        return io.BytesIO(base64.b64decode(text, validate=True))
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise DataError(f"not valid base64 ({error})", field=field) from None
+
+
+def _kind(value: Any) -> str:
+    """The type of a value. The value itself may be about a patient and stays out of messages."""
+    return "nothing" if value is None else type(value).__name__
