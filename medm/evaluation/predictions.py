@@ -142,10 +142,11 @@ def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> li
         found = predictions.get(str(record["id"]))
         if found is None:
             continue
+        if found.error is not None:
+            record[FAILED] = found.error
+            continue  # numbers beside an error are none of an answer
         for key, value in found.numbers.items():
             record.setdefault(key, value)
         if found.scores is not None:
             record["scores"] = found.scores
-        if found.error is not None:
-            record[FAILED] = found.error
     return records

@@ -67,8 +67,20 @@ class SimilarityMetricOptions(MetricOptions):
     takes: ClassVar[Literal["similarity"]] = "similarity"
 
 
+class BleuOptions(MetricOptions):
+    """Corpus BLEU of sacrebleu."""
+
+    tokenize: Literal["13a", "intl", "zh", "char"] = "13a"
+    """sacrebleu's tokenizer: `13a` for English, `intl` for other languages with spaces, `zh` for Chinese, `char` for any
+    script."""
+
+
 class RougeOptions(MetricOptions):
     """ROUGE."""
+
+    words: Literal["rouge-score", "unicode"] = "rouge-score"
+    """`rouge-score`: runs of a to z and digits, as published. `unicode`: words of any language; in scripts without
+    spaces each character."""
 
     stem: bool = False
     """Compare Porter stems."""
@@ -101,6 +113,9 @@ class ChestLabelOptions(MetricOptions):
 
     uncertain: Literal["positive", "negative"] = "positive"
     """What an uncertain mention ("possible pneumonia") counts as."""
+    no_finding: Literal["stated", "unmentioned"] = "stated"
+    """When a report has the label "No Finding": `stated`, where it says that something is normal or absent and affirms no
+    finding; `unmentioned`, where it affirms no finding, whatever else it says (CheXpert's rule). A blank text never."""
 
 
 class RadEvalOptions(MetricOptions):
@@ -118,7 +133,7 @@ class RadEvalOptions(MetricOptions):
 METRICS: Registry[Metric] = Registry("metric", group="medm.metrics", options=MetricOptions)
 
 # fmt: off
-METRICS.add("bleu", "medm.metrics.bleu:bleu", "corpus BLEU-1 to 4 of sacrebleu, with its signature")
+METRICS.add("bleu", "medm.metrics.bleu:bleu", "corpus BLEU-1 to 4 of sacrebleu, with its signature", options=BleuOptions)
 METRICS.add("bleu-coco", "medm.metrics.bleu:bleu_coco", "corpus BLEU-1 to 4 of the COCO caption toolkit on PTB-like tokens (report papers)")
 METRICS.add("bleu-nltk", "medm.metrics.bleu:bleu_nltk", "mean sentence BLEU-1 to 4 as NLTK computes it, on normalised words (VQA papers)", options=NLTKBleuOptions)
 METRICS.add("rouge", "medm.metrics.rouge:rouge", "ROUGE-1, 2 and L, F1, of rouge-score", options=RougeOptions)

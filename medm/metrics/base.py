@@ -88,6 +88,8 @@ class MetricResult:
     """The value under other counts of the items, for comparisons; not stored."""
     clusters: Clusters | None = field(default=None, repr=False, compare=False)
     """Groups of items that were drawn whole; their number is stored."""
+    note: str | None = None
+    """What a reader has to know of this number, or why there is none."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: undefined numbers are None, the function is left out."""
@@ -97,6 +99,7 @@ class MetricResult:
             **{key: None if math.isnan(number) else number for key, number in numbers.items()},
             **({} if self.clusters is None else {"cluster_by": self.clusters.field, "clusters": self.clusters.count}),
             **({} if self.per_item is None else {"per_item": self.per_item}),
+            **({} if self.note is None else {"note": self.note}),
         }  # fmt: skip
 
 
@@ -201,6 +204,25 @@ def summed_result(
     """A corpus metric: a function `(R, k) -> (R,)` of the sums over items of `statistics` (n, k)."""
     statistics = np.asarray(statistics, dtype=np.float64)
     return result_of(name, lambda counts: finish(counts @ statistics), len(statistics), signature, resampling)
+
+
+def with_note(result: MetricResult, note: str | None) -> MetricResult:
+    """The result with a note, after one that it already has. None changes nothing."""
+    if note is None:
+        return result
+    return replace(result, note=note if result.note is None else f"{result.note}; {note}")
+
+
+def undefined(result: MetricResult, reason: str) -> MetricResult:
+    """The result without its number, where the metric has no meaning for these data."""
+    return replace(
+        result, value=math.nan, low=math.nan, high=math.nan, per_item=None, reweighted=None, note=reason
+    )  # fmt: skip
+
+
+def is_blank(prediction: object) -> bool:
+    """True for no prediction: None, or a text without any visible character."""
+    return prediction is None or (isinstance(prediction, str) and not prediction.strip())
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medm.errors import CheckpointError
-from medm.metrics.base import DEFAULT, MetricResult, References, Resampling, as_references, check_lengths, mean_result
+from medm.metrics.base import (
+    DEFAULT,
+    MetricResult,
+    References,
+    Resampling,
+    as_references,
+    check_lengths,
+    mean_result,
+    undefined,
+    with_note,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +32,8 @@ def bertscore(
 ) -> list[MetricResult]:  # fmt: skip
     """Mean precision, recall and F1; no idf weights, no rescaling. With several references the best F1 counts.
 
-    Special tokens may be matched but are not averaged, as in bert-score. An empty text scores 0.
+    Special tokens may be matched but are not averaged, as in bert-score. An empty text scores 0. Undefined where the
+    encoder does not know the language of the references: unknown tokens all match each other.
 
     Raises:
         CheckpointError: there is no encoder at `path`.
@@ -31,15 +42,25 @@ def bertscore(
     targets = as_references(references)
     texts = sorted({*predictions, *(text for item in targets for text in item)})
     embedded = dict(zip(texts, _embed(texts, path, layer, batch_size, device), strict=True))
+    unknown, cut = _unknown_and_cut({text for item in targets for text in item}, path)
     scores = [
         max((greedy_match(*embedded[prediction], *embedded[text]) for text in item), key=lambda score: score[2])
         for prediction, item in zip(predictions, targets, strict=True)
     ]
     signature = f"bertscore|{Path(path).name}|layer:{layer}|idf:no|rescale:no|mean"
-    return [
+    results = [
         mean_result(f"bertscore-{name}", [score[column] for score in scores], signature, resampling)
         for column, name in enumerate(("precision", "recall", "f1"))
     ]
+    if unknown > _MANY_UNKNOWN:
+        reason = f"{unknown:.0%} of the tokens of the references are unknown to this encoder and would match each other"
+        return [undefined(result, reason) for result in results]
+    note = f"{cut} references are longer than the encoder reads and are compared by their beginning" if cut else None
+    return [with_note(result, note) for result in results]
+
+
+_MANY_UNKNOWN = 0.1
+"""Share of unknown tokens from which on texts are in a language that the encoder does not know."""
 
 
 def greedy_match(mine: Tensor, my_content: Tensor, theirs: Tensor, their_content: Tensor) -> tuple[float, float, float]:
@@ -71,7 +92,7 @@ def _embed(texts: Sequence[str], path: str, layer: int, batch_size: int, device:
     except OSError as error:
         raise CheckpointError(f"bertscore: no encoder at {path} on this machine ({error})") from None
     model.to(device).eval()
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
+    longest = _longest(tokenizer, model.config)
     result: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(
@@ -85,3 +106,21 @@ def _embed(texts: Sequence[str], path: str, layer: int, batch_size: int, device:
         for row, mask, is_special in zip(states, batch["attention_mask"].cpu().bool(), special, strict=True):
             result.append((row[mask], ~is_special[mask]))
     return result
+
+
+def _longest(tokenizer: Any, config: Any) -> int:
+    """Tokens that the encoder reads of a text."""
+    return min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512), 512)
+
+
+def _unknown_and_cut(references: set[str], path: str) -> tuple[float, int]:
+    """Share of unknown tokens in the references, and how many references are longer than the encoder reads."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    longest = _longest(tokenizer, AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+    special = tokenizer.num_special_tokens_to_add()
+    rows = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in references]
+    tokens = sum(map(len, rows))
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in rows) if tokenizer.unk_token_id is not None else 0
+    return unknown / tokens if tokens else 0.0, sum(len(row) + special > longest for row in rows)

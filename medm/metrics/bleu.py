@@ -23,8 +23,11 @@ from medm.metrics.base import (
     mean_result,
     optional,
     summed_result,
+    undefined,
+    with_note,
 )
-from medm.metrics.words import ANSWER_SIGNATURE, PTB_SIGNATURE, ngrams, normalise_answer, ptb_tokens
+from medm.metrics.ptb import PTB_SIGNATURE, ptb_tokens
+from medm.metrics.words import ANSWER_SIGNATURE, answer_words, ngrams, unsegmented
 
 ORDERS = 4
 
@@ -32,11 +35,17 @@ Statistics = np.ndarray
 """(2 * ORDERS + 2,): matches of order 1 to 4, candidates of order 1 to 4, length, reference length."""
 
 
-def bleu(predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT) -> list[MetricResult]:
-    """Corpus BLEU-1 to 4 of sacrebleu (tokeniser 13a, exponential smoothing), divided by 100."""
+def bleu(
+    predictions: Sequence[str], references: References, *, tokenize: str = "13a", resampling: Resampling = DEFAULT
+) -> list[MetricResult]:
+    """Corpus BLEU-1 to 4 of sacrebleu (exponential smoothing), divided by 100.
+
+    An order is undefined where no reference has as many words. So are all of them where the references are in a
+    script without spaces and the tokenizer is none for it.
+    """
     check_lengths(predictions, references)
     sacrebleu = optional("sacrebleu.metrics", package="sacrebleu", extra="text-metrics")
-    scorer = sacrebleu.BLEU(effective_order=True)
+    scorer = sacrebleu.BLEU(effective_order=True, tokenize=tokenize)
     rows = []
     for prediction, texts in zip(predictions, as_references(references), strict=True):
         score = scorer.sentence_score(prediction, list(texts))
@@ -44,13 +53,31 @@ def bleu(predictions: Sequence[str], references: References, *, resampling: Resa
     statistics = np.asarray(rows, dtype=np.float64).reshape(len(rows), 2 * ORDERS + 2)
     results = []
     for order in range(1, ORDERS + 1):
-        corpus = sacrebleu.BLEU(max_ngram_order=order)
+        corpus = sacrebleu.BLEU(max_ngram_order=order, tokenize=tokenize)
         if predictions:  # sacrebleu's signature knows its number of references only after a first score
             corpus.corpus_score(list(predictions[:1]), [[text] for text in as_references(references[:1])[0]])
         name = f"bleu-{order}"
         signature = f"sacrebleu|{corpus.get_signature().format()}|order:{order}|scale:1"
         results.append(summed_result(name, statistics, _sacrebleu_value(scorer, order), signature, resampling))
-    return results
+    if tokenize in _OF_SPACES and (reason := unsegmented(references, "set 'tokenize: zh', or 'char'")) is not None:
+        return [undefined(result, reason) for result in results]
+    words = [[scorer.tokenizer(text).split() for text in texts] for texts in as_references(references)]
+    return _long_enough(results, words)
+
+
+_OF_SPACES = ("13a", "intl")
+"""Tokenizers of sacrebleu that split at spaces and punctuation."""
+
+
+def _long_enough(results: Sequence[MetricResult], references: Sequence[Sequence[Sequence[str]]]) -> list[MetricResult]:
+    """Corpus BLEU of order 1, 2, ...: without the numbers of orders for which all references are too short."""
+    longest = max((len(words) for texts in references for words in texts), default=0)
+    return [
+        undefined(result, f"undefined: no reference has {order} {'words' if order > 1 else 'word'}")
+        if references and longest < order
+        else result
+        for order, result in enumerate(results, 1)
+    ]
 
 
 def _sacrebleu_value(scorer: Any, order: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -69,18 +96,21 @@ def bleu_coco(
 ) -> list[MetricResult]:
     """Corpus BLEU-1 to 4 as in the COCO caption toolkit: PTB-like tokens, closest reference length, no smoothing."""
     check_lengths(predictions, references)
+    targets = [[ptb_tokens(text) for text in texts] for texts in as_references(references)]
     rows = [
-        overlap(ptb_tokens(prediction), [ptb_tokens(text) for text in texts])
-        for prediction, texts in zip(predictions, as_references(references), strict=True)
-    ]
+        overlap(ptb_tokens(prediction), texts) for prediction, texts in zip(predictions, targets, strict=True)
+    ]  # fmt: skip
     statistics = np.asarray(rows, dtype=np.float64).reshape(len(rows), 2 * ORDERS + 2)
-    return [
+    results = [
         summed_result(
             f"bleu-coco-{order}", statistics, partial(coco_value, order=order),
             f"coco-caption|{PTB_SIGNATURE}|smooth:none|len:closest|order:{order}", resampling,
         )
         for order in range(1, ORDERS + 1)
     ]  # fmt: skip
+    if (reason := unsegmented(references, "separate the words by blanks first, or use bleu")) is not None:
+        return [undefined(result, reason) for result in results]
+    return _long_enough(results, targets)
 
 
 def coco_value(sums: np.ndarray, order: int) -> np.ndarray:
@@ -110,27 +140,33 @@ def bleu_nltk(
     predictions: Sequence[str], references: References, *,
     resampling: Resampling = DEFAULT, smoothing: str = "epsilon",
 ) -> list[MetricResult]:  # fmt: skip
-    """Mean over items of NLTK's sentence BLEU-1 to 4, on words of the normalised answers."""
+    """Mean over items of NLTK's sentence BLEU-1 to 4, on words of the normalized answers.
+
+    An order is undefined where all references are shorter.
+    """
     check_lengths(predictions, references)
     pairs = [
-        (normalise_answer(prediction).split(), [normalise_answer(text).split() for text in texts])
+        (answer_words(prediction), [answer_words(text) for text in texts])
         for prediction, texts in zip(predictions, as_references(references), strict=True)
     ]
-    return nltk_results("bleu-nltk", pairs, f"nltk-sentence-mean|{ANSWER_SIGNATURE}", resampling, smoothing=smoothing)
+    signature = f"nltk-sentence-mean|{ANSWER_SIGNATURE}"
+    results = nltk_results("bleu-nltk", pairs, signature, resampling, smoothing=smoothing)
+    return _long_enough(results, [texts for _, texts in pairs])
 
 
 def nltk_results(
     name: str, pairs: Sequence[tuple[list[str], list[list[str]]]], signature: str, resampling: Resampling, *,
     smoothing: str,
 ) -> list[MetricResult]:  # fmt: skip
-    """Mean sentence BLEU-1 to 4 of tokenised pairs."""
-    return [
-        mean_result(
-            f"{name}-{order}", [sentence_bleu(words, texts, order, smoothing=smoothing) for words, texts in pairs],
-            f"{signature}|smooth:{smoothing}|order:{order}", resampling,
-        )
-        for order in range(1, ORDERS + 1)
-    ]  # fmt: skip
+    """Mean sentence BLEU-1 to 4 of tokenized pairs. A note says how many references are shorter than the order."""
+    results = []
+    for order in range(1, ORDERS + 1):
+        scores = [sentence_bleu(words, texts, order, smoothing=smoothing) for words, texts in pairs]
+        result = mean_result(f"{name}-{order}", scores, f"{signature}|smooth:{smoothing}|order:{order}", resampling)
+        short = sum(max(map(len, texts)) < order for _, texts in pairs)
+        note = f"{short} of {len(pairs)} references have fewer than {order} words: a right reply scores low there"
+        results.append(with_note(result, note if short and smoothing != "add-one" else None))
+    return results
 
 
 def sentence_bleu(

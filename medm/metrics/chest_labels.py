@@ -3,6 +3,10 @@
 The labels are CheXpert's (Irvin et al. 2019); the rules are medm's own: phrases, then cues of negation and doubt within
 the clause. A measuring aid for comparing generated with written reports, and not a clinical tool.
 
+"No Finding" takes evidence: a statement that something is normal or absent ("lungs are clear", "no acute disease", "no
+effusion"), or a device as the only thing named. A blank or unrelated text has no label, and so hits nothing; CheXpert's
+labeler calls it "No Finding" (`no_finding="unmentioned"` repeats that).
+
 Known limits: misspellings and phrases outside of the tables are not seen; a cue reaches over a list of findings but
 not over a full stop or a verb, so long-winded negation is missed; history ("previous pneumonia") counts as present
 unless it is called resolved; comparison ("no change in the effusion") counts as present; laterality and severity are
@@ -17,7 +21,17 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from medm.metrics.base import DEFAULT, MetricResult, Resampling, check_lengths, ratio, summed_result
+from medm.metrics.base import (
+    DEFAULT,
+    MetricResult,
+    Resampling,
+    check_lengths,
+    is_blank,
+    ratio,
+    summed_result,
+    undefined,
+    with_note,
+)
 
 Status: TypeAlias = Literal["positive", "negative", "uncertain"]
 
@@ -78,6 +92,16 @@ LABELS: tuple[str, ...] = (NO_FINDING, *PHRASES)
 COMPETITION_LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 """The five of CheXpert's leaderboard."""
 
+_NORMAL = re.compile(
+    r"\b(?:normal(?:ly)?|unremarkable|clear|intact|within normal limits|midline|well[- ](?:expanded|inflated|aerated)"
+    r"|preserved|patent|sharp|negative)\b"
+)
+"""Words that say of something that it is as it should be, unless they are negated."""
+_GENERIC = re.compile(
+    r"\b(?:abnormalit(?:y|ies)|abnormal|diseases?|process(?:es)?|findings?|patholog(?:y|ies)|injur(?:y|ies)"
+    r"|lesions?|enlarged|enlargement|dilated|widened|displaced|air|fluid|calcifications?)\b"
+)
+"""What a report may deny without naming one of the findings: "no acute cardiopulmonary process", "not enlarged"."""
 _MENTION = {label: re.compile(rf"\b(?:{'|'.join(phrases)})\b") for label, phrases in PHRASES.items()}
 _SENTENCE = re.compile(r"(?<!\d)[.!?;](?!\d)|\n|(?<=\d)\.(?=\s)")
 _CLAUSE = re.compile(
@@ -114,18 +138,33 @@ _VERB = re.compile(
 )
 
 
-def label_report(text: str) -> dict[str, Status]:
-    """The labels that a report mentions. "No Finding" is positive when no pathology is affirmed or left open."""
+def label_report(text: str, *, no_finding: str = "stated") -> dict[str, Status]:
+    """The labels that a report mentions.
+
+    "No Finding" is positive when no pathology is affirmed or left open, and the report says that something is normal
+    or absent (`no_finding="stated"`), or whatever else it says (`"unmentioned"`). A blank text has no label.
+    """
     found: dict[str, Status] = {}
+    evidence = no_finding == "unmentioned" and not is_blank(text)
     for sentence in _SENTENCE.split(text.lower()):
         for clause in _CLAUSE.split(re.sub(r"\s+", " ", sentence)):
             for label, pattern in _MENTION.items():
                 for mention in pattern.finditer(clause):
                     found[label] = _stronger(found.get(label), _status(clause, mention.start(), mention.end()))
+            evidence = evidence or _states_normality(clause)
     pathology = {status for label, status in found.items() if label != "Support Devices"}
-    if not pathology & {"positive", "uncertain"}:
+    if not pathology & {"positive", "uncertain"} and (found or evidence):
         found[NO_FINDING] = "positive"
     return found
+
+
+def _states_normality(clause: str) -> bool:
+    """Whether a clause says that something is normal, or that something abnormal is absent."""
+    return any(
+        _status(clause, mention.start(), mention.end()) == wanted
+        for pattern, wanted in ((_NORMAL, "positive"), (_GENERIC, "negative"))
+        for mention in pattern.finditer(clause)
+    )
 
 
 def _status(clause: str, start: int, end: int) -> Status:
@@ -164,23 +203,30 @@ def _stronger(old: Status | None, new: Status) -> Status:
     return new if order[new] >= order[old] else old or new
 
 
-def label_vectors(reports: Sequence[str], *, uncertain: str = "positive") -> np.ndarray:
+def label_vectors(
+    reports: Sequence[str], *, uncertain: str = "positive", no_finding: str = "stated"
+) -> np.ndarray:  # fmt: skip
     """(n, 14) booleans in the order of `LABELS`; "uncertain" counts as the argument says."""
     counted = {"positive", "uncertain"} if uncertain == "positive" else {"positive"}
-    rows = [[found.get(label) in counted for label in LABELS] for found in map(label_report, reports)]
+    labeled = (label_report(report, no_finding=no_finding) for report in reports)
+    rows = [[found.get(label) in counted for label in LABELS] for found in labeled]
     return np.asarray(rows, dtype=bool).reshape(len(reports), len(LABELS))
 
 
 def chest_label_f1(
-    predictions: Sequence[str], references: Sequence[str], *, uncertain: str = "positive",
+    predictions: Sequence[str], references: Sequence[str], *, uncertain: str = "positive", no_finding: str = "stated",
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:  # fmt: skip
     """Micro and macro F1 over 14 labels and over CheXpert's five.
 
-    Macro averages over the labels that occur in the references or predictions of the (re)sample.
+    Macro averages over the labels that occur in the references or predictions of the (re)sample. Undefined where the
+    references affirm none of the labels: then there is nothing to find.
     """
-    check_lengths(predictions, references)
-    guessed, true = (label_vectors(side, uncertain=uncertain) for side in (predictions, references))
+    n = check_lengths(predictions, references)
+    guessed, true = (
+        label_vectors(side, uncertain=uncertain, no_finding=no_finding) for side in (predictions, references)
+    )
+    unlabeled = int((~true.any(axis=1)).sum())
     results = []
     for size, labels in ((14, LABELS), (5, COMPETITION_LABELS)):
         columns = [LABELS.index(label) for label in labels]
@@ -188,8 +234,18 @@ def chest_label_f1(
         rows = np.concatenate([a & b, a ^ b], axis=1)  # (n, 2 * size): hits, errors of either kind
         for kind in ("micro", "macro"):
             finish = lambda sums, size=size, kind=kind: _f1(sums[:, :size], sums[:, size:], kind)  # noqa: E731
-            signature = f"medm-rules:1|labels:{size}|uncertain:{uncertain}|{kind}"
-            results.append(summed_result(f"chest-label-f1-{kind}-{size}", rows, finish, signature, resampling))
+            signature = f"medm-rules:2|labels:{size}|uncertain:{uncertain}|no-finding:{no_finding}|{kind}"
+            result = summed_result(f"chest-label-f1-{kind}-{size}", rows, finish, signature, resampling)
+            if n and not b.any():
+                invented = int(a.any(axis=1).sum())
+                reason = (
+                    f"undefined: no reference affirms one of these {size} labels (predictions affirm one in {invented})"
+                )
+                result = undefined(result, reason if unlabeled < n else f"{reason}; the rules read English reports")
+            elif unlabeled > n / 2:
+                note = f"in {unlabeled} of {n} references the rules find no label; they read English reports"
+                result = with_note(result, note)
+            results.append(result)
     return results
 
 

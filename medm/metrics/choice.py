@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from medm.metrics.base import DEFAULT, MetricResult, Resampling, check_lengths, mean_result
-from medm.metrics.words import ANSWER_SIGNATURE, normalise_answer
+from medm.metrics.words import ANSWER_SIGNATURE, normalise_answer, plain_marks, same_answer
 
 _YES = frozenset(("yes", "yeah", "yep", "true", "correct"))
 _NO = frozenset(("no", "nope", "false", "incorrect"))
@@ -50,6 +50,7 @@ def parse_yes_no(text: str) -> bool | None:
 
 def parse_decision(text: str) -> str | None:
     """`yes`, `no` or `maybe` as `parse_yes_no` reads them; None where the text says none of them, or several."""
+    text = plain_marks(text)
     words = normalise_answer(text).split()
     if not words:
         return None
@@ -69,13 +70,14 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
     answer is B", a single bracketed letter, exactly one option's wording among the words. A letter outranks the
     wording beside it.
     """
+    text = plain_marks(text.replace("、", ". "))  # "B、" is "B." of Chinese lists
     letters = {letter.upper(): wording for letter, wording in options.items()}
     leading = _LEADING_LETTER.match(text)
     if leading:
         letter = next(group for group in leading.groups() if group).upper()
         if letter in letters:
             return letter
-    if any(normalise_answer(wording) == normalise_answer(text) for wording in letters.values()):
+    if any(same_answer(text, wording) for wording in letters.values() if wording):
         return parse_wording(text, letters)
     for pattern in (_STATED_LETTER, _BRACKETED_LETTER):
         found = {letter.upper() for letter in pattern.findall(text)} & letters.keys()
@@ -91,6 +93,7 @@ def parse_wording(text: str, options: Mapping[str, str]) -> str | None:
     wording that is negated in its clause ("not the liver") is no answer. Options that read yes, no or maybe are never
     looked for inside a sentence ("there is no doubt that it helps"); see `parse_decision`.
     """
+    text = plain_marks(text)
     answer = normalise_answer(text)
     wordings = {key: normalise_answer(wording) for key, wording in options.items()}
     equal = [key for key, wording in wordings.items() if wording and wording == answer]
@@ -141,7 +144,7 @@ def closed_accuracy(
         bare = _CLOSED_REFERENCE.match(reference)
         expected = parse_yes_no(reference) if bare and bare.group(1).lower() in _YES | _NO else None
         if expected is None:
-            hits.append(float(normalise_answer(prediction) == normalise_answer(reference) != ""))
+            hits.append(float(same_answer(prediction, reference)))
             continue
         answer = parse_yes_no(prediction)
         hits.append(float(answer is expected))

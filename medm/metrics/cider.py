@@ -6,8 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from medm.metrics.base import DEFAULT, MetricResult, References, Resampling, as_references, check_lengths, mean_result
-from medm.metrics.words import PTB_SIGNATURE, ngrams, ptb_tokens
+from medm.metrics.base import (
+    DEFAULT,
+    MetricResult,
+    References,
+    Resampling,
+    as_references,
+    check_lengths,
+    mean_result,
+    undefined,
+    with_note,
+)
+from medm.metrics.ptb import PTB_SIGNATURE, ptb_tokens
+from medm.metrics.words import ngrams, unsegmented
 
 ORDERS = 4
 SIGMA = 6.0
@@ -19,14 +30,34 @@ Vector = dict[tuple[str, ...], float]
 def cider_d(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Mean CIDEr-D, 0 to 10. Document frequencies come from these references, so one item alone scores 0."""
-    check_lengths(predictions, references)
-    scores = cider_d_scores(
-        [ptb_tokens(text) for text in predictions],
-        [[ptb_tokens(text) for text in texts] for texts in as_references(references)],
-    )
+    """Mean CIDEr-D, 0 to 10.
+
+    Document frequencies come from these references: words that all of them hold weigh nothing. Where no word weighs
+    anything (a single item, or the same report for all) the metric is undefined.
+    """
+    n = check_lengths(predictions, references)
+    targets = [[ptb_tokens(text) for text in texts] for texts in as_references(references)]
+    scores = cider_d_scores([ptb_tokens(text) for text in predictions], targets)
     signature = f"cider-d|{PTB_SIGNATURE}|n:4|sigma:6|df:references|scale:10|mean"
-    return [mean_result("cider-d", scores, signature, resampling)]
+    result = mean_result("cider-d", scores, signature, resampling)
+    if n == 1:
+        return [undefined(result, "undefined for one item: words are weighted by the number of items without them")]
+    reason = unsegmented(references, "separate the words by blanks first")
+    if reason is not None:
+        return [undefined(result, reason)]
+    # An item whose own reference would score 0 says nothing of its prediction.
+    best = cider_d_scores([texts[0] for texts in targets], targets)
+    silent = sum(score == 0 for score in best)
+    if n and silent == n:
+        return [undefined(result, "undefined: every word of the references is in all of them and weighs nothing")]
+    return [
+        with_note(
+            result,
+            f"{silent} of {n} items score 0 whatever the reply: all words of their references are in every reference"
+            if silent
+            else None,
+        )
+    ]
 
 
 def cider_d_scores(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:

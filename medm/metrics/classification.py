@@ -11,19 +11,21 @@ from medm.metrics.base import (
     MetricResult,
     Resampling,
     check_lengths,
+    is_blank,
     mean_result,
     ratio,
     result_of,
     summed_result,
+    with_note,
 )
 
 
 def accuracy(
     predictions: Sequence[Hashable], references: Sequence[Hashable], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Share of equal labels."""
+    """Share of equal labels; no label (None, or a blank text) is a miss."""
     check_lengths(predictions, references)
-    hits = [float(a == b) for a, b in zip(predictions, references, strict=True)]
+    hits = [float(a == b and not is_blank(a)) for a, b in zip(predictions, references, strict=True)]
     return [mean_result("accuracy", hits, "labels:equal", resampling)]
 
 
@@ -33,7 +35,8 @@ def balanced_accuracy(
     """Mean over the reference classes of the share that is found."""
     statistics, classes = _confusion(predictions, references)
     recall = lambda sums: mean_defined(ratio(sums[:, :classes], sums[:, :classes] + sums[:, 2 * classes :]))  # noqa: E731
-    return [summed_result("balanced-accuracy", statistics, recall, f"classes:{classes}|of:references", resampling)]
+    result = summed_result("balanced-accuracy", statistics, recall, f"classes:{classes}|of:references", resampling)
+    return [with_note(result, _single_class(classes))]
 
 
 def macro_f1(
@@ -48,7 +51,12 @@ def macro_f1(
         f1[true + missed == 0] = np.nan  # the class is not in this resample
         return mean_defined(f1)
 
-    return [summed_result("macro-f1", statistics, value, f"classes:{classes}|of:references", resampling)]
+    result = summed_result("macro-f1", statistics, value, f"classes:{classes}|of:references", resampling)
+    return [with_note(result, _single_class(classes))]
+
+
+def _single_class(classes: int) -> str | None:
+    return "all references are of one class, which a constant answer gets right" if classes == 1 else None
 
 
 def sensitivity_specificity(
@@ -64,7 +72,9 @@ def sensitivity_specificity(
     for name, label in (("sensitivity", 1), ("specificity", 0)):
         rows = np.stack([(true == label) & (guessed == label), true == label], axis=1)
         share = lambda sums: ratio(sums[:, 0], sums[:, 1])  # noqa: E731
-        results.append(summed_result(name, rows, share, f"binary|positive:1|class:{label}", resampling))
+        result = summed_result(name, rows, share, f"binary|positive:1|class:{label}", resampling)
+        missing = len(true) and not (true == label).any()
+        results.append(with_note(result, f"undefined: no reference is {label}" if missing else None))
     return results
 
 
@@ -103,12 +113,24 @@ def auroc(
         "auroc", lambda counts: mean_defined(np.stack([column(counts) for column in columns], axis=1)),
         len(scores), f"{signature}|macro", resampling,
     )  # fmt: skip
+    reasons = [_one_label(labels[:, c]) for c in range(classes)]
     if classes == 1:
-        return [mean]
+        return [with_note(mean, reasons[0])]
+    left_out = [str(name) for name, reason in zip(names, reasons, strict=True) if reason is not None]
+    if left_out and len(scores):
+        mean = with_note(
+            mean, f"{len(left_out)} of {classes} classes have one label only and are left out: {', '.join(left_out)}"
+        )
     return [mean] + [
-        result_of(f"auroc[{name}]", column, len(scores), signature, resampling)
-        for name, column in zip(names, columns, strict=True)
+        with_note(result_of(f"auroc[{name}]", column, len(scores), signature, resampling), reason)
+        for name, column, reason in zip(names, columns, reasons, strict=True)
     ]
+
+
+def _one_label(labels: np.ndarray) -> str | None:
+    """Why a class has no area; None where it has one."""
+    found = sorted(set(labels.astype(int).tolist()))
+    return f"undefined: all {len(labels)} labels are {found[0]}" if len(found) == 1 else None
 
 
 class _RankedScores:
@@ -136,7 +158,7 @@ def _confusion(predictions: Sequence[Hashable], references: Sequence[Hashable]) 
     index = {label: number for number, label in enumerate(dict.fromkeys(references))}
     rows = np.zeros((n, 3, len(index)))
     for item, (guess, truth) in enumerate(zip(predictions, references, strict=True)):
-        if guess == truth:
+        if guess == truth and not is_blank(guess):
             rows[item, 0, index[truth]] = 1
             continue
         rows[item, 2, index[truth]] = 1

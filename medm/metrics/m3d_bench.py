@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,12 +18,14 @@ from medm.metrics.base import (
     Resampling,
     as_references,
     check_lengths,
+    is_blank,
     mean_result,
     optional,
+    undefined,
 )
 from medm.metrics.boxes import CODECS, Box, enclosing_iou
 from medm.metrics.rouge import rouge as sound_rouge
-from medm.metrics.words import ngrams
+from medm.metrics.words import ngrams, unsegmented
 
 
 def bleu(predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT) -> list[MetricResult]:
@@ -38,7 +41,9 @@ def bleu(predictions: Sequence[str], references: References, *, resampling: Resa
         words = tokenize(prediction.strip()).split()
         targets = [tokenize(text.strip()).split() for text in texts]
         scores.append(_bleu_1(words, targets))
-    return [mean_result("m3d-bench-bleu-1", scores, "m3d-bench|evaluate-bleu|tok:13a|max_order:1|mean", resampling)]
+    result = mean_result("m3d-bench-bleu-1", scores, "m3d-bench|evaluate-bleu|tok:13a|max_order:1|mean", resampling)
+    reason = unsegmented(references, "use bleu with 'tokenize: zh'")
+    return [result if reason is None else undefined(result, reason)]
 
 
 def _bleu_1(words: list[str], references: list[list[str]]) -> float:
@@ -57,8 +62,10 @@ def rouge(
 ) -> list[MetricResult]:
     """Mean ROUGE-1 F1, no stemming: the same number as `rouge`, under the name of the published column."""
     check_lengths(predictions, references)
-    scores = sound_rouge(predictions, references, resampling=Resampling(rounds=0))[0].per_item or []
-    return [mean_result("m3d-bench-rouge-1", scores, "m3d-bench|rouge-score|rouge1|stem:no|mean", resampling)]
+    found = sound_rouge(predictions, references, resampling=resampling)[0]
+    drawn = found.signature.partition("stem:no")[2]  # groups and level of the interval
+    signature = f"m3d-bench|rouge-score|rouge1|stem:no|mean{drawn}"
+    return [replace(found, name="m3d-bench-rouge-1", signature=signature)]
 
 
 def choice_accuracy(
@@ -70,7 +77,10 @@ def choice_accuracy(
     """
     check_lengths(predictions, references)
     letters = [reference.strip()[:1] for reference in references]
-    scores = [float(f"{letter}." in text or not letter) for letter, text in zip(letters, predictions, strict=True)]
+    scores = [
+        float(not is_blank(text) and (f"{letter}." in text or not letter))
+        for letter, text in zip(letters, predictions, strict=True)
+    ]
     return [mean_result("m3d-bench-choice-accuracy", scores, "m3d-bench|substring:letter+stop", resampling)]
 
 

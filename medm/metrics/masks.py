@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medm.metrics.base import DEFAULT, MetricResult, Resampling, check_lengths, mean_result, optional
+from medm.metrics.base import DEFAULT, MetricResult, Resampling, check_lengths, mean_result, optional, with_note
 
 EMPTY = "empty:1-if-both"
 
@@ -34,14 +34,19 @@ def hd95_of(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[flo
     """
     mine, theirs = _pair(prediction, reference)
     if not mine.any() or not theirs.any():
-        diagonal = math.dist([0] * mine.ndim, [size * step for size, step in zip(mine.shape, spacing, strict=True)])
-        return 0.0 if mine.any() == theirs.any() else diagonal
+        return 0.0 if mine.any() == theirs.any() else diagonal(mine.shape, spacing)
     torch, metrics = _monai()
     pair = [torch.from_numpy(mask[None, None].astype(np.uint8)) for mask in (mine, theirs)]
     distance = metrics.compute_hausdorff_distance(
         *pair, include_background=True, percentile=95, spacing=list(map(float, spacing))
     )
     return float(distance[0, 0])
+
+
+def diagonal(shape: Sequence[int], spacing: Sequence[float] | None = None) -> float:
+    """Length of the diagonal of a grid, the worst distance in it; in voxels without a spacing."""
+    steps = [1.0] * len(shape) if spacing is None else spacing
+    return math.dist([0] * len(shape), [size * step for size, step in zip(shape, steps, strict=True)])
 
 
 def nsd_of(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float) -> float:
@@ -61,14 +66,16 @@ def dice(
     predictions: Sequence[np.ndarray], references: Sequence[np.ndarray], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
     """Mean Dice over items."""
-    return [mean_result("dice", _each(predictions, references, dice_of), f"hard|{EMPTY}|mean", resampling)]
+    result = mean_result("dice", _each(predictions, references, dice_of), f"hard|{EMPTY}|mean", resampling)
+    return [with_note(result, _empty_masks(predictions, references, both="1"))]
 
 
 def mask_iou(
     predictions: Sequence[np.ndarray], references: Sequence[np.ndarray], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
     """Mean IoU over items."""
-    return [mean_result("mask-iou", _each(predictions, references, iou_of), f"hard|{EMPTY}|mean", resampling)]
+    result = mean_result("mask-iou", _each(predictions, references, iou_of), f"hard|{EMPTY}|mean", resampling)
+    return [with_note(result, _empty_masks(predictions, references, both="1"))]
 
 
 def hd95(
@@ -79,7 +86,8 @@ def hd95(
     steps = _spacings(predictions, references, spacings)
     scores = [hd95_of(a, b, step) for a, b, step in zip(predictions, references, steps, strict=True)]
     unit = "voxel" if spacings is None else "mm"
-    return [mean_result("hd95", scores, f"monai|unit:{unit}|one-empty:diagonal|mean", resampling)]
+    result = mean_result("hd95", scores, f"monai|unit:{unit}|one-empty:diagonal|mean", resampling)
+    return [with_note(result, _empty_masks(predictions, references, both="0", one="the diagonal of the grid"))]
 
 
 def nsd(
@@ -90,7 +98,22 @@ def nsd(
     steps = _spacings(predictions, references, spacings)
     scores = [nsd_of(a, b, step, tolerance) for a, b, step in zip(predictions, references, steps, strict=True)]
     unit = "voxel" if spacings is None else "mm"
-    return [mean_result(f"nsd@{tolerance:g}", scores, f"monai|unit:{unit}|{EMPTY}|mean", resampling)]
+    result = mean_result(f"nsd@{tolerance:g}", scores, f"monai|unit:{unit}|{EMPTY}|mean", resampling)
+    return [with_note(result, _empty_masks(predictions, references, both="1"))]
+
+
+def _empty_masks(
+    predictions: Sequence[np.ndarray], references: Sequence[np.ndarray], *, both: str, one: str | None = None
+) -> str | None:
+    """How items count for which the formula has no value: those with two empty masks, and for a distance, with one."""
+    pairs = [(bool(np.any(mine)), bool(np.any(theirs))) for mine, theirs in zip(predictions, references, strict=True)]
+    counts = [(sum(not a and not b for a, b in pairs), "empty masks on both sides", both)]
+    if one is not None:
+        counts.append((sum(a != b for a, b in pairs), "an empty mask on one side", one))
+    parts = [
+        f"{count} of {len(pairs)} items have {what} and count as {value}" for count, what, value in counts if count
+    ]
+    return "; ".join(parts) or None
 
 
 def _each(

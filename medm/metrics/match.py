@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from medm.metrics.base import DEFAULT, MetricResult, References, Resampling, as_references, check_lengths, mean_result
-from medm.metrics.words import ANSWER_SIGNATURE, normalise_answer
+from medm.metrics.base import (
+    DEFAULT,
+    MetricResult,
+    References,
+    Resampling,
+    as_references,
+    check_lengths,
+    is_blank,
+    mean_result,
+)
+from medm.metrics.words import ANSWER_SIGNATURE, answer_words, same_answer
 
 
 def best_of(predictions: Sequence[str], references: References, score: Callable[[str, str], float]) -> list[float]:
-    """Each item's best score over its references."""
+    """Each item's best score over its references; 0 for a blank prediction, whatever the reference is."""
     check_lengths(predictions, references)
     return [
-        max(score(prediction, text) for text in texts)
+        0.0 if is_blank(prediction) else max(score(prediction, text) for text in texts)
         for prediction, texts in zip(predictions, as_references(references), strict=True)
     ]
 
@@ -21,16 +31,23 @@ def best_of(predictions: Sequence[str], references: References, score: Callable[
 def exact_match(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Share of predictions equal to a reference after trimming and case folding."""
-    scores = best_of(predictions, references, lambda a, b: float(a.strip().casefold() == b.strip().casefold()))
-    return [mean_result("exact-match", scores, "exact|trim|casefold", resampling)]
+    """Share of predictions equal to a reference after trimming and case folding.
+
+    Composed and decomposed accents are the same letters (Unicode's form C).
+    """
+    scores = best_of(predictions, references, lambda a, b: float(_folded(a) == _folded(b)))
+    return [mean_result("exact-match", scores, "exact|nfc|trim|casefold", resampling)]
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text.strip().casefold())
 
 
 def normalised_match(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Share of predictions equal to a reference after `normalise_answer`."""
-    scores = best_of(predictions, references, lambda a, b: float(normalise_answer(a) == normalise_answer(b)))
+    """Share of predictions equal to a reference after `normalise_answer` (see `same_answer`)."""
+    scores = best_of(predictions, references, lambda a, b: float(same_answer(a, b)))
     return [mean_result("normalised-match", scores, f"exact|{ANSWER_SIGNATURE}", resampling)]
 
 
@@ -43,8 +60,8 @@ def token_f1(
 
 
 def word_f1(prediction: str, reference: str) -> float:
-    """F1 of two texts; 1 when both are empty, 0 when one is."""
-    mine, theirs = Counter(normalise_answer(prediction).split()), Counter(normalise_answer(reference).split())
+    """F1 of two texts. Without a word on either side it is 1 for the same answer, else 0; nothing answers nothing."""
+    mine, theirs = Counter(answer_words(prediction)), Counter(answer_words(reference))
     if not mine or not theirs:
-        return float(mine == theirs)
+        return float(same_answer(prediction, reference))
     return 2 * (mine & theirs).total() / (mine.total() + theirs.total())

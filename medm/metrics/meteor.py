@@ -17,8 +17,10 @@ from medm.metrics.base import (
     check_lengths,
     mean_result,
     optional,
+    undefined,
 )
-from medm.metrics.words import PTB_SIGNATURE, ptb_tokens
+from medm.metrics.ptb import PTB_SIGNATURE, ptb_tokens
+from medm.metrics.words import share_outside_latin, unsegmented
 
 
 class _NoSynonyms:
@@ -78,7 +80,8 @@ def meteor_java(
             index: [" ".join(ptb_tokens(text)) for text in item] for index, item in enumerate(as_references(references))
         }
         _, scores = module.Meteor().compute_score(targets, texts)
-    return [mean_result("meteor-java", scores, f"meteor-1.5|coco-caption|{PTB_SIGNATURE}|segment-mean", resampling)]
+    result = mean_result("meteor-java", scores, f"meteor-1.5|coco-caption|{PTB_SIGNATURE}|segment-mean", resampling)
+    return _in_english(result, references)
 
 
 def _wordnet() -> Any:
@@ -106,4 +109,13 @@ def _nltk_meteor(
         words, targets = ptb_tokens(prediction), [ptb_tokens(text) for text in texts]
         scores.append(float(module.meteor_score(targets, words, wordnet=wordnet)) if words else 0.0)
     signature = f"nltk:{version('nltk')}|{stages}|alpha:0.9|beta:3|gamma:0.5|{PTB_SIGNATURE}|mean"
-    return [mean_result(name, scores, signature, resampling)]
+    return _in_english(mean_result(name, scores, signature, resampling), references)
+
+
+def _in_english(result: MetricResult, references: References) -> list[MetricResult]:
+    """The result; without its number where the references are in another alphabet than METEOR's stems and synonyms."""
+    reason = unsegmented(references, "separate the words by blanks and use bleu or rouge")
+    foreign = share_outside_latin(references)
+    if reason is None and foreign > 0.5:
+        reason = f"{foreign:.0%} of the letters of the references are not Latin, and its stems and synonyms are English"
+    return [result if reason is None else undefined(result, reason)]

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from medm.metrics.base import DEFAULT, MetricResult, Resampling, check_lengths, mean_result, optional
+from medm.metrics.base import (
+    DEFAULT,
+    MetricResult,
+    Resampling,
+    check_lengths,
+    is_blank,
+    mean_result,
+    optional,
+    undefined,
+)
 
 
 def radeval(
@@ -17,6 +26,9 @@ def radeval(
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:  # fmt: skip
     """Means over reports of RadEval's per-report scores, each named `radeval/<its name there>`.
+
+    A blank prediction scores 0, where RadEval would label it "No Finding" or leave it out. RadCliQ, where less is
+    better and nothing is worst, is then undefined.
 
     Args:
         predictions: reports.
@@ -34,10 +46,17 @@ def radeval(
         return []
     evaluator = library.RadEval(metrics=list(scores), per_sample=True, show_progress=False)
     found = evaluator(refs=list(references), hyps=list(predictions))
+    blank = [is_blank(text) for text in predictions]
     signature = f"radeval|version:{version('RadEval')}|per-report mean"
     results = []
     for name, values in found.items():
         if not isinstance(values, (list, tuple)) or len(values) != n:
             raise ValueError(f"radeval: expected {n} numbers under {name!r}, found {type(values).__name__}")
-        results.append(mean_result(f"radeval/{name}", [float(value) for value in values], signature, resampling))
+        numbers = [0.0 if empty else float(value) for empty, value in zip(blank, values, strict=True)]
+        result = mean_result(f"radeval/{name}", numbers, signature, resampling)
+        if any(blank) and "radcliq" in name:
+            result = undefined(
+                result, f"undefined: {sum(blank)} of {n} predictions are blank, and it has no worst value"
+            )
+        results.append(result)
     return results

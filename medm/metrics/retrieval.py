@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medm.metrics.base import DEFAULT, MetricResult, Resampling, mean_result, result_of
+from medm.metrics.base import DEFAULT, MetricResult, Resampling, mean_result, result_of, undefined
 
 
 def ranks(similarity: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -50,7 +50,11 @@ def recall_at_k(
         place = ranks(scores, wanted)
         signature = f"{direction}|candidates:{scores.shape[1]}|ties:last"
         for k in cutoffs:
-            results.append(mean_result(f"{direction}-R@{k}", (place <= k).astype(float), signature, resampling))
+            result = mean_result(f"{direction}-R@{k}", (place <= k).astype(float), signature, resampling)
+            if len(place) and k >= scores.shape[1]:
+                reason = f"undefined: any ranking of {scores.shape[1]} candidates has the right one among {k}"
+                result = undefined(result, reason)
+            results.append(result)
         results.append(result_of(f"{direction}-median-rank", _WeightedMedian(place), len(place), signature, resampling))
     return results
 

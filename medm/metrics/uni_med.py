@@ -1,6 +1,7 @@
 """Uni-Med's scoring (arXiv 2409.17508, public code of 2025-11), with its quirks, for comparison with published numbers.
 
-Not for anything else: each function says what is wrong with it and which metric is sound.
+Not for anything else: each function says what is wrong with it and which metric is sound. In one thing they differ from
+the published code: a blank reply never scores, also where the reference is nothing but an article or marks.
 """
 
 from __future__ import annotations
@@ -9,10 +10,21 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from medm.metrics.base import DEFAULT, MetricResult, References, Resampling, as_references, check_lengths, mean_result
+from medm.metrics.base import (
+    DEFAULT,
+    MetricResult,
+    References,
+    Resampling,
+    as_references,
+    check_lengths,
+    is_blank,
+    mean_result,
+    undefined,
+)
 from medm.metrics.bleu import nltk_results
 from medm.metrics.boxes import Box, iou
 from medm.metrics.match import best_of
+from medm.metrics.words import unsegmented
 
 SIGNATURE = "uni-med|norm:vqa-v2-as-published"
 
@@ -73,11 +85,17 @@ def clean_prediction(text: str) -> str:
     return text.lower().replace("<unk>", "").strip()
 
 
+def _said(prediction: str) -> str | None:
+    """The normalized prediction; None where nothing is left of it, which equals no reference."""
+    text = clean_prediction(prediction)
+    return None if is_blank(text) else normalise(text)
+
+
 def match(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
     """Exact match after `normalise`. Sound: `normalised-match`."""
-    scores = best_of(predictions, references, lambda a, b: float(normalise(clean_prediction(a)) == normalise(b)))
+    scores = best_of(predictions, references, lambda a, b: float(_said(a) == normalise(b)))
     return [mean_result("uni-med-match", scores, SIGNATURE, resampling)]
 
 
@@ -88,14 +106,19 @@ def bleu(predictions: Sequence[str], references: References, *, resampling: Resa
         (normalise(clean_prediction(prediction)).split(), [normalise(text).split() for text in texts])
         for prediction, texts in zip(predictions, as_references(references), strict=True)
     ]
-    return nltk_results("uni-med-bleu", pairs, SIGNATURE, resampling, smoothing="none")
+    results = nltk_results("uni-med-bleu", pairs, SIGNATURE, resampling, smoothing="none")
+    reason = unsegmented(references, "use bleu-nltk, which counts characters")
+    return results if reason is None else [undefined(result, reason) for result in results]
 
 
 def token_f1(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
     """Token F1. Wrong: every repeat of a shared word is a hit ("lung lung lung" for "lung" is 1). Sound: `token-f1`."""
-    return [mean_result("uni-med-token-f1", best_of(predictions, references, _repeating_f1), SIGNATURE, resampling)]
+    scores = best_of(predictions, references, _repeating_f1)
+    result = mean_result("uni-med-token-f1", scores, SIGNATURE, resampling)
+    reason = unsegmented(references, "use token-f1, which counts characters")
+    return [result if reason is None else undefined(result, reason)]
 
 
 def _repeating_f1(prediction: str, reference: str) -> float:
@@ -113,7 +136,9 @@ def closed_accuracy(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
     """Is the reference anywhere in the prediction? Wrong: "no" is in "abnormal". Sound: `closed-accuracy`."""
-    scores = best_of(predictions, references, lambda a, b: float(normalise(b) in normalise(clean_prediction(a))))
+    scores = best_of(
+        predictions, references, lambda a, b: float((text := _said(a)) is not None and normalise(b) in text)
+    )
     return [mean_result("uni-med-closed-accuracy", scores, f"{SIGNATURE}|substring", resampling)]
 
 

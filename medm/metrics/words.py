@@ -1,45 +1,25 @@
-"""From text to the words that are compared: tokenisers and answer normalisation."""
+"""From text to the words that are compared, and the texts whose words cannot be counted.
+
+The tokens of the COCO caption toolkit are in `medm.metrics.ptb`.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
-_PTB_TOKEN = re.compile(
-    r"""
-    </?[a-z][^<>\s]*>                                         # markup stays one token
-    | (?:[a-z]\.){2,}                                         # e.g.  p.m.  u.s.
-    | (?:dr|mr|mrs|ms|prof|st|vs|fig|etc|jr|sr)\.(?=\s|$|,)   # abbreviations keep their full stop
-    | no\.(?=\s*\d)
-    | can(?=not\b)                                            # "cannot" is two words
-    | [a-z]+(?=n't\b) | n't\b | '(?:s|m|d|ll|re|ve)\b         # clitics
-    | \d+(?:,\d{3})+(?:\.\d+)? | \d*\.\d+                     # 1,234  3.5  .2
-    | [\#@][a-z]\w*
-    | \w+(?:[-/]\w+)*                                         # x-ray  and/or  1/2/2019  10mm
-    | \.\.\. | -- | \S
-    """,
-    re.VERBOSE,
-)
-_PTB_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PTB_DROPPED = frozenset([*".?!,:;'`\"", "''", "``", "-", "--", "..."])
-_PLAIN_QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."})
+from medm.metrics.base import as_references
 
-PTB_SIGNATURE = "tok:ptb-like"
-
-
-def ptb_tokens(text: str) -> list[str]:
-    """Lower-case words as the COCO caption toolkit sees them, without punctuation.
-
-    An imitation of Stanford's PTBTokenizer (corenlp 3.4.1, `-preserveLines -lowerCase`) and the list of marks that the
-    toolkit removes afterwards; brackets stay as `-lrb-`, since the toolkit's list holds them in capitals only. Equal to
-    the original on report prose; it differs on sentence boundaries within unusual abbreviations.
-    """
-    words = _PTB_TOKEN.findall(text.translate(_PLAIN_QUOTES).lower())
-    return [_PTB_BRACKETS.get(word, word) for word in words if word not in _PTB_DROPPED]
-
-
+_PLAIN_MARKS = str.maketrans(
+    {
+        "’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "−": "-", "‐": "-", "…": "...",
+        "≥": ">=", "≤": "<=", "⩾": ">=", "⩽": "<=", "±": "+-", "×": "x", "⁄": "/", "、": ",", "。": ".",
+    }
+)  # fmt: skip
+"""Typographic and East Asian marks that Unicode's compatibility form keeps, as marks of ASCII."""
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = dict(
     zip(
@@ -49,21 +29,64 @@ _NUMBERS = dict(
     )
 )
 _GROUPED_DIGITS = re.compile(r"(?<=\d),(?=\d{3}\b)")
-_NOT_A_WORD = re.compile(r"(?<!\d)\.|\.(?!\d)|[^\w.%+<>=-]|(?<!\w)[-=]+|[-=]+(?!\w)")
+_BARE_DECIMALS = re.compile(r"(?<![\w.])\.(?=\d)")
+_COMPARISON = re.compile(r"\s*([<>]=?|=|\+-)\s*(?=[-\d])")
+_FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
+_HYPHEN = re.compile(r"(?<![\w<>=])-+(?!\d)|(?<=\w)-+(?!\w)|-{2,}|[<>=]+(?!\S)")
+"""Hyphens and signs that neither join two words nor stand before a number."""
+_OTHER_DIGIT = re.compile(r"[^\D0-9]")
 
-ANSWER_SIGNATURE = "norm:medm-answer"
+_NO_SPACES = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana and Han."""
+_CHARACTER = re.compile(f"([{_NO_SPACES}])")
+_RUN = re.compile(f"[{_NO_SPACES}]{{5,}}")
+"""More characters in a row than nearly all words of these scripts have."""
+
+ANSWER_SIGNATURE = "norm:medm-answer:2"
+UNSEGMENTED = (
+    "the references are in a script without spaces between words ({share:.0%} of their letters), and this tokenizer "
+    "takes a whole phrase for one word: {instead}"
+)
+
+
+def plain_marks(text: str) -> str:
+    """Unicode's compatibility form, with the digits, quotes, dashes and signs of comparison of ASCII."""
+    text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)
+    return _OTHER_DIGIT.sub(lambda found: str(unicodedata.digit(found.group())), text)
 
 
 def normalise_answer(text: str) -> str:
     """The form in which short answers are compared.
 
-    Lower case, Unicode compatibility form, no punctuation, no articles, number words as digits, single blanks. Kept:
-    decimal points and signs of comparison, percent, and hyphens within words (`t2-weighted`); "none" stays "none".
+    Unicode's compatibility form, case folded, no punctuation, no articles, number words as digits, single blanks.
+    Kept: decimal points, the sign of a number, signs of comparison and percent, hyphens within words
+    (`t2-weighted`), and an article that is all there is ("A" of a blood group). "none" stays "none". Empty for a text
+    of punctuation alone.
     """
-    text = _GROUPED_DIGITS.sub("", unicodedata.normalize("NFKC", text).translate(_PLAIN_QUOTES).lower())
-    text = _NOT_A_WORD.sub(" ", text.replace("'", ""))
-    words = [_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES]
-    return " ".join(words)
+    text = _GROUPED_DIGITS.sub("", plain_marks(text).casefold()).replace("'", "")
+    text = _COMPARISON.sub(r" \1", _BARE_DECIMALS.sub("0.", text))
+    text = _punctuation().sub(" ", _FULL_STOP.sub(" ", text))
+    words = _HYPHEN.sub(" ", text).split()
+    content = [_NUMBERS.get(word, word) for word in words if word not in _ARTICLES]
+    return " ".join(content or words)
+
+
+def same_answer(prediction: str, reference: str) -> bool:
+    """Equality after `normalise_answer`; a reference of punctuation alone has to be repeated as it is.
+
+    A text without any word equals nothing else: "." is not "the", and no reply is no answer.
+    """
+    mine, theirs = normalise_answer(prediction), normalise_answer(reference)
+    if mine or theirs:
+        return mine == theirs
+    return prediction.strip() == reference.strip() != ""
+
+
+def answer_words(text: str) -> list[str]:
+    """Words of a normalized answer. In scripts without spaces each character is one (as in CMRC 2018)."""
+    return _CHARACTER.sub(r" \1 ", normalise_answer(text)).split()
 
 
 def ngrams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
@@ -71,6 +94,53 @@ def ngrams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[start : start + size]) for start in range(len(words) - size + 1))
 
 
-def tokens_of(text: str | Sequence[str]) -> list[str]:
-    """PTB-like tokens of a text; a list of tokens passes through."""
-    return ptb_tokens(text) if isinstance(text, str) else list(text)
+def characters(*categories: str) -> str:
+    """Characters of these Unicode categories in the basic plane, as the inside of a class of `re`."""
+    ranges: list[list[int]] = []
+    for code in range(0x10000):
+        if not unicodedata.category(chr(code)).startswith(categories):
+            continue
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in ranges)
+
+
+def unsegmented(references: Sequence[str | Sequence[str]], instead: str) -> str | None:
+    """Why words of these references cannot be counted: they are in a script without spaces. None where they can.
+
+    Texts whose words were separated by blanks beforehand can be counted.
+
+    Args:
+        references: of each item, as metrics take them.
+        instead: what the reader may use in place of the metric.
+    """
+    share = _share(references, lambda text: sum(map(len, _RUN.findall(text))))
+    return UNSEGMENTED.format(share=share, instead=instead) if share > 0.1 else None
+
+
+def share_outside_ascii(references: Sequence[str | Sequence[str]]) -> float:
+    """Share of the letters of the references that are not a to z."""
+    return _share(references, lambda text: sum(letter.isalpha() and not letter.isascii() for letter in text))
+
+
+def share_outside_latin(references: Sequence[str | Sequence[str]]) -> float:
+    """Share of the letters of the references that are not Latin, with or without accents."""
+    return _share(
+        references,
+        lambda text: sum(c.isalpha() and c > "\u024f" and not "\u1e00" <= c <= "\u1eff" for c in text),
+    )
+
+
+def _share(references: Sequence[str | Sequence[str]], count: Callable[[str], int]) -> float:
+    """Counted letters of all letters."""
+    texts = [text for item in as_references(references) for text in item]
+    letters = sum(letter.isalpha() for text in texts for letter in text)
+    return sum(map(count, texts)) / letters if letters else 0.0
+
+
+@cache
+def _punctuation() -> re.Pattern[str]:
+    """All but word characters with their vowel signs and accents, decimal points, percent, signs and hyphens."""
+    return re.compile(rf"[^\w{characters('M')}.%+<>=-]")

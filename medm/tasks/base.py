@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from medm.data.records import PLACEHOLDERS
-from medm.errors import DataError
+from medm.errors import DataError, MedmError
 from medm.metrics.base import Clusters, MetricResult, Resampling
 from medm.types import Media, Sample, Turn
 
@@ -118,9 +118,17 @@ class Task(ABC):
         """Score one split's records. An item without an answer counts as wrong; it is never left out.
 
         Raises:
-            DataError: a record lacks a field that scoring needs.
+            DataError: a record lacks a field that scoring needs, or a metric cannot read it.
         """
         rows = [self._checked(record, index) for index, record in enumerate(records)]
+        try:
+            return self._scores(rows)
+        except MedmError:
+            raise
+        except ValueError as error:  # a metric names the item by its position
+            raise DataError(f"{type(self).__name__}: {error}") from None
+
+    def _scores(self, rows: Sequence[dict[str, Any]]) -> Scores:
         groups: dict[str, dict[str, list[MetricResult]]] = {}
         for name in self.group_by:
             values = sorted({str(row[name]) for row in rows if row.get(name) is not None})
@@ -142,13 +150,16 @@ class Task(ABC):
                 f"intervals and tests draw whole groups by {clusters.field!r}: {clusters.count} groups of "
                 f"{len(rows)} items"
             )
-        return Scores(self.measure(rows), self.published(rows), groups, notes, empty, len(failures))
+        results, published = self.measure(rows), self.published(rows)
+        return Scores(
+            results, published, groups, [*notes, *metric_notes([*results, *published])], empty, len(failures)
+        )  # fmt: skip
 
     def _checked(self, record: Record, index: int) -> dict[str, Any]:
         for name in ("id", "answer"):
             if record.get(name) is None:
                 raise DataError(f"a scored record needs {name!r}; found {sorted(record)}", index=index, field=name)
-        prediction = record.get("prediction")
+        prediction = record.get("prediction") if record.get(FAILED) is None else None
         if prediction is not None and not isinstance(prediction, str):
             raise DataError(f"expected text, found {type(prediction).__name__}", index=index, field="prediction")
         return {**record, "prediction": prediction or ""}
@@ -157,6 +168,15 @@ class Task(ABC):
         if split not in self.splits:
             raise DataError(f"there is no split {split!r}; this task has {', '.join(self.splits)}")
         return split
+
+
+def metric_notes(results: Iterable[MetricResult]) -> list[str]:
+    """The notes of results, each once, after the names of the metrics that it is about."""
+    names: dict[str, list[str]] = {}
+    for result in results:
+        if result.note is not None:
+            names.setdefault(result.note, []).append(result.name)
+    return [f"{', '.join(dict.fromkeys(listed))}: {note}" for note, listed in names.items()]
 
 
 def ask(

@@ -74,6 +74,12 @@ class Custom(Task):
 
     def score(self, records: Iterable[Record]) -> Scores:
         rows = list(records)
+        for name in self.fields:
+            if rows and all(row.get(name) is None for row in rows):
+                found = sorted({key for row in rows for key, value in row.items() if value is not None})
+                raise DataError(
+                    f"group_by: no record has {name!r}; the records have {', '.join(found)}", file=self.path
+                )
         names = list(dict.fromkeys(str(row.get("answer")) for row in rows))
         return super().score([{**row, _LABELS: names} for row in rows])
 
@@ -99,7 +105,8 @@ class Custom(Task):
 
     def _areas(self, records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
         """AUROC of `scores`, which a predictions file brings: one number an item, or one for each class by name."""
-        first = scoring.needed(records[0], "scores") if records else 0.0
+        given = [record["scores"] for record in records if record.get("scores") is not None]
+        first = given[0] if given else scoring.needed(records[0], "scores") if records else 0.0
         if isinstance(first, Mapping):
             return scoring.class_areas(records, [str(name) for name in first], resampling)
         return scoring.binary_area(records, resampling)

@@ -22,6 +22,8 @@ from medm.types import Media, Sample
 
 QUESTION_TYPES = {"1": "plane", "2": "phase", "3": "organ", "4": "abnormality", "5": "location"}
 _CHOICES = ("A", "B", "C", "D")
+_TREES = ("M3D_Cap_npy", "M3D_Cap", "M3D_Seg_npy", "M3D_Seg", "M3D_RefSeg_npy", "M3D_RefSeg")
+"""Folders of the volumes where all of M3D is in one tree, by the names that the processed and the raw form have."""
 _TRAINING = ("train", "yn_train")
 """Splits of which a bad row is left out: reports by the ten thousand, a few of them without their text."""
 
@@ -33,7 +35,8 @@ def npy_path(folder: Path, written: str) -> str:
     """A volume's path relative to the folder; the published files name it with or without their own top folder."""
     path = written.replace("\\", "/").lstrip("/")
     _, _, below = path.partition("/")
-    return below if below and not (folder / path).exists() and (folder / below).exists() else path
+    candidates = [path, below, *(f"{place}/{rest}" for place in _TREES for rest in (path, below))]
+    return next((name for name in candidates if name.strip("/") and below and (folder / name).is_file()), path)
 
 
 def _usable(rows: Iterable[T], make: Callable[[int, T], Sample], *, file: Path, split: str) -> Iterator[Sample]:
@@ -68,7 +71,8 @@ class M3DCap(CaptionTask):
 
     def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
-        file = require(folder, "M3D_Cap.json", "M3D_Cap/M3D_Cap.json", layout=self.layout)
+        name = "M3D_Cap.json"
+        file = require(folder, name, f"M3D_Cap_npy/{name}", f"M3D_Cap/{name}", layout=self.layout)
         rows = read_json_map(file).get(split)
         if not isinstance(rows, list):
             raise DataError("expected a list under this key", file=file, field=split)

@@ -20,7 +20,7 @@ from medm.metrics import m3d_bench, masks
 from medm.metrics.base import MetricResult, mean_result
 from medm.metrics.boxes import CODECS, Box
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import FAILED, Record, Task, ask, choose
 from medm.tasks.files import field_of, read_array, read_csv, read_json_map, require
 from medm.tasks.m3d import npy_path
 from medm.types import Media, Sample
@@ -47,8 +47,14 @@ class Structure:
 
 
 def structures(folder: Path, split: str) -> Iterator[Structure]:
-    """Every class of every volume of a split, present or not, set by set."""
-    files = sorted(path for path in folder.glob("[0-9][0-9][0-9][0-9]/*.json") if path.stem == path.parent.name)
+    """Every class of every volume of a split, present or not, set by set.
+
+    The sets are in the folder itself, or below it where all of M3D is in one tree.
+    """
+    files: list[Path] = []
+    for place in (folder, folder / "M3D_Seg_npy", folder / "M3D_Seg"):
+        found = place.glob("[0-9][0-9][0-9][0-9]/*.json")
+        files = files or sorted(path for path in found if path.stem == path.parent.name)
     if not files:
         require(folder, "0000/0000.json", layout=_LAYOUT)
     for file in files:
@@ -177,14 +183,14 @@ class MaskTask(Task):
         }
 
     def measure_file(self, folder: Path, record: Mapping[str, Any], file: Path | None) -> dict[str, float]:
-        """`measure_mask` of a mask on disk; of an empty one where there is none.
+        """`measure_mask` of a mask on disk; where there is none the worst numbers, also for an empty reference.
 
         Raises:
             DataError: the file is no .npy of the reference's shape with values in 0..1.
         """
         truth = self.reference(folder, record)
         if file is None:
-            return self.measure_mask(np.zeros(truth.shape), truth)
+            return {"dice": 0.0, "mask_iou": 0.0, "hd95": masks.diagonal(truth.shape), "nsd": 0.0, "soft_dice": 0.0}
         array = read_array(file)
         array = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
         if array.shape != truth.shape:
@@ -209,7 +215,9 @@ class MaskTask(Task):
 
     def _checked(self, record: Record, index: int) -> dict[str, Any]:
         row = super()._checked(record, index)
-        measured = row.get("dice") is not None and not row.get(WITHOUT_MASK)
+        if row.get(FAILED) is not None:
+            row |= dict.fromkeys(("dice", "mask_iou", "nsd", "soft_dice"), 0.0)
+        measured = row.get("dice") is not None and not row.get(WITHOUT_MASK) and row.get(FAILED) is None
         return {**row, "prediction": row["prediction"] or ("mask" if measured else "")}
 
 
@@ -258,7 +266,8 @@ class M3DRefSeg(MaskTask):
     def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         names = ["M3D_RefSeg_test.csv"] if split == "test" else ["M3D_RefSeg_train.csv", "M3D_RefSeg.csv"]
-        file = require(folder, *names, layout=self.layout)
+        places = [f"{place}{name}" for place in ("", "M3D_RefSeg_npy/", "M3D_RefSeg/") for name in names]
+        file = require(folder, *places, layout=self.layout)
         columns = ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answer")
         for index, row in enumerate(read_csv(file, columns)):
             if not row["Mask_ID"].strip().isdigit():

@@ -11,7 +11,7 @@ import numpy as np
 
 from medm.errors import DataError
 from medm.metrics import m3d_bench, uni_med
-from medm.metrics.base import MetricResult, Resampling, mean_result, ratio, result_of
+from medm.metrics.base import MetricResult, Resampling, is_blank, mean_result, ratio, result_of, with_note
 from medm.metrics.bleu import bleu, bleu_coco, bleu_nltk
 from medm.metrics.boxes import CODECS, Box, box_accuracy, box_iou, scale
 from medm.metrics.chest_labels import chest_label_f1
@@ -22,7 +22,7 @@ from medm.metrics.match import normalised_match, token_f1
 from medm.metrics.meteor import meteor, meteor_exact_stem, wordnet_available
 from medm.metrics.rouge import rouge
 from medm.metrics.words import normalise_answer
-from medm.tasks.base import Record, scoped
+from medm.tasks.base import FAILED, Record, scoped
 
 Pair = tuple[list[str], list[str]]
 
@@ -96,7 +96,7 @@ def caption(
 
 
 def uni_med_caption(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-    """Uni-Med's table for reports: references cut to 50 words, empty pairs left out."""
+    """Uni-Med's table for reports: references cut to 50 words, empty pairs left out (a note says how many)."""
     cut = [
         {**record, "prediction": uni_med.clean_prediction(record["prediction"]),
          "answer": uni_med.first_words(str(record["answer"]))}
@@ -108,7 +108,9 @@ def uni_med_caption(records: Sequence[Record], resampling: Resampling) -> list[M
     results += (meteor if wordnet_available() else meteor_exact_stem)(*pair, resampling=resampling)
     results += rouge(*pair, resampling=resampling)
     results += uni_med.token_f1(*pair, resampling=resampling)
-    return scoped("uni-med-50-words", results)
+    left_out = len(cut) - len(kept)
+    note = f"{left_out} of {len(cut)} items without a reply are left out, as published" if left_out else None
+    return scoped("uni-med-50-words", [with_note(result, note) for result in results])
 
 
 def m3d_texts(records: Sequence[Record], resampling: Resampling, bertscore: str | None = None) -> list[MetricResult]:
@@ -133,7 +135,7 @@ def m3d_texts(records: Sequence[Record], resampling: Resampling, bertscore: str 
 
 
 def _not_available(name: str, n: int, reason: str) -> MetricResult:
-    return MetricResult(name, math.nan, n, math.nan, math.nan, f"n/a: {reason}")
+    return MetricResult(name, math.nan, n, math.nan, math.nan, f"n/a: {reason}", note=reason)
 
 
 def refer(
@@ -215,16 +217,21 @@ def classes(records: Sequence[Record], names: Sequence[str], resampling: Resampl
 def class_areas(records: Sequence[Record], names: Sequence[str], resampling: Resampling) -> list[MetricResult]:
     """AUROC of each class and their mean, where a predictions file brought `scores`; nothing where it brought none.
 
-    Reads `scores`: a number for each class, as a map by class name or a list in the order of `names`.
+    Reads `scores`: a number for each class, as a map by class name or a list in the order of `names`. An item without
+    a reply is ranked as wrong as can be.
 
     Raises:
-        DataError: only some records have scores, or they are not one number for each class.
+        DataError: a record with a reply has no scores, or they are not one number for each class.
     """
     if not any(record.get("scores") is not None for record in records):
         return []
     keys = [normalise_answer(name) for name in names]
+    labels = [keys.index(normalise_answer(str(record["answer"]))) for record in records]
     rows = []
-    for record in records:
+    for record, label in zip(records, labels, strict=True):
+        if _has_no_answer(record):
+            rows.append([_worst_score(place == label) for place in range(len(keys))])
+            continue
         given = needed(record, "scores")
         if isinstance(given, Mapping):
             by_name = {normalise_answer(str(name)): value for name, value in given.items()}
@@ -234,14 +241,29 @@ def class_areas(records: Sequence[Record], names: Sequence[str], resampling: Res
                 f"record {record.get('id')!r}: expected 'scores' with one number for each of {', '.join(names)}"
             )
         rows.append([float(value) for value in given])
-    labels = [keys.index(normalise_answer(str(record["answer"]))) for record in records]
     return auroc(rows, np.asarray(labels), class_names=names, resampling=resampling)
 
 
+def _has_no_answer(record: Record) -> bool:
+    """True where neither a reply nor scores came for an item, or an error in their place."""
+    return record.get(FAILED) is not None or (record.get("scores") is None and is_blank(record.get("prediction")))
+
+
+def _worst_score(positive: bool) -> float:
+    """The score that puts a positive item below all others and a negative one above."""
+    return -math.inf if positive else math.inf
+
+
 def binary_area(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-    """AUROC of one score an item against answers that read yes or no, 1 or 0. Reads `scores`, a number."""
-    numbers = [needed(record, "scores") for record in records]
+    """AUROC of one score an item against answers that read yes or no, 1 or 0. Reads `scores`, a number.
+
+    An item without a reply is ranked as wrong as can be.
+    """
     truths = np.asarray(binary(records, "answer"))
+    numbers = [
+        _worst_score(truth == 1) if _has_no_answer(record) else needed(record, "scores")
+        for record, truth in zip(records, truths, strict=True)
+    ]
     return auroc(np.asarray(numbers, dtype=float), truths, resampling=resampling)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 from medm.data.records import parse_record
 from medm.errors import DataError, MediaError
 from medm.imaging import resolve_inside
+from medm.metrics.base import MetricResult
 from medm.tasks import TASKS
-from medm.tasks.base import Task, join_predictions, record_of, task_to_records
-from medm.tasks.m3d_regions import MaskTask
+from medm.tasks.base import FAILED, Task, join_predictions, record_of, task_to_records
+from medm.tasks.m3d_regions import WITHOUT_MASK, MaskTask
 from tests.tasks.layouts import LAYOUTS
 
 NAMES = TASKS.names()
@@ -121,15 +123,65 @@ def test_right_answers_score_best_and_wrong_ones_do_not(name: str, folders: dict
         assert result.value > other.value or "unparsed" in result.name or result.value == 0 or "n/a" in result.signature
 
 
+DIAGNOSTICS = ("unparsed", "unreadable", "malformed", "repaired", "ceiling")
+"""Ends of names of results that say how replies could be read, and are no scores."""
+LABELED = ("chest-label", "closed-accuracy", "choice", "accuracy", "macro-f1", "match", "box", "first-word")
+"""Parts of names of metrics that read a label, a choice or a box from a reply."""
+
+
+def scored(results: list[MetricResult]) -> list[MetricResult]:
+    """Those with a number that is a score."""
+    return [r for r in results if not r.name.endswith(DIAGNOSTICS) and not math.isnan(r.value)]
+
+
+@pytest.mark.parametrize("reply", [None, "", " \n", "error"], ids=["none", "empty", "blank", "error"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_answer_counts_as_wrong_and_is_said(name: str, folders: dict[str, Path]) -> None:
+def test_no_answer_scores_worst_and_is_said(name: str, reply: str | None, folders: dict[str, Path]) -> None:
     task = build(name)
-    if isinstance(task, MaskTask):
-        pytest.skip("masks are measured before they are scored")
-    scores = task.score(records(task, folders[name], lambda row: None))
+    rows = join_predictions(task.samples(folders[name], task.eval_split), {})
+    for row in rows:
+        row["prediction"] = row["answer"] if reply == "error" else reply
+        if reply == "error":
+            row[FAILED] = "the file is cut"
+        if isinstance(task, MaskTask):
+            row.update(task.measure_file(folders[name], row, None))
+            row[WITHOUT_MASK] = True
+    scores = task.score(rows)
     assert scores.results[0].n == LAYOUTS[name].count
-    assert scores.results[0].value < 0.5
-    assert "have no answer" in scores.notes[0]
+    for result in scored([*scores.results, *scores.published]):
+        if result.name == "hd95":
+            assert result.value == pytest.approx(np.mean([diagonal_of(task, folders[name], row) for row in rows]))
+        else:
+            assert result.value == (-1 if result.name == "m3d-bench-box-iou" else pytest.approx(0)), result.name
+    for group in scores.groups.values():
+        for results in group.values():
+            assert all(r.value == 0 for r in scored(results) if r.name != "hd95")
+    assert ("because of an error" if reply == "error" else "have no answer") in scores.notes[0]
+
+
+def diagonal_of(task: Task, folder: Path, row: dict[str, Any]) -> float:
+    assert isinstance(task, MaskTask)
+    return float(np.linalg.norm(task.reference(folder, row).shape))
+
+
+@pytest.mark.parametrize("reply", ["banana", ".", "ok", "I cannot tell."])
+@pytest.mark.parametrize("name", [n for n in NAMES if "seg" not in n])
+def test_a_reply_beside_the_point_hits_no_label(name: str, reply: str, folders: dict[str, Path]) -> None:
+    task = build(name)
+    scores = task.score(records(task, folders[name], lambda row: reply))
+    labeled = [r for r in scored(scores.results) if any(part in r.name for part in LABELED)]
+    assert all(result.value == 0 for result in labeled)
+    assert scores.results[0].value < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_that_are_not_defined_have_a_reason(name: str, folders: dict[str, Path]) -> None:
+    task = build(name)
+    scores = task.score(records(task, folders[name], lambda row: row["answer"])[:1])
+    for result in [*scores.results, *scores.published]:
+        if math.isnan(result.value):
+            assert result.note is not None, result.name
+            assert any(result.note in note and result.name in note for note in scores.notes)
 
 
 @pytest.mark.parametrize("name", NAMES)

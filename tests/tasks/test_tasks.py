@@ -304,9 +304,12 @@ def test_areas_come_from_the_scores_of_a_predictions_file(tmp_path: Path) -> Non
     for row, score in zip(rows, [0.9, 0.5, 0.2], strict=True):
         row["scores"] = score
     assert values(task.score(rows).results) == {"auroc": 0.5}
+    rows[0]["prediction"], rows[1]["prediction"] = "yes", "no"
     del rows[1]["scores"]
     with pytest.raises(DataError, match="'scores'"):
         task.score(rows)
+    rows[1]["prediction"] = ""  # no answer at all: the negative item ranks above all others
+    assert values(task.score(rows).results) == {"auroc": 0}
 
     task = custom(tmp_path, ["CT", "MRI"], "auroc")
     rows = join_predictions(task.samples(tmp_path), {})
