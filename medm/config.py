@@ -220,8 +220,16 @@ def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
         _assign(node.setdefault(keys[0], {}), keys[1:], value, override)
 
 
-def validate(schema: type[OptionsT], value: Mapping[str, Any], *, source: str) -> OptionsT:
+def validate(
+    schema: type[OptionsT], value: Mapping[str, Any], *, source: str, shown: Mapping[str, str] | None = None
+) -> OptionsT:  # fmt: skip
     """Check a mapping against a schema.
+
+    Args:
+        schema: the options class.
+        value: what was written.
+        source: file or command that it comes from.
+        shown: keys that are named otherwise in messages, such as the option that was typed.
 
     Raises:
         RecipeError: one line a problem, with the dotted key, what was found, and the nearest known key.
@@ -229,12 +237,13 @@ def validate(schema: type[OptionsT], value: Mapping[str, Any], *, source: str) -
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        lines = [f"  {_describe(problem)}" for problem in error.errors()]
+        lines = [f"  {_describe(problem, shown or {})}" for problem in error.errors()]
         raise RecipeError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, shown: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "(top)"
+    key = shown.get(key, key)
     if problem["type"] == "missing":
         return f"{key}: missing; this key is required"
     if problem["type"] in ("unknown_key", "named_block", "unknown_name", "value_error"):

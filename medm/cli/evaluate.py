@@ -38,15 +38,18 @@ def evaluate(
 ) -> None:
     """Score a model, or any program's predictions, on benchmarks: numbers with intervals, tables, cases with images.
 
-    One task by --task and --data, or several by a recipe. A run that was stopped goes on with the same command.
+    One task by --task and --data, or several by a recipe. A run that was stopped resumes with the same command. Items
+    without a reply count as wrong; the exit status is 1 where a task has no reply at all.
     """
     from medm.config import apply_overrides, parse_value, read_yaml, validate
-    from medm.errors import RecipeError
+    from medm.errors import MedmError, RecipeError
     from medm.evaluation.options import EvalOptions
     from medm.evaluation.runner import evaluate as run
 
     section: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
     if task is not None:
+        if data is None:
+            raise RecipeError(f"--data: missing; give the folder with the files of {task!r} (docs/benchmarks.md)")
         settings: dict[str, Any] = {"name": task}
         for item in option or []:
             key, equals, value = item.partition("=")
@@ -80,11 +83,29 @@ def evaluate(
     if chosen:
         section["generation"] = {**section.get("generation", {}), **chosen}
     section = apply_overrides(section, overrides or [])
-    reports = run(validate(EvalOptions, section, source=recipe or "medm eval"), progress=CalmProgress())
+    if task is not None and predictions is None and section.get("model") is None:
+        raise RecipeError("--model: missing; give a model folder that medm saved, or --predictions of another program")
+    shown = _TYPED if task is not None else {}
+    checked = validate(EvalOptions, section, source=recipe or "medm eval", shown=shown)
+    reports = run(checked, progress=CalmProgress())
     for report in reports or []:
         _print(report)
     if reports:
         note("Not for clinical use.")
+    silent = [report for report in reports or [] if report.answered == 0]
+    if silent:
+        names = ", ".join(f"{report.task} ({report.n} items)" for report in silent)
+        raise MedmError(f"nothing was answered in {names}: the scores above are those of no reply at all")
+
+
+_TYPED = {
+    "tasks.0.task.name": "--task", "tasks.0.task": "--task, --option", "tasks.0.data": "--data",
+    "tasks.0.split": "--split", "tasks.0.limit": "--limit", "tasks.0.predictions": "--predictions",
+    "tasks.0.against": "--against", "generation.max_new_tokens": "--max-new-tokens",
+    "generation.num_beams": "--num-beams", "generation.temperature": "--temperature", "output_dir": "--output",
+    "batch_size": "--batch-size", "processes": "--processes", "workers": "--workers", "cases": "--cases",
+}  # fmt: skip
+"""Keys of the section that the options write, as they were typed."""
 
 
 def _print(report: Any) -> None:

@@ -146,14 +146,16 @@ def page(report: TaskReport) -> str:
 
 
 def write_summary(folder: Path, reports: Sequence[TaskReport]) -> None:
-    """`summary.md`: the headline of every task."""
+    """`summary.md`: the headline of every task, and the notes on its numbers."""
     rows: list[Sequence[str]] = []
     for report in reports:
         head = report.scores.results[0] if report.scores.results else None
         values = (head.name, number(head.value), interval(head.low, head.high)) if head else ("–", "–", "–")
         rows.append((f"[{report.task}]({report.task}/report.md)", str(report.n), *values))
     table = _markdown_table((("task", "items", "metric", "value", "95 % interval"), rows), escape=str)
-    write_aside(folder / "summary.md", "\n".join(["# Evaluation", "", NOT_CLINICAL, "", *table]) + "\n")
+    notes = [f"- {report.task}: {_md(note)}" for report in reports for note in report.scores.notes]
+    notes = ["", "## Notes", "", *notes] if notes else []
+    write_aside(folder / "summary.md", "\n".join(["# Evaluation", "", NOT_CLINICAL, "", *table, *notes]) + "\n")
 
 
 def _case_sections(report: TaskReport) -> list[tuple[str, list[Case]]]:

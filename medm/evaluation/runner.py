@@ -7,14 +7,17 @@ import json
 import logging
 import math
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from medm.errors import DataError, MediaError, RecipeError
+from medm.errors import CheckpointError, DataError, MediaError, MedmError, RecipeError
 from medm.evaluation.cases import Case, choose_cases, draw_pictures
+from medm.evaluation.engine import pick_device
 from medm.evaluation.infer import Progress, infer
 from medm.evaluation.options import AnsweringOptions, EvalOptions, EvalTaskOptions, InferOptions
 from medm.evaluation.predictions import join, read_predictions
@@ -24,12 +27,14 @@ from medm.imaging import resolve_inside
 from medm.metrics.base import MetricResult
 from medm.metrics.compare import Comparison, compare
 from medm.tasks import TASKS
-from medm.tasks.base import Scores, Task, record_of
+from medm.tasks.base import Scores, Task, join_predictions, record_of
 from medm.tasks.m3d_regions import WITHOUT_MASK, MaskTask
 from medm.types import Sample
 
 logger = logging.getLogger(__name__)
 
+_WITH_A_MODEL = ("bertscore", "radeval", "meteor-java")
+"""Metrics that start another program or load a model: not for single items, nor for a trial."""
 _VERSIONS = ("medm", "torch", "transformers")
 
 
@@ -45,6 +50,8 @@ class TaskReport:
     facts: dict[str, Any]
     """What the numbers depend on: data, split, model, generation, versions."""
     n: int
+    answered: int
+    """Items that a reply came for, an empty one included; the others have an error, or no line."""
     scores: Scores
     comparisons: list[Comparison] = field(default_factory=list)
     against: str | None = None
@@ -57,6 +64,7 @@ class TaskReport:
             "task": self.task,
             **self.facts,
             "n": self.n,
+            "answered": self.answered,
             "scores": [result.as_dict() for result in self.scores.results],
             "published": [result.as_dict() for result in self.scores.published],
             "groups": {
@@ -97,13 +105,15 @@ def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[
     for block in options.tasks:  # every folder and every file is looked at before anything is answered
         task = build_task(block)
         samples = samples_of(task, block)
-        if block.predictions is None:
-            require_answerable(task, block, samples[: block.limit])
+        check_task(task, block, samples)
         prepared.append((block, task, samples))
+    if any(block.predictions is None for block in options.tasks):
+        check_model(options)
+    for block in options.tasks:
+        make_folder(Path(options.output_dir) / block.task.name)
     reports = []
     for block, task, samples in prepared:
         folder = Path(options.output_dir) / block.task.name
-        folder.mkdir(parents=True, exist_ok=True)
         predictions = Path(block.predictions) if block.predictions else folder / "predictions.jsonl"
         if block.predictions is None:
             _answer(options, block, samples[: block.limit], folder, progress)
@@ -114,6 +124,71 @@ def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[
         return None
     write_summary(Path(options.output_dir), reports)
     return reports
+
+
+def check_task(task: Task, block: EvalTaskOptions, samples: Sequence[Sample]) -> None:
+    """Refuse, before anything is answered, what would stop the scoring afterwards.
+
+    Raises:
+        DataError: two items have one id, an image is missing, a reference cannot be scored, a field is missing, or
+            predictions cannot be read or belong to other items.
+        DeviceError: a metric needs a package or a file that is not here.
+        RecipeError: the answers are masks, and a model of medm writes text.
+    """
+    counts = Counter(sample.id for sample in samples)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{len(twice)} ids stand for several items of {block.task.name}, the first is {twice[0]!r} "
+            f"({counts[twice[0]]} items); replies are joined by id, so give each item one of its own",
+            file=block.data,
+        )
+    scored = samples[: block.limit]
+    if block.predictions is None:
+        require_answerable(task, block, scored)
+    for file in (block.predictions, None if block.against is None else predictions_of(block)):
+        if file is not None:
+            join(samples, read_predictions(Path(file), samples, limit=block.limit))
+    if task.answers == "mask":
+        return  # its references are read one by one, as its masks are
+    trial = build_task(block, quick=True)
+    records = join_predictions(scored, {})
+    if block.predictions is not None:
+        records = join(samples, read_predictions(Path(block.predictions), samples, limit=block.limit))[: block.limit]
+    task.resampling_of(records)
+    trial.score(records)  # without intervals and models: seconds, where answering takes hours
+
+
+def check_model(options: EvalOptions) -> None:
+    """Refuse a model folder or a device that is not there, before any weight is read.
+
+    Raises:
+        CheckpointError: there is no model that medm saved.
+        DeviceError: the device is not there.
+    """
+    assert options.model is not None  # EvalOptions sees to it
+    folder = Path(options.model).expanduser()
+    for name in ("config.json", "processor_config.json"):
+        if not (folder / name).is_file():
+            found = f"no {name} in it" if folder.is_dir() else "no such model folder"
+            raise CheckpointError(f"{options.model}: {found}; expected a model folder that medm saved")
+    pick_device(options.device)
+
+
+def make_folder(folder: Path) -> None:
+    """Create an output folder, and prove that files can be written to it.
+
+    Raises:
+        MedmError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise MedmError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another output folder"
+        ) from None
 
 
 def build_task(block: EvalTaskOptions, *, quick: bool = False) -> Task:
@@ -130,6 +205,8 @@ def build_task(block: EvalTaskOptions, *, quick: bool = False) -> Task:
         settings["rounds"] = 0
         if "bertscore" in settings:
             settings["bertscore"] = None
+        if "metrics" in settings:
+            settings["metrics"] = [item for item in settings["metrics"] if item["name"] not in _WITH_A_MODEL]
     return TASKS.get(block.task.name)(**settings)
 
 
@@ -175,10 +252,18 @@ def require_answerable(task: Task, block: EvalTaskOptions, samples: Sequence[Sam
         )
 
 
-def _records(task: Task, block: EvalTaskOptions, samples: Sequence[Sample], predictions: Path) -> list[dict[str, Any]]:
-    """The items that are scored, each with its answer from a file of predictions, which may answer more of them."""
+def _records(
+    task: Task, block: EvalTaskOptions, samples: Sequence[Sample], predictions: Path
+) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    """The items that are scored, each with its answer from a file of predictions, which may answer more of them.
+
+    Returns:
+        The records, and for how many of them a reply came.
+    """
     answers = read_predictions(predictions, samples, limit=block.limit)
     records = join(samples, answers)[: block.limit]
+    replied = {name for name, answer in answers.items() if answer.error is None}
+    answered = sum(str(record["id"]) in replied for record in records)
     if isinstance(task, MaskTask):
         for record in records:
             answer = answers.get(str(record["id"]))
@@ -188,7 +273,7 @@ def _records(task: Task, block: EvalTaskOptions, samples: Sequence[Sample], pred
             mask = resolve_inside(predictions.parent, name) if name is not None else None
             record.update(task.measure_file(Path(block.data), record, mask))
             record |= {"prediction": name or "", WITHOUT_MASK: mask is None}
-    return records
+    return records, answered
 
 
 def _answer(
@@ -212,11 +297,13 @@ def _answer(
 def _score(
     options: EvalOptions, block: EvalTaskOptions, task: Task, samples: Sequence[Sample], predictions: Path, folder: Path
 ) -> TaskReport:  # fmt: skip
-    records = _records(task, block, samples, predictions)
+    records, answered = _records(task, block, samples, predictions)
     entry = TASKS.entry(block.task.name)
     report = TaskReport(
-        entry.name, entry.summary, folder, _facts(options, block, task), len(records), task.score(records)
+        entry.name, entry.summary, folder, _facts(options, block, task), len(records), answered, task.score(records)
     )
+    if answered == 0:
+        report.scores.notes.insert(0, f"nothing was answered: no reply came for any of the {len(records)} items")
     if block.limit is not None:
         report.scores.notes.append(f"only the first {len(records)} items: these are not the benchmark's numbers")
     if block.against is not None:
@@ -271,6 +358,21 @@ def _compare(
     task: Task, block: EvalTaskOptions, samples: Sequence[Sample], scores: Scores
 ) -> list[Comparison]:  # fmt: skip
     """Every sound metric of this run against the same metric of the other one, item by item."""
+    records, _ = _records(task, block, samples, predictions_of(block))
+    by_name = {result.name: result for result in task.score(records).results}
+    return [
+        compare(result, by_name[result.name], task.resampling)
+        for result in scores.results
+        if result.name in by_name and by_name[result.name].n == result.n > 0 and not math.isnan(result.value)
+    ]
+
+
+def predictions_of(block: EvalTaskOptions) -> Path:
+    """The file of predictions that `against` names, by itself or by its folder.
+
+    Raises:
+        DataError: there is none.
+    """
     assert block.against is not None
     against = Path(block.against)
     places = (against / "predictions.jsonl", against / block.task.name / "predictions.jsonl")
@@ -279,10 +381,4 @@ def _compare(
         raise DataError(
             f"no predictions to compare with; expected a file, or a folder with {places[0].name}", file=against
         )
-    other = task.score(_records(task, block, samples, file)).results
-    by_name = {result.name: result for result in other}
-    return [
-        compare(result, by_name[result.name], task.resampling)
-        for result in scores.results
-        if result.name in by_name and by_name[result.name].n == result.n > 0
-    ]
+    return file

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CT-RATE VQA, multiple choice. Further arguments go to `medm eval`.
 MODEL=${MODEL:-work_dirs/medm-vl-ct/finetune}
-DATA=${DATA:-data/ct-rate-choice}  # the benchmark's folder as it is distributed
+DATA=${DATA:-data/CT-RATE}  # the benchmark's folder as it is distributed
 OUTPUT=${OUTPUT:-work_dirs/eval}
 GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU
 NODES=${NODES:-1}  # machines; with more than one, set NODE_RANK and MASTER_ADDR on each

@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
-# M3D-RefSeg: description or question to mask. Further arguments go to `medm eval`.
-MODEL=${MODEL:-work_dirs/medm-vl-ct/finetune}
-DATA=${DATA:-data/m3d-refseg}  # the benchmark's folder as it is distributed
+# M3D-RefSeg: description or question to mask. Scores the masks of another program: medm models answer with text. Further arguments go to `medm eval`.
+PREDICTIONS=${PREDICTIONS:?the answers are masks, so set it to a JSONL of ids and mask files, see docs/benchmarks.md}
+DATA=${DATA:-data/M3D}  # the benchmark's folder as it is distributed
 OUTPUT=${OUTPUT:-work_dirs/eval}
-GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU
-NODES=${NODES:-1}  # machines; with more than one, set NODE_RANK and MASTER_ADDR on each
 set -euo pipefail
 source "$(dirname "$0")/../launch.sh"
-launch eval --model "$MODEL" --task m3d-refseg --data "$DATA" --output "$OUTPUT" "$@"
+GPUS=1 launch eval --task m3d-refseg --data "$DATA" --predictions "$PREDICTIONS" --output "$OUTPUT" "$@"

@@ -22,6 +22,16 @@ source "$(dirname "$0")/../launch.sh"
 launch eval --model "$MODEL" --task {name} --data "$DATA" --output "$OUTPUT" "$@"
 """
 
+OF_PREDICTIONS = """#!/usr/bin/env bash
+# {summary}. Scores the masks of another program: medm models answer with text. Further arguments go to `medm eval`.
+PREDICTIONS=${{PREDICTIONS:?the answers are masks, so set it to a JSONL of ids and mask files, see docs/benchmarks.md}}
+DATA=${{DATA:-data/{folder}}}  # the benchmark's folder as it is distributed
+OUTPUT=${{OUTPUT:-work_dirs/eval}}
+set -euo pipefail
+source "$(dirname "$0")/../launch.sh"
+GPUS=1 launch eval --task {name} --data "$DATA" --predictions "$PREDICTIONS" --output "$OUTPUT" "$@"
+"""
+
 SUITE = """#!/usr/bin/env bash
 # {summary}, in one go. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
 MODEL=${{MODEL:-work_dirs/{model}}}
@@ -44,12 +54,15 @@ SUITES = {
         ("m3d-cap", "m3d-vqa-open", "m3d-vqa-closed", "m3d-rec", "m3d-reg"),
     ),
 }  # fmt: skip
-"""Name to summary, model and tasks. M3D's masks are no answers of a text model, and stay with their own launchers."""
+"""Name to summary, model and tasks. M3D's masks are no answers of a text model and have launchers of their own."""
 
 OF_VOLUMES = ("m3d-", "ct-rate-")
 """Beginnings of the names of benchmarks over volumes."""
 
-FOLDERS = {"slake-": "slake", "sa-med2d-": "sa-med2d", "medmnist-": "medmnist", "mimic-caption": "mimic-cxr"}
+FOLDERS = {
+    "slake-": "slake", "sa-med2d-": "sa-med2d", "medmnist-": "medmnist", "mimic-caption": "mimic-cxr", "m3d-": "M3D",
+    "ct-rate-": "CT-RATE",
+}  # fmt: skip
 """Beginnings of the names of benchmarks that share a folder, which the converters and recipes name as well."""
 
 
@@ -61,7 +74,8 @@ def folder_of(name: str) -> str:
 def launcher(entry: Entry) -> str:
     """The text of one launcher."""
     branch = "ct" if entry.name.startswith(OF_VOLUMES) else "2d"
-    return TEMPLATE.format(name=entry.name, summary=entry.summary, branch=branch, folder=folder_of(entry.name))
+    template = OF_PREDICTIONS if TASKS.get(entry.name).answers == "mask" else TEMPLATE
+    return template.format(name=entry.name, summary=entry.summary, branch=branch, folder=folder_of(entry.name))
 
 
 def launchers() -> dict[str, str]:
