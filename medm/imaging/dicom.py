@@ -24,6 +24,10 @@ import numpy as np
 from medm.errors import MediaError
 from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom_bare import BIG_ENDIAN, EXPLICIT, HEAD, IMPLICIT, bare_syntax, has_file_header, is_dicom_head
+from medm.imaging.dicom_values import LookupTable, Voi, as_stored, read_table, read_window, stored_numbers
+from medm.imaging.notices import warn_once
+
+logger = logging.getLogger(__name__)
 
 MAX_FRAMES = 10_000
 """Most frames of one file, and most files of one folder."""
@@ -32,10 +36,22 @@ _KEYWORDS = [
     "SOPClassUID", "Modality", "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient", "ImageOrientationPatient",
     "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
     "HighBit", "PixelRepresentation", "PhotometricInterpretation", "RescaleIntercept", "RescaleSlope", "RescaleType",
-    "WindowCenter", "WindowWidth", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "ModalityLUTSequence", "PixelPaddingValue",
+    "PixelPaddingRangeLimit", "PresentationLUTShape", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
+_NOT_APPLIED = {
+    0x00281101: "Supplemental palette (0028,1101)",
+    0x00286100: "Mask Subtraction Sequence (0028,6100)",
+    0x00289422: "Pixel Intensity Relationship LUT Sequence (0028,9422)",
+    0x00409096: "Real World Value Mapping Sequence (0040,9096)",
+    0x20500010: "Presentation LUT Sequence (2050,0010)",
+    **{0x60000010 + (group << 16): f"overlay of group {0x6000 + group:04X}" for group in range(0, 0x20, 2)},
+}
+"""Elements that change what a viewer shows and are not applied here, each with the name that a warning gives it."""
 
-_NATIVE = {IMPLICIT, EXPLICIT, BIG_ENDIAN}
+NATIVE = {IMPLICIT, EXPLICIT, BIG_ENDIAN}
+"""Transfer syntaxes of uncompressed pixels."""
 _COMPRESSED = {
     "1.2.840.10008.1.2.4.50": 300, "1.2.840.10008.1.2.4.51": 300,  # JPEG baseline and extended: 8 x 8 in some bits
     "1.2.840.10008.1.2.4.57": 64, "1.2.840.10008.1.2.4.70": 64,  # JPEG lossless: a bit a pixel
@@ -101,12 +117,29 @@ class Header:
     """Byte of the file at which uncompressed pixels begin."""
     rescale: tuple[float, float] | None
     """Slope and intercept; None where the file has neither."""
+    table: LookupTable | None
+    """Modality LUT, which takes the place of slope and intercept."""
     hounsfield: bool
-    """A CT whose values become Hounsfield units by its rescale."""
+    """A CT whose values become Hounsfield units by its rescale or its modality LUT."""
     window: tuple[float, float] | None
-    """Lower and upper value after rescale."""
+    """Lower and upper value, after the modality transform, of the file's linear window."""
+    voi: Voi | None
+    """VOI LUT or sigmoid window, which takes the place of a linear one."""
+    padding: tuple[int, int] | None
+    """Smallest and largest stored number that mark pixels outside of the image."""
+    not_applied: tuple[str, ...]
+    """Elements that change what a viewer shows and that are not applied."""
     planes: tuple[Plane, ...]
     """One a frame; empty where the file does not say where they lie."""
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """Smallest and largest value that the file can hold, after the modality transform."""
+        if self.table is not None:
+            return 0.0, float(self.table.top)
+        slope, intercept = self.rescale or (1.0, 0.0)
+        low, high = sorted(slope * number + intercept for number in self.stored_range)
+        return low, high
 
     @property
     def byte_order(self) -> str:
@@ -117,7 +150,7 @@ class Header:
     def direct(self) -> bool:
         """Whether the pixels are grey numbers one after the other."""
         swapped = self.syntax == BIG_ENDIAN and self.bits_allocated == 8  # two bytes of a word change places
-        return self.syntax in _NATIVE and self.samples == 1 and not swapped
+        return self.syntax in NATIVE and self.samples == 1 and not swapped
 
     @property
     def stored_range(self) -> tuple[int, int]:
@@ -197,16 +230,28 @@ def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
                 shutil.copyfileobj(file, copy)
             return read_dicom_image(path, name)
     header = read_image_header(file, name)
-    pixels = read_pixels(header)[0]
+    warn_not_applied(header)
+    pixels = read_pixels(header)
+    values, padding = pixels.values[0], None if pixels.padding is None else pixels.padding[0]
     if header.samples == 3:
-        return Picture(pixels, name)
-    plain = header.rescale in (None, (1.0, 0.0)) and header.window is None
+        return Picture(values, name)
+    plain = (
+        header.rescale in (None, (1.0, 0.0)) and header.window is None and header.table is None and header.voi is None
+    )
     if plain and header.bits_stored == 8 and not header.signed:
-        pixels = pixels.astype(np.uint8)
-        return Picture(255 - pixels if header.inverted else pixels, name)
-    slope, intercept = header.rescale or (1.0, 0.0)
-    ends = sorted(slope * value + intercept for value in header.stored_range)
-    return Picture(pixels, name, window=header.window, full_range=(ends[0], ends[1]), inverted=header.inverted)
+        shades = values.astype(np.uint8)
+        shades = 255 - shades if header.inverted else shades
+        return Picture(shades if padding is None else np.where(padding, np.uint8(0), shades), name)
+    return Picture(
+        values, name, window=header.window, full_range=header.value_range, inverted=header.inverted, voi=header.voi,
+        padding=padding,
+    )  # fmt: skip
+
+
+def warn_not_applied(header: Header) -> None:
+    """Name what the file holds for viewers and what is not applied here, once for each element."""
+    for element in header.not_applied:
+        warn_once(logger, f"dicom {element}", f"{header.name}: DICOM {element} is not applied")
 
 
 @contextmanager
@@ -254,7 +299,7 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
     else:
         meta = pydicom.filereader.read_file_meta_info(stream.name)
         syntax, storage = str(meta.get("TransferSyntaxUID", "")), str(meta.get("MediaStorageSOPClassUID", ""))
-    if syntax not in _NATIVE and syntax not in _COMPRESSED:
+    if syntax not in NATIVE and syntax not in _COMPRESSED:
         what = pydicom.uid.UID(syntax).name if syntax in pydicom.uid.UID_dictionary else "unknown"
         raise MediaError(
             f"{name}: DICOM transfer syntax '{what}' is not read; convert the file to Explicit VR Little Endian"
@@ -269,7 +314,7 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
             overlong.append(length)
         return bool(found or overlong)
 
-    wanted = [pydicom.tag.Tag(keyword) for keyword in _KEYWORDS]
+    wanted = [pydicom.tag.Tag(keyword) for keyword in [*_KEYWORDS, *_NOT_APPLIED]]
     dataset = pydicom.filereader.read_partial(stream, stop_when=stop, specific_tags=wanted, force=bare)
     if overlong:
         raise MediaError(f"{name}: a DICOM element declares {overlong[0]} bytes, the file has {size}; it is damaged")
@@ -307,19 +352,47 @@ def _header(found: _Found, path: Path, name: str) -> Header:
     frames = int(_number(dataset, "NumberOfFrames") or 1)
     slope, intercept = _rescale(dataset)
     per_frame, shared = _groups(dataset)
-    transforms = {_rescale(item) for group in [shared, *per_frame] for item in _items(group, 0x00289145)}
-    if len(transforms) > 1:
+    of_groups = [_items(group, 0x00289145) for group in per_frame] if per_frame else []
+    items = [item for found_items in ([_items(shared, 0x00289145)] if shared is not None else []) + of_groups
+             for item in found_items]  # fmt: skip
+    if items and not _items(shared, 0x00289145) and not all(of_groups):
+        raise MediaError(
+            f"{name}: Pixel Value Transformation Sequence (0028,9145) stands in "
+            f"{sum(map(bool, of_groups))} of {len(per_frame)} frames, so the values of the others are unknown"
+        )
+    if len({_rescale(item) for item in items}) > 1:
         raise MediaError(f"{name}: its frames have different rescale slopes or intercepts, which is not read")
-    if transforms:
-        slope, intercept = transforms.pop()
+    rescale_type = dataset.get("RescaleType", "")
+    if items:
+        slope, intercept = _rescale(items[0])
+        types = {str(item.get("RescaleType", "")) for item in items}
+        rescale_type = types.pop() if len(types) == 1 else "several"
     for value, keyword in ((slope, "RescaleSlope"), (intercept, "RescaleIntercept")):
         if value is not None and not math.isfinite(value):
             raise MediaError(f"{name}: DICOM {keyword} is not a finite number")
     if slope == 0:
         raise MediaError(f"{name}: DICOM RescaleSlope is 0, which would make all pixels equal")
-    rescaled = slope is not None and intercept is not None
-    number = _number(dataset, "SeriesNumber")
+    rescale = (slope or 1.0, intercept or 0.0) if slope is not None or intercept is not None else None
+    signed = _number(dataset, "PixelRepresentation") == 1
+    order = ">" if found.syntax == BIG_ENDIAN else "<"
+    table, unit = _modality_table(dataset, name, signed=signed, order=order)
+    if table is not None and rescale not in (None, (1.0, 0.0)):
+        raise MediaError(
+            f"{name}: DICOM Modality LUT Sequence (0028,3000) beside RescaleSlope {slope:g} and RescaleIntercept "
+            f"{intercept or 0:g}: a file may have one of the two"
+        )
+    # "US" is DICOM for "unspecified"; toolkits write it for every CT.
+    is_hounsfield = unit == "HU" if table is not None else (
+        slope is not None and intercept is not None and str(rescale_type) in ("HU", "US", "")
+    )  # fmt: skip
+    voi, window, ignored = None, None, []
+    if frames == 1:
+        low = rescale[0] * -32768 + rescale[1] if rescale and signed else (rescale or (1.0, 0.0))[1]
+        voi, window, reason = _voi(dataset, per_frame, shared, name, signed=signed or low < 0, order=order)
+        ignored += [reason] if reason else []
     photometric = str(dataset.get("PhotometricInterpretation", ""))
+    ignored += _not_applied(dataset, per_frame, shared, photometric)
+    number = _number(dataset, "SeriesNumber")
     stored = int(_number(dataset, "BitsStored") or _number(dataset, "BitsAllocated") or 0)
     high_bit = _number(dataset, "HighBit")
     return Header(
@@ -335,16 +408,19 @@ def _header(found: _Found, path: Path, name: str) -> Header:
         bits_allocated=int(_number(dataset, "BitsAllocated") or 0),
         bits_stored=stored,
         high_bit=stored - 1 if high_bit is None else int(high_bit),
-        signed=_number(dataset, "PixelRepresentation") == 1,
+        signed=signed,
         inverted=photometric == "MONOCHROME1",
         palette=photometric == "PALETTE COLOR",
         syntax=found.syntax,
         bare=found.bare,
         pixels_at=found.pixels_at,
-        rescale=(slope or 1.0, intercept or 0.0) if slope is not None or intercept is not None else None,
-        # "US" is DICOM for "unspecified"; toolkits write it for every CT.
-        hounsfield=modality == "CT" and rescaled and str(dataset.get("RescaleType", "")) in ("HU", "US", ""),
-        window=_window(dataset),
+        rescale=rescale,
+        table=table,
+        hounsfield=modality == "CT" and is_hounsfield,
+        window=window,
+        voi=voi,
+        padding=_padding(dataset, signed=signed, order=order),
+        not_applied=tuple(ignored),
         planes=_planes(dataset, per_frame, shared, frames),
     )
 
@@ -407,19 +483,63 @@ def _rescale(dataset: Any) -> tuple[float | None, float | None]:
     return _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
 
 
-def _window(dataset: Any) -> tuple[float, float] | None:
-    """The first window of the file, by the linear function of DICOM PS3.3 C.11.2.1.2."""
-    values = []
-    for keyword in ("WindowCenter", "WindowWidth"):
-        try:
-            value = dataset.get(keyword)
-            values.append(float(value if isinstance(value, (int, float, str)) else value[0]))
-        except DECODE_ERRORS:
-            return None
-    centre, width = values
-    if not (math.isfinite(centre) and math.isfinite(width)) or width <= 1:
+def _modality_table(dataset: Any, name: str, *, signed: bool, order: str) -> tuple[LookupTable | None, str]:
+    """The Modality LUT of a file and the unit of its output ("HU", "OD", "US")."""
+    items = _items(dataset, 0x00283000)
+    if not items:
+        return None, ""
+    element = "Modality LUT Sequence (0028,3000)"
+    return (
+        read_table(items[0], name, element=element, signed=signed, order=order),
+        str(items[0].get("ModalityLUTType", "")),
+    )
+
+
+def _voi(
+    dataset: Any, per_frame: list[Any], shared: Any, name: str, *, signed: bool, order: str
+) -> tuple[Voi | None, tuple[float, float] | None, str]:
+    """The first table, else the first window, of a file of one frame, and what of them cannot be applied.
+
+    A frame's own functional group comes before the shared one, and both before the top of the file. Where a table and
+    a window stand side by side, they are alternatives; the table is taken, as pydicom does.
+    """
+    items = _items(dataset, 0x00283010)
+    if items:
+        element = "VOI LUT Sequence (0028,3010)"
+        return Voi(read_table(items[0], name, element=element, signed=signed, order=order)), None, ""
+    groups = [*_items(per_frame[0] if per_frame else None, 0x00289132), *_items(shared, 0x00289132)]
+    source = groups[0] if groups else dataset
+    function = str(source.get("VOILUTFunction") or "LINEAR").strip()
+    found, reason = read_window(source.get("WindowCenter"), source.get("WindowWidth"), function)
+    return (found, None, "") if isinstance(found, Voi) else (None, found, reason)
+
+
+def _padding(dataset: Any, *, signed: bool, order: str) -> tuple[int, int] | None:
+    """Stored numbers from PixelPaddingValue to PixelPaddingRangeLimit, in either order."""
+    value = stored_numbers(dataset, 0x00280120, order)
+    if value is None or len(value) != 1:
         return None
-    return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
+    limit = stored_numbers(dataset, 0x00280121, order)
+    ends = sorted(
+        as_stored(int(number), signed=signed)
+        for number in (value[0], limit[0] if limit is not None and len(limit) == 1 else value[0])
+    )
+    return ends[0], ends[1]
+
+
+def _not_applied(dataset: Any, per_frame: list[Any], shared: Any, photometric: str) -> list[str]:
+    """Names of elements that change what a viewer shows and that are not applied."""
+    groups = [dataset, *([] if shared is None else [shared]), *per_frame]
+    names = [
+        element
+        for tag, element in _NOT_APPLIED.items()
+        if any(tag in group for group in groups) and not (tag == 0x00281101 and photometric == "PALETTE COLOR")
+    ]
+    shape = str(dataset.get("PresentationLUTShape", ""))
+    expected = {"MONOCHROME1": "INVERSE", "MONOCHROME2": "IDENTITY"}.get(photometric)
+    if shape in ("INVERSE", "IDENTITY") and expected not in (None, shape):
+        names.append(f"Presentation LUT Shape (2050,0020) {shape}, which contradicts {photometric},")
+    return names
 
 
 def _groups(dataset: Any) -> tuple[list[Any], Any]:

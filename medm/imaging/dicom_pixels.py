@@ -1,6 +1,6 @@
 """The pixels behind a checked DICOM header.
 
-Uncompressed grey pixels, which most CT and MR are, are read directly; everything else is decoded by GDCM in another
+Uncompressed gray pixels, which most CT and MR are, are read directly; everything else is decoded by GDCM in another
 process.
 """
 
@@ -11,55 +11,111 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from medm.errors import MediaError
-from medm.imaging.dicom import Header
+from medm.imaging.dicom import NATIVE, Header
 from medm.imaging.isolated import DECODER
 
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+_MULTI_FRAME = {8: "1.2.840.10008.5.1.4.1.1.7.2", 16: "1.2.840.10008.5.1.4.1.1.7.3"}
+"""UIDs of the plainest classes: secondary capture of one frame, and of several frames of gray bytes or words."""
 
-def read_pixels(header: Header) -> np.ndarray:
-    """(frames, rows, columns) after rescale, or (frames, rows, columns, 3) of uint8 in colour.
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """Values of one file."""
+
+    values: np.ndarray
+    """(frames, rows, columns) after the modality transform, or (frames, rows, columns, 3) of uint8 in color."""
+    padding: np.ndarray | None
+    """(frames, rows, columns), true where a pixel lies outside of the image; None where the file marks none."""
+
+
+def read_pixels(header: Header) -> Pixels:
+    """Decode the pixels of a file and apply its modality transform.
 
     Raises:
         MediaError: damaged, or of an encoding that cannot be decoded.
     """
-    if header.direct:
-        return _rescaled(_stored(header), header)
+    stored = _stored(header) if header.direct else _decoded(header)
+    if header.samples == 3:
+        return Pixels(stored, None)
+    padding = None
+    if header.padding is not None:
+        outside = (stored >= header.padding[0]) & (stored <= header.padding[1])
+        padding = outside if outside.any() and not outside.all() else None
+    return Pixels(header.table.apply(stored) if header.table is not None else _rescaled(stored, header), padding)
+
+
+def _decoded(header: Header) -> np.ndarray:
+    """Stored numbers, or colors, decoded by GDCM."""
     expected = (header.frames, header.rows, header.columns) + ((3,) if header.samples == 3 else ())
-    with _with_file_header(header) as path:
+    with _for_decoder(header) as path:
         pixels = DECODER.decode(path, header.name, max_items=math.prod(expected))
     if pixels.shape != expected:
         raise MediaError(f"{header.name}: the DICOM header declares pixels {expected}, decoded were {pixels.shape}")
-    if header.samples == 3:
-        if pixels.dtype != np.uint8:
-            raise MediaError(f"{header.name}: DICOM colour of {pixels.dtype} is not read; expected uint8")
-        return pixels
-    if header.inverted:
-        # ITK turns MONOCHROME1 over within the stored range; windows are about the values as they were.
-        slope, intercept = header.rescale or (1.0, 0.0)
-        pixels = slope * sum(header.stored_range) + 2 * intercept - pixels.astype(np.float64)
-    return _whole(pixels)
+    if header.samples == 3 and pixels.dtype != np.uint8:
+        raise MediaError(f"{header.name}: DICOM color of {pixels.dtype} is not read; expected uint8")
+    if pixels.dtype.kind not in "iu":
+        raise MediaError(f"{header.name}: decoding the DICOM pixels gave {pixels.dtype}, expected whole numbers")
+    return pixels
 
 
 @contextmanager
-def _with_file_header(header: Header) -> Iterator[Path]:
-    """The file; where it lacks its DICOM file header, a copy that has one."""
-    if not header.bare:
+def _for_decoder(header: Header) -> Iterator[Path]:
+    """A file for GDCM: the original in color, and in gray a copy with a header of the least that decoding needs.
+
+    GDCM would apply slope and intercept of some places and classes, and invert MONOCHROME1; the copy has neither.
+    Names and dates of the patient are not copied.
+    """
+    if header.samples == 3 and not header.bare:
         yield header.path
         return
     data = header.path.read_bytes()
-    meta = b""
-    if data[:2] != b"\2\0":  # no meta information either
-        value = header.syntax.encode() + b"\0" * (len(header.syntax) % 2)
-        element = struct.pack("<2H2sH", 2, 0x10, b"UI", len(value)) + value
-        meta = struct.pack("<2H2sHI", 2, 0, b"UL", 4, len(element)) + element
+    if header.samples == 3 or header.syntax in NATIVE:
+        meta = data if data[:2] == b"\2\0" else _meta(header) + data
+        data = data if not header.bare else bytes(128) + b"DICM" + meta
+    else:
+        data = bytes(128) + b"DICM" + _meta(header) + _least_header(header) + data[header.pixels_at - 12 :]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.dcm"
-        path.write_bytes(bytes(128) + b"DICM" + meta + data)
+        path.write_bytes(data)
         yield path
+
+
+def _meta(header: Header) -> bytes:
+    """Meta information with the transfer syntax alone."""
+    syntax = _element(0x00020010, b"UI", header.syntax)
+    return _element(0x00020000, b"UL", struct.pack("<I", len(syntax))) + syntax
+
+
+def _least_header(header: Header) -> bytes:
+    """Elements before the pixels, in explicit VR little endian, as all compressed encodings have."""
+    storage = _SECONDARY_CAPTURE if header.frames == 1 else _MULTI_FRAME[header.bits_allocated]
+    numbers = (
+        (0x00280010, header.rows), (0x00280011, header.columns), (0x00280100, header.bits_allocated),
+        (0x00280101, header.bits_stored), (0x00280102, header.high_bit), (0x00280103, int(header.signed)),
+    )  # fmt: skip
+    return b"".join(
+        [
+            _element(0x00080016, b"UI", storage),
+            _element(0x00080018, b"UI", "2.25.1"),
+            _element(0x00280002, b"US", struct.pack("<H", 1)),
+            _element(0x00280004, b"CS", "MONOCHROME2"),
+            _element(0x00280008, b"IS", str(header.frames)),
+            *(_element(tag, b"US", struct.pack("<H", number)) for tag, number in numbers),
+        ]
+    )
+
+
+def _element(tag: int, vr: bytes, value: str | bytes) -> bytes:
+    data = value.encode("ascii") if isinstance(value, str) else value
+    data += (b"\0" if vr == b"UI" else b" ") * (len(data) % 2)
+    return struct.pack("<2H2sH", tag >> 16, tag & 0xFFFF, vr, len(data)) + data
 
 
 def _stored(header: Header) -> np.ndarray:
@@ -87,10 +143,3 @@ def _rescaled(values: np.ndarray, header: Header) -> np.ndarray:
     if slope == int(slope) and intercept == int(intercept) and max(abs(slope), abs(intercept)) < 2**14:
         return values.astype(np.int32) * int(slope) + int(intercept)
     return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-
-
-def _whole(pixels: np.ndarray) -> np.ndarray:
-    """Whole numbers that GDCM computed as floating point, as whole numbers again."""
-    if pixels.dtype.kind == "f" and (pixels == np.round(pixels)).all() and np.abs(pixels).max() < 2**31:
-        return pixels.astype(np.int32)
-    return pixels.astype(np.float32) if pixels.dtype.kind == "f" else pixels

@@ -12,10 +12,11 @@ import numpy as np
 
 from medm.errors import MediaError
 from medm.imaging.arrays import compact
-from medm.imaging.dicom import MAX_FRAMES, Header, Plane, is_dicom, read_header
+from medm.imaging.dicom import MAX_FRAMES, Header, Plane, is_dicom, read_header, warn_not_applied
 from medm.imaging.dicom_pixels import read_pixels
 from medm.imaging.folders import refuse_lost_slice, report_passed_over
 from medm.imaging.geometry import Geometry, check_size, geometry_from_steps
+from medm.imaging.notices import warn_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def read_dicom_file(path: Path, name: str) -> tuple[np.ndarray, Geometry, Header
     """A multi-frame file as voxels (z, y, x). Raises `MediaError`, also for a single slice."""
     header = _multi_frame_header(path, name)
     order, geometry = _frame_order(header, name)
-    return compact(read_pixels(header))[order], geometry, header
+    return _read_frames(header, order), geometry, header
 
 
 def check_dicom_file(path: Path, name: str) -> None:
@@ -63,9 +64,8 @@ def read_dicom_folder(
     """
     chosen, order, geometry = _series(folder, name, series=series, several=several)
     if chosen[0].frames > 1:
-        return compact(read_pixels(chosen[0]))[order], geometry, chosen[0]
-    voxels = np.stack([compact(read_pixels(chosen[index])[0]) for index in order])
-    return voxels, geometry, chosen[0]
+        return _read_frames(chosen[0], order), geometry, chosen[0]
+    return _read_slices(chosen, order), geometry, chosen[0]
 
 
 def check_dicom_folder(folder: Path, name: str, *, series: str | None, several: Literal["only", "largest"]) -> None:
@@ -164,9 +164,8 @@ def _slice_order(headers: list[Header], name: str) -> tuple[list[int], Geometry]
         raise MediaError(
             f"{name}: the series mixes slices of {len(sizes)} sizes (rows, columns, samples): {sorted(sizes)}"
         )
-    _check_grey(headers[0], name)
-    if len({header.hounsfield for header in headers}) > 1:
-        raise MediaError(f"{name}: some slices of the series have RescaleSlope and RescaleIntercept, others have not")
+    _check_gray(headers[0], name)
+    _check_transforms(headers, name)
     check_size((len(headers), headers[0].rows, headers[0].columns), 4, name)
     planes = [header.planes[0] for header in headers if header.planes]
     if len(planes) < len(headers):
@@ -178,7 +177,7 @@ def _slice_order(headers: list[Header], name: str) -> tuple[list[int], Geometry]
 
 
 def _frame_order(header: Header, name: str) -> tuple[list[int], Geometry]:
-    _check_grey(header, name)
+    _check_gray(header, name)
     check_size((header.frames, header.rows, header.columns), 4, name)
     if not header.planes:
         raise MediaError(
@@ -187,9 +186,50 @@ def _frame_order(header: Header, name: str) -> tuple[list[int], Geometry]:
     return arrange(header.planes, name)
 
 
-def _check_grey(header: Header, name: str) -> None:
+def _read_slices(headers: list[Header], order: list[int]) -> np.ndarray:
+    for header in headers:
+        warn_not_applied(header)
+    slices = [read_pixels(headers[index]) for index in order]
+    voxels = np.stack([compact(pixels.values[0]) for pixels in slices])
+    if all(pixels.padding is None for pixels in slices):
+        return voxels
+    none = np.zeros(voxels.shape[1:], dtype=bool)
+    return _filled(voxels, np.stack([none if p.padding is None else p.padding[0] for p in slices]))
+
+
+def _read_frames(header: Header, order: list[int]) -> np.ndarray:
+    warn_not_applied(header)
+    pixels = read_pixels(header)
+    voxels = compact(pixels.values)
+    return (voxels if pixels.padding is None else _filled(voxels, pixels.padding))[order]
+
+
+def _filled(voxels: np.ndarray, padding: np.ndarray) -> np.ndarray:
+    """Voxels outside of the image (Pixel Padding Value) as dark as the darkest inside: they have no value."""
+    return np.where(padding, voxels[~padding].min(), voxels)
+
+
+def _check_gray(header: Header, name: str) -> None:
     if header.samples != 1:
-        raise MediaError(f"{name}: the slices are in colour; expected one number a voxel")
+        raise MediaError(f"{name}: the slices are in color; expected one number a voxel")
+    if header.inverted and not header.hounsfield:
+        warn_of_file(
+            logger, kind="inverted", file=name,
+            message=f"{name}: MONOCHROME1 slices, which a viewer shows inverted; the volume keeps their values",
+        )  # fmt: skip
+
+
+def _check_transforms(headers: list[Header], name: str) -> None:
+    """Refuse a series of which only some slices have a modality transform; the numbers would not be comparable."""
+    tables = sum(header.table is not None for header in headers)
+    if 0 < tables < len(headers):
+        raise MediaError(
+            f"{name}: {tables} of {len(headers)} slices of the series have a Modality LUT Sequence (0028,3000)"
+        )
+    bare = sum(header.rescale is None for header in headers)
+    changed = any(header.rescale not in (None, (1.0, 0.0)) for header in headers)
+    if len({header.hounsfield for header in headers}) > 1 or (bare and changed):
+        raise MediaError(f"{name}: some slices of the series have RescaleSlope and RescaleIntercept, others have not")
 
 
 def arrange(planes: Sequence[Plane], name: str) -> tuple[list[int], Geometry]:

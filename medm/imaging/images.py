@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from medm.imaging.arrays import check_npy, read_npy
 from medm.imaging.constant import Step, check_prepared
 from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom_bare import HEAD, is_dicom_head
+from medm.imaging.dicom_values import Voi
 from medm.imaging.formats import READ, describe_content
 from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
@@ -72,6 +73,16 @@ class Picture:
     """The smallest raw value is white (DICOM MONOCHROME1, TIFF MinIsWhite)."""
     alpha: np.ndarray | None = None
     """(H, W) float32, opacity in 0..1 of deep pixels that are not opaque everywhere."""
+    voi: Voi | None = None
+    """VOI LUT or sigmoid window of the file (DICOM), which comes before `window`."""
+    padding: np.ndarray | None = None
+    """(H, W), true where a pixel lies outside of the image and is shown black (DICOM Pixel Padding Value)."""
+
+    def shown_range(self, window: Sequence[float] | None) -> tuple[float, float] | None:
+        """Values that become black and white: those of a recipe's window, of the file's, or of the file's type."""
+        if window is not None:
+            return window[0], window[1]
+        return self.window or self.full_range
 
     @property
     def is_deep(self) -> bool:
@@ -143,15 +154,14 @@ def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
     fitted = [np.asarray(_fit(layer, height, width, preprocess, picture.name), dtype=np.float32) for layer in layers]
     pixels = fitted[0] if len(fitted) == 1 else np.stack(fitted, axis=-1)  # [H, W] or [H, W, C], values 0..255
     pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
-    window = (preprocess.window or picture.window or picture.full_range) if picture.is_deep else None
+    by_table = picture.voi is not None and preprocess.window is None
+    window = picture.shown_range(preprocess.window) if picture.is_deep and not by_table else None
+    transform = str(picture.voi) if by_table else f"window {list(window)}" if window else "no window"
     check_prepared(
         pixels / 255, picture.pixels, name=picture.name, unit="pixel", windows=[window] if window else [],
         trace=lambda channel: [
             Step.of("the file", picture.pixels, tolerance=0.0),
-            Step.of(
-                f"window {window}" if window else "no window",
-                np.asarray(layers[channel % len(layers)], np.float32) / 255,
-            ),
+            Step.of(transform, np.asarray(layers[channel % len(layers)], np.float32) / 255),
             Step.of(f"fit {preprocess.fit} to {width} x {height}", pixels[channel] / 255),
         ],
     )  # fmt: skip
@@ -333,30 +343,43 @@ def _shallow(preprocess: ImagePreprocess, picture: Picture) -> Image.Image:
 
 def _windowed(preprocess: ImagePreprocess, picture: Picture) -> list[Image.Image]:
     """One floating-point image a channel, 0..255; one for gray."""
-    window = preprocess.window or picture.window or picture.full_range
+    if picture.voi is not None and preprocess.window is None:
+        values = picture.voi.apply(picture.pixels)
+        range_text = str(picture.voi)
+    else:
+        low, high = _known_range(preprocess, picture)
+        numbers = picture.pixels.astype(np.float32) - np.float32(low)
+        # A window of width 1 (DICOM) is a threshold.
+        values = np.clip(numbers / (high - low), 0, 1) if high > low else (numbers > 0).astype(np.float32)
+        range_text = f"window {low:g}..{high:g}"
+    if float(values.max()) - float(values.min()) < 1 / 16 and picture.pixels.min() != picture.pixels.max():
+        warn_once(
+            logger,
+            f"shade {range_text}",
+            f"{picture.name}: values {picture.pixels.min():g}..{picture.pixels.max():g} are almost one shade in the "
+            f"{range_text}; set `window` to the range that matters",
+        )
+    if picture.inverted:
+        values = 1 - values
+    if picture.alpha is not None:  # what is transparent shows white, as in images of 8 bits
+        values = 1 - (1 - values) * (picture.alpha if values.ndim == 2 else picture.alpha[..., None])
+    if picture.padding is not None:
+        values = np.where(picture.padding, np.float32(0), values)
+    values = values * np.float32(255)
+    if values.ndim == 3 and preprocess.channels == 1:
+        values = values @ _LUMA
+    return [Image.fromarray(values)] if values.ndim == 2 else [Image.fromarray(values[..., i]) for i in range(3)]
+
+
+def _known_range(preprocess: ImagePreprocess, picture: Picture) -> tuple[float, float]:
+    window = picture.shown_range(preprocess.window)
     if window is None:
         low, high = float(picture.pixels.min()), float(picture.pixels.max())
         raise MediaError(
             f"{picture.name}: {picture.pixels.dtype} pixels in {low:g}..{high:g} without a declared range; "
             "say which values become black and white with `window: [lower, upper]`"
         )
-    low, high = window
-    values = np.clip((picture.pixels.astype(np.float32) - low) / (high - low), 0, 1)
-    if float(values.max()) - float(values.min()) < 1 / 16 and picture.pixels.min() != picture.pixels.max():
-        warn_once(
-            logger,
-            f"shade {low:g} {high:g}",
-            f"{picture.name}: values {picture.pixels.min():g}..{picture.pixels.max():g} are almost one shade in the "
-            f"window {low:g}..{high:g}; set `window` to the range that matters",
-        )
-    if picture.inverted:
-        values = 1 - values
-    if picture.alpha is not None:  # what is transparent shows white, as in images of 8 bits
-        values = 1 - (1 - values) * (picture.alpha if values.ndim == 2 else picture.alpha[..., None])
-    values = values * np.float32(255)
-    if values.ndim == 3 and preprocess.channels == 1:
-        values = values @ _LUMA
-    return [Image.fromarray(values)] if values.ndim == 2 else [Image.fromarray(values[..., i]) for i in range(3)]
+    return window
 
 
 def _fit(image: Image.Image, height: int, width: int, preprocess: ImagePreprocess, name: str) -> Image.Image:

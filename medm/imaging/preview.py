@@ -64,8 +64,10 @@ def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], li
     std = np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
     shown = np.moveaxis(pixels * std + mean, 0, -1)
     height, width = picture.pixels.shape[:2]
-    window = preprocess.window or picture.window or picture.full_range
+    window = picture.shown_range(preprocess.window)
     depth = f"window {window[0]:g}..{window[1]:g}" if picture.is_deep and window else "8 bits"
+    if picture.voi is not None and preprocess.window is None:
+        depth = str(picture.voi)
     title = [
         path.name,
         f"{width} x {height}, {depth}, to {preprocess.size[1]} x {preprocess.size[0]} ({preprocess.fit})",

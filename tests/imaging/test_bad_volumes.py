@@ -856,7 +856,7 @@ def dicom_no_rows(folder: Path) -> Path:
     return with_field(folder, "Rows", 0)
 
 
-@bad("3 samples and 16 bits|colour")
+@bad("3 samples and 16 bits|in color")
 def dicom_colour(folder: Path) -> Path:
     def colour(dataset: Dataset, _: int) -> None:
         dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PlanarConfiguration = 3, "RGB", 0
