@@ -101,7 +101,7 @@ class Header:
     columns: int
     frames: int
     samples: int
-    """1 for grey, 3 for colour and for indices of a palette, which become colour."""
+    """1 for gray, 3 for color and for indices of a palette, which become color."""
     bits_allocated: int
     bits_stored: int
     high_bit: int
@@ -148,7 +148,7 @@ class Header:
 
     @property
     def direct(self) -> bool:
-        """Whether the pixels are grey numbers one after the other."""
+        """Whether the pixels are gray numbers one after the other."""
         swapped = self.syntax == BIG_ENDIAN and self.bits_allocated == 8  # two bytes of a word change places
         return self.syntax in NATIVE and self.samples == 1 and not swapped
 
@@ -438,7 +438,7 @@ def _check_pixels(header: Header, declared: int, available: int) -> None:
             "expected 1 or 3 samples of 8 or 16 bits"
         )
     if header.samples == 3 and header.bits_allocated != 8:
-        raise MediaError(f"{name}: DICOM colour of {header.bits_allocated} bits is not read; expected 8")
+        raise MediaError(f"{name}: DICOM color of {header.bits_allocated} bits is not read; expected 8")
     if header.high_bit != header.bits_stored - 1 or header.bits_stored > header.bits_allocated:
         raise MediaError(
             f"{name}: DICOM HighBit {header.high_bit} and BitsStored {header.bits_stored} do not fit together in "

@@ -939,7 +939,7 @@ def dicom_film_over_time(folder: Path) -> Path:
     return folder / "film.dcm"
 
 
-@bad("about 1 slices are missing")
+@bad("about 1 slice is missing")
 def dicom_frames_with_a_gap(folder: Path) -> Path:
     return write_multi_frame(folder / "ct.dcm", phantom(), order=[0, 1, 2, 4, 5, 6])
 
