@@ -24,9 +24,11 @@ from medm.evaluation.predictions import join, read_predictions
 from medm.evaluation.report import write_reports, write_summary
 from medm.evaluation.results import model_fingerprint, write_aside
 from medm.imaging import resolve_inside
+from medm.metrics import METRICS
 from medm.metrics.base import MetricResult
+from medm.metrics.bertscore import require_encoder
 from medm.metrics.compare import Comparison, compare
-from medm.tasks import TASKS
+from medm.tasks import TASKS, CustomOptions
 from medm.tasks.base import Scores, Task, join_predictions, record_of
 from medm.tasks.m3d_regions import WITHOUT_MASK, MaskTask
 from medm.types import Sample
@@ -101,13 +103,14 @@ def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[
         RecipeError: a task's options do not fit, or a folder holds answers of another run.
         MedmError: as `infer`.
     """
+    answering = any(block.predictions is None for block in options.tasks)
     prepared = []
     for block in options.tasks:  # every folder and every file is looked at before anything is answered
         task = build_task(block)
         samples = samples_of(task, block)
-        check_task(task, block, samples)
+        check_task(task, block, samples, trial=answering)
         prepared.append((block, task, samples))
-    if any(block.predictions is None for block in options.tasks):
+    if answering:
         check_model(options)
     for block in options.tasks:
         make_folder(Path(options.output_dir) / block.task.name)
@@ -126,8 +129,14 @@ def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[
     return reports
 
 
-def check_task(task: Task, block: EvalTaskOptions, samples: Sequence[Sample]) -> None:
+def check_task(task: Task, block: EvalTaskOptions, samples: Sequence[Sample], *, trial: bool) -> None:
     """Refuse, before anything is answered, what would stop the scoring afterwards.
+
+    Args:
+        task: the task.
+        block: its options.
+        samples: its items.
+        trial: also score replies once, empty ones where none are there yet. That takes seconds, answering hours.
 
     Raises:
         DataError: two items have one id, an image is missing, a reference cannot be scored, a field is missing, or
@@ -149,14 +158,34 @@ def check_task(task: Task, block: EvalTaskOptions, samples: Sequence[Sample]) ->
     for file in (block.predictions, None if block.against is None else predictions_of(block)):
         if file is not None:
             join(samples, read_predictions(Path(file), samples, limit=block.limit))
-    if task.answers == "mask":
-        return  # its references are read one by one, as its masks are
-    trial = build_task(block, quick=True)
+    if not trial or task.answers == "mask":  # references of masks are read one by one, as the masks are
+        return
     records = join_predictions(scored, {})
     if block.predictions is not None:
         records = join(samples, read_predictions(Path(block.predictions), samples, limit=block.limit))[: block.limit]
+    _require_models(block)
     task.resampling_of(records)
-    trial.score(records)  # without intervals and models: seconds, where answering takes hours
+    build_task(block, quick=True).score(records)
+
+
+def _require_models(block: EvalTaskOptions) -> None:
+    """Refuse metrics whose model or program is not on this machine, without starting it.
+
+    Raises:
+        CheckpointError: there is no encoder for BERTScore.
+        DeviceError: a package or Java is missing.
+    """
+    settings = block.task.model_dump()
+    encoders = [settings.get("bertscore")]
+    if isinstance(block.task, CustomOptions):
+        metrics = [item for item in block.task.metric_blocks() if item["name"] in _WITH_A_MODEL]
+        encoders += [item["path"] for item in metrics if item["name"] == "bertscore"]
+        for item in metrics:
+            if item["name"] != "bertscore":
+                METRICS.get(item["name"])([], [])  # of no items: only what it needs is looked for
+    for path in encoders:
+        if path is not None:
+            require_encoder(path)
 
 
 def check_model(options: EvalOptions) -> None:

@@ -81,6 +81,20 @@ def greedy_match(mine: Tensor, my_content: Tensor, theirs: Tensor, their_content
     return precision, recall, 2 * precision * recall / total if total else 0.0
 
 
+def require_encoder(path: str) -> None:
+    """Look for an encoder without loading its weights.
+
+    Raises:
+        CheckpointError: there is none at `path`.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"bertscore: no encoder at {path} on this machine ({error})") from None
+
+
 def _embed(texts: Sequence[str], path: str, layer: int, batch_size: int, device: str) -> list[tuple[Tensor, Tensor]]:
     """Unit vectors (T, D) and content mask (T,) of each text, on the CPU."""
     import torch

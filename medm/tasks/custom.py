@@ -106,7 +106,13 @@ class Custom(Task):
     def _areas(self, records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
         """AUROC of `scores`, which a predictions file brings: one number an item, or one for each class by name."""
         given = [record["scores"] for record in records if record.get("scores") is not None]
-        first = given[0] if given else scoring.needed(records[0], "scores") if records else 0.0
+        if records and not given:
+            raise DataError(
+                "auroc needs 'scores' beside the replies (a number, or one for each class), which a file of "
+                "--predictions brings; no item has them",
+                file=self.path,
+            )
+        first = given[0] if given else 0.0
         if isinstance(first, Mapping):
             return scoring.class_areas(records, [str(name) for name in first], resampling)
         return scoring.binary_area(records, resampling)

@@ -16,13 +16,14 @@ import pytest
 import yaml
 
 from medm.config import validate
-from medm.errors import DataError, RecipeError
+from medm.errors import CheckpointError, DataError, DeviceError, MedmError, RecipeError
 from medm.evaluation.cases import Case, choose_cases, draw_pictures
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.predictions import read_predictions
 from medm.evaluation.report import group_table
 from medm.evaluation.runner import TaskReport, evaluate
 from medm.metrics.base import MetricResult
+from medm.tasks import TASKS
 from medm.tasks.base import Scores
 from medm.tasks.custom import Custom
 from medm.types import Media, Sample, Turn
@@ -316,6 +317,153 @@ def test_what_cannot_be_evaluated_says_why(benchmark: Path, tmp_path: Path) -> N
     assert "expected a recipe" in medm("eval").err
 
 
+def test_nothing_answered_is_a_failure(benchmark: Path, tmp_path: Path) -> None:
+    def status(lines: list[dict[str, Any]]) -> tuple[int, str]:
+        file = tmp_path / "p.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        recipe = tmp_path / "eval.yaml"
+        recipe.write_text(yaml.safe_dump(section(benchmark, tmp_path / "out", predictions=str(file))))
+        done = medm("eval", str(recipe), "--cases", "0")
+        return done.code, done.err
+
+    errors = [{"id": f"i{i}", "error": "the file is cut", "dice": 1.0} for i in range(6)]
+    code, said = status(errors)
+    assert code == 1
+    assert "nothing was answered in custom (6 items)" in said
+    results = json.loads((tmp_path / "out" / "custom" / "results.json").read_text())  # written all the same
+    assert (results["answered"], results["inference_errors"], results["scores"][0]["value"]) == (0, 6, 0.0)
+    assert "nothing was answered" in (tmp_path / "out" / "summary.md").read_text()
+    assert status(errors[:2])[0] == 1  # four items without a line, two with an error
+    assert status([*errors[:5], {"id": "i5", "reply": "liver"}])[0] == 0
+    assert status([{"id": f"i{i}", "reply": ""} for i in range(6)])[0] == 0  # a model that says nothing has answered
+    assert json.loads((tmp_path / "out" / "custom" / "results.json").read_text())["scores"][0]["value"] == 0
+
+
+def test_a_number_that_is_not_defined_is_explained_everywhere(benchmark: Path, tmp_path: Path) -> None:
+    file = write_predictions(tmp_path / "p.jsonl", ANSWERS)
+    content = section(benchmark, tmp_path / "out", predictions=str(file), limit=1)
+    content["tasks"][0]["task"] |= {"metrics": ["cider-d", "bleu"], "group_by": []}
+    report = run(content)
+    assert math.isnan(report.scores.results[0].value)
+    reason = "cider-d: undefined for one item: words are weighted by the number of items without them"
+    folder = tmp_path / "out" / "custom"
+    results = json.loads((folder / "results.json").read_text())
+    assert reason in results["notes"]
+    assert results["scores"][0]["value"] is None
+    assert results["scores"][0]["note"] == reason.removeprefix("cider-d: ")
+    for page in (folder / "report.md", folder / "report.html", tmp_path / "out" / "summary.md"):
+        assert reason in page.read_text(), page
+    assert "bleu-3, bleu-4: undefined: no reference has 3 words" not in results["notes"]
+    assert "bleu-4: undefined: no reference has 4 words" in results["notes"]
+
+
+def with_records(folder: Path, change: dict[int, dict[str, Any]]) -> Path:
+    """Three records, some of them changed."""
+    records = []
+    for index in range(3):
+        answer = change.get(index, {}).get("answer_text", "lung")
+        turns = [{"from": "human", "value": f"Question {index}?"}, {"from": "gpt", "value": answer}]
+        extra = {key: value for key, value in change.get(index, {}).items() if key != "answer_text"}
+        records.append({"id": f"i{index}", "conversations": turns} | extra)
+    write_records(folder, records, "test.json")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "task", "words"),
+    [
+        ({2: {"id": "i0"}}, {}, r"1 ids stand for several items of custom, the first is 'i0' \(2 items\)"),
+        ({}, {"cluster_by": "patient"}, "has no 'patient', by which cluster_by groups"),
+        ({0: {"organ": "a"}}, {"group_by": ["organn"]}, r"group_by: no record has 'organn'; the records have .*organ"),
+        ({}, {"metrics": [{"name": "bertscore", "path": "/no/encoder"}]}, "no encoder at /no/encoder"),
+        ({}, {"metrics": ["box-iou"]}, "item 0: no box can be read from the reference 'lung'"),
+        ({1: {"answer_text": "B"}}, {"metrics": ["choice-accuracy"]}, "item 0: no choice can be read"),
+        ({}, {"metrics": ["auroc"]}, "auroc needs 'scores' beside the replies .* no item has them"),
+    ],
+)
+def test_what_stops_the_scoring_is_found_before_the_model_is_looked_at(
+    change: dict[int, dict[str, Any]], task: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    settings = {"name": "custom", "path": "test.json", "metrics": ["exact-match"], "rounds": 5, **task}
+    content = {
+        "tasks": [{"task": settings, "data": str(with_records(tmp_path, change))}], "output_dir": str(tmp_path / "out"),
+        "model": str(tmp_path / "nowhere"),
+    }  # fmt: skip
+    with pytest.raises(MedmError, match=words):
+        run(content)
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_device_and_output_are_looked_at_before_anything_is_answered(tmp_path: Path) -> None:
+    settings = {"name": "custom", "path": "test.json", "metrics": ["exact-match"], "rounds": 5}
+    data = str(with_records(tmp_path, {}))
+    model = tmp_path / "model"
+    content: dict[str, Any] = {
+        "tasks": [{"task": settings, "data": data}], "output_dir": str(tmp_path / "out"), "model": str(model)
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match="model: no such model folder"):
+        run(content)
+    model.mkdir()
+    with pytest.raises(CheckpointError, match=r"no config\.json in it; expected a model folder that medm saved"):
+        run(content)
+    for name in ("config.json", "processor_config.json"):
+        (model / name).write_text("{}")
+    with pytest.raises(DeviceError, match="expected auto, cpu, cuda or cuda:N"):
+        run(content | {"device": "gpu"})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MedmError, match="file/custom: cannot be written"):
+        run(content | {"output_dir": str(tmp_path / "file"), "device": "cpu"})
+    content["tasks"][0]["against"] = str(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no predictions to compare with"):
+        run(content)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "slake"], "--data: missing; give the folder with the files of 'slake'"),
+        (["--task", "slake", "--data", "x"], "--model: missing; give a model folder that medm saved, or --predictions"),
+        (["--task", "slake", "--data", "x", "--model", "m", "--limit", "0"], "--limit: expected greater than or equal"),
+        (["--task", "slake", "--data", "x", "--model", "m", "--max-new-tokens", "0"], "--max-new-tokens: expected"),
+        (["--task", "slake", "--data", "x", "--model", "m", "--option", "roundz=3"], "--task, --option: unknown key"),
+    ],
+)  # fmt: skip
+def test_messages_name_what_was_typed(arguments: list[str], words: str) -> None:
+    done = medm("eval", *arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert "tasks.0" not in done.err
+    assert "None" not in done.err
+
+
+def test_all_of_m3d_may_be_in_one_tree(tmp_path: Path) -> None:
+    """The folders that M3D's own scripts read, which the suite is given as one."""
+    layouts.m3d_cap(tmp_path / "M3D_Cap_npy")
+    layouts.m3d_vqa(tmp_path / "M3D-VQA")
+    layouts.m3d_seg(tmp_path / "M3D_Seg_npy")
+    layouts.m3d_refseg(tmp_path / "M3D_RefSeg_npy")
+    for path in (tmp_path / "M3D-VQA" / "ct_case").rglob("*.npy"):  # volumes of the questions are those of the reports
+        target = tmp_path / "M3D_Cap_npy" / path.relative_to(tmp_path / "M3D-VQA")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)
+    for name in ("m3d-cap", "m3d-vqa-open", "m3d-vqa-closed", "m3d-rec", "m3d-reg", "m3d-seg", "m3d-refseg"):
+        samples = list(TASKS.get(name)(rounds=0).samples(tmp_path, "test"))
+        assert len(samples) == layouts.LAYOUTS[name].count, name
+        for sample in samples:
+            for media in sample.media:
+                assert (tmp_path / str(media.path)).is_file()
+
+
+def test_launchers_of_masks_take_predictions_alone() -> None:
+    for name in ("m3d-seg", "m3d-refseg"):
+        file = ROOT / "scripts" / "eval" / f"{name}.sh"
+        assert "MODEL" not in file.read_text()
+        done = subprocess.run(["bash", str(file)], capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "PREDICTIONS: the answers are masks" in done.stderr
+
+
 def test_groups_with_other_metrics_leave_gaps() -> None:
     def result(name: str, value: float) -> MetricResult:
         return MetricResult(name, value, 3, value, value, "s")
@@ -345,7 +493,12 @@ def test_every_benchmark_has_its_launcher() -> None:
     checked = {name: validate(EvalOptions, part | {"model": "m"}, source=name) for name, part in sections.items()}
     assert len(checked["uni-med"].tasks) == 10
     assert {block.task.name: block.data for block in checked["uni-med"].tasks}["mimic-caption"] == "data/mimic-cxr"
-    for name in (next(iter(written)), *(name for name in suites if name.endswith(".sh"))):
+    shared = {"M3D": "m3d-", "CT-RATE": "ct-rate-", "slake": "slake-", "medmnist": "medmnist-"}
+    for place, beginning in shared.items():  # one folder for each data set
+        for name, text in written.items():
+            assert not name.startswith(beginning) or f"DATA:-data/{place}}}" in text, name
+    assert {block.data for block in checked["m3d-bench"].tasks} == {"data/M3D"}
+    for name in (*written, *(name for name in suites if name.endswith(".sh"))):
         subprocess.run(["bash", "-n", str(folder / name)], check=True)
 
 

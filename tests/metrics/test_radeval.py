@@ -38,5 +38,6 @@ def test_scores_of_reports_become_means_with_intervals(monkeypatch: pytest.Monke
     assert (result.name, result.value, result.n) == ("radeval/radgraph_simple", 0.5, 4)
     assert result.low < 0.5 < result.high
     assert asked == {"metrics": ["radgraph"], "per_sample": True, "show_progress": False}
+    assert radeval(["", "b"], ["", "b"], resampling=Resampling(rounds=0))[0].per_item == [0, 1]
     with pytest.raises(ValueError, match="expected 1 numbers under 'broken'"):
         radeval(["z"], ["z"])
