@@ -139,7 +139,9 @@ def _cause(steps: Sequence[Step]) -> str:
 
 
 def _at_an_end(channel: Any) -> float:
-    """Fraction of a channel that is 0 or that is 1, whichever is more."""
+    """Fraction of a channel that is 0 or that is 1, whichever is more; 0 where the mean tells that neither is most."""
+    if 1 - _MOSTLY + _TOLERANCE < float(channel.mean()) < _MOSTLY - _TOLERANCE:
+        return 0.0
     count = max(int((channel < _TOLERANCE).sum()), int((channel > 1 - _TOLERANCE).sum()))
     return count / math.prod(channel.shape)
 

@@ -153,23 +153,23 @@ def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
     height, width = preprocess.size
     fitted = [np.asarray(_fit(layer, height, width, preprocess, picture.name), dtype=np.float32) for layer in layers]
     pixels = fitted[0] if len(fitted) == 1 else np.stack(fitted, axis=-1)  # [H, W] or [H, W, C], values 0..255
-    pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    pixels = (pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)) * np.float32(1 / 255)
     by_table = picture.voi is not None and preprocess.window is None
     window = picture.shown_range(preprocess.window) if picture.is_deep and not by_table else None
     transform = str(picture.voi) if by_table else f"window {list(window)}" if window else "no window"
     check_prepared(
-        pixels / 255, picture.pixels, name=picture.name, unit="pixel", windows=[window] if window else [],
+        pixels, picture.pixels, name=picture.name, unit="pixel", windows=[window] if window else [],
         trace=lambda channel: [
             Step.of("the file", picture.pixels, tolerance=0.0),
             Step.of(transform, np.asarray(layers[channel % len(layers)], np.float32) / 255),
-            Step.of(f"fit {preprocess.fit} to {width} x {height}", pixels[channel] / 255),
+            Step.of(f"fit {preprocess.fit} to {width} x {height}", pixels[channel]),
         ],
     )  # fmt: skip
     if pixels.shape[0] != preprocess.channels:
         pixels = np.repeat(pixels, preprocess.channels, axis=0)
     mean = np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
-    pixels = (pixels * np.float32(1 / 255) - mean) / std
+    pixels = (pixels - mean) / std
     if preprocess.fit == "pad":
         pixels = _pad(pixels, height, width)
     return np.ascontiguousarray(pixels)

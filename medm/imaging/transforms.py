@@ -63,7 +63,8 @@ def _computed(preprocess: VolumePreprocess, volume: Volume, device: str) -> tupl
     _check_scale(preprocess, volume, low, high)
     shown = _shown(preprocess, volume, device)
     check_prepared(
-        shown, volume.voxels, name=volume.name, windows=_stored_windows(preprocess, low, high),
+        shown.numpy() if shown.device.type == "cpu" else shown, volume.voxels, name=volume.name,
+        windows=_stored_windows(preprocess, low, high),
         trace=lambda channel: _trace(preprocess, volume, device)[channel],
     )  # fmt: skip
     if preprocess.channels is not None and len(shown) == 1:
