@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from PIL import Image
 
 from medm.data.cached import fill
@@ -20,6 +21,7 @@ from medm.data.records import Records
 from medm.data.volume_cache import MediaCache
 from medm.errors import DataError, MediaError
 from medm.imaging import ImagePreprocess, VolumePreprocess, fingerprint, load_pixels
+from medm.imaging.constant import Step, check_prepared
 from medm.imaging.notices import MAX_NAMED, collected
 from medm.imaging.preview import contact_sheet
 from tests.data.tiny import encode, record, write_json
@@ -123,6 +125,20 @@ def test_a_blank_file_is_used_with_a_warning(tmp_path: Path) -> None:
         ("constant", "all pixels are 250, 100, 0; the file is blank, perhaps from a failed export"),
         ("constant", "all voxels are 7; the file is blank, perhaps from a failed export"),
     ]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_tensors_are_judged_as_arrays_are(value: float) -> None:
+    """As they come from a GPU."""
+    stored = np.arange(2000, dtype=np.int16).reshape(10, 10, 20)
+    shown = torch.full((1, 10, 10, 20), value)
+    steps = [Step("the file", 0, 1999, 0.0), Step("window 1..2", value, value)]
+    with pytest.raises(MediaError, match=rf"window 1\.\.2 makes {value:g} of the values 0\.\.1999"):
+        check_prepared(shown, stored, name="x", windows=[[1, 2]], trace=lambda _: steps)
+    shown[0, 0, 0, 0] = 0.5
+    with collected() as notices:
+        check_prepared(shown, stored, name="x", windows=[[-2, -1]], trace=lambda _: steps)
+    assert [notice.kind for notice in notices] == ["outside of the windows"]
 
 
 def test_one_value_that_is_asked_for_is_no_fault(tmp_path: Path) -> None:
