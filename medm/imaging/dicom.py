@@ -115,8 +115,12 @@ class Header:
     """The file lacks the preamble, prefix or meta information of DICOM."""
     pixels_at: int
     """Byte of the file at which uncompressed pixels begin."""
+    in_words: bool
+    """The pixels are stored as 16-bit words (VR OW), whatever the bits of a pixel are."""
     rescale: tuple[float, float] | None
     """Slope and intercept; None where the file has neither."""
+    frame_rescale: tuple[tuple[float, float], ...]
+    """Slope and intercept of each frame, where they differ; empty where `rescale` holds for all."""
     table: LookupTable | None
     """Modality LUT, which takes the place of slope and intercept."""
     hounsfield: bool
@@ -149,8 +153,7 @@ class Header:
     @property
     def direct(self) -> bool:
         """Whether the pixels are gray numbers one after the other."""
-        swapped = self.syntax == BIG_ENDIAN and self.bits_allocated == 8  # two bytes of a word change places
-        return self.syntax in NATIVE and self.samples == 1 and not swapped
+        return self.syntax in NATIVE and self.samples == 1
 
     @property
     def stored_range(self) -> tuple[int, int]:
@@ -284,6 +287,8 @@ class _Found:
     """UID of the SOP class."""
     bare: bool
     """The file lacks its DICOM file header."""
+    in_words: bool
+    """The pixels are of VR OW."""
     declared: int | None
     """Length of the pixels; 2**32 - 1 where it is undefined, None where there are none."""
     pixels_at: int
@@ -330,6 +335,7 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
         syntax=syntax,
         storage=str(dataset.get("SOPClassUID", "")) or storage,
         bare=bare,
+        in_words=tag[4:6] == b"OW",
         declared=found[0] if found else None,
         pixels_at=start + (12 if tag[4:6] in (b"OB", b"OW", b"UN") else 8),
     )
@@ -360,13 +366,13 @@ def _header(found: _Found, path: Path, name: str) -> Header:
             f"{name}: Pixel Value Transformation Sequence (0028,9145) stands in "
             f"{sum(map(bool, of_groups))} of {len(per_frame)} frames, so the values of the others are unknown"
         )
-    if len({_rescale(item) for item in items}) > 1:
-        raise MediaError(f"{name}: its frames have different rescale slopes or intercepts, which is not read")
+    frame_rescale: tuple[tuple[float, float], ...] = ()
     rescale_type = dataset.get("RescaleType", "")
     if items:
         slope, intercept = _rescale(items[0])
         types = {str(item.get("RescaleType", "")) for item in items}
         rescale_type = types.pop() if len(types) == 1 else "several"
+        frame_rescale = _frame_rescale(of_groups, _items(shared, 0x00289145), frames, name)
     for value, keyword in ((slope, "RescaleSlope"), (intercept, "RescaleIntercept")):
         if value is not None and not math.isfinite(value):
             raise MediaError(f"{name}: DICOM {keyword} is not a finite number")
@@ -414,7 +420,9 @@ def _header(found: _Found, path: Path, name: str) -> Header:
         syntax=found.syntax,
         bare=found.bare,
         pixels_at=found.pixels_at,
+        in_words=found.in_words,
         rescale=rescale,
+        frame_rescale=frame_rescale,
         table=table,
         hounsfield=modality == "CT" and is_hounsfield,
         window=window,
@@ -481,6 +489,32 @@ def _numbers(dataset: Any, keyword: str, count: int) -> np.ndarray | None:
 
 def _rescale(dataset: Any) -> tuple[float | None, float | None]:
     return _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
+
+
+def _frame_rescale(
+    of_frames: list[list[Any]], of_all: list[Any], frames: int, name: str
+) -> tuple[tuple[float, float], ...]:
+    """Slope and intercept of each frame where they differ (PET, some MR), empty where all frames have the same.
+
+    Args:
+        of_frames: items of the Pixel Value Transformation Sequence of each frame.
+        of_all: those of the shared functional groups.
+        frames: how many frames the file declares.
+        name: the file, for messages.
+
+    Raises:
+        MediaError: a frame without a usable slope and intercept, where others have one.
+    """
+    found = [_rescale((own or of_all)[0]) for own in of_frames if own or of_all]
+    if len(set(found)) < 2:
+        return ()
+    usable = [(a, b) for a, b in found if a and b is not None and math.isfinite(a) and math.isfinite(b)]
+    if len(usable) < frames or len(found) != frames:
+        raise MediaError(
+            f"{name}: Pixel Value Transformation Sequence (0028,9145) gives {len(usable)} of {frames} frames a "
+            "RescaleSlope that is not 0 and a RescaleIntercept"
+        )
+    return tuple(usable)
 
 
 def _modality_table(dataset: Any, name: str, *, signed: bool, order: str) -> tuple[LookupTable | None, str]:

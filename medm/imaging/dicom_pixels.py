@@ -48,7 +48,12 @@ def read_pixels(header: Header) -> Pixels:
     if header.padding is not None:
         outside = (stored >= header.padding[0]) & (stored <= header.padding[1])
         padding = outside if outside.any() and not outside.all() else None
-    return Pixels(header.table.apply(stored) if header.table is not None else _rescaled(stored, header), padding)
+    if header.table is not None:
+        return Pixels(header.table.apply(stored), padding)
+    if header.frame_rescale:
+        pairs = zip(stored, header.frame_rescale, strict=True)
+        return Pixels(np.stack([_rescaled(frame, rescale).astype(np.float32) for frame, rescale in pairs]), padding)
+    return Pixels(_rescaled(stored, header.rescale), padding)
 
 
 def _decoded(header: Header) -> np.ndarray:
@@ -123,11 +128,16 @@ def _stored(header: Header) -> np.ndarray:
     dtype = np.dtype(header.byte_order + ("u1" if header.bits_allocated == 8 else "u2"))
     shape = (header.frames, header.rows, header.columns)
     count = math.prod(shape)
+    # Bytes in big-endian words (PS3.5 annex A.3): two pixels change places.
+    swapped = header.in_words and dtype == np.uint8 and header.byte_order == ">"
+    size = count * dtype.itemsize + (count % 2 if swapped else 0)
     with header.path.open("rb") as stream:
         stream.seek(header.pixels_at)
-        data = stream.read(count * dtype.itemsize)
-    if len(data) < count * dtype.itemsize:
+        data = stream.read(size)
+    if len(data) < size:
         raise MediaError(f"{header.name}: the DICOM pixels were cut off while they were read")
+    if swapped:
+        data = np.frombuffer(data, dtype=">u2").astype("<u2").tobytes()[:count]
     values = np.frombuffer(data, dtype=dtype).astype(dtype.newbyteorder("=")).reshape(shape)
     unused = header.bits_allocated - header.bits_stored
     if header.signed:
@@ -136,10 +146,10 @@ def _stored(header: Header) -> np.ndarray:
     return values & (2**header.bits_stored - 1) if unused else values
 
 
-def _rescaled(values: np.ndarray, header: Header) -> np.ndarray:
-    if header.rescale in (None, (1.0, 0.0)):
+def _rescaled(values: np.ndarray, rescale: tuple[float, float] | None) -> np.ndarray:
+    if rescale is None or rescale == (1.0, 0.0):
         return values
-    slope, intercept = header.rescale
+    slope, intercept = rescale
     if slope == int(slope) and intercept == int(intercept) and max(abs(slope), abs(intercept)) < 2**14:
         return values.astype(np.int32) * int(slope) + int(intercept)
     return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)

@@ -27,7 +27,7 @@ from medm.imaging.dicom_values import Voi
 from medm.imaging.formats import READ, describe_content
 from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
-from medm.imaging.samples import Samples, decoded_samples, read_samples
+from medm.imaging.samples import Samples, check_layout, decoded_samples, read_samples
 
 if TYPE_CHECKING:
     from medm.imaging import Source
@@ -245,6 +245,7 @@ def _pillow_image(stream: BinaryIO, head: bytes, name: str, suffix: str) -> Iter
         try:
             with _reopened(stream) as image:
                 _check_header(image, name)
+                check_layout(image, name)
                 if image.format in ("JPEG", "MPO"):
                     _check_scans(stream, name)
                 yield image

@@ -36,8 +36,8 @@ class ImagePreprocess(Options):
     std: list[float] = [0.5, 0.5, 0.5]
     """Divides after the mean is subtracted."""
     window: list[float] | None = None
-    """Lower and upper raw value that become 0 and 1 in images of more than 8 bits (HU for CT). Without it such an
-    image uses its DICOM window where the file has one, else its full declared range."""
+    """Lower and upper raw value that become 0 and 1 in images of more than 8 bits, gray or color (HU for CT). Without
+    it such an image uses the VOI table or window of its DICOM file, else its full declared range."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ImagePreprocess:

@@ -45,16 +45,25 @@ def read_samples(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> Sampl
     Raises:
         MediaError: a layout that cannot be decoded without loss.
     """
+    check_layout(image, name)
     if image.format == "TIFF":
-        return _read_tiff(image, reopen, name)
-    if _is_deep_color(image):
-        return _deep_color(image, reopen)
-    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        return _read_tiff(image, reopen)
+    return _deep_color(image, reopen) if _is_deep_color(image) else _from_mode(image)
+
+
+def check_layout(image: ImageFile.ImageFile, name: str) -> None:
+    """Refuse what `read_samples` cannot decode without loss, as far as the header tells.
+
+    Raises:
+        MediaError: a layout of TIFF or JPEG that is not read.
+    """
+    if image.format == "TIFF":
+        _check_tiff(image, name)
+    elif image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         raise MediaError(
             f"{name}: CMYK JPEG without an Adobe marker, which would say whether 0 or 255 is full ink; "
             "convert it to RGB"
         )
-    return _from_mode(image)
 
 
 def decoded_samples(image: Image.Image) -> Samples:
@@ -82,27 +91,32 @@ def _is_deep_color(image: ImageFile.ImageFile) -> bool:
     return ";16" in _raw_mode(image) and not image.mode.startswith("I")
 
 
-def _read_tiff(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> Samples:
+def _check_tiff(image: ImageFile.ImageFile, name: str) -> None:
     tags = image.tag_v2  # type: ignore[attr-defined]
     photometric = tags.get(262, 0)
     bits = max(tags.get(258, (1,)))
-    signed = max(tags.get(339, (1,))) == 2
     separate = tags.get(284, 1) == 2 and tags.get(277, 1) > 1
     if (bits > 8 and separate) or (bits > 8 and photometric not in (0, 1, 2)) or photometric == 8:
         depth = "16-bit color is" if bits == 16 else "this layout is"
         raise MediaError(
             f"{name}: {describe_tiff_layout(tags)}: {depth} not read; convert it to RGB with interleaved samples"
         )
-    if _is_deep_color(image):
-        return _deep_color(image, reopen)
     if photometric == 6 and tags.get(259, 1) == 1:
         _check_plain_ycbcr(tags, name)
+
+
+def _read_tiff(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if _is_deep_color(image):
+        return _deep_color(image, reopen)
+    bits = max(tags.get(258, (1,)))
+    signed = max(tags.get(339, (1,))) == 2
     if image.tile and image.tile[0][0] == "libtiff":
         raw = _raw_mode(image)
         _set_raw_mode(image, _NATIVE.get(raw, raw))
     if image.mode == "P":
-        return _from_mode(_with_palette(image, tags[320], name))
-    inverted = photometric == 0
+        return _from_mode(_with_palette(image, tags[320]))
+    inverted = tags.get(262, 0) == 0
     if image.mode == "L" and signed:
         return Samples(np.array(_upright(image)).view(np.int8))
     if image.mode == "I":
@@ -128,7 +142,7 @@ def _check_plain_ycbcr(tags: Mapping[int, Any], name: str) -> None:
             )
 
 
-def _with_palette(image: Image.Image, colors: tuple[int, ...], name: str) -> Image.Image:
+def _with_palette(image: Image.Image, colors: tuple[int, ...]) -> Image.Image:
     """TIFF palettes hold 16 bits an entry; some writers put 8 bits into them, which Pillow shows as black."""
     if max(colors) > 255:
         return image

@@ -14,11 +14,12 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
-from pydicom.uid import ComputedRadiographyImageStorage, ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from medm.errors import MediaError
 from medm.imaging import ImagePreprocess, VolumePreprocess, load_pixels
 from medm.imaging.images import read_image
+from medm.imaging.notices import collected
 from medm.imaging.preview import contact_sheet
 from medm.imaging.volumes import read_volume
 from tests.imaging.tiny import CANARY, body, dicom_slice, phantom, write_multi_frame, write_series
@@ -426,3 +427,64 @@ def test_compressed_pixels_are_decoded_without_the_header_of_the_patient(
     before_pixels = seen[0].partition(struct.pack("<2H", 0x7FE0, 0x0010))[0]
     assert CANARY[:6].encode() not in before_pixels
     assert len(before_pixels) < 500
+
+
+def test_slopes_that_differ_by_frame_are_applied_to_each(tmp_path: Path) -> None:
+    """As in PET. One frame takes the shared pair."""
+
+    def differ(shared: Dataset, frames: list[Dataset]) -> None:
+        for number, frame in enumerate(frames[:-1]):
+            item = Dataset()
+            item.RescaleSlope, item.RescaleIntercept, item.RescaleType = number + 1, -1024 + number, "HU"
+            frame.PixelValueTransformationSequence = Sequence([item])
+
+    def vanish(shared: Dataset, frames: list[Dataset]) -> None:
+        differ(shared, frames)
+        frames[2].PixelValueTransformationSequence[0].RescaleSlope = 0
+
+    stored = (body().astype(np.int32) + 1024) // 2
+    slopes = np.array([*range(1, 12), 2])[:, None, None]
+    intercepts = np.array([*range(-1024, -1013), -1024])[:, None, None]
+    volume = read_volume(regrouped(tmp_path / "a", differ))
+    np.testing.assert_array_equal(volume.voxels, stored * slopes + intercepts)
+    with pytest.raises(MediaError, match=r"\(0028,9145\) gives 11 of 12 frames a RescaleSlope that is not 0"):
+        read_volume(regrouped(tmp_path / "b", vanish))
+
+
+@pytest.mark.parametrize("vr", ["OW", "OB"])
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_big_endian_bytes(tmp_path: Path, vr: str, photometric: str) -> None:
+    """In words, two pixels change places; slope and MONOCHROME1 are treated as in other files."""
+
+    def change(dataset: Dataset) -> None:
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
+        dataset.RescaleSlope, dataset.RescaleIntercept = 10, -5
+        dataset.PhotometricInterpretation = photometric
+        pixels = RAMP.astype(np.uint8).tobytes()
+        dataset.PixelData = np.frombuffer(pixels, "<u2").astype(">u2").tobytes() if vr == "OW" else pixels
+        dataset["PixelData"].VR = vr
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+
+    path = tmp_path / "a.dcm"
+    dataset = pydicom.dcmread(cr(path))
+    change(dataset)
+    turned = Dataset(dataset)
+    turned.file_meta, turned.preamble = dataset.file_meta, bytes(128)
+    turned.save_as(path, implicit_vr=False, little_endian=False, enforce_file_format=True)
+    picture = read_image(path)
+    np.testing.assert_array_equal(picture.pixels.ravel(), np.arange(8) * 10 - 5)
+    assert picture.inverted == (photometric == "MONOCHROME1")
+    np.testing.assert_array_equal(pydicom.dcmread(path).pixel_array.ravel(), np.arange(8))
+
+
+@pytest.mark.parametrize("modality", ["MR", "CT"])
+def test_an_inverted_volume_is_named(tmp_path: Path, modality: str) -> None:
+    """Except in Hounsfield units, whose windows say what is white."""
+
+    def change(dataset: Dataset, _: int) -> None:
+        dataset.Modality, dataset.PhotometricInterpretation = modality, "MONOCHROME1"
+
+    write_series(tmp_path / "a", phantom(), change=change)
+    with collected() as notices:
+        np.testing.assert_array_equal(read_volume(tmp_path / "a").voxels, body())
+    assert [notice.kind for notice in notices] == (["inverted"] if modality == "MR" else [])
