@@ -118,8 +118,7 @@ def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
                 without_image.append(path)
     suffixes = frozenset(header.path.suffix.lower() for header in headers) - {""}
     for path in foreign:
-        if path.is_file():
-            refuse_lost_slice(path, name, expected="DICOM", suffixes=suffixes)
+        refuse_lost_slice(path, name, expected="DICOM", suffixes=suffixes)
     report_passed_over(name, foreign, expected="DICOM")
     if without_image:
         logger.info(

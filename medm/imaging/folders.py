@@ -35,7 +35,7 @@ def refuse_lost_slice(path: Path, name: str, *, expected: str, suffixes: frozens
     """Refuse a file that by its name could be a slice, and by its content is none.
 
     Args:
-        path: a regular file that is not read as a slice.
+        path: a file, link or device that is not read as a slice.
         name: the folder, for messages.
         expected: what the slices are: "DICOM".
         suffixes: of files that are slices, besides DICOM's own.
@@ -49,11 +49,21 @@ def refuse_lost_slice(path: Path, name: str, *, expected: str, suffixes: frozens
     named = not own or own[-1][1:].isdigit() or bool({*own} & (_DICOM_SUFFIXES | _UNFINISHED | suffixes))
     if not named:
         return
-    with path.open("rb") as stream:
-        head = stream.read(512)
-        if head and _is_text(head) and not own:
-            return  # README, LICENSE, VERSION
-        what = describe_content(head[:132], stream, "") if head else "an empty file"
+    if not path.is_file():
+        if path.is_symlink() and any(character.isdigit() for character in path.name):
+            raise MediaError(
+                f"{name}: {path.name} could be a slice, but is a link to a file that is missing; "
+                "fetch the file, or remove the link"
+            )
+        return
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(512)
+            if head and _is_text(head) and not own:
+                return  # README, LICENSE, VERSION
+            what = describe_content(head[:132], stream, "") if head else "an empty file"
+    except OSError as error:
+        raise MediaError(f"{name}: {path.name} could be a slice, but cannot be opened ({error.strerror})") from None
     raise MediaError(
         f"{name}: {path.name} could be a slice, but is not {expected} ({what}); "
         "the volume would lack it. Repair the file, or move it out of the folder"

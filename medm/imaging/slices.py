@@ -30,7 +30,7 @@ def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
     files = [path for path in inside if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")]
     others = [path for path in inside if path not in set(files)]
     for path in others:
-        if path.is_file():
+        if not path.is_dir():
             _refuse_lost_slice(path, name)
     if not files:
         found = f"; found {', '.join(path.name for path in others[:5])}" if others else ""

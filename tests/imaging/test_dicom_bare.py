@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -206,3 +207,26 @@ def test_a_folder_without_any_slice_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a")
     with pytest.raises(MediaError, match=r"neither DICOM files nor slice images; found notes\.txt"):
         read_volume(tmp_path)
+
+
+def test_a_link_to_a_missing_file_and_a_file_that_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data sets under version control leave links to files that were not fetched."""
+    series(tmp_path / "ct")
+    link = tmp_path / "ct" / "IM9"
+    link.symlink_to("objects/missing")
+    with pytest.raises(MediaError, match="IM9 could be a slice, but is a link to a file that is missing; fetch"):
+        read_volume(tmp_path / "ct")
+    link.unlink()
+    link.write_bytes(b"x")
+    whole = Path.open
+
+    def denied(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "IM9":
+            raise PermissionError(13, "Permission denied")
+        return whole(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(MediaError, match=r"IM9 could be a slice, but cannot be opened \(Permission denied\)"):
+        read_volume(tmp_path / "ct")

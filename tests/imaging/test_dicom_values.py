@@ -488,3 +488,27 @@ def test_an_inverted_volume_is_named(tmp_path: Path, modality: str) -> None:
     with collected() as notices:
         np.testing.assert_array_equal(read_volume(tmp_path / "a").voxels, body())
     assert [notice.kind for notice in notices] == (["inverted"] if modality == "MR" else [])
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_mutated_tables_and_windows_give_pixels_or_a_media_error(tmp_path: Path, implicit: bool) -> None:
+    def change(dataset: Dataset) -> None:
+        dataset.ModalityLUTSequence = table(FALLING)
+        dataset.VOILUTSequence = table(list(range(800)), descriptor=[800, 0, 12], kind="")
+        dataset.PixelPaddingValue, dataset.PixelPaddingRangeLimit = 3, 4
+        dataset.WindowCenter, dataset.WindowWidth, dataset.VOILUTFunction = 4, 4, "SIGMOID"
+
+    path = cr(tmp_path / "a.dcm", change, implicit=implicit)
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for number in range(300):
+        data = bytearray(whole)
+        for at in generator.integers(132, len(data), generator.integers(1, 8)):
+            data[at] = generator.integers(0, 256)
+        path.write_bytes(data[: generator.integers(132, len(data))] if number % 5 == 0 else data)
+        try:
+            assert np.isfinite(shades(path)).all()
+        except MediaError as error:
+            refused += 1
+            assert CANARY[:6].lower() not in str(error).lower()
+    assert 50 < refused < 300
