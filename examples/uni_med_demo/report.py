@@ -9,6 +9,7 @@ results.json and results.md. Intervals and tests draw whole volumes. Boxes are s
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,7 +69,8 @@ class Row:
         both = {"dense": self.dense.as_dict(), "experts": self.experts.as_dict()}
         for one in both.values():
             one.pop("per_item", None)
-        about = {"constant": self.constant, "n": self.dense.n, "volumes": self.volumes}
+        constant = None if math.isnan(self.constant) else self.constant
+        about = {"constant": constant, "n": self.dense.n, "volumes": self.volumes}
         return {"task": self.task, "measure": self.measure, **both, "difference": self.comparison.as_dict(), **about}
 
 
@@ -226,8 +228,8 @@ def markdown(table: Sequence[Row]) -> list[str]:
     body = [
         [
             row.task, row.measure, _with_interval(row.dense), _with_interval(row.experts),
-            _difference(row), "-" if row.volumes < 2 else f"{row.comparison.p_value:.2f}",
-            f"{row.constant:.2f}", str(row.dense.n), str(row.volumes),
+            _difference(row), "-" if row.volumes < 2 else _number(row.comparison.p_value),
+            _number(row.constant), str(row.dense.n), str(row.volumes),
         ]
         for row in table
     ]  # fmt: skip
@@ -240,13 +242,18 @@ def markdown(table: Sequence[Row]) -> list[str]:
 
 def _with_interval(result: MetricResult) -> str:
     interval = "-" if result.low != result.low else f"{result.low:.2f} to {result.high:.2f}"
-    return f"{result.value:.2f} ({interval})"
+    return f"{_number(result.value)} ({interval})"
+
+
+def _number(value: float) -> str:
+    """Two decimals; a dash where the measure is undefined for these answers."""
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _difference(row: Row) -> str:
     c = row.comparison
     interval = "-" if c.low != c.low else f"{c.low:+.2f} to {c.high:+.2f}"
-    return f"{c.difference:+.2f} ({interval})"
+    return f"{c.difference:+.2f} ({interval})" if c.difference == c.difference else "-"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Comparison:
     n: int
     test: str
     """"randomisation" (item scores exchanged between the systems) where the metric is a mean of item scores, else
-    "bootstrap" (how often the difference changes its sign)."""
+    "bootstrap" (how often the difference changes its sign); "none" where the metric is undefined."""
     signature: str
     clusters: int | None = None
     """Number of groups that were drawn and exchanged whole; None where every item stands for itself."""
@@ -45,6 +45,7 @@ class Comparison:
 def compare(first: MetricResult, second: MetricResult, resampling: Resampling | None = None) -> Comparison:
     """Paired comparison of two systems scored by the same metric on the same items in the same order.
 
+    Where the metric is undefined for a side, so are difference, interval and p-value (nan).
     Items that were grouped for the intervals of the results are drawn, and exchanged, as the same whole groups.
 
     Raises:
@@ -60,6 +61,12 @@ def compare(first: MetricResult, second: MetricResult, resampling: Resampling | 
     clusters = first.clusters
     if clusters is None and "|cluster:" in first.signature:
         raise ValueError(f"{first.name} was scored by groups that a file does not keep: score the predictions again")
+    groups = None if clusters is None else clusters.count
+    if math.isnan(first.value) or math.isnan(second.value):
+        nan = math.nan
+        return Comparison(
+            first.name, first.value, second.value, nan, nan, nan, nan, first.n, "none", first.signature, groups
+        )  # fmt: skip
     resampling = replace(resampling or Resampling(), clusters=clusters)
     deltas = _differences(first, second, resampling)
     low, high = percentile_interval(deltas, resampling.level)
@@ -70,8 +77,7 @@ def compare(first: MetricResult, second: MetricResult, resampling: Resampling | 
     else:
         p_value, test = _sign_change(deltas), "bootstrap"
     return Comparison(
-        first.name, first.value, second.value, difference, low, high, p_value, first.n, test, first.signature,
-        None if clusters is None else clusters.count,
+        first.name, first.value, second.value, difference, low, high, p_value, first.n, test, first.signature, groups,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from medm.metrics.chest_labels import chest_label_f1
 from medm.metrics.choice import choice_accuracy, parse_choice
 from medm.metrics.cider import cider_d
 from medm.metrics.classification import auroc, balanced_accuracy, macro_f1, sensitivity_specificity
+from medm.metrics.compare import compare
 from medm.metrics.match import normalised_match, token_f1
 from medm.metrics.retrieval import recall_at_k
 from medm.metrics.rouge import rouge
@@ -44,6 +45,14 @@ def test_one_item_has_no_cider() -> None:
     assert some.note is not None
     assert some.note.startswith("1 of 3 items score 0 whatever the reply")
     assert cider_d(["a b", "c d"], ["a b", "c d"], resampling=FAST)[0].note is None
+
+
+def test_what_is_undefined_is_compared_with_nothing() -> None:
+    sides = [cider_d([reply], ["a lung"], resampling=FAST)[0] for reply in ("a lung", "x")]
+    found = compare(*sides)
+    assert math.isnan(found.difference)
+    assert math.isnan(found.p_value)
+    assert found.as_dict()["low"] is None
 
 
 def test_bleu_of_references_that_are_shorter_than_the_order() -> None:
