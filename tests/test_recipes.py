@@ -12,6 +12,7 @@ import torch
 from medm.cli.recipes import find, shipped, summary
 from medm.errors import RecipeError
 from medm.llms.base import read_template
+from medm.models import preprocess_of
 from medm.training.recipe import differences, dump, load_recipe, resolved
 from tests import shrink
 
@@ -44,6 +45,20 @@ def test_recipe_resolves_and_survives_a_round_trip(name: str, tmp_path: Path) ->
     written = tmp_path / "resolved.yaml"
     written.write_text(dump(resolved(recipe)), encoding="utf-8")
     assert load_recipe(written) == recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_preprocessing_is_known_without_the_language_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("medm.models.lvlm.build._text_config", lambda *_: pytest.fail("asked for the LLM"))
+    recipe = load_recipe(shipped()[name])
+    if recipe.model.kind != "lvlm":
+        pytest.skip("other kinds know their preprocessing from their processor")
+    known = preprocess_of(recipe.model)
+    assert list(known) == list(recipe.model.branches)
+    for branch, how in known.items():
+        written = recipe.model.branches[branch].preprocess
+        assert how.size and all(getattr(how, key) == value for key, value in written.items())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""`medm data`: annotation files looked at before anything is trained or answered."""
+"""`medm data`: annotation files and their images checked before training or inference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from medm.data.options import SourceOptions
     from medm.training.recipe import Recipe
 
-app = typer.Typer(help="Look at annotation files before training or inference.", no_args_is_help=True)
+app = typer.Typer(help="Check, preview, cache and convert data before training or inference.", no_args_is_help=True)
 
 
 @app.command()
@@ -26,13 +26,16 @@ def check(
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Trained model, for token lengths and a preview.")] = None,
     inference: Annotated[bool, typer.Option("--inference", help="The last reply may be missing.")] = False,
-    decode: Annotated[bool, typer.Option("--decode", help="Read every image in full, not its header alone.")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Read every image and volume in full, not its header alone.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first so many records of each file.")] = None,
 ) -> None:
     """Name every bad record with its place and reason; count the good ones.
 
+    Images and volumes are checked by their headers, each once; --decode reads them in full.
     With --recipe or --model also: token lengths, and one sample as the model sees it, with what is learned.
-    The exit status is 1 when a record is bad.
+    The exit status is 1 when a record is bad or an annotation file cannot be read.
     """
     from medm.data.check import check as check_records
 
@@ -44,6 +47,8 @@ def check(
     )
     for line in report.lines():
         out.print(line, markup=False)
+    if report.media and not decode:
+        note("images and volumes were checked by their headers; --decode reads them in full")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -53,7 +58,8 @@ def preview(
     file: Annotated[Path, typer.Argument(help="An image, a volume, or the folder of a DICOM series.")],
     output: Annotated[Path, typer.Argument(help="PNG to write.")],
     fields: Annotated[
-        list[str] | None, typer.Argument(help="field=value of the preprocessing, such as window=[-160,240] ...")
+        list[str] | None,
+        typer.Argument(help="field=value of the preprocessing, such as window=[-160,240] or series=largest ..."),
     ] = None,
     branch: Annotated[
         Literal["image", "volume"] | None,
@@ -73,7 +79,7 @@ def preview(
     from medm.imaging.options import changed
     from medm.imaging.preview import save_contact_sheet
 
-    known = _settings(_load(recipe) if recipe else None, model).get("preprocess", {})
+    known = _preprocess(_load(recipe) if recipe else None, model)
     branch = branch or _kind_of(file, known)
     if known and branch not in known:
         raise RecipeError(f"--branch {branch}: the model has {', '.join(sorted(known))}")
@@ -222,8 +228,21 @@ def _settings(recipe: Recipe | None, model: Path | None) -> dict[str, Any]:
 def _processor_of(recipe: Recipe) -> Any:
     from medm.models import processor_of
 
-    trained = recipe.init_from is not None and Path(recipe.init_from).is_dir()  # else that stage is still to come
-    return processor_of(recipe.model, init_from=recipe.init_from if trained else None)
+    return processor_of(recipe.model, init_from=_trained(recipe))
+
+
+def _preprocess(recipe: Recipe | None, model: Path | None) -> dict[str, Any]:
+    """The preprocessing of a model by branch; empty without one. No language model is needed."""
+    from medm.models import load_processor, preprocess_of
+
+    if model is not None:
+        return dict(load_processor(str(model)).preprocess)
+    return preprocess_of(recipe.model, init_from=_trained(recipe)) if recipe is not None else {}
+
+
+def _trained(recipe: Recipe) -> str | None:
+    """The folder that a recipe starts from, where that stage is trained already."""
+    return recipe.init_from if recipe.init_from is not None and Path(recipe.init_from).is_dir() else None
 
 
 def _show_progress(done: int, total: int) -> None:

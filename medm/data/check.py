@@ -17,10 +17,11 @@ from typing import Literal
 
 import numpy as np
 
+from medm.data.files import check_beginning
 from medm.data.limits import LengthLimit, require_label
-from medm.data.options import SourceOptions
+from medm.data.options import DataOptions, SourceOptions
 from medm.data.records import Records, missing_branch
-from medm.errors import DataError
+from medm.errors import DataError, RecipeError
 from medm.imaging import Preprocess, VolumePreprocess, load_pixels
 from medm.imaging.notices import Notice, collected
 from medm.imaging.paths import MissingFileError
@@ -309,6 +310,23 @@ def check(
             if progress is not None and report.records % 1000 == 0:
                 progress(position + 1, sum(totals))
     return merged([report]) if share is None else report
+
+
+def require_sources(options: DataOptions) -> None:
+    """Check that the annotation files and folders of a recipe exist, before anything is loaded.
+
+    Raises:
+        RecipeError: names the key, and what is wrong with it.
+    """
+    for section in ("train", "eval"):
+        for number, source in enumerate(getattr(options, section)):
+            place = f"data.{section}.{number}"
+            try:
+                check_beginning(Path(source.path))
+            except DataError as error:
+                raise RecipeError(f"{place}.path: {source.path}: {error.reason}") from None
+            if source.root is not None and not Path(source.root).is_dir():
+                raise RecipeError(f"{place}.root: {source.root}: no such folder")
 
 
 def _note_bad(report: Report, error: DataError, *, position: int) -> None:

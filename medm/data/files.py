@@ -131,6 +131,16 @@ def open_regular(path: Path) -> BinaryIO:
     raise DataError(f"is a device or pipe; write its records to a file first: {_EXPECTED}", file=path)
 
 
+def check_beginning(path: Path) -> None:
+    """Check that an annotation file exists and is of a form that is read, by its first bytes.
+
+    Raises:
+        DataError: as opening a `RecordFile`.
+    """
+    with open_regular(path) as file:
+        _start(file.read(_HEAD), path)
+
+
 def parse_json(text: bytes) -> Any:
     """Strict JSON: UTF-8, no key twice, no half surrogate, only finite numbers. Raises `DataError` without a place."""
     try:
@@ -208,14 +218,7 @@ class _Index:
 
 
 def _index(file: BinaryIO, path: Path) -> _Index:
-    head = file.read(_HEAD)
-    if not head.strip():
-        raise DataError(f"the file is empty; {_EXPECTED}", file=path)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError("the file is UTF-16; save it as UTF-8", file=path)
-    text = head.removeprefix(_BOM)
-    start = len(head) - len(text)
-    _refuse_other_formats(text, path)
+    text, start = _start(file.read(_HEAD), path)
     file.seek(0)
     scan: _ArrayScan | _LineScan = _ArrayScan(start) if text.lstrip().startswith(b"[") else _LineScan(start)
     offset = 0
@@ -227,6 +230,18 @@ def _index(file: BinaryIO, path: Path) -> _Index:
     if isinstance(scan, _LineScan) or len(starts) == 1:  # a blank between two commas of an array is a bad record
         starts, ends = _without_blank(file, starts, ends)
     return _Index(starts, ends, damage)
+
+
+def _start(head: bytes, path: Path) -> tuple[bytes, int]:
+    """The first bytes without a byte order mark, and where they begin. Raises `DataError` for forms not read."""
+    if not head.strip():
+        raise DataError(f"the file is empty; {_EXPECTED}", file=path)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError("the file is UTF-16; save it as UTF-8", file=path)
+    text = head.removeprefix(_BOM)
+    start = len(head) - len(text)
+    _refuse_other_formats(text, path)
+    return text, start
 
 
 _MAGIC: dict[bytes, str] = {

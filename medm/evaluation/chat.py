@@ -66,7 +66,7 @@ class Conversation:
         longest = getattr(self.engine.model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and len(example.input_ids) >= longest:
             raise DataError(
-                f"the conversation has {len(example.input_ids)} tokens, but the context is {longest}; begin anew"
+                f"the conversation has {len(example.input_ids)} tokens, but the context is {longest}; start a new one"
             )
         said: list[str] = []
         for piece in self.engine.stream(prepare([example], pad_id=self.processor.pad_id)):

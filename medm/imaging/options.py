@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from medm.config import Options
+from medm.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class VolumePreprocess(Options):
     smallest and largest value. Never guessed; values that do not look like it are reported with numbers."""
     windows: list[list[float]] | None = Field(default=None, min_length=1)
     """Lower and upper values that become 0 and 1, one pair a channel, in the unit of `scale` (0..1 for "minmax").
-    Without it: -1000..1000 HU, or the whole of the declared scale."""
+    Without it: -1000..1000 HU, or the whole of the declared scale. `window: [lower, upper]` is a single pair."""
     stretch: bool = False
     """Stretch each windowed channel again to exactly 0..1 (M3D and MedM-VL do)."""
     crop_foreground: float | None = Field(default=None, ge=0, lt=1)
@@ -121,9 +122,9 @@ class VolumePreprocess(Options):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_convention(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and value.get("convention") in _VOLUME_CONVENTIONS:
-            return {**_VOLUME_CONVENTIONS[value["convention"]], **value}
-        return value
+        if not isinstance(value, Mapping):
+            return value
+        return {**_VOLUME_CONVENTIONS.get(str(value.get("convention")), {}), **_plural(value)}
 
     @field_validator("orientation")
     @classmethod
@@ -193,8 +194,23 @@ def changed(described: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     A convention among the changes replaces everything that it speaks of but the size, which belongs to the encoder;
     what the earlier convention said beyond that stays.
     """
+    if described.get("kind") == "volume":
+        changes = _plural(changes)
     own, other = (_VOLUME_CONVENTIONS.get(str(given.get("convention")), {}) for given in (described, changes))
     return {**own, **described, **{key: value for key, value in other.items() if key != "size"}, **changes}
+
+
+def _plural(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a volume with `window`, as images have it, as the only pair of `windows`. Raises `RecipeError`."""
+    fields = dict(fields)
+    if "window" not in fields:
+        return fields
+    window = fields.pop("window")
+    if "windows" in fields:
+        raise RecipeError("preprocess: window and windows are both given; keep one")
+    if isinstance(window, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in window):
+        raise RecipeError(f"preprocess: window: expected [lower, upper], found {window}; several are `windows`")
+    return {**fields, "windows": None if window is None else [window]}
 
 
 def _positive(values: list[int] | list[float], field: str) -> None:

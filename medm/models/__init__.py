@@ -15,6 +15,7 @@ from medm.registry import Registry
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
+    from medm.imaging import Preprocess
     from medm.models.base import MedmModel, ModelKind
 
     Built: TypeAlias = tuple[MedmModel, ProcessorMixin]
@@ -59,6 +60,17 @@ def processor_of(options: Options, *, init_from: str | None = None) -> Any:
     """
     kind = kind_of(options)
     return kind.processor(options) if init_from is None else kind.following(options, load_processor(init_from))
+
+
+def preprocess_of(options: Options, *, init_from: str | None = None) -> dict[str, Preprocess]:
+    """The preprocessing of the model that a recipe's section describes, by branch; no language model is looked for.
+
+    Raises:
+        RecipeError, CheckpointError: as `build`.
+    """
+    if init_from is not None:
+        return dict(processor_of(options, init_from=init_from).preprocess)
+    return kind_of(options).preprocess(options)
 
 
 def load(folder: str) -> Built:

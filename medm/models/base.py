@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from medm.config import Options
 from medm.errors import RecipeError
+from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
 
 
@@ -88,6 +89,10 @@ class ModelKind(ABC):
     def processor(self, options: Any) -> Any:
         """The processor alone. Kinds that can make it without reading weights do."""
         return self.build(options)[1]
+
+    def preprocess(self, options: Any) -> dict[str, Preprocess]:
+        """What is done to the pixels of each branch. Kinds that know it without their language model override this."""
+        return dict(self.processor(options).preprocess)
 
     def following(self, options: Any, processor: Any) -> Any:
         """The processor of `init_from` with what the section writes in the place of what was saved."""

@@ -102,6 +102,43 @@ def test_preview_finds_out_that_a_volume_is_one(recipe: Path, tmp_path: Path) ->
     assert all(width > 400 and height > 200 for width, height in sizes.values())
 
 
+def test_preview_takes_window_for_a_volume_as_for_an_image(recipe: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for name, window in {"one": "window=[-160,240]", "pair": "windows=[[-160,240]]", "other": "window=[0,80]"}.items():
+        for arguments in ([], ["--recipe", str(recipe)], ["convention=m3d"]):
+            done = medm("data", "preview", str(BALL), str(tmp_path / "sheet.png"), *arguments, window, "--slices", "2")
+            assert done.code == 0, done.err
+            drawn.setdefault(name, []).append((tmp_path / "sheet.png").read_bytes())
+    assert drawn["one"] == drawn["pair"]
+    assert all(one != other for one, other in zip(drawn["one"], drawn["other"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["window=[-160,240]", "windows=[[0,1]]"], "window and windows are both given"),
+        (["window=[[-160,240],[0,80]]"], "expected [lower, upper]"),
+        (["window=[240,-160]"], "lower < upper"),
+    ],
+)
+def test_preview_refuses_windows_that_contradict_each_other(tmp_path: Path, fields: list[str], words: str) -> None:
+    done = medm("data", "preview", str(BALL), str(tmp_path / "sheet.png"), *fields)
+    assert done.code == 2 and words in " ".join(done.err.split())
+
+
+@pytest.mark.parametrize("name", ["medm-vl-ct/finetune_lora", "medm-vl-ct-chest/pretrain", "medm-vl-2d/finetune"])
+def test_preview_needs_no_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Nor the network: the recipe's LLM is gated, and its encoder is not here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("medm.models.lvlm.build._text_config", lambda *_: pytest.fail("asked for the LLM"))
+    monkeypatch.setattr("medm.models.lvlm.build._tokenizer", lambda *_: pytest.fail("asked for the tokenizer"))
+    file = DOCS / "examples_media" / "disc_left.png" if "2d" in name else BALL
+    done = medm("data", "preview", str(file), str(tmp_path / "sheet.png"), "--recipe", name)
+    assert done.code == 0, done.err
+    assert (tmp_path / "sheet.png").is_file()
+
+
 def records(file: Path, root: Path) -> Records:
     return Records([SourceOptions(path=str(file), root=str(root))])
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import medm.data.check
-from medm.data.check import Report, blank_pixels, check, merged, segments
-from medm.data.options import SourceOptions
+from medm.data.check import Report, blank_pixels, check, merged, require_sources, segments
+from medm.data.options import DataOptions, SourceOptions
 from medm.data.records import parse_record
+from medm.errors import RecipeError
 from medm.imaging import Preprocess, VolumePreprocess
 from medm.types import IGNORE_INDEX, Example
 from tests.data.tiny import PLACEHOLDER, PREPROCESS, encode, gpt, human, record, to_text, write_image, write_lines
@@ -163,6 +164,29 @@ def test_an_annotation_file_that_cannot_be_read_is_no_bad_record(tmp_path: Path)
         "1 record, 0 bad; 2 turns, no images or volumes, 1 text only",
     ]
     assert not report.ok
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "none.json"}, "data.train.1.path: none.json: no such file"),
+        ({"path": "."}, "data.train.1.path: .: is a folder; name the annotation file"),
+        ({"path": "table.csv"}, "data.train.1.path: table.csv: looks like CSV"),
+        ({"root": "gone"}, "data.train.1.root: gone: no such folder"),
+        ({"root": "a.jsonl"}, "data.train.1.root: a.jsonl: no such folder"),
+    ],
+)
+def test_files_and_folders_of_a_recipe_are_checked_by_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "a.jsonl", record())
+    (tmp_path / "table.csv").write_text("id;question\n1;q\n")
+    good = {"path": "a.jsonl", "root": "."}
+    require_sources(DataOptions.model_validate({"train": [good], "eval": [good]}))
+    with pytest.raises(RecipeError) as caught:
+        require_sources(DataOptions.model_validate({"train": [good, {**good, **change}]}))
+    assert str(caught.value).startswith(message)
 
 
 def test_damage_in_the_middle_of_an_image_is_found_when_decoding(tmp_path: Path) -> None:

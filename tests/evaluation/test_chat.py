@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_said_and_the_conversation_stays(tiny: tuple[Any, A
         conversation.show("volume", folder / "a.nii.gz")
     with pytest.raises(DataError, match="cannot be opened"):
         conversation.show("image", folder / "none.png")
-    with pytest.raises(DataError, match="the context is 512; begin anew"):
+    with pytest.raises(DataError, match="the context is 512; start a new one"):
         next(conversation.ask("word " * 200))
     assert conversation.turns == []
 
@@ -101,5 +101,5 @@ def test_the_command_reads_a_pipe(tiny: tuple[Any, Any, Path], monkeypatch: pyte
     assert done.code == 0, done.err
     assert "Not for clinical use" in done.err
     assert "nowhere.png" in done.err
-    assert "begun anew" in done.err
+    assert "the conversation starts over" in done.err
     assert done.out.count("\n") >= 2

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
 from medm.errors import CheckpointError, RecipeError
-from medm.imaging import preprocess_from_dict
+from medm.imaging import Preprocess, preprocess_from_dict
 from medm.imaging.options import ImagePreprocess, changed
 from medm.llms import LLMS, LLMOptions
 from medm.llms.attention import check_usable
@@ -49,6 +49,9 @@ class LVLM(ModelKind):
 
     def processor(self, options: LVLMOptions) -> LVLMProcessor:
         return resolve(options)[1]
+
+    def preprocess(self, options: LVLMOptions) -> dict[str, Preprocess]:
+        return {name: _preprocess(name, branch) for name, branch in options.branches.items()}
 
     def following(self, options: LVLMOptions, processor: LVLMProcessor) -> LVLMProcessor:
         return processor.following(options)
@@ -168,6 +171,22 @@ def _branch_config(name: str, options: BranchOptions) -> tuple[dict[str, Any], d
         "spatial": list(described.size),
     }
     return entry, described.model_dump()
+
+
+def _preprocess(name: str, options: BranchOptions) -> Preprocess:
+    """The preprocessing of a branch alone, also where the encoder's published config is out of reach."""
+    try:
+        return preprocess_from_dict(_branch_config(name, options)[1])
+    except CheckpointError as error:
+        logger.warning("%s; size, mean and std are the encoder's usual ones, not those of that file", error)
+        without = options.model_copy(update={"encoder": _without_path(options.encoder)})
+        return preprocess_from_dict(_branch_config(name, without)[1])
+
+
+def _without_path(encoder: Any) -> Any:
+    inner = getattr(encoder, "encoder", None)
+    changes = {"path": None} if inner is None else {"path": None, "encoder": _without_path(inner)}
+    return encoder.model_copy(update=changes)
 
 
 def _check_channels(name: str, entry: dict[str, Any], encoder: VisionEncoder) -> None:
