@@ -12,6 +12,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
+from medm.data.check import require_sources
 from medm.errors import CheckpointError
 from medm.launcher import LINK
 from medm.llms.attention import in_one_kernel
@@ -61,6 +62,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         MedmError: anything that the user can mend, before the first step wherever that is possible.
     """
     output_dir = Path(recipe.output_dir)
+    require_sources(recipe.data)  # before weights are read, which takes minutes
     transformers_logging.disable_progress_bar()
     set_seed(recipe.train.seed)  # new connectors and adapters are drawn from it
     # Before the arguments: with ZeRO-3 they make transformers build models in pieces, which published files do not fit.

@@ -69,6 +69,16 @@ def recipe(world: Path, output_dir: Path, **changes: Any) -> Any:
     return load_recipe(path)
 
 
+@pytest.mark.parametrize("key", ["path", "root"])
+def test_a_missing_file_or_folder_is_said_before_weights_are_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr("medm.training.run.build", lambda *_, **__: pytest.fail("weights were read"))
+    source = {"path": str(world / "train.json"), "root": str(world / "images"), key: "/no/such"}
+    with pytest.raises(RecipeError, match=f"^data.train.0.{key}: /no/such: no such"):
+        train(recipe(world, tmp_path / "out", data={"train": [source]}))
+
+
 def weighted(world: Path) -> dict[str, Any]:
     """Two sources of unequal size, drawn by weight."""
     records = json.loads((world / "train.json").read_text())
