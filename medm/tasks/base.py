@@ -171,12 +171,17 @@ class Task(ABC):
 
 
 def metric_notes(results: Iterable[MetricResult]) -> list[str]:
-    """The notes of results, each once, after the names of the metrics that it is about."""
+    """The notes of results, each once, after the names of the metrics that it is about (the first three of many)."""
     names: dict[str, list[str]] = {}
     for result in results:
         if result.note is not None:
             names.setdefault(result.note, []).append(result.name)
-    return [f"{', '.join(dict.fromkeys(listed))}: {note}" for note, listed in names.items()]
+    lines = []
+    for note, listed in names.items():
+        listed = list(dict.fromkeys(listed))
+        more = f" and {len(listed) - 3} more" if len(listed) > 4 else ""
+        lines.append(f"{', '.join(listed[:3] if more else listed)}{more}: {note}")
+    return lines
 
 
 def ask(

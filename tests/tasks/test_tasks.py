@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from medm.errors import DataError, RecipeError
+from medm.metrics.base import MetricResult
 from medm.tasks import TASKS
-from medm.tasks.base import join_predictions
+from medm.tasks.base import join_predictions, metric_notes
 from medm.tasks.custom import Custom
 from medm.tasks.files import NumberArchive, read_csv
 from medm.tasks.m3d import M3DCap, M3DClosedVQA, M3DOpenVQA
@@ -288,6 +290,13 @@ def test_custom_labels_are_read_from_the_answers(tmp_path: Path) -> None:
     assert (found["sensitivity"], found["specificity"]) == (1, 0.5)
     with pytest.raises(DataError, match="expected the answer yes, no, 1 or 0"):
         answered(custom(tmp_path, ["CT"], "sensitivity-specificity"), tmp_path, ["CT"])
+
+
+def test_a_note_is_said_once_for_all_metrics_that_have_it() -> None:
+    results = [MetricResult(name, math.nan, 1, math.nan, math.nan, "s", note="why") for name in "abcdeb"]
+    assert metric_notes(results) == ["a, b, c and 2 more: why"]
+    other = MetricResult("f", 1, 1, 1, 1, "s", note="few")
+    assert metric_notes([*results[:2], other, MetricResult("g", 1, 1, 1, 1, "s")]) == ["a, b: why", "f: few"]
 
 
 def test_custom_box_metrics_count_what_could_not_be_read(tmp_path: Path) -> None:
