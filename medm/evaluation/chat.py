@@ -40,17 +40,21 @@ class Conversation:
         self.pixels: dict[str, list[np.ndarray]] = {}
         self._shown: list[Media] = []
 
-    def show(self, branch: str, path: str | Path) -> None:
-        """Put a file before the next question.
+    def show(self, branch: str, item: Any) -> None:
+        """Put an image or volume before the next question.
+
+        Args:
+            branch: "image" or "volume".
+            item: a file, or what `medm.imaging.load_pixels` takes beside files.
 
         Raises:
             DataError: the model has no such branch, or the file cannot be read.
         """
         if branch not in self.processor.preprocess:
             raise DataError(missing_branch(branch, self.processor.preprocess))
-        array = load_pixels(Path(path).expanduser(), self.processor.preprocess[branch])
+        array = load_pixels(item, self.processor.preprocess[branch])
         self.pixels.setdefault(branch, []).append(array)
-        self._shown.append(Media(branch, str(path)))
+        self._shown.append(Media(branch, str(item) if isinstance(item, (str, Path)) else None))
 
     def ask(self, question: str) -> Iterator[str]:
         """The reply in pieces as they come. The turns are kept once the reply is complete.

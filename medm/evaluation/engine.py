@@ -6,6 +6,7 @@ workers of a DataLoader and makes the tensors of a batch; `Engine` holds the mod
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -162,13 +163,31 @@ class Engine:
             name: (int(processor.placeholder_ids[name]), int(entry["num_tokens"]))
             for name, entry in processor.branches.items()
         }
+        self._slots = slots
+        self.decoder = self._make_decoder()
+
+    def _make_decoder(self) -> GreedyDecoder | None:
         greedy = not self.config.do_sample and self.config.num_beams == 1
-        self.decoder: GreedyDecoder | None = None
-        if greedy and GreedyDecoder.supports(model.language_model):
-            suppress = self.config.suppress_tokens or []
-            self.decoder = GreedyDecoder(
-                model.language_model, stops=self._stops, suppress=suppress, slots=slots, compiled=self.options.compile
-            )
+        language_model = self.model.language_model
+        if not greedy or not GreedyDecoder.supports(language_model):
+            return None
+        suppress, compiled = self.config.suppress_tokens or [], self.options.compile
+        return GreedyDecoder(language_model, stops=self._stops, suppress=suppress, slots=self._slots, compiled=compiled)
+
+    def with_options(self, options: GenerationOptions) -> Engine:
+        """Return an engine of other options on the same model, with the vision features that this one has kept."""
+        if options == self.options:
+            return self
+        other = copy.copy(self)
+        other.options, other.config = options, generation_config(self.model.generation_config, options)
+        if (
+            self.decoder is None
+            or other.config.do_sample
+            or options.num_beams > 1
+            or (options.compile != self.options.compile)
+        ):
+            other.decoder = other._make_decoder()
+        return other
 
     @property
     def device(self) -> torch.device:

@@ -45,18 +45,22 @@ _VERSION = 2
 """Raised whenever the same description would give other pixels, so that old cache entries are not used."""
 
 
-def load_pixels(source: Source, preprocess: Preprocess, *, device: str = "cpu") -> np.ndarray:
+def load_pixels(source: Any, preprocess: Preprocess, *, device: str = "cpu") -> np.ndarray:
     """Return an image or volume as the model takes it: (C, *spatial) float32 in host memory.
 
     Args:
         source: a path; for an image also a stream, an image of Pillow or an array (H, W) or (H, W, 3), for a
-            volume an array (D, H, W). Arrays are taken as a .npy file of them would be.
+            volume an array (D, H, W); see `medm.imaging.sources`. Arrays are taken as a .npy file of them would be.
         preprocess: what is done to it.
         device: where a volume is computed.
 
     Raises:
         MediaError: the file is missing, damaged, unsafe or not what `preprocess` declares.
     """
+    if not isinstance(source, Path):
+        from medm.imaging.sources import as_source
+
+        source = as_source(source)
     if isinstance(preprocess, ImagePreprocess):
         from medm.imaging.images import apply_image, read_image
 
@@ -66,7 +70,7 @@ def load_pixels(source: Source, preprocess: Preprocess, *, device: str = "cpu") 
     from medm.imaging.transforms import apply_volume
     from medm.imaging.volumes import read_volume
 
-    if not isinstance(source, (str, Path, np.ndarray)):
+    if not isinstance(source, (Path, np.ndarray)):
         raise MediaError(f"volume: expected a path or an array (D, H, W), found {type(source).__name__}")
     return apply_volume(preprocess, read_volume(source, several=preprocess.series), device=device)
 

@@ -21,6 +21,18 @@ WARNING = (
 
 RECIPE, RUN, CARD = "recipe.yaml", "run.json", "README.md"
 
+_USE = """## Use
+
+```python
+import medm
+
+model = medm.load("path/to/this/folder")
+print(model.ask("What is seen?"{shown}, max_new_tokens=64))
+```
+
+"""
+_SHOWN = {"image": ', image="image.png"', "volume": ', volume="volume.nii.gz"'}
+
 _PACKAGES = (
     "torch",
     "transformers",
@@ -95,7 +107,7 @@ tags: [medical, vision-language]
 A medical vision-language model trained with medm. It can be wrong, can invent findings, and carries the biases of its
 data. It was not validated on any clinical task.
 
-## Training
+{_use(recipe)}## Training
 
 ```
 {table}
@@ -119,6 +131,14 @@ Records left out or shortened: {left_out}.
 
 {used}
 """
+
+
+def _use(recipe: Mapping[str, Any]) -> str:
+    """How to ask the model from Python; nothing for kinds of models that do not answer in text."""
+    if recipe["model"]["kind"] != "lvlm":
+        return ""
+    shown = [_SHOWN[branch] for branch in _SHOWN if branch in recipe["model"]["branches"]]
+    return _USE.format(shown=shown[0] if shown else "")
 
 
 def _last(history: list[dict[str, Any]]) -> dict[str, float]:

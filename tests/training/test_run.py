@@ -114,7 +114,9 @@ def test_the_folder_opens_and_says_where_it_comes_from(world: Path, trained: Pat
         "loss.png",
     } <= present
     assert not [name for name in present if name.startswith(".tmp")]
-    assert "Not for clinical use" in (trained / "README.md").read_text()
+    card = (trained / "README.md").read_text()
+    assert "Not for clinical use" in card
+    assert 'model.ask("What is seen?", image="image.png"' in card
     assert load_recipe(trained / "recipe.yaml") == recipe(world, trained, data=weighted(world))
     run = json.loads((trained / "run.json").read_text())
     train_file = world / "few.json"

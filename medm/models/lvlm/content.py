@@ -6,20 +6,12 @@ volumes are parts; text is text, whatever stands in it. Knows no tokens and deco
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from medm.errors import DataError
-from medm.imaging import Source
+from medm.errors import DataError, MediaError
+from medm.imaging.sources import decode_base64
 from medm.types import Media, Role, Turn
 
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -100,41 +92,18 @@ def _parts(content: Any, field: str) -> Iterator[tuple[str | Media, Any]]:
             if len(found) > 1:
                 raise DataError(f"{' and '.join(found)} are given; keep one", field=place)
             item = part[found[0]] if found else None
-            yield Media(kind), _decoded(item, place) if found == ["base64"] else item
+            yield Media(kind), _bytes(item, place) if found == ["base64"] else item
         else:
             known = ", ".join(["text", *_KEYS, "image_url"])
             found_kind = f"type {str(kind)[:40]!r}" if isinstance(part, Mapping) else _kind(part)
             raise DataError(f"expected a content part of type {known}, found {found_kind}", field=place)
 
 
-def as_source(item: Any) -> Source:
-    """What a caller hands over as an image or volume, as `medm.imaging.load_pixels` takes it.
-
-    Raises:
-        DataError: an address on the network, or an object of another kind.
-    """
-    if isinstance(item, torch.Tensor):
-        tensor = item.detach().cpu()
-        return tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-    if isinstance(item, str):
-        if item.startswith("data:"):
-            head, _, text = item.partition(",")
-            if not head.endswith(";base64"):
-                raise DataError("expected a data: address in base64")
-            return _decoded(text, None)
-        if item.startswith(("http://", "https://", "s3://", "gs://")):
-            raise DataError(f"{item[:80]}: nothing is fetched from a network; download the file and give its path")
-        return Path(item.removeprefix("file://")).expanduser()
-    if isinstance(item, Path):
-        return item.expanduser()
-    if isinstance(item, bytes):
-        return io.BytesIO(item)
-    if isinstance(item, (Image.Image, np.ndarray)) or hasattr(item, "read"):
-        return item
-    raise DataError(
-        "expected an image or volume: a path, an image of Pillow, a NumPy array, a torch tensor or an opened file, "
-        f"found {_kind(item)}"
-    )
+def _bytes(text: Any, field: str) -> Any:
+    try:
+        return decode_base64(text)
+    except MediaError as error:
+        raise error.at(field=field) from None
 
 
 def flatten(value: Any) -> list[Any]:
@@ -144,13 +113,6 @@ def flatten(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [item for part in value for item in flatten(part)]
     return [value]
-
-
-def _decoded(text: Any, field: str | None) -> io.BytesIO:
-    try:
-        return io.BytesIO(base64.b64decode(text, validate=True))
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise DataError(f"not valid base64 ({error})", field=field) from None
 
 
 def _kind(value: Any) -> str:

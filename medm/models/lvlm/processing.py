@@ -22,7 +22,7 @@ from medm.imaging.options import changed
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat, Message, Part
 from medm.llms.template_clock import fix_clock
-from medm.models.lvlm.content import ChatInput, as_source, flatten, parse_messages
+from medm.models.lvlm.content import ChatInput, flatten, parse_messages
 from medm.models.lvlm.options import LVLMOptions
 from medm.types import IGNORE_INDEX, Example, Media, Sample, Turn
 
@@ -380,7 +380,7 @@ class LVLMProcessor(ProcessorMixin):
         return [self.placeholder_ids[part.branch]] * int(self.branches[part.branch]["num_tokens"])
 
     def _pixels(self, branch: str, item: Any) -> np.ndarray:
-        return load_pixels(as_source(item), self.preprocess[branch])
+        return load_pixels(item, self.preprocess[branch])
 
     @property
     def model_input_names(self) -> list[str]:

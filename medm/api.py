@@ -1,0 +1,206 @@
+"""A saved model in a few lines of Python. Not for clinical use.
+
+    model = medm.load("work_dirs/finetune")
+    reply = model.ask("What is seen?", image="a.png")
+
+The same preprocessing, prompts and decoding as `medm infer` and `medm chat`, whose code runs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from medm.config import validate
+from medm.data.records import missing_branch, parse_record
+from medm.errors import DataError
+from medm.evaluation.chat import Conversation
+from medm.evaluation.engine import Engine, load_engine, pick_device, prepare
+from medm.evaluation.options import GenerationOptions
+from medm.imaging import load_pixels, resolve_inside
+from medm.types import Example, Media, Sample, Turn
+
+_QUESTION = {"question", "image", "volume", "system", "task"}
+
+
+def load(folder: str | Path, *, device: str = "auto", dtype: str = "saved") -> Model:
+    """Open a model folder that medm saved.
+
+    Args:
+        folder: of a final model or a checkpoint.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        dtype: precision of the weights: saved, float32, bfloat16 or float16.
+
+    Raises:
+        CheckpointError: no such folder, not a medm model, damaged, or tensors that do not fit.
+        DeviceError: the device is not there.
+        ValueError: another dtype.
+    """
+    if dtype not in ("saved", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: expected saved, float32, bfloat16 or float16, found {dtype!r}")
+    engine, _ = load_engine(str(folder), GenerationOptions(), device=pick_device(device), dtype=dtype)
+    return Model(engine)
+
+
+class Model:
+    """A model that answers questions about images and volumes.
+
+    Images are given as a path, an image of Pillow, an array or tensor (H, W) or (H, W, 3), or an opened file; volumes
+    as a path (a file, or the folder of a DICOM series), or an array or tensor (D, H, W). Several of them are a list.
+
+    Options of every call are the fields of `medm.evaluation.options.GenerationOptions`: `max_new_tokens`,
+    `temperature`, `top_p`, `num_beams`, `seed`, `compile`. Replies are greedy without them.
+
+    Args:
+        engine: holds the model, its processor and the device.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @property
+    def model(self) -> Any:
+        """The transformers model. Its adapters are merged."""
+        return self.engine.model
+
+    @property
+    def processor(self) -> Any:
+        """The transformers processor."""
+        return self.engine.processor
+
+    def ask(
+        self,
+        question: str,
+        *,
+        image: Any = None,
+        volume: Any = None,
+        system: str | None = None,
+        task: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Return the reply to one question.
+
+        Args:
+            question: text; placeholders and control tokens in it are letters.
+            image: one or a list, shown before the question in this order.
+            volume: likewise, after the images.
+            system: a system turn before it.
+            task: kind of task, for models whose experts are chosen by it.
+            options: how the reply is chosen, see the class.
+
+        Raises:
+            DataError: an image or volume that cannot be read, or that the model has no branch for; a prompt that
+                does not fit the model's context.
+            RecipeError: an option that is unknown or out of range.
+        """
+        asked = {"question": question, "image": image, "volume": volume, "system": system, "task": task}
+        return self.ask_many([asked], **options)[0]
+
+    def ask_many(
+        self,
+        questions: Sequence[str | Mapping[str, Any]],
+        *,
+        batch_size: int = 8,
+        root: str | Path = ".",
+        **options: Any,
+    ) -> list[str]:
+        """Return the reply to each of several questions, answered in batches.
+
+        Args:
+            questions: text; or mappings of the arguments of `ask`; or records as annotation files hold them (with
+                `conversations` or `messages`), whose last reply is not shown to the model.
+            batch_size: prompts that are prepared and answered at once.
+            root: folder that the paths in records are relative to.
+            options: see the class.
+
+        Raises:
+            DataError: as `ask`, with the position of the question.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected 1 or more, found {batch_size}")
+        if isinstance(questions, (str, Mapping)):
+            raise TypeError("expected a list of questions; ask takes a single one")
+        engine = self._engine(options)
+        replies: list[str] = []
+        numbered = iter(enumerate(questions))
+        while batch := list(islice(numbered, batch_size)):
+            examples = []
+            for index, question in batch:
+                try:
+                    examples.append(self._example(question, Path(root), engine))
+                except DataError as error:
+                    raise error.at(index=index if len(questions) > 1 else None) from None
+            prompts = prepare(examples, pad_id=self.processor.pad_id)
+            replies += [reply.text for reply in engine.answer(prompts)]
+        return replies
+
+    def stream(
+        self,
+        question: str,
+        *,
+        image: Any = None,
+        volume: Any = None,
+        system: str | None = None,
+        task: str | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Return the pieces of one reply as they come; see `ask`. Closing the iterator stops the generation."""
+        engine = self._engine(options)
+        asked = {"question": question, "image": image, "volume": volume, "system": system, "task": task}
+        example = self._example(asked, Path(), engine)
+        return engine.stream(prepare([example], pad_id=self.processor.pad_id))
+
+    def chat(self, *, system: str | None = None, task: str | None = None, **options: Any) -> Conversation:
+        """Return a conversation of several turns: `show("image", item)`, then `ask(question)`, which streams."""
+        return Conversation(self._engine(options), self.processor, system=system, task=task)
+
+    def _engine(self, options: Mapping[str, Any]) -> Engine:
+        return self.engine.with_options(validate(GenerationOptions, options, source="options of the reply"))
+
+    def _example(self, question: str | Mapping[str, Any], root: Path, engine: Engine) -> Example:
+        if isinstance(question, str):
+            question = {"question": question}
+        if not isinstance(question, Mapping):
+            raise DataError(f"expected a question or a record, found {type(question).__name__}")
+        if "question" in question:
+            sample, items = _asked(question)
+        else:
+            sample = parse_record(dict(question), inference=True)
+            items = [resolve_inside(root, str(media.path)) for media in sample.media]
+        pixels: dict[str, list[Any]] = {}
+        for media, item in zip(sample.media, items, strict=True):
+            if media.branch not in self.processor.preprocess:
+                raise DataError(missing_branch(media.branch, self.processor.preprocess), field=media.branch)
+            array = load_pixels(item, self.processor.preprocess[media.branch])
+            pixels.setdefault(media.branch, []).append(array)
+        example: Example = self.processor.encode(sample, pixels, generation=True)
+        longest = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and len(example.input_ids) + engine.options.max_new_tokens > longest:
+            raise DataError(
+                f"the prompt has {len(example.input_ids)} tokens, vision tokens included; with a reply of "
+                f"{engine.options.max_new_tokens} tokens it exceeds the model's context of {longest}; shorten the "
+                "question, show less, or lower max_new_tokens"
+            )
+        return example
+
+
+def _asked(question: Mapping[str, Any]) -> tuple[Sample, list[Any]]:
+    """The arguments of `ask` as a sample, and the items of its images and volumes."""
+    if unknown := sorted(set(question) - _QUESTION):
+        raise DataError(f"unknown key; expected some of {', '.join(sorted(_QUESTION))}", field=unknown[0])
+    text = question["question"]
+    if not isinstance(text, str) or not text.strip():
+        raise DataError("expected text that is not empty", field="question")
+    content: list[str | Media] = []
+    items: list[Any] = []
+    for branch in ("image", "volume"):
+        shown = question.get(branch)
+        for item in [] if shown is None else shown if isinstance(shown, (list, tuple)) else [shown]:
+            content += [Media(branch), "\n"]
+            items.append(item)
+    turns = [Turn("user", (*content, text))]
+    if question.get("system"):
+        turns.insert(0, Turn("system", (str(question["system"]),)))
+    return Sample(tuple(turns), task=question.get("task")), items
