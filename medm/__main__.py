@@ -1,4 +1,4 @@
-"""`python -m medm`, the form that `torchrun -m medm` and `deepspeed --module medm` start."""
+"""`python -m medm`, the form that `medm launch` (with -P), `torchrun -m medm` and `deepspeed --module medm` start."""
 
 import os
 import sys

@@ -37,7 +37,7 @@ def rows(items: Iterable[Sequence[str]], *, header: Sequence[str] | None = None)
 
 
 def first_process() -> bool:
-    """Whether this is the process of a launch that speaks for all (torchrun's rank 0, or the only one)."""
+    """Return whether this process speaks for all of a launch: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -96,7 +96,7 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
         progress: told how far the run is.
 
     Returns:
-        The summary; None on ranks of torchrun other than the first.
+        The summary; None on ranks of a launch other than rank 0.
 
     Raises:
         DeviceError: the device that was asked for is not there.
@@ -108,7 +108,7 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
     started = time.monotonic()
     pick_device(options.device)
     results = Results(Path(options.output), run_settings(options))
-    with _torchrun() as (rank, world):
+    with _launched() as (rank, world):
         if rank == 0:
             results.begin(overwrite=options.overwrite)
         _wait_for_all(world)
@@ -239,8 +239,8 @@ def _device_of(name: str, rank: int) -> torch.device:
 
 
 @contextmanager
-def _torchrun() -> Iterator[tuple[int, int]]:
-    """Rank and number of the processes that torchrun started; (0, 1) without it."""
+def _launched() -> Iterator[tuple[int, int]]:
+    """Yield rank and number of the processes of a launch; (0, 1) without one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or torch.distributed.is_initialized():
         yield 0, 1

@@ -42,7 +42,7 @@ class AnsweringOptions(Options):
     batch_size: int = Field(default=8, ge=1)
     """Prompts answered at once; a batch that does not fit the memory of a GPU is halved by itself."""
     processes: int = Field(default=1, ge=1)
-    """Processes on this machine, each with the model; on GPUs one each. Under torchrun, torchrun says how many."""
+    """Processes on this machine, each with the model; on GPUs one each. Under `medm launch`, that says how many."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that read and prepare images for each of them; chosen by the number of cores without it."""
     device: str = "auto"

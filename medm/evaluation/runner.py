@@ -96,7 +96,7 @@ def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[
         progress: told how far the answering of a task is.
 
     Returns:
-        One report a task; None on ranks of torchrun other than the first.
+        One report a task; None on ranks of a launch other than rank 0.
 
     Raises:
         DataError: a benchmark's folder is incomplete, or predictions belong to other items.
