@@ -109,7 +109,7 @@ class Report:
         lines += [f"warning: {message}" for message in self.warnings]
         if self.num_warnings > len(self.warnings):
             lines.append(f"... and {self.num_warnings - len(self.warnings)} more warnings")
-        lines += [f"{file}: {count} records" for file, count in self.files.items()]
+        lines += [f"{file}: {_counted(count, 'record')}" for file, count in self.files.items()]
         if self.num_unreadable:
             lines.append(f"{_counted(self.num_unreadable, 'annotation file')} cannot be read")
         if self.files:
@@ -295,7 +295,7 @@ def check(
         file = str(records.files[0].path)
         report.files[file] = report.files.get(file, 0) + total
         report.starts.append((position + 1, file))
-        report.roots.append(records.root(0))
+        report.roots.append(records.root(0).resolve())
         for index in range(total):
             position += 1
             if position % shares != number:
@@ -377,8 +377,8 @@ def merged(reports: Sequence[Report]) -> Report:
 
 def _fold_wrong_roots(whole: Report) -> None:
     """Put one error in the place of many where a source's root is wrong: none of its files exists."""
-    ends = [start for start, _ in whole.starts[1:]] + [whole.records]
-    for number, ((start, file), end) in enumerate(zip(whole.starts, ends, strict=True)):
+    for number, (start, file) in enumerate(whole.starts):
+        end = whole.starts[number + 1][0] if number + 1 < len(whole.starts) else whole.records
         count = whole.without_file[number]
         if whole.found_files[number] or count < 2:
             continue

@@ -64,6 +64,7 @@ def resolve_inside(root: Path, relative: str) -> Path:
     shown = _shown(relative)
     _require_relative(root, relative, shown)
     base = Path(root).resolve()
+    root = base if str(root) == "." else root  # "." says nothing to who reads the message elsewhere
     try:
         target, series = _find(base, relative)
         real = target.resolve(strict=True)

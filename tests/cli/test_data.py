@@ -47,6 +47,44 @@ def test_bad_records_are_named_and_the_status_says_so(tmp_path: Path) -> None:
     assert "3 records, 1 bad" in done.out
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("none.json", "none.json: no such file"),
+        (
+            "table.csv",
+            "table.csv: looks like CSV; docs/data-format.md shows how to turn a table into records; expected",
+        ),
+        (".", ".: is a folder; name the annotation file in it"),
+    ],
+)
+def test_what_is_no_annotation_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.csv").write_text("\ufeffid;image;question\n" + "1;a.png;q\n" * 50)
+    done = medm("data", "check", name)
+    lines = done.out.splitlines()
+    assert done.code == 1 and len(lines) == 2
+    assert lines[0].startswith(line) and lines[1] == "1 annotation file cannot be read"
+
+
+def test_a_wrong_root_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"image": f"{i}.png", "conversations": turns} for i in range(9)]))
+    done = medm("data", "check", "data.json")
+    assert done.code == 1
+    assert done.out.startswith(f"data.json: no file of this source exists under its root {tmp_path.resolve()}: ")
+    assert done.out.count("no such file") == 1 and "9 records, 9 bad" in done.out
+
+
+def test_a_check_says_how_far_it_looked(tmp_path: Path) -> None:
+    file = str(DOCS / "example_finetune.json")
+    assert "checked by their headers; --decode reads them in full" in medm("data", "check", file).err
+    assert "--decode" not in medm("data", "check", file, "--decode").err
+
+
 def test_nothing_to_check_is_a_usage_error() -> None:
     done = medm("data", "check")
     assert done.code == 2

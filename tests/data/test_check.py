@@ -138,7 +138,10 @@ def test_a_wrong_root_is_one_error(tmp_path: Path, shares: int) -> None:
     ]
     report = merged([check(files, share=(number, shares)) for number in range(shares)])
     folded, other, *missing = report.lines()[:6]
-    assert f"b.jsonl: no file of this source exists under its root {tmp_path / 'wrong'}: is the folder right?" in folded
+    assert (
+        f"b.jsonl: no file of this source exists under its root {(tmp_path / 'wrong').resolve()}: is the folder right?"
+        in folded
+    )
     assert "5 records name files; the first is record 0, field 'image': '0.png': no such file" in folded
     assert "b.jsonl, record 6" in other
     assert [line.split(": ")[0] for line in missing] == [
