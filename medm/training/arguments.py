@@ -95,8 +95,6 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train: transformers refuses these arguments: {error}") from None
     if arguments.n_gpu > 1:
-        logger.warning(
-            "%d GPUs are visible and one is used; `medm launch train` uses all of them", arguments.n_gpu
-        )
+        logger.warning("%d GPUs are visible and one is used; `medm launch train` uses all of them", arguments.n_gpu)
         arguments._n_gpu = 1  # torch's DataParallel, which transformers would choose, cannot split our batches
     return arguments
