@@ -42,11 +42,11 @@ def as_source(item: Any) -> Source:
         return item.expanduser()
     if isinstance(item, bytes):
         return io.BytesIO(item)
-    if hasattr(item, "detach"):  # a tensor, without importing torch
-        tensor = item.detach().cpu()
-        return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
     if isinstance(item, (Image.Image, np.ndarray)) or hasattr(item, "read"):
         return item
+    if hasattr(item, "detach") and hasattr(item, "dtype"):  # a tensor, without importing torch
+        tensor = item.detach().cpu()
+        return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
     raise MediaError(
         "expected an image or volume: a path, an image of Pillow, a NumPy array, a torch tensor or an opened file, "
         f"found {'nothing' if item is None else type(item).__name__}"
