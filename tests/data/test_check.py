@@ -152,6 +152,14 @@ def test_a_wrong_root_is_one_error(tmp_path: Path, shares: int) -> None:
     assert not any("more bad records" in line for line in report.lines())
 
 
+def test_a_path_that_no_system_takes_is_one_bad_record(tmp_path: Path) -> None:
+    """The check goes on to the records after it."""
+    write_image(tmp_path / "a.png")
+    paths = [".#1", "a/.#1", "#" + "x" * 300, "a.png", "a.png#" + "1" * 300]
+    report = check([source(tmp_path, *(record("<image>", "A", image=path) for path in paths))])
+    assert places(report) == [("a.jsonl", index, "image") for index in (0, 1, 2, 4)]
+
+
 def test_a_wrong_root_of_many_records_is_counted_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medm.data.check.MAX_KEPT", 2)
     report = check([source(tmp_path, *(record("<image>", "A", image="gone.png") for _ in range(9)))])

@@ -90,7 +90,7 @@ def _no_pixels(*_: object, **__: object) -> None:
 def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "dicom_series.read_pixels", "dicom_pixels.read_pixels", "nrrd.read_voxels", "metaimage.read_voxels",
-        "nifti.read_voxels", "volumes.read_npy", "slices.read_image", "images.read_image",
+        "nifti.read_voxels", "volumes.read_npy", "volumes.read_npz", "slices.read_image", "images.read_image",
     ):  # fmt: skip
         monkeypatch.setattr(f"medm.imaging.{name}", _no_pixels)
 
@@ -159,11 +159,13 @@ def test_frames_of_one_file_are_checked_by_its_header(tmp_path: Path, headers_on
         probe(write_series(tmp_path / "series", phantom())[0], kind="volume")
 
 
-@pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha", ".npy", ".mhd", ".nhdr"])
+@pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha", ".npy", ".npz", ".mhd", ".nhdr"])
 def test_whole_and_truncated_volumes_are_told_apart_by_headers(tmp_path: Path, headers_only: None, suffix: str) -> None:
     path = tmp_path / f"ct{suffix}"
     if suffix == ".npy":
         np.save(path, body())
+    elif suffix == ".npz":
+        np.savez_compressed(path, body())
     else:
         SimpleITK.WriteImage(phantom(), str(path))
     probe(path, kind="volume")
@@ -177,11 +179,13 @@ def test_flat_files_are_no_volumes_and_volumes_no_images(tmp_path: Path, headers
     Image.new("L", (3, 3)).save(tmp_path / "a.png")
     np.save(tmp_path / "flat.npy", np.zeros((4, 5), np.float32))
     np.save(tmp_path / "deep.npy", np.zeros((3, 4, 5), np.float32))
+    np.savez(tmp_path / "flat.npz", np.zeros((4, 5), np.float32))
     SimpleITK.WriteImage(phantom(), str(tmp_path / "ct.nii.gz"))
     with pytest.raises(MediaError, match="not a volume that is read"):
         probe(tmp_path / "a.png", kind="volume")
-    with pytest.raises(MediaError, match=r"flat\.npy: .*3"):
-        probe(tmp_path / "flat.npy", kind="volume")
+    for name in ("flat.npy", "flat.npz"):
+        with pytest.raises(MediaError, match=f"{name}: .*3"):
+            probe(tmp_path / name, kind="volume")
     with pytest.raises(MediaError, match=r"expected an array \(height, width\)"):
         probe(tmp_path / "deep.npy", kind="image")
     with pytest.raises(MediaError, match=r"ct\.nii\.gz: "):
