@@ -7,6 +7,7 @@ Every message says what was expected, what was found, where, and what to do. Any
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,6 +70,14 @@ class MediaError(DataError):
     """An image or a volume is missing, damaged, unsafe or not what the recipe declares."""
 
 
+class InputLostError(MedmError):
+    """Input that was readable when the work began is not readable any more, or is not the same any more.
+
+    The fault of a share, a disk, a limit of the machine or another program, not of one record: it stops the work,
+    whatever the policy for bad records.
+    """
+
+
 class CheckpointError(MedmError):
     """Weights do not fit, are damaged, or would need unsafe loading."""
 
@@ -83,6 +92,34 @@ class ExportError(MedmError):
 
 class DeviceError(MedmError):
     """A device, precision or optional library was asked for and is not there."""
+
+
+_MACHINE_FAULTS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED",
+        "ECONNREFUSED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ENODEV", "ENXIO",
+        "EAGAIN", "EINTR", "EBUSY", "ENOLCK", "ENOLINK", "ECOMM",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+"""Codes that the operating system gives for trouble with a disk, a network share, memory or descriptors."""
+
+
+def machine_fault(error: BaseException) -> OSError | None:
+    """Return the operating system's error behind an error, if it is the machine's fault and not the file's.
+
+    A full table of descriptors, a share that does not answer, a disk that cannot be read: trying again may help, and
+    calling the record bad would be wrong. Errors raised `from None` still know what they were raised for.
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, OSError) and cause.errno in _MACHINE_FAULTS:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "medm"
 
 LAYERS: list[set[str]] = [
-    {"errors", "config", "registry", "types", "stopping", "children", "launcher", "transformers_hook"},
+    {"errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "transformers_hook"},
     {"encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
     {"models", "data"},
     {"objectives", "tasks"},
@@ -35,7 +35,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 }
 """(importer's module, imported room): why this one may look up or sideways."""
 
-TORCH_FREE_MODULES = ("errors", "config", "registry", "types", "stopping", "children", "launcher", "cli")
+TORCH_FREE_MODULES = ("errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "cli")
 HEAVY = ("torch", "transformers", "deepspeed", "monai", "peft", "SimpleITK")
 
 

@@ -7,6 +7,7 @@ requeue); 130 and 143 another command was stopped by SIGINT or SIGTERM.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -15,7 +16,10 @@ from collections.abc import Sequence
 from medm.children import safe_path
 from medm.errors import MedmError, RecipeError
 from medm.launcher import LINK
+from medm.os_errors import explain
 from medm.stopping import RESUMABLE, STOP_SIGNALS, Stopped
+
+logger = logging.getLogger(__name__)
 
 USAGE, FAILURE = 2, 1
 
@@ -54,12 +58,15 @@ def run(arguments: Sequence[str]) -> None:
     try:
         app(arguments, prog_name="medm")
     except Exception as error:
-        explained = isinstance(error, MedmError) and not os.environ.get("MEDM_TRACEBACK")
-        text = f"error: {error}" if explained else traceback.format_exc()
+        message = str(error) if isinstance(error, MedmError) else explain(error)
+        explained = message is not None and not os.environ.get("MEDM_TRACEBACK")
+        text = f"error: {message}" if explained else traceback.format_exc()
         if not LINK.report(text, traceback=not explained):
-            if not explained:
+            if message is None or not explained:
                 raise
-            report(error)
+            if not isinstance(error, MedmError):
+                logger.debug("the place of the error below", exc_info=error)
+            report(message)
         raise SystemExit(USAGE if isinstance(error, RecipeError) else FAILURE) from None
 
 

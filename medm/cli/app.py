@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from medm import __version__
 from medm.cli import LAUNCHER, catalogue, chat, data, evaluate, infer, launch, models, pages, train
 from medm.cli.console import out, start_logging
 
+
+class _Commands(TyperGroup):
+    """The commands, with the messages of wrong options as a person would say them."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # pydantic's word for what typer raises
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="A factory for small medical vision-language models. Not for clinical use.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

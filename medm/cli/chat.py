@@ -54,7 +54,7 @@ def chat(
         try:
             respond(conversation, line)
         except MedmError as error:
-            report(error)
+            report(str(error))
         except KeyboardInterrupt:  # ends the reply, not the conversation
             out.print()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -15,9 +17,9 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 """Errors, progress and log lines."""
 
 
-def report(error: Exception) -> None:
-    """An error that the user can mend: its message, and no traceback."""
-    err.print(Text("error: ", style="bold red").append(str(error), style="not bold default"))
+def report(message: str) -> None:
+    """Print an error that the user can fix: its message, and no traceback."""
+    err.print(Text("error: ", style="bold red").append(message, style="not bold default"))
 
 
 def note(message: str) -> None:
@@ -43,6 +45,9 @@ def first_process() -> bool:
 
 def start_logging(*, verbose: bool = False) -> None:
     """Log lines of medm to standard error; other libraries speak from warnings on, other ranks from errors on."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name that is no UTF-8 must not end a command when its result is printed.
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -14,7 +14,7 @@ from medm.cli.console import err, note, out
 def infer(
     model: Annotated[str, typer.Option(help="Model folder that medm saved.")],
     data: Annotated[str, typer.Option(help="JSON or JSONL of records; the last reply may be missing.")],
-    output: Annotated[str, typer.Option(help="JSONL to append to; the same command goes on where it stopped.")],
+    output: Annotated[str, typer.Option(help="JSONL to append to; the same command resumes where it stopped.")],
     root: Annotated[str | None, typer.Option(help="Folder of images and volumes.  [default: that of --data]")] = None,
     json_output: Annotated[
         str | None, typer.Option("--json", help="At the end, all records with their replies as one JSON array.")
@@ -33,13 +33,15 @@ def infer(
     ] = "saved",
     compile: Annotated[bool, typer.Option("--compile", help="Compile decoding: a slow start, faster replies.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many records.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew instead of going on.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete earlier replies and start over.")] = False,
 ) -> None:
     """Answer every record of an annotation file. Not for clinical use.
 
-    A run that was stopped goes on with the same command. Several GPUs: --processes, or `medm launch infer`.
+    A run that was stopped resumes with the same command, which also tries every record again that has no reply.
+    The exit status is 1 while a record has no reply. Several GPUs: --processes, or `medm launch infer`.
     """
     from medm.config import validate
+    from medm.errors import MedmError
     from medm.evaluation.infer import infer as run
     from medm.evaluation.options import InferOptions
 
@@ -59,19 +61,19 @@ def infer(
     summary = run(options, progress=CalmProgress())
     if summary is None:
         return
-    out.print(
-        f"{summary.records} records: {summary.answered} answered, {summary.errors} refused"
-        + (f" (see the 'error' of their lines in {output})" if summary.errors else "")
-    )
+    out.print(f"{summary.records} records: {summary.answered} answered, {summary.errors} without a reply")
     if summary.resumed:
         note(f"{summary.resumed} of them by earlier runs")
     if summary.unfinished:
         note(f"{summary.unfinished} replies were cut at {max_new_tokens} tokens")
-    out.print(
-        f"{summary.seconds:.1f} s, {summary.per_second:.2f} records/s, {summary.tokens} tokens"
-        f"  {Path(json_output or output)}"
-    )
+    pace = f"{summary.seconds:.1f} s, {summary.per_second:.2f} records/s, " if summary.new else ""
+    out.print(f"{pace}{summary.tokens} tokens  {Path(json_output or output)}", markup=False)
     note("Not for clinical use.")
+    if summary.errors:
+        raise MedmError(
+            f"{summary.errors} of {summary.records} records have no reply; the 'error' of their lines in {output} says "
+            "why. Replies are kept: correct the cause and run the same command again, which tries these records again"
+        )
 
 
 class CalmProgress:
@@ -90,7 +92,7 @@ class CalmProgress:
         self._last = now
         rate = done / max(now - self._started, 1e-9)
         left = (total - done) / max(rate, 1e-9)
-        refused = f", {errors} refused" if errors else ""
+        refused = f", {errors} without a reply" if errors else ""
         line = f"{done} of {total}{refused}, {rate:.1f}/s, {duration(left)} left"
         err.print(line, end="\r" if self._live and done < total else "\n", style="dim")
 

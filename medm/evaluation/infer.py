@@ -1,7 +1,7 @@
 """Batch inference: an annotation file in, one line a record out.
 
 A run may be stopped at any moment and started again with the same command: each record is answered once. A record
-that cannot be used becomes a line with its error.
+that cannot be used becomes a line with its error, and the next run tries it again.
 """
 
 from __future__ import annotations
@@ -14,27 +14,30 @@ import os
 import queue
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from medm.children import safe_path
 from medm.data.options import SourceOptions
 from medm.data.records import Records
-from medm.errors import CheckpointError, DataError, MedmError, RecipeError
-from medm.evaluation.engine import Engine, load_engine, pick_device
+from medm.errors import DataError, InputLostError, MedmError, RecipeError
+from medm.evaluation.engine import Engine, Reply, load_engine, pick_device
 from medm.evaluation.options import InferOptions
 from medm.evaluation.prompts import Prepared, Prompts, deal, work_order
-from medm.evaluation.results import Results, model_fingerprint, write_aside
+from medm.evaluation.results import Appender, Results, model_fingerprint, write_aside
+from medm.models import load_config, load_processor
+from medm.os_errors import explain, require_writable
 from medm.registry import load_plugin, loaded_plugins
 from medm.stopping import ignore_stops
+from medm.types import Sample, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,12 @@ _LONGEST_WAIT = timedelta(days=7)
 _BATCHES_AHEAD = 4
 """Batches that are decoded together; their lines are written when the last of them is answered."""
 
+_OUTAGE = 32
+"""So many records in a row that the machine does not give, and not one that it gives, stop the run."""
+
+_NOTED = {"limit", "batch_size", "processes", "device", "json_output"}
+"""Options that replies do not depend on, noted beside the results."""
+
 
 @dataclass(frozen=True, slots=True)
 class InferSummary:
@@ -57,9 +66,9 @@ class InferSummary:
     answered: int
     """Of them with a reply, from this run and earlier ones."""
     errors: int
-    """Of them refused, with their reason in the output."""
+    """Of them without a reply, with the reason in the output."""
     resumed: int
-    """Of them done by earlier runs."""
+    """Of them answered by earlier runs."""
     unfinished: int
     """Replies cut at the longest length."""
     tokens: int
@@ -68,9 +77,14 @@ class InferSummary:
     """Of this run, loading included."""
 
     @property
+    def new(self) -> int:
+        """Records answered by this run."""
+        return self.answered - self.resumed
+
+    @property
     def per_second(self) -> float:
-        """Records of this run a second."""
-        return (self.records - self.resumed) / self.seconds if self.seconds else 0.0
+        """Records that this run answered per second."""
+        return self.new / self.seconds if self.seconds else 0.0
 
 
 @dataclass(slots=True)
@@ -106,14 +120,14 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
         MedmError: a process ended before its work was done; the same command goes on.
     """
     started = time.monotonic()
-    pick_device(options.device)
-    results = Results(Path(options.output), run_settings(options))
-    with _launched() as (rank, world):
+    check(options)
+    records = open_records(options)
+    results = Results(Path(options.output), run_settings(options), options.model_dump(include=_NOTED))
+    with _launched() as (rank, world), results.held() if rank == 0 else nullcontext():
         if rank == 0:
             results.begin(overwrite=options.overwrite)
         _wait_for_all(world)
-        records = open_records(options)
-        before = [index for index in results.done() if index < len(records)]
+        before = [index for index, line in results.done().items() if "reply" in line and index < len(records)]
         counter = _Counter(len(records) - len(before), progress if rank == 0 else None)
         if world > 1:
             _answer_share(options, rank, world, lambda done, errors: counter.note(rank, done, errors))
@@ -125,8 +139,8 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
         if rank > 0:
             return None
         lines = results.finish()
-    if options.json_output is not None:
-        write_conversations(options, lines)
+        if options.json_output is not None:
+            write_conversations(options, records, lines)
     kept = [line for index, line in lines.items() if index < len(records)]
     return InferSummary(
         records=len(records),
@@ -139,11 +153,29 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
     )
 
 
+def check(options: InferOptions) -> None:
+    """Refuse what cannot work before any weight is read.
+
+    Raises:
+        DeviceError: the device is not there.
+        CheckpointError: there is no model that medm saved.
+        RecipeError: its chat template is broken, or its context leaves no room for a prompt.
+        DataError: the folder of images and volumes is not there.
+        OSError: the output or the JSON cannot be written.
+    """
+    pick_device(options.device)
+    _context(load_config(options.model), options)
+    with suppress(DataError):  # a template may want more than a question; a broken one raises another error
+        load_processor(options.model).encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
+    if options.root is not None and not Path(options.root).is_dir():
+        raise DataError(f"root {options.root}: no such folder; expected the folder of images and volumes")
+    require_writable(Path(options.output))
+    if options.json_output is not None:
+        require_writable(Path(options.json_output))
+
+
 def run_settings(options: InferOptions) -> dict[str, Any]:
     """What the replies depend on; kept beside them."""
-    folder = Path(options.model).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"{options.model}: no such model folder")
     try:
         with Path(options.data).open("rb") as stream:
             data = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -152,7 +184,7 @@ def run_settings(options: InferOptions) -> dict[str, Any]:
     return {
         "data_sha256": data,
         "root": str(Path(options.root or Path(options.data).parent).resolve()),
-        "model_fingerprint": model_fingerprint(folder),
+        "model_fingerprint": model_fingerprint(Path(options.model).expanduser()),
         "generation": options.generation.model_dump(),
         "dtype": options.dtype,
     }
@@ -164,44 +196,128 @@ def open_records(options: InferOptions) -> Records:
 
 
 def _answer_share(options: InferOptions, rank: int, world: int, note: Callable[[int, int], None]) -> None:
-    """Answer this process's share of the records that have no line yet."""
-    device = _device_of(options.device, rank)
-    engine, processor = load_engine(
-        options.model, options.generation, device=device, dtype=options.dtype, slots=options.batch_size
-    )
-    records = open_records(options)
-    tokens_per_item = {name: int(entry["num_tokens"]) for name, entry in processor.branches.items()}
-    share = deal(work_order(records, tokens_per_item), rank=rank, world=world)
+    """Answer this process's share of the records that have no reply yet.
+
+    Records that were never tried come first. Those that failed, in this run or earlier ones, are tried at the end:
+    their files may be there again.
+    """
+    _stop_with_parent()
     results = Results(Path(options.output), {})
     with results.append(rank=rank, world=world) as appender:
-        left = share[~np.isin(share, list(results.done()))]
-        # A decoder that fills the places of finished prompts is given several batches at once.
-        size = options.batch_size * (_BATCHES_AHEAD if engine.decoder is not None else 1)
-        batches = [left[start : start + size].tolist() for start in range(0, len(left), size)]
-        prompts = Prompts(records, processor, batches, context=_context(engine, options))
-        done = errors = 0
-        for prepared in _load(prompts, options, world):
-            lines = answer_lines(engine, records, prepared)
-            appender.add(lines)
-            done, errors = done + len(lines), errors + len(prepared.problems)
-            note(done, errors)
-            _stop_with_parent()
+        records, processor = open_records(options), load_processor(options.model)
+        tokens_per_item = {name: int(entry["num_tokens"]) for name, entry in processor.branches.items()}
+        share = deal(work_order(records, tokens_per_item), rank=rank, world=world).tolist()
+        lines = results.done()
+        fresh = [index for index in share if index not in lines]
+        failed = [index for index in share if "error" in lines.get(index, {})]
+        logger.debug("process %d of %d: %d records to answer", rank, world, len(fresh) + len(failed))
+        work = _Share(options, world, records, processor, appender, note)
+        if fresh or (failed and work.can_any_be_answered(failed)):
+            work.load_model(_device_of(options.device, rank))
+            again = work.answer(fresh)
+            work.answer([*failed, *again])
 
 
-def answer_lines(engine: Engine, records: Records, prepared: Prepared) -> list[dict[str, Any]]:
-    """The output lines of one batch."""
-    lines: list[dict[str, Any]] = [{"index": index, "error": reason} for index, reason in prepared.problems]
-    for _, reason in prepared.problems:
-        logger.debug("refused: %s", reason)
-    replies = engine.answer(prepared.batch) if prepared.batch is not None else []
-    for index, reply in zip(prepared.indexes, replies, strict=True):
-        sample = records[index]
-        named = {"id": sample.id, "task": sample.task, "answer": sample.answer}
-        lines.append(
-            {"index": index}
-            | {key: value for key, value in named.items() if value is not None}
-            | {"reply": reply.text, "tokens": reply.tokens, "finished": reply.finished}
+class _Share:
+    """The work of one process.
+
+    Args:
+        options: of the run.
+        world: processes of the run.
+        records: all of them.
+        processor: of the model that answers.
+        appender: takes the lines.
+        note: told how many records were tried by this process, and how many of them have no reply.
+    """
+
+    def __init__(
+        self, options: InferOptions, world: int, records: Records, processor: Any, appender: Appender,
+        note: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
+        self.options, self.world, self.records, self.processor = options, world, records, processor
+        self.appender, self.note = appender, note
+        self.context = _context(load_config(options.model), options)
+        self.engine: Engine | None = None
+        self._replied: dict[int, bool] = {}
+        """Records that were tried, and whether the last try gave a reply."""
+        self._unavailable = 0
+        """Records in a row that the machine did not give."""
+
+    def load_model(self, device: torch.device) -> None:
+        """Read the weights."""
+        options = self.options
+        self.engine, self.processor = load_engine(
+            options.model, options.generation, device=device, dtype=options.dtype, slots=options.batch_size
         )
+
+    def can_any_be_answered(self, indexes: Sequence[int]) -> bool:
+        """Whether one of the records that failed before is good now; needs no weights.
+
+        Where none is, their lines get the reasons of today.
+        """
+        tried = []
+        for prepared in self._prepare(indexes, size=1):
+            if prepared.batch is not None:
+                return True
+            tried.append(prepared)
+        for prepared in tried:
+            self._take(prepared, [])
+        return False
+
+    def answer(self, indexes: Sequence[int]) -> list[int]:
+        """Answer records, and return those that should be tried again at the end."""
+        assert self.engine is not None
+        # A decoder that fills the places of finished prompts is given several batches at once.
+        size = self.options.batch_size * (_BATCHES_AHEAD if self.engine.decoder is not None else 1)
+        again: list[int] = []
+        for prepared in self._prepare(indexes, size=size):
+            replies = self.engine.answer(prepared.batch) if prepared.batch is not None else []
+            self._take(prepared, replies)
+            again += [problem.named["index"] for problem in prepared.problems if problem.retry]
+            _stop_with_parent()
+        return again
+
+    def _prepare(self, indexes: Sequence[int], *, size: int) -> Iterator[Prepared]:
+        batches = [list(indexes[start : start + size]) for start in range(0, len(indexes), size)]
+        if not batches:
+            return
+        for prepared in _load(
+            Prompts(self.records, self.processor, batches, context=self.context), self.options, self.world
+        ):
+            if prepared.lost is not None:
+                raise InputLostError(f"{prepared.lost}; what was answered is kept in {self.options.output}")
+            yield prepared
+
+    def _take(self, prepared: Prepared, replies: Sequence[Reply]) -> None:
+        """Write the lines of one batch.
+
+        Raises:
+            InputLostError: the machine gave none of the last many files.
+        """
+        self.appender.add(answer_lines(prepared, replies))
+        self._replied |= {named["index"]: True for named in prepared.named}
+        self._replied |= {problem.named["index"]: False for problem in prepared.problems}
+        self.note(len(self._replied), list(self._replied.values()).count(False))
+        for problem in prepared.problems:
+            if problem.unavailable:
+                self._unavailable += 1
+                if self._unavailable >= _OUTAGE:
+                    raise InputLostError(
+                        f"{self._unavailable} records in a row could not be read, and not by their own fault "
+                        f"({problem.reason}); what was answered is kept in {self.options.output}. Run the same command "
+                        "again when the files are available: it tries every record that has no reply"
+                    )
+        if prepared.read_files:
+            self._unavailable = 0
+
+
+def answer_lines(prepared: Prepared, replies: Sequence[Reply]) -> list[dict[str, Any]]:
+    """The output lines of one batch."""
+    lines = [{**problem.named, "error": problem.reason} for problem in prepared.problems]
+    for problem in prepared.problems:
+        logger.debug("record %d: no reply: %s", problem.named["index"], problem.reason)
+    for named, reply in zip(prepared.named, replies, strict=True):
+        lines.append({**named, "reply": reply.text, "tokens": reply.tokens, "finished": reply.finished})
     return lines
 
 
@@ -216,8 +332,9 @@ def _load(prompts: Prompts, options: InferOptions, world: int) -> Iterator[Prepa
     yield from DataLoader(prompts, batch_size=None, num_workers=max(0, workers), worker_init_fn=ignore_stops, **extra)
 
 
-def _context(engine: Engine, options: InferOptions) -> int | None:
-    longest = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
+def _context(config: Any, options: InferOptions) -> int | None:
+    """Longest prompt in tokens; None for no limit. Raises `RecipeError` where none fits."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is None:
         return None
     left = int(longest) - options.generation.max_new_tokens
@@ -263,8 +380,9 @@ def _answer_in_processes(options: InferOptions, counter: _Counter) -> None:
     with safe_path():  # the queue starts a process too, which tracks semaphores
         news: Any = context.Queue()
     plugins = [str(path) for path in loaded_plugins()]
+    level = logging.getLogger("medm").getEffectiveLevel()
     children = [
-        context.Process(target=_child, args=(options, rank, options.processes, plugins, news))
+        context.Process(target=_child, args=(options, rank, options.processes, plugins, level, news))
         for rank in range(options.processes)
     ]
     with safe_path():
@@ -283,7 +401,7 @@ def _watch(children: list[Any], news: Any, counter: _Counter) -> None:
     """Follow the children until all are done. Raises `MedmError` when one fails."""
     while True:
         try:
-            rank, message = news.get(timeout=0.5)
+            message = news.get(timeout=0.5)
         except queue.Empty:
             codes = [child.exitcode for child in children]
             for rank, code in enumerate(codes):
@@ -291,26 +409,37 @@ def _watch(children: list[Any], news: Any, counter: _Counter) -> None:
                     raise MedmError(
                         f"process {rank} of {len(children)} ended with status {code}"
                         + (" (killed; perhaps for memory)" if code < 0 else "")
-                        + "; what was answered is kept, and the same command goes on"
+                        + "; what was answered is kept, and the same command resumes"
                     ) from None
             if all(code == 0 for code in codes):
                 return
             continue
-        if isinstance(message, str):
-            raise MedmError(message)
-        counter.note(rank, *message)
+        if isinstance(message, logging.LogRecord):
+            logging.getLogger(message.name).handle(message)
+        elif isinstance(message, MedmError):
+            raise message
+        else:
+            counter.note(*message)
 
 
-def _child(options: InferOptions, rank: int, world: int, plugins: list[str], news: Any) -> None:
+def _child(options: InferOptions, rank: int, world: int, plugins: list[str], level: int, news: Any) -> None:
     """One process of several. It ends with its parent, which SIGINT from a terminal reaches too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
+    # Log lines are printed by the parent, in its form; the first process speaks for all.
+    logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, handlers=[QueueHandler(news)], force=True)
+    logging.getLogger("medm").setLevel(logging.ERROR if rank else level)
     try:
         for plugin in plugins:
             load_plugin(plugin)
-        _answer_share(options, rank, world, lambda done, errors: news.put((rank, (done, errors))))
+        _answer_share(options, rank, world, lambda done, errors: news.put((rank, done, errors)))
     except MedmError as error:
-        news.put((rank, str(error)))
+        news.put(error)
+    except (OSError, RuntimeError) as error:
+        text = explain(error)
+        if text is None:
+            raise
+        news.put(MedmError(text))
 
 
 def _stop_with_parent() -> None:
@@ -320,21 +449,27 @@ def _stop_with_parent() -> None:
         raise SystemExit(1)
 
 
-def write_conversations(options: InferOptions, lines: dict[int, dict[str, Any]]) -> None:
+def write_conversations(options: InferOptions, records: Records, lines: dict[int, dict[str, Any]]) -> None:
     """The records in MedM-VL's form: without their last reply, which is kept as `answer`, and with the new one."""
     assert options.json_output is not None
-    records = open_records(options)
     items = []
     for index in range(len(records)):
         try:
-            record = dict(records.files[0][index])
-        except (DataError, TypeError, ValueError):
-            record = {}  # not JSON, or no object: its error is all there is to say
-        items.append(with_reply(record, lines[index]))
-    text = ",\n".join(json.dumps(item, ensure_ascii=False, indent=2) for item in items)
+            record = records.files[0][index]
+        except DataError:
+            record = {}  # not JSON: its error is all there is to say
+        items.append(_indented(with_reply(record if isinstance(record, dict) else {}, lines[index])))
     file = Path(options.json_output)
     file.parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(items)
     write_aside(file, f"[\n{text}\n]\n")
+
+
+def _indented(item: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(item, ensure_ascii=False, allow_nan=False, indent=2)
+    except RecursionError:  # the writer without indentation goes as deep as the reader did
+        return json.dumps(item, ensure_ascii=False, allow_nan=False)
 
 
 def with_reply(record: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class AnsweringOptions(Options):
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
     """Precision of the weights; as they were saved without it."""
     overwrite: bool = False
-    """Begin anew where answers of an earlier run lie, instead of going on."""
+    """Delete the answers of an earlier run and start over, instead of resuming."""
 
 
 class InferOptions(AnsweringOptions):
@@ -63,7 +63,7 @@ class InferOptions(AnsweringOptions):
     root: str | None = None
     """Folder that image and volume paths are relative to. Default: the folder of `data`."""
     output: str
-    """JSONL file to append to: one line a record, as soon as it is answered. A run that was stopped goes on in it."""
+    """JSONL file to append to: one line a record, as soon as it is answered. A run that was stopped resumes in it."""
     json_output: str | None = None
     """Where the records with their replies are written at the end, as one JSON array in MedM-VL's form."""
     limit: int | None = Field(default=None, ge=1)

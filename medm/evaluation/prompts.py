@@ -1,9 +1,17 @@
-"""Annotation records to batches of prompts, in the workers of a DataLoader. Knows no model and no device."""
+"""Annotation records to batches of prompts, in the workers of a DataLoader. Knows no model and no device.
+
+A file that cannot be read is not always the record's fault: network shares vanish for a second, descriptors run out.
+Such files are tried again before a record is refused.
+"""
 
 from __future__ import annotations
 
+import errno
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,26 +19,53 @@ from torch.utils.data import Dataset
 
 from medm.data.dataset import ConversationDataset
 from medm.data.records import Records
-from medm.errors import DataError
+from medm.errors import DataError, InputLostError, RecipeError, machine_fault
 from medm.evaluation.engine import PromptBatch, prepare
+from medm.imaging.paths import MissingFileError
+from medm.os_errors import explain
 from medm.types import Example
 
 _BYTES_PER_TOKEN = 4
 """Of English text; only the order of work depends on it."""
 _BUCKET = 32
 """Prompts whose lengths differ by fewer tokens may be put in the order of their images instead."""
+WAITS = (0.1, 0.4, 1.0, 2.0, 4.0)
+"""Seconds before a file that the machine does not give is tried again."""
+_FRUITLESS = 3
+"""After so many records for which waiting did not help, later ones are not waited for."""
+_OWN_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Codes that say nothing about a folder: this process has reached a limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A record that cannot be answered."""
+
+    named: dict[str, Any]
+    """As in `Prepared`."""
+    reason: str
+    retry: bool = False
+    """A file was not there or not given. It is tried once more at the end of the run."""
+    unavailable: bool = False
+    """The machine is at fault, not the record: a disk, a share, memory, descriptors."""
 
 
 @dataclass(slots=True)
 class Prepared:
     """Some records, ready to be answered or refused."""
 
-    indexes: list[int]
-    """Record of each row of `batch`."""
+    named: list[dict[str, Any]]
+    """`index`, and `id`, `task` and `answer` where there are such, of the record of each row of `batch`."""
     batch: PromptBatch | None
     """None where every record is bad."""
-    problems: list[tuple[int, str]]
-    """Record and reason of those that cannot be answered."""
+    problems: list[Problem]
+    lost: str | None = None
+    """Why no record can be read any more; the run has to stop."""
+
+    @property
+    def read_files(self) -> bool:
+        """Whether an image or a volume could be read."""
+        return self.batch is not None and bool(self.batch.pixels)
 
 
 class Prompts(Dataset[Prepared]):
@@ -47,20 +82,65 @@ class Prompts(Dataset[Prepared]):
         self, records: Records, processor: Any, batches: Sequence[Sequence[int]], *, context: int | None = None
     ) -> None:
         self.examples = ConversationDataset(records, processor.encode, processor.preprocess, generation=True)
+        self.records = records
         self.batches, self.pad_id, self.context = batches, int(processor.pad_id), context
+        self._patience = _FRUITLESS
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, position: int) -> Prepared:
-        indexes, examples, problems = [], [], []
+        named, examples, problems = [], [], []
         for index in self.batches[position]:
             try:
-                examples.append(self._example(index))
-                indexes.append(index)
-            except DataError as error:
-                problems.append((index, reason(error)))
-        return Prepared(indexes, prepare(examples, pad_id=self.pad_id) if examples else None, problems)
+                examples.append(self._example_with_retries(index))
+                named.append(self._named(index))
+            except InputLostError as error:
+                return Prepared([], None, [], lost=str(error))
+            except (DataError, RecipeError, OSError) as error:
+                problems.append(self._problem(index, error))
+        return Prepared(named, prepare(examples, pad_id=self.pad_id) if examples else None, problems)
+
+    def _example_with_retries(self, index: int) -> Example:
+        """The example; where the machine does not give a file, it is waited for.
+
+        Raises:
+            InputLostError: the data root itself is gone, and did not come back.
+        """
+        waits = list(WAITS if self._patience else ())
+        waited = False
+        while True:
+            try:
+                example = self._example(index)
+            except (DataError, OSError) as error:
+                if machine_fault(error) is None and not self._is_away(index, error):
+                    raise
+                if not waits:
+                    self._patience = max(0, self._patience - 1)
+                    self._require_root(index)
+                    raise
+                time.sleep(waits.pop(0))
+                waited = True
+            else:
+                if waited:
+                    self._patience = _FRUITLESS
+                return example
+
+    def _is_away(self, index: int, error: Exception) -> bool:
+        """Whether a file is missing together with its whole folder, as when a share is away."""
+        if not _is_missing(error):
+            return False
+        root = self.records.root(index)
+        folders = {(root / media.path).parent for media in self.records[index].media if media.path is not None}
+        return _is_gone(root) or any(map(_is_gone, folders))
+
+    def _require_root(self, index: int) -> None:
+        root = self.records.root(index)
+        if _is_gone(root):
+            raise InputLostError(
+                f"{root}: the folder of images and volumes is gone or empty, as when a share is not mounted; make it "
+                "available again and run the same command again, which resumes where it stopped"
+            )
 
     def _example(self, index: int) -> Example:
         example = self.examples[index]
@@ -71,6 +151,51 @@ class Prompts(Dataset[Prepared]):
                 f"the model's context leaves {self.context}"
             )
         return example
+
+    def _named(self, index: int) -> dict[str, Any]:
+        sample = self.records[index]
+        named = {"id": sample.id, "task": sample.task, "answer": sample.answer}
+        return {"index": index} | {key: value for key, value in named.items() if value is not None}
+
+    def _problem(self, index: int, error: Exception) -> Problem:
+        named: dict[str, Any] = {"index": index}
+        with suppress(DataError, InputLostError, OSError):  # a record that is no JSON has no name
+            source, position = self.records.locate(index)
+            named |= _names(self.records.files[source][position])
+        text = reason(error) if isinstance(error, DataError) else explain(error) or str(error)
+        unavailable = machine_fault(error) is not None
+        return Problem(named, text, retry=unavailable or _is_missing(error), unavailable=unavailable)
+
+
+def _names(record: Any) -> dict[str, Any]:
+    """`id` and `task` of a record that may be bad, as lines with replies have them."""
+    if not isinstance(record, dict):
+        return {}
+    names: dict[str, Any] = {}
+    if isinstance(record.get("id"), (str, int)) and not isinstance(record["id"], bool):
+        names["id"] = str(record["id"])
+    if isinstance(record.get("task"), str):
+        names["task"] = record["task"]
+    return names
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    """Whether a file was not there, or not to be opened, at the moment it was asked for."""
+    while error is not None:
+        if isinstance(error, (MissingFileError, FileNotFoundError, NotADirectoryError, PermissionError)):
+            return True
+        error = error.__context__  # also behind `from None`
+    return False
+
+
+def _is_gone(folder: Path) -> bool:
+    """Whether a folder is not there, does not answer or is empty: what remains of a share that is not mounted."""
+    try:
+        return next(folder.iterdir(), None) is None
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError as error:
+        return machine_fault(error) is not None and error.errno not in _OWN_LIMITS
 
 
 def reason(error: DataError) -> str:

@@ -1,26 +1,40 @@
 """The output of batch inference: lines that are appended as they come, survive a kill, and are never written twice.
 
-Beside `out.jsonl` stands `out.jsonl.run.json`, which says what the lines are replies to: a run goes on only with
-the same data, model and settings. Several processes write a part each, which are merged at the end.
+Beside `out.jsonl` stands `out.jsonl.run.json`, which says what the lines are replies to: a run resumes only with
+the same data, model and settings. Several processes write a part each, which are merged at the end. One run at a time
+holds the output as a whole.
 """
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
+import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from medm.errors import MedmError, RecipeError
+from medm.os_errors import explain, naming, require_writable
+
+logger = logging.getLogger(__name__)
 
 _SAMPLE, _SAMPLES = 64 * 1024, 64
 _SMALL_FILES = ("config", "generation_config", "processor_config", "tokenizer", "special_tokens", "chat_template")
 """Beginnings of the names of files, other than weights, that a reply depends on."""
+_NOTES = "last_run"
+"""Key of the settings file under which the options stand that replies do not depend on."""
+_IN_WORDS = {
+    "data_sha256": "the data file changed",
+    "model_fingerprint": "the model is another one, or its files changed",
+}
+"""Changes of settings that are hashes."""
 
 
 class Results:
@@ -28,48 +42,102 @@ class Results:
 
     Args:
         output: the JSONL file.
-        settings: what the replies depend on, JSON-able; compared when a run goes on.
+        settings: what the replies depend on, JSON-able; compared when a run resumes.
+        notes: other options, kept beside the settings for the reader and not compared.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        self.output, self.settings = output, dict(settings)
+    def __init__(
+        self, output: Path, settings: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+    ) -> None:  # fmt: skip
+        self.output, self.settings, self.notes = output, dict(settings), dict(notes or {})
         self.sidecar = output.with_name(f"{output.name}.run.json")
 
-    def begin(self, *, overwrite: bool = False) -> None:
-        """Make ready to append; one process does this before any of them writes.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the output for this run alone; a killed run lets go by itself.
+
+        A run that ends before its first line leaves nothing behind.
 
         Raises:
-            RecipeError: the file holds lines of another run.
+            MedmError: another run holds it.
+            OSError: nothing can be written there.
         """
+        require_writable(self.output)
+        if self.output.exists() and not self.output.is_file():
+            raise MedmError(f"{self.output}: expected a file, found a device, pipe or socket; choose another --output")
         self.output.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(self.output):
+            try:
+                yield
+            finally:
+                if not any(file.stat().st_size for file in self._files()):
+                    for file in (self.sidecar, *self._files()):
+                        file.unlink(missing_ok=True)
+
+    def begin(self, *, overwrite: bool = False) -> None:
+        """Make ready to append; one process does this while it holds the output, before any of them writes.
+
+        Raises:
+            RecipeError: the file holds replies of another run.
+            MedmError: a process of a killed run is still writing.
+        """
+        for file in self._files():
+            _require_unused(file)
         if overwrite:
-            for file in (self.sidecar, self.output, *self._parts()):
-                file.unlink(missing_ok=True)
-        if self.sidecar.exists():
-            self._require_same(json.loads(self.sidecar.read_text(encoding="utf-8")))
+            self._remove_lines()
+        elif self.sidecar.exists():
+            changes = self._changes()
+            if changes and any("reply" in line for line in self.done().values()):
+                raise RecipeError(
+                    f"{self.output}: holds replies of another run ({'; '.join(changes)}); choose another --output, "
+                    "repeat the run as it was, or --overwrite"
+                )
+            if changes:  # a run that answered nothing does not bind the next one
+                self._remove_lines()
         elif self.output.exists() and self.output.stat().st_size:
             raise RecipeError(
                 f"{self.output}: exists, and no {self.sidecar.name} beside it says what its lines are; choose another "
                 "--output, or --overwrite it"
             )
-        write_aside(self.sidecar, json.dumps(self.settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        content = {**self.settings, _NOTES: self.notes}
+        write_aside(self.sidecar, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
-    def _require_same(self, before: Any) -> None:
+    def _remove_lines(self) -> None:
+        for file in (self.sidecar, *self._files()):
+            file.unlink(missing_ok=True)
+
+    def _changes(self) -> list[str]:
+        """What differs from the settings of the run that began this output, in words."""
+        try:
+            before = json.loads(self.sidecar.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise MedmError(f"{self.sidecar}: damaged, expected a JSON object; --overwrite, or choose another --output")
         now = json.loads(json.dumps(self.settings))
-        names = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
-        if names:
-            changes = "; ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in names)
-            raise RecipeError(
-                f"{self.output}: holds replies of another run ({changes}); choose another --output, repeat the run as "
-                "it was, or --overwrite"
-            )
+        changes = []
+        for key in sorted({*now, *before} - {_NOTES}):
+            old, new = before.get(key), now.get(key)
+            if old == new:
+                continue
+            logger.debug("%s: %s was %r and is now %r", self.sidecar, key, old, new)
+            if key in _IN_WORDS:
+                changes.append(_IN_WORDS[key])
+            elif isinstance(old, dict) and isinstance(new, dict):
+                inner = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+                changes += [f"{name} was {old.get(name)!r} and is now {new.get(name)!r}" for name in inner]
+            else:
+                changes.append(f"{key} was {old!r} and is now {new!r}")
+        return changes
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """Every finished line by record, of all files. Torn last lines are passed over."""
+        """The line of each record, of all files: its reply, or else its last error. Torn last lines are passed over."""
         lines: dict[int, dict[str, Any]] = {}
         for file in (self.output, *self._parts()):
             for line in read_lines(file):
-                lines.setdefault(int(line["index"]), line)
+                index = int(line["index"])
+                if "reply" not in lines.get(index, {}):
+                    lines[index] = line
         return lines
 
     @contextmanager
@@ -80,16 +148,69 @@ class Results:
             yield appender
 
     def finish(self) -> dict[int, dict[str, Any]]:
-        """Merge the parts, in the order of the records, and return every line."""
+        """Merge the parts, one line a record in the order of the records, and return every line."""
         lines = self.done()
         text = "".join(encode(lines[index]) for index in sorted(lines))
-        write_aside(self.output, text)
+        if not self.output.exists() or self.output.read_bytes() != _to_bytes(text):
+            write_aside(self.output, text)
         for part in self._parts():
             part.unlink()
         return lines
 
     def _parts(self) -> list[Path]:
-        return sorted(self.output.parent.glob(f"{self.output.name}.part-*-of-*"))
+        return sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.part-*-of-*"))
+
+    def _files(self) -> list[Path]:
+        return [file for file in (self.output, *self._parts()) if file.exists()]
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """Lock an output by a file beside it, which is there as long as the lock is held."""
+    file = output.with_name(f".{output.name}.lock")
+    stream = _opened_and_locked(file, output)
+    try:
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        stream.flush()
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        stream.close()
+
+
+def _opened_and_locked(file: Path, output: Path) -> BinaryIO:
+    while True:
+        stream = file.open("a+b")
+        try:
+            with naming(file):
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before may have removed the file between the two lines above; such a lock holds nobody off.
+            if file.exists() and os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+                return stream
+        except BlockingIOError:
+            stream.seek(0)
+            holder = stream.read().decode(errors="replace").strip() or "a process that is just starting"
+            stream.close()
+            raise MedmError(
+                f"{output}: another run is writing to it ({holder}); wait for it, or choose another --output"
+            ) from None
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+
+
+def _require_unused(file: Path) -> None:
+    """Raise `MedmError` where a process that outlived its run still writes to a file."""
+    with file.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MedmError(
+                f"{file}: a process of an earlier run is still writing to it; it ends after its batch: run the same "
+                "command again in a moment"
+            ) from None
 
 
 class Appender:
@@ -101,23 +222,33 @@ class Appender:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._stream = file.open("a+b")
+        # Unbuffered, so that closing has nothing left to write.
+        self._stream = file.open("a+b", buffering=0)
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(file):
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._drop_torn_line()
         except BlockingIOError:
             self._stream.close()
             raise MedmError(
                 f"{file}: another process is writing to it; wait for it, or choose another --output"
             ) from None
-        self._drop_torn_line()
+        except BaseException:
+            self._stream.close()
+            raise
 
     def __enter__(self) -> Appender:
         return self
 
     def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._stream.close()
+        try:
+            self._stream.close()
+        except OSError as closing:
+            if error is None:
+                raise self._cannot_write(closing) from None
+            logger.debug("%s: closing failed too: %s", self.file, closing)  # the first error says what to do
 
     def add(self, lines: list[dict[str, Any]]) -> None:
         """Write some lines; when this returns they survive a kill and a power failure.
@@ -125,25 +256,33 @@ class Appender:
         Raises:
             MedmError: the disk does not take them.
         """
+        left = memoryview(_to_bytes("".join(map(encode, lines))))
         try:
-            self._stream.write("".join(map(encode, lines)).encode())
-            self._stream.flush()
+            while left:
+                left = left[self._stream.write(left) or 0 :]
             os.fsync(self._stream.fileno())
         except OSError as error:
-            raise MedmError(
-                f"{self.file}: cannot be written ({error}); make room and run the same command again, which goes on "
-                "behind the last whole line"
-            ) from None
+            raise self._cannot_write(error) from None
+
+    def _cannot_write(self, error: OSError) -> MedmError:
+        error.filename = str(self.file)
+        reason = explain(error) or f"{self.file}: cannot be written ({error}); run the same command again"
+        return MedmError(f"{reason}. It resumes after the last complete line")
 
     def _drop_torn_line(self) -> None:
         """A process that was killed while writing leaves half a line, which is cut off."""
-        self._stream.seek(0)
         whole = 0
-        for line in self._stream:
-            if line.endswith(b"\n"):
-                whole += len(line)
-        self._stream.truncate(whole)
-        self._stream.seek(0, os.SEEK_END)
+        with self.file.open("rb") as lines:
+            for line in lines:
+                if line.endswith(b"\n"):
+                    whole += len(line)
+        if whole != self.file.stat().st_size:
+            self._stream.truncate(whole)
+
+
+def _to_bytes(text: str) -> bytes:
+    """JSON text as UTF-8. Half a surrogate pair, which UTF-8 cannot hold, stays the escape that JSON has for it."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def encode(line: Mapping[str, Any]) -> str:
@@ -173,16 +312,22 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_aside(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Half a surrogate pair is written as its escape, which JSON reads.
+
+    Raises:
+        OSError: with the file's name.
+    """
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with naming(file):
+        try:
+            with aside.open("wb", buffering=0) as stream:
+                left = memoryview(_to_bytes(text))
+                while left:
+                    left = left[stream.write(left) or 0 :]
+                os.fsync(stream.fileno())
+            aside.replace(file)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def model_fingerprint(folder: Path) -> str:

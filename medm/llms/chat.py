@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from medm.errors import DataError, RecipeError
@@ -170,17 +170,40 @@ class ChatFormat:
         return lead if written.startswith(opened) and lead.isspace() else ""
 
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
-        marked = [{"role": message.role, "content": _MARK.format(i)} for i, message in enumerate(messages)]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    marked, chat_template=self.template, tokenize=False, add_generation_prompt=generation,
-                    **self.template_kwargs,
-                )
-            )  # fmt: skip
-        except TemplateError as error:
+            return self._apply(messages, generation)
+        except Exception as error:  # noqa: BLE001 (a template is somebody's program, and may raise anything)
+            raise self._fault(error, messages) from None
+
+    def _apply(self, messages: Sequence[Message], generation: bool) -> str:
+        marked = [{"role": message.role, "content": _MARK.format(i)} for i, message in enumerate(messages)]
+        return str(
+            self.tokenizer.apply_chat_template(
+                marked, chat_template=self.template, tokenize=False, add_generation_prompt=generation,
+                **self.template_kwargs,
+            )
+        )  # fmt: skip
+
+    def _fault(self, error: Exception, messages: Sequence[Message]) -> DataError | RecipeError:
+        """Blame the conversation where the template refuses it or works for a plain question, else the template."""
+        refused = type(error) is TemplateError  # `raise_exception`, which templates call on purpose
+        if refused or self._renders_a_question:
             roles = ", ".join(message.role for message in messages)
-            raise DataError(f"the model's chat template refuses turns of roles [{roles}]: {error}") from None
+            verb = "refuses" if refused else "fails on"
+            return DataError(f"the model's chat template {verb} turns of roles [{roles}]: {error}")
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        return RecipeError(
+            f"the model's chat template has an error ({type(error).__name__}{line}: {error}); correct "
+            "chat_template.jinja in the model folder, or set model.llm.chat_template to a template that works"
+        )
+
+    @cached_property
+    def _renders_a_question(self) -> bool:
+        try:
+            self._apply([Message("user", ["?"])], True)
+        except Exception as error:  # noqa: BLE001 (as in `_render`)
+            return type(error) is TemplateError
+        return True
 
     def _split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
         """(text, control token after it) pairs; the last has none. A token that strips its sides does so here."""

@@ -89,3 +89,14 @@ def load_processor(folder: str) -> Any:
     from medm.models.checkpoint import open_processor
 
     return open_processor(folder)
+
+
+def load_config(folder: str) -> Any:
+    """The config of a model folder, without its weights.
+
+    Raises:
+        CheckpointError: no such folder, or not a medm model.
+    """
+    from medm.models.checkpoint import open_config
+
+    return open_config(folder)

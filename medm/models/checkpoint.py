@@ -289,25 +289,36 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
 
 
-def open_saved(folder: str) -> tuple[Any, Any]:
-    """See `medm.models.load`."""
+def open_config(folder: str) -> Any:
+    """See `medm.models.load_config`."""
     path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder")
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: not a model folder; expected config.json, weights and processor_config.json in it"
         )
-    verify_weights(path)
     register()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if not config.model_type.startswith("medm-"):
-            raise CheckpointError(
-                f"{folder}: a model of type {config.model_type!r}, which medm did not save; "
-                "'medm import' turns published folders into medm models"
-            )
-        # medm saves neither. A folder from elsewhere may name a kernel of the hub, which would be fetched and run.
-        config._attn_implementation = None
-        config._experts_implementation = None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: its config cannot be opened ({error})") from None
+    if not config.model_type.startswith("medm-"):
+        raise CheckpointError(
+            f"{folder}: a model of type {config.model_type!r}, which medm did not save; "
+            "'medm import' turns published folders into medm models"
+        )
+    # medm saves neither. A folder from elsewhere may name a kernel of the hub, which would be fetched and run.
+    config._attn_implementation = None
+    config._experts_implementation = None
+    return config
+
+
+def open_saved(folder: str) -> tuple[Any, Any]:
+    """See `medm.models.load`."""
+    path, config = Path(folder).expanduser(), open_config(folder)
+    verify_weights(path)
+    try:
         # Mismatched tensors are let through here, so that the report below names them as it names the others.
         model, report = AutoModel.from_pretrained(
             path,

@@ -1,0 +1,145 @@
+"""What the operating system refuses, in plain words: full disks, read-only folders, shares that do not answer.
+
+Such an error is no defect of medm, wherever it comes up. `explain` turns it into a message; `naming` says which file it
+was about where Python does not know; `require_writable` finds it before hours of work.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_AGAIN = "then run the same command again"
+_SHARE = f"the disk or network share does not answer; check that it is mounted, {_AGAIN}"
+_PERMISSION = "check the owner and the permissions, or choose another path"
+_OPEN_FILES = f"too many files are open; raise the limit (ulimit -n) or use fewer workers, {_AGAIN}"
+
+_ADVICE: dict[int, str] = {
+    errno.ENOSPC: f"make room on the disk, {_AGAIN}",
+    errno.EDQUOT: f"the disk quota is used up; make room, {_AGAIN}",
+    errno.EFBIG: "the file is larger than this file system or the limit (ulimit -f) allows; choose another folder",
+    errno.EROFS: "choose a folder on a file system that can be written",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of this path is a file where a folder is expected; choose another path",
+    errno.EISDIR: "this is a folder, expected a file; choose another path",
+    errno.EEXIST: "something of this name exists already; remove it, or choose another path",
+    errno.ENOTEMPTY: "the folder is not empty; choose another one",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle; choose another path",
+    errno.EXDEV: "the two places are on different file systems; choose a path on one of them",
+    errno.EBUSY: f"another program uses it; wait for that program, {_AGAIN}",
+    errno.EMFILE: _OPEN_FILES,
+    errno.ENFILE: _OPEN_FILES,
+    errno.ENOMEM: "not enough memory; use smaller batches or fewer processes",
+    errno.ENOLCK: "this file system cannot lock files; choose a folder on another one",
+    errno.ENOTSUP: "this file system does not support it; choose a folder on another one",
+    errno.EIO: _SHARE,
+    errno.ESTALE: _SHARE,
+    errno.ENODEV: _SHARE,
+    errno.ENXIO: _SHARE,
+    errno.ETIMEDOUT: _SHARE,
+    errno.EHOSTDOWN: _SHARE,
+    errno.EHOSTUNREACH: _SHARE,
+    errno.ENOTCONN: _SHARE,
+}
+"""What to do, by the code of the error."""
+
+_WITHOUT_PATH = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+)
+"""Codes that blame the machine even where no file is named. Without a file, any other may be a defect of medm."""
+
+_RUST_CODE = re.compile(r"\(os error (\d+)\)")
+"""Of the operating system's errors that safetensors and tokenizers raise as their own."""
+_SHARED_MEMORY = re.compile(r"unable to \w+ (?:to )?file </torch_[^>]*>.*\((\d+)\)")
+"""Of the error that PyTorch raises where processes exchange tensors through /dev/shm."""
+_LOADER_WORKER = re.compile(r"DataLoader worker \(pid")
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the message for an error of the operating system; None where it is another error, or a defect of medm."""
+    if isinstance(error, RuntimeError) and _LOADER_WORKER.search(str(error)):
+        return (
+            "a process that prepares data was killed, perhaps for memory (its DataLoader worker ended unexpectedly); "
+            f"use fewer workers or more memory, {_AGAIN}"
+        )
+    if isinstance(error, RuntimeError) and (match := _SHARED_MEMORY.search(str(error))):
+        return (
+            f"shared memory (/dev/shm) could not hold a batch ({os.strerror(int(match[1]))}); make it "
+            f"larger (docker: --shm-size or --ipc=host) or use fewer workers, {_AGAIN}"
+        )
+    found = as_os_error(error)
+    if found is None or found.errno not in _ADVICE:
+        return None
+    names = [os.fsdecode(name) for name in (found.filename, found.filename2) if isinstance(name, (str, bytes, Path))]
+    if not names and found.errno not in _WITHOUT_PATH:
+        return None
+    place = f"{' to '.join(names)}: " if names else ""
+    return f"{place}{found.strerror or os.strerror(found.errno)}; {_ADVICE[found.errno]}"
+
+
+def as_os_error(error: BaseException) -> OSError | None:
+    """Return an error of the operating system as Python's own class; None where it is none."""
+    if isinstance(error, OSError):
+        return error
+    if type(error).__name__ == "SafetensorError" and (match := _RUST_CODE.search(str(error))):
+        code = int(match[1])
+        return OSError(code, os.strerror(code))
+    return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in errors of the operating system: those of a write, sync or close do not say which it was."""
+    try:
+        yield
+    except Exception as error:
+        found = as_os_error(error)
+        if found is None:
+            raise
+        found.filename, found.filename2 = str(path), None
+        if found is error:
+            raise
+        raise found from error
+
+
+def require_writable(path: Path, *, folder: bool = False) -> None:
+    """Prove that a file or folder can be created or replaced, without creating anything.
+
+    Args:
+        path: what will be written; folders above it may be missing.
+        folder: it will be a folder.
+
+    Raises:
+        OSError: it cannot, with the path that stands in the way.
+    """
+    if path.exists():
+        if path.is_dir() != folder:
+            code = errno.ENOTDIR if folder else errno.EISDIR
+            raise OSError(code, os.strerror(code), str(path))
+        _require_access(path)
+        if folder:
+            return
+    above = path.parent
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+    _require_access(above)
+    limit = os.pathconf(above, "PC_NAME_MAX")
+    for part in path.relative_to(above).parts:
+        if len(os.fsencode(part)) > limit:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
+
+
+def _require_access(path: Path) -> None:
+    if os.access(path, os.W_OK):
+        return
+    code = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+    raise OSError(code, os.strerror(code), str(path))
