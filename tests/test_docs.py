@@ -6,13 +6,16 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from tests import shrink
 from tests.test_readme import run
+from tests.test_versions import pins
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -97,5 +100,8 @@ def test_the_recipe_of_the_recipes_page_is_one() -> None:
 
 def test_the_page_of_commands_is_current() -> None:
     from medm.cli.pages import commands_page
+
+    if (installed := Version(version("typer"))) < (locked := pins("locked")["typer"]):
+        pytest.skip(f"typer {installed} describes arguments differently; the page is written with {locked}")
 
     assert (DOCS / "cli.md").read_text("utf-8") == commands_page(), "run: make docs"

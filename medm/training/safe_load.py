@@ -16,6 +16,15 @@ import torch
 
 from medm.errors import CheckpointError
 
+
+def _restore_indexed_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
+# transformers before 5.24 loads an optimizer to "cpu:0" when several processes train on CPUs; torch knows "cpu" alone.
+# The priority is one that no package of torch has: equal ones cannot be sorted.
+torch.serialization.register_package(15, lambda _storage: None, _restore_indexed_cpu)
+
 _FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
