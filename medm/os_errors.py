@@ -77,7 +77,7 @@ def explain(error: BaseException) -> str | None:
     found = as_os_error(error)
     if found is None or found.errno not in _ADVICE:
         return None
-    names = [os.fsdecode(name) for name in (found.filename, found.filename2) if isinstance(name, (str, bytes, Path))]
+    names = [os.fsdecode(name) for name in (found.filename, found.filename2) if _is_name(name)]
     if not names and found.errno not in _WITHOUT_PATH:
         return None
     place = f"{' to '.join(names)}: " if names else ""
@@ -95,18 +95,30 @@ def as_os_error(error: BaseException) -> OSError | None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name the file in errors of the operating system: those of a write, sync or close do not say which it was."""
+def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
+    """Name the file in errors of the operating system: those of a write, sync or close do not say which it was.
+
+    Args:
+        path: file or folder that is being written.
+        aside: temporary file or folder, which the errors shall not name.
+    """
     try:
         yield
     except Exception as error:
         found = as_os_error(error)
         if found is None:
             raise
-        found.filename, found.filename2 = str(path), None
+        named = [Path(os.fsdecode(name)) for name in (found.filename, found.filename2) if _is_name(name)]
+        if not named or (aside is not None and any(name.is_relative_to(aside) for name in named)):
+            found.filename, found.filename2 = str(path), None
         if found is error:
             raise
         raise found from error
+
+
+def _is_name(name: object) -> bool:
+    """Whether an error holds a name there: it may hold a descriptor, or nothing."""
+    return isinstance(name, (str, bytes, os.PathLike))
 
 
 def require_writable(path: Path, *, folder: bool = False) -> None:

@@ -51,12 +51,14 @@ def test_errors_of_libraries_that_hide_the_code_are_known() -> None:
     assert "was killed" in (explain(RuntimeError(killed)) or "")
 
 
-def test_naming_keeps_other_errors_and_puts_the_file_that_was_asked_for(tmp_path: Path) -> None:
+def test_naming_puts_the_place_of_a_temporary_file_and_keeps_other_errors(tmp_path: Path) -> None:
     with pytest.raises(KeyError), naming(tmp_path):
         raise KeyError("x")
-    with pytest.raises(FileNotFoundError) as caught, naming(tmp_path / "out.json"):
-        (tmp_path / ".out.json.7.tmp").read_bytes()
-    assert caught.value.filename == str(tmp_path / "out.json")
+    out, aside = tmp_path / "out", tmp_path / ".out.7.tmp"
+    for file, named in ((aside / "config.json", out), (aside, out), (tmp_path / "source", tmp_path / "source")):
+        with pytest.raises(FileNotFoundError) as caught, naming(out, aside=aside):
+            file.read_bytes()
+        assert caught.value.filename == str(named)
 
 
 def test_writing_is_proven_without_creating_anything(tmp_path: Path) -> None:

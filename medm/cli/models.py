@@ -19,18 +19,18 @@ def export(
         Literal["merged", "llava", "encoder"],
         typer.Option(
             "--format",
-            help="merged: adapters folded in. llava: transformers' LlavaForConditionalGeneration. "
-            "encoder: a vision tower for other recipes.",
+            help="merged: adapters merged into the weights. llava: transformers' LlavaForConditionalGeneration. "
+            "encoder: a vision encoder for other recipes.",
         ),
     ],
     branch: Annotated[str | None, typer.Option(help="Whose encoder, where the model has several branches.")] = None,
-    image: Annotated[str | None, typer.Option(help="Picture to prove with; a drawn one without it.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Question to prove with.")] = None,
+    image: Annotated[str | None, typer.Option(help="Image to compare with.  [default: a drawn one]")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Question to compare with.  [default: a fixed one]")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the reply that is compared.")] = 24,
 ) -> None:
-    """Write a model in another form, and prove it: the same logits and the same reply, or nothing is written.
+    """Write a model in another form, and verify it: the same logits and the same reply, or nothing is written.
 
-    A llava export is run in a process that cannot import medm.
+    A llava export runs in a process that cannot import medm. OUT also gets a README and the records of the model.
     """
     from medm.models.export import PROMPT
     from medm.models.export import export as run

@@ -318,7 +318,7 @@ def write_aside(file: Path, text: str) -> None:
         OSError: with the file's name.
     """
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with naming(file):
+    with naming(file, aside=aside):
         try:
             with aside.open("wb", buffering=0) as stream:
                 left = memoryview(_to_bytes(text))

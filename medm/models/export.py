@@ -28,9 +28,9 @@ from medm.config import validate
 from medm.encoders import ENCODERS
 from medm.errors import ExportError
 from medm.imaging import load_pixels
-from medm.models import load
+from medm.models import load, load_config
 from medm.models.checkpoint import save_bundle, save_tensors
-from medm.models.folders import written_aside
+from medm.models.folders import describe, require_free, written_aside
 from medm.models.llava import save_llava
 from medm.models.lvlm.build import build_encoder
 from medm.types import Media, Sample, Turn
@@ -95,12 +95,50 @@ def export(
     }
     if form not in forms:
         raise ExportError(f"unknown form {form!r}; expected one of {', '.join(forms)}")
+    place = Path(out).expanduser()
+    require_free(place, error=ExportError)
+    if image is not None and not Path(image).is_file():
+        raise ExportError(f"{image}: no such file; expected an image to compare with")
+    if form == "encoder":
+        _branch_of(load_config(folder), branch)
     model, processor = load(folder)
-    with written_aside(Path(out).expanduser(), error=ExportError) as target, tempfile.TemporaryDirectory() as scratch:
+    with written_aside(place, error=ExportError) as target, tempfile.TemporaryDirectory() as scratch:
         question = Question(
             Path(image) if image else draw_picture(Path(scratch) / "picture.png"), prompt, max_new_tokens
         )
-        return forms[form](target, model, processor, question)
+        proof = forms[form](target, model, processor, question)
+        source = Path(folder).expanduser()
+        facts = {"form": form, "source": source.resolve().name, "comparison": str(proof)}
+        describe(
+            target,
+            title=f"{place.name}: {_TITLES[form]}",
+            text=f"{_USES[form]}\n\nCompared with the model that it was made from, `{facts['source']}`: {proof}.",
+            facts={"export": facts},
+            source=source,
+        )
+        return proof
+
+
+def _branch_of(config: Any, branch: str | None) -> str:
+    """The branch whose encoder is asked for. Raises `ExportError` where that is not clear."""
+    names = sorted(config.branches)
+    if branch is None and len(names) == 1:
+        return names[0]
+    if branch is None or branch not in names:
+        raise ExportError(f"the model has branches {names}; say whose encoder with --branch")
+    return branch
+
+
+_TITLES = {
+    "merged": "a medm model with its adapters merged",
+    "llava": "a model for transformers' LlavaForConditionalGeneration",
+    "encoder": "a vision encoder of medm",
+}
+_USES = {
+    "merged": "Open it with medm: `medm chat --model FOLDER`, or in Python `medm.load(FOLDER)`.",
+    "llava": "Open it with transformers alone, as `LlavaForConditionalGeneration`; medm need not be installed.",
+    "encoder": "Name the folder as `encoder.path` in a recipe of medm.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,11 +282,7 @@ def _encoder(target: Path, model: Any, processor: Any, branch: str | None) -> Pr
 
     Of an encoder around another one (slices) it holds the inner one, which is where the weights are.
     """
-    names = sorted(model.config.branches)
-    if branch is None and len(names) == 1:
-        branch = names[0]
-    if branch not in names:
-        raise ExportError(f"the model has branches {names}; say whose encoder with --branch")
+    branch = _branch_of(model.config, branch)
     encoder, entry = model.branch(branch).encoder, dict(model.config.branches[branch]["encoder"])
     channels, preprocess = model.branch(branch).channels, processor.preprocess[branch].model_dump()
     if "encoder" in entry:

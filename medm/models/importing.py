@@ -25,7 +25,7 @@ from medm.errors import CheckpointError, DataError, RecipeError
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
 from medm.models.checkpoint import LoadReport, Published, load_module, rename, save_bundle, save_tensors
-from medm.models.folders import written_aside
+from medm.models.folders import describe, require_free, written_aside
 from medm.models.lvlm.build import build, build_encoder
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.source_configs import (
@@ -119,6 +119,8 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
     Raises:
         CheckpointError: of unknown kind, or tensors are missing, unexpected or misshaped. Nothing is left at `out`.
     """
+    place = Path(out).expanduser()
+    require_free(place, error=CheckpointError)  # before anything is downloaded or converted
     published, hints = Published(source), hints or Hints()
     if kind == "auto":
         kind = guess(published)
@@ -126,13 +128,19 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
         raise CheckpointError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
     report = ImportReport(source, KINDS[kind])
     write: dict[str, Callable[..., None]] = {"medm-vl": _medm_vl, "llava": _llava, "projector": _projector}
-    with written_aside(Path(out).expanduser(), error=CheckpointError) as target:
+    with written_aside(place, error=CheckpointError) as target:
         if kind in _ENCODER_KINDS:
             _encoder(kind, published, target, report, hints)
         else:
             write[kind](published, target, report, hints)
         text = json.dumps(report.as_json(), indent=2, ensure_ascii=False)
         (target / "import.json").write_text(text + "\n", encoding="utf-8")
+        describe(
+            target,
+            title=f"{place.name}: imported by medm",
+            text=f"Made from `{Path(source).name}`: {report.kind}. `import.json` names every tensor.",
+            facts={"import": {"source": source, "kind": report.kind}},
+        )
     return report
 
 

@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import medm
+from medm.models.folders import CARD, NOT_CLINICAL
 from medm.training.parts import PartTable
 from medm.training.recipe import dump
 
-WARNING = (
-    "**Not for clinical use.** This model is for research; it must not be used to diagnose, treat or triage anyone."
-)
-
-RECIPE, RUN, CARD = "recipe.yaml", "run.json", "README.md"
+RECIPE, RUN = "recipe.yaml", "run.json"
 
 _USE = """## Use
 
@@ -102,7 +99,7 @@ tags: [medical, vision-language]
 ---
 # {name}
 
-{WARNING}
+{NOT_CLINICAL}
 
 A medical vision-language model trained with medm. It can be wrong, can invent findings, and carries the biases of its
 data. It was not validated on any clinical task.

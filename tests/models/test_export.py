@@ -11,6 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import medm.models.export as export_module
@@ -22,6 +24,8 @@ from medm.models.export import Question, _ask, draw_picture, export
 from medm.models.llava import literal, save_llava, stock_template
 from medm.models.lvlm.build import build_encoder
 from medm.models.lvlm.options import LVLMOptions
+from medm.models.manifest import verify
+from tests.cli.runner import medm
 from tests.evaluation.tiny import awaken
 from tests.tiny import lvlm_section, save_llm
 
@@ -84,6 +88,8 @@ def test_the_proof_runs_where_medm_cannot_be_imported(llms: dict[str, Path], tmp
     proof = export(folder, str(tmp_path / "out"), form="llava")
     assert proof.difference < 1e-5
     assert "same reply" in str(proof)
+    assert "Not for clinical use" in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "origin").exists(), "the model has no records"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vision_config"]["num_hidden_layers"] == 3
     assert config["vision_config"]["image_size"] == 24
@@ -142,8 +148,16 @@ def test_merged_folds_the_adapter_and_computes_the_same(llms: dict[str, Path], t
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(3))
     folder = save((model, processor), tmp_path / "model")
+    (tmp_path / "model" / "recipe.yaml").write_text("output_dir: x\n")
+    (tmp_path / "model" / "run.json").write_text("{}\n")
     proof = export(folder, str(tmp_path / "out"), form="merged")
     assert proof.difference < 1e-4
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not for clinical use" in card
+    assert str(proof) in card
+    assert (tmp_path / "out" / "origin" / "recipe.yaml").read_text() == "output_dir: x\n"
+    facts = verify(tmp_path / "out")["export"]
+    assert (facts["form"], facts["source"]) == ("merged", "model")
     merged, _ = load(str(tmp_path / "out"))
     assert merged.config.adapters == {}
     assert not any("lora" in name for name in merged.state_dict())
@@ -170,6 +184,41 @@ def test_a_wrong_merge_is_found_since_the_trained_model_is_what_exports_are_comp
     with pytest.raises(ExportError, match="they differ by up to"):
         export(folder, str(tmp_path / "out"), form=form)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_can_be_known_is_said_before_weights_are_read(
+    llms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(make(llms["qwen2.5"]), tmp_path / "model")
+    monkeypatch.setattr(export_module, "load", lambda _folder: pytest.fail("weights were read"))
+    file = tmp_path / "model" / "config.json"
+    cases: list[tuple[type[Exception], str, str, dict[str, Any]]] = [
+        (ExportError, "exists already", folder, {}),
+        (ExportError, "exists already", str(file), {}),
+        (NotADirectoryError, "config.json", str(file / "out"), {}),
+        (OSError, "too long", str(tmp_path / ("n" * 300)), {}),
+        (ExportError, "no such file; expected an image", str(tmp_path / "out"), {"image": str(tmp_path / "none.png")}),
+        (ExportError, "say whose encoder", str(tmp_path / "out"), {"form": "encoder", "branch": "volume"}),
+    ]
+    for kind, words, out, changes in cases:
+        with pytest.raises(kind, match=words):
+            export(folder, out, **({"form": "merged"} | changes))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_names_the_folder_and_leaves_nothing(
+    llms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(make(llms["qwen2.5"]), tmp_path / "model")
+
+    def full(*_arguments: Any, **_keywords: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
+    done = medm("export", str(tmp_path / "out"), "--model", folder, "--format", "merged")
+    assert done.code == 1
+    assert f"error: {tmp_path / 'out'}: No space left on device; make room" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_encoder_goes_into_another_recipe(llms: dict[str, Path], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from medm.models.checkpoint import read_tensors
 from medm.models.export import export
 from medm.models.importing import Hints, import_model
 from medm.models.lvlm.build import build_encoder
+from medm.models.manifest import verify
 from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
 from tests.encoders.test_volume_vit import (
@@ -390,4 +391,8 @@ def test_the_command_says_what_became_of_every_tensor(tmp_path: Path) -> None:
     assert "SigLIP vision towers" in done.out
     assert "tensors loaded" in done.out
     assert "ignored" in done.out
-    assert medm("import", str(source), str(tmp_path / "out")).code == 1
+    assert "Not for clinical use" in (tmp_path / "out" / "README.md").read_text()
+    assert verify(tmp_path / "out")["import"] == {"source": str(source), "kind": "SigLIP vision towers"}
+    again = medm("import", str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    assert again.code == 1
+    assert "exists already" in again.err, "said before the source is looked for"
