@@ -155,7 +155,7 @@ def test_wrong_use_is_refused(folder: Path, model: medm.Model) -> None:
         medm.load(folder, dtype="int8")
     with pytest.raises(DeviceError):
         medm.load(folder, device="nowhere")
-    with pytest.raises(CheckpointError, match="not a model folder"):
+    with pytest.raises(CheckpointError, match="no such model folder"):
         medm.load(folder / "none")
     with pytest.raises(AttributeError, match="no attribute 'Modell'"):
         _ = medm.Modell  # type: ignore[attr-defined]

@@ -239,8 +239,8 @@ def test_generate_and_pipeline_reply_as_medm_does(folder: Path, processor: Any, 
     apart = pipe(images=Image.open(folder / "a.png"), text="<image>\nWhat?", max_new_tokens=6, return_full_text=False)
     assert {one[0]["generated_text"].strip() for one in (alone, together[0], apart)} == {replied}
     assert together[1][0]["generated_text"].strip() != replied
-    full = pipe(text=[*messages, {"role": "assistant", "content": "It"}], max_new_tokens=2)
-    assert full[0]["generated_text"][-1]["content"].startswith("It")
+    full = pipe(text=[*messages, {"role": "assistant", "content": [text("It")]}], max_new_tokens=2)
+    assert full[0]["generated_text"][-1]["content"][-1]["text"].startswith("It")
 
     own, options = medm.models.load(str(folder))[0], GenerationOptions(max_new_tokens=6)
     pixels = {"image": [load_pixels(folder / "a.png", processor.preprocess["image"])]}
