@@ -7,20 +7,22 @@ any worker, on any rank and after a resume.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from medm.data.features import FeatureStore
-from medm.data.limits import LengthLimit, TooLongError, require_label
+from medm.data.limits import BadRecordsLimit, LengthLimit, TooLongError, require_label
 from medm.data.records import Records, missing_branch
-from medm.errors import DataError, RecipeError
+from medm.errors import DataError, InputLostError, RecipeError, machine_fault
 from medm.imaging import Augment, Preprocess, load_pixels
 from medm.imaging.augment import augment
+from medm.imaging.paths import MissingFileError
 from medm.types import Encode, Example, Sample
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,9 @@ logger = logging.getLogger(__name__)
 COUNTED = ("bad", "too_long", "truncated")
 """What a dataset counts: records left out as bad, left out as too long, and shortened."""
 
-_MAX_WORKERS = 1024
+RETRY_SECONDS = (1.0, 3.0, 9.0, 20.0)
+"""Pauses before a file is read again that the machine, not its content, kept from being read: a network share that is
+remounted is back within seconds."""
 
 
 class ConversationDataset(Dataset[Example | None]):
@@ -43,7 +47,9 @@ class ConversationDataset(Dataset[Example | None]):
         too_long: what happens to a longer one, as in `LengthLimit`; one that cannot be shortened counts as bad.
         placeholder_ids: token ids that stand for vision tokens, which are never cut.
         bad_records: stop with the `DataError`, or leave the record out and count it.
-        bad_records_limit: with "skip", stop all the same after more than so many.
+        bad_records_limit: how many may be left out as bad; who reads the counts of all ranks asks it.
+        usable: by record, what a check found. One that was not usable is left out without being read again; one
+            that was had its files, so that a file that is missing now is lost, not the record's fault.
         augmentation: by branch, random changes of the pixels.
         features: by branch, what a frozen encoder made of the files; stands in the place of their pixels.
         generation: examples end where the reply begins, and have no labels.
@@ -61,7 +67,8 @@ class ConversationDataset(Dataset[Example | None]):
         too_long: Literal["error", "truncate_text", "skip"] = "error",
         placeholder_ids: Collection[int] = (),
         bad_records: Literal["stop", "skip"] = "stop",
-        bad_records_limit: int | None = None,
+        bad_records_limit: BadRecordsLimit | None = None,
+        usable: Sequence[bool] | np.ndarray | None = None,
         augmentation: Mapping[str, Augment] | None = None,
         features: Mapping[str, FeatureStore] | None = None,
         generation: bool = False,
@@ -70,14 +77,15 @@ class ConversationDataset(Dataset[Example | None]):
         self.records, self.encode, self.preprocess, self.load = records, encode, dict(preprocess), load
         self.limit = LengthLimit(max_length, too_long, frozenset(placeholder_ids))
         self.bad_records, self.bad_records_limit = bad_records, bad_records_limit
+        self.usable = None if usable is None else np.asarray(usable, bool)
         self.features = dict(features or {})
         self.augmentation, self.generation, self.seed = dict(augmentation or {}), generation, seed
         if unknown := sorted(self.augmentation.keys() - self.preprocess.keys()):
             raise RecipeError(
                 f"data.augment: {unknown} are not branches of the model; it has {sorted(self.preprocess)}"
             )
-        # Shared with the workers. Each has a row of its own to count in, so that no lock is needed.
-        self._counts = torch.zeros(1 + _MAX_WORKERS, len(COUNTED), dtype=torch.int64).share_memory_()
+        # Shared with the workers, a byte per record and count: written to by one of them at a time, without a lock.
+        self._left_out = torch.zeros(len(COUNTED), len(records), dtype=torch.bool).share_memory_()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -89,24 +97,66 @@ class ConversationDataset(Dataset[Example | None]):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many records this process and its workers left out or shortened so far, by `COUNTED`."""
-        return dict(zip(COUNTED, self._counts.sum(0).tolist(), strict=True))
+        """Different records that this process and its workers left out or shortened so far, by `COUNTED`."""
+        return {what: len(self.noted(what)) for what in COUNTED}
+
+    @property
+    def num_bad(self) -> int:
+        """Different records that this process and its workers left out as bad so far."""
+        return int(self._left_out[COUNTED.index("bad")].sum())
+
+    def noted(self, what: str) -> list[int]:
+        """Indices of the records that this process and its workers counted under a name of `COUNTED`."""
+        return torch.nonzero(self._left_out[COUNTED.index(what)]).flatten().tolist()
+
+    def place(self, index: int) -> str:
+        """The annotation file of a record and its position there, for messages."""
+        source, position = self.records.locate(index)
+        return f"{self.records.files[source].path}, record {position}"
 
     def __getitem__(self, index: int) -> Example | None:
-        """Raises `DataError` with file, index and field, unless the policy is to leave such a record out."""
+        """The example, or None where the policy leaves the record out.
+
+        Raises:
+            DataError: with file, index and field; the policy is to stop.
+            InputLostError: files cannot be read any more, for a reason that is not the record's.
+        """
+        if self.usable is not None and not self.usable[index]:
+            return None
         try:
-            example = self._example(index)
+            example = self._read(index)
             fitting = self.limit.apply(example)
         except DataError as error:
             source, position = self.records.locate(index)
             error.at(file=self.records.files[source].path, index=position)
             if self.bad_records == "stop" or isinstance(error, TooLongError):
                 raise
-            self._leave_out(error)
+            if self._note("bad", index):
+                logger.warning("left out: %s", error)
             return None
         if fitting is not example:
-            self._count("too_long" if fitting is None else "truncated")
+            self._note("too_long" if fitting is None else "truncated", index)
         return fitting
+
+    def _read(self, index: int) -> Example:
+        """The example; what the machine is at fault for is tried again for a while."""
+        for seconds in (*RETRY_SECONDS, None):
+            try:
+                return self._example(index)
+            except DataError as error:
+                fault = machine_fault(error)
+                if fault is None and (self.usable is None or not isinstance(error, MissingFileError)):
+                    raise
+                reason = f"{self.place(index)}: {error.reason}"
+                if seconds is None:
+                    found = f"{fault.strerror} (errno {fault.errno})" if fault else "it was there when the run began"
+                    raise InputLostError(
+                        f"{reason}: {found}, and reading it again for {sum(RETRY_SECONDS):.0f} s did not help. "
+                        "Make the files available again, then continue with --resume"
+                    ) from error
+                logger.warning("%s; reading it again in %g s", reason, seconds)
+                time.sleep(seconds)
+        raise AssertionError("unreachable")
 
     def _example(self, index: int) -> Example:
         sample = self.records[index]
@@ -140,19 +190,12 @@ class ConversationDataset(Dataset[Example | None]):
         found = self.features[branch].get(file)
         if found is None:
             self.load(file, self.preprocess[branch])  # a file that cannot be read says why
-            raise DataError(f"{file.name} changed after its features were made; start the run again")
+            raise InputLostError(f"{file.name} changed after its features were made; start the run again")
         return found
 
-    def _leave_out(self, error: DataError) -> None:
-        self._count("bad")
-        logger.warning("left out: %s", error)
-        bad = self.counts["bad"]
-        if self.bad_records_limit is not None and bad > self.bad_records_limit:
-            raise DataError(
-                f"{bad} records were left out as bad, more than data.bad_records_limit = {self.bad_records_limit}; "
-                f"the last one: {error}"
-            )
-
-    def _count(self, what: str) -> None:
-        worker = get_worker_info()
-        self._counts[0 if worker is None else 1 + worker.id, COUNTED.index(what)] += 1
+    def _note(self, what: str, index: int) -> bool:
+        """Count a record once, however often it is drawn. Returns whether it was new."""
+        noted = self._left_out[COUNTED.index(what)]
+        new = not bool(noted[index])
+        noted[index] = True
+        return new

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from medm.errors import DataError
+from medm.errors import DataError, InputLostError
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 """A record of more bytes is bad: conversations are kilobytes, and one runaway line must not fill the memory."""
@@ -108,10 +108,14 @@ class RecordFile:
                 weakref.finalize(self, self._handle.close)
             status = os.fstat(self._handle.fileno())
             if (status.st_size, status.st_mtime_ns) != self._stamp:
-                raise DataError("the file changed after it was opened; start again, so that all records agree")
+                raise InputLostError(
+                    f"{self.path}: the file changed after it was opened; start again, so that all records agree"
+                )
             return os.pread(self._handle.fileno(), end - start, start)
-        except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror or error})") from None
+        except OSError as error:  # it was readable when it was opened, so no record is at fault
+            raise InputLostError(
+                f"{self.path}: cannot be read any more ({error.strerror or error}); make the file available again"
+            ) from error
 
 
 def open_regular(path: Path) -> BinaryIO:

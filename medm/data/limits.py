@@ -1,4 +1,7 @@
-"""What makes an encoded example unusable: nothing to learn, or too many tokens. The check and training share it."""
+"""What makes an encoded example unusable (nothing to learn, too many tokens), and how many bad records are too many.
+
+The check and training share it.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,39 @@ class LengthLimit:
         raise TooLongError(
             f"{length} tokens, vision tokens included, but data.max_length is {self.max_length}; raise it, or set "
             "data.too_long to truncate_text or skip"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecordsLimit:
+    """The number of bad records of a source of data above which a run stops, though bad records are skipped."""
+
+    setting: float | None
+    """`data.bad_records_limit`: a fraction of the records below 1, else a count; None for no limit."""
+    records: int
+    """Records in all."""
+    before: int = 0
+    """Bad records that were found before, by a check; those found since come on top."""
+
+    def exceeded(self, bad: int) -> bool:
+        """Whether so many further bad records are too many."""
+        if self.setting is None:
+            return False
+        most = self.setting * self.records if self.setting < 1 else self.setting
+        return self.before + bad > most
+
+    def error(self, bad: int, example: str, *, what: str = "training") -> DataError:
+        """Return the error that says so.
+
+        Args:
+            bad: further bad records.
+            example: one of them, with its place.
+            what: name of the data.
+        """
+        total = self.before + bad
+        return DataError(
+            f"{total} of {self.records} {what} records are bad ({total / max(self.records, 1):.1%}), more than "
+            f"data.bad_records_limit = {self.setting:g}; for example {example}. Fix them, or raise the limit"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medm.config import Options
 from medm.imaging.options import Augment
@@ -54,8 +54,9 @@ class DataOptions(Options):
     """What happens to a longer one: stop; cut text at the end (never an image); or leave it out and count it."""
     bad_records: Literal["stop", "skip"] = "stop"
     """What happens to a record that cannot be used: stop, or leave it out, count it and report it."""
-    bad_records_limit: int | None = Field(default=None, ge=0)
-    """With `skip`: stop all the same after more than so many; null for no limit."""
+    bad_records_limit: float | None = Field(default=0.1, ge=0)
+    """With `skip`: stop all the same when more records than this are bad. A number below 1 is a fraction of the
+    records, any other a count; each record counts once a run; null for no limit."""
     augment: dict[str, Augment] | None = None
     """Random changes by branch, in training only."""
     cache_features: str | None = None
@@ -74,6 +75,13 @@ class DataOptions(Options):
     """Deal the samples of a step to the processes so that each has about the same number of tokens."""
     draws: int | None = Field(default=None, ge=1)
     """With weights: samples drawn an epoch. Default: as many as all sources hold together."""
+
+    @field_validator("bad_records_limit")
+    @classmethod
+    def _fraction_or_count(cls, limit: float | None) -> float | None:
+        if limit is not None and limit >= 1 and limit != int(limit):
+            raise ValueError(f"expected a fraction below 1 or a whole number of records, found {limit:g}")
+        return limit
 
     @model_validator(mode="after")
     def _consistent(self) -> DataOptions:

@@ -76,11 +76,13 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        if "loss" in logs:
-            values = [f"loss {logs['loss']:.4f}"]
+        if "loss" in logs or "steps_without_samples" in logs:
+            values = [f"loss {logs['loss']:.4f}" if "loss" in logs else "no loss"]
             values += [
                 f"{name.removeprefix('loss/')} {value:.4f}" for name, value in logs.items() if name.startswith("loss/")
             ]
+            if "steps_without_samples" in logs:
+                values.append(f"({logs['steps_without_samples']} steps without samples)")
             values += [f"lr {logs['learning_rate']:.2e}"] if "learning_rate" in logs else []
             done = state.global_step - self._first_step
             seconds = (time.monotonic() - self._started) / max(done, 1)

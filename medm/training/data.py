@@ -13,8 +13,9 @@ from medm.data.batches import build_batches, build_collator
 from medm.data.cached import loader
 from medm.data.check import Report, check, merged
 from medm.data.collator import Collator
-from medm.data.dataset import ConversationDataset
+from medm.data.dataset import COUNTED, ConversationDataset
 from medm.data.features import FeatureStore
+from medm.data.limits import BadRecordsLimit
 from medm.data.options import DataOptions, SourceOptions
 from medm.data.records import Records
 from medm.errors import DataError, RecipeError
@@ -52,14 +53,13 @@ class TrainingData:
             )
         self.options, self.train_options, self.processor = options, train, processor
         self.files = [source.path for source in (*options.train, *options.eval)]
-        lengths = self._check("training", options.train)
+        found = self._check("training", options.train)
+        lengths = found.lengths
         self._left_out = sum(length == 0 for length in lengths)
+        self.train = self._dataset(options.train, found, augmented=True)
+        self.evaluation: ConversationDataset | None = None
         if options.eval:
-            self._check("held-out", options.eval)
-        self.train = self._dataset(options.train, augmented=True)
-        self.evaluation: ConversationDataset | None = (
-            self._dataset(options.eval, augmented=False) if options.eval else None
-        )
+            self.evaluation = self._dataset(options.eval, self._check("held-out", options.eval), augmented=False)
         self.sampler = build_batches(
             options,
             self.train.records.sizes,
@@ -87,17 +87,20 @@ class TrainingData:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Records that the check left out, and those that this process left out or shortened since."""
-        return {"left_out_by_check": self._left_out, **self.train.counts}
+        """Records that the check left out, and those that were left out or shortened since. All processes call it."""
+        noted = gathered({what: self.train.noted(what) for what in COUNTED})
+        since = {what: len(set().union(*(one[what] for one in noted))) for what in COUNTED}
+        return {"left_out_by_check": self._left_out, **since}
 
-    def _check(self, what: str, sources: list[SourceOptions]) -> list[int]:
-        """Look at every record, each process at its share; log what was found and return the tokens of each."""
+    def _check(self, what: str, sources: list[SourceOptions]) -> Report:
+        """Look at every record, each process at its share; log and return what was found."""
         share = check(
             sources,
             share=(rank(), world_size()),
             preprocess=self.processor.preprocess,
             encode=self.processor.encode,
-            to_text=self.processor.tokenizer.decode,
+            # The preview shows what a record says, so it is for those who ask for it.
+            to_text=self.processor.tokenizer.decode if logger.isEnabledFor(logging.DEBUG) else None,
             max_length=self.options.max_length,
             too_long=self.options.too_long,
             placeholder_ids=self._placeholders,
@@ -107,20 +110,17 @@ class TrainingData:
         if rank() == 0:
             logger.info("%s records\n%s", what, "\n".join(report.lines()))
         self._judge(what, report)
-        return report.lengths
+        return report
 
     def _judge(self, what: str, report: Report) -> None:
-        limit = self.options.bad_records_limit
         if report.num_bad and self.options.bad_records == "stop":
             raise DataError(
-                f"{report.num_bad} of {report.records} {what} records are bad; the first: {report.bad[0]}. Mend them, "
+                f"{report.num_bad} of {report.records} {what} records are bad; the first: {report.bad[0]}. Fix them, "
                 "or set data.bad_records: skip"
             )
-        if limit is not None and report.num_bad > limit:
-            raise DataError(
-                f"{report.num_bad} of {report.records} {what} records are bad, more than "
-                f"data.bad_records_limit = {limit}; the first: {report.bad[0]}"
-            )
+        limit = BadRecordsLimit(self.options.bad_records_limit, report.records)
+        if limit.exceeded(report.num_bad):
+            raise limit.error(report.num_bad, str(report.bad[0]), what=what)
         if not any(report.lengths):
             raise DataError(f"none of {report.records} {what} records can be used")
 
@@ -128,7 +128,7 @@ class TrainingData:
     def _placeholders(self) -> list[int]:
         return list(self.processor.placeholder_ids.values())
 
-    def _dataset(self, sources: list[SourceOptions], *, augmented: bool) -> ConversationDataset:
+    def _dataset(self, sources: list[SourceOptions], found: Report, *, augmented: bool) -> ConversationDataset:
         return ConversationDataset(
             Records(sources),
             self.processor.encode,
@@ -138,7 +138,8 @@ class TrainingData:
             too_long=self.options.too_long,
             placeholder_ids=self._placeholders,
             bad_records=self.options.bad_records,
-            bad_records_limit=self.options.bad_records_limit,
+            bad_records_limit=BadRecordsLimit(self.options.bad_records_limit, found.records, before=found.num_bad),
+            usable=[length > 0 for length in found.lengths],
             augmentation=self.options.augment if augmented else None,
             seed=self.train_options.seed,
         )

@@ -16,7 +16,7 @@ from torch import nn
 
 from medm.data.features import FeatureStore, missing, open_store
 from medm.data.records import Records
-from medm.errors import DataError, MediaError, MedmError
+from medm.errors import DataError, MediaError, MedmError, machine_fault
 from medm.imaging import Preprocess, fingerprint, load_pixels
 from medm.training.processes import failures, gathered, on_first, rank, world_size
 
@@ -63,7 +63,7 @@ def keep_features(
         bad += _made_by_all(store, branch, preprocess[name], wanted, device)
         if bad and bad_records == "stop":
             raise DataError(
-                f"features of {name}: {len(bad)} of {len(files)} files cannot be read; the first: {bad[0]}. Mend them, "
+                f"features of {name}: {len(bad)} of {len(files)} files cannot be read; the first: {bad[0]}. Fix them, "
                 "or set data.bad_records: skip"
             )
         if rank() == 0:
@@ -139,6 +139,8 @@ def _encoded(
             try:
                 pixels[key] = load_pixels(file, preprocess)
             except MediaError as error:
+                if machine_fault(error) is not None:  # no fault of the file: its features are not missing for good
+                    raise
                 bad.append(str(error))
         if not pixels:
             continue

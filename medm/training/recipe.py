@@ -87,7 +87,7 @@ HARMLESS = frozenset(
         "require_gpu", "per_device_eval_batch_size",
     )
 ) | {
-    "output_dir", "data.cache", "data.cache.dir", "data.cache.max_gb", "data.cache.branches",
+    "output_dir", "data.bad_records_limit", "data.cache", "data.cache.dir", "data.cache.max_gb", "data.cache.branches",
     "diagnostics", "diagnostics.every", "diagnostics.batches",
 }  # fmt: skip
 """What may differ between a run and its continuation without changing what is learned."""

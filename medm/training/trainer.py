@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,7 +20,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from medm.data.sampling import RankedBatches, Sequential
-from medm.errors import NonFiniteError
+from medm.errors import DataError, MedmError, NonFiniteError
 from medm.objectives.base import Losses, Objective
 from medm.stopping import ignore_stops
 from medm.training.options import PartOptions, TrainOptions
@@ -81,6 +82,48 @@ class _SetEpoch(TrainerCallback):
         self.epochs.set_epoch(int(state.epoch or 0))
 
 
+class _LogLastStep(TrainerCallback):
+    """Logs the last step, and the one that a signal stops after, wherever they fall between two logged ones."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            control.should_log = True
+
+
+class _Lost:
+    """An error that a batch raised where it was read: a worker, or one rank of several. It travels as a batch."""
+
+    def __init__(self, error: MedmError | OSError) -> None:
+        self.error = error
+
+
+class _Reading(Dataset[Any]):
+    """A dataset whose errors are items: raised in a worker they would come out as the text of a traceback."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.dataset))
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except (MedmError, OSError) as error:
+            return _Lost(error)
+
+
+class _Collating:
+    """A collator that hands on the first error among its samples in place of a batch."""
+
+    def __init__(self, collate: Callable[[list[Any]], Batch]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Batch | _Lost:
+        lost = next((sample for sample in samples if isinstance(sample, _Lost)), None)
+        return self.collate(samples) if lost is None else lost
+
+
 class MedmTrainer(ResumableTrainer):
     """Trains `model` on `objective`.
 
@@ -115,7 +158,8 @@ class MedmTrainer(ResumableTrainer):
         self.eval_collator = eval_collator or data_collator
         super().__init__(
             model, args, train_options=train_options, recipe=recipe, data_hashes=data_hashes,
-            callbacks=[_SetEpoch(self.epochs), *callbacks], train_dataset=train_dataset, eval_dataset=eval_dataset,
+            callbacks=[_SetEpoch(self.epochs), _LogLastStep(), *callbacks],
+            train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=data_collator, processing_class=processing_class,
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
@@ -125,17 +169,20 @@ class MedmTrainer(ResumableTrainer):
         self._held_out: list[Tensor] = []
         self._frozen = frozen_modules(model)
         self._terms: dict[str, Tensor] = {}
-        self._terms_since = 0
         self._overflows = 0
+        # A step whose records were all left out has no loss, which is not a loss of 0.
+        self._steps_since_log = 0
+        self._steps_with_items = torch.zeros((), dtype=torch.int64, device=args.device)
+        self._loss_sum, self._loss_steps = 0.0, 0
 
     # Data ---------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            self.epochs.dataset,
+            _Reading(self.epochs.dataset),
             batch_sampler=self.epochs,
-            collate_fn=self.data_collator,
+            collate_fn=_Collating(self.data_collator),
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
@@ -147,12 +194,12 @@ class MedmTrainer(ResumableTrainer):
         """Every held-out sample once: a process that has none left runs a batch that counts nothing."""
         dataset = cast("Dataset[Any]", eval_dataset or self.eval_dataset)
         return DataLoader(
-            dataset,
+            _Reading(dataset),
             batch_sampler=RankedBatches(
                 Sequential(len(cast(Any, dataset))), batch_size=self.args.eval_batch_size,
                 rank=self.args.process_index, world=self.args.world_size,
             ),
-            collate_fn=self.eval_collator,
+            collate_fn=_Collating(self.eval_collator),
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=ignore_stops,
             generator=torch.Generator(),  # the run's own random numbers stay as they are
@@ -164,13 +211,65 @@ class MedmTrainer(ResumableTrainer):
             data = data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
-        if not batch_samples:
-            return None
-        count = torch.stack([self.objective.num_items(batch).to(device) for batch in batch_samples]).sum()
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | None]:
+        """The micro-batches of a step, and its items over all processes. An error of one process stops all of them."""
+        batches: list[Batch] = []
+        error: Exception | None = None
+        try:
+            for batch in islice(epoch_iterator, num_batches):
+                if isinstance(batch, _Lost):
+                    raise batch.error
+                batches.append(batch)
+        except (MedmError, OSError, EOFError) as caught:
+            error = caught
+        except RuntimeError as caught:
+            if "DataLoader worker" not in str(caught):
+                raise
+            error = MedmError(
+                f"a process that reads the data was ended from outside ({caught}): often the machine was out of "
+                "memory. Lower train.dataloader_num_workers or free memory, then continue with --resume"
+            )
+        if not batches and error is None:
+            return batches, None
+        return batches, self._count_items(batches, error, device)
+
+    def _count_items(self, batches: list[Batch], error: Exception | None, device: torch.device) -> Tensor:
+        """Items of a step over all processes. Raises on all of them what went wrong on one, or too many bad records."""
+        bad = getattr(self.epochs.dataset, "num_bad", 0)
+        items = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batches:
+            items += self.objective.num_items(batch).to(device)
         if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        return count.clamp(min=1)
+            own = torch.stack([items, *torch.tensor([bad, error is not None], device=device)])
+            items, all_bad, errors = self.accelerator.gather(own).view(-1, 3).sum(dim=0)
+            bad = int(all_bad)
+            if errors:
+                texts = gathered(None if error is None else str(error))
+                rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+                error = error or MedmError(f"process {rank}: {text}")
+        if error is not None:
+            raise error if isinstance(error, MedmError) else MedmError(f"the data cannot be read: {error}") from error
+        self._require_few_bad(self.epochs.dataset, bad, what="training")
+        self._steps_since_log += 1
+        self._steps_with_items += items > 0
+        return items.clamp(min=1)
+
+    def _require_few_bad(self, dataset: Any, bad: int, *, what: str) -> None:
+        """Stop where more records are bad than the recipe allows. All processes call it with the same number.
+
+        Args:
+            dataset: its records are counted.
+            bad: sum over the processes; a record that several of them drew is in it several times.
+            what: name of the data, for the message.
+        """
+        limit = getattr(dataset, "bad_records_limit", None)
+        if limit is None or not limit.exceeded(bad):
+            return
+        different = sorted(set().union(*gathered(dataset.noted("bad"))))
+        if limit.exceeded(len(different)):
+            raise limit.error(len(different), dataset.place(different[-1]), what=what)
 
     # Loss ---------------------------------------------------------------------------------------------
 
@@ -187,6 +286,12 @@ class MedmTrainer(ResumableTrainer):
             self.optimizer = cls(groups, **settings)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The schedule. Warm-up as a fraction is rounded up, and must not be all there is of a short run."""
+        if self.args.warmup_steps < 1 and self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = max(num_training_steps - 1, 0)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -195,8 +300,6 @@ class MedmTrainer(ResumableTrainer):
         self._require_finite(losses)
         # Gradients are averaged over processes, while the items are counted over all of them.
         world_size = self.accelerator.num_processes
-        if not self._terms:
-            self._terms_since = self.state.global_step
         for name, value in losses.parts.items():
             self._terms[name] = self._terms.get(name, value.new_zeros(())) + value * world_size
         return losses.total * world_size
@@ -219,13 +322,18 @@ class MedmTrainer(ResumableTrainer):
         sums = torch.stack(self._held_out).sum(dim=0)  # (2,): of the losses, of the items
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums).view(-1, 2).sum(dim=0)
+        bad = sum(gathered(getattr(self.eval_dataset, "num_bad", 0)))
+        self._require_few_bad(self.eval_dataset, bad, what="held-out")
         total, items = sums.tolist()
-        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1.0)}
+        if not items:
+            raise DataError("no held-out record could be used, so there is no loss to measure; look at data.eval")
+        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": total / items}
         return output._replace(metrics=metrics)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
+        self._raise_together(inputs)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = self.objective(model, inputs)
@@ -233,6 +341,12 @@ class MedmTrainer(ResumableTrainer):
         items = self.objective.num_items(inputs).double()
         self._held_out.append(torch.stack([losses.total.detach().double() * items, items]))
         return None, None, None
+
+    def _raise_together(self, batch: Batch | _Lost) -> None:
+        """Raise on all processes the error that one of them got in place of a batch."""
+        if anywhere(isinstance(batch, _Lost), self.args.device):
+            texts = [text for text in gathered(str(batch.error) if isinstance(batch, _Lost) else None) if text]
+            raise MedmError(f"held-out data cannot be read: {texts[0]}")
 
     def _require_finite(self, losses: Losses) -> None:
         """All processes stop together, or the others would wait for the one that stopped."""
@@ -259,9 +373,29 @@ class MedmTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            steps = max(self.state.global_step - self._terms_since, 1)
-            logs |= {f"loss/{name}": value / steps for name, value in self._drain_terms().items()}
+            logs = self._per_step_with_samples(logs)
+        if "train_loss" in logs:  # transformers divides by all steps
+            del logs["train_loss"]
+            if self._loss_steps:
+                logs["train_loss"] = self._loss_sum / self._loss_steps
         super().log(logs, start_time)
+
+    def _per_step_with_samples(self, logs: dict[str, float]) -> dict[str, float]:
+        """A log entry with its losses as means over the steps that had samples; without losses where none had."""
+        steps, counted = self._steps_since_log, int(self._steps_with_items)
+        self._steps_since_log = 0
+        self._steps_with_items.zero_()
+        losses = {
+            "loss": logs["loss"] * steps,
+            **{f"loss/{name}": value for name, value in self._drain_terms().items()},
+        }
+        rest = {name: value for name, value in logs.items() if name != "loss"}
+        if counted < steps:
+            rest["steps_without_samples"] = steps - counted
+        if not counted:
+            return rest
+        self._loss_sum, self._loss_steps = self._loss_sum + losses["loss"], self._loss_steps + counted
+        return {**{name: value / counted for name, value in losses.items()}, **rest}
 
     def _drain_terms(self) -> dict[str, float]:
         terms = {name: value.item() for name, value in self._terms.items()}

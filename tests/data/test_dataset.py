@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from medm.data.collator import Collator
 from medm.data.dataset import ConversationDataset
-from medm.data.limits import TooLongError
+from medm.data.limits import BadRecordsLimit, TooLongError
 from medm.data.options import SourceOptions
 from medm.data.records import Records
-from medm.errors import DataError, MediaError, RecipeError
+from medm.errors import DataError, InputLostError, MediaError, RecipeError
 from medm.imaging import Augment, load_pixels
 from medm.types import IGNORE_INDEX
 from tests.data.tiny import PAD, PLACEHOLDER, PREPROCESS, encode, human, record, write_image, write_lines
@@ -81,13 +83,95 @@ def test_nothing_is_put_in_the_place_of_a_bad_record(tmp_path: Path) -> None:
     assert learned == ["1", "2", "4", "5", "7", "8"]
 
 
-def test_workers_count_together_and_the_limit_holds(tmp_path: Path) -> None:
-    values = [{"conversations": []} if i % 4 == 0 else record("q", str(i)) for i in range(16)]
-    dataset = build(tmp_path, *values, bad_records="skip", bad_records_limit=3)
-    loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=Collator(PAD))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="4 records were left out as bad, more than"):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_record_counts_once_however_often_it_is_drawn(
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = [{"conversations": []} if i % 4 == 0 else record("q" * (1 + i % 2), str(i % 10)) for i in range(16)]
+    dataset = build(tmp_path, *values, bad_records="skip", max_length=2, too_long="skip")
+    loader = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=Collator(PAD))  # type: ignore[arg-type]
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
         list(loader)
-    assert dataset.counts["bad"] == 4
+    assert dataset.counts == {"bad": 4, "too_long": 8, "truncated": 0}
+    assert dataset.noted("bad") == [0, 4, 8, 12] and dataset.num_bad == 4
+    if not workers:  # a worker's lines are its own
+        assert len([line for line in caplog.messages if line.startswith("left out")]) == 4
+
+
+FAULTS = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT, errno.ENOMEM]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> list[int]:
+    """Opening an image fails so many times with a code of the operating system; the calls."""
+    calls: list[int] = []
+    opened = os.open
+
+    def open_(path: Any, *rest: Any, **more: Any) -> int:
+        if str(path).endswith(".png") and len(calls) < times:
+            calls.append(code)
+            raise OSError(code, os.strerror(code))
+        return opened(path, *rest, **more)
+
+    monkeypatch.setattr("medm.imaging.images.os.open", open_)
+    monkeypatch.setattr("medm.data.dataset.RETRY_SECONDS", (0.0, 0.0))
+    return calls
+
+
+@pytest.mark.parametrize("code", FAULTS, ids=errno.errorcode.get)
+def test_a_fault_of_the_machine_is_waited_for_and_never_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    dataset = build(tmp_path, IMAGE, bad_records="skip")
+    calls = failing(monkeypatch, code, 2)
+    assert dataset[0] is not None and len(calls) == 2
+    failing(monkeypatch, code, 99)
+    with pytest.raises(InputLostError, match=rf"a\.jsonl, record 0: .*errno {code}.*--resume"):
+        dataset[0]
+    assert dataset.num_bad == 0
+
+
+def test_a_fault_of_the_file_is_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = build(tmp_path, IMAGE, bad_records="skip")
+    calls = failing(monkeypatch, errno.EACCES, 99)
+    assert dataset[0] is None and len(calls) == 1 and dataset.num_bad == 1
+
+
+def test_a_file_that_the_check_saw_is_lost_and_one_that_it_missed_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medm.data.dataset.RETRY_SECONDS", (0.0,))
+    gone = record("<image>\nq", "A.", image="gone.png")
+    dataset = build(tmp_path, IMAGE, gone, gone, bad_records="skip", usable=[True, False, True])
+    assert dataset[0] is not None and dataset[1] is None
+    with pytest.raises(InputLostError, match=r"record 2: .*gone\.png.*no such file.*there when the run began"):
+        dataset[2]
+    assert dataset.num_bad == 0
+
+
+@pytest.mark.parametrize("change", ["rewritten", "shortened", "touched"])
+def test_an_annotation_file_that_changes_is_no_bad_record(tmp_path: Path, change: str) -> None:
+    dataset = build(tmp_path, record("q", "A"), record("q", "B"), bad_records="skip")
+    assert dataset[0] is not None
+    file = tmp_path / "a.jsonl"
+    if change == "touched":
+        os.utime(file, ns=(1, 1))
+    else:
+        content = file.read_text()
+        file.write_text(content[: len(content) // 2] if change == "shortened" else content * 2)
+    with pytest.raises(InputLostError, match="changed after it was opened"):
+        dataset[1]
+    assert dataset.num_bad == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "bad", "exceeded"),
+    [(0.1, 0, 10, False), (0.1, 0, 11, True), (0.1, 8, 3, True), (5, 0, 5, False), (5, 3, 3, True), (0, 0, 1, True),
+     (0, 0, 0, False), (None, 50, 50, False)],
+)  # fmt: skip
+def test_how_many_bad_records_are_too_many(setting: float | None, before: int, bad: int, exceeded: bool) -> None:
+    """Of 100; below 1 the setting is a fraction."""
+    assert BadRecordsLimit(setting, 100, before=before).exceeded(bad) == exceeded
 
 
 def test_a_model_without_the_branch(tmp_path: Path) -> None:

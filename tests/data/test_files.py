@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from medm.data import files
 from medm.data.files import RecordFile
-from medm.errors import DataError
+from medm.errors import DataError, InputLostError
 from tests.data.tiny import write_json, write_lines
 
 VALUES = st.recursive(
@@ -259,7 +259,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     opened = RecordFile(path)
     assert opened[1] == {"a": 2}
     os.utime(path, ns=(1, 1))
-    with pytest.raises(DataError, match="the file changed after it was opened"):
+    with pytest.raises(InputLostError, match=r"a\.jsonl: the file changed after it was opened"):
         opened[1]
 
 

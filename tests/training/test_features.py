@@ -84,20 +84,20 @@ def test_a_bad_file_stops_the_run_or_leaves_its_records_out(tmp_path: Path, capl
         train(first)
     (tmp_path / "images" / "4.png").unlink()
     (tmp_path / "images" / "5.png").write_bytes(damaged.read_bytes())  # the same content, so read once
-    data["bad_records"] = "skip"
+    data |= {"bad_records": "skip", "bad_records_limit": None}
     outcome = train(recipe(tmp_path, output_dir=str(tmp_path / "out"), data=data))
     assert outcome.finished
     said = [line for line in caplog.messages if line.startswith("no features of image")]
     assert len(said) == 1
     assert "2.png: the image is truncated or damaged" in said[0]
     left_out = [line for line in caplog.messages if line.startswith("left out")]
-    assert len(left_out) == 4, "two records in each of two epochs; the check left out the one whose file is missing"
+    assert len(left_out) == 2, "once a run, not once an epoch; the check left out the one whose file is missing"
     assert all("train.json, record 2, field 'image'" in line or "record 5" in line for line in left_out)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["records"]["left_out_by_check"] == 1
-    assert run["records"]["bad"] == 4
-    with pytest.raises(DataError, match=r"2 records were left out as bad, more than data\.bad_records_limit = 1"):
-        train(recipe(tmp_path, output_dir=str(tmp_path / "other"), data=data | {"bad_records_limit": 1}))
+    assert run["records"]["bad"] == 2
+    with pytest.raises(DataError, match=r"3 of 7 training records are bad \(42\.9%\), more than .*_limit = 0\.4"):
+        train(recipe(tmp_path, output_dir=str(tmp_path / "other"), data=data | {"bad_records_limit": 0.4}))
 
 
 def test_other_weights_are_another_encoder() -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from medm.errors import CheckpointError, DataError, RecipeError
+from medm.errors import CheckpointError, DataError, MedmError, RecipeError
 from medm.models import load
-from medm.training import checkpoints
+from medm.training import checkpoints, run
 from medm.training.recipe import load_recipe
 from medm.training.run import publish, train
 from tests import tiny
@@ -241,10 +243,84 @@ def test_bad_records_stop_the_run_before_it_begins(world: Path, tmp_path: Path) 
     data = {"train": [{"path": str(path), "root": str(world / "images")}]}
     with pytest.raises(DataError, match=r"2 of 8 training records are bad; the first: .*bad\.json, record 3"):
         train(recipe(world, tmp_path / "out", data=data))
+    with pytest.raises(DataError, match=r"2 of 8 training records are bad \(25\.0%\), more than .*limit = 0\.1"):
+        train(recipe(world, tmp_path / "out", data=data | {"bad_records": "skip"}))
+    data["bad_records_limit"] = 2
     skipped = recipe(world, tmp_path / "out", data=data | {"bad_records": "skip"}, train={"max_steps": 2})
     assert train(skipped).finished
     counts = json.loads((tmp_path / "out" / "run.json").read_text())["records"]
     assert counts["left_out_by_check"] == 2
+
+
+class At(TrainerCallback):
+    """Does something once, at the end of a step."""
+
+    def __init__(self, step: int, what: Callable[[], object]) -> None:
+        self.step, self.what = step, what
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.what()
+
+
+@pytest.fixture
+def mine(world: Path, tmp_path: Path) -> dict[str, Any]:
+    """The `data` section over images and annotations of this test's own."""
+    shutil.copytree(world / "images", tmp_path / "images")
+    shutil.copy(world / "train.json", tmp_path / "train.json")
+    source = {"path": str(tmp_path / "train.json"), "root": str(tmp_path / "images")}
+    return {"train": [source], "eval": [], "bad_records": "skip"}
+
+
+def remove_images(folder: Path) -> None:
+    (folder / "images").rename(folder / "away")
+
+
+def rewrite_annotations(folder: Path) -> None:
+    file = folder / "train.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[:4]))
+
+
+def damage_images(folder: Path) -> None:
+    for file in (folder / "images").iterdir():
+        file.write_bytes(file.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (remove_images, r"no such file.*was there when the run began.*--resume"),
+        (rewrite_annotations, r"train\.json: the file changed after it was opened"),
+        (
+            damage_images,
+            r"training records are bad \(\d+\.\d%\), more than data\.bad_records_limit = 0\.1; for example ",
+        ),
+    ],
+    ids=["images gone", "annotations rewritten", "images damaged"],
+)
+def test_data_lost_during_the_run_stops_it(
+    mine: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[Path], object], message: str,
+) -> None:  # fmt: skip
+    """Though bad records are skipped; before, the run went on to its end at loss 0."""
+    monkeypatch.setattr("medm.data.dataset.RETRY_SECONDS", (0.0,))
+    callbacks = run._callbacks
+    monkeypatch.setattr(run, "_callbacks", lambda recipe: [*callbacks(recipe), At(2, lambda: fault(tmp_path))])
+    settings = {"max_steps": 40, "eval_strategy": "no", "save_steps": 50}
+    with pytest.raises(MedmError, match=message):
+        train(recipe(world, tmp_path / "out", data=mine, train=settings))
+    logged = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
+    assert logged and all(entry.get("loss") != 0 for entry in logged)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_first_record_is_logged_only_when_it_is_asked_for(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for level in ("INFO", "DEBUG"):
+        with caplog.at_level(level, logger="medm"):
+            train(recipe(world, tmp_path / level, train={"max_steps": 1, "eval_strategy": "no"}))
+        assert (QUESTIONS[0] in caplog.text) == (level == "DEBUG")
 
 
 def test_held_out_data_is_asked_for_when_it_is_to_be_measured(world: Path, tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from medm.errors import CheckpointError, DeviceError, MedmError, NonFiniteError, RecipeError
+from medm.errors import (
+    CheckpointError,
+    DataError,
+    DeviceError,
+    InputLostError,
+    MedmError,
+    NonFiniteError,
+    RecipeError,
+)
 from medm.models.manifest import read_manifest, verify, write_manifest
 from medm.training import checkpoints
 from medm.training.arguments import training_arguments
@@ -24,7 +32,7 @@ from medm.training.callbacks import LossCurve
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import ADAPTER_PARAMETER
 from medm.training.snapshot import Snapshot
-from tests.training.toys import FULL, LORA, TOWERS, Toy, trainer, weights
+from tests.training.toys import FULL, LORA, TOWERS, Pairs, Toy, trainer, weights
 
 Case = dict[str, Any]
 
@@ -84,6 +92,113 @@ def test_the_loss_goes_down_for_two_towers(tmp_path: Path) -> None:
     run.fit()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+class Emptied(Pairs):
+    """From some step on no sample has a label, as where every record of a batch is left out."""
+
+    empty = False
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        return {**sample, "labels": torch.full_like(sample["labels"], -100)} if self.empty else sample
+
+
+class Empty(TrainerCallback):
+    """After `steps` the data is empty for the steps that follow, until `until`."""
+
+    def __init__(self, data: Emptied, after: int, until: int = 99) -> None:
+        self.data, self.after, self.until = data, after, until
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.data.empty = self.after <= state.global_step < self.until
+
+
+def emptied(folder: Path, after: int, until: int = 99, **settings: Any) -> list[dict[str, Any]]:
+    """The log of a run whose steps after `after` have no samples, and of the steps before and after them."""
+    data = Emptied()
+    run = trainer(folder, callbacks=[LossCurve(), Empty(data, after, until)], save_strategy="no", **settings)
+    run.epochs.dataset = data
+    run.fit()
+    return run.state.log_history
+
+
+def test_a_step_without_samples_has_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="medm"):
+        history = emptied(tmp_path, after=4, max_steps=6)
+    assert [("loss" in entry, entry.get("steps_without_samples")) for entry in history[:-1]] == [(True, None)] * 4 + [
+        (False, 1)
+    ] * 2
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert history[-1]["train_loss"] == pytest.approx(sum(losses) / 4)
+    assert [json.loads(line).get("loss") for line in (tmp_path / "loss.jsonl").read_text().splitlines()][4:6] == [
+        None
+    ] * 2
+    assert not [entry for entry in history if entry.get("loss") == 0 or entry.get("loss/balance") == 0]
+
+
+def test_the_loss_of_several_steps_is_a_mean_over_those_with_samples(tmp_path: Path) -> None:
+    single = emptied(tmp_path / "single", after=2, until=4, max_steps=6)
+    (entry,) = [entry for entry in emptied(tmp_path / "six", after=2, until=4, max_steps=6, logging_steps=6,
+                                           logging_first_step=False) if "loss" in entry]  # fmt: skip
+    known = [one["loss"] for one in single if "loss" in one]
+    assert len(known) == 4
+    assert entry["loss"] == pytest.approx(sum(known) / 4, rel=1e-5)
+    assert entry["steps_without_samples"] == 2
+
+
+def test_held_out_data_without_samples_is_no_loss_of_0(tmp_path: Path) -> None:
+    run = trainer(tmp_path, held_out=4)
+    data = Emptied(4)
+    data.empty, run.eval_dataset = True, data
+    with pytest.raises(DataError, match="no held-out record could be used"):
+        run.evaluate()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_the_same_error(tmp_path: Path, workers: int) -> None:
+    run = trainer(tmp_path, save_strategy="no", dataloader_num_workers=workers)
+    run.epochs.dataset = Losing()
+    with pytest.raises(InputLostError, match=r"^the share is away$"):
+        run.fit()
+
+
+def test_a_worker_that_is_killed_is_named(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="no", dataloader_num_workers=1)
+    run.epochs.dataset = Losing(kill=True)
+    with pytest.raises(MedmError, match=r"ended from outside.*train\.dataloader_num_workers"):
+        run.fit()
+
+
+class Losing(Pairs):
+    """Cannot be read, or ends the process that reads it."""
+
+    def __init__(self, *, kill: bool = False) -> None:
+        super().__init__()
+        self.kill = kill
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise InputLostError("the share is away")
+
+
+def test_the_last_step_is_logged_wherever_it_falls(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=5, logging_steps=10, save_strategy="no")
+    run.fit()
+    assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == [1, 5]
+
+
+@pytest.mark.parametrize(("steps", "warmup", "first"), [(1, 0.03, 1.0), (2, 0.03, 0.0), (2, 0.99, 0.0), (1, 0, 1.0)])
+def test_warm_up_as_a_fraction_is_not_all_of_a_short_run(
+    tmp_path: Path, steps: int, warmup: float, first: float
+) -> None:
+    run = trainer(tmp_path, parts=FULL, max_steps=steps, warmup_steps=warmup, save_strategy="no")
+    before = weights(run.model)
+    run.fit()
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "loss" in entry]
+    assert rates[0] == pytest.approx(first * 3e-3)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(run.model).items())
 
 
 def test_frozen_parts_do_not_move_at_all(tmp_path: Path) -> None:

@@ -163,6 +163,24 @@ def test_a_bad_sample_on_one_process_stops_both(results: list[dict[str, Any]]) -
     assert sum("is nan on this process" in text for text in texts) == 1
 
 
+def test_data_that_one_process_cannot_read_stops_both(results: list[dict[str, Any]]) -> None:
+    errors, steps = zip(*(result["lost"] for result in results), strict=True)
+    assert sorted(errors) in (
+        [["InputLostError", "the share is away"], ["MedmError", f"process {number}: the share is away"]]
+        for number in (0, 1)
+    )
+    assert steps[0] == steps[1]
+
+
+def test_bad_records_are_counted_over_both_processes(results: list[dict[str, Any]]) -> None:
+    """Neither process sees 11 of them before both have."""
+    (first, steps), (second, other_steps) = (result["too many bad"] for result in results)
+    assert first == second
+    assert first[0] == "DataError"
+    assert "13 of 48 training records are bad (27.1%), more than data.bad_records_limit = 0.25" in first[1]
+    assert steps == other_steps
+
+
 def test_a_signal_to_one_process_stops_both_at_the_same_step(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert result["terminated"] == [False, 3, ["checkpoint-3"]]

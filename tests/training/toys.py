@@ -72,7 +72,7 @@ class Toy(PreTrainedModel):
         tokens = self.connector(self.encoder(vision)).unsqueeze(1)  # (B, 1, D)
         embeds = torch.cat([tokens, self.llm.get_input_embeddings()(input_ids)[:, 1:]], dim=1)
         logits = self.llm(inputs_embeds=embeds).logits
-        count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        count = (labels[:, 1:] != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / count
         return ToyOutput(loss=loss, losses={"balance": 0.01 * tokens.pow(2).mean()})
 

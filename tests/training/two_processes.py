@@ -21,12 +21,13 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from medm.errors import MedmError
+from medm.data.limits import BadRecordsLimit
+from medm.errors import InputLostError, MedmError
 from medm.models.manifest import read_manifest, write_manifest
 from medm.objectives.contrastive import Contrastive
 from medm.training import checkpoints, resumable, writing
 from medm.training.trainer import MedmTrainer
-from tests.training.toys import LORA, TOWERS, trainer
+from tests.training.toys import LORA, TOWERS, Pairs, trainer
 
 CURVE: dict[str, Any] = {
     "dropout": False, "balance": 0.0, "max_steps": 6, "save_strategy": "no", "parts": LORA,
@@ -172,6 +173,45 @@ def poisoned(folder: Path) -> Any:
     return refusal(lambda: trainer(folder, **(HALF | {"poisoned": 17, "save_steps": 1})).fit())
 
 
+class Lost(Pairs):
+    """One sample cannot be read, so one process alone gets an error."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index == 17:
+            raise InputLostError("the share is away")
+        return super().__getitem__(index)
+
+
+class Counted(Pairs):
+    """Every third sample counts as bad, in the process that draws it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad: set[int] = set()
+        self.bad_records_limit = BadRecordsLimit(0.25, len(self), before=2)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.bad |= {index} if index % 3 == 0 else set()
+        return super().__getitem__(index)
+
+    @property
+    def num_bad(self) -> int:
+        return len(self.bad)
+
+    def noted(self, what: str) -> list[int]:
+        return sorted(self.bad)
+
+    def place(self, index: int) -> str:
+        return f"record {index}"
+
+
+def on_data(folder: Path, data: Pairs) -> Any:
+    """How a run over this data ends on each process."""
+    run = trainer(folder, **HALF, save_strategy="no")
+    run.epochs.dataset = data
+    return [refusal(run.fit), run.state.global_step]
+
+
 def terminated(folder: Path) -> Any:
     run = trainer(folder, **HALF, callbacks=[Terminate()])
     return [run.fit(), run.state.global_step, [path.name for path in checkpoints.folders(folder)]]
@@ -232,6 +272,8 @@ def main(folder: Path) -> None:
         "contrast, one without": lambda: contrast(first_rows=6),
         "towers": lambda: curve(folder / "towers", kind="towers", parts=TOWERS),
         "poisoned": lambda: poisoned(folder / "poisoned"),
+        "lost": lambda: on_data(folder / "lost", Lost()),
+        "too many bad": lambda: on_data(folder / "bad", Counted()),
         "terminated": lambda: terminated(folder / "terminated"),
         "resumed-ddp": lambda: resumed(folder / "resumed-ddp"),
     }
