@@ -5,14 +5,24 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 
 from medm.errors import DeviceError, RecipeError, suggest
+from medm.training.kernels import require_liger
 from medm.training.options import TrainOptions
+from medm.training.quantize import require_4bit
+from medm.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -49,27 +59,95 @@ _WITHOUT_EFFECT = {
     **dict.fromkeys(_DECIDED, "medm decides it"),
 }
 
-_LOG_EXTRA = ("tensorboard", "wandb")
-"""Trackers that come with the extra `log`."""
+
+_EXTRAS = {"bitsandbytes": "quant", "tensorboard": "log", "wandb": "log"}
+"""Packages that come with an extra of medm."""
+
+
+def on_this_machine(options: TrainOptions) -> tuple[TrainOptions, dict[str, str]]:
+    """Replace what a machine without any GPU cannot do, so that a recipe for GPUs runs there too, slowly.
+
+    With `use_cpu` the recipe means the CPU, and its precision is left as it is.
+
+    Returns:
+        The options to train with, and by key what was done instead; the recipe itself stays as it was written.
+    """
+    if options.use_cpu or options.require_gpu or _has_accelerator():
+        return options, {}
+    reduced = [key for key in ("bf16", "fp16", "tf32") if getattr(options, key)]
+    if not reduced:
+        return options, {}
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            "this PyTorch sees no GPU: training on the CPU in float32, %s of the recipe without effect. To stop "
+            "instead, set train.require_gpu=true; for bfloat16 on the CPU, set train.use_cpu=true",
+            " and ".join(f"train.{key}" for key in reduced),
+        )  # fmt: skip
+    changes: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": None}
+    return options.model_copy(update=changes), {f"train.{key}": "float32 on the CPU, no GPU found" for key in reduced}
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.accelerator.is_available()
+
+
+def require_start(recipe: Recipe) -> None:
+    """Raise for what recipe, folders and installed packages tell before any weights are read.
+
+    Raises:
+        RecipeError: `init_from` is no model folder, or held-out data is missing.
+        DeviceError: an optional package or a GPU that the recipe needs is missing.
+    """
+    if not recipe.data.train:
+        raise RecipeError("data.train: no annotation file; name at least one")
+    if recipe.train.eval_strategy != "no" and not recipe.data.eval:
+        raise RecipeError(
+            f"train.eval_strategy: {recipe.train.eval_strategy} needs held-out records; name files in data.eval"
+        )
+    if recipe.init_from is not None and not (Path(recipe.init_from) / "config.json").is_file():
+        found = "no such folder" if not Path(recipe.init_from).is_dir() else "the folder holds no config.json"
+        raise RecipeError(f"init_from: {recipe.init_from}: {found}; give a model folder that medm saved")
+    if recipe.train.liger:
+        require_liger()
+    for name, part in recipe.parts.items():
+        if part.quantize == "4bit":
+            require_4bit(name=name)
+
+
+@contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Build models whole inside, though the arguments name ZeRO-3.
+
+    transformers would build them in pieces, spread over the processes, which published files do not fit.
+    """
+    if args.deepspeed is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArguments:
-    """Check every name and value, and build the arguments.
+    """Check every name and value, and build the arguments. Optimizer and schedule are tried on one weight.
 
     Raises:
         RecipeError: an unknown name, a name without effect, or a value that transformers refuses.
-        DeviceError: a GPU was required and there is none, or a tracker is not installed.
+        DeviceError: a GPU was required and there is none, or a package that the recipe needs is not installed.
     """
     if options.require_gpu and not torch.cuda.is_available():
         raise DeviceError(
             "train.require_gpu: no CUDA device is there; check the driver, or leave the key out to use the CPU"
         )
-    trackers = [options.report_to] if isinstance(options.report_to, str) else options.report_to
-    for tracker in trackers:
-        if tracker in _LOG_EXTRA and importlib.util.find_spec(tracker) is None:
-            raise DeviceError(
-                f"train.report_to: {tracker} is not installed; pip install 'medm[log]', or leave the key out"
-            )
+    _check_trackers([options.report_to] if isinstance(options.report_to, str) else options.report_to)
+    _check_name("optim", options.optim, OptimizerNames)
+    _check_name("lr_scheduler_type", options.lr_scheduler_type, SchedulerType)
+    if options.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        raise DeviceError("train.deepspeed: deepspeed is not installed; pip install deepspeed, or leave the key out")
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in options.arguments:
         if name in _WITHOUT_EFFECT:
@@ -94,7 +172,61 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train: transformers refuses these arguments: {error}") from None
+    except ImportError as error:
+        raise DeviceError(f"train: a package that these arguments need is not installed: {error}") from None
+    _try_optimizer(arguments)
     if arguments.n_gpu > 1:
         logger.warning("%d GPUs are visible and one is used; `medm launch train` uses all of them", arguments.n_gpu)
         arguments._n_gpu = 1  # torch's DataParallel, which transformers would choose, cannot split our batches
     return arguments
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raise for a tracker that transformers does not know, or whose package is not installed."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"train.report_to: no tracker {name!r}{suggest(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in installed:
+            raise DeviceError(f"train.report_to: {name} is not installed; {_install(name)}, or leave the key out")
+
+
+def _check_name(key: str, name: str, kind: type[Enum]) -> None:
+    known = [str(member.value) for member in kind]
+    if name not in known:
+        raise RecipeError(f"train.{key}: unknown name {name!r}{suggest(name, known)}")
+
+
+def _install(package: str) -> str:
+    extra = _EXTRAS.get(package)
+    return f"pip install 'medm[{extra}]'" if extra else f"install its package ({package})"
+
+
+def _try_optimizer(arguments: TrainingArguments) -> None:
+    """Make optimizer and schedule for one weight: what they lack or refuse is told before the model is loaded."""
+    name, weight = getattr(arguments.optim, "value", arguments.optim), nn.Parameter(torch.zeros(2, 2))
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        kind([{"params": [weight], "lr": arguments.learning_rate, "weight_decay": 0.0}], **settings)
+    except ImportError as error:
+        text = " ".join(str(error).split())
+        package = next((package for package in _EXTRAS if package in text), None)
+        advice = f"; {_install(package)}, or choose another optimizer" if package else f" ({text})"
+        raise DeviceError(f"train.optim: {name} needs a package that is not installed{advice}") from None
+    except Exception as error:  # noqa: BLE001  # a dozen packages make optimizers, each with errors of its own
+        text = " ".join(str(error).split())
+        raise RecipeError(f"train.optim: {name} cannot be used here: {text}") from None
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type, optimizer=torch.optim.SGD([weight], lr=1.0),
+            num_warmup_steps=1, num_training_steps=10,
+            scheduler_specific_kwargs=cast(dict[str, Any], arguments.lr_scheduler_kwargs or {}),
+        )  # fmt: skip
+    except (TypeError, ValueError, KeyError) as error:
+        chosen = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+        raise RecipeError(
+            f"train.lr_scheduler_type: {chosen} refuses train.lr_scheduler_kwargs = "
+            f"{arguments.lr_scheduler_kwargs or {}}: {error}"
+        ) from None

@@ -94,21 +94,50 @@ class Progress(TrainerCallback):
 
 
 class LossCurve(TrainerCallback):
-    """`loss.jsonl`, a line a log step, and at the end `loss.png`; both restart from what a resumed run remembers."""
+    """`loss.jsonl`, a line per log step, and at the end `loss.png`; both restart from what a resumed run remembers.
+
+    Neither is worth a run: where they cannot be written a warning says so, and training continues.
+    """
+
+    def __init__(self) -> None:
+        self._incomplete = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / LOSS_LOG
-            path.write_text("".join(_line(entry) for entry in state.log_history), encoding="utf-8")
+            self._rewrite(args, state)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero or self._incomplete:
+            return
+        try:
             with (Path(args.output_dir) / LOSS_LOG).open("a", encoding="utf-8") as file:
                 file.write(_line(state.log_history[-1]))
+        except OSError as error:
+            self._incomplete = True
+            logger.warning(
+                "%s cannot be written (%s); training continues, and the file is written again at the end",
+                LOSS_LOG, error.strerror or error,
+            )  # fmt: skip
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            draw_curve(state.log_history, Path(args.output_dir) / LOSS_CURVE)
+            if self._incomplete:
+                self._rewrite(args, state)
+            try:
+                draw_curve(state.log_history, Path(args.output_dir) / LOSS_CURVE)
+            except Exception as error:  # noqa: BLE001  # whatever a plotting library raises, the model comes first
+                logger.warning(
+                    "no %s: %s: %s; the numbers are in %s", LOSS_CURVE, type(error).__name__, error, LOSS_LOG
+                )
+
+    def _rewrite(self, args: Any, state: Any) -> None:
+        path = Path(args.output_dir) / LOSS_LOG
+        try:
+            path.write_text("".join(_line(entry) for entry in state.log_history), encoding="utf-8")
+            self._incomplete = False
+        except OSError as error:
+            self._incomplete = True
+            logger.warning("%s cannot be written (%s); training continues", path, error.strerror or error)
 
 
 def draw_curve(history: list[dict[str, Any]], path: Path) -> bool:

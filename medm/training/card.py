@@ -66,6 +66,7 @@ def data_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
 def write_record(
     folder: Path, *, recipe: Mapping[str, Any], table: PartTable, hashes: Mapping[str, str],
     history: list[dict[str, Any]], counts: Mapping[str, int],
+    device: str = "cpu", fallback: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
     """`recipe.yaml`, `run.json` and `README.md` in a model's folder.
 
@@ -76,11 +77,14 @@ def write_record(
         hashes: of the annotation files.
         history: what was logged; the last training and evaluation losses are shown.
         counts: records that were left out or shortened.
+        device: on which it was trained.
+        fallback: keys of the recipe that this machine could not follow, and what was done instead.
     """
     last = _last(history)
     run = {
         "versions": versions(), "data": dict(hashes), "records": dict(counts), "scores": last,
-        "parameters": table.parameters, "trainable": table.trainable,
+        "parameters": table.parameters, "trainable": table.trainable, "device": device,
+        "instead_of_the_recipe": dict(fallback or {}),
     }  # fmt: skip
     (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
     (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")

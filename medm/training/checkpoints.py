@@ -15,17 +15,19 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from medm.errors import CheckpointError, MedmError, RecipeError
-from medm.models.manifest import MANIFEST, sync, verify, write_manifest
+from medm.models.manifest import MANIFEST, read_manifest, sync, verify, write_manifest
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _STAGING = ".tmp-"
+FINISHED = ".finished-model"
+"""Folder of a whole trained model whose files are being moved into the output folder."""
 _MODEL = ("config.json", "*.safetensors")
 """Files by which a model at the top of an output folder is known."""
 _SLACK = 1.2
@@ -51,7 +53,7 @@ def staging(output_dir: Path, step: int) -> Path:
 
 
 def clear_staging(output_dir: Path) -> None:
-    """Remove what a killed run left half written."""
+    """Remove what a killed run left half written. A whole model (`FINISHED`) is not among it."""
     for path in output_dir.glob(f"{_STAGING}*"):
         logger.warning("removing %s, which an interrupted run left half written", path)
         remove(path)
@@ -59,6 +61,11 @@ def clear_staging(output_dir: Path) -> None:
 
 def check_unused(output_dir: Path) -> None:
     """Raise `RecipeError` when a folder holds another run's checkpoints or model, which a new run would replace."""
+    if (output_dir / FINISHED).is_dir():
+        raise RecipeError(
+            f"{output_dir}: holds a trained model that could not be put in place ({FINISHED}); finish that with "
+            "--resume, or choose another output_dir"
+        )
     if present := folders(output_dir):
         raise RecipeError(
             f"{output_dir}: holds {present[0].name} of an earlier run; continue that run with --resume, or choose "
@@ -139,6 +146,15 @@ def newest_good(output_dir: Path, *, facts: Mapping[str, type] | None = None) ->
     return None
 
 
+def finished_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a model in `FINISHED`, which is the last but one of the files to be moved out of it."""
+    place = folder if (folder / MANIFEST).exists() else folder.parent
+    record = read_manifest(place)
+    if not isinstance(record.get("step"), int) or not isinstance(record.get("recipe"), dict):
+        raise CheckpointError(f"{place / MANIFEST}: does not say step and recipe")
+    return record
+
+
 def prune(output_dir: Path, *, keep: int, spare: Path | None, newest: Path) -> None:
     """Remove all but the newest `keep` checkpoints and `spare` (the best), once `newest` has been read back."""
     doomed = [folder for folder in folders(output_dir)[keep:] if folder not in (spare, newest)]
@@ -159,9 +175,11 @@ def folder_size(folder: Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder if it is there."""
-    if path.exists():
+    """Remove a folder or a file if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Background:
@@ -194,9 +212,16 @@ def locked(output_dir: Path) -> Iterator[None]:
 
     Raises:
         MedmError: another run holds it.
+        CheckpointError: the folder cannot be made or written.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ".lock").open("a+") as file:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        opened = (output_dir / ".lock").open("a+")
+    except OSError as error:
+        raise CheckpointError(
+            f"output_dir: {output_dir} cannot be written ({error.strerror or error}); choose another folder"
+        ) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -205,7 +230,8 @@ def locked(output_dir: Path) -> Iterator[None]:
                 f"{output_dir}: another run is writing here ({file.read().strip() or 'unknown process'}); wait for it "
                 "or give this run an output_dir of its own"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with suppress(OSError):  # a full disk: the name is for people, the lock is held without it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield

@@ -53,10 +53,7 @@ def use_liger(language_model: Any) -> None:
     """
     if language_model is None:
         raise RecipeError("train.liger: there is no language model to use its kernels in; leave the key out")
-    if find_spec("liger_kernel") is None:
-        raise DeviceError("train.liger: liger-kernel is not installed; pip install 'medm[liger]', or leave the key out")
-    if not torch.cuda.is_available():
-        raise DeviceError("train.liger: its kernels need a CUDA device, and none is there; leave the key out")
+    require_liger()
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
@@ -64,3 +61,11 @@ def use_liger(language_model: Any) -> None:
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise RecipeError(f"train.liger: has no kernels for {family!r}; leave the key out")
     _apply_liger_kernel_to_instance(language_model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
+def require_liger() -> None:
+    """Raise `DeviceError` where liger-kernel is not installed, or there is no GPU."""
+    if find_spec("liger_kernel") is None:
+        raise DeviceError("train.liger: liger-kernel is not installed; pip install 'medm[liger]', or leave the key out")
+    if not torch.cuda.is_available():
+        raise DeviceError("train.liger: its kernels need a CUDA device, and none is there; leave the key out")

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import distributed as dist
 
-from medm.errors import DataError, MedmError
+from medm.errors import CheckpointError, DataError, DeviceError, MedmError, RecipeError
 
 T = TypeVar("T")
+
+_KINDS = (MedmError, RecipeError, DataError, CheckpointError, DeviceError)
+"""Errors that are made from their text alone, and so can be raised again on another process."""
 
 
 def world_size() -> int:
@@ -39,7 +43,7 @@ def on_first(action: Callable[[], T]) -> T:
         raise caught
     if message[1] is not None:
         kind, text = message[1]
-        raise (kind if issubclass(kind, OSError) or kind in (MedmError, DataError) else MedmError)(text)
+        raise (kind if issubclass(kind, OSError) or kind in _KINDS else MedmError)(text)
     return message[0]
 
 
@@ -48,7 +52,7 @@ def failures(action: Callable[[], None]) -> list[str]:
     problem: str | None = None
     try:
         action()
-    except (MedmError, OSError, RuntimeError) as error:
+    except (MedmError, OSError, RuntimeError, SafetensorError) as error:
         problem = f"process {rank()}: {error}"
     return [text for text in gathered(problem) if text]
 

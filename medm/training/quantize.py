@@ -22,10 +22,7 @@ def to_4bit(part: nn.Module, *, name: str) -> None:
     Raises:
         DeviceError: bitsandbytes is not installed.
     """
-    if find_spec("bitsandbytes") is None:
-        raise DeviceError(
-            f"parts.{name}.quantize: 4bit needs bitsandbytes, which is not installed (pip install 'medm[quant]')"
-        )
+    require_4bit(name=name)
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None
@@ -42,6 +39,14 @@ def to_4bit(part: nn.Module, *, name: str) -> None:
         parent, _, child = layer_name.rpartition(".")
         setattr(part.get_submodule(parent), child, small)
     part.is_loaded_in_4bit = True  # type: ignore[assignment]  # by this peft knows which adapter layer fits
+
+
+def require_4bit(*, name: str) -> None:
+    """Raise `DeviceError` where bitsandbytes, which holds a part in 4 bits, is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise DeviceError(
+            f"parts.{name}.quantize: 4bit needs bitsandbytes, which is not installed (pip install 'medm[quant]')"
+        )
 
 
 def four_bit_weights(model: nn.Module) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,8 +80,12 @@ class ResumableTrainer(Trainer):
 
     # Running ------------------------------------------------------------------------------------------
 
-    def fit(self, *, resume: bool = False) -> bool:
+    def fit(self, *, resume: bool = False, locked: bool = False) -> bool:
         """Train to the end, from the start or from the newest whole checkpoint.
+
+        Args:
+            resume: continue where there is a checkpoint.
+            locked: the caller holds the lock on the output folder (`first_process_holds`).
 
         Returns:
             True when the run is finished; False when a signal stopped it after a checkpoint was written.
@@ -91,7 +96,8 @@ class ResumableTrainer(Trainer):
             NonFiniteError: a loss, gradient or weight is no number.
         """
         with (
-            _first_process_holds(self.output_dir),
+            nullcontext() if locked else first_process_holds(self.output_dir),
+            _no_process_left(),
             self.interruption.listening(),
             safe_loading(self._checkpoint_classes()),
             self._commits,
@@ -110,16 +116,7 @@ class ResumableTrainer(Trainer):
             logger.warning("--resume: %s holds no checkpoint yet, so the run starts from the beginning", output_dir)
             return None
         manifest = read_manifest(start)
-        if manifest["world_size"] != self.args.world_size:
-            raise CheckpointError(
-                f"{start}: written by {manifest['world_size']} processes, and {self.args.world_size} are running; "
-                "continue with the same number, or start a new run from its weights with init_from"
-            )
-        if changed := differences(manifest["recipe"], self.recipe):
-            raise RecipeError(
-                f"{start}: the recipe changed since it was written; undo the change, or start a new run from its "
-                "weights with init_from\n  " + "\n  ".join(changed)
-            )
+        check_continues(start, manifest, recipe=self.recipe, world_size=self.args.world_size)
         written = manifest.get("data", {})
         if edited := [file for file, digest in self.data_hashes.items() if written.get(file, digest) != digest]:
             raise RecipeError(
@@ -362,8 +359,49 @@ def _untied(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
+def check_continues(start: Path, manifest: Mapping[str, Any], *, recipe: Mapping[str, Any], world_size: int) -> None:
+    """Raise for a checkpoint that this run cannot continue from.
+
+    Args:
+        start: the checkpoint, for messages.
+        manifest: its facts.
+        recipe: resolved, of this run.
+        world_size: processes of this run.
+
+    Raises:
+        RecipeError: something changed that matters for what is learned.
+        CheckpointError: another number of processes wrote it.
+    """
+    if manifest["world_size"] != world_size:
+        raise CheckpointError(
+            f"{start}: written by {manifest['world_size']} processes, and {world_size} are running; continue with the "
+            "same number, or start a new run from its weights with init_from"
+        )
+    if changed := differences(manifest["recipe"], recipe):
+        raise RecipeError(
+            f"{start}: the recipe changed since it was written; undo the change, or start a new run from its weights "
+            "with init_from\n  " + "\n  ".join(changed)
+        )
+
+
 @contextmanager
-def _first_process_holds(output_dir: Path) -> Iterator[None]:
+def _no_process_left() -> Iterator[None]:
+    """End the workers of loaders that an error left behind.
+
+    They ignore stop signals, which is also how Python would end them when the program exits: it would wait for ever.
+    """
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        for child in set(multiprocessing.active_children()) - before:
+            if child.daemon:
+                child.kill()
+                child.join()
+
+
+@contextmanager
+def first_process_holds(output_dir: Path) -> Iterator[None]:
     """The lock on the output folder, taken by the first process for all."""
     with ExitStack() as stack:
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from medm.data.check import require_sources
-from medm.errors import CheckpointError
+from medm.errors import CheckpointError, RecipeError
 from medm.launcher import LINK
 from medm.llms.attention import in_one_kernel
 from medm.models import build
-from medm.models.manifest import sync, write_manifest
+from medm.models.manifest import MANIFEST, read_manifest, sync, write_manifest
 from medm.objectives import OBJECTIVES
 from medm.objectives.base import Objective
-from medm.training.arguments import training_arguments
+from medm.training import checkpoints
+from medm.training.arguments import on_this_machine, require_start, training_arguments, whole_models
 from medm.training.callbacks import LossCurve, Progress
 from medm.training.card import data_hashes, write_record
 from medm.training.data import TrainingData
@@ -30,7 +32,8 @@ from medm.training.kernels import compile_layers, use_liger
 from medm.training.options import TrainOptions
 from medm.training.parts import PartTable, apply_parts
 from medm.training.processes import on_first
-from medm.training.recipe import Recipe, resolved
+from medm.training.recipe import Recipe, differences, resolved
+from medm.training.resumable import check_continues, first_process_holds
 from medm.training.trainer import MedmTrainer
 
 logger = logging.getLogger(__name__)
@@ -62,18 +65,71 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         MedmError: anything that the user can mend, before the first step wherever that is possible.
     """
     output_dir = Path(recipe.output_dir)
-    require_sources(recipe.data)  # before weights are read, which takes minutes
     transformers_logging.disable_progress_bar()
-    set_seed(recipe.train.seed)  # new connectors and adapters are drawn from it
-    # Before the arguments: with ZeRO-3 they make transformers build models in pieces, which published files do not fit.
-    model, processor = build(recipe.model, init_from=recipe.init_from)
-    args = training_arguments(recipe.train, output_dir)
-    table = apply_parts(model, recipe.parts, recipe.train, keep_float32=recipe.train.deepspeed is None)
+    # Whatever recipe, folders and installed packages tell is told before weights are read, which takes minutes.
+    options, fallback = on_this_machine(recipe.train)
+    require_sources(recipe.data)
+    require_start(recipe)
+    args = training_arguments(options, output_dir)
+    with first_process_holds(output_dir):
+        if (done := on_first(lambda: _require_usable(recipe, args, resume=resume))) is not None:
+            return done
+        return _train(recipe, options, args, resume=resume, fallback=fallback)
+
+
+def _require_usable(recipe: Recipe, args: TrainingArguments, *, resume: bool) -> Outcome | None:
+    """Look at the output folder; a finished model that was not put in place yet is put there.
+
+    Returns:
+        The outcome of a run that needed no more than that, else None.
+
+    Raises:
+        RecipeError: the folder holds another run, or a run of another recipe.
+        CheckpointError: another number of processes wrote the checkpoint, or a model cannot be put in place.
+    """
+    output_dir = Path(recipe.output_dir)
+    if not resume:
+        checkpoints.check_unused(output_dir)
+        return None
+    if (folder := output_dir / checkpoints.FINISHED).is_dir():
+        return _finish(folder, recipe)
+    for start in checkpoints.folders(output_dir)[:1]:
+        try:
+            manifest = read_manifest(start)
+        except CheckpointError:  # an older checkpoint may be whole, which the trainer finds out
+            break
+        if isinstance(manifest.get("recipe"), dict) and isinstance(manifest.get("world_size"), int):
+            check_continues(start, manifest, recipe=resolved(recipe), world_size=args.world_size)
+    return None
+
+
+def _finish(folder: Path, recipe: Recipe) -> Outcome:
+    """Put a whole model in place that an earlier run of this recipe could not put there."""
+    output_dir, manifest = Path(recipe.output_dir), checkpoints.finished_manifest(folder)
+    if changed := differences(manifest["recipe"], resolved(recipe)):
+        raise RecipeError(
+            f"{output_dir}: holds a trained model that could not be put in place ({folder.name}), of another recipe; "
+            "undo the change, or choose another output_dir\n  " + "\n  ".join(changed)
+        )
+    publish(folder, output_dir)
+    logger.info("the model was trained before; it is now in %s. Not for clinical use.", output_dir)
+    return Outcome(output_dir, True, manifest["step"], manifest.get("loss"))
+
+
+def _train(
+    recipe: Recipe, options: TrainOptions, args: TrainingArguments, *, resume: bool, fallback: Mapping[str, str]
+) -> Outcome:
+    """Train what a recipe describes with what this machine can do; the caller holds the output folder."""
+    output_dir = Path(recipe.output_dir)
+    set_seed(options.seed)  # new connectors and adapters are drawn from it
+    with whole_models(args):
+        model, processor = build(recipe.model, init_from=recipe.init_from)
+    table = apply_parts(model, recipe.parts, options, keep_float32=options.deepspeed is None)
     if args.process_index == 0:
         logger.info("what is trained\n%s", table)
     data = TrainingData(
-        recipe.data, recipe.train, processor, rank=args.process_index, world=args.world_size,
-        flat=recipe.data.packing and _any_lengths(model, recipe.train, args.device) and model.separate_samples(),
+        recipe.data, options, processor, rank=args.process_index, world=args.world_size,
+        flat=recipe.data.packing and _any_lengths(model, options, args.device) and model.separate_samples(),
     )  # fmt: skip
     hashes = on_first(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:
@@ -84,28 +140,28 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
                 device=args.device, bad_records=recipe.data.bad_records,
             )
         )  # fmt: skip
-    if recipe.train.liger:
+    if options.liger:
         use_liger(model.parts().get("llm"))
-    if recipe.train.torch_compile:
-        compile_layers(model, deepspeed=recipe.train.deepspeed)
+    if options.torch_compile:
+        compile_layers(model, deepspeed=options.deepspeed)
     goal, callbacks = objective(recipe), _callbacks(recipe)
     if recipe.diagnostics is not None:
         tasks = list(getattr(processor, "tasks", None) or [])
-        require_measurable(goal, tasks, packing=recipe.data.packing, deepspeed=recipe.train.deepspeed)
+        require_measurable(goal, tasks, packing=recipe.data.packing, deepspeed=options.deepspeed)
         goal = Watched(goal, batches=recipe.diagnostics.batches)
         data.collate = WithTasks(data.collate, other=len(tasks))
         callbacks.append(TugOfWar(goal, model.parts(), tasks=tasks, every=recipe.diagnostics.every))
     trainer = MedmTrainer(
         model, args,
-        objective=goal, parts=recipe.parts, train_options=recipe.train, train_dataset=data.train,
+        objective=goal, parts=recipe.parts, train_options=options, train_dataset=data.train,
         sampler=data.sampler, data_collator=data.collate, eval_dataset=data.evaluation,
         eval_collator=data.eval_collate, processing_class=processor, callbacks=callbacks,
         recipe=resolved(recipe), data_hashes=hashes,
     )  # fmt: skip
     with trainer.interruption.listening():
-        finished = trainer.fit(resume=resume)
+        finished = trainer.fit(resume=resume, locked=True)
         if finished:
-            _save_final(trainer, recipe, table, data)
+            _save_final(trainer, recipe, table, data, fallback=fallback)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Outcome(output_dir, finished, trainer.state.global_step, losses[-1] if losses else None)
 
@@ -134,43 +190,81 @@ def _callbacks(recipe: Recipe) -> list[TrainerCallback]:
     return callbacks
 
 
-def _save_final(trainer: MedmTrainer, recipe: Recipe, table: PartTable, data: TrainingData) -> None:
-    """Write the model aside, then put its files into `output_dir`; `config.json`, without which nothing opens, last."""
+def _save_final(
+    trainer: MedmTrainer, recipe: Recipe, table: PartTable, data: TrainingData, *, fallback: Mapping[str, str]
+) -> None:
+    """Write the whole model into a folder of its own, then move its files into `output_dir`. All processes call it."""
     output_dir = Path(recipe.output_dir)
     folder = output_dir / ".tmp-model"
     trainer.save_whole(folder)
+    counts = data.counts
+    with LINK.writing():
+        on_first(lambda: _finish_folder(folder, trainer, recipe, table, counts, fallback))
     if trainer.args.process_index == 0:
-        with LINK.writing():
-            write_record(
-                folder, recipe=resolved(recipe), table=table, hashes=trainer.data_hashes,
-                history=trainer.state.log_history, counts=data.counts,
-            )  # fmt: skip
-            write_manifest(folder, {"step": trainer.state.global_step})
-            publish(folder, output_dir)
         logger.info("the model is in %s. Not for clinical use.", output_dir)
+
+
+def _finish_folder(
+    folder: Path, trainer: MedmTrainer, recipe: Recipe, table: PartTable, counts: Mapping[str, int],
+    fallback: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Add the records and the manifest to a folder of weights, and publish it.
+
+    Raises:
+        CheckpointError: the disk does not take it; what is whole by then stays, and --resume finishes.
+    """
+    output_dir = Path(recipe.output_dir)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    facts = {
+        "step": trainer.state.global_step, "loss": losses[-1] if losses else None, "recipe": resolved(recipe),
+    }  # fmt: skip
+    try:
+        write_record(
+            folder, recipe=resolved(recipe), table=table, hashes=trainer.data_hashes,
+            history=trainer.state.log_history, counts=counts, device=trainer.args.device.type, fallback=fallback,
+        )  # fmt: skip
+        write_manifest(folder, facts)
+        finished = output_dir / checkpoints.FINISHED
+        checkpoints.remove(finished)
+        folder.rename(finished)
+        sync(output_dir)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output_dir}: the trained model could not be written ({error.strerror or error}); make room, then "
+            "continue with --resume"
+        ) from None
+    publish(finished, output_dir)
 
 
 def publish(folder: Path, output_dir: Path) -> None:
     """Move a finished model's files into a folder, in an order that never shows half a model.
 
+    Called again after it failed or was killed, it moves what is left.
+
     Raises:
-        CheckpointError: the disk does not take them; the files stay aside.
+        CheckpointError: the disk does not take them; what was not moved stays where it is.
     """
-    last = "config.json"
+    last = [MANIFEST, "config.json"]
     try:
-        (output_dir / last).unlink(missing_ok=True)
-        # One file of an earlier model would be preferred to the shards of this one.
-        for old in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]:
-            old.unlink()
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+        own = {path.name for path in folder.iterdir()}
+        if MANIFEST in own:  # files that were moved before are known by it
+            own |= {name.partition("/")[0] for name in read_manifest(folder)["files"]}
+        if own - {"config.json"}:
+            (output_dir / "config.json").unlink(missing_ok=True)
+            # One file of an earlier model would be preferred to the shards of this one.
+            for old in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]:
+                if old.name not in own or (folder / old.name).exists():
+                    old.unlink()
+        for path in sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
             target = output_dir / path.name
             if path.is_dir() and target.is_dir():
                 shutil.rmtree(target)
             sync(path)
             path.replace(target)
         sync(output_dir)
+        folder.rmdir()
     except OSError as error:
         raise CheckpointError(
-            f"{output_dir}: the trained model could not be put in place ({error}); it is in {folder}"
+            f"{output_dir}: the trained model could not be put in place ({error.strerror or error}); it is whole in "
+            f"{folder}: put the folder right, then --resume moves it"
         ) from None
-    folder.rmdir()

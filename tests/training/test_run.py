@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,9 @@ from transformers import TrainerCallback
 
 from medm.errors import CheckpointError, DataError, MedmError, RecipeError
 from medm.models import load
+from medm.models.manifest import read_manifest
 from medm.training import checkpoints, run
+from medm.training.card import write_record
 from medm.training.recipe import load_recipe
 from medm.training.run import publish, train
 from tests import tiny
@@ -350,6 +353,151 @@ def test_publishing_puts_the_config_last(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(moved[:-1]) == [("model.safetensors", False), ("processor_config.json", False)]
     assert (output / "config.json").read_text() == "new"
     assert {path.name for path in output.iterdir()} == {"config.json", "model.safetensors", "processor_config.json"}
+
+
+class Interrupted(Exception):
+    """The power goes."""
+
+
+@pytest.mark.parametrize("after", [0, 3, -2, -1], ids=["first file", "in the middle", "manifest", "config"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Interrupted()], ids=["error", "kill"])
+def test_a_model_that_was_not_put_in_place_is_put_there_by_resume(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, error: Exception
+) -> None:
+    """No step is trained again, and no byte of the model is another."""
+    given = recipe(world, tmp_path / "out", train={"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"})
+    replace, hashes = Path.replace, {}
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.parent.name == ".finished-model":
+            hashes.setdefault("all", read_manifest(path.parent)["files"] if not hashes else None)
+            order = sorted(path.parent.iterdir(), key=lambda path: ["manifest.json", "config.json"].index(path.name)
+                           if path.name in ("manifest.json", "config.json") else -1)  # fmt: skip
+            done = len(hashes["all"]) + 1 - len(order)
+            if done == (after if after >= 0 else len(hashes["all"]) + 1 + after):
+                raise error
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises((CheckpointError, Interrupted)) as caught:
+        train(given)
+    assert isinstance(caught.value, Interrupted) or "--resume moves it" in str(caught.value)
+    monkeypatch.setattr(Path, "replace", replace)
+    assert not (tmp_path / "out" / "config.json").exists()
+    with pytest.raises(RecipeError, match=r"could not be put in place \(\.finished-model\); finish that with --resume"):
+        train(given)
+    other = recipe(world, tmp_path / "other", train={"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"})
+    with pytest.raises(RecipeError, match=r"of another recipe.*\n.*train\.max_steps: was 1, is 2"):
+        train(other.model_copy(update={"output_dir": str(tmp_path / "out")}), resume=True)
+    monkeypatch.setattr(run, "build", lambda *_, **__: pytest.fail("trained again"))
+    outcome = train(given, resume=True)
+    assert outcome.finished and outcome.steps == 1 and outcome.loss is not None
+    for name, entry in hashes["all"].items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == entry["sha256"]
+    load(str(tmp_path / "out"))
+    assert not (tmp_path / "out" / ".finished-model").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_is_refused_while_the_final_model_is_written(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    given = recipe(world, tmp_path / "out", train={"max_steps": 1, "eval_strategy": "no"})
+    refused = []
+
+    def write(folder: Path, **settings: Any) -> None:
+        with pytest.raises(MedmError, match="another run is writing here") as caught:
+            train(given, resume=resume)
+        refused.append(caught.value)
+        write_record(folder, **settings)
+
+    monkeypatch.setattr(run, "write_record", write)
+    assert train(given).finished
+    assert len(refused) == 1
+    load(str(tmp_path / "out"))
+
+
+def test_a_disk_that_is_full_for_the_final_model_is_an_error_and_resume_ends_the_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recipe(world, tmp_path / "out", train={"max_steps": 2, "eval_strategy": "no"})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_record", full)
+        with pytest.raises(CheckpointError, match=r"could not be written \(No space left on device\); make room"):
+            train(given)
+    assert train(given, resume=True).finished
+    load(str(tmp_path / "out"))
+
+
+def occupied(folder: Path) -> None:
+    (folder / "out" / "checkpoint-3").mkdir(parents=True)
+
+
+def a_file(folder: Path) -> None:
+    (folder / "out").write_text("")
+
+
+def finished(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "changes", "message"),
+    [
+        (occupied, {}, "holds checkpoint-3 of an earlier run"),
+        (finished, {}, "holds a finished model"),
+        (a_file, {}, r"output_dir: .*out cannot be written \(File exists\)"),
+        (None, {"init_from": "/no/such"}, r"init_from: /no/such: no such folder"),
+        (None, {"train": {"deepspeed": "zero4"}}, r"train\.deepspeed: 'zero4'"),
+        (None, {"train": {"report_to": "swanlab"}}, r"train\.report_to: swanlab is not installed"),
+        (None, {"train": {"lr_scheduler_type": "cosin"}}, r"did you mean 'cosine'"),
+        (None, {"train": {"optim": "galore_adamw"}}, r"train\.optim: galore_adamw"),
+        (None, {"train": {"liger": True}}, r"train\.liger"),
+        (None, {"train": {"use_cpu": False, "require_gpu": True}}, r"train\.require_gpu"),
+        (None, {"parts": {"llm": {"tune": "lora", "quantize": "4bit"}}}, r"parts\.llm\.quantize: 4bit"),
+        (None, {"data": {"eval": []}}, r"data\.eval"),
+        (None, {"train": {"arguments": {"optim_argz": "x"}}}, r"train\.arguments\.optim_argz"),
+    ],
+)
+def test_what_can_be_known_is_said_before_weights_are_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    prepare: Callable[[Path], None] | None, changes: dict[str, Any], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(run, "build", lambda *_, **__: pytest.fail("weights were read"))
+    if torch.cuda.is_available() and ("liger" in message or "gpu" in message):
+        pytest.skip("there is a GPU")
+    if prepare is not None:
+        prepare(tmp_path)
+    with pytest.raises(MedmError, match=message):
+        train(recipe(world, tmp_path / "out", **changes))
+
+
+def test_a_changed_recipe_is_said_before_weights_are_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 2, "eval_strategy": "no"}
+    train(recipe(world, tmp_path / "out", train=settings))
+    monkeypatch.setattr(run, "build", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(RecipeError, match=r"train\.seed: was 42, is 7"):
+        train(recipe(world, tmp_path / "out", train=settings | {"seed": 7}), resume=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_recipe_for_gpus_runs_without_one_and_run_json_says_so(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"max_steps": 1, "eval_strategy": "no", "use_cpu": False, "bf16": True, "tf32": True}
+    assert train(recipe(world, tmp_path / "out", train=settings)).finished
+    assert len([line for line in caplog.messages if "this PyTorch sees no GPU" in line]) == 1
+    found = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert found["device"] == "cpu"
+    assert found["instead_of_the_recipe"].keys() == {"train.bf16", "train.tf32"}
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").train.bf16, "the recipe is kept as it was written"
 
 
 def test_no_epoch_at_all_writes_the_model_as_it_was_put_together(world: Path, tmp_path: Path) -> None:

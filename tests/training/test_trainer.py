@@ -159,8 +159,9 @@ def test_held_out_data_without_samples_is_no_loss_of_0(tmp_path: Path) -> None:
 def test_an_error_in_a_worker_is_the_same_error(tmp_path: Path, workers: int) -> None:
     run = trainer(tmp_path, save_strategy="no", dataloader_num_workers=workers)
     run.epochs.dataset = Losing()
-    with pytest.raises(InputLostError, match=r"^the share is away$"):
+    with pytest.raises(InputLostError, match=r"^the share is away$") as kept:  # its frames hold the loader
         run.fit()
+    assert kept.traceback and not multiprocessing.active_children(), "would never end: workers ignore stop signals"
 
 
 def test_a_worker_that_is_killed_is_named(tmp_path: Path) -> None:
@@ -181,6 +182,39 @@ class Losing(Pairs):
         if self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
         raise InputLostError("the share is away")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), ValueError("bad font"), ImportError("x")]
+)
+def test_a_curve_that_cannot_be_drawn_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("medm.training.callbacks.draw_curve", fail)
+    run = trainer(tmp_path, callbacks=[LossCurve()], max_steps=2, save_strategy="no")
+    assert run.fit()
+    assert any(line.startswith(f"no loss.png: {type(error).__name__}") for line in caplog.messages)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO], ids=errno.errorcode.get)
+def test_a_log_that_cannot_be_written_is_written_again_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    opened = Path.open
+
+    def open_(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if path.name == "loss.jsonl" and mode == "a":
+            raise OSError(code, os.strerror(code))
+        return opened(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", open_)
+    run = trainer(tmp_path, callbacks=[LossCurve()], max_steps=3, save_strategy="no")
+    assert run.fit()
+    assert len((tmp_path / "loss.jsonl").read_text().splitlines()) == len(run.state.log_history)
+    assert len([line for line in caplog.messages if line.startswith("loss.jsonl cannot be written")]) == 1
 
 
 def test_the_last_step_is_logged_wherever_it_falls(tmp_path: Path) -> None:
