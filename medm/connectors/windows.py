@@ -65,8 +65,10 @@ class Windows:
         cells = features.tokens[:, features.prefix :].unflatten(1, features.grid)  # (B, *grid, D)
         if self.method != "projection":
             cells = cells.movedim(-1, 1)  # (B, D, *grid)
-            pooled = _POOL[self.method][len(self.sides)](cells, self.sides, stride=self.sides, ceil_mode=True)
-            return pooled.flatten(2).transpose(1, 2)
+            # On a CPU torch has no average over volumes in 16 bits; float32 is exact for both.
+            exact = cells.float() if cells.device.type == "cpu" and cells.itemsize == 2 else cells
+            pooled = _POOL[self.method][len(self.sides)](exact, self.sides, stride=self.sides, ceil_mode=True)
+            return pooled.to(cells.dtype).flatten(2).transpose(1, 2)
         axes = len(self.sides)
         split = [n for size, side in zip(self.grid, self.sides, strict=True) for n in (size // side, side)]
         cells = cells.reshape(len(cells), *split, cells.shape[-1])  # (B, g1, s1, g2, s2, ..., D)

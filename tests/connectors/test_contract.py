@@ -99,3 +99,20 @@ def test_bf16_stays_bf16_and_close(name):
 def test_widths_are_told_and_nowhere_else(name):
     connector = build_connector(name, (4, 4))
     assert (connector.in_dim, connector.out_dim, connector.grid) == (IN_DIM, OUT_DIM, (4, 4))
+
+
+@every_connector
+@every_grid
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["cast", "autocast"])
+def test_half_precision_works_on_a_cpu_forward_and_backward(name, grid, prefix, dtype, weights):
+    """As DeepSpeed casts every weight, and as transformers' Trainer computes; torch lacks some kernels there."""
+    connector, features = build_connector(name, grid, prefix), features_on(grid, prefix)
+    exact = run(connector, features)
+    connector = connector.to(dtype) if weights == "cast" else connector
+    tokens = features.tokens.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=weights == "autocast"):
+        out = run(connector, features._replace(tokens=tokens))
+    out.float().square().sum().backward()
+    torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)  # measured 0.01; 8 bits of mantissa
+    assert tokens.grad.isfinite().all() and tokens.grad.abs().sum() > 0

@@ -144,3 +144,19 @@ def test_recomputed_activations_give_the_same_gradient(name):
         gradients.append([parameter.grad for parameter in encoder.parameters()])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["cast", "autocast"])
+def test_half_precision_works_on_a_cpu_forward_and_backward(name, dtype, weights):
+    """As DeepSpeed casts every weight, and as transformers' Trainer computes; torch lacks some kernels there."""
+    encoder, pixels = build(name), pixels_for(name)
+    exact = encoder(pixels).tokens
+    encoder = encoder.to(dtype) if weights == "cast" else encoder
+    with torch.autocast("cpu", dtype, enabled=weights == "autocast"):
+        tokens = encoder(pixels.to(dtype) if weights == "cast" else pixels).tokens
+    tokens.float().square().sum().backward()
+    similarity = torch.nn.functional.cosine_similarity(tokens.float().flatten(), exact.flatten(), dim=0)
+    assert similarity > 0.99
+    gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
