@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 
 _AGAIN = "then run the same command again"
 _SHARE = f"the disk or network share does not answer; check that it is mounted, {_AGAIN}"
@@ -59,12 +60,14 @@ _RUST_CODE = re.compile(r"\(os error (\d+)\)")
 """Of the operating system's errors that safetensors and tokenizers raise as their own."""
 _SHARED_MEMORY = re.compile(r"unable to \w+ (?:to )?file </torch_[^>]*>.*\((\d+)\)")
 """Of the error that PyTorch raises where processes exchange tensors through /dev/shm."""
+_RECEIVING = str(Path("torch", "multiprocessing", "reductions.py"))
+"""Where PyTorch asks the process that made a tensor for its memory."""
 _LOADER_WORKER = re.compile(r"DataLoader worker \(pid")
 
 
 def explain(error: BaseException) -> str | None:
     """Return the message for an error of the operating system; None where it is another error, or a defect of medm."""
-    if isinstance(error, RuntimeError) and _LOADER_WORKER.search(str(error)):
+    if _is_lost_worker(error):
         return (
             "a process that prepares data was killed, perhaps for memory (its DataLoader worker ended unexpectedly); "
             f"use fewer workers or more memory, {_AGAIN}"
@@ -82,6 +85,15 @@ def explain(error: BaseException) -> str | None:
         return None
     place = f"{' to '.join(names)}: " if names else ""
     return f"{place}{found.strerror or os.strerror(found.errno)}; {_ADVICE[found.errno]}"
+
+
+def _is_lost_worker(error: BaseException) -> bool:
+    """Whether a worker of a DataLoader ended: PyTorch says so, or receiving its tensors failed."""
+    if isinstance(error, RuntimeError):
+        return _LOADER_WORKER.search(str(error)) is not None
+    if not isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
+        return False
+    return any(frame.f_code.co_filename.endswith(_RECEIVING) for frame, _ in walk_tb(error.__traceback__))
 
 
 def as_os_error(error: BaseException) -> OSError | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
+from torch.multiprocessing import reductions
 
 import medm.cli.app as app_module
 from medm.os_errors import explain, naming, require_writable
@@ -49,6 +50,15 @@ def test_errors_of_libraries_that_hide_the_code_are_known() -> None:
     assert "shared memory (/dev/shm)" in (explain(RuntimeError(full)) or "")
     killed = "DataLoader worker (pid 61) is killed by signal: Killed. "
     assert "was killed" in (explain(RuntimeError(killed)) or "")
+
+
+@pytest.mark.parametrize("kind", [ConnectionResetError, ConnectionRefusedError, FileNotFoundError, EOFError])
+def test_a_worker_that_ends_while_its_tensors_are_fetched_is_known_by_the_place(kind: type[Exception]) -> None:
+    for place, known in ((reductions.__file__, True), (__file__, False)):
+        code = compile("raise kind(104, 'lost')", place, "exec")
+        with pytest.raises(kind) as caught:
+            exec(code, {"kind": kind})
+        assert ("was killed" in (explain(caught.value) or "")) == known
 
 
 def test_naming_puts_the_place_of_a_temporary_file_and_keeps_other_errors(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def check(options: InferOptions) -> None:
     Raises:
         DeviceError: the device is not there.
         CheckpointError: there is no model that medm saved.
-        RecipeError: its chat template is broken, or its context leaves no room for a prompt.
+        RecipeError: its chat template is broken, its context leaves no room for a prompt, or two files are one.
         DataError: the folder of images and volumes is not there.
         OSError: the output or the JSON cannot be written.
     """
@@ -167,11 +167,25 @@ def check(options: InferOptions) -> None:
     _context(load_config(options.model), options)
     with suppress(DataError):  # a template may want more than a question; a broken one raises another error
         load_processor(options.model).encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
+    _require_different_files(options)
     if options.root is not None and not Path(options.root).is_dir():
         raise DataError(f"root {options.root}: no such folder; expected the folder of images and volumes")
     require_writable(Path(options.output))
     if options.json_output is not None:
         require_writable(Path(options.json_output))
+
+
+def _require_different_files(options: InferOptions) -> None:
+    """Raise `RecipeError` where one file would be read and written, or written twice."""
+    results = Results(Path(options.output), {})
+    named = {"--data": Path(options.data), "--output": results.output, "the settings of --output": results.sidecar}
+    if options.json_output is not None:
+        named["--json"] = Path(options.json_output)
+    seen: dict[Path, str] = {}
+    for name, file in named.items():
+        other = seen.setdefault(file.resolve(), name)
+        if other != name:
+            raise RecipeError(f"{file}: {other} and {name} are the same file; choose a file of its own for {name}")
 
 
 def run_settings(options: InferOptions) -> dict[str, Any]:
@@ -433,9 +447,9 @@ def _child(options: InferOptions, rank: int, world: int, plugins: list[str], lev
         for plugin in plugins:
             load_plugin(plugin)
         _answer_share(options, rank, world, lambda done, errors: news.put((rank, done, errors)))
-    except MedmError as error:
-        news.put(error)
-    except (OSError, RuntimeError) as error:
+    except MedmError as error:  # not the error itself: some of them cannot be rebuilt from a pickle
+        news.put((RecipeError if isinstance(error, RecipeError) else MedmError)(str(error)))
+    except (OSError, RuntimeError, EOFError) as error:
         text = explain(error)
         if text is None:
             raise

@@ -381,6 +381,10 @@ def test_what_can_be_known_is_said_before_weights_are_read(
         (MedmError, "device, pipe or socket", {"output": os.devnull}),
         (IsADirectoryError, "images", {"json_output": str(folder)}),
         (NotADirectoryError, "a-file", {"json_output": str(file / "all.json")}),
+        (RecipeError, "--data and --output are the same file", {"output": str(data), "overwrite": True}),
+        (RecipeError, "--data and --json are the same file", {"json_output": str(data.parent / "." / data.name)}),
+        (RecipeError, "--output and --json are", {"json_output": str(data.parent / "out.jsonl")}),
+        (RecipeError, "--output and --json are", {"json_output": str(data.parent / "out.jsonl.run.json")}),
     ]
     settings = {"model": str(model), "data": str(data), "output": str(data.parent / "out.jsonl"), "device": "cpu"}
     for kind, words, changes in cases:
@@ -389,6 +393,7 @@ def test_what_can_be_known_is_said_before_weights_are_read(
     with Results(data.parent / "out.jsonl", {}).held(), pytest.raises(MedmError, match="another run is writing"):
         run(model, data)
     assert not list(data.parent.glob("*out.jsonl*"))
+    assert data.stat().st_size > 1000
 
 
 def test_the_json_is_json_whatever_the_records_hold(model: Path, data: Path) -> None:
