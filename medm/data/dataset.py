@@ -142,7 +142,7 @@ class ConversationDataset(Dataset[Example | None]):
         """The example; what the machine is at fault for is tried again for a while."""
         for seconds in (*RETRY_SECONDS, None):
             try:
-                return self._example(index)
+                return self.read_once(index)
             except DataError as error:
                 fault = machine_fault(error)
                 if fault is None and (self.usable is None or not isinstance(error, MissingFileError)):
@@ -158,7 +158,8 @@ class ConversationDataset(Dataset[Example | None]):
                 time.sleep(seconds)
         raise AssertionError("unreachable")
 
-    def _example(self, index: int) -> Example:
+    def read_once(self, index: int) -> Example:
+        """The example as it is now: nothing is tried again, left out, cut or counted. Raises `DataError`."""
         sample = self.records[index]
         pixels = self._pixels(sample, index)
         example = self.encode(sample, pixels, generation=self.generation)

@@ -143,8 +143,7 @@ class Prompts(Dataset[Prepared]):
             )
 
     def _example(self, index: int) -> Example:
-        example = self.examples[index]
-        assert example is not None  # bad records raise, and no length limit is set
+        example = self.examples.read_once(index)
         if self.context is not None and len(example.input_ids) > self.context:
             raise DataError(
                 f"the prompt has {len(example.input_ids)} tokens, vision tokens included; with the room for the reply "

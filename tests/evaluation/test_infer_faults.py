@@ -187,6 +187,20 @@ def test_a_data_root_that_is_gone_stops_the_run(how: str, model: Path, data: Pat
     assert (data.parent / "out.jsonl").read_bytes() == expected
 
 
+def test_a_data_file_that_changes_stops_the_run_and_says_so_again(model: Path, data: Path) -> None:
+    records = json.loads(data.read_text())
+
+    def progress(done: int, _total: int, _errors: int) -> None:
+        if done == 4:
+            data.write_text(json.dumps(records[::-1], indent=1))
+
+    with pytest.raises(InputLostError, match=r"in\.json: the file changed after it was opened.*answered is kept in"):
+        run(model, data, progress=progress)
+    assert len(read_output(data.parent / "out.jsonl")) == 4, "no record is blamed"
+    with pytest.raises(RecipeError, match="the data file changed"):
+        run(model, data)
+
+
 def test_a_missing_file_is_looked_for_again_at_the_end(model: Path, data: Path, no_waiting: None) -> None:
     expected = whole(model, data)
     file = data.parent / "images" / "scans" / "1.png"
