@@ -7,10 +7,10 @@ sections; this file only says how such a section is written, read, checked and r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, GetPydanticSchema, ValidationError, model_validator
@@ -153,8 +153,16 @@ def parse_value(text: str) -> Any:
         loader.dispose()
 
 
-def apply_overrides(recipe: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+ShortForm: TypeAlias = Callable[[Sequence[str]], "str | None"]
+"""Key of a block that stands for the block at a place (`name` for `connector: mlp`); None where there is none."""
+
+
+def apply_overrides(
+    recipe: Mapping[str, Any], overrides: Iterable[str], *, short_form: ShortForm = lambda place: None
+) -> dict[str, Any]:
     """A copy of the recipe with each `dotted.key=value` set.
+
+    A key inside a block that is written in its short form (`connector: mlp`, `llm: frozen`) makes it a whole block.
 
     A number in the path addresses a list item (`data.train.0.weight=2`). Part names that hold a dot
     themselves (`parts.image.connector.lr`) are found because the longest key that exists wins.
@@ -164,7 +172,7 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Iterable[str]) -> dict
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise RecipeError(f"override {override!r}: expected dotted.key=value")
-        _assign(result, path.split("."), parse_value(text), override)
+        _assign(result, path.split("."), parse_value(text), override, short_form)
     return result
 
 
@@ -188,14 +196,16 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
-def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
+def _assign(
+    node: Any, keys: list[str], value: Any, override: str, short_form: ShortForm, place: tuple[str, ...] = ()
+) -> None:
     if isinstance(node, list):
         if not keys[0].isdigit() or int(keys[0]) >= len(node):
             raise RecipeError(f"override {override!r}: {keys[0]!r} is not a position in a list of {len(node)} items")
         if len(keys) == 1:
             node[int(keys[0])] = value
         else:
-            _assign(node[int(keys[0])], keys[1:], value, override)
+            _assign(node[int(keys[0])], keys[1:], value, override, short_form, (*place, keys[0]))
         return
     if not isinstance(node, dict):
         raise RecipeError(f"override {override!r}: there is no section {keys[0]!r} to set a key in")
@@ -206,9 +216,11 @@ def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
             if not rest:
                 node[key] = value
             elif isinstance(node[key], (dict, list)):
-                _assign(node[key], rest, value, override)
+                _assign(node[key], rest, value, override, short_form, (*place, key))
+            elif isinstance(node[key], str) and (name := short_form((*place, key))) is not None:
+                node[key] = {name: node[key]}
+                _assign(node[key], rest, value, override, short_form, (*place, key))
             else:
-                # A short form such as `connector: mlp` or `image.encoder: frozen` grows into a block.
                 raise RecipeError(
                     f"override {override!r}: {key!r} holds {node[key]!r}, not a block; write the whole block, "
                     f"for example {key}={{...}}"
@@ -217,7 +229,7 @@ def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
     if len(keys) == 1:
         node[keys[0]] = value
     else:
-        _assign(node.setdefault(keys[0], {}), keys[1:], value, override)
+        _assign(node.setdefault(keys[0], {}), keys[1:], value, override, short_form, (*place, keys[0]))
 
 
 def validate(
@@ -241,6 +253,13 @@ def validate(
         raise RecipeError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
 
 
+_PLAIN = {
+    "a valid boolean": "true or false", "a valid integer": "a whole number", "a valid number": "a number",
+    "a valid string": "text", "a valid list": "a list", "a valid dictionary": "a block of keys",
+}  # fmt: skip
+"""Pydantic's words for YAML's types, in the words of the documentation."""
+
+
 def _describe(problem: Any, shown: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "(top)"
     key = shown.get(key, key)
@@ -249,4 +268,6 @@ def _describe(problem: Any, shown: Mapping[str, str]) -> str:
     if problem["type"] in ("unknown_key", "named_block", "unknown_name", "value_error"):
         return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
     message = problem["msg"].replace("Input should be", "expected")
+    for technical, plain in _PLAIN.items():
+        message = message.replace(technical, plain)
     return f"{key}: {message}, found {problem['input']!r}"

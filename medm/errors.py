@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class MedmError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and fix."""
 
 
 class RecipeError(MedmError, ValueError):
@@ -27,11 +27,12 @@ class UnknownNameError(RecipeError):
         kind: what was looked up, in the singular ("connector").
         name: what was asked for.
         known: every name that would have been accepted.
+        hint: what else may help, after the list.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, hint: str = "") -> None:
         self.kind, self.name, self.known = kind, name, sorted(known)
-        super().__init__(f"unknown {kind} {name!r}{suggest(name, self.known)}")
+        super().__init__(f"unknown {kind} {name!r}{suggest(name, self.known)}{hint}")
 
 
 class DataError(MedmError, ValueError):
@@ -120,6 +121,25 @@ def machine_fault(error: BaseException) -> OSError | None:
             return cause
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def unavailable(source: str, error: Exception, *, key: str) -> str:
+    """Return why a published file cannot be read, and what to do.
+
+    Args:
+        source: a folder, or an id of the Hugging Face hub.
+        error: what transformers or the hub's client raised.
+        key: of the recipe, or the option, that named it.
+    """
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source:
+        return f"{source}: no such folder"
+    if Path(source).is_dir():
+        return f"{source}: no usable config ({error})"
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"{source}: no such folder here, and it could not be read from the Hugging Face hub ({reason}). Without a "
+        f"network: download it where there is one (hf download {source} --local-dir DIR) and set {key}=DIR"
+    )
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

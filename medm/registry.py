@@ -83,7 +83,8 @@ class Registry(Generic[T]):
         """The line of an exact name. Raises `UnknownNameError` with the nearest one and the list."""
         self._read_entry_points()
         if name not in self._entries:
-            raise UnknownNameError(self.kind, name, self._entries)
+            hint = "; a part of your own comes with 'medm --plugin FILE'"
+            raise UnknownNameError(self.kind, name, self._entries, hint=hint)
         return self._entries[name]
 
     def get(self, name: str) -> T:

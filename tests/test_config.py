@@ -51,7 +51,7 @@ def test_a_block_is_checked_by_the_part_it_names() -> None:
 def test_every_problem_has_its_place() -> None:
     text = problems({"rate": "fast", "items": [{"name": "a"}, {"name": "b", "depht": 1}]})
     assert "part: missing; this key is required" in text
-    assert "rate: expected a valid number, found 'fast'" in text
+    assert "rate: expected a number, found 'fast'" in text
     assert "items.1: unknown key 'depht': did you mean 'depth'?" in text
     assert text.startswith("r.yaml: 3 problem(s)")
 

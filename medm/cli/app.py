@@ -64,14 +64,15 @@ def common(
 app.command("list")(catalogue.list_parts)
 app.add_typer(catalogue.recipes, name="recipes")
 app.add_typer(data.app, name="data")
-app.command("train")(train.train)
+# A recipe's keys that are typed as options of other trainers are answered by name (`recipes.refuse_options`).
+app.command("train", context_settings={"ignore_unknown_options": True})(train.train)
 app.command(LAUNCHER, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(
     launch.launch
 )
 app.command("infer")(infer.infer)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
-app.command("estimate")(models.estimate)
+app.command("estimate", context_settings={"ignore_unknown_options": True})(models.estimate)
 app.command("export")(models.export)
 app.command("import")(models.import_)
 app.command("reference", hidden=True)(pages.reference)

@@ -80,11 +80,12 @@ def estimate(
 
     No weights are read; published configs and tokenizers come from local folders, the cache, or the hub.
     """
-    from medm.cli.recipes import find
+    from medm.cli.recipes import find, refuse_options
     from medm.models.estimate import estimate as run
     from medm.training.parts import apply_parts
     from medm.training.recipe import load_recipe
 
+    refuse_options("estimate", [recipe, *(overrides or [])], known=["--gpus", "--help"])
     read = load_recipe(find(recipe), overrides or [])
     # On the meta device there is nothing to quantise; the sizes are counted all the same.
     parts = {name: part.model_copy(update={"quantize": "none"}) for name, part in read.parts.items()}

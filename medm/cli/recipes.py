@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from medm.errors import RecipeError, suggest
@@ -29,6 +30,40 @@ def find(recipe: str | Path) -> Path:
     if name in known:
         return known[name]
     raise RecipeError(f"{recipe}: no such file, and no recipe of medm{suggest(name, known)}")
+
+
+def refuse_options(command: str, words: Sequence[str], known: Sequence[str] = ()) -> None:
+    """Raise `RecipeError` for what looks like an option of another program, with what to write in its place.
+
+    Args:
+        command: of medm, which took options that it does not know as words.
+        words: recipe and overrides, as they were typed.
+        known: options that the command has.
+    """
+    for position, word in enumerate(words):
+        if not word.startswith("-"):
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        following = words[position + 1] if position + 1 < len(words) else ""
+        value = value if equals else following if following and "=" not in following else "VALUE"
+        key = name.replace("-", "_")
+        if key in ("config", "config_file", "recipe", "cfg", "cfg_path", "yaml"):
+            recipe = "RECIPE" if value == "VALUE" else value
+            raise RecipeError(f"{word}: the recipe comes without an option: medm {command} {recipe}")
+        if key in _keys("train"):
+            raise RecipeError(f"{word}: keys of the recipe come without dashes: write train.{key}={value}")
+        if key in _keys("data") or key in ("output_dir", "init_from") or "." in name:
+            full = f"data.{key}" if key in _keys("data") else name
+            raise RecipeError(f"{word}: keys of the recipe come without dashes: write {full}={value}")
+        raise RecipeError(f"{word}: no such option of 'medm {command}'{suggest(word, known)}")
+
+
+def _keys(section: str) -> frozenset[str]:
+    """Names of the keys in a section of a training recipe."""
+    from medm.data.options import DataOptions
+    from medm.training.options import TrainOptions
+
+    return frozenset((TrainOptions if section == "train" else DataOptions).model_fields)
 
 
 def summary(path: Path) -> str:

@@ -23,9 +23,10 @@ def train(
     SIGTERM or SIGINT (Ctrl-C) finishes the step, writes a checkpoint and exits with status 75: the same command with
     --resume continues. Further signals change nothing; SIGQUIT ends the run at once, without that checkpoint.
     """
-    from medm.cli.recipes import find
+    from medm.cli.recipes import find, refuse_options
     from medm.training.recipe import load_recipe
 
+    refuse_options("train", [recipe, *(overrides or [])], known=["--resume", "--help"])
     checked = load_recipe(find(recipe), overrides or [])
 
     from medm.training.run import train as run

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils.hub import cached_file
 
-from medm.errors import CheckpointError
+from medm.errors import CheckpointError, unavailable
 from medm.models.auto import register
 from medm.models.manifest import verify_weights
 
@@ -77,6 +77,9 @@ class Published:
         others = sorted(self._local.glob("*.pth")) + sorted(self._local.glob("*.pt")) if self._local.is_dir() else []
         if len(others) == 1:
             return read_tensors(others[0])
+        if not self._local.exists():
+            missing = FileNotFoundError("nothing of it is in the cache, or it holds no weights")
+            raise CheckpointError(unavailable(str(self.path), missing, key="path"))
         raise CheckpointError(
             f"{self.path}: no weights; expected one of {', '.join(_INDEXES + _FILES)}, or one .pth file"
         )
@@ -95,9 +98,7 @@ class Published:
         try:
             found = cached_file(self.path, name, _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path}: neither a file nor a folder here, and not to be had as a Hugging Face id ({error})"
-            ) from None
+            raise CheckpointError(unavailable(str(self.path), error, key="path")) from None
         return Path(found) if found is not None else None
 
     def _require(self, name: str) -> Path:

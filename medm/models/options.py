@@ -10,5 +10,9 @@ from medm.config import Options
 class ModelOptions(Options):
     """The `model` section of a recipe."""
 
+    def part_names(self) -> frozenset[str] | None:
+        """Names of the parts that the `parts` section may train; None where a kind does not say."""
+        return None
+
     outputs: ClassVar[frozenset[str] | None] = None
     """Fields of the output in training, for an objective to read; None where a kind does not say."""

@@ -28,7 +28,7 @@ def rank() -> int:
 
 
 def on_first(action: Callable[[], T]) -> T:
-    """The result of an action that the first process alone takes; an error that the user can mend is raised in all."""
+    """The result of an action that the first process alone takes; an error that the user can fix is raised in all."""
     if world_size() == 1:
         return action()
     message: list[Any] = [None, None]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
 
 from medm.config import Options, apply_overrides, flatten, named, read_yaml, validate
 from medm.data.options import DataOptions
+from medm.errors import suggest
 from medm.models import MODELS
 from medm.models.options import ModelOptions
 from medm.objectives import OBJECTIVES
@@ -28,7 +29,7 @@ class Recipe(Options):
     """Part of the model -> how it is trained. A part that is not named is frozen."""
     train: TrainOptions = TrainOptions()
     """The run itself, in the words of `transformers.TrainingArguments`."""
-    objective: named(OBJECTIVES) = "language-modeling"  # type: ignore[valid-type]
+    objective: named(OBJECTIVES, default="language-modeling") = "language-modeling"  # type: ignore[valid-type]
     """What is minimised, by name, and its options."""
     diagnostics: DiagnosticsOptions | None = None
     """Measure gradients between tasks and routing shares on the way; null does not."""
@@ -36,6 +37,19 @@ class Recipe(Options):
     """Folder of a trained model to start from. Not the same thing as `--resume`, which continues this run."""
     output_dir: str
     """Folder for checkpoints and the trained model."""
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _known_parts(cls, parts: Any, info: ValidationInfo) -> Any:
+        """Before a misspelled part is told to lack its `tune`."""
+        model = info.data.get("model")
+        known = model.part_names() if isinstance(model, ModelOptions) else None
+        parts = flatten_parts(parts)
+        if known is not None and isinstance(parts, Mapping):
+            unknown = [f"no part {name!r}{suggest(str(name), known)}" for name in parts if name not in known]
+            if unknown:
+                raise ValueError("; ".join(unknown))
+        return parts
 
     @field_validator("parts")
     @classmethod
@@ -65,7 +79,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem of the file, one a line.
     """
-    return validate(Recipe, apply_overrides(read_yaml(path), overrides), source=str(path))
+    changed = apply_overrides(read_yaml(path), overrides, short_form=short_form)
+    return validate(Recipe, changed, source=str(path))
+
+
+def short_form(place: Sequence[str]) -> str | None:
+    """Key that a plain word stands for at a place of a recipe."""
+    if place[0] == "parts" and len(place) > 1:
+        return "tune"
+    return "name" if place[-1] in ("encoder", "connector", "llm", "objective") else None
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

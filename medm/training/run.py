@@ -62,7 +62,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         How it ended. The model is in `output_dir` itself, checkpoints in folders beneath it.
 
     Raises:
-        MedmError: anything that the user can mend, before the first step wherever that is possible.
+        MedmError: anything that the user can fix, before the first step wherever that is possible.
     """
     output_dir = Path(recipe.output_dir)
     transformers_logging.disable_progress_bar()

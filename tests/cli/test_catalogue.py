@@ -33,6 +33,27 @@ def test_list_shows_every_part_with_its_line() -> None:
             assert any(line.split()[:1] == [entry.name] and line.endswith(entry.summary) for line in lines), entry.name
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["medm-vl-2d/pretrain", "--learning_rate", "1e-4"], "write train.learning_rate=1e-4"),
+        (["medm-vl-2d/pretrain", "--num-train-epochs=3"], "write train.num_train_epochs=3"),
+        (["medm-vl-2d/pretrain", "--output_dir", "out"], "write output_dir=out"),
+        (["medm-vl-2d/pretrain", "--train.seed", "3"], "write train.seed=3"),
+        (["medm-vl-2d/pretrain", "--max_length", "512"], "write data.max_length=512"),
+        (["--config", "r.yaml"], "the recipe comes without an option: medm {command} r.yaml"),
+        (["--cfg-path=r.yaml", "train.seed=3"], "the recipe comes without an option: medm {command} r.yaml"),
+        (["medm-vl-2d/pretrain", "--resum"], "no such option of 'medm {command}'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_options_of_other_trainers_are_answered_with_the_key(command: str, words: list[str], answer: str) -> None:
+    done = medm(command, *words)
+    assert done.code == 2
+    assert answer.format(command=command) in done.err
+    assert "Traceback" not in done.err
+
+
 def test_list_of_one_kind_and_of_one_part() -> None:
     assert [line.split()[0] for line in medm("list", "connectors").out.splitlines()] == [
         entry.name for entry in registry("connectors").entries()

@@ -188,6 +188,6 @@ def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_about(
     (folder / "config.json").write_text(json.dumps(config))
     medm.models.build(section)  # of a type that transformers knows itself
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "theirs"}))
-    with pytest.raises(CheckpointError, match="no usable config"):
+    with pytest.raises(CheckpointError, match=r"model\.llm\.path: .*no such folder|no usable config"):
         medm.models.build(section)
     assert not (tmp_path / "mark").exists()

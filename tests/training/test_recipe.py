@@ -29,6 +29,9 @@ RECIPE: dict[str, Any] = {
 }
 
 
+VOLUME = "model.branches.volume={encoder: m3d-clip, connector: mlp}"
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
@@ -57,7 +60,9 @@ def test_a_resolved_recipe_reads_back_as_itself(file: Path, tmp_path: Path) -> N
 
 
 def test_overrides_reach_parts_with_dots_in_their_names(file: Path) -> None:
-    recipe = load_recipe(file, ["parts.image.connector.lr=1e-3", "train.max_steps=3", "parts.volume.connector=full"])
+    recipe = load_recipe(
+        file, ["parts.image.connector.lr=1e-3", "train.max_steps=3", VOLUME, "parts.volume.connector=full"]
+    )
     assert recipe.parts["image.connector"].lr == 1e-3
     assert recipe.parts["volume.connector"].tune == "full"
     assert recipe.train.max_steps == 3
@@ -92,6 +97,40 @@ def test_what_matters_for_learning_is_told_from_what_does_not(file: Path) -> Non
     assert differences(before, resolved(load_recipe(file, ["train.save_steps=7", "output_dir=other"]))) == []
     changed = differences(before, resolved(load_recipe(file, ["train.seed=7", "data.train.0.path=b.json"])))
     assert changed == ["data.train.0.path: was 'a.json', is 'b.json'", "train.seed: was 42, is 7"]
+
+
+def test_a_key_in_a_short_form_makes_it_a_block(file: Path) -> None:
+    overrides = [
+        "parts.image.encoder.tune=lora", "parts.image.encoder.r=8", "model.branches.image.encoder.image_size=224",
+        "objective.auxiliary={balance: 0.5}",
+    ]  # fmt: skip
+    recipe = load_recipe(file, overrides)
+    assert (recipe.parts["image.encoder"].tune, recipe.parts["image.encoder"].r) == ("lora", 8)
+    encoder = recipe.model.branches["image"].encoder
+    assert (encoder.name, encoder.image_size) == ("siglip", 224)
+    assert recipe.objective.auxiliary == {"balance": 0.5}
+    with pytest.raises(RecipeError, match=r"'output_dir' holds 'out', not a block"):
+        load_recipe(file, ["output_dir.x=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parts.image.conector.lr=1", "parts: no part 'image.conector': did you mean 'image.connector'?"),
+        ("parts.lm=full", "parts: no part 'lm': did you mean 'llm'?"),
+        ("parts.volume.connector=full", "parts: no part 'volume.connector'"),
+        ("train.bf16=yes", "train.bf16: expected true or false, found 'yes'"),
+        ("train.seed=x", "train.seed: expected a whole number, found 'x'"),
+        ("train.learning_rate=fast", "train.learning_rate: expected a number, found 'fast'"),
+        ("train.optim=[a]", "train.optim: expected text, found ['a']"),
+        ("model.branches.image.connector={name: gated}", "a part of your own comes with 'medm --plugin FILE'"),
+        ("model.llm.name=mine", "a part of your own comes with 'medm --plugin FILE'"),
+    ],
+)
+def test_messages_say_what_to_write(file: Path, override: str, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, [override])
+    assert words in str(caught.value)
 
 
 def test_recipes_are_checked_without_torch() -> None:

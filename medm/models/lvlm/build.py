@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
-from medm.errors import CheckpointError, RecipeError
+from medm.errors import CheckpointError, RecipeError, unavailable
 from medm.imaging import Preprocess, preprocess_from_dict
 from medm.imaging.options import ImagePreprocess, changed
 from medm.llms import LLMS, LLMOptions
@@ -130,7 +130,7 @@ def _text_config(options: LLMOptions) -> PreTrainedConfig:
         try:
             config = AutoConfig.from_pretrained(options.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"model.llm.path {options.path!r}: no usable config ({error})") from None
+            raise CheckpointError(f"model.llm.path: {unavailable(options.path, error, key='model.llm.path')}") from None
         for key, value in options.architecture.items():
             setattr(config, key, value)
     elif "model_type" in options.architecture:

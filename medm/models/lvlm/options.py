@@ -43,6 +43,10 @@ class LVLMOptions(ModelOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the weights are held. Mixed precision in training is `train.bf16`, whatever stands here."""
 
+    def part_names(self) -> frozenset[str]:
+        """See `ModelOptions`."""
+        return frozenset({"llm", *(f"{name}.{part}" for name in self.branches for part in ("encoder", "connector"))})
+
     @field_validator("branches")
     @classmethod
     def _known_branches(cls, branches: dict[str, BranchOptions]) -> dict[str, BranchOptions]:
