@@ -29,9 +29,11 @@ def train(
     refuse_options("train", [recipe, *(overrides or [])], known=["--resume", "--help"])
     checked = load_recipe(find(recipe), overrides or [])
 
+    from medm.training.processes import leave_group
     from medm.training.run import train as run
 
     outcome = run(checked, resume=resume)
+    leave_group()
     if not outcome.finished:
         raise typer.Exit(RESUMABLE)
     if first_process():

@@ -73,3 +73,12 @@ def anywhere(condition: bool, device: torch.device | str = "cpu") -> bool:
     flag = torch.tensor(float(condition), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def leave_group() -> None:
+    """Leave the process group after the last collective operation of a command.
+
+    Its threads may otherwise still run when the interpreter ends, which aborts the process now and then.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -259,7 +259,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(llms: dict[str, Path], tmp_
         medm.models.load(str(tmp_path))
     with pytest.raises(CheckpointError, match="'qwen2', which medm did not save"):
         medm.models.load(str(llms["qwen2.5"]))
-    with pytest.raises(CheckpointError, match="not a model folder"):
+    with pytest.raises(CheckpointError, match="no such model folder"):
         medm.models.load(str(tmp_path / "nowhere"))
 
 
