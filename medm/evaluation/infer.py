@@ -32,7 +32,7 @@ from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.evaluation.engine import Engine, Reply, load_engine, pick_device
 from medm.evaluation.options import InferOptions
 from medm.evaluation.prompts import Prepared, Prompts, deal, work_order
-from medm.evaluation.results import Appender, Results, model_fingerprint, write_aside
+from medm.evaluation.results import Appender, Results, atomic_write_text, model_fingerprint
 from medm.models import load_config, load_processor
 from medm.os_errors import explain, require_writable
 from medm.registry import load_plugin, loaded_plugins
@@ -117,7 +117,8 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
         CheckpointError: the model cannot be opened.
         RecipeError: the output holds lines of another run.
         DataError: the annotation file as a whole cannot be read.
-        MedmError: a process ended before its work was done; the same command goes on.
+        InputLostError: the files of the records are gone, or the machine does not give them.
+        MedmError: another run writes to the output, or a process ended before its work was done.
     """
     started = time.monotonic()
     check(options)
@@ -476,7 +477,7 @@ def write_conversations(options: InferOptions, records: Records, lines: dict[int
     file = Path(options.json_output)
     file.parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(items)
-    write_aside(file, f"[\n{text}\n]\n")
+    atomic_write_text(file, f"[\n{text}\n]\n")
 
 
 def _indented(item: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medm.evaluation.cases import Case
-from medm.evaluation.results import write_aside
+from medm.evaluation.results import atomic_write_text
 from medm.metrics.base import MetricResult
 from medm.metrics.compare import Comparison
 
@@ -32,8 +32,8 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 
 def write_reports(report: TaskReport) -> None:
     """`report.md` and `report.html` beside the results."""
-    write_aside(report.folder / "report.md", markdown(report))
-    write_aside(report.folder / "report.html", page(report))
+    atomic_write_text(report.folder / "report.md", markdown(report))
+    atomic_write_text(report.folder / "report.html", page(report))
 
 
 def number(value: float | None) -> str:
@@ -155,7 +155,7 @@ def write_summary(folder: Path, reports: Sequence[TaskReport]) -> None:
     table = _markdown_table((("task", "items", "metric", "value", "95 % interval"), rows), escape=str)
     notes = [f"- {report.task}: {_md(note)}" for report in reports for note in report.scores.notes]
     notes = ["", "## Notes", "", *notes] if notes else []
-    write_aside(folder / "summary.md", "\n".join(["# Evaluation", "", NOT_CLINICAL, "", *table, *notes]) + "\n")
+    atomic_write_text(folder / "summary.md", "\n".join(["# Evaluation", "", NOT_CLINICAL, "", *table, *notes]) + "\n")
 
 
 def _case_sections(report: TaskReport) -> list[tuple[str, list[Case]]]:

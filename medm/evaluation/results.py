@@ -100,7 +100,7 @@ class Results:
                 "--output, or --overwrite it"
             )
         content = {**self.settings, _NOTES: self.notes}
-        write_aside(self.sidecar, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        atomic_write_text(self.sidecar, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
     def _remove_lines(self) -> None:
         for file in (self.sidecar, *self._files()):
@@ -152,7 +152,7 @@ class Results:
         lines = self.done()
         text = "".join(encode(lines[index]) for index in sorted(lines))
         if not self.output.exists() or self.output.read_bytes() != _to_bytes(text):
-            write_aside(self.output, text)
+            atomic_write_text(self.output, text)
         for part in self._parts():
             part.unlink()
         return lines
@@ -311,7 +311,7 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
             yield content
 
 
-def write_aside(file: Path, text: str) -> None:
+def atomic_write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all. Half a surrogate pair is written as its escape, which JSON reads.
 
     Raises:

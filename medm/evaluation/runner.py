@@ -22,7 +22,7 @@ from medm.evaluation.infer import Progress, infer
 from medm.evaluation.options import AnsweringOptions, EvalOptions, EvalTaskOptions, InferOptions
 from medm.evaluation.predictions import join, read_predictions
 from medm.evaluation.report import write_reports, write_summary
-from medm.evaluation.results import model_fingerprint, write_aside
+from medm.evaluation.results import atomic_write_text, model_fingerprint
 from medm.imaging import resolve_inside
 from medm.metrics import METRICS
 from medm.metrics.base import MetricResult
@@ -311,7 +311,7 @@ def _answer(
     """Ask the model; answers of an earlier run stay."""
     questions = folder / "questions.jsonl"
     lines = (json.dumps(record_of(sample), ensure_ascii=False) for sample in samples)
-    write_aside(questions, "\n".join(lines) + "\n")
+    atomic_write_text(questions, "\n".join(lines) + "\n")
     if options.model is None:
         raise RecipeError("model: needed where a task has no predictions")
     infer(
@@ -349,7 +349,7 @@ def _score(
     draw_pictures([*worst, *drawn], Path(block.data), folder, model=options.model)
     report.worst, report.random = worst, drawn
     text = json.dumps(defined(report.as_json()), indent=2, ensure_ascii=False, allow_nan=False)
-    write_aside(folder / "results.json", text + "\n")
+    atomic_write_text(folder / "results.json", text + "\n")
     write_reports(report)
     return report
 

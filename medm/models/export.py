@@ -30,7 +30,7 @@ from medm.errors import ExportError
 from medm.imaging import load_pixels
 from medm.models import load, load_config
 from medm.models.checkpoint import save_bundle, save_tensors
-from medm.models.folders import describe, require_free, written_aside
+from medm.models.folders import atomic_directory, describe, require_free
 from medm.models.llava import save_llava
 from medm.models.lvlm.build import build_encoder
 from medm.types import Media, Sample, Turn
@@ -102,7 +102,7 @@ def export(
     if form == "encoder":
         _branch_of(load_config(folder), branch)
     model, processor = load(folder)
-    with written_aside(place, error=ExportError) as target, tempfile.TemporaryDirectory() as scratch:
+    with atomic_directory(place, error=ExportError) as target, tempfile.TemporaryDirectory() as scratch:
         question = Question(
             Path(image) if image else draw_picture(Path(scratch) / "picture.png"), prompt, max_new_tokens
         )

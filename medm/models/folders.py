@@ -35,7 +35,7 @@ def require_free(out: Path, *, error: type[MedmError]) -> None:
 
 
 @contextmanager
-def written_aside(out: Path, *, error: type[MedmError]) -> Iterator[Path]:
+def atomic_directory(out: Path, *, error: type[MedmError]) -> Iterator[Path]:
     """A folder to write into, which takes the place of `out` when everything went well.
 
     Raises:

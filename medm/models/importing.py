@@ -25,7 +25,7 @@ from medm.errors import CheckpointError, DataError, RecipeError
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
 from medm.models.checkpoint import LoadReport, Published, load_module, rename, save_bundle, save_tensors
-from medm.models.folders import describe, require_free, written_aside
+from medm.models.folders import atomic_directory, describe, require_free
 from medm.models.lvlm.build import build, build_encoder
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.source_configs import (
@@ -128,7 +128,7 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
         raise CheckpointError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
     report = ImportReport(source, KINDS[kind])
     write: dict[str, Callable[..., None]] = {"medm-vl": _medm_vl, "llava": _llava, "projector": _projector}
-    with written_aside(place, error=CheckpointError) as target:
+    with atomic_directory(place, error=CheckpointError) as target:
         if kind in _ENCODER_KINDS:
             _encoder(kind, published, target, report, hints)
         else:

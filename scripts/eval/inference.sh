@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Batch inference. A run that was stopped goes on with the same command. Further arguments go to `medm infer`.
+# Batch inference. A run that was stopped resumes with the same command. Further arguments go to `medm infer`.
 MODEL=${MODEL:-work_dirs/medm-vl-2d/finetune}
 DATA=${DATA:-docs/example_inference.json}
 IMAGES=${IMAGES:-$(dirname "$DATA")}

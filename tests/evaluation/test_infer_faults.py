@@ -21,7 +21,7 @@ from medm.errors import CheckpointError, DataError, DeviceError, InputLostError,
 from medm.evaluation import prompts
 from medm.evaluation.infer import InferSummary, infer
 from medm.evaluation.options import GenerationOptions, InferOptions
-from medm.evaluation.results import Appender, Results, encode, write_aside
+from medm.evaluation.results import Appender, Results, atomic_write_text, encode
 from medm.imaging import images
 from tests.cli.runner import medm
 from tests.evaluation.tiny import questions, read_output, save_tiny, write_records
@@ -438,7 +438,7 @@ def test_the_json_is_json_whatever_the_records_hold(model: Path, data: Path) -> 
 
 def test_text_that_utf_8_cannot_hold_is_written_as_json_has_it(tmp_path: Path) -> None:
     item = {"\udfff": "half \ud800 a pair", "note": "µ"}
-    write_aside(tmp_path / "all.json", json.dumps([item], ensure_ascii=False))
+    atomic_write_text(tmp_path / "all.json", json.dumps([item], ensure_ascii=False))
     assert json.loads((tmp_path / "all.json").read_bytes()) == [item]
     with Appender(tmp_path / "out.jsonl") as lines:
         lines.add([item])

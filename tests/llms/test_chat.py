@@ -156,6 +156,35 @@ def test_templates_that_cannot_teach_are_refused() -> None:
         refuses.encode([Message("system", ["a"])])
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m.content }}", r"TemplateSyntaxError, line 1: Unexpected end of template"),
+        ("{{ messages[0].content }}\n{{ eos_token", r"TemplateSyntaxError, line 2"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+        ("{{ messages[0].content.nothing.there }}", "UndefinedError"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ],
+)
+def test_a_broken_template_is_blamed_and_not_the_conversation(template: str, words: str) -> None:
+    chat = ChatFormat(make_tokenizer("qwen2.5"), template=template)
+    with pytest.raises(RecipeError, match=f"chat template has an error .{words}"):
+        chat.encode([Message("user", ["a"])], generation=True)
+
+
+def test_a_template_that_works_for_a_question_blames_the_conversation_that_it_fails_on() -> None:
+    template = (
+        "{% for m in messages %}{{ m.content + eos_token }}{% if loop.index > 1 %}{{ 1 // 0 }}{% endif %}{% endfor %}"
+    )
+    chat = ChatFormat(make_tokenizer("qwen2.5"), template=template)
+    assert chat.encode([Message("user", ["a"])], generation=True)[0]
+    with pytest.raises(DataError, match=r"fails on turns of roles \[system, user\]: .*zero"):
+        chat.encode([Message("system", ["a"]), Message("user", ["b"])], generation=True)
+
+
 def test_vicuna_layout_is_medm_vls() -> None:
     tokenizer = make_tokenizer("qwen2.5")
     chat = ChatFormat(tokenizer, template=read_template("vicuna"))
