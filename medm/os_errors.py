@@ -39,6 +39,7 @@ _ADVICE: dict[int, str] = {
     errno.ENFILE: _OPEN_FILES,
     errno.ENOMEM: "not enough memory; use smaller batches or fewer processes",
     errno.ENOLCK: "this file system cannot lock files; choose a folder on another one",
+    errno.ENOSYS: "this file system cannot do that (lock files, perhaps); choose a folder on another one",
     errno.ENOTSUP: "this file system does not support it; choose a folder on another one",
     errno.EIO: _SHARE,
     errno.ESTALE: _SHARE,

@@ -71,7 +71,7 @@ def infer(
     note("Not for clinical use.")
     if summary.errors:
         raise MedmError(
-            f"{summary.errors} of {summary.records} records have no reply; the 'error' of their lines in {output} says "
+            f"no reply to {summary.errors} of {summary.records} records; the 'error' of their lines in {output} says "
             "why. Replies are kept: correct the cause and run the same command again, which tries these records again"
         )
 
@@ -82,6 +82,7 @@ class CalmProgress:
     def __init__(self) -> None:
         self._started = self._last = time.monotonic()
         self._live: Any = err.is_terminal
+        self._said = ""
 
     def __call__(self, done: int, total: int, errors: int) -> None:
         """Told how far the work is."""
@@ -94,6 +95,9 @@ class CalmProgress:
         left = (total - done) / max(rate, 1e-9)
         refused = f", {errors} without a reply" if errors else ""
         line = f"{done} of {total}{refused}, {rate:.1f}/s, {duration(left)} left"
+        if line == self._said:  # at the end, when records are tried once more
+            return
+        self._said = line
         err.print(line, end="\r" if self._live and done < total else "\n", style="dim")
 
 

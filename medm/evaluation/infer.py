@@ -442,7 +442,9 @@ def _child(options: InferOptions, rank: int, world: int, plugins: list[str], lev
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     # Log lines are printed by the parent, in its form; the first process speaks for all.
-    logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, handlers=[QueueHandler(news)], force=True)
+    handler = QueueHandler(news)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("medm").setLevel(logging.ERROR if rank else level)
     try:
         for plugin in plugins:

@@ -181,9 +181,10 @@ def _lock(output: Path) -> Iterator[None]:
 
 def _opened_and_locked(file: Path, output: Path) -> BinaryIO:
     while True:
-        stream = file.open("a+b")
+        with naming(output, aside=file):
+            stream = file.open("a+b")
         try:
-            with naming(file):
+            with naming(output):
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before may have removed the file between the two lines above; such a lock holds nobody off.
             if file.exists() and os.path.samestat(os.fstat(stream.fileno()), file.stat()):

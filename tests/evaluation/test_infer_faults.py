@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from medm.evaluation.infer import InferSummary, infer
 from medm.evaluation.options import GenerationOptions, InferOptions
 from medm.evaluation.results import Appender, Results, atomic_write_text, encode
 from medm.imaging import images
+from medm.os_errors import explain
 from tests.cli.runner import medm
 from tests.evaluation.tiny import questions, read_output, save_tiny, write_records
 
@@ -229,7 +231,7 @@ def test_records_without_a_reply_are_tried_again_and_the_model_is_read_only_for_
     first = medm(*command(model, data))
     assert first.code == 1
     assert "9 records: 7 answered, 2 without a reply" in first.out
-    assert "2 of 9 records have no reply" in first.err
+    assert "no reply to 2 of 9 records" in first.err
     assert "same command again" in first.err
     bad = [line for line in read_output(data.parent / "out.jsonl") if "error" in line]
     assert [sorted(line) for line in bad] == [["error", "id", "index", "task"]] * 2
@@ -339,6 +341,23 @@ def test_a_run_holds_its_output_from_the_start_to_the_end(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
     with second.held():  # and is free again
         second.begin()
+
+
+def test_a_lock_that_cannot_be_made_names_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.flock
+
+    def unsupported(stream: Any, operation: int) -> None:
+        if Path(stream.name).suffix == ".lock":
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        real(stream, operation)
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(OSError, match=r"No locks available") as caught, Results(tmp_path / "out.jsonl", {}).held():
+        pytest.fail("held without a lock")
+    assert explain(caught.value) == (
+        f"{tmp_path / 'out.jsonl'}: No locks available; this file system cannot lock files; choose a folder on "
+        "another one"
+    )
 
 
 @pytest.mark.parametrize("name", ["out.jsonl.part-1-of-2", "out.jsonl"])
