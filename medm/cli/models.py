@@ -75,9 +75,13 @@ def estimate(
     recipe: Annotated[str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the training state.")] = 1,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a sample, vision tokens included; data.max_length without it.")
+    ] = None,
 ) -> None:
-    """Print what a recipe costs: parameters, trainable share, memory per ZeRO stage, vision tokens.
+    """Print what a recipe costs: parameters, trainable fraction, vision tokens, and memory under each ZeRO stage.
 
+    Memory holds the activations of one step and says on which GPU it fits.
     No weights are read; published configs and tokenizers come from local folders, the cache, or the hub.
     """
     from medm.cli.recipes import find, refuse_options
@@ -97,15 +101,25 @@ def estimate(
         gpus=gpus,
         quantized=[name for name, part in read.parts.items() if part.quantize == "4bit"],
         init_from=read.init_from,
+        rows=read.train.per_device_train_batch_size,
+        length=length or read.data.max_length,
     )
     _print_parts(result)
     out.print()
     for branch, count in result.tokens.items():
         out.print(f"one {branch}: {count} tokens")
     precision = "16 bits" if read.train.bf16 or read.train.fp16 else "32 bits"
-    out.print(f"\nbytes on each of {gpus} GPU(s), {precision}, {read.train.optim}; activations come on top\n")
-    lines = [(m.stage, *map(gibibytes, (m.weights, m.gradients, m.optimiser, m.total))) for m in result.memory]
-    rows(lines, header=["", "weights", "gradients", "optimiser", "sum"])
+    out.print(f"\nmemory on each of {gpus} GPU(s), {precision}, {read.train.optim}")
+    if result.step is None:
+        out.print(f"without activations ({result.unknown})\n", markup=False)
+    else:
+        step = result.step
+        out.print(f"activations: {step.rows} samples of {step.length} tokens, {step.labels} of them learned at most\n")
+    lines = [
+        (m.stage, *map(gibibytes, (m.weights, m.gradients, m.optimiser, m.activations, m.total)), m.fits_in())
+        for m in result.memory
+    ]
+    rows(lines, header=["", "weights", "gradients", "optimizer", "activations", "sum", "fits in"])
 
 
 def _print_parts(result: Estimate) -> None:

@@ -1,12 +1,12 @@
-"""What a model costs before anything is downloaded or trained: parameters, memory, tokens. Runs on the meta device.
+"""Parameters, memory and tokens of a model before anything is downloaded or trained. Runs on the meta device.
 
-Needs published configs and tokenizers (kilobytes), never weights. Activations are left out: they depend on the batch.
+Needs published configs and tokenizers (kilobytes), never weights. How activations are counted: `activations`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from medm.config import Options
 from medm.errors import CheckpointError
 from medm.models import kind_of
+from medm.models.activations import Step, activations
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 """What is spread over GPUs: nothing (also training without DeepSpeed); optimiser state; and gradients; and weights
@@ -24,6 +25,11 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 
 _OPTIMISER_BYTES = {"8bit": 2.0, "adamw": 8.0, "sgd": 0.0, "adafactor": 0.0, "lion": 4.0}
 """Bytes of state per trained parameter by what an optimiser's name holds; Adafactor's rows and columns round to 0."""
+
+_GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 141)
+"""Memory of usual GPUs in GB, which makers count as GiB."""
+_CUDA_BYTES = 1.5 * 2**30
+"""For CUDA's context, the libraries' workspaces and unused parts of blocks."""
 
 _4BIT_BYTES = 0.5 + 4 / 64
 """NF4: half a byte a weight and a float32 scale for each 64."""
@@ -48,18 +54,25 @@ class PartSize:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on each GPU, without activations and buffers."""
+    """Bytes on each GPU."""
 
     stage: str
     weights: float
     gradients: float
     optimiser: float
     """Its state, and the float32 copy of trained weights where they are held in 16 bits."""
+    activations: float = 0.0
+    """What a step keeps for its backward pass, and under zero0 the 16-bit copies of float32 weights (autocast)."""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.gradients + self.optimiser
+        return self.weights + self.gradients + self.optimiser + self.activations
+
+    def fits_in(self) -> str:
+        """The smallest usual GPU that holds it beside CUDA's own memory."""
+        size = next((size for size in _GPUS if self.total + _CUDA_BYTES <= size * 2**30), None)
+        return f"more than {_GPUS[-1]} GB" if size is None else f"{size} GB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,10 @@ class Estimate:
     """Per branch the tokens of one item in the language model's sequence."""
     memory: tuple[Memory, ...]
     gpus: int
+    step: Step | None = None
+    """What the activations are of; None where they are not known."""
+    unknown: str = ""
+    """Why they are not known."""
 
     @property
     def parameters(self) -> int:
@@ -92,6 +109,8 @@ def estimate(
     gpus: int = 1,
     quantized: Collection[str] = (),
     init_from: str | None = None,
+    rows: int = 1,
+    length: int | None = None,
 ) -> Estimate:
     """Sizes of the model that a recipe's `model` section describes.
 
@@ -103,6 +122,8 @@ def estimate(
         gpus: processes that share the state.
         quantized: parts whose linear layers are held in 4 bits.
         init_from: model folder whose config is used in place of the published ones.
+        rows: samples of a forward pass on one GPU, each with one item of every branch.
+        length: tokens of each, vision tokens included; without it no activations are counted.
 
     Raises:
         CheckpointError: a published config or tokenizer is neither in a local folder nor in the cache nor on the hub.
@@ -113,11 +134,20 @@ def estimate(
     choose(model)
     parts = tuple(part_size(name, part, held=held, in_4bit=name in quantized) for name, part in model.parts().items())
     branches = getattr(model, "branches", {})
+    tokens = {name: int(branch.num_tokens) for name, branch in branches.items() if hasattr(branch, "num_tokens")}
+    states = [memory(parts, stage, half=half, optimiser=optimiser, gpus=gpus) for stage in STAGES]
+    step, kept, unknown = None, 0.0, "no length is given"
+    if length is not None:
+        step = Step(rows, length, max(length - sum(tokens.values()), 1), dict.fromkeys(tokens, rows))
+        try:
+            kept = activations(model, step, half=half)
+        except ValueError as error:
+            step, unknown = None, str(error)
+    if step is not None:
+        copies = cast_copies(parts) if half else 0.0
+        states = [replace(one, activations=kept + (copies if one.stage == "zero0" else 0.0)) for one in states]
     return Estimate(
-        parts=parts,
-        tokens={name: int(branch.num_tokens) for name, branch in branches.items() if hasattr(branch, "num_tokens")},
-        memory=tuple(memory(parts, stage, half=half, optimiser=optimiser, gpus=gpus) for stage in STAGES),
-        gpus=gpus,
+        parts=parts, tokens=tokens, memory=tuple(states), gpus=gpus, step=step, unknown="" if step else unknown
     )
 
 
@@ -166,6 +196,15 @@ def part_size(name: str, part: nn.Module, *, held: dict[int, int], in_4bit: bool
         children = [child for child in children if child.parameters]
         inner = tuple(children) if len(children) > 1 else ()
     return PartSize(name, total, trainable, frozen + quantized, quantized, plain, inner)
+
+
+def cast_copies(parts: Collection[PartSize]) -> float:
+    """Bytes of the 16-bit copies that autocast makes of weights held in float32, and keeps for the backward pass."""
+    total = 0.0
+    for part in parts:
+        in_float32 = part.frozen_bytes - part.quantized_bytes >= 4 * part.plain
+        total += 2 * (part.trainable + (part.plain if in_float32 else 0))
+    return total
 
 
 def memory(parts: Collection[PartSize], stage: str, *, half: bool, optimiser: str, gpus: int) -> Memory:

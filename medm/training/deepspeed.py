@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 
 from medm.errors import RecipeError, suggest
 from medm.training.options import TrainOptions
+
+logger = logging.getLogger(__name__)
 
 _COMMON: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -61,10 +65,37 @@ def configuration(options: TrainOptions) -> dict[str, Any]:
     """
     assert options.deepspeed is not None
     config = _preset(options.deepspeed) if options.deepspeed in PRESETS else _read(options.deepspeed)
-    if options.use_cpu or not torch.cuda.is_available():
+    on_cpu = options.use_cpu or not torch.cuda.is_available()
+    if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _announce_build("cpu_adam" if not on_cpu and "offload" in json.dumps(config) else "shm_comm" if on_cpu else None)
+    # transformers accumulates gradients itself and tells accelerate 1; DeepSpeed's number is the recipe's.
+    logging.getLogger("accelerate.accelerator").addFilter(
+        lambda record: "Gradient accumulation steps mismatch" not in record.getMessage()
+    )
     _launch_alone()
     return config
+
+
+def _announce_build(extension: str | None) -> None:
+    """Say that DeepSpeed compiles something, which it does in silence; and that a lock is waited for.
+
+    Args:
+        extension: part of the name of what it needs; None for nothing.
+    """
+    if extension is None:
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    folders = [path for path in root.glob("**/*") if path.is_dir() and extension in path.name]
+    for lock in [path / "lock" for path in folders if (path / "lock").exists()]:
+        logger.warning(
+            "DeepSpeed waits until %s is gone: another process compiles its extension, or was killed while it did. "
+            "If none is running, remove that file", lock,
+        )  # fmt: skip
+    if not any(True for path in folders for _ in path.glob("*.so")):
+        logger.info(
+            "DeepSpeed compiles its extension %s for %s on first use, which takes a minute or two", extension, root
+        )
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -196,7 +196,7 @@ class TrainOptions(Options):
     full_determinism: bool = False
     """Use deterministic GPU kernels, which are slower."""
     dataloader_num_workers: int = Field(default=0, ge=0)
-    """Processes that read and preprocess samples; 0 does it in the training process."""
+    """Processes that read and preprocess samples, at most one for each processor; 0 does it in the training process."""
     dataloader_prefetch_factor: int | None = Field(default=None, ge=1)
     """Batches that each worker holds ready."""
     dataloader_pin_memory: bool = True

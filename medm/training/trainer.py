@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol, cast
@@ -178,7 +179,7 @@ class MedmTrainer(ResumableTrainer):
     # Data ---------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        workers = self.args.dataloader_num_workers
+        workers = self._num_workers
         return DataLoader(
             _Reading(self.epochs.dataset),
             batch_sampler=self.epochs,
@@ -200,10 +201,15 @@ class MedmTrainer(ResumableTrainer):
                 rank=self.args.process_index, world=self.args.world_size,
             ),
             collate_fn=_Collating(self.eval_collator),
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=self._num_workers,
             worker_init_fn=ignore_stops,
             generator=torch.Generator(),  # the run's own random numbers stay as they are
         )  # fmt: skip
+
+    @property
+    def _num_workers(self) -> int:
+        """Workers of a loader: those of the recipe, but not more than there are processors. Samples are the same."""
+        return min(self.args.dataloader_num_workers, max(len(os.sched_getaffinity(0)), 1))
 
     def _prepare_input(self, data: Any) -> Any:
         """On its way to a GPU while the step before still runs there, where it comes from pinned memory."""

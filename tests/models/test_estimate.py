@@ -11,7 +11,7 @@ import yaml
 from medm.config import validate
 from medm.errors import CheckpointError
 from medm.models import build
-from medm.models.estimate import PartSize, estimate, memory
+from medm.models.estimate import Memory, PartSize, cast_copies, estimate, memory
 from medm.models.lvlm.options import LVLMOptions
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import apply_parts
@@ -120,6 +120,20 @@ def test_loaded_precision_and_4_bits_count(llm: Path) -> None:
     assert saved == linear * (2 - 0.5625)
 
 
+@pytest.mark.parametrize(
+    ("total", "gpu"),
+    [(6.4, "8 GB"), (6.6, "12 GB"), (22, "24 GB"), (30, "32 GB"), (78, "80 GB"), (150, "more than 141 GB")],
+)
+def test_the_smallest_gpu_that_holds_it(total: float, gpu: str) -> None:
+    """1.5 GiB are CUDA's."""
+    assert Memory("zero0", total * 2**30 - 300, 100, 100, 100).fits_in() == gpu
+
+
+def test_autocast_keeps_copies_of_float32_weights() -> None:
+    parts = [PartSize("a", 1000, 1000, 0, 0, 0), PartSize("b", 600, 0, 2400, 0, 600), PartSize("c", 50, 0, 100, 0, 50)]
+    assert cast_copies(parts) == 2 * 1000 + 2 * 600
+
+
 def test_what_is_missing_is_named() -> None:
     section = lvlm_section(Path("/nowhere/Qwen2.5"))
     with pytest.raises(CheckpointError, match=r"(?s)/nowhere/Qwen2\.5.*not the weights"):
@@ -144,4 +158,9 @@ def test_the_command(llm: Path, tmp_path: Path) -> None:
     assert "one image: 16 tokens" in done.out
     assert "zero3" in done.out
     assert "2 GPU(s), 16 bits, adamw_torch" in done.out
+    assert "activations: 8 samples of 2048 tokens, 2032 of them learned at most" in done.out
+    assert "fits in" in done.out and "8 GB" in done.out
+    short = medm("estimate", str(recipe), "--length", "64")
+    assert "8 samples of 64 tokens, 48 of them" in short.out
+    assert "without activations (no length is given)" in medm("estimate", str(recipe), "data.max_length=null").out
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,42 @@ def test_deepspeed_takes_every_preset(preset: str, monkeypatch: pytest.MonkeyPat
     assert (read.train_micro_batch_size_per_gpu, read.train_batch_size) == (3, 6)
     moved = (zero.offload_optimizer is not None, zero.offload_param is not None)
     assert moved == {"zero2_offload": (True, False), "zero3_offload": (True, True)}.get(preset, (False, False))
+
+
+def test_a_silent_compiler_and_a_lock_that_was_left_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    options = TrainOptions(deepspeed="zero2", use_cpu=True)
+
+    def said() -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", logger="medm"):
+            configuration(options)
+        return caplog.messages
+
+    assert ["takes a minute or two" in line for line in said()] == [True]
+    folder = tmp_path / "py311_cpu" / "deepspeed_shm_comm"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    assert f"waits until {folder / 'lock'} is gone" in said()[0]
+    (folder / "lock").unlink()
+    (folder / "deepspeed_shm_comm.so").touch()
+    assert said() == []
+
+
+def test_the_warning_about_accumulation_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    configuration(TrainOptions(deepspeed="zero2", use_cpu=True))
+    for text in ("Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1", "another warning"):
+        logging.getLogger("accelerate.accelerator").warning(text)
+    assert caplog.messages[-1:] == ["another warning"]
+    assert not [line for line in caplog.messages if "mismatch" in line]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,15 @@ def test_an_error_in_a_worker_is_the_same_error(tmp_path: Path, workers: int) ->
     with pytest.raises(InputLostError, match=r"^the share is away$") as kept:  # its frames hold the loader
         run.fit()
     assert kept.traceback and not multiprocessing.active_children(), "would never end: workers ignore stop signals"
+
+
+def test_no_more_workers_than_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    run = trainer(tmp_path, dataloader_num_workers=8, held_out=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (run.get_train_dataloader().num_workers, run.get_eval_dataloader().num_workers) == (2, 2)
+    assert trainer(tmp_path, dataloader_num_workers=1).get_train_dataloader().num_workers == 1
 
 
 def test_a_worker_that_is_killed_is_named(tmp_path: Path) -> None:
