@@ -108,7 +108,7 @@ def _fused_attention() -> Iterator[None]:
         return cast(Tensor, _Attention.apply(query, key, value))
 
     before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attend
     try:
         yield
     finally:
