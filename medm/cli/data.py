@@ -29,7 +29,7 @@ def check(
     decode: Annotated[
         bool, typer.Option("--decode", help="Read every image and volume in full, not its header alone.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Look at the first so many records of each file.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Look only at the first N records of each file.")] = None,
 ) -> None:
     """Name every bad record with its place and reason; count the good ones.
 
@@ -157,7 +157,7 @@ def convert(
         int | None,
         typer.Option(help="Draw each instruction from the task's own wordings; without it all are worded alike."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
 ) -> None:
     """Turn a published benchmark folder into conversation records to train on. Files stay where they are.
 

@@ -22,7 +22,7 @@ def evaluate(
     option: Annotated[list[str] | None, typer.Option(help="key=value of the task; may be repeated.")] = None,
     predictions: Annotated[str | None, typer.Option(help="Answers of any program, in place of a model's.")] = None,
     against: Annotated[str | None, typer.Option(help="Results folder or predictions to compare with.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many items.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply in tokens.  [default: 256]")] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams.  [default: 1]")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 for the likeliest reply.  [default: 0]")] = None,

@@ -32,7 +32,7 @@ def infer(
         Literal["saved", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights.")
     ] = "saved",
     compile: Annotated[bool, typer.Option("--compile", help="Compile decoding: a slow start, faster replies.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many records.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N records.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete earlier replies and start over.")] = False,
 ) -> None:
     """Answer every record of an annotation file. Not for clinical use.

@@ -272,7 +272,7 @@ def check(
         max_length: longest record in tokens, as in training.
         too_long: what training will do with a longer one; with "error" it is a bad record.
         placeholder_ids: token ids that stand for vision tokens, which are never cut.
-        limit: look only at the first so many records of each file.
+        limit: look only at the first N records of each file.
         progress: called with (records done, records in all) now and then.
         share: (number, of how many), where several processes divide the work: the records whose position among all
             leaves this remainder. What they return is put together by `merged`.

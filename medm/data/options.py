@@ -23,7 +23,7 @@ class SourceOptions(Options):
     task: str | None = None
     """Task of records that name none."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many records."""
+    """Use only the first N records."""
 
 
 class CacheOptions(Options):

@@ -85,7 +85,7 @@ def parse_record(
 
     Raises:
         DataError: with file, index, field and reason. Placeholders and files that do not agree in number,
-            roles out of order and empty replies are such errors; nothing is dropped or mended.
+            roles out of order and empty replies are such errors; nothing is dropped or fixed.
     """
     try:
         return _parse(record, inference=inference, file=None if file is None else str(file), index=index)

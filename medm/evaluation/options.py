@@ -63,11 +63,11 @@ class InferOptions(AnsweringOptions):
     root: str | None = None
     """Folder that image and volume paths are relative to. Default: the folder of `data`."""
     output: str
-    """JSONL file to append to: one line a record, as soon as it is answered. A run that was stopped resumes in it."""
+    """JSONL file to append to: one line per record, as soon as it is answered. A run that was stopped resumes in it."""
     json_output: str | None = None
     """Where the records with their replies are written at the end, as one JSON array in MedM-VL's form."""
     limit: int | None = Field(default=None, ge=1)
-    """Answer only the first so many records."""
+    """Answer only the first N records."""
 
 
 class EvalTaskOptions(Options):
@@ -80,7 +80,7 @@ class EvalTaskOptions(Options):
     split: str | None = None
     """Split to score; the one that the benchmark is scored on without it."""
     limit: int | None = Field(default=None, ge=1)
-    """Only the first so many items. The numbers are then not the benchmark's."""
+    """Use only the first N items. The scores are then not those of the benchmark."""
     predictions: str | None = None
     """Answers of another program, in place of a model's: JSON or JSONL by `id`, MedM-VL's inference files, or a list of
     texts in the order of the items."""

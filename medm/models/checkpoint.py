@@ -185,7 +185,7 @@ class LoadReport:
             )
 
     def __str__(self) -> str:
-        return f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.ignored)} of no use here"
+        return f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.ignored)} unused"
 
 
 def rename(

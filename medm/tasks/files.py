@@ -29,7 +29,7 @@ def require(folder: Path, *names: str, layout: str) -> Path:
         if path.exists():
             return path
     wanted = " or ".join(repr(name) for name in names)
-    there = "" if folder.is_dir() else ", which is no folder"
+    there = "" if folder.is_dir() else ", which is not a folder" if folder.exists() else ", which does not exist"
     raise DataError(f"{wanted} is missing in {folder}{there}; expected {layout}", file=folder / names[0])
 
 

@@ -143,6 +143,7 @@ def test_loading_is_all_or_nothing() -> None:
         load_module(module, {"x.weight": torch.ones(2, 2)}, source="f", key_map=key_map)
     report = load_module(module, good, source="f", key_map=key_map, ignored=ignored)
     assert (sorted(report.loaded), report.ignored) == (["x.bias", "x.weight"], ["text.weight"])
+    assert str(report).endswith(": 2 tensors loaded, 1 unused")
     assert module.weight.sum() == 4
 
 

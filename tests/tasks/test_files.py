@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from medm.errors import DataError
-from medm.tasks.files import NumberArchive
+from medm.tasks.files import NumberArchive, require
 
 
 def archive(path: Path, packing: int) -> bytes:
@@ -50,3 +50,15 @@ def test_a_damaged_array_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(DataError, match="array 'test_images' is damaged"):
         NumberArchive(tmp_path / "a.npz")["test_images"]
+
+
+def test_a_missing_file_names_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, why in (
+        (tmp_path, ""),
+        (tmp_path / "away", ", which does not exist"),
+        (tmp_path / "file", ", which is not a folder"),
+    ):
+        with pytest.raises(DataError) as caught:
+            require(folder, "a.json", "b.json", layout="one of them")
+        assert f"'a.json' or 'b.json' is missing in {folder}{why}; expected one of them" in str(caught.value)
