@@ -275,7 +275,9 @@ def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype)
         if report.get(what):
             raise CheckpointError(f"{options.path}: {what.replace('_', ' ')}: {sorted(map(str, report[what]))[:5]}")
     if text_config.vocab_size != published.vocab_size:
-        logger.info("vocabulary resized from %d to %d for the placeholders", published.vocab_size, text_config.vocab_size)
+        logger.info(
+            "vocabulary resized from %d to %d for the placeholders", published.vocab_size, text_config.vocab_size
+        )
         model.resize_token_embeddings(text_config.vocab_size, mean_resizing=False)
     return model
 
