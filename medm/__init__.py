@@ -1,4 +1,4 @@
-"""medm: a factory for small medical vision-language models. Not for clinical use.
+"""medm: small vision-language models for 2-D and 3-D medical images. Not for clinical use.
 
 `import medm` makes transformers' Auto classes open medm's folders (`medm.transformers_hook`), and
 imports neither torch nor transformers. `medm.load` opens a folder to ask it questions (`medm.api`).

@@ -26,7 +26,7 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="A factory for small medical vision-language models. Not for clinical use.",
+    help="Train, evaluate and deploy small medical vision-language models. Not for clinical use.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
