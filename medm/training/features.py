@@ -79,7 +79,10 @@ def encoder_fingerprint(encoder: nn.Module) -> str:
     """A short name of an encoder's code path, weights and precision."""
     digest = hashlib.blake2b(type(encoder).__qualname__.encode(), digest_size=8)
     settings = {
-        key: value for key, value in sorted(vars(encoder).items()) if isinstance(value, (int, float, str, bool, tuple))
+        key: value
+        for key, value in sorted(vars(encoder).items())
+        # transformers marks what it loaded, which changes nothing of what the encoder computes.
+        if isinstance(value, (int, float, str, bool, tuple)) and key != "_is_hf_initialized"
     }
     digest.update(json.dumps(settings, default=str, sort_keys=True).encode())
     for key, tensor in sorted(encoder.state_dict().items()):

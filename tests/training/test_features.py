@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import medm.models
 from medm.config import validate
 from medm.encoders.siglip import SiglipEncoder
 from medm.errors import DataError, RecipeError
+from medm.models.lvlm.options import LVLMOptions
 from medm.training.features import encoder_fingerprint
 from medm.training.recipe import Recipe
 from medm.training.run import train
@@ -107,6 +109,17 @@ def test_other_weights_are_another_encoder() -> None:
     assert names[0] != names[1]
     assert encoder_fingerprint(encoders[1]) == names[0]
     assert encoder_fingerprint(encoders[1].half()) != names[0]
+
+
+def test_a_stage_finds_the_features_of_the_stage_that_it_starts_from(tmp_path: Path) -> None:
+    """An encoder that was opened from a saved model is the one that was built from its published weights."""
+    section = tiny.lvlm_section(tiny.save_llm("smollm2", tmp_path / "llm"), family="smollm2")
+    built, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
+    built.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    opened, _ = medm.models.load(str(tmp_path / "model"))
+    first, second = (model.branch("image").encoder for model in (built, opened))
+    assert encoder_fingerprint(first) == encoder_fingerprint(second)
 
 
 def test_augmentation_and_kept_features_exclude_each_other(tmp_path: Path) -> None:
