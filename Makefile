@@ -32,7 +32,7 @@ PYTEST_ARGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 # Nothing that is run from here asks a hub, and compiled extensions are kept between runs.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions/$(VERSIONS)
 
 .PHONY: help env quickstart quickstart-3d uni-med-demo test check lint types layers format docs lock clean
 

@@ -15,6 +15,7 @@ import torch
 
 from medm.config import validate
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
+from medm.training.processes import leave_group
 from medm.training.recipe import Recipe
 from medm.training.run import train
 from tests import tiny
@@ -104,3 +105,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave_group()

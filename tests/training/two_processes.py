@@ -26,6 +26,7 @@ from medm.errors import InputLostError, MedmError
 from medm.models.manifest import read_manifest, write_manifest
 from medm.objectives.contrastive import Contrastive
 from medm.training import checkpoints, resumable, writing
+from medm.training.processes import leave_group
 from medm.training.trainer import MedmTrainer
 from tests.training.toys import LORA, TOWERS, Pairs, trainer
 
@@ -302,3 +303,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave_group()
