@@ -26,12 +26,12 @@ PROGRAM = Path(sys.executable).with_name("medm")
 STARTS: dict[str, str] = {
     "medm/cli/launch.py: subprocess.run": "nvidia-smi, by its full path",
     "medm/data/cached.py: DataLoader": "inside safe_path",
-    "medm/evaluation/infer.py: DataLoader": "forked, or inside main's safe_path",
-    "medm/evaluation/infer.py: multiprocessing.get_context": "inside safe_path",
-    "medm/evaluation/infer.py: context.Process": "inside safe_path",
+    "medm/inference/batch.py: DataLoader": "forked, or inside main's safe_path",
+    "medm/inference/batch.py: multiprocessing.get_context": "inside safe_path",
+    "medm/inference/batch.py: context.Process": "inside safe_path",
     "medm/imaging/isolated.py: subprocess.Popen": "python -P",
     "medm/launcher.py: subprocess.Popen": "python -P",
-    "medm/models/export.py: subprocess.run": "python -I",
+    "medm/models/export/export.py: subprocess.run": "python -I",
     "medm/training/card.py: subprocess.run": "git",
     "medm/training/trainer.py: DataLoader": "forked, or inside main's safe_path",
     "benchmarks/cells/ranks.py: context.Process": "inside safe_path",
@@ -42,7 +42,7 @@ STARTS: dict[str, str] = {
 """Every place that starts a process, and why that process imports nothing from the working folder."""
 
 STARTERS = re.compile(
-    r"^(subprocess|multiprocessing|mp)\.(?!parent_process|current_process)\w+$"
+    r"^(subprocess|multiprocessing|mp)\.(?!parent_process|current_process|active_children)\w+$"
     r"|(^|\.)(Popen|get_context|set_start_method|Process|Pool|ProcessPoolExecutor|spawn\w*|exec[lv]\w*|posix_spawnp?"
     r"|fork|forkpty|system|popen|start_processes|DataLoader|StatefulDataLoader|load_inline|create_subprocess_\w+)$"
 )

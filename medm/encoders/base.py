@@ -16,7 +16,7 @@ class VisionEncoder(nn.Module):
 
     A subclass is built from plain values alone: `architecture`, a JSON-able mapping of sizes, and the
     fields of its options class other than `name`, `path`, `architecture` and `image_size`. Building is
-    offline and random; reading published files is `medm.models.checkpoint`, which asks the class
+    offline and random; reading published files is `medm.models.published.weights`, which asks the class
     for the three translations below.
     """
 

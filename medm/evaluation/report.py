@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medm.evaluation.cases import Case
-from medm.evaluation.results import atomic_write_text
+from medm.inference.predictions import atomic_write_text
 from medm.metrics.base import MetricResult
 from medm.metrics.compare import Comparison
 

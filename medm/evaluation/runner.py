@@ -17,13 +17,14 @@ from typing import Any
 
 from medm.errors import CheckpointError, DataError, MediaError, MedmError, RecipeError
 from medm.evaluation.cases import Case, choose_cases, draw_pictures
-from medm.evaluation.engine import pick_device
-from medm.evaluation.infer import Progress, infer
-from medm.evaluation.options import AnsweringOptions, EvalOptions, EvalTaskOptions, InferOptions
-from medm.evaluation.predictions import join, read_predictions
+from medm.evaluation.options import EvalOptions, EvalTaskOptions
+from medm.evaluation.prediction_files import join, read_predictions
 from medm.evaluation.report import write_reports, write_summary
-from medm.evaluation.results import atomic_write_text, model_fingerprint
 from medm.imaging import resolve_inside
+from medm.inference.batch import Progress, infer
+from medm.inference.generator import pick_device
+from medm.inference.options import InferenceOptions, InferOptions
+from medm.inference.predictions import atomic_write_text, model_fingerprint
 from medm.metrics import METRICS
 from medm.metrics.base import MetricResult
 from medm.metrics.bertscore import require_encoder
@@ -317,7 +318,7 @@ def _answer(
     infer(
         InferOptions(
             model=options.model, data=str(questions), root=block.data, output=str(folder / "predictions.jsonl"),
-            **{name: getattr(options, name) for name in AnsweringOptions.model_fields},
+            **{name: getattr(options, name) for name in InferenceOptions.model_fields},
         ),
         progress=progress,
     )  # fmt: skip

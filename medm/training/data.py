@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from medm.data.batches import build_batches, build_collator
+from medm.data.build import build_batches, build_collator
 from medm.data.cached import loader
 from medm.data.check import Report, check, merged
 from medm.data.collator import Collator

@@ -29,10 +29,10 @@ from medm.encoders import ENCODERS
 from medm.errors import ExportError
 from medm.imaging import load_pixels
 from medm.models import load, load_config
-from medm.models.checkpoint import save_bundle, save_tensors
+from medm.models.export.llava import save_llava
 from medm.models.folders import atomic_directory, describe, require_free
-from medm.models.llava import save_llava
 from medm.models.lvlm.build import build_encoder
+from medm.models.published.weights import save_bundle, save_tensors
 from medm.types import Media, Sample, Turn
 
 PROMPT = "Describe the image. Is anything abnormal?"
