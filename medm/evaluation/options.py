@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from medm.config import Options, named
+from medm.config import Options
 from medm.inference.options import InferenceOptions
+from medm.registry import named
 from medm.tasks import TASKS
 
 

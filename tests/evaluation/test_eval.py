@@ -21,7 +21,8 @@ from medm.evaluation.cases import Case, choose_cases, draw_pictures
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.prediction_files import read_predictions
 from medm.evaluation.report import group_table
-from medm.evaluation.runner import TaskReport, evaluate
+from medm.evaluation.runner import evaluate
+from medm.evaluation.task_report import TaskReport
 from medm.metrics.base import MetricResult
 from medm.tasks import TASKS
 from medm.tasks.base import Scores
