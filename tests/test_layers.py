@@ -17,7 +17,7 @@ PACKAGE = ROOT / "medm"
 # fmt: off
 LAYERS: list[set[str]] = [
     {
-        "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed",
+        "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed", "files",
         "transformers_hook",
     },
     {"encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
@@ -39,7 +39,18 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 }
 """(importer's module, imported room): why this one may look up or sideways."""
 
-TORCH_FREE_MODULES = ("errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "cli")
+TORCH_FREE_MODULES = (
+    "errors",
+    "os_errors",
+    "config",
+    "registry",
+    "types",
+    "stopping",
+    "children",
+    "launcher",
+    "files",
+    "cli",
+)
 HEAVY = ("torch", "transformers", "deepspeed", "monai", "peft", "SimpleITK")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from medm.evaluation.cases import Case
 from medm.evaluation.task_report import TaskReport
-from medm.inference.predictions import atomic_write_text
+from medm.files import atomic_write_text
 from medm.metrics.base import MetricResult
 from medm.metrics.compare import Comparison
 

@@ -19,11 +19,12 @@ from medm.evaluation.options import EvalOptions, EvalTaskOptions
 from medm.evaluation.prediction_files import join, read_predictions
 from medm.evaluation.report import write_reports, write_summary
 from medm.evaluation.task_report import TaskReport
+from medm.files import atomic_write_text
 from medm.imaging import resolve_inside
 from medm.inference.batch import Progress, infer
 from medm.inference.generator import pick_device
 from medm.inference.options import InferenceOptions, InferOptions
-from medm.inference.predictions import atomic_write_text, model_fingerprint
+from medm.inference.predictions import model_fingerprint
 from medm.launcher import launched_rank
 from medm.metrics import METRICS
 from medm.metrics.bertscore import require_encoder

@@ -29,10 +29,11 @@ from medm.children import safe_path
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
+from medm.files import atomic_write_text
 from medm.inference.batches import Prepared, Prompts, deal, work_order
 from medm.inference.generator import Engine, Reply, load_engine, pick_device
 from medm.inference.options import InferOptions
-from medm.inference.predictions import Appender, Results, atomic_write_text, model_fingerprint
+from medm.inference.predictions import Appender, Results, model_fingerprint
 from medm.launcher import launched_world_size
 from medm.models import load_config, load_processor
 from medm.os_errors import explain, require_writable

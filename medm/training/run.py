@@ -16,10 +16,11 @@ from transformers.utils import logging as transformers_logging
 from medm.data.check import require_sources
 from medm.distributed import on_rank_zero
 from medm.errors import CheckpointError, RecipeError
+from medm.files import sync
 from medm.launcher import LINK
 from medm.llms.attention import in_one_kernel
 from medm.models import build
-from medm.models.manifest import MANIFEST, read_manifest, sync, write_manifest
+from medm.models.manifest import MANIFEST, read_manifest, write_manifest
 from medm.objectives import OBJECTIVES
 from medm.objectives.base import Objective
 from medm.training import checkpoints

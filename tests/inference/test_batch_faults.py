@@ -19,11 +19,12 @@ import pytest
 
 import medm.inference.batch as infer_module
 from medm.errors import CheckpointError, DataError, DeviceError, InputLostError, MedmError, RecipeError
+from medm.files import atomic_write_text
 from medm.imaging import images
 from medm.inference import batches
 from medm.inference.batch import InferSummary, infer
 from medm.inference.options import GenerationOptions, InferOptions
-from medm.inference.predictions import Appender, Results, atomic_write_text, encode
+from medm.inference.predictions import Appender, Results, encode
 from medm.os_errors import explain
 from tests.cli.runner import medm
 from tests.inference.tiny import questions, read_output, save_tiny, write_records
@@ -285,7 +286,7 @@ def test_a_full_disk_is_a_message_and_with_room_the_results_are_the_same(
 
     def full(descriptor: int) -> None:
         file = Path(f"/proc/self/fd/{descriptor}").readlink().name
-        if file == name or re.fullmatch(rf"\.{re.escape(name)}\.\d+\.tmp", file):
+        if file == name or re.fullmatch(rf"\.{re.escape(name)}\.\d+-[0-9a-f]+\.tmp", file):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 

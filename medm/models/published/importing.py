@@ -22,9 +22,10 @@ from medm.config import validate
 from medm.connectors.mlp import MLPConnector
 from medm.encoders import ENCODERS
 from medm.errors import CheckpointError, DataError, RecipeError
+from medm.files import atomic_directory
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
-from medm.models.folders import atomic_directory, describe, require_free
+from medm.models.folders import describe, require_free
 from medm.models.lvlm.build import build, build_encoder
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.published.source_configs import (
@@ -115,7 +116,7 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
         raise CheckpointError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
     report = ImportReport(source, KINDS[kind])
     write: dict[str, Callable[..., None]] = {"medm-vl": _medm_vl, "llava": _llava, "projector": _projector}
-    with atomic_directory(place, error=CheckpointError) as target:
+    with atomic_directory(place) as target:
         if kind in _ENCODER_KINDS:
             _encoder(kind, published, target, report, hints)
         else:
