@@ -16,10 +16,10 @@ from typing import Any
 from medm.config import validate
 from medm.data.records import missing_branch, parse_record
 from medm.errors import DataError
-from medm.evaluation.chat import Conversation
-from medm.evaluation.engine import Engine, load_engine, pick_device, prepare
-from medm.evaluation.options import GenerationOptions
 from medm.imaging import load_pixels, resolve_inside
+from medm.inference.chat import Conversation
+from medm.inference.generator import Engine, load_engine, pick_device, prepare
+from medm.inference.options import GenerationOptions
 from medm.types import Example, Media, Sample, Turn
 
 _QUESTION = {"question", "image", "volume", "system", "task"}
@@ -50,7 +50,7 @@ class Model:
     Images are given as a path, an image of Pillow, an array or tensor (H, W) or (H, W, 3), or an opened file; volumes
     as a path (a file, or the folder of a DICOM series), or an array or tensor (D, H, W). Several of them are a list.
 
-    Options of every call are the fields of `medm.evaluation.options.GenerationOptions`: `max_new_tokens`,
+    Options of every call are the fields of `medm.inference.options.GenerationOptions`: `max_new_tokens`,
     `temperature`, `top_p`, `num_beams`, `seed`, `compile`. Replies are greedy without them.
 
     Args:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, GetPydanticSchema, ValidationError, model_validator
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from medm.errors import RecipeError, suggest
-
-if TYPE_CHECKING:
-    from medm.registry import Registry
 
 
 class Options(BaseModel):
@@ -41,53 +37,6 @@ class Options(BaseModel):
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
-
-
-@dataclass(frozen=True)
-class NamedBlock:
-    """Marks a field whose block names a registered part, so that its options can be looked up (for documentation)."""
-
-    registry: Registry[Any]
-    key: str
-
-
-def named(registry: Registry[Any], *, key: str = "name", default: str | None = None) -> Any:
-    """The type of a block that names a registered part, e.g. `{name: mlp, depth: 2}` or just `mlp`.
-
-    `default` is the part that is meant when the block names none.
-
-    The block is checked by the options class of the part it names, so an unknown option is reported
-    with the options that this part has.
-    """
-
-    def pick(value: Any) -> Options:
-        if isinstance(value, Options):
-            return value
-        if isinstance(value, str):
-            value = {key: value}
-        if default is not None and isinstance(value, Mapping):
-            value = {key: default, **value}
-        if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
-            raise PydanticCustomError(
-                "named_block",
-                "expected a {kind} block with a '{key}', found {found}",
-                {"kind": registry.kind, "key": key, "found": repr(value)},
-            )
-        try:
-            entry = registry.entry(value[key])
-        except RecipeError as error:
-            raise PydanticCustomError("unknown_name", "{reason}", {"reason": str(error)}) from None
-        return entry.options.model_validate(dict(value))
-
-    return Annotated[
-        Options,
-        GetPydanticSchema(
-            lambda _source, _handler: core_schema.no_info_plain_validator_function(
-                pick, serialization=core_schema.plain_serializer_function_ser_schema(lambda o: o.model_dump())
-            )
-        ),
-        NamedBlock(registry, key),
-    ]
 
 
 class _RecipeLoader(yaml.SafeLoader):

@@ -40,6 +40,16 @@ _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux."""
 
 
+def launched_rank() -> int:
+    """Return the rank that the launcher gave this process; 0 without one. Needs no process group, and no torch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """Return the number of ranks of the launch; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the ranks of this machine stand among those of all machines."""

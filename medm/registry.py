@@ -11,12 +11,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, TypeVar, cast
+
+from pydantic import GetPydanticSchema
+from pydantic_core import PydanticCustomError, core_schema
 
 from medm.config import Options
 from medm.errors import RecipeError, UnknownNameError
@@ -118,6 +121,53 @@ class Registry(Generic[T]):
                 continue
             source = point.dist.name if point.dist else "an installed package"
             self.add(point.name, point.value, f"from {source}")
+
+
+@dataclass(frozen=True)
+class NamedBlock:
+    """Marks a field whose block names a registered part, so that its options can be looked up (for documentation)."""
+
+    registry: Registry[Any]
+    key: str
+
+
+def named(registry: Registry[Any], *, key: str = "name", default: str | None = None) -> Any:
+    """The type of a block that names a registered part, e.g. `{name: mlp, depth: 2}` or just `mlp`.
+
+    `default` is the part that is meant when the block names none.
+
+    The block is checked by the options class of the part it names, so an unknown option is reported
+    with the options that this part has.
+    """
+
+    def pick(value: Any) -> Options:
+        if isinstance(value, Options):
+            return value
+        if isinstance(value, str):
+            value = {key: value}
+        if default is not None and isinstance(value, Mapping):
+            value = {key: default, **value}
+        if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
+            raise PydanticCustomError(
+                "named_block",
+                "expected a {kind} block with a '{key}', found {found}",
+                {"kind": registry.kind, "key": key, "found": repr(value)},
+            )
+        try:
+            entry = registry.entry(value[key])
+        except RecipeError as error:
+            raise PydanticCustomError("unknown_name", "{reason}", {"reason": str(error)}) from None
+        return entry.options.model_validate(dict(value))
+
+    return Annotated[
+        Options,
+        GetPydanticSchema(
+            lambda _source, _handler: core_schema.no_info_plain_validator_function(
+                pick, serialization=core_schema.plain_serializer_function_ser_schema(lambda o: o.model_dump())
+            )
+        ),
+        NamedBlock(registry, key),
+    ]
 
 
 _plugins: list[Path] = []

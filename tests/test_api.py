@@ -15,12 +15,12 @@ import medm
 import medm.models
 from medm.config import validate
 from medm.errors import CheckpointError, DataError, DeviceError, MediaError, RecipeError
-from medm.evaluation.infer import infer
-from medm.evaluation.options import InferOptions
+from medm.inference.batch import infer
+from medm.inference.options import InferOptions
 from medm.models.lvlm.options import LVLMOptions
 from tests import tiny
 from tests.encoders.tiny import TINY_ENCODERS
-from tests.evaluation.tiny import awaken, questions, read_output, write_records
+from tests.inference.tiny import awaken, questions, read_output, write_records
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"max_new_tokens": 8}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from medm.config import Options, apply_overrides, named, parse_value, read_yaml, validate
+from medm.config import Options, apply_overrides, parse_value, read_yaml, validate
 from medm.errors import RecipeError
-from medm.registry import Registry
+from medm.registry import Registry, named
 
 
 class Plain(Options):

@@ -14,7 +14,7 @@ import pytest
 
 from tests import shrink
 from tests.cli.runner import medm
-from tests.evaluation.tiny import questions, read_output, save_tiny, write_records
+from tests.inference.tiny import questions, read_output, save_tiny, write_records
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {

@@ -14,7 +14,7 @@ from benchmarks.harness import Cell, Figure, GateError, Ratio, seconds
 from benchmarks.limits import measure_limits
 from benchmarks.workloads import IMAGE, PAD, WORKLOADS, make_examples, medm_model, stock_model
 from medm.data.collator import Collator
-from medm.evaluation.decoding import GreedyDecoder, Prompt
+from medm.inference.decoding import GreedyDecoder, Prompt
 from medm.types import Example
 
 BATCH = 16

@@ -7,25 +7,13 @@ requeue); 130 and 143 another command was stopped by SIGINT or SIGTERM.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 from medm.children import safe_path
-from medm.errors import MedmError, RecipeError
+from medm.cli.running import CONTINUED, LAUNCHER, command_of, plugins_first, run
 from medm.launcher import LINK
-from medm.os_errors import explain
 from medm.stopping import RESUMABLE, STOP_SIGNALS, Stopped
-
-logger = logging.getLogger(__name__)
-
-USAGE, FAILURE = 2, 1
-
-LAUNCHER = "launch"
-CONTINUED = ("train", "infer", "eval")
-"""Commands that continue when they are started again; `medm launch` runs these."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,35 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with STOP_SIGNALS.handled(resumable=command in (*CONTINUED, LAUNCHER)), safe_path():
             LINK.join()
-            run(given)
+            from medm.cli.app import app
+
+            run(app, given)
     except Stopped as stop:
         if stop.code == RESUMABLE:
             _note(f"stopped by {stop.number.name}; the same command starts again (train: with --resume)")
         raise
-
-
-def run(arguments: Sequence[str]) -> None:
-    """Run one command, and say what went wrong; by `main`, which handles signals.
-
-    Args:
-        arguments: what follows `medm`, with plug-ins in front.
-    """
-    from medm.cli.app import app
-    from medm.cli.console import report
-
-    try:
-        app(arguments, prog_name="medm")
-    except Exception as error:
-        message = str(error) if isinstance(error, MedmError) else explain(error)
-        explained = message is not None and not os.environ.get("MEDM_TRACEBACK")
-        text = f"error: {message}" if explained else traceback.format_exc()
-        if not LINK.report(text, traceback=not explained):
-            if message is None or not explained:
-                raise
-            if not isinstance(error, MedmError):
-                logger.debug("the place of the error below", exc_info=error)
-            report(message)
-        raise SystemExit(USAGE if isinstance(error, RecipeError) else FAILURE) from None
 
 
 def _note(message: str) -> None:
@@ -75,34 +41,3 @@ def _note(message: str) -> None:
 
     if first_process():
         note(message)
-
-
-def command_of(arguments: Sequence[str]) -> str | None:
-    """Return the name of the command: the first word that is neither an option nor a plug-in file."""
-    words = iter(plugins_first(arguments))
-    for word in words:
-        if word == "--plugin":
-            next(words, None)
-        elif not word.startswith("-"):
-            return word
-    return None
-
-
-def plugins_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with every `--plugin FILE` in front of the command, where the options of all commands stand.
-
-    What follows `launch` is another command with options of its own, and stays as it is.
-    """
-    plugins: list[str] = []
-    rest: list[str] = []
-    items = iter(arguments)
-    for item in items:
-        if item == "--" or (item == LAUNCHER and all(word.startswith("-") for word in rest)):
-            rest += [item, *items]
-        elif item == "--plugin":
-            plugins += [item, *[value for value in [next(items, None)] if value is not None]]
-        elif item.startswith("--plugin="):
-            plugins.append(item)
-        else:
-            rest.append(item)
-    return plugins + rest

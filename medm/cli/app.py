@@ -9,8 +9,9 @@ import typer
 from typer.core import TyperGroup
 
 from medm import __version__
-from medm.cli import LAUNCHER, catalogue, chat, data, evaluate, infer, launch, models, pages, train
+from medm.cli import catalogue, chat, data, evaluate, infer, launch, models, pages, train
 from medm.cli.console import out, start_logging
+from medm.cli.running import LAUNCHER
 
 
 class _Commands(TyperGroup):

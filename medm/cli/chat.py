@@ -12,7 +12,7 @@ from medm.cli.console import err, note, out, report
 from medm.errors import MedmError
 
 if TYPE_CHECKING:
-    from medm.evaluation.chat import Conversation
+    from medm.inference.chat import Conversation
 
 HELP = "/image FILE   /volume FILE   add one to the next question;   /reset   start over;   /quit   leave"
 
@@ -35,9 +35,9 @@ def chat(
 ) -> None:
     """Chat with a model about images and volumes, in several turns. Not for clinical use."""
     from medm.config import validate
-    from medm.evaluation.chat import Conversation
-    from medm.evaluation.engine import load_engine, pick_device
-    from medm.evaluation.options import GenerationOptions
+    from medm.inference.chat import Conversation
+    from medm.inference.generator import load_engine, pick_device
+    from medm.inference.options import GenerationOptions
 
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     options = validate(GenerationOptions, given, source="medm chat")

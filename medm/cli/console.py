@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.text import Text
+
+from medm.launcher import launched_rank
 
 out = Console(soft_wrap=True, highlight=False)
 """Results. Never wrapped: a line stays a line when it is piped into another program."""
@@ -40,7 +41,7 @@ def rows(items: Iterable[Sequence[str]], *, header: Sequence[str] | None = None)
 
 def first_process() -> bool:
     """Return whether this process speaks for all of a launch: rank 0, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return launched_rank() == 0
 
 
 def start_logging(*, verbose: bool = False) -> None:

@@ -119,7 +119,7 @@ def cache(
     if options is None:
         raise RecipeError(f"{recipe}: no data.cache; name a folder, such as data.cache.dir=.cache/volumes")
     if device != "cpu":
-        from medm.evaluation.engine import pick_device
+        from medm.inference.generator import pick_device
 
         device = str(pick_device(device))
     prepared = {name: how for name, how in _processor_of(read).preprocess.items() if how.kind in options.branches}

@@ -42,8 +42,8 @@ def infer(
     """
     from medm.config import validate
     from medm.errors import MedmError
-    from medm.evaluation.infer import infer as run
-    from medm.evaluation.options import InferOptions
+    from medm.inference.batch import infer as run
+    from medm.inference.options import InferOptions
 
     generation = {
         "max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature, "top_p": top_p,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from medm.cli import CONTINUED, LAUNCHER, command_of, plugins_first, run
+from medm.cli.running import CONTINUED, LAUNCHER, command_of, plugins_first, run
 from medm.errors import RecipeError
 from medm.launcher import Launcher, Place
 
@@ -58,7 +58,7 @@ def launch(
     elif processes > 1:
         place = Place(processes)
     else:
-        run(plugins_first(arguments))
+        run(context.find_root().command, plugins_first(arguments))
         return
     raise typer.Exit(Launcher(arguments, place).run())
 

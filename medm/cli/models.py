@@ -32,8 +32,8 @@ def export(
 
     A llava export runs in a process that cannot import medm. OUT also gets a README and the records of the model.
     """
-    from medm.models.export import PROMPT
-    from medm.models.export import export as run
+    from medm.models.export.export import PROMPT
+    from medm.models.export.export import export as run
 
     proof = run(
         model, target, form=form, branch=branch, image=image, prompt=prompt or PROMPT, max_new_tokens=max_new_tokens
@@ -63,7 +63,8 @@ def import_(
     Every tensor is loaded or named with its reason, in OUT/import.json; nothing is skipped silently.
     """
     from medm.config import apply_overrides
-    from medm.models.importing import Hints, import_model
+    from medm.models.published.importing import import_model
+    from medm.models.published.source_configs import Hints
 
     hints = Hints(llm, encoder, chat_template, apply_overrides({}, preprocess or []))
     for line in import_model(source, target, kind=kind, hints=hints).lines():

@@ -27,26 +27,22 @@ is opened.
 
 
 def reference(
+    context: typer.Context,
     page: Annotated[Literal["recipes", "commands"], typer.Argument(help="Which page.")],
     output: Annotated[Path | None, typer.Argument(help="File to write; standard output without it.")] = None,
 ) -> None:
     """Write a generated page of docs/, in Markdown."""
     from medm.cli.reference import page as recipes_page
 
-    text = recipes_page() if page == "recipes" else commands_page()
+    text = recipes_page() if page == "recipes" else commands_page(context.find_root().command)
     if output is None:
         out.print(text, end="", markup=False)
     else:
         output.write_text(text, encoding="utf-8")
 
 
-def commands_page() -> str:
-    """Every command, its arguments and options, in Markdown."""
-    from typer.main import get_command
-
-    from medm.cli.app import app
-
-    root = get_command(app)
+def commands_page(root: Any) -> str:
+    """Return every command of a program, its arguments and options, in Markdown."""
     return "\n".join([COMMANDS_HEADER, *_sections(root, "medm")])
 
 

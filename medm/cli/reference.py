@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from medm.config import NamedBlock, Options
-from medm.registry import Registry
+from medm.config import Options
+from medm.registry import NamedBlock, Registry
 
 HEADER = """\
 # Recipe reference

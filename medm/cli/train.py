@@ -29,7 +29,7 @@ def train(
     refuse_options("train", [recipe, *(overrides or [])], known=["--resume", "--help"])
     checked = load_recipe(find(recipe), overrides or [])
 
-    from medm.training.processes import leave_group
+    from medm.distributed import leave_group
     from medm.training.run import train as run
 
     outcome = run(checked, resume=resume)

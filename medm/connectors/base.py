@@ -1,8 +1,8 @@
-"""What a connector must be. Connectors do not know which encoder or LLM stands beside them."""
+"""The interface of connectors. Connectors do not know which encoder or LLM stands beside them."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABCMeta, abstractmethod
 from math import prod
 from typing import ClassVar
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from medm.types import VisionFeatures
 
 
-class Connector(nn.Module):
+class Connector(nn.Module, metaclass=ABCMeta):
     """Vision features to tokens of the LLM's width.
+
+    A subclass without `forward` raises `TypeError` when it is constructed.
 
     A subclass takes `in_dim`, `out_dim`, `grid` and `prefix` (what the composition derives: width in, width
     out, the token grid, tokens in front of it) and, by keyword, the fields of its options class other than

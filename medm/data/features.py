@@ -18,6 +18,7 @@ import numpy as np
 
 from medm.data.content import content_hash, identity
 from medm.errors import MediaError, MedmError
+from medm.files import atomic_file, atomic_write_text
 
 _SLACK = 1.05
 """Free space that has to be there, as a multiple of what a shard takes."""
@@ -90,11 +91,10 @@ class FeatureStore:
                 f"{status.f_bavail * status.f_frsize / 1e9:.2f} GB are free; make room or set data.cache_features: null"
             )
         name = uuid.uuid4().hex
-        aside = self.folder / f".tmp-{name}.npy"
         keys: list[str] = []
-        try:
+        with atomic_file(self.folder / f"{name}.npy") as temporary:
             # Rows that stay empty are a hole in the file and take no disk.
-            table = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=(most, *shape))
+            table = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=(most, *shape))
             for names, batch in batches:
                 if len(names) != len(batch) or len(keys) + len(names) > most:
                     raise ValueError(f"expected {len(names)} items, at most {most} in all, found {len(batch)}")
@@ -102,13 +102,8 @@ class FeatureStore:
                 keys += names
             table.flush()
             del table
-            aside.replace(self.folder / f"{name}.npy")
-        finally:
-            aside.unlink(missing_ok=True)
         # The index comes last: a shard without one is not seen.
-        index = self.folder / f".tmp-{name}.json"
-        index.write_text(json.dumps(keys), encoding="utf-8")
-        index.replace(self.folder / f"{name}.json")
+        atomic_write_text(self.folder / f"{name}.json", json.dumps(keys))
         self.refresh()
 
 

@@ -15,23 +15,18 @@ import os
 import re
 import struct
 import time
-import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
-
-try:
-    import fcntl
-except ImportError:  # not on every system; without it processes that share a folder may go a little beyond its bound
-    fcntl = None  # type: ignore[assignment]
 
 import numpy as np
 from numpy.lib import format as npy
 
 from medm.data.content import content_hash, identity
 from medm.errors import MediaError
+from medm.files import atomic_file, wait_for_lock
 from medm.imaging import Preprocess, fingerprint, load_pixels
 from medm.imaging.constant import looks_constant
 
@@ -44,6 +39,10 @@ _ABANDONED = 3600.0
 _CONTENT = re.compile(rb"[0-9a-f]{64}")
 _FRESH = 60.0
 """Seconds within which an entry is not marked as used again."""
+
+
+class _FullError(Exception):
+    """The folder has no room for an entry."""
 
 
 class MediaCache:
@@ -176,31 +175,33 @@ class MediaCache:
 
     def _write(self, target: Path, parts: list[bytes | memoryview]) -> bool:
         """Write atomically. A disk that is full or read-only gives one warning and does not stop the run."""
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not self._reserve(temporary, sum(memoryview(part).nbytes for part in parts)):
-                return False
-            with temporary.open("r+b") as stream:
-                for part in parts:
-                    stream.write(part)
-            temporary.replace(target)
+            with atomic_file(target) as temporary:
+                self._reserve(temporary, sum(memoryview(part).nbytes for part in parts))
+                with temporary.open("r+b") as stream:
+                    for part in parts:
+                        stream.write(part)
+        except _FullError:
+            return False
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             if not self._unwritable:
                 logger.warning("%s: nothing more is cached in this run (%s)", self.folder, error.strerror)
             self._unwritable = True
             return False
         return True
 
-    def _reserve(self, temporary: Path, size: int) -> bool:
+    def _reserve(self, temporary: Path, size: int) -> None:
         """Make a file of its final size, if the folder has room for it or can make some.
 
         The ledger holds the bytes in use. It may say too much (an entry written twice, a write that failed, files that
         somebody removed), never too little, and is counted anew before anything is refused.
+
+        Raises:
+            _FullError: there is no room and none can be made.
         """
-        with (self.folder / "ledger").open("a+b") as ledger, _locked(ledger):
+        with (self.folder / "ledger").open("a+b") as ledger:
+            wait_for_lock(ledger)
             ledger.seek(0)
             text = ledger.read(32)
             used = int(text) if text.isdigit() else self.size()[1]
@@ -219,7 +220,8 @@ class MediaCache:
                 self.folder, used / 1e9, self.max_bytes / 1e9,
             )  # fmt: skip
             self._full = True
-        return fits
+        if not fits:
+            raise _FullError
 
     def _let_go(self, needed: int) -> int:
         """Remove what nobody used since this object was made, the oldest first, until there is room. Bytes left."""
@@ -244,14 +246,6 @@ class MediaCache:
                         path.unlink()
                     else:
                         yield path, stat
-
-
-@contextmanager
-def _locked(stream: BinaryIO) -> Iterator[None]:
-    """Alone among the processes of this machine, and of others where the file system can."""
-    if fcntl is not None:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # let go when the file is closed
-    yield
 
 
 def _mark_used(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Annotation files written: a JSON array or JSONL, whole or not at all."""
+"""Annotation files written atomically: a JSON array or JSONL."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medm.errors import DataError
+from medm.files import atomic_file
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
@@ -21,21 +22,18 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
         DataError: there are no records, or the file cannot be written.
     """
     lines = path.suffix == ".jsonl"
-    aside = path.with_name(f".tmp-{path.name}")
     count = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
-            for record in records:
-                text = json.dumps(record, ensure_ascii=False)
-                file.write(f"{text}\n" if lines else f"{',' if count else '['}\n{text}")
-                count += 1
-            file.write("" if lines else "\n]\n")
-        if count == 0:
-            raise DataError("there are no records to write", file=path)
-        aside.replace(path)
+        with atomic_file(path) as temporary:
+            with temporary.open("w", encoding="utf-8") as file:
+                for record in records:
+                    text = json.dumps(record, ensure_ascii=False)
+                    file.write(f"{text}\n" if lines else f"{',' if count else '['}\n{text}")
+                    count += 1
+                file.write("" if lines else "\n]\n")
+            if count == 0:
+                raise DataError("there are no records to write", file=path)
     except OSError as error:
         raise DataError(f"cannot be written ({error.strerror or error})", file=path) from None
-    finally:
-        aside.unlink(missing_ok=True)
     return count

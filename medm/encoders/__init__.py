@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from medm.config import Options, named
-from medm.registry import Registry
+from medm.config import Options
+from medm.registry import Registry, named
 
 if TYPE_CHECKING:
     from medm.encoders.base import VisionEncoder

@@ -1,8 +1,8 @@
-"""What an encoder must be. Encoders know nothing of LLMs, prompts, files or learning rates."""
+"""The interface of encoders. Encoders know nothing of LLMs, prompts, files or learning rates."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from medm.types import VisionFeatures
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(nn.Module, metaclass=ABCMeta):
     """Pixels (B, C, *spatial) to tokens on a grid.
+
+    A subclass without one of the abstract methods raises `TypeError` when it is constructed.
 
     A subclass is built from plain values alone: `architecture`, a JSON-able mapping of sizes, and the
     fields of its options class other than `name`, `path`, `architecture` and `image_size`. Building is
-    offline and random; reading published files is `medm.models.checkpoint`, which asks the class
+    offline and random; reading published files is `medm.models.published.weights`, which asks the class
     for the three translations below.
     """
 
@@ -52,6 +54,8 @@ class VisionEncoder(nn.Module):
         cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
     ) -> dict[str, Any]:
         """Fields of the preprocessing description (`medm.imaging`) from the published `preprocessor_config.json`."""
+        # A recipe is resolved with the class alone, before the check of abstract methods.
+        raise NotImplementedError(f"encoder class {cls.__name__} defines no preprocess_from")
 
     @abstractmethod
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:

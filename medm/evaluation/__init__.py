@@ -1,1 +1,1 @@
-"""Evaluation: generation, batch inference over annotation files, and scored reports. Knows no training."""
+"""Evaluation: benchmarks run, scored, compared and reported. Knows no training."""

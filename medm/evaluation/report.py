@@ -6,15 +6,12 @@ import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from medm.evaluation.cases import Case
-from medm.evaluation.results import atomic_write_text
+from medm.evaluation.task_report import TaskReport
+from medm.files import atomic_write_text
 from medm.metrics.base import MetricResult
 from medm.metrics.compare import Comparison
-
-if TYPE_CHECKING:
-    from medm.evaluation.runner import TaskReport
 
 NOT_CLINICAL = "Not for clinical use. These are scores on a benchmark, not evidence of benefit or safety for patients."
 

@@ -6,31 +6,32 @@ import itertools
 import json
 import logging
 import math
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from medm.errors import CheckpointError, DataError, MediaError, MedmError, RecipeError
-from medm.evaluation.cases import Case, choose_cases, draw_pictures
-from medm.evaluation.engine import pick_device
-from medm.evaluation.infer import Progress, infer
-from medm.evaluation.options import AnsweringOptions, EvalOptions, EvalTaskOptions, InferOptions
-from medm.evaluation.predictions import join, read_predictions
+from medm.evaluation.cases import choose_cases, draw_pictures
+from medm.evaluation.options import EvalOptions, EvalTaskOptions
+from medm.evaluation.prediction_files import join, read_predictions
 from medm.evaluation.report import write_reports, write_summary
-from medm.evaluation.results import atomic_write_text, model_fingerprint
+from medm.evaluation.task_report import TaskReport
+from medm.files import atomic_write_text
 from medm.imaging import resolve_inside
+from medm.inference.batch import Progress, infer
+from medm.inference.generator import pick_device
+from medm.inference.options import InferenceOptions, InferOptions
+from medm.inference.predictions import model_fingerprint
+from medm.launcher import launched_rank
 from medm.metrics import METRICS
-from medm.metrics.base import MetricResult
 from medm.metrics.bertscore import require_encoder
 from medm.metrics.compare import Comparison, compare
 from medm.tasks import TASKS, CustomOptions
 from medm.tasks.base import Scores, Task, join_predictions, record_of
-from medm.tasks.m3d_regions import WITHOUT_MASK, MaskTask
+from medm.tasks.masks import WITHOUT_MASK, MaskTask
 from medm.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -38,51 +39,6 @@ logger = logging.getLogger(__name__)
 _WITH_A_MODEL = ("bertscore", "radeval", "meteor-java")
 """Metrics that start another program or load a model: not for single items, nor for a trial."""
 _VERSIONS = ("medm", "torch", "transformers")
-
-
-@dataclass(slots=True)
-class TaskReport:
-    """What scoring one task gave."""
-
-    task: str
-    summary: str
-    """The registry's line on it."""
-    folder: Path
-    """Where its files are."""
-    facts: dict[str, Any]
-    """What the numbers depend on: data, split, model, generation, versions."""
-    n: int
-    answered: int
-    """Items that a reply came for, an empty one included; the others have an error, or no line."""
-    scores: Scores
-    comparisons: list[Comparison] = field(default_factory=list)
-    against: str | None = None
-    worst: list[Case] = field(default_factory=list)
-    random: list[Case] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything but the cases, which hold texts and images."""
-        return {
-            "task": self.task,
-            **self.facts,
-            "n": self.n,
-            "answered": self.answered,
-            "scores": [result.as_dict() for result in self.scores.results],
-            "published": [result.as_dict() for result in self.scores.published],
-            "groups": {
-                name: {value: [_without_items(result) for result in results] for value, results in group.items()}
-                for name, group in self.scores.groups.items()
-            },
-            "notes": self.scores.notes,
-            "empty_replies": self.scores.empty,
-            "inference_errors": self.scores.failed,
-            "against": self.against,
-            "comparison": [comparison.as_dict() for comparison in self.comparisons],
-        }
-
-
-def _without_items(result: MetricResult) -> dict[str, Any]:
-    return {key: value for key, value in result.as_dict().items() if key != "per_item"}
 
 
 def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[TaskReport] | None:
@@ -120,7 +76,7 @@ def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[
         predictions = Path(block.predictions) if block.predictions else folder / "predictions.jsonl"
         if block.predictions is None:
             _answer(options, block, samples[: block.limit], folder, progress)
-        if int(os.environ.get("RANK", "0")) > 0:
+        if launched_rank() > 0:
             continue  # the first rank scores
         reports.append(_score(options, block, task, samples, predictions, folder))
     if not reports:
@@ -317,7 +273,7 @@ def _answer(
     infer(
         InferOptions(
             model=options.model, data=str(questions), root=block.data, output=str(folder / "predictions.jsonl"),
-            **{name: getattr(options, name) for name in AnsweringOptions.model_fields},
+            **{name: getattr(options, name) for name in InferenceOptions.model_fields},
         ),
         progress=progress,
     )  # fmt: skip

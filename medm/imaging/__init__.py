@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from medm.config import validate
 from medm.errors import MediaError, RecipeError, suggest
@@ -18,13 +18,11 @@ from medm.imaging.paths import resolve_inside
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
 
 __all__ = [
     "Augment",
     "ImagePreprocess",
     "Preprocess",
-    "Source",
     "VolumePreprocess",
     "fingerprint",
     "load_pixels",
@@ -33,8 +31,6 @@ __all__ = [
 ]
 
 Preprocess: TypeAlias = ImagePreprocess | VolumePreprocess
-Source: TypeAlias = "str | Path | BinaryIO | Image.Image | np.ndarray"
-"""An image or volume: a file, or what a Python program has in memory."""
 
 _KINDS: dict[str, type[ImagePreprocess] | type[VolumePreprocess]] = {
     "image": ImagePreprocess,

@@ -1,4 +1,4 @@
-"""DICOM files: what of their header is needed, checked; and single images.
+"""DICOM files: what of their header is needed, checked.
 
 pydicom reads the few numbers that matter, so that lying lengths, missing pixels and unknown encodings are refused
 before anything is decoded: GDCM (inside SimpleITK) would fill what is missing with zeros. Names, dates and free text of
@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,60 +193,6 @@ def read_header(path: Path, name: str | None = None) -> Header | None:
         raise MediaError(f"{name}: the DICOM header is damaged ({type(error).__name__})") from None
     _check_pixels(header, found.declared, size - header.pixels_at)
     return header
-
-
-def read_image_header(file: Path, name: str) -> Header:
-    """The header of a file that holds one image.
-
-    Raises:
-        MediaError: as `read_header`, or the file holds several frames or no image.
-    """
-    from medm.imaging.images import MAX_PIXELS
-
-    header = read_header(file, name)
-    if header is None:
-        raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
-    if header.frames > 1:
-        raise MediaError(f"{name}: holds {header.frames} frames where one image is expected; give it as a volume")
-    if header.rows * header.columns > MAX_PIXELS:
-        raise MediaError(
-            f"{name}: {header.columns} x {header.rows} pixels are more than the {MAX_PIXELS} that are allowed"
-        )
-    return header
-
-
-def read_dicom_image(file: Path | BinaryIO, name: str) -> Any:
-    """A single-frame DICOM file as a `Picture`, with the window that the file declares.
-
-    Raises:
-        MediaError: as `read_header`, or the file holds several frames or no image.
-    """
-    from medm.imaging.dicom_pixels import read_pixels
-    from medm.imaging.images import Picture
-
-    if not isinstance(file, Path):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "image.dcm"
-            with path.open("wb") as copy:
-                shutil.copyfileobj(file, copy)
-            return read_dicom_image(path, name)
-    header = read_image_header(file, name)
-    warn_not_applied(header)
-    pixels = read_pixels(header)
-    values, padding = pixels.values[0], None if pixels.padding is None else pixels.padding[0]
-    if header.samples == 3:
-        return Picture(values, name)
-    plain = (
-        header.rescale in (None, (1.0, 0.0)) and header.window is None and header.table is None and header.voi is None
-    )
-    if plain and header.bits_stored == 8 and not header.signed:
-        shades = values.astype(np.uint8)
-        shades = 255 - shades if header.inverted else shades
-        return Picture(shades if padding is None else np.where(padding, np.uint8(0), shades), name)
-    return Picture(
-        values, name, window=header.window, full_range=header.value_range, inverted=header.inverted, voi=header.voi,
-        padding=padding,
-    )  # fmt: skip
 
 
 def warn_not_applied(header: Header) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -22,20 +22,15 @@ from medm.errors import MediaError
 from medm.imaging.arrays import check_npy, read_npy
 from medm.imaging.constant import Step, check_prepared
 from medm.imaging.damage import DECODE_ERRORS
+from medm.imaging.decoded_image import MAX_PIXELS, DecodedImage
 from medm.imaging.dicom_bare import HEAD, is_dicom_head
-from medm.imaging.dicom_values import Voi
 from medm.imaging.formats import READ, describe_content
 from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
 from medm.imaging.samples import Samples, check_layout, decoded_samples, read_samples
-
-if TYPE_CHECKING:
-    from medm.imaging import Source
+from medm.imaging.sources import Source
 
 logger = logging.getLogger(__name__)
-
-MAX_PIXELS = 64 * 2**20
-"""Largest image that is decoded. Pillow alone would allow 179 million pixels (a 17 kB PNG can declare 144)."""
 
 _MAX_FRAMES_COUNTED = 100
 """Frames that a message counts; Pillow needs longer for each further directory of a TIFF."""
@@ -57,40 +52,7 @@ _FILTERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A decoded image without its metadata."""
-
-    pixels: np.ndarray
-    """(H, W, 3) color or (H, W) gray, of uint8 or of a wider type with raw values."""
-    name: str
-    """The file, for messages."""
-    window: tuple[float, float] | None = None
-    """Lower and upper raw value of the file's own DICOM window."""
-    full_range: tuple[float, float] | None = None
-    """Smallest and largest raw value that the file's type can hold; None where it declares none (float, 32 bit)."""
-    inverted: bool = False
-    """The smallest raw value is white (DICOM MONOCHROME1, TIFF MinIsWhite)."""
-    alpha: np.ndarray | None = None
-    """(H, W) float32, opacity in 0..1 of deep pixels that are not opaque everywhere."""
-    voi: Voi | None = None
-    """VOI LUT or sigmoid window of the file (DICOM), which comes before `window`."""
-    padding: np.ndarray | None = None
-    """(H, W), true where a pixel lies outside of the image and is shown black (DICOM Pixel Padding Value)."""
-
-    def shown_range(self, window: Sequence[float] | None) -> tuple[float, float] | None:
-        """Values that become black and white: those of a recipe's window, of the file's, or of the file's type."""
-        if window is not None:
-            return window[0], window[1]
-        return self.window or self.full_range
-
-    @property
-    def is_deep(self) -> bool:
-        """Whether the pixels need a window before they are shown."""
-        return self.pixels.dtype != np.uint8
-
-
-def read_image(file: Source, *, name: str | None = None) -> Picture:
+def read_image(file: Source, *, name: str | None = None) -> DecodedImage:
     """Decode one image.
 
     Args:
@@ -124,7 +86,7 @@ def check_image(file: Path) -> tuple[int, int]:
     with _regular_file(file, name) as stream:
         head = _head(stream, name)
         if is_dicom_head(head):
-            from medm.imaging.dicom import read_image_header
+            from medm.imaging.dicom_image import read_image_header
 
             header = read_image_header(file, name)
             return header.rows, header.columns
@@ -139,7 +101,7 @@ def check_image(file: Path) -> tuple[int, int]:
         return size
 
 
-def apply_image(preprocess: ImagePreprocess, picture: Picture) -> np.ndarray:
+def apply_image(preprocess: ImagePreprocess, picture: DecodedImage) -> np.ndarray:
     """Return the image as an encoder takes it: (C, height, width) float32.
 
     8-bit pictures give what the CLIP and SigLIP processors of transformers give (Pillow backend). Deeper ones are
@@ -207,12 +169,12 @@ def _has_end(stream: BinaryIO, head: bytes) -> bool:
     return mark in stream.read(_TAIL)
 
 
-def _decode(stream: BinaryIO, name: str, path: Path | None) -> Picture:
+def _decode(stream: BinaryIO, name: str, path: Path | None) -> DecodedImage:
     head = _head(stream, name)
     if head.startswith(_NPY):
         return _from_array(read_npy(stream, name, max_items=MAX_PIXELS * 3), name)
     if is_dicom_head(head):
-        from medm.imaging.dicom import read_dicom_image
+        from medm.imaging.dicom_image import read_dicom_image
 
         return read_dicom_image(path or stream, name)
     suffix = path.suffix.lower() if path else ""
@@ -221,7 +183,7 @@ def _decode(stream: BinaryIO, name: str, path: Path | None) -> Picture:
     return _from_samples(samples, name)
 
 
-def _from_pillow(image: Image.Image, name: str) -> Picture:
+def _from_pillow(image: Image.Image, name: str) -> DecodedImage:
     """The same picture as of the file, where Pillow has not decoded it yet: Pillow alone would lose 16-bit color."""
     stream = getattr(image, "fp", None)
     if stream is not None and getattr(image, "tile", None) and image.format in (*_FORMATS, "MPO"):
@@ -303,7 +265,7 @@ def _check_scans(stream: BinaryIO, name: str) -> None:
         raise MediaError(f"{name}: a JPEG of {scans} scans, more than the {_MAX_SCANS} that are allowed; save it anew")
 
 
-def _from_samples(samples: Samples, name: str) -> Picture:
+def _from_samples(samples: Samples, name: str) -> DecodedImage:
     picture = _from_array(samples.pixels, name)
     full_range = picture.full_range if samples.bits is None else (0.0, 2.0**samples.bits - 1)
     return replace(picture, alpha=samples.alpha, inverted=samples.inverted, full_range=full_range)
@@ -321,28 +283,28 @@ def _check_array(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
         raise MediaError(f"{name}: {shape[1]} x {shape[0]} pixels are more than the {MAX_PIXELS} that are allowed")
 
 
-def _from_array(array: np.ndarray, name: str) -> Picture:
+def _from_array(array: np.ndarray, name: str) -> DecodedImage:
     _check_array(array.shape, array.dtype, name)
     if array.dtype == np.uint8:
-        return Picture(array, name)
+        return DecodedImage(array, name)
     if array.dtype == np.bool_:
-        return Picture(array.astype(np.uint8) * 255, name)
+        return DecodedImage(array.astype(np.uint8) * 255, name)
     if array.dtype.kind not in "iuf":
         raise MediaError(f"{name}: expected numbers, found an array of {array.dtype}")
     if not np.isfinite(array).all():
         bad = int(array.size - np.isfinite(array).sum())
         raise MediaError(f"{name}: {bad} of {array.size} pixels are NaN or infinite")
     limits = np.iinfo(array.dtype) if array.dtype.kind in "iu" and array.dtype.itemsize <= 2 else None
-    return Picture(array, name, full_range=(float(limits.min), float(limits.max)) if limits else None)
+    return DecodedImage(array, name, full_range=(float(limits.min), float(limits.max)) if limits else None)
 
 
-def _shallow(preprocess: ImagePreprocess, picture: Picture) -> Image.Image:
+def _shallow(preprocess: ImagePreprocess, picture: DecodedImage) -> Image.Image:
     image = Image.fromarray(picture.pixels)
     # Gray pixels are resized once and repeated afterwards: the filters treat channels alike.
     return image.convert("L") if preprocess.channels == 1 else image
 
 
-def _windowed(preprocess: ImagePreprocess, picture: Picture) -> list[Image.Image]:
+def _windowed(preprocess: ImagePreprocess, picture: DecodedImage) -> list[Image.Image]:
     """One floating-point image a channel, 0..255; one for gray."""
     if picture.voi is not None and preprocess.window is None:
         values = picture.voi.apply(picture.pixels)
@@ -372,7 +334,7 @@ def _windowed(preprocess: ImagePreprocess, picture: Picture) -> list[Image.Image
     return [Image.fromarray(values)] if values.ndim == 2 else [Image.fromarray(values[..., i]) for i in range(3)]
 
 
-def _known_range(preprocess: ImagePreprocess, picture: Picture) -> tuple[float, float]:
+def _known_range(preprocess: ImagePreprocess, picture: DecodedImage) -> tuple[float, float]:
     window = picture.shown_range(preprocess.window)
     if window is None:
         low, high = float(picture.pixels.min()), float(picture.pixels.max())

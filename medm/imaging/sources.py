@@ -6,15 +6,15 @@ import base64
 import binascii
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from medm.errors import MediaError
 
-if TYPE_CHECKING:
-    from medm.imaging import Source
+Source: TypeAlias = str | Path | BinaryIO | Image.Image | np.ndarray
+"""An image or volume: a file, or what a Python program has in memory."""
 
 _NETWORK = ("http://", "https://", "ftp://", "s3://", "gs://")
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 HEAD_LABELS = 4096
-"""Labels whose logits exist at a time (`medm.models.lvlm.modeling.HEAD_CHUNK`)."""
+"""Labels whose logits exist at a time (`medm.models.lvlm.token_loss.HEAD_CHUNK`)."""
 
 
 @dataclass(frozen=True, slots=True)

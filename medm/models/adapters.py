@@ -7,12 +7,10 @@ the model from its construction on, so a checkpoint holds base and adapter in on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import nn
 
 from medm.errors import CheckpointError, RecipeError
@@ -81,18 +79,3 @@ def merge(part: nn.Module) -> None:
     # peft leaves its own record on the module, which would make it look adapted still.
     if hasattr(part, "peft_config"):
         del part.peft_config
-
-
-def export_peft(part: nn.Module, spec: Mapping[str, Any], folder: Path) -> None:
-    """Write the adapter as peft does, so that `PeftModel.from_pretrained(part, folder)` opens it.
-
-    The names are those of the bare part (an LLM without the vision around it).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = get_peft_model_state_dict(part, adapter_name=ADAPTER)
-    save_file(
-        {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    LoraConfig(**spec).save_pretrained(str(folder))

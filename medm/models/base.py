@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +15,11 @@ from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
 
 
-class MedmModel(PreTrainedModel):
-    """A transformers model whose parts a recipe can freeze, train or adapt one by one."""
+class MedmModel(PreTrainedModel, metaclass=ABCMeta):
+    """A transformers model whose parts a recipe can freeze, train or adapt one by one.
+
+    A subclass without one of the abstract methods raises `TypeError` when it is constructed.
+    """
 
     base_model_prefix = ""
     supports_gradient_checkpointing = True

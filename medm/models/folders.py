@@ -1,18 +1,16 @@
-"""Model folders that appear whole or not at all, and say where they come from."""
+"""Model folders that say where they come from."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import medm
 from medm.errors import MedmError
 from medm.models.manifest import write_manifest
-from medm.os_errors import naming, require_writable
+from medm.os_errors import require_writable
 
 CARD, ORIGIN = "README.md", "origin"
 _RECORDS = ("recipe.yaml", "run.json", "import.json", CARD)
@@ -32,28 +30,6 @@ def require_free(out: Path, *, error: type[MedmError]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise error(f"{out}: exists already; choose another folder, or remove it")
     require_writable(out, folder=True)
-
-
-@contextmanager
-def atomic_directory(out: Path, *, error: type[MedmError]) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `out` when everything went well.
-
-    Raises:
-        MedmError: of the given class, where `out` exists and is not an empty folder.
-        OSError: the disk does not take it; with the name of `out`.
-    """
-    require_free(out, error=error)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with naming(out, aside=aside):
-        aside.mkdir()
-        try:
-            yield aside
-            if out.exists():
-                out.rmdir()
-            aside.rename(out)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def describe(folder: Path, *, title: str, text: str, facts: Mapping[str, Any], source: Path | None = None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medm.errors import CheckpointError
+from medm.files import sync
 from medm.models import verified
 
 MANIFEST = "manifest.json"
@@ -96,15 +97,6 @@ def verify_weights(folder: Path) -> None:
     _compare(folder, listed)
     if before is not None:
         verified.note(folder, before)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_entry(entry: Any) -> bool:

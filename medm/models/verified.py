@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import time
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
+
+from medm.files import atomic_write_text
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,9 @@ def note(folder: Path, name: str) -> None:
     if (file := _record()) is None:
         return
     entries = {place: held for place, held in _read(file).items() if Path(place).is_dir()}
-    aside = file.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(entries | {os.path.realpath(folder): name}, indent=1), encoding="utf-8")
-        aside.replace(file)
+        atomic_write_text(file, json.dumps(entries | {os.path.realpath(folder): name}, indent=1))
     except OSError as error:
         logger.debug("%s: not kept (%s); the next opening compares again", file, error)
 

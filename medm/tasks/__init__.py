@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from medm.config import Options, named
+from medm.config import Options
 from medm.metrics import METRICS
-from medm.registry import Registry
+from medm.registry import Registry, named
 
 if TYPE_CHECKING:
     from medm.tasks.base import Task

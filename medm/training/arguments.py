@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -19,6 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.training_args import OptimizerNames
 
 from medm.errors import DeviceError, RecipeError, suggest
+from medm.launcher import launched_rank
 from medm.training.kernels import require_liger
 from medm.training.options import TrainOptions
 from medm.training.quantize import require_4bit
@@ -77,7 +77,7 @@ def on_this_machine(options: TrainOptions) -> tuple[TrainOptions, dict[str, str]
     reduced = [key for key in ("bf16", "fp16", "tf32") if getattr(options, key)]
     if not reduced:
         return options, {}
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launched_rank() == 0:
         logger.warning(
             "this PyTorch sees no GPU: training on the CPU in float32, %s of the recipe without effect. To stop "
             "instead, set train.require_gpu=true; for bfloat16 on the CPU, set train.use_cpu=true",

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from medm.distributed import any_rank
 from medm.stopping import RESUMABLE, STOP_SIGNALS
-from medm.training.processes import anywhere
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Interruption(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         received = STOP_SIGNALS.received
-        if anywhere(received is not None, args.device):
+        if any_rank(received is not None, args.device):
             self.raised = True
             control.should_save, control.should_training_stop = True, True
             if state.is_world_process_zero:

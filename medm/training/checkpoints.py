@@ -7,20 +7,18 @@ moment leaves earlier checkpoints as they were.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from medm.errors import CheckpointError, MedmError, RecipeError
-from medm.models.manifest import MANIFEST, read_manifest, sync, verify, write_manifest
+from medm.files import LockedError, lock_file, sync
+from medm.models.manifest import MANIFEST, read_manifest, verify, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -214,24 +212,17 @@ def locked(output_dir: Path) -> Iterator[None]:
         MedmError: another run holds it.
         CheckpointError: the folder cannot be made or written.
     """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        opened = (output_dir / ".lock").open("a+")
-    except OSError as error:
-        raise CheckpointError(
-            f"output_dir: {output_dir} cannot be written ({error.strerror or error}); choose another folder"
-        ) from None
-    with opened as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_file(output_dir / ".lock", target=output_dir))
+        except LockedError as error:
             raise MedmError(
-                f"{output_dir}: another run is writing here ({file.read().strip() or 'unknown process'}); wait for it "
-                "or give this run an output_dir of its own"
+                f"{output_dir}: another run is writing here ({error}); wait for it or give this run an output_dir of "
+                "its own"
             ) from None
-        with suppress(OSError):  # a full disk: the name is for people, the lock is held without it
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir: {output_dir} cannot be written ({error.strerror or error}); choose another folder"
+            ) from None
         yield

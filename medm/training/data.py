@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from medm.data.batches import build_batches, build_collator
+from medm.data.build import build_batches, build_collator
 from medm.data.cached import loader
 from medm.data.check import Report, check, merged
 from medm.data.collator import Collator
@@ -18,9 +18,9 @@ from medm.data.features import FeatureStore
 from medm.data.limits import BadRecordsLimit
 from medm.data.options import DataOptions, SourceOptions
 from medm.data.records import Records
+from medm.distributed import all_gather_objects, rank, world_size
 from medm.errors import DataError, RecipeError
 from medm.training.options import TrainOptions
-from medm.training.processes import gathered, rank, world_size
 from medm.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class TrainingData:
     @property
     def counts(self) -> dict[str, int]:
         """Records that the check left out, and those that were left out or shortened since. All processes call it."""
-        noted = gathered({what: self.train.noted(what) for what in COUNTED})
+        noted = all_gather_objects({what: self.train.noted(what) for what in COUNTED})
         since = {what: len(set().union(*(one[what] for one in noted))) for what in COUNTED}
         return {"left_out_by_check": self._left_out, **since}
 
@@ -106,7 +106,7 @@ class TrainingData:
             placeholder_ids=self._placeholders,
             progress=lambda done, total: logger.info("checking %s records: %d of %d", what, done, total),
         )
-        report = merged(gathered(share))
+        report = merged(all_gather_objects(share))
         if rank() == 0:
             logger.info("%s records\n%s", what, "\n".join(report.lines()))
         self._judge(what, report)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from medm.distributed import all_gather_objects
 from medm.errors import RecipeError
 from medm.objectives.base import Losses, Objective
-from medm.training.processes import gathered
 from medm.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -265,7 +265,7 @@ class TugOfWar(TrainerCallback):
         batches = len(self.objective.seen)
         for part in self._routing().values():
             part.reset_routing_shares()
-        everywhere = gathered(({name: pairs.tensors() for name, pairs in sums.items()}, batches))
+        everywhere = all_gather_objects(({name: pairs.tensors() for name, pairs in sums.items()}, batches))
         for name, pairs in sums.items():
             for k, total in enumerate(pairs.tensors()):
                 total.copy_(torch.stack([tensors[name][k] for tensors, _ in everywhere]).sum(0))

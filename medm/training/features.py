@@ -16,9 +16,9 @@ from torch import nn
 
 from medm.data.features import FeatureStore, missing, open_store
 from medm.data.records import Records
+from medm.distributed import all_gather_objects, failures, on_rank_zero, rank, world_size
 from medm.errors import DataError, MediaError, MedmError, machine_fault
 from medm.imaging import Preprocess, fingerprint, load_pixels
-from medm.training.processes import failures, gathered, on_first, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def keep_features(
             continue
         store = open_store(root, f"{name}-{encoder_fingerprint(branch.encoder)}-{fingerprint(preprocess[name])}")
         files = sorted({file for records in data for file in _files(records, name)})
-        wanted, bad = on_first(lambda store=store, files=files: missing(store, files))  # type: ignore[misc]
+        wanted, bad = on_rank_zero(lambda store=store, files=files: missing(store, files))  # type: ignore[misc]
         if wanted and rank() == 0:
             logger.info("%s: encoding %d of %d files once, for %s", name, len(wanted), len(files), store.folder)
         bad += _made_by_all(store, branch, preprocess[name], wanted, device)
@@ -110,7 +110,7 @@ def _made_by_all(
     share = wanted[rank() :: world_size()]
     if problems := failures(lambda: _fill(store, branch, preprocess, share, device, bad)):
         raise MedmError(f"features could not be made: {'; '.join(problems)}")
-    return [reason for part in gathered(bad) for reason in part]
+    return [reason for part in all_gather_objects(bad) for reason in part]
 
 
 def _fill(

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
 
-from medm.config import Options, apply_overrides, flatten, named, read_yaml, validate
+from medm.config import Options, apply_overrides, flatten, read_yaml, validate
 from medm.data.options import DataOptions
 from medm.errors import suggest
 from medm.models import MODELS
 from medm.models.options import ModelOptions
 from medm.objectives import OBJECTIVES
+from medm.registry import named
 from medm.training.options import DiagnosticsOptions, Part, TrainOptions, flatten_parts
 
 

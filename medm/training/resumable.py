@@ -23,13 +23,13 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from medm.distributed import all_gather_objects, any_rank, on_rank_zero
 from medm.errors import CheckpointError, NonFiniteError, RecipeError
 from medm.launcher import LINK
 from medm.models.manifest import read_manifest, verify
 from medm.training import checkpoints
 from medm.training.callbacks import Interruption
 from medm.training.options import TrainOptions
-from medm.training.processes import anywhere, gathered, on_first
 from medm.training.quantize import four_bit_weights, plain_state_dict
 from medm.training.recipe import differences
 from medm.training.safe_load import safe_loading
@@ -102,7 +102,7 @@ class ResumableTrainer(Trainer):
             safe_loading(self._checkpoint_classes()),
             self._commits,
         ):
-            start = on_first(lambda: self._starting_point(self.output_dir, resume=resume))
+            start = on_rank_zero(lambda: self._starting_point(self.output_dir, resume=resume))
             super().train(resume_from_checkpoint=None if start is None else str(start))
         return not self.interruption.raised
 
@@ -154,9 +154,9 @@ class ResumableTrainer(Trainer):
         self.store_flos()
         self._commits.wait()
         final = self.output_dir / f"checkpoint-{step}"
-        folder = on_first(lambda: self._make_staging(self.output_dir, step))
+        folder = on_rank_zero(lambda: self._make_staging(self.output_dir, step))
         host = socket.gethostname()
-        neighbours = gathered(host).count(host) if self.is_deepspeed_enabled else 1
+        neighbours = all_gather_objects(host).count(host) if self.is_deepspeed_enabled else 1
         copied: dict[Path, Any] = {}
         together(
             lambda: copied.update(self._write_checkpoint(folder, final, neighbours=neighbours)),
@@ -165,7 +165,7 @@ class ResumableTrainer(Trainer):
         commit = self._commit(folder, final)
         if not self.train_options.save_in_background:
             with LINK.writing():
-                on_first(commit)
+                on_rank_zero(commit)
         elif self.is_deepspeed_enabled and self.args.world_size > 1:
             self._commits.shared(copied, commit, folder=folder, final=final)
         else:
@@ -176,7 +176,7 @@ class ResumableTrainer(Trainer):
         """The model as a folder that opens anywhere: tensors of full size, config, processor. All processes call it."""
         self._require_finite_weights()
         check_types(self._module.state_dict())
-        on_first(lambda: self._fresh(folder))
+        on_rank_zero(lambda: self._fresh(folder))
         together(lambda: self.save_model(str(folder), _internal_call=True), final=folder, cleanup=folder)
 
     def _fresh(self, folder: Path) -> None:
@@ -284,7 +284,7 @@ class ResumableTrainer(Trainer):
             if parameter.requires_grad
             and not getattr(parameter, "ds_tensor", parameter.data).sum(dtype=torch.float32).isfinite()
         ]
-        if anywhere(bool(broken), self.args.device):
+        if any_rank(bool(broken), self.args.device):
             raise NonFiniteError(
                 f"step {self.state.global_step}: weights are no numbers any more "
                 f"({', '.join(broken[:3]) or 'on another process'}); nothing was written, earlier ones are untouched"
@@ -342,7 +342,7 @@ class ResumableTrainer(Trainer):
             return
         self._commits.wait()
         best = Path(self.state.best_model_checkpoint or "")
-        on_first(lambda: verify(best))
+        on_rank_zero(lambda: verify(best))
         if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
@@ -408,5 +408,5 @@ def first_process_holds(output_dir: Path) -> Iterator[None]:
         def lock() -> None:
             stack.enter_context(checkpoints.locked(output_dir))
 
-        on_first(lock)
+        on_rank_zero(lock)
         yield

@@ -14,11 +14,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.utils import logging as transformers_logging
 
 from medm.data.check import require_sources
+from medm.distributed import on_rank_zero
 from medm.errors import CheckpointError, RecipeError
+from medm.files import sync
 from medm.launcher import LINK
 from medm.llms.attention import in_one_kernel
 from medm.models import build
-from medm.models.manifest import MANIFEST, read_manifest, sync, write_manifest
+from medm.models.manifest import MANIFEST, read_manifest, write_manifest
 from medm.objectives import OBJECTIVES
 from medm.objectives.base import Objective
 from medm.training import checkpoints
@@ -31,7 +33,6 @@ from medm.training.features import keep_features
 from medm.training.kernels import compile_layers, use_liger
 from medm.training.options import TrainOptions
 from medm.training.parts import PartTable, apply_parts
-from medm.training.processes import on_first
 from medm.training.recipe import Recipe, differences, resolved
 from medm.training.resumable import check_continues, first_process_holds
 from medm.training.trainer import MedmTrainer
@@ -72,7 +73,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     require_start(recipe)
     args = training_arguments(options, output_dir)
     with first_process_holds(output_dir):
-        if (done := on_first(lambda: _require_usable(recipe, args, resume=resume))) is not None:
+        if (done := on_rank_zero(lambda: _require_usable(recipe, args, resume=resume))) is not None:
             return done
         return _train(recipe, options, args, resume=resume, fallback=fallback)
 
@@ -131,7 +132,7 @@ def _train(
         recipe.data, options, processor, rank=args.process_index, world=args.world_size,
         flat=recipe.data.packing and _any_lengths(model, options, args.device) and model.separate_samples(),
     )  # fmt: skip
-    hashes = on_first(lambda: data_hashes(data.files))
+    hashes = on_rank_zero(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:
         root = Path(recipe.data.cache_features)
         data.use_features(
@@ -199,7 +200,7 @@ def _save_final(
     trainer.save_whole(folder)
     counts = data.counts
     with LINK.writing():
-        on_first(lambda: _finish_folder(folder, trainer, recipe, table, counts, fallback))
+        on_rank_zero(lambda: _finish_folder(folder, trainer, recipe, table, counts, fallback))
     if trainer.args.process_index == 0:
         logger.info("the model is in %s. Not for clinical use.", output_dir)
 

@@ -21,12 +21,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from medm.data.sampling import RankedBatches, Sequential
+from medm.distributed import all_gather_objects, any_rank
 from medm.errors import DataError, MedmError, NonFiniteError
 from medm.objectives.base import Losses, Objective
 from medm.stopping import ignore_stops
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import frozen_modules, parameter_groups
-from medm.training.processes import anywhere, gathered
 from medm.training.resumable import ResumableTrainer
 from medm.types import Batch
 
@@ -252,7 +252,7 @@ class MedmTrainer(ResumableTrainer):
             items, all_bad, errors = self.accelerator.gather(own).view(-1, 3).sum(dim=0)
             bad = int(all_bad)
             if errors:
-                texts = gathered(None if error is None else str(error))
+                texts = all_gather_objects(None if error is None else str(error))
                 rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
                 error = error or MedmError(f"process {rank}: {text}")
         if error is not None:
@@ -273,7 +273,7 @@ class MedmTrainer(ResumableTrainer):
         limit = getattr(dataset, "bad_records_limit", None)
         if limit is None or not limit.exceeded(bad):
             return
-        different = sorted(set().union(*gathered(dataset.noted("bad"))))
+        different = sorted(set().union(*all_gather_objects(dataset.noted("bad"))))
         if limit.exceeded(len(different)):
             raise limit.error(len(different), dataset.place(different[-1]), what=what)
 
@@ -328,7 +328,7 @@ class MedmTrainer(ResumableTrainer):
         sums = torch.stack(self._held_out).sum(dim=0)  # (2,): of the losses, of the items
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums).view(-1, 2).sum(dim=0)
-        bad = sum(gathered(getattr(self.eval_dataset, "num_bad", 0)))
+        bad = sum(all_gather_objects(getattr(self.eval_dataset, "num_bad", 0)))
         self._require_few_bad(self.eval_dataset, bad, what="held-out")
         total, items = sums.tolist()
         if not items:
@@ -350,13 +350,15 @@ class MedmTrainer(ResumableTrainer):
 
     def _raise_together(self, batch: Batch | _Lost) -> None:
         """Raise on all processes the error that one of them got in place of a batch."""
-        if anywhere(isinstance(batch, _Lost), self.args.device):
-            texts = [text for text in gathered(str(batch.error) if isinstance(batch, _Lost) else None) if text]
+        if any_rank(isinstance(batch, _Lost), self.args.device):
+            texts = [
+                text for text in all_gather_objects(str(batch.error) if isinstance(batch, _Lost) else None) if text
+            ]
             raise MedmError(f"held-out data cannot be read: {texts[0]}")
 
     def _require_finite(self, losses: Losses) -> None:
         """All processes stop together, or the others would wait for the one that stopped."""
-        if anywhere(not bool(torch.isfinite(losses.total.detach())), self.args.device):
+        if any_rank(not bool(torch.isfinite(losses.total.detach())), self.args.device):
             terms = "".join(f", {name} {value.item():g}" for name, value in losses.parts.items())
             raise NonFiniteError(
                 f"the loss of step {self.state.global_step + 1} is {losses.total.item():g} on this process{terms}; "
@@ -406,6 +408,6 @@ class MedmTrainer(ResumableTrainer):
     def _drain_terms(self) -> dict[str, float]:
         terms = {name: value.item() for name, value in self._terms.items()}
         self._terms = {}
-        everyone = gathered(terms)
+        everyone = all_gather_objects(terms)
         names = sorted({name for one in everyone for name in one})
         return {name: sum(one.get(name, 0.0) for one in everyone) / len(everyone) for name in names}

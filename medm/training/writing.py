@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from medm.distributed import any_rank, failures, on_rank_zero, rank
 from medm.errors import CheckpointError, MedmError, NonFiniteError
 from medm.launcher import LINK
 from medm.training.checkpoints import Background, remove
-from medm.training.processes import anywhere, failures, on_first, rank
 from medm.training.snapshot import write_files
 
 logger = logging.getLogger(__name__)
@@ -57,29 +57,29 @@ class Writing:
                 raise CheckpointError(_failed(final, str(error))) from None
             commit()
 
-        self._start_on_first(write_and_commit)
+        self._start_on_rank_zero(write_and_commit)
 
     def shared(self, files: Mapping[Path, Any], commit: Callable[[], None], *, folder: Path, final: Path) -> None:
         """Every process writes its own files; the first one commits when all have. Arguments as for `alone`."""
 
         def commit_together() -> None:
             together(self._background.wait, final=final, cleanup=folder)
-            self._start_on_first(commit)
+            self._start_on_rank_zero(commit)
 
         self._start(lambda: write_files(files))
         self._next = commit_together
 
-    def _start_on_first(self, action: Callable[[], None]) -> None:
+    def _start_on_rank_zero(self, action: Callable[[], None]) -> None:
         if rank() == 0:
             self._start(action)
-        self._next = lambda: on_first(self._background.wait)
+        self._next = lambda: on_rank_zero(self._background.wait)
 
     def _start(self, action: Callable[[], None]) -> None:
         self._background.start(_unharmed(action))
 
     def settle(self) -> None:
         """Go as far as is possible without waiting. All processes call it at the same step."""
-        while self._next is not None and not anywhere(self._background.busy, self._device):
+        while self._next is not None and not any_rank(self._background.busy, self._device):
             self._advance(self._next)
 
     def wait(self) -> None:
@@ -117,7 +117,7 @@ def together(action: Callable[[], None], *, final: Path, cleanup: Path) -> None:
         CheckpointError: on all processes, with what went wrong on each.
     """
     if failed := failures(_unharmed(action)):
-        on_first(lambda: remove(cleanup))
+        on_rank_zero(lambda: remove(cleanup))
         raise CheckpointError(_failed(final, "; ".join(failed)))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from medm.cli import plugins_first
 from medm.cli.catalogue import REGISTRIES, registry
+from medm.cli.running import plugins_first
 from tests.cli.runner import medm
 
 PLUGIN = """

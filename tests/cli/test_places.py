@@ -14,7 +14,7 @@ import yaml
 from medm.models import checkpoint
 from tests import tiny
 from tests.cli.runner import medm
-from tests.evaluation.tiny import questions, save_picture, save_tiny, write_records
+from tests.inference.tiny import questions, save_picture, save_tiny, write_records
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from medm.connectors.moe import MoEConnector
 from medm.connectors.pooling import AttentionPoolingConnector
+from medm.distributed import leave_group
 from medm.encoders.eva_clip import EVACLIPEncoder
 from medm.encoders.volume_vit import M3DCLIPEncoder
-from medm.training.processes import leave_group
 
 STEPS, LR = 3, 1e-2
 SIZES = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

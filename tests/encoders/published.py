@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from medm.encoders.base import VisionEncoder
-from medm.models.checkpoint import LoadReport, load_module
+from medm.models.published.weights import LoadReport, load_module
 
 
 def load_published(encoder: VisionEncoder, tensors: dict[str, Tensor]) -> LoadReport:

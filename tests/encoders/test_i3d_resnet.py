@@ -89,10 +89,10 @@ def test_statistics_are_kept_in_training():
 )
 def test_published_weights_see_that_two_chests_are_alike():
     from medm.imaging import load_pixels
-    from medm.models.checkpoint import Published
+    from medm.models.published.weights import PretrainedSource
 
     encoder = I3DResNetEncoder(architecture={}).eval()
-    report = load_published(encoder, Published(str(ASSETS / "astra/astra_encoder.pt")).tensors())
+    report = load_published(encoder, PretrainedSource(str(ASSETS / "astra/astra_encoder.pt")).tensors())
     assert len(report.loaded) == 930
     assert report.ignored == []
     described = VolumePreprocess.model_validate(encoder.preprocess_from({}, {}, [80, 112, 112]))

@@ -19,16 +19,17 @@ from medm.config import validate
 from medm.errors import CheckpointError, DataError, DeviceError, MedmError, RecipeError
 from medm.evaluation.cases import Case, choose_cases, draw_pictures
 from medm.evaluation.options import EvalOptions
-from medm.evaluation.predictions import read_predictions
+from medm.evaluation.prediction_files import read_predictions
 from medm.evaluation.report import group_table
-from medm.evaluation.runner import TaskReport, evaluate
+from medm.evaluation.runner import evaluate
+from medm.evaluation.task_report import TaskReport
 from medm.metrics.base import MetricResult
 from medm.tasks import TASKS
 from medm.tasks.base import Scores
 from medm.tasks.custom import Custom
 from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
-from tests.evaluation.tiny import read_output, save_picture, save_tiny, write_records
+from tests.inference.tiny import read_output, save_picture, save_tiny, write_records
 from tests.tasks import layouts
 
 ROOT = Path(__file__).parents[2]

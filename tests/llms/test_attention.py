@@ -22,7 +22,7 @@ from transformers import (
 
 from medm.data.collator import Collator
 from medm.data.packing import PackingCollator
-from medm.evaluation.decoding import GreedyDecoder, Prompt
+from medm.inference.decoding import GreedyDecoder, Prompt
 from medm.llms import attention
 from medm.llms.attention import PER_DOCUMENT, no_mask, separates_documents
 from medm.models.lvlm.configuration import LVLMConfig

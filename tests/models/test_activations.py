@@ -12,7 +12,7 @@ from medm.config import validate
 from medm.models import build
 from medm.models.activations import HEAD_LABELS, Step, activations
 from medm.models.estimate import skeleton
-from medm.models.lvlm import modeling
+from medm.models.lvlm import token_loss
 from medm.models.lvlm.options import LVLMOptions
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import apply_parts
@@ -81,7 +81,7 @@ def test_batch_length_precision_and_recomputing_count(llm: Path) -> None:
 
 
 def test_the_head_is_chunked_as_the_model_does() -> None:
-    assert HEAD_LABELS == modeling.HEAD_CHUNK
+    assert HEAD_LABELS == token_loss.HEAD_CHUNK
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from medm.errors import RecipeError
-from medm.models.adapters import adapted, check_unshared, export_peft, inject, merge
+from medm.models.adapters import adapted, check_unshared, inject, merge
 
 SPEC: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "up_proj"]}
 KINDS = {
@@ -105,16 +102,3 @@ def test_a_part_is_adapted_once() -> None:
     inject(model, SPEC)
     with pytest.raises(RecipeError, match="LoRA layers already"):
         inject(model, SPEC)
-
-
-@pytest.mark.parametrize("spec", [KINDS["lora"], KINDS["rslora"], KINDS["dora"]], ids=["lora", "rslora", "dora"])
-@torch.no_grad()
-def test_peft_opens_what_is_exported(spec: dict[str, Any], tmp_path: Path) -> None:
-    bare = language_model()
-    model = copy.deepcopy(bare)
-    inject(model, spec)
-    stir(model)
-    model.eval()
-    export_peft(model, spec, tmp_path / "adapter")
-    opened = PeftModel.from_pretrained(bare, str(tmp_path / "adapter")).eval()
-    torch.testing.assert_close(opened(input_ids=IDS).logits, model(input_ids=IDS).logits)

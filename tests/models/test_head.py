@@ -13,7 +13,7 @@ from transformers import AutoConfig
 import medm.models
 from medm.config import validate
 from medm.data.collator import Collator
-from medm.models.lvlm import modeling
+from medm.models.lvlm import token_loss
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.models.lvlm.options import LVLMOptions
@@ -94,7 +94,7 @@ def test_many_labels_are_computed_in_chunks_with_the_same_loss_and_gradients(mon
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     rows: list[int] = []
-    monkeypatch.setattr(modeling, "HEAD_CHUNK", 5)
+    monkeypatch.setattr(token_loss, "HEAD_CHUNK", 5)
     model.get_output_embeddings().register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     loss = model(input_ids=ids, labels=labels).loss
     assert rows == [5, 5, 5, 1]

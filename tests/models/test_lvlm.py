@@ -14,9 +14,10 @@ import medm.models
 from medm.config import validate
 from medm.data.collator import Collator
 from medm.errors import CheckpointError, DataError, RecipeError
-from medm.models.lvlm.modeling import LVLMForConditionalGeneration, scatter
+from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.lvlm.processing import LVLMProcessor
+from medm.models.lvlm.scatter import scatter
 from medm.types import IGNORE_INDEX, Example, Media, Sample, Turn
 from tests import tiny
 

@@ -16,14 +16,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 import medm.models
 from medm.config import validate
 from medm.errors import DataError, MediaError
-from medm.evaluation.engine import Engine, prepare
-from medm.evaluation.options import GenerationOptions
 from medm.imaging import load_pixels
+from medm.inference.generator import Engine, prepare
+from medm.inference.options import GenerationOptions
 from medm.models.lvlm.options import LVLMOptions
 from medm.types import Media, Sample, Turn
 from tests import tiny
 from tests.encoders.tiny import TINY_ENCODERS
-from tests.evaluation.tiny import awaken, save_picture
+from tests.inference.tiny import awaken, save_picture
 
 VOLUME = np.random.default_rng(7).integers(-1000, 1000, (6, 8, 8), np.int16)
 

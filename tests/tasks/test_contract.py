@@ -18,7 +18,7 @@ from medm.imaging import resolve_inside
 from medm.metrics.base import MetricResult
 from medm.tasks import TASKS
 from medm.tasks.base import FAILED, Task, join_predictions, record_of, task_to_records
-from medm.tasks.m3d_regions import WITHOUT_MASK, MaskTask
+from medm.tasks.masks import WITHOUT_MASK, MaskTask
 from tests.tasks.layouts import LAYOUTS
 
 NAMES = TASKS.names()

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from medm.config import validate
+from medm.distributed import leave_group
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
-from medm.training.processes import leave_group
 from medm.training.recipe import Recipe
 from medm.training.run import train
 from tests import tiny

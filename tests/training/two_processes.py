@@ -22,11 +22,11 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medm.data.limits import BadRecordsLimit
+from medm.distributed import leave_group
 from medm.errors import InputLostError, MedmError
 from medm.models.manifest import read_manifest, write_manifest
 from medm.objectives.contrastive import Contrastive
 from medm.training import checkpoints, resumable, writing
-from medm.training.processes import leave_group
 from medm.training.trainer import MedmTrainer
 from tests.training.toys import LORA, TOWERS, Pairs, trainer
 

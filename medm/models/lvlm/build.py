@@ -19,11 +19,11 @@ from medm.llms import LLMS, LLMOptions
 from medm.llms.attention import check_usable
 from medm.llms.base import read_template
 from medm.models.base import ModelKind
-from medm.models.checkpoint import Published, load_module
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
 from medm.models.lvlm.options import PLACEHOLDERS, BranchOptions, LVLMOptions
 from medm.models.lvlm.processing import LVLMProcessor
+from medm.models.published.weights import PretrainedSource, load_module
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def _encoder_config(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         entry["encoder"], inner_preprocess = _encoder_config(inner)
         entry["architecture"] = {}
         return entry, encoder.preprocess_from(inner_preprocess, {}, image_size)
-    published = Published(options.path) if options.path else None
+    published = PretrainedSource(options.path) if options.path else None
     if published is not None and published.is_bundle():
         return _bundle_config(entry, options, published.config())
     entry["architecture"] = encoder.architecture_from(published.config() if published else {}) | options.architecture
@@ -288,7 +288,7 @@ def _branch(name: str, options: BranchOptions, config: LVLMConfig, out_dim: int)
     if options.connector.path:
         load_module(
             branch.connector,
-            Published(options.connector.path).tensors(),
+            PretrainedSource(options.connector.path).tensors(),
             source=f"{name}.connector from {options.connector.path}",
             key_map=type(branch.connector).key_map,
         )
@@ -299,7 +299,7 @@ def _load_encoder(encoder: Any, options: Any, part: str) -> None:
     if (inner := getattr(options, "encoder", None)) is not None:
         _load_encoder(encoder.encoder, inner, f"{part}.encoder")
     elif options.path:
-        published = Published(options.path)
+        published = PretrainedSource(options.path)
         load_module(
             encoder,
             published.tensors(),

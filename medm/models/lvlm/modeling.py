@@ -16,14 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from medm.config import flatten, validate
 from medm.connectors import CONNECTORS
 from medm.connectors.base import Connector
+from medm.distributed import world_size
 from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
@@ -31,14 +30,12 @@ from medm.llms.attention import no_mask, separates_documents
 from medm.models.base import MedmModel
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.options import LVLMOptions
+from medm.models.lvlm.scatter import check, scatter
+from medm.models.lvlm.token_loss import lm_logits, loss_of_hidden_states, loss_of_logits
 from medm.registry import Registry
-from medm.types import IGNORE_INDEX, VisionFeatures
+from medm.types import VisionFeatures
 
 logger = logging.getLogger(__name__)
-
-
-HEAD_CHUNK = 4096
-"""Labelled positions whose logits are held at a time; more of them are computed in chunks, and again for gradients."""
 
 
 @dataclass
@@ -305,10 +302,16 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             return LVLMOutput.wrap(output)
         if self.config.full_logits:
             output = self.language_model(**decoding, use_cache=False)
-            loss = self._label_loss(output.logits, labels, label_positions, num_items_in_batch)
+            loss = loss_of_logits(output.logits, labels, label_positions, num_items=num_items_in_batch)
         else:
             output = self.language_model.base_model(**decoding, use_cache=False)
-            loss = self._label_loss(output.last_hidden_state, labels, label_positions, num_items_in_batch)
+            loss = loss_of_hidden_states(
+                output.last_hidden_state,
+                labels,
+                label_positions,
+                num_items=num_items_in_batch,
+                language_model=self.language_model,
+            )
         return LVLMOutput.wrap(output, loss=loss, logits=None, losses=losses or None)
 
     def generate(
@@ -333,57 +336,8 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             kwargs = {**config.update(**kwargs), "generation_config": config}
         return self.language_model.generate(input_ids=input_ids, inputs_embeds=embeds, **kwargs)
 
-    def _label_loss(
-        self, seen: Tensor, labels: Tensor, positions: Tensor | None, num_items: Tensor | int | None
-    ) -> Tensor:
-        """Cross-entropy at the labelled positions alone: the head is the largest matrix of a small LLM.
-
-        Every rank takes part even without a label, since the weights may be spread over ranks.
-
-        Args:
-            seen: hidden states (B, T, D); logits (B, T, V) with `full_logits`.
-            labels: (B, T).
-            positions: (L,), see `forward`; a GPU is waited for where they have to be found.
-            num_items: see `forward`.
-        """
-        if positions is None:
-            rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-            positions = rows * labels.shape[1] + columns
-        targets = labels.flatten()[positions + 1]  # (L,)
-        chosen = seen.flatten(0, 1).index_select(0, positions) if len(targets) else seen[:, 0]  # (L, D or V)
-        if self.config.full_logits:
-            total = self._cross_entropy(chosen, targets)
-        elif len(targets) <= HEAD_CHUNK or hasattr(self.get_output_embeddings().weight, "ds_id"):
-            # Under ZeRO-3 each process has to call the head equally often, however many labels it has.
-            total = self._cross_entropy(self._head(chosen), targets)
-        else:
-            total = sum(
-                checkpoint(self._loss_of_chunk, part, wanted, use_reentrant=False)
-                for part, wanted in zip(chosen.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-            )
-        return total if not len(targets) else total / (len(targets) if num_items is None else num_items)
-
-    def _loss_of_chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return self._cross_entropy(self._head(hidden), targets)
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Summed over (L, V) and (L,); zero that depends on every logit where nothing is learned."""
-        return F.cross_entropy(logits.float(), targets, reduction="sum") if len(targets) else logits.sum() * 0.0
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D), with the scaling that some families put after the head."""
-        logits = self.language_model.get_output_embeddings()(hidden)
-        text = self.config.get_text_config()
-        if (cap := getattr(text, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
-            logits = torch.tanh(logits / cap) * cap
-        if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / divisor
-        if (factor := getattr(text, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * factor
-        return logits
-
     def choose_logits(self) -> None:
-        """Train on the language model's own logits where `_head` computes others: families scale them as they like.
+        """Train on the language model's own logits where `lm_logits` computes others: families scale them as they like.
 
         Two drawn hidden states, large enough for a soft cap to show, stand in for what the decoder would give, so
         that it costs a run of the head alone.
@@ -393,7 +347,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         hidden = 8.0 * torch.randn(1, 2, self.width, generator=generator)  # (1, 2, D)
         hidden = hidden.to(head.weight)
         with torch.no_grad():
-            expected = self._head(hidden).float()
+            expected = lm_logits(self.language_model, hidden).float()
             base.forward = lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=hidden)
             try:
                 own = self.language_model(inputs_embeds=hidden, use_cache=False).logits.float()
@@ -411,8 +365,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         """In training every rank must touch the same weights in the same order, or ZeRO-3 waits for ever; the same
         holds for evaluation on several ranks.
         """
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return self.training or (several and torch.distributed.get_world_size() > 1)
+        return self.training or world_size() > 1
 
     def _check_no_placeholder(self, input_ids: Tensor, name: str) -> None:
         count = (input_ids == self.config.branches[name]["placeholder_id"]).sum()
@@ -443,43 +396,3 @@ def part(registry: Registry[Any], entry: Mapping[str, Any], **sizes: Any) -> Any
             f"{registry.kind} {name!r} does not take what its config says ({error}); a later medm may have written it"
         ) from None
     return maker(**sizes, **options)
-
-
-def scatter(embeds: Tensor, input_ids: Tensor, tokens: Tensor, *, placeholder_id: int, branch: str = "") -> Tensor:
-    """Put vision tokens where the placeholders are.
-
-    Args:
-        embeds: (B, T, D).
-        input_ids: (B, T).
-        tokens: (N, M, D), in the order of the placeholders.
-        placeholder_id: the token to replace.
-        branch: name, for the message.
-
-    Returns:
-        (B, T, D), a new tensor.
-
-    Raises:
-        ValueError: the counts differ. Going on would give one sample the image of another.
-    """
-    places = input_ids == placeholder_id  # (B, T)
-    given = tokens.shape[0] * tokens.shape[1]
-    check(
-        places.sum() == given,
-        lambda: (
-            f"branch '{branch}': {int(places.sum())} placeholder tokens in the text, but {tokens.shape[0]} items of "
-            f"{tokens.shape[1]} tokens = {given}; the processor and the model do not belong together"
-        ),
-    )
-    # Of a size that is known beforehand, so that a GPU is not waited for; the gradients of a masked scatter are.
-    positions = places.flatten().nonzero_static(size=given).squeeze(1)  # (N * M,)
-    filled = embeds.flatten(0, 1).index_copy(0, positions, tokens.flatten(0, 1).to(embeds.dtype))
-    return filled.view_as(embeds)
-
-
-def check(condition: Tensor, message: Any) -> None:
-    """Raise `ValueError` when a tensor condition is false; on an accelerator without waiting for it."""
-    if condition.device.type == "cpu":
-        if not bool(condition):
-            raise ValueError(message())
-    else:
-        torch._assert_async(condition)

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 
-from medm.config import Options, named
+from medm.config import Options
 from medm.connectors import CONNECTORS
 from medm.encoders import ENCODERS
 from medm.llms import LLMS
 from medm.models.options import ModelOptions
+from medm.registry import named
 
 PLACEHOLDERS = {"image": "<image>", "volume": "<volume>"}
 """Branch names and the placeholder that stands for one of their items in text."""

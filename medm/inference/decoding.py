@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from medm.evaluation.packed_head import PackedHead
+from medm.inference.prepacked_head import PrepackedLMHead
 from medm.llms.attention import PER_DOCUMENT, attends_to_all, no_mask
 from medm.llms.cache import cache_argument
 
@@ -73,7 +73,7 @@ class GreedyDecoder:
         self.language_model, self.slots, self.compiled = language_model, slots, compiled
         self.stops, self.suppress = frozenset(stops), torch.tensor(sorted(suppress), dtype=torch.long)
         language_model.set_attn_implementation(PER_DOCUMENT)
-        self._head = PackedHead(language_model)
+        self._head = PrepackedLMHead(language_model)
         self._cache_argument = cache_argument(language_model.forward)
         self._run = torch.compile(self._step, mode=MODE) if compiled else self._step
         self._slots: _Slots | None = None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig
 
 from medm.encoders import ENCODERS
 from medm.errors import CheckpointError
-from medm.models.checkpoint import Published
-
-if TYPE_CHECKING:
-    from medm.models.importing import Hints
+from medm.models.published.weights import PretrainedSource
 
 FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "llama": "llama-3.2", "phi": "phi", "phi3": "phi3"}
 """Families of `medm.llms` by the `model_type` of their configs; others are `auto`."""
@@ -23,6 +21,20 @@ END_TOKENS = {"qwen2": "<|im_end|>", "phi": "<|endoftext|>", "phi3": "<|endoftex
 
 _ENCODERS = {"clip": "clip", "siglip": "siglip", "m3dclip": "m3d-clip", "medmclip": "medm-clip"}
 _CONNECTORS = {"mlp": "mlp", "spatial_pooling": "spatial-pooling", "attn_pooling": "attention-pooling"}
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a person may know that the source does not say."""
+
+    llm: str | None = None
+    """Folder or id with the language model's config (and tokenizer, where the source has none)."""
+    encoder: str | None = None
+    """Folder or id with the encoder's config."""
+    chat_template: str | None = None
+    """Template by name or file, where it is not the published one."""
+    preprocess: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By branch, fields of the preprocessing that replace what the kind is known for."""
 
 
 def generation_of(config: Mapping[str, Any]) -> str | None:
@@ -169,12 +181,12 @@ def _architecture(
     encoder = ENCODERS.get(name)
     nested = config.get(f"{part}_config")
     if hints.encoder is not None:
-        return encoder.architecture_from(Published(hints.encoder).config())
+        return encoder.architecture_from(PretrainedSource(hints.encoder).config())
     if isinstance(nested, Mapping) and (sizes := encoder.architecture_from(nested)) and _says_heads(sizes):
         return sizes
     path = setting(config, part, "name_or_path")
     try:
-        published = Published(path).config() if path else {}
+        published = PretrainedSource(path).config() if path else {}
     except CheckpointError:
         published = {}
     sizes = encoder.architecture_from(published)
@@ -273,5 +285,5 @@ def encoder_block(name: str, path: str, hints: Hints) -> dict[str, Any]:
     if name == "m3d-clip":
         block["norm"] = "after"  # keeps the last norm; recipes choose what layer -1 means
     if hints.encoder is not None:
-        block["architecture"] = ENCODERS.get(name).architecture_from(Published(hints.encoder).config())
+        block["architecture"] = ENCODERS.get(name).architecture_from(PretrainedSource(hints.encoder).config())
     return block

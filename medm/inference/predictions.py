@@ -7,20 +7,19 @@ holds the output as a whole.
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from medm.errors import MedmError, RecipeError
+from medm.files import LockedError, atomic_write_text, lock, lock_file, to_bytes
 from medm.os_errors import explain, naming, require_writable
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class Results:
         if self.output.exists() and not self.output.is_file():
             raise MedmError(f"{self.output}: expected a file, found a device, pipe or socket; choose another --output")
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(self.output):
+        with _alone(self.output):
             try:
                 yield
             finally:
@@ -151,7 +150,7 @@ class Results:
         """Merge the parts, one line a record in the order of the records, and return every line."""
         lines = self.done()
         text = "".join(encode(lines[index]) for index in sorted(lines))
-        if not self.output.exists() or self.output.read_bytes() != _to_bytes(text):
+        if not self.output.exists() or self.output.read_bytes() != to_bytes(text):
             atomic_write_text(self.output, text)
         for part in self._parts():
             part.unlink()
@@ -165,49 +164,24 @@ class Results:
 
 
 @contextmanager
-def _lock(output: Path) -> Iterator[None]:
-    """Lock an output by a file beside it, which is there as long as the lock is held."""
-    file = output.with_name(f".{output.name}.lock")
-    stream = _opened_and_locked(file, output)
-    try:
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        stream.flush()
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        stream.close()
-
-
-def _opened_and_locked(file: Path, output: Path) -> BinaryIO:
-    while True:
-        with naming(output, aside=file):
-            stream = file.open("a+b")
+def _alone(output: Path) -> Iterator[None]:
+    """Hold an output by a lock file beside it. Raises `MedmError` where another run holds it."""
+    with ExitStack() as stack:
         try:
-            with naming(output):
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have removed the file between the two lines above; such a lock holds nobody off.
-            if file.exists() and os.path.samestat(os.fstat(stream.fileno()), file.stat()):
-                return stream
-        except BlockingIOError:
-            stream.seek(0)
-            holder = stream.read().decode(errors="replace").strip() or "a process that is just starting"
-            stream.close()
+            stack.enter_context(lock_file(output.with_name(f".{output.name}.lock"), target=output))
+        except LockedError as error:
             raise MedmError(
-                f"{output}: another run is writing to it ({holder}); wait for it, or choose another --output"
+                f"{output}: another run is writing to it ({error}); wait for it, or choose another --output"
             ) from None
-        except BaseException:
-            stream.close()
-            raise
-        stream.close()
+        yield
 
 
 def _require_unused(file: Path) -> None:
     """Raise `MedmError` where a process that outlived its run still writes to a file."""
     with file.open("rb") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(stream, shared=True)
+        except LockedError:
             raise MedmError(
                 f"{file}: a process of an earlier run is still writing to it; it ends after its batch: run the same "
                 "command again in a moment"
@@ -227,9 +201,9 @@ class Appender:
         self._stream = file.open("a+b", buffering=0)
         try:
             with naming(file):
-                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(self._stream)
             self._drop_torn_line()
-        except BlockingIOError:
+        except LockedError:
             self._stream.close()
             raise MedmError(
                 f"{file}: another process is writing to it; wait for it, or choose another --output"
@@ -257,7 +231,7 @@ class Appender:
         Raises:
             MedmError: the disk does not take them.
         """
-        left = memoryview(_to_bytes("".join(map(encode, lines))))
+        left = memoryview(to_bytes("".join(map(encode, lines))))
         try:
             while left:
                 left = left[self._stream.write(left) or 0 :]
@@ -279,11 +253,6 @@ class Appender:
                     whole += len(line)
         if whole != self.file.stat().st_size:
             self._stream.truncate(whole)
-
-
-def _to_bytes(text: str) -> bytes:
-    """JSON text as UTF-8. Half a surrogate pair, which UTF-8 cannot hold, stays the escape that JSON has for it."""
-    return text.encode("utf-8", errors="backslashreplace")
 
 
 def encode(line: Mapping[str, Any]) -> str:
@@ -310,25 +279,6 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(content, dict) or not isinstance(content.get("index"), int):
                 raise MedmError(f"{file}, line {number}: expected an object with an 'index'; delete it, or --overwrite")
             yield content
-
-
-def atomic_write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all. Half a surrogate pair is written as its escape, which JSON reads.
-
-    Raises:
-        OSError: with the file's name.
-    """
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with naming(file, aside=aside):
-        try:
-            with aside.open("wb", buffering=0) as stream:
-                left = memoryview(_to_bytes(text))
-                while left:
-                    left = left[stream.write(left) or 0 :]
-                os.fsync(stream.fileno())
-            aside.replace(file)
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 def model_fingerprint(folder: Path) -> str:

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from medm.evaluation import decoding
-from medm.evaluation.decoding import MIN_SHARED, GreedyDecoder, Prompt, shared_beginnings, shared_length
+from medm.inference import decoding
+from medm.inference.decoding import MIN_SHARED, GreedyDecoder, Prompt, shared_beginnings, shared_length
 from medm.llms.attention import PER_DOCUMENT
 from tests.tiny import llm_architecture
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from medm.errors import DataError
-from medm.evaluation.chat import Conversation
-from medm.evaluation.engine import Engine
-from medm.evaluation.options import GenerationOptions
 from medm.imaging import load_pixels
+from medm.inference.chat import Conversation
+from medm.inference.generator import Engine
+from medm.inference.options import GenerationOptions
 from tests.cli.runner import medm
-from tests.evaluation.tiny import build_tiny, save_picture
+from tests.inference.tiny import build_tiny, save_picture
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from medm.errors import DeviceError
-from medm.evaluation.engine import Engine, FeatureMemory, content_key, generation_config, pick_device, prepare
-from medm.evaluation.options import GenerationOptions
+from medm.inference.generator import Engine, FeatureMemory, content_key, generation_config, pick_device, prepare
+from medm.inference.options import GenerationOptions
 from medm.types import Example, Media, Sample, Turn, VisionFeatures
-from tests.evaluation.tiny import build_tiny
+from tests.inference.tiny import build_tiny
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from medm.distributed import failures
 from medm.errors import DataError, MedmError
-from medm.training.processes import failures
 
 
 @pytest.mark.parametrize("kind", [MedmError, DataError, OSError, RuntimeError])

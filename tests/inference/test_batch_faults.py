@@ -17,16 +17,17 @@ from typing import Any
 
 import pytest
 
-import medm.evaluation.infer as infer_module
+import medm.inference.batch as infer_module
 from medm.errors import CheckpointError, DataError, DeviceError, InputLostError, MedmError, RecipeError
-from medm.evaluation import prompts
-from medm.evaluation.infer import InferSummary, infer
-from medm.evaluation.options import GenerationOptions, InferOptions
-from medm.evaluation.results import Appender, Results, atomic_write_text, encode
+from medm.files import atomic_write_text
 from medm.imaging import images
+from medm.inference import batches
+from medm.inference.batch import InferSummary, infer
+from medm.inference.options import GenerationOptions, InferOptions
+from medm.inference.predictions import Appender, Results, encode
 from medm.os_errors import explain
 from tests.cli.runner import medm
-from tests.evaluation.tiny import questions, read_output, save_tiny, write_records
+from tests.inference.tiny import questions, read_output, save_tiny, write_records
 
 COUNT = 9
 SHORT = GenerationOptions(max_new_tokens=3)
@@ -51,7 +52,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "WAITS", ())
+    monkeypatch.setattr(batches, "WAITS", ())
 
 
 def run(model: Path, data: Path, *, progress: Any = None, **changes: Any) -> InferSummary:
@@ -119,7 +120,7 @@ def test_images_that_are_away_for_a_second_cost_no_record(
         if done == 4:
             restore.append(vanish(data.parent / "images", how))
 
-    monkeypatch.setattr(prompts.time, "sleep", sleep)
+    monkeypatch.setattr(batches.time, "sleep", sleep)
     assert run(model, data, progress=progress).errors == 0
     assert len(slept) == 3
     assert (data.parent / "out.jsonl").read_bytes() == expected
@@ -139,7 +140,7 @@ def test_trouble_of_the_machine_for_a_moment_costs_no_record(
                 raise OSError(code, os.strerror(code))
         return real(file, *arguments, **keywords)
 
-    monkeypatch.setattr(prompts.time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr(batches.time, "sleep", lambda _seconds: None)
     expected = whole(model, data)
     monkeypatch.setattr(images.os, "open", flaky)
     assert run(model, data).errors == 0
@@ -285,7 +286,7 @@ def test_a_full_disk_is_a_message_and_with_room_the_results_are_the_same(
 
     def full(descriptor: int) -> None:
         file = Path(f"/proc/self/fd/{descriptor}").readlink().name
-        if file == name or re.fullmatch(rf"\.{re.escape(name)}\.\d+\.tmp", file):
+        if file == name or re.fullmatch(rf"\.{re.escape(name)}\.\d+-[0-9a-f]+\.tmp", file):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 

@@ -29,10 +29,12 @@ from medm.children import safe_path
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
-from medm.evaluation.engine import Engine, Reply, load_engine, pick_device
-from medm.evaluation.options import InferOptions
-from medm.evaluation.prompts import Prepared, Prompts, deal, work_order
-from medm.evaluation.results import Appender, Results, atomic_write_text, model_fingerprint
+from medm.files import atomic_write_text
+from medm.inference.batches import Prepared, Prompts, deal, work_order
+from medm.inference.generator import Engine, Reply, load_engine, pick_device
+from medm.inference.options import InferOptions
+from medm.inference.predictions import Appender, Results, model_fingerprint
+from medm.launcher import launched_world_size
 from medm.models import load_config, load_processor
 from medm.os_errors import explain, require_writable
 from medm.registry import load_plugin, loaded_plugins
@@ -373,7 +375,7 @@ def _device_of(name: str, rank: int) -> torch.device:
 @contextmanager
 def _launched() -> Iterator[tuple[int, int]]:
     """Yield rank and number of the processes of a launch; (0, 1) without one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched_world_size()
     if world == 1 or torch.distributed.is_initialized():
         yield 0, 1
         return

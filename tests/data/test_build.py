@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from medm.config import validate
-from medm.data.batches import build_batches, build_collator
+from medm.data.build import build_batches, build_collator
 from medm.data.check import check
 from medm.data.collator import Collator
 from medm.data.dataset import ConversationDataset

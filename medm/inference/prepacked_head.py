@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-class PackedHead:
+class PrepackedLMHead:
     """A context in which the head runs on its packed weight where that can be: a plain float32 layer on a CPU.
 
     The weight is packed at the first use and kept, since a small batch would not pay for it every time.

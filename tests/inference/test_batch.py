@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from medm.errors import CheckpointError, DataError, MedmError, RecipeError
-from medm.evaluation.infer import InferSummary, infer, with_reply
-from medm.evaluation.options import GenerationOptions, InferOptions
-from medm.evaluation.prompts import deal
-from medm.evaluation.results import Appender, Results, encode, model_fingerprint
+from medm.inference.batch import InferSummary, infer, with_reply
+from medm.inference.batches import deal
+from medm.inference.options import GenerationOptions, InferOptions
+from medm.inference.predictions import Appender, Results, encode, model_fingerprint
 from tests.cli.runner import medm
-from tests.evaluation.tiny import questions, read_output, save_tiny, write_records
+from tests.inference.tiny import questions, read_output, save_tiny, write_records
 from tests.planted import marks, plant
 
 ROOT = Path(__file__).parents[2]

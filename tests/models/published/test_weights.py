@@ -15,8 +15,8 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, Sigli
 import medm.models
 from medm.config import validate
 from medm.errors import CheckpointError
-from medm.models.checkpoint import LoadReport, Published, load_module, read_tensors, rename
 from medm.models.lvlm.options import LVLMOptions
+from medm.models.published.weights import LoadReport, PretrainedSource, load_module, read_tensors, rename
 from tests import tiny
 
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50,
@@ -118,13 +118,13 @@ def test_torch_files_in_common_wrappings_open(tmp_path: Path) -> None:
 def test_damaged_files_and_empty_folders_say_so(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header at all")
     with pytest.raises(CheckpointError, match="damaged safetensors"):
-        Published(str(tmp_path)).tensors()
+        PretrainedSource(str(tmp_path)).tensors()
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no weights; expected one of model"):
-        Published(str(tmp_path / "empty")).tensors()
+        PretrainedSource(str(tmp_path / "empty")).tensors()
     (tmp_path / "empty" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(CheckpointError, match=r"names gone\.safetensors, which is missing"):
-        Published(str(tmp_path / "empty")).tensors()
+        PretrainedSource(str(tmp_path / "empty")).tensors()
 
 
 def test_loading_is_all_or_nothing() -> None:
@@ -167,13 +167,13 @@ def test_two_tensors_under_one_name_are_refused() -> None:
 def test_an_index_of_a_stranger_is_refused_in_words(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=words):
-        Published(str(tmp_path)).tensors()
+        PretrainedSource(str(tmp_path)).tensors()
 
 
 def test_a_broken_config_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type":')
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read as JSON"):
-        Published(str(tmp_path)).config()
+        PretrainedSource(str(tmp_path)).config()
 
 
 def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_about(

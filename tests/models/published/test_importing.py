@@ -23,11 +23,12 @@ from medm.config import validate
 from medm.encoders import M3DCLIPOptions
 from medm.errors import CheckpointError
 from medm.models import load
-from medm.models.checkpoint import read_tensors
-from medm.models.export import export
-from medm.models.importing import Hints, import_model
+from medm.models.export.export import export
 from medm.models.lvlm.build import build_encoder
 from medm.models.manifest import verify
+from medm.models.published.importing import import_model
+from medm.models.published.source_configs import Hints
+from medm.models.published.weights import read_tensors
 from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
 from tests.encoders.test_volume_vit import (
@@ -42,8 +43,8 @@ from tests.encoders.test_volume_vit import (
 )
 from tests.encoders.test_volume_vit import DIM as DIM_3D
 from tests.encoders.test_volume_vit import SIZES as M3D_SIZES
-from tests.evaluation.tiny import awaken
-from tests.models.test_export import make, save
+from tests.inference.tiny import awaken
+from tests.models.export.test_export import make, save
 from tests.tiny import VIT, save_llm
 
 DIM = 32

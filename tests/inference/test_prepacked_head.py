@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PhiConfig, PreTrainedConfig
 
-from medm.evaluation.packed_head import PackedHead
+from medm.inference.prepacked_head import PrepackedLMHead
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
@@ -18,7 +18,7 @@ def test_it_gives_the_logits_of_the_plain_head_and_leaves_it_as_it_was(config: t
     model = AutoModelForCausalLM.from_config(config(**SIZES)).eval()
     ids = torch.randint(1, 300, (5, 7))
     expected = [model(input_ids=part, logits_to_keep=1).logits for part in (ids, ids[:1])]
-    with PackedHead(model) as packed:
+    with PrepackedLMHead(model) as packed:
         assert packed
         for part, logits in zip((ids, ids[:1]), expected, strict=True):
             torch.testing.assert_close(model(input_ids=part, logits_to_keep=1).logits, logits, atol=1e-5, rtol=1e-5)
@@ -27,6 +27,6 @@ def test_it_gives_the_logits_of_the_plain_head_and_leaves_it_as_it_was(config: t
 
 def test_other_heads_stay_plain() -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).bfloat16()
-    with PackedHead(model) as packed:
+    with PrepackedLMHead(model) as packed:
         assert not packed
         assert "forward" not in vars(model.get_output_embeddings())

@@ -22,19 +22,21 @@ from medm.config import validate
 from medm.connectors.mlp import MLPConnector
 from medm.encoders import ENCODERS
 from medm.errors import CheckpointError, DataError, RecipeError
+from medm.files import atomic_directory
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
-from medm.models.checkpoint import LoadReport, Published, load_module, rename, save_bundle, save_tensors
-from medm.models.folders import atomic_directory, describe, require_free
+from medm.models.folders import describe, require_free
 from medm.models.lvlm.build import build, build_encoder
 from medm.models.lvlm.options import LVLMOptions
-from medm.models.source_configs import (
+from medm.models.published.source_configs import (
     END_TOKENS,
+    Hints,
     encoder_block,
     generation_of,
     llava_section,
     medm_vl_section,
 )
+from medm.models.published.weights import LoadReport, PretrainedSource, load_module, rename, save_bundle, save_tensors
 
 T = TypeVar("T")
 
@@ -79,20 +81,6 @@ def _families(names: list[str], *, among: list[str]) -> str:
     return ", ".join(sorted({".".join(name.split(".")[:2]) + (".*" if name.count(".") > 1 else "") for name in short}))
 
 
-@dataclass(frozen=True, slots=True)
-class Hints:
-    """What a person may know that the source does not say."""
-
-    llm: str | None = None
-    """Folder or id with the language model's config (and tokenizer, where the source has none)."""
-    encoder: str | None = None
-    """Folder or id with the encoder's config."""
-    chat_template: str | None = None
-    """Template by name or file, where it is not the published one."""
-    preprocess: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By branch, fields of the preprocessing that replace what the kind is known for."""
-
-
 KINDS: dict[str, str] = {
     "medm-vl": "MedM-VL model folders, generations A to C",
     "llava": "transformers' LlavaForConditionalGeneration (llava-hf)",
@@ -121,14 +109,14 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
     """
     place = Path(out).expanduser()
     require_free(place, error=CheckpointError)  # before anything is downloaded or converted
-    published, hints = Published(source), hints or Hints()
+    published, hints = PretrainedSource(source), hints or Hints()
     if kind == "auto":
         kind = guess(published)
     elif kind not in KINDS:
         raise CheckpointError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
     report = ImportReport(source, KINDS[kind])
     write: dict[str, Callable[..., None]] = {"medm-vl": _medm_vl, "llava": _llava, "projector": _projector}
-    with atomic_directory(place, error=CheckpointError) as target:
+    with atomic_directory(place) as target:
         if kind in _ENCODER_KINDS:
             _encoder(kind, published, target, report, hints)
         else:
@@ -144,7 +132,7 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
     return report
 
 
-def guess(published: Published) -> str:
+def guess(published: PretrainedSource) -> str:
     """The kind of a source, by its config and then by its tensors.
 
     Raises:
@@ -174,7 +162,7 @@ def guess(published: Published) -> str:
     )
 
 
-def _medm_vl(published: Published, target: Path, report: ImportReport, hints: Hints) -> None:
+def _medm_vl(published: PretrainedSource, target: Path, report: ImportReport, hints: Hints) -> None:
     config = published.config()
     tensors = published.tensors()
     generation = generation_of(config) or "C"
@@ -192,7 +180,7 @@ def _medm_vl(published: Published, target: Path, report: ImportReport, hints: Hi
     _write_lvlm(published, target, report, hints, section, groups, sources, names)
 
 
-def _llava(published: Published, target: Path, report: ImportReport, hints: Hints) -> None:
+def _llava(published: PretrainedSource, target: Path, report: ImportReport, hints: Hints) -> None:
     """Names of llava-hf files, and of files that transformers saved from 4.52 on."""
     renaming = LoadReport(published.path)
     renamed = rename(
@@ -235,7 +223,7 @@ def group(tensors: Mapping[str, T], prefixes: Mapping[str, str], *, source: str)
 
 
 def _write_lvlm(
-    published: Published, target: Path, report: ImportReport, hints: Hints, section: dict[str, Any],
+    published: PretrainedSource, target: Path, report: ImportReport, hints: Hints, section: dict[str, Any],
     groups: dict[str, dict[str, Tensor]], sources: Mapping[str, str], names: Mapping[str, Mapping[str, str]],
 ) -> None:  # fmt: skip
     """Build what the section says, load every group of tensors, and save.
@@ -287,7 +275,13 @@ def _in_the_files(part: LoadReport, names: Mapping[str, str]) -> LoadReport:
     return part
 
 
-def _tokenizer(published: Published, hints: Hints, llm: Mapping[str, Any], scratch: Path, report: ImportReport) -> Path:
+def _tokenizer(
+    published: PretrainedSource,
+    hints: Hints,
+    llm: Mapping[str, Any],
+    scratch: Path,
+    report: ImportReport,
+) -> Path:
     """The tokenizer and template that the weights were trained with, in a folder of their own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(published.path, trust_remote_code=False)
@@ -352,7 +346,7 @@ def _load_llm(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) 
     return load_module(module, padded, source=source, ignored=[_ROTARY])
 
 
-def _encoder(kind: str, published: Published, target: Path, report: ImportReport, hints: Hints) -> None:
+def _encoder(kind: str, published: PretrainedSource, target: Path, report: ImportReport, hints: Hints) -> None:
     """A tower as a bundle."""
     options = validate(ENCODERS.entry(kind).options, encoder_block(kind, published.path, hints), source=kind)
     encoder, preprocess = build_encoder(options)
@@ -368,7 +362,7 @@ def _encoder(kind: str, published: Published, target: Path, report: ImportReport
     )  # fmt: skip
 
 
-def _projector(published: Published, target: Path, report: ImportReport, _hints: Hints) -> None:
+def _projector(published: PretrainedSource, target: Path, report: ImportReport, _hints: Hints) -> None:
     """An MLP that a recipe can name as `connector.path`."""
     part = LoadReport("projector")
     renamed = rename(published.tensors(), key_map=MLPConnector.key_map, ignored=[], report=part)

@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from medm.data.collator import padded
 from medm.errors import DeviceError
-from medm.evaluation.decoding import GreedyDecoder, Prompt
-from medm.evaluation.options import GenerationOptions
+from medm.inference.decoding import GreedyDecoder, Prompt
+from medm.inference.options import GenerationOptions
 from medm.types import Example, VisionFeatures
 
 

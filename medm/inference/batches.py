@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from medm.data.dataset import ConversationDataset
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, RecipeError, machine_fault
-from medm.evaluation.engine import PromptBatch, prepare
 from medm.imaging.paths import MissingFileError
+from medm.inference.generator import PromptBatch, prepare
 from medm.os_errors import explain
 from medm.types import Example
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from medm.data.records import missing_branch
 from medm.errors import DataError
-from medm.evaluation.engine import Engine, prepare
 from medm.imaging import load_pixels
+from medm.inference.generator import Engine, prepare
 from medm.types import Media, Sample, Turn
 
 

@@ -15,18 +15,18 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import medm.models.export as export_module
+import medm.models.export.export as export_module
 from medm.config import validate
 from medm.encoders import ViTOptions
 from medm.errors import CheckpointError, ExportError
 from medm.models import build, load
-from medm.models.export import Question, _ask, draw_picture, export
-from medm.models.llava import literal, save_llava, stock_template
+from medm.models.export.export import Question, _ask, draw_picture, export
+from medm.models.export.llava import literal, save_llava, stock_template
 from medm.models.lvlm.build import build_encoder
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.manifest import verify
 from tests.cli.runner import medm
-from tests.evaluation.tiny import awaken
+from tests.inference.tiny import awaken
 from tests.tiny import lvlm_section, save_llm
 
 

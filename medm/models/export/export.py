@@ -27,12 +27,13 @@ from torch import Tensor
 from medm.config import validate
 from medm.encoders import ENCODERS
 from medm.errors import ExportError
+from medm.files import atomic_directory
 from medm.imaging import load_pixels
 from medm.models import load, load_config
-from medm.models.checkpoint import save_bundle, save_tensors
-from medm.models.folders import atomic_directory, describe, require_free
-from medm.models.llava import save_llava
+from medm.models.export.llava import save_llava
+from medm.models.folders import describe, require_free
 from medm.models.lvlm.build import build_encoder
+from medm.models.published.weights import save_bundle, save_tensors
 from medm.types import Media, Sample, Turn
 
 PROMPT = "Describe the image. Is anything abnormal?"
@@ -102,7 +103,7 @@ def export(
     if form == "encoder":
         _branch_of(load_config(folder), branch)
     model, processor = load(folder)
-    with atomic_directory(place, error=ExportError) as target, tempfile.TemporaryDirectory() as scratch:
+    with atomic_directory(place) as target, tempfile.TemporaryDirectory() as scratch:
         question = Question(
             Path(image) if image else draw_picture(Path(scratch) / "picture.png"), prompt, max_new_tokens
         )

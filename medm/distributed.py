@@ -1,0 +1,125 @@
+"""Rank, world size and how the ranks of a run agree. With one process everything here just takes the action."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from medm.errors import CheckpointError, DataError, DeviceError, MedmError, RecipeError
+
+T = TypeVar("T")
+
+_KINDS = (MedmError, RecipeError, DataError, CheckpointError, DeviceError)
+"""Errors that are made from their text alone, and so can be raised again on another process."""
+
+
+def world_size() -> int:
+    """Return the number of ranks of this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Return the result of an action that rank 0 alone takes; an error that the user can fix is raised on all ranks."""
+    if world_size() == 1:
+        return action()
+    message: list[Any] = [None, None]
+    caught: Exception | None = None
+    if rank() == 0:
+        try:
+            message[0] = action()
+        except (MedmError, OSError) as error:
+            caught, message[1] = error, (type(error), str(error))
+    dist.broadcast_object_list(message, src=0)
+    if caught is not None:
+        raise caught
+    if message[1] is not None:
+        kind, text = message[1]
+        raise (kind if issubclass(kind, OSError) or kind in _KINDS else MedmError)(text)
+    return message[0]
+
+
+def failures(action: Callable[[], None]) -> list[str]:
+    """Take an action on every rank; return what went wrong on any, with its number."""
+    problem: str | None = None
+    try:
+        action()
+    except (MedmError, OSError, RuntimeError, SafetensorError) as error:
+        problem = f"process {rank()}: {error}"
+    return [text for text in all_gather_objects(problem) if text]
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Return the value of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(condition: bool, device: torch.device | str = "cpu") -> bool:
+    """Return whether it holds on any rank. `device`: where the process group communicates."""
+    if world_size() == 1:
+        return condition
+    flag = torch.tensor(float(condition), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def leave_group() -> None:
+    """Leave the process group after the last collective operation of a command.
+
+    Its threads may otherwise still run when the interpreter ends, which aborts the process now and then.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def row_counts(rows: Tensor) -> list[int]:
+    """Return the length of a tensor on every rank, in rank order: the last batch of an epoch may be dealt unevenly."""
+    if world_size() == 1:
+        return [len(rows)]
+    counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+    return [int(count) for count in counts]
+
+
+def all_gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the rows of every rank in rank order, with gradient.
+
+    Args:
+        rows: (N, D); N may differ between ranks.
+        counts: `row_counts(rows)`.
+
+    Returns:
+        (sum of counts, D). In the backward pass each rank gets back the sum of all gradients of its own rows.
+    """
+    return _AllGather.apply(rows, list(counts)) if world_size() > 1 else rows
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        # Gathering takes tensors of one shape; the padding is cut off again.
+        padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))  # (most rows, D)
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total.split(ctx.counts)[rank()], None

@@ -1,0 +1,57 @@
+"""The scores of one task, with what they depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medm.evaluation.cases import Case
+from medm.metrics.base import MetricResult
+from medm.metrics.compare import Comparison
+from medm.tasks.base import Scores
+
+
+@dataclass(slots=True)
+class TaskReport:
+    """What scoring one task gave."""
+
+    task: str
+    summary: str
+    """The registry's line on it."""
+    folder: Path
+    """Where its files are."""
+    facts: dict[str, Any]
+    """What the numbers depend on: data, split, model, generation, versions."""
+    n: int
+    answered: int
+    """Items that a reply came for, an empty one included; the others have an error, or no line."""
+    scores: Scores
+    comparisons: list[Comparison] = field(default_factory=list)
+    against: str | None = None
+    worst: list[Case] = field(default_factory=list)
+    random: list[Case] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the cases, which hold texts and images."""
+        return {
+            "task": self.task,
+            **self.facts,
+            "n": self.n,
+            "answered": self.answered,
+            "scores": [result.as_dict() for result in self.scores.results],
+            "published": [result.as_dict() for result in self.scores.published],
+            "groups": {
+                name: {value: [_without_items(result) for result in results] for value, results in group.items()}
+                for name, group in self.scores.groups.items()
+            },
+            "notes": self.scores.notes,
+            "empty_replies": self.scores.empty,
+            "inference_errors": self.scores.failed,
+            "against": self.against,
+            "comparison": [comparison.as_dict() for comparison in self.comparisons],
+        }
+
+
+def _without_items(result: MetricResult) -> dict[str, Any]:
+    return {key: value for key, value in result.as_dict().items() if key != "per_item"}

@@ -1,0 +1,1 @@
+"""Saved models written in the formats of other programs."""

@@ -1,0 +1,96 @@
+"""The loss over labeled tokens: the LM head runs on the labeled positions alone, in chunks.
+
+The head is the largest matrix of a small LLM, and most positions of a conversation carry no label. Every rank takes
+part even without a label, since the weights may be spread over ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from medm.types import IGNORE_INDEX
+
+HEAD_CHUNK = 4096
+"""Labeled positions whose logits are in memory at a time; more of them are computed in chunks, and again for
+gradients."""
+
+
+def loss_of_logits(
+    logits: Tensor, labels: Tensor, positions: Tensor | None, *, num_items: Tensor | int | None
+) -> Tensor:  # fmt: skip
+    """Return the cross-entropy at the labeled positions of logits that exist at every position.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), not shifted.
+        positions: (L,), from which of the B * T positions a label is predicted; a GPU is waited for without it.
+        num_items: labeled tokens of the step, by which the sum is divided; those of this batch without it.
+    """
+    chosen, targets = _labeled(logits, labels, positions)  # (L, V), (L,)
+    return _divided(_cross_entropy(chosen, targets), targets, num_items)
+
+
+def loss_of_hidden_states(
+    hidden: Tensor, labels: Tensor, positions: Tensor | None, *, num_items: Tensor | int | None, language_model: Any
+) -> Tensor:  # fmt: skip
+    """Return the cross-entropy at the labeled positions of the decoder's output, (B, T, D).
+
+    Args are those of `loss_of_logits`; besides them:
+        language_model: owner of the LM head.
+    """
+    chosen, targets = _labeled(hidden, labels, positions)  # (L, D), (L,)
+
+    def loss_of(hidden: Tensor, targets: Tensor) -> Tensor:
+        return _cross_entropy(lm_logits(language_model, hidden), targets)
+
+    # Under ZeRO-3 each rank has to call the head equally often, however many labels it has.
+    if len(targets) <= HEAD_CHUNK or hasattr(language_model.get_output_embeddings().weight, "ds_id"):
+        total = loss_of(chosen, targets)
+    else:
+        chunks = zip(chosen.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+        total = sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
+    return _divided(total, targets, num_items)
+
+
+def lm_logits(language_model: Any, hidden: Tensor) -> Tensor:
+    """Return logits (..., V) of hidden states (..., D), with the scaling that some families put after the LM head."""
+    logits = language_model.get_output_embeddings()(hidden)
+    text = language_model.config.get_text_config()
+    if (cap := getattr(text, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
+        logits = torch.tanh(logits / cap) * cap
+    if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (factor := getattr(text, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * factor
+    return logits
+
+
+def _labeled(values: Tensor, labels: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the values (L, ...) from which labels are predicted, and the labels (L,).
+
+    Without any label the values are those of the first position of each sample, so that the head has an input.
+    """
+    if positions is None:
+        rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        positions = rows * labels.shape[1] + columns
+    targets = labels.flatten()[positions + 1]  # (L,)
+    chosen = values.flatten(0, 1).index_select(0, positions) if len(targets) else values[:, 0]
+    return chosen, targets
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum over (L, V) and (L,); zero that depends on every logit where nothing is learned."""
+    if len(targets):
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return logits.sum() * 0.0
+
+
+def _divided(total: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    if not len(targets):
+        return total
+    return total / (len(targets) if num_items is None else num_items)

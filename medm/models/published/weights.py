@@ -1,0 +1,287 @@
+"""Published weights: finding files, renaming tensors, and refusing what does not fit.
+
+The one place that reads model files of other programs. Loading reports every tensor that was used, ignored, missing or
+misshaped, and a partial load is an error: a model that is half random looks alive and scores like noise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils.hub import cached_file
+
+from medm.errors import CheckpointError, unavailable
+
+logger = logging.getLogger(__name__)
+
+BUNDLE_TYPE = "medm-encoder"
+"""`model_type` in the `config.json` of an encoder that medm exported: sizes, preprocessing and tensors by own names."""
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "pretrained_ViT.bin")
+
+
+class PretrainedSource:
+    """A folder, a file or a Hugging Face id that holds a config and weights.
+
+    Args:
+        path: as in a recipe. Ids are looked up in the local cache first and then on the hub.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._local = Path(path).expanduser()
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`, or an empty mapping for a bare weight file or a folder without one."""
+        return self._json("config.json")
+
+    def preprocessor(self) -> dict[str, Any]:
+        """`preprocessor_config.json`, or an empty mapping."""
+        return self._json("preprocessor_config.json")
+
+    def is_bundle(self) -> bool:
+        """Whether medm exported it as an encoder."""
+        return self.config().get("model_type") == BUNDLE_TYPE
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its published name.
+
+        Raises:
+            CheckpointError: there are no weights, a file is damaged, or it would run code when opened.
+        """
+        if self._local.is_file():
+            return read_tensors(self._local)
+        for name in _INDEXES:
+            if (index := self._find(name)) is not None:
+                shards = _shards(index)
+                return {k: v for shard in shards for k, v in read_tensors(self._require(shard)).items()}
+        for name in _FILES:
+            if (file := self._find(name)) is not None:
+                return read_tensors(file)
+        others = sorted(self._local.glob("*.pth")) + sorted(self._local.glob("*.pt")) if self._local.is_dir() else []
+        if len(others) == 1:
+            return read_tensors(others[0])
+        if not self._local.exists():
+            missing = FileNotFoundError("nothing of it is in the cache, or it holds no weights")
+            raise CheckpointError(unavailable(str(self.path), missing, key="path"))
+        raise CheckpointError(
+            f"{self.path}: no weights; expected one of {', '.join(_INDEXES + _FILES)}, or one .pth file"
+        )
+
+    def _json(self, name: str) -> dict[str, Any]:
+        if self._local.is_file():
+            beside = self._local.parent / name
+            file = beside if beside.is_file() else None
+        else:
+            file = self._find(name)
+        return read_object(file) if file is not None else {}
+
+    def _find(self, name: str) -> Path | None:
+        if self._local.is_dir():
+            return self._local / name if (self._local / name).is_file() else None
+        try:
+            found = cached_file(self.path, name, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(unavailable(str(self.path), error, key="path")) from None
+        return Path(found) if found is not None else None
+
+    def _require(self, name: str) -> Path:
+        file = self._find(name)
+        if file is None:
+            raise CheckpointError(f"{self.path}: the index names {name}, which is missing")
+        return file
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds. Raises `CheckpointError`."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch or copy it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected an object at the top, found {type(content).__name__}")
+    return content
+
+
+def _shards(index: Path) -> list[str]:
+    """The weight files that an index names, all of them beside it."""
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
+    for name in set(shards.values()):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: names {name!r}; expected the name of a file beside it")
+    return sorted(set(shards.values()))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of one safetensors or torch file. Torch files are opened without running what they pickle.
+
+    Raises:
+        CheckpointError: damaged, or holds objects other than tensors and plain values.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as handle:
+                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged safetensors file ({error})") from None
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: not opened. It is damaged, or holds pickled objects, which could run any code; "
+            f"ask for a safetensors file ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file}: expected a mapping of names to tensors")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What became of every tensor of one load."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    """Names of the source, as `ignored`; the others are names of the module."""
+    ignored: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    published: dict[str, str] = field(default_factory=dict)
+    """Own name to that of the source, for every tensor that was renamed or kept."""
+
+    def raise_if_partial(self) -> None:
+        """Raises `CheckpointError` naming what is missing, unexpected or misshaped."""
+        problems = [
+            f"{len(names)} {what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for what, names in (
+                ("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.mismatched),
+            )
+            if names
+        ]  # fmt: skip
+        if problems:
+            raise CheckpointError(
+                f"{self.source}: the tensors do not fit the model; nothing was loaded\n  " + "\n  ".join(problems)
+            )
+
+    def __str__(self) -> str:
+        return f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.ignored)} unused"
+
+
+def rename(
+    tensors: Mapping[str, Tensor], *, key_map: Iterable[tuple[str, str]], ignored: Iterable[str], report: LoadReport
+) -> dict[str, Tensor]:
+    """Published names to own names. What matches `ignored` is left out and noted; other names stay as they are."""
+    patterns = [(re.compile(pattern), replacement) for pattern, replacement in key_map]
+    useless = [re.compile(pattern) for pattern in ignored]
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if any(pattern.search(name) for pattern in useless):
+            report.ignored.append(name)
+            continue
+        for pattern, replacement in patterns:
+            new, count = pattern.subn(replacement, name, count=1)
+            if count:
+                break
+        else:
+            new = name
+        if new in renamed:
+            raise CheckpointError(f"{report.source}: two tensors become {new!r}; the second is {name!r}")
+        renamed[new] = tensor
+        report.published[new] = name
+    return renamed
+
+
+def load_module(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    key_map: Iterable[tuple[str, str]] = (),
+    ignored: Iterable[str] = (),
+    beyond: Iterable[str] = (),
+) -> LoadReport:
+    """Load published tensors into a module, all or nothing.
+
+    Args:
+        module: built, with weights of its own.
+        tensors: by published name.
+        source: for messages.
+        key_map: see `VisionEncoder.key_map`.
+        ignored: see `VisionEncoder.ignored_keys`.
+        beyond: patterns of own names that the module does not have on purpose (blocks behind the chosen layer).
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or misshaped.
+    """
+    report = LoadReport(source)
+    renamed = rename(tensors, key_map=key_map, ignored=ignored, report=report)
+    own = module.state_dict()
+    skip = [re.compile(pattern) for pattern in beyond]
+    for name, tensor in list(renamed.items()):
+        if name in own and own[name].shape != tensor.shape:
+            report.mismatched.append(f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        elif name in own:
+            report.loaded.append(report.published[name])
+        elif any(pattern.search(name) for pattern in skip):
+            report.ignored.append(report.published[name])
+            del renamed[name]
+        else:
+            report.unexpected.append(name)
+    report.missing = sorted(own.keys() - renamed.keys())
+    report.raise_if_partial()
+    module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in renamed.items()})
+    logger.info("%s", report)
+    return report
+
+
+def save_bundle(
+    folder: Path,
+    encoder: nn.Module,
+    *,
+    name: str,
+    architecture: Mapping[str, Any],
+    options: Mapping[str, Any],
+    preprocess: Mapping[str, Any],
+) -> None:
+    """Write an encoder so that a recipe can name the folder as its `path`.
+
+    Args:
+        folder: exists.
+        encoder: with the weights.
+        name: registered name.
+        architecture: its sizes.
+        options: its other keywords, for the reader; a recipe says them itself.
+        preprocess: description of the pixels that belong to it.
+    """
+    bundle = {
+        "model_type": BUNDLE_TYPE,
+        "encoder": name,
+        "architecture": dict(architecture),
+        "options": dict(options),
+        "preprocess": dict(preprocess),
+    }
+    (folder / "config.json").write_text(json.dumps(bundle, indent=2) + "\n", encoding="utf-8")
+    save_tensors(encoder.state_dict(), folder / "model.safetensors")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """One safetensors file."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
