@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -77,13 +80,28 @@ def any_rank(condition: bool, device: torch.device | str = "cpu") -> bool:
     return bool(flag)
 
 
-def leave_group() -> None:
-    """Leave the process group after the last collective operation of a command.
+_left_group = False
 
-    Its threads may otherwise still run when the interpreter ends, which aborts the process now and then.
-    """
+
+def leave_group() -> None:
+    """Leave the process group after the last collective operation of a command."""
+    global _left_group
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        _left_group = True
+
+
+def end_rank(status: int) -> None:
+    """End a rank whose work is done, before the interpreter is taken down; other processes go on.
+
+    Threads of gloo and DeepSpeed that still run at that point abort the process now and then ("terminate called
+    without an active exception"), and a run that wrote its model would look as if it had failed.
+    """
+    if _left_group:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def row_counts(rows: Tensor) -> list[int]:

@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if stop.code == RESUMABLE:
             _note(f"stopped by {stop.number.name}; the same command starts again (train: with --resume)")
         raise
+    except SystemExit as end:
+        if (distributed := sys.modules.get("medm.distributed")) is not None:
+            distributed.end_rank(end.code if isinstance(end.code, int) else 0)
+        raise
 
 
 def _note(message: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from medm.connectors.moe import MoEConnector
 from medm.connectors.pooling import AttentionPoolingConnector
-from medm.distributed import leave_group
+from medm.distributed import end_rank, leave_group
 from medm.encoders.eva_clip import EVACLIPEncoder
 from medm.encoders.volume_vit import M3DCLIPEncoder
 
@@ -88,3 +88,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     leave_group()
+    end_rank(0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from medm.config import validate
-from medm.distributed import leave_group
+from medm.distributed import end_rank, leave_group
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.training.recipe import Recipe
 from medm.training.run import train
@@ -106,3 +106,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     leave_group()
+    end_rank(0)

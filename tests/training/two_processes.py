@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medm.data.limits import BadRecordsLimit
-from medm.distributed import leave_group
+from medm.distributed import end_rank, leave_group
 from medm.errors import InputLostError, MedmError
 from medm.models.manifest import read_manifest, write_manifest
 from medm.objectives.contrastive import Contrastive
@@ -304,3 +304,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     leave_group()
+    end_rank(0)
