@@ -3,9 +3,12 @@
 `install` waits for two modules of transformers, or takes them as they are where they are loaded already:
 
 - The table of configs asks medm when a `model_type` of medm is looked up. `AutoConfig`, `AutoModel...`,
-  `AutoTokenizer` and `pipeline` pass through it. The table is a private attribute of transformers.
-- `AutoProcessor` finds a processor by the name of its class and never reads config.json. A stand-in of
-  that name is registered there by the public way, and hands over to the real class.
+  `AutoTokenizer` and `pipeline` pass through it.
+- `AutoProcessor` finds a processor by the name of its class and never reads config.json. Its table asks
+  medm when the name is none of those that are registered already.
+
+Both tables are private attributes of transformers. Every kind of model in `medm.models.kinds` is
+registered then, those of other packages and plug-in files too.
 
 Registering the classes themselves any earlier would import the models while transformers is half imported.
 """
@@ -16,14 +19,13 @@ import importlib.abc
 import importlib.machinery
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from medm.types import MODEL_TYPE_PREFIX
 
-_PREFIX = "medm-"
-"""Beginning of the `model_type` of every folder that medm saved."""
+logger = logging.getLogger(__name__)
 
 
 def install() -> None:
@@ -55,7 +57,7 @@ class _ConfigsOnDemand(dict[str, Any]):
         return super().__contains__(key) or self._ask_medm(key)
 
     def _ask_medm(self, key: object) -> bool:
-        if self._registering or not (isinstance(key, str) and key.startswith(_PREFIX)):
+        if self._registering or not (isinstance(key, str) and key.startswith(MODEL_TYPE_PREFIX)):
             return False
         self._registering = True
         try:
@@ -65,36 +67,43 @@ class _ConfigsOnDemand(dict[str, Any]):
         return super().__contains__(key)
 
 
-class LVLMProcessor:
-    """Has the name that saved folders give their processor; opens them with the class of that name."""
+class _ProcessorsOnDemand(dict[Any, Any]):
+    """transformers' table of registered processors, which has medm register its own after the known ones."""
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.ProcessorMixin.from_pretrained`."""
-        _register()
-        from medm.models.lvlm.processing import LVLMProcessor as Processor
+    _registering = False
 
-        return Processor.from_pretrained(*args, **kwargs)
+    def values(self) -> Any:
+        return self._known_then_own()
 
-
-class _StandIn:
-    """Key of the stand-in in transformers' table, where others have the class of a config."""
+    def _known_then_own(self) -> Iterator[Any]:
+        known = list(super().values())
+        yield from known
+        if self._registering:
+            return
+        self._registering = True
+        try:
+            _register()
+        finally:
+            self._registering = False
+        yield from list(super().values())[len(known) :]
 
 
 def _teach_configs(module: ModuleType) -> None:
-    table = getattr(module, "CONFIG_MAPPING", None)
-    known = getattr(table, "_extra_content", None)
-    if not isinstance(known, dict):
-        _warn("its table of configs has changed")
-    else:
-        table._extra_content = _ConfigsOnDemand(known)  # type: ignore[union-attr]
+    _replace_table(module, "CONFIG_MAPPING", _ConfigsOnDemand)
 
 
 def _teach_processors(module: ModuleType) -> None:
-    try:
-        module.AutoProcessor.register(_StandIn, LVLMProcessor, exist_ok=True)
-    except (AttributeError, TypeError, ValueError) as error:
-        _warn(f"AutoProcessor.register has changed ({error})")
+    _replace_table(module, "PROCESSOR_MAPPING", _ProcessorsOnDemand)
+
+
+def _replace_table(module: ModuleType, name: str, on_demand: type[dict[Any, Any]]) -> None:
+    """Put a table that asks medm into the place of the one of what was registered."""
+    table: Any = getattr(module, name, None)
+    known = getattr(table, "_extra_content", None)
+    if isinstance(known, dict):
+        table._extra_content = on_demand(known)
+    else:
+        _warn(f"its table {name} has changed")
 
 
 def _warn(cause: str) -> None:

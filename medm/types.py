@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+MODEL_TYPE_PREFIX = "medm-"
+"""Beginning of the `model_type` of every model folder that medm saves."""
+
 IGNORE_INDEX = -100
 """Label of a position that is not learned; the value that torch's cross-entropy ignores by default."""
 

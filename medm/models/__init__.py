@@ -1,7 +1,7 @@
 """Models: how parts are put together, saved and loaded. Knows nothing of paths, DeepSpeed or task names.
 
-One line a kind of model. A kind turns its section of a recipe into a model and its processor
-(`medm.models.base.ModelKind`); `load` opens what any of them saved.
+A kind of model (`medm.models.kinds` has the table) turns its section of a recipe into a model and its
+processor (`medm.models.base.ModelKind`); `load` opens what any of them saved.
 """
 
 from __future__ import annotations
@@ -9,25 +9,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from medm.config import Options
-from medm.models.lvlm.options import LVLMOptions
-from medm.registry import Registry
+from medm.models.kinds import MODELS, kind_of
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from medm.imaging import Preprocess
-    from medm.models.base import MedmModel, ModelKind
+    from medm.models.base import MedmModel
 
     Built: TypeAlias = tuple[MedmModel, ProcessorMixin]
 
-MODELS: Registry[type[ModelKind]] = Registry("model kind", group="medm.models")
-
-MODELS.add("lvlm", "medm.models.lvlm.build:LVLM", "encoder, connector and LLM: answers in text", options=LVLMOptions)
-
-
-def kind_of(options: Options) -> ModelKind:
-    """The kind of model that a recipe's `model` section names."""
-    return MODELS.get(options.model_dump()["kind"])()
+__all__ = [
+    "MODELS",
+    "build",
+    "kind_of",
+    "load",
+    "load_config",
+    "load_processor",
+    "preprocess_of",
+    "processor_of",
+]
 
 
 def build(options: Options, *, init_from: str | None = None) -> Built:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from medm.config import Options
 from medm.errors import RecipeError
 from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
+from medm.types import MODEL_TYPE_PREFIX
 
 
 class MedmModel(PreTrainedModel, metaclass=ABCMeta):
@@ -70,11 +71,33 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
 
 
 class ModelKind(ABC):
-    """How a kind of model comes out of a recipe's `model` section; a line of `medm.models` names its class.
+    """How a kind of model comes out of a recipe's `model` section; a line of `medm.models.kinds` names its class.
+
+    `medm.models.auto` registers the three classes of every kind with transformers' Auto classes. A subclass
+    without one of them, or without an abstract method, raises `TypeError` when it is constructed.
 
     A kind's processor serves training, inference and `medm data check` alike: `preprocess` by branch, `encode` (see
     `medm.types.Encode`), `tokenizer`, `placeholder_ids` by branch and `pad_id`.
     """
+
+    config_class: ClassVar[type[PreTrainedConfig]]
+    """Config of a saved folder; its `model_type` begins with "medm-"."""
+    model_class: ClassVar[type[MedmModel]]
+    processor_class: ClassVar[type[ProcessorMixin]]
+    """The Auto class finds it by its name, so the name is unlike that of any other processor."""
+    auto_classes: ClassVar[tuple[Any, ...]] = (AutoModel,)
+    """The Auto classes that open the model; `AutoModel` is among them."""
+
+    def __init__(self) -> None:
+        kind = type(self).__name__
+        classes = ("config_class", "model_class", "processor_class")
+        if missing := [name for name in classes if not hasattr(self, name)]:
+            raise TypeError(f"model kind {kind} lacks {', '.join(missing)}")
+        if not self.config_class.model_type.startswith(MODEL_TYPE_PREFIX):
+            raise TypeError(
+                f"model kind {kind}: {self.config_class.__name__}.model_type is "
+                f"{self.config_class.model_type!r}; expected a name that begins with {MODEL_TYPE_PREFIX!r}"
+            )
 
     def check(self, options: Any) -> None:  # noqa: B027 (a kind without demands needs none)
         """Refuse what this machine cannot run, before weights are read. Raises `RecipeError`."""

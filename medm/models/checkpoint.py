@@ -14,6 +14,7 @@ from medm.errors import CheckpointError
 from medm.models.auto import register
 from medm.models.manifest import verify_weights
 from medm.models.published.weights import LoadReport, read_object
+from medm.types import MODEL_TYPE_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def open_config(folder: str) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its config cannot be opened ({error})") from None
-    if not config.model_type.startswith("medm-"):
+    if not config.model_type.startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
             f"{folder}: a model of type {config.model_type!r}, which medm did not save; "
             "'medm import' turns published folders into medm models"

@@ -16,6 +16,7 @@ from PIL import Image
 from medm.imaging import ImagePreprocess
 from medm.models import MODELS
 from medm.models.base import ModelKind
+from medm.models.lvlm.build import LVLM
 from medm.models.options import ModelOptions
 from medm.types import Example, Sample
 from tests import tiny
@@ -122,6 +123,7 @@ def test_a_recipe_adds_lengths_and_a_preview_of_what_is_learned(recipe: Path) ->
 class Words(ModelKind):
     """A kind of model with a way of its own to read records: a token a word."""
 
+    config_class, model_class, processor_class = LVLM.config_class, LVLM.model_class, LVLM.processor_class
     preprocess: ClassVar[dict[str, Any]] = {"image": ImagePreprocess()}
     placeholder_ids: ClassVar[dict[str, int]] = {}
     tokenizer = SimpleNamespace(decode=lambda ids: f"{len(ids)} words")

@@ -6,15 +6,24 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedConfig
 
 import medm.models
-from medm import transformers_hook
+from medm import registry, transformers_hook
 from medm.config import validate
+from medm.models import MODELS
+from medm.models.auto import register
+from medm.models.base import ModelKind
+from medm.models.lvlm.build import LVLM
+from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.options import LVLMOptions
+from medm.registry import load_plugin, loaded_plugins
 from tests import tiny
 
 NAMES = "AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline"
@@ -81,19 +90,115 @@ def folder(tmp_path_factory: pytest.TempPathFactory, llms: dict[str, Path]) -> P
     return folder
 
 
-def test_auto_classes_open_a_folder_in_any_order(folder: Path) -> None:
+Orders: TypeAlias = list[tuple[str, list[str]]]
+
+
+def _found(folder: Path, orders: Orders) -> list[list[str]]:
+    """Number of the order and what each of its expressions gives."""
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, str(folder), json.dumps(ORDERS)], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", RUNNER, str(folder), json.dumps(orders)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("found ")]
-    expected = [
-        [str(number), EXPECTED[expression]]
-        for number, (_, expressions) in enumerate(ORDERS)
+    assert "Auto classes do not open" not in done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    return [line.split(maxsplit=2)[1:] for line in lines]
+
+
+def _expected(orders: Orders, values: dict[str, str]) -> list[list[str]]:
+    return [
+        [str(number), values[expression]]
+        for number, (_, expressions) in enumerate(orders)
         for expression in expressions
     ]
-    assert found == expected
-    assert "Auto classes do not open" not in done.stderr
+
+
+def test_auto_classes_open_a_folder_in_any_order(folder: Path) -> None:
+    assert _found(folder, ORDERS) == _expected(ORDERS, EXPECTED)
+
+
+KIND = Path(__file__).with_name("count_kind.py")
+KIND_MODEL = "(type(m := AutoModel.from_pretrained(folder)).__name__, m.linear.in_features)"
+KIND_PROCESSOR = "(type(p := AutoProcessor.from_pretrained(folder)).__name__, p.unit)"
+KIND_CONFIG = "AutoConfig.from_pretrained(folder).width"
+KIND_OWN = "tuple(type(part).__name__ for part in load(folder))"
+KIND_EXPECTED = {
+    KIND_MODEL: "('CountModel', 3)",
+    KIND_PROCESSOR: "('CountProcessor', 'lesions')",
+    KIND_CONFIG: "3",
+    KIND_OWN: "('CountModel', 'CountProcessor')",
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of_another_kind(tmp_path_factory: pytest.TempPathFactory, llms: dict[str, Path]) -> Iterator[Path]:
+    """Saved by a kind of model that is no part of medm, while that kind is in the table."""
+    folder = tmp_path_factory.mktemp("count")
+    modules, plugins = set(sys.modules), loaded_plugins()
+    with MODELS.temporary():
+        load_plugin(KIND)
+        kind = MODELS.get("count")
+        tokenizer = AutoTokenizer.from_pretrained(llms["smollm2"])
+        kind.model_class(kind.config_class(width=3)).save_pretrained(folder)
+        kind.processor_class(tokenizer, unit="lesions").save_pretrained(folder)
+        yield folder
+    registry._plugins[:] = plugins
+    for name in set(sys.modules) - modules:
+        if name.startswith("medm_plugin_count_kind"):
+            del sys.modules[name]
+
+
+def test_medm_opens_the_folder_of_a_plug_in_kind(folder_of_another_kind: Path) -> None:
+    folder = str(folder_of_another_kind)
+    model, processor = medm.models.load(folder)
+    assert (type(model).__name__, model.linear.in_features) == ("CountModel", 3)
+    assert (type(processor).__name__, processor.unit) == ("CountProcessor", "lesions")
+    assert medm.models.load_config(folder).width == 3
+    assert medm.models.load_processor(folder).unit == "lesions"
+
+
+def test_auto_classes_open_the_folder_of_a_plug_in_kind_in_any_order(
+    folder_of_another_kind: Path, tmp_path: Path
+) -> None:
+    plugin = f"from medm.registry import load_plugin\nload_plugin({str(KIND)!r})\nimport medm"
+    metadata = tmp_path / "count_kind-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: count-kind\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[medm.models]\ncount = count_kind:Count\n")
+    package = f"sys.path[:0] = [{str(tmp_path)!r}, {str(KIND.parent)!r}]\nimport medm"
+    auto = "from transformers import AutoConfig, AutoModel, AutoProcessor"
+    own = "from medm.models import load"
+    orders = [
+        (f"{plugin}\n{auto}", [KIND_PROCESSOR, KIND_MODEL]),
+        (f"{auto}\n{plugin}", [KIND_MODEL, KIND_PROCESSOR]),
+        (f"{package}\n{auto}", [KIND_PROCESSOR, KIND_CONFIG]),
+        (f"{auto}\n{package}", [KIND_CONFIG, KIND_PROCESSOR]),
+        (f"{package}\n{own}", [KIND_OWN]),
+    ]
+    assert _found(folder_of_another_kind, orders) == _expected(orders, KIND_EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "lacks config_class, model_class, processor_class"),
+        ({"config_class": LVLMConfig, "model_class": LVLM.model_class}, "lacks processor_class"),
+        (
+            {"config_class": PreTrainedConfig, "model_class": None, "processor_class": None},
+            "PreTrainedConfig.model_type is ''; expected a name that begins with 'medm-'",
+        ),
+    ],
+)
+def test_a_kind_without_its_classes_is_refused(changes: dict[str, Any], words: str) -> None:
+    class Incomplete(ModelKind):
+        def build(self, options: Any) -> Any: ...
+
+    for name, value in changes.items():
+        setattr(Incomplete, name, value)
+    with MODELS.temporary():
+        MODELS.add("incomplete", Incomplete, "for the test")
+        with pytest.raises(TypeError, match=f"model kind Incomplete.* {words}|Incomplete: {words}"):
+            register()
 
 
 def test_importing_medm_imports_no_tensor_library() -> None:
@@ -109,7 +214,8 @@ def test_importing_medm_imports_no_tensor_library() -> None:
         ("_teach_configs", SimpleNamespace(CONFIG_MAPPING=SimpleNamespace(_extra_content=[]))),
         ("_teach_configs", SimpleNamespace()),
         ("_teach_processors", SimpleNamespace()),
-        ("_teach_processors", SimpleNamespace(AutoProcessor=SimpleNamespace(register=lambda only_one: None))),
+        ("_teach_processors", SimpleNamespace(PROCESSOR_MAPPING=object())),
+        ("_teach_processors", SimpleNamespace(PROCESSOR_MAPPING=SimpleNamespace(_extra_content=()))),
     ],
 )
 def test_another_transformers_is_imported_all_the_same(

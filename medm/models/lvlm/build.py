@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
@@ -33,6 +41,11 @@ _NOT_FOR_THE_CONNECTOR = {"name", "path"}
 
 class LVLM(ModelKind):
     """The kind `lvlm`."""
+
+    config_class = LVLMConfig
+    model_class = LVLMForConditionalGeneration
+    processor_class = LVLMProcessor
+    auto_classes = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
 
     def check(self, options: LVLMOptions) -> None:
         check_usable(options.llm.attention)
