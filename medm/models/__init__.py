@@ -50,7 +50,7 @@ def build(options: Options, *, init_from: str | None = None) -> Built:
         return kind.build(options)
     model, processor = load(init_from)
     model.check_same_parts(options, source=init_from)
-    return model, model.follow(options, processor)
+    return model, kind.adapt(options, processor, model=model)
 
 
 def processor_of(options: Options, *, init_from: str | None = None) -> Any:
@@ -60,7 +60,9 @@ def processor_of(options: Options, *, init_from: str | None = None) -> Any:
         RecipeError, CheckpointError: as `build`.
     """
     kind = kind_of(options)
-    return kind.processor(options) if init_from is None else kind.following(options, load_processor(init_from))
+    if init_from is None:
+        return kind.processor(options)
+    return kind.adapt(options, load_processor(init_from))
 
 
 def preprocess_of(options: Options, *, init_from: str | None = None) -> dict[str, Preprocess]:

@@ -40,12 +40,8 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
     def check_same_parts(self, options: Options, *, source: str) -> None:
         """Raises `RecipeError` when a recipe's `model` section names other parts than this model has."""
 
-    def follow(self, options: Options, processor: Any) -> Any:
-        """The processor of `init_from`, with what a recipe writes in the place of what was saved."""
-        return processor
-
-    def complete(self, processor: Any) -> None:
-        """Tell a processor that an earlier medm saved what it could not say then, and the model knows."""
+    def upgrade(self, processor: Any) -> None:
+        """Add to a processor what the folder of an earlier medm does not say and the model knows."""
 
     def separate_samples(self) -> bool:
         """Prepare for batches that are one row of samples with their beginnings; False where the model cannot."""
@@ -120,6 +116,15 @@ class ModelKind(ABC):
         """What is done to the pixels of each branch. Kinds that know it without their language model override this."""
         return dict(self.processor(options).preprocess)
 
-    def following(self, options: Any, processor: Any) -> Any:
-        """The processor of `init_from` with what the section writes in the place of what was saved."""
+    def adapt(self, options: Any, processor: Any, *, model: Any = None) -> Any:
+        """Apply a recipe's section over the model and the processor of `init_from`.
+
+        Args:
+            options: the section.
+            processor: as it was saved.
+            model: as it was saved, changed in place; None where the processor alone is needed.
+
+        Returns:
+            The processor, with what the section sets in place of what was saved.
+        """
         return processor
