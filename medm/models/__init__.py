@@ -12,12 +12,11 @@ from medm.config import Options
 from medm.models.kinds import MODELS, kind_of
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-
     from medm.imaging import Preprocess
     from medm.models.base import MedmModel
+    from medm.types import Processor
 
-    Built: TypeAlias = tuple[MedmModel, ProcessorMixin]
+    Built: TypeAlias = tuple[MedmModel, Processor]
 
 __all__ = [
     "MODELS",
@@ -53,7 +52,7 @@ def build(options: Options, *, init_from: str | None = None) -> Built:
     return model, kind.adapt(options, processor, model=model)
 
 
-def processor_of(options: Options, *, init_from: str | None = None) -> Any:
+def processor_of(options: Options, *, init_from: str | None = None) -> Processor:
     """The processor that `build` would give, without reading weights where the kind of model can do so.
 
     Raises:

@@ -13,7 +13,7 @@ from medm.config import Options
 from medm.errors import RecipeError
 from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
-from medm.types import MODEL_TYPE_PREFIX
+from medm.types import MODEL_TYPE_PREFIX, Processor
 
 
 class MedmModel(PreTrainedModel, metaclass=ABCMeta):
@@ -72,8 +72,7 @@ class ModelKind(ABC):
     `medm.models.auto` registers the three classes of every kind with transformers' Auto classes. A subclass
     without one of them, or without an abstract method, raises `TypeError` when it is constructed.
 
-    A kind's processor serves training, inference and `medm data check` alike: `preprocess` by branch, `encode` (see
-    `medm.types.Encode`), `tokenizer`, `placeholder_ids` by branch and `pad_id`.
+    Its processor is a `medm.types.Processor`, the same in training, inference and `medm data check`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -99,7 +98,7 @@ class ModelKind(ABC):
         """Refuse what this machine cannot run, before weights are read. Raises `RecipeError`."""
 
     @abstractmethod
-    def build(self, options: Any) -> tuple[MedmModel, ProcessorMixin]:
+    def build(self, options: Any) -> tuple[MedmModel, Processor]:
         """The model, with published weights wherever the section gives a path, and its processor."""
 
     def skeleton(self, options: Any) -> MedmModel:
@@ -108,7 +107,7 @@ class ModelKind(ABC):
             f"models of kind {options.kind!r} cannot be estimated: they cannot be built without their weights"
         )
 
-    def processor(self, options: Any) -> Any:
+    def processor(self, options: Any) -> Processor:
         """The processor alone. Kinds that can make it without reading weights do."""
         return self.build(options)[1]
 
