@@ -117,3 +117,27 @@ class Encode(Protocol):
     def __call__(self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False) -> Example:
         """`generation=True`: the prompt ends where the assistant's reply begins, and nothing is labelled."""
         ...
+
+
+class Processor(Protocol):
+    """What a kind of model brings for its records: training, inference and `medm data check` use the same one."""
+
+    tokenizer: Any
+    """A tokenizer of transformers."""
+    preprocess: dict[str, Any]
+    """Per branch what is done to the pixels (`medm.imaging.Preprocess`)."""
+    placeholder_ids: dict[str, int]
+    """Per branch the token that stands for one vision token."""
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills up short rows."""
+        ...
+
+    def encode(self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False) -> Example:
+        """See `Encode`."""
+        ...
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """See `transformers.ProcessorMixin.save_pretrained`."""
+        ...

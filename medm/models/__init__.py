@@ -12,12 +12,11 @@ from medm.config import Options
 from medm.models.kinds import MODELS, kind_of
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-
     from medm.imaging import Preprocess
     from medm.models.base import MedmModel
+    from medm.types import Processor
 
-    Built: TypeAlias = tuple[MedmModel, ProcessorMixin]
+    Built: TypeAlias = tuple[MedmModel, Processor]
 
 __all__ = [
     "MODELS",
@@ -50,17 +49,19 @@ def build(options: Options, *, init_from: str | None = None) -> Built:
         return kind.build(options)
     model, processor = load(init_from)
     model.check_same_parts(options, source=init_from)
-    return model, model.follow(options, processor)
+    return model, kind.adapt(options, processor, model=model)
 
 
-def processor_of(options: Options, *, init_from: str | None = None) -> Any:
+def processor_of(options: Options, *, init_from: str | None = None) -> Processor:
     """The processor that `build` would give, without reading weights where the kind of model can do so.
 
     Raises:
         RecipeError, CheckpointError: as `build`.
     """
     kind = kind_of(options)
-    return kind.processor(options) if init_from is None else kind.following(options, load_processor(init_from))
+    if init_from is None:
+        return kind.processor(options)
+    return kind.adapt(options, load_processor(init_from))
 
 
 def preprocess_of(options: Options, *, init_from: str | None = None) -> dict[str, Preprocess]:

@@ -13,7 +13,7 @@ from medm.config import Options
 from medm.errors import RecipeError
 from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
-from medm.types import MODEL_TYPE_PREFIX
+from medm.types import MODEL_TYPE_PREFIX, Processor
 
 
 class MedmModel(PreTrainedModel, metaclass=ABCMeta):
@@ -40,12 +40,8 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
     def check_same_parts(self, options: Options, *, source: str) -> None:
         """Raises `RecipeError` when a recipe's `model` section names other parts than this model has."""
 
-    def follow(self, options: Options, processor: Any) -> Any:
-        """The processor of `init_from`, with what a recipe writes in the place of what was saved."""
-        return processor
-
-    def complete(self, processor: Any) -> None:
-        """Tell a processor that an earlier medm saved what it could not say then, and the model knows."""
+    def upgrade(self, processor: Any) -> None:
+        """Add to a processor what the folder of an earlier medm does not say and the model knows."""
 
     def separate_samples(self) -> bool:
         """Prepare for batches that are one row of samples with their beginnings; False where the model cannot."""
@@ -76,8 +72,7 @@ class ModelKind(ABC):
     `medm.models.auto` registers the three classes of every kind with transformers' Auto classes. A subclass
     without one of them, or without an abstract method, raises `TypeError` when it is constructed.
 
-    A kind's processor serves training, inference and `medm data check` alike: `preprocess` by branch, `encode` (see
-    `medm.types.Encode`), `tokenizer`, `placeholder_ids` by branch and `pad_id`.
+    Its processor is a `medm.types.Processor`, the same in training, inference and `medm data check`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -103,7 +98,7 @@ class ModelKind(ABC):
         """Refuse what this machine cannot run, before weights are read. Raises `RecipeError`."""
 
     @abstractmethod
-    def build(self, options: Any) -> tuple[MedmModel, ProcessorMixin]:
+    def build(self, options: Any) -> tuple[MedmModel, Processor]:
         """The model, with published weights wherever the section gives a path, and its processor."""
 
     def skeleton(self, options: Any) -> MedmModel:
@@ -112,7 +107,7 @@ class ModelKind(ABC):
             f"models of kind {options.kind!r} cannot be estimated: they cannot be built without their weights"
         )
 
-    def processor(self, options: Any) -> Any:
+    def processor(self, options: Any) -> Processor:
         """The processor alone. Kinds that can make it without reading weights do."""
         return self.build(options)[1]
 
@@ -120,6 +115,15 @@ class ModelKind(ABC):
         """What is done to the pixels of each branch. Kinds that know it without their language model override this."""
         return dict(self.processor(options).preprocess)
 
-    def following(self, options: Any, processor: Any) -> Any:
-        """The processor of `init_from` with what the section writes in the place of what was saved."""
+    def adapt(self, options: Any, processor: Any, *, model: Any = None) -> Any:
+        """Apply a recipe's section over the model and the processor of `init_from`.
+
+        Args:
+            options: the section.
+            processor: as it was saved.
+            model: as it was saved, changed in place; None where the processor alone is needed.
+
+        Returns:
+            The processor, with what the section sets in place of what was saved.
+        """
         return processor

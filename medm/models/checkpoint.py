@@ -71,7 +71,7 @@ def open_saved(folder: str) -> tuple[Any, Any]:
     )
     loaded.raise_if_partial()
     _report_strangers(path, config, processor)
-    model.complete(processor)
+    model.upgrade(processor)
     model.eval()
     return model, processor
 

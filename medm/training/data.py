@@ -21,7 +21,7 @@ from medm.data.records import Records
 from medm.distributed import all_gather_objects, rank, world_size
 from medm.errors import DataError, RecipeError
 from medm.training.options import TrainOptions
-from medm.types import Batch
+from medm.types import Batch, Processor
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,14 @@ class TrainingData:
     """
 
     def __init__(
-        self, options: DataOptions, train: TrainOptions, processor: Any, *, rank: int, world: int, flat: bool = False
+        self,
+        options: DataOptions,
+        train: TrainOptions,
+        processor: Processor,
+        *,
+        rank: int,
+        world: int,
+        flat: bool = False,
     ) -> None:
         if not options.train:
             raise RecipeError("data.train: no annotation file; name at least one")

@@ -47,6 +47,9 @@ def test_the_second_stage_speaks_and_sees_as_its_recipe_says(llms: dict[str, Pat
     seen = processor.preprocess["volume"]
     assert (seen.convention, seen.scale, seen.windows) == ("medm-vl", "hu", [[-1000.0, 1000.0]])
     assert (seen.orientation, seen.size) == ("LPS", [8, 16, 16])
+    # The processor alone is adapted in the same way.
+    alone = medm.models.processor_of(options(llm, volume, chat_template="vicuna"), init_from=first)
+    assert (alone.chat_template, alone.preprocess) == (processor.chat_template, processor.preprocess)
     # The same as a build from the published parts with this recipe.
     fresh = medm.models.build(options(llm, volume, chat_template="vicuna"))[1]
     assert seen == fresh.preprocess["volume"]

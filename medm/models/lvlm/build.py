@@ -66,8 +66,17 @@ class LVLM(ModelKind):
     def preprocess(self, options: LVLMOptions) -> dict[str, Preprocess]:
         return {name: _preprocess(name, branch) for name, branch in options.branches.items()}
 
-    def following(self, options: LVLMOptions, processor: LVLMProcessor) -> LVLMProcessor:
-        return processor.following(options)
+    def adapt(
+        self,
+        options: LVLMOptions,
+        processor: LVLMProcessor,
+        *,
+        model: LVLMForConditionalGeneration | None = None,
+    ) -> LVLMProcessor:
+        adapted = processor.adapt(options)
+        if model is not None:
+            model.adapt(options, adapted)
+        return adapted
 
 
 def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:

@@ -183,14 +183,18 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
                 f"init_from {source}: holds " + "; ".join(differences) + ". Change the recipe or init_from"
             )
 
-    def follow(self, options: LVLMOptions, processor: Any) -> Any:  # type: ignore[override]
-        followed = processor.following(options)
+    def adapt(self, options: LVLMOptions, processor: Any) -> None:
+        """Apply a recipe over a saved model: the stop token of its chat template, its attention.
+
+        Args:
+            options: the recipe's section.
+            processor: the adapted one.
+        """
         generation: Any = self.generation_config
-        end, stops = followed.chat.end_of_reply(), generation.eos_token_id
+        end, stops = processor.chat.end_of_reply(), generation.eos_token_id
         generation.eos_token_id = sorted({end, *(stops if isinstance(stops, list) else [stops])} - {None})
         self.use_attention(options.llm.attention)
         self.choose_logits()
-        return followed
 
     def use_attention(self, attention: str) -> None:
         """Switch the language model to an attention implementation, at every level that names one.
@@ -211,7 +215,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             )
         self.config._attn_implementation = attention
 
-    def complete(self, processor: Any) -> None:
+    def upgrade(self, processor: Any) -> None:
         for name in self.branches:
             if self.branch(name).connector.refuses_unseen_tasks:
                 processor.branches[name].setdefault("known_tasks_only", True)

@@ -119,10 +119,10 @@ class LVLMProcessor(ProcessorMixin):
             {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - placeholders
         )
 
-    def following(self, options: LVLMOptions) -> LVLMProcessor:
-        """The same processor with the chat template and the fields of preprocessing that a recipe writes.
+    def adapt(self, options: LVLMOptions) -> LVLMProcessor:
+        """Return the processor with the chat template and the preprocessing fields that a recipe sets.
 
-        What it does not write stays: a stage may speak in another layout than the one before, or see other windows.
+        What the recipe does not set stays as it was saved.
 
         Raises:
             RecipeError: an input size other than the one that the model was built for, or a field that is unknown.
