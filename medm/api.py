@@ -133,7 +133,7 @@ class Model:
                 except DataError as error:
                     raise error.at(index=index if len(questions) > 1 else None) from None
             prompts = prepare(examples, pad_id=self.processor.pad_id)
-            replies += [reply.text for reply in engine.answer(prompts)]
+            replies += [reply.text for reply in engine.generate(prompts)]
         return replies
 
     def stream(

@@ -30,7 +30,7 @@ from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.files import atomic_write_text
-from medm.inference.batches import Prepared, Prompts, deal, work_order
+from medm.inference.batches import Prepared, Prompts, order_by_length, shard_indices
 from medm.inference.generator import Engine, Reply, load_engine, pick_device
 from medm.inference.options import InferOptions
 from medm.inference.predictions import Appender, Results, model_fingerprint
@@ -223,20 +223,20 @@ def _answer_share(options: InferOptions, rank: int, world: int, note: Callable[[
     with results.append(rank=rank, world=world) as appender:
         records, processor = open_records(options), load_processor(options.model)
         tokens_per_item = {name: int(entry["num_tokens"]) for name, entry in processor.branches.items()}
-        share = deal(work_order(records, tokens_per_item), rank=rank, world=world).tolist()
+        shard = shard_indices(order_by_length(records, tokens_per_item), rank=rank, world=world).tolist()
         lines = results.done()
-        fresh = [index for index in share if index not in lines]
-        failed = [index for index in share if "error" in lines.get(index, {})]
+        fresh = [index for index in shard if index not in lines]
+        failed = [index for index in shard if "error" in lines.get(index, {})]
         logger.debug("process %d of %d: %d records to answer", rank, world, len(fresh) + len(failed))
-        work = _Share(options, world, records, processor, appender, note)
+        work = _Shard(options, world, records, processor, appender, note)
         if fresh or (failed and work.can_any_be_answered(failed)):
             work.load_model(_device_of(options.device, rank))
-            again = work.answer(fresh)
-            work.answer([*failed, *again])
+            again = work.generate(fresh)
+            work.generate([*failed, *again])
 
 
-class _Share:
-    """The work of one process.
+class _Shard:
+    """The shard of one rank.
 
     Args:
         options: of the run.
@@ -281,14 +281,14 @@ class _Share:
             self._take(prepared, [])
         return False
 
-    def answer(self, indexes: Sequence[int]) -> list[int]:
+    def generate(self, indexes: Sequence[int]) -> list[int]:
         """Answer records, and return those that should be tried again at the end."""
         assert self.engine is not None
         # A decoder that fills the places of finished prompts is given several batches at once.
         size = self.options.batch_size * (_BATCHES_AHEAD if self.engine.decoder is not None else 1)
         again: list[int] = []
         for prepared in self._prepare(indexes, size=size):
-            replies = self.engine.answer(prepared.batch) if prepared.batch is not None else []
+            replies = self.engine.generate(prepared.batch) if prepared.batch is not None else []
             self._take(prepared, replies)
             again += [problem.named["index"] for problem in prepared.problems if problem.retry]
             _stop_with_parent()

@@ -202,8 +202,10 @@ def reason(error: DataError) -> str:
     return f"field '{error.field}': {error.reason}" if error.field is not None else error.reason
 
 
-def work_order(records: Records, tokens_per_item: dict[str, int]) -> list[int]:
-    """Every record, longest prompts first, and prompts on the same image beside each other where lengths allow.
+def order_by_length(records: Records, tokens_per_item: dict[str, int]) -> list[int]:
+    """Return the indices of all records, longest prompts first.
+
+    Prompts on the same image stand beside each other where lengths allow.
 
     Lengths are estimated from the text, without reading an image. The longest first shows at the start whether a
     batch fits the memory, and makes the estimate of the time left a safe one.
@@ -221,10 +223,10 @@ def work_order(records: Records, tokens_per_item: dict[str, int]) -> list[int]:
     return [key[-1] for key in sorted(keys)]
 
 
-def deal(order: Sequence[int], *, rank: int, world: int) -> np.ndarray:
-    """The records of one process: the same ones whatever has been answered already, so that none is taken twice.
+def shard_indices(order: Sequence[int], *, rank: int, world: int) -> np.ndarray:
+    """Return the shard of one rank: the same records whatever has a reply already, so that none is taken twice.
 
-    Runs of `order` are dealt, not single records: neighbours share images.
+    Runs of `order` are assigned, not single records: neighbors have images in common.
     """
     run = max(1, min(64, len(order) // (4 * world)))
     place = np.arange(len(order)) // run

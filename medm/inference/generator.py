@@ -194,7 +194,7 @@ class Engine:
         """Where the model is."""
         return torch.device(self.model.device)
 
-    def answer(self, batch: PromptBatch) -> list[Reply]:
+    def generate(self, batch: PromptBatch) -> list[Reply]:
         """One reply a prompt. A batch that does not fit the memory is halved until it does.
 
         Raises:
@@ -214,7 +214,7 @@ class Engine:
             parts = [batch.rows(0, half, self._runs), batch.rows(half, len(batch), self._runs)]
             del batch
             torch.cuda.empty_cache()
-            return [reply for part in parts for reply in self.answer(part)]
+            return [reply for part in parts for reply in self.generate(part)]
         return [self._reply(row) for row in ids]
 
     def stream(self, batch: PromptBatch) -> Iterator[str]:

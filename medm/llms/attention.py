@@ -42,7 +42,7 @@ def attend_per_document(
     max_length_q: int | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_k: int | None = None,
-    row_reaches: list[tuple[int, int]] | None = None,
+    kv_lengths: list[tuple[int, int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sample of one row. Its last query sees all its keys, of which may be more.
@@ -59,20 +59,22 @@ def attend_per_document(
         max_length_q: tokens of the longest sample.
         cu_seq_lens_k: the same for the keys.
         max_length_k: keys of the sample that has most.
-        row_reaches: in a step of decoding, of some rows after another how many they are, and how many keys they have at
-            most; what lies behind is not read.
+        kv_lengths: in a decode step, for each group of consecutive rows the number of rows and the most keys of one of
+            them; keys beyond are not read.
         kwargs: for "sdpa", where that is asked.
 
     Returns:
         (1, T, H, D), and no weights.
     """
-    if row_reaches is not None:
+    if kv_lengths is not None:
         assert attention_mask is not None
-        rows = [count for count, _ in row_reaches]
+        rows = [count for count, _ in kv_lengths]
         parts = [
-            sdpa_attention_forward(module, q, k[:, :, :reach], v[:, :, :reach], mask[..., :reach], scaling=scaling)[0]
-            for (_, reach), q, k, v, mask in zip(
-                row_reaches, *(tensor.split(rows) for tensor in (query, key, value, attention_mask)), strict=True
+            sdpa_attention_forward(
+                module, q, k[:, :, :kv_length], v[:, :, :kv_length], mask[..., :kv_length], scaling=scaling
+            )[0]
+            for (_, kv_length), q, k, v, mask in zip(
+                kv_lengths, *(tensor.split(rows) for tensor in (query, key, value, attention_mask)), strict=True
             )
         ]
         return torch.cat(parts), None

@@ -17,7 +17,7 @@ import pytest
 
 from medm.errors import CheckpointError, DataError, MedmError, RecipeError
 from medm.inference.batch import InferSummary, infer, with_reply
-from medm.inference.batches import deal
+from medm.inference.batches import shard_indices
 from medm.inference.options import GenerationOptions, InferOptions
 from medm.inference.predictions import Appender, Results, encode, model_fingerprint
 from tests.cli.runner import medm
@@ -234,9 +234,9 @@ def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 7, 1000])
 def test_every_record_is_dealt_to_one_process(world: int, count: int) -> None:
     order = list(reversed(range(count)))
-    shares = [deal(order, rank=rank, world=world).tolist() for rank in range(world)]
-    assert sorted(index for share in shares for index in share) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 64
+    shards = [shard_indices(order, rank=rank, world=world).tolist() for rank in range(world)]
+    assert sorted(index for share in shards for index in share) == list(range(count))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 64
 
 
 def test_what_cannot_begin_says_why(model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from medm.inference import decoding
-from medm.inference.decoding import MIN_SHARED, GreedyDecoder, Prompt, shared_beginnings, shared_length
+from medm.inference.decoding import MIN_PREFIX, GreedyDecoder, Prompt, shared_length, shared_prefixes
 from medm.llms.attention import PER_DOCUMENT
 from tests.tiny import llm_architecture
 
@@ -74,7 +74,7 @@ def test_long_prompts_are_read_in_several_rows(
     language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = prompts(language_model)
-    monkeypatch.setitem(decoding.MAX_READ, "cpu", 50)
+    monkeypatch.setitem(decoding.MAX_PREFILL_TOKENS, "cpu", 50)
     rows = []
     hook = language_model.base_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
@@ -87,12 +87,12 @@ def test_long_prompts_are_read_in_several_rows(
 
 def test_rows_attend_in_groups(language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as the longest of a group has keys."""
-    monkeypatch.setattr(decoding, "TOGETHER", 2)
-    reaches = []
+    monkeypatch.setattr(decoding, "ROWS_PER_GROUP", 2)
+    kv_lengths = []
     attend = ALL_ATTENTION_FUNCTIONS[PER_DOCUMENT]
 
     def counted(*given: Any, **named: Any) -> Any:
-        reaches.append(named.get("row_reaches"))
+        kv_lengths.append(named.get("kv_lengths"))
         return attend(*given, **named)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, PER_DOCUMENT, counted)
@@ -100,7 +100,7 @@ def test_rows_attend_in_groups(language_model: torch.nn.Module, monkeypatch: pyt
     replies = GreedyDecoder(language_model, stops=[], slots=5).decode(given)
     assert replies == [alone(language_model, prompt, [], []) for prompt in given]
     lengths = sorted((len(prompt.embeds) for prompt in given), reverse=True)
-    first = next(groups for groups in reaches if groups)
+    first = next(groups for groups in kv_lengths if groups)
     assert [count for count, _ in first] == [2, 2, 1]
     assert [reach for _, reach in first] == [lengths[0] + 1, lengths[2] + 1, lengths[4] + 1]
 
@@ -115,7 +115,7 @@ def test_a_reply_outgrows_its_room(language_model: torch.nn.Module, monkeypatch:
 def test_compiled_steps_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every slot, used or not; a second call meets the tensors of the first."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, not built
-    monkeypatch.setattr(decoding, "MODE", None)
+    monkeypatch.setattr(decoding, "COMPILE_MODE", None)
     torch.manual_seed(0)
     config = AutoConfig.for_model(**llm_architecture("qwen3", initializer_range=0.3))
     language_model = AutoModelForCausalLM.from_config(config).eval()
@@ -158,8 +158,8 @@ def test_sliding_attention_is_left_to_generate() -> None:
 def test_shared_beginnings_leave_the_last_token_and_short_ones_alone() -> None:
     base = np.arange(30)
     other = np.arange(100, 130)
-    same = shared_beginnings([7, 8, 9], [base, base, other])
+    same = shared_prefixes([7, 8, 9], [base, base, other])
     assert sorted(same) == [(0, [9]), (29, [7, 8])]
-    assert shared_beginnings([1, 2], [base[: MIN_SHARED - 1], base]) in ([(0, [1]), (0, [2])], [(0, [2]), (0, [1])])
+    assert shared_prefixes([1, 2], [base[: MIN_PREFIX - 1], base]) in ([(0, [1]), (0, [2])], [(0, [2]), (0, [1])])
     assert shared_length(base, base[:5]) == 5
     assert shared_length(base, other) == 0

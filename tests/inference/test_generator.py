@@ -57,7 +57,7 @@ def test_replies_are_those_of_plain_generate(tiny: tuple[Any, Any], prompts: lis
     pixels = torch.from_numpy(np.stack(prompts[2].pixels["image"]))
     plain = model.generate(input_ids=ids, pixels={"image": pixels}, max_new_tokens=9, do_sample=False)
     engine = Engine(model, processor, GenerationOptions(max_new_tokens=9))
-    reply = engine.answer(prepare([prompts[2]], pad_id=processor.pad_id))[0]
+    reply = engine.generate(prepare([prompts[2]], pad_id=processor.pad_id))[0]
     assert reply.text == processor.text(plain[0, ids.shape[1] :])
     assert reply.tokens == plain.shape[1] - ids.shape[1]
 
@@ -66,7 +66,7 @@ def test_drawn_replies_are_the_same_from_a_cache_of_fixed_size(tiny: tuple[Any, 
     model, processor = tiny
     batch = prepare(prompts, pad_id=processor.pad_id)
     replies = [
-        Engine(model, processor, GenerationOptions(max_new_tokens=6, temperature=0.7, compile=fixed)).answer(batch)
+        Engine(model, processor, GenerationOptions(max_new_tokens=6, temperature=0.7, compile=fixed)).generate(batch)
         for fixed in (False, True)
     ]
     assert replies[0] == replies[1]
@@ -86,9 +86,9 @@ def test_an_image_is_encoded_once_for_all_its_questions(
     counts: list[int] = []
     encode = model.branch("image").encode
     monkeypatch.setattr(model.branch("image"), "encode", lambda pixels: counts.append(len(pixels)) or encode(pixels))
-    engine.answer(prepare(prompts, pad_id=processor.pad_id))
-    engine.answer(prepare(prompts[:1], pad_id=processor.pad_id))
-    engine.answer(prepare([example(processor, "New", picture(7))], pad_id=processor.pad_id))
+    engine.generate(prepare(prompts, pad_id=processor.pad_id))
+    engine.generate(prepare(prompts[:1], pad_id=processor.pad_id))
+    engine.generate(prepare([example(processor, "New", picture(7))], pad_id=processor.pad_id))
     assert counts == [2, 1]  # four placeholders of two pictures; nothing new; one new picture
 
 
@@ -118,7 +118,7 @@ def test_streaming_gives_the_same_text_and_can_be_stopped(tiny: tuple[Any, Any],
     model, processor = tiny
     engine = Engine(model, processor, GenerationOptions(max_new_tokens=12))
     batch = prepare(prompts[:1], pad_id=processor.pad_id)
-    assert "".join(engine.stream(batch)).strip() == engine.answer(batch)[0].text
+    assert "".join(engine.stream(batch)).strip() == engine.generate(batch)[0].text
     stream = Engine(model, processor, GenerationOptions(max_new_tokens=400)).stream(batch)
     next(stream)
     stream.close()  # returns at once, or the test would take the time of 400 tokens
@@ -130,7 +130,7 @@ def test_sampling_repeats_itself_with_a_seed(tiny: tuple[Any, Any], prompts: lis
 
     def replies(seed: int) -> list[str]:
         options = GenerationOptions(max_new_tokens=8, temperature=1.0, top_p=0.9, seed=seed)
-        return [reply.text for reply in Engine(model, processor, options).answer(batch)]
+        return [reply.text for reply in Engine(model, processor, options).generate(batch)]
 
     assert replies(1) == replies(1)
     assert replies(1) != replies(2)
@@ -141,7 +141,7 @@ def test_a_batch_beyond_the_memory_is_halved(
 ) -> None:
     model, processor = tiny
     engine = Engine(model, processor, GenerationOptions(max_new_tokens=6))
-    expected = engine.answer(prepare(prompts, pad_id=processor.pad_id))
+    expected = engine.generate(prepare(prompts, pad_id=processor.pad_id))
     generate, sizes = engine._generate, []
 
     def small_memory(batch: Any, **kwargs: Any) -> Any:
@@ -151,11 +151,11 @@ def test_a_batch_beyond_the_memory_is_halved(
         return generate(batch, **kwargs)
 
     monkeypatch.setattr(engine, "_generate", small_memory)
-    assert [r.text for r in engine.answer(prepare(prompts, pad_id=processor.pad_id))] == [r.text for r in expected]
+    assert [r.text for r in engine.generate(prepare(prompts, pad_id=processor.pad_id))] == [r.text for r in expected]
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
     monkeypatch.setattr(engine, "_generate", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(DeviceError, match="one prompt of"):
-        engine.answer(prepare(prompts[:1], pad_id=processor.pad_id))
+        engine.generate(prepare(prompts[:1], pad_id=processor.pad_id))
 
 
 def test_settings_of_the_published_config_do_not_leak(tiny: tuple[Any, Any]) -> None:
