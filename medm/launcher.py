@@ -87,6 +87,11 @@ class _Link:
         if os.getppid() != launcher:  # it was killed before the line above
             raise SystemExit(RESUMABLE)
 
+    @property
+    def connected(self) -> bool:
+        """Whether a launcher started this process."""
+        return self._descriptor is not None
+
     def report(self, text: str, *, traceback: bool = False) -> bool:
         """Give an error to the launcher, which prints it once. Returns False without a launcher."""
         return self._tell({"error": text, "traceback": traceback, "time": time.monotonic()})

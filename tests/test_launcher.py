@@ -170,8 +170,9 @@ FAILURES = {
         2, ["error: no such file"],
     ),
     "one meets an error, the other loses its connection": (
+        "signal.signal(signal.SIGTERM, lambda *_: None); touch('up'); others('up')\n"
         "if rank == 1: LINK.report('error: record 7 is bad'); raise SystemExit(1)\n"
-        "signal.signal(signal.SIGTERM, lambda *_: None); time.sleep(0.5); LINK.report('Traceback:\\n  File\\nRuntimeError: connection closed', traceback=True)\n"
+        "time.sleep(0.5); LINK.report('Traceback:\\n  File\\nRuntimeError: connection closed', traceback=True)\n"
         "raise SystemExit(1)",
         1, ["error: record 7 is bad", "process 0 ended after it: RuntimeError: connection closed"],
     ),
@@ -195,8 +196,9 @@ FAILURES = {
 def test_a_failure_ends_all_and_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str) -> None:
     script, status, lines = FAILURES[case]
     started = time.monotonic()
-    # No rank fails before both are connected.
-    assert launch(tmp_path, f"touch('up'); others('up')\n{script}") == status
+    # No rank fails before both are connected, and ready for the stop that follows.
+    script = script if "others('up')" in script else f"touch('up'); others('up')\n{script}"
+    assert launch(tmp_path, script) == status
     assert time.monotonic() - started < launcher.GRACE
     assert capfd.readouterr().err.splitlines() == lines
     assert alive(tmp_path) == []

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             run(app, given)
     except Stopped as stop:
-        if stop.code == RESUMABLE:
+        # Under a launcher another rank's error may be what stopped this one: the launcher speaks.
+        if stop.code == RESUMABLE and not LINK.connected:
             _note(f"stopped by {stop.number.name}; the same command starts again (train: with --resume)")
         raise
     except SystemExit as end:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from medm.data.collator import Collator
 from medm.data.packing import PackingCollator
-from medm.models.lvlm import modeling
+from medm.models.lvlm import modeling, scatter
 from medm.objectives.language_modeling import LanguageModeling
 from tests import tiny
 from tests.models.test_lvlm import build, example
@@ -64,7 +64,8 @@ def test_forward_and_backward_wait_for_nothing(kind: str, llm: Path, monkeypatch
     if kind == "packed":
         assert model.separate_samples()
     batch = collators[kind](data)
-    monkeypatch.setattr(modeling, "check", lambda condition, message: None)  # asserted on the device itself there
+    for module in (modeling, scatter):
+        monkeypatch.setattr(module, "check", lambda condition, message: None)  # asserted on the device itself there
     with Waits() as waits:
         losses = LanguageModeling()(model, batch, torch.tensor(5))
         losses.total.backward()
