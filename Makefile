@@ -5,6 +5,7 @@
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
 # make format       ruff's fixes and formatting
 # make docs         the generated pages of docs/
+# make golden       the resolved recipes that tests/test_golden_recipes.py compares with
 # make env          the environment alone
 #
 # make lock         renew requirements/*.txt, the exact versions that the environment is made from
@@ -34,7 +35,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions/$(VERSIONS)
 
-.PHONY: help env quickstart quickstart-3d uni-med-demo test check lint types layers format docs lock clean
+.PHONY: help env quickstart quickstart-3d uni-med-demo test check lint types layers format docs golden lock clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -98,6 +99,9 @@ format: env
 docs: env
 	$(BIN)/medm reference recipes docs/recipe-reference.md
 	$(BIN)/medm reference commands docs/cli.md
+
+golden: env
+	$(BIN)/python -m tests.test_golden_recipes
 
 clean:
 	rm -rf build dist *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache
