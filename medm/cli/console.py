@@ -51,6 +51,8 @@ def start_logging(*, verbose: bool = False) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
+    # transformers has a handler of its own; where the variable CI is set, it passes its records on as well.
+    handler.addFilter(lambda record: not record.name.startswith("transformers."))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     usual = logging.INFO if first_process() else logging.ERROR
     logging.getLogger("medm").setLevel(logging.DEBUG if verbose else usual)

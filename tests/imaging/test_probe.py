@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,9 @@ def _no_pixels(*_: object, **__: object) -> None:
 
 @pytest.fixture
 def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A module that is first imported while the readers are replaced would keep the replacements for good.
+    for module in ("dicom_image", "images", "volumes", "nifti", "nrrd", "metaimage", "slices"):
+        importlib.import_module(f"medm.imaging.{module}")
     for name in (
         "dicom_series.read_pixels", "dicom_pixels.read_pixels", "nrrd.read_voxels", "metaimage.read_voxels",
         "nifti.read_voxels", "volumes.read_npy", "volumes.read_npz", "slices.read_image", "images.read_image",
