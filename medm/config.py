@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -37,6 +38,23 @@ class Options(BaseModel):
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+T = TypeVar("T")
+
+
+class Mark(Enum):
+    """Properties of an option that stand on its field, as `Annotated` metadata."""
+
+    RESUME_SAFE = "resume-safe"
+    """May change between a run and its continuation."""
+    OWN = "own"
+    """Read by medm, and not handed on with the other options of its section."""
+
+
+ResumeSafe: TypeAlias = Annotated[T, Mark.RESUME_SAFE]
+"""Type of an option that may change between a run and its continuation: it does not change what is learned.
+
+On a section it covers every key below. Options of plug-ins use it too.
+"""
 
 
 class _RecipeLoader(yaml.SafeLoader):

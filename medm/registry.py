@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, cast
+from types import UnionType
+from typing import Annotated, Any, Generic, TypeAlias, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import GetPydanticSchema
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from medm.config import Options
 from medm.errors import RecipeError, UnknownNameError
@@ -125,49 +126,75 @@ class Registry(Generic[T]):
 
 @dataclass(frozen=True)
 class NamedBlock:
-    """Marks a field whose block names a registered part, so that its options can be looked up (for documentation)."""
+    """Annotation of a field whose block names a registered part, e.g. `{name: mlp, depth: 2}` or just `mlp`.
 
-    registry: Registry[Any]
-    key: str
-
-
-def named(registry: Registry[Any], *, key: str = "name", default: str | None = None) -> Any:
-    """The type of a block that names a registered part, e.g. `{name: mlp, depth: 2}` or just `mlp`.
-
-    `default` is the part that is meant when the block names none.
-
-    The block is checked by the options class of the part it names, so an unknown option is reported
-    with the options that this part has.
+    The field's type is the options class that all members share: `Annotated[ConnectorOptions, NamedBlock(CONNECTORS)]`.
+    The block is checked by the options class of the part that it names, so an unknown option is reported with the
+    options of this part.
     """
 
-    def pick(value: Any) -> Options:
+    registry: Registry[Any]
+    key: str = "name"
+    """Key of the block that holds the name."""
+    default: str | None = None
+    """Name of a block that gives none."""
+
+    def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda options: options.model_dump()),
+        )
+
+    def _validate(self, value: object) -> Options:
         if isinstance(value, Options):
             return value
         if isinstance(value, str):
-            value = {key: value}
-        if default is not None and isinstance(value, Mapping):
-            value = {key: default, **value}
-        if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
+            value = {self.key: value}
+        if self.default is not None and isinstance(value, Mapping):
+            value = {self.key: self.default, **value}
+        if not isinstance(value, Mapping) or not isinstance(value.get(self.key), str):
             raise PydanticCustomError(
                 "named_block",
                 "expected a {kind} block with a '{key}', found {found}",
-                {"kind": registry.kind, "key": key, "found": repr(value)},
+                {"kind": self.registry.kind, "key": self.key, "found": repr(value)},
             )
         try:
-            entry = registry.entry(value[key])
+            entry = self.registry.entry(value[self.key])
         except RecipeError as error:
             raise PydanticCustomError("unknown_name", "{reason}", {"reason": str(error)}) from None
         return entry.options.model_validate(dict(value))
 
-    return Annotated[
-        Options,
-        GetPydanticSchema(
-            lambda _source, _handler: core_schema.no_info_plain_validator_function(
-                pick, serialization=core_schema.plain_serializer_function_ser_schema(lambda o: o.model_dump())
-            )
-        ),
-        NamedBlock(registry, key),
-    ]
+
+Section: TypeAlias = type[Options] | NamedBlock
+"""Options of a section of a recipe: a class, or a table of classes by the name of a part."""
+EACH_ITEM, EACH_VALUE = "[]", "<name>"
+"""Steps of a path into a field: to every item of a list, to every value of a mapping."""
+
+
+def sections_in(field: FieldInfo) -> Iterator[tuple[tuple[str, ...], Section]]:
+    """Yield the sections that a field holds, each with the steps (`EACH_ITEM`, `EACH_VALUE`) that lead to it."""
+    yield from _sections(field.annotation, list(field.metadata), ())
+
+
+def _sections(
+    annotation: object, metadata: list[Any], path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Section]]:
+    block = next((item for item in metadata if isinstance(item, NamedBlock)), None)
+    if block is not None:
+        yield path, block
+        return
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _sections(arguments[0], list(arguments[1:]), path)
+    elif origin is list:
+        yield from _sections(arguments[0], [], (*path, EACH_ITEM))
+    elif origin is dict:
+        yield from _sections(arguments[1], [], (*path, EACH_VALUE))
+    elif origin in (Union, UnionType):
+        for argument in arguments:
+            yield from _sections(argument, [], path)
+    elif isinstance(annotation, type) and issubclass(annotation, Options) and annotation is not Options:
+        yield path, annotation
 
 
 _plugins: list[Path] = []

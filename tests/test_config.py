@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import Field
 
 from medm.config import Options, apply_overrides, parse_value, read_yaml, validate
 from medm.errors import RecipeError
-from medm.registry import Registry, named
+from medm.registry import NamedBlock, Registry
 
 
 class Plain(Options):
@@ -27,7 +27,7 @@ PARTS.add("deep", "medm.errors:MedmError", "has a depth", options=Deep)
 
 
 class Section(Options):
-    part: named(PARTS)  # type: ignore[valid-type]
+    part: Annotated[Plain, NamedBlock(PARTS)]
     rate: float = 1.0
     items: list[Deep] = []
 

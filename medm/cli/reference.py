@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from medm.config import Options
-from medm.registry import NamedBlock, Registry
+from medm.registry import EACH_ITEM, NamedBlock, Registry, Section, sections_in
 
 HEADER = """\
 # Recipe reference
@@ -84,7 +84,8 @@ def default_text(info: FieldInfo) -> str:
         return "required"
     value = info.get_default(call_default_factory=True)
     if isinstance(value, Options):
-        return "see below"
+        block = next((item for item in info.metadata if isinstance(item, NamedBlock)), None)
+        return "see below" if block is None else str(getattr(value, block.key))
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -92,33 +93,16 @@ def default_text(info: FieldInfo) -> str:
     return str(value) if value != "" else '""'
 
 
-def _inside(annotation: Any, metadata: list[Any], path: str) -> Iterator[tuple[str, Any]]:
-    """The sections and tables that stand behind a field: (dotted path, options class or `NamedBlock`)."""
-    block = next((item for item in metadata if isinstance(item, NamedBlock)), None)
-    if block is not None:
-        yield path, block
-        return
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        yield from _inside(arguments[0], list(arguments[1:]), path)
-    elif origin is list:
-        yield from _inside(arguments[0], [], f"{path}[]")
-    elif origin is dict:
-        yield from _inside(arguments[1], [], f"{path}.<name>")
-    elif origin in (Union, types.UnionType):
-        for argument in arguments:
-            yield from _inside(argument, [], path)
-    elif isinstance(annotation, type) and issubclass(annotation, Options) and annotation is not Options:
-        yield path, annotation
-
-
-def sections(options: type[Options], path: str = "") -> Iterator[tuple[str, type[Options] | NamedBlock]]:
+def sections(options: type[Options], path: str = "") -> Iterator[tuple[str, Section]]:
     """Every section below one, depth first, itself included, and every table of parts: each once."""
     seen: set[int] = set()
 
-    def expand(current: type[Options], place: str) -> Iterator[tuple[str, type[Options] | NamedBlock]]:
+    def expand(current: type[Options], place: str) -> Iterator[tuple[str, Section]]:
         for key, info in current.model_fields.items():
-            for below, found in _inside(info.annotation, list(info.metadata), f"{place}.{key}".lstrip(".")):
+            for steps, found in sections_in(info):
+                below = f"{place}.{key}".lstrip(".") + "".join(
+                    step if step == EACH_ITEM else f".{step}" for step in steps
+                )
                 mark = id(found.registry) if isinstance(found, NamedBlock) else id(found)
                 if mark in seen:
                     continue

@@ -1,12 +1,13 @@
-"""Connectors: vision tokens in, tokens of the LLM's width out. The table at the end has one line a member.
+"""Connectors: vision tokens in, tokens of the LLM's width out. The table at the end has one line per member.
 
-Adding one is a new file with a `Connector` and a line here; options of its own stand above the table
-(they are torch-free, so that a recipe can be checked without loading any model code).
+To add one, write a file with a `Connector` and a line here. Its options stand above the table and are torch-free, so
+that a recipe can be checked without loading model code. They hold the only description of each option: constructors
+take the same names and defaults as keywords, and a test over all registries compares the two.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -17,8 +18,16 @@ if TYPE_CHECKING:
     from medm.connectors.base import Connector
 
 
+Activation: TypeAlias = Literal["gelu", "gelu_pytorch_tanh", "relu", "silu"]
+Method: TypeAlias = Literal["projection", "average", "max"]
+Gate: TypeAlias = Literal["soft", "sparse", "hard", "constant"]
+RouteBy: TypeAlias = Literal["token", "task", "task+token"]
+Mode: TypeAlias = Literal["sound", "published"]
+UnseenTask: TypeAlias = Literal["error", "mean", "constant"]
+
+
 class ConnectorOptions(Options):
-    """What every connector block of a recipe may say. Widths and grids are told by the composition."""
+    """Options of every connector. The composition gives widths and grids."""
 
     name: str
     """Registered name of the connector."""
@@ -31,7 +40,7 @@ class MLPOptions(ConnectorOptions):
 
     depth: int = Field(default=2, ge=1)
     """Number of linear layers, with an activation between them."""
-    activation: Literal["gelu", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
+    activation: Activation = "gelu"
     """Activation between the layers, by its transformers name."""
 
 
@@ -39,52 +48,54 @@ class SpatialPoolingOptions(MLPOptions):
     """Average pooling over the grid, then an MLP."""
 
     pool: int | list[int] = 2
-    """Side of a window in cells: one number, or one for each axis of the grid."""
+    """Side of a window in cells: one number, or one for each axis of the grid. Where it does not divide the grid, the
+    last window averages the cells that are left."""
 
 
 class AttentionPoolingOptions(MLPOptions):
     """Learned queries over all tokens, then an MLP."""
 
     queries: int | None = Field(default=None, ge=1)
-    """Number of queries, which is the number of tokens; without it one for each cell of the last two grid axes."""
+    """Number of queries, which is the number of tokens for the LLM. Default: one for each cell of the last two grid
+    axes, so that a volume takes as many tokens as one of its slices."""
     heads: int = Field(default=8, ge=1)
     """Attention heads; must divide the encoder's width."""
 
 
 class ResampleOptions(MLPOptions):
-    """Windows of tokens become one token each, then an MLP."""
+    """One token for each window of tokens, then an MLP."""
 
-    method: Literal["projection", "average", "max"] = "projection"
-    """What becomes of a window: its tokens side by side on the channel axis, their average, or their maximum."""
+    method: Method = "projection"
+    """Reduction of a window: its tokens side by side on the channel axis, their average, or their maximum."""
     window: int | list[int] = 2
     """Side of a window in cells: one number, or one for each axis. Uni-Med's strips of a row are [1, 4]."""
 
 
 class MoEOptions(MLPOptions):
-    """Experts mixed by a router. `depth` and `activation` are those of each expert; depth 1 are linear experts."""
+    """Experts mixed by a router. `depth` and `activation` are those of each expert; depth 1 gives linear experts."""
 
     num_experts: int = Field(default=5, ge=1)
     """Number of experts."""
-    gate: Literal["soft", "sparse", "hard", "constant"] = "soft"
-    """Weighs all experts; runs the `top_k` best alone; runs the expert of the task; or averages all (the dense
-    baseline of equal size)."""
-    route_by: Literal["token", "task", "task+token"] = "token"
-    """What a learned gate sees: the visual token, a learned token of the task, or both."""
-    mode: Literal["sound", "published"] = "sound"
-    """Softmax, narrow router and load-balance loss; or Uni-Med's formulas: normalised sigmoids, a router four times
-    as wide as its input, no auxiliary loss."""
+    gate: Gate = "soft"
+    """`soft` weighs all experts; `sparse` runs only the `top_k` best; `hard` runs the expert at the position of the
+    task; `constant` averages all (the dense baseline of equal size)."""
+    route_by: RouteBy = "token"
+    """Input of a learned gate: the visual token, a learned token of the task, or both."""
+    mode: Mode = "sound"
+    """`sound`: softmax, narrow router and load-balance loss. `published`: Uni-Med's formulas: normalized sigmoids, a
+    router four times as wide as its input, no auxiliary loss."""
     top_k: int = Field(default=2, ge=1)
-    """Experts a token under `gate: sparse`."""
+    """Experts per token under `gate: sparse`."""
     tasks: list[str] = []
     """Names of the tasks in the order of their ids; filled from `model.tasks`."""
-    unseen_task: Literal["error", "mean", "constant"] = "error"
-    """An item whose task is none of them: an error, the mean of the known tasks, or the mean of all experts."""
+    unseen_task: UnseenTask = "error"
+    """Handling of an item with another task: an error, the mean of the known tasks, or the mean of all experts."""
     task_dim: int | None = Field(default=None, ge=1)
-    """Width of a task token; without it that of a visual token (published) or 64 (sound)."""
+    """Width of a task token. Default: that of a visual token (published) or 64 (sound)."""
     router_dim: int | None = Field(default=None, ge=1)
-    """Hidden width of the router; without it four times its input (published) or 256 (sound)."""
-    resample: Literal["none", "projection", "average", "max"] = "none"
-    """Windows of tokens become one token each before the experts, as in the `resample` connector."""
+    """Hidden width of the router. Default: four times its input (published) or 256 (sound)."""
+    resample: Literal["none"] | Method = "none"
+    """Reduction of windows of tokens to one token each before the experts, as in the `resample` connector."""
     window: int | list[int] = 2
     """Side of such a window in cells: one number, or one for each axis."""
 

@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from medm.connectors import Activation
 from medm.connectors.base import Connector
 from medm.types import VisionFeatures
 
 
-def build_mlp(in_dim: int, out_dim: int, *, depth: int, activation: str) -> nn.Sequential:
-    """`depth` linear layers in_dim -> out_dim -> ... -> out_dim; names 0, 2, 4 ... as in LLaVA's projector files."""
+def build_mlp(in_dim: int, out_dim: int, *, depth: int, activation: Activation) -> nn.Sequential:
+    """Return `depth` linear layers in_dim -> out_dim -> ... -> out_dim, named 0, 2, 4 ... as in LLaVA's files."""
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise([in_dim] + [out_dim] * depth):
         layers += [ACT2FN[activation]] if layers else []
@@ -22,7 +23,7 @@ def build_mlp(in_dim: int, out_dim: int, *, depth: int, activation: str) -> nn.S
 
 
 class MLPConnector(Connector):
-    """Every token through the same MLP; the number of tokens does not change."""
+    """One MLP over every token; the number of tokens does not change."""
 
     # LLaVA (`mm_projector.`), TinyLLaVA (`connector._connector.`), MedM-VL (`connector_image.connector.`), stock Llava.
     key_map: ClassVar = (
@@ -33,7 +34,7 @@ class MLPConnector(Connector):
 
     def __init__(
         self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
-        depth: int = 2, activation: str = "gelu",
+        depth: int = 2, activation: Activation = "gelu",
     ) -> None:  # fmt: skip
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
         self.layers = build_mlp(in_dim, out_dim, depth=depth, activation=activation)
@@ -43,7 +44,7 @@ class MLPConnector(Connector):
 
 
 class LinearConnector(MLPConnector):
-    """One linear layer a token."""
+    """One linear layer per token."""
 
     def __init__(self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0) -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix, depth=1)

@@ -1,28 +1,20 @@
-"""Connector mixture of experts (Uni-Med, arXiv 2409.17508): several MLPs, and a router that weighs them for each token.
-
-Two modes. "published" computes the paper's formulas: sigmoids that are divided by their sum, a router four times as
-wide as its input, no auxiliary loss. "sound" takes a softmax, a narrow router, and a load-balance loss.
-"""
+"""Connector mixture of experts (Uni-Med, arXiv 2409.17508): several MLPs, and a router that weighs them per token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medm.connectors import Activation, Gate, Method, Mode, RouteBy, UnseenTask
 from medm.connectors.base import Connector
 from medm.connectors.mlp import build_mlp
-from medm.connectors.windows import Method, Windows
+from medm.connectors.windows import Windows
 from medm.errors import RecipeError
 from medm.types import VisionFeatures
-
-Gate: TypeAlias = Literal["soft", "sparse", "hard", "constant"]
-RouteBy: TypeAlias = Literal["token", "task", "task+token"]
-Mode: TypeAlias = Literal["sound", "published"]
-UnseenTask: TypeAlias = Literal["error", "mean", "constant"]
 
 PUBLISHED_ROUTER_FACTOR = 4
 """Hidden width of the published router, as a multiple of its input."""
@@ -31,15 +23,16 @@ SOUND_TASK_DIM = 64
 LARGEST_LOGIT = 1e4
 """Half precision can overflow to infinity before the gate; beyond this the weights are 0 and 1 anyway."""
 UNSEEN = "(unseen)"
-"""Name under which routing shares of items without a known task are kept."""
+"""Key of the routing weights of items without a known task."""
 
 
 class Router(nn.Module):
-    """Weights of the experts for each token, from the token, its task, or both.
+    """Routing weights of the experts for each token, from the token, its task, or both.
 
     Args:
         dim: width of the visual tokens.
-        num_experts, gate, route_by, mode, top_k, num_tasks, unseen_task, task_dim, router_dim: see `MoEConnector`.
+        num_tasks: length of `tasks`.
+        others: see `MoEOptions`.
     """
 
     def __init__(
@@ -64,12 +57,12 @@ class Router(nn.Module):
         self.layers = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, num_experts))
 
     def forward(self, tokens: Tensor, task_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weights (B, N, experts) in float32 that sum to 1, and the load-balance loss where this mode has one.
+        """Return routing weights (B, N, experts) in float32 that sum to 1, and the load-balance loss or None.
 
         Args:
             tokens: (B, N, dim).
-            task_ids: (B,), positions in the list of tasks; from its length on, tasks that are none of them; negative
-                for a dummy, whose output counts nowhere and which takes the mean of the tasks.
+            task_ids: (B,), positions in the list of tasks; a larger number is an unseen task; a negative one a dummy
+                item, which takes the mean of the tasks and whose output has no effect.
         """
         constant = tokens.new_full((*tokens.shape[:2], self.num_experts), 1 / self.num_experts, dtype=torch.float32)
         if self.gate == "constant":
@@ -82,14 +75,14 @@ class Router(nn.Module):
         if self.gate == "hard" and known is not None and unseen is not None:
             weights = self._one_hot(known, unseen)[:, None]
         else:
-            weights, loss = self._normalise(self._logits(tokens, known, unseen))
+            weights, loss = self._normalize(self._logits(tokens, known, unseen))
         weights = weights.expand_as(constant)
         if unseen is not None and self.unseen_task == "constant":
             weights = torch.where(unseen[:, None, None], constant, weights)
         return weights, loss
 
     def _known(self, task_ids: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) tasks, 0 where the router does not know the task, and (B,) bool that says where."""
+        """Return the task ids (B,), 0 for unseen tasks, and a mask (B,) of the unseen ones."""
         if task_ids is None:
             known = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
             unseen = torch.ones_like(known, dtype=torch.bool)
@@ -108,12 +101,12 @@ class Router(nn.Module):
         return known, unseen
 
     def _one_hot(self, known: Tensor, unseen: Tensor) -> Tensor:
-        """(B, experts): the expert at the position of the task; for unseen tasks the mean over the tasks."""
+        """Return (B, experts): 1 for the expert of the task; for unseen tasks the mean over the tasks."""
         table = torch.eye(self.num_tasks, self.num_experts, device=known.device)
         return torch.where(unseen[:, None], table.mean(dim=0), table[known])
 
     def _logits(self, tokens: Tensor, known: Tensor | None, unseen: Tensor | None) -> Tensor:
-        """(B, N, experts), or (B, 1, experts) where the task alone decides."""
+        """Return the logits (B, N, experts), or (B, 1, experts) when routing by task alone."""
         assert self.layers is not None
         seen = tokens
         if self.task_tokens is not None and known is not None and unseen is not None:
@@ -123,32 +116,32 @@ class Router(nn.Module):
             seen = task if alone else torch.cat([task.expand(-1, tokens.shape[1], -1), tokens], dim=-1)
         return self.layers(seen).float().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 
-    def _normalise(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weights of the experts from logits, with the load-balance loss of the sound mode."""
+    def _normalize(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return routing weights from logits, and the load-balance loss of the sound mode."""
         if self.gate == "sparse":
             kept, experts = logits.topk(self.top_k, dim=-1)
-            shares = kept.softmax(dim=-1)
+            chosen = kept.softmax(dim=-1)
             if self.top_k == 1 and self.mode == "sound":
-                # The softmax of one number is 1 whatever the router says, so it would learn nothing from the answers:
-                # the value stays 1, the gradient is that of the probability.
+                # The softmax of one number is 1 for any logit, so the router would get no gradient. The value stays 1,
+                # the gradient is that of the probability.
                 best = logits.softmax(dim=-1).gather(-1, experts)
-                shares = best / best.detach()
-            weights = torch.zeros_like(logits).scatter(-1, experts, shares)
+                chosen = best / best.detach()
+            weights = torch.zeros_like(logits).scatter(-1, experts, chosen)
         elif self.mode == "published":
-            # sigmoid(z) / sum(sigmoid(z)), by way of logarithms: the quotient itself is 0/0 once all sigmoids vanish.
+            # sigmoid(z) / sum(sigmoid(z)) through logarithms: the quotient itself is 0/0 once all sigmoids vanish.
             weights = F.logsigmoid(logits).softmax(dim=-1)
         else:
             weights = logits.softmax(dim=-1)
         if self.mode == "published" or not (self.training and torch.is_grad_enabled()):
             return weights, None
-        # Switch Transformer (arXiv 2101.03961), eq. 4: 1 when all experts are used alike, more when some are not.
+        # Switch Transformer (arXiv 2101.03961), eq. 4: 1 when all experts are used equally, larger otherwise.
         probability = logits.softmax(dim=-1).flatten(0, 1).mean(dim=0)
         used = (weights != 0).float() / self.top_k if self.gate == "sparse" else weights
         return weights, self.num_experts * (used.flatten(0, 1).mean(dim=0) * probability).sum()
 
 
 class MoEConnector(Connector):
-    """Experts of the same shape, mixed for each token with the weights of a router.
+    """Experts of the same shape, mixed for each token with the routing weights.
 
     Uni-Med as published: `num_experts=5, gate="soft", route_by="task+token", mode="published",
     resample="projection", window=[1, 4]` and the tasks vqa, refer, identify, caption, cls.
@@ -156,20 +149,7 @@ class MoEConnector(Connector):
 
     Args:
         in_dim, out_dim, grid, prefix: see `Connector`.
-        num_experts: how many.
-        gate: "soft" weighs all experts; "sparse" the `top_k` best and runs no others; "hard" runs the expert at the
-            position of the task; "constant" averages all.
-        route_by: what a learned gate sees: the visual token, a learned token of the task, or both.
-        mode: "sound" or "published"; see the module.
-        top_k: experts a token under `gate="sparse"`.
-        tasks: names of the tasks, in the order of their ids.
-        unseen_task: what becomes of an item whose task is none of them: an "error", the "mean" of the known tasks, or
-            the "constant" mean of all experts.
-        task_dim: width of a task token; without it that of a visual token (published) or 64.
-        router_dim: hidden width of the router; without it four times its input (published) or 256.
-        resample: windows of tokens become one before the experts: "none", "projection", "average" or "max".
-        window: cells of such a window, one number or one for each axis of the grid.
-        depth, activation: of each expert; depth 1 are linear experts.
+        others: see `MoEOptions`.
     """
 
     def __init__(
@@ -177,7 +157,7 @@ class MoEConnector(Connector):
         gate: Gate = "soft", route_by: RouteBy = "token", mode: Mode = "sound", top_k: int = 2,
         tasks: Sequence[str] = (), unseen_task: UnseenTask = "error", task_dim: int | None = None,
         router_dim: int | None = None, resample: Literal["none"] | Method = "none", window: int | Sequence[int] = 2,
-        depth: int = 2, activation: str = "gelu",
+        depth: int = 2, activation: Activation = "gelu",
     ) -> None:  # fmt: skip
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
         self.windows = None if resample == "none" else Windows(resample, window, grid, connector="moe")
@@ -200,11 +180,11 @@ class MoEConnector(Connector):
         self.tasks = tuple(tasks)
         self._skips = gate in ("sparse", "hard")
         self._losses: dict[str, Tensor] = {}
-        self._shares: Tensor | None = None
+        self._weight_sums: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
-        """One a window, or one a token of the encoder."""
+        """One per window, or one per token of the encoder."""
         return super().num_tokens if self.windows is None else self.windows.count
 
     def forward(self, features: VisionFeatures, task_ids: Tensor | None = None) -> Tensor:
@@ -225,8 +205,8 @@ class MoEConnector(Connector):
         return mixed
 
     def _mix_chosen(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Each expert sees the tokens that chose it. One that nobody chose is called with no tokens: it costs nothing,
-        and ranks whose weights are spread over each other stay in step.
+        """Run each expert on the tokens routed to it. An expert without tokens runs on an empty batch, at no cost, so
+        that all ranks call the same modules under ZeRO-3.
         """
         flat, weights = tokens.flatten(0, 1), weights.flatten(0, 1)  # (T, width), (T, experts)
         mixed = None
@@ -240,33 +220,33 @@ class MoEConnector(Connector):
         return mixed.unflatten(0, tokens.shape[:2])
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """`load_balance` of the last training forward in sound mode, handed out once so that its graph is let go."""
+        """Return `load_balance` of the last training forward in sound mode, once, which frees its graph."""
         losses, self._losses = self._losses, {}
         return losses
 
     @torch.no_grad()
     def _record(self, weights: Tensor, task_ids: Tensor | None) -> None:
-        """Add to the running sums (tasks + 1, experts + 1); the last column counts tokens. Never grows."""
-        if self._shares is None or self._shares.device != weights.device:
-            # Long runs add small numbers to large sums; Apple's devices have no float64.
+        """Add to the sums (tasks + 1, experts + 1); the last column counts tokens. The size is fixed."""
+        if self._weight_sums is None or self._weight_sums.device != weights.device:
+            # Long runs add small numbers to large sums. Apple's devices have no float64.
             precision = torch.float32 if weights.device.type == "mps" else torch.float64
             shape = (len(self.tasks) + 1, len(self.experts) + 1)
-            self._shares = torch.zeros(shape, dtype=precision, device=weights.device)
+            self._weight_sums = torch.zeros(shape, dtype=precision, device=weights.device)
         if task_ids is None:
             task_ids = torch.full((len(weights),), len(self.tasks), device=weights.device)
         counts = weights.new_full((len(weights), 1), weights.shape[1])
-        sums = torch.cat([weights.sum(dim=1), counts], dim=1).to(self._shares.dtype)
-        sums = sums * (task_ids >= 0)[:, None]  # a dummy is no item
-        self._shares.index_add_(0, task_ids.clamp(0, len(self.tasks)), sums)
+        sums = torch.cat([weights.sum(dim=1), counts], dim=1).to(self._weight_sums.dtype)
+        sums = sums * (task_ids >= 0)[:, None]  # a dummy item does not count
+        self._weight_sums.index_add_(0, task_ids.clamp(0, len(self.tasks)), sums)
 
-    def routing_shares(self) -> dict[str, list[float]]:
-        """Mean weight of each expert by task since the last reset, for tasks that were seen."""
-        if self._shares is None:
+    def routing_weights(self) -> dict[str, list[float]]:
+        """Return the mean routing weight of each expert by task since the last reset, for tasks that were seen."""
+        if self._weight_sums is None:
             return {}
-        sums = self._shares.tolist()
+        sums = self._weight_sums.tolist()
         names = (*self.tasks, UNSEEN)
         return {name: [x / row[-1] for x in row[:-1]] for name, row in zip(names, sums, strict=True) if row[-1]}
 
-    def reset_routing_shares(self) -> None:
-        """Start counting anew."""
-        self._shares = None
+    def reset_routing_weights(self) -> None:
+        """Reset the sums of the routing weights."""
+        self._weight_sums = None

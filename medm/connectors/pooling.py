@@ -1,6 +1,6 @@
-"""Connectors that hand the LLM fewer tokens than the encoder made: averages of neighbours, or learned queries.
+"""Connectors that give the LLM fewer tokens than the encoder: averages of neighbors, or learned queries.
 
-Both work on grids of any length, so images and volumes take the same code.
+Both work on grids with any number of axes, so images and volumes run the same code.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medm.connectors import Activation
 from medm.connectors.base import Connector
 from medm.connectors.mlp import MLPConnector, build_mlp
 from medm.connectors.windows import Windows
@@ -20,22 +21,20 @@ from medm.types import VisionFeatures
 
 
 class SpatialPoolingConnector(Connector):
-    """Averages windows of neighbouring tokens, then an MLP. Tokens without a place (CLS) are dropped.
+    """Averages of windows of neighboring tokens, then an MLP. Tokens outside the grid (CLS) are dropped.
 
     MedM-VL's `spatial_pooling` and M3D-LaMed's `spp` (arXiv 2404.00578) are `pool=2` on a grid of (8, 16, 16).
 
     Args:
         in_dim, out_dim, grid, prefix: see `Connector`.
-        pool: side of a window in cells, one number or one for each axis. Where it does not divide the grid, the
-            last window averages the cells that are left: none is dropped.
-        depth, activation: of the MLP.
+        others: see `SpatialPoolingOptions`.
     """
 
     key_map: ClassVar = MLPConnector.key_map
 
     def __init__(
         self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
-        pool: int | Sequence[int] = 2, depth: int = 2, activation: str = "gelu",
+        pool: int | Sequence[int] = 2, depth: int = 2, activation: Activation = "gelu",
     ) -> None:  # fmt: skip
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
         self.windows = Windows("average", pool, grid, connector="spatial-pooling")
@@ -43,7 +42,7 @@ class SpatialPoolingConnector(Connector):
 
     @property
     def num_tokens(self) -> int:
-        """One a window."""
+        """One per window."""
         return self.windows.count
 
     def forward(self, features: VisionFeatures, task_ids: Tensor | None = None) -> Tensor:
@@ -54,8 +53,8 @@ class SpatialPoolingConnector(Connector):
 class CrossAttention(nn.Module):
     """Multi-head attention with the tensors of `torch.nn.MultiheadAttention`, by the same names.
 
-    Torch's own reads the weights of its `out_proj` without calling it, so they are missing where weights are spread
-    over ranks and gathered as modules are called (ZeRO-3).
+    Torch's own reads the weights of `out_proj` without calling the module. Under ZeRO-3, which gathers the sharded
+    weights when a module is called, they would be missing.
     """
 
     def __init__(self, dim: int, *, heads: int) -> None:
@@ -84,17 +83,14 @@ class AttentionPoolingConnector(Connector):
 
     Args:
         in_dim, out_dim, grid, prefix: see `Connector`.
-        queries: how many, which is the number of tokens for the LLM; without it one for each cell of the last two
-            axes: a volume takes as many tokens as one of its slices.
-        heads: of the attention; must divide `in_dim`.
-        depth, activation: of the MLP.
+        others: see `AttentionPoolingOptions`.
     """
 
     key_map: ClassVar = ((r"^(?:.*\.)?(query|attn\..+)$", r"\1"), *MLPConnector.key_map)
 
     def __init__(
         self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
-        queries: int | None = None, heads: int = 8, depth: int = 2, activation: str = "gelu",
+        queries: int | None = None, heads: int = 8, depth: int = 2, activation: Activation = "gelu",
     ) -> None:  # fmt: skip
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
         if in_dim % heads:
@@ -109,7 +105,7 @@ class AttentionPoolingConnector(Connector):
 
     @property
     def num_tokens(self) -> int:
-        """One a query."""
+        """One per query."""
         return self.queries
 
     def forward(self, features: VisionFeatures, task_ids: Tensor | None = None) -> Tensor:

@@ -1,43 +1,41 @@
-"""Windows of neighbouring cells of a token grid, each becoming one token: side by side, averaged, or their maximum."""
+"""Windows of neighboring cells of a token grid, each reduced to one token: side by side, averaged, or their maximum."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import ceil, prod
-from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from medm.connectors import Method
 from medm.types import VisionFeatures
 
-Method: TypeAlias = Literal["projection", "average", "max"]
-
-_POOL: dict[Method, dict[int, Callable[..., Any]]] = {
+_POOL: dict[Method, dict[int, Callable[..., Tensor]]] = {
     "average": {2: F.avg_pool2d, 3: F.avg_pool3d},
     "max": {2: F.max_pool2d, 3: F.max_pool3d},
 }
 
 
 class Windows:
-    """One token for each window of a grid, in the order of the grid. Tokens without a place (CLS) are dropped.
+    """One token for each window of a grid, in the order of the grid. Tokens outside the grid (CLS) are dropped.
 
     Args:
         method: "projection" lays the cells of a window side by side on the channel axis (the layer that follows
             projects them), "average" and "max" pool each channel.
-        sides: cells of a window along each axis, or one number for all. [1, 4] are Uni-Med's strips of a row.
+        sides: cells of a window along each axis, or one number for all. [1, 4] gives Uni-Med's strips of a row.
         grid: the token grid.
         connector: name for messages.
 
     Raises:
-        ValueError: the windows do not belong to the grid. Pooling takes what is left at the end of an axis as a
-            smaller window; projection needs whole windows.
+        ValueError: the windows do not fit the grid. Pooling takes the rest at the end of an axis as a smaller window;
+            projection needs whole windows.
     """
 
     def __init__(self, method: Method, sides: int | Sequence[int], grid: tuple[int, ...], *, connector: str) -> None:
         if prod(grid) == 0:
             raise ValueError(
-                f"{connector}: expected tokens on a grid, found {grid}; the encoder hands on class tokens alone"
+                f"{connector}: expected tokens on a grid, found {grid}; the encoder gives class tokens alone"
             )
         wanted = (sides,) * len(grid) if isinstance(sides, int) else tuple(sides)
         if len(wanted) != len(grid) or min(wanted) < 1:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medm.config import Options
+from medm.config import Options, ResumeSafe
 from medm.imaging.options import Augment
 
 
@@ -54,7 +54,7 @@ class DataOptions(Options):
     """What happens to a longer one: stop; cut text at the end (never an image); or leave it out and count it."""
     bad_records: Literal["stop", "skip"] = "stop"
     """What happens to a record that cannot be used: stop, or leave it out, count it and report it."""
-    bad_records_limit: float | None = Field(default=0.1, ge=0)
+    bad_records_limit: ResumeSafe[float | None] = Field(default=0.1, ge=0)
     """With `skip`: stop all the same when more records than this are bad. A number below 1 is a fraction of the
     records, any other a count; each record counts once a run; null for no limit."""
     augment: dict[str, Augment] | None = None
@@ -62,7 +62,7 @@ class DataOptions(Options):
     cache_features: str | None = None
     """Folder in which the outputs of frozen encoders are kept, so that an encoder runs once a file and not once an
     epoch. The folder may serve any number of runs; delete it when it is no longer needed."""
-    cache: CacheOptions | None = None
+    cache: ResumeSafe[CacheOptions | None] = None
     """Keep prepared volumes on disk; null prepares them anew each time. `medm data cache` fills it before training."""
     order: Literal["shuffle", "length"] = "shuffle"
     """Order of an epoch: shuffled, or shuffled in batches of similar length, which saves padding."""

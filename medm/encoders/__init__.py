@@ -1,30 +1,37 @@
-"""Vision encoders: pixels in, tokens on a grid out. The table at the end has one line a member.
+"""Vision encoders: pixels in, tokens on a grid out. The table at the end has one line per member.
 
-Adding one is a new file with a `VisionEncoder` and a line here; options of its own stand above the table
-(they are torch-free, so that a recipe can be checked without loading any model code).
+To add one, write a file with a `VisionEncoder` and a line here. Its options stand above the table and are torch-free,
+so that a recipe can be checked without loading model code. They hold the only description of each option: constructors
+take the same names and defaults as keywords, and a test over all registries compares the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from medm.config import Options
-from medm.registry import Registry, named
+from medm.registry import NamedBlock, Registry
 
 if TYPE_CHECKING:
     from medm.encoders.base import VisionEncoder
 
 
+VisionTokens: TypeAlias = Literal["patch", "cls_patch", "cls"]
+Statistics: TypeAlias = Literal["running", "batch"]
+LayerNormAfter: TypeAlias = Literal["none", "plain", "learned"]
+NormPlace: TypeAlias = Literal["before", "after"]
+
+
 class EncoderOptions(Options):
-    """What every encoder block of a recipe may say."""
+    """Options of every encoder."""
 
     name: str
     """Registered name of the encoder."""
     path: str | None = None
-    """Published weights: a Hugging Face id, a folder or a file. Without it the encoder starts from random weights."""
+    """Published weights: a Hugging Face id, a folder or a file. Default: random weights."""
     architecture: dict[str, Any] = {}
     """Sizes that replace those of the published config, or all of them when there is no `path`."""
 
@@ -34,8 +41,8 @@ class ViTOptions(EncoderOptions):
 
     layer: int = -1
     """Layer whose output is used: -1 the last, -2 the one before. Always before the final layer norm."""
-    tokens: Literal["patch", "cls_patch", "cls"] = "patch"
-    """Which tokens go on: patches, class token and patches, or the class token alone."""
+    tokens: VisionTokens = "patch"
+    """Tokens of the output: patches, class token and patches, or the class token alone."""
     image_size: int | None = None
     """Side of the square input in pixels; position embeddings are interpolated when it is not the published one."""
 
@@ -46,13 +53,14 @@ class EfficientNetLiteOptions(EncoderOptions):
     variant: Literal["lite0", "lite1", "lite2", "lite3", "lite4"] = "lite0"
     """Member of the family."""
     stages: list[int] = Field(default=[5, 7], min_length=1)
-    """Feature maps that become tokens, joined on the channel axis: 1 to 7 the block stages, 8 the head's convolution."""
+    """Feature maps that become tokens, joined on the channel axis: 1 to 7 the block stages, 8 the head's convolution.
+    Lite0 at 224 pixels: stage 5 is 14x14x112, stage 7 is 7x7x320, stage 8 is 7x7x1280."""
     pool: int | None = Field(default=None, ge=1)
-    """Side of the token grid to which each map is averaged; without it, the grid of the coarsest map."""
-    statistics: Literal["running", "batch"] = "running"
+    """Side of the token grid to which each map is averaged. Default: the grid of the coarsest map."""
+    statistics: Statistics = "running"
     """Batch norm in training: stored statistics that never change, or those of each batch (needs large batches)."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side of the square input in pixels; without it the one that the variant was trained at: 224 to 300."""
+    """Side of the square input in pixels. Default: the one that the variant was trained at, 224 to 300."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,8 +76,8 @@ class VolumeViTOptions(EncoderOptions):
 
     layer: int = -1
     """Layer whose output is used: -1 the last, -2 the one before."""
-    tokens: Literal["patch", "cls_patch", "cls"] = "patch"
-    """Which tokens go on: patches, class token and patches, or the class token alone."""
+    tokens: VisionTokens = "patch"
+    """Tokens of the output: patches, class token and patches, or the class token alone."""
     image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
     """Slices, rows and columns of the input; position embeddings are interpolated when it is not the published one."""
 
@@ -77,17 +85,17 @@ class VolumeViTOptions(EncoderOptions):
 class M3DCLIPOptions(VolumeViTOptions):
     """The vision tower of M3D-CLIP."""
 
-    norm: Literal["before", "after"] = "before"
-    """What layer -1 means: "before" the last layer norm (MedM-VL), or "after" it (M3D-LaMed)."""
+    norm: NormPlace = "before"
+    """Output of layer -1: `before` the last layer norm (MedM-VL), or `after` it (M3D-LaMed)."""
 
 
 class I3DResNetOptions(EncoderOptions):
     """Inflated ResNet over volumes."""
 
-    statistics: Literal["running", "batch"] = "running"
+    statistics: Statistics = "running"
     """Batch norm in training: stored statistics that never change, or those of each batch (needs large batches)."""
     image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
-    """Slices, rows and columns of the input; 160, 224, 224 without it."""
+    """Slices, rows and columns of the input. Default: 160, 224, 224."""
 
 
 class EVACLIPOptions(ViTOptions):
@@ -95,8 +103,8 @@ class EVACLIPOptions(ViTOptions):
 
     layer: int = -2
     """Layer whose output is used; BLIP-2, MiniGPT-4 and Uni-Med take the one before the last."""
-    ln_vision: Literal["none", "plain", "learned"] = "plain"
-    """The layer norm behind the tower: none, one without weights (Uni-Med), or the learned one of BLIP-2 files."""
+    ln_vision: LayerNormAfter = "plain"
+    """Layer norm after the tower: none, one without weights (Uni-Med, MiniGPT-v2), or the learned one of BLIP-2 files."""
 
 
 ENCODERS: Registry[type[VisionEncoder]] = Registry("encoder", group="medm.encoders", options=EncoderOptions)
@@ -105,10 +113,10 @@ ENCODERS: Registry[type[VisionEncoder]] = Registry("encoder", group="medm.encode
 class SlicesOptions(EncoderOptions):
     """A 2-D encoder over the slices of a volume. Weights and sizes are those of the inner block."""
 
-    encoder: named(ENCODERS)  # type: ignore[valid-type]
+    encoder: Annotated[EncoderOptions, NamedBlock(ENCODERS)]
     """The 2-D encoder, by name, and its options."""
     image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
-    """Slices, rows and columns of the input; without it 32 slices of the inner encoder's size."""
+    """Slices, rows and columns of the input. Default: 32 slices of the inner encoder's size."""
 
     @model_validator(mode="after")
     def _weights_belong_to_the_inner_block(self) -> SlicesOptions:

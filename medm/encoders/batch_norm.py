@@ -1,15 +1,12 @@
-"""Batch norm as convolutional encoders need it when batches are too small to estimate statistics from."""
+"""Batch norm for convolutional encoders whose batches are too small to estimate statistics from."""
 
 from __future__ import annotations
-
-from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Statistics: TypeAlias = Literal["running", "batch"]
-"""In training: stored statistics that never change, or those of each batch as in torch."""
+from medm.encoders import Statistics
 
 
 class FixedBatchNorm(_BatchNorm):
@@ -23,7 +20,7 @@ class FixedBatchNorm(_BatchNorm):
 
 
 def batch_norm(statistics: Statistics, *, axes: int) -> type[_BatchNorm]:
-    """The class of batch norm for this choice."""
+    """Return the batch norm class for the statistics and the number of axes."""
     if statistics == "running":
         return FixedBatchNorm
     return nn.BatchNorm3d if axes == 3 else nn.BatchNorm2d

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from medm.encoders import Statistics
 from medm.encoders.base import VisionEncoder
-from medm.encoders.batch_norm import Statistics, batch_norm
+from medm.encoders.batch_norm import batch_norm
 from medm.types import VisionFeatures
 
 
@@ -121,12 +122,7 @@ class EfficientNetLiteEncoder(VisionEncoder):
     Args:
         architecture: sizes that replace those of the variant: `width` and `depth` (multipliers), `stem` and `head`
             (channels), `in_channels`.
-        variant: lite0 to lite4.
-        stages: which maps: 1 to 7 the block stages, 8 the 1x1 convolution of the head. Lite0 at 224 pixels: stage 5 is
-            14x14x112, stage 7 is 7x7x320, stage 8 is 7x7x1280.
-        pool: side of the common grid; None takes the grid of the coarsest chosen map.
-        statistics: what batch norm divides by in training: "running" the stored statistics, which then never change
-            (batches of fine-tuning are too small to estimate them), "batch" those of the batch, as torch does.
+        others: see `EfficientNetLiteOptions`.
     """
 
     key_map: ClassVar = (

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
+from medm.encoders import LayerNormAfter, VisionTokens
 from medm.encoders.plain_vit import PlainViT
 from medm.types import VisionFeatures
 
@@ -16,9 +17,8 @@ class EVACLIPEncoder(PlainViT):
     """ViT-g/14 of width 1408. The systems above read the block before the last of 40, which is `layer=-2`.
 
     Args:
-        architecture, layer, tokens: see `PlainViT`.
-        ln_vision: the separate layer norm behind the tower: "none", "plain" (no weights, as where it was never loaded:
-            Uni-Med and MiniGPT-v2) or "learned" (in BLIP-2 files as `ln_vision`).
+        architecture: see `PlainViT`.
+        others: see `EVACLIPOptions`.
     """
 
     key_map: ClassVar = (
@@ -44,8 +44,8 @@ class EVACLIPEncoder(PlainViT):
     interpolation: ClassVar = "bicubic"
 
     def __init__(
-        self, *, architecture: Mapping[str, Any], layer: int = -2, tokens: str = "patch",
-        ln_vision: Literal["none", "plain", "learned"] = "plain",
+        self, *, architecture: Mapping[str, Any], layer: int = -2, tokens: VisionTokens = "patch",
+        ln_vision: LayerNormAfter = "plain",
     ) -> None:  # fmt: skip
         super().__init__(architecture=architecture, layer=layer, tokens=tokens)
         learned = ln_vision == "learned"

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from medm.encoders import Statistics
 from medm.encoders.base import VisionEncoder
-from medm.encoders.batch_norm import Statistics, batch_norm
+from medm.encoders.batch_norm import batch_norm
 from medm.types import VisionFeatures
 
 STRIDES = (16, 32, 32)
@@ -55,7 +56,7 @@ class I3DResNetEncoder(VisionEncoder):
     Args:
         architecture: `layers` (blocks of the four stages), `width` (channels of the first), `num_channels` (of the
             first kernel; a volume with one channel is repeated to it).
-        statistics: batch norm in training: "running" the stored statistics, which then never change, or "batch".
+        others: see `I3DResNetOptions`.
     """
 
     axes: ClassVar[int] = 3

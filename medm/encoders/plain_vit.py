@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from medm.encoders import NormPlace, VisionTokens
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
 from medm.types import VisionFeatures
@@ -87,9 +88,8 @@ class PlainViT(VisionEncoder):
     Args:
         architecture: `image_size` and `patch_size` (one number an axis), `num_channels`, `hidden_size`,
             `intermediate_size`, `num_hidden_layers`, `num_attention_heads`; what is left out is the published size.
-        layer: -1 for the last block, -2 for the one before, or the number of blocks counted from the input.
-        tokens: "patch", "cls_patch" or "cls".
-        norm: last layer norm on the chosen layer: "before" it (none), or "after" it.
+        layer: see `VolumeViTOptions`; a positive number counts blocks from the input.
+        others: see `M3DCLIPOptions`.
     """
 
     beyond_keys: ClassVar[tuple[str, ...]] = (r"^blocks\.\d+\.", r"^norm\.")
@@ -106,8 +106,8 @@ class PlainViT(VisionEncoder):
     """How positions become those of another grid."""
 
     def __init__(
-        self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: str = "patch",
-        norm: Literal["before", "after"] = "before",
+        self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: VisionTokens = "patch",
+        norm: NormPlace = "before",
     ) -> None:  # fmt: skip
         super().__init__()
         sizes = {**self.published_sizes, **architecture}

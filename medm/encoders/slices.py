@@ -20,7 +20,7 @@ class SlicesEncoder(VisionEncoder):
 
     Args:
         architecture: has no sizes of its own; they stand in the block of the inner encoder.
-        encoder: block of a registered 2-D encoder: its name, `architecture` and options.
+        others: see `SlicesOptions`.
     """
 
     axes: ClassVar[int] = 3

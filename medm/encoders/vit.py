@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from medm.encoders import VisionTokens
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
 from medm.types import VisionFeatures
@@ -25,8 +26,8 @@ class HFViTEncoder(VisionEncoder):
 
     Args:
         architecture: fields of the transformers vision config.
-        layer: -1 for the last block, -2 for the one before, or the number of blocks counted from the input.
-        tokens: "patch", "cls_patch" or "cls".
+        layer: see `ViTOptions`; a positive number counts blocks from the input.
+        others: see `ViTOptions`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -35,7 +36,7 @@ class HFViTEncoder(VisionEncoder):
     has_class_token: ClassVar[bool]
     beyond_keys: ClassVar = (r"^tower\.encoder\.layers\.\d+\.",)
 
-    def __init__(self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: str = "patch") -> None:
+    def __init__(self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: VisionTokens = "patch") -> None:
         super().__init__()
         if tokens == "cls" and not self.has_class_token:
             raise RecipeError(

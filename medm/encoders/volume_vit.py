@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from einops.layers.torch import Rearrange
 from torch import nn
 
+from medm.encoders import VisionTokens
 from medm.encoders.plain_vit import PlainViT
 
 PUBLISHED_SIZES = {
@@ -86,7 +87,7 @@ class MedMCLIPEncoder(PlainViT):
     class_token_has_position: ClassVar[bool] = True
     interpolation: ClassVar = "trilinear"
 
-    def __init__(self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: str = "patch") -> None:
+    def __init__(self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: VisionTokens = "patch") -> None:
         super().__init__(architecture=architecture, layer=layer, tokens=tokens)
 
     def embedding(self, channels: int) -> nn.Module:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from medm.config import Options
 from medm.inference.options import InferenceOptions
-from medm.registry import named
-from medm.tasks import TASKS
+from medm.registry import NamedBlock
+from medm.tasks import TASKS, TaskOptions
 
 
 class EvalTaskOptions(Options):
     """One benchmark of an evaluation."""
 
-    task: named(TASKS)  # type: ignore[valid-type]
+    task: Annotated[TaskOptions, NamedBlock(TASKS)]
     """The task, by name, and its options."""
     data: str
     """Folder with the benchmark's files as they are distributed."""

@@ -134,7 +134,7 @@ def _require_models(block: EvalTaskOptions) -> None:
     settings = block.task.model_dump()
     encoders = [settings.get("bertscore")]
     if isinstance(block.task, CustomOptions):
-        metrics = [item for item in block.task.metric_blocks() if item["name"] in _WITH_A_MODEL]
+        metrics = [item for item in block.task.model_dump()["metrics"] if item["name"] in _WITH_A_MODEL]
         encoders += [item["path"] for item in metrics if item["name"] == "bertscore"]
         for item in metrics:
             if item["name"] != "bertscore":
@@ -184,8 +184,6 @@ def build_task(block: EvalTaskOptions, *, quick: bool = False) -> Task:
         quick: without intervals and metrics that run a model, for scoring single items.
     """
     settings = block.task.model_dump(exclude={"name"})
-    if block.task.name == "custom":
-        settings["metrics"] = block.task.metric_blocks()
     if quick:
         settings["rounds"] = 0
         if "bertscore" in settings:

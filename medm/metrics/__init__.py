@@ -48,6 +48,13 @@ class BoxMetricOptions(MetricOptions):
     """How boxes are written where predictions and references are texts (see `medm.metrics.boxes`)."""
 
 
+class M3DBoxMetricOptions(BoxMetricOptions):
+    """M3D-Bench's own scoring of boxes."""
+
+    codec: Literal["uni-med", "thousand", "m3d"] = "m3d"
+    """How boxes are written where predictions and references are texts (see `medm.metrics.boxes`)."""
+
+
 class BoxAccuracyOptions(BoxMetricOptions):
     """Share of boxes that overlap enough."""
 
@@ -169,6 +176,6 @@ METRICS.add("uni-med-box-iou", "medm.metrics.uni_med:box_iou", "mean IoU with in
 METRICS.add("m3d-bench-bleu", "medm.metrics.m3d_bench:bleu", "mean unsmoothed sentence BLEU-1 of M3D-Bench")
 METRICS.add("m3d-bench-rouge", "medm.metrics.m3d_bench:rouge", "mean ROUGE-1 of M3D-Bench")
 METRICS.add("m3d-bench-choice-accuracy", "medm.metrics.m3d_bench:choice_accuracy", "letter and full stop found anywhere in the text")
-METRICS.add("m3d-bench-box-iou", "medm.metrics.m3d_bench:box_iou", "intersection over the enclosing box, -1 for an unreadable one", options=BoxMetricOptions)
+METRICS.add("m3d-bench-box-iou", "medm.metrics.m3d_bench:box_iou", "intersection over the enclosing box, -1 for an unreadable one", options=M3DBoxMetricOptions)
 METRICS.add("m3d-bench-dice", "medm.metrics.m3d_bench:dice", "soft Dice on probabilities with 1 added to the denominator", options=MaskMetricOptions)
 # fmt: on

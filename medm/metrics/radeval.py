@@ -33,7 +33,7 @@ def radeval(
     Args:
         predictions: reports.
         references: one report each.
-        scores: RadEval's names of what to compute.
+        scores: see `RadEvalOptions`.
         resampling: how the interval is drawn.
 
     Raises:

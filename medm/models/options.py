@@ -10,6 +10,9 @@ from medm.config import Options
 class ModelOptions(Options):
     """The `model` section of a recipe."""
 
+    kind: str
+    """Registered name of the kind of model."""
+
     def part_names(self) -> frozenset[str] | None:
         """Names of the parts that the `parts` section may train; None where a kind does not say."""
         return None

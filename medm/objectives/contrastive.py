@@ -19,11 +19,7 @@ class Contrastive(Objective):
     Views are normalised here.
 
     Args:
-        loss: "softmax" or "sigmoid".
-        first: output field of one view.
-        second: output field of the other.
-        gather: compare with the pairs of all processes; gradients flow back to the process they came from.
-        label_smoothing: of the softmax loss.
+        options: see `ContrastiveOptions`.
     """
 
     def __init__(

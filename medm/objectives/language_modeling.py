@@ -14,7 +14,7 @@ class LanguageModeling(Objective):
     """Mean cross-entropy over the labelled tokens of the step, plus weighted auxiliary losses.
 
     Args:
-        auxiliary: weight by the name that the model gives; 1 for a loss that is not named.
+        auxiliary: see `LanguageModelingOptions`.
     """
 
     def __init__(self, *, auxiliary: Mapping[str, float] | None = None) -> None:

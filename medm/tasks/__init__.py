@@ -7,13 +7,13 @@ so that a recipe can be checked without loading any model code).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from medm.config import Options
-from medm.metrics import METRICS
-from medm.registry import Registry, named
+from medm.metrics import METRICS, MetricOptions
+from medm.registry import NamedBlock, Registry
 
 if TYPE_CHECKING:
     from medm.tasks.base import Task
@@ -52,14 +52,10 @@ class CustomOptions(TaskOptions):
 
     path: str
     """JSON or JSONL of records in the training format, relative to the data folder; the last reply is the answer."""
-    metrics: Annotated[list[named(METRICS)], Field(min_length=1)]  # type: ignore[valid-type]
+    metrics: Annotated[list[Annotated[MetricOptions, NamedBlock(METRICS)]], Field(min_length=1)]
     """Metric names, or blocks with options; those that take texts, labels or boxes written in texts."""
     group_by: list[str] = []
     """Record fields whose values get a row each in the tables."""
-
-    def metric_blocks(self) -> list[dict[str, Any]]:
-        """The metrics as plain mappings."""
-        return [block.model_dump() for block in self.metrics]
 
 
 TASKS: Registry[type[Task]] = Registry("task", group="medm.tasks", options=TaskOptions)

@@ -30,12 +30,7 @@ class Custom(Task):
     """Questions are worded by the records themselves; the last reply, or `answer`, is the reference.
 
     Args:
-        path: JSON or JSONL, relative to the data folder.
-        metrics: blocks with a `name` and the metric's options.
-        group_by: record fields whose values get a row each.
-        rounds: bootstrap samples behind each interval.
-        seed: seed of the bootstrap.
-        cluster_by: record field whose equal values are drawn together.
+        options: see `medm.tasks.CustomOptions`.
     """
 
     tag = "custom"

@@ -17,6 +17,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
+from medm.config import Mark
 from medm.errors import DeviceError, RecipeError, suggest
 from medm.launcher import launched_rank
 from medm.training.kernels import require_liger
@@ -25,12 +26,6 @@ from medm.training.quantize import require_4bit
 from medm.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-
-_OURS = {
-    "gradient_checkpointing", "torch_compile", "liger", "save_in_background", "early_stopping_patience",
-    "early_stopping_threshold", "require_gpu", "deepspeed", "arguments",
-}  # fmt: skip
-"""Keys of `TrainOptions` that other code reads (parts, callbacks, this file)."""
 
 _DECIDED = {
     "remove_unused_columns": False,  # a batch holds what the objective reads, not what a signature lists
@@ -156,7 +151,11 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
             raise RecipeError(
                 f"train.arguments.{name}: TrainingArguments of transformers has no such field{suggest(name, known)}"
             )
-    values: dict[str, Any] = {name: getattr(options, name) for name in TrainOptions.model_fields if name not in _OURS}
+    values: dict[str, Any] = {
+        name: getattr(options, name)
+        for name, field in TrainOptions.model_fields.items()
+        if Mark.OWN not in field.metadata
+    }
     values |= {**_DECIDED, **options.arguments, "output_dir": str(output_dir)}
     if not values["lr_scheduler_kwargs"]:
         del values["lr_scheduler_kwargs"]

@@ -254,17 +254,17 @@ class TugOfWar(TrainerCallback):
             known = json.loads(file.read_text(encoding="utf-8"))["measurements"]
             self.measurements = [entry for entry in known if entry["step"] <= state.global_step]
         for part in self._routing().values():
-            part.reset_routing_shares()
+            part.reset_routing_weights()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.every:
             return
         # Before the measurement, whose own forward passes would count too.
-        shares = {name: part.routing_shares() for name, part in self._routing().items()}
+        shares = {name: part.routing_weights() for name, part in self._routing().items()}
         sums = measure(model, self.objective, gradient_groups(self.parts), tasks=len(self.tasks))
         batches = len(self.objective.seen)
         for part in self._routing().values():
-            part.reset_routing_shares()
+            part.reset_routing_weights()
         everywhere = all_gather_objects(({name: pairs.tensors() for name, pairs in sums.items()}, batches))
         for name, pairs in sums.items():
             for k, total in enumerate(pairs.tensors()):
@@ -281,7 +281,7 @@ class TugOfWar(TrainerCallback):
 
     def _routing(self) -> dict[str, Any]:
         """Parts that route."""
-        return {name: part for name, part in self.parts.items() if hasattr(part, "routing_shares")}
+        return {name: part for name, part in self.parts.items() if hasattr(part, "routing_weights")}
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

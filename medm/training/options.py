@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from medm.config import Options
+from medm.config import Mark, Options, ResumeSafe
+
+T = TypeVar("T")
 
 
 class DiagnosticsOptions(Options):
@@ -102,6 +104,10 @@ def flatten_parts(value: Any) -> Any:
     return flat
 
 
+Own: TypeAlias = Annotated[T, Mark.OWN]
+"""Type of an option of `train` that medm reads itself. The others become the `TrainingArguments` of their name."""
+
+
 class TrainOptions(Options):
     """`transformers.TrainingArguments` by their own names; those not listed here go into `arguments`."""
 
@@ -111,7 +117,7 @@ class TrainOptions(Options):
     """Optimiser steps; replaces `num_train_epochs` when it is positive."""
     per_device_train_batch_size: int = Field(default=8, ge=1)
     """Samples of one process in one forward pass."""
-    per_device_eval_batch_size: int = Field(default=8, ge=1)
+    per_device_eval_batch_size: ResumeSafe[int] = Field(default=8, ge=1)
     """The same in evaluation."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Forward passes per optimiser step."""
@@ -143,42 +149,42 @@ class TrainOptions(Options):
     """Compute in float16 with loss scaling, for GPUs without bfloat16."""
     tf32: bool | None = None
     """Allow TF32 matrix products (NVIDIA Ampere and later)."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Own[bool] = False
     """Recompute activations in the backward pass: about a third more time, much less memory."""
-    torch_compile: bool = False
+    torch_compile: Own[bool] = False
     """Compile the layers of encoders and language model with `torch.compile`; not with ZeRO-3. The number of shapes is
     kept small by `data.pad_to_multiple_of`."""
-    liger: bool = False
+    liger: Own[bool] = False
     """Use liger's kernels in the language model (NVIDIA GPUs; `pip install 'medm[liger]'`)."""
     use_cpu: bool = False
     """Train on the CPU even where there is a GPU."""
-    require_gpu: bool = False
+    require_gpu: ResumeSafe[Own[bool]] = False
     """Stop at the start when there is no GPU, instead of training on the CPU."""
 
-    deepspeed: str | None = None
+    deepspeed: Own[str | None] = None
     """`zero0`, `zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload`, or the path of a DeepSpeed JSON file."""
     ddp_find_unused_parameters: bool | None = None
     """Passed to torch's DDP, which serves several processes without DeepSpeed."""
-    ddp_timeout: int = Field(default=1800, ge=1)
+    ddp_timeout: ResumeSafe[int] = Field(default=1800, ge=1)
     """Seconds after which a process that waits for the others gives up."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When the loss on `data.eval` is measured."""
     eval_steps: float | None = Field(default=None, gt=0)
     """Steps between two measurements; a number below 1 is a share of all steps."""
-    save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
+    save_strategy: ResumeSafe[Literal["no", "steps", "epoch", "best"]] = "steps"
     """When a checkpoint is written. SIGTERM and SIGINT write one in any case."""
-    save_steps: float = Field(default=500, gt=0)
+    save_steps: ResumeSafe[float] = Field(default=500, gt=0)
     """Steps between two checkpoints; a number below 1 is a share of all steps."""
-    save_total_limit: int | None = Field(default=2, ge=1)
+    save_total_limit: ResumeSafe[int | None] = Field(default=2, ge=1)
     """Checkpoints that are kept, the best one aside; older ones go when a newer one has been verified."""
-    save_in_background: bool = True
+    save_in_background: ResumeSafe[Own[bool]] = True
     """Go on training while a checkpoint is written from copies of weights and optimiser state, if half of the free
     memory holds them (not with 4-bit weights), reaches the disk and is hashed. With DeepSpeed each process copies and
     writes its own share, and the checkpoint counts from the end of the step in which the last one was written."""
-    logging_steps: float = Field(default=10, gt=0)
+    logging_steps: ResumeSafe[float] = Field(default=10, gt=0)
     """Steps between two lines of the log."""
-    logging_first_step: bool = True
+    logging_first_step: ResumeSafe[bool] = True
     """Log the first step too."""
     load_best_model_at_end: bool = False
     """End with the weights of the best evaluation instead of the last ones."""
@@ -186,29 +192,29 @@ class TrainOptions(Options):
     """What "best" means; the evaluation loss without it."""
     greater_is_better: bool | None = None
     """Whether a larger value is better; decided by the metric's name without it."""
-    early_stopping_patience: int | None = Field(default=None, ge=1)
+    early_stopping_patience: Own[int | None] = Field(default=None, ge=1)
     """Stop after so many evaluations without improvement."""
-    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    early_stopping_threshold: Own[float] = Field(default=0.0, ge=0)
     """What counts as an improvement."""
 
     seed: int = Field(default=42, ge=0)
     """Seed of new weights, dropout and the order of the data."""
     full_determinism: bool = False
     """Use deterministic GPU kernels, which are slower."""
-    dataloader_num_workers: int = Field(default=0, ge=0)
+    dataloader_num_workers: ResumeSafe[int] = Field(default=0, ge=0)
     """Processes that read and preprocess samples, at most one for each processor; 0 does it in the training process."""
-    dataloader_prefetch_factor: int | None = Field(default=None, ge=1)
+    dataloader_prefetch_factor: ResumeSafe[int | None] = Field(default=None, ge=1)
     """Batches that each worker holds ready."""
-    dataloader_pin_memory: bool = True
+    dataloader_pin_memory: ResumeSafe[bool] = True
     """Page-locked batches, which reach a GPU faster."""
     dataloader_drop_last: bool = False
     """Leave out the last, smaller batch of an epoch."""
-    report_to: str | list[str] = "none"
+    report_to: ResumeSafe[str | list[str]] = "none"
     """Trackers beside the loss curve that is always written: `tensorboard`, `wandb`, `mlflow` ..."""
-    run_name: str | None = None
+    run_name: ResumeSafe[str | None] = None
     """Name of the run for trackers."""
 
-    arguments: dict[str, Any] = {}
+    arguments: Own[dict[str, Any]] = {}
     """Any other field of `transformers.TrainingArguments`; its names and values are checked when training starts."""
 
     @field_validator("arguments")

@@ -1,28 +1,28 @@
-"""The recipe of a training run: one YAML file, every section owned by its room. Torch-free."""
+"""The recipe of a training run: one YAML file, every section owned by its package. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
 
-from medm.config import Options, apply_overrides, flatten, read_yaml, validate
+from medm.config import Mark, Options, ResumeSafe, apply_overrides, flatten, read_yaml, validate
 from medm.data.options import DataOptions
 from medm.errors import suggest
 from medm.models import MODELS
 from medm.models.options import ModelOptions
-from medm.objectives import OBJECTIVES
-from medm.registry import named
+from medm.objectives import OBJECTIVES, LanguageModelingOptions, ObjectiveOptions
+from medm.registry import EACH_ITEM, EACH_VALUE, NamedBlock, sections_in
 from medm.training.options import DiagnosticsOptions, Part, TrainOptions, flatten_parts
 
 
 class Recipe(Options):
     """Everything that decides a training run."""
 
-    model: named(MODELS, key="kind", default="lvlm")  # type: ignore[valid-type]
+    model: Annotated[ModelOptions, NamedBlock(MODELS, key="kind", default="lvlm")]
     """The model, put together from parts by name; `kind` is `lvlm` unless said."""
     data: DataOptions
     """What is trained and evaluated on."""
@@ -30,13 +30,15 @@ class Recipe(Options):
     """Part of the model -> how it is trained. A part that is not named is frozen."""
     train: TrainOptions = TrainOptions()
     """The run itself, in the words of `transformers.TrainingArguments`."""
-    objective: named(OBJECTIVES, default="language-modeling") = "language-modeling"  # type: ignore[valid-type]
-    """What is minimised, by name, and its options."""
-    diagnostics: DiagnosticsOptions | None = None
-    """Measure gradients between tasks and routing shares on the way; null does not."""
+    objective: Annotated[ObjectiveOptions, NamedBlock(OBJECTIVES, default="language-modeling")] = (
+        LanguageModelingOptions(name="language-modeling")
+    )
+    """What is minimized, by name, and its options."""
+    diagnostics: ResumeSafe[DiagnosticsOptions | None] = None
+    """Measure gradients between tasks and routing weights during the run; null does not."""
     init_from: str | None = None
     """Folder of a trained model to start from. Not the same thing as `--resume`, which continues this run."""
-    output_dir: str
+    output_dir: ResumeSafe[str]
     """Folder for checkpoints and the trained model."""
 
     @field_validator("parts", mode="before")
@@ -101,26 +103,50 @@ def dump(recipe: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
-HARMLESS = frozenset(
-    f"train.{name}"
-    for name in (
-        "save_strategy", "save_steps", "save_total_limit", "save_in_background",
-        "logging_steps", "logging_first_step", "report_to",
-        "run_name", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "ddp_timeout",
-        "require_gpu", "per_device_eval_batch_size",
-    )
-) | {
-    "output_dir", "data.bad_records_limit", "data.cache", "data.cache.dir", "data.cache.max_gb", "data.cache.branches",
-    "diagnostics", "diagnostics.every", "diagnostics.batches",
-}  # fmt: skip
-"""What may differ between a run and its continuation without changing what is learned."""
+def resume_safe_keys(section: type[Options], value: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Yield the dotted keys that are marked `ResumeSafe`, in a section and in the sections below it.
+
+    Args:
+        section: options class of the section.
+        value: the section as plain values. It decides which part's options stand behind a name.
+        place: dotted key of the section, ending in a dot; empty for a whole recipe.
+    """
+    for key, field in section.model_fields.items():
+        if Mark.RESUME_SAFE in field.metadata:
+            yield f"{place}{key}"
+            continue
+        for steps, options in sections_in(field):
+            for where, block in _blocks(value.get(key), steps, f"{place}{key}"):
+                if isinstance(options, NamedBlock):
+                    name = str(block.get(options.key))
+                    if name in options.registry:
+                        yield from resume_safe_keys(options.registry.entry(name).options, block, f"{where}.")
+                else:
+                    yield from resume_safe_keys(options, block, f"{where}.")
+
+
+def _blocks(value: object, steps: Sequence[str], place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the mappings at the end of the steps of `sections_in`, each with its dotted key."""
+    if not steps:
+        if isinstance(value, Mapping):
+            yield place, value
+    elif steps[0] == EACH_ITEM and isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _blocks(item, steps[1:], f"{place}.{index}")
+    elif steps[0] == EACH_VALUE and isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _blocks(item, steps[1:], f"{place}.{name}")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What changed between two resolved recipes and matters for what is learned: one line a key."""
+    """List the changes between two resolved recipes that matter for what is learned: one line a key.
+
+    Keys that are marked `ResumeSafe` do not matter.
+    """
+    safe = {key for recipe in (before, now) for key in resume_safe_keys(Recipe, recipe)}
     old, new = flatten(before), flatten(now)
     return [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(set(old) | set(new))
-        if key not in HARMLESS and old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{above}.") for above in safe)
     ]

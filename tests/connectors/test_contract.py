@@ -1,7 +1,5 @@
 """What every registered connector must do, on images and volumes, with and without tokens in front of the grid."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -9,10 +7,8 @@ from medm.connectors import CONNECTORS
 from medm.connectors.base import Connector
 from tests.connectors.tiny import (
     IN_DIM,
-    NOT_FOR_CONSTRUCTORS,
     OUT_DIM,
     TINY_CONNECTORS,
-    TOLD_BY_COMPOSITION,
     build_connector,
     features_on,
 )
@@ -28,18 +24,6 @@ def run(connector: Connector, features, tasks=(0, 1, 1, 0)):
 
 def test_every_connector_has_a_tiny_block():
     assert set(TINY_CONNECTORS) == set(CONNECTORS.names())
-
-
-@every_connector
-def test_options_are_the_keywords_of_the_constructor(name):
-    fields = CONNECTORS.entry(name).options.model_fields
-    keywords = inspect.signature(CONNECTORS.get(name).__init__).parameters
-    assert set(fields) - NOT_FOR_CONSTRUCTORS == set(keywords) - {"self"} - TOLD_BY_COMPOSITION
-    assert set(keywords) >= TOLD_BY_COMPOSITION
-    for key in set(fields) - NOT_FOR_CONSTRUCTORS:
-        default = fields[key].get_default(call_default_factory=True)
-        keyword = keywords[key].default
-        assert keyword == (tuple(default) if isinstance(keyword, tuple) else default), key
 
 
 @every_connector

@@ -274,18 +274,18 @@ def test_auxiliary_losses_belong_to_sound_training_alone():
         assert connector.auxiliary_losses() == {}
 
 
-def test_routing_shares_are_exact_detached_and_do_not_grow():
+def test_routing_weights_are_exact_detached_and_do_not_grow():
     connector = moe(gate="hard", unseen_task="constant")
     features = features_on((4, 4), batch=3)
     for _ in range(4):
         connector(features, torch.tensor([1, 1, 9]))
-    assert connector.routing_shares() == {"refer": [0, 1, 0, 0, 0], "(unseen)": pytest.approx([0.2] * 5)}
-    assert connector._shares.shape == (6, 6)
-    assert not connector._shares.requires_grad
-    assert connector._shares[1].tolist() == [0, 128, 0, 0, 0, 128]
-    assert "_shares" not in connector.state_dict()
-    connector.reset_routing_shares()
-    assert connector.routing_shares() == {}
+    assert connector.routing_weights() == {"refer": [0, 1, 0, 0, 0], "(unseen)": pytest.approx([0.2] * 5)}
+    assert connector._weight_sums.shape == (6, 6)
+    assert not connector._weight_sums.requires_grad
+    assert connector._weight_sums[1].tolist() == [0, 128, 0, 0, 0, 128]
+    assert "_weight_sums" not in connector.state_dict()
+    connector.reset_routing_weights()
+    assert connector.routing_weights() == {}
 
 
 def test_a_dummy_is_routed_and_counted_nowhere():
@@ -293,16 +293,16 @@ def test_a_dummy_is_routed_and_counted_nowhere():
         connector = moe(gate=gate, route_by="task")
         output = connector(features_on((4, 4)), torch.tensor([-1, -1]))
         assert output.isfinite().all()
-        assert connector.routing_shares() == {}
+        assert connector.routing_weights() == {}
         connector(features_on((4, 4)), torch.tensor([2, -1]))
-        assert list(connector.routing_shares()) == ["identify"]
+        assert list(connector.routing_weights()) == ["identify"]
 
 
-def test_shares_of_a_soft_gate_are_the_mean_weights_of_the_task():
+def test_weight_sums_of_a_soft_gate_are_the_mean_weights_of_the_task():
     connector, features = moe(route_by="task"), features_on((4, 4), batch=2)
     weights, _ = connector.router(features.tokens, torch.tensor([0, 4]))
     connector(features, torch.tensor([0, 4]))
-    shares = connector.routing_shares()
+    shares = connector.routing_weights()
     assert shares["vqa"] == pytest.approx(weights[0, 0].tolist(), abs=1e-6)
     assert shares["cls"] == pytest.approx(weights[1, 0].tolist(), abs=1e-6)
 

@@ -48,7 +48,7 @@ def test_a_text_only_batch_touches_every_expert_and_counts_for_no_task(tmp_path)
     model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
     connector = model.branch("image").connector
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in connector.parameters())
-    assert connector.routing_shares() == {}
+    assert connector.routing_weights() == {}
 
 
 def test_another_list_of_tasks_is_refused(tmp_path):

@@ -1,6 +1,5 @@
 """What every registered encoder must do. A newcomer is tested by its line in the table and its line in `tiny.py`."""
 
-import inspect
 import json
 import socket
 from math import prod
@@ -10,7 +9,7 @@ import torch
 
 from medm.encoders import ENCODERS
 from medm.training.parts import _checkpoint_activations
-from tests.encoders.tiny import NOT_FOR_CONSTRUCTORS, TINY_ENCODERS, build_encoder
+from tests.encoders.tiny import TINY_ENCODERS, build_encoder
 
 pytestmark = pytest.mark.parametrize("name", ENCODERS.names())
 
@@ -22,17 +21,6 @@ def build(name, seed=0):
 
 def pixels_for(name, batch=2, seed=1):
     return torch.randn(batch, *TINY_ENCODERS[name].pixels, generator=torch.Generator().manual_seed(seed))
-
-
-def test_options_are_the_keywords_of_the_constructor(name):
-    fields = ENCODERS.entry(name).options.model_fields
-    keywords = inspect.signature(ENCODERS.get(name).__init__).parameters
-    assert set(fields) - NOT_FOR_CONSTRUCTORS == set(keywords) - {"self"}
-    for key, keyword in keywords.items():
-        assert key == "self" or keyword.kind is keyword.KEYWORD_ONLY
-        if key != "self" and keyword.default is not inspect.Parameter.empty and not fields[key].is_required():
-            default = fields[key].get_default(call_default_factory=True)
-            assert keyword.default == (tuple(default) if isinstance(keyword.default, tuple) else default)
 
 
 def test_building_is_offline_random_and_repeatable(name, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from medm.config import Options
+from medm.config import Mark, Options, ResumeSafe, flatten
+from medm.encoders import ENCODERS, EncoderOptions
 from medm.errors import RecipeError
 from medm.training.options import PartOptions, TrainOptions
-from medm.training.recipe import Recipe, differences, dump, load_recipe, resolved
+from medm.training.recipe import Recipe, differences, dump, load_recipe, resolved, resume_safe_keys
 
 RECIPE: dict[str, Any] = {
     "model": {
@@ -146,8 +148,88 @@ def test_every_key_is_documented(schema: type[Options]) -> None:
 def test_names_of_the_train_section_are_those_of_transformers() -> None:
     from transformers import TrainingArguments
 
-    ours = {
-        "early_stopping_patience", "early_stopping_threshold", "require_gpu", "arguments", "gradient_checkpointing",
-        "save_in_background", "liger",
+    own = {name for name, field in TrainOptions.model_fields.items() if Mark.OWN in field.metadata}
+    assert own == {
+        "gradient_checkpointing", "torch_compile", "liger", "save_in_background", "early_stopping_patience",
+        "early_stopping_threshold", "require_gpu", "deepspeed", "arguments",
     }  # fmt: skip
-    assert set(TrainOptions.model_fields) - ours <= set(TrainingArguments.__dataclass_fields__)
+    assert set(TrainOptions.model_fields) - own <= set(TrainingArguments.__dataclass_fields__)
+
+
+RESUME_SAFE = {
+    *(f"train.{name}" for name in (
+        "save_strategy", "save_steps", "save_total_limit", "save_in_background", "logging_steps",
+        "logging_first_step", "report_to", "run_name", "dataloader_num_workers", "dataloader_prefetch_factor",
+        "dataloader_pin_memory", "ddp_timeout", "require_gpu", "per_device_eval_batch_size",
+    )),
+    "output_dir", "data.bad_records_limit", "data.cache", "diagnostics",
+}  # fmt: skip
+"""Every key that may change between a run and its continuation. A new one is a decision, so it is written here too."""
+
+WHOLE = {
+    "data.cache": "data.cache={dir: kept, max_gb: 3}",
+    "diagnostics": "diagnostics={every: 4}",
+}
+"""Sections that a recipe leaves out unless asked."""
+
+
+def test_the_marked_options_are_those_that_do_not_change_what_is_learned(file: Path) -> None:
+    recipe = resolved(load_recipe(file, WHOLE.values()))
+    assert set(resume_safe_keys(Recipe, recipe)) == RESUME_SAFE
+
+
+def test_every_key_but_the_marked_ones_is_compared(file: Path) -> None:
+    before = resolved(load_recipe(file, WHOLE.values()))
+    for key in flatten(before):
+        now = copy.deepcopy(before)
+        _change(now, key)
+        safe = key in RESUME_SAFE or key.startswith(("data.cache.", "diagnostics."))
+        told = [line.partition(": was")[0] for line in differences(before, now)]
+        assert told == ([] if safe else [key]), key
+
+
+@pytest.mark.parametrize("section", WHOLE)
+def test_a_marked_section_may_come_and_go(file: Path, section: str) -> None:
+    without, whole = resolved(load_recipe(file)), resolved(load_recipe(file, [WHOLE[section]]))
+    assert differences(without, whole) == differences(whole, without) == []
+
+
+class ChunkedOptions(EncoderOptions):
+    chunk: ResumeSafe[int] = 8
+    """Slices at once: memory against time."""
+    width: int = 4
+    """Width."""
+
+
+class InnerOptions(ChunkedOptions):
+    chunk: int = 8
+    """Here it changes what is computed."""
+
+
+def test_options_of_a_plug_in_are_marked_like_those_of_medm(file: Path) -> None:
+    with ENCODERS.temporary():
+        ENCODERS.add("chunked", "medm.errors:MedmError", "marks an option", options=ChunkedOptions)
+        ENCODERS.add("inner", "medm.errors:MedmError", "does not mark it", options=InnerOptions)
+
+        def changed(name: str) -> list[str]:
+            block = f"model.branches.image.encoder={{name: {name}, chunk: %d, width: %d}}"
+            return differences(*(resolved(load_recipe(file, [block % values])) for values in ((8, 4), (2, 5))))
+
+        place = "model.branches.image.encoder"
+        assert changed("chunked") == [f"{place}.width: was 4, is 5"]
+        assert changed("inner") == [f"{place}.chunk: was 8, is 2", f"{place}.width: was 4, is 5"]
+        wrapped = "model.branches.image.encoder={name: slices, encoder: {name: chunked, chunk: %d}}"
+        recipes = [resolved(load_recipe(file, [wrapped % chunk])) for chunk in (8, 2)]
+        assert differences(*recipes) == []
+
+
+def _change(recipe: Any, key: str) -> None:
+    """Put another value at a dotted key; part names hold dots themselves."""
+    while not (isinstance(recipe, dict) and key in recipe):
+        if isinstance(recipe, list):
+            step, _, key = key.partition(".")
+            recipe = recipe[int(step)]
+        else:
+            step = next(name for name in recipe if key.startswith(f"{name}."))
+            recipe, key = recipe[step], key.removeprefix(f"{step}.")
+    recipe[key] = "another"

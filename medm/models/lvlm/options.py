@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import field_validator
 
 from medm.config import Options
-from medm.connectors import CONNECTORS
-from medm.encoders import ENCODERS
-from medm.llms import LLMS
+from medm.connectors import CONNECTORS, ConnectorOptions
+from medm.encoders import ENCODERS, EncoderOptions
+from medm.llms import LLMS, LLMOptions
 from medm.models.options import ModelOptions
-from medm.registry import named
+from medm.registry import NamedBlock
 
 PLACEHOLDERS = {"image": "<image>", "volume": "<volume>"}
 """Branch names and the placeholder that stands for one of their items in text."""
@@ -20,9 +20,9 @@ PLACEHOLDERS = {"image": "<image>", "volume": "<volume>"}
 class BranchOptions(Options):
     """One way for vision to come in: an encoder and the connector that leads to the LLM."""
 
-    encoder: named(ENCODERS)  # type: ignore[valid-type]
+    encoder: Annotated[EncoderOptions, NamedBlock(ENCODERS)]
     """The encoder, by name, and its options."""
-    connector: named(CONNECTORS)  # type: ignore[valid-type]
+    connector: Annotated[ConnectorOptions, NamedBlock(CONNECTORS)]
     """The connector, by name, and its options."""
     preprocess: dict[str, Any] = {}
     """Fields of the preprocessing that replace what the encoder was published with (size, window, fit ...)."""
@@ -35,7 +35,7 @@ class LVLMOptions(ModelOptions):
 
     kind: Literal["lvlm"] = "lvlm"
     """Kind of model."""
-    llm: named(LLMS)  # type: ignore[valid-type]
+    llm: Annotated[LLMOptions, NamedBlock(LLMS)]
     """The language model."""
     branches: dict[str, BranchOptions] = {}
     """Vision branches: `image` reads 2-D images, `volume` reads 3-D volumes. Each has an encoder of its own."""
