@@ -10,10 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 from packaging.version import Version
 
 from tests import shrink
+from tests.imaging.tiny import phantom
 from tests.test_readme import run
 from tests.test_versions import pins
 
@@ -86,6 +89,23 @@ def test_add_an_llm(tmp_path: Path) -> None:
         "from medm.llms import LLMS\nf = LLMS.get('some-family')\nprint(json.dumps([f.model_types, f.template]))",
     )
     assert family == [["llama"], "vicuna"]
+
+
+def test_the_example_of_the_geometry_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = phantom()
+    monkeypatch.chdir(tmp_path)
+    sitk.WriteImage(image, "ct.nii.gz")
+    sitk.WriteImage(sitk.Cast(image > 200, sitk.sitkUInt8), "organs.nii.gz")
+    (source,) = blocks("geometry.md", "python")
+    assert len(source.strip().splitlines()) <= 10
+    names: dict[str, Any] = {}
+    exec(source, names)
+    assert names["target"].shape == (32, 64, 64) and names["target"].any()
+    # The phantom grows to the left, the back and the head: axes SPL, so that the first voxels are the same corner.
+    assert np.abs(names["corner"] - [[-0.3125, -0.34375, -0.296875]]).max() < 1e-9
+    drawn, bone = sitk.ReadImage("drawn.nii.gz"), sitk.GetArrayFromImage(image) > 200
+    assert drawn.GetSpacing() == image.GetSpacing() and drawn.GetOrigin() == image.GetOrigin()
+    assert (sitk.GetArrayFromImage(drawn).astype(bool) & bone).sum() > 0.7 * bone.sum()
 
 
 def test_the_recipe_of_the_recipes_page_is_one() -> None:

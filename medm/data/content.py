@@ -89,11 +89,11 @@ def _voxels_beside(path: Path) -> Path | None:
     """The data file of a detached header; None for files that hold their own voxels."""
     suffix = path.suffix.lower()
     if suffix == ".mhd":
-        from medm.imaging.metaimage import data_file
+        from medm.imaging.metaimage import METAIMAGE
 
-        return data_file(path, str(path))
+        return METAIMAGE.data_file(path, str(path))
     if suffix == ".nhdr":
-        from medm.imaging.nrrd import data_file
+        from medm.imaging.nrrd import NRRD
 
-        return data_file(path, str(path))
+        return NRRD.data_file(path, str(path))
     return None

@@ -1,13 +1,15 @@
-"""What a frozen encoder makes of each file, kept on disk, so that it runs once and not once an epoch.
+"""Feature cache on disk: the output of a frozen encoder for each file, so that it runs once and not once an epoch.
 
 A store belongs to one encoder (its weights, its config, its precision) and one preprocessing: `name` says which.
 An item is found by the content of its file or folder, so it may move, and one that changed is simply not found. Items
-are written in shards that appear whole or not at all; several processes may fill one store.
+are written in shards, atomically; several processes may fill one store. The index of a shard holds the key of each item
+and the placement of the pixels that the encoder saw. Indices of earlier versions of medm hold the keys alone.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Sequence
@@ -19,9 +21,23 @@ import numpy as np
 from medm.data.content import content_hash, identity
 from medm.errors import MediaError, MedmError
 from medm.files import atomic_file, atomic_write_text
+from medm.imaging.placement import Placement
+
+logger = logging.getLogger(__name__)
 
 _SLACK = 1.05
 """Free space that has to be there, as a multiple of what a shard takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureBatch:
+    """Some items on their way into a store."""
+
+    keys: Sequence[str]
+    placements: Sequence[Placement]
+    """Of the pixels that the encoder saw, one a key."""
+    features: np.ndarray
+    """(n, *shape)."""
 
 
 @dataclass(slots=True)
@@ -34,6 +50,7 @@ class FeatureStore:
     folder: Path
     """One store; made by `open_store`."""
     _rows: dict[str, tuple[np.ndarray, int]] = field(default_factory=dict)
+    _placements: dict[str, Placement] = field(default_factory=dict)
     _shards: set[str] = field(default_factory=set)
     _keys: dict[str, str] = field(default_factory=dict)
 
@@ -44,8 +61,12 @@ class FeatureStore:
                 continue
             self._shards.add(index.name)
             array = np.load(index.with_suffix(".npy"), mmap_mode="r")
-            for row, key in enumerate(json.loads(index.read_text(encoding="utf-8"))):
+            listed = json.loads(index.read_text(encoding="utf-8"))
+            keys = listed if isinstance(listed, list) else listed["keys"]
+            for row, key in enumerate(keys):
                 self._rows.setdefault(key, (array, row))
+            if keys is not listed:
+                self._placements |= zip(keys, map(Placement.from_dict, listed["placements"]), strict=True)
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -54,6 +75,13 @@ class FeatureStore:
         """The features of a file, a view of the disk; None where they are not kept."""
         found = self._rows.get(self.key(file))
         return None if found is None else found[0][found[1]]
+
+    def placement(self, file: Path) -> Placement | None:
+        """Return where the pixels that the encoder saw lie in a file.
+
+        None where its features are not stored, or were stored by an earlier version of medm.
+        """
+        return self._placements.get(self.key(file))
 
     def key(self, file: Path) -> str:
         """Name of the content of a file, of a header and its data file, or of a folder of slices ("folder#3" too).
@@ -68,20 +96,18 @@ class FeatureStore:
             self._keys[state] = content_hash(file)
         return self._keys[state]
 
-    def add(
-        self, batches: Iterable[tuple[Sequence[str], np.ndarray]], *, most: int, shape: tuple[int, ...], dtype: np.dtype
-    ) -> None:
+    def add(self, batches: Iterable[FeatureBatch], *, most: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Write one shard.
 
         Args:
-            batches: keys of some items and their arrays (n, *shape).
+            batches: the items.
             most: items that may come; fewer are fine.
             shape: of one item.
             dtype: of the items.
 
         Raises:
             MedmError: the disk has no room for it.
-            ValueError: more than `most` items came, or keys and arrays differ in number.
+            ValueError: more than `most` items came, or keys, placements and arrays differ in number.
         """
         needed = _SLACK * most * np.prod(shape, dtype=np.int64) * dtype.itemsize
         status = os.statvfs(self.folder)
@@ -92,18 +118,25 @@ class FeatureStore:
             )
         name = uuid.uuid4().hex
         keys: list[str] = []
+        placements: list[Placement] = []
         with atomic_file(self.folder / f"{name}.npy") as temporary:
             # Rows that stay empty are a hole in the file and take no disk.
             table = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=(most, *shape))
-            for names, batch in batches:
-                if len(names) != len(batch) or len(keys) + len(names) > most:
-                    raise ValueError(f"expected {len(names)} items, at most {most} in all, found {len(batch)}")
-                table[len(keys) : len(keys) + len(batch)] = batch
-                keys += names
+            for batch in batches:
+                count = len(batch.keys)
+                if {count} != {len(batch.features), len(batch.placements)} or len(keys) + count > most:
+                    raise ValueError(
+                        f"expected {count} items, at most {most} in all, found {len(batch.features)} arrays and "
+                        f"{len(batch.placements)} placements"
+                    )
+                table[len(keys) : len(keys) + count] = batch.features
+                keys += batch.keys
+                placements += batch.placements
             table.flush()
             del table
         # The index comes last: a shard without one is not seen.
-        atomic_write_text(self.folder / f"{name}.json", json.dumps(keys))
+        index = {"keys": keys, "placements": [placement.to_dict() for placement in placements]}
+        atomic_write_text(self.folder / f"{name}.json", json.dumps(index))
         self.refresh()
 
 
@@ -113,6 +146,12 @@ def open_store(root: Path, name: str) -> FeatureStore:
     folder.mkdir(parents=True, exist_ok=True)
     store = FeatureStore(folder)
     store.refresh()
+    if old := len(store._rows.keys() - store._placements.keys()):
+        logger.info(
+            "%s: %d features of an earlier medm have no placement, which masks need; they are used as they are. "
+            "Delete the folder to have them computed again",
+            folder, old,
+        )  # fmt: skip
     return store
 
 

@@ -1,14 +1,20 @@
 """Prepared images and volumes on disk: read and resampled once, then mapped into memory.
 
-An entry is named by what is in the file and how it is prepared, so that moved, copied and changed files are all right.
-It holds the prepared numbers and their shape, nothing of a header. Any number of processes may share a folder: each
-reserves bytes in one ledger before it writes, and writes are atomic. A half-written or damaged entry is noticed and
-made again.
+An entry is named by what is in the file and how it is prepared, so that moved, copied and changed
+files are all right. It holds the prepared numbers, their shape and their placement in the file's grid
+(sizes and geometry), nothing else of a header. Any number of processes may share a folder: each
+reserves bytes in one ledger before it writes, and writes are atomic. A half-written or damaged entry is
+noticed and made again.
+
+An entry is a .npy file (version 1.0) with the placement as JSON behind the numbers, and a footer with a
+checksum of both. Entries of earlier versions of medm have no placement: their pixels are used, and they
+are replaced when the placement is asked for.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import os
@@ -18,6 +24,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,13 +34,17 @@ from numpy.lib import format as npy
 from medm.data.content import content_hash, identity
 from medm.errors import MediaError
 from medm.files import atomic_file, wait_for_lock
-from medm.imaging import Preprocess, fingerprint, load_pixels
+from medm.imaging import Preprocess, fingerprint, prepare
 from medm.imaging.constant import looks_constant
+from medm.imaging.placement import Placement, Prepared
 
 logger = logging.getLogger(__name__)
 
 _FOOTER = struct.Struct("<8sI")
-_MARK = b"medm-v1\0"
+_MARK = b"medm-v2\0"
+_MARK_WITHOUT_PLACEMENT = b"medm-v1\0"
+_MAX_PLACEMENT = 2**16
+"""Most bytes of the placement in an entry; it takes less than a thousand."""
 _ABANDONED = 3600.0
 """Seconds after which a temporary file is taken to be left over from a killed process."""
 _CONTENT = re.compile(rb"[0-9a-f]{64}")
@@ -43,6 +54,14 @@ _FRESH = 60.0
 
 class _FullError(Exception):
     """The folder has no room for an entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A stored array and the JSON text of its placement, empty in entries of earlier versions."""
+
+    pixels: np.ndarray
+    placement: bytes
 
 
 class MediaCache:
@@ -66,16 +85,33 @@ class MediaCache:
         """Verified entries that look constant."""
         self._blank_files: set[Path] = set()
         """Files of these that this process prepared itself."""
-        self._full = self._unwritable = False
+        self._full = self._unwritable = self._reported_old = False
 
     def load(self, path: Path, preprocess: Preprocess) -> np.ndarray:
-        """The same numbers as `load_pixels(path, preprocess)`, (C, *spatial) float32.
+        """Return the same numbers as `load_pixels(path, preprocess)`, (C, *spatial) float32.
 
         From the cache they come as a private map: writing to the array changes neither the entry nor another process.
 
         Raises:
             MediaError: as `load_pixels`.
         """
+        return self._find(path, preprocess, with_placement=False).pixels
+
+    def prepare(self, path: Path, preprocess: Preprocess) -> Prepared:
+        """Return the same pixels and placement as `medm.imaging.prepare(path, preprocess)`.
+
+        An entry that an earlier version of medm wrote without a placement is replaced.
+
+        Raises:
+            MediaError: as `medm.imaging.prepare`.
+        """
+        found = self._find(path, preprocess, with_placement=True)
+        if isinstance(found, Prepared):
+            return found
+        return Prepared(found.pixels, Placement.from_dict(json.loads(found.placement)))
+
+    def _find(self, path: Path, preprocess: Preprocess, *, with_placement: bool) -> Prepared | _Entry:
+        """The entry of a file; what is not stored is prepared, and stored where that is possible."""
         path = Path(path)
         try:
             before = identity(path)
@@ -87,22 +123,35 @@ class MediaCache:
         key = f"{content}-{fingerprint(preprocess)}"
         entry = self.folder / "arrays" / key[:2] / f"{key}.npy"
         stored = self._open(entry)
+        if stored is not None and with_placement and not stored.placement:
+            self._report_old()
+            stored = None
         if stored is not None:
             if entry.name in self._blank and path not in self._blank_files:
                 # Once in each process, so that the file is refused, or its warning given, as without a cache.
                 self._prepare(path, preprocess)
                 self._blank_files.add(path)
             return stored
-        pixels = self._prepare(path, preprocess)
+        prepared = self._prepare(path, preprocess)
         with suppress(MediaError):  # a file that went meanwhile
             if identity(path) == before:
-                self._store(entry, pixels)
+                self._store(entry, prepared)
         if entry.name in self._blank:
             self._blank_files.add(path)
-        return pixels
+        return prepared
 
-    def _prepare(self, path: Path, preprocess: Preprocess) -> np.ndarray:
-        return load_pixels(path, preprocess, device=self.device)
+    def _prepare(self, path: Path, preprocess: Preprocess) -> Prepared:
+        return prepare(path, preprocess, device=self.device)
+
+    def _report_old(self) -> None:
+        """Say once that entries of an earlier version are replaced."""
+        if not self._reported_old:
+            logger.info(
+                "%s: holds entries of an earlier medm without the placement of their pixels, which masks need; "
+                "each is prepared and stored again when it is read",
+                self.folder,
+            )
+        self._reported_old = True
 
     def size(self) -> tuple[int, int]:
         """How many entries there are, and the bytes of them and of the index."""
@@ -128,11 +177,11 @@ class MediaCache:
         self._write(index, [content.encode("ascii")])
         return content
 
-    def _open(self, entry: Path) -> np.ndarray | None:
-        """The stored array, or None where there is none or it is damaged."""
+    def _open(self, entry: Path) -> _Entry | None:
+        """The stored array and placement, or None where there is none or it is damaged."""
         try:
             with entry.open("rb") as stream:
-                array = self._map(stream, entry.name)
+                stored = self._map(stream, entry.name)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -141,36 +190,41 @@ class MediaCache:
                 entry.unlink()
             return None
         _mark_used(entry)
-        return array
+        return stored
 
-    def _map(self, stream: BinaryIO, name: str) -> np.ndarray:
+    def _map(self, stream: BinaryIO, name: str) -> _Entry:
         """Raises `ValueError` where the entry is not whole; its checksum is verified on first use in each process."""
         if npy.read_magic(stream) != (1, 0):
             raise ValueError("it is of another version")
         shape, _, dtype = npy.read_array_header_1_0(stream)
         offset, size = stream.tell(), math.prod(shape) * dtype.itemsize
-        if dtype != np.float32 or os.fstat(stream.fileno()).st_size != offset + size + _FOOTER.size:
+        behind = os.fstat(stream.fileno()).st_size - offset - size - _FOOTER.size
+        if dtype != np.float32 or not 0 <= behind <= _MAX_PLACEMENT:
             raise ValueError("it is not of the declared size")
         array = np.memmap(stream, dtype=dtype, mode="c", offset=offset, shape=shape)
+        stream.seek(offset + size)
+        placement, footer = stream.read(behind), stream.read(_FOOTER.size)
         if name not in self._verified:
-            stream.seek(offset + size)
-            mark, checksum = _FOOTER.unpack(stream.read(_FOOTER.size))
-            if mark != _MARK or zlib.crc32(array.data) != checksum:
+            mark, checksum = _FOOTER.unpack(footer)
+            if mark != (_MARK if placement else _MARK_WITHOUT_PLACEMENT) or checksum != zlib.crc32(
+                placement, zlib.crc32(array.data)
+            ):
                 raise ValueError("its checksum does not fit")
             self._verify(name, array)
-        return np.asarray(array)
+        return _Entry(np.asarray(array), placement)
 
     def _verify(self, name: str, array: np.ndarray) -> None:
         self._verified.add(name)
         if looks_constant(array):
             self._blank.add(name)
 
-    def _store(self, entry: Path, pixels: np.ndarray) -> None:
-        pixels = np.ascontiguousarray(pixels, dtype=np.float32)
+    def _store(self, entry: Path, prepared: Prepared) -> None:
+        pixels = np.ascontiguousarray(prepared.pixels, dtype=np.float32)
         if self._full or self._unwritable:
             return
-        footer = _FOOTER.pack(_MARK, zlib.crc32(pixels.data))
-        if self._write(entry, [_header(pixels), pixels.data, footer]):
+        placement = json.dumps(prepared.placement.to_dict()).encode("ascii")
+        footer = _FOOTER.pack(_MARK, zlib.crc32(placement, zlib.crc32(pixels.data)))
+        if self._write(entry, [_header(pixels), pixels.data, placement, footer]):
             self._verify(entry.name, pixels)
 
     def _write(self, target: Path, parts: list[bytes | memoryview]) -> bool:

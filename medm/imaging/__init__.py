@@ -19,6 +19,8 @@ from medm.imaging.paths import resolve_inside
 if TYPE_CHECKING:
     import numpy as np
 
+    from medm.imaging.placement import Prepared
+
 __all__ = [
     "Augment",
     "ImagePreprocess",
@@ -26,6 +28,7 @@ __all__ = [
     "VolumePreprocess",
     "fingerprint",
     "load_pixels",
+    "prepare",
     "preprocess_from_dict",
     "resolve_inside",
 ]
@@ -41,8 +44,8 @@ _VERSION = 2
 """Raised whenever the same description would give other pixels, so that old cache entries are not used."""
 
 
-def load_pixels(source: Any, preprocess: Preprocess, *, device: str = "cpu") -> np.ndarray:
-    """Return an image or volume as the model takes it: (C, *spatial) float32 in host memory.
+def prepare(source: object, preprocess: Preprocess, *, device: str = "cpu") -> Prepared:
+    """Return an image or volume as the model takes it, and its placement in the file.
 
     Args:
         source: a path; for an image also a stream, an image of Pillow or an array (H, W) or (H, W, 3), for a
@@ -53,22 +56,26 @@ def load_pixels(source: Any, preprocess: Preprocess, *, device: str = "cpu") -> 
     Raises:
         MediaError: the file is missing, damaged, unsafe or not what `preprocess` declares.
     """
-    if not isinstance(source, Path):
-        from medm.imaging.sources import as_source
+    from medm.imaging.sources import as_source
 
-        source = as_source(source)
+    source = as_source(source)
     if isinstance(preprocess, ImagePreprocess):
-        from medm.imaging.images import apply_image, read_image
+        from medm.imaging.images import prepare_image, read_image
 
-        return apply_image(preprocess, read_image(source))
+        return prepare_image(preprocess, read_image(source))
     import numpy as np
 
-    from medm.imaging.transforms import apply_volume
+    from medm.imaging.transforms import prepare_volume
     from medm.imaging.volumes import read_volume
 
     if not isinstance(source, (Path, np.ndarray)):
         raise MediaError(f"volume: expected a path or an array (D, H, W), found {type(source).__name__}")
-    return apply_volume(preprocess, read_volume(source, several=preprocess.series), device=device)
+    return prepare_volume(preprocess, read_volume(source, several=preprocess.series), device=device)
+
+
+def load_pixels(source: object, preprocess: Preprocess, *, device: str = "cpu") -> np.ndarray:
+    """Return the pixels of `prepare`: (C, *spatial) float32 in host memory. Raises as `prepare`."""
+    return prepare(source, preprocess, device=device).pixels
 
 
 def preprocess_from_dict(value: Mapping[str, Any]) -> Preprocess:

@@ -45,10 +45,20 @@ class Geometry:
         )
 
     @property
+    def steps(self) -> np.ndarray:
+        """(3, 3): column i is the step in mm (LPS) from one voxel to the next along array axis i."""
+        return self.direction * self.spacing
+
+    @property
     def tilt(self) -> float:
         """Largest angle in degrees between an array axis and the patient axis nearest to it."""
         cosines = [abs(self.direction[axis, column]) for column, axis in enumerate(self.nearest_axes())]
         return math.degrees(math.acos(min(1.0, min(cosines))))
+
+    def indices_of(self, other: Geometry) -> tuple[np.ndarray, np.ndarray]:
+        """Matrix and offset that make of an index in another grid the index of the same place in this one."""
+        steps = np.linalg.inv(self.steps)
+        return steps @ other.steps, steps @ (other.origin - self.origin)
 
     def nearest_axes(self) -> tuple[int, ...]:
         """For each array axis the patient axis that it follows, each once: the assignment of largest agreement."""

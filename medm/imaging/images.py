@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from medm.imaging.dicom_bare import HEAD, is_dicom_head
 from medm.imaging.formats import READ, describe_content
 from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
+from medm.imaging.placement import Placement, Prepared
 from medm.imaging.samples import Samples, check_layout, decoded_samples, read_samples
 from medm.imaging.sources import Source
 
@@ -101,28 +102,32 @@ def check_image(file: Path) -> tuple[int, int]:
         return size
 
 
-def apply_image(preprocess: ImagePreprocess, picture: DecodedImage) -> np.ndarray:
-    """Return the image as an encoder takes it: (C, height, width) float32.
+def prepare_image(preprocess: ImagePreprocess, image: DecodedImage) -> Prepared:
+    """Return the image as an encoder takes it, (C, height, width) float32, and its placement.
 
-    8-bit pictures give what the CLIP and SigLIP processors of transformers give (Pillow backend). Deeper ones are
-    windowed first and resized without rounding.
+    8-bit images give what the CLIP and SigLIP processors of transformers give (Pillow backend). Deeper
+    ones are windowed first and resized without rounding.
 
     Raises:
-        MediaError: a deep picture with neither a window nor a declared range, sides too unequal to be cropped, or
-            one value for every pixel of a picture that varies.
+        MediaError: a deep image with neither a window nor a declared range, sides too unequal to be cropped, or
+            one value for every pixel of an image that varies.
     """
-    layers = _windowed(preprocess, picture) if picture.is_deep else [_shallow(preprocess, picture)]
+    layers = _windowed(preprocess, image) if image.is_deep else [_shallow(preprocess, image)]
     height, width = preprocess.size
-    fitted = [np.asarray(_fit(layer, height, width, preprocess, picture.name), dtype=np.float32) for layer in layers]
+    placement = Placement.of_source(image.pixels.shape[:2])
+    placement = placement.resized(_fitted_size(preprocess, placement.source_shape, image.name))
+    top, left = _margins(preprocess, placement.shape)
+    placement = placement.boxed((top, left), (height, width))
+    fitted = [np.asarray(_fit(layer, preprocess, image.name), dtype=np.float32) for layer in layers]
     pixels = fitted[0] if len(fitted) == 1 else np.stack(fitted, axis=-1)  # [H, W] or [H, W, C], values 0..255
     pixels = (pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)) * np.float32(1 / 255)
-    by_table = picture.voi is not None and preprocess.window is None
-    window = picture.shown_range(preprocess.window) if picture.is_deep and not by_table else None
-    transform = str(picture.voi) if by_table else f"window {list(window)}" if window else "no window"
+    by_table = image.voi is not None and preprocess.window is None
+    window = image.shown_range(preprocess.window) if image.is_deep and not by_table else None
+    transform = str(image.voi) if by_table else f"window {list(window)}" if window else "no window"
     check_prepared(
-        pixels, picture.pixels, name=picture.name, unit="pixel", windows=[window] if window else [],
+        pixels, image.pixels, name=image.name, unit="pixel", windows=[window] if window else [],
         trace=lambda channel: [
-            Step.of("the file", picture.pixels, tolerance=0.0),
+            Step.of("the file", image.pixels, tolerance=0.0),
             Step.of(transform, np.asarray(layers[channel % len(layers)], np.float32) / 255),
             Step.of(f"fit {preprocess.fit} to {width} x {height}", pixels[channel]),
         ],
@@ -133,8 +138,8 @@ def apply_image(preprocess: ImagePreprocess, picture: DecodedImage) -> np.ndarra
     std = np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
     pixels = (pixels - mean) / std
     if preprocess.fit == "pad":
-        pixels = _pad(pixels, height, width)
-    return np.ascontiguousarray(pixels)
+        pixels = _pad(pixels, top, left, height, width)
+    return Prepared(np.ascontiguousarray(pixels), placement)
 
 
 @contextmanager
@@ -184,7 +189,7 @@ def _decode(stream: BinaryIO, name: str, path: Path | None) -> DecodedImage:
 
 
 def _from_pillow(image: Image.Image, name: str) -> DecodedImage:
-    """The same picture as of the file, where Pillow has not decoded it yet: Pillow alone would lose 16-bit color."""
+    """The same image as of the file, where Pillow has not decoded it yet: Pillow alone would lose 16-bit color."""
     stream = getattr(image, "fp", None)
     if stream is not None and getattr(image, "tile", None) and image.format in (*_FORMATS, "MPO"):
         stream.seek(0)
@@ -266,9 +271,9 @@ def _check_scans(stream: BinaryIO, name: str) -> None:
 
 
 def _from_samples(samples: Samples, name: str) -> DecodedImage:
-    picture = _from_array(samples.pixels, name)
-    full_range = picture.full_range if samples.bits is None else (0.0, 2.0**samples.bits - 1)
-    return replace(picture, alpha=samples.alpha, inverted=samples.inverted, full_range=full_range)
+    image = _from_array(samples.pixels, name)
+    full_range = image.full_range if samples.bits is None else (0.0, 2.0**samples.bits - 1)
+    return replace(image, alpha=samples.alpha, inverted=samples.inverted, full_range=full_range)
 
 
 def _check_array(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
@@ -298,77 +303,91 @@ def _from_array(array: np.ndarray, name: str) -> DecodedImage:
     return DecodedImage(array, name, full_range=(float(limits.min), float(limits.max)) if limits else None)
 
 
-def _shallow(preprocess: ImagePreprocess, picture: DecodedImage) -> Image.Image:
-    image = Image.fromarray(picture.pixels)
+def _shallow(preprocess: ImagePreprocess, image: DecodedImage) -> Image.Image:
+    layer = Image.fromarray(image.pixels)
     # Gray pixels are resized once and repeated afterwards: the filters treat channels alike.
-    return image.convert("L") if preprocess.channels == 1 else image
+    return layer.convert("L") if preprocess.channels == 1 else layer
 
 
-def _windowed(preprocess: ImagePreprocess, picture: DecodedImage) -> list[Image.Image]:
+def _windowed(preprocess: ImagePreprocess, image: DecodedImage) -> list[Image.Image]:
     """One floating-point image a channel, 0..255; one for gray."""
-    if picture.voi is not None and preprocess.window is None:
-        values = picture.voi.apply(picture.pixels)
-        range_text = str(picture.voi)
+    if image.voi is not None and preprocess.window is None:
+        values = image.voi.apply(image.pixels)
+        range_text = str(image.voi)
     else:
-        low, high = _known_range(preprocess, picture)
-        numbers = picture.pixels.astype(np.float32) - np.float32(low)
+        low, high = _known_range(preprocess, image)
+        numbers = image.pixels.astype(np.float32) - np.float32(low)
         # A window of width 1 (DICOM) is a threshold.
         values = np.clip(numbers / (high - low), 0, 1) if high > low else (numbers > 0).astype(np.float32)
         range_text = f"window {low:g}..{high:g}"
-    if float(values.max()) - float(values.min()) < 1 / 16 and picture.pixels.min() != picture.pixels.max():
+    if float(values.max()) - float(values.min()) < 1 / 16 and image.pixels.min() != image.pixels.max():
         warn_once(
             logger,
             f"shade {range_text}",
-            f"{picture.name}: values {picture.pixels.min():g}..{picture.pixels.max():g} are almost one shade in the "
+            f"{image.name}: values {image.pixels.min():g}..{image.pixels.max():g} are almost one shade in the "
             f"{range_text}; set `window` to the range that matters",
         )
-    if picture.inverted:
+    if image.inverted:
         values = 1 - values
-    if picture.alpha is not None:  # what is transparent shows white, as in images of 8 bits
-        values = 1 - (1 - values) * (picture.alpha if values.ndim == 2 else picture.alpha[..., None])
-    if picture.padding is not None:
-        values = np.where(picture.padding, np.float32(0), values)
+    if image.alpha is not None:  # what is transparent shows white, as in images of 8 bits
+        values = 1 - (1 - values) * (image.alpha if values.ndim == 2 else image.alpha[..., None])
+    if image.padding is not None:
+        values = np.where(image.padding, np.float32(0), values)
     values = values * np.float32(255)
     if values.ndim == 3 and preprocess.channels == 1:
         values = values @ _LUMA
     return [Image.fromarray(values)] if values.ndim == 2 else [Image.fromarray(values[..., i]) for i in range(3)]
 
 
-def _known_range(preprocess: ImagePreprocess, picture: DecodedImage) -> tuple[float, float]:
-    window = picture.shown_range(preprocess.window)
+def _known_range(preprocess: ImagePreprocess, image: DecodedImage) -> tuple[float, float]:
+    window = image.shown_range(preprocess.window)
     if window is None:
-        low, high = float(picture.pixels.min()), float(picture.pixels.max())
+        low, high = float(image.pixels.min()), float(image.pixels.max())
         raise MediaError(
-            f"{picture.name}: {picture.pixels.dtype} pixels in {low:g}..{high:g} without a declared range; "
+            f"{image.name}: {image.pixels.dtype} pixels in {low:g}..{high:g} without a declared range; "
             "say which values become black and white with `window: [lower, upper]`"
         )
     return window
 
 
-def _fit(image: Image.Image, height: int, width: int, preprocess: ImagePreprocess, name: str) -> Image.Image:
-    """Resized, and for "crop" cropped, by the arithmetic of transformers. "pad" leaves one side short."""
+def _fitted_size(preprocess: ImagePreprocess, size: Sequence[int], name: str) -> tuple[int, int]:
+    """Height and width after resizing, before the crop or the padding, by the arithmetic of transformers."""
+    (height, width), (own_height, own_width) = preprocess.size, size
     if preprocess.fit == "squash":
-        new_height, new_width = height, width
+        return height, width
+    across, down = width / own_width, height / own_height
+    by_width = (across >= down) == (preprocess.fit == "crop")
+    if by_width:
+        new_height, new_width = max(int(width * own_height / own_width), 1), width
     else:
-        across, down = width / image.width, height / image.height
-        by_width = (across >= down) == (preprocess.fit == "crop")
-        if by_width:
-            new_height, new_width = max(int(width * image.height / image.width), 1), width
-        else:
-            new_height, new_width = height, max(int(height * image.width / image.height), 1)
+        new_height, new_width = height, max(int(height * own_width / own_height), 1)
     if new_height * new_width > MAX_PIXELS:
         raise MediaError(
-            f"{name}: sides {image.width} x {image.height} are too unequal for `fit: crop` ({new_width} x {new_height} "
+            f"{name}: sides {own_width} x {own_height} are too unequal for `fit: crop` ({new_width} x {new_height} "
             "pixels before the crop); use `fit: pad` or `fit: squash`"
         )
-    image = image.resize((new_width, new_height), resample=_FILTERS[preprocess.interpolation])
+    return new_height, new_width
+
+
+def _margins(preprocess: ImagePreprocess, fitted: Sequence[int]) -> tuple[int, int]:
+    """First row and column of the result in the resized image; negative where it is padded."""
+    (height, width), (new_height, new_width) = preprocess.size, fitted
+    if preprocess.fit == "pad":
+        return -((height - new_height) // 2), -((width - new_width) // 2)
+    return (new_height - height) // 2, (new_width - width) // 2
+
+
+def _fit(image: Image.Image, preprocess: ImagePreprocess, name: str) -> Image.Image:
+    """Resized, and for "crop" cropped. "pad" leaves one side short."""
+    fitted = _fitted_size(preprocess, (image.height, image.width), name)
+    image = image.resize(fitted[::-1], resample=_FILTERS[preprocess.interpolation])
     if preprocess.fit != "crop":
         return image
-    top, left = (new_height - height) // 2, (new_width - width) // 2
+    (height, width), (top, left) = preprocess.size, _margins(preprocess, fitted)
     return image.crop((left, top, left + width, top + height))
 
 
-def _pad(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Zeros around: after normalisation zero is `mean`."""
-    down, across = height - pixels.shape[1], width - pixels.shape[2]
-    return np.pad(pixels, ((0, 0), (down // 2, down - down // 2), (across // 2, across - across // 2)))
+def _pad(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """Zeros around: after normalization zero is `mean`. The image begins at row -`top` and column -`left`."""
+    below, right = height - pixels.shape[1] + top, width - pixels.shape[2] + left
+    return np.pad(pixels, ((0, 0), (-top, below), (-left, right)))

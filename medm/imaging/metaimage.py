@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +11,8 @@ import numpy as np
 from medm.errors import MediaError
 from medm.imaging.geometry import Geometry, check_size, check_spacing, geometry_from_steps, join_numbers
 from medm.imaging.notices import warn_of_file
-from medm.imaging.payload import Packing, check_length, open_binary, read_voxels, sibling
+from medm.imaging.payload import sibling
+from medm.imaging.text_header import Fields, Layout, TextHeaderFormat
 
 logger = logging.getLogger(__name__)
 
@@ -33,54 +32,13 @@ _TYPES = {
 }  # fmt: skip
 
 
-def read_metaimage(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
-    """Voxels (z, y, x) and their geometry; None where the header gives no direction.
-
-    Raises:
-        MediaError: truncated, damaged, of a kind that is not read, or with impossible numbers in its header.
-    """
-    with _at_voxels(path, name) as (stream, fields):
-        return read_voxels(stream, *_layout(fields, name), _packing(fields), name), _geometry(fields, name)
-
-
-def check_metaimage(path: Path, name: str) -> None:
-    """Check the header, and the length of voxels that are not packed. Raises `MediaError` as `read_metaimage`."""
-    with _at_voxels(path, name) as (stream, fields):
-        check_length(stream, *_layout(fields, name), _packing(fields), name)
-
-
-@contextmanager
-def _at_voxels(path: Path, name: str) -> Iterator[tuple[BinaryIO, dict[str, str]]]:
-    """The file that holds the voxels, before the first one, and the fields of the header, which were checked."""
-    with open_binary(path, name) as stream:
-        fields = _fields(stream, name)
-        _layout(fields, name)
-        _geometry(fields, name)
-        beside = _data_file(fields, path, name)
-        if beside is None:
-            yield stream, fields
-            return
-    with open_binary(beside, name) as stream:
-        yield stream, fields
-
-
-def _packing(fields: dict[str, str]) -> Packing:
-    return "zlib" if _true(fields, "CompressedData") else "raw"
-
-
-def data_file(path: Path, name: str) -> Path | None:
-    """Where the voxels lie, if not in the file itself. Raises `MediaError` as `read_metaimage`."""
-    with open_binary(path, name) as stream:
-        return _data_file(_fields(stream, name), path, name)
-
-
-def _data_file(fields: dict[str, str], path: Path, name: str) -> Path | None:
+def _data_file(fields: Fields, path: Path, name: str) -> Path | None:
     file = fields["ElementDataFile"]
     return None if file.upper() == "LOCAL" else sibling(path, file, name, header=".mhd")
 
 
-def _fields(stream: BinaryIO, name: str) -> dict[str, str]:
-    fields: dict[str, str] = {}
+def _fields(stream: BinaryIO, name: str) -> Fields:
+    fields: Fields = {}
     while stream.tell() < _MAX_HEADER:
         line = stream.readline(_MAX_HEADER)
         key, equals, value = line.decode("latin-1").partition("=")
@@ -93,7 +51,7 @@ def _fields(stream: BinaryIO, name: str) -> dict[str, str]:
     raise MediaError(f"{name}: not a MetaImage: its header does not end with ElementDataFile")
 
 
-def _layout(fields: dict[str, str], name: str) -> tuple[tuple[int, ...], np.dtype]:
+def _layout(fields: Fields, name: str) -> Layout:
     for key in ("NDims", "DimSize", "ElementType"):
         if key not in fields:
             raise MediaError(f"{name}: the MetaImage header lacks '{key}'")
@@ -119,10 +77,10 @@ def _layout(fields: dict[str, str], name: str) -> tuple[tuple[int, ...], np.dtyp
         )
     dtype = dtype.newbyteorder(">" if True in orders else "<")
     check_size(sizes[::-1], dtype.itemsize, name)
-    return tuple(sizes[::-1]), dtype
+    return Layout(tuple(sizes[::-1]), dtype, "zlib" if _true(fields, "CompressedData") else "raw")
 
 
-def _check_intensity(fields: dict[str, str], name: str) -> None:
+def _check_intensity(fields: Fields, name: str) -> None:
     """Refuse a scale of the stored values that common readers, ITK among them, do not apply."""
     slope, offset = (
         _numbers(fields, key, name) if key in fields else [default]
@@ -135,7 +93,7 @@ def _check_intensity(fields: dict[str, str], name: str) -> None:
         )
 
 
-def _geometry(fields: dict[str, str], name: str) -> Geometry | None:
+def _geometry(fields: Fields, name: str) -> Geometry | None:
     # ElementSize is the size of a voxel, which gaps between slices make smaller than the distance.
     spacing = next((_numbers(fields, key, name) for key in ("ElementSpacing", "ElementSize") if key in fields), None)
     if spacing is None or len(spacing) != 3:
@@ -162,7 +120,7 @@ def _geometry(fields: dict[str, str], name: str) -> Geometry | None:
     return geometry
 
 
-def _agreed(fields: dict[str, str], keys: tuple[str, ...], name: str) -> list[float] | None:
+def _agreed(fields: Fields, keys: tuple[str, ...], name: str) -> list[float] | None:
     """The numbers of fields that mean the same; None where there is none of them. Raises `MediaError`."""
     found = {key: _numbers(fields, key, name) for key in keys if key in fields}
     for key, numbers in found.items():
@@ -175,7 +133,7 @@ def _agreed(fields: dict[str, str], keys: tuple[str, ...], name: str) -> list[fl
     return next(iter(found.values()), None)
 
 
-def _compare_orientation(fields: dict[str, str], geometry: Geometry, name: str) -> None:
+def _compare_orientation(fields: Fields, geometry: Geometry, name: str) -> None:
     """Warn of letters that contradict the matrix, which is used: they name the sides where the axes x, y, z begin."""
     letters = fields.get("AnatomicalOrientation", "").upper()
     own = "".join(_OPPOSITE[letter] for letter in reversed(geometry.axes))
@@ -187,12 +145,16 @@ def _compare_orientation(fields: dict[str, str], geometry: Geometry, name: str) 
         )  # fmt: skip
 
 
-def _true(fields: dict[str, str], key: str, default: str = "False") -> bool:
+def _true(fields: Fields, key: str, default: str = "False") -> bool:
     return fields.get(key, default).lower() in ("true", "1")
 
 
-def _numbers(fields: dict[str, str], key: str, name: str) -> list[float]:
+def _numbers(fields: Fields, key: str, name: str) -> list[float]:
     try:
         return [float(word) for word in fields[key].split()]
     except ValueError:
         raise MediaError(f"{name}: the MetaImage field '{key}' does not hold numbers") from None
+
+
+METAIMAGE = TextHeaderFormat(fields=_fields, layout=_layout, geometry=_geometry, detached=_data_file)
+"""MetaImage files."""

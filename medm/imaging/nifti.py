@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from medm.errors import MediaError
+from medm.files import atomic_file
 from medm.imaging.constant import refuse_lost_values
 from medm.imaging.geometry import (
     Geometry,
@@ -118,6 +119,47 @@ def check_nifti(path: Path, name: str) -> None:
     needed, found = int(header.vox_offset) + math.prod(shape) * dtype.itemsize, path.stat().st_size
     if not packed and found < needed:
         raise MediaError(f"{name}: {found} bytes, but its header declares {needed}; the file is truncated")
+
+
+def write_nifti(path: Path, voxels: np.ndarray, geometry: Geometry | None) -> None:
+    """Write voxels (z, y, x) and their geometry as NIfTI-1, atomically and without any other field.
+
+    Args:
+        path: ends with .nii or .nii.gz, which is compressed.
+        voxels: of a type that NIfTI has.
+        geometry: becomes the sform; without it neither sform nor qform is set, as in a file without orientation.
+
+    Raises:
+        MediaError: another suffix, type or size than NIfTI-1 has.
+        OSError: the file cannot be written.
+    """
+    name, lower = str(path), path.name.lower()
+    if not lower.endswith((".nii", ".nii.gz")):
+        raise MediaError(f"{name}: expected a name that ends with .nii or .nii.gz")
+    code = next((code for code, kind in _TYPES.items() if np.dtype(kind) == voxels.dtype), None)
+    if code is None or voxels.ndim != 3 or max(voxels.shape) >= 2**15:
+        raise MediaError(
+            f"{name}: NIfTI-1 holds three axes of less than 32768 numbers each; found {voxels.shape} of {voxels.dtype}"
+        )
+    spacing = (1.0,) * 3 if geometry is None else tuple(geometry.spacing[::-1])
+    rows = np.zeros((3, 4))
+    if geometry is not None:
+        rows = np.diag([-1.0, -1.0, 1.0]) @ np.column_stack([geometry.steps[:, ::-1], geometry.origin])
+    values: dict[str, tuple[float, ...]] = {
+        "dim": (3, *voxels.shape[::-1], 1, 1, 1, 1), "datatype": (code,), "bitpix": (voxels.dtype.itemsize * 8,),
+        "pixdim": (1.0, *spacing, 0.0, 0.0, 0.0, 0.0), "vox_offset": (352,), "slope": (1.0,), "intercept": (0.0,),
+        "units": (2,), "qform_code": (0,), "sform_code": (0 if geometry is None else 1,), "quaternion": (0.0,) * 6,
+        "rows": tuple(rows.ravel()),
+    }  # fmt: skip
+    magic, at, layout = _LAYOUTS[348]
+    header = bytearray(352)
+    struct.pack_into("<i", header, 0, 348)
+    header[at : at + 3] = magic
+    for key, (form, place) in layout.items():
+        struct.pack_into(f"<{form}", header, place, *values[key])
+    data = bytes(header) + voxels.astype(voxels.dtype.newbyteorder("<")).tobytes()
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(gzip.compress(data, mtime=0) if lower.endswith(".gz") else data)
 
 
 def _read_header(stream: BinaryIO, name: str) -> tuple[_Header, bool]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +17,8 @@ from medm.imaging.geometry import (
     join_numbers,
     spacings_differ,
 )
-from medm.imaging.payload import Packing, check_length, open_binary, read_voxels, sibling
+from medm.imaging.payload import Packing, sibling
+from medm.imaging.text_header import Fields, Layout, TextHeaderFormat
 
 _MAX_HEADER = 2**16
 _USED = {
@@ -57,61 +56,19 @@ _OTHER_KINDS = {
 _PACKINGS: dict[str, Packing] = {"raw": "raw", "gzip": "gzip", "gz": "gzip"}
 
 
-def read_nrrd(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
-    """Voxels (z, y, x) and their geometry; None where the header names no space of the patient.
-
-    Raises:
-        MediaError: truncated, damaged, of a kind that is not read, or with impossible numbers in its header.
-    """
-    with _at_voxels(path, name) as (stream, fields):
-        return read_voxels(stream, *_layout(fields, name), name), _geometry(fields, name)
-
-
-def check_nrrd(path: Path, name: str) -> None:
-    """Check the header, and the length of voxels that are not packed. Raises `MediaError` as `read_nrrd`."""
-    with _at_voxels(path, name) as (stream, fields):
-        check_length(stream, *_layout(fields, name), name)
-
-
-@contextmanager
-def _at_voxels(path: Path, name: str) -> Iterator[tuple[BinaryIO, dict[str, str]]]:
-    """The file that holds the voxels, before the first one, and the fields of the header, which were checked."""
-    with open_binary(path, name) as stream:
-        fields = _fields(stream, name)
-        _layout(fields, name)
-        _geometry(fields, name)
-        if any(fields.get(key, "0") != "0" for key in ("lineskip", "byteskip")):
-            raise MediaError(
-                f"{name}: NRRD files that skip lines or bytes before their voxels are not read; expected "
-                "'line skip' and 'byte skip' of 0"
-            )
-        beside = _data_file(fields, path, name)
-        if beside is None:
-            yield stream, fields
-            return
-    with open_binary(beside, name) as stream:
-        yield stream, fields
-
-
-def data_file(path: Path, name: str) -> Path | None:
-    """Where the voxels lie, if not in the file itself. Raises `MediaError` as `read_nrrd`."""
-    with open_binary(path, name) as stream:
-        return _data_file(_fields(stream, name), path, name)
-
-
-def _data_file(fields: dict[str, str], path: Path, name: str) -> Path | None:
+def _data_file(fields: Fields, path: Path, name: str) -> Path | None:
     file = fields.get("datafile")
     return None if file is None else sibling(path, file, name, header=".nhdr")
 
 
-def _fields(stream: BinaryIO, name: str) -> dict[str, str]:
+def _fields(stream: BinaryIO, name: str) -> Fields:
     """The fields that describe the array, without comments and key:=value pairs, which may hold a patient's data.
 
     Names are in small letters without spaces: "data file" and "datafile" are the same.
     """
     if not stream.readline(16).startswith(b"NRRD000"):
         raise MediaError(f"{name}: not an NRRD file: its first line is not NRRD000x")
-    fields: dict[str, str] = {}
+    fields: Fields = {}
     while stream.tell() < _MAX_HEADER:
         line = stream.readline(_MAX_HEADER)
         if line.strip() == b"":
@@ -125,7 +82,7 @@ def _fields(stream: BinaryIO, name: str) -> dict[str, str]:
     raise MediaError(f"{name}: the NRRD header does not end within {_MAX_HEADER} bytes")
 
 
-def _layout(fields: dict[str, str], name: str) -> tuple[tuple[int, ...], np.dtype, Packing]:
+def _layout(fields: Fields, name: str) -> Layout:
     for key in ("type", "dimension", "sizes", "encoding"):
         if key not in fields:
             raise MediaError(f"{name}: the NRRD header lacks the field '{key}'")
@@ -148,10 +105,15 @@ def _layout(fields: dict[str, str], name: str) -> tuple[tuple[int, ...], np.dtyp
         dtype = dtype.newbyteorder("<" if endian == "little" else ">")
     check_size(sizes[::-1], dtype.itemsize, name)
     _check_kinds(fields, name)
-    return tuple(sizes[::-1]), dtype, _PACKINGS[encoding]
+    if any(fields.get(key, "0") != "0" for key in ("lineskip", "byteskip")):
+        raise MediaError(
+            f"{name}: NRRD files that skip lines or bytes before their voxels are not read; expected "
+            "'line skip' and 'byte skip' of 0"
+        )
+    return Layout(tuple(sizes[::-1]), dtype, _PACKINGS[encoding])
 
 
-def _check_kinds(fields: dict[str, str], name: str) -> None:
+def _check_kinds(fields: Fields, name: str) -> None:
     """Refuse axes that do not lie in space: colors, vectors, time."""
     kinds = fields.get("kinds", "").lower().split()
     other = [(axis, kind) for axis, kind in enumerate(kinds) if kind not in _SPATIAL_KINDS]
@@ -164,7 +126,7 @@ def _check_kinds(fields: dict[str, str], name: str) -> None:
         )
 
 
-def _geometry(fields: dict[str, str], name: str) -> Geometry | None:
+def _geometry(fields: Fields, name: str) -> Geometry | None:
     """Where the voxels lie. Centers of voxels are meant, whether 'centers' says cell or node (format, section 4)."""
     signs = _TO_LPS.get(fields.get("space", "").lower())
     vectors = re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))
@@ -191,7 +153,7 @@ def _geometry(fields: dict[str, str], name: str) -> Geometry | None:
     return geometry
 
 
-def _spacings(fields: dict[str, str], name: str) -> list[float]:
+def _spacings(fields: Fields, name: str) -> list[float]:
     """The field 'spacings' in mm."""
     spacings = _numbers(fields["spacings"].split(), "spacings", name)
     if len(spacings) != 3:
@@ -199,7 +161,7 @@ def _spacings(fields: dict[str, str], name: str) -> list[float]:
     return [value * unit for value, unit in zip(spacings, _units(fields, "units", name), strict=True)]
 
 
-def _units(fields: dict[str, str], field: str, name: str) -> list[float]:
+def _units(fields: Fields, field: str, name: str) -> list[float]:
     """Length in mm of the unit along each of three axes; mm where the header names none."""
     words = re.findall(r'"([^"]*)"', fields.get(field, ""))
     lengths = [_MILLIMETERS.get(word.strip().lower()) for word in words] or [1.0] * 3
@@ -216,3 +178,7 @@ def _numbers(words: list[str], field: str, name: str) -> list[float]:
         return [float(word) for word in words]
     except ValueError:
         raise MediaError(f"{name}: the NRRD field '{field}' does not hold numbers") from None
+
+
+NRRD = TextHeaderFormat(fields=_fields, layout=_layout, geometry=_geometry, detached=_data_file)
+"""NRRD files; their geometry is None where the header names no space of the patient."""

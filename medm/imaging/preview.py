@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from medm.imaging import Preprocess
-from medm.imaging.images import apply_image, read_image
+from medm.imaging.images import prepare_image, read_image
 from medm.imaging.options import ImagePreprocess, VolumePreprocess
-from medm.imaging.transforms import apply_volume_in_steps, default_window
+from medm.imaging.transforms import default_window, windowed_volume
 from medm.imaging.volumes import read_volume
 
 _OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
@@ -34,13 +34,13 @@ class _Tile:
 
 
 def contact_sheet(path: Path, preprocess: Preprocess, *, slices: int = 12, tile: int = 192) -> Image.Image:
-    """What the model will see, as a picture.
+    """What the model will see, as a image.
 
     Args:
         path: the image or volume.
         preprocess: the description that training uses.
         slices: most slices of a volume that are shown, evenly spread over its first axis.
-        tile: width of one picture, in pixels.
+        tile: width of one tile, in pixels.
 
     Raises:
         MediaError: as `load_pixels`.
@@ -58,16 +58,16 @@ def save_contact_sheet(path: Path, preprocess: Preprocess, output: Path, *, slic
 
 
 def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], list[_Tile]]:
-    picture = read_image(path)
-    pixels = apply_image(preprocess, picture)
+    image = read_image(path)
+    pixels = prepare_image(preprocess, image).pixels
     mean = np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
     shown = np.moveaxis(pixels * std + mean, 0, -1)
-    height, width = picture.pixels.shape[:2]
-    window = picture.shown_range(preprocess.window)
-    depth = f"window {window[0]:g}..{window[1]:g}" if picture.is_deep and window else "8 bits"
-    if picture.voi is not None and preprocess.window is None:
-        depth = str(picture.voi)
+    height, width = image.pixels.shape[:2]
+    window = image.shown_range(preprocess.window)
+    depth = f"window {window[0]:g}..{window[1]:g}" if image.is_deep and window else "8 bits"
+    if image.voi is not None and preprocess.window is None:
+        depth = str(image.voi)
     title = [
         path.name,
         f"{width} x {height}, {depth}, to {preprocess.size[1]} x {preprocess.size[0]} ({preprocess.fit})",
@@ -77,7 +77,7 @@ def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], li
 
 def _volume_tiles(path: Path, preprocess: VolumePreprocess, slices: int) -> tuple[list[str], list[_Tile]]:
     volume = read_volume(path, several=preprocess.series)
-    _, shown = apply_volume_in_steps(preprocess, volume)  # [C, D, H, W]
+    shown = windowed_volume(preprocess, volume)  # [C, D, H, W]
     axes = None
     if volume.geometry is not None:
         axes = preprocess.orientation or volume.geometry.axes
@@ -98,9 +98,9 @@ def _volume_tiles(path: Path, preprocess: VolumePreprocess, slices: int) -> tupl
 
 def _sheet(title: list[str], tiles: list[_Tile], width: int) -> Image.Image:
     font = ImageFont.load_default(size=_CAPTION - 4)
-    pictures = [_picture(tile, width, font) for tile in tiles]
+    thumbnails = [_thumbnail(tile, width, font) for tile in tiles]
     columns = math.ceil(math.sqrt(len(tiles) * 1.5))
-    cell = max(picture.height for picture in pictures)
+    cell = max(thumbnail.height for thumbnail in thumbnails)
     lines = [*title, "As the model sees it. Not for clinical use."]
     wide = max(columns * (width + 4) + 4, *(int(font.getlength(line)) + 8 for line in lines))
     rows = math.ceil(len(tiles) / columns)
@@ -108,19 +108,19 @@ def _sheet(title: list[str], tiles: list[_Tile], width: int) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     for row, line in enumerate(lines):
         draw.text((4, row * _CAPTION + 2), line, fill=(_TEXT,) * 3, font=font)
-    for index, picture in enumerate(pictures):
+    for index, thumbnail in enumerate(thumbnails):
         row, column = divmod(index, columns)
-        sheet.paste(picture, (4 + column * (width + 4), len(lines) * _CAPTION + 4 + row * (cell + 4)))
+        sheet.paste(thumbnail, (4 + column * (width + 4), len(lines) * _CAPTION + 4 + row * (cell + 4)))
     return sheet
 
 
-def _picture(tile: _Tile, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _thumbnail(tile: _Tile, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
     pixels = np.round(np.clip(tile.pixels, 0, 1) * 255).astype(np.uint8)
     height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
     caption = _CAPTION if tile.caption else 0
-    picture = Image.new("RGB", (width, height + caption), (_GROUND,) * 3)
-    picture.paste(Image.fromarray(pixels).convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
-    draw = ImageDraw.Draw(picture)
+    thumbnail = Image.new("RGB", (width, height + caption), (_GROUND,) * 3)
+    thumbnail.paste(Image.fromarray(pixels).convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
+    draw = ImageDraw.Draw(thumbnail)
     if tile.caption:
         draw.text((2, height + 1), tile.caption, fill=(_TEXT,) * 3, font=font)
     if tile.marks:
@@ -135,4 +135,4 @@ def _picture(tile: _Tile, width: int, font: ImageFont.FreeTypeFont | ImageFont.I
             draw.text(
                 place, letter, fill=(_MARK, _MARK, 0), font=font, anchor=anchor, stroke_width=2, stroke_fill=(0, 0, 0)
             )
-    return picture
+    return thumbnail

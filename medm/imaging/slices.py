@@ -101,18 +101,18 @@ def _require_inside(path: Path) -> None:
 
 def _gray(path: Path) -> np.ndarray:
     _require_inside(path)
-    picture = read_image(path)
-    pixels = picture.pixels
-    if picture.alpha is not None:
+    image = read_image(path)
+    pixels = image.pixels
+    if image.alpha is not None:
         raise MediaError(f"{path}: a slice with transparent pixels; expected opaque gray")
     if pixels.ndim == 3:
         if (pixels != pixels[..., :1]).any():
             raise MediaError(f"{path}: a slice in color; expected gray")
         pixels = pixels[..., 0]
-    if picture.inverted:
-        if picture.full_range is None:
+    if image.inverted:
+        if image.full_range is None:
             raise MediaError(
                 f"{path}: a MinIsWhite slice of {pixels.dtype}, whose values cannot be inverted; store it as MinIsBlack"
             )
-        pixels = (sum(picture.full_range) - pixels.astype(np.float64)).astype(pixels.dtype)
+        pixels = (sum(image.full_range) - pixels.astype(np.float64)).astype(pixels.dtype)
     return pixels

@@ -6,7 +6,7 @@ import base64
 import binascii
 import io
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias, cast
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,7 @@ Source: TypeAlias = str | Path | BinaryIO | Image.Image | np.ndarray
 _NETWORK = ("http://", "https://", "ftp://", "s3://", "gs://")
 
 
-def as_source(item: Any) -> Source:
+def as_source(item: object) -> Source:
     """Return a path, stream, image or array from an item of a caller.
 
     Args:
@@ -42,8 +42,10 @@ def as_source(item: Any) -> Source:
         return item.expanduser()
     if isinstance(item, bytes):
         return io.BytesIO(item)
-    if isinstance(item, (Image.Image, np.ndarray)) or hasattr(item, "read"):
+    if isinstance(item, (Image.Image, np.ndarray)):
         return item
+    if hasattr(item, "read"):
+        return cast(BinaryIO, item)
     if hasattr(item, "detach") and hasattr(item, "dtype"):  # a tensor, without importing torch
         tensor = item.detach().cpu()
         return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
@@ -53,7 +55,7 @@ def as_source(item: Any) -> Source:
     )
 
 
-def decode_base64(text: Any) -> io.BytesIO:
+def decode_base64(text: str | bytes) -> io.BytesIO:
     """Raises `MediaError`."""
     try:
         return io.BytesIO(base64.b64decode(text, validate=True))

@@ -15,6 +15,7 @@ from medm.imaging.constant import Step, check_prepared
 from medm.imaging.geometry import MAX_VOXELS, Geometry
 from medm.imaging.notices import warn_of_file, warn_once
 from medm.imaging.options import VolumePreprocess
+from medm.imaging.placement import Placement, Prepared
 from medm.imaging.volumes import Volume
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ _TRAVELLING = tuple(map(np.dtype, ("i1", "u1", "=i2", "=i4", "=f4")))
 _DEFAULT_WINDOWS = {"hu": [-1000.0, 1000.0], "0-255": [0.0, 255.0], "0-1": [0.0, 1.0], "minmax": [0.0, 1.0]}
 
 
-def apply_volume(preprocess: VolumePreprocess, volume: Volume, *, device: str = "cpu") -> np.ndarray:
-    """The volume as an encoder takes it: (C, *size) float32.
+def prepare_volume(preprocess: VolumePreprocess, volume: Volume, *, device: str = "cpu") -> Prepared:
+    """Return the volume as an encoder takes it, (C, *size) float32, and its placement.
 
     Args:
         preprocess: what is wanted.
@@ -45,23 +46,24 @@ def apply_volume(preprocess: VolumePreprocess, volume: Volume, *, device: str = 
             does not have, nothing in the foreground, a result that is too large, or one value for every voxel of a
             file that varies.
     """
-    return _computed(preprocess, volume, device)[0].cpu().numpy()
-
-
-def apply_volume_in_steps(
-    preprocess: VolumePreprocess, volume: Volume, *, device: str = "cpu"
-) -> tuple[np.ndarray, np.ndarray]:
-    """The result of `apply_volume`, and the same before `mean` and `std`, in 0..1 (what a person can look at)."""
-    result, shown = _computed(preprocess, volume, device)
-    return result.cpu().numpy(), shown.cpu().numpy()
-
-
-def _computed(preprocess: VolumePreprocess, volume: Volume, device: str) -> tuple[Tensor, Tensor]:
     import torch
 
+    shown, placement = _checked(preprocess, volume, device)
+    mean = torch.tensor(preprocess.mean, device=device).view(-1, 1, 1, 1)
+    std = torch.tensor(preprocess.std, device=device).view(-1, 1, 1, 1)
+    return Prepared(((shown - mean) / std).contiguous().cpu().numpy(), placement)
+
+
+def windowed_volume(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
+    """Return the pixels of `prepare_volume` before `mean` and `std`, in 0..1 (what a person can look at)."""
+    return _checked(preprocess, volume, "cpu")[0].numpy()
+
+
+def _checked(preprocess: VolumePreprocess, volume: Volume, device: str) -> tuple[Tensor, Placement]:
+    """The channels before mean and std, once it is known that something is left of the file."""
     low, high = float(volume.voxels.min()), float(volume.voxels.max())
     _check_scale(preprocess, volume, low, high)
-    shown = _shown(preprocess, volume, device)
+    shown, placement = _shown(preprocess, volume, device)
     check_prepared(
         shown.numpy() if shown.device.type == "cpu" else shown, volume.voxels, name=volume.name,
         windows=_stored_windows(preprocess, low, high),
@@ -69,16 +71,19 @@ def _computed(preprocess: VolumePreprocess, volume: Volume, device: str) -> tupl
     )  # fmt: skip
     if preprocess.channels is not None and len(shown) == 1:
         shown = shown.expand(preprocess.channels, -1, -1, -1)
-    mean = torch.tensor(preprocess.mean, device=device).view(-1, 1, 1, 1)
-    std = torch.tensor(preprocess.std, device=device).view(-1, 1, 1, 1)
-    return ((shown - mean) / std).contiguous(), shown
+    return shown, placement
 
 
-def _shown(preprocess: VolumePreprocess, volume: Volume, device: str, seen: list[list[Step]] | None = None) -> Tensor:
-    """[windows, *size] in 0..1, before mean and std. `seen` gets the ranges after each step, one list a window."""
+def _shown(
+    preprocess: VolumePreprocess, volume: Volume, device: str, seen: list[list[Step]] | None = None
+) -> tuple[Tensor, Placement]:
+    """[windows, *size] in 0..1, before mean and std, and where they lie.
+
+    `seen` gets the ranges after each step, one list a window.
+    """
     import torch
 
-    voxels = _on_grid(preprocess, volume)
+    voxels, placement = _on_grid(preprocess, volume)
     blend = _blend(preprocess, len(voxels))
     used = range(len(voxels)) if blend is None else blend.used
     values = _on_device(voxels, used, device)  # [D, H, W]
@@ -113,7 +118,10 @@ def _shown(preprocess: VolumePreprocess, volume: Volume, device: str, seen: list
         if seen is not None:
             steps.append(Step.of(f"size {preprocess.size}", channel))
         channels.append(channel)
-    return torch.stack(channels)
+    if box is not None:
+        starts, stops = [side.start for side in box], [side.stop for side in box]
+        placement = placement.boxed(starts, np.subtract(stops, starts).tolist())
+    return torch.stack(channels), _sized_placement(preprocess, placement)
 
 
 def _trace(preprocess: VolumePreprocess, volume: Volume, device: str) -> list[list[Step]]:
@@ -147,9 +155,13 @@ def default_window(scale: str) -> list[float]:
     return _DEFAULT_WINDOWS[scale]
 
 
-def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
-    """Voxels along the wanted axes at the wanted spacing: exchanged and flipped where that is enough, or resampled."""
+def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, Placement]:
+    """Voxels along the wanted axes at the wanted spacing, and their placement.
+
+    Axes are exchanged and flipped where that is enough; otherwise the volume is resampled.
+    """
     geometry = volume.geometry
+    placement = Placement.of_source(volume.voxels.shape, geometry)
     if geometry is None:
         if preprocess.spacing is not None:
             raise MediaError(
@@ -163,25 +175,31 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
                 f"{volume.name}: the file says nothing of its direction; its axes are taken to be "
                 f"{preprocess.orientation} already. Set `orientation: null` to say that this is meant",
             )
-        return volume.voxels
+        return volume.voxels, placement
     voxels, direction = volume.voxels, geometry.direction
     if preprocess.orientation is not None:
+        order, flips = _axis_changes(geometry, preprocess.orientation)
+        placement = placement.permuted(order)
+        for axis in np.flatnonzero(flips):
+            placement = placement.flipped(int(axis))
         voxels, geometry = reoriented(voxels, geometry, preprocess.orientation)
         oblique = geometry.tilt > _OBLIQUE_DEGREES and preprocess.oblique == "resample"
         direction = _directions(preprocess.orientation) if oblique else geometry.direction
     if direction is geometry.direction and preprocess.spacing is None:
-        return voxels
+        return voxels, placement
     box = _Box.of(voxels, geometry)
-    target = Geometry(np.asarray(preprocess.spacing or geometry.spacing, dtype=np.float64), direction, box.center)
+    spacing = np.asarray(preprocess.spacing or geometry.spacing, dtype=np.float64)
+    # A crop to the foreground comes between spacing and size; without it the final grid is known already.
+    fixed = preprocess.spacing is not None and preprocess.crop_foreground is None
+    size = (preprocess.size if fixed else None) or box.size(direction, spacing)
+    limit = MAX_VOXELS if preprocess.spacing is not None else min(MAX_VOXELS, _GROWTH * voxels.size)
+    target = Geometry(spacing, direction, box.center - direction @ (spacing * (np.asarray(size) - 1) / 2))
+    placement = placement.sampled(*geometry.indices_of(target), size)
     if preprocess.interpolation == "area" and preprocess.spacing is not None:
         voxels, geometry = _averaged(voxels, geometry, preprocess.spacing)
-    # A crop to the foreground comes between spacing and size; without it the final grid is known already.
-    size = preprocess.size if preprocess.spacing is not None and preprocess.crop_foreground is None else None
-    limit = MAX_VOXELS if preprocess.spacing is not None else min(MAX_VOXELS, _GROWTH * voxels.size)
-    return _resampled(
-        voxels, geometry, target, size or box.size(target), interpolation=preprocess.interpolation, limit=limit,
-        name=volume.name,
-    )  # fmt: skip
+    _check_result(size, volume.name, limit=limit)
+    resampled = _resampled(voxels, geometry, target, size, nearest=preprocess.interpolation == "nearest")
+    return resampled, placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +218,10 @@ class _Box:
         center = geometry.origin + geometry.direction @ (geometry.spacing * (lengths - 1) / 2)
         return cls(center, geometry.direction * (lengths * geometry.spacing))
 
-    def size(self, target: Geometry) -> list[int]:
+    def size(self, direction: np.ndarray, spacing: np.ndarray) -> list[int]:
         """Voxels of another grid that hold the whole box."""
-        extent = np.abs(target.direction.T @ self.edges).sum(axis=1)
-        return np.maximum(np.round(extent / target.spacing), 1).astype(int).tolist()
+        extent = np.abs(direction.T @ self.edges).sum(axis=1)
+        return np.maximum(np.round(extent / spacing), 1).astype(int).tolist()
 
 
 def _directions(orientation: str) -> np.ndarray:
@@ -215,15 +233,21 @@ def _directions(orientation: str) -> np.ndarray:
     return direction
 
 
-def reoriented(voxels: np.ndarray, geometry: Geometry, orientation: str) -> tuple[np.ndarray, Geometry]:
-    """Axes exchanged and flipped, without interpolation, so that each follows its letter as nearly as it can."""
+def _axis_changes(geometry: Geometry, orientation: str) -> tuple[list[int], list[bool]]:
+    """The order of the axes that follows an orientation, and which of them are reversed afterwards."""
     nearest = geometry.nearest_axes()
     order, flips = [], []
     for letter in orientation:
         axis, sign = _PATIENT_AXIS[letter]
         column = nearest.index(axis)
         order.append(column)
-        flips.append(geometry.direction[axis, column] * sign < 0)
+        flips.append(bool(geometry.direction[axis, column] * sign < 0))
+    return order, flips
+
+
+def reoriented(voxels: np.ndarray, geometry: Geometry, orientation: str) -> tuple[np.ndarray, Geometry]:
+    """Axes exchanged and flipped, without interpolation, so that each follows its letter as nearly as it can."""
+    order, flips = _axis_changes(geometry, orientation)
     spacing, direction = geometry.spacing[order], geometry.direction[:, order].copy()
     voxels = voxels.transpose(order)
     origin = geometry.origin.copy()
@@ -262,25 +286,18 @@ def _resampled(
     target: Geometry,
     size: Sequence[int],
     *,
-    interpolation: str,
-    limit: int,
-    name: str,
+    nearest: bool,
 ) -> np.ndarray:
-    """On a grid of the target's spacing and direction; outside stands the smallest value (air).
+    """Resample to another grid; outside of the volume stands the smallest value (air).
 
     Args:
         voxels: along the axes of `geometry`.
         geometry: where they lie.
-        target: spacing and direction of the result; its origin is the center of the result.
+        target: where the voxels of the result lie.
         size: voxels of the result.
-        interpolation: "nearest", or anything else for linear.
-        limit: most voxels of the result.
-        name: the file, for messages.
+        nearest: take the nearest voxel; otherwise linear.
     """
     import SimpleITK
-
-    _check_result(size, name, limit=limit)
-    origin = target.origin - target.direction @ (target.spacing * (np.asarray(size) - 1) / 2)
 
     image = SimpleITK.GetImageFromArray(voxels)
     image.SetSpacing(geometry.spacing[::-1].tolist())
@@ -288,7 +305,7 @@ def _resampled(
     image.SetOrigin(geometry.origin.tolist())
     result = SimpleITK.Resample(
         image, [int(length) for length in reversed(size)], SimpleITK.Transform(),
-        SimpleITK.sitkNearestNeighbor if interpolation == "nearest" else SimpleITK.sitkLinear, origin.tolist(),
+        SimpleITK.sitkNearestNeighbor if nearest else SimpleITK.sitkLinear, target.origin.tolist(),
         target.spacing[::-1].tolist(), target.direction[:, ::-1].ravel().tolist(), float(voxels.min()),
         SimpleITK.sitkFloat32,
     )  # fmt: skip
@@ -377,6 +394,16 @@ def _sized(preprocess: VolumePreprocess, channel: Tensor) -> Tensor:
     return _centered(channel, preprocess.size)
 
 
+def _sized_placement(preprocess: VolumePreprocess, placement: Placement) -> Placement:
+    """The placement after `_sized`."""
+    if preprocess.size is None:
+        return placement
+    if preprocess.spacing is None:
+        return placement.resized(preprocess.size)
+    starts = [_start(length, wanted) for length, wanted in zip(placement.shape, preprocess.size, strict=True)]
+    return placement.boxed(starts, preprocess.size)
+
+
 def _resized(values: Tensor, shape: Sequence[int], interpolation: str) -> Tensor:
     """[D, H, W] stretched; the outer faces of the outer voxels stay where they are."""
     import torch.nn.functional as F
@@ -393,12 +420,18 @@ def _centered(channel: Tensor, size: Sequence[int]) -> Tensor:
 
     pads: list[int] = []
     for axis, wanted in enumerate(size):
-        spare = channel.shape[axis] - wanted
-        if spare > 0:
-            channel = channel.narrow(axis, spare // 2, wanted)
-        missing = max(-spare, 0)
-        pads = [missing // 2, missing - missing // 2, *pads]
+        start, missing = _start(channel.shape[axis], wanted), wanted - channel.shape[axis]
+        if missing < 0:
+            channel = channel.narrow(axis, start, wanted)
+            pads = [0, 0, *pads]
+        else:
+            pads = [-start, missing + start, *pads]
     return F.pad(channel, pads)
+
+
+def _start(length: int, wanted: int) -> int:
+    """First index of the middle `wanted` of `length` voxels; negative where they are padded."""
+    return (length - wanted) // 2 if length > wanted else -((wanted - length) // 2)
 
 
 def _stretched(values: Tensor) -> Tensor:

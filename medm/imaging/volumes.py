@@ -109,13 +109,13 @@ def _check_file(path: Path, name: str) -> None:
 
         check_nifti(path, name)
     elif kind == "nrrd":
-        from medm.imaging.nrrd import check_nrrd
+        from medm.imaging.nrrd import NRRD
 
-        check_nrrd(path, name)
+        NRRD.check(path, name)
     elif kind == "metaimage":
-        from medm.imaging.metaimage import check_metaimage
+        from medm.imaging.metaimage import METAIMAGE
 
-        check_metaimage(path, name)
+        METAIMAGE.check(path, name)
     elif kind == "dicom":
         from medm.imaging.dicom_series import check_dicom_file
 
@@ -181,14 +181,14 @@ def _read_file(path: Path, name: str) -> Volume:
         voxels, geometry = read_nifti(path, name)
         return Volume(voxels, name, geometry=geometry)
     if kind == "nrrd":
-        from medm.imaging.nrrd import read_nrrd
+        from medm.imaging.nrrd import NRRD
 
-        voxels, geometry = read_nrrd(path, name)
+        voxels, geometry = NRRD.read(path, name)
         return Volume(voxels, name, geometry=geometry)
     if kind == "metaimage":
-        from medm.imaging.metaimage import read_metaimage
+        from medm.imaging.metaimage import METAIMAGE
 
-        voxels, geometry = read_metaimage(path, name)
+        voxels, geometry = METAIMAGE.read(path, name)
         return Volume(voxels, name, geometry=geometry)
     if kind == "dicom":
         from medm.imaging.dicom_series import read_dicom_file

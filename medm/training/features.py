@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from medm.data.features import FeatureStore, missing, open_store
+from medm.data.features import FeatureBatch, FeatureStore, missing, open_store
 from medm.data.records import Records
 from medm.distributed import all_gather_objects, failures, on_rank_zero, rank, world_size
 from medm.errors import DataError, MediaError, MedmError, machine_fault
-from medm.imaging import Preprocess, fingerprint, load_pixels
+from medm.imaging import Preprocess, fingerprint, prepare
+from medm.imaging.placement import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _fill(
         batches = _encoded(branch, preprocess, wanted, device, bad)
         first = next(batches, None)
         if first is not None:
-            tokens = first[1]
+            tokens = first.features
             store.add(chain([first], batches), most=len(wanted), shape=tokens.shape[1:], dtype=tokens.dtype)
     finally:
         branch.encoder.to(before)
@@ -132,21 +133,24 @@ def _fill(
 
 def _encoded(
     branch: Any, preprocess: Preprocess, wanted: list[tuple[str, Path]], device: torch.device, bad: list[str]
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Keys and (n, prefix + prod(grid), D), in float16 where the encoder computes in it, else in float32: exact
+) -> Iterator[FeatureBatch]:
+    """Features (n, prefix + prod(grid), D), in float16 where the encoder computes in it, else in float32: exact
     either way.
     """
     for start in range(0, len(wanted), BATCH):
-        pixels: dict[str, np.ndarray] = {}
+        prepared: dict[str, Prepared] = {}
         for key, file in wanted[start : start + BATCH]:
             try:
-                pixels[key] = load_pixels(file, preprocess)
+                prepared[key] = prepare(file, preprocess)
             except MediaError as error:
                 if machine_fault(error) is not None:  # no fault of the file: its features are not missing for good
                     raise
                 bad.append(str(error))
-        if not pixels:
+        if not prepared:
             continue
+        pixels = np.stack([item.pixels for item in prepared.values()])
         with torch.inference_mode():
-            tokens = branch.encode(torch.from_numpy(np.stack(list(pixels.values()))).to(device)).tokens
-        yield list(pixels), (tokens if tokens.dtype == torch.float16 else tokens.float()).cpu().numpy()
+            tokens = branch.encode(torch.from_numpy(pixels).to(device)).tokens
+        tokens = tokens if tokens.dtype == torch.float16 else tokens.float()
+        placements = [item.placement for item in prepared.values()]
+        yield FeatureBatch(list(prepared), placements, tokens.cpu().numpy())

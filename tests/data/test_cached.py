@@ -12,7 +12,8 @@ from medm.data.dataset import ConversationDataset
 from medm.data.options import CacheOptions, DataOptions, SourceOptions
 from medm.data.records import Records
 from medm.data.volume_cache import MediaCache
-from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, load_pixels
+from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, load_pixels, prepare
+from medm.imaging.placement import Prepared
 from tests.data.tiny import encode, record, write_image, write_json
 
 PREPROCESS: dict[str, Preprocess] = {
@@ -59,12 +60,12 @@ def test_training_reads_the_cache_and_gets_the_same_numbers(
     fill([Records([source])], {"volume": PREPROCESS["volume"]}, load)
     read: list[str] = []
 
-    def counted(path: Path, preprocess: Preprocess) -> np.ndarray:
+    def counted(path: Path, preprocess: Preprocess, *, device: str = "cpu") -> Prepared:
         read.append(path.name)
-        return load_pixels(path, preprocess)
+        return prepare(path, preprocess, device=device)
 
-    for module in ("cached", "volume_cache"):
-        monkeypatch.setattr(f"medm.data.{module}.load_pixels", counted)
+    monkeypatch.setattr("medm.data.cached.load_pixels", lambda *given: counted(*given).pixels)
+    monkeypatch.setattr("medm.data.volume_cache.prepare", counted)
     dataset = ConversationDataset(Records([source]), encode, PREPROCESS, load=load)
     plain = ConversationDataset(Records([source]), encode, PREPROCESS)
     for index in (0, 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from medm.data.features import missing, open_store
+from medm.data.features import FeatureBatch, missing, open_store
 from medm.errors import MediaError, MedmError
+from medm.imaging.placement import Placement
 from tests.imaging.tiny import phantom, write_series
 
 
@@ -22,10 +25,17 @@ def write(folder: Path, **contents: str) -> dict[str, Path]:
     return files
 
 
+PLACEMENT = Placement.of_source((4, 6)).resized((2, 2))
+
+
+def batch(keys: list[str], features: np.ndarray) -> FeatureBatch:
+    return FeatureBatch(keys, [PLACEMENT] * len(keys), features)
+
+
 def fill(store, files: list[Path]) -> int:
     wanted, bad = missing(store, files)
     assert not bad
-    batches = (([key], np.full((1, 2, 3), len(file.read_text()), np.float16)) for key, file in wanted)
+    batches = (batch([key], np.full((1, 2, 3), len(file.read_text()), np.float16)) for key, file in wanted)
     if wanted:
         store.add(batches, most=len(wanted), shape=(2, 3), dtype=np.dtype(np.float16))
     return len(wanted)
@@ -41,6 +51,33 @@ def test_items_are_found_by_content_and_filled_once(tmp_path: Path) -> None:
     assert fill(again, list(files.values())) == 0
     assert again.get(files["b"])[0, 0] == 2
     assert isinstance(again.get(files["b"]), np.memmap)
+
+
+def test_the_placement_is_stored_with_the_features(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = write(tmp_path, a="x", same_as_a="x", b="xy")
+    fill(open_store(tmp_path / "cache", "encoder"), [files["a"]])
+    with caplog.at_level(logging.INFO):
+        again = open_store(tmp_path / "cache", "encoder")
+    assert again.placement(files["same_as_a"]) == PLACEMENT
+    assert again.placement(files["b"]) is None
+    assert not caplog.text
+
+
+def test_features_of_an_earlier_version_are_used_and_have_no_placement(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The index of a shard was a list of keys."""
+    files = write(tmp_path, a="x", b="xy")
+    store = open_store(tmp_path / "cache", "encoder")
+    fill(store, list(files.values()))
+    [index] = store.folder.glob("*.json")
+    index.write_text(json.dumps(json.loads(index.read_text())["keys"]))
+    with caplog.at_level(logging.INFO):
+        old = open_store(tmp_path / "cache", "encoder")
+    assert old.get(files["b"])[0, 0] == 2
+    assert old.placement(files["b"]) is None
+    assert "2 features of an earlier medm have no placement" in caplog.text
+    assert fill(old, list(files.values())) == 0
 
 
 def test_a_file_that_changed_is_not_found(tmp_path: Path) -> None:
@@ -63,15 +100,15 @@ def test_a_shard_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
     files = write(tmp_path, a="x", b="xy")
     store = open_store(tmp_path / "cache", "encoder")
 
-    def dies() -> Iterator[tuple[list[str], np.ndarray]]:
-        yield ["k"], np.ones((1, 2, 3), np.float16)
+    def dies() -> Iterator[FeatureBatch]:
+        yield batch(["k"], np.ones((1, 2, 3), np.float16))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         store.add(dies(), most=2, shape=(2, 3), dtype=np.dtype(np.float16))
     for most, rows in ((2, 1), (1, 2)):
         with pytest.raises(ValueError, match=f"expected 2 items, at most {most} in all, found {rows}"):
-            store.add([(["k", "l"], np.ones((rows, 2, 3)))], most=most, shape=(2, 3), dtype=np.dtype(np.float16))
+            store.add([batch(["k", "l"], np.ones((rows, 2, 3)))], most=most, shape=(2, 3), dtype=np.dtype(np.float16))
     assert list(store.folder.iterdir()) == []
     assert fill(open_store(tmp_path / "cache", "encoder"), list(files.values())) == 2
 
@@ -85,7 +122,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_a_shard_may_hold_less_than_was_hoped_for_and_takes_no_more_disk(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cache", "encoder")
-    store.add([(["k"], np.ones((1, 1000)))], most=10_000, shape=(1000,), dtype=np.dtype(np.float64))
+    store.add([batch(["k"], np.ones((1, 1000)))], most=10_000, shape=(1000,), dtype=np.dtype(np.float64))
     assert "k" in open_store(tmp_path / "cache", "encoder")
     [table] = store.folder.glob("*.npy")
     assert table.stat().st_blocks * 512 < 1_000_000 < table.stat().st_size

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import multiprocessing
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,13 +24,19 @@ from medm.data import content, volume_cache
 from medm.data.content import content_hash, identity
 from medm.data.volume_cache import MediaCache
 from medm.errors import MediaError
-from medm.imaging import ImagePreprocess, VolumePreprocess, load_pixels
+from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, load_pixels, prepare
+from medm.imaging.placement import Prepared
 from tests.imaging.tiny import CANARY, phantom, write_series
 
 PREPROCESS = VolumePreprocess(size=[4, 6, 8])
 INDEX_BYTES = 64
 FILE_BYTES = 4 * 6 * 8 * 4 + 128 + 12 + INDEX_BYTES
-"""What a file takes: numbers, header, footer, and its line in the index."""
+"""What a file takes without its placement: numbers, header, footer, and its line in the index."""
+
+
+def placement_bytes(path: Path) -> int:
+    """What the placement of a file takes in its entry."""
+    return len(json.dumps(prepare(path, PREPROCESS).placement.to_dict()))
 
 
 @pytest.fixture
@@ -45,11 +56,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
     """Every file that is read and prepared."""
     seen: list[Path] = []
 
-    def counted(path: Path, preprocess: object, *, device: str = "cpu") -> np.ndarray:
+    def counted(path: Path, preprocess: Preprocess, *, device: str = "cpu") -> Prepared:
         seen.append(path)
-        return load_pixels(path, preprocess, device=device)  # type: ignore[arg-type]
+        return prepare(path, preprocess, device=device)
 
-    monkeypatch.setattr(volume_cache, "load_pixels", counted)
+    monkeypatch.setattr(volume_cache, "prepare", counted)
     return seen
 
 
@@ -67,7 +78,56 @@ def test_the_same_numbers_and_one_reading(cache: MediaCache, volume: Path, reads
     other = MediaCache(cache.folder, max_bytes=10**6)  # the next run
     np.testing.assert_array_equal(other.load(volume, PREPROCESS), expected)
     assert len(reads) == 1
-    assert cache.size() == (1, entries(cache)[0].stat().st_size + INDEX_BYTES) == (1, FILE_BYTES)
+    assert cache.size() == (1, entries(cache)[0].stat().st_size + INDEX_BYTES)
+    assert cache.size() == (1, FILE_BYTES + placement_bytes(volume))
+
+
+def test_the_placement_is_stored_beside_the_numbers(cache: MediaCache, volume: Path, reads: list[Path]) -> None:
+    expected = prepare(volume, PREPROCESS)
+    for again in range(2):
+        for found in (cache.prepare(volume, PREPROCESS), MediaCache(cache.folder, 10**6).prepare(volume, PREPROCESS)):
+            np.testing.assert_array_equal(found.pixels, expected.pixels)
+            assert found.placement == expected.placement
+            assert len(reads) == 1, again
+
+
+def forget_placement(entry: Path, pixels: np.ndarray) -> None:
+    """Write an entry as earlier versions of medm did: numbers, a mark and their checksum."""
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    entry.write_bytes(buffer.getvalue() + struct.pack("<8sI", b"medm-v1\0", zlib.crc32(pixels.tobytes())))
+
+
+def test_entries_of_an_earlier_version_open_and_get_their_placement_when_it_is_asked_for(
+    cache: MediaCache, volume: Path, reads: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = prepare(volume, PREPROCESS)
+    cache.load(volume, PREPROCESS)
+    forget_placement(entries(cache)[0], expected.pixels)
+    later = MediaCache(cache.folder, max_bytes=10**6)
+    np.testing.assert_array_equal(later.load(volume, PREPROCESS), expected.pixels)
+    assert len(reads) == 1  # pixels alone need nothing new
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert later.prepare(volume, PREPROCESS).placement == expected.placement
+    assert caplog.text.count("of an earlier medm without the placement") == 1
+    assert len(reads) == 2
+    np.testing.assert_array_equal(later.load(volume, PREPROCESS), expected.pixels)
+
+
+@pytest.mark.parametrize("place", [-13, -40, -2])
+def test_a_damaged_placement_is_made_again(
+    cache: MediaCache, volume: Path, reads: list[Path], place: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In its text, and in the checksum behind it."""
+    expected = cache.prepare(volume, PREPROCESS).placement
+    entry = entries(cache)[0]
+    data = bytearray(entry.read_bytes())
+    data[place] ^= 1
+    entry.write_bytes(data)
+    assert MediaCache(cache.folder, max_bytes=10**6).prepare(volume, PREPROCESS).placement == expected
+    assert "damaged cache entry is made again" in caplog.text
+    assert len(reads) == 2
 
 
 def test_what_is_handed_out_may_be_written_to(cache: MediaCache, volume: Path) -> None:
@@ -216,7 +276,7 @@ def make_volumes(folder: Path, count: int) -> list[Path]:
 
 def test_the_size_is_bounded_and_a_full_cache_keeps_what_it_has(tmp_path: Path, reads: list[Path]) -> None:
     paths = make_volumes(tmp_path, 6)
-    cache = MediaCache(tmp_path / "cache", max_bytes=int(3.9 * FILE_BYTES))
+    cache = MediaCache(tmp_path / "cache", max_bytes=int(3.9 * (FILE_BYTES + placement_bytes(paths[0]))))
     for _ in range(2):
         for path in paths:
             np.testing.assert_array_equal(cache.load(path, PREPROCESS), load_pixels(path, PREPROCESS))
@@ -235,7 +295,7 @@ def test_entries_of_earlier_runs_give_way(tmp_path: Path) -> None:
         before.load(path, PREPROCESS)
     for age, entry in enumerate(entries(before)):
         os.utime(entry, (time.time() - 1000 - age,) * 2)
-    now = MediaCache(folder, max_bytes=int(3.9 * FILE_BYTES))
+    now = MediaCache(folder, max_bytes=int(3.9 * (FILE_BYTES + placement_bytes(paths[0]))))
     now.load(paths[0], PREPROCESS)  # in use in this run too
     for path in paths[3:5]:
         now.load(path, PREPROCESS)
@@ -322,7 +382,7 @@ def _many_loads(cache: MediaCache, paths: list[Path], seed: int, clear: bool) ->
 @pytest.mark.parametrize("clear", [False, True])
 def test_many_processes_share_a_folder_and_its_bound(tmp_path: Path, clear: bool) -> None:
     paths = make_volumes(tmp_path, 8)
-    limit = 5 * FILE_BYTES
+    limit = 5 * (FILE_BYTES + placement_bytes(paths[0]))
     cache = pickle.loads(pickle.dumps(MediaCache(tmp_path / "cache", max_bytes=limit)))
     cache.load(paths[0], PREPROCESS)  # imports are paid before the fork
     context = multiprocessing.get_context("fork")

@@ -23,6 +23,7 @@ from medm.errors import DataError, MediaError
 from medm.imaging import ImagePreprocess, VolumePreprocess, fingerprint, load_pixels
 from medm.imaging.constant import Step, check_prepared
 from medm.imaging.notices import MAX_NAMED, collected
+from medm.imaging.placement import Placement, Prepared
 from medm.imaging.preview import contact_sheet
 from tests.data.tiny import encode, record, write_json
 from tests.imaging.tiny import body, phantom
@@ -242,7 +243,8 @@ def test_an_entry_of_an_earlier_medm_is_not_used_in_silence(tmp_path: Path, shif
     entry = next(cache.folder.glob("arrays/*/*.npy"))
     key = cache._content(shifted, "ab" * 32)
     stale = cache.folder / "arrays" / str(key)[:2] / f"{key}-{fingerprint(HU)}.npy"
-    MediaCache(tmp_path / "cache", 10**6)._store(stale, np.zeros((1, *SIZE), np.float32))
+    blank = Prepared(np.zeros((1, *SIZE), np.float32), Placement.of_source(SIZE))
+    MediaCache(tmp_path / "cache", 10**6)._store(stale, blank)
     assert entry != stale
     for _ in range(2):
         with pytest.raises(MediaError, match="-9192"):

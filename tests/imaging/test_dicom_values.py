@@ -471,9 +471,9 @@ def test_big_endian_bytes(tmp_path: Path, vr: str, photometric: str) -> None:
     turned = Dataset(dataset)
     turned.file_meta, turned.preamble = dataset.file_meta, bytes(128)
     turned.save_as(path, implicit_vr=False, little_endian=False, enforce_file_format=True)
-    picture = read_image(path)
-    np.testing.assert_array_equal(picture.pixels.ravel(), np.arange(8) * 10 - 5)
-    assert picture.inverted == (photometric == "MONOCHROME1")
+    decoded = read_image(path)
+    np.testing.assert_array_equal(decoded.pixels.ravel(), np.arange(8) * 10 - 5)
+    assert decoded.inverted == (photometric == "MONOCHROME1")
     np.testing.assert_array_equal(pydicom.dcmread(path).pixel_array.ravel(), np.arange(8))
 
 

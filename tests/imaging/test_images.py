@@ -19,7 +19,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from medm.errors import MediaError, RecipeError
 from medm.imaging import ImagePreprocess, fingerprint, load_pixels, preprocess_from_dict
-from medm.imaging.images import apply_image, check_image, read_image
+from medm.imaging.images import check_image, prepare_image, read_image
 from tests.imaging.tiny import CANARY, body, dicom_slice, phantom, write_report
 
 SIZES = [(300, 400), (500, 333), (224, 224), (20, 31), (225, 1000)]
@@ -43,23 +43,23 @@ def saved(image: Image.Image, form: str = "PNG", **options: object) -> io.BytesI
 def test_equals_the_processors_of_transformers(size: tuple[int, int], mode: str, form: str) -> None:
     """Measured worst case 5e-7; one grey level of difference would be 0.008."""
     image = noise(*size).convert("L").convert(mode) if mode in ("LA", "1") else noise(*size, mode)
-    picture = read_image(saved(image, form))
+    decoded = read_image(saved(image, form))
     clip = CLIPImageProcessorPil()
     expected = clip(image, return_tensors="np")["pixel_values"][0]
     ours = ImagePreprocess(fit="crop", mean=list(clip.image_mean), std=list(clip.image_std))
-    np.testing.assert_allclose(apply_image(ours, picture), expected, atol=1e-5)
+    np.testing.assert_allclose(prepare_image(ours, decoded).pixels, expected, atol=1e-5)
     expected = SiglipImageProcessorPil(size={"height": 64, "width": 48}, resample=Image.Resampling.BILINEAR)(
         image, return_tensors="np"
     )["pixel_values"][0]
     ours = ImagePreprocess(size=[64, 48], interpolation="bilinear")
-    np.testing.assert_allclose(apply_image(ours, picture), expected, atol=1e-5)
+    np.testing.assert_allclose(prepare_image(ours, decoded).pixels, expected, atol=1e-5)
 
 
 def test_pad_keeps_the_aspect_between_bands_of_the_mean() -> None:
     white = Image.new("L", (40, 10), 255)
-    pixels = apply_image(
+    pixels = prepare_image(
         ImagePreprocess(size=[8, 8], fit="pad", mean=[0.25] * 3, std=[0.5] * 3), read_image(saved(white))
-    )
+    ).pixels
     expected = np.zeros((3, 8, 8), dtype=np.float32)  # the mean, normalised
     expected[:, 3:5] = (1 - 0.25) / 0.5
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
@@ -68,49 +68,49 @@ def test_pad_keeps_the_aspect_between_bands_of_the_mean() -> None:
 @pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 3)])
 def test_any_shape_becomes_the_declared_one(fit: str, size: tuple[int, int]) -> None:
-    pixels = apply_image(ImagePreprocess(size=[6, 9], fit=fit), read_image(saved(noise(*size))))
+    pixels = prepare_image(ImagePreprocess(size=[6, 9], fit=fit), read_image(saved(noise(*size)))).pixels
     assert pixels.shape == (3, 6, 9)
     assert pixels.dtype == np.float32
     assert pixels.flags.c_contiguous
 
 
 def test_crop_of_a_hair_is_refused_before_it_fills_memory() -> None:
-    picture = read_image(saved(Image.new("L", (20_000, 1))))
+    decoded = read_image(saved(Image.new("L", (20_000, 1))))
     with pytest.raises(MediaError, match="sides 20000 x 1 are too unequal"):
-        apply_image(ImagePreprocess(fit="crop"), picture)
-    assert apply_image(ImagePreprocess(fit="pad"), picture).shape == (3, 224, 224)
+        prepare_image(ImagePreprocess(fit="crop"), decoded)
+    assert prepare_image(ImagePreprocess(fit="pad"), decoded).pixels.shape == (3, 224, 224)
 
 
 def test_grey_stays_one_channel() -> None:
     preprocess = ImagePreprocess(size=[5, 5], channels=1, mean=[0.0], std=[1.0])
-    pixels = apply_image(preprocess, read_image(saved(Image.new("RGB", (5, 5), (10, 20, 30)))))
+    pixels = prepare_image(preprocess, read_image(saved(Image.new("RGB", (5, 5), (10, 20, 30))))).pixels
     np.testing.assert_allclose(pixels, np.full((1, 5, 5), round(0.299 * 10 + 0.587 * 20 + 0.114 * 30) / 255), atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_16_bits_are_windowed_and_not_clipped(form: str) -> None:
     values = np.array([[0, 100, 300], [700, 1100, 65535]], dtype=np.uint16)
-    picture = read_image(saved(Image.fromarray(values), form))
-    np.testing.assert_array_equal(picture.pixels, values)
+    decoded = read_image(saved(Image.fromarray(values), form))
+    np.testing.assert_array_equal(decoded.pixels, values)
     plain = {"size": [2, 3], "channels": 1, "mean": [0.0], "std": [1.0]}
-    pixels = apply_image(ImagePreprocess(**plain, window=[100, 1100]), picture)
+    pixels = prepare_image(ImagePreprocess(**plain, window=[100, 1100]), decoded).pixels
     np.testing.assert_allclose(pixels[0], [[0, 0, 0.2], [0.6, 1, 1]], atol=1e-6)
-    pixels = apply_image(ImagePreprocess(**plain), picture)  # the whole declared range
+    pixels = prepare_image(ImagePreprocess(**plain), decoded).pixels  # the whole declared range
     np.testing.assert_allclose(pixels[0], values / 65535, atol=1e-6)
 
 
 def test_a_dark_16_bit_image_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medm.imaging.notices._said", set())
-    picture = read_image(saved(Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))), name="x.png")
-    apply_image(ImagePreprocess(window=[0, 65535.5]), picture)
+    decoded = read_image(saved(Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))), name="x.png")
+    prepare_image(ImagePreprocess(window=[0, 65535.5]), decoded)
     assert "x.png: values 0..4095 are almost one shade in the window 0..65535.5" in caplog.text
 
 
 def test_float_images_need_a_declared_window() -> None:
-    picture = read_image(saved(Image.fromarray(np.array([[0.5, 2.5]], dtype=np.float32)), "TIFF"), name="f.tif")
+    decoded = read_image(saved(Image.fromarray(np.array([[0.5, 2.5]], dtype=np.float32)), "TIFF"), name="f.tif")
     with pytest.raises(MediaError, match=r"f.tif: float32 pixels in 0.5..2.5 without a declared range; .*`window"):
-        apply_image(ImagePreprocess(), picture)
-    assert apply_image(ImagePreprocess(window=[0.0, 3.0]), picture).shape == (3, 224, 224)
+        prepare_image(ImagePreprocess(), decoded)
+    assert prepare_image(ImagePreprocess(window=[0.0, 3.0]), decoded).pixels.shape == (3, 224, 224)
 
 
 def test_exif_orientation_is_applied_and_metadata_dropped() -> None:
@@ -119,10 +119,10 @@ def test_exif_orientation_is_applied_and_metadata_dropped() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90 degrees to the right"
     exif[0x010E] = CANARY
-    picture = read_image(saved(image, "PNG", exif=exif))
-    assert picture.pixels.shape == (6, 4, 3)
-    assert picture.pixels[0, 3].tolist() == [255, 0, 0]
-    assert CANARY not in repr(picture)
+    decoded = read_image(saved(image, "PNG", exif=exif))
+    assert decoded.pixels.shape == (6, 4, 3)
+    assert decoded.pixels[0, 3].tolist() == [255, 0, 0]
+    assert CANARY not in repr(decoded)
 
 
 def test_arrays_as_images(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_dicom_uses_the_window_of_the_file_or_of_the_recipe(tmp_path: Path) -> N
         dataset.WindowCenter, dataset.WindowWidth = [-600, 40], [1500, 400]
 
     path = dicom(tmp_path / "a", lung)
-    picture = read_image(path)
-    np.testing.assert_array_equal(picture.pixels, body()[6])
-    assert picture.window == (-600.5 - 749.5, -600.5 + 749.5)
+    decoded = read_image(path)
+    np.testing.assert_array_equal(decoded.pixels, body()[6])
+    assert decoded.window == (-600.5 - 749.5, -600.5 + 749.5)
     plain = {"size": [20, 26], "channels": 1, "mean": [0.0], "std": [1.0]}
     np.testing.assert_allclose(
         load_pixels(path, ImagePreprocess(**plain))[0], np.clip((body()[6] + 1350) / 1499, 0, 1), atol=1e-5
@@ -159,7 +159,7 @@ def test_dicom_uses_the_window_of_the_file_or_of_the_recipe(tmp_path: Path) -> N
         atol=1e-5,
     )
     with path.open("rb") as stream:
-        np.testing.assert_array_equal(read_image(stream).pixels, picture.pixels)
+        np.testing.assert_array_equal(read_image(stream).pixels, decoded.pixels)
 
 
 def test_dicom_without_window_uses_its_declared_range(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_mutated_files_give_pixels_or_a_media_error(form: str) -> None:
         for at in generator.integers(0, len(data), generator.integers(1, 8)):
             data[at] = generator.integers(0, 256)
         try:
-            apply_image(ImagePreprocess(size=[4, 4], window=[0.0, 1.0]), read_image(io.BytesIO(data)))
+            prepare_image(ImagePreprocess(size=[4, 4], window=[0.0, 1.0]), read_image(io.BytesIO(data)))
         except MediaError:
             refused += 1
     assert refused > 0

@@ -12,7 +12,7 @@ from PIL import Image
 
 from medm.errors import MediaError
 from medm.imaging import ImagePreprocess
-from medm.imaging.images import apply_image, check_image, read_image
+from medm.imaging.images import check_image, prepare_image, read_image
 from medm.imaging.volumes import read_volume
 from tests.imaging.rasters import png, png_chunk, tiff, written
 
@@ -21,10 +21,10 @@ RNG = np.random.default_rng(0)
 
 def shown(data: bytes, *, channels: int = 3, **options: object) -> np.ndarray:
     """Pixels (C, H, W) in 0..1 of an image whose size is kept."""
-    picture = read_image(io.BytesIO(data))
-    height, width = picture.pixels.shape[:2]
+    decoded = read_image(io.BytesIO(data))
+    height, width = decoded.pixels.shape[:2]
     plain = {"size": [height, width], "channels": channels, "mean": [0.0], "std": [1.0], "interpolation": "nearest"}
-    return apply_image(ImagePreprocess(**plain, **options), picture)
+    return prepare_image(ImagePreprocess(**plain, **options), decoded).pixels
 
 
 def halves(left: int, right: int, channels: int, *, alpha: bool = False) -> np.ndarray:

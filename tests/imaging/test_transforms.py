@@ -16,7 +16,7 @@ from medm.encoders.volume_vit import M3DCLIPEncoder, MedMCLIPEncoder
 from medm.errors import RecipeError
 from medm.imaging import VolumePreprocess, fingerprint, load_pixels, preprocess_from_dict
 from medm.imaging.geometry import Geometry
-from medm.imaging.transforms import apply_volume
+from medm.imaging.transforms import prepare_volume
 from medm.imaging.volumes import Volume
 from tests.imaging.tiny import body, phantom
 
@@ -33,7 +33,7 @@ CUBE = volume([[[-2000, -1000], [-500, 0]], [[40, 240], [1000, 3000]]])
 
 
 def test_windows_become_channels() -> None:
-    pixels = apply_volume(VolumePreprocess(size=None, windows=[[-1000, 1000], [-160, 240]]), CUBE)
+    pixels = prepare_volume(VolumePreprocess(size=None, windows=[[-1000, 1000], [-160, 240]]), CUBE).pixels
     expected = [[[[0, 0], [0.25, 0.5]], [[0.52, 0.62], [1, 1]]], [[[0, 0], [0, 0.4]], [[0.5, 1], [1, 1]]]]
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
 
@@ -50,12 +50,14 @@ def test_windows_become_channels() -> None:
     ],
 )
 def test_scales_by_hand(fields: dict[str, Any], values: list[float], expected: list[float]) -> None:
-    pixels = apply_volume(VolumePreprocess(size=None, **fields), volume([[values, values], [values, values]]))
+    pixels = prepare_volume(VolumePreprocess(size=None, **fields), volume([[values, values], [values, values]])).pixels
     np.testing.assert_allclose(pixels, np.broadcast_to(expected, (1, 2, 2, 3)), atol=1e-6)
 
 
 def test_one_window_repeated_for_encoders_of_colour() -> None:
-    pixels = apply_volume(VolumePreprocess(size=None, channels=3, mean=[0.0, 0.5, 1.0], std=[1.0, 1.0, 0.5]), CUBE)
+    pixels = prepare_volume(
+        VolumePreprocess(size=None, channels=3, mean=[0.0, 0.5, 1.0], std=[1.0, 1.0, 0.5]), CUBE
+    ).pixels
     np.testing.assert_allclose(pixels[1], pixels[0] - 0.5)
     np.testing.assert_allclose(pixels[2], (pixels[0] - 1) / 0.5)
 
@@ -64,9 +66,9 @@ def test_foreground_is_the_smallest_box_and_the_same_for_all_windows() -> None:
     voxels = np.full((6, 7, 8), -1000.0)
     voxels[2:4, 1:6, 3:5] = 100
     voxels[3, 5, 4] = 300
-    pixels = apply_volume(
+    pixels = prepare_volume(
         VolumePreprocess(size=None, windows=[[-1000, 1000], [200, 400]], crop_foreground=0.0), volume(voxels)
-    )
+    ).pixels
     assert pixels.shape == (2, 2, 5, 2)
     expected = np.full((2, 2, 5, 2), [[[[0.55]]], [[[0]]]])
     expected[:, 1, 4, 1] = [0.65, 0.5]
@@ -77,27 +79,31 @@ def test_spacing_then_size_crops_or_pads_around_the_centre() -> None:
     voxels = np.full((4, 4, 4), -1000.0)
     voxels[1:3, 1:3, 1:3] = 1000
     preprocess = VolumePreprocess(spacing=[1, 1, 1], size=[2, 4, 6])
-    pixels = apply_volume(preprocess, volume(voxels))
+    pixels = prepare_volume(preprocess, volume(voxels)).pixels
     expected = np.zeros((2, 4, 6))
     expected[:, 1:3, 2:4] = 1
     np.testing.assert_allclose(pixels[0], expected, atol=1e-6)
     # With a crop between: the foreground of 2 x 2 x 2 is padded.
-    pixels = apply_volume(VolumePreprocess(spacing=[1, 1, 1], size=[2, 4, 6], crop_foreground=0.0), volume(voxels))
+    pixels = prepare_volume(
+        VolumePreprocess(spacing=[1, 1, 1], size=[2, 4, 6], crop_foreground=0.0), volume(voxels)
+    ).pixels
     np.testing.assert_allclose(pixels[0], expected, atol=1e-6)
 
 
 def test_spacing_gives_the_size_in_millimetres() -> None:
-    pixels = apply_volume(VolumePreprocess(spacing=[2, 2, 2], size=None), volume(np.zeros((10, 20, 30)), (4, 1, 2)))
+    pixels = prepare_volume(
+        VolumePreprocess(spacing=[2, 2, 2], size=None), volume(np.zeros((10, 20, 30)), (4, 1, 2))
+    ).pixels
     assert pixels.shape == (1, 20, 10, 30)
 
 
 def test_area_averages_and_keeps_places() -> None:
     """Voxels of 1 mm to 2 mm: the mean of pairs along x; linear interpolation would give the same only by chance."""
     row = np.array([0, 100, 0, 100, 400, 400], dtype=np.float32)
-    pixels = apply_volume(
+    pixels = prepare_volume(
         VolumePreprocess(spacing=[1, 1, 2], size=None, interpolation="area", windows=[[0, 400]]),
         volume(np.broadcast_to(row, (2, 2, 6))),
-    )
+    ).pixels
     np.testing.assert_allclose(pixels[0, 0, 0] * 400, [50, 50, 400], atol=1e-4)
 
 
@@ -106,7 +112,7 @@ def test_no_voxel_is_dropped_and_the_centre_stays(interpolation: Any) -> None:
     """A length that blocks do not divide: a ramp stays where it is in millimetres."""
     ramp = np.broadcast_to(np.arange(23, dtype=np.float32), (2, 2, 23))
     preprocess = VolumePreprocess(spacing=[1, 1, 4.5], size=None, interpolation=interpolation, windows=[[0, 23]])
-    row = apply_volume(preprocess, volume(ramp))[0, 0, 0] * 23
+    row = prepare_volume(preprocess, volume(ramp)).pixels[0, 0, 0] * 23
     places = 11 + (np.arange(5) - 2) * 4.5  # five voxels of 4.5 mm around the centre of 23 mm
     assert len(row) == 5
     np.testing.assert_allclose(row[:-1], places[:-1], atol=1e-3)
@@ -114,13 +120,15 @@ def test_no_voxel_is_dropped_and_the_centre_stays(interpolation: Any) -> None:
     last = np.zeros((2, 2, 9), dtype=np.float32)
     last[..., -1] = 90
     preprocess = VolumePreprocess(spacing=[1, 1, 2], size=[2, 2, 5], interpolation=interpolation, windows=[[0, 90]])
-    assert apply_volume(preprocess, volume(last))[0, 0, 0, -1] > 0.2
+    assert prepare_volume(preprocess, volume(last)).pixels[0, 0, 0, -1] > 0.2
 
 
 def test_nearest_makes_no_new_values() -> None:
     voxels = np.random.default_rng(0).integers(0, 3, (5, 6, 7)) * 100.0
     for fields in ({"size": [3, 9, 5]}, {"size": None, "spacing": [1.5, 0.7, 1.2]}):
-        pixels = apply_volume(VolumePreprocess(interpolation="nearest", windows=[[0, 200]], **fields), volume(voxels))
+        pixels = prepare_volume(
+            VolumePreprocess(interpolation="nearest", windows=[[0, 200]], **fields), volume(voxels)
+        ).pixels
         assert set(np.unique(pixels)) <= {0.0, 0.5, 1.0}
 
 
@@ -147,7 +155,7 @@ def test_published_chains_through_monai(tmp_path: Path, convention: str) -> None
 
 
 def test_medm_clip_normalises_on_its_own_scale() -> None:
-    pixels = apply_volume(VolumePreprocess(convention="medm-clip", size=None), CUBE)
+    pixels = prepare_volume(VolumePreprocess(convention="medm-clip", size=None), CUBE).pixels
     on_255 = (np.clip(CUBE.voxels, -1000, 1000) + 1000) / 2000 * 255
     np.testing.assert_allclose(pixels[0], (on_255 - 55.698) / 66.194, rtol=1e-5)
 
@@ -217,7 +225,7 @@ def test_impossible_descriptions_are_refused(fields: dict[str, Any], reason: str
 def test_shrinking_in_two_steps_gives_the_numbers_of_one(shape: tuple[int, int, int]) -> None:
     voxels = np.random.default_rng(0).integers(-1200, 1500, shape, dtype=np.int16)
     preprocess = VolumePreprocess(windows=[[-1000.0, 400.0], [-160.0, 240.0]], size=[8, 12, 8], orientation=None)
-    found = apply_volume(preprocess, Volume(voxels, "v"))
+    found = prepare_volume(preprocess, Volume(voxels, "v")).pixels
     for channel, (low, high) in zip(found, preprocess.windows or [], strict=True):
         windowed = ((torch.from_numpy(voxels).float() - low) / (high - low)).clamp(0, 1)
         expected = torch.nn.functional.interpolate(windowed[None, None], size=(8, 12, 8), mode="trilinear")[0, 0]
@@ -230,8 +238,8 @@ def test_voxels_that_travel_as_they_are_stored_give_the_same_numbers(stored: str
     drawn = volume(np.random.default_rng(0).integers(0, 250, (10, 6, 5)).astype(stored))
     for size in ([4, 3, 3], None):  # a blend of some slices, and all of them
         preprocess = VolumePreprocess(scale="0-255", size=size, orientation=None, windows=[[0.0, 255.0]])
-        there = apply_volume(preprocess, drawn, device="cpu:0")
-        assert np.array_equal(there, apply_volume(preprocess, drawn))
+        there = prepare_volume(preprocess, drawn, device="cpu:0").pixels
+        assert np.array_equal(there, prepare_volume(preprocess, drawn).pixels)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -240,5 +248,5 @@ def test_a_gpu_gives_what_the_cpu_gives(convention: str) -> None:
     drawn = volume(np.random.default_rng(0).integers(-1000, 1000, (40, 60, 50)))
     preprocess = VolumePreprocess(convention=convention, size=[16, 32, 32], scale="hu", windows=[[-1000.0, 1000.0]])
     np.testing.assert_allclose(
-        apply_volume(preprocess, drawn, device="cuda"), apply_volume(preprocess, drawn), atol=1e-5
+        prepare_volume(preprocess, drawn, device="cuda").pixels, prepare_volume(preprocess, drawn).pixels, atol=1e-5
     )

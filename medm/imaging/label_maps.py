@@ -1,0 +1,120 @@
+"""Label maps: masks of an image or volume, read and written with their geometry.
+
+A label map holds a whole number for each voxel: 0 for the background, any other for a structure. Its
+grid is the grid of its image (`Placement.source_shape`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medm.errors import MediaError
+from medm.imaging.geometry import Geometry, join_numbers
+from medm.imaging.nifti import write_nifti
+from medm.imaging.placement import Placement
+
+_TOLERANCE = 0.1
+"""Part of a voxel by which the corners of a mask and of its image may differ: headers are rounded."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelMap:
+    """Labels and where they lie."""
+
+    labels: np.ndarray
+    """(H, W) or (D, H, W), whole numbers."""
+    name: str
+    """The file, for messages."""
+    geometry: Geometry | None = None
+    """None for images and for volumes whose file gives no direction."""
+
+
+def read_label_map(path: str | Path, placement: Placement) -> LabelMap:
+    """Read the label map of an image or volume.
+
+    Args:
+        path: an image for an image; a file or folder that `read_volume` reads for a volume.
+        placement: of the image or volume, whose grid the labels have to fit.
+
+    Raises:
+        MediaError: it cannot be read, its values are no labels, or its grid is another than that of its image.
+    """
+    from medm.imaging.images import read_image
+    from medm.imaging.volumes import read_volume
+
+    if len(placement.source_shape) == 2:
+        decoded = read_image(path)
+        found = LabelMap(_single_channel(decoded.pixels, decoded.name), decoded.name)
+    else:
+        volume = read_volume(path)
+        found = LabelMap(volume.voxels, volume.name, volume.geometry)
+    labels = LabelMap(_whole_numbers(found.labels, found.name), found.name, found.geometry)
+    check_geometry(labels, placement)
+    return labels
+
+
+def check_geometry(labels: LabelMap, placement: Placement) -> None:
+    """Check that a label map lies on the grid of its image.
+
+    Raises:
+        MediaError: with both sizes, both orientations and spacings, or the distance between the two grids.
+    """
+    shape = placement.source_shape
+    if labels.labels.shape != shape:
+        found, expected = (" x ".join(map(str, sides)) for sides in (labels.labels.shape, shape))
+        raise MediaError(
+            f"{labels.name}: a label map of {found} voxels for an image of {expected}; expected the same grid. "
+            "Resample the label map to its image"
+        )
+    own, other = labels.geometry, placement.geometry
+    if own is None or other is None:
+        return
+    corners = np.stack(np.meshgrid(*[(0, side - 1) for side in shape], indexing="ij"), axis=-1).reshape(-1, 3)
+    places = [corners @ grid.steps.T + grid.origin for grid in (own, other)]
+    distance = float(np.linalg.norm(places[0] - places[1], axis=1).max())
+    allowed = _TOLERANCE * float(other.spacing.min())
+    if distance > allowed:
+        raise MediaError(
+            f"{labels.name}: a label map with axes {own.axes}, voxels of {join_numbers(own.spacing)} mm and origin "
+            f"{join_numbers(own.origin)} for an image with axes {other.axes}, voxels of {join_numbers(other.spacing)} "
+            f"mm and origin {join_numbers(other.origin)}; their corners are up to {distance:.3g} mm apart, expected at "
+            f"most {allowed:.3g}. Resample the label map to its image"
+        )
+
+
+def write_label_map(path: str | Path, labels: np.ndarray, placement: Placement) -> None:
+    """Write a label map on the grid of its volume as NIfTI, with the affine of the volume's file.
+
+    Args:
+        path: ends with .nii or .nii.gz.
+        labels: `source_shape` of the placement (see `Placement.to_source`), whole numbers or bool.
+        placement: of the volume.
+
+    Raises:
+        MediaError: labels of another size than the file, no volume, or numbers that are no labels.
+        OSError: the file cannot be written.
+    """
+    name = str(path)
+    if len(placement.source_shape) != 3:
+        raise MediaError(f"{name}: a label map of an image is no NIfTI file; expected a volume")
+    check_geometry(LabelMap(labels, name), placement)
+    write_nifti(Path(path), _whole_numbers(labels, name), placement.geometry)
+
+
+def _single_channel(pixels: np.ndarray, name: str) -> np.ndarray:
+    if pixels.ndim == 2:
+        return pixels
+    if (pixels != pixels[..., :1]).any():
+        raise MediaError(f"{name}: a label map in color; expected one gray value for each label")
+    return pixels[..., 0]
+
+
+def _whole_numbers(labels: np.ndarray, name: str) -> np.ndarray:
+    """Labels in the smallest unsigned type that holds them. Raises `MediaError` for other numbers."""
+    low, high = labels.min(), labels.max()
+    if low < 0 or high >= 2**32 or (labels.dtype.kind == "f" and (labels != np.floor(labels)).any()):
+        raise MediaError(f"{name}: values {low:g}..{high:g} are no labels; expected whole numbers from 0 on")
+    return labels.astype(np.min_scalar_type(int(high)))

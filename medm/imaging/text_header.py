@@ -1,0 +1,70 @@
+"""Volumes of a text header and voxels behind it or in a file beside it: what NRRD and MetaImage share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeAlias
+
+import numpy as np
+
+from medm.imaging.geometry import Geometry
+from medm.imaging.payload import Packing, check_length, open_binary, read_voxels
+
+Fields: TypeAlias = dict[str, str]
+
+
+class Layout(NamedTuple):
+    """How the voxels are stored."""
+
+    shape: tuple[int, ...]
+    """(z, y, x)."""
+    dtype: np.dtype
+    packing: Packing
+
+
+@dataclass(frozen=True, slots=True)
+class TextHeaderFormat:
+    """A format by the functions that read its header. Each raises `MediaError` with the file's name."""
+
+    fields: Callable[[BinaryIO, str], Fields]
+    """The fields of the header, from the opened file, which is left at the first byte behind it."""
+    layout: Callable[[Fields, str], Layout]
+    geometry: Callable[[Fields, str], Geometry | None]
+    detached: Callable[[Fields, Path, str], Path | None]
+    """The file that holds the voxels, where it is another one."""
+
+    def read(self, path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
+        """Return voxels (z, y, x) and their geometry; None where the header gives no direction.
+
+        Raises:
+            MediaError: truncated, damaged, of a kind that is not read, or with impossible numbers in its header.
+        """
+        with self._at_voxels(path, name) as (stream, fields):
+            return read_voxels(stream, *self.layout(fields, name), name), self.geometry(fields, name)
+
+    def check(self, path: Path, name: str) -> None:
+        """Check the header, and the length of voxels that are not packed. Raises `MediaError` as `read`."""
+        with self._at_voxels(path, name) as (stream, fields):
+            check_length(stream, *self.layout(fields, name), name)
+
+    def data_file(self, path: Path, name: str) -> Path | None:
+        """Return where the voxels lie, if not in the file itself. Raises `MediaError` as `read`."""
+        with open_binary(path, name) as stream:
+            return self.detached(self.fields(stream, name), path, name)
+
+    @contextmanager
+    def _at_voxels(self, path: Path, name: str) -> Iterator[tuple[BinaryIO, Fields]]:
+        """The file that holds the voxels, before the first one, and the fields of the header, which were checked."""
+        with open_binary(path, name) as stream:
+            fields = self.fields(stream, name)
+            self.layout(fields, name)
+            self.geometry(fields, name)
+            beside = self.detached(fields, path, name)
+            if beside is None:
+                yield stream, fields
+                return
+        with open_binary(beside, name) as stream:
+            yield stream, fields
