@@ -93,7 +93,7 @@ def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("dicom_image", "images", "volumes", "nifti", "nrrd", "metaimage", "slices"):
         importlib.import_module(f"medm.imaging.{module}")
     for name in (
-        "dicom_series.read_pixels", "dicom_pixels.read_pixels", "nrrd.read_voxels", "metaimage.read_voxels",
+        "dicom_series.read_pixels", "dicom_pixels.read_pixels", "text_header.read_voxels",
         "nifti.read_voxels", "volumes.read_npy", "volumes.read_npz", "slices.read_image", "images.read_image",
     ):  # fmt: skip
         monkeypatch.setattr(f"medm.imaging.{name}", _no_pixels)
