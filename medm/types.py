@@ -21,6 +21,9 @@ IGNORE_INDEX = -100
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
+PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings"]
+"""What a model, or a file of predictions, gives for an item of a benchmark; a benchmark needs some."""
+
 
 @dataclass(frozen=True, slots=True)
 class Media:

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from medm import __version__
 from medm.cli import catalogue, chat, data, evaluate, infer, launch, models, pages, train
 from medm.cli.console import out, start_logging
+from medm.cli.option_flags import add_option_command
 from medm.cli.running import LAUNCHER
 
 
@@ -70,8 +71,8 @@ app.command("train", context_settings={"ignore_unknown_options": True})(train.tr
 app.command(LAUNCHER, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(
     launch.launch
 )
-app.command("infer")(infer.infer)
-app.command("eval")(evaluate.evaluate)
+add_option_command(app, "infer", infer.infer, infer.flags)
+add_option_command(app, "eval", evaluate.evaluate, evaluate.flags)
 app.command("chat")(chat.chat)
 app.command("estimate", context_settings={"ignore_unknown_options": True})(models.estimate)
 app.command("export")(models.export)

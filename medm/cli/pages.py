@@ -43,22 +43,26 @@ def reference(
 
 def commands_page(root: Any) -> str:
     """Return every command of a program, its arguments and options, in Markdown."""
-    return "\n".join([COMMANDS_HEADER, *_sections(root, "medm")])
+    return "\n".join([COMMANDS_HEADER, *_sections(root, "medm", typer.Context(root))])
 
 
-def _sections(command: Any, path: str) -> Iterator[str]:
+def _sections(command: Any, path: str, context: typer.Context) -> Iterator[str]:
     """One section a command, groups before their members."""
     if command.hidden:
         return
     members = getattr(command, "commands", {})
-    shown = [parameter for parameter in command.params if not parameter.hidden and "--help" not in parameter.opts]
+    shown = [
+        parameter
+        for parameter in command.get_params(context)
+        if not parameter.hidden and "--help" not in parameter.opts
+    ]
     usage = [_usage(parameter) for parameter in shown if not parameter.opts[0].startswith("-")]
     if not members or shown:
         yield f"## `{' '.join([path, *usage])}`\n\n{_prose(command.help)}\n"
         if shown:
             yield "| | |\n|---|---|\n" + "\n".join(_row(parameter) for parameter in shown) + "\n"
     for name, member in members.items():
-        yield from _sections(member, f"{path} {name}")
+        yield from _sections(member, f"{path} {name}", context)
 
 
 def _usage(argument: Any) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medm.errors import MedmError
-from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, preprocess_from_dict, resolve_inside
+from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, resolve_inside
 from medm.tasks.base import Scores, Task
 from medm.types import Sample
 
@@ -91,11 +90,20 @@ def item_scores(
     return name, values
 
 
-def draw_pictures(cases: Sequence[Case], root: Path, folder: Path, *, model: str | None = None) -> None:
-    """A PNG for each image and volume of the cases, in `folder/cases`; a file that cannot be shown says why."""
+def draw_pictures(
+    cases: Sequence[Case], root: Path, folder: Path, *, shown: Mapping[str, Preprocess] | None = None
+) -> None:
+    """A PNG for each image and volume of the cases, in `folder/cases`; a file that cannot be shown says why.
+
+    Args:
+        cases: the items.
+        root: folder that media paths are relative to.
+        folder: of the report.
+        shown: preprocessing by branch, as the model sees a file; a usual one without it.
+    """
     from medm.imaging.preview import save_contact_sheet
 
-    shown = _SHOWN | (_as_model(Path(model)) if model is not None else {})
+    views = {**_SHOWN, **(shown or {})}
     place = folder / "cases"
     for old in place.glob("*.png"):
         old.unlink()
@@ -108,16 +116,10 @@ def draw_pictures(cases: Sequence[Case], root: Path, folder: Path, *, model: str
                 try:
                     place.mkdir(parents=True, exist_ok=True)
                     save_contact_sheet(
-                        resolve_inside(root, key[1]), shown[media.branch], folder / name, slices=6, tile=160
+                        resolve_inside(root, key[1]), views[media.branch], folder / name, slices=6, tile=160
                     )
                 except MedmError as error:
                     case.problem = str(error)
                     continue
                 done[key] = name
             case.pictures.append(done[key])
-
-
-def _as_model(folder: Path) -> dict[str, Preprocess]:
-    """Preprocessing of a model folder by branch."""
-    text = (folder / "processor_config.json").read_text(encoding="utf-8")
-    return {name: preprocess_from_dict(entry["preprocess"]) for name, entry in json.loads(text)["branches"].items()}

@@ -37,7 +37,7 @@ class EvalOptions(InferenceOptions):
     """What is scored."""
     model: str | None = None
     """Model folder that medm saved; needed where a task has no `predictions`."""
-    output_dir: str
+    output_dir: str = "work_dirs/eval"
     """Folder for questions, predictions, results and reports, one folder a task in it."""
     cases: int = Field(default=8, ge=0)
     """How many of the worst and of random items the report shows, with their images."""

@@ -1,35 +1,85 @@
-"""Answers of any program, read and joined to the items that they answer."""
+"""Predictions of any program, read from a file and joined to the items that they belong to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from medm.data.files import RecordFile, parse_json
 from medm.errors import DataError
-from medm.tasks.base import FAILED, join_predictions
-from medm.types import Sample
+from medm.evaluation.options import EvalOptions
+from medm.evaluation.predictors import FIELDS, Items, Predictions, Predictor
+from medm.tasks.base import FAILED, Prediction, join_predictions
+from medm.types import PredictionField, Sample
+
+if TYPE_CHECKING:
+    from medm.inference.batch import Progress
 
 _TEXT_FIELDS = ("reply", "prediction", "response", "output", "generated", "text", "answer")
 """Where programs put an answer, the surest first: `answer` is often the reference."""
 _ID_FIELDS = ("id", "question_id", "qid")
+_MEASURED_MASK = "dice"
+"""Number that stands for a mask which the other program has measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One answer."""
+class PredictionsFile(Predictor):
+    """Predictions that another program wrote."""
 
-    text: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    """Scores that come with it (overlaps of masks)."""
-    scores: Mapping[str, float] | Sequence[float] | None = None
-    """A score for each class, by name or in the order of the task's classes; a single one is in `numbers`."""
-    error: str | None = None
-    """Why the program gave no answer; the text is then empty."""
-    mask: str | None = None
-    """File of a mask that is the answer, relative to the folder of the predictions."""
+    what: ClassVar[str] = "predictions"
+    beyond_limit: ClassVar[bool] = True
+
+    def __init__(self, source: str, options: EvalOptions) -> None:
+        super().__init__(source, options)
+        self._gives = fields_given(Path(source))
+
+    @property
+    def gives(self) -> frozenset[PredictionField]:
+        return self._gives
+
+    def check(self, items: Items) -> None:
+        """Refuse a file that cannot be read, or holds predictions of other items."""
+        join(items.samples, self.available(items))
+
+    def available(self, items: Items) -> Predictions:
+        return read_predictions(Path(self.source), items.samples, limit=items.limit)
+
+    def predict(self, items: Items, *, progress: Progress | None = None) -> Predictions:
+        return self.available(items)
+
+
+def fields_given(path: Path) -> frozenset[PredictionField]:
+    """Return what the predictions of a file hold, each field where one of them has it.
+
+    A file without any prediction, of errors alone, denies nothing: its items are scored as not answered.
+
+    Raises:
+        DataError: a prediction cannot be read.
+    """
+    if _mapping(path, ()):
+        return frozenset({"text"})
+    found: set[PredictionField] = set()
+    for index, item in enumerate(RecordFile(path)):
+        try:
+            prediction = _prediction(item)
+        except DataError as error:
+            raise error.at(file=path, index=index) from None
+        found |= _fields(prediction)
+    return frozenset(found or FIELDS)
+
+
+def _fields(prediction: Prediction) -> set[PredictionField]:
+    if prediction.error is not None:
+        return set()
+    found: set[PredictionField] = set()
+    if prediction.mask is not None or _MEASURED_MASK in prediction.numbers:
+        found.add("masks")
+    if prediction.scores is not None or "scores" in prediction.numbers:
+        found.add("scores")
+    if prediction.text or not found:  # an empty reply is a reply
+        found.add("text")
+    return found
 
 
 def read_predictions(path: Path, samples: Sequence[Sample], *, limit: int | None = None) -> dict[str, Prediction]:
@@ -56,7 +106,7 @@ def read_predictions(path: Path, samples: Sequence[Sample], *, limit: int | None
             name = _identifier(item, index, samples, len(file) in counts, len(file))
             if name in answers:
                 raise DataError(f"a second answer to item {name!r}; keep one")
-            answers[name] = _prediction(item)
+            answers[name] = replace(_prediction(item), folder=path.parent)
         except DataError as error:
             raise error.at(file=path, index=index) from None
     return answers

@@ -1,4 +1,4 @@
-"""`medm eval`: questions of a benchmark, answered, scored, compared and reported."""
+"""`medm eval`: items of a benchmark, predicted, scored, compared and reported."""
 
 from __future__ import annotations
 
@@ -9,155 +9,160 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medm.errors import CheckpointError, DataError, MediaError, MedmError, RecipeError
+from medm.errors import DataError, MedmError, RecipeError
 from medm.evaluation.cases import choose_cases, draw_pictures
 from medm.evaluation.options import EvalOptions, EvalTaskOptions
-from medm.evaluation.prediction_files import join, read_predictions
+from medm.evaluation.prediction_files import PredictionsFile, join
+from medm.evaluation.predictors import Items, Predictions, Predictor, require_match
 from medm.evaluation.report import write_reports, write_summary
 from medm.evaluation.task_report import TaskReport
 from medm.files import atomic_write_text
-from medm.imaging import resolve_inside
-from medm.inference.batch import Progress, infer
-from medm.inference.generator import pick_device
-from medm.inference.options import InferenceOptions, InferOptions
-from medm.inference.predictions import model_fingerprint
 from medm.launcher import launched_rank
-from medm.metrics import METRICS
-from medm.metrics.bertscore import require_encoder
 from medm.metrics.compare import Comparison, compare
-from medm.tasks import TASKS, CustomOptions
-from medm.tasks.base import Scores, Task, join_predictions, record_of
-from medm.tasks.masks import WITHOUT_MASK, MaskTask
+from medm.tasks import TASKS
+from medm.tasks.base import Scores, Task
 from medm.types import Sample
+
+if TYPE_CHECKING:
+    from medm.inference.batch import Progress
 
 logger = logging.getLogger(__name__)
 
-_WITH_A_MODEL = ("bertscore", "radeval", "meteor-java")
-"""Metrics that start another program or load a model: not for single items, nor for a trial."""
 _VERSIONS = ("medm", "torch", "transformers")
 
 
-def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[TaskReport] | None:
-    """Answer and score every task, and write its files into a folder of its own below `output_dir`.
+@dataclass(slots=True)
+class _Run:
+    """One benchmark of an evaluation."""
 
-    These are `questions.jsonl`, `predictions.jsonl` (which a run that was stopped goes on with), `results.json`,
-    `report.md` and `report.html`; a summary of all tasks stands in `output_dir` itself.
+    block: EvalTaskOptions
+    task: Task
+    predictor: Predictor
+    against: Predictor | None
+    """Predictions of another run to compare with."""
+    items: Items
+
+
+def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[TaskReport] | None:
+    """Predict and score the items of every task, and write its files into a folder below `output_dir`.
+
+    These are `questions.jsonl`, `predictions.jsonl` (from which a run that was stopped resumes), `results.json`,
+    `report.md` and `report.html`; a summary of all tasks is in `output_dir` itself.
 
     Args:
-        options: see there.
-        progress: told how far the answering of a task is.
+        options: of the run.
+        progress: told how far the inference of a task is.
 
     Returns:
         One report a task; None on ranks of a launch other than rank 0.
 
     Raises:
         DataError: a benchmark's folder is incomplete, or predictions belong to other items.
-        RecipeError: a task's options do not fit, or a folder holds answers of another run.
+        RecipeError: a task's options do not fit, its predictions lack what it scores, or a folder holds replies of
+            another run.
         MedmError: as `infer`.
     """
-    answering = any(block.predictions is None for block in options.tasks)
-    prepared = []
-    for block in options.tasks:  # every folder and every file is looked at before anything is answered
-        task = build_task(block)
-        samples = samples_of(task, block)
-        check_task(task, block, samples, trial=answering)
-        prepared.append((block, task, samples))
-    if answering:
-        check_model(options)
-    for block in options.tasks:
-        make_folder(Path(options.output_dir) / block.task.name)
+    trial = any(block.predictions is None for block in options.tasks)
+    # Every source, folder and file is checked before anything is predicted.
+    sources = [_sources(options, block) for block in options.tasks]
+    runs = [_open(options, *source) for source in sources]
+    for run in runs:
+        check_items(run.task, run.predictor, run.against, run.items, trial=trial)
+    for run in runs:
+        make_folder(run.items.folder)
     reports = []
-    for block, task, samples in prepared:
-        folder = Path(options.output_dir) / block.task.name
-        predictions = Path(block.predictions) if block.predictions else folder / "predictions.jsonl"
-        if block.predictions is None:
-            _answer(options, block, samples[: block.limit], folder, progress)
-        if launched_rank() > 0:
-            continue  # the first rank scores
-        reports.append(_score(options, block, task, samples, predictions, folder))
-    if not reports:
+    for run in runs:
+        predictions = run.predictor.predict(run.items, progress=progress)
+        if launched_rank() == 0:
+            reports.append(_score(options, run, predictions))
+    if launched_rank() > 0:
         return None
     write_summary(Path(options.output_dir), reports)
     return reports
 
 
-def check_task(task: Task, block: EvalTaskOptions, samples: Sequence[Sample], *, trial: bool) -> None:
-    """Refuse, before anything is answered, what would stop the scoring afterwards.
+def predictor_of(options: EvalOptions, block: EvalTaskOptions) -> Predictor:
+    """Return the source of a task's predictions: the file that it names, or the model of the run.
+
+    Raises:
+        CheckpointError: there is no model that medm saved.
+        DataError: the file cannot be read.
+    """
+    if block.predictions is not None:
+        return PredictionsFile(block.predictions, options)
+    if options.model is None:
+        raise RecipeError("model: needed where a task has no predictions")
+    from medm.evaluation.model_predictor import open_model
+
+    return open_model(options.model, options)
+
+
+def _sources(options: EvalOptions, block: EvalTaskOptions) -> tuple[EvalTaskOptions, Task, Predictor, Predictor | None]:
+    """A task and where its predictions come from; refused where they lack what the task scores."""
+    task = build_task(block)
+    predictor = predictor_of(options, block)
+    against = None
+    if block.against is not None:
+        against = PredictionsFile(str(predictions_of(block)), options)
+    for source in (predictor, against):
+        if source is not None:
+            require_match(block.task.name, task.needs, source)
+    return block, task, predictor, against
+
+
+def _open(
+    options: EvalOptions,
+    block: EvalTaskOptions,
+    task: Task,
+    predictor: Predictor,
+    against: Predictor | None,
+) -> _Run:
+    all_items = predictor.beyond_limit or against is not None
+    items = Items(
+        task=block.task.name,
+        samples=samples_of(task, block, limit=None if all_items else block.limit),
+        limit=block.limit,
+        root=Path(block.data),
+        folder=Path(options.output_dir) / block.task.name,
+    )
+    return _Run(block, task, predictor, against, items)
+
+
+def check_items(task: Task, predictor: Predictor, against: Predictor | None, items: Items, *, trial: bool) -> None:
+    """Refuse, before anything is predicted, what would stop the scoring afterwards.
 
     Args:
         task: the task.
-        block: its options.
-        samples: its items.
-        trial: also score replies once, empty ones where none are there yet. That takes seconds, answering hours.
+        predictor: where its predictions come from.
+        against: predictions to compare with.
+        items: the task's items.
+        trial: also score the predictions that exist, and empty ones in place of the others.
 
     Raises:
         DataError: two items have one id, an image is missing, a reference cannot be scored, a field is missing, or
             predictions cannot be read or belong to other items.
-        DeviceError: a metric needs a package or a file that is not here.
-        RecipeError: the answers are masks, and a model of medm writes text.
+        DeviceError: the device is not there, or a metric needs a package or a file that is not.
     """
-    counts = Counter(sample.id for sample in samples)
+    counts = Counter(sample.id for sample in items.samples)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise DataError(
-            f"{len(twice)} ids stand for several items of {block.task.name}, the first is {twice[0]!r} "
+            f"{len(twice)} ids stand for several items of {items.task}, the first is {twice[0]!r} "
             f"({counts[twice[0]]} items); replies are joined by id, so give each item one of its own",
-            file=block.data,
+            file=str(items.root),
         )
-    scored = samples[: block.limit]
-    if block.predictions is None:
-        require_answerable(task, block, scored)
-    for file in (block.predictions, None if block.against is None else predictions_of(block)):
-        if file is not None:
-            join(samples, read_predictions(Path(file), samples, limit=block.limit))
-    if not trial or task.answers == "mask":  # references of masks are read one by one, as the masks are
-        return
-    records = join_predictions(scored, {})
-    if block.predictions is not None:
-        records = join(samples, read_predictions(Path(block.predictions), samples, limit=block.limit))[: block.limit]
-    _require_models(block)
-    task.resampling_of(records)
-    build_task(block, quick=True).score(records)
-
-
-def _require_models(block: EvalTaskOptions) -> None:
-    """Refuse metrics whose model or program is not on this machine, without starting it.
-
-    Raises:
-        CheckpointError: there is no encoder for BERTScore.
-        DeviceError: a package or Java is missing.
-    """
-    settings = block.task.model_dump()
-    encoders = [settings.get("bertscore")]
-    if isinstance(block.task, CustomOptions):
-        metrics = [item for item in block.task.model_dump()["metrics"] if item["name"] in _WITH_A_MODEL]
-        encoders += [item["path"] for item in metrics if item["name"] == "bertscore"]
-        for item in metrics:
-            if item["name"] != "bertscore":
-                METRICS.get(item["name"])([], [])  # of no items: only what it needs is looked for
-    for path in encoders:
-        if path is not None:
-            require_encoder(path)
-
-
-def check_model(options: EvalOptions) -> None:
-    """Refuse a model folder or a device that is not there, before any weight is read.
-
-    Raises:
-        CheckpointError: there is no model that medm saved.
-        DeviceError: the device is not there.
-    """
-    assert options.model is not None  # EvalOptions sees to it
-    folder = Path(options.model).expanduser()
-    for name in ("config.json", "processor_config.json"):
-        if not (folder / name).is_file():
-            found = f"no {name} in it" if folder.is_dir() else "no such model folder"
-            raise CheckpointError(f"{options.model}: {found}; expected a model folder that medm saved")
-    pick_device(options.device)
+    for source in (predictor, against):
+        if source is not None:
+            source.check(items)
+    if trial:
+        available = predictor.available(items)
+        samples = items.samples if available else items.scored
+        task.check(join(samples, available)[: items.limit])
 
 
 def make_folder(folder: Path) -> None:
@@ -176,134 +181,67 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def build_task(block: EvalTaskOptions, *, quick: bool = False) -> Task:
-    """The task that a block names.
-
-    Args:
-        block: its options.
-        quick: without intervals and metrics that run a model, for scoring single items.
-    """
-    settings = block.task.model_dump(exclude={"name"})
-    if quick:
-        settings["rounds"] = 0
-        if "bertscore" in settings:
-            settings["bertscore"] = None
-        if "metrics" in settings:
-            settings["metrics"] = [item for item in settings["metrics"] if item["name"] not in _WITH_A_MODEL]
-    return TASKS.get(block.task.name)(**settings)
+def build_task(block: EvalTaskOptions) -> Task:
+    """Return the task that a block names."""
+    return TASKS.get(block.task.name)(**block.task.model_dump(exclude={"name"}))
 
 
-def samples_of(task: Task, block: EvalTaskOptions) -> list[Sample]:
-    """The items of the split: all of them where a file of answers may belong to any, else `limit` of them.
+def samples_of(task: Task, block: EvalTaskOptions, *, limit: int | None = None) -> list[Sample]:
+    """Return the items of a block's split, or the first `limit` of them.
 
     Raises:
         DataError: the folder is incomplete.
     """
     split = block.split or task.eval_split
-    needed = block.limit if block.predictions is None and block.against is None else None
-    samples = list(itertools.islice(task.samples(Path(block.data), split), needed))
+    samples = list(itertools.islice(task.samples(Path(block.data), split), limit))
     if not samples:
         raise DataError(f"split {split!r} of {block.task.name} holds no items", file=block.data)
     return samples
 
 
-def require_answerable(task: Task, block: EvalTaskOptions, samples: Sequence[Sample]) -> None:
-    """Refuse what a model could not answer, before it is loaded.
-
-    Raises:
-        RecipeError: the answers are masks, and a model of medm writes text.
-        DataError: an image or volume is missing. Without it a question could only count as wrong.
-    """
-    if task.answers == "mask":
-        raise RecipeError(
-            f"{block.task.name}: the answers are masks, and `medm eval` asks a model for text; give --predictions, a "
-            'JSONL with a line {"id": ..., "mask": "file.npy"} an item'
-        )
-    missing: dict[str, str] = {}
-    files = dict.fromkeys(media.path or "" for sample in samples for media in sample.media)
-    for path in files:
-        try:
-            resolve_inside(Path(block.data), path)
-        except MediaError as error:
-            missing[path] = str(error)
-    if missing:
-        first, reason = next(iter(missing.items()))
-        raise DataError(
-            f"{len(missing)} of {len(files)} images and volumes that the questions of {block.task.name} name cannot be "
-            f"opened, the first is {first!r} ({reason}); complete the folder",
-            file=block.data,
-        )
-
-
-def _records(
-    task: Task, block: EvalTaskOptions, samples: Sequence[Sample], predictions: Path
-) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
-    """The items that are scored, each with its answer from a file of predictions, which may answer more of them.
-
-    Returns:
-        The records, and for how many of them a reply came.
-    """
-    answers = read_predictions(predictions, samples, limit=block.limit)
-    records = join(samples, answers)[: block.limit]
-    replied = {name for name, answer in answers.items() if answer.error is None}
+def _records(task: Task, items: Items, predictions: Predictions) -> tuple[list[dict[str, Any]], int]:
+    """The items that are scored, each with its prediction, and how many of them have one."""
+    records = join(items.samples, predictions)[: items.limit]
+    replied = {name for name, prediction in predictions.items() if prediction.error is None}
     answered = sum(str(record["id"]) in replied for record in records)
-    if isinstance(task, MaskTask):
-        for record in records:
-            answer = answers.get(str(record["id"]))
-            if answer is not None and "dice" in answer.numbers:
-                continue  # measured elsewhere
-            name = answer.mask if answer is not None else None
-            mask = resolve_inside(predictions.parent, name) if name is not None else None
-            record.update(task.measure_file(Path(block.data), record, mask))
-            record |= {"prediction": name or "", WITHOUT_MASK: mask is None}
+    records = [task.measure_item(record, predictions.get(str(record["id"])), items.root) for record in records]
     return records, answered
 
 
-def _answer(
-    options: EvalOptions, block: EvalTaskOptions, samples: Sequence[Sample], folder: Path, progress: Progress | None
-) -> None:
-    """Ask the model; answers of an earlier run stay."""
-    questions = folder / "questions.jsonl"
-    lines = (json.dumps(record_of(sample), ensure_ascii=False) for sample in samples)
-    atomic_write_text(questions, "\n".join(lines) + "\n")
-    if options.model is None:
-        raise RecipeError("model: needed where a task has no predictions")
-    infer(
-        InferOptions(
-            model=options.model, data=str(questions), root=block.data, output=str(folder / "predictions.jsonl"),
-            **{name: getattr(options, name) for name in InferenceOptions.model_fields},
-        ),
-        progress=progress,
-    )  # fmt: skip
-
-
-def _score(
-    options: EvalOptions, block: EvalTaskOptions, task: Task, samples: Sequence[Sample], predictions: Path, folder: Path
-) -> TaskReport:  # fmt: skip
-    records, answered = _records(task, block, samples, predictions)
+def _score(options: EvalOptions, run: _Run, predictions: Predictions) -> TaskReport:
+    block, task, items = run.block, run.task, run.items
+    records, answered = _records(task, items, predictions)
     entry = TASKS.entry(block.task.name)
     report = TaskReport(
-        entry.name, entry.summary, folder, _facts(options, block, task), len(records), answered, task.score(records)
+        task=entry.name,
+        summary=entry.summary,
+        folder=items.folder,
+        facts=_facts(block, task) | run.predictor.facts(),
+        n=len(records),
+        answered=answered,
+        scores=task.score(records),
     )
+    notes = report.scores.notes
     if answered == 0:
-        report.scores.notes.insert(0, f"nothing was answered: no reply came for any of the {len(records)} items")
+        notes.insert(0, f"nothing was answered: no reply came for any of the {len(records)} items")
     if block.limit is not None:
-        report.scores.notes.append(f"only the first {len(records)} items: these are not the benchmark's numbers")
-    if block.against is not None:
+        notes.append(f"only the first {len(records)} items: these are not the benchmark's numbers")
+    if run.against is not None:
         report.against = block.against
-        report.comparisons = _compare(task, block, samples, report.scores)
+        other, _ = _records(task, items, run.against.available(items))
+        report.comparisons = _compare(task, other, report.scores)
     worst, drawn = choose_cases(
         report.scores,
         records,
-        samples[: block.limit],
-        build_task(block, quick=True),
+        items.scored,
+        task.without_models(),
         count=options.cases,
         seed=options.seed,
     )
-    draw_pictures([*worst, *drawn], Path(block.data), folder, model=options.model)
+    draw_pictures([*worst, *drawn], items.root, items.folder, shown=run.predictor.preprocess())
     report.worst, report.random = worst, drawn
     text = json.dumps(defined(report.as_json()), indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write_text(folder / "results.json", text + "\n")
+    atomic_write_text(items.folder / "results.json", text + "\n")
     write_reports(report)
     return report
 
@@ -317,32 +255,20 @@ def defined(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _facts(options: EvalOptions, block: EvalTaskOptions, task: Task) -> dict[str, Any]:
-    """What the numbers depend on."""
-    facts: dict[str, Any] = {
+def _facts(block: EvalTaskOptions, task: Task) -> dict[str, Any]:
+    """What the numbers depend on, whatever the predictions come from."""
+    return {
         "options": block.task.model_dump(mode="json"),
         "data": block.data,
         "split": block.split or task.eval_split,
         "limit": block.limit,
         "versions": {name: version(name) for name in _VERSIONS},
     }
-    if block.predictions is not None:
-        return facts | {"predictions": block.predictions}
-    assert options.model is not None
-    return facts | {
-        "model": options.model,
-        "model_fingerprint": model_fingerprint(Path(options.model)),
-        "generation": options.generation.model_dump(),
-        "dtype": options.dtype,
-    }
 
 
-def _compare(
-    task: Task, block: EvalTaskOptions, samples: Sequence[Sample], scores: Scores
-) -> list[Comparison]:  # fmt: skip
-    """Every sound metric of this run against the same metric of the other one, item by item."""
-    records, _ = _records(task, block, samples, predictions_of(block))
-    by_name = {result.name: result for result in task.score(records).results}
+def _compare(task: Task, other: Sequence[dict[str, Any]], scores: Scores) -> list[Comparison]:
+    """Every metric of this run against the same metric of the other one, item by item."""
+    by_name = {result.name: result for result in task.score(other).results}
     return [
         compare(result, by_name[result.name], task.resampling)
         for result in scores.results

@@ -35,7 +35,7 @@ from medm.inference.generator import Engine, Reply, load_engine, pick_device
 from medm.inference.options import InferOptions
 from medm.inference.predictions import Appender, Results, model_fingerprint
 from medm.launcher import launched_world_size
-from medm.models import load_config, load_processor
+from medm.models import kind_of_config, load_config, load_processor
 from medm.os_errors import explain, require_writable
 from medm.registry import load_plugin, loaded_plugins
 from medm.stopping import ignore_stops
@@ -162,12 +162,17 @@ def check(options: InferOptions) -> None:
     Raises:
         DeviceError: the device is not there.
         CheckpointError: there is no model that medm saved.
-        RecipeError: its chat template is broken, its context leaves no room for a prompt, or two files are one.
+        RecipeError: it gives no text, its chat template is broken, its context leaves no room for a prompt, or two
+            files are one.
         DataError: the folder of images and volumes is not there.
         OSError: the output or the JSON cannot be written.
     """
     pick_device(options.device)
-    _context(load_config(options.model), options)
+    config = load_config(options.model)
+    gives = kind_of_config(config).gives(config)
+    if "text" not in gives:
+        raise RecipeError(f"medm infer writes text; model {options.model} gives {' and '.join(sorted(gives))}")
+    _context(config, options)
     with suppress(DataError):  # a template may want more than a question; a broken one raises another error
         load_processor(options.model).encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
     _require_different_files(options)

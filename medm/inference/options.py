@@ -10,46 +10,46 @@ from medm.config import Options
 
 
 class GenerationOptions(Options):
-    """How replies are chosen."""
+    """How the tokens of a reply are chosen."""
 
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest reply in tokens."""
     num_beams: int = Field(default=1, ge=1)
     """Beams of beam search; 1 for none."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 takes the likeliest token each time (greedy); above it, tokens are drawn, the more freely the higher."""
+    """0 for greedy decoding; above 0, tokens are sampled, the more freely the higher."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw only from the likeliest tokens that together have this probability."""
+    """Sample only from the most likely tokens that together have this probability."""
     seed: int = Field(default=0, ge=0)
-    """Of drawing."""
+    """Seed of sampling."""
     compile: bool = False
-    """Compile the steps of decoding: about a minute before the first reply, and again when prompts and replies outgrow
-    the room for their keys and values. Worth it for many records on a GPU; a CPU gains with few prompts at once."""
+    """Compile the decode step: about a minute before the first reply, and again when prompts and replies outgrow the
+    KV cache. Worth it for many records on a GPU; a CPU gains with few prompts at once."""
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerationOptions:
         if self.top_p < 1 and self.temperature == 0:
-            raise ValueError("top_p: nothing is drawn at temperature 0; set a temperature, or leave top_p out")
+            raise ValueError("top_p: nothing is sampled at temperature 0; set a temperature, or leave top_p out")
         return self
 
 
 class InferenceOptions(Options):
-    """How a model answers many records."""
+    """How a model generates replies to many records."""
 
     generation: GenerationOptions = GenerationOptions()
-    """How replies are chosen."""
+    """How the tokens of a reply are chosen."""
     batch_size: int = Field(default=8, ge=1)
-    """Prompts answered at once; a batch that does not fit the memory of a GPU is halved by itself."""
+    """Prompts decoded at once; a batch that does not fit the memory of a GPU is halved by itself."""
     processes: int = Field(default=1, ge=1)
     """Processes on this machine, each with the model; on GPUs one each. Under `medm launch`, that says how many."""
     workers: int | None = Field(default=None, ge=0)
-    """Processes that read and prepare images for each of them; chosen by the number of cores without it."""
+    """Processes that read and prepare images for each of them. Default: by the number of cores."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
-    """Precision of the weights; as they were saved without it."""
+    """Precision of the weights; `saved` keeps that of the folder."""
     overwrite: bool = False
-    """Delete the answers of an earlier run and start over, instead of resuming."""
+    """Delete the replies of an earlier run and start over, instead of resuming."""
 
 
 class InferOptions(InferenceOptions):
@@ -62,8 +62,8 @@ class InferOptions(InferenceOptions):
     root: str | None = None
     """Folder that image and volume paths are relative to. Default: the folder of `data`."""
     output: str
-    """JSONL file to append to: one line per record, as soon as it is answered. A run that was stopped resumes in it."""
+    """JSONL file to append to, one line per record once it has its reply. A run that was stopped resumes in it."""
     json_output: str | None = None
     """Where the records with their replies are written at the end, as one JSON array in MedM-VL's form."""
     limit: int | None = Field(default=None, ge=1)
-    """Answer only the first N records."""
+    """Take only the first N records."""

@@ -26,6 +26,24 @@ class MetricOptions(Options):
     name: str
     """Registered name of the metric."""
     takes: ClassVar[Literal["text", "label", "score", "box", "mask", "similarity"]] = "text"
+    external: ClassVar[bool] = False
+    """The metric loads a model or starts another program: it is left out where items are scored one by one."""
+
+    def require_available(self) -> None:
+        """Refuse an external metric that this machine cannot compute, without starting it.
+
+        Raises:
+            CheckpointError: there is no encoder.
+            DeviceError: a package or a program is missing.
+        """
+        if self.external:
+            METRICS.get(self.name)([], [])  # of no items: only what it needs is looked for
+
+
+class ExternalMetricOptions(MetricOptions):
+    """Metrics that start another program."""
+
+    external = True
 
 
 class LabelMetricOptions(MetricOptions):
@@ -101,7 +119,7 @@ class NLTKBleuOptions(MetricOptions):
     orders above 1. NLTK's methods 0, 1 and 2."""
 
 
-class BERTScoreOptions(MetricOptions):
+class BERTScoreOptions(ExternalMetricOptions):
     """BERTScore with an encoder from a local folder."""
 
     path: str
@@ -114,6 +132,11 @@ class BERTScoreOptions(MetricOptions):
     device: str = "cpu"
     """Torch device of the encoder."""
 
+    def require_available(self) -> None:
+        from medm.metrics.bertscore import require_encoder
+
+        require_encoder(self.path)
+
 
 class ChestLabelOptions(MetricOptions):
     """F1 over the 14 CheXpert labels."""
@@ -125,7 +148,7 @@ class ChestLabelOptions(MetricOptions):
     finding; `unmentioned`, where it affirms no finding, whatever else it says (CheXpert's rule). A blank text never."""
 
 
-class RadEvalOptions(MetricOptions):
+class RadEvalOptions(ExternalMetricOptions):
     """RadEval's scores of radiology reports."""
 
     scores: list[
@@ -146,7 +169,7 @@ METRICS.add("bleu-nltk", "medm.metrics.bleu:bleu_nltk", "mean sentence BLEU-1 to
 METRICS.add("rouge", "medm.metrics.rouge:rouge", "ROUGE-1, 2 and L, F1, of rouge-score", options=RougeOptions)
 METRICS.add("meteor", "medm.metrics.meteor:meteor", "METEOR of NLTK with WordNet; refuses where the WordNet files are missing")
 METRICS.add("meteor-exact-stem", "medm.metrics.meteor:meteor_exact_stem", "METEOR of NLTK without synonyms; needs no data")
-METRICS.add("meteor-java", "medm.metrics.meteor:meteor_java", "METEOR 1.5 of the COCO caption toolkit; needs pycocoevalcap and Java")
+METRICS.add("meteor-java", "medm.metrics.meteor:meteor_java", "METEOR 1.5 of the COCO caption toolkit; needs pycocoevalcap and Java", options=ExternalMetricOptions)
 METRICS.add("cider-d", "medm.metrics.cider:cider_d", "CIDEr-D (0 to 10) on PTB-like tokens, document frequencies from the references")
 METRICS.add("bertscore", "medm.metrics.bertscore:bertscore", "BERTScore precision, recall and F1 with a local encoder", options=BERTScoreOptions)
 METRICS.add("exact-match", "medm.metrics.match:exact_match", "equal after trimming and case folding")

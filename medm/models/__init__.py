@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from medm.config import Options
-from medm.models.kinds import MODELS, kind_of
+from medm.models.kinds import MODELS, kind_of, kind_of_config
 
 if TYPE_CHECKING:
     from medm.imaging import Preprocess
@@ -22,6 +22,7 @@ __all__ = [
     "MODELS",
     "build",
     "kind_of",
+    "kind_of_config",
     "load",
     "load_config",
     "load_processor",

@@ -13,7 +13,7 @@ from medm.config import Options
 from medm.errors import RecipeError
 from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
-from medm.types import MODEL_TYPE_PREFIX, Processor
+from medm.types import MODEL_TYPE_PREFIX, PredictionField, Processor
 
 
 class MedmModel(PreTrainedModel, metaclass=ABCMeta):
@@ -82,6 +82,9 @@ class ModelKind(ABC):
     """The Auto class finds it by its name, so the name is unlike that of any other processor."""
     auto_classes: ClassVar[tuple[Any, ...]] = (AutoModel,)
     """The Auto classes that open the model; `AutoModel` is among them."""
+    predictor: ClassVar[str] = "generation"
+    """Source of predictions that `medm eval` opens a saved model with, by its name in the table
+    `medm.evaluation.predictors`."""
 
     def __init__(self) -> None:
         kind = type(self).__name__
@@ -100,6 +103,10 @@ class ModelKind(ABC):
     @abstractmethod
     def build(self, options: Any) -> tuple[MedmModel, Processor]:
         """The model, with published weights wherever the section gives a path, and its processor."""
+
+    def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
+        """Return what a saved model with this config predicts for an item of a benchmark."""
+        return frozenset({"text"})
 
     def skeleton(self, options: Any) -> MedmModel:
         """The model without memory behind its weights, for an estimate; it reads published configs alone."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medm.config import Options
+from medm.errors import CheckpointError
 from medm.models.lvlm.options import LVLMOptions
 from medm.registry import Registry
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from medm.models.base import ModelKind
 
 MODELS: Registry[type[ModelKind]] = Registry("model kind", group="medm.models")
@@ -24,3 +27,19 @@ MODELS.add(
 def kind_of(options: Options) -> ModelKind:
     """Return the kind of model that a recipe's `model` section names."""
     return MODELS.get(options.model_dump()["kind"])()
+
+
+def kind_of_config(config: PreTrainedConfig) -> ModelKind:
+    """Return the kind of model that a saved config belongs to.
+
+    Raises:
+        CheckpointError: no kind of the table has its `model_type`.
+    """
+    for name in MODELS.names():
+        kind = MODELS.get(name)()
+        if kind.config_class.model_type == config.model_type:
+            return kind
+    raise CheckpointError(
+        f"no kind of model saves folders of type {config.model_type!r}; expected one of "
+        f"{', '.join(MODELS.names())}, or a kind of your own by 'medm --plugin FILE'"
+    )

@@ -6,17 +6,18 @@ opens no image except to ask for its size.
 
 from __future__ import annotations
 
+import copy
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from medm.data.records import PLACEHOLDERS
 from medm.errors import DataError, MedmError
 from medm.metrics.base import Clusters, MetricResult, Resampling
-from medm.types import Media, Sample, Turn
+from medm.types import Media, PredictionField, Sample, Turn
 
 Record: TypeAlias = Mapping[str, Any]
 """One scored item: `id`, `prediction`, `answer`, and the `extra` fields of its sample."""
@@ -24,6 +25,23 @@ Record: TypeAlias = Mapping[str, Any]
 
 FAILED = "inference_error"
 """Field of a record that could not be answered: the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a model or another program gives for one item."""
+
+    text: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Scores that come with it (overlaps of masks)."""
+    scores: Mapping[str, float] | Sequence[float] | None = None
+    """A score for each class, by name or in the order of the task's classes; a single one is in `numbers`."""
+    error: str | None = None
+    """Why there is no prediction; the text is then empty."""
+    mask: str | None = None
+    """File of a mask, relative to `folder`."""
+    folder: Path | None = None
+    """Where `mask` is."""
 
 
 @dataclass(slots=True)
@@ -53,8 +71,8 @@ class Task(ABC):
         cluster_by: record field in place of the task's own `cluster_by`.
     """
 
-    answers: ClassVar[Literal["text", "mask"]] = "text"
-    """What an answer is. Masks are measured before they are scored (see `MaskTask`)."""
+    needs: frozenset[PredictionField] = frozenset({"text"})
+    """What scoring reads of a prediction. A run whose predictions lack one of these is refused before it begins."""
     tag: ClassVar[str]
     """What kind of task its samples are ("vqa", "caption", ...): task tokens and mixtures go by it."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
@@ -92,6 +110,47 @@ class Task(ABC):
     @abstractmethod
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         """The sound numbers of these records."""
+
+    def measure_item(self, record: dict[str, Any], prediction: Prediction | None, folder: Path) -> dict[str, Any]:
+        """Return the record with the numbers that scoring reads of a prediction too large to be kept (a mask).
+
+        Args:
+            record: with the prediction's text, numbers and scores.
+            prediction: None where there is none for this item.
+            folder: where the benchmark lies.
+
+        Raises:
+            DataError: the prediction does not fit its reference.
+        """
+        return record
+
+    def without_models(self) -> Task:
+        """Return the same task without intervals and without metrics that load a model or start a program.
+
+        It scores single items, and records on trial.
+        """
+        task = copy.copy(self)
+        task.resampling = replace(self.resampling, rounds=0)
+        return task
+
+    def require_metrics(self) -> None:  # noqa: B027 (most metrics need nothing beyond medm)
+        """Refuse metrics whose model or program is not on this machine, without starting it.
+
+        Raises:
+            CheckpointError: there is no encoder for BERTScore.
+            DeviceError: a package or Java is missing.
+        """
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Refuse what would stop the scoring of these records: a trial that takes seconds, before hours of inference.
+
+        Raises:
+            DataError: a reference cannot be scored, or a field is missing.
+            CheckpointError, DeviceError: as `require_metrics`.
+        """
+        self.require_metrics()
+        self.resampling_of(records)
+        self.without_models().score(records)
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         """The numbers as the benchmark's authors compute them; nothing where that is sound or unknown."""

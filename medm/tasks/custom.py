@@ -11,7 +11,7 @@ from typing import Any
 from medm.data.files import RecordFile
 from medm.data.records import parse_record
 from medm.errors import DataError, RecipeError
-from medm.metrics import METRICS
+from medm.metrics import METRICS, BoxMetricOptions, MetricOptions
 from medm.metrics.base import MetricResult, Resampling, mean_result
 from medm.metrics.boxes import CODECS
 from medm.metrics.choice import parse_wording
@@ -44,14 +44,14 @@ class Custom(Task):
         super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
         self.path = path
         self.fields = tuple(group_by)
-        self.metrics = [dict(block) for block in metrics]
-        for block in self.metrics:
-            takes = METRICS.entry(str(block.get("name"))).options.takes  # type: ignore[attr-defined]
-            if takes not in _FROM_TEXT:
+        self.metrics = [_metric_options(block) for block in metrics]
+        for options in self.metrics:
+            if options.takes not in _FROM_TEXT:
                 raise RecipeError(
-                    f"metric {block['name']!r} compares {takes}s, which a text answer does not hold; a custom task "
-                    f"takes metrics of {', '.join(_FROM_TEXT)}"
+                    f"metric {options.name!r} compares {options.takes}s, which a text answer does not hold; a custom "
+                    f"task takes metrics of {', '.join(_FROM_TEXT)}"
                 )
+        self.needs = frozenset("scores" if options.takes == "score" else "text" for options in self.metrics)
 
     @property
     def group_by(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -81,22 +81,31 @@ class Custom(Task):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         resampling = self.resampling_of(records)
         results: list[MetricResult] = []
-        for block in self.metrics:
-            options = {key: value for key, value in block.items() if key != "name"}
-            takes = METRICS.entry(block["name"]).options.takes  # type: ignore[attr-defined]
-            if takes == "score":
+        for options in self.metrics:
+            if options.takes == "score":
                 results += self._areas(records, resampling)
                 continue
             pair: tuple[Sequence[Any], Sequence[Any]] = scoring.texts(records)
-            if block["name"] == "sensitivity-specificity":
+            if options.name == "sensitivity-specificity":
                 pair = _binary_labels(records)
-            elif takes == "label":
+            elif options.takes == "label":
                 pair = _labels(records)
-            results += METRICS.get(block["name"])(*pair, resampling=resampling, **options)
-        boxes = [block for block in self.metrics if str(block["name"]).startswith("box-")]
-        for codec in dict.fromkeys(str(block.get("codec", "uni-med")) for block in boxes):
+            settings = options.model_dump(exclude={"name"})
+            results += METRICS.get(options.name)(*pair, resampling=resampling, **settings)
+        boxes = [options for options in self.metrics if isinstance(options, BoxMetricOptions)]
+        for codec in dict.fromkeys(options.codec for options in boxes if options.name.startswith("box-")):
             results += _box_counts(records, codec, resampling)
         return results
+
+    def without_models(self) -> Task:
+        task = super().without_models()
+        assert isinstance(task, Custom)
+        task.metrics = [options for options in self.metrics if not options.external]
+        return task
+
+    def require_metrics(self) -> None:
+        for options in self.metrics:
+            options.require_available()
 
     def _areas(self, records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
         """AUROC of `scores`, which a predictions file brings: one number an item, or one for each class by name."""
@@ -111,6 +120,14 @@ class Custom(Task):
         if isinstance(first, Mapping):
             return scoring.class_areas(records, [str(name) for name in first], resampling)
         return scoring.binary_area(records, resampling)
+
+
+def _metric_options(block: Mapping[str, Any]) -> MetricOptions:
+    entry = METRICS.entry(str(block.get("name")))
+    options = entry.options.model_validate(dict(block))
+    if not isinstance(options, MetricOptions):
+        raise TypeError(f"metric {entry.name!r}: its options class is no MetricOptions")
+    return options
 
 
 def _labels(records: Sequence[Record]) -> tuple[list[str | None], list[str]]:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from medm.errors import DataError
+from medm.imaging import resolve_inside
 from medm.metrics import m3d_bench, masks
 from medm.metrics.base import MetricResult, mean_result
-from medm.tasks.base import FAILED, Record, Task
+from medm.tasks.base import FAILED, Prediction, Record, Task
 from medm.tasks.files import read_array
 
 WITHOUT_MASK = "without_mask"
@@ -22,7 +23,7 @@ WITHOUT_MASK = "without_mask"
 class MaskTask(Task):
     """Answers are masks. They are measured one by one (`measure_mask`), so that a run keeps numbers and not volumes."""
 
-    answers = "mask"
+    needs = frozenset({"masks"})
     tag = "segment"
 
     @abstractmethod
@@ -64,6 +65,19 @@ class MaskTask(Task):
         if not (array.min() >= 0 and array.max() <= 1):  # nan included
             raise DataError(f"expected 0 and 1, or probabilities; found {array.min()} to {array.max()}", file=file)
         return self.measure_mask(array, truth)
+
+    def measure_item(self, record: dict[str, Any], prediction: Prediction | None, folder: Path) -> dict[str, Any]:
+        if prediction is not None and "dice" in prediction.numbers:
+            return record  # measured elsewhere
+        name = prediction.mask if prediction is not None else None
+        mask = None
+        if prediction is not None and name is not None:
+            mask = resolve_inside(prediction.folder or folder, name)
+        numbers = self.measure_file(folder, record, mask)
+        return {**record, **numbers, "prediction": name or "", WITHOUT_MASK: mask is None}
+
+    def check(self, records: Sequence[Record]) -> None:
+        """References of masks are read one by one, as the masks are; nothing is scored on trial."""
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         names = {"dice": "dice", "mask_iou": "mask-iou", "hd95": "hd95", "nsd": "nsd@2"}

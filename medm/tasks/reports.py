@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from medm.errors import DataError
 from medm.metrics.base import MetricResult
+from medm.metrics.bertscore import require_encoder
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, ask, choose
 from medm.tasks.files import field_of, read_csv, read_json_map, require
@@ -27,6 +28,16 @@ class CaptionTask(Task):
     ) -> None:
         super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
         self.bertscore = bertscore
+
+    def without_models(self) -> Task:
+        task = super().without_models()
+        assert isinstance(task, CaptionTask)
+        task.bertscore = None
+        return task
+
+    def require_metrics(self) -> None:
+        if self.bertscore is not None:
+            require_encoder(self.bertscore)
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.caption(records, self.resampling_of(records), bertscore=self.bertscore, chest=self.chest)

@@ -74,7 +74,7 @@ def folder_of(name: str) -> str:
 def launcher(entry: Entry) -> str:
     """The text of one launcher."""
     branch = "ct" if entry.name.startswith(OF_VOLUMES) else "2d"
-    template = OF_PREDICTIONS if TASKS.get(entry.name).answers == "mask" else TEMPLATE
+    template = OF_PREDICTIONS if "masks" in TASKS.get(entry.name).needs else TEMPLATE
     return template.format(name=entry.name, summary=entry.summary, branch=branch, folder=folder_of(entry.name))
 
 

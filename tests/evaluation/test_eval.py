@@ -67,6 +67,14 @@ def run(content: dict[str, Any]) -> TaskReport:
     return reports[0]
 
 
+def without_weights(folder: Path) -> str:
+    """A model folder that says what it is; whatever would be read beyond that is missing."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "medm-lvlm"}')
+    (folder / "processor_config.json").write_text("{}")
+    return str(folder)
+
+
 def write_predictions(file: Path, texts: list[str]) -> Path:
     file.write_text("".join(json.dumps({"id": f"i{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
     return file
@@ -256,7 +264,7 @@ def test_a_missing_picture_is_named_before_anything_is_answered(benchmark: Path,
     shutil.copytree(benchmark, copy)
     (copy / "1.png").unlink()
     (copy / "4.png").unlink()
-    content = section(copy, tmp_path / "out") | {"model": str(tmp_path / "nowhere")}
+    content = section(copy, tmp_path / "out") | {"model": without_weights(tmp_path / "model")}
     with pytest.raises(DataError, match=r"2 of 6 images and volumes .* the first is '1\.png'"):
         run(content)
     assert not (tmp_path / "out").exists()
@@ -284,8 +292,13 @@ def test_masks_come_as_files_and_a_model_is_refused(tmp_path: Path) -> None:
         "tasks": [{"task": {"name": "m3d-seg", "rounds": 5}, "data": str(tmp_path / "data")}],
         "output_dir": str(tmp_path / "out"), "cases": 0,
     }  # fmt: skip
-    with pytest.raises(RecipeError, match=r"m3d-seg: the answers are masks.*--predictions"):
-        run(content | {"model": str(tmp_path / "nowhere")})
+    model = without_weights(tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"m3d-seg: needs masks; model \S+/model gives text. Give --predictions"):
+        run(content | {"model": model})
+    shutil.move(tmp_path / "data", tmp_path / "away")  # the benchmark is not even looked at
+    with pytest.raises(RecipeError, match="m3d-seg: needs masks"):
+        run(content | {"model": model})
+    shutil.move(tmp_path / "away", tmp_path / "data")
     ids = ["0000/1/masks/mask_0.npy", "0003/1/masks/mask_0.npy", "0003/1/masks/mask_1.npy"]
     truth = np.load(tmp_path / "data" / ids[0])
     half = truth[0] * 0.9  # probabilities, and one slice of two is left out
@@ -379,16 +392,21 @@ def with_records(folder: Path, change: dict[int, dict[str, Any]]) -> Path:
         ({}, {"metrics": [{"name": "bertscore", "path": "/no/encoder"}]}, "no encoder at /no/encoder"),
         ({}, {"metrics": ["box-iou"]}, "item 0: no box can be read from the reference 'lung'"),
         ({1: {"answer_text": "B"}}, {"metrics": ["choice-accuracy"]}, "item 0: no choice can be read"),
-        ({}, {"metrics": ["auroc"]}, "auroc needs 'scores' beside the replies .* no item has them"),
+        (
+            {},
+            {"metrics": ["auroc"]},
+            r"custom: needs scores; model \S+/model gives text. Give --predictions with lines",
+        ),
+        ({}, {"metrics": ["auroc", "exact-match"]}, r"custom: needs text and scores; model \S+/model gives text"),
     ],
 )
-def test_what_stops_the_scoring_is_found_before_the_model_is_looked_at(
+def test_what_stops_the_scoring_is_found_before_the_weights_are_looked_at(
     change: dict[int, dict[str, Any]], task: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     settings = {"name": "custom", "path": "test.json", "metrics": ["exact-match"], "rounds": 5, **task}
     content = {
         "tasks": [{"task": settings, "data": str(with_records(tmp_path, change))}], "output_dir": str(tmp_path / "out"),
-        "model": str(tmp_path / "nowhere"),
+        "model": without_weights(tmp_path / "model"),
     }  # fmt: skip
     with pytest.raises(MedmError, match=words):
         run(content)
@@ -407,8 +425,7 @@ def test_model_device_and_output_are_looked_at_before_anything_is_answered(tmp_p
     model.mkdir()
     with pytest.raises(CheckpointError, match=r"no config\.json in it; expected a model folder that medm saved"):
         run(content)
-    for name in ("config.json", "processor_config.json"):
-        (model / name).write_text("{}")
+    without_weights(model)
     with pytest.raises(DeviceError, match="expected auto, cpu, cuda or cuda:N"):
         run(content | {"device": "gpu"})
     (tmp_path / "file").write_text("")

@@ -1,0 +1,93 @@
+"""A saved model of medm as a source of predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medm.errors import CheckpointError, DataError, MediaError
+from medm.evaluation.options import EvalOptions
+from medm.evaluation.prediction_files import read_predictions
+from medm.evaluation.predictors import PREDICTORS, Items, Predictions, Predictor
+from medm.files import atomic_write_text
+from medm.imaging import Preprocess, resolve_inside
+from medm.inference.batch import Progress, infer
+from medm.inference.generator import pick_device
+from medm.inference.options import InferenceOptions, InferOptions
+from medm.inference.predictions import model_fingerprint
+from medm.models import kind_of_config, load_config, load_processor
+from medm.tasks.base import record_of
+from medm.types import PredictionField
+
+
+def open_model(folder: str, options: EvalOptions) -> Predictor:
+    """Return the source that the kind of a saved model names, by the folder's config alone.
+
+    Raises:
+        CheckpointError: there is no model that medm saved.
+    """
+    path = Path(folder).expanduser()
+    for name in ("config.json", "processor_config.json"):
+        if not (path / name).is_file():
+            found = f"no {name} in it" if path.is_dir() else "no such model folder"
+            raise CheckpointError(f"{folder}: {found}; expected a model folder that medm saved")
+    kind = kind_of_config(load_config(folder))
+    return PREDICTORS.get(kind.predictor)(folder, options)
+
+
+class GenerationPredictor(Predictor):
+    """Replies in text, by batch inference. A run that was stopped resumes."""
+
+    def __init__(self, source: str, options: EvalOptions) -> None:
+        super().__init__(source, options)
+        config = load_config(source)
+        self._gives = kind_of_config(config).gives(config)
+
+    @property
+    def gives(self) -> frozenset[PredictionField]:
+        return self._gives
+
+    def check(self, items: Items) -> None:
+        """Refuse a question whose image or volume is missing: it could only count as wrong."""
+        missing: dict[str, str] = {}
+        files = dict.fromkeys(media.path or "" for sample in items.scored for media in sample.media)
+        for path in files:
+            try:
+                resolve_inside(items.root, path)
+            except MediaError as error:
+                missing[path] = str(error)
+        if missing:
+            first, reason = next(iter(missing.items()))
+            raise DataError(
+                f"{len(missing)} of {len(files)} images and volumes that the questions of {items.task} name cannot "
+                f"be opened, the first is {first!r} ({reason}); complete the folder",
+                file=str(items.root),
+            )
+        pick_device(self.options.device)
+
+    def predict(self, items: Items, *, progress: Progress | None = None) -> Predictions:
+        questions, output = items.folder / "questions.jsonl", items.folder / "predictions.jsonl"
+        lines = (json.dumps(record_of(sample), ensure_ascii=False) for sample in items.scored)
+        atomic_write_text(questions, "\n".join(lines) + "\n")
+        run = {name: getattr(self.options, name) for name in InferenceOptions.model_fields}
+        summary = infer(
+            InferOptions(model=self.source, data=str(questions), root=str(items.root), output=str(output), **run),
+            progress=progress,
+        )
+        if summary is None:  # not rank 0
+            return {}
+        return read_predictions(output, items.samples, limit=items.limit)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "model": self.source,
+            "model_fingerprint": model_fingerprint(Path(self.source)),
+            "generation": self.options.generation.model_dump(),
+            "dtype": self.options.dtype,
+        }
+
+    def preprocess(self) -> Mapping[str, Preprocess]:
+        preprocess: dict[str, Preprocess] = load_processor(self.source).preprocess
+        return preprocess

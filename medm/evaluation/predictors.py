@@ -1,0 +1,140 @@
+"""Sources of predictions: what answers the items of a benchmark. Torch-free.
+
+A `Predictor` says what it gives, a `Task` what it needs, and the two are compared before a benchmark is read and before
+a weight is loaded. A file of another program's predictions is one source
+(`medm.evaluation.prediction_files`), a saved model another: the kind of model names the line of the table below that
+opens its folders (`ModelKind.predictor`).
+
+The contract lives here and not in `medm.inference`, which knows no benchmarks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, get_args
+
+from medm.errors import RecipeError
+from medm.evaluation.options import EvalOptions
+from medm.imaging import Preprocess
+from medm.registry import Registry
+from medm.tasks.base import Prediction
+from medm.types import PredictionField, Sample
+
+if TYPE_CHECKING:
+    from medm.inference.batch import Progress
+
+Predictions: TypeAlias = Mapping[str, Prediction]
+"""Predictions by the id of their item."""
+
+FIELDS: tuple[PredictionField, ...] = get_args(PredictionField)
+
+_WAYS: dict[PredictionField, str] = {
+    "text": 'objects with an "id" and a "text"',
+    "masks": 'a JSONL with a line {"id": ..., "mask": "file.npy"} an item',
+    "scores": 'lines with "scores": a number, or one for each class',
+}
+"""How a file of predictions gives each field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """The items of one benchmark that are to be predicted."""
+
+    task: str
+    """Name of the benchmark."""
+    samples: Sequence[Sample]
+    """Every item that was read; predictions may belong to any of them."""
+    limit: int | None
+    """Only the first N are scored."""
+    root: Path
+    """Folder of the benchmark, which media paths are relative to."""
+    folder: Path
+    """Folder for what is written."""
+
+    @property
+    def scored(self) -> Sequence[Sample]:
+        """The items that are scored."""
+        return self.samples[: self.limit]
+
+
+class Predictor(ABC):
+    """A source of predictions.
+
+    Args:
+        source: the folder or file.
+        options: of the run.
+
+    Raises:
+        CheckpointError, DataError: it cannot be opened. Weights are not read.
+    """
+
+    what: ClassVar[str] = "model"
+    """Word for the source in messages."""
+    beyond_limit: ClassVar[bool] = False
+    """It may hold predictions of items that are not scored, so that all items have to be known."""
+
+    def __init__(self, source: str, options: EvalOptions) -> None:
+        self.source, self.options = source, options
+
+    @property
+    @abstractmethod
+    def gives(self) -> frozenset[PredictionField]:
+        """What its predictions hold, known without weights."""
+
+    def check(self, items: Items) -> None:  # noqa: B027 (a source without demands needs none)
+        """Refuse what would stop the run later.
+
+        Raises:
+            DataError: a file of the items is missing.
+            DeviceError: the device is not there.
+        """
+
+    def available(self, items: Items) -> Predictions:
+        """Return the predictions that exist before any work."""
+        return {}
+
+    @abstractmethod
+    def predict(self, items: Items, *, progress: Progress | None = None) -> Predictions:
+        """Predict the items that are scored, resuming what an earlier run left in `items.folder`.
+
+        Every rank of a launch calls it; what ranks other than 0 return is not used.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the predictions depend on, JSON-able, for the report."""
+        return {self.what: self.source}
+
+    def preprocess(self) -> Mapping[str, Preprocess]:
+        """Return how the source sees the files of each branch, for the images of a report."""
+        return {}
+
+
+PREDICTORS: Registry[type[Predictor]] = Registry("predictor", group="medm.predictors")
+
+PREDICTORS.add(
+    "generation",
+    "medm.evaluation.model_predictor:GenerationPredictor",
+    "a saved model that replies in text",
+)
+
+
+def require_match(task: str, needs: frozenset[PredictionField], predictor: Predictor) -> None:
+    """Refuse a source whose predictions lack what a task scores.
+
+    Raises:
+        RecipeError: with what is needed, what is given, and how a file gives it.
+    """
+    lacking = [name for name in FIELDS if name in needs - predictor.gives]
+    if lacking:
+        ways = "; ".join(_WAYS[name] for name in lacking if name in _WAYS)
+        raise RecipeError(
+            f"{task}: needs {_listed(needs)}; {predictor.what} {predictor.source} gives {_listed(predictor.gives)}"
+            + (f". Give --predictions with {ways}" if ways else "")
+        )
+
+
+def _listed(fields: frozenset[PredictionField]) -> str:
+    return " and ".join(name for name in FIELDS if name in fields) or "nothing"
