@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import UnionType
@@ -27,6 +29,7 @@ from medm.errors import RecipeError, UnknownNameError
 
 T = TypeVar("T")
 Member = TypeVar("Member")
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,27 @@ class Registry(Generic[T]):
             return target
         module, _, attribute = target.partition(":")
         return getattr(importlib.import_module(module), attribute)
+
+    def constructor(self: Registry[type[Part]], config: Mapping[str, object], **sizes: object) -> Callable[[], Part]:
+        """Return the constructor of a part with its arguments bound.
+
+        Args:
+            config: name and options, as a checkpoint holds them. What is left out is as the class has it.
+            sizes: arguments that the composition derives.
+
+        Raises:
+            RecipeError: no such part, or it does not take what the config says.
+        """
+        options = dict(config)
+        name = str(options.pop("name", ""))
+        maker = self.get(name)
+        try:
+            inspect.signature(maker).bind(**sizes, **options)
+        except TypeError as error:
+            raise RecipeError(
+                f"{self.kind} {name!r} does not take what its config says ({error}); a later medm may have written it"
+            ) from None
+        return partial(maker, **sizes, **options)
 
     def __contains__(self, name: str) -> bool:
         self._read_entry_points()

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+Config: TypeAlias = dict[str, object]
+"""A JSON object: options, sizes or settings by name. Parameters take `Mapping[str, object]`."""
 
 MODEL_TYPE_PREFIX = "medm-"
 """Beginning of the `model_type` of every model folder that medm saves."""
@@ -125,12 +130,16 @@ class Encode(Protocol):
 class Processor(Protocol):
     """What a kind of model brings for its records: training, inference and `medm data check` use the same one."""
 
-    tokenizer: Any
-    """A tokenizer of transformers."""
+    tokenizer: PreTrainedTokenizerBase
     preprocess: dict[str, Any]
     """Per branch what is done to the pixels (`medm.imaging.Preprocess`)."""
     placeholder_ids: dict[str, int]
     """Per branch the token that stands for one vision token."""
+
+    @property
+    def num_tokens(self) -> Mapping[str, int]:
+        """Per branch the vision tokens of one item."""
+        ...
 
     @property
     def pad_id(self) -> int:
@@ -141,6 +150,50 @@ class Processor(Protocol):
         """See `Encode`."""
         ...
 
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> object:
         """See `transformers.ProcessorMixin.save_pretrained`."""
+        ...
+
+
+class VisionBranch(Protocol):
+    """One way for vision to come into a model, as `MedmModel.encoders` gives it.
+
+    What encodes files once (`medm.training.features`) and what counts memory (`medm.models.estimate`) need
+    no more of a model than this.
+    """
+
+    encoder_bypassed: bool
+    """Set by a run that hands over cached features on every rank: then no rank may touch the encoder."""
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Vision encoder (`medm.encoders.base.VisionEncoder`)."""
+        ...
+
+    @property
+    def connector(self) -> nn.Module:
+        """Module that leads to the language model: called with features and task ids (N,)."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input."""
+        ...
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """Size of the input, (height, width) or (depth, height, width)."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one item in the language model's sequence."""
+        ...
+
+    def encode(self, pixels: Tensor) -> VisionFeatures:
+        """Return the vision features of (N, C, *spatial)."""
+        ...
+
+    def from_cached(self, features: VisionFeatures | Tensor) -> VisionFeatures:
+        """Return features that `encode` gave before; tokens alone are of the branch's input size."""
         ...

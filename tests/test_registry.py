@@ -39,6 +39,31 @@ def test_names_are_exact_and_unknown_ones_get_the_nearest() -> None:
         fruits.entry("zzz")
 
 
+@pytest.mark.parametrize(
+    ("config", "sizes", "message"),
+    [
+        ({"name": "mlp", "dept": 3}, {}, r"connector 'mlp' does not take .*'dept'.*a later medm"),
+        ({"name": "mlp"}, {"in_dim": 4, "out_dim": 4}, r"connector 'mlp' does not take .*'grid'"),
+        ({"name": "mpl"}, {}, r"unknown connector 'mpl': did you mean 'mlp'"),
+        ({"depth": 3}, {}, r"unknown connector ''"),
+    ],
+)
+def test_a_config_that_a_part_does_not_take_is_refused(
+    config: dict[str, Any], sizes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        CONNECTORS.constructor(config, **(sizes or {"in_dim": 4, "out_dim": 8, "grid": (2, 2)}))
+
+
+def test_a_constructor_constructs_anew_each_time_and_leaves_the_config_alone() -> None:
+    config = {"name": "mlp", "depth": 1}
+    make = CONNECTORS.constructor(config, in_dim=4, out_dim=8, grid=(2, 2))
+    first, second = make(), make()
+    assert first is not second
+    assert (first.in_dim, first.out_dim, first.num_tokens) == (4, 8, 4)
+    assert config == {"name": "mlp", "depth": 1}
+
+
 def test_a_name_is_given_once() -> None:
     fruits = registry()
     with pytest.raises(RecipeError, match="fruit 'apple' is registered twice"):

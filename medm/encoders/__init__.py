@@ -35,6 +35,11 @@ class EncoderOptions(Options):
     architecture: dict[str, Any] = {}
     """Sizes that replace those of the published config, or all of them when there is no `path`."""
 
+    def inner(self) -> EncoderOptions | None:
+        """Return the options of the encoder that this one runs, kept as `encoder`, or None."""
+        encoder = getattr(self, "encoder", None)
+        return encoder if isinstance(encoder, EncoderOptions) else None
+
 
 class ViTOptions(EncoderOptions):
     """Encoders of the ViT family."""
@@ -64,7 +69,7 @@ class EfficientNetLiteOptions(EncoderOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _size_of_the_variant(cls, value: Any) -> Any:
+    def _size_of_the_variant(cls, value: object) -> object:
         if isinstance(value, Mapping) and value.get("image_size") is None:
             sizes = {"lite1": 240, "lite2": 260, "lite3": 280, "lite4": 300}
             return {**value, "image_size": sizes.get(str(value.get("variant")), 224)}

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
+import torch
 from torch import Tensor, nn
 
-from medm.types import VisionFeatures
+from medm.types import Config, VisionFeatures
+
+
+class DeviceAndDtype(TypedDict):
+    """Where an encoder's weights are, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 class VisionEncoder(nn.Module, metaclass=ABCMeta):
@@ -31,7 +39,7 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     ignored_keys: ClassVar[tuple[str, ...]] = ()
     """Regular expressions of published tensors that this encoder has no use for (a text tower, a pooling head)."""
 
-    beyond_keys: ClassVar[tuple[str, ...]] = ()
+    truncated_keys: ClassVar[tuple[str, ...]] = ()
     """Regular expressions of own names that a published file may have beyond this instance (blocks after the layer)."""
 
     dim: int
@@ -43,16 +51,22 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     prefix: int = 0
     """Tokens in front of the grid that stand for no place (a class token)."""
 
+    @property
+    def inner(self) -> VisionEncoder | None:
+        """Encoder that this one runs, kept as `encoder`, which owns the weights; None where it has its own."""
+        encoder = getattr(self, "encoder", None)
+        return encoder if isinstance(encoder, VisionEncoder) else None
+
     @classmethod
-    def architecture_from(cls, published: Mapping[str, Any]) -> dict[str, Any]:
+    def architecture_from(cls, published: Mapping[str, object]) -> Config:
         """Own `architecture` from the published `config.json` (empty mapping where there is none)."""
         return dict(published)
 
     @classmethod
     @abstractmethod
     def preprocess_from(
-        cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
-    ) -> dict[str, Any]:
+        cls, published: Mapping[str, object], architecture: Mapping[str, object], image_size: int | None = None
+    ) -> Config:
         """Fields of the preprocessing description (`medm.imaging`) from the published `preprocessor_config.json`."""
         # A recipe is resolved with the class alone, before the check of abstract methods.
         raise NotImplementedError(f"encoder class {cls.__name__} defines no preprocess_from")
@@ -66,7 +80,7 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
         """pixels: (B, C, *spatial), normalised as `preprocess_from` says."""
 
     @property
-    def device_and_dtype(self) -> dict[str, Any]:
+    def device_and_dtype(self) -> DeviceAndDtype:
         """For building inputs beside the weights: `torch.zeros(..., **encoder.device_and_dtype)`."""
         parameter = next(self.parameters())
         return {"device": parameter.device, "dtype": parameter.dtype}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from medm.encoders.vit import HFViTEncoder
+from medm.types import Config
 
 
 class CLIPEncoder(HFViTEncoder):
@@ -29,8 +30,8 @@ class CLIPEncoder(HFViTEncoder):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
-    ) -> dict[str, Any]:
+        cls, published: Mapping[str, object], architecture: Mapping[str, object], image_size: int | None = None
+    ) -> Config:
         return {
             "mean": [0.48145466, 0.4578275, 0.40821073],
             "std": [0.26862954, 0.26130258, 0.27577711],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from medm.encoders import Statistics
 from medm.encoders.base import VisionEncoder
 from medm.encoders.batch_norm import batch_norm
-from medm.types import VisionFeatures
+from medm.encoders.sizes import number, whole
+from medm.types import Config, VisionFeatures
 
 
 class Stage(NamedTuple):
@@ -138,40 +139,42 @@ class EfficientNetLiteEncoder(VisionEncoder):
         (r"^_bn1\.", "head.norm."),
     )
     ignored_keys: ClassVar = (r"^_fc\.",)
-    beyond_keys: ClassVar = (r"^blocks\.\d+\.", r"^head\.")
+    truncated_keys: ClassVar = (r"^blocks\.\d+\.", r"^head\.")
 
     def __init__(
-        self, *, architecture: Mapping[str, Any], variant: str = "lite0", stages: Sequence[int] = (5, 7),
+        self, *, architecture: Mapping[str, object], variant: str = "lite0", stages: Sequence[int] = (5, 7),
         pool: int | None = None, statistics: Statistics = "running",
     ) -> None:  # fmt: skip
         super().__init__()
-        sizes = {"stem": 32, "head": 1280, "in_channels": 3, **VARIANTS[variant], **architecture}
+        sizes: Config = {"stem": 32, "head": 1280, "in_channels": 3, **VARIANTS[variant], **architecture}
         if not stages or any(stage not in range(1, HEAD_STAGE + 1) for stage in stages):
             raise ValueError(f"efficientnet-lite: expected stages from 1 to {HEAD_STAGE}, found {list(stages)}")
         norm = batch_norm(statistics, axes=2)
-        channels = [scaled_channels(stage.channels, sizes["width"]) for stage in STAGES]
+        channels = [scaled_channels(stage.channels, number(sizes, "width")) for stage in STAGES]
 
         self.stages, self.pool = tuple(stages), pool
-        self.channels = (int(sizes["in_channels"]),)
-        self.stem = ConvNorm(*self.channels, int(sizes["stem"]), kernel=3, stride=STEM_STRIDE, norm=norm)
+        self.channels = (whole(sizes, "in_channels"),)
+        self.stem = ConvNorm(*self.channels, whole(sizes, "stem"), kernel=3, stride=STEM_STRIDE, norm=norm)
         self.blocks = nn.ModuleList()
         self.stage_of_block: dict[int, int] = {}
-        dim = int(sizes["stem"])
-        for number, (stage, out_dim) in enumerate(zip(STAGES, channels, strict=True), start=1):
-            if number > max(self.stages):
+        dim = whole(sizes, "stem")
+        for position, (stage, out_dim) in enumerate(zip(STAGES, channels, strict=True), start=1):
+            if position > max(self.stages):
                 break
             # The family keeps the first and last stage at their length, so that small variants stay fast.
-            scaled = stage.repeats if number in (1, len(STAGES)) else math.ceil(stage.repeats * sizes["depth"])
+            scaled = (
+                stage.repeats if position in (1, len(STAGES)) else math.ceil(stage.repeats * number(sizes, "depth"))
+            )
             for repeat in range(scaled):
                 stride = stage.stride if repeat == 0 else 1
                 self.blocks.append(
                     Block(dim, out_dim, kernel=stage.kernel, stride=stride, expansion=stage.expansion, norm=norm)
                 )
                 dim = out_dim
-            self.stage_of_block[len(self.blocks) - 1] = number
-        self.head = ConvNorm(dim, int(sizes["head"]), norm=norm) if HEAD_STAGE in self.stages else None
+            self.stage_of_block[len(self.blocks) - 1] = position
+        self.head = ConvNorm(dim, whole(sizes, "head"), norm=norm) if HEAD_STAGE in self.stages else None
 
-        widths = [*channels, int(sizes["head"])]
+        widths = [*channels, whole(sizes, "head")]
         self.dim = sum(widths[stage - 1] for stage in self.stages)
         self.pooled_dim = widths[max(self.stages) - 1]
         self._initialise()
@@ -183,11 +186,11 @@ class EfficientNetLiteEncoder(VisionEncoder):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
-    ) -> dict[str, Any]:
+        cls, published: Mapping[str, object], architecture: Mapping[str, object], image_size: int | None = None
+    ) -> Config:
         """(value - 127) / 128 of 8-bit RGB, as the family was trained; padded to a square, so no margin is lost."""
         side = image_size or 224
-        channels = architecture.get("in_channels", 3)
+        channels = whole({"in_channels": 3, **architecture}, "in_channels")
         return {
             "size": [side, side], "fit": "pad", "interpolation": "bicubic", "channels": channels,
             "mean": [127 / 255] * channels, "std": [128 / 255] * channels,

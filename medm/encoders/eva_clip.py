@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from medm.encoders import LayerNormAfter, VisionTokens
 from medm.encoders.plain_vit import PlainViT
-from medm.types import VisionFeatures
+from medm.encoders.sizes import whole
+from medm.types import Config, VisionFeatures
 
 
 class EVACLIPEncoder(PlainViT):
@@ -32,7 +33,7 @@ class EVACLIPEncoder(PlainViT):
         (r"^(?:visual_encoder\.)?blocks\.(\d+)\.(norm[12])\.", r"blocks.\1.\2."),
     )
     ignored_keys: ClassVar = (r"^(visual_encoder\.)?(norm|fc_norm|head)\.", r"^(Qformer|query_tokens|opt_proj|t5_proj)")
-    beyond_keys: ClassVar[tuple[str, ...]] = (*PlainViT.beyond_keys, r"^ln_vision\.")
+    truncated_keys: ClassVar[tuple[str, ...]] = (*PlainViT.truncated_keys, r"^ln_vision\.")
 
     published_sizes: ClassVar = {
         "image_size": 224, "patch_size": 14, "num_channels": 3, "hidden_size": 1408, "intermediate_size": 6144,
@@ -44,7 +45,7 @@ class EVACLIPEncoder(PlainViT):
     interpolation: ClassVar = "bicubic"
 
     def __init__(
-        self, *, architecture: Mapping[str, Any], layer: int = -2, tokens: VisionTokens = "patch",
+        self, *, architecture: Mapping[str, object], layer: int = -2, tokens: VisionTokens = "patch",
         ln_vision: LayerNormAfter = "plain",
     ) -> None:  # fmt: skip
         super().__init__(architecture=architecture, layer=layer, tokens=tokens)
@@ -65,10 +66,10 @@ class EVACLIPEncoder(PlainViT):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
-    ) -> dict[str, Any]:
+        cls, published: Mapping[str, object], architecture: Mapping[str, object], image_size: int | None = None
+    ) -> Config:
         """Squashed to a square, CLIP's mean and deviation."""
-        side = image_size or int(architecture.get("image_size", cls.published_sizes["image_size"]))
+        side = image_size or whole({**cls.published_sizes, **architecture}, "image_size")
         return {
             "size": [side, side], "fit": "squash", "interpolation": "bicubic",
             "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],

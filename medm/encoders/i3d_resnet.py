@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from medm.encoders import Statistics
 from medm.encoders.base import VisionEncoder
 from medm.encoders.batch_norm import batch_norm
-from medm.types import VisionFeatures
+from medm.encoders.sizes import whole, wholes
+from medm.types import Config, VisionFeatures
 
 STRIDES = (16, 32, 32)
 """Voxels per cell along slices, rows and columns."""
@@ -68,17 +69,17 @@ class I3DResNetEncoder(VisionEncoder):
         r"(^|\.)(classifier|contrastive_head)\.", r"^(visual_encoder\.model\.)?encode_text\.", r"logit_scale$",
     )  # fmt: skip
 
-    def __init__(self, *, architecture: Mapping[str, Any], statistics: Statistics = "running") -> None:
+    def __init__(self, *, architecture: Mapping[str, object], statistics: Statistics = "running") -> None:
         super().__init__()
-        sizes = {"layers": [3, 8, 36, 3], "width": 64, "num_channels": 3, **architecture}
+        sizes: Config = {"layers": [3, 8, 36, 3], "width": 64, "num_channels": 3, **architecture}
         norm = batch_norm(statistics, axes=3)
-        width, channels = int(sizes["width"]), int(sizes["num_channels"])
+        width, channels = whole(sizes, "width"), whole(sizes, "num_channels")
         self.channels = (1, channels)
         self.conv1 = nn.Conv3d(channels, width, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
         self.bn1 = norm(width)
         self.stages = nn.ModuleDict()
         dim = width
-        for number, count in enumerate(sizes["layers"], start=1):
+        for number, count in enumerate(wholes(sizes, "layers"), start=1):
             blocks = []
             for index in range(count):
                 stride = 2 if index == 0 and number > 1 else 1
@@ -92,9 +93,9 @@ class I3DResNetEncoder(VisionEncoder):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, Any], architecture: Mapping[str, Any],
+        cls, published: Mapping[str, object], architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> Config:  # fmt: skip
         """Astra's for chest CT, by name."""
         size = list(PUBLISHED_SIZE)
         if image_size is not None:

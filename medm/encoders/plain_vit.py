@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.encoders import NormPlace, VisionTokens
 from medm.encoders.base import VisionEncoder
+from medm.encoders.sizes import whole, wholes
 from medm.errors import RecipeError
-from medm.types import VisionFeatures
+from medm.types import Config, VisionFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +93,9 @@ class PlainViT(VisionEncoder):
         others: see `M3DCLIPOptions`.
     """
 
-    beyond_keys: ClassVar[tuple[str, ...]] = (r"^blocks\.\d+\.", r"^norm\.")
+    truncated_keys: ClassVar[tuple[str, ...]] = (r"^blocks\.\d+\.", r"^norm\.")
 
-    published_sizes: ClassVar[dict[str, Any]]
+    published_sizes: ClassVar[Config]
     published_names: ClassVar[dict[str, str]] = {}
     """Own names of sizes to those of the published `config.json`."""
     block_norm: ClassVar[Literal["pre", "post"]] = "pre"
@@ -106,12 +107,12 @@ class PlainViT(VisionEncoder):
     """How positions become those of another grid."""
 
     def __init__(
-        self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: VisionTokens = "patch",
+        self, *, architecture: Mapping[str, object], layer: int = -1, tokens: VisionTokens = "patch",
         norm: NormPlace = "before",
     ) -> None:  # fmt: skip
         super().__init__()
         sizes = {**self.published_sizes, **architecture}
-        depth = int(sizes["num_hidden_layers"])
+        depth = whole(sizes, "num_hidden_layers")
         count = depth + 1 + layer if layer < 0 else layer
         if not 1 <= count <= depth:
             raise RecipeError(
@@ -122,20 +123,20 @@ class PlainViT(VisionEncoder):
                 f"norm 'after' belongs to the last of the {depth} blocks, found layer {layer}; expected layer -1, or "
                 "norm 'before'"
             )
-        self.dim, self.tokens, self.depth = int(sizes["hidden_size"]), tokens, depth
-        self.patch_size = self._per_axis(sizes["patch_size"])
-        self.native_grid = self._cells(self._per_axis(sizes["image_size"]))
+        self.dim, self.tokens, self.depth = whole(sizes, "hidden_size"), tokens, depth
+        self.patch_size = self._per_axis(sizes, "patch_size")
+        self.native_grid = self._cells(self._per_axis(sizes, "image_size"))
         self.prefix = 0 if tokens == "patch" else 1
         self._told_grids: set[tuple[int, ...]] = set()
 
-        self.channels = (int(sizes["num_channels"]),)
+        self.channels = (whole(sizes, "num_channels"),)
         self.patches = self.embedding(*self.channels)
         self.cls_token = nn.Parameter(torch.empty(1, 1, self.dim))
         cells = prod(self.native_grid) + self.class_token_has_position
         self.positions = nn.Parameter(torch.empty(1, cells, self.dim))
         self.blocks = nn.ModuleList(
             Block(
-                self.dim, heads=int(sizes["num_attention_heads"]), mlp_dim=int(sizes["intermediate_size"]),
+                self.dim, heads=whole(sizes, "num_attention_heads"), mlp_dim=whole(sizes, "intermediate_size"),
                 norm=self.block_norm, activation=self.block_activation, bias=self.block_bias, eps=self.eps,
             )
             for _ in range(count)
@@ -157,13 +158,13 @@ class PlainViT(VisionEncoder):
                     nn.init.zeros_(module.bias)
 
     @classmethod
-    def architecture_from(cls, published: Mapping[str, Any]) -> dict[str, Any]:
+    def architecture_from(cls, published: Mapping[str, object]) -> Config:
         """Own size names, from own or published ones."""
         names = {own: cls.published_names.get(own, own) for own in cls.published_sizes}
         return {own: published[theirs] for own, theirs in names.items() if theirs in published}
 
-    def _per_axis(self, size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
-        sides = (size,) * self.axes if isinstance(size, int) else tuple(size)
+    def _per_axis(self, sizes: Mapping[str, object], key: str) -> tuple[int, ...]:
+        sides = (whole(sizes, key),) * self.axes if isinstance(sizes[key], int) else tuple(wholes(sizes, key))
         if len(sides) != self.axes:
             raise RecipeError(f"{type(self).__name__}: expected {self.axes} sizes, one an axis, found {list(sides)}")
         return sides

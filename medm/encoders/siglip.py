@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from medm.encoders.vit import HFViTEncoder
+from medm.types import Config
 
 
 class SiglipEncoder(HFViTEncoder):
@@ -21,7 +22,7 @@ class SiglipEncoder(HFViTEncoder):
     )
     config_class: ClassVar = SiglipVisionConfig
     tower_class: ClassVar = SiglipVisionModel
-    config_defaults: ClassVar[dict[str, Any]] = {"vision_use_head": False}
+    config_defaults: ClassVar[Config] = {"vision_use_head": False}
     has_class_token: ClassVar[bool] = False
 
     def embed(self, pixels: Tensor, *, interpolate: bool) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
+from medm.encoders.sizes import wholes
 from medm.errors import RecipeError
-from medm.types import VisionFeatures
+from medm.types import Config, VisionFeatures
 
 DEFAULT_SLICES = 32
 
@@ -25,12 +26,12 @@ class SlicesEncoder(VisionEncoder):
 
     axes: ClassVar[int] = 3
 
-    def __init__(self, *, architecture: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
+    def __init__(self, *, architecture: Mapping[str, object], encoder: Mapping[str, object]) -> None:
         super().__init__()
         if architecture:
             raise RecipeError(f"slices: sizes belong in the inner encoder's block, found {sorted(architecture)}")
-        keywords = {key: value for key, value in encoder.items() if key not in ("name", "path", "image_size")}
-        self.encoder: VisionEncoder = ENCODERS.get(encoder["name"])(**keywords)
+        described = {key: value for key, value in encoder.items() if key not in ("path", "image_size")}
+        self.encoder: VisionEncoder = ENCODERS.constructor(described)()
         if self.encoder.axes != 2:
             raise RecipeError(f"slices: expected an encoder of 2-D images, found {encoder['name']!r}")
         if self.encoder.prefix:
@@ -40,9 +41,9 @@ class SlicesEncoder(VisionEncoder):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, Any], architecture: Mapping[str, Any],
+        cls, published: Mapping[str, object], architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> Config:  # fmt: skip
         """HU -1000..1000 in 0..1, 32 slices of the inner encoder's size, its channels, mean and deviation.
 
         Args:
@@ -50,7 +51,7 @@ class SlicesEncoder(VisionEncoder):
             architecture: empty.
             image_size: slices, rows and columns; one number is the side of 32 slices.
         """
-        size = [DEFAULT_SLICES, *published.get("size", (224, 224))]
+        size = [DEFAULT_SLICES, *wholes({"size": [224, 224], **published}, "size")]
         if image_size is not None:
             size = [DEFAULT_SLICES, image_size, image_size] if isinstance(image_size, int) else list(image_size)
         return {

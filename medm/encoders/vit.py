@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from medm.encoders import VisionTokens
 from medm.encoders.base import VisionEncoder
+from medm.encoders.sizes import numbers, whole
 from medm.errors import RecipeError
-from medm.types import VisionFeatures
+from medm.types import Config, VisionFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +33,23 @@ class HFViTEncoder(VisionEncoder):
 
     config_class: ClassVar[type[PreTrainedConfig]]
     tower_class: ClassVar[type[PreTrainedModel]]
-    config_defaults: ClassVar[dict[str, Any]] = {}
+    config_defaults: ClassVar[Config] = {}
     has_class_token: ClassVar[bool]
-    beyond_keys: ClassVar = (r"^tower\.encoder\.layers\.\d+\.",)
+    truncated_keys: ClassVar = (r"^tower\.encoder\.layers\.\d+\.",)
 
-    def __init__(self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: VisionTokens = "patch") -> None:
+    def __init__(self, *, architecture: Mapping[str, object], layer: int = -1, tokens: VisionTokens = "patch") -> None:
         super().__init__()
         if tokens == "cls" and not self.has_class_token:
             raise RecipeError(
                 f"{type(self).__name__} has no class token; expected tokens 'patch' or 'cls_patch', found 'cls'"
             )
-        depth = int(architecture.get("num_hidden_layers", self.config_class().num_hidden_layers))
+        default = self.config_class().num_hidden_layers
+        depth = whole({"num_hidden_layers": default, **architecture}, "num_hidden_layers")
         blocks = depth + 1 + layer if layer < 0 else layer
         if not 1 <= blocks <= depth:
             raise RecipeError(f"layer {layer}: a tower of {depth} blocks has layers 1 to {depth} and -{depth} to -1")
-        config = self.config_class(**{**architecture, **self.config_defaults, "num_hidden_layers": blocks})
+        fields: dict[str, Any] = {**architecture, **self.config_defaults, "num_hidden_layers": blocks}
+        config = self.config_class(**fields)
         self.tower: Any = self.tower_class(config)
         # Of the whole tower only embedding and blocks are used; the rest would be weights without a gradient.
         for unused in ("post_layernorm", "head"):
@@ -85,22 +88,24 @@ class HFViTEncoder(VisionEncoder):
         return VisionFeatures(tokens=hidden, grid=self.grid(spatial), prefix=self.prefix)
 
     @classmethod
-    def architecture_from(cls, published: Mapping[str, Any]) -> dict[str, Any]:
-        vision = dict(published.get("vision_config", published))
+    def architecture_from(cls, published: Mapping[str, object]) -> Config:
+        inner = published.get("vision_config")
+        vision = inner if isinstance(inner, Mapping) else published
         known = set(cls.config_class().to_dict()) - {"model_type", "transformers_version", "architectures", "dtype"}
         return {key: value for key, value in vision.items() if key in known}
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, Any], architecture: Mapping[str, Any], image_size: int | None = None
-    ) -> dict[str, Any]:
-        side = image_size or int(architecture.get("image_size", cls.config_class().image_size))
-        fields: dict[str, Any] = {"kind": "image", "size": [side, side]}
+        cls, published: Mapping[str, object], architecture: Mapping[str, object], image_size: int | None = None
+    ) -> Config:
+        native = {"image_size": cls.config_class().image_size, **architecture}
+        side = image_size or whole(native, "image_size")
+        fields: Config = {"kind": "image", "size": [side, side]}
         if "resample" in published:
-            fields["interpolation"] = _RESAMPLE[int(published["resample"])]
+            fields["interpolation"] = _RESAMPLE[whole(published, "resample")]
         if "do_center_crop" in published:
             fields["fit"] = "crop" if published["do_center_crop"] else "squash"
         for own, theirs in (("mean", "image_mean"), ("std", "image_std")):
             if theirs in published:
-                fields[own] = [float(value) for value in published[theirs]]
+                fields[own] = numbers(published, theirs)
         return fields

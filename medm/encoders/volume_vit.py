@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from einops.layers.torch import Rearrange
 from torch import nn
 
 from medm.encoders import VisionTokens
 from medm.encoders.plain_vit import PlainViT
+from medm.encoders.sizes import wholes
+from medm.types import Config
 
-PUBLISHED_SIZES = {
+PUBLISHED_SIZES: Config = {
     "image_size": [32, 256, 256], "patch_size": [4, 16, 16], "num_channels": 1, "hidden_size": 768,
     "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
 }  # fmt: skip
@@ -58,9 +60,9 @@ class M3DCLIPEncoder(PlainViT):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, Any], architecture: Mapping[str, Any],
+        cls, published: Mapping[str, object], architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> Config:  # fmt: skip
         """HU -1000..1000 to 0..1 as MedM-VL does; M3D's own 0..1 arrays say `convention: m3d` in the recipe."""
         return {"convention": "medm-vl", "size": volume_size(image_size, architecture)}
 
@@ -87,7 +89,7 @@ class MedMCLIPEncoder(PlainViT):
     class_token_has_position: ClassVar[bool] = True
     interpolation: ClassVar = "trilinear"
 
-    def __init__(self, *, architecture: Mapping[str, Any], layer: int = -1, tokens: VisionTokens = "patch") -> None:
+    def __init__(self, *, architecture: Mapping[str, object], layer: int = -1, tokens: VisionTokens = "patch") -> None:
         super().__init__(architecture=architecture, layer=layer, tokens=tokens)
 
     def embedding(self, channels: int) -> nn.Module:
@@ -102,7 +104,7 @@ class MedMCLIPEncoder(PlainViT):
         )
 
     @classmethod
-    def architecture_from(cls, published: Mapping[str, Any]) -> dict[str, Any]:
+    def architecture_from(cls, published: Mapping[str, object]) -> Config:
         """Own size names; the published config keeps slices apart from rows and columns."""
         names = {
             "hidden_size": "hidden_size", "intermediate_size": "image_mlp_dim",
@@ -119,16 +121,16 @@ class MedMCLIPEncoder(PlainViT):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, Any], architecture: Mapping[str, Any],
+        cls, published: Mapping[str, object], architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> Config:  # fmt: skip
         """HU -1000..1000, then the mean and deviation that the tower was trained with."""
         return {"convention": "medm-clip", "size": volume_size(image_size, architecture)}
 
 
-def volume_size(image_size: int | Sequence[int] | None, architecture: Mapping[str, Any]) -> list[int]:
+def volume_size(image_size: int | Sequence[int] | None, architecture: Mapping[str, object]) -> list[int]:
     """Slices, rows and columns of the input; a single number is rows and columns of the published slices."""
-    native = list(architecture.get("image_size", PUBLISHED_SIZES["image_size"]))
+    native = wholes({**PUBLISHED_SIZES, **architecture}, "image_size")
     if image_size is None:
         return native
     return [native[0], image_size, image_size] if isinstance(image_size, int) else list(image_size)

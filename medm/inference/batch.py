@@ -39,7 +39,7 @@ from medm.models import kind_of_config, load_config, load_processor
 from medm.os_errors import explain, require_writable
 from medm.registry import load_plugin, loaded_plugins
 from medm.stopping import ignore_stops
-from medm.types import Sample, Turn
+from medm.types import Processor, Sample, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -227,8 +227,7 @@ def _answer_share(options: InferOptions, rank: int, world: int, note: Callable[[
     results = Results(Path(options.output), {})
     with results.append(rank=rank, world=world) as appender:
         records, processor = open_records(options), load_processor(options.model)
-        tokens_per_item = {name: int(entry["num_tokens"]) for name, entry in processor.branches.items()}
-        shard = shard_indices(order_by_length(records, tokens_per_item), rank=rank, world=world).tolist()
+        shard = shard_indices(order_by_length(records, processor.num_tokens), rank=rank, world=world).tolist()
         lines = results.done()
         fresh = [index for index in shard if index not in lines]
         failed = [index for index in shard if "error" in lines.get(index, {})]
@@ -253,7 +252,7 @@ class _Shard:
     """
 
     def __init__(
-        self, options: InferOptions, world: int, records: Records, processor: Any, appender: Appender,
+        self, options: InferOptions, world: int, records: Records, processor: Processor, appender: Appender,
         note: Callable[[int, int], None],
     ) -> None:  # fmt: skip
         self.options, self.world, self.records, self.processor = options, world, records, processor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +202,7 @@ def reason(error: DataError) -> str:
     return f"field '{error.field}': {error.reason}" if error.field is not None else error.reason
 
 
-def order_by_length(records: Records, tokens_per_item: dict[str, int]) -> list[int]:
+def order_by_length(records: Records, tokens_per_item: Mapping[str, int]) -> list[int]:
     """Return the indices of all records, longest prompts first.
 
     Prompts on the same image stand beside each other where lengths allow.

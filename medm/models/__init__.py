@@ -6,12 +6,14 @@ processor (`medm.models.base.ModelKind`); `load` opens what any of them saved.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from medm.config import Options
-from medm.models.kinds import MODELS, kind_of, kind_of_config
+from medm.models.kinds import MODELS, kind_of, kind_of_config, outputs_of
+from medm.models.options import ModelOptions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from medm.imaging import Preprocess
     from medm.models.base import MedmModel
     from medm.types import Processor
@@ -26,12 +28,13 @@ __all__ = [
     "load",
     "load_config",
     "load_processor",
+    "outputs_of",
     "preprocess_of",
     "processor_of",
 ]
 
 
-def build(options: Options, *, init_from: str | None = None) -> Built:
+def build(options: ModelOptions, *, init_from: str | None = None) -> Built:
     """The model that a recipe's `model` section describes, and its processor.
 
     Args:
@@ -53,7 +56,7 @@ def build(options: Options, *, init_from: str | None = None) -> Built:
     return model, kind.adapt(options, processor, model=model)
 
 
-def processor_of(options: Options, *, init_from: str | None = None) -> Processor:
+def processor_of(options: ModelOptions, *, init_from: str | None = None) -> Processor:
     """The processor that `build` would give, without reading weights where the kind of model can do so.
 
     Raises:
@@ -65,7 +68,7 @@ def processor_of(options: Options, *, init_from: str | None = None) -> Processor
     return kind.adapt(options, load_processor(init_from))
 
 
-def preprocess_of(options: Options, *, init_from: str | None = None) -> dict[str, Preprocess]:
+def preprocess_of(options: ModelOptions, *, init_from: str | None = None) -> dict[str, Preprocess]:
     """The preprocessing of the model that a recipe's section describes, by branch; no language model is looked for.
 
     Raises:
@@ -87,14 +90,14 @@ def load(folder: str) -> Built:
     return open_saved(folder)
 
 
-def load_processor(folder: str) -> Any:
+def load_processor(folder: str) -> Processor:
     """The processor of a model folder, without its weights. Raises `CheckpointError`."""
     from medm.models.checkpoint import open_processor
 
     return open_processor(folder)
 
 
-def load_config(folder: str) -> Any:
+def load_config(folder: str) -> PreTrainedConfig:
     """The config of a model folder, without its weights.
 
     Raises:

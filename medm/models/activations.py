@@ -11,16 +11,24 @@ keeps nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from medm.llms.lm_head import is_causal_lm
+from medm.models.base import MedmModel
+from medm.types import VisionBranch
+
+if TYPE_CHECKING:
+    from medm.llms.lm_head import CausalLM
 
 HEAD_LABELS = 4096
 """Labels whose logits exist at a time (`medm.models.lvlm.token_loss.HEAD_CHUNK`)."""
@@ -40,7 +48,7 @@ class Step:
     """Images or volumes by branch."""
 
 
-def activations(model: Any, step: Step, *, half: bool) -> float:
+def activations(model: MedmModel, step: Step, *, half: bool) -> float:
     """Bytes that are kept between the forward and the backward pass, the loss included.
 
     Args:
@@ -52,18 +60,19 @@ def activations(model: Any, step: Step, *, half: bool) -> float:
         ValueError: the model has no language model, or a part decides by numbers that do not exist here.
     """
     language_model = model.parts().get("llm")
-    if language_model is None:
+    if not is_causal_lm(language_model):
         raise ValueError("the model has no language model")
     dtype = torch.bfloat16 if half else torch.float32
-    model.to(dtype).train()
+    nn.Module.to(model, dtype).train()
     total, begun = 0.0, False
     try:
         with _fused_attention():
-            for name, branch in getattr(model, "branches", {}).items():
+            for name, branch in model.encoders().items():
                 items = step.items.get(name, 0)
-                if items and any(parameter.requires_grad for parameter in branch.parameters()):
+                layers = nn.ModuleList([branch.encoder, branch.connector])
+                if items and any(parameter.requires_grad for parameter in layers.parameters()):
                     begun = True
-                    total += _kept(branch, partial(_through_branch, branch, items, dtype))
+                    total += _kept(layers, partial(_through_branch, branch, items, dtype))
             total += _kept(language_model, partial(_through_llm, language_model, step, dtype, begun))
     except (RuntimeError, NotImplementedError) as error:  # what torch raises for a number that a meta tensor lacks
         raise ValueError(str(error).partition("\n")[0]) from None
@@ -72,12 +81,12 @@ def activations(model: Any, step: Step, *, half: bool) -> float:
     return total + labels * head.weight.shape[0] * (10 if half else 8)
 
 
-def _through_branch(branch: Any, items: int, dtype: torch.dtype) -> None:
+def _through_branch(branch: VisionBranch, items: int, dtype: torch.dtype) -> None:
     pixels = torch.empty(items, branch.channels, *branch.spatial, dtype=dtype, device="meta")
     branch.connector(branch.encode(pixels), torch.zeros(items, dtype=torch.int64, device="meta"))
 
 
-def _through_llm(language_model: Any, step: Step, dtype: torch.dtype, begun: bool) -> None:
+def _through_llm(language_model: CausalLM, step: Step, dtype: torch.dtype, begun: bool) -> None:
     """`begun`: a gradient has to reach what comes before, so a frozen language model keeps its activations too."""
     width = language_model.get_input_embeddings().embedding_dim
     embeds = torch.empty(step.rows, step.length, width, dtype=dtype, device="meta", requires_grad=begun)
@@ -90,13 +99,13 @@ class _Attention(torch.autograd.Function):
     """Attention that keeps what the fused kernels keep, and computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
+    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
         raise NotImplementedError("nothing is computed")
 
 
@@ -104,7 +113,7 @@ class _Attention(torch.autograd.Function):
 def _fused_attention() -> Iterator[None]:
     """On the meta device torch would take the plain attention, which keeps every weight of every head."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
         return cast(Tensor, _Attention.apply(query, key, value))
 
     before = F.scaled_dot_product_attention
@@ -130,7 +139,7 @@ def _kept(part: nn.Module, forward: Callable[[], None]) -> float:
             saved.setdefault(_storage(tensor), (tensor.untyped_storage().nbytes(), inside[-1] if inside else None))
         return tensor
 
-    def enter(layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         inside.append(id(layer))
         inputs.append(next(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
 

@@ -7,7 +7,6 @@ the model from its construction on, so a checkpoint holds base and adapter in on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,7 +18,7 @@ ADAPTER = "default"
 """Name of the adapter in peft's module names (`lora_A.default.weight`)."""
 
 
-def inject(part: nn.Module, spec: Mapping[str, Any]) -> None:
+def inject(part: nn.Module, spec: Mapping[str, object]) -> None:
     """Put LoRA layers into a part, in place. B starts at zero, so the part computes what it did before.
 
     Raises:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from medm.config import Options
 from medm.errors import RecipeError
 from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
-from medm.types import MODEL_TYPE_PREFIX, PredictionField, Processor
+from medm.models.options import ModelOptions
+from medm.types import MODEL_TYPE_PREFIX, PredictionField, Processor, VisionBranch
+
+OptionsT = TypeVar("OptionsT", bound=ModelOptions)
+ModelT = TypeVar("ModelT", bound="MedmModel")
+ProcessorT = TypeVar("ProcessorT", bound=Processor)
 
 
 class MedmModel(PreTrainedModel, metaclass=ABCMeta):
@@ -32,15 +36,15 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
     def parts(self) -> dict[str, nn.Module]:
         """The units that a recipe freezes, trains or adapts, by name."""
 
-    def encoders(self) -> dict[str, Any]:
-        """By branch a module with `encoder`, `encode(pixels)` and `features_only`, where features can be kept."""
+    def encoders(self) -> Mapping[str, VisionBranch]:
+        """Return the vision branches by name; a model without any has no features to cache."""
         return {}
 
     @abstractmethod
-    def check_same_parts(self, options: Options, *, source: str) -> None:
+    def check_same_parts(self, options: ModelOptions, *, source: str) -> None:
         """Raises `RecipeError` when a recipe's `model` section names other parts than this model has."""
 
-    def upgrade(self, processor: Any) -> None:
+    def upgrade(self, processor: Processor) -> None:
         """Add to a processor what the folder of an earlier medm does not say and the model knows."""
 
     def separate_samples(self) -> bool:
@@ -53,7 +57,7 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
             inject(self.parts()[part], spec)
         check_unshared(self)
 
-    def add_adapter_to_part(self, part: str, spec: Mapping[str, Any]) -> None:
+    def add_adapter_to_part(self, part: str, spec: Mapping[str, object]) -> None:
         """Put LoRA layers into a part and note them in the config, so that a checkpoint holds both."""
         inject(self.parts()[part], spec)
         check_unshared(self)
@@ -66,13 +70,25 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
         self.config.adapters = {}
 
 
-class ModelKind(ABC):
+class AutoClass(Protocol):
+    """One of transformers' Auto classes for models, such as `AutoModel`."""
+
+    def register(
+        self, config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel], exist_ok: bool = False
+    ) -> None:
+        """See `transformers.AutoModel.register`."""
+        ...
+
+
+class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
     """How a kind of model comes out of a recipe's `model` section; a line of `medm.models.kinds` names its class.
 
     `medm.models.auto` registers the three classes of every kind with transformers' Auto classes. A subclass
     without one of them, or without an abstract method, raises `TypeError` when it is constructed.
 
     Its processor is a `medm.types.Processor`, the same in training, inference and `medm data check`.
+
+    A subclass states its types once: `class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor])`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -80,11 +96,16 @@ class ModelKind(ABC):
     model_class: ClassVar[type[MedmModel]]
     processor_class: ClassVar[type[ProcessorMixin]]
     """The Auto class finds it by its name, so the name is unlike that of any other processor."""
-    auto_classes: ClassVar[tuple[Any, ...]] = (AutoModel,)
+    auto_classes: ClassVar[tuple[AutoClass, ...]] = (AutoModel,)
     """The Auto classes that open the model; `AutoModel` is among them."""
     predictor: ClassVar[str] = "generation"
     """Source of predictions that `medm eval` opens a saved model with, by its name in the table
     `medm.evaluation.predictors`."""
+    outputs: ClassVar[frozenset[str]] = frozenset({"loss"})
+    """Fields of the model's output in training. A recipe whose objective reads another one is refused.
+
+    `ModelOptions.outputs` repeats them where a recipe is to be checked without importing the model.
+    """
 
     def __init__(self) -> None:
         kind = type(self).__name__
@@ -97,32 +118,32 @@ class ModelKind(ABC):
                 f"{self.config_class.model_type!r}; expected a name that begins with {MODEL_TYPE_PREFIX!r}"
             )
 
-    def check(self, options: Any) -> None:  # noqa: B027 (a kind without demands needs none)
+    def check(self, options: OptionsT) -> None:
         """Refuse what this machine cannot run, before weights are read. Raises `RecipeError`."""
 
     @abstractmethod
-    def build(self, options: Any) -> tuple[MedmModel, Processor]:
+    def build(self, options: OptionsT) -> tuple[ModelT, ProcessorT]:
         """The model, with published weights wherever the section gives a path, and its processor."""
 
     def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
         """Return what a saved model with this config predicts for an item of a benchmark."""
         return frozenset({"text"})
 
-    def skeleton(self, options: Any) -> MedmModel:
+    def skeleton(self, options: OptionsT) -> ModelT:
         """The model without memory behind its weights, for an estimate; it reads published configs alone."""
         raise RecipeError(
             f"models of kind {options.kind!r} cannot be estimated: they cannot be built without their weights"
         )
 
-    def processor(self, options: Any) -> Processor:
+    def processor(self, options: OptionsT) -> ProcessorT:
         """The processor alone. Kinds that can make it without reading weights do."""
         return self.build(options)[1]
 
-    def preprocess(self, options: Any) -> dict[str, Preprocess]:
+    def preprocess(self, options: OptionsT) -> dict[str, Preprocess]:
         """What is done to the pixels of each branch. Kinds that know it without their language model override this."""
         return dict(self.processor(options).preprocess)
 
-    def adapt(self, options: Any, processor: Any, *, model: Any = None) -> Any:
+    def adapt(self, options: OptionsT, processor: ProcessorT, *, model: ModelT | None = None) -> ProcessorT:
         """Apply a recipe's section over the model and the processor of `init_from`.
 
         Args:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
 
 from medm.errors import CheckpointError
 from medm.models.auto import register
+from medm.models.base import MedmModel
 from medm.models.manifest import verify_weights
 from medm.models.published.weights import LoadReport, read_object
-from medm.types import MODEL_TYPE_PREFIX
+from medm.types import MODEL_TYPE_PREFIX, Processor
 
 logger = logging.getLogger(__name__)
 
 
-def open_config(folder: str) -> Any:
+def open_config(folder: str) -> PreTrainedConfig:
     """See `medm.models.load_config`."""
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -44,7 +44,7 @@ def open_config(folder: str) -> Any:
     return config
 
 
-def open_saved(folder: str) -> tuple[Any, Any]:
+def open_saved(folder: str) -> tuple[MedmModel, Processor]:
     """See `medm.models.load`."""
     path, config = Path(folder).expanduser(), open_config(folder)
     verify_weights(path)
@@ -70,13 +70,13 @@ def open_saved(folder: str) -> tuple[Any, Any]:
         ],
     )
     loaded.raise_if_partial()
-    _report_strangers(path, config, processor)
+    _report_unknown_fields(path, config, processor)
     model.upgrade(processor)
     model.eval()
     return model, processor
 
 
-def open_processor(folder: str) -> Any:
+def open_processor(folder: str) -> Processor:
     """See `medm.models.load_processor`."""
     path = Path(folder).expanduser()
     if not (path / "processor_config.json").is_file():
@@ -88,14 +88,17 @@ def open_processor(folder: str) -> Any:
         raise CheckpointError(f"{folder}: its processor cannot be opened ({error})") from None
 
 
-def _report_strangers(folder: Path, config: Any, processor: Any) -> None:
-    """Say which fields of a saved model this medm does not know, and so does not heed."""
+def _report_unknown_fields(folder: Path, config: PreTrainedConfig, processor: Processor) -> None:
+    """Warn of the fields of a saved model that this medm does not know."""
     taken = {*inspect.signature(type(processor)).parameters, "processor_class"}
     for name, known in (
         ("config.json", lambda key: hasattr(type(config)(), key) or key.endswith("_token_id")),
         ("processor_config.json", taken.__contains__),
     ):
-        strangers = sorted(key for key in read_object(folder / name) if not known(key))
-        if strangers:
-            logger.warning("%s: %s is not known here and has no effect; a later medm may have written it",
-                           folder / name, ", ".join(strangers))  # fmt: skip
+        unknown = sorted(key for key in read_object(folder / name) if not known(key))
+        if unknown:
+            logger.warning(
+                "%s: %s is not known here and has no effect; a later medm may have written it",
+                folder / name,
+                ", ".join(unknown),
+            )

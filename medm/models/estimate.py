@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from medm.config import Options
 from medm.errors import CheckpointError
 from medm.models import kind_of
 from medm.models.activations import Step, activations
+from medm.models.base import MedmModel
+from medm.models.options import ModelOptions
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 """What is spread over GPUs: nothing (also training without DeepSpeed); optimiser state; and gradients; and weights
@@ -101,9 +101,9 @@ class Estimate:
 
 
 def estimate(
-    options: Options,
+    options: ModelOptions,
     *,
-    choose: Callable[[nn.Module], Any],
+    choose: Callable[[MedmModel], object],
     half: bool = False,
     optimiser: str = "adamw_torch",
     gpus: int = 1,
@@ -132,9 +132,13 @@ def estimate(
     model = skeleton(options, init_from=init_from)
     held = {id(p): p.element_size() for p in model.parameters()}
     choose(model)
-    parts = tuple(part_size(name, part, held=held, in_4bit=name in quantized) for name, part in model.parts().items())
-    branches = getattr(model, "branches", {})
-    tokens = {name: int(branch.num_tokens) for name, branch in branches.items() if hasattr(branch, "num_tokens")}
+    branches = model.encoders()
+    connectors = [branch.connector for branch in branches.values()]
+    parts = tuple(
+        part_size(name, part, held=held, in_4bit=name in quantized, with_inner=part in connectors)
+        for name, part in model.parts().items()
+    )
+    tokens = {name: branch.num_tokens for name, branch in branches.items()}
     states = [memory(parts, stage, half=half, optimiser=optimiser, gpus=gpus) for stage in STAGES]
     step, kept, unknown = None, 0.0, "no length is given"
     if length is not None:
@@ -151,7 +155,7 @@ def estimate(
     )
 
 
-def skeleton(options: Options, *, init_from: str | None = None) -> Any:
+def skeleton(options: ModelOptions, *, init_from: str | None = None) -> MedmModel:
     """The model without memory behind its weights."""
     if init_from is not None and (Path(init_from) / "config.json").is_file():
         config = AutoConfig.from_pretrained(init_from, trust_remote_code=False)
@@ -167,7 +171,14 @@ def skeleton(options: Options, *, init_from: str | None = None) -> Any:
         ) from None
 
 
-def part_size(name: str, part: nn.Module, *, held: dict[int, int], in_4bit: bool = False) -> PartSize:
+def part_size(
+    name: str,
+    part: nn.Module,
+    *,
+    held: dict[int, int],
+    in_4bit: bool = False,
+    with_inner: bool = False,
+) -> PartSize:
     """Parameters of a part; a tensor that two layers share counts once.
 
     Args:
@@ -175,6 +186,7 @@ def part_size(name: str, part: nn.Module, *, held: dict[int, int], in_4bit: bool
         part: frozen, adapted and set free.
         held: bytes of an element of each tensor as it was loaded, by the tensor's identity.
         in_4bit: its frozen linear layers are.
+        with_inner: list its children, too, where it has several.
     """
     head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None  # stays as it is
     layers = [layer for layer in part.modules() if isinstance(layer, nn.Linear) and layer is not head]
@@ -191,7 +203,7 @@ def part_size(name: str, part: nn.Module, *, held: dict[int, int], in_4bit: bool
             plain += parameter.numel()
             frozen += parameter.numel() * held.get(id(parameter), parameter.element_size())
     inner: tuple[PartSize, ...] = ()
-    if name.endswith(".connector"):
+    if with_inner:
         children = [part_size(child, module, held=held) for child, module in part.named_children()]
         children = [child for child in children if child.parameters]
         inner = tuple(children) if len(children) > 1 else ()

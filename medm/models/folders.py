@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import medm
 from medm.errors import MedmError
@@ -32,21 +31,28 @@ def require_free(out: Path, *, error: type[MedmError]) -> None:
     require_writable(out, folder=True)
 
 
-def describe(folder: Path, *, title: str, text: str, facts: Mapping[str, Any], source: Path | None = None) -> None:
-    """Write the README of a finished folder, and a manifest with the facts about its making.
+def describe(
+    folder: Path,
+    *,
+    title: str,
+    text: str,
+    metadata: Mapping[str, object],
+    source: Path | None = None,
+) -> None:
+    """Write the README of a finished folder, and a manifest that states how it was made.
 
     Args:
         folder: holds everything else already.
         title: heading of the README.
         text: what the folder is.
-        facts: kept in the manifest, beside medm's version and the size and sha256 of each file.
+        metadata: kept in the manifest, beside medm's version and the size and sha256 of each file.
         source: model folder whose recipe, run record and card are copied to `origin/`.
     """
     copied = [] if source is None else _copy_records(source, folder / ORIGIN)
     listed = ", ".join(f"`{name}`" for name in copied)
     origin = f"\n\nThe records of the model that it was made from are in `{ORIGIN}/`: {listed}." if copied else ""
     (folder / CARD).write_text(f"# {title}\n\n{NOT_CLINICAL}\n\n{text}{origin}\n", encoding="utf-8")
-    write_manifest(folder, {"medm": medm.__version__, **facts})
+    write_manifest(folder, {"medm": medm.__version__, **metadata})
 
 
 def _copy_records(source: Path, target: Path) -> list[str]:

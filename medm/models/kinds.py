@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from medm.config import Options
 from medm.errors import CheckpointError
 from medm.models.lvlm.options import LVLMOptions
+from medm.models.options import ModelOptions
 from medm.registry import Registry
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from medm.models.base import ModelKind
 
-MODELS: Registry[type[ModelKind]] = Registry("model kind", group="medm.models")
+MODELS: Registry[type[ModelKind]] = Registry("model kind", group="medm.models", options=ModelOptions)
 
 MODELS.add(
     "lvlm",
@@ -24,9 +24,14 @@ MODELS.add(
 )
 
 
-def kind_of(options: Options) -> ModelKind:
+def kind_of(options: ModelOptions) -> ModelKind:
     """Return the kind of model that a recipe's `model` section names."""
-    return MODELS.get(options.model_dump()["kind"])()
+    return MODELS.get(options.kind)()
+
+
+def outputs_of(options: ModelOptions) -> frozenset[str]:
+    """Return the fields that the output of this model has in training (`ModelKind.outputs`)."""
+    return kind_of(options).outputs if options.outputs is None else options.outputs
 
 
 def kind_of_config(config: PreTrainedConfig) -> ModelKind:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from medm.errors import CheckpointError
 from medm.files import sync
@@ -18,13 +18,25 @@ MANIFEST = "manifest.json"
 _BLOCK = 1 << 22
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Bring every file to the disk and note its size and sha256; the manifest itself comes last."""
+class FileEntry(TypedDict):
+    """One file of a manifest."""
+
+    size: int
+    sha256: str
+
+
+def write_manifest(folder: Path, metadata: Mapping[str, object]) -> None:
+    """Bring every file to the disk and note its size and sha256; the manifest itself comes last.
+
+    Args:
+        folder: holds everything else already.
+        metadata: further fields of the manifest.
+    """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_sync_and_hash, files))
     record = {
-        **facts,
+        **metadata,
         "files": {
             path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
             for path, digest in zip(files, digests, strict=True)
@@ -59,7 +71,7 @@ def verify(folder: Path) -> dict[str, Any]:
         CheckpointError: a file is missing, shorter, longer or changed, or was added.
     """
     record = read_manifest(folder)
-    listed: dict[str, Any] = record["files"]
+    listed: dict[str, FileEntry] = record["files"]
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}
     if missing := sorted(set(listed) - present):
         raise CheckpointError(f"{folder}: {len(missing)} files are missing: {', '.join(missing[:3])}")
@@ -79,7 +91,7 @@ def verify_weights(folder: Path) -> None:
     """
     if not (folder / MANIFEST).is_file():
         return
-    listed = {
+    listed: dict[str, FileEntry] = {
         name: entry
         for name, entry in read_manifest(folder)["files"].items()
         if name.endswith(".safetensors") and "/" not in name
@@ -99,18 +111,18 @@ def verify_weights(folder: Path) -> None:
         verified.note(folder, before)
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_entry(entry: object) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
 
 
-def _compare_sizes(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
+def _compare_sizes(folder: Path, listed: Mapping[str, FileEntry]) -> None:
     for name, entry in listed.items():
         size = (folder / name).stat().st_size
         if size != entry["size"]:
             raise CheckpointError(f"{folder / name}: expected {entry['size']} bytes, found {size}")
 
 
-def _compare(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
+def _compare(folder: Path, listed: Mapping[str, FileEntry]) -> None:
     _compare_sizes(folder, listed)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda name: _hash(folder / name), listed)

@@ -18,4 +18,4 @@ class ModelOptions(Options):
         return None
 
     outputs: ClassVar[frozenset[str] | None] = None
-    """Fields of the output in training, for an objective to read; None where a kind does not say."""
+    """`ModelKind.outputs` of the kind, so that a recipe is checked without importing it; None asks the kind."""

@@ -99,6 +99,9 @@ class TrainingData:
         since = {what: len(set().union(*(one[what] for one in noted))) for what in COUNTED}
         return {"left_out_by_check": self._left_out, **since}
 
+    def _to_text(self, ids: list[int]) -> str:
+        return str(self.processor.tokenizer.decode(ids))
+
     def _check(self, what: str, sources: list[SourceOptions]) -> Report:
         """Look at every record, each process at its share; log and return what was found."""
         share = check(
@@ -107,7 +110,7 @@ class TrainingData:
             preprocess=self.processor.preprocess,
             encode=self.processor.encode,
             # The preview shows what a record says, so it is for those who ask for it.
-            to_text=self.processor.tokenizer.decode if logger.isEnabledFor(logging.DEBUG) else None,
+            to_text=self._to_text if logger.isEnabledFor(logging.DEBUG) else None,
             max_length=self.options.max_length,
             too_long=self.options.too_long,
             placeholder_ids=self._placeholders,

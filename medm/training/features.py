@@ -72,7 +72,7 @@ def keep_features(
                 logger.warning("no features of %s: %s", name, reason)
         store.refresh()
         stores[name] = store
-        branch.features_only = True
+        branch.encoder_bypassed = True
     return stores
 
 

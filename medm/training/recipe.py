@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, ValidationInfo, field_validator, model_val
 from medm.config import Mark, Options, ResumeSafe, apply_overrides, flatten, read_yaml, validate
 from medm.data.options import DataOptions
 from medm.errors import suggest
-from medm.models import MODELS
+from medm.models import MODELS, outputs_of
 from medm.models.options import ModelOptions
 from medm.objectives import OBJECTIVES, LanguageModelingOptions, ObjectiveOptions
 from medm.registry import EACH_ITEM, EACH_VALUE, NamedBlock, sections_in
@@ -63,8 +63,8 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:
-        given = self.model.outputs if isinstance(self.model, ModelOptions) else None
-        if given is not None and (missing := sorted(self.objective.reads() - given)):
+        given = outputs_of(self.model)
+        if missing := sorted(self.objective.reads() - given):
             raise ValueError(
                 f"objective: {self.objective.name!r} reads {', '.join(missing)}, and a model of kind "
                 f"{self.model.kind!r} gives {', '.join(sorted(given))}; choose another objective or kind of model"

@@ -153,7 +153,7 @@ def test_stages_after_the_last_chosen_one_are_not_built():
     encoder = EfficientNetLiteEncoder(architecture=TINY, stages=[2, 3])
     beyond = set(EfficientNetLiteEncoder(architecture=TINY, stages=[8]).state_dict()) - set(encoder.state_dict())
     assert beyond
-    assert all(any(re.search(pattern, key) for pattern in encoder.beyond_keys) for key in beyond)
+    assert all(any(re.search(pattern, key) for pattern in encoder.truncated_keys) for key in beyond)
     assert encoder(torch.randn(1, 3, 32, 32)).grid == (4, 4)
 
 

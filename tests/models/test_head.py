@@ -45,14 +45,14 @@ def made(kind: str, **fields: Any) -> LVLMForConditionalGeneration:
     model = LVLMForConditionalGeneration(LVLMConfig(text_config=text, llm="auto", branches={})).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)  # logits of the size that trained ones have
-    model.choose_logits()
+    model.probe_lm_head()
     return model
 
 
 @pytest.mark.parametrize("kind", [*KNOWN, *UNKNOWN])
 def test_the_loss_is_that_of_the_models_own_logits(kind: str) -> None:
     model = made(kind, **(KNOWN | UNKNOWN)[kind])
-    assert model.config.full_logits is (kind in UNKNOWN)
+    assert model.config.loss_on_full_logits is (kind in UNKNOWN)
     ids = torch.arange(10).unsqueeze(0)
     labels = ids.masked_fill(ids < 4, IGNORE_INDEX)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_auto_builds_any_causal_model_and_the_choice_is_saved(tmp_path: Path) ->
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     again, _ = medm.models.load(str(tmp_path / "saved"))
-    assert model.config.full_logits is again.config.full_logits is True
+    assert model.config.loss_on_full_logits is again.config.loss_on_full_logits is True
 
 
 def test_many_labels_are_computed_in_chunks_with_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_fields_that_have_a_default_may_be_missing(saved: Path) -> None:
     expected = logits(saved)
 
     def forget(config: dict[str, Any]) -> None:
-        for key in ("adapters", "full_logits", "llm"):
+        for key in ("adapters", "loss_on_full_logits", "llm"):
             del config[key]
         for part, kept in (("encoder", {"name", "architecture"}), ("connector", {"name", "route_by", "num_experts",
                                                                                 "depth", "tasks"})):  # fmt: skip
@@ -70,6 +70,25 @@ def test_fields_that_have_a_default_may_be_missing(saved: Path) -> None:
     _, processor = medm.models.load(str(saved))
     with pytest.raises(DataError, match="expected one of vqa, report"):
         processor.encode(Sample((Turn("user", (Media("image"),)),), task="other"), {"image": [np.ones(1)]})
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_older_name_of_a_field_is_read(saved: Path, value: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def rename(config: dict[str, Any]) -> None:
+        del config["loss_on_full_logits"]
+        config["full_logits"] = value
+
+    edit(saved, "config.json", rename)
+    with caplog.at_level(logging.WARNING, logger="medm"):
+        model, processor = medm.models.load(str(saved))
+    assert model.config.loss_on_full_logits is value
+    assert not [line for line in caplog.messages if "no effect" in line]
+    model.save_pretrained(saved.with_name("again"))
+    processor.save_pretrained(saved.with_name("again"))
+    written = json.loads((saved.with_name("again") / "config.json").read_text())
+    assert written["loss_on_full_logits"] is value
+    assert "full_logits" not in written
+    assert medm.models.load(str(saved.with_name("again")))[0].config.loss_on_full_logits is value
 
 
 @pytest.mark.parametrize(

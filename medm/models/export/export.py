@@ -16,23 +16,25 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from medm.config import validate
-from medm.encoders import ENCODERS
+from medm.encoders.base import VisionEncoder
 from medm.errors import ExportError
 from medm.files import atomic_directory
 from medm.imaging import load_pixels
 from medm.models import load, load_config
 from medm.models.export.llava import save_llava
 from medm.models.folders import describe, require_free
-from medm.models.lvlm.build import build_encoder
+from medm.models.lvlm.build import build_encoder, encoder_options
+from medm.models.lvlm.configuration import LVLMConfig
+from medm.models.lvlm.modeling import LVLMForConditionalGeneration
+from medm.models.lvlm.processing import LVLMProcessor
 from medm.models.published.weights import save_bundle, save_tensors
 from medm.types import Media, Sample, Turn
 
@@ -89,7 +91,7 @@ def export(
         ExportError: the form cannot hold this model, or the proof failed. Nothing is left at `out`.
         CheckpointError: the folder cannot be opened.
     """
-    forms: dict[str, Callable[[Path, Any, Any, Question], Proof]] = {
+    forms: dict[str, Callable[[Path, LVLMForConditionalGeneration, LVLMProcessor, Question], Proof]] = {
         "merged": _merged,
         "llava": _llava,
         "encoder": lambda target, model, processor, _question: _encoder(target, model, processor, branch),
@@ -102,27 +104,38 @@ def export(
         raise ExportError(f"{image}: no such file; expected an image to compare with")
     if form == "encoder":
         _branch_of(load_config(folder), branch)
-    model, processor = load(folder)
+    model, processor = _load_lvlm(folder)
     with atomic_directory(place) as target, tempfile.TemporaryDirectory() as scratch:
         question = Question(
             Path(image) if image else draw_picture(Path(scratch) / "picture.png"), prompt, max_new_tokens
         )
         proof = forms[form](target, model, processor, question)
         source = Path(folder).expanduser()
-        facts = {"form": form, "source": source.resolve().name, "comparison": str(proof)}
+        made = {"form": form, "source": source.resolve().name, "comparison": str(proof)}
         describe(
             target,
             title=f"{place.name}: {_TITLES[form]}",
-            text=f"{_USES[form]}\n\nCompared with the model that it was made from, `{facts['source']}`: {proof}.",
-            facts={"export": facts},
+            text=f"{_USES[form]}\n\nCompared with the model that it was made from, `{made['source']}`: {proof}.",
+            metadata={"export": made},
             source=source,
         )
         return proof
 
 
-def _branch_of(config: Any, branch: str | None) -> str:
+def _load_lvlm(folder: str) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
+    """Raises `ExportError` where the folder holds a model of another kind."""
+    model, processor = load(folder)
+    if not isinstance(model, LVLMForConditionalGeneration) or not isinstance(processor, LVLMProcessor):
+        raise ExportError(
+            f"{folder}: expected a vision-language model ('kind: lvlm'), found {type(model).__name__}; "
+            "models of other kinds are not exported"
+        )
+    return model, processor
+
+
+def _branch_of(config: PreTrainedConfig, branch: str | None) -> str:
     """The branch whose encoder is asked for. Raises `ExportError` where that is not clear."""
-    names = sorted(config.branches)
+    names = sorted(config.branches) if isinstance(config, LVLMConfig) else []
     if branch is None and len(names) == 1:
         return names[0]
     if branch is None or branch not in names:
@@ -173,7 +186,7 @@ class _Heard:
 
 
 @torch.no_grad()
-def _ask(model: Any, processor: Any, question: Question) -> _Heard:
+def _ask(model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question) -> _Heard:
     """The model's own logits (1, T, V) and greedy reply; without an image where the model has no image branch."""
     content: tuple[str | Media, ...] = (question.prompt,)
     pixels: dict[str, list[np.ndarray]] = {}
@@ -206,16 +219,16 @@ def _compare(own: _Heard, other: _Heard, *, dtype: torch.dtype, what: str) -> Pr
     return Proof(difference, largest, own.text)
 
 
-def _merged(target: Path, model: Any, processor: Any, question: Question) -> Proof:
+def _merged(target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question) -> Proof:
     before = _ask(model, processor, question)
     model.merge_adapters()
     model.save_pretrained(target)
     processor.save_pretrained(target)
-    merged, reloaded = load(str(target))
+    merged, reloaded = _load_lvlm(str(target))
     return _compare(before, _ask(merged, reloaded, question), dtype=model.dtype, what="the merged model")
 
 
-def _llava(target: Path, model: Any, processor: Any, question: Question) -> Proof:
+def _llava(target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question) -> Proof:
     own = _ask(model, processor, question)  # as it was trained: a wrong merge must show
     model.merge_adapters()
     save_llava(model, processor, target)
@@ -278,16 +291,16 @@ def run_stock(folder: Path, question: Question, pixels: Tensor) -> tuple[_Heard,
     return _Heard(tensors["input_ids"], tensors["pixels"], tensors["logits"], reply, notes["text"].strip()), notes
 
 
-def _encoder(target: Path, model: Any, processor: Any, branch: str | None) -> Proof:
+def _encoder(target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, branch: str | None) -> Proof:
     """A bundle that a recipe can name as `encoder.path`, with the preprocessing that belongs to it.
 
     Of an encoder around another one (slices) it holds the inner one, which is where the weights are.
     """
     branch = _branch_of(model.config, branch)
-    encoder, entry = model.branch(branch).encoder, dict(model.config.branches[branch]["encoder"])
+    encoder, entry = model.branch(branch).encoder, model.config.branches[branch]["encoder"]
     channels, preprocess = model.branch(branch).channels, processor.preprocess[branch].model_dump()
-    if "encoder" in entry:
-        encoder, entry = encoder.encoder, dict(entry["encoder"])
+    if encoder.inner is not None:
+        encoder, entry = encoder.inner, entry["encoder"]
         colors = {key: preprocess[key] for key in ("mean", "std")}
         preprocess = {"size": preprocess["size"][1:], "channels": channels, **colors}
     options = {key: value for key, value in entry.items() if key not in ("name", "architecture")}
@@ -299,12 +312,12 @@ def _encoder(target: Path, model: Any, processor: Any, branch: str | None) -> Pr
         target, encoder, name=entry["name"], architecture=entry["architecture"], options=options, preprocess=preprocess
     )
     block = {"name": entry["name"], "path": str(target), **options}
-    again, _ = build_encoder(validate(ENCODERS.entry(entry["name"]).options, block, source="the encoder's own options"))
+    again, _ = build_encoder(encoder_options(block, source="the encoder's own options"))
     return _compare_features(trained, _features(again.to(encoder.device_and_dtype["dtype"]), noise), merged=merged)
 
 
 @torch.no_grad()
-def _features(encoder: Any, pixels: Tensor) -> Tensor:
+def _features(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
     """Tokens (1, N, D) of pixels (1, C, *spatial)."""
     tokens: Tensor = encoder(pixels.to(**encoder.device_and_dtype)).tokens
     return tokens

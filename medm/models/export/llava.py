@@ -7,17 +7,28 @@ head has no bias. Everything else is refused with a reason.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import CLIPImageProcessor, LlavaConfig, LlavaProcessor, SiglipImageProcessor
+from transformers import (
+    BaseImageProcessor,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaProcessor,
+    SiglipImageProcessor,
+)
 
 from medm.encoders.vit import HFViTEncoder
 from medm.errors import ExportError
-from medm.imaging import ImagePreprocess
+from medm.imaging import ImagePreprocess, Preprocess
+from medm.models.lvlm.configuration import BranchEntry
+from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
+from medm.models.lvlm.processing import LVLMProcessor
+from medm.types import Config
 
 _VISION_TYPES = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -38,7 +49,7 @@ _FLATTEN = (
 """Content that comes in parts, as servers hand it over, to the text that the model was trained on."""
 
 
-def save_llava(model: Any, processor: Any, folder: Path) -> None:
+def save_llava(model: LVLMForConditionalGeneration, processor: LVLMProcessor, folder: Path) -> None:
     """Write the stock layout into an empty folder.
 
     Args:
@@ -50,20 +61,24 @@ def save_llava(model: Any, processor: Any, folder: Path) -> None:
         ExportError: the stock class would compute something else.
     """
     refuse_what_differs(model, processor)
-    branch, entry = model.branch("image"), model.config.branches["image"]
-    preprocess = processor.preprocess["image"]
+    branch, entry = model.branch("image"), model.config.branch("image")
+    encoder, preprocess = branch.encoder, processor.preprocess["image"]
+    if not isinstance(encoder, HFViTEncoder) or not isinstance(preprocess, ImagePreprocess):
+        raise ExportError(
+            f"expected an image tower of transformers, found {type(encoder).__name__} with {type(preprocess).__name__}"
+        )
     strategy: Literal["default", "full"] = (
-        "default" if branch.encoder.has_class_token and branch.encoder.tokens == "patch" else "full"
+        "default" if encoder.has_class_token and encoder.tokens == "patch" else "full"
     )
-    side, patch = branch.spatial[0], branch.encoder.patch_size
+    side, patch = branch.spatial[0], encoder.patch_size
     text_config = copy.deepcopy(model.config.get_text_config())
     text_config._name_or_path = ""  # a folder of the machine that trained it
     config = LlavaConfig(
-        vision_config=_vision_config(branch.encoder, entry["encoder"]["name"], side),
+        vision_config=_vision_config(encoder, str(entry.encoder["name"]), side),
         text_config=text_config,
-        image_token_index=int(entry["placeholder_id"]),
+        image_token_index=entry.placeholder_id,
         image_seq_length=branch.num_tokens,
-        projector_hidden_act=entry["connector"].get("activation", "gelu"),
+        projector_hidden_act=entry.connector.get("activation", "gelu"),
         vision_feature_select_strategy=strategy,
         vision_feature_layer=-2,
         multimodal_projector_bias=True,
@@ -73,9 +88,9 @@ def save_llava(model: Any, processor: Any, folder: Path) -> None:
     config.dtype = model.dtype
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    save_torch_state_dict(_tensors(model), folder, safe_serialization=True)
+    save_torch_state_dict(_tensors(model, encoder), folder, safe_serialization=True)
     template = stock_template(
-        processor.chat_template, processor.template_kwargs, image_token=processor.branches["image"]["placeholder"]
+        str(processor.chat_template), processor.template_kwargs, image_token=processor.branches["image"]["placeholder"]
     )
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = template
@@ -87,13 +102,13 @@ def save_llava(model: Any, processor: Any, folder: Path) -> None:
         vision_feature_select_strategy=strategy,
         chat_template=template,
         image_token=processor.branches["image"]["placeholder"],
-        num_additional_image_tokens=int(branch.encoder.has_class_token),
+        num_additional_image_tokens=int(encoder.has_class_token),
     ).save_pretrained(folder)
     # Servers and older readers look for the image processor in a file of its own.
     image_processor.save_pretrained(folder)
 
 
-def refuse_what_differs(model: Any, processor: Any) -> None:
+def refuse_what_differs(model: LVLMForConditionalGeneration, processor: LVLMProcessor) -> None:
     """Raises `ExportError` with everything that the stock class cannot compute."""
     reasons = []
     if set(model.config.branches) != {"image"}:
@@ -101,7 +116,7 @@ def refuse_what_differs(model: Any, processor: Any) -> None:
             f"it has one image branch and no other; this model has {sorted(model.config.branches) or 'none'}"
         )
     else:
-        branch, entry = model.branch("image"), model.config.branches["image"]
+        branch, entry = model.branch("image"), model.config.branch("image")
         reasons += _vision_reasons(branch, entry, processor.preprocess["image"])
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None and float(bias.detach().abs().max()) > 0:
@@ -113,9 +128,9 @@ def refuse_what_differs(model: Any, processor: Any) -> None:
         raise ExportError("not exportable to transformers' LlavaForConditionalGeneration: " + "; ".join(reasons))
 
 
-def _vision_reasons(branch: Any, entry: dict[str, Any], preprocess: Any) -> list[str]:
+def _vision_reasons(branch: Branch, entry: BranchEntry, preprocess: Preprocess) -> list[str]:
     reasons = []
-    encoder, connector = entry["encoder"]["name"], entry["connector"]
+    encoder, connector = entry.encoder["name"], entry.connector
     if encoder not in _VISION_TYPES or not isinstance(branch.encoder, HFViTEncoder):
         reasons.append(f"its towers are {' and '.join(_VISION_TYPES)}; this model has {encoder!r}")
     elif branch.encoder.tokens == "cls":
@@ -133,7 +148,7 @@ def _vision_reasons(branch: Any, entry: dict[str, Any], preprocess: Any) -> list
     return reasons
 
 
-def _vision_config(encoder: Any, name: str, side: int) -> dict[str, Any]:
+def _vision_config(encoder: HFViTEncoder, name: str, side: int) -> Config:
     """The tower's config with one block more than is used.
 
     The stock class takes the output of the block before the last. In that place every reader, servers included, agrees
@@ -147,21 +162,22 @@ def _vision_config(encoder: Any, name: str, side: int) -> dict[str, Any]:
     }
 
 
-def _tensors(model: Any) -> dict[str, Tensor]:
+def _tensors(model: LVLMForConditionalGeneration, encoder: HFViTEncoder) -> dict[str, Tensor]:
     """Every weight by its name in published LLaVA checkpoints."""
     tensors = {f"language_model.model.{k}": v for k, v in model.language_model.base_model.state_dict().items()}
     if not model.config.get_text_config().tie_word_embeddings:
         tensors["language_model.lm_head.weight"] = model.get_output_embeddings().weight
     branch = model.branch("image")
-    for name, tensor in _tower_tensors(branch.encoder, branch.spatial[0]).items():
+    for name, tensor in _tower_tensors(encoder, branch.spatial[0]).items():
         tensors[f"vision_tower.vision_model.{name}"] = tensor
+    weights = branch.connector.state_dict()
     for own, stock in ((0, "linear_1"), (2, "linear_2")):
         for kind in ("weight", "bias"):
-            tensors[f"multi_modal_projector.{stock}.{kind}"] = getattr(branch.connector.layers[own], kind)
+            tensors[f"multi_modal_projector.{stock}.{kind}"] = weights[f"layers.{own}.{kind}"]
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _tower_tensors(encoder: Any, side: int) -> dict[str, Tensor]:
+def _tower_tensors(encoder: HFViTEncoder, side: int) -> dict[str, Tensor]:
     """The tower's weights, with an unused block at the end, an unused norm, and positions of the size in use."""
     tensors = {k: v for k, v in encoder.tower.state_dict().items() if not k.endswith("position_ids")}
     blocks = encoder.tower.config.num_hidden_layers
@@ -176,14 +192,14 @@ def _tower_tensors(encoder: Any, side: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _positions(encoder: Any, side: int) -> Tensor:
+def _positions(encoder: HFViTEncoder, side: int) -> Tensor:
     """Position embeddings interpolated once, as the encoder does at each forward."""
     cells = (side // encoder.patch_size) ** 2 + int(encoder.has_class_token)
     blank = torch.zeros(1, cells, encoder.dim, **encoder.device_and_dtype)
     return cast(Tensor, encoder.tower.embeddings.interpolate_pos_encoding(blank, side, side)[0])
 
 
-def _image_processor(preprocess: ImagePreprocess, side: int) -> Any:
+def _image_processor(preprocess: ImagePreprocess, side: int) -> BaseImageProcessor:
     """Transformers' processor that gives the same pixels. `crop_size` is what servers count tokens with."""
     common: dict[str, Any] = {
         "resample": _RESAMPLE[preprocess.interpolation],
@@ -201,13 +217,13 @@ def per_channel(values: list[float]) -> list[float]:
     return [float(value) for value in (values * 3 if len(values) == 1 else values)]
 
 
-def stock_template(template: str, variables: dict[str, Any], *, image_token: str) -> str:
+def stock_template(template: str, variables: Mapping[str, object], *, image_token: str) -> str:
     """A chat template that needs nothing from medm: fixed variables inside, content as text or in parts."""
     fixed = "".join(f"{{%- set {name} = {literal(value)} -%}}" for name, value in variables.items())
     return fixed + _FLATTEN.replace("IMAGE", image_token) + template
 
 
-def literal(value: Any) -> str:
+def literal(value: object) -> str:
     """A plain value as Jinja writes it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]

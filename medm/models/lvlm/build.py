@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from medm.encoders import ENCODERS
+from medm.config import Options, validate
+from medm.connectors import ConnectorOptions
+from medm.encoders import ENCODERS, EncoderOptions
 from medm.encoders.base import VisionEncoder
 from medm.errors import CheckpointError, RecipeError, unavailable
 from medm.imaging import Preprocess, preprocess_from_dict
@@ -26,12 +29,17 @@ from medm.imaging.options import ImagePreprocess, changed
 from medm.llms import LLMS, LLMOptions
 from medm.llms.attention import check_usable
 from medm.llms.base import read_template
+from medm.llms.lm_head import stop_tokens
 from medm.models.base import ModelKind
-from medm.models.lvlm.configuration import LVLMConfig
+from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
 from medm.models.lvlm.options import PLACEHOLDERS, BranchOptions, LVLMOptions
 from medm.models.lvlm.processing import LVLMProcessor
 from medm.models.published.weights import PretrainedSource, load_module
+from medm.types import Config
+
+if TYPE_CHECKING:
+    from medm.llms.lm_head import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +47,47 @@ _NOT_FOR_THE_ENCODER = {"name", "path", "architecture", "image_size"}
 _NOT_FOR_THE_CONNECTOR = {"name", "path"}
 
 
-class LVLM(ModelKind):
+class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
     """The kind `lvlm`."""
 
     config_class = LVLMConfig
     model_class = LVLMForConditionalGeneration
     processor_class = LVLMProcessor
     auto_classes = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
+    outputs = LVLMOptions.outputs
 
     def check(self, options: LVLMOptions) -> None:
         check_usable(options.llm.attention)
 
     def build(self, options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
-        return build(options)
+        """Return a model with published weights wherever the recipe gives a path, and its processor.
+
+        Raises:
+            RecipeError: parts that do not fit each other or the recipe.
+            CheckpointError: published weights that do not fit.
+        """
+        config, processor = resolve(options)
+        dtype = getattr(torch, options.dtype)
+        # The frame holds no memory; its parts are put in with their weights.
+        try:
+            with torch.device("meta"):
+                model = LVLMForConditionalGeneration(config)
+        except (ImportError, ValueError) as error:
+            if "ttention" not in str(error):
+                raise
+            raise RecipeError(f"model.llm.attention: {options.llm.attention!r} cannot be used ({error})") from None
+        model.language_model = _language_model(options.llm, config, dtype)
+        for name, block in options.branches.items():
+            branch = Branch(config.branch(name), out_dim=model.width)
+            _load_branch(branch, block, name=name)
+            model.branches[name] = branch.to(dtype)
+        model.config.dtype = dtype
+        model.config.pad_token_id = processor.pad_id
+        model.generation_config = _generation_config(model, processor)
+        model.use_attention(options.llm.attention)
+        model.eval()
+        model.probe_lm_head()
+        return model, processor
 
     def skeleton(self, options: LVLMOptions) -> LVLMForConditionalGeneration:
         # An estimate is for another machine as well: this one may lack the kernel that the recipe names.
@@ -79,36 +115,6 @@ class LVLM(ModelKind):
         return adapted
 
 
-def build(options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
-    """A model with published weights wherever the recipe gives a path, and its processor.
-
-    Raises:
-        RecipeError: parts that do not fit each other or the recipe.
-        CheckpointError: published weights that do not fit.
-    """
-    config, processor = resolve(options)
-    dtype = getattr(torch, options.dtype)
-    # The frame holds no memory; its parts are put in with their weights.
-    try:
-        with torch.device("meta"):
-            model = LVLMForConditionalGeneration(config)
-    except (ImportError, ValueError) as error:
-        if "ttention" not in str(error):
-            raise
-        raise RecipeError(f"model.llm.attention: {options.llm.attention!r} cannot be used ({error})") from None
-    model.language_model = _language_model(options.llm, config, dtype)
-    model.branches = nn.ModuleDict(
-        {name: _branch(name, branch, config, model.width).to(dtype) for name, branch in options.branches.items()}
-    )
-    model.config.dtype = dtype
-    model.config.pad_token_id = processor.pad_id
-    model.generation_config = _generation_config(model, processor)
-    model.use_attention(options.llm.attention)
-    model.eval()
-    model.choose_logits()
-    return model, processor
-
-
 def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
     """Every size and the processor, from published configs and tokenizers alone; no weights are read."""
     text_config = _text_config(options.llm)
@@ -120,28 +126,42 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
     if len(tokenizer) > text_config.vocab_size:
         # A multiple of 64 keeps the head's matrix in the shape that tensor cores like.
         text_config.vocab_size = -(-len(tokenizer) // 64) * 64
-    branches, spoken = {}, {}
-    for name, branch in options.branches.items():
-        entry, preprocess = _branch_config(name, branch)
-        entry["connector"] |= _tasks_of(name, entry["connector"], options.tasks)
-        entry["placeholder_id"] = tokenizer.convert_tokens_to_ids(PLACEHOLDERS[name])
+    branches: dict[str, BranchEntry] = {}
+    specs: dict[str, Config] = {}
+    for name, block in options.branches.items():
+        encoder, preprocess = _described_encoder(name, block)
+        branches[name] = BranchEntry(
+            encoder=encoder,
+            connector=_connector_config(name, block.connector, options.tasks),
+            channels=_num_channels(preprocess),
+            spatial=_spatial(name, preprocess),
+            placeholder_id=tokenizer.added_tokens_encoder[PLACEHOLDERS[name]],
+        )
         with torch.device("meta"):
-            built = Branch(entry, out_dim=text_config.hidden_size)
-        _check_channels(name, entry, built.encoder)
-        branches[name] = entry
-        spoken[name] = {"placeholder": PLACEHOLDERS[name], "num_tokens": built.num_tokens, "preprocess": preprocess}
-        if built.connector.refuses_unseen_tasks:
-            spoken[name]["known_tasks_only"] = True
+            branch = Branch(branches[name], out_dim=text_config.hidden_size)
+        _check_channels(name, branches[name], branch.encoder)
+        specs[name] = {
+            "placeholder": PLACEHOLDERS[name],
+            "num_tokens": branch.num_tokens,
+            "preprocess": preprocess.model_dump(),
+        }
+        if branch.connector.refuses_unseen_tasks:
+            specs[name]["known_tasks_only"] = True
     family = LLMS.get(options.llm.name)
     template = options.llm.chat_template or (None if tokenizer.chat_template else family.template)
     processor = LVLMProcessor(
         tokenizer,
-        branches=spoken,
+        branches=specs,
         template_kwargs=family.template_kwargs,
         tasks=options.tasks,
         chat_template=read_template(template) if template else None,
     )
-    config = LVLMConfig(text_config=text_config, llm=options.llm.name, branches=branches, tasks=list(options.tasks))
+    config = LVLMConfig(
+        text_config=text_config,
+        llm=options.llm.name,
+        branches={name: entry.model_dump() for name, entry in branches.items()},
+        tasks=list(options.tasks),
+    )
     # At the end, since a config hands its own to the configs inside it when it is made.
     config._attn_implementation = options.llm.attention
     return config, processor
@@ -179,67 +199,71 @@ def _tokenizer(options: LLMOptions) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"model.llm: no usable tokenizer at {source!r} ({error})") from None
 
 
-def _branch_config(name: str, options: BranchOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    encoder, preprocess = _encoder_config(options.encoder)
-    described = preprocess_from_dict(changed({"kind": name, **preprocess}, options.preprocess))
-    if described.size is None:
+def _described_encoder(name: str, options: BranchOptions) -> tuple[Config, Preprocess]:
+    """The config of a branch's encoder, and what is done to its pixels."""
+    encoder, published = _encoder_config(options.encoder)
+    preprocess = preprocess_from_dict(changed({"kind": name, **published}, options.preprocess))
+    _spatial(name, preprocess)
+    return encoder, preprocess
+
+
+def _spatial(name: str, preprocess: Preprocess) -> list[int]:
+    if preprocess.size is None:
         raise RecipeError(
             f"model.branches.{name}.preprocess: size is null, but the token grid must be known; give sizes"
         )
-    entry = {
-        "encoder": encoder,
-        "connector": {"name": options.connector.name, **_fields(options.connector, _NOT_FOR_THE_CONNECTOR)},
-        "channels": described.channels if isinstance(described, ImagePreprocess) else described.num_channels,
-        "spatial": list(described.size),
-    }
-    return entry, described.model_dump()
+    return preprocess.size
+
+
+def _num_channels(preprocess: Preprocess) -> int:
+    return preprocess.channels if isinstance(preprocess, ImagePreprocess) else preprocess.num_channels
 
 
 def _preprocess(name: str, options: BranchOptions) -> Preprocess:
     """The preprocessing of a branch alone, also where the encoder's published config is out of reach."""
     try:
-        return preprocess_from_dict(_branch_config(name, options)[1])
+        return _described_encoder(name, options)[1]
     except CheckpointError as error:
         logger.warning("%s; size, mean and std are the encoder's usual ones, not those of that file", error)
         without = options.model_copy(update={"encoder": _without_path(options.encoder)})
-        return preprocess_from_dict(_branch_config(name, without)[1])
+        return _described_encoder(name, without)[1]
 
 
-def _without_path(encoder: Any) -> Any:
-    inner = getattr(encoder, "encoder", None)
-    changes = {"path": None} if inner is None else {"path": None, "encoder": _without_path(inner)}
+def _without_path(encoder: EncoderOptions) -> EncoderOptions:
+    changes: Config = {"path": None}
+    if (inner := encoder.inner()) is not None:
+        changes["encoder"] = _without_path(inner)
     return encoder.model_copy(update=changes)
 
 
-def _check_channels(name: str, entry: dict[str, Any], encoder: VisionEncoder) -> None:
+def _check_channels(name: str, entry: BranchEntry, encoder: VisionEncoder) -> None:
     """Pixels and encoder are described apart; here they meet. Raises `RecipeError`."""
-    if encoder.channels and entry["channels"] not in encoder.channels:
+    if encoder.channels and entry.channels not in encoder.channels:
         raise RecipeError(
-            f"model.branches.{name}.preprocess: gives pixels of {entry['channels']} channels (one a window, or "
-            f"`channels`), but encoder {entry['encoder']['name']!r} takes {' or '.join(map(str, encoder.channels))}"
+            f"model.branches.{name}.preprocess: gives pixels of {entry.channels} channels (one a window, or "
+            f"`channels`), but encoder {entry.encoder['name']!r} takes {' or '.join(map(str, encoder.channels))}"
         )
 
 
-def _encoder_config(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _encoder_config(options: EncoderOptions) -> tuple[Config, Config]:
     """Name and keywords of an encoder with every size resolved, and the preprocessing it was published with."""
     encoder = ENCODERS.get(options.name)
-    entry = {"name": options.name, **_fields(options, _NOT_FOR_THE_ENCODER)}
+    entry: Config = {"name": options.name, **_fields(options, _NOT_FOR_THE_ENCODER)}
     image_size = getattr(options, "image_size", None)
-    if (inner := getattr(options, "encoder", None)) is not None:  # an encoder around another one
+    if (inner := options.inner()) is not None:
         entry["encoder"], inner_preprocess = _encoder_config(inner)
         entry["architecture"] = {}
         return entry, encoder.preprocess_from(inner_preprocess, {}, image_size)
     published = PretrainedSource(options.path) if options.path else None
     if published is not None and published.is_bundle():
         return _bundle_config(entry, options, published.config())
-    entry["architecture"] = encoder.architecture_from(published.config() if published else {}) | options.architecture
+    sizes = encoder.architecture_from(published.config() if published else {}) | options.architecture
+    entry["architecture"] = sizes
     preprocessor = published.preprocessor() if published else {}
-    return entry, encoder.preprocess_from(preprocessor, entry["architecture"], image_size)
+    return entry, encoder.preprocess_from(preprocessor, sizes, image_size)
 
 
-def _bundle_config(
-    entry: dict[str, Any], options: Any, bundle: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _bundle_config(entry: Config, options: EncoderOptions, bundle: Mapping[str, Any]) -> tuple[Config, Config]:
     """The same, from an encoder that medm exported."""
     if bundle["encoder"] != options.name:
         raise RecipeError(
@@ -253,36 +277,56 @@ def _bundle_config(
     return entry, preprocess
 
 
-def build_encoder(options: Any) -> tuple[VisionEncoder, dict[str, Any]]:
+def encoder_options(block: Mapping[str, object], *, source: str) -> EncoderOptions:
+    """Return an encoder block of a recipe, checked.
+
+    Args:
+        block: name and options.
+        source: for messages.
+    """
+    name = str(block["name"])
+    options = validate(ENCODERS.entry(name).options, block, source=source)
+    if not isinstance(options, EncoderOptions):
+        raise TypeError(
+            f"encoder {name!r}: expected options that derive from EncoderOptions, found {type(options).__name__}"
+        )
+    return options
+
+
+def build_encoder(options: EncoderOptions) -> tuple[VisionEncoder, Config]:
     """An encoder alone, with its weights where the options name some, and the preprocessing that belongs to it.
 
     Args:
         options: an encoder block of a recipe.
     """
     entry, preprocess = _encoder_config(options)
-    encoder = ENCODERS.get(entry.pop("name"))(**entry)
+    encoder = ENCODERS.constructor(entry)()
     _load_encoder(encoder, options, options.name)
     encoder.eval()
     return encoder, preprocess
 
 
-def _tasks_of(name: str, connector: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    """The model's tasks, for a connector that routes by task: ids mean positions in one and the same list."""
-    if "tasks" not in connector or list(connector["tasks"]) == list(tasks):
-        return {}
-    if connector["tasks"]:
-        raise RecipeError(
-            f"model.branches.{name}.connector.tasks: {connector['tasks']} are not the model's tasks {list(tasks)}; "
-            "write them once, as model.tasks"
-        )
-    return {"tasks": list(tasks)}
+def _connector_config(name: str, options: ConnectorOptions, tasks: list[str]) -> Config:
+    """Name and keywords of a connector.
+
+    One that routes by task gets the model's tasks: ids mean positions in one and the same list.
+    """
+    entry: Config = {"name": options.name, **_fields(options, _NOT_FOR_THE_CONNECTOR)}
+    if "tasks" in entry and entry["tasks"] != tasks:
+        if entry["tasks"]:
+            raise RecipeError(
+                f"model.branches.{name}.connector.tasks: {entry['tasks']} are not the model's tasks {tasks}; "
+                "write them once, as model.tasks"
+            )
+        entry["tasks"] = list(tasks)
+    return entry
 
 
-def _fields(options: Any, left_out: set[str]) -> dict[str, Any]:
+def _fields(options: Options, left_out: set[str]) -> Config:
     return {key: value for key, value in options.model_dump().items() if key not in left_out}
 
 
-def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype) -> Any:
+def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype) -> CausalLM:
     text_config = config.get_text_config()
     if options.path is None:
         return AutoModelForCausalLM.from_config(text_config, dtype=dtype)
@@ -304,8 +348,8 @@ def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype)
     return model
 
 
-def _branch(name: str, options: BranchOptions, config: LVLMConfig, out_dim: int) -> Branch:
-    branch = Branch(config.branches[name], out_dim=out_dim)
+def _load_branch(branch: Branch, options: BranchOptions, *, name: str) -> None:
+    """Published weights into a branch, wherever its options name some."""
     _load_encoder(branch.encoder, options.encoder, f"{name}.encoder")
     if options.connector.path:
         load_module(
@@ -314,12 +358,11 @@ def _branch(name: str, options: BranchOptions, config: LVLMConfig, out_dim: int)
             source=f"{name}.connector from {options.connector.path}",
             key_map=type(branch.connector).key_map,
         )
-    return branch
 
 
-def _load_encoder(encoder: Any, options: Any, part: str) -> None:
-    if (inner := getattr(options, "encoder", None)) is not None:
-        _load_encoder(encoder.encoder, inner, f"{part}.encoder")
+def _load_encoder(encoder: VisionEncoder, options: EncoderOptions, part: str) -> None:
+    if encoder.inner is not None and (inner := options.inner()) is not None:
+        _load_encoder(encoder.inner, inner, f"{part}.encoder")
     elif options.path:
         published = PretrainedSource(options.path)
         load_module(
@@ -328,17 +371,14 @@ def _load_encoder(encoder: Any, options: Any, part: str) -> None:
             source=f"{part} from {options.path}",
             key_map=() if published.is_bundle() else type(encoder).key_map,
             ignored=type(encoder).ignored_keys,
-            beyond=type(encoder).beyond_keys,
+            beyond=type(encoder).truncated_keys,
         )
 
 
-def _generation_config(model: LVLMForConditionalGeneration, processor: LVLMProcessor) -> Any:
+def _generation_config(model: LVLMForConditionalGeneration, processor: LVLMProcessor) -> GenerationConfig:
     """The LLM's own, which also stops at the template's end token and never says a placeholder."""
-    generation: Any = model.language_model.generation_config
-    end = processor.chat.end_of_reply()
-    stops: Any = generation.eos_token_id
-    known = stops if isinstance(stops, list) else [stops] if stops is not None else []
-    generation.eos_token_id = sorted({end, *known})
+    generation = model.language_model.generation_config
+    generation.eos_token_id = sorted({processor.chat.end_of_reply(), *stop_tokens(generation)})
     generation.pad_token_id = processor.pad_id
     if processor.placeholder_ids:
         generation.suppress_tokens = sorted(processor.placeholder_ids.values())

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from medm.config import Options
+from medm.config import Options, validate
+from medm.types import Config
 
 
 class BranchEntry(Options):
     """One branch of a checkpoint. A field that a later medm adds needs a default, so that older folders open."""
 
-    encoder: dict[str, Any]
+    encoder: Config
     """Such as `{"name": "siglip", "architecture": {...}, "layer": -1, "tokens": "patch"}`."""
-    connector: dict[str, Any]
+    connector: Config
     """Such as `{"name": "mlp", "depth": 2, "activation": "gelu"}`."""
     channels: int
     """Channels of the input."""
@@ -34,15 +35,17 @@ class LVLMConfig(PreTrainedConfig):
 
     model_type = "medm-lvlm"
     sub_configs = {"text_config": AutoConfig}
+    attribute_map: ClassVar[dict[str, str]] = {"full_logits": "loss_on_full_logits"}
+    """Older names in config.json to those of the fields below."""
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     """Config of the language model."""
     llm: str = "auto"
     """Family of the language model, a name of `medm.llms`."""
     branches: dict[str, Any] = field(default_factory=dict)
-    adapters: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, Config] = field(default_factory=dict)
     """Part name to the LoRA that sits in it, in peft's field names; the layers are built with the model."""
-    full_logits: bool = False
+    loss_on_full_logits: bool = False
     """Train on logits that the language model computes itself, at every position: what it does behind its head is not
     known here."""
     tasks: list[str] = field(default_factory=list)
@@ -59,12 +62,16 @@ class LVLMConfig(PreTrainedConfig):
         self.tie_word_embeddings = False
         super().__post_init__(**kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
+    def branch(self, name: str) -> BranchEntry:
+        """Return the entry of a branch, checked. Raises `RecipeError` with every problem."""
+        return validate(BranchEntry, self.branches[name], source="a branch of config.json")
+
+    def to_dict(self) -> Config:
         content = super().to_dict()
         content.pop("use_cache", None)
         return content
 
-    def get_text_config(self, *_args: Any, **_kwargs: Any) -> PreTrainedConfig:
+    def get_text_config(self, *_args: object, **_kwargs: object) -> PreTrainedConfig:
         """The language model's config, which generation reads for its cache."""
         assert isinstance(self.text_config, PreTrainedConfig)
         return self.text_config

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from medm.errors import DataError, MediaError
 from medm.imaging.sources import decode_base64
@@ -28,11 +27,11 @@ class ChatInput:
     """One conversation."""
 
     turns: tuple[Turn, ...]
-    items: tuple[Any, ...]
+    items: tuple[object, ...]
     """Of each image and volume in order, what its part holds; None where it holds nothing."""
 
 
-def parse_messages(messages: Any) -> ChatInput:
+def parse_messages(messages: object) -> ChatInput:
     """Read one conversation.
 
     Args:
@@ -44,7 +43,7 @@ def parse_messages(messages: Any) -> ChatInput:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise DataError(f"expected a list of messages with 'role' and 'content', found {_kind(messages)}")
     turns: list[Turn] = []
-    items: list[Any] = []
+    items: list[object] = []
     for position, message in enumerate(messages):
         place = f"messages.{position}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -68,7 +67,7 @@ def parse_messages(messages: Any) -> ChatInput:
     return ChatInput(tuple(turns), tuple(items))
 
 
-def _parts(content: Any, field: str) -> Iterator[tuple[str | Media, Any]]:
+def _parts(content: object, field: str) -> Iterator[tuple[str | Media, object]]:
     if isinstance(content, str):
         yield content, None
         return
@@ -99,14 +98,14 @@ def _parts(content: Any, field: str) -> Iterator[tuple[str | Media, Any]]:
             raise DataError(f"expected a content part of type {known}, found {found_kind}", field=place)
 
 
-def _bytes(text: Any, field: str) -> Any:
+def _bytes(text: object, field: str) -> object:
     try:
         return decode_base64(text)
     except MediaError as error:
         raise error.at(field=field) from None
 
 
-def flatten(value: Any) -> list[Any]:
+def flatten(value: object) -> list[object]:
     """One item, or lists of them at any depth, as one list."""
     if value is None:
         return []
@@ -115,6 +114,6 @@ def flatten(value: Any) -> list[Any]:
     return [value]
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """The type of a value. The value itself may be about a patient and stays out of messages."""
     return "nothing" if value is None else type(value).__name__

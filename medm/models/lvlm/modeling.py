@@ -7,19 +7,19 @@ checks the counts. Labels, masks and positions are never rebuilt. Knows nothing 
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import prod
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.generation.utils import GenerateOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from medm.config import flatten, validate
+from medm.config import flatten
 from medm.connectors import CONNECTORS
 from medm.connectors.base import Connector
 from medm.distributed import world_size
@@ -27,15 +27,23 @@ from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
 from medm.llms.attention import no_mask, separates_documents
+from medm.llms.lm_head import has_known_logits, stop_tokens
 from medm.models.base import MedmModel
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.options import LVLMOptions
+from medm.models.lvlm.processing import LVLMProcessor
 from medm.models.lvlm.scatter import check, scatter
-from medm.models.lvlm.token_loss import lm_logits, loss_of_hidden_states, loss_of_logits
-from medm.registry import Registry
-from medm.types import VisionFeatures
+from medm.models.lvlm.token_loss import loss_of_hidden_states, loss_of_logits
+from medm.models.options import ModelOptions
+from medm.types import Processor, VisionFeatures
+
+if TYPE_CHECKING:
+    from medm.llms.lm_head import CausalLM
 
 logger = logging.getLogger(__name__)
+
+BranchTensors: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
+"""Tensors by branch, of all prompts or of each."""
 
 
 @dataclass
@@ -61,22 +69,27 @@ class LVLMOutput(CausalLMOutputWithPast):
 class Branch(nn.Module):
     """One way for vision to come in: an encoder and the connector that leads to the LLM.
 
+    It is a `medm.types.VisionBranch`.
+
     Args:
-        config: the branch's entry in `LVLMConfig.branches`.
+        config: the branch's entry in the config of a checkpoint.
         out_dim: width of the language model.
     """
 
-    def __init__(self, config: Mapping[str, Any], *, out_dim: int) -> None:
+    def __init__(self, config: BranchEntry, *, out_dim: int) -> None:
         super().__init__()
-        entry = validate(BranchEntry, config, source="a branch of config.json")
-        self.features_only = False
-        """Set by a run that hands over features on every process: then no process may touch the encoder."""
-        self.encoder: VisionEncoder = part(ENCODERS, entry.encoder)
-        self.spatial, self.channels = tuple(entry.spatial), entry.channels
-        self.connector: Connector = part(
-            CONNECTORS, entry.connector,
-            in_dim=self.encoder.dim, out_dim=out_dim, grid=self.encoder.grid(self.spatial), prefix=self.encoder.prefix,
-        )  # fmt: skip
+        self.encoder_bypassed = False
+        """Set by a run that hands over cached features on every rank: then no rank may touch the encoder."""
+        self.encoder: VisionEncoder = ENCODERS.constructor(config.encoder)()
+        self.spatial, self.channels = tuple(config.spatial), config.channels
+        self.placeholder_id = config.placeholder_id
+        self.connector: Connector = CONNECTORS.constructor(
+            config.connector,
+            in_dim=self.encoder.dim,
+            out_dim=out_dim,
+            grid=self.encoder.grid(self.spatial),
+            prefix=self.encoder.prefix,
+        )()
 
     @property
     def num_tokens(self) -> int:
@@ -89,22 +102,25 @@ class Branch(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             return self.encoder(pixels)
 
-    def known(self, features: VisionFeatures | Tensor) -> VisionFeatures:
-        """Features that were encoded before; bare tokens (N, prefix + prod(grid), D) are of the branch's input size."""
+    def from_cached(self, features: VisionFeatures | Tensor) -> VisionFeatures:
+        """Return features that were encoded before.
+
+        Tokens alone (N, prefix + prod(grid), D) are of the branch's input size.
+        """
         if isinstance(features, VisionFeatures):
             return features
         tokens = features.to(**self.encoder.device_and_dtype)
         return VisionFeatures(tokens, self.encoder.grid(self.spatial), self.encoder.prefix)
 
-    def idle(self) -> Tensor:
-        """Zero that depends on every weight that a batch with an item would have used; see contract 5.
+    def dummy_forward(self) -> Tensor:
+        """Return zero that depends on every weight that a batch with an item would have used.
 
-        The same modules in the same order as with an item: ZeRO-3 compares what the processes call.
+        The same modules run in the same order as with an item: ZeRO-3 compares what the ranks call.
         """
         reference = self.encoder.device_and_dtype
         no_task = torch.full((1,), -1, device=reference["device"])
-        if self.features_only:
-            seen = self.known(
+        if self.encoder_bypassed:
+            seen = self.from_cached(
                 torch.zeros(1, self.encoder.prefix + prod(self.connector.grid), self.encoder.dim, **reference)
             )
         else:
@@ -129,26 +145,26 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
 
     def __init__(self, config: LVLMConfig) -> None:
         super().__init__(config)
-        self.language_model: Any = AutoModelForCausalLM.from_config(config.get_text_config())
+        self.language_model: CausalLM = AutoModelForCausalLM.from_config(config.get_text_config())
         self.branches = nn.ModuleDict(
-            {name: Branch(entry, out_dim=self.width) for name, entry in config.branches.items()}
+            {name: Branch(config.branch(name), out_dim=self.width) for name in config.branches}
         )
         self.inject_adapters()
         self.post_init()
 
-    def get_input_embeddings(self) -> Any:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> Any:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.language_model.get_output_embeddings()
 
     @property
     def width(self) -> int:
         """Width of the language model's embeddings."""
-        return int(self.get_input_embeddings().embedding_dim)
+        return self.get_input_embeddings().embedding_dim
 
     def branch(self, name: str) -> Branch:
         """A branch by name."""
@@ -162,10 +178,15 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             parts[f"{name}.connector"] = self.branch(name).connector
         return parts
 
-    def encoders(self) -> dict[str, Any]:
-        return dict(self.branches.items())
+    def encoders(self) -> dict[str, Branch]:
+        return {name: self.branch(name) for name in self.branches}
 
-    def check_same_parts(self, options: LVLMOptions, *, source: str) -> None:  # type: ignore[override]
+    def check_same_parts(self, options: ModelOptions, *, source: str) -> None:
+        if not isinstance(options, LVLMOptions):
+            raise RecipeError(
+                f"init_from {source}: holds a model of kind 'lvlm', not {options.kind!r}. "
+                "Change the recipe or init_from"
+            )
         differences = (
             [] if options.llm.name == self.config.llm else [f"llm {self.config.llm!r}, not {options.llm.name!r}"]
         )
@@ -183,18 +204,17 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
                 f"init_from {source}: holds " + "; ".join(differences) + ". Change the recipe or init_from"
             )
 
-    def adapt(self, options: LVLMOptions, processor: Any) -> None:
+    def adapt(self, options: LVLMOptions, processor: LVLMProcessor) -> None:
         """Apply a recipe over a saved model: the stop token of its chat template, its attention.
 
         Args:
             options: the recipe's section.
             processor: the adapted one.
         """
-        generation: Any = self.generation_config
-        end, stops = processor.chat.end_of_reply(), generation.eos_token_id
-        generation.eos_token_id = sorted({end, *(stops if isinstance(stops, list) else [stops])} - {None})
+        generation = self.generation_config
+        generation.eos_token_id = sorted({processor.chat.end_of_reply(), *stop_tokens(generation)})
         self.use_attention(options.llm.attention)
-        self.choose_logits()
+        self.probe_lm_head()
 
     def use_attention(self, attention: str) -> None:
         """Switch the language model to an attention implementation, at every level that names one.
@@ -215,7 +235,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             )
         self.config._attn_implementation = attention
 
-    def upgrade(self, processor: Any) -> None:
+    def upgrade(self, processor: Processor) -> None:
+        if not isinstance(processor, LVLMProcessor):
+            return
         for name in self.branches:
             if self.branch(name).connector.refuses_unseen_tasks:
                 processor.branches[name].setdefault("known_tasks_only", True)
@@ -247,16 +269,14 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         for name in self.branches:
             branch = self.branch(name)
             if name in pixels or name in features:
-                seen = branch.known(features[name]) if name in features else branch.encode(pixels[name])
+                seen = branch.from_cached(features[name]) if name in features else branch.encode(pixels[name])
                 tokens = branch.connector(seen, task_ids.get(name))  # (N, M, D)
                 losses |= {f"{name}.{key}": value for key, value in branch.connector.auxiliary_losses().items()}
-                embeds = scatter(
-                    embeds, input_ids, tokens, placeholder_id=self.config.branches[name]["placeholder_id"], branch=name
-                )
+                embeds = scatter(embeds, input_ids, tokens, placeholder_id=branch.placeholder_id, branch=name)
             else:
-                self._check_no_placeholder(input_ids, name)
-                if self._must_run_every_branch():
-                    embeds = embeds + branch.idle().to(embeds.dtype)
+                _check_no_placeholder(input_ids, branch.placeholder_id, branch=name)
+                if self._sync_all_branches():
+                    embeds = embeds + branch.dummy_forward().to(embeds.dtype)
         return embeds, losses
 
     def forward(
@@ -304,7 +324,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         if labels is None:
             output = self.language_model(**decoding, logits_to_keep=logits_to_keep)
             return LVLMOutput.wrap(output)
-        if self.config.full_logits:
+        if self.config.loss_on_full_logits:
             output = self.language_model(**decoding, use_cache=False)
             loss = loss_of_logits(output.logits, labels, label_positions, num_items=num_items_in_batch)
         else:
@@ -321,11 +341,11 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
     def generate(
         self,
         input_ids: Tensor,
-        pixels: Mapping[str, Tensor] | None = None,
-        task_ids: Mapping[str, Tensor] | None = None,
+        pixels: BranchTensors | None = None,
+        task_ids: BranchTensors | None = None,
         features: Mapping[str, VisionFeatures | Tensor] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> GenerateOutput | Tensor:
         """Answers, in the form of transformers' `generate`: (B * sequences, prompt + answer) token ids.
 
         Vision runs once; the language model's own generation does the rest. Batches are padded on the left.
@@ -340,63 +360,36 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             kwargs = {**config.update(**kwargs), "generation_config": config}
         return self.language_model.generate(input_ids=input_ids, inputs_embeds=embeds, **kwargs)
 
-    def choose_logits(self) -> None:
-        """Train on the language model's own logits where `lm_logits` computes others: families scale them as they like.
-
-        Two drawn hidden states, large enough for a soft cap to show, stand in for what the decoder would give, so
-        that it costs a run of the head alone.
-        """
-        base, head = self.language_model.base_model, self.language_model.get_output_embeddings()
-        generator = torch.Generator().manual_seed(0)
-        hidden = 8.0 * torch.randn(1, 2, self.width, generator=generator)  # (1, 2, D)
-        hidden = hidden.to(head.weight)
-        with torch.no_grad():
-            expected = lm_logits(self.language_model, hidden).float()
-            base.forward = lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=hidden)
-            try:
-                own = self.language_model(inputs_embeds=hidden, use_cache=False).logits.float()
-            finally:
-                del base.forward
-        self.config.full_logits = bool((own - expected).abs().max() > 1e-2 * own.abs().max())
-        if self.config.full_logits:
+    def probe_lm_head(self) -> None:
+        """Train on the language model's own logits where medm does not know how it scales them."""
+        self.config.loss_on_full_logits = not has_known_logits(self.language_model)
+        if self.config.loss_on_full_logits:
             logger.warning(
                 "language models of type %r change their logits in a way of their own; training computes them at every "
                 "position, which takes more memory",
                 self.config.get_text_config().model_type,
             )
 
-    def _must_run_every_branch(self) -> bool:
-        """In training every rank must touch the same weights in the same order, or ZeRO-3 waits for ever; the same
-        holds for evaluation on several ranks.
+    def _sync_all_branches(self) -> bool:
+        """Return whether branches without input run a dummy forward.
+
+        In training, and in evaluation on several ranks, every rank must touch the same weights in the same order;
+        otherwise ZeRO-3 waits forever.
         """
         return self.training or world_size() > 1
 
-    def _check_no_placeholder(self, input_ids: Tensor, name: str) -> None:
-        count = (input_ids == self.config.branches[name]["placeholder_id"]).sum()
-        check(count == 0, lambda: f"branch '{name}': {int(count)} placeholder tokens in the text, and no pixels")
+
+def _check_no_placeholder(input_ids: Tensor, placeholder_id: int, *, branch: str) -> None:
+    count = (input_ids == placeholder_id).sum()
+    check(
+        count == 0,
+        lambda: f"branch '{branch}': {int(count)} placeholder tokens in the text, and no pixels",
+    )
 
 
-def _joined(items: Any) -> Any:
+def _joined(items: BranchTensors | None) -> Mapping[str, Tensor] | None:
     """Mappings of tensors, one for each prompt, as one mapping of the items of all of them."""
     if items is None or isinstance(items, Mapping):
         return items
     names = dict.fromkeys(name for item in items for name in item)
     return {name: torch.cat([item[name] for item in items if name in item]) for name in names}
-
-
-def part(registry: Registry[Any], entry: Mapping[str, Any], **sizes: Any) -> Any:
-    """An encoder or connector from its entry in a config. What the entry does not say is as the part's class has it.
-
-    Raises:
-        RecipeError: no such part, or it does not take what the entry says: a later medm wrote it, or a person.
-    """
-    options = dict(entry)
-    name = options.pop("name", "")
-    maker = registry.get(name)
-    try:
-        inspect.signature(maker).bind(**sizes, **options)
-    except TypeError as error:
-        raise RecipeError(
-            f"{registry.kind} {name!r} does not take what its config says ({error}); a later medm may have written it"
-        ) from None
-    return maker(**sizes, **options)

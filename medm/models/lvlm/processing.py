@@ -29,7 +29,7 @@ from medm.types import IGNORE_INDEX, Example, Media, Sample, Turn
 logger = logging.getLogger(__name__)
 
 
-class SpokenBranch(Options):
+class BranchSpec(Options):
     """What the processor knows of a branch. A field that is added later needs a default, so that older folders open."""
 
     placeholder: str
@@ -80,7 +80,7 @@ class LVLMProcessor(ProcessorMixin):
 
     Args:
         tokenizer: knows each branch's placeholder as a special token.
-        branches: per branch the fields of a `SpokenBranch`.
+        branches: per branch the fields of a `BranchSpec`.
         template_kwargs: fixed variables of the chat template.
         tasks: task names, in the order of their ids.
         chat_template: the template; the tokenizer's without it.
@@ -105,7 +105,7 @@ class LVLMProcessor(ProcessorMixin):
         template = fix_clock(template)
         super().__init__(tokenizer, chat_template=template, **kwargs)
         for name, entry in (branches or {}).items():
-            validate(SpokenBranch, entry, source=f"processor_config.json, branches.{name}")
+            validate(BranchSpec, entry, source=f"processor_config.json, branches.{name}")
         self.branches = {name: dict(entry) for name, entry in (branches or {}).items()}
         self.template_kwargs = dict(template_kwargs or {})
         self.tasks = list(tasks or [])
@@ -156,6 +156,11 @@ class LVLMProcessor(ProcessorMixin):
     def image_token_id(self) -> int | None:
         """The placeholder's id."""
         return self.placeholder_ids.get("image")
+
+    @property
+    def num_tokens(self) -> dict[str, int]:
+        """Per branch the vision tokens of one item."""
+        return {name: int(entry["num_tokens"]) for name, entry in self.branches.items()}
 
     @property
     def pad_id(self) -> int:
@@ -377,7 +382,7 @@ class LVLMProcessor(ProcessorMixin):
     def _part(self, part: str | Media) -> Part:
         if isinstance(part, str):
             return part
-        return [self.placeholder_ids[part.branch]] * int(self.branches[part.branch]["num_tokens"])
+        return [self.placeholder_ids[part.branch]] * self.num_tokens[part.branch]
 
     def _pixels(self, branch: str, item: Any) -> np.ndarray:
         return load_pixels(item, self.preprocess[branch])

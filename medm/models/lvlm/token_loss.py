@@ -6,14 +6,17 @@ part even without a label, since the weights may be spread over ranks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from medm.llms.lm_head import lm_logits
 from medm.types import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from medm.llms.lm_head import CausalLM
 
 HEAD_CHUNK = 4096
 """Labeled positions whose logits are in memory at a time; more of them are computed in chunks, and again for
@@ -36,8 +39,13 @@ def loss_of_logits(
 
 
 def loss_of_hidden_states(
-    hidden: Tensor, labels: Tensor, positions: Tensor | None, *, num_items: Tensor | int | None, language_model: Any
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    labels: Tensor,
+    positions: Tensor | None,
+    *,
+    num_items: Tensor | int | None,
+    language_model: CausalLM,
+) -> Tensor:
     """Return the cross-entropy at the labeled positions of the decoder's output, (B, T, D).
 
     Args are those of `loss_of_logits`; besides them:
@@ -55,19 +63,6 @@ def loss_of_hidden_states(
         chunks = zip(chosen.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
         total = sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
     return _divided(total, targets, num_items)
-
-
-def lm_logits(language_model: Any, hidden: Tensor) -> Tensor:
-    """Return logits (..., V) of hidden states (..., D), with the scaling that some families put after the LM head."""
-    logits = language_model.get_output_embeddings()(hidden)
-    text = language_model.config.get_text_config()
-    if (cap := getattr(text, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
-        logits = torch.tanh(logits / cap) * cap
-    if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
-        logits = logits / divisor
-    if (factor := getattr(text, "logit_scale", None)) is not None:  # Cohere
-        logits = logits * factor
-    return logits
 
 
 def _labeled(values: Tensor, labels: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -20,13 +20,13 @@ from transformers import AutoTokenizer
 
 from medm.config import validate
 from medm.connectors.mlp import MLPConnector
-from medm.encoders import ENCODERS
+from medm.encoders.base import VisionEncoder
 from medm.errors import CheckpointError, DataError, RecipeError
 from medm.files import atomic_directory
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
 from medm.models.folders import describe, require_free
-from medm.models.lvlm.build import build, build_encoder
+from medm.models.lvlm.build import LVLM, build_encoder, encoder_options
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.published.source_configs import (
     END_TOKENS,
@@ -127,7 +127,7 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
             target,
             title=f"{place.name}: imported by medm",
             text=f"Made from `{Path(source).name}`: {report.kind}. `import.json` names every tensor.",
-            facts={"import": {"source": source, "kind": report.kind}},
+            metadata={"import": {"source": source, "kind": report.kind}},
         )
     return report
 
@@ -245,19 +245,19 @@ def _write_lvlm(
         _settle_head(groups["llm"], llm["architecture"], report)
         dtype = groups["llm"]["model.embed_tokens.weight"].dtype
         section["dtype"] = str(dtype).removeprefix("torch.")
-        model, processor = build(validate(LVLMOptions, section, source="the model that the source describes"))
+        model, processor = LVLM().build(validate(LVLMOptions, section, source="the model that the source describes"))
     report.parts.append(_in_the_files(_load_llm(model.language_model, groups["llm"], source="llm"), names["llm"]))
     parts = model.parts()
     for part, group_name in sources.items():
         module: Any = parts[part]
         tensors = groups[group_name]
-        if part.endswith(".encoder") and hasattr(module, "encoder"):
-            module = module.encoder  # slices: the weights are the inner encoder's
+        if isinstance(module, VisionEncoder):
+            module = module.inner or module
         if part.endswith(".connector") and "query" in tensors and tensors["query"].ndim == 3:
             tensors["query"] = tensors["query"].squeeze(0)
         loaded = load_module(
             module, tensors, source=part, key_map=type(module).key_map,
-            ignored=getattr(type(module), "ignored_keys", ()), beyond=getattr(type(module), "beyond_keys", ()),
+            ignored=getattr(type(module), "ignored_keys", ()), beyond=getattr(type(module), "truncated_keys", ()),
         )  # fmt: skip
         report.parts.append(_in_the_files(loaded, names[group_name]))
     unused = [name for name, tensors in groups.items() if tensors and name not in {"llm", *sources.values()}]
@@ -348,13 +348,13 @@ def _load_llm(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) 
 
 def _encoder(kind: str, published: PretrainedSource, target: Path, report: ImportReport, hints: Hints) -> None:
     """A tower as a bundle."""
-    options = validate(ENCODERS.entry(kind).options, encoder_block(kind, published.path, hints), source=kind)
+    options = encoder_options(encoder_block(kind, published.path, hints), source=kind)
     encoder, preprocess = build_encoder(options)
     part = LoadReport(kind)
     used = rename(published.tensors(), key_map=(), ignored=type(encoder).ignored_keys, report=part)
     part.loaded = sorted(used)  # the builder has loaded them, all or nothing
     report.parts.append(part)
-    architecture = type(encoder).architecture_from(published.config()) | options.model_dump()["architecture"]
+    architecture = type(encoder).architecture_from(published.config()) | options.architecture
     entry = options.model_dump(exclude={"name", "path", "architecture", "image_size"})
     save_bundle(
         target, encoder, name=kind, architecture=architecture, options=entry,

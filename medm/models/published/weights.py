@@ -257,9 +257,9 @@ def save_bundle(
     encoder: nn.Module,
     *,
     name: str,
-    architecture: Mapping[str, Any],
-    options: Mapping[str, Any],
-    preprocess: Mapping[str, Any],
+    architecture: Mapping[str, object],
+    options: Mapping[str, object],
+    preprocess: Mapping[str, object],
 ) -> None:
     """Write an encoder so that a recipe can name the folder as its `path`.
 
