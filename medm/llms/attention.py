@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import import_utils
 
 from medm.errors import RecipeError
+
+if TYPE_CHECKING:
+    from medm.llms.lm_head import CausalLM
 
 PER_DOCUMENT = "per-document"
 _FLASH = {
@@ -107,7 +110,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
 
 
-def separates_documents(model: Any) -> bool:
+def separates_documents(model: CausalLM) -> bool:
     """Whether a language model keeps the samples of a long row apart; it is switched to `PER_DOCUMENT` if that helps.
 
     Args:
@@ -151,7 +154,7 @@ def check_usable(attention: str) -> None:
         )
 
 
-def attends_to_all(model: Any) -> bool:
+def attends_to_all(model: CausalLM) -> bool:
     """Whether each token of a language model attends to all before it, in layers that take their attention by name.
 
     Not so: windows, layers of other kinds, soft caps on the scores, code that calls its attention itself.
@@ -166,13 +169,13 @@ def attends_to_all(model: Any) -> bool:
     )
 
 
-def in_one_kernel(model: Any, *, device: torch.device, dtype: torch.dtype) -> bool:
+def in_one_kernel(model: CausalLM, *, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the samples of a row are attended to in one call, whatever their lengths, which a compiler can follow."""
     dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
     return device.type == "cuda" and dtype in _KERNEL_TYPES and not dropout and bool(_varlen_options())
 
 
-def no_mask(model: Any, row: Tensor) -> Tensor | None:
+def no_mask(model: CausalLM, row: Tensor) -> Tensor | None:
     """What to pass as attention mask with a row that says where samples begin.
 
     Four dimensions keep transformers from making a mask of T x T, which nobody would read.

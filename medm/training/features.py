@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from medm.distributed import all_gather_objects, failures, on_rank_zero, rank, w
 from medm.errors import DataError, MediaError, MedmError, machine_fault
 from medm.imaging import Preprocess, fingerprint, prepare
 from medm.imaging.placement import Prepared
+from medm.models.base import MedmModel
+from medm.types import VisionBranch
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ BATCH = 16
 
 
 def keep_features(
-    model: Any,
+    model: MedmModel,
     root: Path,
     preprocess: Mapping[str, Preprocess],
     data: Sequence[Records],
@@ -104,7 +106,11 @@ def _files(records: Records, branch: str) -> Iterator[Path]:
 
 
 def _made_by_all(
-    store: FeatureStore, branch: Any, preprocess: Preprocess, wanted: list[tuple[str, Path]], device: torch.device
+    store: FeatureStore,
+    branch: VisionBranch,
+    preprocess: Preprocess,
+    wanted: list[tuple[str, Path]],
+    device: torch.device,
 ) -> list[str]:
     """Fill a store, each process with its share. What could not be read on any of them, and why."""
     bad: list[str] = []
@@ -115,11 +121,15 @@ def _made_by_all(
 
 
 def _fill(
-    store: FeatureStore, branch: Any, preprocess: Preprocess, wanted: list[tuple[str, Path]], device: torch.device,
+    store: FeatureStore,
+    branch: VisionBranch,
+    preprocess: Preprocess,
+    wanted: list[tuple[str, Path]],
+    device: torch.device,
     bad: list[str],
-) -> None:  # fmt: skip
+) -> None:
     """Encode and keep what is wanted; `bad` grows by what cannot be read."""
-    before = branch.encoder.device_and_dtype["device"]
+    before = next(branch.encoder.parameters()).device
     branch.encoder.to(device).eval()
     try:
         batches = _encoded(branch, preprocess, wanted, device, bad)
@@ -132,7 +142,7 @@ def _fill(
 
 
 def _encoded(
-    branch: Any, preprocess: Preprocess, wanted: list[tuple[str, Path]], device: torch.device, bad: list[str]
+    branch: VisionBranch, preprocess: Preprocess, wanted: list[tuple[str, Path]], device: torch.device, bad: list[str]
 ) -> Iterator[FeatureBatch]:
     """Features (n, prefix + prod(grid), D), in float16 where the encoder computes in it, else in float32: exact
     either way.

@@ -6,13 +6,13 @@ Both change layers in place; names of weights, and so checkpoints, stay as they 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.errors import DeviceError, RecipeError
+from medm.llms.lm_head import is_causal_lm
 
 
 def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: str = "inductor") -> int:
@@ -39,7 +39,7 @@ def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: s
     return len(layers)
 
 
-def use_liger(language_model: Any) -> None:
+def use_liger(language_model: nn.Module | None) -> None:
     """Liger's norms, rotary embeddings and gated layers (arXiv 2410.10989) in a language model, in place.
 
     Its fused cross-entropy is not used: the head runs at labelled positions only.
@@ -51,7 +51,7 @@ def use_liger(language_model: Any) -> None:
         DeviceError: liger-kernel is not installed, or there is no GPU.
         RecipeError: there is no language model, or liger has no kernels for its family.
     """
-    if language_model is None:
+    if not is_causal_lm(language_model):
         raise RecipeError("train.liger: there is no language model to use its kernels in; leave the key out")
     require_liger()
     from liger_kernel.transformers import _apply_liger_kernel_to_instance

@@ -15,5 +15,5 @@ def load_published(encoder: VisionEncoder, tensors: dict[str, Tensor]) -> LoadRe
         source="test",
         key_map=encoder.key_map,
         ignored=encoder.ignored_keys,
-        beyond=encoder.truncated_keys,
+        truncated=encoder.truncated_keys,
     )

@@ -371,7 +371,7 @@ def _load_encoder(encoder: VisionEncoder, options: EncoderOptions, part: str) ->
             source=f"{part} from {options.path}",
             key_map=() if published.is_bundle() else type(encoder).key_map,
             ignored=type(encoder).ignored_keys,
-            beyond=type(encoder).truncated_keys,
+            truncated=type(encoder).truncated_keys,
         )
 
 

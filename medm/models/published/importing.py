@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medm.config import validate
+from medm.connectors.base import Connector
 from medm.connectors.mlp import MLPConnector
 from medm.encoders.base import VisionEncoder
 from medm.errors import CheckpointError, DataError, RecipeError
@@ -31,12 +32,14 @@ from medm.models.lvlm.options import LVLMOptions
 from medm.models.published.source_configs import (
     END_TOKENS,
     Hints,
+    Section,
     encoder_block,
     generation_of,
     llava_section,
     medm_vl_section,
 )
 from medm.models.published.weights import LoadReport, PretrainedSource, load_module, rename, save_bundle, save_tensors
+from medm.types import Config
 
 T = TypeVar("T")
 
@@ -64,7 +67,7 @@ class ImportReport:
             lines.append(f"  {part.source}: {len(part.loaded)} tensors loaded{ignored}")
         return lines + [f"  note: {note}" for note in self.notes]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Config:
         """Every tensor by name."""
         parts = {part.source: {"loaded": part.loaded, "ignored": part.ignored} for part in self.parts}
         return {"source": self.source, "kind": self.kind, "parts": parts, "notes": self.notes}
@@ -115,12 +118,12 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
     elif kind not in KINDS:
         raise CheckpointError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
     report = ImportReport(source, KINDS[kind])
-    write: dict[str, Callable[..., None]] = {"medm-vl": _medm_vl, "llava": _llava, "projector": _projector}
     with atomic_directory(place) as target:
+        job = Import(published, target, hints, report)
         if kind in _ENCODER_KINDS:
-            _encoder(kind, published, target, report, hints)
+            job.encoder(kind)
         else:
-            write[kind](published, target, report, hints)
+            {"medm-vl": job.medm_vl, "llava": job.llava, "projector": job.projector}[kind]()
         text = json.dumps(report.as_json(), indent=2, ensure_ascii=False)
         (target / "import.json").write_text(text + "\n", encoding="utf-8")
         describe(
@@ -162,44 +165,211 @@ def guess(published: PretrainedSource) -> str:
     )
 
 
-def _medm_vl(published: PretrainedSource, target: Path, report: ImportReport, hints: Hints) -> None:
-    config = published.config()
-    tensors = published.tensors()
-    generation = generation_of(config) or "C"
-    report.kind = f"MedM-VL model folder, generation {generation}"
-    prefixes = {
-        "llm": r"^llm\.",
-        "encoder_image3d": r"^encoder_image3d\.encoder\.",
-        "encoder_image": r"^encoder_image\.encoder\.",
-        "connector_image3d": r"^connector_image3d\.",
-        "connector_image": r"^connector_image\.",
-    }
-    groups = group(tensors, prefixes, source=published.path)
-    names = group({name: name for name in tensors}, prefixes, source=published.path)
-    section, sources = medm_vl_section(config, groups, hints=hints, notes=report.notes)
-    _write_lvlm(published, target, report, hints, section, groups, sources, names)
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Tensors of a source by its parts, and what each is called in the files."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    names: dict[str, dict[str, str]]
 
 
-def _llava(published: PretrainedSource, target: Path, report: ImportReport, hints: Hints) -> None:
-    """Names of llava-hf files, and of files that transformers saved from 4.52 on."""
-    renaming = LoadReport(published.path)
-    renamed = rename(
-        published.tensors(),
-        key_map=[
-            (r"^(?:model\.)?vision_tower\.", "vision."),
-            (r"^(?:model\.)?multi_modal_projector\.", "connector."),
-            (r"^language_model\.(model|lm_head)\.", r"llm.\1."),
-            (r"^model\.language_model\.", "llm.model."),
-            (r"^lm_head\.", "llm.lm_head."),
-        ],
-        ignored=[],
-        report=renaming,
-    )
-    prefixes = {"llm": r"^llm\.", "encoder_image": r"^vision\.", "connector_image": r"^connector\."}
-    groups = group(renamed, prefixes, source=published.path)
-    names = group(renaming.published, prefixes, source=published.path)
-    section, sources = llava_section(published.config(), published.preprocessor(), hints=hints)
-    _write_lvlm(published, target, report, hints, section, groups, sources, names)
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One import; a method for each kind of source writes the folder and fills the report."""
+
+    published: PretrainedSource
+    target: Path
+    """Folder that is written."""
+    hints: Hints
+    report: ImportReport
+
+    def medm_vl(self) -> None:
+        """A MedM-VL model folder as a medm checkpoint."""
+        config, tensors = self.published.config(), self.published.tensors()
+        self.report.kind = f"MedM-VL model folder, generation {generation_of(config) or 'C'}"
+        prefixes = {
+            "llm": r"^llm\.",
+            "encoder_image3d": r"^encoder_image3d\.encoder\.",
+            "encoder_image": r"^encoder_image\.encoder\.",
+            "connector_image3d": r"^connector_image3d\.",
+            "connector_image": r"^connector_image\.",
+        }
+        groups = self._groups(tensors, {name: name for name in tensors}, prefixes)
+        section = medm_vl_section(config, groups.tensors, hints=self.hints, notes=self.report.notes)
+        self._write_lvlm(section, groups)
+
+    def llava(self) -> None:
+        """Names of llava-hf files, and of files that transformers saved from 4.52 on."""
+        renaming = LoadReport(self.published.path)
+        renamed = rename(
+            self.published.tensors(),
+            key_map=[
+                (r"^(?:model\.)?vision_tower\.", "vision."),
+                (r"^(?:model\.)?multi_modal_projector\.", "connector."),
+                (r"^language_model\.(model|lm_head)\.", r"llm.\1."),
+                (r"^model\.language_model\.", "llm.model."),
+                (r"^lm_head\.", "llm.lm_head."),
+            ],
+            ignored=[],
+            report=renaming,
+        )
+        prefixes = {
+            "llm": r"^llm\.",
+            "encoder_image": r"^vision\.",
+            "connector_image": r"^connector\.",
+        }
+        groups = self._groups(renamed, renaming.published, prefixes)
+        section = llava_section(self.published.config(), self.published.preprocessor(), hints=self.hints)
+        self._write_lvlm(section, groups)
+
+    def encoder(self, kind: str) -> None:
+        """A tower as a bundle."""
+        block = encoder_block(kind, self.published.path, self.hints)
+        options = encoder_options(block, source=kind)
+        encoder, preprocess = build_encoder(options)
+        part = LoadReport(kind)
+        used = rename(self.published.tensors(), key_map=(), ignored=type(encoder).ignored_keys, report=part)
+        part.loaded = sorted(used)  # the builder has loaded them, all or nothing
+        self.report.parts.append(part)
+        sizes = type(encoder).architecture_from(self.published.config())
+        branch = "image" if type(encoder).axes == 2 else "volume"
+        save_bundle(
+            self.target,
+            encoder,
+            name=kind,
+            architecture=sizes | options.architecture,
+            options=options.model_dump(exclude={"name", "path", "architecture", "image_size"}),
+            preprocess={**preprocess, **self.hints.preprocess.get(branch, {})},
+        )
+
+    def projector(self) -> None:
+        """An MLP that a recipe can name as `connector.path`."""
+        part = LoadReport("projector")
+        renamed = rename(self.published.tensors(), key_map=MLPConnector.key_map, ignored=[], report=part)
+        layers = sorted(
+            int(name.split(".")[1]) for name in renamed if name.endswith(".weight") and name.startswith("layers.")
+        )
+        if layers != list(range(0, 2 * len(layers), 2)) or not layers:
+            raise CheckpointError(
+                f"{self.published.path}: not an MLP projector; expected linear layers 0, 2, 4 ..., "
+                f"found {sorted(renamed)[:6]}"
+            )
+        out_dim, in_dim = renamed["layers.0.weight"].shape
+        module = MLPConnector(in_dim=in_dim, out_dim=out_dim, grid=(1, 1), depth=len(layers))
+        loaded = load_module(module, renamed, source="projector")
+        self.report.parts.append(_in_the_files(loaded, part.published))
+        save_tensors(module.state_dict(), self.target / "model.safetensors")
+        described = {
+            "model_type": "medm-connector",
+            "name": "mlp",
+            "depth": len(layers),
+            "in_dim": in_dim,
+            "out_dim": out_dim,
+        }
+        text = json.dumps(described, indent=2) + "\n"
+        (self.target / "config.json").write_text(text, encoding="utf-8")
+
+    def _groups(self, tensors: Mapping[str, Tensor], names: Mapping[str, str], prefixes: Mapping[str, str]) -> Groups:
+        source = self.published.path
+        return Groups(group(tensors, prefixes, source=source), group(names, prefixes, source=source))
+
+    def _write_lvlm(self, section: Section, groups: Groups) -> None:
+        """Build what the section says, load every group of tensors, and save."""
+        llm = groups.tensors["llm"]
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self._tokenizer(section, Path(scratch))
+            self._set_head(llm, section.architecture)
+            recipe = section.as_recipe(
+                tokenizer=str(folder),
+                chat_template=str(folder / "template.jinja"),
+                dtype=str(llm["model.embed_tokens.weight"].dtype).removeprefix("torch."),
+            )
+            source = "the model that the source describes"
+            model, processor = LVLM().build(validate(LVLMOptions, recipe, source=source))
+        loaded = _load_llm(model.language_model, llm, source="llm")
+        self.report.parts.append(_in_the_files(loaded, groups.names["llm"]))
+        for name, branch in model.encoders().items():
+            self._load(f"{name}.encoder", branch.encoder.inner or branch.encoder, section, groups)
+            self._load(f"{name}.connector", branch.connector, section, groups)
+        used = {"llm", *section.sources.values()}
+        unused = [name for name, found in groups.tensors.items() if found and name not in used]
+        if unused:
+            raise CheckpointError(
+                f"{self.published.path}: the config does not speak of {', '.join(unused)}, which has weights"
+            )
+        model.config.get_text_config()._name_or_path = ""
+        model.save_pretrained(self.target)
+        processor.save_pretrained(self.target)
+
+    def _load(self, part: str, module: VisionEncoder | Connector, section: Section, groups: Groups) -> None:
+        """Load the tensors of one part of the source into a part of the model."""
+        source = section.sources[part]
+        tensors = groups.tensors[source]
+        if isinstance(module, Connector):
+            if "query" in tensors and tensors["query"].ndim == 3:
+                tensors["query"] = tensors["query"].squeeze(0)
+            loaded = load_module(module, tensors, source=part, key_map=type(module).key_map)
+        else:
+            loaded = load_module(
+                module,
+                tensors,
+                source=part,
+                key_map=type(module).key_map,
+                ignored=type(module).ignored_keys,
+                truncated=type(module).truncated_keys,
+            )
+        self.report.parts.append(_in_the_files(loaded, groups.names[source]))
+
+    def _tokenizer(self, section: Section, scratch: Path) -> Path:
+        """The tokenizer and template that the weights were trained with, in a folder of their own."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.published.path, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            if self.hints.llm is None:
+                raise CheckpointError(
+                    f"{self.published.path}: no usable tokenizer ({error}); give the LLM's with --llm"
+                ) from None
+            tokenizer = AutoTokenizer.from_pretrained(self.hints.llm, trust_remote_code=False)
+        end = END_TOKENS.get(str(section.architecture["model_type"]))
+        if end is not None and tokenizer.eos_token != end and end in tokenizer.get_vocab():
+            self.report.notes.append(
+                f"replies end with {end!r} as in training; the tokenizer said {tokenizer.eos_token!r}"
+            )
+            tokenizer.eos_token = end
+        template = self._template(tokenizer)
+        first = tokenizer("a")["input_ids"][:1]
+        if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] and "bos_token" not in template:
+            template = "{{- bos_token -}}" + template  # published prompts begin with it
+        (scratch / "template.jinja").write_text(template, encoding="utf-8")
+        tokenizer.save_pretrained(scratch)
+        return scratch
+
+    def _template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The template of the hint; that of the source where it takes text; else MedM-VL's and LLaVA's own layout."""
+        hint = self.hints.chat_template
+        stock, own = self.report.kind == KINDS["llava"], tokenizer.chat_template
+        if hint is not None or not stock or not own:
+            return read_template(hint or "vicuna")
+        try:
+            ChatFormat(tokenizer, template=str(own)).end_of_reply()
+        except (RecipeError, DataError):
+            self.report.notes.append(
+                "the source's chat template does not take plain text; prompts have the Vicuna layout instead"
+            )
+            return read_template("vicuna")
+        return str(own)
+
+    def _set_head(self, tensors: dict[str, Tensor], architecture: Config) -> None:
+        """Use the LM head where it is stored, tie it where it is not; never tie what differs."""
+        embeddings, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
+        if embeddings is None:
+            raise CheckpointError("the language model has no model.embed_tokens.weight; this family is not imported")
+        architecture["vocab_size"] = len(embeddings)
+        if head is None:
+            architecture["tie_word_embeddings"] = True
+        elif architecture.get("tie_word_embeddings") and not torch.equal(head, embeddings):
+            architecture["tie_word_embeddings"] = False
+            self.report.notes.append("the head differs from the embeddings, so the two are no longer tied")
 
 
 def group(tensors: Mapping[str, T], prefixes: Mapping[str, str], *, source: str) -> dict[str, dict[str, T]]:
@@ -209,63 +379,17 @@ def group(tensors: Mapping[str, T], prefixes: Mapping[str, str], *, source: str)
         CheckpointError: names under none of the prefixes.
     """
     groups: dict[str, dict[str, T]] = {name: {} for name in prefixes}
-    strangers = []
+    unknown = []
     for name, tensor in tensors.items():
         for part, prefix in prefixes.items():
             if found := re.match(prefix, name):
                 groups[part][name[found.end() :]] = tensor
                 break
         else:
-            strangers.append(name)
-    if strangers:
-        raise CheckpointError(f"{source}: {len(strangers)} tensors belong to no known part: {', '.join(strangers[:5])}")
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(f"{source}: {len(unknown)} tensors belong to no known part: {', '.join(unknown[:5])}")
     return groups
-
-
-def _write_lvlm(
-    published: PretrainedSource, target: Path, report: ImportReport, hints: Hints, section: dict[str, Any],
-    groups: dict[str, dict[str, Tensor]], sources: Mapping[str, str], names: Mapping[str, Mapping[str, str]],
-) -> None:  # fmt: skip
-    """Build what the section says, load every group of tensors, and save.
-
-    Args:
-        published: where the tokenizer is.
-        target: folder.
-        report: filled.
-        hints: see there.
-        section: a recipe's `model` section without paths.
-        groups: tensors by part of the source.
-        sources: part of the model -> part of the source.
-        names: by part of the source, what its tensors are called in the files.
-    """
-    llm = section["llm"]
-    with tempfile.TemporaryDirectory() as scratch:
-        llm["tokenizer"] = str(_tokenizer(published, hints, llm, Path(scratch), report))
-        llm["chat_template"] = str(Path(scratch) / "template.jinja")
-        _settle_head(groups["llm"], llm["architecture"], report)
-        dtype = groups["llm"]["model.embed_tokens.weight"].dtype
-        section["dtype"] = str(dtype).removeprefix("torch.")
-        model, processor = LVLM().build(validate(LVLMOptions, section, source="the model that the source describes"))
-    report.parts.append(_in_the_files(_load_llm(model.language_model, groups["llm"], source="llm"), names["llm"]))
-    parts = model.parts()
-    for part, group_name in sources.items():
-        module: Any = parts[part]
-        tensors = groups[group_name]
-        if isinstance(module, VisionEncoder):
-            module = module.inner or module
-        if part.endswith(".connector") and "query" in tensors and tensors["query"].ndim == 3:
-            tensors["query"] = tensors["query"].squeeze(0)
-        loaded = load_module(
-            module, tensors, source=part, key_map=type(module).key_map,
-            ignored=getattr(type(module), "ignored_keys", ()), beyond=getattr(type(module), "truncated_keys", ()),
-        )  # fmt: skip
-        report.parts.append(_in_the_files(loaded, names[group_name]))
-    unused = [name for name, tensors in groups.items() if tensors and name not in {"llm", *sources.values()}]
-    if unused:
-        raise CheckpointError(f"{published.path}: the config does not speak of {', '.join(unused)}, which has weights")
-    model.config.get_text_config()._name_or_path = ""
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
 
 
 def _in_the_files(part: LoadReport, names: Mapping[str, str]) -> LoadReport:
@@ -273,62 +397,6 @@ def _in_the_files(part: LoadReport, names: Mapping[str, str]) -> LoadReport:
     part.loaded = [names[name] for name in part.loaded if name in names]
     part.ignored = [names[name] for name in part.ignored]
     return part
-
-
-def _tokenizer(
-    published: PretrainedSource,
-    hints: Hints,
-    llm: Mapping[str, Any],
-    scratch: Path,
-    report: ImportReport,
-) -> Path:
-    """The tokenizer and template that the weights were trained with, in a folder of their own."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(published.path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if hints.llm is None:
-            raise CheckpointError(
-                f"{published.path}: no usable tokenizer ({error}); give the LLM's with --llm"
-            ) from None
-        tokenizer = AutoTokenizer.from_pretrained(hints.llm, trust_remote_code=False)
-    end = END_TOKENS.get(llm["architecture"]["model_type"])
-    if end is not None and tokenizer.eos_token != end and end in tokenizer.get_vocab():
-        report.notes.append(f"replies end with {end!r} as in training; the tokenizer said {tokenizer.eos_token!r}")
-        tokenizer.eos_token = end
-    template = _template(tokenizer, hints, report)
-    first = tokenizer("a")["input_ids"][:1]
-    if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] and "bos_token" not in template:
-        template = "{{- bos_token -}}" + template  # published prompts begin with it
-    (scratch / "template.jinja").write_text(template, encoding="utf-8")
-    tokenizer.save_pretrained(scratch)
-    return scratch
-
-
-def _template(tokenizer: Any, hints: Hints, report: ImportReport) -> str:
-    """The template of the hint; that of the source where it takes text; else MedM-VL's and LLaVA's own layout."""
-    if hints.chat_template is not None or report.kind != KINDS["llava"] or not tokenizer.chat_template:
-        return read_template(hints.chat_template or "vicuna")
-    try:
-        ChatFormat(tokenizer, template=tokenizer.chat_template).end_of_reply()
-    except (RecipeError, DataError):
-        report.notes.append(
-            "the source's chat template does not take plain text; prompts have the Vicuna layout instead"
-        )
-        return read_template("vicuna")
-    return str(tokenizer.chat_template)
-
-
-def _settle_head(tensors: dict[str, Tensor], architecture: dict[str, Any], report: ImportReport) -> None:
-    """Use the head where it is stored, tie it where it is not; never tie what differs."""
-    embeddings, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
-    if embeddings is None:
-        raise CheckpointError("the language model has no model.embed_tokens.weight; this family is not imported")
-    architecture["vocab_size"] = len(embeddings)
-    if head is None:
-        architecture["tie_word_embeddings"] = True
-    elif architecture.get("tie_word_embeddings") and not torch.equal(head, embeddings):
-        architecture["tie_word_embeddings"] = False
-        report.notes.append("the head differs from the embeddings, so the two are no longer tied")
 
 
 def _load_llm(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> LoadReport:
@@ -344,44 +412,3 @@ def _load_llm(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) 
             rows[: len(tensor)] = tensor
             padded[name] = rows
     return load_module(module, padded, source=source, ignored=[_ROTARY])
-
-
-def _encoder(kind: str, published: PretrainedSource, target: Path, report: ImportReport, hints: Hints) -> None:
-    """A tower as a bundle."""
-    options = encoder_options(encoder_block(kind, published.path, hints), source=kind)
-    encoder, preprocess = build_encoder(options)
-    part = LoadReport(kind)
-    used = rename(published.tensors(), key_map=(), ignored=type(encoder).ignored_keys, report=part)
-    part.loaded = sorted(used)  # the builder has loaded them, all or nothing
-    report.parts.append(part)
-    architecture = type(encoder).architecture_from(published.config()) | options.architecture
-    entry = options.model_dump(exclude={"name", "path", "architecture", "image_size"})
-    save_bundle(
-        target, encoder, name=kind, architecture=architecture, options=entry,
-        preprocess={**preprocess, **hints.preprocess.get("image" if type(encoder).axes == 2 else "volume", {})},
-    )  # fmt: skip
-
-
-def _projector(published: PretrainedSource, target: Path, report: ImportReport, _hints: Hints) -> None:
-    """An MLP that a recipe can name as `connector.path`."""
-    part = LoadReport("projector")
-    renamed = rename(published.tensors(), key_map=MLPConnector.key_map, ignored=[], report=part)
-    layers = sorted(
-        int(name.split(".")[1]) for name in renamed if name.endswith(".weight") and name.startswith("layers.")
-    )
-    if layers != list(range(0, 2 * len(layers), 2)) or not layers:
-        raise CheckpointError(
-            f"{published.path}: not an MLP projector; expected linear layers 0, 2, 4 ..., found {sorted(renamed)[:6]}"
-        )
-    in_dim, out_dim = renamed["layers.0.weight"].shape[1], renamed["layers.0.weight"].shape[0]
-    module = MLPConnector(in_dim=in_dim, out_dim=out_dim, grid=(1, 1), depth=len(layers))
-    report.parts.append(_in_the_files(load_module(module, renamed, source="projector"), part.published))
-    save_tensors(module.state_dict(), target / "model.safetensors")
-    described = {
-        "model_type": "medm-connector",
-        "name": "mlp",
-        "depth": len(layers),
-        "in_dim": in_dim,
-        "out_dim": out_dim,
-    }
-    (target / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from medm.encoders import ENCODERS
+from medm.encoders.sizes import whole
 from medm.errors import CheckpointError
 from medm.models.published.weights import PretrainedSource
+from medm.types import Config
 
 FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "llama": "llama-3.2", "phi": "phi", "phi3": "phi3"}
 """Families of `medm.llms` by the `model_type` of their configs; others are `auto`."""
@@ -33,11 +35,34 @@ class Hints:
     """Folder or id with the encoder's config."""
     chat_template: str | None = None
     """Template by name or file, where it is not the published one."""
-    preprocess: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    preprocess: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """By branch, fields of the preprocessing that replace what the kind is known for."""
 
 
-def generation_of(config: Mapping[str, Any]) -> str | None:
+@dataclass(slots=True)
+class Section:
+    """A recipe's `model` section without paths, and where its weights are."""
+
+    family: str
+    """Name of the language model's family."""
+    architecture: Config
+    """Config of the language model."""
+    branches: dict[str, Config] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    """Part of the model -> part of the source."""
+
+    def as_recipe(self, *, tokenizer: str, chat_template: str, dtype: str) -> Config:
+        """Return the section as a recipe writes it."""
+        llm = {
+            "name": self.family,
+            "architecture": self.architecture,
+            "tokenizer": tokenizer,
+            "chat_template": chat_template,
+        }
+        return {"llm": llm, "branches": self.branches, "dtype": dtype}
+
+
+def generation_of(config: Mapping[str, object]) -> str | None:
     """MedM-VL's generation of a config: "C" has prefixed keys, "A/B" has not; None for other models."""
     if any(key.startswith(("lvlm_llm_", "lvlm_encoder_", "lvlm_connector_")) for key in config):
         return "C"
@@ -46,7 +71,7 @@ def generation_of(config: Mapping[str, Any]) -> str | None:
     return "A/B" if any(key in config for key in own) else None
 
 
-def setting(config: Mapping[str, Any], part: str, key: str) -> Any:
+def setting(config: Mapping[str, object], part: str, key: str) -> object:
     """One setting of a part, wherever a generation writes it.
 
     `lvlm_encoder_image_type` (C), `encoder_image_type` (A, B), or `type`, `encoder_type` or `encoder_image_type` in the
@@ -55,17 +80,27 @@ def setting(config: Mapping[str, Any], part: str, key: str) -> Any:
     for name in (f"lvlm_{part}_{key}", f"{part}_{key}"):
         if config.get(name) is not None:
             return config[name]
-    nested = config.get(f"{part}_config") or {}
+    nested = _nested(config, f"{part}_config")
     for name in (f"{part}_{key}", f"{part.split('_')[0]}_{key}", key):
         if nested.get(name) is not None:
             return nested[name]
     return None
 
 
+def _text(config: Mapping[str, object], part: str, key: str) -> str | None:
+    value = setting(config, part, key)
+    return None if value is None else str(value)
+
+
+def _nested(config: Mapping[str, object], key: str) -> Mapping[str, object]:
+    value = config.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
 def medm_vl_section(
-    config: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]], *, hints: Hints, notes: list[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The `model` section that a MedM-VL folder stands for, and which tensors belong to which part.
+    config: Mapping[str, object], groups: Mapping[str, Mapping[str, Tensor]], *, hints: Hints, notes: list[str]
+) -> Section:
+    """Return the `model` section that a MedM-VL folder stands for.
 
     Args:
         config: `config.json`.
@@ -73,8 +108,7 @@ def medm_vl_section(
         hints: see there.
         notes: appended to.
     """
-    section: dict[str, Any] = {"llm": _llm(config, hints), "branches": {}}
-    sources: dict[str, str] = {}
+    section = _llm(config, hints)
     for kind in ("image", "image3d"):
         encoder_part, connector_part = f"encoder_{kind}", f"connector_{kind}"
         if not groups[encoder_part]:
@@ -82,14 +116,14 @@ def medm_vl_section(
         name = _encoder_name(config, encoder_part, groups[encoder_part])
         connector = _connector(config, connector_part, groups[connector_part], encoder=name, notes=notes)
         encoder = _encoder(config, encoder_part, name, groups[encoder_part], hints=hints, notes=notes)
-        branch: dict[str, Any] = {"encoder": encoder, "connector": connector}
+        branch: Config = {"encoder": encoder, "connector": connector}
         three_d = kind == "image3d"
         if not three_d and connector["name"] == "attention-pooling":
             # MedM-VL has one encoder for images and slices; queries over all slices are of a volume.
             branch["encoder"] = {"name": "slices", "encoder": encoder}
             three_d = True
         target = "volume" if three_d else "image"
-        if target in section["branches"]:
+        if target in section.branches:
             raise CheckpointError(
                 "the source has a 2-D encoder over slices and a 3-D encoder; expected one for volumes"
             )
@@ -97,12 +131,15 @@ def medm_vl_section(
         if three_d and generation_of(config) != "C":
             preprocess = _scale(name, preprocess, notes)
         branch["preprocess"] = preprocess
-        section["branches"][target] = branch
-        sources |= {f"{target}.encoder": encoder_part, f"{target}.connector": connector_part}
-    return section, sources
+        section.branches[target] = branch
+        section.sources |= {
+            f"{target}.encoder": encoder_part,
+            f"{target}.connector": connector_part,
+        }
+    return section
 
 
-def _scale(encoder: str, preprocess: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def _scale(encoder: str, preprocess: Config, notes: list[str]) -> Config:
     """What volumes are taken to hold where nobody says: generations A and B read the numbers of files as they were."""
     said = "convention" in preprocess or "scale" in preprocess
     if encoder == "m3d-clip":
@@ -120,31 +157,31 @@ def _scale(encoder: str, preprocess: dict[str, Any], notes: list[str]) -> dict[s
     return preprocess
 
 
-def _llm(config: Mapping[str, Any], hints: Hints) -> dict[str, Any]:
-    nested = config.get("llm_config") or config.get("text_config")
-    if hints.llm is None and isinstance(nested, Mapping) and "model_type" in nested:
+def _llm(config: Mapping[str, object], hints: Hints) -> Section:
+    nested = _nested(config, "llm_config") or _nested(config, "text_config")
+    if hints.llm is None and "model_type" in nested:
         architecture = dict(nested)
     else:
-        path = hints.llm or setting(config, "llm", "name_or_path")
+        path = hints.llm or _text(config, "llm", "name_or_path")
         if path is None:
             raise CheckpointError("config.json names no language model; give a folder or id with its config by --llm")
         try:
             architecture = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"the language model's config is looked up as {path!r} and is not to be had ({error}); give a folder "
+                f"the language model's config is looked up as {path!r} and cannot be read ({error}); give a folder "
                 "or id that has it by --llm"
             ) from None
     for foreign in ("transformers_version", "architectures", "torch_dtype", "dtype", "_name_or_path"):
         architecture.pop(foreign, None)
-    family = FAMILIES.get(architecture["model_type"], "auto")
+    family = FAMILIES.get(str(architecture["model_type"]), "auto")
     if family == "llama-3.2" and setting(config, "llm", "type") == "llama":
         family = "auto"  # Llama 2 and TinyLlama
-    return {"name": family, "architecture": architecture}
+    return Section(family, architecture)
 
 
-def _encoder_name(config: Mapping[str, Any], part: str, tensors: Mapping[str, Tensor]) -> str:
-    said = setting(config, part, "type")
+def _encoder_name(config: Mapping[str, object], part: str, tensors: Mapping[str, Tensor]) -> str:
+    said = _text(config, part, "type")
     if said in _ENCODERS:
         return _ENCODERS[said]
     if said is not None:
@@ -160,8 +197,8 @@ def _encoder_name(config: Mapping[str, Any], part: str, tensors: Mapping[str, Te
 
 
 def _encoder(
-    config: Mapping[str, Any], part: str, name: str, tensors: Mapping[str, Tensor], *, hints: Hints, notes: list[str]
-) -> dict[str, Any]:
+    config: Mapping[str, object], part: str, name: str, tensors: Mapping[str, Tensor], *, hints: Hints, notes: list[str]
+) -> Config:
     layer, feature = setting(config, part, "select_layer"), setting(config, part, "select_feature")
     if name == "siglip" and feature == "patch":
         raise CheckpointError(
@@ -170,21 +207,25 @@ def _encoder(
         )
     has_class = name != "siglip"
     tokens = "cls_patch" if has_class and feature == "cls_patch" else "patch"
-    block = {"name": name, "tokens": tokens, "layer": -1 if layer is None else int(layer)}
-    return block | {"architecture": _architecture(config, part, name, tensors, hints=hints, notes=notes)}
+    return {
+        "name": name,
+        "tokens": tokens,
+        "layer": -1 if layer is None else whole({"select_layer": layer}, "select_layer"),
+        "architecture": _architecture(config, part, name, tensors, hints=hints, notes=notes),
+    }
 
 
 def _architecture(
-    config: Mapping[str, Any], part: str, name: str, tensors: Mapping[str, Tensor], *, hints: Hints, notes: list[str]
-) -> dict[str, Any]:
+    config: Mapping[str, object], part: str, name: str, tensors: Mapping[str, Tensor], *, hints: Hints, notes: list[str]
+) -> Config:
     """Sizes of the tower: from the hint, the nested config, its own published config, or the tensors' shapes."""
     encoder = ENCODERS.get(name)
-    nested = config.get(f"{part}_config")
+    nested = _nested(config, f"{part}_config")
     if hints.encoder is not None:
         return encoder.architecture_from(PretrainedSource(hints.encoder).config())
-    if isinstance(nested, Mapping) and (sizes := encoder.architecture_from(nested)) and _says_heads(sizes):
+    if _says_heads(sizes := encoder.architecture_from(nested)):
         return sizes
-    path = setting(config, part, "name_or_path")
+    path = _text(config, part, "name_or_path")
     try:
         published = PretrainedSource(path).config() if path else {}
     except CheckpointError:
@@ -198,11 +239,11 @@ def _architecture(
     return sizes_from_shapes(name, tensors, part=part, notes=notes)
 
 
-def _says_heads(sizes: Mapping[str, Any]) -> bool:
+def _says_heads(sizes: Mapping[str, object]) -> bool:
     return "num_attention_heads" in sizes and "hidden_size" in sizes
 
 
-def sizes_from_shapes(name: str, tensors: Mapping[str, Tensor], *, part: str, notes: list[str]) -> dict[str, Any]:
+def sizes_from_shapes(name: str, tensors: Mapping[str, Tensor], *, part: str, notes: list[str]) -> Config:
     """Sizes of a CLIP or SigLIP tower. Shapes do not tell the heads: published towers have 64 or 72 wide ones."""
     short = {key.removeprefix("vision_model."): tensor for key, tensor in tensors.items()}
     patches, positions = short["embeddings.patch_embedding.weight"], short["embeddings.position_embedding.weight"]
@@ -225,9 +266,9 @@ def sizes_from_shapes(name: str, tensors: Mapping[str, Tensor], *, part: str, no
 
 
 def _connector(
-    config: Mapping[str, Any], part: str, tensors: Mapping[str, Tensor], *, encoder: str, notes: list[str]
-) -> dict[str, Any]:
-    said = setting(config, part, "type")
+    config: Mapping[str, object], part: str, tensors: Mapping[str, Tensor], *, encoder: str, notes: list[str]
+) -> Config:
+    said = _text(config, part, "type")
     if said is None and any(key.rpartition(".")[2] == "query" for key in tensors):
         said = "attn_pooling"
     elif said is None and encoder in ("m3d-clip", "medm-clip"):
@@ -241,17 +282,15 @@ def _connector(
     if said not in _CONNECTORS:
         raise CheckpointError(f"{part}: connector {said!r} is not imported; known are {', '.join(_CONNECTORS)}")
     depth = sum(key.endswith(".weight") and "attn." not in key for key in tensors)
-    block: dict[str, Any] = {"name": _CONNECTORS[said], "depth": depth}
+    block: Config = {"name": _CONNECTORS[said], "depth": depth}
     if said == "attn_pooling":
         query = next(tensor for key, tensor in tensors.items() if key.rpartition(".")[2] == "query")
         block["queries"] = query.shape[-2]
     return block
 
 
-def llava_section(
-    config: Mapping[str, Any], preprocessor: Mapping[str, Any], *, hints: Hints
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The `model` section of a stock LLaVA folder, and which tensors belong to which part."""
+def llava_section(config: Mapping[str, Any], preprocessor: Mapping[str, object], *, hints: Hints) -> Section:
+    """Return the `model` section of a stock LLaVA folder."""
     completed = AutoConfig.for_model(**config)  # llava-hf configs leave out what is at its default
     text, vision = completed.text_config.to_dict(), completed.vision_config.to_dict()
     types = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
@@ -267,21 +306,24 @@ def llava_section(
     tokens = "cls_patch" if name == "clip" and completed.vision_feature_select_strategy == "full" else "patch"
     for foreign in ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"):
         text.pop(foreign, None)
-    llm: dict[str, Any] = {"name": FAMILIES.get(text["model_type"], "auto"), "architecture": text}
-    branch = {
+    branch: Config = {
         "encoder": {
             "name": name, "layer": completed.vision_feature_layer, "tokens": tokens, "architecture": architecture,
         },
         "connector": {"name": "mlp", "depth": 2, "activation": completed.projector_hidden_act},
         "preprocess": {**encoder.preprocess_from(preprocessor, architecture), **hints.preprocess.get("image", {})},
     }  # fmt: skip
-    section = {"llm": llm, "branches": {"image": branch}}
-    return section, {"image.encoder": "encoder_image", "image.connector": "connector_image"}
+    return Section(
+        family=FAMILIES.get(text["model_type"], "auto"),
+        architecture=text,
+        branches={"image": branch},
+        sources={"image.encoder": "encoder_image", "image.connector": "connector_image"},
+    )
 
 
-def encoder_block(name: str, path: str, hints: Hints) -> dict[str, Any]:
+def encoder_block(name: str, path: str, hints: Hints) -> Config:
     """The options of a tower that is imported whole: every block, so that any layer can be chosen later."""
-    block: dict[str, Any] = {"name": name, "path": path}
+    block: Config = {"name": name, "path": path}
     if name == "m3d-clip":
         block["norm"] = "after"  # keeps the last norm; recipes choose what layer -1 means
     if hints.encoder is not None:

@@ -216,7 +216,7 @@ def load_module(
     source: str,
     key_map: Iterable[tuple[str, str]] = (),
     ignored: Iterable[str] = (),
-    beyond: Iterable[str] = (),
+    truncated: Iterable[str] = (),
 ) -> LoadReport:
     """Load published tensors into a module, all or nothing.
 
@@ -226,7 +226,7 @@ def load_module(
         source: for messages.
         key_map: see `VisionEncoder.key_map`.
         ignored: see `VisionEncoder.ignored_keys`.
-        beyond: patterns of own names that the module does not have on purpose (blocks behind the chosen layer).
+        truncated: patterns of own names that the module does not have on purpose (blocks behind the chosen layer).
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or misshaped.
@@ -234,7 +234,7 @@ def load_module(
     report = LoadReport(source)
     renamed = rename(tensors, key_map=key_map, ignored=ignored, report=report)
     own = module.state_dict()
-    skip = [re.compile(pattern) for pattern in beyond]
+    skip = [re.compile(pattern) for pattern in truncated]
     for name, tensor in list(renamed.items()):
         if name in own and own[name].shape != tensor.shape:
             report.mismatched.append(f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
