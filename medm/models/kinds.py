@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from medm.models.base import ModelKind
 
-MODELS: Registry[type[ModelKind]] = Registry("model kind", group="medm.models", options=ModelOptions)
+MODELS: Registry[type[ModelKind]] = Registry("model kind", group="medm.models")
 
 MODELS.add(
     "lvlm",
