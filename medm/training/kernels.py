@@ -51,13 +51,13 @@ def use_liger(language_model: nn.Module | None) -> None:
         DeviceError: liger-kernel is not installed, or there is no GPU.
         RecipeError: there is no language model, or liger has no kernels for its family.
     """
-    if not is_causal_lm(language_model):
+    if language_model is None:
         raise RecipeError("train.liger: there is no language model to use its kernels in; leave the key out")
     require_liger()
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    family = language_model.config.model_type
+    family = language_model.config.model_type if is_causal_lm(language_model) else type(language_model).__name__
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise RecipeError(f"train.liger: has no kernels for {family!r}; leave the key out")
     _apply_liger_kernel_to_instance(language_model, fused_linear_cross_entropy=False, cross_entropy=False)
