@@ -99,6 +99,8 @@ def _parts(content: object, field: str) -> Iterator[tuple[str | Media, object]]:
 
 
 def _bytes(text: object, field: str) -> object:
+    if not isinstance(text, (str, bytes)):
+        raise DataError(f"expected base64 as text, found {_kind(text)}", field=field)
     try:
         return decode_base64(text)
     except MediaError as error:
