@@ -5,10 +5,13 @@ Torch is imported for type checkers only, so that reading and checking annotatio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
+
+from medm.errors import RecipeError, suggest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +26,55 @@ MODEL_TYPE_PREFIX = "medm-"
 
 IGNORE_INDEX = -100
 """Label of a position that is not learned; the value that torch's cross-entropy ignores by default."""
+
+Kind: TypeAlias = Literal["image", "volume"]
+"""Kind of file: 2-D or 3-D."""
+
+PLACEHOLDERS: Mapping[str, str] = {"image": "<image>", "volume": "<volume>"}
+"""By kind the token that stands for a file in user and system turns."""
+
+KIND_OF_PLACEHOLDER: Mapping[str, Kind] = {
+    PLACEHOLDERS["image"]: "image",
+    "<image3d>": "volume",
+    PLACEHOLDERS["volume"]: "volume",
+}
+"""Placeholders that records may hold, and their kinds: the tokens, and a synonym of MedM-VL and M3D."""
+
+_VIEW = re.compile(r"(?P<kind>[a-z0-9]+)(@(?P<variant>[a-z0-9][a-z0-9_-]*))?")
+
+
+class View(NamedTuple):
+    """A kind of file with a preprocessing of its own, by name: "image", "volume", "image@sam2".
+
+    The same file can reach two parts of a model differently: the pixels of an example and the preprocessing of a
+    processor are keyed by view. The branches of a model are the views that its records' files are read for.
+    """
+
+    kind: Kind
+    variant: str | None = None
+    """What stands behind the @; None for the usual view of the kind."""
+
+    def __str__(self) -> str:
+        return self.kind if self.variant is None else f"{self.kind}@{self.variant}"
+
+    @property
+    def placeholder(self) -> str:
+        """The text that stands for a file of the kind."""
+        return PLACEHOLDERS[self.kind]
+
+
+def parse_view(name: str) -> View:
+    """Return the view that a name stands for. Raises `RecipeError` for a name that stands for none."""
+    found = _VIEW.fullmatch(name)
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    kind = next((known for known in kinds if found is not None and found["kind"] == known), None)
+    if found is None or kind is None:
+        raise RecipeError(
+            f"view {name!r}: expected a kind of file, {' or '.join(kinds)}, alone or followed by @ and a name of "
+            f"small letters, digits, '_' and '-' (image@sam2){suggest(name, kinds)}"
+        )
+    return View(kind, found["variant"])
+
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
@@ -82,7 +134,7 @@ class Example:
     labels: list[int]
     """Same length as `input_ids`; `IGNORE_INDEX` wherever nothing is learned."""
     pixels: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Per branch the preprocessed arrays (C, *spatial), in the order of their placeholders."""
+    """Per view the preprocessed arrays (C, *spatial), in the order of their placeholders."""
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """Per branch what the encoder made of them (prefix + prod(grid), D), in place of `pixels`, where that is known."""
     task_id: int = 0

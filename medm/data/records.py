@@ -18,13 +18,10 @@ from medm.data.files import RecordFile
 from medm.data.options import SourceOptions
 from medm.errors import DataError
 from medm.imaging import resolve_inside
-from medm.types import Media, Role, Sample, Turn
+from medm.types import KIND_OF_PLACEHOLDER, Media, Role, Sample, Turn
 
 MEDIA_FIELDS = {"image": "image", "images": "image", "image3d": "volume", "volume": "volume", "volumes": "volume"}
 """Record fields that name files, and the model branch that reads them."""
-
-PLACEHOLDERS = {"<image>": "image", "<image3d>": "volume", "<volume>": "volume"}
-"""Texts in user and system turns that stand for one file each."""
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -32,7 +29,7 @@ _ROLES: dict[str, Role] = {
 _PART_FIELDS = {"image": "image", "image_url": "image", "volume": "volume", "image3d": "volume"}
 _OWN_FIELDS = {"id", "task", "answer", "system", "conversations", "messages", *MEDIA_FIELDS}
 
-_PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS)))
+_PLACEHOLDER = re.compile("|".join(map(re.escape, KIND_OF_PLACEHOLDER)))
 _FOREIGN_PLACEHOLDER = re.compile(
     r"</?\|?(?P<kind>im_patch|image|img|picture|volume|ct|scan|vision|video|audio|speech|point_?cloud)s?"
     r"(?:[_ -]?(?:3d|\d{1,3}|here|file|patch|pad|tokens?|placeholder|start|end|bos|eos|soft_token|content|context))?"
@@ -300,7 +297,7 @@ def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iter
         if found.start() > start:
             yield _plain(text[start : found.start()], field)
         name = found.group()
-        yield _next_media(PLACEHOLDERS[name], f"{name} stands in the text", field, files)
+        yield _next_media(KIND_OF_PLACEHOLDER[name], f"{name} stands in the text", field, files)
         start = found.end()
     if start < len(text):
         yield _plain(text[start:], field)
@@ -352,7 +349,7 @@ def _part(part: Any, field: str, files: dict[str, _Files]) -> str | Media:
 
 
 def _count_reason(branch: str, media: _Files) -> str:
-    names = " or ".join(name for name, value in PLACEHOLDERS.items() if value == branch)
+    names = " or ".join(name for name, value in KIND_OF_PLACEHOLDER.items() if value == branch)
     reason = f"{len(media.paths)} file(s), but {media.used} placeholder(s) {names} in the user's and system turns"
     if media.used == 0:
         return f"{reason}; write one where each file belongs, usually '{names.split(' ')[0]}\\n' before the question"

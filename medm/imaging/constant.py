@@ -15,12 +15,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from medm.errors import MediaError
 from medm.imaging.notices import warn_of_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class Step:
     """Largest difference that is none; 0 for stored values, which have no scale yet."""
 
     @classmethod
-    def of(cls, name: str, values: Any, *, tolerance: float = _TOLERANCE) -> Step:
+    def of(cls, name: str, values: np.ndarray | Tensor, *, tolerance: float = _TOLERANCE) -> Step:
         """The range of an array or tensor."""
         return cls(name, float(values.min()), float(values.max()), tolerance)
 
@@ -53,7 +56,7 @@ class Step:
 
 
 def check_prepared(
-    shown: Any,
+    shown: np.ndarray | Tensor,
     stored: np.ndarray,
     *,
     name: str,
@@ -138,7 +141,7 @@ def _cause(steps: Sequence[Step]) -> str:
     return " and ".join(step.name for step in steps[1:])
 
 
-def _at_an_end(channel: Any) -> float:
+def _at_an_end(channel: np.ndarray | Tensor) -> float:
     """Fraction of a channel that is 0 or that is 1, whichever is more; 0 where the mean tells that neither is most."""
     if 1 - _MOSTLY + _TOLERANCE < float(channel.mean()) < _MOSTLY - _TOLERANCE:
         return 0.0

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom_bare import BIG_ENDIAN, EXPLICIT, HEAD, IMPLICIT, bare_syntax, has_file_header, is_dicom_head
 from medm.imaging.dicom_values import LookupTable, Voi, as_stored, read_table, read_window, stored_numbers
 from medm.imaging.notices import warn_once
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +214,7 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _pydicom() -> Any:
+def _pydicom() -> ModuleType:
     import pydicom
     import pydicom.errors
     import pydicom.filereader
@@ -224,7 +228,7 @@ def _pydicom() -> Any:
 class _Found:
     """What stands before the pixels."""
 
-    dataset: Any
+    dataset: Dataset
     """The wanted tags."""
     syntax: str
     storage: str
@@ -256,7 +260,7 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
     found: list[int] = []
     overlong: list[int] = []
 
-    def stop(tag: Any, _vr: str | None, length: int) -> bool:
+    def stop(tag: int, _vr: str | None, length: int) -> bool:
         if tag == 0x7FE00010:
             found.append(length)
         elif length != 0xFFFFFFFF and length > size:
@@ -414,7 +418,7 @@ def _check_pixels(header: Header, declared: int, available: int) -> None:
         )
 
 
-def _number(dataset: Any, keyword: str) -> float | None:
+def _number(dataset: Dataset, keyword: str) -> float | None:
     """One number, or None where it is missing, empty or not a number."""
     try:
         value = dataset.get(keyword)
@@ -423,7 +427,7 @@ def _number(dataset: Any, keyword: str) -> float | None:
         return None
 
 
-def _numbers(dataset: Any, keyword: str, count: int) -> np.ndarray | None:
+def _numbers(dataset: Dataset, keyword: str, count: int) -> np.ndarray | None:
     try:
         values = np.asarray([float(value) for value in dataset.get(keyword) or ()])
     except DECODE_ERRORS:
@@ -431,12 +435,12 @@ def _numbers(dataset: Any, keyword: str, count: int) -> np.ndarray | None:
     return values if values.shape == (count,) and np.isfinite(values).all() else None
 
 
-def _rescale(dataset: Any) -> tuple[float | None, float | None]:
+def _rescale(dataset: Dataset) -> tuple[float | None, float | None]:
     return _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
 
 
 def _frame_rescale(
-    of_frames: list[list[Any]], of_all: list[Any], frames: int, name: str
+    of_frames: list[list[Dataset]], of_all: list[Dataset], frames: int, name: str
 ) -> tuple[tuple[float, float], ...]:
     """Slope and intercept of each frame where they differ (PET, some MR), empty where all frames have the same.
 
@@ -461,7 +465,7 @@ def _frame_rescale(
     return tuple(usable)
 
 
-def _modality_table(dataset: Any, name: str, *, signed: bool, order: str) -> tuple[LookupTable | None, str]:
+def _modality_table(dataset: Dataset, name: str, *, signed: bool, order: str) -> tuple[LookupTable | None, str]:
     """The Modality LUT of a file and the unit of its output ("HU", "OD", "US")."""
     items = _items(dataset, 0x00283000)
     if not items:
@@ -474,7 +478,7 @@ def _modality_table(dataset: Any, name: str, *, signed: bool, order: str) -> tup
 
 
 def _voi(
-    dataset: Any, per_frame: list[Any], shared: Any, name: str, *, signed: bool, order: str
+    dataset: Dataset, per_frame: list[Dataset], shared: Dataset | None, name: str, *, signed: bool, order: str
 ) -> tuple[Voi | None, tuple[float, float] | None, str]:
     """The first table, else the first window, of a file of one frame, and what of them cannot be applied.
 
@@ -492,7 +496,7 @@ def _voi(
     return (found, None, "") if isinstance(found, Voi) else (None, found, reason)
 
 
-def _padding(dataset: Any, *, signed: bool, order: str) -> tuple[int, int] | None:
+def _padding(dataset: Dataset, *, signed: bool, order: str) -> tuple[int, int] | None:
     """Stored numbers from PixelPaddingValue to PixelPaddingRangeLimit, in either order."""
     value = stored_numbers(dataset, 0x00280120, order)
     if value is None or len(value) != 1:
@@ -505,7 +509,7 @@ def _padding(dataset: Any, *, signed: bool, order: str) -> tuple[int, int] | Non
     return ends[0], ends[1]
 
 
-def _not_applied(dataset: Any, per_frame: list[Any], shared: Any, photometric: str) -> list[str]:
+def _not_applied(dataset: Dataset, per_frame: list[Dataset], shared: Dataset | None, photometric: str) -> list[str]:
     """Names of elements that change what a viewer shows and that are not applied."""
     groups = [dataset, *([] if shared is None else [shared]), *per_frame]
     names = [
@@ -520,32 +524,30 @@ def _not_applied(dataset: Any, per_frame: list[Any], shared: Any, photometric: s
     return names
 
 
-def _groups(dataset: Any) -> tuple[list[Any], Any]:
+def _groups(dataset: Dataset) -> tuple[list[Dataset], Dataset | None]:
     shared = dataset.get("SharedFunctionalGroupsSequence") or []
     return list(dataset.get("PerFrameFunctionalGroupsSequence") or []), shared[0] if len(shared) else None
 
 
-def _items(group: Any, tag: int) -> list[Any]:
+def _items(group: Dataset | None, tag: int) -> list[Dataset]:
     return list(group[tag].value or []) if group is not None and tag in group else []
 
 
-def _planes(dataset: Any, per_frame: list[Any], shared: Any, frames: int) -> tuple[Plane, ...]:
+def _planes(dataset: Dataset, per_frame: list[Dataset], shared: Dataset | None, frames: int) -> tuple[Plane, ...]:
     if not per_frame:
         plane = _plane(dataset, dataset, dataset) if frames == 1 else None
         return () if plane is None else (plane,)
     planes = []
     for group in per_frame:
-        parts = [
-            (_items(group, tag) or _items(shared, tag) or [None])[0] for tag in (0x00209113, 0x00209116, 0x00289110)
-        ]
-        plane = None if any(part is None for part in parts) else _plane(*parts)
+        parts = [_items(group, tag) or _items(shared, tag) for tag in (0x00209113, 0x00209116, 0x00289110)]
+        plane = _plane(*(items[0] for items in parts)) if all(parts) else None
         if plane is None:
             return ()
         planes.append(plane)
     return tuple(planes) if len(planes) == frames else ()
 
 
-def _plane(position_of: Any, orientation_of: Any, spacing_of: Any) -> Plane | None:
+def _plane(position_of: Dataset, orientation_of: Dataset, spacing_of: Dataset) -> Plane | None:
     position = _numbers(position_of, "ImagePositionPatient", 3)
     axes = _numbers(orientation_of, "ImageOrientationPatient", 6)
     spacing = _numbers(spacing_of, "PixelSpacing", 2)

@@ -8,13 +8,20 @@ untrusted input, so they are checked against the data before use.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
 from medm.errors import MediaError
 from medm.imaging.damage import DECODE_ERRORS
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+_Number: TypeAlias = float | str | Sequence[float] | None
+"""A decimal string of a header as pydicom gives it; a sequence where the element holds several."""
 
 _FUNCTIONS: tuple[Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"], ...] = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
@@ -64,7 +71,7 @@ class Voi:
         return f"sigmoid around {self.center:g}, width {self.width:g}"
 
 
-def read_table(item: Any, name: str, *, element: str, signed: bool, order: str) -> LookupTable:
+def read_table(item: Dataset, name: str, *, element: str, signed: bool, order: str) -> LookupTable:
     """Read and check one item of a Modality LUT Sequence or VOI LUT Sequence.
 
     Args:
@@ -104,7 +111,7 @@ def read_table(item: Any, name: str, *, element: str, signed: bool, order: str) 
     return LookupTable(first, entries, bits)
 
 
-def _entries(data: Any, count: int, bits: int, order: str) -> np.ndarray | None:
+def _entries(data: object, count: int, bits: int, order: str) -> np.ndarray | None:
     """(count,) uint16, or None where the data do not fit. Entries of 8 bits may stand two in a word."""
     packed = (count + 1) // 2
     if isinstance(data, bytes):
@@ -124,7 +131,7 @@ def _entries(data: Any, count: int, bits: int, order: str) -> np.ndarray | None:
     return None
 
 
-def stored_numbers(dataset: Any, tag: int, order: str) -> np.ndarray | None:
+def stored_numbers(dataset: Dataset, tag: int, order: str) -> np.ndarray | None:
     """Numbers of an element whose VR is US or SS, as int64; None where it is missing or holds none.
 
     In implicit VR the file does not say which of the two it is, and pydicom leaves the bytes.
@@ -146,7 +153,7 @@ def as_stored(number: int, *, signed: bool) -> int:
     return number - 65536 if signed and number >= 32768 else number
 
 
-def read_window(center: Any, width: Any, function: str) -> tuple[tuple[float, float] | Voi | None, str]:
+def read_window(center: _Number, width: _Number, function: str) -> tuple[tuple[float, float] | Voi | None, str]:
     """The first window of a file: ends of a linear one, or a sigmoid; None with the reason where there is none.
 
     Args:
@@ -158,6 +165,8 @@ def read_window(center: Any, width: Any, function: str) -> tuple[tuple[float, fl
         return None, ""
     values = []
     for keyword, value in (("WindowCenter (0028,1050)", center), ("WindowWidth (0028,1051)", width)):
+        if value is None:
+            return None, f"{keyword} without a number"
         try:
             values.append(float(value if isinstance(value, (int, float, str)) else value[0]))
         except DECODE_ERRORS:

@@ -7,10 +7,9 @@ of some big-endian TIFFs. Such layouts are decoded here by other means, or refus
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -129,7 +128,7 @@ def _read_tiff(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
     return _from_mode(image)
 
 
-def _check_plain_ycbcr(tags: Mapping[int, Any], name: str) -> None:
+def _check_plain_ycbcr(tags: Mapping[int, Sequence[float]], name: str) -> None:
     """Pillow takes uncompressed YCbCr as three full-range bytes a pixel, by the coefficients of JPEG."""
     default = {530: (1, 1), 529: (0.299, 0.587, 0.114), 532: (0, 255, 128, 255, 128, 255)}
     for tag, what in ((530, "YCbCrSubSampling"), (529, "YCbCrCoefficients"), (532, "ReferenceBlackWhite")):

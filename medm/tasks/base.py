@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
-from medm.data.records import PLACEHOLDERS
 from medm.errors import DataError, MedmError
 from medm.metrics.base import Clusters, MetricResult, Resampling
-from medm.types import Media, PredictionField, Sample, Turn
+from medm.types import KIND_OF_PLACEHOLDER, Media, PredictionField, Sample, Turn
 
 Record: TypeAlias = Mapping[str, Any]
 """One scored item: `id`, `prediction`, `answer`, and the `extra` fields of its sample."""
@@ -311,7 +310,7 @@ def record_of(sample: Sample) -> dict[str, Any]:
     for media in sample.media:
         record.setdefault(media.branch, []).append(media.path)
     texts = [part for turn in sample.turns for part in turn.content if isinstance(part, str)]
-    if any(name in text for text in texts for name in PLACEHOLDERS):
+    if any(name in text for text in texts for name in KIND_OF_PLACEHOLDER):
         # Text that looks like a placeholder can only be told from one where media are parts of their own.
         messages: list[dict[str, Any]] = [
             {"role": turn.role, "content": [_part(part) for part in turn.content]} for turn in sample.turns

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medm.data.options import SourceOptions
-from medm.data.records import PLACEHOLDERS, Records, parse_record
+from medm.data.records import Records, parse_record
 from medm.errors import DataError, MediaError
-from medm.types import Media, Turn
+from medm.types import KIND_OF_PLACEHOLDER, Media, Turn
 from tests.data.tiny import gpt, human, record, write_image, write_json, write_lines
 
 
@@ -291,7 +291,7 @@ def test_messages_never_repeat_what_a_record_says() -> None:
         assert secret not in str(caught.value)
 
 
-@given(st.lists(st.sampled_from([*PLACEHOLDERS, "<image", "image>", "text", "<<image>>", "\n"]), max_size=12))
+@given(st.lists(st.sampled_from([*KIND_OF_PLACEHOLDER, "<image", "image>", "text", "<<image>>", "\n"]), max_size=12))
 def test_splitting_keeps_every_character(pieces: list[str]) -> None:
     """Media put back as their placeholders give the text, in the order of the files."""
     text = "".join(pieces) + "end"

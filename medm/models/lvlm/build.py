@@ -33,10 +33,10 @@ from medm.llms.lm_head import stop_tokens
 from medm.models.base import ModelKind
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
-from medm.models.lvlm.options import PLACEHOLDERS, BranchOptions, LVLMOptions
+from medm.models.lvlm.options import BranchOptions, LVLMOptions
 from medm.models.lvlm.processing import LVLMProcessor
 from medm.models.published.weights import PretrainedSource, load_module
-from medm.types import Config
+from medm.types import PLACEHOLDERS, Config
 
 if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM

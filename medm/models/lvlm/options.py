@@ -12,9 +12,7 @@ from medm.encoders import ENCODERS, EncoderOptions
 from medm.llms import LLMS, LLMOptions
 from medm.models.options import ModelOptions
 from medm.registry import NamedBlock
-
-PLACEHOLDERS = {"image": "<image>", "volume": "<volume>"}
-"""Branch names and the placeholder that stands for one of their items in text."""
+from medm.types import parse_view
 
 
 class BranchOptions(Options):
@@ -52,6 +50,10 @@ class LVLMOptions(ModelOptions):
     @classmethod
     def _known_branches(cls, branches: dict[str, BranchOptions]) -> dict[str, BranchOptions]:
         for name in branches:
-            if name not in PLACEHOLDERS:
-                raise ValueError(f"expected branches {sorted(PLACEHOLDERS)}, found {name!r}")
+            view = parse_view(name)
+            if view.variant is not None:
+                raise ValueError(
+                    f"branch {name!r}: a language model reads each file once, for the placeholder "
+                    f"{view.placeholder}; name the branch {view.kind!r}"
+                )
         return branches
