@@ -1,4 +1,4 @@
-"""Which items a report shows, and their pictures. Looking at the worst ones is how wrong references are found."""
+"""Which items a report shows, and their thumbnails. Looking at the worst ones is how wrong references are found."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Case:
     score: float | None
     metric: str | None
     sample: Sample
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     """Files relative to the report."""
     problem: str | None = None
-    """Why there is no picture."""
+    """Why there is no image."""
 
 
 def choose_cases(
@@ -90,7 +90,7 @@ def item_scores(
     return name, values
 
 
-def draw_pictures(
+def render_thumbnails(
     cases: Sequence[Case], root: Path, folder: Path, *, shown: Mapping[str, Preprocess] | None = None
 ) -> None:
     """A PNG for each image and volume of the cases, in `folder/cases`; a file that cannot be shown says why.
@@ -99,7 +99,7 @@ def draw_pictures(
         cases: the items.
         root: folder that media paths are relative to.
         folder: of the report.
-        shown: preprocessing by branch, as the model sees a file; a usual one without it.
+        shown: preprocessing by view, as the model sees a file; a usual one without it.
     """
     from medm.imaging.preview import save_contact_sheet
 
@@ -122,4 +122,4 @@ def draw_pictures(
                     case.problem = str(error)
                     continue
                 done[key] = name
-            case.pictures.append(done[key])
+            case.images.append(done[key])

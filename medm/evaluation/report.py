@@ -1,4 +1,4 @@
-"""Scores as pages: Markdown to read anywhere, HTML with pictures and without any script or outside file."""
+"""Scores as pages: Markdown to read anywhere, HTML with images and without any script or outside file."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def markdown(report: TaskReport) -> str:
         lines += ["", f"## {title}", ""]
         for case in cases:
             lines += [f"### {_md(case.id)}{_scored(case)}", ""]
-            lines += [f"![{_md(case.id)}]({picture})" for picture in case.pictures] + [""] * bool(case.pictures)
+            lines += [f"![{_md(case.id)}]({image})" for image in case.images] + [""] * bool(case.images)
             lines += [f"- {label}: {_md(text)}" for label, text in _said(case)] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -167,14 +167,14 @@ def _scored(case: Case) -> str:
 
 def _said(case: Case) -> list[tuple[str, str]]:
     lines = [("question", case.question), ("reference", case.answer), ("reply", case.reply or "(none)")]
-    return lines + ([("no picture", case.problem)] if case.problem else [])
+    return lines + ([("no image", case.problem)] if case.problem else [])
 
 
 def _html_case(case: Case) -> str:
-    pictures = "".join(f'<img src="{_esc(picture)}" alt="">' for picture in case.pictures)
+    images = "".join(f'<img src="{_esc(image)}" alt="">' for image in case.images)
     said = "".join(f"<dt>{_esc(label)}</dt><dd>{_esc(text)}</dd>" for label, text in _said(case))
     return (
-        f'<div class="c"><div>{pictures}</div><div><h3>{_esc(case.id)}<small>{_esc(_scored(case))}</small></h3>'
+        f'<div class="c"><div>{images}</div><div><h3>{_esc(case.id)}<small>{_esc(_scored(case))}</small></h3>'
         f"<dl>{said}</dl></div></div>"
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medm.errors import DataError, MedmError, RecipeError
-from medm.evaluation.cases import choose_cases, draw_pictures
+from medm.evaluation.cases import choose_cases, render_thumbnails
 from medm.evaluation.options import EvalOptions, EvalTaskOptions
 from medm.evaluation.prediction_files import PredictionsFile, join
 from medm.evaluation.predictors import Items, Predictions, Predictor, require_match
@@ -238,7 +238,7 @@ def _score(options: EvalOptions, run: _Run, predictions: Predictions) -> TaskRep
         count=options.cases,
         seed=options.seed,
     )
-    draw_pictures([*worst, *drawn], items.root, items.folder, shown=run.predictor.preprocess())
+    render_thumbnails([*worst, *drawn], items.root, items.folder, shown=run.predictor.preprocess())
     report.worst, report.random = worst, drawn
     text = json.dumps(defined(report.as_json()), indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_text(items.folder / "results.json", text + "\n")

@@ -39,7 +39,7 @@ class MedMNISTTask(Task):
         labels = arrays[f"{split}_labels"].reshape(-1)
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
             raise DataError(f"labels run to {labels.max()}, but there are {len(self.classes)} classes", file=file)
-        names = self._pictures(folder, file, arrays, split, len(labels))
+        names = self._images(folder, file, arrays, split, len(labels))
         for index, (label, name) in enumerate(zip(labels, names, strict=True)):
             question = choose(prompts.CLASSIFY, wording).format(question=self.question, classes=", ".join(self.classes))
             yield ask(
@@ -47,7 +47,7 @@ class MedMNISTTask(Task):
                 media=[Media("image", name)],
             )  # fmt: skip
 
-    def _pictures(self, folder: Path, file: Path, arrays: NumberArchive, split: str, count: int) -> list[str]:
+    def _images(self, folder: Path, file: Path, arrays: NumberArchive, split: str, count: int) -> list[str]:
         """Paths of the images relative to the folder; written where they are not there yet."""
         from PIL import Image
 

@@ -17,7 +17,7 @@ import yaml
 
 from medm.config import validate
 from medm.errors import CheckpointError, DataError, DeviceError, MedmError, RecipeError
-from medm.evaluation.cases import Case, choose_cases, draw_pictures
+from medm.evaluation.cases import Case, choose_cases, render_thumbnails
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.prediction_files import read_predictions
 from medm.evaluation.report import group_table
@@ -38,7 +38,7 @@ ANSWERS = ["left lung", "right lung", "heart", "no", "yes", "liver"]
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six items of two organs, with pictures; one question tries to be markup."""
+    """Six items of two organs, with images; one question tries to be markup."""
     folder = tmp_path_factory.mktemp("benchmark")
     records = []
     for index, answer in enumerate(ANSWERS):
@@ -106,9 +106,9 @@ def test_predictions_of_another_program(benchmark: Path, tmp_path: Path) -> None
     page = (folder / "report.html").read_text()
     assert "<b>bold</b>" not in page
     assert "<script" not in page
-    for picture in {picture for case in [*report.worst, *report.random] for picture in case.pictures}:
-        assert (folder / picture).stat().st_size > 500
-        assert f'src="{picture}"' in page
+    for image in {image for case in [*report.worst, *report.random] for image in case.images}:
+        assert (folder / image).stat().st_size > 500
+        assert f'src="{image}"' in page
     assert "[custom](custom/report.md)" in (tmp_path / "out" / "summary.md").read_text()
 
 
@@ -259,7 +259,7 @@ def test_a_limit_takes_files_of_all_answers_or_of_the_first(benchmark: Path, tmp
         run(section(benchmark, tmp_path / "b", predictions=str(tmp_path / "4.json"), limit=2))
 
 
-def test_a_missing_picture_is_named_before_anything_is_answered(benchmark: Path, tmp_path: Path) -> None:
+def test_a_missing_image_is_named_before_anything_is_answered(benchmark: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(benchmark, copy)
     (copy / "1.png").unlink()
@@ -268,7 +268,7 @@ def test_a_missing_picture_is_named_before_anything_is_answered(benchmark: Path,
     with pytest.raises(DataError, match=r"2 of 6 images and volumes .* the first is '1\.png'"):
         run(content)
     assert not (tmp_path / "out").exists()
-    file = write_predictions(tmp_path / "p.jsonl", ANSWERS)  # answers of another program need no picture
+    file = write_predictions(tmp_path / "p.jsonl", ANSWERS)  # answers of another program need no image
     assert run(section(copy, tmp_path / "out", predictions=str(file))).scores.results[0].value == 1
 
 
@@ -553,13 +553,13 @@ def test_equally_bad_items_are_chosen_by_the_seed() -> None:
     assert len({tuple(worst(seed)) for seed in range(5)}) == 5
 
 
-def test_pictures_of_volumes_and_of_files_that_are_gone(tmp_path: Path) -> None:
+def test_thumbnails_of_volumes_and_of_files_that_are_gone(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.random.default_rng(0).random((8, 20, 20), dtype=np.float32))
     here = Sample((Turn("user", (Media("volume", "v.npy"), "?")),), id="a", answer="x")
     gone = Sample((Turn("user", (Media("image", "none.png"), Media("volume", "v.npy"), "?")),), id="b", answer="x")
     cases = [Case(str(s.id), "?", "x", "y", None, None, s) for s in (here, gone)]
-    draw_pictures(cases, tmp_path, tmp_path / "out")
-    assert cases[0].pictures == cases[1].pictures == ["cases/000.png"]
+    render_thumbnails(cases, tmp_path, tmp_path / "out")
+    assert cases[0].images == cases[1].images == ["cases/000.png"]
     assert (tmp_path / "out" / "cases" / "000.png").is_file()
     assert cases[0].problem is None
     assert "none.png" in str(cases[1].problem)

@@ -78,7 +78,7 @@ def test_scores_of_a_plugin_go_through_the_runner(plugin: None, images: Path, tm
     assert report.scores.results[0].value == 0.0
     results = json.loads((tmp_path / "b" / "bright-or-dark" / "results.json").read_text())
     assert results["scores"][0]["value"] == 0.0
-    assert [case.pictures for case in report.random] == [["cases/000.png"]]
+    assert [case.images for case in report.random] == [["cases/000.png"]]
 
 
 def test_the_command_line_needs_nothing_but_the_plugin(plugin: None, images: Path, tmp_path: Path) -> None:

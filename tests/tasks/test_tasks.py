@@ -131,7 +131,7 @@ def test_an_archive_with_objects_is_refused(tmp_path: Path) -> None:
         NumberArchive(tmp_path / "x.npz")["test_labels"]
 
 
-def test_medmnist_pictures_are_the_pixels(tmp_path: Path) -> None:
+def test_medmnist_images_are_the_pixels(tmp_path: Path) -> None:
     from PIL import Image
 
     layouts.medmnist(tmp_path, "dermamnist", True)

@@ -83,7 +83,7 @@ def export(
         out: folder to write; must not exist, or be empty.
         form: "merged", "llava" or "encoder".
         branch: for "encoder", whose; may be left out where the model has one branch.
-        image: picture to prove with; a drawn one without it.
+        image: image to prove with; a drawn one without it.
         prompt: question to prove with.
         max_new_tokens: length of the reply that is compared.
 
@@ -107,7 +107,7 @@ def export(
     model, processor = _load_lvlm(folder)
     with atomic_directory(place) as target, tempfile.TemporaryDirectory() as scratch:
         question = Question(
-            Path(image) if image else draw_picture(Path(scratch) / "picture.png"), prompt, max_new_tokens
+            Path(image) if image else draw_test_image(Path(scratch) / "image.png"), prompt, max_new_tokens
         )
         proof = forms[form](target, model, processor, question)
         source = Path(folder).expanduser()
@@ -164,13 +164,13 @@ class Question:
     max_new_tokens: int
 
 
-def draw_picture(file: Path) -> Path:
-    """A picture with edges, gradients and colour, wider than high, so that resizing and cropping show."""
+def draw_test_image(file: Path) -> Path:
+    """Draw an image with edges, gradients and color, wider than high, so that resizing and cropping show."""
     rows, columns = np.mgrid[0:180, 0:240]
-    picture = np.stack([rows * 255 // 180, columns * 255 // 240, (rows + columns) % 256], axis=-1)
-    picture[(rows - 90) ** 2 + (columns - 80) ** 2 < 50**2] = (235, 225, 210)
-    picture[40:70, 150:210] = (20, 60, 30)
-    Image.fromarray(picture.astype(np.uint8)).save(file)
+    pixels = np.stack([rows * 255 // 180, columns * 255 // 240, (rows + columns) % 256], axis=-1)
+    pixels[(rows - 90) ** 2 + (columns - 80) ** 2 < 50**2] = (235, 225, 210)
+    pixels[40:70, 150:210] = (20, 60, 30)
+    Image.fromarray(pixels.astype(np.uint8)).save(file)
     return file
 
 
@@ -267,8 +267,8 @@ def run_stock(folder: Path, question: Question, pixels: Tensor) -> tuple[_Heard,
     with tempfile.TemporaryDirectory() as scratch:
         plan, result = Path(scratch) / "plan.json", Path(scratch) / "result.safetensors"
         save_tensors({"pixels": pixels}, Path(scratch) / "pixels.safetensors")
-        with Image.open(question.image) as picture:
-            size = [picture.height, picture.width]
+        with Image.open(question.image) as image:
+            size = [image.height, image.width]
         asked = {
             "image": str(question.image.resolve()), "image_size": size,
             "pixels": str(Path(scratch) / "pixels.safetensors"), "prompt": question.prompt,

@@ -20,7 +20,7 @@ from medm.config import validate
 from medm.encoders import ViTOptions
 from medm.errors import CheckpointError, ExportError
 from medm.models import build, load
-from medm.models.export.export import Question, _ask, draw_picture, export
+from medm.models.export.export import Question, _ask, draw_test_image, export
 from medm.models.export.llava import literal, save_llava, stock_template
 from medm.models.lvlm.build import build_encoder
 from medm.models.lvlm.options import LVLMOptions
@@ -64,7 +64,7 @@ def test_logits_and_ids_equal_the_stock_class(family: str, encoder: str, llms: d
     stock, report = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(stock).__name__ == "LlavaForConditionalGeneration"
-    own = _ask(model, processor, Question(draw_picture(tmp_path / "p.png"), "What is it?", 12))
+    own = _ask(model, processor, Question(draw_test_image(tmp_path / "p.png"), "What is it?", 12))
     inputs = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(
         [{"role": "user", "content": [
             {"type": "image", "path": str(tmp_path / "p.png")}, {"type": "text", "text": "What is it?"},
