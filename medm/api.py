@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from medm.config import validate
-from medm.data.records import missing_branch, parse_record
+from medm.data.base import missing_branch
+from medm.data.turns import parse_record
 from medm.errors import DataError
 from medm.imaging import load_pixels, resolve_inside
 from medm.inference.chat import Conversation

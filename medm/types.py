@@ -6,10 +6,11 @@ Torch is imported for type checkers only, so that reading and checking annotatio
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, get_args
 
 from medm.errors import RecipeError, suggest
 
@@ -105,15 +106,12 @@ class Turn:
         return "".join(part for part in self.content if isinstance(part, str))
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One record of an annotation file, checked: placeholders and files agree, roles are in order."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseSample(ABC):
+    """One record of an annotation file, read and checked. Each data pipeline has a subclass of its own."""
 
-    turns: tuple[Turn, ...]
     id: str | None = None
     task: str | None = None
-    answer: str | None = None
-    """Reference answer of an inference record; never shown to the model."""
     file: str | None = None
     index: int | None = None
     """Annotation file and position in it, for messages."""
@@ -121,14 +119,39 @@ class Sample:
     """Further fields of the record, passed through untouched (question type, split, mask paths ...)."""
 
     @property
+    @abstractmethod
+    def media(self) -> tuple[Media, ...]:
+        """Every image and volume of the record, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(BaseSample):
+    """A conversation, checked: placeholders and files agree, roles are in order."""
+
+    turns: tuple[Turn, ...]
+    answer: str | None = None
+    """Reference answer of an inference record; never shown to the model."""
+
+    @property
     def media(self) -> tuple[Media, ...]:
         """Every image and volume, in the order of their placeholders."""
         return tuple(part for turn in self.turns for part in turn.content if isinstance(part, Media))
 
 
+class MediaExample(Protocol):
+    """Pixels of an example, whatever the pipeline: what the dataset, feature caches and collators read."""
+
+    pixels: dict[str, list[np.ndarray]]
+    """Per view the preprocessed arrays (C, *spatial)."""
+    features: dict[str, list[np.ndarray]]
+    """Per branch the encoder's output (prefix + prod(grid), D), in place of `pixels`, where it is cached."""
+    task_id: int
+    """Position of the sample's task in the model's task list; 0 where the model has none."""
+
+
 @dataclass(slots=True)
 class Example:
-    """One sample as the model takes it, before batching."""
+    """A conversation as the model takes it, before batching; a `MediaExample`."""
 
     input_ids: list[int]
     labels: list[int]
@@ -136,24 +159,39 @@ class Example:
     pixels: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """Per view the preprocessed arrays (C, *spatial), in the order of their placeholders."""
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Per branch what the encoder made of them (prefix + prod(grid), D), in place of `pixels`, where that is known."""
     task_id: int = 0
-    """Position of the sample's task in the model's task list; 0 where the model has none."""
-    meta: dict[str, Any] = field(default_factory=dict)
-    """What objectives other than language modelling need (masks, boxes, label vectors)."""
 
 
-Batch: TypeAlias = dict[str, Any]
-"""Keyword arguments of a model's forward. For an LVLM:
+Batch: TypeAlias = Mapping[str, Any]
+"""Keyword arguments of a model's forward. Each data pipeline documents its own, as `ConversationBatch` does."""
 
-input_ids, attention_mask, labels  (B, T) int64; padding has mask 0 and label -100. In training there is no mask where
-             padding stands behind the samples
-label_positions (L,) int64, in training: from which of the B * T positions a label is predicted, the one before it
-pixels      {branch: (N, C, *spatial) float32}, items of all samples in order; a branch without input is absent
-features    {branch: (N, prefix + prod(grid), D)}, in place of a branch's pixels: the encoder's output, kept from before
-task_ids    {branch: (N,) int64}, the task of the sample that each item belongs to
-position_ids (B, T), only where several samples share one row (packing)
-"""
+
+class ConversationBatch(TypedDict, total=False):
+    """A batch of conversations. Keys without content are absent."""
+
+    input_ids: Tensor
+    """(B, T) int64."""
+    attention_mask: Tensor
+    """(B, T) int64, 0 at padding. Absent in packed rows, and in training where the kind of model needs none
+    (`ModelKind.needs_mask`)."""
+    labels: Tensor
+    """(B, T) int64; `IGNORE_INDEX` at padding and wherever nothing is learned."""
+    label_positions: Tensor
+    """(L,) int64, in training: from which of the B * T positions a label is predicted, the one before it."""
+    position_ids: Tensor
+    """(B, T) int64, in packed rows alone: begins again at 0 with each sample."""
+    pixels: dict[str, Tensor]
+    """By branch (N, C, *spatial) float32, items of all samples in order; a branch without input is absent."""
+    features: dict[str, Tensor]
+    """By branch (N, prefix + prod(grid), D), in place of the branch's pixels: the cached output of the encoder."""
+    task_ids: dict[str, Tensor]
+    """By branch (N,) int64, the task of the sample that each item belongs to."""
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    """(samples + 1,) int32, in padding-free rows alone: where each sample begins, under transformers' names."""
+    max_length_q: int
+    max_length_k: int
+    """Tokens of the longest sample of a padding-free row."""
 
 
 class VisionFeatures(NamedTuple):

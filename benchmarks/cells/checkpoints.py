@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from benchmarks.harness import Figure, seconds
 from benchmarks.workloads import PAD, WORKLOADS, make_examples, medm_model
 from medm.data.collator import Collator
-from medm.data.sampling import RankedBatches, Shuffle
+from medm.data.sampling import DistributedBatchSampler, Shuffle
 from medm.objectives.language_modeling import LanguageModeling
 from medm.training.arguments import training_arguments
 from medm.training.options import PartOptions, TrainOptions
@@ -64,7 +64,7 @@ class _Run(Figure):
         return MedmTrainer(
             model, training_arguments(train, Path(folder)), objective=LanguageModeling(), parts=parts,
             train_options=train, train_dataset=data, data_collator=Collator(PAD),
-            sampler=RankedBatches(Shuffle(len(data), seed=0), batch_size=self.batch),
+            sampler=DistributedBatchSampler(Shuffle(len(data), seed=0), batch_size=self.batch),
         )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ class _Workload:
 
     @property
     def collator(self) -> PackingCollator:
-        return PackingCollator(PAD, self.capacity, flat=True, for_training=True)
+        return PackingCollator(PAD, self.capacity, padding_free=True, with_label_positions=True)
 
     def step(self, model: Any, batch: Batch) -> None:
         """Forward and backward."""

@@ -11,6 +11,7 @@ import typer
 from medm.cli.console import note, out
 
 if TYPE_CHECKING:
+    from medm.data.base import AnyPipeline
     from medm.data.options import SourceOptions
     from medm.training.recipe import Recipe
 
@@ -38,12 +39,19 @@ def check(
     The exit status is 1 when a record is bad or an annotation file cannot be read.
     """
     from medm.data.check import check as check_records
+    from medm.data.limits import LengthLimit
 
     loaded = _load(recipe) if recipe else None
     sources = _sources(files or [], root, loaded)
-    settings = _settings(loaded, model)
+    pipeline = _pipeline(loaded, model, inference=inference)
     report = check_records(
-        sources, inference=inference, decode=decode, limit=limit, progress=_show_progress, **settings
+        sources,
+        pipeline,
+        decode=decode,
+        preview=pipeline.makes_examples,
+        length_limit=LengthLimit(loaded.data.max_length, loaded.data.too_long) if loaded else None,
+        limit=limit,
+        progress=_show_progress,
     )
     for line in report.lines():
         out.print(line, markup=False)
@@ -122,8 +130,9 @@ def cache(
         from medm.inference.generator import pick_device
 
         device = str(pick_device(device))
-    prepared = {name: how for name, how in _processor_of(read).preprocess.items() if how.kind in options.branches}
-    sources = [Records([source]) for source in _sources([], None, read)]
+    pipeline = _pipeline(read, None)
+    prepared = {name: how for name, how in pipeline.preprocess.items() if how.kind in options.branches}
+    sources = [Records([source], pipeline) for source in _sources([], None, read)]
     columns = (TextColumn("volumes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as bar:
         task = bar.add_task("volumes", total=None)
@@ -205,30 +214,21 @@ def _sources(files: list[Path], root: Path | None, recipe: Recipe | None) -> lis
     return sources
 
 
-def _settings(recipe: Recipe | None, model: Path | None) -> dict[str, Any]:
-    """What a check learns from a model: its preprocessing, its encoder, its limits. Empty without one."""
-    from medm.models import load_processor
+def _pipeline(recipe: Recipe | None, model: Path | None, *, inference: bool = False) -> AnyPipeline:
+    """The data pipeline of a model, with its processor; without one, conversations are read and files looked at."""
+    from medm.data.pipelines import PIPELINES, pipeline_for
 
     if model is not None:
-        processor = load_processor(str(model))
-    elif recipe is not None:
-        processor = _processor_of(recipe)
-    else:
-        return {}
-    limits = {"max_length": recipe.data.max_length, "too_long": recipe.data.too_long} if recipe else {}
-    return {
-        "preprocess": processor.preprocess,
-        "encode": processor.encode,
-        "to_text": processor.tokenizer.decode,
-        "placeholder_ids": frozenset(processor.placeholder_ids.values()),
-        **limits,
-    }
+        from medm.models import kind_of_config, load_config, load_processor
 
+        folder = str(model)
+        return pipeline_for(kind_of_config(load_config(folder)), load_processor(folder), inference=inference)
+    if recipe is None:
+        return PIPELINES.get("conversations")(inference=inference)
+    from medm.models import kind_of, processor_of
 
-def _processor_of(recipe: Recipe) -> Any:
-    from medm.models import processor_of
-
-    return processor_of(recipe.model, init_from=_trained(recipe))
+    processor = processor_of(recipe.model, init_from=_trained(recipe))
+    return pipeline_for(kind_of(recipe.model), processor, inference=inference)
 
 
 def _preprocess(recipe: Recipe | None, model: Path | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From the `data` section of a recipe to batch sampler and collator."""
+"""From the `data` section of a recipe to the batch sampler of training."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medm.data.collator import Collator
 from medm.data.options import DataOptions
-from medm.data.packing import PackedBatches, PackingCollator
-from medm.data.sampling import WINDOW, Among, Mixture, Order, RankedBatches, Shuffle
+from medm.data.packing import PackedBatches
+from medm.data.sampling import WINDOW, DistributedBatchSampler, IndexOrder, Mixture, Shuffle, Subset
 from medm.errors import DataError
 
 
@@ -24,7 +23,7 @@ def build_batches(
     drop_last: bool = False,
     lengths: Sequence[int] | np.ndarray | None = None,
     seed: int = 0,
-) -> RankedBatches:
+) -> DistributedBatchSampler:
     """The batch sampler of training.
 
     Args:
@@ -56,7 +55,7 @@ def build_batches(
             order, lengths=known, capacity=options.max_length, batch_size=batch_size, rank=rank, world=world,
             accumulation=accumulation, drop_last=drop_last, seed=seed,
         )  # fmt: skip
-    return RankedBatches(
+    return DistributedBatchSampler(
         order, batch_size=batch_size, rank=rank, world=world, accumulation=accumulation, drop_last=drop_last,
         lengths=known, group_by_length=options.order == "length", balance_ranks=options.balance_ranks,
         window=window, seed=seed,
@@ -65,11 +64,11 @@ def build_batches(
 
 def _order(
     options: DataOptions, sizes: Sequence[int], chosen: np.ndarray, global_batch: int, seed: int
-) -> tuple[Order, int]:
+) -> tuple[IndexOrder, int]:
     """The order of an epoch over the chosen records, and how many global batches of it may be sorted together."""
     weights = [source.weight for source in options.train if source.weight is not None]
     if not weights:
-        return Among(Shuffle(len(chosen), seed), chosen), WINDOW
+        return Subset(Shuffle(len(chosen), seed), chosen), WINDOW
     counts, _ = np.histogram(chosen, bins=np.cumsum([0, *sizes]))
     if not counts.all():
         empty = options.train[int(np.argmin(counts))].path
@@ -78,17 +77,5 @@ def _order(
     free = Mixture(counts.tolist(), weights).unrepeated
     window = min(WINDOW, max(1, free // global_batch)) if options.order == "length" else 1
     draws = options.draws or len(chosen)
-    mixture = Mixture(counts.tolist(), weights, draws=draws, apart=window * global_batch, seed=seed)
-    return Among(mixture, chosen), window
-
-
-def build_collator(options: DataOptions, *, pad_id: int, flat: bool = False) -> Collator | PackingCollator:
-    """The collator that goes with `build_batches`; `flat` packs a batch into a single row."""
-    if not options.packing:
-        return Collator(pad_id, pad_to_multiple_of=options.pad_to_multiple_of, for_training=True)
-    if options.max_length is None:
-        raise ValueError("packing needs data.max_length")
-    return PackingCollator(
-        pad_id, options.max_length, flat=flat, pad_to_multiple_of=None if flat else options.pad_to_multiple_of,
-        for_training=True,
-    )  # fmt: skip
+    mixture = Mixture(counts.tolist(), weights, draws=draws, min_distance=window * global_batch, seed=seed)
+    return Subset(mixture, chosen), window

@@ -146,13 +146,13 @@ def _places(data: Sequence[Records], preprocess: Mapping[str, Preprocess], fille
     for records in data:
         for index in range(len(records)):
             try:
-                for position, media in enumerate(records[index].media):
-                    if media.branch not in preprocess:
-                        continue
-                    path = records.media_path(index, media)
-                    if (media.branch, path) not in seen:
-                        seen.add((media.branch, path))
-                        yield _Place(path, media.branch, records, index, position)
+                with records.placed(index):
+                    for number, media in enumerate(records[index].media):
+                        if media.branch not in preprocess:
+                            continue
+                        path = records.media_path(index, media)
+                        if (media.branch, path) not in seen:
+                            seen.add((media.branch, path))
+                            yield _Place(path, media.branch, records, index, number)
             except DataError as error:
-                source, position = records.locate(index)
-                filled.note(error.at(file=records.files[source].path, index=position))
+                filled.note(error)

@@ -1,32 +1,32 @@
 """Check every record of the annotation files, and every file that they name, before training or inference.
 
-Needs no torch: encoding, where it is asked for, is handed in. Reports places and reasons, never what a record says,
-but for the one preview that is asked for by handing in a decoder.
+Runs the data pipeline that training runs, with blank pixels of the right shapes in place of the files' own. Needs no
+torch where the pipeline has no processor. Reports places and reasons, never what a record says, but for the one
+preview that is asked for.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
-from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from medm.data.base import AnyPipeline, Segment
 from medm.data.files import check_beginning
-from medm.data.limits import LengthLimit, require_label
+from medm.data.limits import LengthLimit
 from medm.data.options import DataOptions, SourceOptions
-from medm.data.records import Records, missing_branch
+from medm.data.records import Records
 from medm.errors import DataError, RecipeError
-from medm.imaging import Preprocess, VolumePreprocess, load_pixels
+from medm.imaging import Preprocess, VolumePreprocess
 from medm.imaging.notices import Notice, collected
 from medm.imaging.paths import MissingFileError
 from medm.imaging.probe import probe
-from medm.types import IGNORE_INDEX, Encode, Example, Sample
 
 MAX_KEPT = 1000
 """So many bad records are kept with their place and reason; the rest are counted."""
@@ -37,14 +37,6 @@ _KINDS: dict[str, Literal["image", "volume"]] = {"image": "image", "volume": "vo
 
 
 @dataclass(slots=True)
-class Segment:
-    """A stretch of an encoded sample that is learned, or not."""
-
-    text: str
-    learned: bool
-
-
-@dataclass(slots=True)
 class Report:
     """What a check found."""
 
@@ -52,7 +44,8 @@ class Report:
     """Records looked at in each annotation file."""
     records: int = 0
     """Records looked at, good and bad."""
-    turns: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    """What the pipeline counts in good records, by noun (`Pipeline.nouns`)."""
     text_only: int = 0
     """Good records without image or volume."""
     media: Counter[str] = field(default_factory=Counter)
@@ -77,7 +70,8 @@ class Report:
     """(id, file, index) of the first records whose id another one had before."""
     num_duplicate_ids: int = 0
     lengths: list[int] = field(default_factory=list)
-    """Tokens of each record in order, after shortening; 0 for bad ones and those left out. Empty without an encoder."""
+    """Length of each record in order, after shortening; 0 for bad ones and those left out. Empty without a
+    processor."""
     num_too_long: int = 0
     """Records that the policy leaves out for their length."""
     num_truncated: int = 0
@@ -93,7 +87,7 @@ class Report:
     roots: list[Path] = field(default_factory=list)
     """Folder of each source's images and volumes."""
     ids: list[tuple[int, str]] = field(default_factory=list)
-    """Position and id of the records that have one; only in the report of a share."""
+    """Position and id of the records that have one; only in the report of a shard."""
 
     @property
     def ok(self) -> bool:
@@ -116,16 +110,17 @@ class Report:
             media = [_counted(count, branch) for branch, count in sorted(self.media.items())] or [
                 "no images or volumes"
             ]
+            counts = [_counted(count, noun) for noun, count in self.counts.items()]
             bad = self.num_bad - self.num_unreadable
             lines.append(
                 f"{_counted(self.records, 'record')}, {bad} bad; {'the good ones have ' if bad else ''}"
-                f"{_counted(self.turns, 'turn')}, {', '.join(media)}, {self.text_only} text only"
+                f"{', '.join([*counts, *media])}, {self.text_only} text only"
             )
         if self.num_warnings:
             lines.append(f"{self.num_warnings} warnings about files")
         if set(self.tasks) - {""}:
-            counts = sorted(self.tasks.items(), key=lambda entry: (-entry[1], entry[0]))
-            lines.append("tasks: " + ", ".join(f"{task or '(none)'} {n}" for task, n in counts))
+            tasks = sorted(self.tasks.items(), key=lambda entry: (-entry[1], entry[0]))
+            lines.append("tasks: " + ", ".join(f"{task or '(none)'} {n}" for task, n in tasks))
         if self.num_duplicate_ids:
             name, file, index = self.duplicate_ids[0]
             lines.append(
@@ -156,19 +151,17 @@ class Report:
 class _Checker:
     """The settings of one check and what it carries from record to record."""
 
-    preprocess: Mapping[str, Preprocess] | None
+    pipeline: AnyPipeline
     decode: bool
-    encode: Encode | None
-    to_text: Callable[[list[int]], str] | None
+    preview: bool
     limit: LengthLimit
-    inference: bool
     report: Report
     source: int = 0
     """Number of the source that is checked."""
     seen_files: dict[tuple[Path, str], str | None] = field(default_factory=dict)
     """Files already checked for a branch, and what is wrong with them: a good volume is no image."""
 
-    def record(self, records: Records, index: int, *, position: int) -> None:
+    def record(self, records: Records[Any, Any], index: int, *, position: int) -> None:
         """Check one record and add it to the report. Raises `DataError` when it is bad.
 
         Args:
@@ -179,37 +172,37 @@ class _Checker:
         sample = records[index]
         if sample.id is not None:
             self.report.ids.append((position, sample.id))
-        for number in range(len(sample.media)):
-            try:
-                self._media(records, index, sample, number)
-            except DataError as error:
-                raise error.at(file=sample.file, index=sample.index, field=records.media_field(index, number)) from None
-        if self.encode is not None:
-            try:
-                pixels = self._pixels(records, index, sample)
-                self.report.lengths.append(self._length(self.encode, sample, pixels, position=position))
-            except DataError as error:
-                raise error.at(file=sample.file, index=sample.index) from None
-        self.report.turns += len(sample.turns)
+        pixels = records.load_media(index, sample, self._blank)
+        if self.pipeline.makes_examples:
+            with records.placed(index):
+                example = self.pipeline.example(sample, pixels)
+                fitting = self.limit.apply(example, self.pipeline)
+            self.report.num_too_long += fitting is None
+            self.report.num_truncated += fitting is not None and fitting is not example
+            self.report.lengths.append(0 if fitting is None else self.pipeline.length(fitting))
+            if self.preview and fitting is not None and self.report.preview_at is None:
+                self.report.preview, self.report.preview_at = self.pipeline.preview(fitting), position
+        self.report.counts.update(self.pipeline.counts(sample))
         self.report.text_only += not sample.media
         self.report.media.update(media.branch for media in sample.media)
         self.report.tasks[sample.task or ""] += 1
 
-    def _media(self, records: Records, index: int, sample: Sample, number: int) -> None:
-        media = sample.media[number]
-        if self.preprocess is not None and media.branch not in self.preprocess:
-            raise DataError(missing_branch(media.branch, self.preprocess))
-        path = records.media_path(index, media)
+    def _blank(self, path: Path, branch: str) -> np.ndarray:
+        """Check a file, once for each branch that reads it, and return blank pixels in its place."""
+        preprocess = self.pipeline.preprocess[branch] if self.pipeline.makes_examples else None
         self.report.found_files[self.source] += 1
-        key = path, media.branch
+        key = path, branch
         if key not in self.seen_files:
-            kind = _KINDS[media.branch] if self.preprocess is None else self.preprocess[media.branch].kind
             self.seen_files[key] = None
             try:
-                how = (self.preprocess or {}).get(media.branch)
-                series = how.series if isinstance(how, VolumePreprocess) else "only"
                 with collected() as notices:
-                    probe(path, kind=kind, decode=self.decode, series=series, preprocess=how)
+                    probe(
+                        path,
+                        kind=_KINDS[branch] if preprocess is None else preprocess.kind,
+                        decode=self.decode,
+                        series=preprocess.series if isinstance(preprocess, VolumePreprocess) else "only",
+                        preprocess=preprocess,
+                    )
                 _note_warnings(self.report, notices)
             except DataError as error:
                 self.seen_files[key] = error.reason
@@ -217,74 +210,42 @@ class _Checker:
         reason = self.seen_files[key]
         if reason is not None:
             raise DataError(reason)
-
-    def _length(self, encode: Encode, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, position: int) -> int:
-        """Tokens of the record as it will be trained on, 0 where the policy leaves it out."""
-        example = encode(sample, pixels, generation=self.inference)
-        if not self.inference:
-            require_label(example)
-        fitting = self.limit.apply(example)
-        self.report.num_too_long += fitting is None
-        self.report.num_truncated += fitting is not None and fitting is not example
-        if fitting is None:
-            return 0
-        if self.to_text is not None and not self.report.preview:
-            self.report.preview, self.report.preview_at = segments(fitting, self.to_text), position
-        return len(fitting.input_ids)
-
-    def _pixels(self, records: Records, index: int, sample: Sample) -> dict[str, list[np.ndarray]]:
-        """The real pixels where files are decoded anyway, else arrays of the same shape that take no memory."""
-        preprocess = self.preprocess or {}
-        if not self.decode:
-            return blank_pixels(sample, preprocess)
-        pixels: dict[str, list[np.ndarray]] = {}
-        for media in sample.media:
-            with collected():  # what is unusual about the file was noted when it was probed
-                array = load_pixels(records.media_path(index, media), preprocess[media.branch])
-            pixels.setdefault(media.branch, []).append(array)
-        return pixels
+        return blank_pixels(preprocess)
 
 
 def check(
     sources: Sequence[SourceOptions],
+    pipeline: AnyPipeline,
     *,
-    inference: bool = False,
-    preprocess: Mapping[str, Preprocess] | None = None,
     decode: bool = False,
-    encode: Encode | None = None,
-    to_text: Callable[[list[int]], str] | None = None,
-    max_length: int | None = None,
-    too_long: Literal["error", "truncate_text", "skip"] = "error",
-    placeholder_ids: Collection[int] = (),
+    preview: bool = False,
+    length_limit: LengthLimit | None = None,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    share: tuple[int, int] | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> Report:
     """Read every record, check every file that it names once, and report what is bad.
 
     Args:
         sources: the annotation files. One that cannot be opened at all is reported like a bad record.
-        inference: the last reply of a record may be missing.
-        preprocess: by branch, as the model has it; without it "image" and "volume" are looked at as such.
+        pipeline: of the kind of model. Without a processor, records and files are checked alone; with one also what
+            the model makes of them, and their lengths.
         decode: read every image and volume in full; otherwise only as far as their header.
-        encode: a model's encoder, for token lengths. Needs `preprocess`.
-        to_text: ids to text, for the preview of the first good record.
-        max_length: longest record in tokens, as in training.
-        too_long: what training will do with a longer one; with "error" it is a bad record.
-        placeholder_ids: token ids that stand for vision tokens, which are never cut.
+        preview: show the first good record as the model sees it. Needs a processor.
+        length_limit: the longest example, and what training will do with a longer one; with "error" it is a bad
+            record.
         limit: look only at the first N records of each file.
         progress: called with (records done, records in all) now and then.
-        share: (number, of how many), where several processes divide the work: the records whose position among all
-            leaves this remainder. What they return is put together by `merged`.
+        shard: (number, of how many), where several ranks divide the work: the records whose position among all
+            leaves this remainder. Their reports are put together by `merged`.
     """
-    report = Report()
-    length_limit = LengthLimit(max_length, too_long, frozenset(placeholder_ids))
-    checker = _Checker(preprocess, decode, encode, to_text, length_limit, inference, report)
-    number, shares = share or (0, 1)
+    report = Report(counts=Counter(dict.fromkeys(pipeline.nouns, 0)))
+    checker = _Checker(pipeline, decode, preview, length_limit or LengthLimit(), report)
+    number, shards = shard or (0, 1)
     opened = []
     for source in sources:
         try:
-            opened.append(Records([source], inference=inference))
+            opened.append(Records([source], pipeline))
         except DataError as error:
             if number == 0:
                 report.num_unreadable += 1
@@ -298,7 +259,7 @@ def check(
         report.roots.append(records.root(0).resolve())
         for index in range(total):
             position += 1
-            if position % shares != number:
+            if position % shards != number:
                 continue
             report.records += 1
             try:
@@ -306,10 +267,10 @@ def check(
             except DataError as error:
                 report.without_file[checker.source] += isinstance(error, MissingFileError)
                 _note_bad(report, error, position=position)
-                report.lengths += [0] if encode is not None else []
+                report.lengths += [0] if pipeline.makes_examples else []
             if progress is not None and report.records % 1000 == 0:
                 progress(position + 1, sum(totals))
-    return merged([report]) if share is None else report
+    return merged([report]) if shard is None else report
 
 
 def require_sources(options: DataOptions) -> None:
@@ -342,11 +303,14 @@ def _note_warnings(report: Report, notices: Sequence[Notice]) -> None:
 
 
 def merged(reports: Sequence[Report]) -> Report:
-    """One report of the shares of a check, in the order of their numbers: as if one process had looked at all."""
+    """Return one report of the shards of a check, in the order of their numbers.
+
+    It equals that of one rank that looked at all records.
+    """
     whole = Report(files=dict(reports[0].files), starts=reports[0].starts, roots=reports[0].roots)
     for report in reports:
         whole.records += report.records
-        whole.turns += report.turns
+        whole.counts.update(report.counts)
         whole.text_only += report.text_only
         whole.media.update(report.media)
         whole.tasks.update(report.tasks)
@@ -369,8 +333,8 @@ def merged(reports: Sequence[Report]) -> Report:
         first = min(shown, key=lambda report: report.preview_at or 0)
         whole.preview, whole.preview_at = first.preview, first.preview_at
     whole.lengths = [0] * sum(len(report.lengths) for report in reports)
-    for share, report in enumerate(reports):
-        whole.lengths[share :: len(reports)] = report.lengths
+    for number, report in enumerate(reports):
+        whole.lengths[number :: len(reports)] = report.lengths
     _note_duplicates(whole, merge(*(report.ids for report in reports)))
     return whole
 
@@ -415,29 +379,13 @@ def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
         seen.add(name)
 
 
-def blank_pixels(sample: Sample, preprocess: Mapping[str, Preprocess]) -> dict[str, list[np.ndarray]]:
-    """Arrays of the shape that the sample's files will have, all zero and without memory of their own."""
-    pixels: dict[str, list[np.ndarray]] = {}
-    for media in sample.media:
-        options = preprocess[media.branch]
-        channels = options.channels if options.kind == "image" else options.num_channels
-        shape = (channels, *(options.size or (1, 1, 1)))
-        pixels.setdefault(media.branch, []).append(np.broadcast_to(np.float32(0), shape))
-    return pixels
+def blank_pixels(preprocess: Preprocess | None) -> np.ndarray:
+    """Return an array of the shape that a prepared file has, all zero and without memory of its own.
 
-
-def segments(example: Example, to_text: Callable[[list[int]], str]) -> list[Segment]:
-    """An example as text, cut where learning begins and ends; a repeated token is written once with its number."""
-    pieces: list[Segment] = []
-    pairs = list(zip(example.input_ids, (label != IGNORE_INDEX for label in example.labels), strict=True))
-    for learned, group in groupby(pairs, key=lambda pair: pair[1]):
-        text, plain = "", []
-        for token, run in groupby(token for token, _ in group):
-            count = len(list(run))
-            if count < 8:
-                plain += [token] * count
-                continue
-            text += (to_text(plain) if plain else "") + f"{to_text([token])} x {count} "
-            plain = []
-        pieces.append(Segment(text + (to_text(plain) if plain else ""), learned))
-    return pieces
+    Empty where no model says which shape that is.
+    """
+    if preprocess is None:
+        return np.empty(0, np.float32)
+    channels = preprocess.channels if preprocess.kind == "image" else preprocess.num_channels
+    shape = (channels, *(preprocess.size or (1, 1, 1)))
+    return np.broadcast_to(np.float32(0), shape)

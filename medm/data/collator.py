@@ -1,4 +1,4 @@
-"""Examples to the batch that a model's forward takes (`medm.types.Batch`)."""
+"""Conversations to the batch that a model's forward takes (`medm.types.ConversationBatch`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medm.types import IGNORE_INDEX, Batch, Example
+from medm.types import IGNORE_INDEX, ConversationBatch, Example, MediaExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +27,33 @@ class Collator:
     """"left" for generation, where every row has to end where its reply begins."""
     pad_to_multiple_of: int | None = None
     """Lengths are rounded up to it (tensor cores, compiled shapes)."""
-    for_training: bool = False
-    """The batch says `label_positions`, so that no GPU is waited for to find them, and has no mask: what stands behind
-    a sample is not seen by causal attention, which is faster without one."""
+    with_mask: bool = True
+    """The batch has an `attention_mask`. Causal attention with padding on the right needs none, since no token sees
+    the padding behind it, and is faster without."""
+    with_label_positions: bool = False
+    """The batch has `label_positions`, so that the model does not wait for the GPU to find them."""
 
     def __post_init__(self) -> None:
-        if self.for_training and self.padding_side == "left":
+        if not self.with_mask and self.padding_side == "left":
             raise ValueError("padding on the left needs a mask; batches for training are padded on the right")
 
-    def __call__(self, examples: Sequence[Example | None]) -> Batch:
-        """One row an example."""
-        kept = [example for example in examples if example is not None] or [filler(self.pad_id)]
+    def __call__(self, examples: Sequence[Example | None]) -> ConversationBatch:
+        """Return a batch of one row an example."""
+        kept = [example for example in examples if example is not None]
+        kept = kept or [dummy_example(self.pad_id)]
         width = round_up(max(len(example.input_ids) for example in kept), self.pad_to_multiple_of)
-        batch = {
-            "input_ids": padded([example.input_ids for example in kept], width, self.pad_id, side=self.padding_side),
-            "labels": padded([example.labels for example in kept], width, IGNORE_INDEX, side=self.padding_side),
-            **stack_media(kept),
-        }
-        if self.for_training:
-            return {**batch, "label_positions": label_positions(batch["labels"])}
-        mask = padded([[1] * len(e.input_ids) for e in kept], width, 0, side=self.padding_side)
-        return {**batch, "attention_mask": mask}
+        side = self.padding_side
+        labels = padded([example.labels for example in kept], width, IGNORE_INDEX, side=side)
+        batch = ConversationBatch(
+            input_ids=padded([example.input_ids for example in kept], width, self.pad_id, side=side),
+            labels=labels,
+        )
+        if self.with_label_positions:
+            batch["label_positions"] = label_positions(labels)
+        if self.with_mask:
+            mask = [[1] * len(example.input_ids) for example in kept]
+            batch["attention_mask"] = padded(mask, width, 0, side=side)
+        return {**batch, **stack_media(kept)}
 
 
 def padded(rows: Sequence[Sequence[int]], width: int, fill: int, *, side: Literal["left", "right"]) -> Tensor:
@@ -64,8 +70,11 @@ def label_positions(labels: Tensor) -> Tensor:
     return rows * labels.shape[1] + columns
 
 
-def filler(pad_id: int) -> Example:
-    """Stands in where every record of a batch was left out. Two tokens, so that shifted labels are not of length 0."""
+def dummy_example(pad_id: int) -> Example:
+    """Return an example that teaches nothing, for a batch whose records were all left out.
+
+    Two tokens, so that shifted labels are not of length 0.
+    """
     return Example([pad_id] * 2, [IGNORE_INDEX] * 2)
 
 
@@ -74,8 +83,8 @@ def round_up(length: int, multiple: int | None) -> int:
     return length if multiple is None else -(-length // multiple) * multiple
 
 
-def stack_media(examples: Sequence[Example]) -> Batch:
-    """`pixels`, `features` and `task_ids` by branch, items of all examples in order, and `meta` where there is any.
+def stack_media(examples: Sequence[MediaExample]) -> ConversationBatch:
+    """Return `pixels`, `features` and `task_ids` by branch, items of all examples in order.
 
     Raises:
         ValueError: the items of a branch differ in shape, or some come as pixels and some as features.
@@ -85,18 +94,20 @@ def stack_media(examples: Sequence[Example]) -> Batch:
         for branch, items in [*example.pixels.items(), *example.features.items()]:
             if items:
                 tasks.setdefault(branch, []).extend([example.task_id] * len(items))
-    batch: Batch = {
-        "pixels": _stacked([example.pixels for example in examples]),
-        "features": _stacked([example.features for example in examples]),
-        "task_ids": {branch: torch.tensor(ids) for branch, ids in tasks.items()},
-    }
-    if mixed := sorted(batch["pixels"].keys() & batch["features"].keys()):
+    pixels = _stacked([example.pixels for example in examples])
+    features = _stacked([example.features for example in examples])
+    if mixed := sorted(pixels.keys() & features.keys()):
         raise ValueError(
             f"{mixed}: some items of the batch are pixels and some features; a branch has one or the other"
         )
-    if any(example.meta for example in examples):
-        batch["meta"] = [example.meta for example in examples]
-    return {key: value for key, value in batch.items() if value}
+    batch = ConversationBatch()
+    if pixels:
+        batch["pixels"] = pixels
+    if features:
+        batch["features"] = features
+    if tasks:
+        batch["task_ids"] = {branch: torch.tensor(ids) for branch, ids in tasks.items()}
+    return batch
 
 
 def _stacked(by_example: Sequence[Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:

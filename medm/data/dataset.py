@@ -1,4 +1,4 @@
-"""Records to examples, one at a time, in the workers of a DataLoader.
+"""Records to examples of any data pipeline, one at a time, in the workers of a DataLoader.
 
 Nothing is random but the augmentation, which is drawn from (seed, epoch, index): the same example comes out in
 any worker, on any rank and after a resume.
@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from medm.data.base import E
 from medm.data.features import FeatureStore
-from medm.data.limits import BadRecordsLimit, LengthLimit, TooLongError, require_label
-from medm.data.records import Records, missing_branch
+from medm.data.limits import BadRecordsLimit, LengthLimit, TooLongError
+from medm.data.records import Records
 from medm.errors import DataError, InputLostError, RecipeError, machine_fault
 from medm.imaging import Augment, Preprocess, load_pixels
 from medm.imaging.augment import augment
 from medm.imaging.paths import MissingFileError
-from medm.types import Encode, Example, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -35,51 +35,43 @@ RETRY_SECONDS = (1.0, 3.0, 9.0, 20.0)
 remounted is back within seconds."""
 
 
-class ConversationDataset(Dataset[Example | None]):
-    """A map-style dataset whose items are `Example`s, or None where the policy leaves a record out.
+class ExampleDataset(Dataset[E | None], Generic[E]):
+    """A map-style dataset whose items are examples of a pipeline, or None where the policy leaves a record out.
 
     Args:
-        records: what is read.
-        encode: sample and pixels to tokens; a model's processor has it.
-        preprocess: by branch, what is done to the pixels; its keys are the branches that the model has.
+        records: what is read; their pipeline has a processor.
         load: file and description to (C, *spatial) float32; a cache fits in here.
-        max_length: longest example in tokens; None for no limit.
-        too_long: what happens to a longer one, as in `LengthLimit`; one that cannot be shortened counts as bad.
-        placeholder_ids: token ids that stand for vision tokens, which are never cut.
+        limit: the longest example, and what happens to a longer one; one that cannot be shortened counts as bad.
+            Without it there is none.
         bad_records: stop with the `DataError`, or leave the record out and count it.
         bad_records_limit: how many may be left out as bad; who reads the counts of all ranks asks it.
         usable: by record, what a check found. One that was not usable is left out without being read again; one
             that was had its files, so that a file that is missing now is lost, not the record's fault.
         augmentation: by branch, random changes of the pixels.
         features: by branch, what a frozen encoder made of the files; stands in the place of their pixels.
-        generation: examples end where the reply begins, and have no labels.
         seed: of the augmentation.
     """
 
     def __init__(
         self,
-        records: Records,
-        encode: Encode,
-        preprocess: Mapping[str, Preprocess],
+        records: Records[Any, E],
         *,
-        load: Callable[[Path, Any], np.ndarray] = load_pixels,
-        max_length: int | None = None,
-        too_long: Literal["error", "truncate_text", "skip"] = "error",
-        placeholder_ids: Collection[int] = (),
+        load: Callable[[Path, Preprocess], np.ndarray] = load_pixels,
+        limit: LengthLimit | None = None,
         bad_records: Literal["stop", "skip"] = "stop",
         bad_records_limit: BadRecordsLimit | None = None,
         usable: Sequence[bool] | np.ndarray | None = None,
         augmentation: Mapping[str, Augment] | None = None,
         features: Mapping[str, FeatureStore] | None = None,
-        generation: bool = False,
         seed: int = 0,
     ) -> None:
-        self.records, self.encode, self.preprocess, self.load = records, encode, dict(preprocess), load
-        self.limit = LengthLimit(max_length, too_long, frozenset(placeholder_ids))
+        self.records, self.pipeline, self.load = records, records.pipeline, load
+        self.limit = limit or LengthLimit()
+        self.preprocess = dict(self.pipeline.preprocess)
         self.bad_records, self.bad_records_limit = bad_records, bad_records_limit
         self.usable = None if usable is None else np.asarray(usable, bool)
         self.features = dict(features or {})
-        self.augmentation, self.generation, self.seed = dict(augmentation or {}), generation, seed
+        self.augmentation, self.seed = dict(augmentation or {}), seed
         if unknown := sorted(self.augmentation.keys() - self.preprocess.keys()):
             raise RecipeError(
                 f"data.augment: {unknown} are not branches of the model; it has {sorted(self.preprocess)}"
@@ -114,7 +106,7 @@ class ConversationDataset(Dataset[Example | None]):
         source, position = self.records.locate(index)
         return f"{self.records.files[source].path}, record {position}"
 
-    def __getitem__(self, index: int) -> Example | None:
+    def __getitem__(self, index: int) -> E | None:
         """The example, or None where the policy leaves the record out.
 
         Raises:
@@ -124,11 +116,10 @@ class ConversationDataset(Dataset[Example | None]):
         if self.usable is not None and not self.usable[index]:
             return None
         try:
-            example = self._read(index)
-            fitting = self.limit.apply(example)
+            with self.records.placed(index):
+                example = self._read(index)
+                fitting = self.limit.apply(example, self.pipeline)
         except DataError as error:
-            source, position = self.records.locate(index)
-            error.at(file=self.records.files[source].path, index=position)
             if self.bad_records == "stop" or isinstance(error, TooLongError):
                 raise
             if self._note("bad", index):
@@ -138,7 +129,7 @@ class ConversationDataset(Dataset[Example | None]):
             self._note("too_long" if fitting is None else "truncated", index)
         return fitting
 
-    def _read(self, index: int) -> Example:
+    def _read(self, index: int) -> E:
         """The example; what the machine is at fault for is tried again for a while."""
         for seconds in (*RETRY_SECONDS, None):
             try:
@@ -158,36 +149,23 @@ class ConversationDataset(Dataset[Example | None]):
                 time.sleep(seconds)
         raise AssertionError("unreachable")
 
-    def read_once(self, index: int) -> Example:
+    def read_once(self, index: int) -> E:
         """The example as it is now: nothing is tried again, left out, cut or counted. Raises `DataError`."""
         sample = self.records[index]
-        pixels = self._pixels(sample, index)
-        example = self.encode(sample, pixels, generation=self.generation)
+        rng = np.random.default_rng([self.seed, int(self._epoch), index])
+        pixels = self.records.load_media(index, sample, lambda file, branch: self._load(file, branch, rng))
+        example = self.pipeline.example(sample, pixels)
         for branch in self.features.keys() & example.pixels.keys():
             example.features[branch] = example.pixels.pop(branch)
-        if not self.generation:
-            require_label(example)
         return example
 
-    def _pixels(self, sample: Sample, index: int) -> dict[str, list[np.ndarray]]:
-        """The preprocessed pixels of every branch, in the order of their placeholders."""
-        pixels: dict[str, list[np.ndarray]] = {}
-        rng = np.random.default_rng([self.seed, int(self._epoch), index])
-        for position, media in enumerate(sample.media):
-            try:
-                if media.branch not in self.preprocess:
-                    raise DataError(missing_branch(media.branch, self.preprocess))
-                array = self._load(self.records.media_path(index, media), media.branch)
-            except DataError as error:
-                raise error.at(field=self.records.media_field(index, position)) from None
-            if media.branch in self.augmentation:
-                array = augment(self.augmentation[media.branch], array, rng)
-            pixels.setdefault(media.branch, []).append(array)
-        return pixels
-
-    def _load(self, file: Path, branch: str) -> np.ndarray:
+    def _load(self, file: Path, branch: str, rng: np.random.Generator) -> np.ndarray:
+        """The pixels of a file, augmented, or its features in their place."""
         if branch not in self.features:
-            return self.load(file, self.preprocess[branch])
+            array = self.load(file, self.preprocess[branch])
+            if branch in self.augmentation:
+                array = augment(self.augmentation[branch], array, rng)
+            return array
         found = self.features[branch].get(file)
         if found is None:
             self.load(file, self.preprocess[branch])  # a file that cannot be read says why

@@ -18,8 +18,8 @@ class SourceOptions(Options):
     root: str | None = None
     """Folder that image and volume paths are relative to; nothing outside it is read. Default: the folder of `path`."""
     weight: float | None = Field(default=None, gt=0)
-    """Share of this source in what is drawn, relative to the others. Set for every source or for none; with none,
-    every record is seen once an epoch."""
+    """How often this source is drawn, relative to the others. Set for every source or for none; with none, every
+    record is seen once an epoch."""
     task: str | None = None
     """Task of records that name none."""
     limit: int | None = Field(default=None, ge=1)
@@ -72,7 +72,7 @@ class DataOptions(Options):
     pad_to_multiple_of: int | None = Field(default=None, ge=2)
     """Lengths of batches are rounded up to it: few shapes for compiled layers."""
     balance_ranks: bool = False
-    """Deal the samples of a step to the processes so that each has about the same number of tokens."""
+    """Distribute the samples of a step to the ranks so that each has about the same number of tokens."""
     draws: int | None = Field(default=None, ge=1)
     """With weights: samples drawn an epoch. Default: as many as all sources hold together."""
 

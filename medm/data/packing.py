@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from medm.data.collator import filler, label_positions, round_up, stack_media
-from medm.data.sampling import Order, RankedBatches
-from medm.types import IGNORE_INDEX, Batch, Example
+from medm.data.collator import dummy_example, label_positions, round_up, stack_media
+from medm.data.sampling import DistributedBatchSampler, IndexOrder
+from medm.types import IGNORE_INDEX, ConversationBatch, Example
 
 
 def plan_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -36,24 +36,24 @@ def plan_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[i
             "never split: raise the capacity or limit the length of samples"
         )
     bins: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the tokens that they still hold
-    rooms = 0  # bit r is set where by_room[r] has a bin
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by their free tokens
+    spaces = 0  # bit n is set where by_space[n] has a bin
     for position in np.argsort(-values, kind="stable").tolist():
         length = int(values[position])
         if length == 0:
             break
-        fitting = rooms >> length
+        fitting = spaces >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1  # the smallest that is large enough
-            number = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
+            space = length + (fitting & -fitting).bit_length() - 1  # the smallest that is large enough
+            number = by_space[space].pop()
+            if not by_space[space]:
+                spaces ^= 1 << space
         else:
-            room, number = capacity, len(bins)
+            space, number = capacity, len(bins)
             bins.append([])
         bins[number].append(position)
-        by_room[room - length].append(number)
-        rooms |= 1 << (room - length)
+        by_space[space - length].append(number)
+        spaces |= 1 << (space - length)
     return bins
 
 
@@ -71,19 +71,20 @@ class PackingCollator:
     """Token of padding."""
     capacity: int
     """Tokens of a row, at most."""
-    flat: bool = False
-    """All examples in a single row without padding, whatever its length. The batch then
-    also says where each begins, under transformers' names: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`,
+    padding_free: bool = False
+    """All examples in a single row without padding, whatever its length (variable-length attention). The batch then
+    also has the beginning of each, under transformers' names: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`,
     `max_length_k`; other attention ignores them."""
     pad_to_multiple_of: int | None = None
     """Row lengths are rounded up to it."""
-    for_training: bool = False
-    """The batch says `label_positions`, as with `Collator`."""
+    with_label_positions: bool = False
+    """The batch has `label_positions`, as with `Collator`."""
 
-    def __call__(self, examples: Sequence[Example | None]) -> Batch:
-        """One row a bin. Raises `ValueError` for an example longer than the capacity."""
-        kept = [example for example in examples if example is not None] or [filler(self.pad_id)]
-        rows = [kept] if self.flat else self._rows(kept)
+    def __call__(self, examples: Sequence[Example | None]) -> ConversationBatch:
+        """Return a batch of one row a bin. Raises `ValueError` for an example longer than the capacity."""
+        kept = [example for example in examples if example is not None]
+        kept = kept or [dummy_example(self.pad_id)]
+        rows = [kept] if self.padding_free else self._rows(kept)
         width = round_up(max(sum(len(e.input_ids) for e in row) for row in rows), self.pad_to_multiple_of)
         packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
         for row in rows:
@@ -94,29 +95,35 @@ class PackingCollator:
             )
             packed["position_ids"].append([p for e in row for p in range(len(e.input_ids))] + list(range(rest)))
         # Rows are written in the order of their examples, and so are the pixels.
-        tensors = {key: torch.tensor(value) for key, value in packed.items()}
-        media = stack_media([example for row in rows for example in row])
-        positions = {"label_positions": label_positions(tensors["labels"])} if self.for_training else {}
-        return {**tensors, **positions, **media, **(_boundaries(tensors["position_ids"]) if self.flat else {})}
+        batch = ConversationBatch(
+            input_ids=torch.tensor(packed["input_ids"]),
+            labels=torch.tensor(packed["labels"]),
+            position_ids=torch.tensor(packed["position_ids"]),
+        )
+        if self.with_label_positions:
+            batch["label_positions"] = label_positions(batch["labels"])
+        if self.padding_free:
+            batch |= _boundaries(batch["position_ids"])
+        return {**batch, **stack_media([example for row in rows for example in row])}
 
     def _rows(self, examples: list[Example]) -> list[list[Example]]:
         lengths = [len(example.input_ids) for example in examples]
         best = plan_bins(lengths, self.capacity)
         in_order: list[list[Example]] = []
-        room = 0
+        space = 0
         for example, length in zip(examples, lengths, strict=True):
-            if length > room:
+            if length > space:
                 in_order.append([])
-                room = self.capacity
+                space = self.capacity
             in_order[-1].append(example)
-            room -= length
+            space -= length
         if len(in_order) <= len(best):
             return in_order
         return [[examples[position] for position in sorted(group)] for group in best]
 
 
-def _boundaries(position_ids: torch.Tensor) -> Batch:
-    """Where each sample of a single row begins, so that no layer has to find out (and wait for the device) itself."""
+def _boundaries(position_ids: torch.Tensor) -> ConversationBatch:
+    """Return where each sample of a single row begins, so that no layer waits for the device to find out."""
     starts = torch.nonzero(position_ids[0] == 0).flatten()
     ends = torch.cat([starts, torch.tensor([position_ids.shape[1]])]).to(torch.int32)  # (samples + 1,)
     longest = int(ends.diff().max())
@@ -126,7 +133,7 @@ def _boundaries(position_ids: torch.Tensor) -> Batch:
 class _Bins:
     """An order of bins: the samples of an epoch, packed."""
 
-    def __init__(self, order: Order, lengths: np.ndarray, capacity: int, seed: int) -> None:
+    def __init__(self, order: IndexOrder, lengths: np.ndarray, capacity: int, seed: int) -> None:
         self.order, self.lengths, self.capacity, self.seed = order, lengths, capacity, seed
         first = self._plan(0)
         self._size = len(first)
@@ -157,8 +164,10 @@ class _Bins:
         return [drawn[group].tolist() for group in plan_bins(self.lengths[drawn], self.capacity)]
 
 
-class PackedBatches(RankedBatches):
-    """`RankedBatches` of bins: a micro-batch holds the samples of `batch_size` rows. Goes with `PackingCollator`.
+class PackedBatches(DistributedBatchSampler):
+    """`DistributedBatchSampler` of bins: a micro-batch holds the samples of `batch_size` rows.
+
+    Goes with `PackingCollator`.
 
     Args:
         order: the indices of each epoch.
@@ -166,11 +175,11 @@ class PackedBatches(RankedBatches):
         capacity: tokens of a row.
         batch_size: rows of a micro-batch on one rank.
         seed: of the order of rows.
-        settings: the other arguments of `RankedBatches`, as far as they say something about rows.
+        settings: the other arguments of `DistributedBatchSampler` that apply to rows.
     """
 
     def __init__(
-        self, order: Order, *, lengths: np.ndarray | Sequence[int], capacity: int, batch_size: int, seed: int = 0,
+        self, order: IndexOrder, *, lengths: np.ndarray | Sequence[int], capacity: int, batch_size: int, seed: int = 0,
         **settings: Any,
     ) -> None:  # fmt: skip
         self.bins = _Bins(order, np.asarray(lengths), capacity, seed)

@@ -1,7 +1,7 @@
 """Which record comes when. A position is (epoch, step) and nothing else: no state to replay, no data to read.
 
 The order of an epoch is drawn for all ranks alike and cut into global batches, the samples of one optimiser step;
-a rank takes its share of each. So the samples of a step depend neither on the number of ranks nor on how a step is
+a rank takes its shard of each. So the samples of a step depend neither on the number of ranks nor on how a step is
 divided into micro-batches.
 """
 
@@ -23,7 +23,7 @@ WINDOW = 50
 """Global batches within which samples are sorted by length: enough to find neighbours, small enough to stay random."""
 
 
-class Order(Protocol):
+class IndexOrder(Protocol):
     """The record indices of an epoch, in order."""
 
     def __call__(self, epoch: int) -> np.ndarray:
@@ -63,10 +63,10 @@ class Shuffle:
 
 
 @dataclass(frozen=True)
-class Among:
+class Subset:
     """Another order, of positions in a list of chosen records."""
 
-    order: Order
+    order: IndexOrder
     chosen: np.ndarray
     """Record indices, rising."""
 
@@ -80,41 +80,48 @@ class Among:
 class Mixture:
     """Draws from several sources, each in proportion to its weight.
 
-    Any stretch of an epoch holds the shares: draw k of a source falls at a random moment of the k-th of equal
-    intervals. Within a source, records come in shuffled rounds, and a record never comes twice within `apart`
+    Any stretch of an epoch holds these fractions: draw k of a source falls at a random moment of the k-th of equal
+    intervals. Within a source, records come in shuffled rounds, and a record never comes twice within `min_distance`
     draws (where the source has so many), not even across two rounds or two epochs.
 
     Args:
         sizes: records of each source; indices count through them in order.
         weights: one a source, above zero; only their proportions matter.
         draws: indices an epoch; as many as there are records by default.
-        apart: length of the stretches without a repetition, the global batch.
+        min_distance: length of the stretches without a repetition, the global batch.
         seed: of the rounds and moments.
     """
 
     def __init__(
-        self, sizes: Sequence[int], weights: Sequence[float], *, draws: int | None = None, apart: int = 1, seed: int = 0
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        *,
+        draws: int | None = None,
+        min_distance: int = 1,
+        seed: int = 0,
     ) -> None:
         if len(sizes) != len(weights) or min(weights, default=0) <= 0 or min(sizes, default=0) <= 0:
             raise RecipeError(f"a mixture needs a weight above 0 for each source: sizes {sizes}, weights {weights}")
-        self.sizes, self.apart, self.seed = tuple(sizes), apart, seed
-        self.shares = np.asarray(weights, np.float64) / sum(weights)
-        self.counts = _apportion(self.shares, sum(sizes) if draws is None else draws)
-        """Draws of each source an epoch: the shares, rounded so that they add up."""
+        self.sizes, self.min_distance, self.seed = tuple(sizes), min_distance, seed
+        self.fractions = np.asarray(weights, np.float64) / sum(weights)
+        self.counts = _apportion(self.fractions, sum(sizes) if draws is None else draws)
+        """Draws of each source an epoch: the fractions of all draws, rounded so that they add up."""
         self._first = np.cumsum([0, *sizes[:-1]])  # index of each source's first record
-        for source, (size, share) in enumerate(zip(sizes, self.shares, strict=True)):
-            if size < share * apart:
+        for source, (size, fraction) in enumerate(zip(sizes, self.fractions, strict=True)):
+            if size < fraction * min_distance:
                 logger.warning(
                     "source %d has %d records but is drawn about %.0f times a step: records repeat within a step; "
                     "lower its weight or the batch size",
-                    source, size, share * apart,
+                    source, size, fraction * min_distance,
                 )  # fmt: skip
 
     @property
     def unrepeated(self) -> int:
-        """Draws in a row among which no record can come twice, if `apart` asks for so many."""
-        # A stretch holds at most two draws of a source more than its share: one interval begun, one ended.
-        return max(1, int(min((size - 2) / share for size, share in zip(self.sizes, self.shares, strict=True))))
+        """Draws in a row among which no record can come twice, if `min_distance` asks for so many."""
+        # A stretch holds at most two draws of a source more than its fraction of it: one interval begun, one ended.
+        sources = zip(self.sizes, self.fractions, strict=True)
+        return max(1, int(min((size - 2) / fraction for size, fraction in sources)))
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -140,15 +147,16 @@ class Mixture:
     def _round(self, source: int, number: int) -> np.ndarray:
         """One shuffled round, whose beginning shares nothing with the end of the round before."""
         size = self.sizes[source]
-        if size < 3 * self.apart:  # too few to choose from: the same round again and again keeps records apart
+        if size < 3 * self.min_distance:
+            # Too few to choose from: the same round again and again keeps the distance.
             return self._shuffled(source, 0)
         current = self._shuffled(source, number)
         if number == 0:
             return current
         # The ends of rounds are never changed below, so that this one needs no more than the raw round before it.
-        recent = self._shuffled(source, number - 1)[-self.apart :]
-        repeated = np.flatnonzero(np.isin(current[: self.apart], recent))
-        middle = np.arange(self.apart, size - self.apart)
+        recent = self._shuffled(source, number - 1)[-self.min_distance :]
+        repeated = np.flatnonzero(np.isin(current[: self.min_distance], recent))
+        middle = np.arange(self.min_distance, size - self.min_distance)
         other = middle[~np.isin(current[middle], recent)][: len(repeated)]
         current[repeated], current[other] = current[other], current[repeated]
         return current
@@ -157,19 +165,19 @@ class Mixture:
         return np.random.default_rng([self.seed, source, number, 1]).permutation(self.sizes[source])
 
 
-def _apportion(shares: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers that add up to `total`, each within one of its share (largest remainders)."""
-    exact = shares * total
+def _apportion(fractions: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers that add up to `total`, each within one of its fraction of it (largest remainders)."""
+    exact = fractions * total
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
     return counts
 
 
-class RankedBatches(Sampler[list[int]]):
+class DistributedBatchSampler(Sampler[list[int]]):
     """A batch sampler for `DataLoader(batch_sampler=...)`: this rank's micro-batches, from any position.
 
     Every rank makes the same number of steps. With `drop_last` an incomplete global batch at the end of an epoch is
-    left out; without, its samples are dealt out evenly, and a rank that gets none has an empty micro-batch (which
+    left out; without, its samples are distributed evenly, and a rank that gets none has an empty micro-batch (which
     the collators turn into one that teaches nothing): no record is seen twice or lost.
 
     Args:
@@ -182,7 +190,7 @@ class RankedBatches(Sampler[list[int]]):
         lengths: tokens of each record by index; for the two options below.
         group_by_length: global batches of similar lengths, the longest first in an epoch, so that a batch that is
             too large for the memory fails at once. Data of one kind is as good as any.
-        balance_ranks: deal the samples of a global batch so that the ranks of each micro-step have about the same
+        balance_ranks: distribute the samples of a global batch so that the ranks of each micro-step have about the same
             number of tokens.
         window: global batches that are sorted together.
         seed: of the order of grouped batches.
@@ -190,7 +198,7 @@ class RankedBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        order: Order,
+        order: IndexOrder,
         *,
         batch_size: int,
         rank: int = 0,
@@ -244,7 +252,7 @@ class RankedBatches(Sampler[list[int]]):
             yield self.batch(epoch, step)
 
     def batch(self, epoch: int, step: int) -> list[int]:
-        """Micro-batch `step` of an epoch, this rank's share."""
+        """Return this rank's shard of micro-batch `step` of an epoch."""
         number, micro = divmod(step, self.accumulation)
         start = number * self.global_batch
         samples = self._epoch_order(epoch)[start : start + self.global_batch]
@@ -288,16 +296,16 @@ def group_by_length(
 
 
 def balance(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Positions dealt to `parts` so that the sums of their lengths are close and their numbers differ by one at most.
+    """Distribute positions to `parts`, with close sums of lengths and numbers that differ by one at most.
 
-    The longest goes to the part with the smallest sum that still has room.
+    The longest goes to the part with the smallest sum that is not full.
     """
     order = np.argsort(-lengths, kind="stable")
-    room = [len(positions) for positions in np.array_split(order, parts)]
-    dealt: list[list[int]] = [[] for _ in range(parts)]
+    sizes = [len(positions) for positions in np.array_split(order, parts)]
+    chosen: list[list[int]] = [[] for _ in range(parts)]
     sums = [0] * parts
     for position in order:
-        part = min((p for p in range(parts) if len(dealt[p]) < room[p]), key=lambda p: sums[p])
-        dealt[part].append(int(position))
+        part = min((p for p in range(parts) if len(chosen[p]) < sizes[p]), key=lambda p: sums[p])
+        chosen[part].append(int(position))
         sums[part] += int(lengths[position])
-    return [np.asarray(part, np.int64) for part in dealt]
+    return [np.asarray(part, np.int64) for part in chosen]

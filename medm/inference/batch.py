@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from medm.children import safe_path
 from medm.data.options import SourceOptions
+from medm.data.pipelines import pipeline_for
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.files import atomic_write_text
@@ -213,8 +214,9 @@ def run_settings(options: InferOptions) -> dict[str, Any]:
 
 
 def open_records(options: InferOptions) -> Records:
-    """The records that are to be answered."""
-    return Records([SourceOptions(path=options.data, root=options.root, limit=options.limit)], inference=True)
+    """The records that are to be answered, as the kind of the model reads them."""
+    source = SourceOptions(path=options.data, root=options.root, limit=options.limit)
+    return Records([source], pipeline_for(kind_of_config(load_config(options.model)), inference=True))
 
 
 def _answer_share(options: InferOptions, rank: int, world: int, note: Callable[[int, int], None]) -> None:

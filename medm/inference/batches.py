@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from medm.data.dataset import ConversationDataset
+from medm.data.dataset import ExampleDataset
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, RecipeError, machine_fault
 from medm.imaging.paths import MissingFileError
@@ -81,7 +81,7 @@ class Prompts(Dataset[Prepared]):
     def __init__(
         self, records: Records, processor: Any, batches: Sequence[Sequence[int]], *, context: int | None = None
     ) -> None:
-        self.examples = ConversationDataset(records, processor.encode, processor.preprocess, generation=True)
+        self.examples = ExampleDataset(records.with_processor(processor))
         self.records = records
         self.batches, self.pad_id, self.context = batches, int(processor.pad_id), context
         self._patience = _FRUITLESS

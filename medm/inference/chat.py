@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medm.data.records import missing_branch
+from medm.data.base import missing_branch
 from medm.errors import DataError
 from medm.imaging import load_pixels
 from medm.inference.generator import Engine, prepare

@@ -98,6 +98,13 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
     """The Auto class finds it by its name, so the name is unlike that of any other processor."""
     auto_classes: ClassVar[tuple[AutoClass, ...]] = (AutoModel,)
     """The Auto classes that open the model; `AutoModel` is among them."""
+    pipeline: ClassVar[str] = "conversations"
+    """Data pipeline of its records, by its name in `medm.data.pipelines`."""
+    needs_mask: ClassVar[bool] = True
+    """Whether training batches carry an `attention_mask`.
+
+    False where no token attends to padding on the right, as with causal attention.
+    """
     predictor: ClassVar[str] = "generation"
     """Source of predictions that `medm eval` opens a saved model with, by its name in the table
     `medm.evaluation.predictors`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medm.data.files import RecordFile
-from medm.data.records import parse_record
+from medm.data.turns import parse_record
 from medm.errors import DataError, RecipeError
 from medm.metrics import METRICS, BoxMetricOptions, MetricOptions
 from medm.metrics.base import MetricResult, Resampling, mean_result

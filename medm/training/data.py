@@ -6,22 +6,22 @@ The annotation files are checked as a whole before anything is built on them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from medm.data.build import build_batches, build_collator
+from medm.data.base import AnyPipeline
+from medm.data.build import build_batches
 from medm.data.cached import loader
 from medm.data.check import Report, check, merged
-from medm.data.collator import Collator
-from medm.data.dataset import COUNTED, ConversationDataset
+from medm.data.dataset import COUNTED, ExampleDataset
 from medm.data.features import FeatureStore
-from medm.data.limits import BadRecordsLimit
+from medm.data.limits import BadRecordsLimit, LengthLimit
 from medm.data.options import DataOptions, SourceOptions
 from medm.data.records import Records
 from medm.distributed import all_gather_objects, rank, world_size
 from medm.errors import DataError, RecipeError
 from medm.training.options import TrainOptions
-from medm.types import Batch, Processor
+from medm.types import MediaExample
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,13 @@ class TrainingData:
     Args:
         options: the `data` section.
         train: the `train` section, for batch sizes and the seed.
-        processor: of the model; encodes samples.
+        pipeline: of the kind of model, with the model's processor.
         rank: this process.
-        world: number of processes.
-        flat: pack a whole batch into one row that says where samples begin; see `MedmModel.separate_samples`.
+        world: number of ranks.
+        padding_free: with packing, put a whole batch into one row; see `MedmModel.separate_samples`.
 
     Raises:
-        RecipeError: no training data.
+        RecipeError: no training data, or a setting that the pipeline cannot follow.
         DataError: a bad record, where the policy is to stop; every one of them was logged.
     """
 
@@ -46,11 +46,11 @@ class TrainingData:
         self,
         options: DataOptions,
         train: TrainOptions,
-        processor: Processor,
+        pipeline: AnyPipeline,
         *,
         rank: int,
         world: int,
-        flat: bool = False,
+        padding_free: bool = False,
     ) -> None:
         if not options.train:
             raise RecipeError("data.train: no annotation file; name at least one")
@@ -58,13 +58,15 @@ class TrainingData:
             raise RecipeError(
                 f"train.eval_strategy: {train.eval_strategy} needs held-out records; name files in data.eval"
             )
-        self.options, self.train_options, self.processor = options, train, processor
+        pipeline.check_options(options)
+        self.options, self.train_options, self.pipeline = options, train, pipeline
+        self.limit = LengthLimit(options.max_length, options.too_long)
         self.files = [source.path for source in (*options.train, *options.eval)]
         found = self._check("training", options.train)
         lengths = found.lengths
         self._left_out = sum(length == 0 for length in lengths)
         self.train = self._dataset(options.train, found, augmented=True)
-        self.evaluation: ConversationDataset | None = None
+        self.evaluation: ExampleDataset[MediaExample] | None = None
         if options.eval:
             self.evaluation = self._dataset(options.eval, self._check("held-out", options.eval), augmented=False)
         self.sampler = build_batches(
@@ -78,8 +80,8 @@ class TrainingData:
             lengths=lengths,
             seed=train.seed,
         )
-        self.collate: Callable[[list[Any]], Batch] = build_collator(options, pad_id=processor.pad_id, flat=flat)
-        self.eval_collate: Callable[[list[Any]], Batch] = Collator(processor.pad_id)
+        self.collate = pipeline.training_collator(options, padding_free=padding_free)
+        self.eval_collate = pipeline.eval_collator()
 
     def use_features(self, stores: Mapping[str, FeatureStore]) -> None:
         """Read these features in the place of their branches' pixels."""
@@ -88,7 +90,7 @@ class TrainingData:
                 dataset.features = dict(stores)
 
     @property
-    def records(self) -> list[Records]:
+    def records(self) -> list[Records[Any, Any]]:
         """What is trained and evaluated on."""
         return [dataset.records for dataset in (self.train, self.evaluation) if dataset is not None]
 
@@ -99,24 +101,18 @@ class TrainingData:
         since = {what: len(set().union(*(one[what] for one in noted))) for what in COUNTED}
         return {"left_out_by_check": self._left_out, **since}
 
-    def _to_text(self, ids: list[int]) -> str:
-        return str(self.processor.tokenizer.decode(ids))
-
     def _check(self, what: str, sources: list[SourceOptions]) -> Report:
-        """Look at every record, each process at its share; log and return what was found."""
-        share = check(
+        """Check every record, each rank its shard; log and return what was found."""
+        shard = check(
             sources,
-            share=(rank(), world_size()),
-            preprocess=self.processor.preprocess,
-            encode=self.processor.encode,
+            self.pipeline,
+            shard=(rank(), world_size()),
             # The preview shows what a record says, so it is for those who ask for it.
-            to_text=self._to_text if logger.isEnabledFor(logging.DEBUG) else None,
-            max_length=self.options.max_length,
-            too_long=self.options.too_long,
-            placeholder_ids=self._placeholders,
+            preview=logger.isEnabledFor(logging.DEBUG),
+            length_limit=self.limit,
             progress=lambda done, total: logger.info("checking %s records: %d of %d", what, done, total),
         )
-        report = merged(all_gather_objects(share))
+        report = merged(all_gather_objects(shard))
         if rank() == 0:
             logger.info("%s records\n%s", what, "\n".join(report.lines()))
         self._judge(what, report)
@@ -134,19 +130,11 @@ class TrainingData:
         if not any(report.lengths):
             raise DataError(f"none of {report.records} {what} records can be used")
 
-    @property
-    def _placeholders(self) -> list[int]:
-        return list(self.processor.placeholder_ids.values())
-
-    def _dataset(self, sources: list[SourceOptions], found: Report, *, augmented: bool) -> ConversationDataset:
-        return ConversationDataset(
-            Records(sources),
-            self.processor.encode,
-            self.processor.preprocess,
+    def _dataset(self, sources: list[SourceOptions], found: Report, *, augmented: bool) -> ExampleDataset[MediaExample]:
+        return ExampleDataset(
+            Records(sources, self.pipeline),
             load=loader(self.options.cache),
-            max_length=self.options.max_length,
-            too_long=self.options.too_long,
-            placeholder_ids=self._placeholders,
+            limit=self.limit,
             bad_records=self.options.bad_records,
             bad_records_limit=BadRecordsLimit(self.options.bad_records_limit, found.records, before=found.num_bad),
             usable=[length > 0 for length in found.lengths],

@@ -42,11 +42,11 @@ FOLDER = "diagnostics"
 class WithTasks:
     """A collator whose batches also say which task each row is of."""
 
-    collate: Callable[[list[Any]], Batch]
+    collate: Callable[[Sequence[Any]], Batch]
     other: int
     """Task of a row that stands in for records that were left out."""
 
-    def __call__(self, examples: list[Any]) -> Batch:
+    def __call__(self, examples: Sequence[Any]) -> Batch:
         batch = self.collate(examples)
         tasks = [example.task_id for example in examples if example is not None] or [self.other]
         return {**batch, ROW_TASKS: torch.tensor(tasks)}

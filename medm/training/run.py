@@ -14,12 +14,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.utils import logging as transformers_logging
 
 from medm.data.check import require_sources
+from medm.data.pipelines import pipeline_for
 from medm.distributed import on_rank_zero
 from medm.errors import CheckpointError, RecipeError
 from medm.files import sync
 from medm.launcher import LINK
 from medm.llms.attention import in_one_kernel
-from medm.models import build
+from medm.models import build, kind_of
 from medm.models.manifest import MANIFEST, read_manifest, write_manifest
 from medm.objectives import OBJECTIVES
 from medm.objectives.base import Objective
@@ -129,8 +130,9 @@ def _train(
     if args.process_index == 0:
         logger.info("what is trained\n%s", table)
     data = TrainingData(
-        recipe.data, options, processor, rank=args.process_index, world=args.world_size,
-        flat=recipe.data.packing and _any_lengths(model, options, args.device) and model.separate_samples(),
+        recipe.data, options, pipeline_for(kind_of(recipe.model), processor),
+        rank=args.process_index, world=args.world_size,
+        padding_free=recipe.data.packing and _any_lengths(model, options, args.device) and model.separate_samples(),
     )  # fmt: skip
     hashes = on_rank_zero(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:

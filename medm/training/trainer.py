@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from medm.data.sampling import RankedBatches, Sequential
+from medm.data.sampling import DistributedBatchSampler, Sequential
 from medm.distributed import all_gather_objects, any_rank
 from medm.errors import DataError, MedmError, NonFiniteError
 from medm.objectives.base import Losses, Objective
@@ -196,7 +196,7 @@ class MedmTrainer(ResumableTrainer):
         dataset = cast("Dataset[Any]", eval_dataset or self.eval_dataset)
         return DataLoader(
             _Reading(dataset),
-            batch_sampler=RankedBatches(
+            batch_sampler=DistributedBatchSampler(
                 Sequential(len(cast(Any, dataset))), batch_size=self.args.eval_batch_size,
                 rank=self.args.process_index, world=self.args.world_size,
             ),
@@ -340,7 +340,7 @@ class MedmTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
         self._raise_together(inputs)
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(dict(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = self.objective(model, inputs)
         self._require_finite(losses)

@@ -11,6 +11,7 @@ import SimpleITK
 import yaml
 from PIL import Image
 
+from medm.data.conversations import Conversations
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from tests import tiny
@@ -140,7 +141,7 @@ def test_preview_needs_no_language_model(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def records(file: Path, root: Path) -> Records:
-    return Records([SourceOptions(path=str(file), root=str(root))])
+    return Records([SourceOptions(path=str(file), root=str(root))], Conversations())
 
 
 @pytest.mark.parametrize(("task", "answer"), [("m3d-cap", "The heart is enlarged."), ("m3d-vqa-closed", "B. Sagittal")])

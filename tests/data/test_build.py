@@ -8,17 +8,18 @@ import pytest
 from torch.utils.data import DataLoader
 
 from medm.config import validate
-from medm.data.build import build_batches, build_collator
+from medm.data.build import build_batches
 from medm.data.check import check
 from medm.data.collator import Collator
-from medm.data.dataset import ConversationDataset
+from medm.data.dataset import ExampleDataset
+from medm.data.limits import LengthLimit
 from medm.data.options import DataOptions
 from medm.data.packing import PackedBatches, PackingCollator
 from medm.data.records import Records
 from medm.errors import DataError
 from medm.types import IGNORE_INDEX
 from tests.data.test_sampling import log_normal, smallest_gap
-from tests.data.tiny import PAD, PLACEHOLDER, PREPROCESS, encode, record, write_image, write_lines
+from tests.data.tiny import PAD, PLACEHOLDER, conversations, record, write_image, write_lines
 
 
 def data(*weights: float | None, **fields: Any) -> DataOptions:
@@ -63,10 +64,13 @@ def test_nothing_left_to_train_on_is_an_error() -> None:
 
 
 def test_collators() -> None:
-    assert build_collator(data(None), pad_id=7) == Collator(7, for_training=True)
-    assert build_collator(data(None, packing=True, max_length=99), pad_id=7, flat=True) == PackingCollator(
-        7, 99, flat=True, for_training=True
+    needs_none = conversations(needs_mask=False)
+    assert needs_none.training_collator(data(None)) == Collator(PAD, with_mask=False, with_label_positions=True)
+    packed = data(None, packing=True, max_length=99)
+    assert needs_none.training_collator(packed, padding_free=True) == PackingCollator(
+        PAD, 99, padding_free=True, with_label_positions=True
     )
+    assert needs_none.eval_collator() == Collator(PAD)
 
 
 @pytest.mark.parametrize("fields", [{}, {"order": "length"}, {"packing": True, "max_length": 64}])
@@ -84,15 +88,15 @@ def test_from_a_file_to_batches_through_workers(tmp_path: Path, fields: dict[str
             "train": [options.train[0].model_copy(update={"path": str(write_lines(tmp_path / "a.jsonl", *values))})]
         }
     )
-    report = check(options.train, preprocess=PREPROCESS, encode=encode, max_length=options.max_length)
-    records = Records(options.train)
-    dataset = ConversationDataset(
-        records, encode, PREPROCESS, placeholder_ids={PLACEHOLDER}, max_length=options.max_length
-    )
+    limit = LengthLimit(options.max_length)
+    pipeline = conversations(needs_mask=False)
+    report = check(options.train, pipeline, length_limit=limit)
+    records = Records(options.train, pipeline)
+    dataset = ExampleDataset(records, limit=limit)
     seen: list[tuple[str, float | None]] = []
     for rank in range(2):
         batches = build_batches(options, records.sizes, batch_size=2, rank=rank, world=2, lengths=report.lengths)
-        collate = build_collator(options, pad_id=PAD)
+        collate = pipeline.training_collator(options)
         for batch in DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate):
             pixels = batch.get("pixels", {}).get("image")
             shades = [] if pixels is None else pixels[:, 0, 0, 0].tolist()

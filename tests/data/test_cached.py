@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from medm.data.cached import fill, loader
-from medm.data.dataset import ConversationDataset
+from medm.data.conversations import Conversations
+from medm.data.dataset import ExampleDataset
 from medm.data.options import CacheOptions, DataOptions, SourceOptions
 from medm.data.records import Records
 from medm.data.volume_cache import MediaCache
 from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, load_pixels, prepare
 from medm.imaging.placement import Prepared
-from tests.data.tiny import encode, record, write_image, write_json
+from tests.data.tiny import conversations, record, write_image, write_json
 
 PREPROCESS: dict[str, Preprocess] = {
     "image": ImagePreprocess(size=[4, 4]),
@@ -45,7 +46,9 @@ def test_every_file_is_prepared_once_and_bad_ones_are_named(
     load = loader(CacheOptions(dir=str(tmp_path / "cache")))
     seen: list[tuple[int, int]] = []
     volumes = {"volume": PREPROCESS["volume"]}
-    filled = fill([Records([source])], volumes, load, workers=workers, progress=lambda *done: seen.append(done))
+    filled = fill(
+        [Records([source], Conversations())], volumes, load, workers=workers, progress=lambda *done: seen.append(done)
+    )
     assert (filled.files, filled.num_bad) == (3, 2)
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert MediaCache(tmp_path / "cache", 0).size()[0] == 2
@@ -57,7 +60,7 @@ def test_training_reads_the_cache_and_gets_the_same_numbers(
     source: SourceOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = loader(CacheOptions(dir=str(tmp_path / "cache")))
-    fill([Records([source])], {"volume": PREPROCESS["volume"]}, load)
+    fill([Records([source], Conversations())], {"volume": PREPROCESS["volume"]}, load)
     read: list[str] = []
 
     def counted(path: Path, preprocess: Preprocess, *, device: str = "cpu") -> Prepared:
@@ -66,8 +69,8 @@ def test_training_reads_the_cache_and_gets_the_same_numbers(
 
     monkeypatch.setattr("medm.data.cached.load_pixels", lambda *given: counted(*given).pixels)
     monkeypatch.setattr("medm.data.volume_cache.prepare", counted)
-    dataset = ConversationDataset(Records([source]), encode, PREPROCESS, load=load)
-    plain = ConversationDataset(Records([source]), encode, PREPROCESS)
+    dataset = ExampleDataset(Records([source], conversations(PREPROCESS)), load=load)
+    plain = ExampleDataset(Records([source], conversations(PREPROCESS)))
     for index in (0, 1):
         cached, fresh = dataset[index], plain[index]
         assert cached is not None and fresh is not None
@@ -79,7 +82,7 @@ def test_training_reads_the_cache_and_gets_the_same_numbers(
 
 def test_images_are_kept_where_the_recipe_says_so(source: SourceOptions, tmp_path: Path) -> None:
     options = CacheOptions(dir=str(tmp_path / "cache"), branches=["image", "volume"])
-    fill([Records([source])], PREPROCESS, loader(options))
+    fill([Records([source], Conversations())], PREPROCESS, loader(options))
     assert MediaCache(tmp_path / "cache", 0).size()[0] == 3
 
 

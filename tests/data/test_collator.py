@@ -38,9 +38,9 @@ def test_a_batch_by_hand() -> None:
 
 def test_positions_before_labels_by_hand() -> None:
     """The first token of a row is predicted from nothing."""
-    batch = Collator(pad_id=0, for_training=True)([FIRST, SECOND, THIRD])
+    batch = Collator(pad_id=0, with_mask=False, with_label_positions=True)([FIRST, SECOND, THIRD])
     assert batch["label_positions"].tolist() == [0, 1, 6]
-    packed = PackingCollator(pad_id=0, capacity=4, for_training=True)([FIRST, SECOND, THIRD])
+    packed = PackingCollator(pad_id=0, capacity=4, with_label_positions=True)([FIRST, SECOND, THIRD])
     assert packed["labels"].tolist() == [[-100, 6, 7, -100], [-100, 3] + [-100] * 2]
     assert packed["label_positions"].tolist() == [0, 1, 4]
 
@@ -62,7 +62,7 @@ def test_the_pad_token_may_be_a_real_one() -> None:
 def test_text_only_and_records_left_out() -> None:
     batch = Collator(pad_id=0)([None, Example([1, 2], [-100, 2]), None])
     assert batch["input_ids"].tolist() == [[1, 2]]
-    assert "pixels" not in batch and "task_ids" not in batch and "meta" not in batch
+    assert "pixels" not in batch and "task_ids" not in batch
 
 
 @pytest.mark.parametrize("examples", [[None, None], []])
@@ -71,11 +71,6 @@ def test_a_batch_of_nothing_teaches_nothing(examples: list[None]) -> None:
     assert batch["input_ids"].tolist() == [[9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * 2]
-
-
-def test_meta_is_a_list_where_any_example_has_some() -> None:
-    batch = Collator(pad_id=0)([FIRST, Example([1], [1], meta={"mask": "m"})])
-    assert batch["meta"] == [{}, {"mask": "m"}]
 
 
 def test_features_stand_in_the_place_of_pixels() -> None:

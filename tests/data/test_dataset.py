@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,31 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from medm.data.collator import Collator
-from medm.data.dataset import ConversationDataset
-from medm.data.limits import BadRecordsLimit, TooLongError
+from medm.data.dataset import ExampleDataset
+from medm.data.limits import BadRecordsLimit, LengthLimit, TooLongError
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MediaError, RecipeError
 from medm.imaging import Augment, load_pixels
-from medm.types import IGNORE_INDEX
-from tests.data.tiny import PAD, PLACEHOLDER, PREPROCESS, encode, human, record, write_image, write_lines
+from medm.types import IGNORE_INDEX, Example
+from tests.data.tiny import PAD, conversations, encode, human, record, write_image, write_lines
 
 
-def build(folder: Path, *values: Any, inference: bool = False, **settings: Any) -> ConversationDataset:
+def build(
+    folder: Path,
+    *values: Any,
+    inference: bool = False,
+    max_length: int | None = None,
+    too_long: Any = "error",
+    encode: Callable[..., Example] = encode,
+    **settings: Any,
+) -> ExampleDataset[Example]:
     for shade in (0, 255):
         write_image(folder / f"{shade}.png", shade)
     Image.linear_gradient("L").save(folder / "grey.png")
     file = write_lines(folder / "a.jsonl", *values)
-    records = Records([SourceOptions(path=str(file))], inference=inference)
-    return ConversationDataset(records, encode, PREPROCESS, placeholder_ids={PLACEHOLDER}, **settings)
+    records = Records([SourceOptions(path=str(file))], conversations(encode=encode, inference=inference))
+    return ExampleDataset(records, limit=LengthLimit(max_length, too_long), **settings)
 
 
 IMAGE = record("<image>\nq", "A.", image="grey.png")
@@ -228,14 +237,13 @@ def test_a_record_that_teaches_nothing_is_bad(tmp_path: Path) -> None:
         example.labels = [IGNORE_INDEX] * len(example.labels)
         return example
 
-    dataset = build(tmp_path, record())
-    dataset.encode = mask_all
+    dataset = build(tmp_path, record(), encode=mask_all)
     with pytest.raises(DataError, match="no token of this record is learned"):
         dataset[0]
 
 
 def test_generation_has_no_labels_and_needs_none(tmp_path: Path) -> None:
-    dataset = build(tmp_path, record("q", "A"), inference=True, generation=True)
+    dataset = build(tmp_path, record("q", "A"), inference=True)
     example = dataset[0]
     assert example is not None
     assert (example.input_ids, example.labels) == ([ord("q") + 2], [IGNORE_INDEX])

@@ -115,7 +115,7 @@ def test_pixels_follow_the_rows_when_best_fit_moves_examples() -> None:
 
 
 def test_flat_is_one_row_without_padding() -> None:
-    batch = PackingCollator(pad_id=0, capacity=4, flat=True)(examples([3, 4, 2]))
+    batch = PackingCollator(pad_id=0, capacity=4, padding_free=True)(examples([3, 4, 2]))
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1]]
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 7, 9]
     assert batch["cu_seq_lens_q"].dtype == torch.int32
@@ -145,9 +145,9 @@ def summed_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("config", FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("padding_free", [False, True])
 def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(
-    config: type[PreTrainedConfig], attention: str, flat: bool
+    config: type[PreTrainedConfig], attention: str, padding_free: bool
 ) -> None:
     model = tiny(config, attention)
     data = examples([7, 12, 5, 3, 9])
@@ -155,8 +155,8 @@ def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(
     padded.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    batch = PackingCollator(pad_id=0, capacity=20, flat=flat)(data)
-    assert batch["input_ids"].shape == ((1, 36) if flat else (2, 19))
+    batch = PackingCollator(pad_id=0, capacity=20, padding_free=padding_free)(data)
+    assert batch["input_ids"].shape == ((1, 36) if padding_free else (2, 19))
     packed = summed_loss(model, batch)
     packed.backward()
     assert packed.item() == pytest.approx(padded.item(), rel=1e-5)

@@ -2,313 +2,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from medm.data.conversations import Conversations
 from medm.data.options import SourceOptions
-from medm.data.records import Records, parse_record
+from medm.data.records import Records
 from medm.errors import DataError, MediaError
-from medm.types import KIND_OF_PLACEHOLDER, Media, Turn
-from tests.data.tiny import gpt, human, record, write_image, write_json, write_lines
-
-
-def bad(value: Any, field: str | None, reason: str, *, inference: bool = False) -> None:
-    """The record is refused at this field for this reason, and the message says where."""
-    with pytest.raises(DataError, match=reason) as caught:
-        parse_record(value, inference=inference, file="f.json", index=3)
-    assert (caught.value.field, caught.value.file, caught.value.index) == (field, "f.json", 3)
-    assert str(caught.value).startswith("f.json, record 3")
-
-
-def test_the_record_of_the_documentation() -> None:
-    sample = parse_record(
-        {
-            "id": 7, "task": "vqa", "image": ["a.png"], "volume": ["ct.nii.gz"], "question_type": "closed",
-            "conversations": [human("<image>\n<volume>\nIs there an effusion?"), gpt("Yes.")],
-        },
-        file="f.json", index=0,
-    )  # fmt: skip
-    assert sample.turns == (
-        Turn("user", (Media("image", "a.png"), "\n", Media("volume", "ct.nii.gz"), "\nIs there an effusion?")),
-        Turn("assistant", ("Yes.",)),
-    )
-    assert (sample.id, sample.task, sample.answer, sample.file, sample.index) == ("7", "vqa", None, "f.json", 0)
-    assert sample.extra == {"question_type": "closed"}
-
-
-LLAVA = record("<image>\nWhat?", "A.", image="a.png")
-
-
-@pytest.mark.parametrize(
-    "same",
-    [
-        LLAVA,
-        {**LLAVA, "image": ["a.png"]},
-        {"images": ["a.png"], "messages": [
-            {"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A."}]},
-        {"images": "a.png", "messages": [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "A."}]}]},
-        {"messages": [
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}},
-                                         {"type": "text", "text": "\nWhat?"}]},
-            {"role": "assistant", "content": "A."}]},
-        {"messages": [
-            {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "\nWhat?"}]},
-            {"role": "assistant", "content": "A."}]},
-        {"image": "a.png", "conversations": [
-            {"role": "user", "content": "<image>\nWhat?"}, {"from": "assistant", "value": "A."}]},
-    ],
-)  # fmt: skip
-def test_every_format_gives_the_same_sample(same: dict[str, Any]) -> None:
-    assert parse_record(same).turns == parse_record(LLAVA).turns
-
-
-def test_system_prompt_of_the_record_or_as_first_turn() -> None:
-    turns = parse_record({"system": "Be brief.", **record()}).turns
-    as_turn = parse_record({"conversations": [{"from": "system", "value": "Be brief."}, *record()["conversations"]]})
-    assert turns == as_turn.turns
-    assert turns[0] == Turn("system", ("Be brief.",))
-    assert parse_record({"system": "", **record()}).turns == parse_record(record()).turns
-    with_image = parse_record(record("q", system="Atlas: <image>", image="a.png"))
-    assert with_image.turns[0].content == ("Atlas: ", Media("image", "a.png"))
-
-
-def test_several_images_turns_and_branches_are_matched_by_order() -> None:
-    sample = parse_record(
-        {
-            "image": ["a", "b", "c"], "image3d": "v",
-            "conversations": [
-                human("<image><image3d> and <image>?"), gpt("One <image>."), human("And <image>"), gpt("Two."),
-            ],
-        }
-    )  # fmt: skip
-    assert sample.media == (Media("image", "a"), Media("volume", "v"), Media("image", "b"), Media("image", "c"))
-    assert sample.turns[1].content == ("One <image>.",)
-
-
-def test_a_placeholder_in_a_reply_is_text() -> None:
-    sample = parse_record(record("Which mark stands for an image?", "It is <image>, or <volume>."))
-    assert sample.media == ()
-    assert sample.turns[1].content == ("It is <image>, or <volume>.",)
-
-
-def test_typed_parts_hold_no_placeholders() -> None:
-    content = [{"type": "text", "text": "The mark <image>: "}, {"type": "image"}]
-    sample = parse_record({"image": "a", "messages": [{"role": "user", "content": content}, gpt("x")]})
-    assert sample.turns[0].content == ("The mark <image>: ", Media("image", "a"))
-
-
-def test_text_of_any_script_is_kept_to_the_letter() -> None:
-    text = "أين\u200f \u200b 中文 👩🏽‍⚕️ \u202eabc\u202c"
-    assert parse_record(record(text, text)).turns[0].content == (text,)
-
-
-def test_inference_records() -> None:
-    open_ended = {"conversations": [human("q")]}
-    assert parse_record(open_ended, inference=True).answer is None
-    taken = parse_record(record("q", "Yes."), inference=True)
-    assert (len(taken.turns), taken.answer) == (1, "Yes.")
-    kept = parse_record(record("q", "Yes.", answer="No."), inference=True)
-    assert (len(kept.turns), kept.answer) == (1, "No.")
-    assert parse_record(record("q", ""), inference=True).answer is None
-    dialogue = parse_record({"conversations": [human("a"), gpt("b"), human("c")]}, inference=True)
-    assert [turn.role for turn in dialogue.turns] == ["user", "assistant", "user"]
-    bad(open_ended, "conversations", "the last turn is the user's; training needs a reply")
-    bad({"conversations": [gpt("a")]}, "conversations", "there is no turn of the user", inference=True)
-
-
-@pytest.mark.parametrize(
-    ("value", "field", "reason"),
-    [
-        # more placeholders than files, and fewer
-        (record("<image><image>", image="a"), "image", r"1 file\(s\), but 2 placeholder\(s\) <image> in"),
-        (record("<image>", image=["a", "b"]), "image", r"2 file\(s\), but 1 placeholder"),
-        (record("q", image="a"), "image", r"1 file\(s\), but 0 placeholder.*write one where each file belongs"),
-        (record("q", "<image>", image="a"), "image", "but 0 placeholder"),
-        (record("<image>"), "conversations.0.value", "<image> stands in the text, and the record has no field 'image'"),
-        (record("<volume>", image="a"), "conversations.0.value", "no field 'image3d' or 'volume' or 'volumes'"),
-        (record("<image>", image=[]), "image", r"0 file\(s\), but 1 placeholder"),
-        (record("<image>", image="a", volume="v"), "volume", r"but 0 placeholder\(s\) <image3d> or <volume>"),
-        # the fields that name files
-        (record("<image>", image="a", images="a"), "images", "'image' is given as well"),
-        (record("<volume>", image3d="a", volume="a"), "volume", "'image3d' is given as well"),
-        (record("<image>", image=3), "image", "expected a path or a list of paths, found a number"),
-        (record("<image>", image=[{"path": "a"}]), "image.0", "expected text, found an object"),
-        (record("<image><image>", image=["a", None]), "image.1", "expected text, found null"),
-        (record("<image>", image=" "), "image", "expected a path, found empty text"),
-        # the turns
-        ([], None, "expected an object with 'conversations' or 'messages', found a list"),
-        ("text", None, "found text"),
-        ({"id": "1"}, "conversations", "the record has neither"),
-        ({"conversations": []}, "conversations", "the conversation is empty"),
-        ({"conversations": {"from": "human"}}, "conversations", "expected a list of turns, found an object"),
-        ({"conversations": ["hello"]}, "conversations.0", "expected a turn, .*found text"),
-        ({"conversations": [{"value": "a"}]}, "conversations.0", "'from' is missing"),
-        ({"conversations": [{"from": "human"}]}, "conversations.0", "'value' is missing"),
-        ({"conversations": [human("q"), {"from": "bot", "value": "a"}]}, "conversations.1.from",
-         "unknown role 'bot'; expected one of human, user, gpt"),
-        ({"conversations": [{"from": 1, "value": "a"}]}, "conversations.0.from", "expected text, found a number"),
-        ({"conversations": [human(True), gpt("a")]}, "conversations.0.value", "expected text, found a boolean"),
-        ({"conversations": [human("q"), gpt(None)]}, "conversations.1.value", "expected text, found null"),
-        ({"conversations": [human("q"), gpt("  \n")]}, "conversations.1", "the assistant's turn is empty"),
-        ({"conversations": [human(""), gpt("a")]}, "conversations.0", "the user's turn is empty"),
-        ({"conversations": [gpt("Hello"), human("q"), gpt("a")]}, "conversations.0", "expected the user, found"),
-        ({"conversations": [human("q"), human("q"), gpt("a")]}, "conversations.1", "expected the assistant, found"),
-        ({"conversations": [human("q"), gpt("a"), {"from": "system", "value": "s"}]}, "conversations.2",
-         "a system turn is not allowed here: it can only be the first"),
-        ({"system": "s", "conversations": [{"from": "system", "value": "s"}, human("q"), gpt("a")]}, "conversations.0",
-         "the record's field 'system' is one already"),
-        ({"conversations": [{"from": "system", "value": "s"}]}, "conversations", "there is no turn of the user"),
-        ({**record(), "messages": []}, "messages", "'conversations' is given as well"),
-        # content parts
-        ({"messages": [{"role": "user", "content": ["q"]}]}, "messages.0.content.0", "expected a content part"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content.0.type",
-         "unknown content part 'audio'"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text",
-         "expected text, found null"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0",
-         "the part names no path, and the record has no field 'image' or 'images'"),
-        ({"image": "a", "messages": [{"role": "user", "content": "q"},
-                                     {"role": "assistant", "content": [{"type": "image"}]}]}, "messages.1",
-         "an image or volume in a reply"),
-        # the rest
-        (record(id=1.5), "id", "expected text or a whole number, found a number"),
-        (record(id=True), "id", "found a boolean"),
-        (record(task=["vqa"]), "task", "expected text, found a list"),
-        (record(answer=3), "answer", "expected text, found a number"),
-        (record(system=["s"]), "system", "expected text, found a list"),
-        (record("a\ud800b"), "conversations.0.value", "half of a surrogate pair at character 1"),
-    ],
-)  # fmt: skip
-def test_bad_records_are_named_by_file_index_field_and_reason(value: Any, field: str | None, reason: str) -> None:
-    bad(value, field, reason)
-
-
-@pytest.mark.parametrize(
-    ("value", "field", "reason"),
-    [
-        # media that no model reads
-        (record("<video>\nq", videos=["a.mp4"]), "conversations.0.value", "<video> stands in the text, .* reads no video"),
-        (record("q", videos=["a.mp4"]), "videos", "names video, which medm does not read"),
-        (record("<image>\nq", image="a.png", video="a.mp4"), "video", "names video"),
-        (record("q", audio="a.wav"), "audio", "names audio"),
-        (record("q", audios=[{"path": "a.wav"}]), "audios", "names audio"),
-        (record("<audio>q"), "conversations.0.value", "<audio> stands in the text, .* reads no audio"),
-        (record("q", point_cloud="a.ply"), "point_cloud", "names point clouds"),
-        # placeholders of other programs
-        (record("<|image_pad|>q"), "conversations.0.value", r"<\|image_pad\|> stands in the text.* write <image>"),
-        (record("<|vision_start|>q"), "conversations.0.value", "no placeholder of medm"),
-        (record("<image_1>q", image="a.png"), "conversations.0.value", "<image_1> .* no placeholder of medm"),
-        (record("<image 2>q"), "conversations.0.value", "<image 2> .* no placeholder of medm"),
-        (record("<Image>q", image="a.png"), "conversations.0.value", "<Image> .* no placeholder of medm"),
-        (record("<ImageHere>q"), "conversations.0.value", "<ImageHere> .* no placeholder of medm"),
-        (record("<image>" + "<im_patch>" * 9, image="a.png"), "conversations.0.value", "<im_patch> .* no placeholder"),
-        (record("<img>a.png</img>q"), "conversations.0.value", "<img> .* no placeholder"),
-        (record("q", system="<video>"), "system", "reads no video"),
-        # fields of other programs that name files
-        (record("q", image_path="a.png"), "image_path", "looks like it names images.* rename it to 'image'"),
-        (record("q", Image="a.png"), "Image", "rename it to 'image'"),
-        (record("q", imgUrl=["a.png"]), "imgUrl", "rename it to 'image'"),
-        (record("q", VolumeName="a.nii.gz"), "VolumeName", "rename it to 'volume'"),
-        (record("q", images=[], image_file="a.png"), "image_file", "rename it to 'image'"),
-        (record("<image>", image={"bytes": "x", "path": None}), "image", "write it to a file"),
-        (record("<image>", images=[{"bytes": "x", "path": None}]), "images", "write it to a file"),
-        # other formats
-        ({"instruction": "q", "input": "", "output": "a"}, None, "the Alpaca format.*'value': instruction and input}"),
-        ({"query": "q", "response": "a", "images": ["a"]}, None, "query/response format .*'value': query}.* response}"),
-        ({"prompt": "q", "completion": "a"}, None, "prompt/completion"),
-        ({"image": "a.png", "caption": "a"}, None, "an image and its caption.*'<image>' and a request"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "rejected", "preference data"),
-        ({"conversations": [human("q")], "chosen": gpt("a"), "rejected": gpt("b")}, "rejected", "preference data"),
-        (record(rejected_response="b"), "rejected_response", "preference data"),
-        (record(kto_tag=False), "kto_tag", "preference data"),
-        ({"train": {"file_name": "a.json"}, "file_name": "a.json"}, None, "name the annotation file that it lists"),
-    ],
-)  # fmt: skip
-def test_what_other_programs_write_is_refused_with_what_to_write(value: Any, field: str | None, reason: str) -> None:
-    bad(value, field, reason)
-
-
-@pytest.mark.parametrize(
-    ("value", "question"),
-    [
-        (record("q", "<video> and <image_1> are text in a reply"), "q"),
-        (record("Is 3 < 5 and 7 > 6? <b>Yes</b> <image-guided> <imaging>"), None),
-        (record("q", videos=[], audio=None, image_id=7, volume_ml=4.5, image_quality="good"), "q"),
-        (record("<image>q", image="a.png", image_path="/original/a.png", video_name="from film 3"), "q"),
-        (record("q", chosen="B"), "q"),
-        (record("<|im_start|>system"), "<|im_start|>system"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is <video>?"}]}, gpt("a")]},
-            "What is <video>?",
-        ),
-    ],
-)
-def test_what_only_looks_alike_is_kept(value: Any, question: str | None) -> None:
-    wanted = question or value["conversations"][0]["value"]
-    assert parse_record(value).turns[0].text == wanted
-
-
-def test_the_table_of_the_documentation_becomes_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "data-format.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "reports.csv").write_text('\ufeffid;file;report\n1;a.nii.gz;"Müller;\nno effusion"\n')
-    exec(compile(code, "data-format.md", "exec"), {})
-    (sample,) = Records([SourceOptions(path="train.jsonl")])
-    assert (sample.id, sample.media[0].path, sample.turns[-1].text) == ("1", "a.nii.gz", "Müller;\nno effusion")
-
-
-def test_preference_fields_pass_through_inference() -> None:
-    assert parse_record(record(rejected="b"), inference=True).extra == {"rejected": "b"}
-
-
-def test_many_placeholders_take_time_by_their_number_only() -> None:
-    count = 100_000
-    start = time.process_time()
-    sample = parse_record(record("<image>x" * count, image=["a"] * count))
-    assert len(sample.media) == count
-    assert time.process_time() - start < 5  # by its square: minutes
-
-
-def test_messages_never_repeat_what_a_record_says() -> None:
-    secret = "Jane Doe, born 1970"
-    for value in (
-        {"conversations": [human(secret), human(secret)]},
-        {"conversations": [human([secret]), gpt(secret)]},
-        {"conversations": [human(f"<image> {secret}"), gpt(secret)]},
-        {"conversations": secret},
-        record(secret, " "),
-    ):
-        with pytest.raises(DataError) as caught:
-            parse_record(value)
-        assert secret not in str(caught.value)
-
-
-@given(st.lists(st.sampled_from([*KIND_OF_PLACEHOLDER, "<image", "image>", "text", "<<image>>", "\n"]), max_size=12))
-def test_splitting_keeps_every_character(pieces: list[str]) -> None:
-    """Media put back as their placeholders give the text, in the order of the files."""
-    text = "".join(pieces) + "end"
-    names = {"image": text.count("<image>"), "volume": text.count("<image3d>") + text.count("<volume>")}
-    files = {branch: [f"{branch}{i}" for i in range(count)] for branch, count in names.items() if count}
-    sample = parse_record(record(text, **files))
-    rebuilt = "".join(part if isinstance(part, str) else f"<{part.branch}>" for part in sample.turns[0].content)
-    assert rebuilt == text.replace("<image3d>", "<volume>")
-    for branch, count in names.items():
-        assert [m.path for m in sample.media if m.branch == branch] == [f"{branch}{i}" for i in range(count)]
+from tests.data.tiny import gpt, record, write_image, write_json, write_lines
 
 
 def test_records_of_several_files_are_one_sequence(tmp_path: Path) -> None:
     first = write_lines(tmp_path / "a.jsonl", record("a0"), record("a1", task="own"), record("a2"))
     second = write_json(tmp_path / "b.json", [record("b0"), record("b1")])
     sources = [SourceOptions(path=str(first), limit=2, task="vqa"), SourceOptions(path=str(second), root="/data")]
-    records = Records(sources)
+    records = Records(sources, Conversations())
     assert (len(records), records.sizes) == (4, (2, 2))
     assert [sample.turns[0].text for sample in records] == ["a0", "a1", "b0", "b1"]
     assert [sample.task for sample in records] == ["vqa", "own", None, None]
@@ -322,7 +31,7 @@ def test_records_of_several_files_are_one_sequence(tmp_path: Path) -> None:
 def test_errors_name_the_file_and_the_place_in_it(tmp_path: Path) -> None:
     first = write_lines(tmp_path / "a.jsonl", record("a0"))
     second = write_lines(tmp_path / "b.jsonl", record("b0"), {"conversations": []}, record("b2"))
-    records = Records([SourceOptions(path=str(first)), SourceOptions(path=str(second))])
+    records = Records([SourceOptions(path=str(first)), SourceOptions(path=str(second))], Conversations())
     with pytest.raises(DataError, match=rf"{second}, record 1, field 'conversations': the conversation is empty"):
         records[2]
     assert records[3].turns[0].text == "b2"
@@ -340,7 +49,7 @@ def test_paths_stay_inside_the_root(tmp_path: Path, path: str) -> None:
     (root / "link.png").symlink_to(tmp_path / "a.png")
     os.mkfifo(root / "pipe")
     file = write_lines(tmp_path / "a.jsonl", record("<image>", image="good.png"), record("<image>", image=path))
-    records = Records([SourceOptions(path=str(file), root=str(root))])
+    records = Records([SourceOptions(path=str(file), root=str(root))], Conversations())
     assert records.media_path(0, records[0].media[0]) == root / "good.png"
     with pytest.raises(MediaError):
         records.media_path(1, records[1].media[0])
@@ -352,7 +61,7 @@ def test_the_field_that_names_a_file_is_found(tmp_path: Path) -> None:
         record("<volume><image><image>", images=["a", "b"], image3d="v"),
         {"messages": [{"role": "user", "content": [{"type": "image", "path": "a"}]}, gpt("x")]},
     )
-    records = Records([SourceOptions(path=str(file))])
+    records = Records([SourceOptions(path=str(file))], Conversations())
     assert [records.media_field(0, k) for k in range(3)] == ["image3d", "images.0", "images.1"]
     assert records.media_field(1, 0) == "messages"
 
@@ -360,9 +69,10 @@ def test_the_field_that_names_a_file_is_found(tmp_path: Path) -> None:
 def test_reading_records_needs_no_torch(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", record())
     code = (
-        "import sys; from medm.data.records import Records; from medm.data.check import check; "
-        "from medm.data.options import SourceOptions as S; import medm.data.limits; "
-        f"assert check([S(path={str(file)!r})]).ok; assert 'torch' not in sys.modules"
+        "import sys; from medm.data.pipelines import PIPELINES; from medm.data.check import check; "
+        "from medm.data.options import SourceOptions as S; "
+        "pipeline = PIPELINES.get('conversations')(); "
+        f"assert check([S(path={str(file)!r})], pipeline).ok; assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from medm.data.sampling import Mixture, Order, RankedBatches, Sequential, Shuffle, balance, group_by_length
+from medm.data.sampling import (
+    DistributedBatchSampler,
+    IndexOrder,
+    Mixture,
+    Sequential,
+    Shuffle,
+    balance,
+    group_by_length,
+)
 from medm.errors import RecipeError
 
 
@@ -20,11 +28,11 @@ def log_normal(count: int, seed: int = 0) -> np.ndarray:
 
 
 def optimiser_steps(
-    order: Order, epoch: int, *, world: int, batch_size: int, accumulation: int, **more: object
+    order: IndexOrder, epoch: int, *, world: int, batch_size: int, accumulation: int, **more: object
 ) -> list:
     """The samples of every optimiser step, over all ranks and micro-batches."""
     ranks = [
-        RankedBatches(order, batch_size=batch_size, rank=r, world=world, accumulation=accumulation, **more)  # type: ignore[arg-type]
+        DistributedBatchSampler(order, batch_size=batch_size, rank=r, world=world, accumulation=accumulation, **more)  # type: ignore[arg-type]
         for r in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -55,25 +63,25 @@ def test_a_step_holds_the_same_samples_however_it_is_divided(
 
 
 def test_two_ranks_of_two_see_the_batch_of_four_in_its_order() -> None:
-    one = RankedBatches(Shuffle(40), batch_size=4)
-    first, second = (RankedBatches(Shuffle(40), batch_size=2, rank=rank, world=2) for rank in (0, 1))
+    one = DistributedBatchSampler(Shuffle(40), batch_size=4)
+    first, second = (DistributedBatchSampler(Shuffle(40), batch_size=2, rank=rank, world=2) for rank in (0, 1))
     assert len(one) == len(first) == 10
     assert all(one.batch(0, s) == first.batch(0, s) + second.batch(0, s) for s in range(10))
 
 
 def test_the_tail_is_dealt_out_and_no_rank_is_left_behind() -> None:
-    ranks = [RankedBatches(Sequential(9), batch_size=2, rank=rank, world=4) for rank in range(4)]
+    ranks = [DistributedBatchSampler(Sequential(9), batch_size=2, rank=rank, world=4) for rank in range(4)]
     assert [list(batches) for batches in ranks] == [[[0, 1], [8]], [[2, 3], []], [[4, 5], []], [[6, 7], []]]
-    assert [len(RankedBatches(Sequential(9), batch_size=2, rank=r, world=4, drop_last=True)) for r in range(4)] == [
-        1
-    ] * 4
+    assert [
+        len(DistributedBatchSampler(Sequential(9), batch_size=2, rank=r, world=4, drop_last=True)) for r in range(4)
+    ] == [1] * 4
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(mixed: bool) -> None:
-    def fresh() -> RankedBatches:
-        order = Mixture([50, 20, 31], [1, 2, 3], apart=8, seed=1) if mixed else Shuffle(101, seed=1)
-        return RankedBatches(order, batch_size=2, rank=1, world=2, accumulation=2, lengths=LENGTHS[:101],
+    def fresh() -> DistributedBatchSampler:
+        order = Mixture([50, 20, 31], [1, 2, 3], min_distance=8, seed=1) if mixed else Shuffle(101, seed=1)
+        return DistributedBatchSampler(order, batch_size=2, rank=1, world=2, accumulation=2, lengths=LENGTHS[:101],
                              group_by_length=not mixed)  # fmt: skip
 
     whole = fresh()
@@ -103,7 +111,7 @@ def test_resuming_reads_no_data() -> None:
             Data.read += 1
             return index
 
-    batches = RankedBatches(Shuffle(1000), batch_size=4)
+    batches = DistributedBatchSampler(Shuffle(1000), batch_size=4)
     expected = batches.batch(0, 249)
     batches.start(0, 249)
     assert [batch.tolist() for batch in DataLoader(Data(), batch_sampler=batches)] == [expected]  # type: ignore[arg-type]
@@ -113,10 +121,10 @@ def test_resuming_reads_no_data() -> None:
 @pytest.mark.parametrize(("epoch", "done"), [(0, -1), (0, 11)])
 def test_positions_outside_an_epoch_are_refused(epoch: int, done: int) -> None:
     with pytest.raises(ValueError, match="but an epoch has 10"):
-        RankedBatches(Shuffle(40), batch_size=4).start(epoch, done)
+        DistributedBatchSampler(Shuffle(40), batch_size=4).start(epoch, done)
 
 
-def padded(batches: RankedBatches, lengths: np.ndarray) -> float:
+def padded(batches: DistributedBatchSampler, lengths: np.ndarray) -> float:
     """Tokens processed for a useful one."""
     rows = [lengths[batch] for batch in batches if batch]
     return float(sum(len(row) * row.max() for row in rows) / sum(row.sum() for row in rows))
@@ -126,8 +134,8 @@ def padded(batches: RankedBatches, lengths: np.ndarray) -> float:
 def test_grouping_by_length_saves_padding(batch_size: int, plain: float) -> None:
     lengths = log_normal(20_000)
     order = Shuffle(len(lengths))
-    assert padded(RankedBatches(order, batch_size=batch_size), lengths) > plain
-    grouped = RankedBatches(order, batch_size=batch_size, lengths=lengths, group_by_length=True)
+    assert padded(DistributedBatchSampler(order, batch_size=batch_size), lengths) > plain
+    grouped = DistributedBatchSampler(order, batch_size=batch_size, lengths=lengths, group_by_length=True)
     assert padded(grouped, lengths) < 1.2
 
 
@@ -141,7 +149,9 @@ def test_grouping_takes_any_lengths(lengths: np.ndarray) -> None:
 
 
 def test_grouped_epochs_differ_in_batches_and_order() -> None:
-    batches = RankedBatches(Shuffle(400), batch_size=4, lengths=log_normal(400), group_by_length=True, window=5)
+    batches = DistributedBatchSampler(
+        Shuffle(400), batch_size=4, lengths=log_normal(400), group_by_length=True, window=5
+    )
     first = [frozenset(batches.batch(0, step)) for step in range(len(batches))]
     second = [frozenset(batches.batch(1, step)) for step in range(len(batches))]
     assert len(set(first) & set(second)) < 10
@@ -161,7 +171,9 @@ def test_balanced_ranks_have_about_the_same_tokens() -> None:
     def worst(balance_ranks: bool) -> float:
         """Tokens of the fullest rank over the mean, averaged over the steps."""
         ranks = [
-            RankedBatches(Shuffle(4096), batch_size=16, rank=r, world=4, lengths=lengths, balance_ranks=balance_ranks)
+            DistributedBatchSampler(
+                Shuffle(4096), batch_size=16, rank=r, world=4, lengths=lengths, balance_ranks=balance_ranks
+            )
             for r in range(4)
         ]
         loads = np.asarray([[lengths[b.batch(0, s)].sum() for b in ranks] for s in range(len(ranks[0]))])
@@ -183,7 +195,7 @@ def smallest_gap(stream: np.ndarray) -> int:
 
 
 def test_shares_of_a_mixture_are_its_weights() -> None:
-    mixture = Mixture(SIZES, WEIGHTS, draws=100_000, apart=64)
+    mixture = Mixture(SIZES, WEIGHTS, draws=100_000, min_distance=64)
     sources = np.searchsorted(np.cumsum(SIZES), mixture(0), side="right")
     shares = np.bincount(sources) / 100_000
     assert np.abs(shares / (np.asarray(WEIGHTS) / 50) - 1).max() < 0.01
@@ -193,18 +205,18 @@ def test_shares_of_a_mixture_are_its_weights() -> None:
 
 
 def test_no_record_comes_twice_in_a_step_on_any_rank_across_rounds_and_epochs() -> None:
-    mixture = Mixture(SIZES, WEIGHTS, draws=40_000, apart=64, seed=2)
+    mixture = Mixture(SIZES, WEIGHTS, draws=40_000, min_distance=64, seed=2)
     stream = np.concatenate([mixture(epoch) for epoch in range(3)])
     assert max(Counter(stream.tolist()).values()) > 5  # small sources do go round
     assert smallest_gap(stream) >= 64
-    ranks = [RankedBatches(mixture, batch_size=16, rank=rank, world=4) for rank in range(4)]
+    ranks = [DistributedBatchSampler(mixture, batch_size=16, rank=rank, world=4) for rank in range(4)]
     for step in range(0, len(ranks[0]), 25):
         drawn = [index for batches in ranks for index in batches.batch(1, step)]
         assert len(set(drawn)) == len(drawn) == 64
 
 
 def test_records_of_a_source_are_seen_equally_often() -> None:
-    mixture = Mixture([10, 1000], [1, 1], draws=400, apart=4)
+    mixture = Mixture([10, 1000], [1, 1], draws=400, min_distance=4)
     seen = Counter(np.concatenate([mixture(epoch) for epoch in range(10)]).tolist())
     assert {seen[index] for index in range(10)} == {200}
     assert {seen[index] for index in range(10, 1010)} == {2}
@@ -212,13 +224,13 @@ def test_records_of_a_source_are_seen_equally_often() -> None:
 
 
 def test_a_small_source_goes_round_without_repeating_within_a_step() -> None:
-    mixture = Mixture([9, 500], [1, 3], draws=2000, apart=16)
+    mixture = Mixture([9, 500], [1, 3], draws=2000, min_distance=16)
     assert smallest_gap(mixture(0)) >= 16
 
 
 def test_a_source_too_small_for_the_step_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        Mixture([3, 500], [1, 1], apart=16)
+        Mixture([3, 500], [1, 1], min_distance=16)
     assert "source 0 has 3 records but is drawn about 8 times a step" in caplog.text
 
 
@@ -227,12 +239,12 @@ def test_a_source_too_small_for_the_step_is_said(caplog: pytest.LogCaptureFixtur
     st.integers(1, 300), st.integers(1, 8), st.integers(0, 4),
 )  # fmt: skip
 @settings(deadline=None)
-def test_a_mixture_of_anything(sources: list[tuple[int, float]], draws: int, apart: int, epoch: int) -> None:
+def test_a_mixture_of_anything(sources: list[tuple[int, float]], draws: int, min_distance: int, epoch: int) -> None:
     sizes, weights = zip(*sources, strict=True)
-    mixture = Mixture(sizes, weights, draws=draws, apart=apart)
+    mixture = Mixture(sizes, weights, draws=draws, min_distance=min_distance)
     stream = mixture(epoch)
     assert len(stream) == len(mixture) == draws
-    assert np.array_equal(stream, Mixture(sizes, weights, draws=draws, apart=apart)(epoch))
+    assert np.array_equal(stream, Mixture(sizes, weights, draws=draws, min_distance=min_distance)(epoch))
     ends = np.cumsum(sizes)
     counts = np.bincount(np.searchsorted(ends, stream, side="right"), minlength=len(sizes))
     assert np.array_equal(counts, mixture.counts)
@@ -246,6 +258,6 @@ def test_a_mixture_needs_records_and_weights(sizes: list[int], weights: list[flo
 
 
 def test_unrepeated_stretches() -> None:
-    mixture = Mixture([100, 1000], [1, 3], apart=390)
+    mixture = Mixture([100, 1000], [1, 3], min_distance=390)
     assert mixture.unrepeated == 392
     assert smallest_gap(mixture(0)) >= 390

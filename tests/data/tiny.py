@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from medm.data.conversations import Conversations
 from medm.imaging import ImagePreprocess, Preprocess
 from medm.types import IGNORE_INDEX, Example, Media, Sample
 
@@ -61,3 +63,17 @@ def encode(sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation
 
 def to_text(ids: list[int]) -> str:
     return "".join("<image>" if token == PLACEHOLDER else chr(token - 2) for token in ids)
+
+
+def conversations(
+    preprocess: Mapping[str, Preprocess] = PREPROCESS, *, encode: Callable[..., Example] = encode, **settings: Any
+) -> Conversations:
+    """The pipeline of a model whose processor is `encode`."""
+    processor: Any = SimpleNamespace(
+        preprocess=dict(preprocess),
+        placeholder_ids={"image": PLACEHOLDER},
+        pad_id=PAD,
+        encode=encode,
+        tokenizer=SimpleNamespace(decode=to_text),
+    )
+    return Conversations(processor, **settings)

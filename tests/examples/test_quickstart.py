@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from medm.data.conversations import Conversations
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.training.recipe import load_recipe
@@ -166,7 +167,7 @@ def test_records_are_valid_and_split_by_volume(prepare, volumes, folder):
     table = volumes.read_table()
     for name in ("pretrain", "finetune", "test", "tasks_train", "tasks_test"):
         source = SourceOptions(path=str(folder / f"{name}.json"), root=str(folder / "images"))
-        read = Records([source], inference=name.endswith("test"))
+        read = Records([source], Conversations(inference=name.endswith("test")))
         side = "test" if name.endswith("test") else "train"
         for index in range(len(read)):
             sample = read[index]

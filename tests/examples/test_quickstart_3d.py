@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medm.data.conversations import Conversations
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.imaging import load_pixels
@@ -87,7 +88,8 @@ def test_records_fit_the_recipe_and_are_split_by_volume(blocks, tmp_path, monkey
     table, sides = volumes.read_table(), {}
     for name, inference in (("finetune", False), ("test", True)):
         records = Records(
-            [SourceOptions(path=str(folder / f"{name}.json"), root=str(folder / "volumes"))], inference=inference
+            [SourceOptions(path=str(folder / f"{name}.json"), root=str(folder / "volumes"))],
+            Conversations(inference=inference),
         )
         for index in range(len(records)):
             sample = records[index]

@@ -15,7 +15,8 @@ from PIL import Image
 
 from medm.data.cached import fill
 from medm.data.check import check
-from medm.data.dataset import ConversationDataset
+from medm.data.conversations import Conversations
+from medm.data.dataset import ExampleDataset
 from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.data.volume_cache import MediaCache
@@ -25,7 +26,7 @@ from medm.imaging.constant import Step, check_prepared
 from medm.imaging.notices import MAX_NAMED, collected
 from medm.imaging.placement import Placement, Prepared
 from medm.imaging.preview import contact_sheet
-from tests.data.tiny import encode, record, write_json
+from tests.data.tiny import conversations, record, write_json
 from tests.imaging.tiny import body, phantom
 
 SIZE = [4, 6, 8]
@@ -225,15 +226,15 @@ def test_every_way_to_the_model_refuses_the_same_file(
     data = source(tmp_path, "ct.nii.gz")
     with pytest.raises(MediaError, match=reason):
         contact_sheet(shifted, HU)
-    report = check([data], preprocess=described, decode=True)
+    report = check([data], conversations(described), decode=True)
     cache = MediaCache(tmp_path / "cache", 10**6)
-    filled = fill([Records([data])], described, cache.load)
+    filled = fill([Records([data], Conversations())], described, cache.load)
     assert (report.num_bad, filled.num_bad, cache.size()[0]) == (1, 1, 0)
     for error in (*report.bad, *filled.bad):
         assert error.reason.startswith(str(shifted))
         assert re.search(reason, error.reason)
     with pytest.raises(DataError, match=reason):
-        ConversationDataset(Records([data]), encode, described)[0]
+        ExampleDataset(Records([data], conversations(described)))[0]
 
 
 def test_an_entry_of_an_earlier_medm_is_not_used_in_silence(tmp_path: Path, shifted: Path) -> None:
@@ -258,13 +259,13 @@ def test_warnings_are_counted_and_shown(tmp_path: Path, caplog: pytest.LogCaptur
     nifti(tmp_path / "good.nii.gz", body())
     data = source(tmp_path, "a.npy", "b.npy", "a.npy", "good.nii.gz")
     described = {"volume": VolumePreprocess(size=SIZE, orientation=None)}
-    for preprocess in (described, None):
-        report = check([data], preprocess=preprocess, decode=True)
+    for pipeline in (conversations(described), Conversations()):
+        report = check([data], pipeline, decode=True)
         assert (report.num_bad, report.num_warnings) == (0, 2)
         text = "\n".join(report.lines())
         assert f"warning: {tmp_path / 'b.npy'}: all voxels are 7" in text
         assert "2 warnings about files" in text
     for _ in range(2):
-        filled = fill([Records([data])], described, MediaCache(tmp_path / "cache", 10**6).load)
+        filled = fill([Records([data], Conversations())], described, MediaCache(tmp_path / "cache", 10**6).load)
         assert (filled.num_bad, filled.num_warnings, len(filled.warnings)) == (0, 2, 2)
     assert not [entry for entry in caplog.records if entry.levelno >= logging.WARNING]

@@ -70,7 +70,7 @@ def test_one_row_gives_the_loss_and_gradients_of_a_padded_batch(
         return attend(q, *rest, **named)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    packed = model(**PackingCollator(0, 20, flat=True)(data)).loss
+    packed = model(**PackingCollator(0, 20, padding_free=True)(data)).loss
     packed.backward()
     assert [length for length, _ in calls] == [7, 12, 2, 5, 9] * 2, "each sample by itself, in each layer"
     assert all(mask is None for _, mask in calls)
@@ -86,9 +86,9 @@ def test_padding_behind_the_samples_needs_no_mask(config: type[PreTrainedConfig]
     model = lvlm(config, **({"sliding_window": None} if config is Phi3Config else {}))
     data = examples(7, 12, 2, 5, 9)
     results = []
-    for for_training in (False, True):
-        batch = Collator(0, for_training=for_training)(data)
-        assert ("attention_mask" in batch) is not for_training
+    for with_mask in (True, False):
+        batch = Collator(0, with_mask=with_mask, with_label_positions=not with_mask)(data)
+        assert ("attention_mask" in batch) is with_mask
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
@@ -161,7 +161,7 @@ def test_mixed_precision_reaches_the_kernel_for_packed_samples(
     """Trained weights stay in float32, and with them the rotary embeddings: the queries arrive in float32."""
     model = lvlm(LlamaConfig)
     assert model.separate_samples()
-    batch = PackingCollator(0, 20, flat=True)(examples(7, 12, 2, 5, 9))
+    batch = PackingCollator(0, 20, padding_free=True)(examples(7, 12, 2, 5, 9))
 
     def run() -> tuple[float, dict[str, torch.Tensor]]:
         model.zero_grad()
@@ -218,7 +218,7 @@ def test_the_kernel_for_packed_samples_gives_what_the_loop_gives(
     model.separate_samples()
     batch = {
         key: value.cuda() if isinstance(value, torch.Tensor) else value
-        for key, value in PackingCollator(0, 64, flat=True)(examples(7, 30, 12)).items()
+        for key, value in PackingCollator(0, 64, padding_free=True)(examples(7, 30, 12)).items()
     }
 
     def run() -> tuple[float, torch.Tensor]:
@@ -253,7 +253,10 @@ def test_one_kernel_is_for_half_precision_on_a_gpu_without_dropout(monkeypatch: 
 def test_compiled_layers_take_rows_of_any_length() -> None:
     model = lvlm(LlamaConfig, hidden_size=128).to("cuda", torch.bfloat16)
     model.separate_samples()
-    rows = [PackingCollator(0, 64, flat=True)(examples(*lengths)) for lengths in ((7, 30, 12), (9, 5), (3, 40, 8, 2))]
+    rows = [
+        PackingCollator(0, 64, padding_free=True)(examples(*lengths))
+        for lengths in ((7, 30, 12), (9, 5), (3, 40, 8, 2))
+    ]
     batches = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in rows]
     with torch.no_grad():
         plain = [model(**batch).loss.item() for batch in batches]

@@ -111,7 +111,7 @@ def test_positions_that_the_batch_says_give_the_same_loss_and_gradients(kind: st
     data = [Example(list(range(n)), [IGNORE_INDEX] * k + list(range(k, n))) for n, k in ((9, 0), (5, 3), (7, 6))]
     results = []
     for say in (False, True):
-        batch = Collator(0, for_training=say)(data)
+        batch = Collator(0, with_mask=not say, with_label_positions=say)(data)
         assert ("label_positions" in batch) is say
         model.zero_grad()
         loss = model(**batch).loss

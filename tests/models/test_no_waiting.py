@@ -58,8 +58,8 @@ def test_forward_and_backward_wait_for_nothing(kind: str, llm: Path, monkeypatch
     model.train()
     data = [example(processor), example(processor, "A longer question?", images=2), example(processor, images=0)]
     collators = {
-        "padded": Collator(processor.pad_id, for_training=True),
-        "packed": PackingCollator(processor.pad_id, 128, flat=True, for_training=True),
+        "padded": Collator(processor.pad_id, with_mask=False, with_label_positions=True),
+        "packed": PackingCollator(processor.pad_id, 128, padding_free=True, with_label_positions=True),
     }
     if kind == "packed":
         assert model.separate_samples()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medm.data.records import parse_record
+from medm.data.turns import parse_record
 from medm.errors import DataError, MediaError
 from medm.imaging import resolve_inside
 from medm.metrics.base import MetricResult

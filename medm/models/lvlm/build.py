@@ -53,6 +53,7 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
     config_class = LVLMConfig
     model_class = LVLMForConditionalGeneration
     processor_class = LVLMProcessor
+    needs_mask = False  # causal attention
     auto_classes = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
     outputs = LVLMOptions.outputs
 

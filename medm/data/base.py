@@ -1,0 +1,179 @@
+"""What a data pipeline must be: how the records of a kind of model become examples and batches.
+
+Torch-free, as is every pipeline until its collators are asked for: `medm data check` reads annotation files without.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
+
+from medm.errors import DataError, RecipeError
+from medm.types import BaseSample, Batch, MediaExample
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from medm.data.options import DataOptions
+    from medm.imaging import Preprocess
+
+
+class HasPreprocess(Protocol):
+    """The part of a processor that every pipeline needs."""
+
+    @property
+    def preprocess(self) -> Mapping[str, Preprocess]:
+        """Preprocessing of the pixels by branch; its keys are the branches of the model."""
+        ...
+
+
+S = TypeVar("S", bound=BaseSample)
+"""A record as a pipeline reads it."""
+E = TypeVar("E", bound=MediaExample)
+"""A sample as the model takes it, before batching."""
+P = TypeVar("P", bound=HasPreprocess)
+"""The processor of the models that a pipeline serves."""
+
+Collate: TypeAlias = Callable[[Sequence[E | None]], Batch]
+"""Examples to a batch. None stands for a record that was left out; where all are, the batch teaches nothing."""
+
+
+@dataclass(slots=True)
+class Segment:
+    """A stretch of an example in a preview that is learned, or not."""
+
+    text: str
+    learned: bool
+
+
+class Pipeline(ABC, Generic[S, E, P]):
+    """Turns the records of annotation files into examples, and examples into batches.
+
+    Training, inference and `medm data check` run the same pipeline. `medm.data.pipelines` has the table; a kind of
+    model names the one that it uses (`ModelKind.pipeline`).
+
+    Args:
+        processor: of the model. Without it records are only read, as for a check of files alone.
+        inference: examples are prompts: the reply may be missing, and nothing is learned.
+        needs_mask: training batches carry an `attention_mask` (`ModelKind.needs_mask`).
+    """
+
+    nouns: ClassVar[tuple[str, ...]] = ()
+    """Names of what `counts` counts, in the singular and in the order of a report."""
+    unit: ClassVar[str] = "tokens"
+    """Unit of `length`, for messages."""
+
+    def __init__(self, processor: P | None = None, *, inference: bool = False, needs_mask: bool = True) -> None:
+        self._processor, self.inference, self.needs_mask = processor, inference, needs_mask
+
+    @property
+    def makes_examples(self) -> bool:
+        """Whether there is a processor, so that records become examples."""
+        return self._processor is not None
+
+    @property
+    def processor(self) -> P:
+        """The processor. Raises `ValueError` where there is none."""
+        if self._processor is None:
+            raise ValueError(f"{type(self).__name__} has no processor: it reads records, but makes no examples")
+        return self._processor
+
+    @property
+    def preprocess(self) -> Mapping[str, Preprocess]:
+        """Preprocessing of the pixels by branch."""
+        return self.processor.preprocess
+
+    def with_processor(self, processor: P) -> Self:
+        """Return the same pipeline for a processor."""
+        changed = copy.copy(self)
+        changed._processor = processor
+        return changed
+
+    def check_options(self, options: DataOptions) -> None:
+        """Refuse settings of the `data` section that these records cannot follow. Raises `RecipeError`."""
+        if options.packing:
+            raise RecipeError(f"data.packing: {type(self).__name__} puts one record in a row; set data.packing: false")
+
+    @abstractmethod
+    def read(self, record: object, *, file: Path, index: int) -> S:
+        """Check one record, as the JSON parser gave it, and read it.
+
+        Args:
+            record: the record.
+            file: the annotation file, for the sample.
+            index: position of the record in it, from 0.
+
+        Raises:
+            DataError: with field and reason; nothing is dropped or fixed.
+        """
+
+    @abstractmethod
+    def media_field(self, record: object, number: int) -> str:
+        """Return the field of a good record that names file `number` of its sample's `media`, for messages."""
+
+    def counts(self, sample: S) -> Mapping[str, int]:
+        """Count what a report totals, by `nouns`."""
+        return {}
+
+    @abstractmethod
+    def make_example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
+        """Make an example of a sample.
+
+        A check hands in blank pixels of the right shapes: nothing but the pixels of the example may depend on their
+        values.
+
+        Raises:
+            DataError: the model cannot take the sample.
+        """
+
+    def require_usable(self, example: E) -> None:
+        """Raise `DataError` for an example that would teach nothing."""
+
+    def example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
+        """Return the usable example of a sample. Raises `DataError`, as `make_example` and `require_usable` do."""
+        example = self.make_example(sample, pixels)
+        self.require_usable(example)
+        return example
+
+    @abstractmethod
+    def length(self, example: E) -> int:
+        """Return the length that `data.max_length` limits and batches of similar length go by; at least 1."""
+
+    def shorten(self, example: E, max_length: int) -> E:
+        """Return an example cut to `max_length`, for `data.too_long: truncate_text`.
+
+        Placeholders and control tokens are never cut. Raises `DataError` where that is impossible.
+        """
+        raise DataError(
+            f"{self.length(example)} {self.unit}, but data.max_length is {max_length}, and records of this kind are "
+            "never cut; raise it, or set data.too_long to skip"
+        )
+
+    def preview(self, example: E) -> list[Segment]:
+        """Return an example as text, cut where learning begins and ends."""
+        return []
+
+    @abstractmethod
+    def training_collator(self, options: DataOptions, *, padding_free: bool = False) -> Collate[E]:
+        """Return the collator of training.
+
+        Args:
+            options: the recipe's `data`, which `check_options` accepts.
+            padding_free: with packing, put a whole batch into one row without padding.
+        """
+
+    @abstractmethod
+    def eval_collator(self) -> Collate[E]:
+        """Return the collator of held-out data, one row a record."""
+
+
+AnyPipeline: TypeAlias = Pipeline[Any, Any, Any]
+
+
+def missing_branch(branch: str, known: Collection[str]) -> str:
+    """Return why a record's image or volume cannot be used by this model."""
+    return f"the model takes no {branch}s; it takes {' and '.join(f'{name}s' for name in sorted(known)) or 'text only'}"

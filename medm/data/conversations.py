@@ -1,0 +1,137 @@
+"""The data pipeline of conversations with images and volumes: records with turns, padded or packed into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from medm.data.base import Collate, Pipeline, Segment
+from medm.data.turns import media_field, parse_record
+from medm.errors import DataError, RecipeError
+from medm.types import IGNORE_INDEX, Example, Processor, Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from medm.data.options import DataOptions
+
+MIN_REPEATS = 8
+"""Equal tokens in a row that a preview writes once, with their number."""
+
+
+class Conversations(Pipeline[Sample, Example, Processor]):
+    """Conversations of a vision-language model: the processor writes the tokens, and replies are learned."""
+
+    nouns: ClassVar[tuple[str, ...]] = ("turn",)
+    unit: ClassVar[str] = "tokens, vision tokens included"
+
+    def check_options(self, options: DataOptions) -> None:
+        if options.packing and self.needs_mask:
+            raise RecipeError(
+                "data.packing: packed rows have position_ids in place of an attention_mask, and this kind of model "
+                "needs the mask; set data.packing: false"
+            )
+
+    def read(self, record: object, *, file: Path, index: int) -> Sample:
+        return parse_record(record, inference=self.inference, file=file, index=index)
+
+    def media_field(self, record: object, number: int) -> str:
+        return media_field(record, number)
+
+    def counts(self, sample: Sample) -> Mapping[str, int]:
+        return {"turn": len(sample.turns)}
+
+    def make_example(self, sample: Sample, pixels: Mapping[str, list[np.ndarray]]) -> Example:
+        return self.processor.encode(sample, pixels, generation=self.inference)
+
+    def require_usable(self, example: Example) -> None:
+        if not self.inference and not has_label(example.labels):
+            raise DataError("no token of this record is learned: the replies are empty once they are encoded")
+
+    def length(self, example: Example) -> int:
+        return len(example.input_ids)
+
+    def shorten(self, example: Example, max_length: int) -> Example:
+        return truncate_text(example, max_length, set(self.processor.placeholder_ids.values()))
+
+    def preview(self, example: Example) -> list[Segment]:
+        return segments(example, lambda ids: str(self.processor.tokenizer.decode(ids)))
+
+    def training_collator(self, options: DataOptions, *, padding_free: bool = False) -> Collate[Example]:
+        from medm.data.collator import Collator
+        from medm.data.packing import PackingCollator
+
+        pad_id = self.processor.pad_id
+        if not options.packing:
+            return Collator(
+                pad_id,
+                pad_to_multiple_of=options.pad_to_multiple_of,
+                with_mask=self.needs_mask,
+                with_label_positions=True,
+            )
+        if options.max_length is None:
+            raise ValueError("packing needs data.max_length")
+        return PackingCollator(
+            pad_id,
+            options.max_length,
+            padding_free=padding_free,
+            pad_to_multiple_of=None if padding_free else options.pad_to_multiple_of,
+            with_label_positions=True,
+        )
+
+    def eval_collator(self) -> Collate[Example]:
+        from medm.data.collator import Collator
+
+        return Collator(self.processor.pad_id)
+
+
+def has_label(labels: list[int]) -> bool:
+    """Return whether any position is learned."""
+    return any(label != IGNORE_INDEX for label in labels)
+
+
+def truncate_text(example: Example, max_length: int, placeholder_ids: Collection[int]) -> Example:
+    """Return the first `max_length` tokens.
+
+    Raises:
+        DataError: that would cut a placeholder or leave no label.
+    """
+    length = len(example.input_ids)
+    cut = sum(token in placeholder_ids for token in example.input_ids[max_length:])
+    if cut:
+        raise DataError(
+            f"{length} tokens cannot be cut to data.max_length = {max_length}: {cut} vision tokens stand beyond it, "
+            "and images are never cut; raise max_length, or shorten the text before the image"
+        )
+    labels = example.labels[:max_length]
+    if not has_label(labels) and has_label(example.labels):
+        raise DataError(
+            f"{length} tokens cut to data.max_length = {max_length} leave nothing of the reply to learn; raise it, or "
+            "shorten the question"
+        )
+    return replace(example, input_ids=example.input_ids[:max_length], labels=labels)
+
+
+def segments(example: Example, to_text: Callable[[list[int]], str]) -> list[Segment]:
+    """Return an example as text, cut where learning begins and ends.
+
+    A repeated token is written once with its number.
+    """
+    pieces: list[Segment] = []
+    learned = (label != IGNORE_INDEX for label in example.labels)
+    pairs = zip(example.input_ids, learned, strict=True)
+    for is_learned, group in groupby(pairs, key=lambda pair: pair[1]):
+        text = ""
+        plain: list[int] = []
+        for token, run in groupby(token for token, _ in group):
+            count = len(list(run))
+            if count < MIN_REPEATS:
+                plain += [token] * count
+                continue
+            text += (to_text(plain) if plain else "") + f"{to_text([token])} x {count} "
+            plain = []
+        pieces.append(Segment(text + (to_text(plain) if plain else ""), is_learned))
+    return pieces

@@ -1,0 +1,47 @@
+"""The table of data pipelines: one line a pipeline, its class imported when it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from medm.registry import Registry
+
+if TYPE_CHECKING:
+    from medm.data.base import AnyPipeline, HasPreprocess
+
+PIPELINES: Registry[type[AnyPipeline]] = Registry("data pipeline", group="medm.pipelines")
+
+PIPELINES.add(
+    "conversations",
+    "medm.data.conversations:Conversations",
+    "turns of user and assistant with images and volumes; replies are learned",
+)
+
+
+class PipelineUser(Protocol):
+    """What a kind of model says about its data."""
+
+    @property
+    def pipeline(self) -> str:
+        """Name of the pipeline."""
+        ...
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether training batches carry an `attention_mask`."""
+        ...
+
+
+def pipeline_for(kind: PipelineUser, processor: HasPreprocess | None = None, *, inference: bool = False) -> AnyPipeline:
+    """Return the pipeline of a kind of model.
+
+    Args:
+        kind: the kind of model.
+        processor: of the model; without it records are read, but no examples are made.
+        inference: examples are prompts.
+
+    Raises:
+        UnknownNameError: no pipeline has the name that the kind gives.
+    """
+    pipeline = PIPELINES.get(kind.pipeline)
+    return pipeline(processor, inference=inference, needs_mask=kind.needs_mask)

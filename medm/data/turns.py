@@ -1,0 +1,389 @@
+"""One record of an annotation file with turns to a checked `Sample`.
+
+Reads LLaVA turns, ShareGPT and OpenAI-style `messages`. Knows no tokens and opens no image: a path is text
+until `Records.media_path` asks `medm.imaging` whether it lies inside the data root.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medm.errors import DataError
+from medm.types import KIND_OF_PLACEHOLDER, Media, Role, Sample, Turn
+
+MEDIA_FIELDS = {"image": "image", "images": "image", "image3d": "volume", "volume": "volume", "volumes": "volume"}
+"""Record fields that name files, and the model branch that reads them."""
+
+_ROLES: dict[str, Role] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+}  # fmt: skip
+_PART_FIELDS = {"image": "image", "image_url": "image", "volume": "volume", "image3d": "volume"}
+_OWN_FIELDS = {"id", "task", "answer", "system", "conversations", "messages", *MEDIA_FIELDS}
+
+_PLACEHOLDER = re.compile("|".join(map(re.escape, KIND_OF_PLACEHOLDER)))
+_FOREIGN_PLACEHOLDER = re.compile(
+    r"</?\|?(?P<kind>im_patch|image|img|picture|volume|ct|scan|vision|video|audio|speech|point_?cloud)s?"
+    r"(?:[_ -]?(?:3d|\d{1,3}|here|file|patch|pad|tokens?|placeholder|start|end|bos|eos|soft_token|content|context))?"
+    r"\|?>",
+    re.IGNORECASE,
+)
+"""Placeholders and marks of other programs, such as <video>, <|image_pad|>, <img> and <image_1>. As text they would be
+trained as words without anything to look at."""
+
+_FOREIGN_FIELD = re.compile(
+    r"(?P<kind>image|img|picture|photo|volume|video|audio|pointcloud)s?(?:3d)?"
+    r"(?P<suffix>paths?|files?|filenames?|names?|urls?|bytes)?"
+)
+"""Fields of other programs that name files, in lower case and without `_` and `-`."""
+
+_UNREAD = {"video": "video", "audio": "audio", "speech": "audio", "pointcloud": "point clouds",
+           "point_cloud": "point clouds"}  # fmt: skip
+"""Kinds of media that no model reads, by the names that other programs give them."""
+
+_TO_CONVERSATION = (
+    "write 'conversations': [{{'from': 'human', 'value': {question}}}, {{'from': 'gpt', 'value': {reply}}}]"
+)
+_FOREIGN_FORMATS: tuple[tuple[frozenset[str], str, str, str], ...] = (
+    (frozenset({"instruction", "output"}), "the Alpaca format", "instruction and input", "output"),
+    (frozenset({"query", "response"}), "the query/response format of ms-swift", "query", "response"),
+    (frozenset({"prompt", "completion"}), "the prompt/completion format", "prompt", "completion"),
+    (frozenset({"prompt", "response"}), "the prompt/response format", "prompt", "response"),
+    (frozenset({"question", "answer"}), "a question and its answer", "question", "answer"),
+    (frozenset({"image", "caption"}), "an image and its caption", "'<image>' and a request", "caption"),
+    (frozenset({"image", "report"}), "an image and its report", "'<image>' and a request", "report"),
+    (frozenset({"image", "text"}), "an image and its text", "'<image>' and a request", "text"),
+)
+"""Records of other programs: fields that tell them, their name, and what becomes the question and the reply."""
+
+_PREFERENCE_FIELDS = ("rejected", "rejected_response", "rejected_messages", "kto_tag")
+"""Fields of preference data, whose replies are not all meant to be learned."""
+
+
+def parse_record(
+    record: Any, *, inference: bool = False, file: str | Path | None = None, index: int | None = None
+) -> Sample:
+    """Check one record and read it.
+
+    Args:
+        record: what the JSON parser gave.
+        inference: the last reply is to be generated: it is missing, or it is taken out of the turns and kept
+            as `answer` (where the record has no `answer` of its own).
+        file: where the record stands, for messages and for the sample.
+        index: its position there, from 0.
+
+    Raises:
+        DataError: with file, index, field and reason. Placeholders and files that do not agree in number,
+            roles out of order and empty replies are such errors; nothing is dropped or fixed.
+    """
+    try:
+        return _parse(record, inference=inference, file=None if file is None else str(file), index=index)
+    except DataError as error:
+        raise error.at(file=file, index=index) from None
+
+
+def _parse(record: Any, *, inference: bool, file: str | None, index: int | None) -> Sample:
+    if not isinstance(record, dict):
+        raise DataError(f"expected an object with 'conversations' or 'messages', found {_kind(record)}")
+    _refuse_other_formats(record, inference=inference)
+    files = _media_files(record)
+    turns = _turns(record, files)
+    _refuse_unread_media(record, turns)
+    answer = _optional_text(record, "answer")
+    if inference and turns[-1].role == "assistant":
+        answer = answer if answer is not None else turns[-1].text or None
+        turns = turns[:-1]
+    _check_order(turns, record, inference=inference)
+    return Sample(
+        turns=tuple(turns),
+        id=_identifier(record),
+        task=_optional_text(record, "task"),
+        answer=answer,
+        file=file,
+        index=index,
+        extra={key: value for key, value in record.items() if key not in _OWN_FIELDS},
+    )
+
+
+def _refuse_other_formats(record: Mapping[str, Any], *, inference: bool) -> None:
+    """Raise `DataError` for a record in the format of another program, with what to write instead."""
+    preference = next((field for field in _PREFERENCE_FIELDS if record.get(field) is not None), None)
+    if preference is not None and not inference:
+        raise DataError(
+            "a field of preference data (DPO, KTO): medm learns every reply of a record; write the preferred reply as "
+            "the last turn of 'conversations', and leave the other out",
+            field=preference,
+        )
+    if "conversations" in record or "messages" in record:
+        return
+    for fields, name, question, reply in _FOREIGN_FORMATS:
+        if fields <= record.keys():
+            raise DataError(
+                f"this is {name}, which is not read; {_TO_CONVERSATION.format(question=question, reply=reply)}"
+            )
+    if "dataset" in record or "file_name" in record:
+        raise DataError("this lists data sets or files and is no conversation; name the annotation file that it lists")
+
+
+def _refuse_unread_media(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
+    """Raise `DataError` for a field that names files which would not be read.
+
+    A record that has a file of its own may also say where that came from ("video_name"): only `video` and `audio`
+    themselves are refused then.
+    """
+    has_media = any(isinstance(part, Media) for turn in turns for part in turn.content)
+    for field, value in record.items():
+        if field in _OWN_FIELDS or not value or not isinstance(value, (str, list, dict)):
+            continue
+        found = _FOREIGN_FIELD.fullmatch(field.lower().replace("_", "").replace("-", ""))
+        if found is None:
+            continue
+        kind = found["kind"]
+        if kind in _UNREAD and not (has_media and found["suffix"]):
+            raise DataError(
+                f"the record names {_UNREAD[kind]}, which medm does not read; leave the record out, or write single "
+                "frames as 'image'",
+                field=field,
+            )
+        if not has_media:
+            branch = "volume" if kind == "volume" else "image"
+            raise DataError(
+                f"this field is not read, but looks like it names {branch}s, and the record has no other; rename it to "
+                f"'{branch}' and write <{branch}> where each belongs, or remove it",
+                field=field,
+            )
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words: the value itself may be about a patient and stays out of messages."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _identifier(record: Mapping[str, Any]) -> str | None:
+    value = record.get("id")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
+        raise DataError(f"expected text or a whole number, found {_kind(value)}", field="id")
+    return None if value is None else _text(str(value), "id")
+
+
+def _optional_text(record: Mapping[str, Any], field: str) -> str | None:
+    value = record.get(field)
+    return None if value is None else _text(value, field)
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"expected text, found {_kind(value)}", field=field)
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"half of a surrogate pair at character {error.start}; save the file as UTF-8",
+                field=field,
+            ) from None
+    return value
+
+
+@dataclass(slots=True)
+class _Files:
+    """The files of one branch, taken in order by its placeholders."""
+
+    field: str
+    paths: list[str]
+    used: int = 0
+    """Placeholders met so far; may run past the number of paths."""
+
+    def take(self) -> str | None:
+        self.used += 1
+        return self.paths[self.used - 1] if self.used <= len(self.paths) else None
+
+
+def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
+    files: dict[str, _Files] = {}
+    for field, branch in MEDIA_FIELDS.items():
+        value = record.get(field)
+        if value is None:
+            continue
+        if branch in files:
+            raise DataError(f"'{files[branch].field}' is given as well, and both name {branch}s; keep one", field=field)
+        paths = [value] if isinstance(value, str) else value
+        if any(isinstance(entry, dict) and "bytes" in entry for entry in (value, *_listed(value))):
+            raise DataError(
+                "an image inside the record (as Hugging Face data sets hold them) is not read; write it to a file and "
+                "give its path",
+                field=field,
+            )
+        if not isinstance(paths, list):
+            raise DataError(f"expected a path or a list of paths, found {_kind(value)}", field=field)
+        for position, path in enumerate(paths):
+            place = field if isinstance(value, str) else f"{field}.{position}"
+            if not _text(path, place).strip():
+                raise DataError("expected a path, found empty text", field=place)
+        files[branch] = _Files(field, paths)
+    return files
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _turns_field(record: Mapping[str, Any]) -> str:
+    return "messages" if "messages" in record else "conversations"
+
+
+def _turns(record: Mapping[str, Any], files: dict[str, _Files]) -> list[Turn]:
+    field = _turns_field(record)
+    if field not in record:
+        raise DataError("expected 'conversations' or 'messages', a list of turns; the record has neither", field=field)
+    if field == "messages" and "conversations" in record:
+        raise DataError("'conversations' is given as well; keep one of the two", field=field)
+    entries = record[field]
+    if not isinstance(entries, list):
+        raise DataError(f"expected a list of turns, found {_kind(entries)}", field=field)
+    if not entries:
+        raise DataError("the conversation is empty; expected at least one turn of the user", field=field)
+    turns = []
+    system = _optional_text(record, "system")
+    if system:
+        turns.append(_turn("system", system, "system", files))
+    for position, entry in enumerate(entries):
+        role, content, place = _role_and_content(entry, f"{field}.{position}")
+        if role == "system" and turns and (position or system):
+            advice = "the record's field 'system' is one already" if not position else "it can only be the first turn"
+            raise DataError(f"a system turn is not allowed here: {advice}", field=f"{field}.{position}")
+        turns.append(_turn(role, content, place, files))
+    for branch, media in files.items():
+        if media.used != len(media.paths):
+            raise DataError(_count_reason(branch, media), field=media.field)
+    return turns
+
+
+def _role_and_content(entry: Any, field: str) -> tuple[Role, Any, str]:
+    """Role, content and the content's field of one turn, in either form: from/value or role/content."""
+    if not isinstance(entry, dict):
+        raise DataError(f"expected a turn, an object with 'from' and 'value', found {_kind(entry)}", field=field)
+    role_key, content_key = ("role", "content") if "role" in entry else ("from", "value")
+    for key in (role_key, content_key):
+        if key not in entry:
+            raise DataError(f"'{key}' is missing; a turn has 'from' and 'value', or 'role' and 'content'", field=field)
+    name = _text(entry[role_key], f"{field}.{role_key}")
+    if name not in _ROLES:
+        raise DataError(f"unknown role {name[:40]!r}; expected one of {', '.join(_ROLES)}", field=f"{field}.{role_key}")
+    return _ROLES[name], entry[content_key], f"{field}.{content_key}"
+
+
+def _turn(role: Role, content: Any, field: str, files: dict[str, _Files]) -> Turn:
+    if isinstance(content, list):
+        return Turn(role, tuple(_part(part, f"{field}.{position}", files) for position, part in enumerate(content)))
+    text = _text(content, field)
+    if role == "assistant":  # what looks like a placeholder in a reply is text to be learned
+        return Turn(role, (text,) if text else ())
+    return Turn(role, tuple(_split_placeholders(text, field, files)))
+
+
+def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iterator[str | Media]:
+    start = 0
+    for found in _PLACEHOLDER.finditer(text):
+        if found.start() > start:
+            yield _plain(text[start : found.start()], field)
+        name = found.group()
+        yield _next_media(KIND_OF_PLACEHOLDER[name], f"{name} stands in the text", field, files)
+        start = found.end()
+    if start < len(text):
+        yield _plain(text[start:], field)
+
+
+def _plain(text: str, field: str) -> str:
+    """Text between placeholders. Raises `DataError` for a placeholder that would be trained as words."""
+    found = _FOREIGN_PLACEHOLDER.search(text) if "<" in text else None
+    if found is None:
+        return text
+    kind = found["kind"].lower()
+    if kind in _UNREAD:
+        raise DataError(f"{found.group()} stands in the text, and medm reads no {_UNREAD[kind]}", field=field)
+    raise DataError(
+        f"{found.group()} stands in the text, which is no placeholder of medm; write <image> or <volume> where each "
+        "file belongs",
+        field=field,
+    )
+
+
+def _next_media(branch: str, what: str, field: str, files: dict[str, _Files]) -> Media:
+    if branch not in files:
+        names = " or ".join(f"'{key}'" for key, value in MEDIA_FIELDS.items() if value == branch)
+        raise DataError(f"{what}, and the record has no field {names} that names a file", field=field)
+    return Media(branch, files[branch].take())
+
+
+def _part(part: Any, field: str, files: dict[str, _Files]) -> str | Media:
+    """One part of an OpenAI-style content list. Its media are parts, so its text holds no placeholders."""
+    if not isinstance(part, dict) or "type" not in part:
+        raise DataError(f"expected a content part, an object with 'type', found {_kind(part)}", field=field)
+    kind = _text(part["type"], f"{field}.type")
+    if kind == "text":
+        return _text(part.get("text"), f"{field}.text")
+    if kind not in _PART_FIELDS:
+        raise DataError(
+            f"unknown content part {kind[:40]!r}; expected text, {', '.join(_PART_FIELDS)}", field=f"{field}.type"
+        )
+    branch = _PART_FIELDS[kind]
+    for key in (kind, "path", "url"):
+        value = part.get(key)
+        if isinstance(value, dict) and key == "image_url":
+            key, value = "image_url.url", value.get("url")
+        if value is not None:
+            if not _text(value, f"{field}.{key}").strip():
+                raise DataError("expected a path, found empty text", field=f"{field}.{key}")
+            return Media(branch, value)
+    return _next_media(branch, "the part names no path", field, files)
+
+
+def _count_reason(branch: str, media: _Files) -> str:
+    names = " or ".join(name for name, value in KIND_OF_PLACEHOLDER.items() if value == branch)
+    reason = f"{len(media.paths)} file(s), but {media.used} placeholder(s) {names} in the user's and system turns"
+    if media.used == 0:
+        return f"{reason}; write one where each file belongs, usually '{names.split(' ')[0]}\\n' before the question"
+    return f"{reason}; each file needs exactly one"
+
+
+def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference: bool) -> None:
+    """One system turn at most, then user and assistant by turns; the last is the assistant's unless it is asked for."""
+    field = _turns_field(record)
+    has_system = bool(turns) and turns[0].role == "system"
+    spoken = turns[1:] if has_system else turns
+    offset = 1 if has_system and not record.get("system") else 0
+    if not spoken:
+        raise DataError("there is no turn of the user", field=field)
+    for position, turn in enumerate(spoken):
+        place = f"{field}.{position + offset}"
+        expected = "assistant" if position % 2 else "user"
+        if turn.role != expected:
+            raise DataError(
+                f"turns are out of order: expected the {expected}, found the {turn.role}; user and assistant take "
+                "turns, the user first",
+                field=place,
+            )
+        if any(isinstance(part, Media) for part in turn.content):
+            if turn.role == "assistant":
+                raise DataError("an image or volume in a reply; replies are text", field=place)
+        elif not turn.text.strip():
+            raise DataError(f"the {turn.role}'s turn is empty", field=place)
+    if not inference and spoken[-1].role != "assistant":
+        raise DataError("the last turn is the user's; training needs a reply to learn", field=field)
+
+
+def media_field(record: Any, media_index: int) -> str:
+    """Return the field that names file number `media_index` of a good record. Reads the record again: for messages."""
+    # Inference accepts every record that training does, and finds the same files in it.
+    media = _parse(record, inference=True, file=None, index=None).media
+    branch = media[media_index].branch
+    for field, owner in MEDIA_FIELDS.items():
+        if owner == branch and record.get(field) is not None:
+            before = sum(other.branch == branch for other in media[:media_index])
+            return field if isinstance(record[field], str) else f"{field}.{before}"
+    return _turns_field(record)
