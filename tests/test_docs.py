@@ -108,6 +108,28 @@ def test_the_example_of_the_geometry_page(tmp_path: Path, monkeypatch: pytest.Mo
     assert (sitk.GetArrayFromImage(drawn).astype(bool) & bone).sum() > 0.7 * bone.sum()
 
 
+def test_add_a_pipeline(tmp_path: Path) -> None:
+    (source,) = blocks("add-a-pipeline.md", "python")
+    plugin = tmp_path / "pairs.py"
+    plugin.write_text(source)
+    (listed,) = [line for line in blocks("add-a-pipeline.md", "")[0].splitlines() if line]
+    assert "an image and its caption" in run(listed, tmp_path).stdout
+    (tmp_path / "a.jsonl").write_text('{"image": "gone.png", "caption": "Clear."}\n{"caption": "Clear."}\n')
+    found = ask(
+        tmp_path,
+        plugin,
+        "import sys\nfrom medm.data.check import check\nfrom medm.data.options import SourceOptions\n"
+        "from medm.data.pipelines import PIPELINES\n"
+        "report = check([SourceOptions(path='a.jsonl')], PIPELINES.get('pairs')())\n"
+        "print(json.dumps([[error.field for error in report.bad], report.lines()[-1], 'torch' in sys.modules]))",
+    )
+    assert found == [
+        ["image", "image"],
+        "2 records, 2 bad; the good ones have 0 captions, no images or volumes, 0 text only",
+        False,
+    ]
+
+
 def test_the_recipe_of_the_recipes_page_is_one() -> None:
     import yaml
 

@@ -16,6 +16,7 @@ REGISTRIES = {
     "connectors": "medm.connectors:CONNECTORS",
     "llms": "medm.llms:LLMS",
     "models": "medm.models:MODELS",
+    "pipelines": "medm.data.pipelines:PIPELINES",
     "objectives": "medm.objectives:OBJECTIVES",
     "tasks": "medm.tasks:TASKS",
     "metrics": "medm.metrics:METRICS",

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from medm.data.base import Pipeline, Segment
+from medm.data.pipelines import PIPELINES
+from medm.data.turns import media_field, parse_record
 from medm.imaging import ImagePreprocess
 from medm.models import MODELS
 from medm.models.base import ModelKind
 from medm.models.lvlm.build import LVLM
 from medm.models.options import ModelOptions
-from medm.types import Example, Sample
+from medm.types import Sample
 from tests import tiny
 from tests.cli.runner import medm
 
@@ -125,8 +129,7 @@ class Words(ModelKind):
 
     config_class, model_class, processor_class = LVLM.config_class, LVLM.model_class, LVLM.processor_class
     preprocess: ClassVar[dict[str, Any]] = {"image": ImagePreprocess()}
-    placeholder_ids: ClassVar[dict[str, int]] = {}
-    tokenizer = SimpleNamespace(decode=lambda ids: f"{len(ids)} words")
+    pipeline = "words"
 
     def build(self, options: Any) -> Any:
         raise AssertionError("a check reads no weights")
@@ -134,9 +137,42 @@ class Words(ModelKind):
     def processor(self, options: Any) -> Any:
         return self
 
-    def encode(self, sample: Sample, pixels: Any, *, generation: bool = False) -> Example:
-        ids = list(range(sum(len(turn.text.split()) for turn in sample.turns)))
-        return Example(ids, ids)
+
+@dataclass
+class WordsExample:
+    """No tokens and no labels: nothing of a language model."""
+
+    words: list[str]
+    pixels: dict[str, list[np.ndarray]]
+    features: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    task_id: int = 0
+
+
+class WordsPipeline(Pipeline[Sample, WordsExample, Words]):
+    nouns = ("turn",)
+
+    def read(self, record: object, *, file: Path, index: int) -> Sample:
+        return parse_record(record, file=file, index=index)
+
+    def media_field(self, record: object, number: int) -> str:
+        return media_field(record, number)
+
+    def counts(self, sample: Sample) -> dict[str, int]:
+        return {"turn": len(sample.turns)}
+
+    def make_example(self, sample: Sample, pixels: Any) -> WordsExample:
+        return WordsExample(" ".join(turn.text for turn in sample.turns).split(), dict(pixels))
+
+    def length(self, example: WordsExample) -> int:
+        return len(example.words)
+
+    def preview(self, example: WordsExample) -> list[Segment]:
+        return [Segment(f"{len(example.words)} words", learned=True)]
+
+    def training_collator(self, options: Any, *, padding_free: bool = False) -> Any:
+        raise AssertionError("a check makes no batches")
+
+    eval_collator = training_collator
 
 
 class WordsOptions(ModelOptions):
@@ -150,8 +186,9 @@ def test_any_kind_of_model_says_itself_how_records_are_read(recipe: Path) -> Non
     other.write_text(yaml.safe_dump(text))
     record = json.loads((DOCS / "example_finetune.json").read_text())[0]
     count = sum(len(turn["value"].replace("<image>", "").split()) for turn in record["conversations"])
-    with MODELS.temporary():
+    with MODELS.temporary(), PIPELINES.temporary():
         MODELS.add("words", Words, "for the test", options=WordsOptions)
+        PIPELINES.add("words", WordsPipeline, "for the test")
         done = medm("data", "check", "--recipe", str(other), "--limit", "1")
         assert done.code == 0, done.out + done.err
         assert f"[x] '{count} words'" in done.out
