@@ -18,13 +18,13 @@ from medm.data.cached import fill, loader
 from medm.data.check import check, merged
 from medm.data.conversations import Conversations
 from medm.data.dataset import ExampleDataset
-from medm.data.features import missing, open_store
+from medm.data.features import FeatureBatch, missing, open_store
 from medm.data.limits import LengthLimit
 from medm.data.options import CacheOptions, DataOptions, SourceOptions
 from medm.data.pipelines import PIPELINES, pipeline_for
 from medm.data.records import Records
 from medm.errors import DataError, RecipeError, UnknownNameError
-from medm.imaging import Augment
+from medm.imaging import Augment, prepare
 from medm.types import IGNORE_INDEX, Example
 from tests.data.pairs import load, pair, pairs, processor
 from tests.data.tiny import conversations, record, write_image, write_lines
@@ -193,7 +193,9 @@ def test_augmentation_caches_and_features_work_for_every_pipeline(tmp_path: Path
     assert fill([records], dict(records.pipeline.preprocess), loader(options)).files == 1
     store = open_store(tmp_path / "features", "encoder")
     ((key, _),), _ = missing(store, [tmp_path / "grey.png"])
-    store.add([([key], np.full((1, 2, 3), 7, np.float32))], most=1, shape=(2, 3), dtype=np.dtype(np.float32))
+    array = np.full((1, 2, 3), 7, np.float32)
+    placement = prepare(tmp_path / "grey.png", records.pipeline.preprocess["image"]).placement
+    store.add([FeatureBatch(keys=[key], placements=[placement], features=array)], most=1, shape=(2, 3), dtype=array.dtype)
     kept = ExampleDataset(records, features={"image": store})[0]
     assert kept is not None and not kept.pixels and kept.features["image"][0].tolist() == np.full((2, 3), 7).tolist()
     batch = records.pipeline.training_collator(DataOptions())([kept])
