@@ -209,14 +209,6 @@ class VisionFeatures(NamedTuple):
     """(B, D_pooled), one vector per item, where the encoder has one."""
 
 
-class Encode(Protocol):
-    """Turns a checked sample and its preprocessed pixels into an example. The processor of a model is one."""
-
-    def __call__(self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False) -> Example:
-        """`generation=True`: the prompt ends where the assistant's reply begins, and nothing is labelled."""
-        ...
-
-
 class Processor(Protocol):
     """What a kind of model brings for its records: training, inference and `medm data check` use the same one."""
 
@@ -237,7 +229,10 @@ class Processor(Protocol):
         ...
 
     def encode(self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False) -> Example:
-        """See `Encode`."""
+        """Make an example of a checked sample and its preprocessed pixels.
+
+        `generation=True`: the prompt ends where the assistant's reply begins, and nothing is labelled.
+        """
         ...
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> object:

@@ -195,7 +195,9 @@ def test_augmentation_caches_and_features_work_for_every_pipeline(tmp_path: Path
     ((key, _),), _ = missing(store, [tmp_path / "grey.png"])
     array = np.full((1, 2, 3), 7, np.float32)
     placement = prepare(tmp_path / "grey.png", records.pipeline.preprocess["image"]).placement
-    store.add([FeatureBatch(keys=[key], placements=[placement], features=array)], most=1, shape=(2, 3), dtype=array.dtype)
+    store.add(
+        [FeatureBatch(keys=[key], placements=[placement], features=array)], most=1, shape=(2, 3), dtype=array.dtype
+    )
     kept = ExampleDataset(records, features={"image": store})[0]
     assert kept is not None and not kept.pixels and kept.features["image"][0].tolist() == np.full((2, 3), 7).tolist()
     batch = records.pipeline.training_collator(DataOptions())([kept])

@@ -172,7 +172,7 @@ class LVLMProcessor(ProcessorMixin):
         self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False,
         continue_final: bool = False, chat: ChatFormat | None = None,
     ) -> Example:  # fmt: skip
-        """A checked sample and its preprocessed pixels as an example (the `medm.types.Encode` contract).
+        """A checked sample and its preprocessed pixels as an example (`medm.types.Processor`).
 
         Args:
             sample: the conversation.
