@@ -24,7 +24,7 @@ from medm.llms.chat import ChatFormat, Message, Part
 from medm.llms.template_clock import fix_clock
 from medm.models.lvlm.content import ChatInput, flatten, parse_messages
 from medm.models.lvlm.options import LVLMOptions
-from medm.types import IGNORE_INDEX, Example, Media, Sample, Turn
+from medm.types import IGNORE_INDEX, Config, Example, Media, Sample, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class RenderedPrompt(str):
 class ModelInputs(BatchFeature):
     """Inputs of the model, whose `to` reaches the tensors of each branch too."""
 
-    def to(self, *args: Any, **kwargs: Any) -> ModelInputs:
+    def to(self, *args: object, **kwargs: object) -> ModelInputs:
         super().to(*args, **kwargs)
         for name in ("pixels", "task_ids"):
             if name in self.data:
@@ -90,7 +90,7 @@ class LVLMProcessor(ProcessorMixin):
         self,
         tokenizer: PreTrainedTokenizerBase | None = None,
         branches: Mapping[str, Any] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
         tasks: Sequence[str] | None = None,
         chat_template: str | None = None,
         **kwargs: Any,
@@ -216,8 +216,8 @@ class LVLMProcessor(ProcessorMixin):
     def __call__(
         self,
         text: str | Sequence[str],
-        images: Any = None,
-        volumes: Any = None,
+        images: object = None,
+        volumes: object = None,
         system: str | None = None,
         return_tensors: str = "pt",
         **kwargs: Any,
@@ -245,18 +245,18 @@ class LVLMProcessor(ProcessorMixin):
 
     def apply_chat_template(  # type: ignore[override]  # its own arguments and no others
         self,
-        conversation: Any,
+        conversation: Sequence[object],
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = False,
         return_tensors: str | None = "pt",
         return_dict: bool = False,
-        processor_kwargs: Mapping[str, Any] | None = None,
-        images: Any = None,
-        volumes: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+        processor_kwargs: Mapping[str, object] | None = None,
+        images: object = None,
+        volumes: object = None,
+        **kwargs: object,
+    ) -> RenderedPrompt | list[RenderedPrompt] | BatchFeature | torch.Tensor:
         """Conversations with content parts as a prompt, or as tensors ready for `generate`.
 
         Args:
@@ -301,7 +301,7 @@ class LVLMProcessor(ProcessorMixin):
         inputs = self._inputs(prompts, images, volumes)
         return inputs if return_dict else inputs["input_ids"]
 
-    def _question(self, text: Any, system: str | None) -> Prompt:
+    def _question(self, text: object, system: str | None) -> Prompt:
         """One user turn, in whose text placeholders stand."""
         if not isinstance(text, str):
             raise DataError(f"text: expected a question or a list of them, found {type(text).__name__}")
@@ -329,7 +329,7 @@ class LVLMProcessor(ProcessorMixin):
         rendered.source = prompt
         return rendered
 
-    def _inputs(self, prompts: Sequence[Prompt], images: Any, volumes: Any) -> BatchFeature:
+    def _inputs(self, prompts: Sequence[Prompt], images: object, volumes: object) -> BatchFeature:
         given = {"image": flatten(images), "volume": flatten(volumes)}
         # As with transformers' own processors, what is handed over apart is for every place of its kind.
         apart = {branch for branch, items in given.items() if items}
@@ -369,13 +369,13 @@ class LVLMProcessor(ProcessorMixin):
             if arrays:
                 pixels[name] = torch.from_numpy(np.stack(arrays))
                 tasks[name] = torch.tensor([e.task_id for e in examples for _ in e.pixels.get(name, [])])
-        data: dict[str, Any] = {
+        data: Config = {
             "input_ids": pad_sequence(rows, padding_value=self.pad_id, **on_the_left),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], **on_the_left),
         }
         return ModelInputs(data | ({"pixels": pixels, "task_ids": tasks} if pixels else {}))
 
-    def text(self, ids: Any) -> str:
+    def text(self, ids: torch.Tensor | list[int]) -> str:
         """The words of generated ids, without control tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
@@ -384,7 +384,7 @@ class LVLMProcessor(ProcessorMixin):
             return part
         return [self.placeholder_ids[part.branch]] * self.num_tokens[part.branch]
 
-    def _pixels(self, branch: str, item: Any) -> np.ndarray:
+    def _pixels(self, branch: str, item: object) -> np.ndarray:
         return load_pixels(item, self.preprocess[branch])
 
     @property
@@ -408,7 +408,7 @@ def split_placeholders(text: str, placeholders: Mapping[str, str]) -> tuple[str 
     return tuple(parts)
 
 
-_STOCK: dict[str, tuple[Any, ...]] = {
+_STOCK: dict[str, tuple[object, ...]] = {
     "padding": (None, True, False, "longest"),
     "padding_side": (None, "left"),
     "truncation": (None, False, "do_not_truncate"),
@@ -428,7 +428,7 @@ _STOCK: dict[str, tuple[Any, ...]] = {
 """Arguments of transformers' own processors, and the values that ask for what is done here in any case."""
 
 
-def _check_stock(return_tensors: str | None, given: Mapping[str, Any]) -> None:
+def _check_stock(return_tensors: str | None, given: Mapping[str, object]) -> None:
     """Raises `ValueError` for a value, `TypeError` for an argument, that would have no effect."""
     if return_tensors not in (None, "pt", "auto"):
         raise ValueError(f"return_tensors: expected 'pt', found {return_tensors!r}")
@@ -443,6 +443,6 @@ def _check_stock(return_tensors: str | None, given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: {value!r} is not supported; expected {expected}")
 
 
-def _is_chat(value: Any) -> bool:
+def _is_chat(value: object) -> bool:
     """Whether a value is a conversation, and not a message."""
     return isinstance(value, (list, tuple)) or hasattr(value, "messages")
