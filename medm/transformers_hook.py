@@ -43,12 +43,12 @@ def _register() -> None:
     register()
 
 
-class _ConfigsOnDemand(dict[str, Any]):
+class _ConfigsOnDemand(dict[str, object]):
     """transformers' table of registered configs, which asks medm for its own when one is looked up."""
 
     _registering = False
 
-    def __missing__(self, key: str) -> Any:
+    def __missing__(self, key: str) -> object:
         if self._ask_medm(key):
             return self[key]
         raise KeyError(key)
@@ -67,7 +67,7 @@ class _ConfigsOnDemand(dict[str, Any]):
         return super().__contains__(key)
 
 
-class _ProcessorsOnDemand(dict[Any, Any]):
+class _ProcessorsOnDemand(dict[object, object]):
     """transformers' table of registered processors, which has medm register its own after the known ones."""
 
     _registering = False
@@ -75,7 +75,7 @@ class _ProcessorsOnDemand(dict[Any, Any]):
     def values(self) -> Any:
         return self._known_then_own()
 
-    def _known_then_own(self) -> Iterator[Any]:
+    def _known_then_own(self) -> Iterator[object]:
         known = list(super().values())
         yield from known
         if self._registering:

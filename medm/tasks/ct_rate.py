@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from medm.errors import DataError
 from medm.metrics.base import MetricResult, mean_result
@@ -14,7 +14,7 @@ from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, ask, choose
 from medm.tasks.files import field_of, read_csv, read_json_list, require
 from medm.tasks.reports import CaptionTask
-from medm.types import Media, Sample
+from medm.types import Config, Media, Sample
 
 _MARK = re.compile(r"<(long_answer|short_answer|multiple_choice|report_generation)>")
 _PLACEHOLDER = re.compile(r"\s*<(?:image|provided)>\s*", re.IGNORECASE)
@@ -87,7 +87,7 @@ class CTRateVQA(Task):
         """The question as it is asked."""
         return choose(prompts.VOLUME_VQA, wording).format(question=question)
 
-    def fields(self, question: str, answer: str, file: Path, index: int) -> dict[str, Any]:
+    def fields(self, question: str, answer: str, file: Path, index: int) -> Config:
         """What scoring needs beside the answer."""
         return {}
 
@@ -110,7 +110,7 @@ class CTRateChoice(CTRateVQA):
 
     mark = "multiple_choice"
 
-    def fields(self, question: str, answer: str, file: Path, index: int) -> dict[str, Any]:
+    def fields(self, question: str, answer: str, file: Path, index: int) -> Config:
         options = {letter.upper(): text.strip(" ,;.") for letter, text in _OPTION.findall(question)}
         found = re.match(r"\W*\(?([A-Za-z])[).:]", answer)
         if not found or found.group(1).upper() not in options:

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from medm.data.files import parse_json
 from medm.errors import DataError, MediaError
 from medm.imaging import resolve_inside
 from medm.imaging.arrays import read_npy, read_npz_member
+from medm.types import Config
+
+Value = TypeVar("Value")
 
 MAX_NUMBERS = 4 * 10**9
 """Most numbers in one array: the largest here, DermaMNIST at 224 pixels, has 1.1e9."""
@@ -33,7 +36,7 @@ def require(folder: Path, *names: str, layout: str) -> Path:
     raise DataError(f"{wanted} is missing in {folder}{there}; expected {layout}", file=folder / names[0])
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """One strict JSON file. Raises `DataError` with the file."""
     try:
         return parse_json(_bytes(path))
@@ -41,7 +44,7 @@ def read_json(path: Path) -> Any:
         raise error.at(file=path) from None
 
 
-def read_json_list(path: Path) -> list[dict[str, Any]]:
+def read_json_list(path: Path) -> list[Config]:
     """A JSON array of objects."""
     value = read_json(path)
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -49,7 +52,7 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
     return value
 
 
-def read_json_map(path: Path) -> dict[str, Any]:
+def read_json_map(path: Path) -> Config:
     """A JSON object."""
     value = read_json(path)
     if not isinstance(value, dict):
@@ -57,7 +60,7 @@ def read_json_map(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[Config]:
     """One JSON object a line; empty lines are skipped."""
     for index, line in enumerate(_bytes(path).splitlines()):
         if not line.strip():
@@ -139,7 +142,7 @@ def image_size(folder: Path, relative: str) -> tuple[int, int]:
         raise MediaError(f"cannot be read as an image ({error})", file=path) from None
 
 
-def field_of(row: Any, name: str, kind: type | tuple[type, ...], *, file: Path, index: int) -> Any:
+def field_of(row: object, name: str, kind: type[Value] | tuple[type[Value], ...], *, file: Path, index: int) -> Value:
     """A field of a record, checked for its type. Raises `DataError` with the place."""
     value = row.get(name) if isinstance(row, dict) else None
     if not isinstance(value, kind):

@@ -7,7 +7,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from medm.errors import DataError
 from medm.imaging import resolve_inside
@@ -77,7 +77,7 @@ class M3DCap(CaptionTask):
         if not isinstance(rows, list):
             raise DataError("expected a list under this key", file=file, field=split)
 
-        def sample(index: int, row: Any) -> Sample:
+        def sample(index: int, row: object) -> Sample:
             image = npy_path(folder, field_of(row, "image", str, file=file, index=index))
             text = npy_path(folder, field_of(row, "text", str, file=file, index=index))
             report = read_text(resolve_inside(folder, text))

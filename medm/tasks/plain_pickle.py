@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import pickletools
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from medm.errors import DataError
+
+Container = TypeVar("Container")
 
 _MAX_BYTES = 512 * 2**20
 _LITERALS = frozenset((
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE",
     "BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING",
 ))  # fmt: skip
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_CONSTANTS: dict[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _IGNORED = frozenset(("PROTO", "FRAME", "STOP"))
 
 
-def read_plain_pickle(path: Path) -> Any:
+def read_plain_pickle(path: Path) -> object:
     """The value. Raises `DataError` for anything that is not plain data, damaged, or larger than 512 MiB."""
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -45,12 +47,12 @@ class _Reader:
     """A stack with marks, and a memo, as the pickle format describes them."""
 
     def __init__(self) -> None:
-        self.stack: list[Any] = []
+        self.stack: list[object] = []
         self.marks: list[int] = []
         """Heights of the stack at which marks were set."""
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[object, object] = {}
 
-    def follow(self, name: str, argument: Any) -> None:
+    def follow(self, name: str, argument: object) -> None:
         """One instruction."""
         stack = self.stack
         if name in _LITERALS:
@@ -87,31 +89,32 @@ class _Reader:
                 "run a stranger's code. Convert it to JSON on a machine you can afford to lose"
             )
 
-    def since_mark(self) -> list[Any]:
+    def since_mark(self) -> list[object]:
         """Takes what was pushed after the last mark."""
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
         return items
 
-    def popped(self, size: int) -> list[Any]:
+    def popped(self, size: int) -> list[object]:
         """Takes the last `size` items."""
         items = self.stack[-size:]
         del self.stack[-size:]
         return items
 
-    def top(self, kind: type) -> Any:
+    def top(self, kind: type[Container]) -> Container:
         """The container on top."""
-        if not isinstance(self.stack[-1], kind):
+        container = self.stack[-1]
+        if not isinstance(container, kind):
             raise ValueError(f"expected a {kind.__name__} on the stack")
-        return self.stack[-1]
+        return container
 
-    def result(self) -> Any:
+    def result(self) -> object:
         """What is left at the end."""
         if len(self.stack) != 1 or self.marks:
             raise ValueError(f"{len(self.stack)} values are left where one belongs")
         return self.stack[0]
 
 
-def _pairs(items: list[Any]) -> dict[Any, Any]:
+def _pairs(items: list[object]) -> dict[object, object]:
     return dict(zip(items[::2], items[1::2], strict=True))

@@ -42,10 +42,11 @@ def read_regions(file: Path, *, image: str, id: str, group: str) -> list[Region]
         if len(item) != 1:
             raise DataError(f"expected one object a map, found {len(item)}", file=file, index=index)
         name, box = next(iter(item.items()))
-        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) for n in box)
-        if not numbers or not all(not isinstance(n, bool) for n in box):
+        sides = box if isinstance(box, list) else []
+        numbers = [float(n) for n in sides if isinstance(n, (int, float)) and not isinstance(n, bool)]
+        if len(sides) != 4 or len(numbers) != 4:
             raise DataError("expected [x, y, width, height] in pixels", file=file, index=index, field=name)
-        x, y, width, height = map(float, box)
+        x, y, width, height = numbers
         found.append((name, (x, y, x + width, y + height)))
     counts = Counter(name for name, _ in found)
     return [

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, ask, choose
 from medm.tasks.files import field_of, read_json_list, read_text, require
 from medm.tasks.regions import IdentifyTask, ReferTask, Region, RegionTask, read_regions
-from medm.types import Media, Sample
+from medm.types import Config, Media, Sample
 
 _TREE = "SLAKE's tree: train.txt and test.txt with image ids, imgs/<id>/{source.jpg, question.json, detection.json}"
 
@@ -30,7 +30,7 @@ class Slake(Task):
     group_by = ("answer_type", "content_type", "modality")
     cluster_by = "image"
 
-    def rows(self, folder: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    def rows(self, folder: Path, split: str) -> Iterator[tuple[Path, int, Config]]:
         """File, position in it, and each English question with an answer."""
         file = require(folder, f"{split}.json", layout=self.layout)
         require(folder, "imgs", layout=self.layout)
@@ -66,7 +66,7 @@ class SlakeVQA(Slake):
     splits = ("train", "test")
     layout = _TREE
 
-    def rows(self, folder: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    def rows(self, folder: Path, split: str) -> Iterator[tuple[Path, int, Config]]:
         for image in _image_ids(folder, split):
             file = require(folder, f"imgs/{image}/question.json", layout=self.layout)
             for index, row in enumerate(read_json_list(file)):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from medm.errors import DataError
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, ask, choose
 from medm.tasks.files import field_of, read_json_list, require
-from medm.types import Media, Sample
+from medm.types import Config, Media, Sample
 
 _PUBLIC = "VQA_RAD Dataset Public.json"
 
@@ -56,7 +55,7 @@ class VQARAD(Task):
         return scoring.uni_med_vqa(records, self.resampling_of(records))
 
 
-def _answer(row: dict[str, Any], file: Path, index: int) -> str:
+def _answer(row: Config, file: Path, index: int) -> str:
     """Text or a number; blank answers are an error, not an empty reference."""
     answer = str(field_of(row, "answer", (str, int, float), file=file, index=index)).strip()
     if not answer:
