@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from medm.os_errors import naming
 
@@ -90,7 +90,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock(stream: IO[Any], *, shared: bool = False) -> None:
+def lock(stream: IO[str] | IO[bytes], *, shared: bool = False) -> None:
     """Lock an open file until it is closed, without waiting.
 
     Args:
@@ -107,7 +107,7 @@ def lock(stream: IO[Any], *, shared: bool = False) -> None:
         raise LockedError("another process") from None
 
 
-def wait_for_lock(stream: IO[Any]) -> None:
+def wait_for_lock(stream: IO[str] | IO[bytes]) -> None:
     """Lock an open file until it is closed, as soon as no other process holds it."""
     fcntl.flock(stream, fcntl.LOCK_EX)
 

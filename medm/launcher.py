@@ -110,7 +110,7 @@ class _Link:
             self._writers += change
             self._tell({"writers": self._writers})
 
-    def _tell(self, message: Mapping[str, Any]) -> bool:
+    def _tell(self, message: Mapping[str, object]) -> bool:
         if self._descriptor is None:
             return False
         try:

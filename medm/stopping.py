@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 RESUMABLE = 75
 """Exit status of a command that a signal stopped and that continues when it is started again (EX_TEMPFAIL)."""
@@ -82,7 +82,7 @@ class StopSignals:
             if not self._handlers:
                 self.received = None
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         repeated, self.received = self.received is not None, self.received or signal.Signals(number)
         if not self._depth:
             status = 128 + number if self._status is None else self._status

@@ -91,7 +91,7 @@ class MetricResult:
     note: str | None = None
     """What a reader has to know of this number, or why there is none."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: undefined numbers are None, the function is left out."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {

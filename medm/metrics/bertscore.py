@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medm.errors import CheckpointError
 from medm.metrics.base import (
@@ -24,6 +24,7 @@ from medm.metrics.base import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def bertscore(
@@ -101,8 +102,8 @@ def _embed(texts: Sequence[str], path: str, layer: int, batch_size: int, device:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        model: Any = AutoModel.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model = AutoModel.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except OSError as error:
         raise CheckpointError(f"bertscore: no encoder at {path} on this machine ({error})") from None
     model.to(device).eval()
@@ -122,7 +123,7 @@ def _embed(texts: Sequence[str], path: str, layer: int, batch_size: int, device:
     return result
 
 
-def _longest(tokenizer: Any, config: Any) -> int:
+def _longest(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
     """Tokens that the encoder reads of a text."""
     return min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512), 512)
 
@@ -131,7 +132,7 @@ def _unknown_and_cut(references: set[str], path: str) -> tuple[float, int]:
     """Share of unknown tokens in the references, and how many references are longer than the encoder reads."""
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     longest = _longest(tokenizer, AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
     special = tokenizer.num_special_tokens_to_add()
     rows = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in references]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -34,7 +33,7 @@ class Comparison:
     clusters: int | None = None
     """Number of groups that were drawn and exchanged whole; None where every item stands for itself."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: undefined numbers are None."""
         return {
             key: None if isinstance(value, float) and math.isnan(value) else value
