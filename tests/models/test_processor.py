@@ -188,6 +188,7 @@ def test_batches_endings_and_templates(processor: Any) -> None:
         (parts({"type": "text"}), r"content\.0\.text': expected text, found nothing"),
         (parts(image(path="a.png", url="b.png")), "path and url are given; keep one"),
         (parts(image(base64="?")), "not valid base64"),
+        (parts(image(base64=7)), "expected base64 as text, found int"),
         (parts(image(url="https://example.org/a.png")), "nothing is fetched from a network"),
         (parts(image(image=3)), "expected an image or volume: a path, .* found int"),
         (parts(image(path="/no/such.png")), r"/no/such\.png: cannot be opened"),
