@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medm.config import validate
 from medm.data.base import missing_branch
@@ -19,9 +19,13 @@ from medm.data.turns import parse_record
 from medm.errors import DataError
 from medm.imaging import load_pixels, resolve_inside
 from medm.inference.chat import Conversation
-from medm.inference.generator import Engine, load_engine, pick_device, prepare
+from medm.inference.generator import Engine, Request, load_engine, pick_device, prepare
 from medm.inference.options import GenerationOptions
 from medm.types import Example, Media, Sample, Turn
+
+if TYPE_CHECKING:
+    from medm.models.lvlm.modeling import LVLMForConditionalGeneration
+    from medm.models.lvlm.processing import LVLMProcessor
 
 _QUESTION = {"question", "image", "volume", "system", "task"}
 
@@ -52,7 +56,10 @@ class Model:
     as a path (a file, or the folder of a DICOM series), or an array or tensor (D, H, W). Several of them are a list.
 
     Options of every call are the fields of `medm.inference.options.GenerationOptions`: `max_new_tokens`,
-    `temperature`, `top_p`, `num_beams`, `seed`, `compile`. Replies are greedy without them.
+    `temperature`, `top_p`, `seed`, `compile`. Replies are greedy without them. Beam search and other arguments of
+    transformers are those of `model.generate`, see the page on Python.
+
+    One thread at a time may use a model.
 
     Args:
         engine: holds the model, its processor and the device.
@@ -62,12 +69,12 @@ class Model:
         self.engine = engine
 
     @property
-    def model(self) -> Any:
+    def model(self) -> LVLMForConditionalGeneration:
         """The transformers model. Its adapters are merged."""
         return self.engine.model
 
     @property
-    def processor(self) -> Any:
+    def processor(self) -> LVLMProcessor:
         """The transformers processor."""
         return self.engine.processor
 
@@ -123,18 +130,17 @@ class Model:
             raise ValueError(f"batch_size: expected 1 or more, found {batch_size}")
         if isinstance(questions, (str, Mapping)):
             raise TypeError("expected a list of questions; ask takes a single one")
-        engine = self._engine(options)
+        choice = _options(options)
         replies: list[str] = []
         numbered = iter(enumerate(questions))
         while batch := list(islice(numbered, batch_size)):
             examples = []
             for index, question in batch:
                 try:
-                    examples.append(self._example(question, Path(root), engine))
+                    examples.append(self._example(question, Path(root), choice))
                 except DataError as error:
                     raise error.at(index=index if len(questions) > 1 else None) from None
-            prompts = prepare(examples, pad_id=self.processor.pad_id)
-            replies += [reply.text for reply in engine.generate(prompts)]
+            replies += [reply.text for reply in self.engine.generate(prepare(examples), choice)]
         return replies
 
     def stream(
@@ -148,19 +154,28 @@ class Model:
         **options: Any,
     ) -> Iterator[str]:
         """Return the pieces of one reply as they come; see `ask`. Closing the iterator stops the generation."""
-        engine = self._engine(options)
-        asked = {"question": question, "image": image, "volume": volume, "system": system, "task": task}
-        example = self._example(asked, Path(), engine)
-        return engine.stream(prepare([example], pad_id=self.processor.pad_id))
+        request = self.request(question, image=image, volume=volume, system=system, task=task, **options)
+        return self.engine.stream(request, _options(options))
 
     def chat(self, *, system: str | None = None, task: str | None = None, **options: Any) -> Conversation:
         """Return a conversation of several turns: `show("image", item)`, then `ask(question)`, which streams."""
-        return Conversation(self._engine(options), self.processor, system=system, task=task)
+        return Conversation(self.engine, self.processor, system=system, task=task, options=_options(options))
 
-    def _engine(self, options: Mapping[str, Any]) -> Engine:
-        return self.engine.with_options(validate(GenerationOptions, options, source="options of the reply"))
+    def request(
+        self,
+        question: str,
+        *,
+        image: Any = None,
+        volume: Any = None,
+        system: str | None = None,
+        task: str | None = None,
+        **options: Any,
+    ) -> Request:
+        """Return one question as a request for `engine.submit`; see `ask`."""
+        asked = {"question": question, "image": image, "volume": volume, "system": system, "task": task}
+        return Request.of(self._example(asked, Path(), _options(options)))
 
-    def _example(self, question: str | Mapping[str, Any], root: Path, engine: Engine) -> Example:
+    def _example(self, question: str | Mapping[str, Any], root: Path, options: GenerationOptions) -> Example:
         if isinstance(question, str):
             question = {"question": question}
         if not isinstance(question, Mapping):
@@ -177,14 +192,18 @@ class Model:
             array = load_pixels(item, self.processor.preprocess[media.branch])
             pixels.setdefault(media.branch, []).append(array)
         example: Example = self.processor.encode(sample, pixels, generation=True)
-        longest = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and len(example.input_ids) + engine.options.max_new_tokens > longest:
+        longest = self.engine.max_tokens
+        if longest is not None and len(example.input_ids) + options.max_new_tokens > longest:
             raise DataError(
                 f"the prompt has {len(example.input_ids)} tokens, vision tokens included; with a reply of "
-                f"{engine.options.max_new_tokens} tokens it exceeds the model's context of {longest}; shorten the "
+                f"{options.max_new_tokens} tokens it exceeds the model's context of {longest}; shorten the "
                 "question, show less, or lower max_new_tokens"
             )
         return example
+
+
+def _options(options: Mapping[str, Any]) -> GenerationOptions:
+    return validate(GenerationOptions, options, source="options of the reply")
 
 
 def _asked(question: Mapping[str, Any]) -> tuple[Sample, list[Any]]:

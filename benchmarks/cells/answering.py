@@ -14,7 +14,7 @@ from benchmarks.harness import Cell, Figure, GateError, Ratio, seconds
 from benchmarks.limits import measure_limits
 from benchmarks.workloads import IMAGE, PAD, WORKLOADS, make_examples, medm_model, stock_model
 from medm.data.collator import Collator
-from medm.inference.decoding import GreedyDecoder, Prompt
+from medm.inference.decoding import Decoder, Prompt
 from medm.types import Example
 
 BATCH = 16
@@ -107,12 +107,10 @@ class _AnsweringCell(Cell):
         return found
 
     @cached_property
-    def decoder(self) -> GreedyDecoder:
+    def decoder(self) -> Decoder:
         """Ours; it lives as long as its model, and so does what it packed or compiled."""
         language_model, slots = self.models[0].language_model, self.slots[self.profile]
-        return GreedyDecoder(
-            language_model, stops=[], suppress=[IMAGE], slots=slots, compiled=self.compiled[self.profile]
-        )
+        return Decoder(language_model, stops=[], suppress=[IMAGE], slots=slots, compiled=self.compiled[self.profile])
 
     @torch.inference_mode()
     def decode_ours(self, examples: list[Example], replies: list[int]) -> list[list[int]]:

@@ -28,9 +28,9 @@ class Flag:
     """One field of an options class on the command line."""
 
     key: str
-    """Dotted key of the section that it sets: `generation.num_beams`."""
+    """Dotted key of the section that it sets: `generation.top_k`."""
     name: str
-    """What is typed: `--num-beams`."""
+    """What is typed: `--top-k`."""
     annotation: Any
     """Type of the value, as typer takes it."""
     help: str

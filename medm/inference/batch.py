@@ -290,8 +290,8 @@ class _Shard:
     def generate(self, indexes: Sequence[int]) -> list[int]:
         """Answer records, and return those that should be tried again at the end."""
         assert self.engine is not None
-        # A decoder that fills the places of finished prompts is given several batches at once.
-        size = self.options.batch_size * (_BATCHES_AHEAD if self.engine.decoder is not None else 1)
+        # The engine fills the slots of finished prompts, so it is given several batches at once.
+        size = self.options.batch_size * _BATCHES_AHEAD
         again: list[int] = []
         for prepared in self._prepare(indexes, size=size):
             replies = self.engine.generate(prepared.batch) if prepared.batch is not None else []

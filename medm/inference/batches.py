@@ -83,7 +83,7 @@ class Prompts(Dataset[Prepared]):
     ) -> None:
         self.examples = ExampleDataset(records.with_processor(processor))
         self.records = records
-        self.batches, self.pad_id, self.context = batches, int(processor.pad_id), context
+        self.batches, self.context = batches, context
         self._patience = _FRUITLESS
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class Prompts(Dataset[Prepared]):
                 return Prepared([], None, [], lost=str(error))
             except (DataError, RecipeError, OSError) as error:
                 problems.append(self._problem(index, error))
-        return Prepared(named, prepare(examples, pad_id=self.pad_id) if examples else None, problems)
+        return Prepared(named, prepare(examples) if examples else None, problems)
 
     def _example_with_retries(self, index: int) -> Example:
         """The example; where the machine does not give a file, it is waited for.

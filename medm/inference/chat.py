@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medm.data.base import missing_branch
 from medm.errors import DataError
 from medm.imaging import load_pixels
-from medm.inference.generator import Engine, prepare
+from medm.inference.generator import Engine, Request
+from medm.inference.options import GenerationOptions
 from medm.types import Media, Sample, Turn
+
+if TYPE_CHECKING:
+    from medm.models.lvlm.processing import LVLMProcessor
 
 
 class Conversation:
@@ -23,15 +27,25 @@ class Conversation:
         processor: of the engine's model.
         system: a system turn before everything.
         task: what kind of task it is, for connectors that choose experts by it.
+        options: how replies are chosen; the engine's without them.
 
     Raises:
         DataError: the model knows tasks, and this is none of them.
     """
 
-    def __init__(self, engine: Engine, processor: Any, *, system: str | None = None, task: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        processor: LVLMProcessor,
+        *,
+        system: str | None = None,
+        task: str | None = None,
+        options: GenerationOptions | None = None,
+    ) -> None:
         if task is not None and processor.tasks and task not in processor.tasks:
             raise DataError(f"task {task!r}: expected one of {', '.join(processor.tasks)}", field="task")
         self.engine, self.processor, self.system, self.task = engine, processor, system, task
+        self.options = options
         self.reset()
 
     def reset(self) -> None:
@@ -40,7 +54,7 @@ class Conversation:
         self.pixels: dict[str, list[np.ndarray]] = {}
         self._shown: list[Media] = []
 
-    def show(self, branch: str, item: Any) -> None:
+    def show(self, branch: str, item: object) -> None:
         """Put an image or volume before the next question.
 
         Args:
@@ -67,14 +81,14 @@ class Conversation:
             content += [media, "\n"]
         turn = Turn("user", (*content, question))
         example = self.processor.encode(Sample((*self.turns, turn), task=self.task), self.pixels, generation=True)
-        longest = getattr(self.engine.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = self.engine.max_tokens
         if longest is not None and len(example.input_ids) >= longest:
             raise DataError(
                 f"the conversation has {len(example.input_ids)} tokens, but the context is {longest}; start a new one"
             )
-        said: list[str] = []
-        for piece in self.engine.stream(prepare([example], pad_id=self.processor.pad_id)):
-            said.append(piece)
+        pieces: list[str] = []
+        for piece in self.engine.stream(Request.of(example), self.options):
+            pieces.append(piece)
             yield piece
-        self.turns += [turn, Turn("assistant", ("".join(said).strip(),))]
+        self.turns += [turn, Turn("assistant", ("".join(pieces),))]
         self._shown = []

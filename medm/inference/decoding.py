@@ -1,398 +1,352 @@
-"""Greedy decoding of many prompts at once. Knows embeddings and a causal language model; no text, no images.
+"""Continuous batching of many requests. Knows embeddings and a causal language model; no text, no images.
 
-Continuous batching with prefix caching. Beyond `generate` on padded batches: prompts are prefilled in one row without
-padding; a shared prefix (an image, a system turn) is prefilled once; a finished prompt is evicted and the next one,
-prefilled already, is admitted to its slot; a decode step writes one token to the KV cache in place and moves nothing
-else; the weight of the LM head is prepacked on a CPU; and decode steps can be compiled. The replies equal those of one
-prompt at a time.
+Beyond `generate` on padded batches: prompts are prefilled in one row without padding; a shared prefix (an image, a
+system turn) is prefilled once; a finished request is evicted and the next one, prefilled already, is admitted to its
+slot; a decode step writes one token to the KV cache in place and moves nothing else; the weight of the LM head is
+prepacked on a CPU; and decode steps can be compiled. The replies equal those of one request at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel
 
+from medm.errors import DataError, DeviceError
 from medm.inference.prepacked_head import PrepackedLMHead
-from medm.llms.attention import PER_DOCUMENT, attends_to_all, no_mask
-from medm.llms.cache import cache_argument
+from medm.inference.runners import MAX_PREFILL_TOKENS, MIN_PREFIX, Prefilled, Text, pick_runner, shared_length
+from medm.inference.sampling import Sampler, Sampling
 
-BLOCK = 128
-"""Tokens by which the KV cache grows."""
-
-MIN_PREFIX = 16
-"""Fewest tokens of a shared prefix for which a prefill of its own pays."""
-
-MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Most tokens that are prefilled in one row, by device; a longer prompt is prefilled alone. More would not fit
-the cache of a CPU, fewer would leave a GPU idle."""
-
-ROWS_PER_GROUP = 8
-"""Rows of one attention call on a CPU, which reads the keys of the longest of them; a GPU has one group."""
-
-COMPILE_MODE: str | None = "reduce-overhead"
-"""Mode of `torch.compile`, as transformers compiles decoding: CUDA graphs; without effect on a CPU."""
+Finish: TypeAlias = Literal["stop", "length", "cancelled", "error"]
+"""Why a request ends: an end token, its longest length, `cancel`, or an error that is its own."""
 
 
 @dataclass(slots=True)
 class Prompt:
-    """One prompt, ready to be decoded."""
+    """One prompt and the settings of its reply."""
 
-    embeds: Tensor
-    """(T, D) token embeddings, vision tokens in their places."""
+    embeds: Tensor | None
+    """(T, D) token embeddings, vision tokens in their places. None: the decoder's `embed` makes them at prefill."""
     signature: np.ndarray
     """(T,) int64: token ids, and for a vision token a hash of its content. A shared prefix is equal here."""
     max_new_tokens: int
     """Longest reply in tokens, the end token included."""
+    stops: frozenset[int] | None = None
+    """Ids that end the reply; those of the decoder without it."""
+    sampling: Sampling | None = None
+    """Settings under which tokens are drawn; None for greedy decoding."""
 
 
-LayerKV = tuple[Tensor, Tensor]
-"""Keys (1, heads, T, D) and values (1, heads, T, D') of one text in one layer."""
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What a step did for one request: one more token, or its end, or both."""
 
-KVCache = list[LayerKV]
-"""Keys and values of every layer."""
+    request: int
+    token: int | None = None
+    finish: Finish | None = None
+    error: Exception | None = None
+    """With `finish` "error": why."""
 
 
-class GreedyDecoder:
-    """Decodes prompts on one language model.
+@dataclass(eq=False, slots=True)
+class _Row:
+    """A request that is not finished."""
+
+    request: int
+    prompt: Prompt
+    limit: int
+    """Longest reply in tokens."""
+    stops: frozenset[int]
+    sampler: Sampler | None
+    tokens: list[int] = field(default_factory=list)
+    """The reply so far. A row that loses its slot is prefilled again with them behind its prompt."""
+
+    @property
+    def signature(self) -> np.ndarray:
+        """(T,) of the prompt and the reply so far."""
+        own = self.prompt.signature
+        return np.concatenate([own, np.array(self.tokens, np.int64)]) if self.tokens else own
+
+
+Embed = Callable[[Sequence[Prompt]], "list[Tensor]"]
+"""The embeddings (T, D) of prompts that come without them."""
+
+
+class Decoder:
+    """Continuous batching on one language model: `submit` requests, then `step` until none is pending.
+
+    One thread at a time may use a decoder.
 
     Args:
-        language_model: one that `supports` accepts; its attention is switched to `PER_DOCUMENT`.
+        language_model: a causal language model of transformers, in eval mode. In slots if each of its tokens attends
+            to all before it; otherwise its rows are decoded one after another.
         stops: ids that end a reply.
         suppress: ids that are never generated.
-        slots: prompts that are decoded at the same time; as many more may be prefilled.
+        slots: requests that are decoded at the same time; as many more may be prefilled.
         compiled: compile decode steps, on a GPU to CUDA graphs. All slots then take part in every step.
+        max_tokens: most tokens of a prompt and its reply together. A reply ends there; a longer prompt is refused.
+        embed: makes the embeddings of prompts that come without them.
+        ids: numbers for requests; decoders may share them.
     """
 
     def __init__(
-        self, language_model: Any, *, stops: Collection[int], suppress: Collection[int] = (), slots: int = 16,
+        self,
+        language_model: PreTrainedModel,
+        *,
+        stops: Collection[int],
+        suppress: Collection[int] = (),
+        slots: int = 16,
         compiled: bool = False,
-    ) -> None:  # fmt: skip
+        max_tokens: int | None = None,
+        embed: Embed | None = None,
+        ids: Iterator[int] | None = None,
+    ) -> None:
         self.language_model, self.slots, self.compiled = language_model, slots, compiled
-        self.stops, self.suppress = frozenset(stops), torch.tensor(sorted(suppress), dtype=torch.long)
-        language_model.set_attn_implementation(PER_DOCUMENT)
+        self.stops, self.max_tokens = frozenset(stops), max_tokens
+        self._embed_prompts = embed
+        self._ids = itertools.count() if ids is None else ids
+        self._runner = pick_runner(language_model, suppress=suppress, slots=slots, compiled=compiled)
         self._head = PrepackedLMHead(language_model)
-        self._cache_argument = cache_argument(language_model.forward)
-        self._run = torch.compile(self._step, mode=COMPILE_MODE) if compiled else self._step
-        self._slots: _Slots | None = None
+        self._waiting: deque[_Row] = deque()
+        self._ready: deque[tuple[_Row, Prefilled, Tensor]] = deque()
+        """Prefilled rows that wait for a slot, with the first token of their reply."""
+        self._active: list[_Row] = []
+        """The row of each place of the runner."""
+        self._cancelled: set[int] = set()
+        self._events: list[TokenEvent] = []
+        self._limit = slots
+        """Slots in use; fewer than `slots` after the memory ran out, until no request is pending."""
 
-    @staticmethod
-    def supports(language_model: Any) -> bool:
-        """Return True if each token attends to all before it, which the KV cache requires."""
-        return attends_to_all(language_model)
+    @property
+    def pending(self) -> int:
+        """Requests that are not finished, and events that `step` has not returned yet."""
+        return len(self._waiting) + len(self._ready) + len(self._active) + len(self._events)
+
+    def submit(self, prompt: Prompt) -> int:
+        """Queue a request and return its number. A request that can never fit ends with an error in the next step."""
+        if not self.pending:
+            self._limit = self.slots
+        request, length = next(self._ids), len(prompt.signature)
+        room = prompt.max_new_tokens if self.max_tokens is None else self.max_tokens - length
+        problem = None
+        if length == 0 or prompt.max_new_tokens < 1:
+            problem = f"expected a prompt and a reply of 1 token or more, found {length} and {prompt.max_new_tokens}"
+        elif room < 1:
+            problem = f"the prompt has {length} tokens, but a prompt and its reply have at most {self.max_tokens}"
+        if problem is not None:
+            self._events.append(TokenEvent(request, finish="error", error=DataError(problem)))
+            return request
+        stops = self.stops if prompt.stops is None else prompt.stops
+        sampler = None if prompt.sampling is None else Sampler(prompt.sampling, device=self.language_model.device)
+        self._waiting.append(_Row(request, prompt, min(room, prompt.max_new_tokens), stops, sampler))
+        return request
+
+    def cancel(self, request: int) -> None:
+        """End a request at the next step, which frees its slot. Does nothing for a request that is finished."""
+        self._cancelled.add(request)
 
     @torch.inference_mode()
-    def decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the reply to each prompt as token ids, up to and with the end token."""
-        if not prompts:
-            return []
-        self.suppress = self.suppress.to(prompts[0].embeds.device)
-        with self._head:
-            return self._decode(prompts)
+    def step(self) -> list[TokenEvent]:
+        """Evict what is cancelled, prefill and admit waiting requests, and run one decode step of the admitted ones.
 
-    def _decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        Returns:
+            The tokens that were generated since the last step, and the ends of requests.
+
+        Raises:
+            Exception: the language model fails for a whole batch. The requests stay; they can be tried again or
+                cancelled.
+        """
+        try:
+            with self._head:
+                self._step()
+        except torch.OutOfMemoryError:
+            self._shrink()
+        except BaseException:  # the KV cache may be half written
+            self._requeue()
+            raise
+        events, self._events = self._events, []
+        return events
+
+    def decode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the reply to each prompt as token ids, up to and with the end token.
+
+        Raises:
+            RuntimeError: other requests are pending.
+            Exception: the error of a request that has one.
+        """
+        if self.pending:
+            raise RuntimeError(f"expected a decoder without requests, found {self.pending} pending")
         replies: list[list[int]] = [[] for _ in prompts]
-        waiting = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].embeds), row))
-        slots, self._slots = self._slots, None  # not slots that an error left inconsistent
-        if slots is None or slots.count < min(self.slots, len(prompts)):
-            count = self.slots if self.compiled else min(self.slots, len(prompts))
-            slots = _Slots(count, device=prompts[0].embeds.device, static_shapes=self.compiled)
-        ready: deque[tuple[int, KVCache, Tensor]] = deque()
-        while waiting or ready or slots.prompts:
-            if waiting and not ready and len(slots.prompts) < slots.count:
-                # One per slot, however many are free: few tokens take as long to prefill as some hundred.
-                newcomers, waiting = self._next(prompts, waiting, slots.count)
-                ready.extend(self._prefill(prompts, newcomers))
-            while ready and len(slots.prompts) < slots.count:
-                slots.admit(*ready.popleft())
-            for place, token in reversed(list(enumerate(slots.last_tokens()))):
-                row = slots.prompts[place]
-                replies[row].append(token)
-                if token in self.stops or len(replies[row]) == prompts[row].max_new_tokens:
-                    slots.evict(place)
-            if slots.prompts:
-                slots.advance(self._run)
-        self._slots = slots
+        order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].signature), row))
+        rows = {self.submit(prompts[row]): row for row in order}
+        try:
+            while self.pending:
+                for event in self.step():
+                    if event.error is not None:
+                        raise event.error
+                    if event.token is not None:
+                        replies[rows[event.request]].append(event.token)
+        finally:
+            self._clear()
         return replies
 
-    def forget(self) -> None:
-        """Release the KV cache, which is otherwise kept from one call to the next."""
-        self._slots = None
+    def release(self) -> None:
+        """Release the memory of the KV cache, which is otherwise kept for later requests."""
+        self._requeue()
 
-    def _next(self, prompts: Sequence[Prompt], waiting: list[int], count: int) -> tuple[list[int], list[int]]:
-        """Choose the next prompts to prefill; those that share a prefix with the first of them precede others."""
-        first = prompts[waiting[0]].signature
-        alike = [row for row in waiting if shared_length(first, prompts[row].signature) >= MIN_PREFIX]
-        chosen = (alike + [row for row in waiting if row not in set(alike)])[:count]
-        taken = set(chosen)
-        return chosen, [row for row in waiting if row not in taken]
+    def _clear(self) -> None:
+        """Drop what an interrupted `decode` has left."""
+        if self.pending:
+            self._requeue()
+            self._waiting.clear()
+            self._events.clear()
 
-    def _prefill(self, prompts: Sequence[Prompt], rows: list[int]) -> Iterator[tuple[int, KVCache, Tensor]]:
-        """Yield each prompt with its KV cache and the first token of the reply, (1,)."""
-        groups = shared_prefixes(rows, [prompts[row].signature for row in rows])
-        shared = [(length, members) for length, members in groups if length]
-        prefixes = [
-            kv_cache for kv_cache, _ in self._prefill_texts([prompts[m[0]].embeds[:n] for n, m in shared], None)
-        ]
-        prefix_of = {row: prefix for prefix, (_, members) in zip(prefixes, shared, strict=True) for row in members}
-        lengths = {row: length for length, members in shared for row in members}
-        # Prompts with a shared prefix run apart: only they have more keys than queries.
-        for part in ([row for row in rows if row in prefix_of], [row for row in rows if row not in prefix_of]):
-            texts = [prompts[row].embeds[lengths.get(row, 0) :] for row in part]
-            prefilled = self._prefill_texts(
-                texts, [prefix_of[row] for row in part] if part and part[0] in prefix_of else None
-            )
-            for row, (kv_cache, first) in zip(part, prefilled, strict=True):
-                yield row, kv_cache, first
+    def _step(self) -> None:
+        self._evict_cancelled()
+        if self._waiting and not self._ready and len(self._active) < self._limit:
+            self._prefill_waiting()
+        while self._ready and len(self._active) < self._limit:
+            row, prefilled, first = self._ready[0]
+            self._runner.admit(prefilled, first, expected=len(self._ready) + len(self._waiting))
+            self._active.append(row)
+            self._ready.popleft()
+        for place, token in reversed(list(enumerate(self._runner.last_tokens()))):
+            self._report(place, token)
+        if self._active:
+            self._runner.advance(lambda tokens, logits: _choose(self._active, tokens, logits))
 
-    def _prefill_texts(self, texts: list[Tensor], prefixes: list[KVCache] | None) -> Iterator[tuple[KVCache, Tensor]]:
-        """Yield the KV cache of each text, its prefix included, and the token that follows it, (1,)."""
-        capacity = MAX_PREFILL_TOKENS["cuda" if texts and texts[0].is_cuda else "cpu"]
-        for chosen in _bins([len(text) for text in texts], capacity):
-            own_prefixes = None if prefixes is None else [prefixes[i] for i in chosen]
-            yield from self._prefill_row([texts[i] for i in chosen], own_prefixes)
+    def _report(self, place: int, token: int) -> None:
+        """Report the newest token of a row, and evict the row if it is the last one of its reply."""
+        row = self._active[place]
+        row.tokens.append(token)
+        if row.sampler is not None:
+            row.sampler.keep()
+        finish: Finish | None = None
+        if token in row.stops:
+            finish = "stop"
+        elif len(row.tokens) == row.limit:
+            finish = "length"
+        self._events.append(TokenEvent(row.request, token, finish))
+        if finish is not None:
+            self._evict(place)
 
-    def _prefill_row(self, texts: list[Tensor], prefixes: list[KVCache] | None) -> Iterator[tuple[KVCache, Tensor]]:
-        device = texts[0].device
-        lengths = [len(text) for text in texts]
-        starts = [0] * len(texts) if prefixes is None else [prefix[0][0].shape[2] for prefix in prefixes]
-        ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-        kv_lengths = [length + start for length, start in zip(lengths, starts, strict=True)]
-        row = torch.cat(texts)[None]
-        cache = _RowCache(lengths, prefixes)
-        output = self.language_model(
-            inputs_embeds=row,
-            attention_mask=no_mask(self.language_model, row),
-            position_ids=torch.cat([torch.arange(a, b) for a, b in zip(starts, kv_lengths, strict=True)])[None].to(
-                device
-            ),
-            **{self._cache_argument: cache},
-            use_cache=True,
-            logits_to_keep=(ends[1:] - 1).to(device),
-            cu_seq_lens_q=ends.to(device),
-            max_length_q=max(lengths),
-            cu_seq_lens_k=torch.tensor([0, *np.cumsum(kv_lengths)], dtype=torch.int32).to(device),
-            max_length_k=max(kv_lengths),
-        )
-        first = self._choose(output.logits[0])
-        for number in range(len(texts)):
-            yield cache.of(number), first[number : number + 1]
+    def _evict(self, place: int) -> None:
+        self._runner.evict(place)
+        self._active[place] = self._active[-1]
+        self._active.pop()
 
-    def _step(
-        self, tokens: Tensor, lengths: Tensor, kv_cache: KVCache, kv_lengths: list[tuple[int, int]] | None = None
-    ) -> Tensor:
-        """Return the token after `tokens` in each row, (R,), and write their keys and values at `lengths`.
+    def _evict_cancelled(self) -> None:
+        if not self._cancelled:
+            return
+        cancelled, self._cancelled = self._cancelled, set()
+        rows = [*self._waiting, *(row for row, _, _ in self._ready), *self._active]
+        self._events += [TokenEvent(row.request, finish="cancelled") for row in rows if row.request in cancelled]
+        self._waiting = deque(row for row in self._waiting if row.request not in cancelled)
+        self._ready = deque(item for item in self._ready if item[0].request not in cancelled)
+        for place in reversed(range(len(self._active))):
+            if self._active[place].request in cancelled:
+                self._evict(place)
 
-        `kv_lengths` is passed to `attend_per_document`.
+    def _prefill_waiting(self) -> None:
+        """Prefill the next requests: one per slot, however many are free, as long as no decode step waits for it.
+
+        Few tokens take as long to prefill as some hundred.
         """
-        kv_length = kv_cache[0][0].shape[2]
-        mask = torch.arange(kv_length, device=tokens.device) <= lengths[:, None]
-        output = self.language_model(
-            inputs_embeds=self.language_model.get_input_embeddings()(tokens[:, None]),
-            attention_mask=mask[:, None, None],  # (R, 1, 1, kv_length)
-            position_ids=lengths[:, None],
-            **{self._cache_argument: _SlotCache(kv_cache, lengths)},
-            use_cache=True,
-            logits_to_keep=1,
-            kv_lengths=kv_lengths,
+        rows = self._next()
+        try:
+            self._ready.extend(self._prefill(rows))
+        except BaseException:
+            self._waiting.extendleft(reversed(rows))
+            raise
+
+    def _next(self) -> list[_Row]:
+        """Take the next requests from the queue; those that share a prefix with the first of them precede others."""
+        rows = list(self._waiting)
+        if self._runner.shares_prefixes:
+            first = rows[0].signature
+            alike = [row for row in rows if shared_length(first, row.signature) >= MIN_PREFIX]
+            taken = {row.request for row in alike}
+            rows = alike + [row for row in rows if row.request not in taken]
+        chosen = rows[: self._limit]
+        if self._active:  # they wait for the prefill: as many as fit one row of it
+            left = MAX_PREFILL_TOKENS["cuda" if self.language_model.device.type == "cuda" else "cpu"]
+            ends = np.cumsum([len(row.prompt.signature) + len(row.tokens) for row in chosen])
+            chosen = chosen[: max(1, int(np.searchsorted(ends, left, side="right")))]
+        taken = {row.request for row in chosen}
+        self._waiting = deque(row for row in self._waiting if row.request not in taken)
+        return chosen
+
+    def _prefill(self, rows: list[_Row]) -> list[tuple[_Row, Prefilled, Tensor]]:
+        """Prefill rows. Where that fails, they are tried one by one, and only those that fail alone get the error."""
+        try:
+            texts = [Text(embeds, row.signature) for row, embeds in zip(rows, self._embeds(rows), strict=True)]
+            prefilled = list(self._runner.prefill(texts))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 (reported as the error of the request)
+            if len(rows) == 1:
+                self._events.append(TokenEvent(rows[0].request, finish="error", error=error))
+                return []
+            return [ready for row in rows for ready in self._prefill([row])]
+        return [
+            (rows[position], state, _choose([rows[position]], state.token, state.logits))
+            for position, state in prefilled
+        ]
+
+    def _embeds(self, rows: list[_Row]) -> list[Tensor]:
+        """Return the embeddings of the prompt and of the reply so far of each row."""
+        missing = [row.prompt for row in rows if row.prompt.embeds is None]
+        made = iter(self._embed_prompts(missing) if missing and self._embed_prompts is not None else [])
+        embeds = [next(made) if row.prompt.embeds is None else row.prompt.embeds for row in rows]
+        embed_tokens = self.language_model.get_input_embeddings()
+        for place, row in enumerate(rows):
+            if row.tokens:
+                tokens = torch.tensor(row.tokens, device=embeds[place].device)
+                embeds[place] = torch.cat([embeds[place], embed_tokens(tokens)])
+        return embeds
+
+    def _requeue(self) -> None:
+        """Take every row back into the queue; it is prefilled again with the reply so far."""
+        rows = [*self._active, *(row for row, _, _ in self._ready)]
+        for row in rows:
+            if row.sampler is not None:
+                row.sampler.undo()
+        self._active, self._ready = [], deque()
+        self._waiting.extendleft(reversed(rows))
+        self._runner.release()
+
+    def _shrink(self) -> None:
+        """Continue with half of the rows after the memory ran out; a single row that does not fit gets an error."""
+        count = max(len(self._active) + len(self._ready), min(self._limit, len(self._waiting)))
+        self._requeue()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if count > 1:
+            self._limit = count // 2
+            return
+        row = self._waiting.popleft()
+        error = DeviceError(
+            f"out of memory on {self.language_model.device} with one prompt of {len(row.prompt.signature)} tokens; "
+            "use a lower precision (bfloat16) or a smaller model"
         )
-        return self._choose(output.logits[:, -1])
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        """Return the most probable token of each row, (R, V) to (R,)."""
-        if len(self.suppress):
-            logits = logits.index_fill(1, self.suppress, -torch.inf)
-        return logits.argmax(dim=-1)
+        self._events.append(TokenEvent(row.request, finish="error", error=error))
 
 
-class _Slots:
-    """Slots of continuous batching: the prompts being decoded stand in the first of `count` rows.
-
-    Args:
-        count: rows.
-        device: of the KV cache.
-        static_shapes: every decode step sees the same tensors in full, as CUDA graphs require.
-    """
-
-    def __init__(self, count: int, *, device: torch.device, static_shapes: bool) -> None:
-        self.count, self.static_shapes, self.prompts = count, static_shapes, list[int]()
-        self._lengths: list[int] = []
-        self._tokens = torch.zeros(count, dtype=torch.long, device=device)
-        self._positions = torch.zeros(count, dtype=torch.long, device=device)
-        self._kv_cache: KVCache = []
-        """(count, heads, capacity, D): the keys and values of a row stand at the front."""
-
-    def admit(self, prompt: int, kv_cache: KVCache, first: Tensor) -> None:
-        """Admit a prefilled prompt with its KV cache and the first token of its reply."""
-        place, length = len(self.prompts), kv_cache[0][0].shape[2]
-        if not self._kv_cache or self._kv_cache[0][0].shape[2] <= length:
-            self._grow(kv_cache, length + 1)
-        for buffers, states in zip(self._kv_cache, kv_cache, strict=True):
-            buffers[0][place, :, :length], buffers[1][place, :, :length] = states[0][0], states[1][0]
-        self._tokens[place : place + 1] = first
-        self._positions[place] = length
-        self.prompts.append(prompt)
-        self._lengths.append(length)
-
-    def last_tokens(self) -> list[int]:
-        """Return the newest token of each prompt."""
-        tokens: list[int] = self._tokens[: len(self.prompts)].tolist()
+def _choose(rows: Sequence[_Row], tokens: Tensor, logits: Tensor) -> Tensor:
+    """Return the next token of each row, (R,): the most probable one, or one that is drawn from its logits."""
+    drawn = [place for place, row in enumerate(rows) if row.sampler is not None]
+    if not drawn:
         return tokens
-
-    def evict(self, place: int) -> None:
-        """Evict the prompt of a slot; the last one moves into it."""
-        last = len(self.prompts) - 1
-        if place != last:
-            length = self._lengths[last]
-            for buffers in self._kv_cache:
-                for side in buffers:
-                    side[place, :, :length] = side[last, :, :length]
-            self._tokens[place], self._positions[place] = self._tokens[last], self._positions[last]
-            self.prompts[place], self._lengths[place] = self.prompts[last], length
-        self.prompts.pop()
-        self._lengths.pop()
-
-    def advance(self, step: Callable[..., Tensor]) -> None:
-        """Run one decode step: one more token for each prompt."""
-        count, kv_length = len(self.prompts), max(self._lengths) + 1
-        if self._kv_cache[0][0].shape[2] < kv_length:
-            self._grow(self._kv_cache, kv_length)
-        if self.static_shapes:
-            self._positions[count:] = 0
-            self._tokens.copy_(step(self._tokens, self._positions, self._kv_cache))
-        else:
-            kv_cache = [(keys[:count, :, :kv_length], values[:count, :, :kv_length]) for keys, values in self._kv_cache]
-            kv_lengths = None
-            if count > ROWS_PER_GROUP and not self._tokens.is_cuda:
-                groups = [self._lengths[start : start + ROWS_PER_GROUP] for start in range(0, count, ROWS_PER_GROUP)]
-                kv_lengths = [(len(group), max(group) + 1) for group in groups]
-            self._tokens[:count] = step(self._tokens[:count], self._positions[:count], kv_cache, kv_lengths)
-        self._positions += 1
-        self._lengths = [length + 1 for length in self._lengths]
-
-    def _grow(self, like: KVCache, needed: int) -> None:
-        # A compiled step is recorded anew for each size, so the capacity doubles.
-        capacity = BLOCK << ((needed - 1) // BLOCK).bit_length() if self.static_shapes else -(-needed // BLOCK) * BLOCK
-        grown = []
-        for layer, sides in enumerate(like):
-            pair = []
-            for side, states in enumerate(sides):
-                buffer = states.new_zeros(self.count, states.shape[1], capacity, states.shape[3])
-                if self._kv_cache:
-                    previous = self._kv_cache[layer][side]
-                    buffer[:, :, : previous.shape[2]] = previous
-                if self.static_shapes:
-                    torch._dynamo.mark_static_address(buffer)
-                pair.append(buffer)
-            grown.append((pair[0], pair[1]))
-        self._kv_cache = grown
-
-
-class _RowCache(Cache):
-    """KV cache of several texts that are prefilled in one row, each behind its prefix, if any."""
-
-    def __init__(self, lengths: list[int], prefixes: list[KVCache] | None) -> None:
-        super().__init__(layers=[])
-        self._lengths, self._prefixes = lengths, prefixes
-        self._sides: list[tuple[list[Tensor], list[Tensor]]] = []
-        """Per layer the keys and the values of each text."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = (list(states.split(self._lengths, dim=2)) for states in (key_states, value_states))
-        if self._prefixes is not None:
-            keys = [
-                torch.cat([prefix[layer_idx][0], own], dim=2) for prefix, own in zip(self._prefixes, keys, strict=True)
-            ]
-            values = [
-                torch.cat([prefix[layer_idx][1], own], dim=2)
-                for prefix, own in zip(self._prefixes, values, strict=True)
-            ]
-            key_states, value_states = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        self._sides.append((keys, values))
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def of(self, text: int) -> KVCache:
-        """Return the KV cache of one text, its prefix included."""
-        return [(keys[text], values[text]) for keys, values in self._sides]
-
-
-class _SlotCache(Cache):
-    """KV cache (R, heads, capacity, D) to which each row appends one token at its length."""
-
-    def __init__(self, kv_cache: KVCache, lengths: Tensor) -> None:
-        super().__init__(layers=[])
-        self._kv_cache, self._lengths = kv_cache, lengths
-        self._rows = torch.arange(len(lengths), device=lengths.device)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = self._kv_cache[layer_idx]
-        keys[self._rows, :, self._lengths] = key_states[:, :, 0]
-        values[self._rows, :, self._lengths] = value_states[:, :, 0]
-        return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
-def _bins(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
-    """Yield positions of texts in the given order, as many at a time as fit into `capacity` tokens."""
-    chosen: list[int] = []
-    left = capacity
-    for place, length in enumerate(lengths):
-        if chosen and length > left:
-            yield chosen
-            chosen, left = [], capacity
-        chosen.append(place)
-        left -= length
-    if chosen:
-        yield chosen
-
-
-def shared_length(one: np.ndarray, other: np.ndarray) -> int:
-    """Return the number of leading elements that are equal."""
-    width = min(len(one), len(other))
-    differing = np.flatnonzero(one[:width] != other[:width])
-    return int(differing[0]) if len(differing) else width
-
-
-def shared_prefixes(rows: Sequence[int], signatures: Sequence[np.ndarray]) -> list[tuple[int, list[int]]]:
-    """Return groups of rows with the length of their shared prefix; 0 for rows without one of note.
-
-    The last token of a prompt is never shared: its logits give the first token of the reply.
-    """
-    order = sorted(range(len(rows)), key=lambda place: signatures[place].tolist())
-    groups: list[tuple[int, list[int]]] = []
-    group: list[int] = []
-    length = 0
-
-    def close() -> None:
-        groups.append((length if len(group) > 1 else 0, [rows[place] for place in group]))
-
-    for place in order:
-        if group:
-            common = min(length, shared_length(signatures[group[0]], signatures[place]), len(signatures[place]) - 1)
-            # Joining must not cost the group more shared tokens than the newcomer brings.
-            if common >= MIN_PREFIX and (len(group) + 1) * common >= len(group) * (
-                length if len(group) > 1 else common
-            ):
-                group.append(place)
-                length = common
-                continue
-            close()
-        group, length = [place], len(signatures[place]) - 1
-    if group:
-        close()
-    return groups
+    tokens = tokens.clone()
+    for place in drawn:
+        sampler = rows[place].sampler
+        assert sampler is not None
+        tokens[place : place + 1] = sampler.draw(logits[place : place + 1])
+    return tokens

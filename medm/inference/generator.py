@@ -1,30 +1,33 @@
 """Generation: prepared prompts in, replies out. Knows nothing of annotation files, output files or processes.
 
-A prompt's pixels come by content: the same image asked about twice is encoded once. `Prepare` runs in the
+A prompt's pixels come by content: the same image asked about twice is encoded once. `prepare` runs in the
 workers of a DataLoader and makes the tensors of a batch; `Engine` holds the model and the device.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from threading import Event, Thread
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
-from medm.data.collator import padded
-from medm.errors import DeviceError
-from medm.inference.decoding import GreedyDecoder, Prompt
+from medm.errors import CheckpointError, DataError, DeviceError
+from medm.inference.decoding import Decoder, Finish, Prompt, TokenEvent
 from medm.inference.options import GenerationOptions
+from medm.inference.sampling import Sampling
+from medm.inference.streaming import ReplyText
 from medm.types import Example, VisionFeatures
+
+if TYPE_CHECKING:
+    from medm.models.lvlm.modeling import LVLMForConditionalGeneration
+    from medm.models.lvlm.processing import LVLMProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,68 +41,101 @@ class Reply:
     """False where the reply was cut at `max_new_tokens`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a step of the engine did for one request."""
+
+    request: int
+    token: int | None = None
+    """One more token of the reply."""
+    text: str = ""
+    """The next piece of the reply, for requests that are streamed. The pieces together are `Reply.text`."""
+    finish: Finish | None = None
+    """Set in the last event of a request: "stop", "length", "cancelled" or "error"."""
+    reply: Reply | None = None
+    """With `finish` "stop" or "length"."""
+    error: Exception | None = None
+    """With `finish` "error"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An image or volume of a prompt."""
+
+    key: bytes
+    """Of its content, see `content_key`."""
+    pixels: Tensor
+    """(C, *spatial)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt."""
+
+    input_ids: np.ndarray
+    """(T,) int64, with one placeholder for each vision token."""
+    items: dict[str, list[Item]] = field(default_factory=dict)
+    """Per branch the item of each placeholder run, in order."""
+    task_id: int = 0
+    """As in `Example`."""
+
+    @classmethod
+    def of(cls, example: Example) -> Request:
+        """Return the request of one example."""
+        return prepare([example]).requests()[0]
+
+
 @dataclass(slots=True)
 class PromptBatch:
-    """Left-padded prompts, and each different image or volume of them once."""
+    """Several prompts, and each different image or volume of them once."""
 
-    input_ids: Tensor
-    """(B, T)."""
-    attention_mask: Tensor
-    """(B, T)."""
+    input_ids: list[np.ndarray]
+    """(T,) of each prompt."""
+    task_ids: list[int]
+    """Of each prompt."""
     keys: dict[str, list[bytes]] = field(default_factory=dict)
     """Per branch the content key of each item of `pixels`."""
     pixels: dict[str, Tensor] = field(default_factory=dict)
     """Per branch (U, C, *spatial), every item different."""
-    order: dict[str, list[int]] = field(default_factory=dict)
-    """Per branch the position in `pixels` of each placeholder run of the batch, in order."""
-    task_ids: dict[str, Tensor] = field(default_factory=dict)
-    """Per branch (N,), the task of the prompt that each placeholder run belongs to."""
+    order: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Per branch and prompt the position in `pixels` of each placeholder run, in order."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def rows(self, start: int, stop: int, placeholder_ids: dict[str, tuple[int, int]]) -> PromptBatch:
-        """Some of the prompts, with the items that stand in them.
-
-        Args:
-            start: first row.
-            stop: the row after the last.
-            placeholder_ids: per branch the placeholder's id and the tokens of one item.
-        """
-        part = PromptBatch(self.input_ids[start:stop], self.attention_mask[start:stop])
-        for name, order in self.order.items():
-            token, per_item = placeholder_ids[name]
-            ends = ((self.input_ids == token).sum(dim=1) // per_item).cumsum(dim=0).tolist()
-            first, last = ([0, *ends][start], ends[stop - 1])
-            if first == last:
-                continue
-            used = sorted(set(order[first:last]))
-            part.order[name] = [used.index(position) for position in order[first:last]]
-            part.pixels[name] = self.pixels[name][used]
-            part.keys[name] = [self.keys[name][position] for position in used]
-            part.task_ids[name] = self.task_ids[name][first:last]
-        return part
+    def requests(self) -> list[Request]:
+        """Return each prompt by itself, with the items that stand in it."""
+        items = {
+            name: [Item(key, pixels) for key, pixels in zip(self.keys[name], self.pixels[name], strict=True)]
+            for name in self.pixels
+        }
+        return [
+            Request(
+                ids,
+                {name: [items[name][p] for p in order[row]] for name, order in self.order.items() if order[row]},
+                self.task_ids[row],
+            )
+            for row, ids in enumerate(self.input_ids)
+        ]
 
 
-def prepare(examples: Sequence[Example], *, pad_id: int) -> PromptBatch:
-    """Prompts padded on the left, where the replies of all of them begin in the same column."""
-    width = max(len(example.input_ids) for example in examples)
+def prepare(examples: Sequence[Example]) -> PromptBatch:
+    """Return the prompts of examples as one batch, without labels."""
     batch = PromptBatch(
-        padded([example.input_ids for example in examples], width, pad_id, side="left"),
-        padded([[1] * len(example.input_ids) for example in examples], width, 0, side="left"),
+        [np.array(example.input_ids, np.int64) for example in examples], [example.task_id for example in examples]
     )
     for name in dict.fromkeys(name for example in examples for name, items in example.pixels.items() if items):
         unique: dict[bytes, np.ndarray] = {}
-        keys, tasks = [], []
+        keys: list[list[bytes]] = []
         for example in examples:
-            for array in example.pixels.get(name, []):
-                keys.append(content_key(array))
-                tasks.append(example.task_id)
-                unique.setdefault(keys[-1], array)
+            arrays = example.pixels.get(name, [])
+            keys.append([content_key(array) for array in arrays])
+            for key, array in zip(keys[-1], arrays, strict=True):
+                unique.setdefault(key, array)
+        positions = {key: position for position, key in enumerate(unique)}
         batch.keys[name] = list(unique)
         batch.pixels[name] = torch.from_numpy(np.stack(list(unique.values())).astype(np.float32, copy=False))
-        batch.order[name] = [batch.keys[name].index(key) for key in keys]
-        batch.task_ids[name] = torch.tensor(tasks)
+        batch.order[name] = [[positions[key] for key in own] for own in keys]
     return batch
 
 
@@ -139,204 +175,300 @@ class FeatureMemory:
             self.size -= dropped.tokens.nbytes
 
 
+@dataclass(slots=True)
+class _RequestPrompt(Prompt):
+    """A prompt whose embeddings are made from its request."""
+
+    request: Request = field(default_factory=lambda: Request(np.zeros(0, np.int64)))
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request that is not finished."""
+
+    decoder: Decoder
+    inbox: deque[Event] | None
+    """Takes its events; without it `step` returns them."""
+    text: ReplyText | None
+    """The text of a reply that is streamed."""
+    tokens: list[int] = field(default_factory=list)
+
+
 class Engine:
-    """A model that answers.
+    """A model that generates replies.
+
+    All requests go through one continuous batch: `submit` some, `step` until they are finished, `submit` more at any
+    time between. `generate` and `stream` do so for a batch and for a single request; requests of others advance
+    meanwhile, and their events are kept.
+
+    One thread at a time may use an engine, and the model with it: a server hands requests to the thread that owns it.
 
     Args:
         model: an LVLM, on its device and in its precision, in eval mode.
         processor: the model's.
-        options: how replies are chosen.
+        options: how replies are chosen where a request does not say.
         store: bytes of vision features that are kept for later prompts on the same image.
-        slots: prompts that are decoded at the same time; a batch may hold more.
+        slots: requests that are decoded at the same time; more may wait.
+        max_tokens: most tokens of a prompt and its reply together; the model's context without it. A reply ends
+            there; a longer prompt is refused.
     """
 
     def __init__(
-        self, model: Any, processor: Any, options: GenerationOptions | None = None, *, store: int = 256 * 2**20,
+        self,
+        model: LVLMForConditionalGeneration,
+        processor: LVLMProcessor,
+        options: GenerationOptions | None = None,
+        *,
+        store: int = 256 * 2**20,
         slots: int = 16,
-    ) -> None:  # fmt: skip
+        max_tokens: int | None = None,
+    ) -> None:
         self.model, self.processor, self.options = model, processor, options or GenerationOptions()
         self.store = FeatureMemory(store)
-        self.config = generation_config(model.generation_config, self.options)
-        stops = self.config.eos_token_id
-        self._stops = set(stops if isinstance(stops, list) else [stops])
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_tokens = context if max_tokens is None else max_tokens
         self._runs = {
             name: (int(processor.placeholder_ids[name]), int(entry["num_tokens"]))
             for name, entry in processor.branches.items()
         }
         self._slots = slots
-        self.decoder = self._make_decoder()
-
-    def _make_decoder(self) -> GreedyDecoder | None:
-        greedy = not self.config.do_sample and self.config.num_beams == 1
-        language_model = self.model.language_model
-        if not greedy or not GreedyDecoder.supports(language_model):
-            return None
-        suppress, compiled = self.config.suppress_tokens or [], self.options.compile
-        return GreedyDecoder(language_model, stops=self._stops, suppress=suppress, slots=self._slots, compiled=compiled)
-
-    def with_options(self, options: GenerationOptions) -> Engine:
-        """Return an engine of other options on the same model, with the vision features that this one has kept."""
-        if options == self.options:
-            return self
-        other = copy.copy(self)
-        other.options, other.config = options, generation_config(self.model.generation_config, options)
-        if (
-            self.decoder is None
-            or other.config.do_sample
-            or options.num_beams > 1
-            or (options.compile != self.options.compile)
-        ):
-            other.decoder = other._make_decoder()
-        return other
+        self._ids = itertools.count()
+        self._decoders: dict[bool, Decoder] = {}
+        """By `compile`."""
+        self._pending: dict[int, _Pending] = {}
+        self._events: list[Event] = []
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return torch.device(self.model.device)
 
-    def generate(self, batch: PromptBatch) -> list[Reply]:
-        """One reply a prompt. A batch that does not fit the memory is halved until it does.
+    @property
+    def pending(self) -> int:
+        """Requests that are not finished, and events that `step` has not returned yet."""
+        return len(self._pending) + len(self._events)
+
+    def decoder(self, *, compiled: bool) -> Decoder:
+        """Return the continuous batch of requests with or without `compile`.
+
+        What stops a reply and what is never generated is the model's; how tokens are chosen is the request's alone.
+        Published configs carry sampling settings of their own (temperature, top_k, repetition penalty), which would
+        make "greedy" mean something else for each model.
+        """
+        if compiled not in self._decoders:
+            published = self.model.generation_config
+            stops = published.eos_token_id
+            self._decoders[compiled] = Decoder(
+                self.model.language_model,
+                stops=[stop for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None],
+                suppress=published.suppress_tokens or [],
+                slots=self._slots,
+                compiled=compiled,
+                max_tokens=self.max_tokens,
+                embed=self._embed,
+                ids=self._ids,
+            )
+        return self._decoders[compiled]
+
+    def submit(self, request: Request, options: GenerationOptions | None = None, *, stream: bool = False) -> int:
+        """Queue a request and return its number.
+
+        Args:
+            request: the prompt. One that cannot be answered (items that do not match its placeholders, longer than
+                the context) ends with an error in a later step.
+            options: how its reply is chosen; the engine's without them.
+            stream: fill `Event.text`.
+        """
+        return self._submit(request, options, text=ReplyText(self.processor.text) if stream else None)
+
+    def cancel(self, request: int) -> None:
+        """End a request at the next step, which frees its KV cache. Does nothing for a request that is finished."""
+        if request in self._pending:
+            self._pending[request].decoder.cancel(request)
+
+    def step(self) -> list[Event]:
+        """Run one step of the continuous batch: evict, prefill, admit, and decode one token of each admitted request.
+
+        Returns:
+            The events of all requests that were submitted by `submit`.
 
         Raises:
-            DeviceError: not even one prompt fits.
+            Exception: the model fails for a whole batch. The requests stay; they can be tried again or cancelled.
         """
+        self._advance()
+        events, self._events = self._events, []
+        return events
+
+    def generate(self, batch: PromptBatch, options: GenerationOptions | None = None) -> list[Reply]:
+        """Return one reply per prompt.
+
+        Raises:
+            DataError: a prompt cannot be answered.
+            DeviceError: not even one prompt fits the memory.
+        """
+        requests, inbox = batch.requests(), deque[Event]()
+        replies: dict[int, Reply] = {}
+        rows: dict[int, int] = {}
         try:
-            ids = self._generate(batch)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise DeviceError(
-                    f"out of memory on {self.device} with one prompt of {batch.input_ids.shape[1]} tokens; use a "
-                    "lower precision (bfloat16), fewer beams or a smaller model"
-                ) from None
-            if self.decoder is not None:
-                self.decoder.forget()
-            half = len(batch) // 2
-            parts = [batch.rows(0, half, self._runs), batch.rows(half, len(batch), self._runs)]
-            del batch
-            torch.cuda.empty_cache()
-            return [reply for part in parts for reply in self.generate(part)]
-        return [self._reply(row) for row in ids]
-
-    def stream(self, batch: PromptBatch) -> Iterator[str]:
-        """The reply to a single prompt, in pieces as they come. Closing the iterator stops the generation."""
-        if len(batch) != 1:
-            raise ValueError(f"expected one prompt to stream, found {len(batch)}")
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop, failure = Event(), []
-
-        def work() -> None:
-            try:
-                self._generate(batch, streamer=streamer, stopping_criteria=StoppingCriteriaList([_Stopped(stop)]))
-            except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
-                failure.append(error)
-                streamer.end()
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
+            # The longest first: whether they fit the memory shows at the start.
+            for row in sorted(range(len(requests)), key=lambda row: (-len(requests[row].input_ids), row)):
+                rows[self._submit(requests[row], options, inbox=inbox)] = row
+            while len(replies) < len(requests):
+                self._advance()
+                while inbox:
+                    event = inbox.popleft()
+                    if event.error is not None:
+                        raise event.error
+                    if event.reply is not None:
+                        replies[rows[event.request]] = event.reply
         finally:
-            stop.set()
-            thread.join()
-        if failure:
-            raise failure[0]
+            self._abandon(rows)
+        return [replies[row] for row in range(len(requests))]
 
-    @torch.inference_mode()
-    def _generate(self, batch: PromptBatch, **kwargs: Any) -> list[list[int]]:
-        """Generated ids of each row, up to and with the end token."""
-        if self.config.do_sample:
-            # Drawn from the prompts, so that a run that was stopped draws what it would have drawn.
-            digest = blake2b(np.ascontiguousarray(batch.input_ids.numpy()).data, digest_size=7).digest()
-            torch.manual_seed((int.from_bytes(digest, "big") + self.options.seed) % 2**63)
-        features = {name: self._features(name, batch) for name in batch.pixels}
-        if self.decoder is not None and not kwargs:
-            return self.decoder.decode(self._prompts(batch, features))
-        output = self.model.generate(
-            input_ids=batch.input_ids.to(self.device),
-            attention_mask=batch.attention_mask.to(self.device),
-            features=features,
-            task_ids={name: ids.to(self.device) for name, ids in batch.task_ids.items()},
-            generation_config=self.config,
-            **kwargs,
+    def stream(self, request: Request, options: GenerationOptions | None = None) -> Iterator[str]:
+        """Yield the reply to one prompt in pieces as they come. Closing the iterator cancels the request.
+
+        Raises:
+            DataError: the prompt cannot be answered.
+            DeviceError: it does not fit the memory.
+        """
+        inbox = deque[Event]()
+        number = self._submit(request, options, inbox=inbox, text=ReplyText(self.processor.text))
+        try:
+            finished = False
+            while not finished:
+                self._advance()
+                while inbox:
+                    event = inbox.popleft()
+                    if event.error is not None:
+                        raise event.error
+                    finished = event.finish is not None
+                    if event.text:
+                        yield event.text
+        finally:
+            self._abandon([number])
+
+    def _submit(
+        self,
+        request: Request,
+        options: GenerationOptions | None,
+        *,
+        inbox: deque[Event] | None = None,
+        text: ReplyText | None = None,
+    ) -> int:
+        options = options or self.options
+        problem = self._problem(request)
+        if problem is not None:
+            number = next(self._ids)
+            event = Event(number, finish="error", error=DataError(problem))
+            (self._events if inbox is None else inbox).append(event)
+            return number
+        decoder, signature = self.decoder(compiled=options.compile), self._signature(request)
+        sampling = None
+        if options.temperature > 0:
+            # From the prompt as well: a run that was stopped draws what it would have drawn.
+            digest = int.from_bytes(blake2b(signature.tobytes(), digest_size=7).digest(), "big")
+            sampling = Sampling(options.temperature, top_p=options.top_p, seed=(digest + options.seed) % 2**63)
+        number = decoder.submit(
+            _RequestPrompt(None, signature, options.max_new_tokens, sampling=sampling, request=request)
         )
-        return [self._cut(row) for row in output[:, batch.input_ids.shape[1] :].tolist()]
+        self._pending[number] = _Pending(decoder, inbox, text)
+        return number
 
-    def _prompts(self, batch: PromptBatch, features: dict[str, VisionFeatures]) -> list[Prompt]:
-        """Each prompt by itself, embedded; equal beginnings are marked equal, images by their content."""
-        tasks = {name: ids.to(self.device) for name, ids in batch.task_ids.items()}
-        embeds, _ = self.model.embed(batch.input_ids.to(self.device), features=features, task_ids=tasks)
-        signature = batch.input_ids.numpy().copy()
-        for name, order in batch.order.items():
-            token, per_item = self._runs[name]
-            rows, columns = np.nonzero(batch.input_ids.numpy() == token)
-            for run, (position, task) in enumerate(zip(order, batch.task_ids[name].tolist(), strict=True)):
-                content = blake2b(batch.keys[name][position] + bytes([task]), digest_size=5).digest()
-                place = slice(run * per_item, (run + 1) * per_item)
-                # Below zero, where no token id is.
-                signature[rows[place], columns[place]] = (
-                    -1 - (int.from_bytes(content, "big") << 20) - np.arange(per_item)
+    def _problem(self, request: Request) -> str | None:
+        """Return why a request cannot be answered, or None. On a GPU these would end the process of the model."""
+        ids, vocabulary = request.input_ids, self.model.get_input_embeddings().num_embeddings
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            return f"token ids from {ids.min()} to {ids.max()}; expected ids from 0 to {vocabulary - 1}"
+        if unknown := sorted(set(request.items) - set(self._runs)):
+            return f"items for {', '.join(unknown)}; the model has branches for {', '.join(self._runs)}"
+        for name, (token, per_item) in self._runs.items():
+            items, places = request.items.get(name, []), int((ids == token).sum())
+            if places != len(items) * per_item:
+                return (
+                    f"branch {name!r}: {places} placeholder tokens and {len(items)} items of {per_item} tokens; "
+                    "expected one placeholder for each vision token"
                 )
-        starts = (1 - batch.attention_mask).sum(dim=1).tolist()
-        longest = self.options.max_new_tokens
-        return [Prompt(embeds[row, start:], signature[row, start:], longest) for row, start in enumerate(starts)]
+            expected = (self.model.branch(name).channels, *self.model.branch(name).spatial)
+            for item in items:
+                if tuple(item.pixels.shape) != expected:
+                    return f"branch {name!r}: pixels of shape {tuple(item.pixels.shape)}; expected {expected}"
+        return None
 
-    def _features(self, name: str, batch: PromptBatch) -> VisionFeatures:
-        """Features of every placeholder run of a branch; what was seen before is not encoded again."""
-        keys = batch.keys[name]
-        found = {key: self.store.get(name, key) for key in keys}
-        new = [position for position, key in enumerate(keys) if found[key] is None]
+    def _advance(self) -> None:
+        """Run a step of every continuous batch that has requests, and hand out the events."""
+        for decoder in self._decoders.values():
+            if decoder.pending:
+                for event in decoder.step():
+                    self._take(event)
+
+    def _take(self, event: TokenEvent) -> None:
+        pending = self._pending.get(event.request)
+        if pending is None:
+            return  # abandoned by `stream` or `generate`
+        piece, reply = "", None
+        if event.token is not None:
+            pending.tokens.append(event.token)
+            piece = "" if pending.text is None else pending.text.add(event.token)
+        if event.finish is not None:
+            del self._pending[event.request]
+            piece += "" if pending.text is None else pending.text.end()
+        if event.finish in ("stop", "length"):
+            text = self.processor.text(pending.tokens)
+            reply = Reply(text, len(pending.tokens), event.finish == "stop")
+        own = Event(event.request, event.token, piece, event.finish, reply, event.error)
+        (self._events if pending.inbox is None else pending.inbox).append(own)
+
+    def _abandon(self, requests: Iterable[int]) -> None:
+        """Cancel requests whose events nobody waits for any more; the next step frees their KV cache."""
+        for request in requests:
+            self.cancel(request)
+            self._pending.pop(request, None)
+
+    def _signature(self, request: Request) -> np.ndarray:
+        """Return the token ids, (T,), with a hash of the content and of the task for each vision token."""
+        signature = request.input_ids.copy()
+        for name, items in request.items.items():
+            token, per_item = self._runs[name]
+            places = np.flatnonzero(request.input_ids == token).reshape(len(items), per_item)
+            for run, item in zip(places, items, strict=True):
+                content = blake2b(item.key + bytes([request.task_id]), digest_size=5).digest()
+                # Below zero, where no token id is.
+                signature[run] = -1 - (int.from_bytes(content, "big") << 20) - np.arange(per_item)
+        return signature
+
+    def _embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Return the embeddings (T, D) of each prompt."""
+        requests = [prompt.request for prompt in prompts if isinstance(prompt, _RequestPrompt)]
+        row = torch.from_numpy(np.concatenate([request.input_ids for request in requests]))[None].to(self.device)
+        features, task_ids = {}, {}
+        for name in self._runs:
+            items = [(item, request.task_id) for request in requests for item in request.items.get(name, [])]
+            if items:
+                features[name] = self._features(name, [item for item, _ in items])
+                task_ids[name] = torch.tensor([task for _, task in items], device=self.device)
+        embeds, _ = self.model.embed(row, features=features, task_ids=task_ids)  # (1, all T, D)
+        return list(embeds[0].split([len(request.input_ids) for request in requests]))
+
+    def _features(self, name: str, items: Sequence[Item]) -> VisionFeatures:
+        """Return the features of every item in order; what was seen before is not encoded again."""
+        found = {item.key: self.store.get(name, item.key) for item in items}
+        new = {item.key: item.pixels for item in items if found[item.key] is None}
         if new:
-            encoded = self.model.branch(name).encode(batch.pixels[name][new].to(self.device))
-            for row, position in enumerate(new):
+            encoded = self.model.branch(name).encode(torch.stack(list(new.values())).to(self.device))
+            for row, key in enumerate(new):
                 pooled = None if encoded.pooled is None else encoded.pooled[row : row + 1].clone()
                 one = VisionFeatures(encoded.tokens[row : row + 1].clone(), encoded.grid, encoded.prefix, pooled)
-                self.store.put(name, keys[position], one)
-                found[keys[position]] = one
-        items = [found[keys[position]] for position in batch.order[name]]
-        first = items[0]
-        assert first is not None
-        pooled_items = [item.pooled for item in items if item is not None and item.pooled is not None]
+                self.store.put(name, key, one)
+                found[key] = one
+        features = [known for item in items if (known := found[item.key]) is not None]
+        pooled_items = [one.pooled for one in features if one.pooled is not None]
         return VisionFeatures(
-            tokens=torch.cat([item.tokens for item in items if item is not None]),
-            grid=first.grid,
-            prefix=first.prefix,
+            tokens=torch.cat([one.tokens for one in features]),
+            grid=features[0].grid,
+            prefix=features[0].prefix,
             pooled=torch.cat(pooled_items) if pooled_items else None,
         )
-
-    def _cut(self, row: list[int]) -> list[int]:
-        end = next((position for position, token in enumerate(row) if token in self._stops), None)
-        return row if end is None else row[: end + 1]
-
-    def _reply(self, ids: list[int]) -> Reply:
-        finished = bool(ids) and ids[-1] in self._stops
-        return Reply(self.processor.text(ids), len(ids), finished)
-
-
-class _Stopped(StoppingCriteria):
-    """Ends a generation whose reader has gone."""
-
-    def __init__(self, stop: Event) -> None:
-        self.stop = stop
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-def generation_config(published: GenerationConfig, options: GenerationOptions) -> GenerationConfig:
-    """What stops and suppresses tokens is the model's; how tokens are chosen is the caller's alone.
-
-    Published configs carry sampling settings of their own (temperature, top_k, repetition penalty), which would make
-    "greedy" mean something else for each model.
-    """
-    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "decoder_start_token_id")
-    config = GenerationConfig(**{key: getattr(published, key, None) for key in kept})
-    config.max_new_tokens, config.num_beams = options.max_new_tokens, options.num_beams
-    config.do_sample = options.temperature > 0
-    if options.compile and options.num_beams == 1:
-        config.cache_implementation = "static"  # which transformers compiles for
-    if config.do_sample:
-        config.temperature, config.top_p, config.top_k = options.temperature, options.top_p, 0
-    return config
 
 
 def pick_device(name: str) -> torch.device:
@@ -365,16 +497,22 @@ def pick_device(name: str) -> torch.device:
 
 def load_engine(
     folder: str, options: GenerationOptions, *, device: torch.device, dtype: str = "saved", slots: int = 16
-) -> tuple[Engine, Any]:
+) -> tuple[Engine, LVLMProcessor]:
     """The model of a folder on a device, ready to answer, and its processor.
 
     Raises:
-        CheckpointError: see `medm.models.load`.
+        CheckpointError: see `medm.models.load`; or the model generates no text.
     """
     from medm.models import load
+    from medm.models.lvlm.modeling import LVLMForConditionalGeneration
+    from medm.models.lvlm.processing import LVLMProcessor
 
     transformers_logging.disable_progress_bar()
     model, processor = load(folder)
+    if not isinstance(model, LVLMForConditionalGeneration) or not isinstance(processor, LVLMProcessor):
+        raise CheckpointError(
+            f"{folder}: holds a {type(model).__name__}, which generates no text; expected a model with a language model"
+        )
     model.merge_adapters()
     nn.Module.to(model, device=device, dtype=None if dtype == "saved" else getattr(torch, dtype))
     model.requires_grad_(False)

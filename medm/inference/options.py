@@ -8,28 +8,55 @@ from pydantic import Field, model_validator
 
 from medm.config import Options
 
+_ONLY_IN_GENERATE = {
+    "do_sample", "length_penalty", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
+    "num_return_sequences", "penalty_alpha", "repetition_penalty", "typical_p",
+}  # fmt: skip
+"""Arguments of transformers' `generate` that continuous batching does not offer."""
+
 
 class GenerationOptions(Options):
     """How the tokens of a reply are chosen."""
 
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest reply in tokens."""
-    num_beams: int = Field(default=1, ge=1)
-    """Beams of beam search; 1 for none."""
     temperature: float = Field(default=0.0, ge=0)
     """0 for greedy decoding; above 0, tokens are sampled, the more freely the higher."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample only from this many of the most probable tokens; 0 for all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample only from the most likely tokens that together have this probability."""
+    """Sample only from the most probable tokens that together have this probability."""
     seed: int = Field(default=0, ge=0)
-    """Seed of sampling."""
+    """Seed of sampling. A reply depends on it and on its own prompt, not on other prompts or the
+    batch size."""
     compile: bool = False
-    """Compile the decode step: about a minute before the first reply, and again when prompts and replies outgrow the
-    KV cache. Worth it for many records on a GPU; a CPU gains with few prompts at once."""
+    """Compile the decode step: about a minute before the first reply, and again when prompts and
+    replies outgrow the KV cache. Worth it for many records on a GPU; a CPU gains with few prompts at
+    once."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_arguments(cls, value: object) -> object:
+        """Refuse what only `generate` of transformers offers.
+
+        Recipes of earlier versions may say `num_beams: 1`.
+        """
+        if not isinstance(value, dict):
+            return value
+        if value.get("num_beams") == 1:
+            value = {key: item for key, item in value.items() if key != "num_beams"}
+        if other := sorted(set(value) & _ONLY_IN_GENERATE):
+            raise ValueError(
+                f"{', '.join(other)}: not offered in continuous batching; expected some of "
+                f"{', '.join(cls.model_fields)}. In Python, `generate` of the transformers model takes it"
+            )
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerationOptions:
-        if self.top_p < 1 and self.temperature == 0:
-            raise ValueError("top_p: nothing is sampled at temperature 0; set a temperature, or leave top_p out")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            name = "top_p" if self.top_p < 1 else "top_k"
+            raise ValueError(f"{name}: nothing is sampled at temperature 0; set a temperature, or leave {name} out")
         return self
 
 

@@ -6,47 +6,68 @@ slower than the machine. It is what torch's compiler does with frozen weights; n
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class PrepackedLMHead:
-    """A context in which the head runs on its packed weight where that can be: a plain float32 layer on a CPU.
+    """A context in which the language model has a head with a prepacked weight, and after which it has its own again.
 
-    The weight is packed at the first use and kept, since a small batch would not pay for it every time.
+    Only a plain float32 layer on a CPU is replaced. Its weight is prepacked at the first use and kept, since a small
+    batch would not pay for it every time. One thread at a time may be inside.
 
     Args:
-        language_model: a causal language model of transformers, whose weights do not change any more. The packed
+        language_model: a causal language model of transformers, whose weights do not change any more. The prepacked
             weight takes as much memory again as the head.
     """
 
-    def __init__(self, language_model: Any) -> None:
-        self._head = language_model.get_output_embeddings()
-        self._packed: Tensor | None = None
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        self._language_model = language_model
+        self._own: nn.Module | None = None
+        self._prepacked: _PrepackedLinear | None = None
 
     def __enter__(self) -> bool:
-        """Whether it is packed."""
-        if not _can_pack(self._head):
+        """Return True if the head is prepacked."""
+        head = self._language_model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or not _can_prepack(head):
             return False
-        if self._packed is None:
-            with torch.no_grad():
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(self._head.weight.detach(), None)
-        self._head.forward = self._forward
+        if self._prepacked is None or self._prepacked.packed_from is not head.weight:
+            self._prepacked = _PrepackedLinear(head)
+        self._own = head
+        self._language_model.set_output_embeddings(self._prepacked)
         return True
 
     def __exit__(self, *_error: object) -> None:
-        vars(self._head).pop("forward", None)
+        if self._own is not None:
+            self._language_model.set_output_embeddings(self._own)
+            self._own = None
 
-    @torch.compiler.disable  # inductor has no layout for the packed weight
-    def _forward(self, hidden: Tensor) -> Tensor:
+
+class _PrepackedLinear(nn.Module):
+    """A linear layer (R, D) to (R, V) on the prepacked weight of another one."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        # In tuples: neither is a parameter or a buffer of this module.
+        self._source = (linear.weight, linear.bias)
+        with torch.no_grad():
+            self._packed = (torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None),)
+
+    @property
+    def packed_from(self) -> Tensor:
+        """The weight that was prepacked."""
+        return self._source[0]
+
+    @torch.compiler.disable  # inductor has no layout for the prepacked weight
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., D)."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._head.bias, "none", [], "")
+        logits: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed[0], self._source[1], "none", [], "")
         return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def _can_pack(head: Any) -> bool:
+def _can_prepack(head: nn.Linear) -> bool:
     return (
         type(head) is nn.Linear  # an adapted head computes more
         and head.weight.device.type == "cpu"

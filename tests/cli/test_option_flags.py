@@ -23,7 +23,7 @@ from tests.cli.runner import medm
 
 # fmt: off
 RUN = {
-    "--max-new-tokens": ("generation.max_new_tokens", int, 256), "--num-beams": ("generation.num_beams", int, 1),
+    "--max-new-tokens": ("generation.max_new_tokens", int, 256), "--top-k": ("generation.top_k", int, 0),
     "--temperature": ("generation.temperature", float, 0.0), "--batch-size": ("batch_size", int, 8),
     "--processes": ("processes", int, 1), "--workers": ("workers", int, None), "--device": ("device", str, "auto"),
     "--dtype": ("dtype", Literal["saved", "float32", "bfloat16", "float16"], "saved"),

@@ -22,7 +22,7 @@ from transformers import (
 
 from medm.data.collator import Collator
 from medm.data.packing import PackingCollator
-from medm.inference.decoding import GreedyDecoder, Prompt
+from medm.inference.decoding import Decoder, Prompt
 from medm.llms import attention
 from medm.llms.attention import PER_DOCUMENT, no_mask, separates_documents
 from medm.models.lvlm.configuration import LVLMConfig
@@ -192,7 +192,7 @@ def test_the_kernel_reads_texts_that_follow_on_others(
     ids = [np.concatenate([np.arange(3, 40), np.arange(3, 3 + more)]) for more in (4, 9, 2)]
     with torch.no_grad():
         texts = [Prompt(model.get_input_embeddings()(torch.from_numpy(one)), one, 1) for one in ids]
-    decoder = GreedyDecoder(model, stops=[])
+    decoder = Decoder(model, stops=[])
     expected = decoder.decode(texts)
     calls = []
     fake = SimpleNamespace(varlen_attn=lambda *given, **named: calls.append(given[3:7]) or kernel(*given, **named))
