@@ -105,7 +105,8 @@ def test_options_hold_for_their_call_alone(model: medm.Model) -> None:
     drawn = {model.ask("What is it?", temperature=2.0, seed=seed, **SHORT) for seed in range(3)}
     assert len(drawn) == 3
     assert model.ask("What is it?", temperature=2.0, seed=1, **SHORT) in drawn
-    model.ask("What is it?", num_beams=2, **SHORT)
+    with pytest.raises(RecipeError, match="num_beams: not offered in continuous batching"):
+        model.ask("What is it?", num_beams=2, **SHORT)
     assert model.ask("What is it?", **SHORT) == greedy
     assert greedy.startswith(model.ask("What is it?", max_new_tokens=2).rstrip("\ufffd"))
 

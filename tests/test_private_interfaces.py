@@ -218,7 +218,7 @@ TABLE = [
     ),
     PrivateInterface(
         "torch._dynamo.mark_static_address",
-        ("medm/inference/decoding.py",),
+        ("medm/inference/kv_cache.py",),
         "the KV cache stays in place, so CUDA graphs do not copy it at each step",
         parameters=("t", "..."),
     ),

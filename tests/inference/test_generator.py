@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from medm.errors import DeviceError
-from medm.inference.generator import Engine, FeatureMemory, content_key, generation_config, pick_device, prepare
-from medm.inference.options import GenerationOptions
+from medm.config import validate
+from medm.errors import DataError, DeviceError, RecipeError
+from medm.inference import runners
+from medm.inference.generator import Engine, FeatureMemory, Item, PromptBatch, content_key, pick_device, prepare
+from medm.inference.options import GenerationOptions, InferOptions
 from medm.types import Example, Media, Sample, Turn, VisionFeatures
 from tests.inference.tiny import build_tiny
 
@@ -40,14 +45,26 @@ def prompts(tiny: tuple[Any, Any]) -> list[Example]:
     ]
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_batch_and_one_by_one_give_the_same_replies(tiny: tuple[Any, Any], prompts: list[Example], beams: int) -> None:
+def ids(engine: Engine, batch: PromptBatch) -> list[list[int]]:
+    """Token ids of each reply."""
+    rows = {engine.submit(request): row for row, request in enumerate(batch.requests())}
+    replies: list[list[int]] = [[] for _ in rows]
+    while engine.pending:
+        for event in engine.step():
+            assert event.error is None
+            replies[rows[event.request]] += [] if event.token is None else [event.token]
+    return replies
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_batch_and_one_by_one_give_the_same_replies(
+    tiny: tuple[Any, Any], prompts: list[Example], temperature: float
+) -> None:
     model, processor = tiny
-    options = GenerationOptions(max_new_tokens=12, num_beams=beams)
-    together = Engine(model, processor, options)._generate(prepare(prompts, pad_id=processor.pad_id))
-    alone = [Engine(model, processor, options)._generate(prepare([p], pad_id=processor.pad_id))[0] for p in prompts]
-    for row, single in zip(together, alone, strict=True):
-        assert row[: len(single)] == single
+    options = GenerationOptions(max_new_tokens=12, temperature=temperature)
+    together = ids(Engine(model, processor, options), prepare(prompts))
+    alone = [ids(Engine(model, processor, options), prepare([prompt]))[0] for prompt in prompts]
+    assert together == alone
     assert len({tuple(row) for row in alone}) == len(prompts), "the prompts do not tell the model anything"
 
 
@@ -57,25 +74,26 @@ def test_replies_are_those_of_plain_generate(tiny: tuple[Any, Any], prompts: lis
     pixels = torch.from_numpy(np.stack(prompts[2].pixels["image"]))
     plain = model.generate(input_ids=ids, pixels={"image": pixels}, max_new_tokens=9, do_sample=False)
     engine = Engine(model, processor, GenerationOptions(max_new_tokens=9))
-    reply = engine.generate(prepare([prompts[2]], pad_id=processor.pad_id))[0]
+    reply = engine.generate(prepare([prompts[2]]))[0]
     assert reply.text == processor.text(plain[0, ids.shape[1] :])
     assert reply.tokens == plain.shape[1] - ids.shape[1]
 
 
-def test_drawn_replies_are_the_same_from_a_cache_of_fixed_size(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
-    model, processor = tiny
-    batch = prepare(prompts, pad_id=processor.pad_id)
-    replies = [
-        Engine(model, processor, GenerationOptions(max_new_tokens=6, temperature=0.7, compile=fixed)).generate(batch)
-        for fixed in (False, True)
-    ]
-    assert replies[0] == replies[1]
-
-
-def test_compiled_decoding_is_asked_for_in_the_options(tiny: tuple[Any, Any]) -> None:
-    model, processor = tiny
-    decoders = [Engine(model, processor, GenerationOptions(compile=compiled)).decoder for compiled in (False, True)]
-    assert [decoder is not None and decoder.compiled for decoder in decoders] == [False, True]
+def test_compiled_and_other_requests_stand_in_batches_of_their_own(
+    tiny: tuple[Any, Any], prompts: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, not built
+    monkeypatch.setattr(runners, "COMPILE_MODE", None)
+    engine = Engine(*tiny)
+    assert [engine.decoder(compiled=compiled).compiled for compiled in (False, True)] == [False, True]
+    plain, compiled = (GenerationOptions(max_new_tokens=4, compile=compiled) for compiled in (False, True))
+    (request,) = prepare(prompts[:1]).requests()
+    numbers = [engine.submit(request, options) for options in (plain, compiled)]
+    assert len(set(numbers)) == 2
+    replies = {}
+    while engine.pending:
+        replies |= {event.request: event.reply for event in engine.step() if event.reply is not None}
+    assert replies[numbers[0]] == replies[numbers[1]] == engine.generate(prepare(prompts[:1]), plain)[0]
 
 
 def test_an_image_is_encoded_once_for_all_its_questions(
@@ -86,10 +104,10 @@ def test_an_image_is_encoded_once_for_all_its_questions(
     counts: list[int] = []
     encode = model.branch("image").encode
     monkeypatch.setattr(model.branch("image"), "encode", lambda pixels: counts.append(len(pixels)) or encode(pixels))
-    engine.generate(prepare(prompts, pad_id=processor.pad_id))
-    engine.generate(prepare(prompts[:1], pad_id=processor.pad_id))
-    engine.generate(prepare([example(processor, "New", picture(7))], pad_id=processor.pad_id))
-    assert counts == [2, 1]  # four placeholders of two pictures; nothing new; one new picture
+    engine.generate(prepare(prompts))
+    engine.generate(prepare(prompts[:1]))
+    engine.generate(prepare([example(processor, "New", picture(7))]))
+    assert counts == [2, 1]  # four placeholders of two images; nothing new; one new image
 
 
 def test_feature_memory_forgets_the_least_used() -> None:
@@ -117,16 +135,86 @@ def test_content_keys_tell_shape_and_values_apart() -> None:
 def test_streaming_gives_the_same_text_and_can_be_stopped(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
     model, processor = tiny
     engine = Engine(model, processor, GenerationOptions(max_new_tokens=12))
-    batch = prepare(prompts[:1], pad_id=processor.pad_id)
-    assert "".join(engine.stream(batch)).strip() == engine.generate(batch)[0].text
-    stream = Engine(model, processor, GenerationOptions(max_new_tokens=400)).stream(batch)
+    batch = prepare(prompts[:1])
+    pieces = list(engine.stream(batch.requests()[0]))
+    assert len(pieces) > 3
+    assert "".join(pieces) == engine.generate(batch)[0].text
+    stream = engine.stream(batch.requests()[0], GenerationOptions(max_new_tokens=400))
     next(stream)
-    stream.close()  # returns at once, or the test would take the time of 400 tokens
+    stream.close()
+    assert engine.step() == []
+    assert engine.pending == engine.decoder(compiled=False).pending == 0
+
+
+def test_a_stream_and_other_requests_advance_together(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
+    """A question in the middle of a stream, from the same thread; and requests of `submit` beside both."""
+    engine = Engine(*tiny, GenerationOptions(max_new_tokens=12))
+    batch = prepare(prompts)
+    expected = [reply.text for reply in engine.generate(batch)]
+    streamed, submitted, cancelled = batch.requests()[:3]
+    number = engine.submit(submitted, stream=True)
+    other = engine.submit(cancelled)
+    pieces = engine.stream(streamed)
+    text = next(pieces)
+    engine.cancel(other)
+    assert [reply.text for reply in engine.generate(batch)] == expected
+    assert text + "".join(pieces) == expected[0]
+    events = []
+    while engine.pending:
+        events += engine.step()
+    assert "".join(event.text for event in events if event.request == number) == expected[1]
+    assert [event.reply.text for event in events if event.reply is not None] == [expected[1]]
+    assert [event.finish for event in events if event.request == other][-1] == "cancelled"
+
+
+def test_a_request_that_cannot_be_answered_ends_with_its_own_error(
+    tiny: tuple[Any, Any], prompts: list[Example]
+) -> None:
+    """Each of these would end the process on a GPU, where the model's own checks come too late."""
+    engine = Engine(*tiny, GenerationOptions(max_new_tokens=4), max_tokens=150)
+    good = prepare(prompts).requests()
+    expected = engine.generate(prepare(prompts))
+    item = good[0].items["image"][0]
+    bad = {
+        "placeholder tokens and 0 items": replace(good[0], items={}),
+        "placeholder tokens and 2 items": replace(good[0], items={"image": [item, item]}),
+        "pixels of shape (3, 8, 8)": replace(good[0], items={"image": [Item(b"x", torch.zeros(3, 8, 8))]}),
+        "the model has branches for image": replace(good[0], items={**good[0].items, "volume": [item]}),
+        "token ids from": replace(good[1], input_ids=np.append(good[1].input_ids, 10**6)),
+        "at most 150": replace(good[1], input_ids=np.full(151, 3)),
+    }
+    numbers = {engine.submit(request): text for text, request in bad.items()}
+    right = [engine.submit(request) for request in good]
+    replies, errors = {}, {}
+    while engine.pending:
+        for event in engine.step():
+            if event.finish == "error":
+                errors[event.request] = event.error
+            if event.reply is not None:
+                replies[event.request] = event.reply
+    assert [replies[number] for number in right] == expected
+    assert set(errors) == set(numbers)
+    for number, text in numbers.items():
+        assert isinstance(errors[number], DataError)
+        assert text in str(errors[number])
+    with pytest.raises(DataError, match="at most 150"):
+        list(engine.stream(bad["at most 150"]))
+    assert engine.generate(prepare(prompts)) == expected
+
+
+def test_arguments_of_transformers_generate_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(RecipeError, match=r"num_beams: not offered.*max_new_tokens, temperature, top_k.*`generate`"):
+        validate(InferOptions, {"model": "m", "data": "d", "output": "o", "generation": {"num_beams": 4}}, source="x")
+    with pytest.raises(RecipeError, match="do_sample, repetition_penalty: not offered"):
+        validate(GenerationOptions, {"repetition_penalty": 1.2, "do_sample": True}, source="x")
+    with pytest.raises(RecipeError, match="top_k: nothing is sampled at temperature 0"):
+        validate(GenerationOptions, {"top_k": 3}, source="x")
+    assert validate(GenerationOptions, {"num_beams": 1}, source="an earlier recipe") == GenerationOptions()
 
 
 def test_sampling_repeats_itself_with_a_seed(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
     model, processor = tiny
-    batch = prepare(prompts, pad_id=processor.pad_id)
+    batch = prepare(prompts)
 
     def replies(seed: int) -> list[str]:
         options = GenerationOptions(max_new_tokens=8, temperature=1.0, top_p=0.9, seed=seed)
@@ -136,37 +224,32 @@ def test_sampling_repeats_itself_with_a_seed(tiny: tuple[Any, Any], prompts: lis
     assert replies(1) != replies(2)
 
 
-def test_a_batch_beyond_the_memory_is_halved(
+def test_what_does_not_fit_the_memory_is_an_error_and_the_engine_goes_on(
     tiny: tuple[Any, Any], prompts: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine = Engine(*tiny, GenerationOptions(max_new_tokens=6))
+    expected = engine.generate(prepare(prompts))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            engine.model.language_model, "forward", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
+        )
+        with pytest.raises(DeviceError, match="one prompt of"):
+            engine.generate(prepare(prompts))
+    assert engine.generate(prepare(prompts)) == expected
+
+
+def test_settings_of_the_published_config_do_not_leak(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
     model, processor = tiny
-    engine = Engine(model, processor, GenerationOptions(max_new_tokens=6))
-    expected = engine.generate(prepare(prompts, pad_id=processor.pad_id))
-    generate, sizes = engine._generate, []
-
-    def small_memory(batch: Any, **kwargs: Any) -> Any:
-        sizes.append(len(batch))
-        if len(batch) > 1:
-            raise torch.OutOfMemoryError("no memory")
-        return generate(batch, **kwargs)
-
-    monkeypatch.setattr(engine, "_generate", small_memory)
-    assert [r.text for r in engine.generate(prepare(prompts, pad_id=processor.pad_id))] == [r.text for r in expected]
-    assert sizes == [4, 2, 1, 1, 2, 1, 1]
-    monkeypatch.setattr(engine, "_generate", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
-    with pytest.raises(DeviceError, match="one prompt of"):
-        engine.generate(prepare(prompts[:1], pad_id=processor.pad_id))
-
-
-def test_settings_of_the_published_config_do_not_leak(tiny: tuple[Any, Any]) -> None:
-    published = tiny[0].generation_config
-    published.update(temperature=0.3, repetition_penalty=1.5)
-    config = generation_config(published, GenerationOptions(max_new_tokens=5))
-    assert config.repetition_penalty in (None, 1.0)
-    assert not config.do_sample
-    assert config.eos_token_id == published.eos_token_id
-    assert config.suppress_tokens == published.suppress_tokens != None  # noqa: E711
-    published.update(temperature=1.0, repetition_penalty=1.0)
+    expected = Engine(model, processor, GenerationOptions(max_new_tokens=9)).generate(prepare(prompts))
+    published = copy.deepcopy(model.generation_config)
+    model.generation_config.update(temperature=0.3, repetition_penalty=1.5, top_k=2, do_sample=True)
+    decoder = Engine(model, processor).decoder(compiled=False)
+    try:
+        assert decoder.stops == set(published.eos_token_id)
+        assert decoder._runner._suppress.tolist() == sorted(published.suppress_tokens) != []
+        assert Engine(model, processor, GenerationOptions(max_new_tokens=9)).generate(prepare(prompts)) == expected
+    finally:
+        model.generation_config = published
 
 
 def test_devices_that_are_not_there() -> None:

@@ -18,15 +18,32 @@ def test_it_gives_the_logits_of_the_plain_head_and_leaves_it_as_it_was(config: t
     model = AutoModelForCausalLM.from_config(config(**SIZES)).eval()
     ids = torch.randint(1, 300, (5, 7))
     expected = [model(input_ids=part, logits_to_keep=1).logits for part in (ids, ids[:1])]
+    own, names = model.get_output_embeddings(), set(model.state_dict())
     with PrepackedLMHead(model) as packed:
         assert packed
         for part, logits in zip((ids, ids[:1]), expected, strict=True):
             torch.testing.assert_close(model(input_ids=part, logits_to_keep=1).logits, logits, atol=1e-5, rtol=1e-5)
-    assert "forward" not in vars(model.get_output_embeddings())
+    assert model.get_output_embeddings() is own
+    assert "forward" not in vars(own)
+    assert set(model.state_dict()) == names
+
+
+def test_the_own_head_is_back_after_an_error_and_new_weights_are_prepacked_anew() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+    own, ids = model.get_output_embeddings(), torch.tensor([[3, 4]])
+    head = PrepackedLMHead(model)
+    with pytest.raises(KeyboardInterrupt), head:
+        raise KeyboardInterrupt
+    assert model.get_output_embeddings() is own
+    with torch.no_grad():
+        own.weight = torch.nn.Parameter(own.weight * 2)
+        expected = model(input_ids=ids).logits
+        with head:
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_other_heads_stay_plain() -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).bfloat16()
     with PrepackedLMHead(model) as packed:
         assert not packed
-        assert "forward" not in vars(model.get_output_embeddings())
+        assert type(model.get_output_embeddings()) is torch.nn.Linear

@@ -246,7 +246,7 @@ def test_generate_and_pipeline_reply_as_medm_does(folder: Path, processor: Any, 
     own, options = medm.models.load(str(folder))[0], GenerationOptions(max_new_tokens=6)
     pixels = {"image": [load_pixels(folder / "a.png", processor.preprocess["image"])]}
     example = processor.encode(Sample((Turn("user", (Media("image"), "\nWhat?")),)), pixels, generation=True)
-    assert Engine(own, processor, options).generate(prepare([example], pad_id=processor.pad_id))[0].text == replied
+    assert Engine(own, processor, options).generate(prepare([example]))[0].text == replied
 
 
 def test_inputs_move_with_all_their_tensors(folder: Path, processor: Any) -> None:
