@@ -154,14 +154,15 @@ class Model:
         **options: Any,
     ) -> Iterator[str]:
         """Return the pieces of one reply as they come; see `ask`. Closing the iterator stops the generation."""
-        request = self.request(question, image=image, volume=volume, system=system, task=task, **options)
-        return self.engine.stream(request, _options(options))
+        asked = {"question": question, "image": image, "volume": volume, "system": system, "task": task}
+        choice = _options(options)
+        return self.engine.stream(Request.of(self._example(asked, Path(), choice)), choice)
 
     def chat(self, *, system: str | None = None, task: str | None = None, **options: Any) -> Conversation:
         """Return a conversation of several turns: `show("image", item)`, then `ask(question)`, which streams."""
         return Conversation(self.engine, self.processor, system=system, task=task, options=_options(options))
 
-    def request(
+    def submit(
         self,
         question: str,
         *,
@@ -169,11 +170,23 @@ class Model:
         volume: Any = None,
         system: str | None = None,
         task: str | None = None,
+        stream: bool = False,
         **options: Any,
-    ) -> Request:
-        """Return one question as a request for `engine.submit`; see `ask`."""
+    ) -> int:
+        """Queue one question in `engine` and return its number; `engine.step()` advances it. See `ask`.
+
+        Args:
+            question: as in `ask`, and so are the others.
+            image: see there.
+            volume: see there.
+            system: see there.
+            task: see there.
+            stream: give the reply in pieces, see `medm.inference.generator.Event`.
+            options: see the class.
+        """
         asked = {"question": question, "image": image, "volume": volume, "system": system, "task": task}
-        return Request.of(self._example(asked, Path(), _options(options)))
+        choice = _options(options)
+        return self.engine.submit(Request.of(self._example(asked, Path(), choice)), choice, stream=stream)
 
     def _example(self, question: str | Mapping[str, Any], root: Path, options: GenerationOptions) -> Example:
         if isinstance(question, str):

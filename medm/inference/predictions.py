@@ -13,13 +13,16 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import ValidationError
+
 from medm.errors import MedmError, RecipeError
 from medm.files import LockedError, atomic_write_text, lock, lock_file, to_bytes
+from medm.inference.options import GenerationOptions
 from medm.os_errors import explain, naming, require_writable
 
 logger = logging.getLogger(__name__)
@@ -113,7 +116,7 @@ class Results:
             before = None
         if not isinstance(before, dict):
             raise MedmError(f"{self.sidecar}: damaged, expected a JSON object; --overwrite, or choose another --output")
-        now = json.loads(json.dumps(self.settings))
+        before, now = _upgrade(before), json.loads(json.dumps(self.settings))
         changes = []
         for key in sorted({*now, *before} - {_NOTES}):
             old, new = before.get(key), now.get(key)
@@ -161,6 +164,17 @@ class Results:
 
     def _files(self) -> list[Path]:
         return [file for file in (self.output, *self._parts()) if file.exists()]
+
+
+def _upgrade(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that an earlier version wrote with the generation options of this one.
+
+    An option that is new has its default, which is what the earlier version did; one that is gone is left out where
+    it said what this version does. Options that this version refuses stay as they are, and count as a change.
+    """
+    with suppress(ValidationError, KeyError):
+        return {**settings, "generation": GenerationOptions.model_validate(settings["generation"]).model_dump()}
+    return settings
 
 
 @contextmanager

@@ -123,6 +123,23 @@ def test_an_unknown_task_is_the_error_of_its_record_alone(tmp_path: Path) -> Non
     assert "task 'surgery': expected one of vqa, cls" in asked.err
 
 
+def test_a_run_of_an_earlier_version_resumes_if_its_options_mean_the_same(model: Path, tmp_path: Path) -> None:
+    """Its settings name `num_beams` and not `top_k`."""
+    data, output = write_records(tmp_path, questions(tmp_path, 3)), tmp_path / "out.jsonl"
+    run(model, data, output)
+    sidecar = tmp_path / "out.jsonl.run.json"
+    settings = json.loads(sidecar.read_text())
+    del settings["generation"]["top_k"]
+    for beams in (1, 3):
+        settings["generation"]["num_beams"] = beams
+        sidecar.write_text(json.dumps(settings))
+        if beams == 1:
+            assert run(model, data, output).resumed == 3
+        else:
+            with pytest.raises(RecipeError, match="num_beams was 3 and is now None"):
+                run(model, data, output)
+
+
 def test_the_json_has_the_published_form(model: Path, tmp_path: Path) -> None:
     records = questions(tmp_path, 2)
     records[0]["conversations"].append({"from": "gpt", "value": "参考答案"})
