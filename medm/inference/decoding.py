@@ -1,9 +1,11 @@
-"""Continuous batching of many requests. Knows embeddings and a causal language model; no text, no images.
+"""Continuous batching of many requests. Knows embeddings and a causal language model; no text, no
+images.
 
-Beyond `generate` on padded batches: prompts are prefilled in one row without padding; a shared prefix (an image, a
-system turn) is prefilled once; a finished request is evicted and the next one, prefilled already, is admitted to its
-slot; a decode step writes one token to the KV cache in place and moves nothing else; the weight of the LM head is
-prepacked on a CPU; and decode steps can be compiled. The replies equal those of one request at a time.
+Beyond `generate` on padded batches: prompts are prefilled in one row without padding; a shared
+prefix (an image, a system turn) is prefilled once; a finished request is evicted and the next one,
+prefilled already, is admitted to its slot; a decode step writes one token to the KV cache in place
+and moves nothing else; the weight of the LM head is prepacked on a CPU; and decode steps can be
+compiled. The replies equal those of one request at a time.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ class Prompt:
     """One prompt and the settings of its reply."""
 
     embeds: Tensor | None
-    """(T, D) token embeddings, vision tokens in their places. None: the decoder's `embed` makes them at prefill."""
+    """(T, D) token embeddings, vision tokens in their places. None: the decoder's `embed` makes
+    them at prefill."""
     signature: np.ndarray
-    """(T,) int64: token ids, and for a vision token a hash of its content. A shared prefix is equal here."""
+    """(T,) int64: token ids, and for a vision token a hash of its content. A shared prefix is equal
+    here."""
     max_new_tokens: int
     """Longest reply in tokens, the end token included."""
     stops: frozenset[int] | None = None
@@ -66,7 +70,8 @@ class _Row:
     stops: frozenset[int]
     sampler: Sampler | None
     tokens: list[int] = field(default_factory=list)
-    """The reply so far. A row that loses its slot is prefilled again with them behind its prompt."""
+    """The reply so far. A row that loses its slot is prefilled again with them behind its
+    prompt."""
 
     @property
     def signature(self) -> np.ndarray:
@@ -80,18 +85,21 @@ Embed = Callable[[Sequence[Prompt]], "list[Tensor]"]
 
 
 class Decoder:
-    """Continuous batching on one language model: `submit` requests, then `step` until none is pending.
+    """Continuous batching on one language model: `submit` requests, then `step` until none is
+    pending.
 
     One thread at a time may use a decoder.
 
     Args:
-        language_model: a causal language model of transformers, in eval mode. In slots if each of its tokens attends
-            to all before it; otherwise its rows are decoded one after another.
+        language_model: a causal language model of transformers, in eval mode. In slots if each of
+            its tokens attends to all before it; otherwise its rows are decoded one after another.
         stops: ids that end a reply.
         suppress: ids that are never generated.
         slots: requests that are decoded at the same time; as many more may be prefilled.
-        compiled: compile decode steps, on a GPU to CUDA graphs. All slots then take part in every step.
-        max_tokens: most tokens of a prompt and its reply together. A reply ends there; a longer prompt is refused.
+        compiled: compile decode steps, on a GPU to CUDA graphs. All slots then take part in every
+            step.
+        max_tokens: most tokens of a prompt and its reply together. A reply ends there; a longer
+            prompt is refused.
         embed: makes the embeddings of prompts that come without them.
         ids: numbers for requests; decoders may share them.
     """
@@ -122,7 +130,8 @@ class Decoder:
         self._cancelled: set[int] = set()
         self._events: list[TokenEvent] = []
         self._limit = slots
-        """Slots in use; fewer than `slots` after the memory ran out, until no request is pending."""
+        """Slots in use; fewer than `slots` after the memory ran out, until no request is
+        pending."""
 
     @property
     def pending(self) -> int:
@@ -130,7 +139,9 @@ class Decoder:
         return len(self._waiting) + len(self._ready) + len(self._active) + len(self._events)
 
     def submit(self, prompt: Prompt) -> int:
-        """Queue a request and return its number. A request that can never fit ends with an error in the next step."""
+        """Queue a request and return its number. A request that can never fit ends with an error in
+        the next step.
+        """
         if not self.pending:
             self._limit = self.slots
         request, length = next(self._ids), len(prompt.signature)
@@ -149,19 +160,22 @@ class Decoder:
         return request
 
     def cancel(self, request: int) -> None:
-        """End a request at the next step, which frees its slot. Does nothing for a request that is finished."""
+        """End a request at the next step, which frees its slot. Does nothing for a request that is
+        finished.
+        """
         self._cancelled.add(request)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Evict what is cancelled, prefill and admit waiting requests, and run one decode step of the admitted ones.
+        """Evict what is cancelled, prefill and admit waiting requests, and run one decode step of
+        the admitted ones.
 
         Returns:
             The tokens that were generated since the last step, and the ends of requests.
 
         Raises:
-            Exception: the language model fails for a whole batch. The requests stay; they can be tried again or
-                cancelled.
+            Exception: the language model fails for a whole batch. The requests stay; they can be
+                tried again or cancelled.
         """
         try:
             with self._head:
@@ -223,7 +237,9 @@ class Decoder:
             self._runner.advance(lambda tokens, logits: _choose(self._active, tokens, logits))
 
     def _report(self, place: int, token: int) -> None:
-        """Report the newest token of a row, and evict the row if it is the last one of its reply."""
+        """Report the newest token of a row, and evict the row if it is the last one of its
+        reply.
+        """
         row = self._active[place]
         row.tokens.append(token)
         if row.sampler is not None:
@@ -255,7 +271,8 @@ class Decoder:
                 self._evict(place)
 
     def _prefill_waiting(self) -> None:
-        """Prefill the next requests: one per slot, however many are free, as long as no decode step waits for it.
+        """Prefill the next requests: one per slot, however many are free, as long as no decode step
+        waits for it.
 
         Few tokens take as long to prefill as some hundred.
         """
@@ -267,7 +284,9 @@ class Decoder:
             raise
 
     def _next(self) -> list[_Row]:
-        """Take the next requests from the queue; those that share a prefix with the first of them precede others."""
+        """Take the next requests from the queue; those that share a prefix with the first of them
+        precede others.
+        """
         rows = list(self._waiting)
         if self._runner.shares_prefixes:
             first = rows[0].signature
@@ -284,7 +303,9 @@ class Decoder:
         return chosen
 
     def _prefill(self, rows: list[_Row]) -> list[tuple[_Row, Prefilled, Tensor]]:
-        """Prefill rows. Where that fails, they are tried one by one, and only those that fail alone get the error."""
+        """Prefill rows. Where that fails, they are tried one by one, and only those that fail alone
+        get the error.
+        """
         try:
             texts = [Text(embeds, row.signature) for row, embeds in zip(rows, self._embeds(rows), strict=True)]
             prefilled = list(self._runner.prefill(texts))
@@ -323,7 +344,9 @@ class Decoder:
         self._runner.release()
 
     def _shrink(self) -> None:
-        """Continue with half of the rows after the memory ran out; a single row that does not fit gets an error."""
+        """Continue with half of the rows after the memory ran out; a single row that does not fit
+        gets an error.
+        """
         count = max(len(self._active) + len(self._ready), min(self._limit, len(self._waiting)))
         self._requeue()
         if torch.cuda.is_available():
@@ -340,7 +363,9 @@ class Decoder:
 
 
 def _choose(rows: Sequence[_Row], tokens: Tensor, logits: Tensor) -> Tensor:
-    """Return the next token of each row, (R,): the most probable one, or one that is drawn from its logits."""
+    """Return the next token of each row, (R,): the most probable one, or one that is drawn from its
+    logits.
+    """
     drawn = [place for place, row in enumerate(rows) if row.sampler is not None]
     if not drawn:
         return tokens

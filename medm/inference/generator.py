@@ -1,7 +1,9 @@
-"""Generation: prepared prompts in, replies out. Knows nothing of annotation files, output files or processes.
+"""Generation: prepared prompts in, replies out. Knows nothing of annotation files, output files or
+processes.
 
-A prompt's pixels come by content: the same image asked about twice is encoded once. `prepare` runs in the
-workers of a DataLoader and makes the tensors of a batch; `Engine` holds the model and the device.
+A prompt's pixels come by content: the same image asked about twice is encoded once. `prepare` runs
+in the workers of a DataLoader and makes the tensors of a batch; `Engine` holds the model and the
+device.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Event:
     token: int | None = None
     """One more token of the reply."""
     text: str = ""
-    """The next piece of the reply, for requests that are streamed. The pieces together are `Reply.text`."""
+    """The next piece of the reply, for requests that are streamed. The pieces together are
+    `Reply.text`."""
     finish: Finish | None = None
     """Set in the last event of a request: "stop", "length", "cancelled" or "error"."""
     reply: Reply | None = None
@@ -197,11 +200,12 @@ class _Pending:
 class Engine:
     """A model that generates replies.
 
-    All requests go through one continuous batch: `submit` some, `step` until they are finished, `submit` more at any
-    time between. `generate` and `stream` do so for a batch and for a single request; requests of others advance
-    meanwhile, and their events are kept.
+    All requests go through one continuous batch: `submit` some, `step` until they are finished,
+    `submit` more at any time between. `generate` and `stream` do so for a batch and for a single
+    request; requests of others advance meanwhile, and their events are kept.
 
-    One thread at a time may use an engine, and the model with it: a server hands requests to the thread that owns it.
+    One thread at a time may use an engine, and the model with it: a server hands requests to the
+    thread that owns it.
 
     Args:
         model: an LVLM, on its device and in its precision, in eval mode.
@@ -209,8 +213,8 @@ class Engine:
         options: how replies are chosen where a request does not say.
         store: bytes of vision features that are kept for later prompts on the same image.
         slots: requests that are decoded at the same time; more may wait.
-        max_tokens: most tokens of a prompt and its reply together; the model's context without it. A reply ends
-            there; a longer prompt is refused.
+        max_tokens: most tokens of a prompt and its reply together; the model's context without it.
+            A reply ends there; a longer prompt is refused.
     """
 
     def __init__(
@@ -251,9 +255,9 @@ class Engine:
     def decoder(self, *, compiled: bool) -> Decoder:
         """Return the continuous batch of requests with or without `compile`.
 
-        What stops a reply and what is never generated is the model's; how tokens are chosen is the request's alone.
-        Published configs carry sampling settings of their own (temperature, top_k, repetition penalty), which would
-        make "greedy" mean something else for each model.
+        What stops a reply and what is never generated is the model's; how tokens are chosen is the
+        request's alone. Published configs carry sampling settings of their own (temperature, top_k,
+        repetition penalty), which would make "greedy" mean something else for each model.
         """
         if compiled not in self._decoders:
             published = self.model.generation_config
@@ -274,26 +278,30 @@ class Engine:
         """Queue a request and return its number.
 
         Args:
-            request: the prompt. One that cannot be answered (items that do not match its placeholders, longer than
-                the context) ends with an error in a later step.
+            request: the prompt. One that cannot be answered (items that do not match its
+                placeholders, longer than the context) ends with an error in a later step.
             options: how its reply is chosen; the engine's without them.
             stream: fill `Event.text`.
         """
         return self._submit(request, options, text=ReplyText(self.processor.text) if stream else None)
 
     def cancel(self, request: int) -> None:
-        """End a request at the next step, which frees its KV cache. Does nothing for a request that is finished."""
+        """End a request at the next step, which frees its KV cache. Does nothing for a request that
+        is finished.
+        """
         if request in self._pending:
             self._pending[request].decoder.cancel(request)
 
     def step(self) -> list[Event]:
-        """Run one step of the continuous batch: evict, prefill, admit, and decode one token of each admitted request.
+        """Run one step of the continuous batch: evict, prefill, admit, and decode one token of each
+        admitted request.
 
         Returns:
             The events of all requests that were submitted by `submit`.
 
         Raises:
-            Exception: the model fails for a whole batch. The requests stay; they can be tried again or cancelled.
+            Exception: the model fails for a whole batch. The requests stay; they can be tried again
+                or cancelled.
         """
         self._advance()
         events, self._events = self._events, []
@@ -326,7 +334,8 @@ class Engine:
         return [replies[row] for row in range(len(requests))]
 
     def stream(self, request: Request, options: GenerationOptions | None = None) -> Iterator[str]:
-        """Yield the reply to one prompt in pieces as they come. Closing the iterator cancels the request.
+        """Yield the reply to one prompt in pieces as they come. Closing the iterator cancels the
+        request.
 
         Raises:
             DataError: the prompt cannot be answered.
@@ -376,7 +385,9 @@ class Engine:
         return number
 
     def _problem(self, request: Request) -> str | None:
-        """Return why a request cannot be answered, or None. On a GPU these would end the process of the model."""
+        """Return why a request cannot be answered, or None. On a GPU these would end the process of
+        the model.
+        """
         ids, vocabulary = request.input_ids, self.model.get_input_embeddings().num_embeddings
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             return f"token ids from {ids.min()} to {ids.max()}; expected ids from 0 to {vocabulary - 1}"
@@ -420,13 +431,17 @@ class Engine:
         (self._events if pending.inbox is None else pending.inbox).append(own)
 
     def _abandon(self, requests: Iterable[int]) -> None:
-        """Cancel requests whose events nobody waits for any more; the next step frees their KV cache."""
+        """Cancel requests whose events nobody waits for any more; the next step frees their KV
+        cache.
+        """
         for request in requests:
             self.cancel(request)
             self._pending.pop(request, None)
 
     def _signature(self, request: Request) -> np.ndarray:
-        """Return the token ids, (T,), with a hash of the content and of the task for each vision token."""
+        """Return the token ids, (T,), with a hash of the content and of the task for each vision
+        token.
+        """
         signature = request.input_ids.copy()
         for name, items in request.items.items():
             token, per_item = self._runs[name]
@@ -472,7 +487,8 @@ class Engine:
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name, proven to be there; `auto` is the first GPU, or the CPU where there is none.
+    """A device by name, proven to be there; `auto` is the first GPU, or the CPU where there is
+    none.
 
     Raises:
         DeviceError: it is not there, or the name is none.

@@ -1,4 +1,5 @@
-"""KV cache of continuous batching: prefilled texts, and the slots in which requests are decoded together.
+"""KV cache of continuous batching: prefilled texts, and the slots in which requests are decoded
+together.
 
 Knows keys, values and lengths; no prompts and no settings of requests.
 """
@@ -15,7 +16,8 @@ BLOCK = 128
 """Tokens by which the KV cache grows."""
 
 ROWS_PER_GROUP = 8
-"""Rows of one attention call on a CPU, which reads the keys of the longest of them; a GPU has one group."""
+"""Rows of one attention call on a CPU, which reads the keys of the longest of them; a GPU has one
+group."""
 
 LayerKV = tuple[Tensor, Tensor]
 """Keys (1, heads, T, D) and values (1, heads, T, D') of one text in one layer."""
@@ -24,8 +26,9 @@ KVCache = list[LayerKV]
 """Keys and values of every layer."""
 
 Step = Callable[[Tensor, Tensor, KVCache, "list[tuple[int, int]] | None"], tuple[Tensor, Tensor]]
-"""A decode step: the newest tokens (R,) and the lengths (R,) of R rows, their KV cache and the `kv_lengths` of
-`medm.llms.attention.attend_per_document`, to the most probable next tokens (R,) and the logits (R, V)."""
+"""A decode step: the newest tokens (R,) and the lengths (R,) of R rows, their KV cache and the
+`kv_lengths` of `medm.llms.attention.attend_per_document`, to the most probable next tokens (R,) and
+the logits (R, V)."""
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 """The next token of each row, (R,), from the most probable ones (R,) and the logits (R, V)."""
@@ -57,7 +60,8 @@ class Slots:
         Args:
             kv_cache: of its prompt.
             first: first token of its reply, (1,).
-            expected: rows that will be admitted soon, this one included; memory is allocated for them at once.
+            expected: rows that will be admitted soon, this one included; memory is allocated for
+                them at once.
         """
         place, length = len(self), kv_cache[0][0].shape[2]
         self._reserve(kv_cache, rows=place + 1, expected=place + expected, tokens=length + 1)

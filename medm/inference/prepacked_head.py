@@ -1,7 +1,8 @@
 """The language model's head on a CPU, its weight laid out once for oneDNN's kernels.
 
-A few rows times a vocabulary is most of decoding a small model, and the plain product of such a shape is several times
-slower than the machine. It is what torch's compiler does with frozen weights; no compiler is needed for it here.
+A few rows times a vocabulary is most of decoding a small model, and the plain product of such a
+shape is several times slower than the machine. It is what torch's compiler does with frozen
+weights; no compiler is needed for it here.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from transformers import PreTrainedModel
 
 
 class PrepackedLMHead:
-    """A context in which the language model has a head with a prepacked weight, and after which it has its own again.
+    """A context in which the language model has a head with a prepacked weight, and after which it
+    has its own again.
 
-    Only a plain float32 layer on a CPU is replaced. Its weight is prepacked at the first use and kept, since a small
-    batch would not pay for it every time. One thread at a time may be inside.
+    Only a plain float32 layer on a CPU is replaced. Its weight is prepacked at the first use and
+    kept, since a small batch would not pay for it every time. One thread at a time may be inside.
 
     Args:
-        language_model: a causal language model of transformers, whose weights do not change any more. The prepacked
-            weight takes as much memory again as the head.
+        language_model: a causal language model of transformers, whose weights do not change any
+            more. The prepacked weight takes as much memory again as the head.
     """
 
     def __init__(self, language_model: PreTrainedModel) -> None:

@@ -1,7 +1,9 @@
-"""Prefill and decode steps of a language model. Knows embeddings and rows; no requests and no settings of theirs.
+"""Prefill and decode steps of a language model. Knows embeddings and rows; no requests and no
+settings of theirs.
 
-`BatchedRunner` decodes all rows in one call, on a KV cache in slots. `SeparateRunner` serves the language models whose
-cache cannot stand in slots (windows of attention, linear attention): a row at a time, on a cache of transformers.
+`BatchedRunner` decodes all rows in one call, on a KV cache in slots. `SeparateRunner` serves the
+language models whose cache cannot stand in slots (windows of attention, linear attention): a row at
+a time, on a cache of transformers.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ MIN_PREFIX = 16
 """Fewest tokens of a shared prefix for which a prefill of its own pays."""
 
 MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Most tokens that are prefilled in one row, by device; a longer prompt is prefilled alone. More would not fit
-the cache of a CPU, fewer would leave a GPU idle."""
+"""Most tokens that are prefilled in one row, by device; a longer prompt is prefilled alone. More
+would not fit the cache of a CPU, fewer would leave a GPU idle."""
 
 COMPILE_MODE: str | None = "reduce-overhead"
-"""Mode of `torch.compile`, as transformers compiles decoding: CUDA graphs; without effect on a CPU."""
+"""Mode of `torch.compile`, as transformers compiles decoding: CUDA graphs; without effect on a
+CPU."""
 
 
 @dataclass(slots=True)
@@ -38,7 +41,8 @@ class Text:
     embeds: Tensor
     """(T, D) token embeddings, vision tokens in their places."""
     signature: np.ndarray
-    """(T,) int64: token ids, and for a vision token a hash of its content. A shared prefix is equal here."""
+    """(T,) int64: token ids, and for a vision token a hash of its content. A shared prefix is equal
+    here."""
 
 
 @dataclass(slots=True)
@@ -89,13 +93,16 @@ class Runner(Protocol):
 
 
 class BatchedRunner:
-    """Continuous batching: a decode step runs all rows, and writes one token each to the KV cache in place.
+    """Continuous batching: a decode step runs all rows, and writes one token each to the KV cache
+    in place.
 
     Args:
-        language_model: one in which each token attends to all before it; its attention becomes `PER_DOCUMENT`.
+        language_model: one in which each token attends to all before it; its attention becomes
+            `PER_DOCUMENT`.
         suppress: ids that are never generated.
         slots: most rows.
-        compiled: compile decode steps, on a GPU to CUDA graphs. All slots then take part in every step.
+        compiled: compile decode steps, on a GPU to CUDA graphs. All slots then take part in every
+            step.
     """
 
     shares_prefixes = True
@@ -136,7 +143,9 @@ class BatchedRunner:
     def _prefill_texts(
         self, texts: list[Tensor], prefixes: list[KVCache] | None
     ) -> Iterator[tuple[KVCache, Tensor, Tensor]]:
-        """Yield KV cache, next token (1,) and its logits (1, V) of each text, (T, D), behind its prefix."""
+        """Yield KV cache, next token (1,) and its logits (1, V) of each text, (T, D), behind its
+        prefix.
+        """
         capacity = MAX_PREFILL_TOKENS["cuda" if texts and texts[0].is_cuda else "cpu"]
         for chosen in _bins([len(text) for text in texts], capacity):
             own_prefixes = None if prefixes is None else [prefixes[i] for i in chosen]
@@ -189,7 +198,9 @@ class BatchedRunner:
     def _step(
         self, tokens: Tensor, lengths: Tensor, kv_cache: KVCache, kv_lengths: list[tuple[int, int]] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the tokens after `tokens` (R,) and their logits, and write keys and values at `lengths`."""
+        """Return the tokens after `tokens` (R,) and their logits, and write keys and values at
+        `lengths`.
+        """
         kv_length = kv_cache[0][0].shape[2]
         mask = torch.arange(kv_length, device=tokens.device) <= lengths[:, None]
         output = self.language_model(
@@ -205,7 +216,8 @@ class BatchedRunner:
 
 
 class SeparateRunner:
-    """Decodes a row at a time, as `generate` decodes a single prompt. Serves every language model with a KV cache.
+    """Decodes a row at a time, as `generate` decodes a single prompt. Serves every language model
+    with a KV cache.
 
     Args:
         language_model: a causal language model of transformers.
@@ -260,21 +272,27 @@ class SeparateRunner:
 def pick_runner(
     language_model: PreTrainedModel, *, suppress: Collection[int], slots: int, compiled: bool
 ) -> BatchedRunner | SeparateRunner:
-    """Return the runner for a language model: slots require that each token attends to all before it."""
+    """Return the runner for a language model: slots require that each token attends to all before
+    it.
+    """
     if attends_to_all(language_model):
         return BatchedRunner(language_model, suppress=suppress, slots=slots, compiled=compiled)
     return SeparateRunner(language_model, suppress=suppress)
 
 
 def _most_probable(logits: Tensor, suppress: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the most probable token of each row and the logits without suppressed ids: (R, V) to (R,) and (R, V)."""
+    """Return the most probable token of each row and the logits without suppressed ids: (R, V) to
+    (R,) and (R, V).
+    """
     if len(suppress):
         logits = logits.index_fill(1, suppress, -torch.inf)
     return logits.argmax(dim=-1), logits
 
 
 def _bins(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
-    """Yield positions of texts in the given order, as many at a time as fit into `capacity` tokens."""
+    """Yield positions of texts in the given order, as many at a time as fit into `capacity`
+    tokens.
+    """
     chosen: list[int] = []
     left = capacity
     for place, length in enumerate(lengths):

@@ -1,6 +1,7 @@
 """Choice of the next token of one request: greedy, or drawn with a random generator of its own.
 
-A request draws from its own generator, so its reply does not depend on the requests that are decoded beside it.
+A request draws from its own generator, so its reply does not depend on the requests that are
+decoded beside it.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ _INCOMPLETE = "\ufffd"
 class ReplyText:
     """Turns tokens into pieces of text; all pieces together are the decoded reply.
 
-    The text of a token depends on the ones beside it: a character may be spread over several tokens, a leading space
-    may belong to the first word, and a tokenizer may close the space before a full stop. So the whole reply is decoded
-    at each token, and a piece is given once the next token has left it as it was.
+    The text of a token depends on the ones beside it: a character may be spread over several
+    tokens, a leading space may belong to the first word, and a tokenizer may close the space before
+    a full stop. So the whole reply is decoded at each token, and a piece is given once the next
+    token has left it as it was.
 
     Args:
         decode: makes text of token ids, without control tokens.
