@@ -24,7 +24,7 @@ def flags() -> list[Flag]:
     """Return the flags that are fields: of the run, and of one task. Nothing is required, as a recipe may say it."""
     from medm.evaluation.options import EvalOptions, EvalTaskOptions
 
-    beside = ("tasks", "seed", "generation.top_p", "generation.seed", "generation.compile")
+    beside = ("tasks", "seed", "generation.top_k", "generation.top_p", "generation.seed", "generation.compile")
     names = {"output_dir": "--output"}
     return [
         *flags_of(EvalTaskOptions, place=_TASK, leave_out=[f"{_TASK}task"], optional=True),

@@ -14,17 +14,19 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from medm.errors import DataError, DeviceError
 from medm.inference.prepacked_head import PrepackedLMHead
 from medm.inference.runners import MAX_PREFILL_TOKENS, MIN_PREFIX, Prefilled, Text, pick_runner, shared_length
 from medm.inference.sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from medm.llms.lm_head import CausalLM
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 """Why a request ends: an end token, its longest length, `cancel`, or an error that is its own."""
@@ -106,7 +108,7 @@ class Decoder:
 
     def __init__(
         self,
-        language_model: PreTrainedModel,
+        language_model: CausalLM,
         *,
         stops: Collection[int],
         suppress: Collection[int] = (),

@@ -7,9 +7,13 @@ weights; no compiler is needed for it here.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from medm.llms.lm_head import CausalLM
 
 
 class PrepackedLMHead:
@@ -24,7 +28,7 @@ class PrepackedLMHead:
             more. The prepacked weight takes as much memory again as the head.
     """
 
-    def __init__(self, language_model: PreTrainedModel) -> None:
+    def __init__(self, language_model: CausalLM) -> None:
         self._language_model = language_model
         self._own: nn.Module | None = None
         self._prepacked: _PrepackedLinear | None = None

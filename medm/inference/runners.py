@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from medm.inference.kv_cache import Choose, KVCache, PrefillCache, SlotCache, Slots
 from medm.llms.attention import PER_DOCUMENT, attends_to_all, no_mask
 from medm.llms.cache import cache_argument
+
+if TYPE_CHECKING:
+    from medm.llms.lm_head import CausalLM
 
 MIN_PREFIX = 16
 """Fewest tokens of a shared prefix for which a prefill of its own pays."""
@@ -107,9 +109,7 @@ class BatchedRunner:
 
     shares_prefixes = True
 
-    def __init__(
-        self, language_model: PreTrainedModel, *, suppress: Collection[int], slots: int, compiled: bool
-    ) -> None:
+    def __init__(self, language_model: CausalLM, *, suppress: Collection[int], slots: int, compiled: bool) -> None:
         self.language_model, self.compiled = language_model, compiled
         language_model.set_attn_implementation(PER_DOCUMENT)
         self._count = slots
@@ -226,7 +226,7 @@ class SeparateRunner:
 
     shares_prefixes = False
 
-    def __init__(self, language_model: PreTrainedModel, *, suppress: Collection[int]) -> None:
+    def __init__(self, language_model: CausalLM, *, suppress: Collection[int]) -> None:
         self.language_model = language_model
         self._suppress = torch.tensor(sorted(suppress), dtype=torch.long, device=language_model.device)
         self._cache_argument = cache_argument(language_model.forward)
@@ -270,7 +270,7 @@ class SeparateRunner:
 
 
 def pick_runner(
-    language_model: PreTrainedModel, *, suppress: Collection[int], slots: int, compiled: bool
+    language_model: CausalLM, *, suppress: Collection[int], slots: int, compiled: bool
 ) -> BatchedRunner | SeparateRunner:
     """Return the runner for a language model: slots require that each token attends to all before
     it.

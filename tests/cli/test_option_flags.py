@@ -23,7 +23,7 @@ from tests.cli.runner import medm
 
 # fmt: off
 RUN = {
-    "--max-new-tokens": ("generation.max_new_tokens", int, 256), "--top-k": ("generation.top_k", int, 0),
+    "--max-new-tokens": ("generation.max_new_tokens", int, 256),
     "--temperature": ("generation.temperature", float, 0.0), "--batch-size": ("batch_size", int, 8),
     "--processes": ("processes", int, 1), "--workers": ("workers", int, None), "--device": ("device", str, "auto"),
     "--dtype": ("dtype", Literal["saved", "float32", "bfloat16", "float16"], "saved"),
@@ -32,6 +32,7 @@ RUN = {
 INFER = RUN | {
     "--model": ("model", str, ...), "--data": ("data", str, ...), "--output": ("output", str, ...),
     "--root": ("root", str, None), "--json": ("json_output", str, None), "--limit": ("limit", int, None),
+    "--top-k": ("generation.top_k", int, 0),
     "--top-p": ("generation.top_p", float, 1.0), "--seed": ("generation.seed", int, 0),
     "--compile": ("generation.compile", bool, False),
 }
