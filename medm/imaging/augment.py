@@ -1,7 +1,8 @@
 """Random changes of preprocessed pixels, for training only. The same for images and volumes.
 
-Works on the arrays that `load_pixels` gives, so that it can follow a cache; intensities are changed relative to the
-range of the array, whatever its normalization. Masks follow through the placement, which is that of the moved pixels.
+Works on the arrays that `load_pixels` gives, so that it can follow a cache; intensities are changed
+relative to the range of the array, whatever its normalization. Masks follow through the placement,
+which is that of the moved pixels.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ def augment(options: Augment, pixels: np.ndarray, rng: np.random.Generator) -> n
 
 
 def augment_prepared(options: Augment, prepared: Prepared, rng: np.random.Generator) -> Prepared:
-    """Return pixels changed as by `augment`, from the same random numbers, and the placement of the moved pixels.
+    """Return pixels changed as by `augment`, from the same random numbers, and their placement.
 
-    `placement.to_prepared(mask)` of the result gives a mask of the file the same rotation, size, shift and mirroring as
-    the pixels; for a mask that is on the prepared grid already, hand over `Placement.of_source` of that grid.
+    `placement.to_prepared(mask)` of the result gives a mask of the file the same rotation, size, shift
+    and mirroring as the pixels. For a mask that is on the prepared grid already, hand over pixels with
+    `Placement.of_source` of that grid.
     """
     motion = _draw_motion(options, prepared.pixels.shape[1:], rng)
     placement = prepared.placement
@@ -43,7 +45,7 @@ def augment_prepared(options: Augment, prepared: Prepared, rng: np.random.Genera
 
 @dataclass(frozen=True, slots=True)
 class _Motion:
-    """From voxels of the result to voxels of the source, both counted from the center, axes in array order."""
+    """From voxels of the result to voxels of the source, both counted from the center."""
 
     matrix: np.ndarray
     offset: np.ndarray
@@ -57,9 +59,8 @@ class _Motion:
     def theta(self) -> np.ndarray:
         """(dims, dims + 1) for `affine_grid`: from -1 to 1 along each axis, the last axis first."""
         sides, dims = self.sides, len(self.sides)
-        theta = np.concatenate(
-            [self.matrix * (sides[None, :] / sides[:, None]), (self.offset * 2 / sides)[:, None]], axis=1
-        )
+        linear = self.matrix * (sides[None, :] / sides[:, None])
+        theta = np.concatenate([linear, (self.offset * 2 / sides)[:, None]], axis=1)
         theta[:, :dims] = theta[::-1, :dims][:, ::-1].copy()
         theta[:, dims] = theta[::-1, dims].copy()
         return theta

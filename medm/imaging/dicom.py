@@ -290,7 +290,7 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
 
 
 def _check_no_image(found: _Found, name: str) -> None:
-    """Refuse what is an image by its class and holds no pixels; passed over, it would shorten a volume."""
+    """Refuse what is an image by its class and holds no pixels; skipped, it would shorten a volume."""
     uid = _pydicom().uid.UID(found.storage)
     known = uid in _pydicom().uid.UID_dictionary
     if "Image Storage" in uid.name or uid.name in _OTHER_IMAGES or (not known and "Rows" in found.dataset):

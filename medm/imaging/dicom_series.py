@@ -14,7 +14,7 @@ from medm.errors import MediaError
 from medm.imaging.arrays import compact
 from medm.imaging.dicom import MAX_FRAMES, Header, Plane, is_dicom, read_header, warn_not_applied
 from medm.imaging.dicom_pixels import read_pixels
-from medm.imaging.folders import refuse_lost_slice, report_passed_over
+from medm.imaging.folders import refuse_lost_slice, report_skipped
 from medm.imaging.geometry import Geometry, check_size, geometry_from_steps
 from medm.imaging.notices import warn_of_file
 
@@ -53,7 +53,7 @@ def read_dicom_folder(
     """One series of a folder (and the folders in it) as voxels (z, y, x).
 
     Args:
-        folder: holds DICOM files under any names. Other files and DICOM without images are passed over, named and
+        folder: holds DICOM files under any names. Other files and DICOM without images are skipped, named and
             counted; a file that could be a slice and is not DICOM is refused.
         name: the folder, for messages.
         series: SeriesNumber or SeriesInstanceUID of the wanted one.
@@ -119,10 +119,10 @@ def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
     suffixes = frozenset(header.path.suffix.lower() for header in headers) - {""}
     for path in foreign:
         refuse_lost_slice(path, name, expected="DICOM", suffixes=suffixes)
-    report_passed_over(name, foreign, expected="DICOM")
+    report_skipped(name, foreign, expected="DICOM")
     if without_image:
         logger.info(
-            "%s: %d DICOM files without an image (structure sets, reports or directories) are passed over: %s",
+            "%s: skipped DICOM without an image (%d; structure sets, reports or directories): %s",
             name, len(without_image), ", ".join(path.name for path in without_image[:10]),
         )  # fmt: skip
     return headers, len(without_image)

@@ -70,7 +70,7 @@ def refuse_lost_slice(path: Path, name: str, *, expected: str, suffixes: frozens
     )
 
 
-def report_passed_over(name: str, files: Sequence[Path], *, expected: str) -> None:
+def report_skipped(name: str, files: Sequence[Path], *, expected: str) -> None:
     """Name and count the files of a folder that were not read.
 
     Args:
@@ -81,11 +81,12 @@ def report_passed_over(name: str, files: Sequence[Path], *, expected: str) -> No
     if not files:
         return
     listing = ", ".join(path.name for path in files[:_NAMED]) + (", ..." if len(files) > _NAMED else "")
-    message = f"{name}: {len(files)} files are passed over, since they are no {expected}: {listing}"
+    skipped = "1 file is" if len(files) == 1 else f"{len(files)} files are"
+    message = f"{name}: {skipped} skipped; expected {expected}, found {listing}"
     if all(is_system_file(path) for path in files):
         logger.info("%s", message)
     else:
-        warn_of_file(logger, kind="passed over", file=name, message=message)
+        warn_of_file(logger, kind="skipped", file=name, message=message)
 
 
 def _is_text(head: bytes) -> bool:

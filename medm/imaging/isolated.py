@@ -1,4 +1,4 @@
-"""GDCM in a process of its own: what a stranger's compressed DICOM can crash, hang or bloat is not the one that trains.
+"""GDCM in a process of its own: what untrusted compressed DICOM can crash, hang or bloat is not the one that trains.
 
 GDCM's JPEG decoder writes out of bounds on damaged files, and its parser can be made to allocate without end. The child
 has a limit of memory, each request a limit of time; when it dies the request fails and the next one starts another.

@@ -1,11 +1,12 @@
 """Label maps: masks of an image or volume, read and written with their geometry.
 
-A label map holds a whole number for each voxel: 0 for the background, any other for a structure. Its
-grid is the grid of its image (`Placement.source_shape`).
+A label map holds a whole number for each voxel: 0 for the background, any other for a structure.
+Its grid is the grid of its image (`Placement.source_shape`).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from medm.imaging.nifti import write_nifti
 from medm.imaging.placement import Placement
 
 _TOLERANCE = 0.1
-"""Part of a voxel by which the corners of a mask and of its image may differ: headers are rounded."""
+"""Part of a voxel by which the corners of two grids may differ: headers are rounded."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +41,7 @@ def read_label_map(path: str | Path, placement: Placement) -> LabelMap:
         placement: of the image or volume, whose grid the labels have to fit.
 
     Raises:
-        MediaError: it cannot be read, its values are no labels, or its grid is another than that of its image.
+        MediaError: it cannot be read, its values are no labels, or its grid is not that of its image.
     """
     from medm.imaging.images import read_image
     from medm.imaging.volumes import read_volume
@@ -60,28 +61,27 @@ def check_geometry(labels: LabelMap, placement: Placement) -> None:
     """Check that a label map lies on the grid of its image.
 
     Raises:
-        MediaError: with both sizes, both orientations and spacings, or the distance between the two grids.
+        MediaError: with both sizes; or with both orientations, spacings and origins.
     """
     shape = placement.source_shape
     if labels.labels.shape != shape:
         found, expected = (" x ".join(map(str, sides)) for sides in (labels.labels.shape, shape))
         raise MediaError(
-            f"{labels.name}: a label map of {found} voxels for an image of {expected}; expected the same grid. "
-            "Resample the label map to its image"
+            f"{labels.name}: a label map of {found} voxels for an image of {expected}; expected the "
+            "same grid. Resample the label map to its image"
         )
     own, other = labels.geometry, placement.geometry
     if own is None or other is None:
         return
-    corners = np.stack(np.meshgrid(*[(0, side - 1) for side in shape], indexing="ij"), axis=-1).reshape(-1, 3)
+    corners = np.array(list(itertools.product(*[(0, side - 1) for side in shape])))
     places = [corners @ grid.steps.T + grid.origin for grid in (own, other)]
     distance = float(np.linalg.norm(places[0] - places[1], axis=1).max())
     allowed = _TOLERANCE * float(other.spacing.min())
     if distance > allowed:
         raise MediaError(
-            f"{labels.name}: a label map with axes {own.axes}, voxels of {join_numbers(own.spacing)} mm and origin "
-            f"{join_numbers(own.origin)} for an image with axes {other.axes}, voxels of {join_numbers(other.spacing)} "
-            f"mm and origin {join_numbers(other.origin)}; their corners are up to {distance:.3g} mm apart, expected at "
-            f"most {allowed:.3g}. Resample the label map to its image"
+            f"{labels.name}: a label map with {_described(own)} for an image with {_described(other)}; "
+            f"their corners are up to {distance:.3g} mm apart, expected at most {allowed:.3g}. "
+            "Resample the label map to its image"
         )
 
 
@@ -104,6 +104,11 @@ def write_label_map(path: str | Path, labels: np.ndarray, placement: Placement) 
     write_nifti(Path(path), _whole_numbers(labels, name), placement.geometry)
 
 
+def _described(grid: Geometry) -> str:
+    """A grid for a message."""
+    return f"axes {grid.axes}, voxels of {join_numbers(grid.spacing)} mm and origin {join_numbers(grid.origin)}"
+
+
 def _single_channel(pixels: np.ndarray, name: str) -> np.ndarray:
     if pixels.ndim == 2:
         return pixels
@@ -113,8 +118,9 @@ def _single_channel(pixels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _whole_numbers(labels: np.ndarray, name: str) -> np.ndarray:
-    """Labels in the smallest unsigned type that holds them. Raises `MediaError` for other numbers."""
+    """Labels in the smallest unsigned type that holds them. Raises `MediaError` for others."""
     low, high = labels.min(), labels.max()
-    if low < 0 or high >= 2**32 or (labels.dtype.kind == "f" and (labels != np.floor(labels)).any()):
+    fractions = labels.dtype.kind == "f" and (labels != np.floor(labels)).any()
+    if low < 0 or high >= 2**32 or fractions:
         raise MediaError(f"{name}: values {low:g}..{high:g} are no labels; expected whole numbers from 0 on")
     return labels.astype(np.min_scalar_type(int(high)))

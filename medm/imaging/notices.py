@@ -23,16 +23,16 @@ class Notice:
     """For people; names the file and the numbers."""
 
 
-_said: set[str] = set()
+_logged: set[str] = set()
 """Topics, and kinds with their files, that were logged."""
 _collector: ContextVar[list[Notice] | None] = ContextVar("collector", default=None)
 
 
 def warn_once(logger: logging.Logger, topic: str, message: str) -> None:
     """Log the first message of a topic in this process."""
-    if topic not in _said:
-        _said.add(topic)
-        logger.warning("%s (said once; other files may be alike)", message)
+    if topic not in _logged:
+        _logged.add(topic)
+        logger.warning("%s (reported once; other files may be alike)", message)
 
 
 def warn_of_file(logger: logging.Logger, *, kind: str, file: str, message: str) -> None:
@@ -45,10 +45,10 @@ def warn_of_file(logger: logging.Logger, *, kind: str, file: str, message: str) 
         collector.append(Notice(kind, file, message))
         return
     topic = f"{kind}\0{file}"
-    named = sum(other.startswith(f"{kind}\0") for other in _said)
-    if topic in _said or named > MAX_NAMED:
+    named = sum(other.startswith(f"{kind}\0") for other in _logged)
+    if topic in _logged or named > MAX_NAMED:
         return
-    _said.add(topic)
+    _logged.add(topic)
     if named < MAX_NAMED:
         logger.warning("%s", message)
     else:

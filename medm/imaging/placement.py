@@ -1,8 +1,8 @@
 """Placement of prepared pixels in the file they come from: masks and points in either grid.
 
-Every step of the preprocessing that moves pixels (reorientation, resampling, crop, padding, resizing)
-is an affine map of indices. A placement is their product, so that a mask is resampled once, whatever
-the number of steps.
+Every step of the preprocessing that moves pixels (reorientation, resampling, crop, padding,
+resizing) is an affine map of indices. A placement is their product, so that a mask is resampled
+once, whatever the number of steps.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Rows: TypeAlias = tuple[tuple[float, ...], ...]
 """An affine map (dims, dims + 1): a matrix, and in the last column an offset."""
 
 _ROUNDING = 1e-6
-"""Part of a voxel below which a difference is the rounding of headers and of floating-point numbers."""
+"""Part of a voxel below which a difference is the rounding of floating-point numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a prepared grid lies in the grid of its file.
 
-    Both grids are in the order of the reader's array: (rows, columns) of an image, upright as its EXIF
-    orientation says; (slices, rows, columns) of a volume. The axes of NIfTI, NRRD and MetaImage files,
-    which name the fastest one first, are reversed. A DICOM series has its slices in the order of their
-    positions along the normal of the slices. A whole index is the center of a voxel; its faces lie half
-    a voxel to either side.
+    Both grids are in the order of the reader's array: (rows, columns) of an image, upright as its
+    EXIF orientation says; (slices, rows, columns) of a volume. The axes of NIfTI, NRRD and MetaImage
+    files, which name the fastest one first, are reversed. A DICOM series has its slices in the order
+    of their positions along the normal of the slices. A whole index is the center of a voxel; its
+    faces lie half a voxel to either side.
     """
 
     source_shape: tuple[int, ...]
@@ -58,15 +58,18 @@ class Placement:
             if rows is None:
                 continue
             if len(rows) != dims or any(len(row) != dims + 1 for row in rows):
-                raise ValueError(f"placement: {name}: expected {dims} rows of {dims + 1} numbers, found {rows}")
-            if not all(map(math.isfinite, itertools.chain(*rows))):
-                raise ValueError(f"placement: {name}: expected finite numbers, found {rows}")
-            if np.linalg.matrix_rank(np.asarray(rows)[:, :dims]) < dims:
-                raise ValueError(f"placement: {name}: expected a map that can be inverted, found {rows}")
+                expected = f"{dims} rows of {dims + 1} numbers"
+            elif not all(map(math.isfinite, itertools.chain(*rows))):
+                expected = "finite numbers"
+            elif np.linalg.matrix_rank(np.asarray(rows)[:, :dims]) < dims:
+                expected = "a map that can be inverted"
+            else:
+                continue
+            raise ValueError(f"placement: {name}: expected {expected}, found {rows}")
 
     @classmethod
     def of_source(cls, shape: Sequence[int], geometry: Geometry | None = None) -> Placement:
-        """Return the placement of a file's own grid, from which each step of the preprocessing departs."""
+        """Return the placement of a file's own grid, before any step of the preprocessing."""
         own = tuple(int(length) for length in shape)
         identity = np.eye(len(own), len(own) + 1)
         affine = None if geometry is None else _rows(geometry.steps, geometry.origin)
@@ -95,10 +98,10 @@ class Placement:
         spacing = np.linalg.norm(steps, axis=0)
         return Geometry(spacing, steps / spacing, origin)
 
-    # Steps of the preprocessing. Each returns the placement of the grid that the step makes of this one.
+    # Steps of the preprocessing: the placement of the grid that a step makes of this one.
 
     def permuted(self, order: Sequence[int]) -> Placement:
-        """Return the placement after a transposition: axis i of the result is axis `order[i]` of this grid."""
+        """Return the placement after a transposition to the axes `order` of this grid."""
         matrix = np.eye(len(order))[:, list(order)]
         return self.sampled(matrix, np.zeros(len(order)), [self.shape[axis] for axis in order])
 
@@ -109,7 +112,7 @@ class Placement:
         return self.sampled(matrix, offset, self.shape)
 
     def boxed(self, starts: Sequence[int], shape: Sequence[int]) -> Placement:
-        """Return the placement of a box of this grid. It crops, and pads where it reaches beyond the grid.
+        """Return the placement of a box of this grid: cropped, and padded where it reaches beyond.
 
         Args:
             starts: the first index of the box along each axis; negative where it is padded.
@@ -118,12 +121,12 @@ class Placement:
         return self.sampled(np.eye(len(self.shape)), np.asarray(starts, dtype=np.float64), shape)
 
     def resized(self, shape: Sequence[int]) -> Placement:
-        """Return the placement after resizing; the outer faces of the outer voxels stay where they are."""
+        """Return the placement after resizing; the faces of the grid stay where they are."""
         scale = np.asarray(self.shape, dtype=np.float64) / np.asarray(shape)
         return self.sampled(np.diag(scale), (scale - 1) / 2, shape)
 
     def sampled(self, matrix: np.ndarray, offset: np.ndarray, shape: Sequence[int]) -> Placement:
-        """Return the placement of a grid whose index i lies at `matrix @ i + offset` of this one."""
+        """Return the placement of a grid whose index i is `matrix @ i + offset` of this one."""
         own, start = _split(self.matrix)
         return Placement(
             self.source_shape, tuple(int(length) for length in shape),
@@ -156,7 +159,8 @@ class Placement:
 
         Args:
             mask: (..., *shape); leading axes are masks of their own.
-            interpolation: "nearest" for labels, whose type is kept; "linear" for soft maps, which become float32.
+            interpolation: "nearest" for labels, whose type is kept; "linear" for soft maps, which
+                become float32.
             fill: value of what the prepared grid does not show (cropped away).
 
         Raises:
@@ -195,7 +199,7 @@ _ADAPTER = TypeAdapter(Placement)
 
 
 def _rows(matrix: np.ndarray, offset: np.ndarray) -> Rows:
-    """An affine map as plain numbers. Adding 0 turns -0 into 0, so that equal maps are written alike."""
+    """An affine map as plain numbers. Adding 0 turns -0 into 0: equal maps are written alike."""
     return tuple(tuple(row) for row in (np.column_stack([matrix, offset]) + 0.0).tolist())
 
 
@@ -212,7 +216,7 @@ def _inverse(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _aligned(matrix: np.ndarray, shape: Sequence[int]) -> list[int] | None:
-    """For each axis of the values the axis of the result that it follows; None where the grids are turned."""
+    """For each axis of the values the axis of the result along it; None for turned grids."""
     used = np.abs(matrix) * np.asarray(shape) > _ROUNDING
     if (used.sum(axis=0) == 1).all() and (used.sum(axis=1) == 1).all():
         return used.argmax(axis=1).tolist()
@@ -222,7 +226,7 @@ def _aligned(matrix: np.ndarray, shape: Sequence[int]) -> list[int] | None:
 def _sample(
     values: np.ndarray, matrix: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], *, fill: float
 ) -> np.ndarray:
-    """Values (..., *grid) at `matrix @ i + offset` for every index i of a grid of `shape`, by the nearest voxel."""
+    """Values (..., *grid) at `matrix @ i + offset` for every index i of `shape`, by the nearest voxel."""
     lead, sides = values.shape[: -len(shape)], values.shape[-len(shape) :]
     flat = values.reshape(-1, *sides)
     axes = _aligned(matrix, shape)
@@ -235,7 +239,8 @@ def _sample(
             cells = np.ravel_multi_index(tuple(nearest[:, inside]), sides)
             result[:, index, inside] = table[:, cells]
         return result.reshape(*lead, *shape)
-    lines = [_nearest(matrix[axis, along] * np.arange(shape[along]) + offset[axis]) for axis, along in enumerate(axes)]
+    steps = [matrix[axis, along] * np.arange(shape[along]) for axis, along in enumerate(axes)]
+    lines = [_nearest(step + start) for step, start in zip(steps, offset, strict=True)]
     clipped = [line.clip(0, side - 1) for line, side in zip(lines, sides, strict=True)]
     result = flat[np.ix_(np.arange(len(flat)), *clipped)]
     for axis, (line, side) in enumerate(zip(lines, sides, strict=True)):
@@ -249,7 +254,7 @@ def _sample(
 def _interpolate(
     values: np.ndarray, matrix: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], *, fill: float
 ) -> np.ndarray:
-    """As `_sample`, linear between the centers of voxels; beyond the outer centers their values continue."""
+    """As `_sample`, linear between centers of voxels; beyond the outer ones their values continue."""
     lead, sides = values.shape[: -len(shape)], values.shape[-len(shape) :]
     table = values.reshape(-1, math.prod(sides)).astype(np.float32)
     last = np.asarray(sides)[:, None] - 1
@@ -269,7 +274,7 @@ def _interpolate(
 
 
 def _places(matrix: np.ndarray, offset: np.ndarray, shape: Sequence[int]) -> Iterator[np.ndarray]:
-    """`matrix @ i + offset`, [dims, prod(shape[1:])], by first index: all at once take too much memory."""
+    """`matrix @ i + offset`, [dims, prod(shape[1:])], by first index: all take too much memory."""
     plane = np.indices(shape[1:]).reshape(len(shape) - 1, -1)
     within = matrix[:, 1:] @ plane + offset[:, None]
     for index in range(shape[0]):
@@ -277,5 +282,5 @@ def _places(matrix: np.ndarray, offset: np.ndarray, shape: Sequence[int]) -> Ite
 
 
 def _nearest(places: np.ndarray) -> np.ndarray:
-    """Whole indices; a place halfway between two voxels belongs to the later one, rounding or not."""
+    """Whole indices; a place halfway between two voxels belongs to the later one."""
     return np.floor(places + 0.5 + _ROUNDING).astype(np.int64)

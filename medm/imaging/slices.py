@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from medm.errors import MediaError
-from medm.imaging.folders import is_system_file, refuse_lost_slice, report_passed_over
+from medm.imaging.folders import is_system_file, refuse_lost_slice, report_skipped
 from medm.imaging.geometry import check_size
 from medm.imaging.images import check_image, read_image
 
@@ -35,7 +35,7 @@ def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
     if not files:
         found = f"; found {', '.join(path.name for path in others[:5])}" if others else ""
         raise MediaError(f"{name}: the folder holds neither DICOM files nor slice images{found}")
-    report_passed_over(name, others, expected="slice images")
+    report_skipped(name, others, expected="slice images")
     numbered: dict[int, Path] = {}
     for path in files:
         numbers = re.findall(r"\d+", path.stem)

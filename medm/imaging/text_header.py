@@ -1,4 +1,4 @@
-"""Volumes of a text header and voxels behind it or in a file beside it: what NRRD and MetaImage share."""
+"""Volumes of a text header and voxels behind it or in a file beside it: NRRD and MetaImage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TextHeaderFormat:
-    """A format by the functions that read its header. Each raises `MediaError` with the file's name."""
+    """A format by the functions that read its header; each raises `MediaError`."""
 
     fields: Callable[[BinaryIO, str], Fields]
     """The fields of the header, from the opened file, which is left at the first byte behind it."""

@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def fresh_notices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medm.imaging.notices._said", set())
+    monkeypatch.setattr("medm.imaging.notices._logged", set())

@@ -1063,7 +1063,7 @@ def test_resampling_is_bounded(tmp_path: Path) -> None:
 def test_a_constant_volume_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medm.imaging.notices._said", set())
+    monkeypatch.setattr("medm.imaging.notices._logged", set())
     np.save(tmp_path / "a.npy", np.full((4, 4, 4), 7, dtype=np.int16))
     pixels = load_pixels(tmp_path / "a.npy", VolumePreprocess(scale="minmax", size=[2, 2, 2]))
     np.testing.assert_array_equal(pixels, np.zeros((1, 2, 2, 2)))
@@ -1087,7 +1087,7 @@ def test_values_unlike_the_declared_scale_warn_with_numbers(
     tmp_path: Path, scale: Any, values: list[int], said: str | None, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("medm.imaging.notices._said", {"no direction"})
+    monkeypatch.setattr("medm.imaging.notices._logged", {"no direction"})
     np.save(tmp_path / "a.npy", np.linspace(*values, 27).reshape(3, 3, 3).astype(np.float32))
     load_pixels(tmp_path / "a.npy", VolumePreprocess(scale=scale, size=[2, 2, 2]))
     assert (said in caplog.text) if said else not caplog.text
@@ -1096,7 +1096,7 @@ def test_values_unlike_the_declared_scale_warn_with_numbers(
 def test_a_file_without_direction_is_kept_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medm.imaging.notices._said", set())
+    monkeypatch.setattr("medm.imaging.notices._logged", set())
     data = nifti(tmp_path)
     struct.pack_into("<2h", data, 252, 0, 0)
     path = written(tmp_path / "a.nii", data)

@@ -169,17 +169,15 @@ def test_other_files_are_passed_over_and_counted(tmp_path: Path, caplog: pytest.
     shutil.copy(write_report(tmp_path / "sr", "1.2.840.10008.5.1.4.1.1.88.22", "SR"), folder / "DICOMDIR")
     with caplog.at_level(logging.INFO), collected() as notices:
         assert read_volume(folder).voxels.shape[0] == 4
-    assert "6 files are passed over, since they are no DICOM: " in caplog.text
-    assert (
-        "1 DICOM files without an image (structure sets, reports or directories) are passed over: DICOM" in caplog.text
-    )
+    assert "6 files are skipped; expected DICOM, found " in caplog.text
+    assert "skipped DICOM without an image (1; structure sets, reports or directories): DICOM" in caplog.text
     assert not notices
     (folder / "README").write_text("Exported on a CD.")
     Image.new("L", (4, 4)).save(folder / "key.png")
     with collected() as notices:
         assert read_volume(folder).voxels.shape[0] == 4
-    assert [notice.kind for notice in notices] == ["passed over"]
-    assert "8 files are passed over" in notices[0].message
+    assert [notice.kind for notice in notices] == ["skipped"]
+    assert "8 files are skipped" in notices[0].message
     assert "key.png" in notices[0].message
 
 
@@ -190,7 +188,7 @@ def test_other_files_beside_slice_images(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("Slices.")
     with collected() as notices:
         assert read_volume(tmp_path).voxels.shape == (3, 4, 5)
-    assert "2 files are passed over, since they are no slice images: README, labels.csv" in notices[0].message
+    assert "2 files are skipped; expected slice images, found README, labels.csv" in notices[0].message
     for name, data, reason in (
         ("3.webp", b"RIFF\0\0\0\0WEBP", "3.webp could be a slice, but .webp is not read; convert it"),
         ("3.jp2", b"\0\0\0\x0cjP  ", "3.jp2 could be a slice, but .jp2 is not read"),

@@ -257,7 +257,7 @@ def test_windows_that_cannot_be_applied_are_named(
     tmp_path: Path, center: float, width: float | None, function: str, reason: str, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("medm.imaging.notices._said", set())
+    monkeypatch.setattr("medm.imaging.notices._logged", set())
 
     def change(dataset: Dataset) -> None:
         dataset.WindowCenter, dataset.WindowWidth, dataset.VOILUTFunction = center, width, function
@@ -367,7 +367,7 @@ def not_applied(element: str) -> Callable[[Dataset], None]:
 def test_what_is_not_applied_is_named(
     tmp_path: Path, element: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medm.imaging.notices._said", set())
+    monkeypatch.setattr("medm.imaging.notices._logged", set())
     read_image(cr(tmp_path / "a.dcm", not_applied(element)))
     assert f"a.dcm: DICOM {element} is not applied" in caplog.text
 

@@ -100,7 +100,7 @@ def test_16_bits_are_windowed_and_not_clipped(form: str) -> None:
 
 
 def test_a_dark_16_bit_image_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medm.imaging.notices._said", set())
+    monkeypatch.setattr("medm.imaging.notices._logged", set())
     decoded = read_image(saved(Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))), name="x.png")
     prepare_image(ImagePreprocess(window=[0, 65535.5]), decoded)
     assert "x.png: values 0..4095 are almost one shade in the window 0..65535.5" in caplog.text
