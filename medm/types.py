@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, get_args
@@ -77,6 +77,11 @@ def parse_view(name: str) -> View:
     return View(kind, found["variant"])
 
 
+def views_of(kind: str, names: Iterable[str]) -> list[str]:
+    """Return the names of all views of a kind of file, in their order."""
+    return [name for name in names if name.partition("@")[0] == kind]
+
+
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
 PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings"]
@@ -88,7 +93,7 @@ class Media:
     """A place in a turn where an image or a volume stands."""
 
     branch: str
-    """Name of the model branch that reads it: "image" or "volume" in the shipped recipes."""
+    """Kind of file, "image" or "volume". Every view of the kind that a model has reads it."""
     path: str | None = None
     """File relative to the data root; None when the caller hands over the pixels."""
 
@@ -214,7 +219,7 @@ class Processor(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
     preprocess: dict[str, Any]
-    """Per branch what is done to the pixels (`medm.imaging.Preprocess`)."""
+    """Per view what is done to the pixels (`medm.imaging.Preprocess`)."""
     placeholder_ids: dict[str, int]
     """Per branch the token that stands for one vision token."""
 

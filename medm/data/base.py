@@ -27,7 +27,7 @@ class HasPreprocess(Protocol):
 
     @property
     def preprocess(self) -> Mapping[str, Preprocess]:
-        """Preprocessing of the pixels by branch; its keys are the branches of the model."""
+        """Preprocessing of the pixels by view (`medm.types.View`): "image", "volume", "image@sam2"."""
         ...
 
 
@@ -84,7 +84,7 @@ class Pipeline(ABC, Generic[S, E, P]):
 
     @property
     def preprocess(self) -> Mapping[str, Preprocess]:
-        """Preprocessing of the pixels by branch."""
+        """Preprocessing of the pixels by view."""
         return self.processor.preprocess
 
     def with_processor(self, processor: P) -> Self:
@@ -175,5 +175,6 @@ AnyPipeline: TypeAlias = Pipeline[Any, Any, Any]
 
 
 def missing_branch(branch: str, known: Collection[str]) -> str:
-    """Return why a record's image or volume cannot be used by this model."""
-    return f"the model takes no {branch}s; it takes {' and '.join(f'{name}s' for name in sorted(known)) or 'text only'}"
+    """Return why a record's image or volume cannot be used by this model, which has some views."""
+    kinds = sorted({name.partition("@")[0] for name in known})
+    return f"the model takes no {branch}s; it takes {' and '.join(f'{kind}s' for kind in kinds) or 'text only'}"

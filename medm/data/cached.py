@@ -19,6 +19,7 @@ from medm.errors import DataError
 from medm.imaging import Preprocess, load_pixels
 from medm.imaging.notices import Notice, collected
 from medm.stopping import ignore_stops
+from medm.types import views_of
 
 MAX_KEPT = 1000
 """So many problems are kept with their place and reason; the rest are counted."""
@@ -71,7 +72,7 @@ class _Place:
     """A file, and where it is named first."""
 
     path: Path
-    branch: str
+    view: str
     records: Records
     index: int
     media: int
@@ -115,7 +116,7 @@ def fill(
 
     Args:
         data: whose files are loaded; a file that several records name is loaded once.
-        preprocess: the branches whose files are loaded, and how they are prepared.
+        preprocess: the views whose files are loaded, and how they are prepared.
         load: `load` of a cache.
         workers: processes; 0 for this one.
         start: how they begin ("spawn" where they use a GPU); the system's way without it.
@@ -123,7 +124,7 @@ def fill(
     """
     filled = Filled()
     places = list(_places(data, preprocess, filled))
-    files = [(place.path, preprocess[place.branch]) for place in places]
+    files = [(place.path, preprocess[place.view]) for place in places]
     # batch_size None: one file at a time and in order, so that a reason belongs to its place.
     loading = DataLoader(
         _Loading(files, load), batch_size=None, num_workers=workers,
@@ -148,11 +149,10 @@ def _places(data: Sequence[Records], preprocess: Mapping[str, Preprocess], fille
             try:
                 with records.placed(index):
                     for number, media in enumerate(records[index].media):
-                        if media.branch not in preprocess:
-                            continue
-                        path = records.media_path(index, media)
-                        if (media.branch, path) not in seen:
-                            seen.add((media.branch, path))
-                            yield _Place(path, media.branch, records, index, number)
+                        for view in views_of(media.branch, preprocess):
+                            path = records.media_path(index, media)
+                            if (view, path) not in seen:
+                                seen.add((view, path))
+                                yield _Place(path, view, records, index, number)
             except DataError as error:
                 filled.note(error)

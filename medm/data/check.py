@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +27,10 @@ from medm.imaging import Preprocess, VolumePreprocess
 from medm.imaging.notices import Notice, collected
 from medm.imaging.paths import MissingFileError
 from medm.imaging.probe import probe
+from medm.types import parse_view
 
 MAX_KEPT = 1000
 """So many bad records are kept with their place and reason; the rest are counted."""
-
-
-_KINDS: dict[str, Literal["image", "volume"]] = {"image": "image", "volume": "volume"}
-"""What the branches that records name are, where no model says more."""
 
 
 @dataclass(slots=True)
@@ -187,18 +184,18 @@ class _Checker:
         self.report.media.update(media.branch for media in sample.media)
         self.report.tasks[sample.task or ""] += 1
 
-    def _blank(self, path: Path, branch: str) -> np.ndarray:
-        """Check a file, once for each branch that reads it, and return blank pixels in its place."""
-        preprocess = self.pipeline.preprocess[branch] if self.pipeline.makes_examples else None
+    def _blank(self, path: Path, view: str) -> np.ndarray:
+        """Check a file, once for each view that reads it, and return blank pixels in its place."""
+        preprocess = self.pipeline.preprocess[view] if self.pipeline.makes_examples else None
         self.report.found_files[self.source] += 1
-        key = path, branch
+        key = path, view
         if key not in self.seen_files:
             self.seen_files[key] = None
             try:
                 with collected() as notices:
                     probe(
                         path,
-                        kind=_KINDS[branch] if preprocess is None else preprocess.kind,
+                        kind=parse_view(view).kind if preprocess is None else preprocess.kind,
                         decode=self.decode,
                         series=preprocess.series if isinstance(preprocess, VolumePreprocess) else "only",
                         preprocess=preprocess,

@@ -16,7 +16,7 @@ from medm.data.files import RecordFile
 from medm.data.options import SourceOptions
 from medm.errors import DataError
 from medm.imaging import resolve_inside
-from medm.types import Media
+from medm.types import Media, views_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,24 +93,32 @@ class Records(Sequence[S], Generic[S, E]):
         return self.pipeline.media_field(self.files[source][position], media_index)
 
     def load_media(self, index: int, sample: S, load: Callable[[Path, str], np.ndarray]) -> dict[str, list[np.ndarray]]:
-        """Load every image and volume of record `index`: by branch, in the order of the sample's `media`.
+        """Load every image and volume of record `index`: by view, in the order of the sample's `media`.
 
         Args:
             index: the record.
             sample: what it was read to.
-            load: a file and the branch that reads it to an array.
+            load: a file and one of the views that read it to an array.
 
         Raises:
-            DataError: with file, index and field; also for a branch that the model does not have.
+            DataError: with file, index and field; also for a kind of file of which the model has no view.
         """
         pixels: dict[str, list[np.ndarray]] = {}
         with self.placed(index):
             for number, media in enumerate(sample.media):
                 try:
-                    if self.pipeline.makes_examples and media.branch not in self.pipeline.preprocess:
-                        raise DataError(missing_branch(media.branch, self.pipeline.preprocess))
-                    array = load(self.media_path(index, media), media.branch)
+                    for view in self._views(media.branch):
+                        array = load(self.media_path(index, media), view)
+                        pixels.setdefault(view, []).append(array)
                 except DataError as error:
                     raise error.at(field=self.media_field(index, number)) from None
-                pixels.setdefault(media.branch, []).append(array)
         return pixels
+
+    def _views(self, kind: str) -> list[str]:
+        """The views that read a kind of file; the kind itself where no model says more."""
+        if not self.pipeline.makes_examples:
+            return [kind]
+        views = views_of(kind, self.pipeline.preprocess)
+        if not views:
+            raise DataError(missing_branch(kind, self.pipeline.preprocess))
+        return views

@@ -21,7 +21,7 @@ from medm.errors import DataError, MediaError, MedmError, machine_fault
 from medm.imaging import Preprocess, fingerprint, prepare
 from medm.imaging.placement import Prepared
 from medm.models.base import MedmModel
-from medm.types import VisionBranch
+from medm.types import VisionBranch, parse_view
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +94,12 @@ def encoder_fingerprint(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _files(records: Records, branch: str) -> Iterator[Path]:
-    """Files of one branch; records that are bad are the data's business, and are passed over here."""
+def _files(records: Records, view: str) -> Iterator[Path]:
+    """Files that one view reads; bad records are left out, as the dataset reports them."""
     for index in range(len(records)):
         try:
             for media in records[index].media:
-                if media.branch == branch:
+                if media.branch == parse_view(view).kind:
                     yield records.media_path(index, media)
         except DataError as error:
             logger.debug("no features for %s", error)

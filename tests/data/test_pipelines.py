@@ -24,7 +24,7 @@ from medm.data.options import CacheOptions, DataOptions, SourceOptions
 from medm.data.pipelines import PIPELINES, pipeline_for
 from medm.data.records import Records
 from medm.errors import DataError, RecipeError, UnknownNameError
-from medm.imaging import Augment, prepare
+from medm.imaging import Augment, ImagePreprocess, VolumePreprocess, prepare
 from medm.types import IGNORE_INDEX, Example
 from tests.data.pairs import load, pair, pairs, processor
 from tests.data.tiny import conversations, record, write_image, write_lines
@@ -218,3 +218,52 @@ def test_labels_are_the_conversations_own_business(tmp_path: Path) -> None:
     data = source(tmp_path, record("q", "A"))
     (sample,) = Records([data], conversations())
     assert sample.turns[-1].text == "A"
+
+
+# -- views -------------------------------------------------------------------------------------------------------------
+
+VIEWS = {"image": ImagePreprocess(size=[4, 4]), "image@sam2": ImagePreprocess(size=[8, 6], fit="pad")}
+
+
+def test_every_view_of_a_kind_of_file_gets_its_pixels(tmp_path: Path) -> None:
+    """One file, two preprocessings: in the dataset, the check, the cache that is filled, and a batch."""
+    data = source(tmp_path, pair("a.png"), pair("b.png"), pair("gone.png"))
+    pipeline = load(tmp_path)(processor(VIEWS))
+    records = Records([data], pipeline)
+    dataset = ExampleDataset(records, bad_records="skip")
+    examples = [example for example in (dataset[0], dataset[1]) if example is not None]
+    for example, name in zip(examples, ("a.png", "b.png"), strict=True):
+        for view, preprocess in VIEWS.items():
+            (pixels,) = example.pixels[view]
+            np.testing.assert_array_equal(pixels, prepare(tmp_path / name, preprocess).pixels)
+    batch = pipeline.training_collator(DataOptions())(examples)
+    assert {view: tuple(pixels.shape) for view, pixels in batch["pixels"].items()} == {
+        "image": (2, 3, 4, 4), "image@sam2": (2, 3, 8, 6),
+    }  # fmt: skip
+    for decode in (False, True):
+        report = check([data], pipeline, decode=decode)
+        assert report.num_bad == 1
+        assert report.media == {"image": 2}
+    filled = fill([records], VIEWS, loader(CacheOptions(dir=str(tmp_path / "cache"), branches=["image"])))
+    assert (filled.files, filled.num_bad) == (4, 1)
+
+
+def test_a_view_can_stand_alone_and_other_kinds_are_refused_by_kind(tmp_path: Path) -> None:
+    alone = load(tmp_path)(processor({"image@sam2": VIEWS["image@sam2"]}))
+    data = source(tmp_path, pair("a.png"))
+    example = ExampleDataset(Records([data], alone))[0]
+    assert example is not None and list(example.pixels) == ["image@sam2"]
+    volumes = load(tmp_path)(processor({"volume": VolumePreprocess(), "volume@coarse": VolumePreprocess()}))
+    with pytest.raises(DataError, match=r"record 0, field 'image': the model takes no images; it takes volumes$"):
+        ExampleDataset(Records([data], volumes))[0]
+
+
+def test_augmentation_of_one_view_leaves_the_other(tmp_path: Path) -> None:
+    data = source(tmp_path, pair("grey.png"))
+    Image.linear_gradient("L").save(tmp_path / "grey.png")
+    records = Records([data], load(tmp_path)(processor(VIEWS)))
+    plain = ExampleDataset(records)[0]
+    changed = ExampleDataset(records, augmentation={"image@sam2": Augment(brightness=0.5)}, seed=3)[0]
+    assert plain is not None and changed is not None
+    np.testing.assert_array_equal(plain.pixels["image"][0], changed.pixels["image"][0])
+    assert not np.array_equal(plain.pixels["image@sam2"][0], changed.pixels["image@sam2"][0])
