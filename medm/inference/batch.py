@@ -105,11 +105,23 @@ class _Counter:
             self.report(sum(self.done.values()), self.total, sum(self.errors.values()))
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a process of a run opens once: everything but the weights."""
+
+    options: InferOptions
+    device: torch.device
+    processor: Processor
+    context: int | None
+    """Longest prompt in tokens; None for no limit."""
+    records: Records
+
+
 def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSummary | None:
-    """Answer every record of an annotation file.
+    """Generate a reply to every record of an annotation file.
 
     Args:
-        options: see there.
+        options: of the run.
         progress: told how far the run is.
 
     Returns:
@@ -124,8 +136,9 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
         MedmError: another run writes to the output, or a process ended before its work was done.
     """
     started = time.monotonic()
-    check(options)
-    records = open_records(options)
+    check_files(options)
+    job = _open_job(options)
+    records = job.records
     results = Results(Path(options.output), run_settings(options), options.model_dump(include=_NOTED))
     with _launched() as (rank, world), results.held() if rank == 0 else nullcontext():
         if rank == 0:
@@ -134,11 +147,11 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
         before = [index for index, line in results.done().items() if "reply" in line and index < len(records)]
         counter = _Counter(len(records) - len(before), progress if rank == 0 else None)
         if world > 1:
-            _answer_share(options, rank, world, lambda done, errors: counter.note(rank, done, errors))
+            _generate_shard(job, rank, world, lambda done, errors: counter.note(rank, done, errors))
         elif options.processes > 1 and counter.total > 0:
-            _answer_in_processes(options, counter)
+            _generate_in_processes(options, counter)
         elif counter.total > 0:
-            _answer_share(options, 0, 1, lambda done, errors: counter.note(0, done, errors))
+            _generate_shard(job, 0, 1, lambda done, errors: counter.note(0, done, errors))
         _wait_for_all(world)
         if rank > 0:
             return None
@@ -157,25 +170,38 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
     )
 
 
-def check(options: InferOptions) -> None:
-    """Refuse what cannot work before any weight is read.
+def _open_job(options: InferOptions) -> _Job:
+    """Open all that a run reads, and refuse what cannot work before any weight is read.
 
     Raises:
         DeviceError: the device is not there.
         CheckpointError: there is no model that medm saved.
-        RecipeError: it gives no text, its chat template is broken, its context leaves no room for a prompt, or two
-            files are one.
+        RecipeError: it gives no text, its chat template is broken, or its context leaves no room for a prompt.
+        DataError: the annotation file as a whole cannot be read.
+    """
+    device = pick_device(options.device)
+    config = load_config(options.model)
+    kind = kind_of_config(config)
+    gives = kind.gives(config)
+    if "text" not in gives:
+        raise RecipeError(f"medm infer writes text; model {options.model} gives {' and '.join(sorted(gives))}")
+    context = _context(config, options)
+    processor = load_processor(options.model)
+    with suppress(DataError):  # a template may want more than a question; a broken one raises another error
+        processor.encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
+    source = SourceOptions(path=options.data, root=options.root, limit=options.limit)
+    records = Records([source], pipeline_for(kind, inference=True))
+    return _Job(options, device, processor, context, records)
+
+
+def check_files(options: InferOptions) -> None:
+    """Refuse files that cannot be used.
+
+    Raises:
+        RecipeError: two of them are one.
         DataError: the folder of images and volumes is not there.
         OSError: the output or the JSON cannot be written.
     """
-    pick_device(options.device)
-    config = load_config(options.model)
-    gives = kind_of_config(config).gives(config)
-    if "text" not in gives:
-        raise RecipeError(f"medm infer writes text; model {options.model} gives {' and '.join(sorted(gives))}")
-    _context(config, options)
-    with suppress(DataError):  # a template may want more than a question; a broken one raises another error
-        load_processor(options.model).encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
     _require_different_files(options)
     if options.root is not None and not Path(options.root).is_dir():
         raise DataError(f"root {options.root}: no such folder; expected the folder of images and volumes")
@@ -213,30 +239,24 @@ def run_settings(options: InferOptions) -> dict[str, Any]:
     }
 
 
-def open_records(options: InferOptions) -> Records:
-    """The records that are to be answered, as the kind of the model reads them."""
-    source = SourceOptions(path=options.data, root=options.root, limit=options.limit)
-    return Records([source], pipeline_for(kind_of_config(load_config(options.model)), inference=True))
-
-
-def _answer_share(options: InferOptions, rank: int, world: int, note: Callable[[int, int], None]) -> None:
-    """Answer this process's share of the records that have no reply yet.
+def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int], None]) -> None:
+    """Generate replies to this rank's shard of the records that have none yet.
 
     Records that were never tried come first. Those that failed, in this run or earlier ones, are tried at the end:
     their files may be there again.
     """
     _stop_with_parent()
-    results = Results(Path(options.output), {})
+    results = Results(Path(job.options.output), {})
     with results.append(rank=rank, world=world) as appender:
-        records, processor = open_records(options), load_processor(options.model)
-        shard = shard_indices(order_by_length(records, processor.num_tokens), rank=rank, world=world).tolist()
+        order = order_by_length(job.records, job.processor.num_tokens)
+        shard = shard_indices(order, rank=rank, world=world).tolist()
         lines = results.done()
         fresh = [index for index in shard if index not in lines]
         failed = [index for index in shard if "error" in lines.get(index, {})]
-        logger.debug("process %d of %d: %d records to answer", rank, world, len(fresh) + len(failed))
-        work = _Shard(options, world, records, processor, appender, note)
+        logger.debug("rank %d of %d: %d records without a reply", rank, world, len(fresh) + len(failed))
+        work = _Shard(job, world, appender, note)
         if fresh or (failed and work.can_any_be_answered(failed)):
-            work.load_model(_device_of(options.device, rank))
+            work.load_model(_device_of_rank(job.device, rank))
             again = work.generate(fresh)
             work.generate([*failed, *again])
 
@@ -245,21 +265,16 @@ class _Shard:
     """The shard of one rank.
 
     Args:
-        options: of the run.
+        job: what the process has opened.
         world: processes of the run.
-        records: all of them.
-        processor: of the model that answers.
         appender: takes the lines.
         note: told how many records were tried by this process, and how many of them have no reply.
     """
 
-    def __init__(
-        self, options: InferOptions, world: int, records: Records, processor: Processor, appender: Appender,
-        note: Callable[[int, int], None],
-    ) -> None:  # fmt: skip
-        self.options, self.world, self.records, self.processor = options, world, records, processor
+    def __init__(self, job: _Job, world: int, appender: Appender, note: Callable[[int, int], None]) -> None:
+        self.job, self.options, self.world = job, job.options, world
+        self.processor = job.processor
         self.appender, self.note = appender, note
-        self.context = _context(load_config(options.model), options)
         self.engine: Engine | None = None
         self._replied: dict[int, bool] = {}
         """Records that were tried, and whether the last try gave a reply."""
@@ -288,7 +303,7 @@ class _Shard:
         return False
 
     def generate(self, indexes: Sequence[int]) -> list[int]:
-        """Answer records, and return those that should be tried again at the end."""
+        """Generate replies to records, and return those that should be tried again at the end."""
         assert self.engine is not None
         # The engine fills the slots of finished prompts, so it is given several batches at once.
         size = self.options.batch_size * _BATCHES_AHEAD
@@ -305,7 +320,7 @@ class _Shard:
         if not batches:
             return
         for prepared in _load(
-            Prompts(self.records, self.processor, batches, context=self.context), self.options, self.world
+            Prompts(self.job.records, self.processor, batches, context=self.job.context), self.options, self.world
         ):
             if prepared.lost is not None:
                 raise InputLostError(f"{prepared.lost}; what was answered is kept in {self.options.output}")
@@ -317,7 +332,7 @@ class _Shard:
         Raises:
             InputLostError: the machine gave none of the last many files.
         """
-        self.appender.add(answer_lines(prepared, replies))
+        self.appender.add(output_lines(prepared, replies))
         self._replied |= {named["index"]: True for named in prepared.named}
         self._replied |= {problem.named["index"]: False for problem in prepared.problems}
         self.note(len(self._replied), list(self._replied.values()).count(False))
@@ -334,7 +349,7 @@ class _Shard:
             self._unavailable = 0
 
 
-def answer_lines(prepared: Prepared, replies: Sequence[Reply]) -> list[dict[str, Any]]:
+def output_lines(prepared: Prepared, replies: Sequence[Reply]) -> list[dict[str, Any]]:
     """The output lines of one batch."""
     lines = [{**problem.named, "error": problem.reason} for problem in prepared.problems]
     for problem in prepared.problems:
@@ -369,9 +384,8 @@ def _context(config: Any, options: InferOptions) -> int | None:
     return left
 
 
-def _device_of(name: str, rank: int) -> torch.device:
-    """The device of one of several processes: GPUs are dealt in turn."""
-    device = pick_device(name)
+def _device_of_rank(device: torch.device, rank: int) -> torch.device:
+    """The device of one of several processes: GPUs are assigned in turn."""
     if device.type == "cuda" and device.index is None:
         local = int(os.environ.get("LOCAL_RANK", rank))
         return torch.device("cuda", local % torch.cuda.device_count())
@@ -397,8 +411,8 @@ def _wait_for_all(world: int) -> None:
         torch.distributed.barrier()
 
 
-def _answer_in_processes(options: InferOptions, counter: _Counter) -> None:
-    """Shares answered by processes of our own, on one machine."""
+def _generate_in_processes(options: InferOptions, counter: _Counter) -> None:
+    """Generate the shards in processes of our own, on one machine."""
     context = multiprocessing.get_context("spawn")
     with safe_path():  # the queue starts a process too, which tracks semaphores
         news: Any = context.Queue()
@@ -457,7 +471,7 @@ def _child(options: InferOptions, rank: int, world: int, plugins: list[str], lev
     try:
         for plugin in plugins:
             load_plugin(plugin)
-        _answer_share(options, rank, world, lambda done, errors: news.put((rank, done, errors)))
+        _generate_shard(_open_job(options), rank, world, lambda done, errors: news.put((rank, done, errors)))
     except MedmError as error:  # not the error itself: some of them cannot be rebuilt from a pickle
         news.put((RecipeError if isinstance(error, RecipeError) else MedmError)(str(error)))
     except (OSError, RuntimeError, EOFError) as error:
