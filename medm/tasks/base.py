@@ -93,13 +93,13 @@ class Task(ABC):
             self.cluster_by = cluster_by
 
     @abstractmethod
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         """The questions of one split in the order of the files, each with `answer`, a unique `id` and scoring fields.
 
         Args:
             folder: where the benchmark lies; media paths are relative to it.
             split: one of `splits`.
-            wording: draws an instruction from the pool for each sample (training). Without it every sample has the
+            rng: draws an instruction from the pool for each sample (training). Without it every sample has the
                 same, first one (evaluation).
 
         Raises:
@@ -242,7 +242,7 @@ def metric_notes(results: Iterable[MetricResult]) -> list[str]:
     return lines
 
 
-def ask(
+def make_sample(
     text: str, /, *, id: str, tag: str, answer: str, media: Sequence[Media] = (), **extra: Any
 ) -> Sample:  # fmt: skip
     """A sample with one question: each image or volume on a line of its own, then the text."""
@@ -256,9 +256,9 @@ def ask(
     return Sample(turns=(Turn("user", tuple(content)),), id=id, task=tag, answer=answer, extra=extra)
 
 
-def choose(pool: Sequence[str], wording: random.Random | None) -> str:
+def pick_template(pool: Sequence[str], rng: random.Random | None) -> str:
     """The first instruction, or one of all at random."""
-    return pool[0] if wording is None else wording.choice(pool)
+    return pool[0] if rng is None else rng.choice(pool)
 
 
 def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -298,7 +298,7 @@ def task_to_records(task: Task, folder: Path, split: str, *, seed: int | None = 
 
     With a `seed` instructions are drawn from the task's pool, one stream over the split; without, all are worded alike.
     """
-    for sample in task.samples(folder, split, wording=None if seed is None else random.Random(seed)):
+    for sample in task.samples(folder, split, rng=None if seed is None else random.Random(seed)):
         yield record_of(sample)
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 from medm.errors import DataError
 from medm.metrics.base import MetricResult, mean_result
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.files import field_of, read_csv, read_json_list, require
 from medm.tasks.reports import CaptionTask
 from medm.types import Config, Media, Sample
@@ -63,7 +63,7 @@ class CTRateVQA(Task):
     mark: ClassVar[str]
     """The kind, as CT-CHAT marks it at the end of a question."""
 
-    def samples(self, folder: Path, split: str = "valid", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "valid", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         name = f"{split}_vqa.json"
         file = require(folder, f"dataset/vqa/{name}", f"vqa/{name}", name, layout=self.layout)
@@ -77,15 +77,15 @@ class CTRateVQA(Task):
                     continue
                 answer = field_of(said, "value", str, file=file, index=index).strip()
                 text = _PLACEHOLDER.sub("", _MARK.sub("", question)).strip()
-                yield ask(
-                    self.word(text, wording), id=f"{row.get('id', index)}:{position}", tag=self.tag, answer=answer,
+                yield make_sample(
+                    self.word(text, rng), id=f"{row.get('id', index)}:{position}", tag=self.tag, answer=answer,
                     media=[Media("volume", volume_path(folder, image))], question=text,
                     patient=patient_of(image), **self.fields(text, answer, file, index),
                 )  # fmt: skip
 
-    def word(self, question: str, wording: random.Random | None) -> str:
+    def word(self, question: str, rng: random.Random | None) -> str:
         """The question as it is asked."""
-        return choose(prompts.VOLUME_VQA, wording).format(question=question)
+        return pick_template(prompts.VOLUME_VQA, rng).format(question=question)
 
     def fields(self, question: str, answer: str, file: Path, index: int) -> Config:
         """What scoring needs beside the answer."""
@@ -124,7 +124,7 @@ class CTRateChoice(CTRateVQA):
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         """MedM-VL's: the bracketed letter anywhere in the text."""
-        hits = [float(f"({scoring.needed(r, 'answer_choice').lower()})" in r["prediction"]) for r in records]
+        hits = [float(f"({scoring.require_field(r, 'answer_choice').lower()})" in r["prediction"]) for r in records]
         return [mean_result("medm-vl-choice-accuracy", hits, "medm-vl|substring:(letter)", self.resampling_of(records))]
 
 
@@ -140,7 +140,7 @@ class CTRateReport(CaptionTask):
         "the volumes"
     )
 
-    def samples(self, folder: Path, split: str = "valid", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "valid", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         name = f"{_SPLIT_NAMES[split]}_reports.csv"
         places = ("dataset/radiology_text_reports", "radiology_text_reports", ".")
@@ -150,8 +150,8 @@ class CTRateReport(CaptionTask):
             report = " ".join(f"{title}: {' '.join(text.split())}" for title, text in parts.items() if text.strip())
             if not report:
                 continue
-            yield ask(
-                choose(prompts.VOLUME_REPORT, wording), id=row["VolumeName"], tag=self.tag, answer=report,
+            yield make_sample(
+                pick_template(prompts.VOLUME_REPORT, rng), id=row["VolumeName"], tag=self.tag, answer=report,
                 media=[Media("volume", volume_path(folder, row["VolumeName"]))],
                 patient=patient_of(row["VolumeName"]),
             )  # fmt: skip

@@ -58,7 +58,7 @@ class Custom(Task):
         """As told."""
         return self.fields
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         self._known_split(split)
         file = RecordFile(require(Path(folder), self.path, layout=self.layout))
         for index in range(len(file)):

@@ -15,7 +15,7 @@ from medm.metrics import m3d_bench
 from medm.metrics.base import MetricResult
 from medm.metrics.match import normalised_match
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.files import field_of, read_csv, read_json_map, read_text, require
 from medm.tasks.reports import CaptionTask
 from medm.types import Media, Sample
@@ -69,7 +69,7 @@ class M3DCap(CaptionTask):
     splits = ("train", "validation", "test", "test100", "test500", "test1k")
     layout = "M3D_Cap.json ({split: [{image, text}]}) and the .npy and text.txt files that it names"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         name = "M3D_Cap.json"
         file = require(folder, name, f"M3D_Cap_npy/{name}", f"M3D_Cap/{name}", layout=self.layout)
@@ -81,8 +81,8 @@ class M3DCap(CaptionTask):
             image = npy_path(folder, field_of(row, "image", str, file=file, index=index))
             text = npy_path(folder, field_of(row, "text", str, file=file, index=index))
             report = read_text(resolve_inside(folder, text))
-            return ask(
-                choose(prompts.VOLUME_REPORT, wording), id=image, tag=self.tag, answer=report.strip(),
+            return make_sample(
+                pick_template(prompts.VOLUME_REPORT, rng), id=image, tag=self.tag, answer=report.strip(),
                 media=[Media("volume", image)],
             )  # fmt: skip
 
@@ -104,7 +104,7 @@ class _M3DVQA(Task):
     group_by = ("question_type",)
     cluster_by = "volume"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         name = f"M3D_VQA_{split}.csv"
         file = require(folder, name, f"M3D-VQA/{name}", f"M3D_VQA/{name}", layout=self.layout)
@@ -116,12 +116,12 @@ class _M3DVQA(Task):
             for field in ("Image Path", "Question", "Answer"):
                 if not row[field].strip():
                     raise DataError("expected text, found nothing", file=file, index=index, field=field)
-            return self.sample(row, npy_path(folder, row["Image Path"]), f"{split}:{index}", wording)
+            return self.sample(row, npy_path(folder, row["Image Path"]), f"{split}:{index}", rng)
 
         yield from _usable(read_csv(file, columns), sample, file=file, split=split)
 
     @abstractmethod
-    def sample(self, row: dict[str, str], image: str, id: str, wording: random.Random | None) -> Sample:
+    def sample(self, row: dict[str, str], image: str, id: str, rng: random.Random | None) -> Sample:
         """One row."""
 
 
@@ -130,9 +130,9 @@ class M3DOpenVQA(_M3DVQA, CaptionTask):
 
     tag = "vqa"
 
-    def sample(self, row: dict[str, str], image: str, id: str, wording: random.Random | None) -> Sample:
-        return ask(
-            choose(prompts.VOLUME_VQA, wording).format(question=row["Question"]), id=id, tag=self.tag,
+    def sample(self, row: dict[str, str], image: str, id: str, rng: random.Random | None) -> Sample:
+        return make_sample(
+            pick_template(prompts.VOLUME_VQA, rng).format(question=row["Question"]), id=id, tag=self.tag,
             answer=row["Answer"], media=[Media("volume", image)], question=row["Question"],
             question_type=_question_type(row),
         )  # fmt: skip
@@ -151,13 +151,13 @@ class M3DOpenVQA(_M3DVQA, CaptionTask):
 class M3DClosedVQA(_M3DVQA):
     """The question with four choices."""
 
-    def sample(self, row: dict[str, str], image: str, id: str, wording: random.Random | None) -> Sample:
+    def sample(self, row: dict[str, str], image: str, id: str, rng: random.Random | None) -> Sample:
         options = {letter: row[f"Choice {letter}"] for letter in _CHOICES if row.get(f"Choice {letter}", "").strip()}
         letter = row.get("Answer Choice", "").strip().upper()
         if letter not in options:
             raise DataError(f"answer choice {letter!r} is none of {sorted(options)} (row {id})")
-        return ask(
-            choose(prompts.CHOICE, wording).format(question=row["Question"], options=prompts.lettered(options)),
+        return make_sample(
+            pick_template(prompts.CHOICE, rng).format(question=row["Question"], options=prompts.lettered(options)),
             id=id, tag=self.tag, answer=f"{letter}. {row['Answer']}", media=[Media("volume", image)],
             question=row["Question"], question_type=_question_type(row), options=options, answer_choice=letter,
         )  # fmt: skip
@@ -168,7 +168,7 @@ class M3DClosedVQA(_M3DVQA):
 
     def published(self, records: Sequence[Record]) -> list[MetricResult]:
         predictions = [record["prediction"] for record in records]
-        letters = [scoring.needed(record, "answer_choice") for record in records]
+        letters = [scoring.require_field(record, "answer_choice") for record in records]
         results = m3d_bench.choice_accuracy(predictions, letters, resampling=self.resampling_of(records))
         return results + [
             scoring.mean_over_groups(records, r, "question_type", self.resampling_of(records)) for r in results

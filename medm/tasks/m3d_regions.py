@@ -20,7 +20,7 @@ from medm.metrics import m3d_bench
 from medm.metrics.base import MetricResult
 from medm.metrics.boxes import CODECS, Box
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.files import field_of, read_array, read_csv, read_json_map, require
 from medm.tasks.m3d import npy_path
 from medm.tasks.masks import MaskTask
@@ -98,16 +98,16 @@ class _Positioning(Task):
     group_by = ("dataset",)
     cluster_by = "volume"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         for structure in structures(folder, split):
             mask = read_mask(folder, structure.mask)
             if mask.any():
-                yield self.sample(structure, box_of(mask), mask.shape, wording)
+                yield self.sample(structure, box_of(mask), mask.shape, rng)
 
     @abstractmethod
     def sample(
-        self, structure: Structure, box: Box, size: tuple[int, ...], wording: random.Random | None
+        self, structure: Structure, box: Box, size: tuple[int, ...], rng: random.Random | None
     ) -> Sample:  # fmt: skip
         """One question about one structure."""
 
@@ -117,9 +117,9 @@ class M3DREC(_Positioning):
 
     tag = "refer"
 
-    def sample(self, structure: Structure, box: Box, size: tuple[int, ...], wording: random.Random | None) -> Sample:
-        return ask(
-            choose(prompts.VOLUME_REFER, wording).format(name=structure.name), id=structure.mask, tag=self.tag,
+    def sample(self, structure: Structure, box: Box, size: tuple[int, ...], rng: random.Random | None) -> Sample:
+        return make_sample(
+            pick_template(prompts.VOLUME_REFER, rng).format(name=structure.name), id=structure.mask, tag=self.tag,
             answer=box_text(box, size), media=[Media("volume", structure.image)],
             box=list(box), size=list(size), dataset=structure.dataset,
         )  # fmt: skip
@@ -136,10 +136,10 @@ class M3DREG(_Positioning):
 
     tag = "identify"
 
-    def sample(self, structure: Structure, box: Box, size: tuple[int, ...], wording: random.Random | None) -> Sample:
+    def sample(self, structure: Structure, box: Box, size: tuple[int, ...], rng: random.Random | None) -> Sample:
         text = box_text(box, size)
-        return ask(
-            choose(prompts.VOLUME_IDENTIFY, wording).format(box=text), id=structure.mask, tag=self.tag,
+        return make_sample(
+            pick_template(prompts.VOLUME_IDENTIFY, rng).format(box=text), id=structure.mask, tag=self.tag,
             answer=structure.name, media=[Media("volume", structure.image)], dataset=structure.dataset,
         )  # fmt: skip
 
@@ -157,18 +157,18 @@ class M3DSeg(MaskTask):
     group_by = ("dataset",)
     cluster_by = "volume"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         for structure in structures(folder, split):
             if read_mask(folder, structure.mask).any():
-                yield ask(
-                    choose(prompts.SEGMENT, wording).format(name=structure.name), id=structure.mask, tag=self.tag,
+                yield make_sample(
+                    pick_template(prompts.SEGMENT, rng).format(name=structure.name), id=structure.mask, tag=self.tag,
                     answer="It is [SEG].", media=[Media("volume", structure.image)], mask=structure.mask,
                     dataset=structure.dataset,
                 )  # fmt: skip
 
     def reference(self, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
-        return read_mask(Path(folder), str(scoring.needed(record, "mask")))
+        return read_mask(Path(folder), str(scoring.require_field(record, "mask")))
 
 
 class M3DRefSeg(MaskTask):
@@ -181,7 +181,7 @@ class M3DRefSeg(MaskTask):
     group_by = ("question_type",)
     cluster_by = "volume"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         names = ["M3D_RefSeg_test.csv"] if split == "test" else ["M3D_RefSeg_train.csv", "M3D_RefSeg.csv"]
         places = [f"{place}{name}" for place in ("", "M3D_RefSeg_npy/", "M3D_RefSeg/") for name in names]
@@ -191,11 +191,13 @@ class M3DRefSeg(MaskTask):
             if not row["Mask_ID"].strip().isdigit():
                 raise DataError("expected a whole number", file=file, index=index, field="Mask_ID")
             kind = row["Question_Type"].strip()
-            yield ask(
+            yield make_sample(
                 row["Question"], id=f"{split}:{index}", tag=self.tag, answer=row["Answer"],
                 media=[Media("volume", npy_path(folder, row["Image"]))], mask=npy_path(folder, row["Mask"]),
                 mask_id=int(row["Mask_ID"]), question_type={"0": "descriptive", "1": "reasoning"}.get(kind, kind),
             )  # fmt: skip
 
     def reference(self, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
-        return read_mask(Path(folder), str(scoring.needed(record, "mask")), int(scoring.needed(record, "mask_id")))
+        return read_mask(
+            Path(folder), str(scoring.require_field(record, "mask")), int(scoring.require_field(record, "mask_id"))
+        )

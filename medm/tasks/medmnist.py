@@ -11,7 +11,7 @@ from medm.errors import DataError
 from medm.metrics import uni_med
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.files import NumberArchive, require
 from medm.types import Media, Sample
 
@@ -32,7 +32,7 @@ class MedMNISTTask(Task):
         """The file at 224 pixels, or the small one."""
         return f"{self.file_name}_224.npz (or {self.file_name}.npz of 28 pixels)"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"{self.file_name}_224.npz", f"{self.file_name}.npz", layout=self.layout)
         arrays = NumberArchive(file)
@@ -41,8 +41,10 @@ class MedMNISTTask(Task):
             raise DataError(f"labels run to {labels.max()}, but there are {len(self.classes)} classes", file=file)
         names = self._images(folder, file, arrays, split, len(labels))
         for index, (label, name) in enumerate(zip(labels, names, strict=True)):
-            question = choose(prompts.CLASSIFY, wording).format(question=self.question, classes=", ".join(self.classes))
-            yield ask(
+            question = pick_template(prompts.CLASSIFY, rng).format(
+                question=self.question, classes=", ".join(self.classes)
+            )
+            yield make_sample(
                 question, id=f"{self.file_name}:{split}:{index}", tag=self.tag, answer=self.classes[int(label)],
                 media=[Media("image", name)],
             )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from medm.errors import DataError
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.files import field_of, read_json, require
 from medm.tasks.plain_pickle import read_plain_pickle
 from medm.types import Media, Sample
@@ -24,7 +24,7 @@ class PathVQA(Task):
     group_by = ("answer_type",)
     cluster_by = "image"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"qas/{split}_vqa.json", f"qas/{split}_vqa.pkl", layout=self.layout)
         require(folder, f"images/{split}", layout=self.layout)
@@ -37,8 +37,8 @@ class PathVQA(Task):
                 raise DataError("there is no answer", file=file, index=index, field="label")
             question = field_of(row, "sent", str, file=file, index=index)
             image = field_of(row, "img_id", str, file=file, index=index)
-            yield ask(
-                choose(prompts.VQA, wording).format(question=question),
+            yield make_sample(
+                pick_template(prompts.VQA, rng).format(question=question),
                 id=str(row.get("question_id", f"{split}:{index}")), tag=self.tag, answer=str(next(iter(labels))),
                 media=[Media("image", f"images/{split}/{image}.jpg")], question=question,
                 answer_type="closed" if row.get("answer_type") == "yes/no" else "open",

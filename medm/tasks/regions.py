@@ -14,7 +14,7 @@ from medm.errors import DataError
 from medm.metrics.base import MetricResult
 from medm.metrics.boxes import CODECS, Box
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.files import image_size, read_json_list
 from medm.types import Media, Sample
 
@@ -71,16 +71,16 @@ class RegionTask(Task):
         """The objects of a split, in the order of the files."""
 
     @abstractmethod
-    def sample(self, region: Region, size: tuple[int, int], wording: random.Random | None) -> Sample:
+    def sample(self, region: Region, size: tuple[int, int], rng: random.Random | None) -> Sample:
         """One question about one object."""
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         sizes: dict[str, tuple[int, int]] = {}
         for region in self.regions(folder, split):
             if region.image not in sizes:
                 sizes = {region.image: image_size(folder, region.image)}  # objects of an image follow each other
-            yield self.sample(region, sizes[region.image], wording)
+            yield self.sample(region, sizes[region.image], rng)
 
 
 class ReferTask(RegionTask):
@@ -88,9 +88,9 @@ class ReferTask(RegionTask):
 
     tag = "refer"
 
-    def sample(self, region: Region, size: tuple[int, int], wording: random.Random | None) -> Sample:
-        return ask(
-            choose(prompts.REFER, wording).format(name=region.name), id=region.id, tag=self.tag,
+    def sample(self, region: Region, size: tuple[int, int], rng: random.Random | None) -> Sample:
+        return make_sample(
+            pick_template(prompts.REFER, rng).format(name=region.name), id=region.id, tag=self.tag,
             answer=CODECS[self.codec].encode(region.box, size), media=[Media("image", region.image)],
             box=list(region.box), size=list(size), group=region.group, unique_name=region.others == 0,
         )  # fmt: skip
@@ -108,10 +108,10 @@ class IdentifyTask(RegionTask):
     tag = "identify"
     group_by = ("group",)
 
-    def sample(self, region: Region, size: tuple[int, int], wording: random.Random | None) -> Sample:
+    def sample(self, region: Region, size: tuple[int, int], rng: random.Random | None) -> Sample:
         box = CODECS[self.codec].encode(region.box, size)
-        return ask(
-            choose(prompts.IDENTIFY, wording).format(box=box), id=region.id, tag=self.tag, answer=region.name,
+        return make_sample(
+            pick_template(prompts.IDENTIFY, rng).format(box=box), id=region.id, tag=self.tag, answer=region.name,
             media=[Media("image", region.image)], group=region.group,
         )  # fmt: skip
 

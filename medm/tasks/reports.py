@@ -11,7 +11,7 @@ from medm.errors import DataError
 from medm.metrics.base import MetricResult
 from medm.metrics.bertscore import require_encoder
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.files import field_of, read_csv, read_json_map, require
 from medm.types import Media, Sample
 
@@ -58,7 +58,7 @@ class AnnotatedReports(CaptionTask):
         """Annotation file and image folder."""
         return f"annotation.json (R2Gen's splits with image_path and report) and {self.images}/"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, *self.annotation_files(split), layout=self.layout)
         require(folder, self.images, layout=self.layout)
@@ -71,8 +71,8 @@ class AnnotatedReports(CaptionTask):
             if len(paths) < self.views or not all(isinstance(path, str) for path in paths):
                 raise DataError(f"expected {self.views} path(s) or more", file=file, index=index, field="image_path")
             media = [Media("image", f"{self.images}/{path}") for path in paths[: self.views]]
-            yield ask(
-                choose(prompts.CHEST_REPORT, wording), id=str(row.get("id", paths[0])), tag=self.tag,
+            yield make_sample(
+                pick_template(prompts.CHEST_REPORT, rng), id=str(row.get("id", paths[0])), tag=self.tag,
                 answer=" ".join(report.split()), media=media,
             )  # fmt: skip
 
@@ -112,14 +112,14 @@ class MedPix(CaptionTask):
 
     layout = "MPx_Single_{train,test}.csv (columns name, type, context) and the images they name"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"MPx_Single_{split}.csv", f"MedPix_single_{split}.csv", layout=self.layout)
         for index, row in enumerate(read_csv(file, ("name", "type", "context"))):
             if row["type"] != "caption" or not all(row[key].strip() for key in ("name", "context")):
                 continue
-            yield ask(
-                choose(prompts.CAPTION, wording), id=f"{row['name']}:{index}", tag=self.tag,
+            yield make_sample(
+                pick_template(prompts.CAPTION, rng), id=f"{row['name']}:{index}", tag=self.tag,
                 answer=" ".join(row["context"].split()), media=[Media("image", row["name"].lstrip("/"))],
             )  # fmt: skip
 

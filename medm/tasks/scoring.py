@@ -32,7 +32,7 @@ def texts(records: Sequence[Record]) -> Pair:
     return [record["prediction"] for record in records], [str(record["answer"]) for record in records]
 
 
-def needed(record: Record, name: str) -> Any:
+def require_field(record: Record, name: str) -> Any:
     """A field that scoring cannot do without."""
     if record.get(name) is None:
         raise DataError(
@@ -45,7 +45,7 @@ def answer_types(records: Sequence[Record]) -> dict[str, list[int]]:
     """Positions of the records by `answer_type`: "open", "closed"; parts without records are left out."""
     parts: dict[str, list[int]] = {"open": [], "closed": []}
     for index, record in enumerate(records):
-        parts["closed" if str(needed(record, "answer_type")).lower() == "closed" else "open"].append(index)
+        parts["closed" if str(require_field(record, "answer_type")).lower() == "closed" else "open"].append(index)
     return {name: part for name, part in parts.items() if part}
 
 
@@ -151,12 +151,12 @@ def refer(
     malformed, repaired = [], []
     for record in records:
         parsed = CODECS[codec].parse(record["prediction"])
-        size = needed(record, "size")
+        size = require_field(record, "size")
         guesses.append(_edges(parsed.first, size, corners))
         ceiling.append(_edges(CODECS[codec].parse(str(record["answer"])).first, size, corners))
         malformed.append(float(parsed.malformed > 0))
         repaired.append(float(parsed.repaired > 0))
-    truths: list[Box | str] = [tuple(map(float, needed(record, "box"))) for record in records]
+    truths: list[Box | str] = [tuple(map(float, require_field(record, "box"))) for record in records]
     best = box_iou(ceiling, truths, codec=codec, resampling=resampling)[0]
     return [
         *box_iou(guesses, truths, codec=codec, resampling=resampling),
@@ -182,8 +182,8 @@ def uni_med_refer(records: Sequence[Record], resampling: Resampling) -> list[Met
     """Uni-Med's table for boxes, from the texts."""
     return uni_med.box_iou(
         [record["prediction"] for record in records],
-        [tuple(map(float, needed(record, "box"))) for record in records],
-        extents=[needed(record, "size") for record in records],
+        [tuple(map(float, require_field(record, "box"))) for record in records],
+        extents=[require_field(record, "size") for record in records],
         resampling=resampling,
     )
 
@@ -232,7 +232,7 @@ def class_areas(records: Sequence[Record], names: Sequence[str], resampling: Res
         if _has_no_answer(record):
             rows.append([_worst_score(place == label) for place in range(len(keys))])
             continue
-        given = needed(record, "scores")
+        given = require_field(record, "scores")
         if isinstance(given, Mapping):
             by_name = {normalise_answer(str(name)): value for name, value in given.items()}
             given = [by_name[key] for key in keys] if by_name.keys() == set(keys) else []
@@ -261,7 +261,7 @@ def binary_area(records: Sequence[Record], resampling: Resampling) -> list[Metri
     """
     truths = np.asarray(binary(records, "answer"))
     numbers = [
-        _worst_score(truth == 1) if _has_no_answer(record) else needed(record, "scores")
+        _worst_score(truth == 1) if _has_no_answer(record) else require_field(record, "scores")
         for record, truth in zip(records, truths, strict=True)
     ]
     return auroc(np.asarray(numbers, dtype=float), truths, resampling=resampling)
@@ -287,8 +287,8 @@ def binary(records: Sequence[Record], field: str) -> list[int | None]:
 def choices(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
     """Multiple choice. Reads `options` (letter -> wording) and `answer_choice` (the right letter)."""
     predictions = [record["prediction"] for record in records]
-    letters = [str(needed(record, "answer_choice")) for record in records]
-    options: list[Mapping[str, str]] = [needed(record, "options") for record in records]
+    letters = [str(require_field(record, "answer_choice")) for record in records]
+    options: list[Mapping[str, str]] = [require_field(record, "options") for record in records]
     return choice_accuracy(predictions, letters, options=options, resampling=resampling)
 
 

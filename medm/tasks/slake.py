@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.files import field_of, read_json_list, read_text, require
 from medm.tasks.regions import IdentifyTask, ReferTask, Region, RegionTask, read_regions
 from medm.types import Config, Media, Sample
@@ -37,7 +37,7 @@ class Slake(Task):
         for index, row in enumerate(read_json_list(file)):
             yield file, index, row
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         for file, index, row in self.rows(folder, split):
             answer = str(row.get("answer", "")).strip()
@@ -45,8 +45,8 @@ class Slake(Task):
                 continue
             image = field_of(row, "img_name", str, file=file, index=index)
             question = field_of(row, "question", str, file=file, index=index)
-            yield ask(
-                choose(prompts.VQA, wording).format(question=question),
+            yield make_sample(
+                pick_template(prompts.VQA, rng).format(question=question),
                 id=str(row.get("qid", f"{image}:{index}")), tag=self.tag, answer=answer,
                 media=[Media("image", f"imgs/{image}")], question=question,
                 answer_type=str(row.get("answer_type", "")).strip().lower(),

@@ -10,7 +10,7 @@ from medm.errors import DataError
 from medm.metrics.base import MetricResult
 from medm.metrics.classification import accuracy
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose, scoped
+from medm.tasks.base import Record, Task, make_sample, pick_template, scoped
 from medm.tasks.files import field_of, read_json_map, read_jsonl, require
 from medm.types import Sample
 
@@ -22,7 +22,7 @@ class MedQA(Task):
     splits = ("train", "dev", "test")
     layout = "questions/US/{train,dev,test}.jsonl with question, options and answer"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"questions/US/{split}.jsonl", f"{split}.jsonl", layout=self.layout)
         for index, row in enumerate(read_jsonl(file)):
@@ -32,8 +32,8 @@ class MedQA(Task):
             letter = row.get("answer_idx") or next((key for key, value in options.items() if value == answer), None)
             if letter not in options:
                 raise DataError("the answer is none of the options", file=file, index=index, field="answer")
-            yield ask(
-                choose(prompts.CHOICE, wording).format(question=question, options=prompts.lettered(options)),
+            yield make_sample(
+                pick_template(prompts.CHOICE, rng).format(question=question, options=prompts.lettered(options)),
                 id=f"medqa:{split}:{index}", tag=self.tag, answer=f"{letter}. {options[letter]}", options=options,
                 answer_choice=letter,
             )  # fmt: skip
@@ -58,7 +58,7 @@ class PubMedQA(Task):
     )
     decisions = ("yes", "no", "maybe")
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"{split}_set.json", "ori_pqal.json", layout=self.layout)
         rows = read_json_map(file)
@@ -71,8 +71,8 @@ class PubMedQA(Task):
             decision = field_of(row, "final_decision", str, file=file, index=index).strip().lower()
             if decision not in self.decisions:
                 raise DataError(f"expected {self.decisions}", file=file, index=index, field="final_decision")
-            yield ask(
-                choose(prompts.CONTEXT_QA, wording).format(question=question, context="\n".join(map(str, context))),
+            yield make_sample(
+                pick_template(prompts.CONTEXT_QA, rng).format(question=question, context="\n".join(map(str, context))),
                 id=str(key), tag=self.tag, answer=decision,
             )  # fmt: skip
 

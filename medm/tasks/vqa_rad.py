@@ -9,7 +9,7 @@ from pathlib import Path
 from medm.errors import DataError
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
-from medm.tasks.base import Record, Task, ask, choose
+from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.files import field_of, read_json_list, require
 from medm.types import Config, Media, Sample
 
@@ -24,7 +24,7 @@ class VQARAD(Task):
     group_by = ("answer_type", "question_type", "organ")
     cluster_by = "image"
 
-    def samples(self, folder: Path, split: str = "test", *, wording: random.Random | None = None) -> Iterator[Sample]:
+    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"{split}set.json", _PUBLIC, layout=self.layout)
         images = require(folder, "images", "VQA_RAD Image Folder", layout=self.layout).name
@@ -36,8 +36,8 @@ class VQARAD(Task):
                 continue
             question = field_of(row, "question", str, file=file, index=index)
             image = field_of(row, "image_name", str, file=file, index=index)
-            yield ask(
-                choose(prompts.VQA, wording).format(question=question),
+            yield make_sample(
+                pick_template(prompts.VQA, rng).format(question=question),
                 id=str(row.get("qid", index)), tag=self.tag, answer=_answer(row, file, index),
                 media=[Media("image", f"{images}/{image}")], question=question,
                 answer_type=str(row.get("answer_type", "")).strip().lower(),

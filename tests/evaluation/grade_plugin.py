@@ -17,7 +17,7 @@ from medm.metrics.classification import auroc
 from medm.models import MODELS
 from medm.models.base import MedmModel, ModelKind
 from medm.tasks import TASKS
-from medm.tasks.base import Prediction, Record, Task, ask
+from medm.tasks.base import Prediction, Record, Task, make_sample
 from medm.types import Media, PredictionField, Sample
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class BrightOrDark(Task):
 
     def samples(self, folder: Path, split: str = "test", **_rng: random.Random | None) -> Iterator[Sample]:
         for name, label in json.loads((folder / "labels.json").read_text()).items():
-            yield ask("Bright?", id=name, tag=self.tag, answer=str(label), media=[Media("image", name)])
+            yield make_sample("Bright?", id=name, tag=self.tag, answer=str(label), media=[Media("image", name)])
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         scores = [record["scores"][0] if record.get("scores") else 0.0 for record in records]

@@ -201,8 +201,8 @@ def test_training_draws_its_wording_and_evaluation_does_not(name: str, folders: 
     task = build(name)
 
     def questions(seed: int | None) -> list[str]:
-        wording = None if seed is None else random.Random(seed)
-        return [sample.turns[-1].text for sample in task.samples(folders[name], task.eval_split, wording=wording)]
+        rng = None if seed is None else random.Random(seed)
+        return [sample.turns[-1].text for sample in task.samples(folders[name], task.eval_split, rng=rng)]
 
     drawn = {tuple(questions(seed)) for seed in range(12)}
     assert len(drawn) > 1
@@ -227,10 +227,12 @@ def test_options_of_the_table_are_arguments_of_the_task(name: str) -> None:
 
 
 def test_text_that_looks_like_a_placeholder_stays_text(folders: dict[str, Path]) -> None:
-    from medm.tasks.base import ask
+    from medm.tasks.base import make_sample
     from medm.types import Media
 
-    sample = ask("What does <image> or <volume> mean?", id="1", tag="vqa", answer="x", media=[Media("image", "a.png")])
+    sample = make_sample(
+        "What does <image> or <volume> mean?", id="1", tag="vqa", answer="x", media=[Media("image", "a.png")]
+    )
     back = parse_record(record_of(sample), inference=True)
     assert back.media == sample.media
     assert back.turns[0].text == sample.turns[0].text
