@@ -97,7 +97,7 @@ def _print(report: TaskReport) -> None:
     from medm.evaluation.report import comparison_table, results_table
 
     out.print(f"\n{report.task}: {report.n} items", style="bold")
-    for title, results in (("", report.scores.results), ("published scoring", report.scores.published)):
+    for title, results in (("", report.scores.results), ("original scoring", report.scores.original)):
         if results:
             header, lines = results_table(results)
             rows([line[:4] for line in lines], header=[title or header[0], *header[1:4]])

@@ -88,9 +88,9 @@ def comparison_table(comparisons: Iterable[Comparison]) -> Table:
 def tables(report: TaskReport) -> list[tuple[str, str, Table]]:
     """Every table of a report: title, a sentence, and the table."""
     sections = [("Scores", "", results_table(report.scores.results))]
-    if report.scores.published:
+    if report.scores.original:
         sentence = "As the benchmark's authors compute them, for comparison with their papers alone."
-        sections.append(("Published scoring", sentence, results_table(report.scores.published)))
+        sections.append(("Original scoring", sentence, results_table(report.scores.original)))
     if report.comparisons:
         sentence = f"Paired, on the same items, against {report.against}."
         sections.append(("Comparison", sentence, comparison_table(report.comparisons)))

@@ -40,7 +40,7 @@ class TaskReport:
             "n": self.n,
             "answered": self.answered,
             "scores": [result.as_dict() for result in self.scores.results],
-            "published": [result.as_dict() for result in self.scores.published],
+            "published": [result.as_dict() for result in self.scores.original],
             "groups": {
                 name: {value: [_without_items(result) for result in results] for value, results in group.items()}
                 for name, group in self.scores.groups.items()

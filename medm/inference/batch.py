@@ -253,7 +253,7 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
         lines = results.done()
         fresh = [index for index in shard if index not in lines]
         failed = [index for index in shard if "error" in lines.get(index, {})]
-        logger.debug("rank %d of %d: %d records without a reply", rank, world, len(fresh) + len(failed))
+        logger.debug("process %d of %d: %d records to answer", rank, world, len(fresh) + len(failed))
         work = _Shard(job, world, appender, note)
         if fresh or (failed and work.can_any_be_answered(failed)):
             work.load_model(_device_of_rank(job.device, rank))

@@ -4,7 +4,7 @@ The table at the end has one line a metric: a function
 `metric(predictions, references, *, resampling=..., **options) -> list[MetricResult]`. Adding one is a function
 and a line here. What kind of pair a metric compares stands in `takes` of its options class. Values that the
 literature writes in percent are fractions here (BLEU 0.31, not 31). Names that begin with `uni-med-` or `m3d-bench-`
-repeat the published scoring, its quirks included, and are meant to stand beside the sound ones.
+repeat a benchmark's original scoring, its quirks included, and are reported beside the corrected metrics.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Uni-Med's scoring (arXiv 2409.17508, public code of 2025-11), with its quirks, for comparison with published numbers.
 
-Not for anything else: each function says what is wrong with it and which metric is sound. In one thing they differ from
-the published code: a blank reply never scores, also where the reference is nothing but an article or marks.
+Not for anything else: each function says what is wrong with it and which metric is the corrected one. In one thing
+they differ from the published code: a blank reply never scores, also where the reference is nothing but an article or
+marks.
 """
 
 from __future__ import annotations

@@ -48,11 +48,11 @@ class Scores:
     """What scoring a set of predictions gives."""
 
     results: list[MetricResult]
-    """The sound numbers, the headline first."""
-    published: list[MetricResult] = field(default_factory=list)
+    """The corrected numbers, the headline first."""
+    original: list[MetricResult] = field(default_factory=list)
     """The benchmark's own scoring with its quirks, to be printed beside."""
     groups: dict[str, dict[str, list[MetricResult]]] = field(default_factory=dict)
-    """Record field -> its value -> the sound numbers of that part."""
+    """Record field -> its value -> the corrected numbers of that part."""
     notes: list[str] = field(default_factory=list)
     """What a reader has to know: answers that are missing, parts that were left out."""
     empty: int = 0
@@ -108,7 +108,7 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The sound numbers of these records."""
+        """The corrected numbers of these records."""
 
     def measure_item(self, record: dict[str, Any], prediction: Prediction | None, folder: Path) -> dict[str, Any]:
         """Return the record with the numbers that scoring reads of a prediction too large to be kept (a mask).
@@ -151,8 +151,8 @@ class Task(ABC):
         self.resampling_of(records)
         self.without_models().score(records)
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The numbers as the benchmark's authors compute them; nothing where that is sound or unknown."""
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
+        """The numbers as the benchmark's authors compute them; nothing where that is the same or unknown."""
         return []
 
     def resampling_of(self, records: Sequence[Record]) -> Resampling:
@@ -208,9 +208,9 @@ class Task(ABC):
                 f"intervals and tests draw whole groups by {clusters.field!r}: {clusters.count} groups of "
                 f"{len(rows)} items"
             )
-        results, published = self.measure(rows), self.published(rows)
+        results, original = self.measure(rows), self.original(rows)
         return Scores(
-            results, published, groups, [*notes, *metric_notes([*results, *published])], empty, len(failures)
+            results, original, groups, [*notes, *metric_notes([*results, *original])], empty, len(failures)
         )  # fmt: skip
 
     def _checked(self, record: Record, index: int) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class CTRateChoice(CTRateVQA):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.choices(records, self.resampling_of(records))
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         """MedM-VL's: the bracketed letter anywhere in the text."""
         hits = [float(f"({scoring.require_field(r, 'answer_choice').lower()})" in r["prediction"]) for r in records]
         return [mean_result("medm-vl-choice-accuracy", hits, "medm-vl|substring:(letter)", self.resampling_of(records))]

@@ -88,7 +88,7 @@ class M3DCap(CaptionTask):
 
         yield from _usable(rows, sample, file=file, split=split)
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.m3d_texts(records, self.resampling_of(records), self.bertscore)
 
 
@@ -141,7 +141,7 @@ class M3DOpenVQA(_M3DVQA, CaptionTask):
         match = normalised_match(*scoring.texts(records), resampling=self.resampling_of(records))
         return match + super().measure(records)
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         resampling = self.resampling_of(records)
         results = scoring.m3d_texts(records, resampling, self.bertscore)
         means = [r for r in results if r.per_item is not None]
@@ -166,7 +166,7 @@ class M3DClosedVQA(_M3DVQA):
         results = scoring.choices(records, self.resampling_of(records))
         return [*results, scoring.mean_over_groups(records, results[0], "question_type", self.resampling_of(records))]
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         predictions = [record["prediction"] for record in records]
         letters = [scoring.require_field(record, "answer_choice") for record in records]
         results = m3d_bench.choice_accuracy(predictions, letters, resampling=self.resampling_of(records))

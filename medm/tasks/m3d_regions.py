@@ -127,7 +127,7 @@ class M3DREC(_Positioning):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.refer(records, self.resampling_of(records), "m3d", corners="voxels")
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return m3d_bench.box_iou(*scoring.texts(records), resampling=self.resampling_of(records))
 
 
@@ -146,7 +146,7 @@ class M3DREG(_Positioning):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.identify(records, self.resampling_of(records))
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.m3d_texts(records, self.resampling_of(records))
 
 

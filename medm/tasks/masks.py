@@ -87,7 +87,7 @@ class MaskTask(Task):
             for field, name in names.items()
         ]
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         scores = [_number(record, "soft_dice") for record in records]
         return [
             mean_result("m3d-bench-dice", scores, "m3d-bench|soft|denominator:+1|mean", self.resampling_of(records))

@@ -77,7 +77,7 @@ class MedMNISTTask(Task):
         results = scoring.classes(records, self.classes, resampling)
         return results + scoring.class_areas(records, self.classes, resampling)
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return uni_med.match(*scoring.texts(records), resampling=self.resampling_of(records))
 
 

@@ -98,7 +98,7 @@ class ReferTask(RegionTask):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.refer(records, self.resampling_of(records), self.codec)
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.uni_med_refer(records, self.resampling_of(records)) if self.codec == "uni-med" else []
 
 
@@ -118,5 +118,5 @@ class IdentifyTask(RegionTask):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.identify(records, self.resampling_of(records))
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.uni_med_identify(records, self.resampling_of(records))

@@ -100,7 +100,7 @@ class MimicCaption(AnnotatedReports):
     def annotation_files(self, split: str) -> tuple[str, ...]:
         return ("annotation_small.json", "annotation.json") if split == "train" else ("annotation.json",)
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.uni_med_caption(records, self.resampling_of(records))
 
 
@@ -123,5 +123,5 @@ class MedPix(CaptionTask):
                 answer=" ".join(row["context"].split()), media=[Media("image", row["name"].lstrip("/"))],
             )  # fmt: skip
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.uni_med_caption(records, self.resampling_of(records))

@@ -56,7 +56,7 @@ class Slake(Task):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.vqa(records, self.resampling_of(records))
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.uni_med_vqa(records, self.resampling_of(records))
 
 

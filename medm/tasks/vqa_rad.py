@@ -51,7 +51,7 @@ class VQARAD(Task):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.vqa(records, self.resampling_of(records))
 
-    def published(self, records: Sequence[Record]) -> list[MetricResult]:
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.uni_med_vqa(records, self.resampling_of(records))
 
 

@@ -1,4 +1,4 @@
-"""The published scoring is repeated with its quirks, and the sound scoring differs where it should."""
+"""The original scoring is repeated with its quirks, and the corrected scoring differs where it should."""
 
 from __future__ import annotations
 

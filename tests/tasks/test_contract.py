@@ -112,14 +112,14 @@ def test_right_answers_score_best_and_wrong_ones_do_not(name: str, folders: dict
     assert headline.n == LAYOUTS[name].count
     for group in right.groups.values():
         assert sum(results[0].n for results in group.values()) == LAYOUTS[name].count
-    everything = (*right.results, *right.published)
+    everything = (*right.results, *right.original)
     groups_said = {
         result.signature.rpartition("|cluster:")[1] for result in everything if "n/a" not in result.signature
     }
     assert len(groups_said) <= 1  # all numbers of a task are drawn alike
     assert bool(task.cluster_by) == ("|cluster:" in headline.signature)
-    for result in right.published:
-        other = next(r for r in wrong.published if r.name == result.name)
+    for result in right.original:
+        other = next(r for r in wrong.original if r.name == result.name)
         assert result.value > other.value or "unparsed" in result.name or result.value == 0 or "n/a" in result.signature
 
 
@@ -148,7 +148,7 @@ def test_no_answer_scores_worst_and_is_said(name: str, reply: str | None, folder
             row[WITHOUT_MASK] = True
     scores = task.score(rows)
     assert scores.results[0].n == LAYOUTS[name].count
-    for result in scored([*scores.results, *scores.published]):
+    for result in scored([*scores.results, *scores.original]):
         if result.name == "hd95":
             assert result.value == pytest.approx(np.mean([diagonal_of(task, folders[name], row) for row in rows]))
         else:
@@ -178,7 +178,7 @@ def test_a_reply_beside_the_point_hits_no_label(name: str, reply: str, folders: 
 def test_numbers_that_are_not_defined_have_a_reason(name: str, folders: dict[str, Path]) -> None:
     task = build(name)
     scores = task.score(records(task, folders[name], lambda row: row["answer"])[:1])
-    for result in [*scores.results, *scores.published]:
+    for result in [*scores.results, *scores.original]:
         if math.isnan(result.value):
             assert result.note is not None, result.name
             assert any(result.note in note and (result.name in note or " more: " in note) for note in scores.notes)

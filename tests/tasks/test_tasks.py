@@ -64,10 +64,10 @@ def test_boxes_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     assert found["box-repaired"] == pytest.approx(1 / 3)
     assert found["box-malformed"] == pytest.approx(1 / 3)
     assert found["box-unreadable"] == pytest.approx(2 / 3)
-    assert values(scores.published)["uni-med-box-iou"] == 0
+    assert values(scores.original)["uni-med-box-iou"] == 0
 
 
-def test_open_and_closed_questions_are_scored_apart_and_beside_the_published_way(tmp_path: Path) -> None:
+def test_open_and_closed_questions_are_scored_apart_and_beside_the_original_way(tmp_path: Path) -> None:
     layouts.slake_tree(tmp_path)
     (tmp_path / "imgs/xmlab1/question.json").write_text(json.dumps([
         {"img_name": "xmlab1/source.jpg", "q_lang": "en", "qid": 1, "question": "Is it normal?", "answer": "No",
@@ -76,11 +76,11 @@ def test_open_and_closed_questions_are_scored_apart_and_beside_the_published_way
          "answer_type": "OPEN"},
     ]))  # fmt: skip
     scores = answered(SlakeVQA(rounds=20), tmp_path, ["abnormal", "lung lung lung"])
-    sound, published = values(scores.results), values(scores.published)
-    assert sound["closed/closed-accuracy"] == 0
-    assert published["closed/uni-med-closed-accuracy"] == 1
-    assert sound["open/token-f1"] == 0.5
-    assert published["open/uni-med-token-f1"] == 1
+    corrected, original = values(scores.results), values(scores.original)
+    assert corrected["closed/closed-accuracy"] == 0
+    assert original["closed/uni-med-closed-accuracy"] == 1
+    assert corrected["open/token-f1"] == 0.5
+    assert original["open/uni-med-token-f1"] == 1
     assert set(scores.groups) == {"answer_type"}
 
 
@@ -154,13 +154,13 @@ def test_melanoma_and_melanocytic_are_two_classes(tmp_path: Path) -> None:
 def test_closed_m3d_questions_by_type_and_the_published_substring(tmp_path: Path) -> None:
     layouts.m3d_vqa(tmp_path)
     scores = answered(M3DClosedVQA(rounds=20), tmp_path, ["B. Sagittal", "It is the AORTA. C. Coronal", "D"])
-    sound, published = values(scores.results), values(scores.published)
-    # sound: right, wrong (nothing but a stated letter counts: "Coronal" is the one wording in it), right
-    assert sound["choice-accuracy"] == pytest.approx(2 / 3)
-    assert sound["choice-accuracy-macro"] == pytest.approx((1 / 2 + 1) / 2)
-    # published: "B." found, "A." found in "AORTA.", "D." missing in "D"
-    assert published["m3d-bench-choice-accuracy"] == pytest.approx(2 / 3)
-    assert published["m3d-bench-choice-accuracy-macro"] == pytest.approx((1 + 0) / 2)
+    corrected, original = values(scores.results), values(scores.original)
+    # corrected: right, wrong (nothing but a stated letter counts: "Coronal" is the one wording in it), right
+    assert corrected["choice-accuracy"] == pytest.approx(2 / 3)
+    assert corrected["choice-accuracy-macro"] == pytest.approx((1 / 2 + 1) / 2)
+    # original: "B." found, "A." found in "AORTA.", "D." missing in "D"
+    assert original["m3d-bench-choice-accuracy"] == pytest.approx(2 / 3)
+    assert original["m3d-bench-choice-accuracy-macro"] == pytest.approx((1 + 0) / 2)
     assert scores.groups["question_type"]["location"][0].value == 1
 
 
@@ -176,7 +176,7 @@ def test_a_box_of_a_flat_structure_has_an_extent(tmp_path: Path) -> None:
     assert [sample.extra["dataset"] for sample in samples] == ["0000", "0003", "0003"]
     scores = answered(M3DREC(rounds=5), tmp_path, [str(sample.answer) for sample in samples])
     assert values(scores.results)["box-iou"] == 1
-    assert values(scores.published)["m3d-bench-box-iou"] == pytest.approx(0, abs=0.2)  # the flat ones get nothing
+    assert values(scores.original)["m3d-bench-box-iou"] == pytest.approx(0, abs=0.2)  # the flat ones get nothing
 
 
 def test_absent_structures_are_not_asked_for(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_masks_are_measured_one_by_one(tmp_path: Path) -> None:
     rows[1].update(task.measure_mask(np.zeros(truths[1].shape), truths[1]))
     scores = task.score(rows)
     assert values(scores.results)["dice"] == 0.5
-    assert values(scores.published)["m3d-bench-dice"] == pytest.approx((2 * 3.6 / (3.6 + 4 + 1) + 0) / 2)
+    assert values(scores.original)["m3d-bench-dice"] == pytest.approx((2 * 3.6 / (3.6 + 4 + 1) + 0) / 2)
     assert scores.groups["question_type"]["descriptive"][0].value == 1
     del rows[1]["hd95"]
     with pytest.raises(DataError, match="hd95"):
@@ -210,7 +210,7 @@ def test_ct_rate_reads_each_turn_of_its_kind(tmp_path: Path) -> None:
     assert "<" not in samples[0].turns[0].text
     scores = answered(task, tmp_path, ["(b) and (a), I am not sure", "b"])
     assert values(scores.results)["choice-accuracy"] == 0.5
-    assert values(scores.published)["medm-vl-choice-accuracy"] == 0.5  # "(a)" is found, "(b)" is not in "b"
+    assert values(scores.original)["medm-vl-choice-accuracy"] == 0.5  # "(a)" is found, "(b)" is not in "b"
 
 
 def test_a_report_and_its_negation(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_uni_med_cuts_references_to_fifty_words(tmp_path: Path) -> None:
     layouts.put_json(tmp_path / "annotation.json", content)
     task = TASKS.get("mimic-caption")(rounds=5)
     scores = answered(task, tmp_path, [" ".join(long.split()[:50])])
-    assert values(scores.published)["uni-med-50-words/rouge-1"] == pytest.approx(1)
+    assert values(scores.original)["uni-med-50-words/rouge-1"] == pytest.approx(1)
     assert values(scores.results)["rouge-1"] < 0.95
 
 
@@ -339,7 +339,7 @@ def test_areas_come_from_the_scores_of_a_predictions_file(tmp_path: Path) -> Non
 def test_the_table_of_m3d_says_what_is_not_available(tmp_path: Path) -> None:
     layouts.m3d_seg(tmp_path)
     scores = answered(TASKS.get("m3d-reg")(rounds=5), tmp_path, ["liver"] * 3)
-    by_name = {result.name: result for result in scores.published}
+    by_name = {result.name: result for result in scores.original}
     assert list(by_name) == ["m3d-bench-bleu-1", "m3d-bench-rouge-1", "m3d-bench-meteor", "m3d-bench-bertscore-f1"]
     assert by_name["m3d-bench-bertscore-f1"].signature == "n/a: no encoder is given as 'bertscore'"
     assert np.isnan(by_name["m3d-bench-bertscore-f1"].value)
