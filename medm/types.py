@@ -84,6 +84,9 @@ def views_of(kind: str, names: Iterable[str]) -> list[str]:
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
+JsonObject: TypeAlias = dict[str, Any]
+"""An object of a JSON file: a record, a row of a benchmark, results."""
+
 PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings"]
 """What a model, or a file of predictions, gives for an item of a benchmark; a benchmark needs some."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medm.cli.console import note, out, rows
 from medm.cli.infer import CalmProgress
 from medm.cli.option_flags import Flag, Typed, flags_of
+from medm.types import JsonObject
 
 if TYPE_CHECKING:
     from medm.evaluation.task_report import TaskReport
@@ -49,7 +50,7 @@ def evaluate(
     from medm.evaluation.options import EvalOptions
     from medm.evaluation.runner import evaluate as run
 
-    section: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
+    section: JsonObject = read_yaml(recipe) if recipe is not None else {}
     block = typed.block(_TASK)
     shown = dict(typed.shown)
     if task is not None:
@@ -79,12 +80,12 @@ def evaluate(
         raise MedmError(f"nothing was answered in {names}: the scores above are those of no reply at all")
 
 
-def _task_block(name: str, options: Sequence[str]) -> dict[str, Any]:
+def _task_block(name: str, options: Sequence[str]) -> JsonObject:
     """The block of a task from its name and `--option key=value`."""
     from medm.config import parse_value
     from medm.errors import RecipeError
 
-    block: dict[str, Any] = {"name": name}
+    block: JsonObject = {"name": name}
     for item in options:
         key, equals, value = item.partition("=")
         if not equals:

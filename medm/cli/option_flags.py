@@ -10,17 +10,22 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
 
 from medm.errors import RecipeError
+from medm.types import JsonObject
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from medm.config import Options
+
+
+Annotation: TypeAlias = Any
+"""A type as it is written: a class, a union or a `Literal`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Flag:
     """Dotted key of the section that it sets: `generation.top_k`."""
     name: str
     """What is typed: `--top-k`."""
-    annotation: Any
+    annotation: Annotation
     """Type of the value, as typer takes it."""
     help: str
     required: bool
@@ -59,18 +64,18 @@ class Flag:
 class Typed:
     """The flags that were typed."""
 
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     """Dotted key to value."""
     shown: Mapping[str, str]
     """Dotted key to the flag, and key of a block to the flags in it, for messages about their values."""
 
-    def under(self, section: Mapping[str, Any]) -> dict[str, Any]:
+    def under(self, section: Mapping[str, object]) -> JsonObject:
         """Return a section with the typed values in place of its own.
 
         Raises:
             RecipeError: the section holds something else where a block is expected.
         """
-        result = dict(section)
+        result: JsonObject = dict(section)
         for key, value in self.values.items():
             *blocks, last = key.split(".")
             node = result
@@ -83,7 +88,7 @@ class Typed:
             node[last] = value
         return result
 
-    def block(self, place: str) -> dict[str, Any]:
+    def block(self, place: str) -> JsonObject:
         """Return what was typed for the fields of one block, by their names in it."""
         return {key.removeprefix(place): value for key, value in self.values.items() if key.startswith(place)}
 
@@ -143,7 +148,7 @@ def _flags(
         yield Flag(
             key=key,
             name=names.get(key, f"--{field.replace('_', '-')}"),
-            annotation=_plain(info, f"{options.__name__}.{field}"),
+            annotation=_plain(info.annotation, info.default, f"{options.__name__}.{field}"),
             help=_help(info),
             required=info.is_required() and not optional,
         )
@@ -155,15 +160,15 @@ def _own_first(options: type[Options]) -> list[str]:
     return sorted(options.model_fields, key=order.index)
 
 
-def _plain(info: FieldInfo, field: str) -> Any:
+def _plain(annotation: Annotation, default: object, field: str) -> Annotation:
     """The type of a field without None, which is what a flag that is not typed stands for."""
-    annotation: Any = info.annotation
-    if annotation is bool and info.default is not False:
+    if annotation is bool and default is not False:
         raise TypeError(f"{field}: on unless it is switched off; leave the field out")
-    if get_origin(annotation) in (Union, UnionType):
+    origin: object = get_origin(annotation)
+    if origin in (Union, UnionType):
         kept = [inner for inner in get_args(annotation) if inner is not NoneType]
         annotation = kept[0] if len(kept) == 1 else annotation
-    if annotation not in (str, int, float, bool) and get_origin(annotation) is not Literal:
+    if annotation not in (str, int, float, bool) and origin is not Literal:
         raise TypeError(f"{field}: {annotation} cannot be typed as a flag; leave the field out")
     return annotation
 

@@ -49,7 +49,7 @@ def type_text(info: FieldInfo) -> str:
     return ", ".join([_type(info.annotation, list(info.metadata)), *bounds])
 
 
-def _bound(constraint: Any) -> str:
+def _bound(constraint: object) -> str:
     words = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     found = [f"{sign} {getattr(constraint, name)}" for name, sign in words.items() if hasattr(constraint, name)]
     return ", ".join(found)

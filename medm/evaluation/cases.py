@@ -8,12 +8,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from medm.errors import MedmError
 from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, resolve_inside
 from medm.tasks.base import Scores, Task
-from medm.types import Sample
+from medm.types import JsonObject, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class Case:
 
 
 def choose_cases(
-    scores: Scores, records: Sequence[dict[str, Any]], samples: Sequence[Sample], single: Task, *, count: int, seed: int
+    scores: Scores, records: Sequence[JsonObject], samples: Sequence[Sample], single: Task, *, count: int, seed: int
 ) -> tuple[list[Case], list[Case]]:
     """The worst items and random ones.
 
@@ -75,7 +74,7 @@ def choose_cases(
 
 
 def item_scores(
-    scores: Scores, records: Sequence[dict[str, Any]], single: Task, draw: random.Random
+    scores: Scores, records: Sequence[JsonObject], single: Task, draw: random.Random
 ) -> tuple[str | None, dict[int, float]]:
     """Name of a metric and its value for items; for a random part of them where each has to be scored alone."""
     for result in scores.results:

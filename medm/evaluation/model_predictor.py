@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from medm.errors import CheckpointError, DataError, MediaError
 from medm.evaluation.options import EvalOptions
@@ -19,7 +18,7 @@ from medm.inference.options import InferenceOptions, InferOptions
 from medm.inference.predictions import model_fingerprint
 from medm.models import kind_of_config, load_config, load_processor
 from medm.tasks.base import record_of
-from medm.types import PredictionField
+from medm.types import JsonObject, PredictionField
 
 
 def open_model(folder: str, options: EvalOptions) -> Predictor:
@@ -80,7 +79,7 @@ class GenerationPredictor(Predictor):
             return {}
         return read_predictions(output, items.samples, limit=items.limit)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         return {
             "model": self.source,
             "model_fingerprint": model_fingerprint(Path(self.source)),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
 from medm.data.files import RecordFile, parse_json
 from medm.errors import DataError
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.predictors import FIELDS, Items, Predictions, Predictor
 from medm.tasks.base import FAILED, Prediction, join_predictions
-from medm.types import PredictionField, Sample
+from medm.types import JsonObject, PredictionField, Sample
 
 if TYPE_CHECKING:
     from medm.inference.batch import Progress
@@ -132,7 +132,7 @@ def _mapping(path: Path, samples: Sequence[Sample]) -> dict[str, str] | None:
     return dict(value)
 
 
-def _identifier(item: Any, index: int, samples: Sequence[Sample], complete: bool, count: int) -> str:
+def _identifier(item: object, index: int, samples: Sequence[Sample], complete: bool, count: int) -> str:
     if isinstance(item, dict):
         for key in _ID_FIELDS:
             if item.get(key) is not None:
@@ -146,7 +146,7 @@ def _identifier(item: Any, index: int, samples: Sequence[Sample], complete: bool
     return samples[position].id or ""
 
 
-def _prediction(item: Any) -> Prediction:
+def _prediction(item: object) -> Prediction:
     if isinstance(item, str):
         return Prediction(item)
     if not isinstance(item, dict):
@@ -169,7 +169,7 @@ def _prediction(item: Any) -> Prediction:
     raise DataError(f"no answer in it; expected one of {', '.join(_TEXT_FIELDS)}, or a last turn of the assistant")
 
 
-def _scores(value: Any) -> Mapping[str, float] | Sequence[float] | None:
+def _scores(value: object) -> Mapping[str, float] | Sequence[float] | None:
     """Numbers of classes; None where there are none, or a single one."""
     if value is None or _is_number(value):
         return None
@@ -181,11 +181,11 @@ def _scores(value: Any) -> Mapping[str, float] | Sequence[float] | None:
     )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[dict[str, Any]]:
+def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[JsonObject]:
     """Scoring records in the order of the items; see `medm.tasks.base.join_predictions`."""
     records = join_predictions(samples, {name: prediction.text for name, prediction in predictions.items()})
     for record in records:

@@ -14,14 +14,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, get_args
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, get_args
 
 from medm.errors import RecipeError
 from medm.evaluation.options import EvalOptions
 from medm.imaging import Preprocess
 from medm.registry import Registry
 from medm.tasks.base import Prediction
-from medm.types import PredictionField, Sample
+from medm.types import JsonObject, PredictionField, Sample
 
 if TYPE_CHECKING:
     from medm.inference.batch import Progress
@@ -103,7 +103,7 @@ class Predictor(ABC):
         Every rank of a launch calls it; what ranks other than 0 return is not used.
         """
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """Return what the predictions depend on, JSON-able, for the report."""
         return {self.what: self.source}
 

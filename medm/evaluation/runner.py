@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medm.errors import DataError, MedmError, RecipeError
 from medm.evaluation.cases import choose_cases, render_thumbnails
@@ -26,7 +26,7 @@ from medm.launcher import launched_rank
 from medm.metrics.compare import Comparison, compare
 from medm.tasks import TASKS
 from medm.tasks.base import Scores, Task
-from medm.types import Sample
+from medm.types import JsonObject, Sample
 
 if TYPE_CHECKING:
     from medm.inference.batch import Progress
@@ -199,7 +199,7 @@ def samples_of(task: Task, block: EvalTaskOptions, *, limit: int | None = None) 
     return samples
 
 
-def _records(task: Task, items: Items, predictions: Predictions) -> tuple[list[dict[str, Any]], int]:
+def _records(task: Task, items: Items, predictions: Predictions) -> tuple[list[JsonObject], int]:
     """The items that are scored, each with its prediction, and how many of them have one."""
     records = join(items.samples, predictions)[: items.limit]
     replied = {name for name, prediction in predictions.items() if prediction.error is None}
@@ -246,7 +246,7 @@ def _score(options: EvalOptions, run: _Run, predictions: Predictions) -> TaskRep
     return report
 
 
-def defined(value: Any) -> Any:
+def defined(value: object) -> object:
     """Plain values with null in place of NaN, which is not JSON."""
     if isinstance(value, dict):
         return {key: defined(item) for key, item in value.items()}
@@ -255,7 +255,7 @@ def defined(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _facts(block: EvalTaskOptions, task: Task) -> dict[str, Any]:
+def _facts(block: EvalTaskOptions, task: Task) -> JsonObject:
     """What the numbers depend on, whatever the predictions come from."""
     return {
         "options": block.task.model_dump(mode="json"),
@@ -266,7 +266,7 @@ def _facts(block: EvalTaskOptions, task: Task) -> dict[str, Any]:
     }
 
 
-def _compare(task: Task, other: Sequence[dict[str, Any]], scores: Scores) -> list[Comparison]:
+def _compare(task: Task, other: Sequence[JsonObject], scores: Scores) -> list[Comparison]:
     """Every metric of this run against the same metric of the other one, item by item."""
     by_name = {result.name: result for result in task.score(other).results}
     return [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from medm.evaluation.cases import Case
 from medm.metrics.base import MetricResult
 from medm.metrics.compare import Comparison
 from medm.tasks.base import Scores
+from medm.types import JsonObject
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class TaskReport:
     """The registry's line on it."""
     folder: Path
     """Where its files are."""
-    facts: dict[str, Any]
+    facts: JsonObject
     """What the numbers depend on: data, split, model, generation, versions."""
     n: int
     answered: int
@@ -32,7 +32,7 @@ class TaskReport:
     worst: list[Case] = field(default_factory=list)
     random: list[Case] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Everything but the cases, which hold texts and images."""
         return {
             "task": self.task,
@@ -53,5 +53,5 @@ class TaskReport:
         }
 
 
-def _without_items(result: MetricResult) -> dict[str, Any]:
+def _without_items(result: MetricResult) -> JsonObject:
     return {key: value for key, value in result.as_dict().items() if key != "per_item"}

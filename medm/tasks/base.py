@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from medm.errors import DataError, MedmError
 from medm.metrics.base import Clusters, MetricResult, Resampling
-from medm.types import KIND_OF_PLACEHOLDER, Media, PredictionField, Sample, Turn
+from medm.types import KIND_OF_PLACEHOLDER, JsonObject, Media, PredictionField, Sample, Turn
 
 Record: TypeAlias = Mapping[str, Any]
 """One scored item: `id`, `prediction`, `answer`, and the `extra` fields of its sample."""
@@ -110,7 +110,7 @@ class Task(ABC):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         """The corrected numbers of these records."""
 
-    def measure_item(self, record: dict[str, Any], prediction: Prediction | None, folder: Path) -> dict[str, Any]:
+    def measure_item(self, record: JsonObject, prediction: Prediction | None, folder: Path) -> JsonObject:
         """Return the record with the numbers that scoring reads of a prediction too large to be kept (a mask).
 
         Args:
@@ -186,7 +186,7 @@ class Task(ABC):
         except ValueError as error:  # a metric names the item by its position
             raise DataError(f"{type(self).__name__}: {error}") from None
 
-    def _scores(self, rows: Sequence[dict[str, Any]]) -> Scores:
+    def _scores(self, rows: Sequence[JsonObject]) -> Scores:
         groups: dict[str, dict[str, list[MetricResult]]] = {}
         for name in self.group_by:
             values = sorted({str(row[name]) for row in rows if row.get(name) is not None})
@@ -213,7 +213,7 @@ class Task(ABC):
             results, original, groups, [*notes, *metric_notes([*results, *original])], empty, len(failures)
         )  # fmt: skip
 
-    def _checked(self, record: Record, index: int) -> dict[str, Any]:
+    def _checked(self, record: Record, index: int) -> JsonObject:
         for name in ("id", "answer"):
             if record.get(name) is None:
                 raise DataError(f"a scored record needs {name!r}; found {sorted(record)}", index=index, field=name)
@@ -261,13 +261,13 @@ def pick_template(pool: Sequence[str], rng: random.Random | None) -> str:
     return pool[0] if rng is None else rng.choice(pool)
 
 
-def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) -> list[dict[str, Any]]:
+def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) -> list[JsonObject]:
     """Scoring records from a task's samples and another program's answers by id.
 
     A sample without an answer stays, with an empty one. Raises `DataError` for ids that no sample has (another split,
     another benchmark) and for ids that samples share.
     """
-    records: list[dict[str, Any]] = []
+    records: list[JsonObject] = []
     for sample in samples:
         prediction = predictions.get(sample.id or "", "")
         records.append(
@@ -293,7 +293,7 @@ def _files(sample: Sample) -> dict[str, str]:
     return {branch: ", ".join(names) for branch, names in paths.items()}
 
 
-def task_to_records(task: Task, folder: Path, split: str, *, seed: int | None = None) -> Iterator[dict[str, Any]]:
+def task_to_records(task: Task, folder: Path, split: str, *, seed: int | None = None) -> Iterator[JsonObject]:
     """The samples of a split as training records (`image` or `volume`, LLaVA conversations, the answer as reply).
 
     With a `seed` instructions are drawn from the task's pool, one stream over the split; without, all are worded alike.
@@ -302,17 +302,17 @@ def task_to_records(task: Task, folder: Path, split: str, *, seed: int | None = 
         yield record_of(sample)
 
 
-def record_of(sample: Sample) -> dict[str, Any]:
+def record_of(sample: Sample) -> JsonObject:
     """One sample as a training record; `medm.data` reads it back as the same turns."""
     if sample.answer is None:
         raise DataError(f"sample {sample.id!r} has no answer to learn")
-    record: dict[str, Any] = {"id": sample.id, "task": sample.task}
+    record: JsonObject = {"id": sample.id, "task": sample.task}
     for media in sample.media:
         record.setdefault(media.branch, []).append(media.path)
     texts = [part for turn in sample.turns for part in turn.content if isinstance(part, str)]
     if any(name in text for text in texts for name in KIND_OF_PLACEHOLDER):
         # Text that looks like a placeholder can only be told from one where media are parts of their own.
-        messages: list[dict[str, Any]] = [
+        messages: list[JsonObject] = [
             {"role": turn.role, "content": [_part(part) for part in turn.content]} for turn in sample.turns
         ]
         messages.append({"role": "assistant", "content": sample.answer})
@@ -325,7 +325,7 @@ def record_of(sample: Sample) -> dict[str, Any]:
     return {**record, "conversations": [*turns, {"from": "gpt", "value": sample.answer}], **sample.extra}
 
 
-def _part(part: str | Media) -> dict[str, Any]:
+def _part(part: str | Media) -> JsonObject:
     return {"type": "text", "text": part} if isinstance(part, str) else {"type": part.branch, "path": part.path}
 
 

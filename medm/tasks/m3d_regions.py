@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -167,7 +166,7 @@ class M3DSeg(MaskTask):
                     dataset=structure.dataset,
                 )  # fmt: skip
 
-    def reference(self, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+    def reference(self, folder: Path, record: Record) -> np.ndarray:
         return read_mask(Path(folder), str(scoring.require_field(record, "mask")))
 
 
@@ -197,7 +196,7 @@ class M3DRefSeg(MaskTask):
                 mask_id=int(row["Mask_ID"]), question_type={"0": "descriptive", "1": "reasoning"}.get(kind, kind),
             )  # fmt: skip
 
-    def reference(self, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+    def reference(self, folder: Path, record: Record) -> np.ndarray:
         return read_mask(
             Path(folder), str(scoring.require_field(record, "mask")), int(scoring.require_field(record, "mask_id"))
         )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from medm.metrics import m3d_bench, masks
 from medm.metrics.base import MetricResult, mean_result
 from medm.tasks.base import FAILED, Prediction, Record, Task
 from medm.tasks.files import read_array
+from medm.types import JsonObject
 
 WITHOUT_MASK = "without_mask"
 """Field of a record that no mask came for, so that an empty one was measured."""
@@ -27,7 +27,7 @@ class MaskTask(Task):
     tag = "segment"
 
     @abstractmethod
-    def reference(self, folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+    def reference(self, folder: Path, record: Record) -> np.ndarray:
         """The true mask (D, H, W) of a sample, from its `extra` fields."""
 
     def measure_mask(
@@ -49,7 +49,7 @@ class MaskTask(Task):
             "soft_dice": m3d_bench.soft_dice_of(probabilities, reference),
         }
 
-    def measure_file(self, folder: Path, record: Mapping[str, Any], file: Path | None) -> dict[str, float]:
+    def measure_file(self, folder: Path, record: Record, file: Path | None) -> dict[str, float]:
         """`measure_mask` of a mask on disk; where there is none the worst numbers, also for an empty reference.
 
         Raises:
@@ -66,7 +66,7 @@ class MaskTask(Task):
             raise DataError(f"expected 0 and 1, or probabilities; found {array.min()} to {array.max()}", file=file)
         return self.measure_mask(array, truth)
 
-    def measure_item(self, record: dict[str, Any], prediction: Prediction | None, folder: Path) -> dict[str, Any]:
+    def measure_item(self, record: JsonObject, prediction: Prediction | None, folder: Path) -> JsonObject:
         if prediction is not None and "dice" in prediction.numbers:
             return record  # measured elsewhere
         name = prediction.mask if prediction is not None else None
@@ -93,7 +93,7 @@ class MaskTask(Task):
             mean_result("m3d-bench-dice", scores, "m3d-bench|soft|denominator:+1|mean", self.resampling_of(records))
         ]
 
-    def _checked(self, record: Record, index: int) -> dict[str, Any]:
+    def _checked(self, record: Record, index: int) -> JsonObject:
         row = super()._checked(record, index)
         if row.get(FAILED) is not None:
             row |= dict.fromkeys(("dice", "mask_iou", "nsd", "soft_dice"), 0.0)
