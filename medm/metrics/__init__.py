@@ -74,7 +74,7 @@ class M3DBoxMetricOptions(BoxMetricOptions):
 
 
 class BoxAccuracyOptions(BoxMetricOptions):
-    """Share of boxes that overlap enough."""
+    """Fraction of boxes that overlap enough."""
 
     threshold: float = Field(default=0.5, gt=0, le=1)
     """Least IoU of a hit."""
@@ -179,13 +179,13 @@ METRICS.add("closed-accuracy", "medm.metrics.choice:closed_accuracy", "yes/no an
 METRICS.add("choice-accuracy", "medm.metrics.choice:choice_accuracy", "multiple choice by the parsed letter")
 METRICS.add("chest-label-f1", "medm.metrics.chest_labels:chest_label_f1", "F1 of 14 chest findings named by two reports, by an offline rule labeller", options=ChestLabelOptions)
 METRICS.add("radeval", "medm.metrics.radeval:radeval", "RadEval's scores of reports (RadGraph, F1CheXbert, ...); needs the extra 'report'", options=RadEvalOptions)
-METRICS.add("accuracy", "medm.metrics.classification:accuracy", "share of equal labels", options=LabelMetricOptions)
+METRICS.add("accuracy", "medm.metrics.classification:accuracy", "fraction of equal labels", options=LabelMetricOptions)
 METRICS.add("balanced-accuracy", "medm.metrics.classification:balanced_accuracy", "mean recall over the classes of the references", options=LabelMetricOptions)
 METRICS.add("macro-f1", "medm.metrics.classification:macro_f1", "mean F1 over the classes of the references", options=LabelMetricOptions)
 METRICS.add("sensitivity-specificity", "medm.metrics.classification:sensitivity_specificity", "recall of 1 and recall of 0", options=LabelMetricOptions)
 METRICS.add("auroc", "medm.metrics.classification:auroc", "area under the ROC curve, per class and their mean; ties count half", options=ScoreMetricOptions)
 METRICS.add("box-iou", "medm.metrics.boxes:box_iou", "mean IoU of boxes, true union, 2-D or 3-D; an unreadable box counts 0", options=BoxMetricOptions)
-METRICS.add("box-accuracy", "medm.metrics.boxes:box_accuracy", "share of boxes with IoU of at least a threshold", options=BoxAccuracyOptions)
+METRICS.add("box-accuracy", "medm.metrics.boxes:box_accuracy", "fraction of boxes with IoU of at least a threshold", options=BoxAccuracyOptions)
 METRICS.add("dice", "medm.metrics.masks:dice", "mean Dice of binary masks", options=MaskMetricOptions)
 METRICS.add("mask-iou", "medm.metrics.masks:mask_iou", "mean IoU of binary masks", options=MaskMetricOptions)
 METRICS.add("hd95", "medm.metrics.masks:hd95", "95th percentile of the Hausdorff distance in mm (MONAI)", options=MaskMetricOptions)

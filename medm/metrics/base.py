@@ -53,7 +53,7 @@ class Resampling:
     seed: int = 0
     """Seed of the draw: the same predictions give the same interval."""
     level: float = 0.95
-    """Share of the bootstrap values inside the interval."""
+    """Fraction of the bootstrap values inside the interval."""
     clusters: Clusters | None = None
     """Groups that are drawn whole; None where every item stands for itself."""
 

@@ -61,7 +61,7 @@ def bertscore(
 
 
 _MANY_UNKNOWN = 0.1
-"""Share of unknown tokens from which on texts are in a language that the encoder does not know."""
+"""Fraction of unknown tokens from which on texts are in a language that the encoder does not know."""
 
 
 def greedy_match(mine: Tensor, my_content: Tensor, theirs: Tensor, their_content: Tensor) -> tuple[float, float, float]:
@@ -129,7 +129,7 @@ def _longest(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> in
 
 
 def _unknown_and_cut(references: set[str], path: str) -> tuple[float, int]:
-    """Share of unknown tokens in the references, and how many references are longer than the encoder reads."""
+    """Fraction of unknown tokens in the references, and how many references are longer than the encoder reads."""
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

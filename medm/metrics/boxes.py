@@ -166,7 +166,7 @@ def box_iou(
     predictions: Sequence[Box | str | None], references: Sequence[Box | str], *, codec: str = "uni-med",
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:  # fmt: skip
-    """Mean IoU (true union), and the share of predictions without a readable box.
+    """Mean IoU (true union), and the fraction of predictions without a readable box.
 
     Predictions are boxes in the unit of the references, None where no box could be read, or texts to be parsed.
     """
@@ -182,7 +182,7 @@ def box_accuracy(
     predictions: Sequence[Box | str | None], references: Sequence[Box | str], *, codec: str = "uni-med",
     threshold: float = 0.5, resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:  # fmt: skip
-    """Share of boxes whose IoU is at least the threshold."""
+    """Fraction of boxes whose IoU is at least the threshold."""
     scores, _ = _scores(predictions, references, CODECS[codec], iou)
     hits = [float(score >= threshold) for score in scores]
     signature = f"union:true|iou>={threshold:g}|unreadable:0|codec:{codec}"

@@ -135,7 +135,7 @@ def closed_accuracy(
     """Accuracy on closed questions.
 
     Where the reference is yes or no, alone or before a comma, the prediction is parsed for one; otherwise ("left",
-    "MRI", "true pelvis") it has to equal the reference after normalisation. `closed-unparsed` is the share of yes/no
+    "MRI", "true pelvis") it has to equal the reference after normalisation. `closed-unparsed` is the fraction of yes/no
     questions whose answer says neither.
     """
     check_lengths(predictions, references)
@@ -161,7 +161,7 @@ def choice_accuracy(
     predictions: Sequence[str], references: Sequence[str], *, options: Sequence[Mapping[str, str]] | None = None,
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:  # fmt: skip
-    """Accuracy on multiple choice, and the share of texts in which no choice could be read.
+    """Accuracy on multiple choice, and the fraction of texts in which no choice could be read.
 
     Args:
         predictions: free texts.

@@ -23,7 +23,7 @@ from medm.metrics.base import (
 def accuracy(
     predictions: Sequence[Hashable], references: Sequence[Hashable], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Share of equal labels; no label (None, or a blank text) is a miss."""
+    """Fraction of equal labels; no label (None, or a blank text) is a miss."""
     check_lengths(predictions, references)
     hits = [float(a == b and not is_blank(a)) for a, b in zip(predictions, references, strict=True)]
     return [mean_result("accuracy", hits, "labels:equal", resampling)]
@@ -32,7 +32,7 @@ def accuracy(
 def balanced_accuracy(
     predictions: Sequence[Hashable], references: Sequence[Hashable], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Mean over the reference classes of the share that is found."""
+    """Mean over the reference classes of the fraction that is found."""
     statistics, classes = _confusion(predictions, references)
     recall = lambda sums: mean_defined(ratio(sums[:, :classes], sums[:, :classes] + sums[:, 2 * classes :]))  # noqa: E731
     result = summed_result("balanced-accuracy", statistics, recall, f"classes:{classes}|of:references", resampling)
@@ -62,7 +62,7 @@ def _single_class(classes: int) -> str | None:
 def sensitivity_specificity(
     predictions: Sequence[int], references: Sequence[int], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Of 0/1 labels: the share of ones found, and the share of zeros left alone."""
+    """Sensitivity and specificity: the fraction of ones, and of zeros, that are predicted as such."""
     check_lengths(predictions, references)
     guessed, true = np.asarray(predictions, dtype=int), np.asarray(references, dtype=int)
     for side, values in (("predictions", guessed), ("references", true)):
@@ -71,8 +71,8 @@ def sensitivity_specificity(
     results = []
     for name, label in (("sensitivity", 1), ("specificity", 0)):
         rows = np.stack([(true == label) & (guessed == label), true == label], axis=1)
-        share = lambda sums: ratio(sums[:, 0], sums[:, 1])  # noqa: E731
-        result = summed_result(name, rows, share, f"binary|positive:1|class:{label}", resampling)
+        fraction = lambda sums: ratio(sums[:, 0], sums[:, 1])  # noqa: E731
+        result = summed_result(name, rows, fraction, f"binary|positive:1|class:{label}", resampling)
         missing = len(true) and not (true == label).any()
         results.append(with_note(result, f"undefined: no reference is {label}" if missing else None))
     return results

@@ -31,7 +31,7 @@ from medm.metrics.words import ngrams, unsegmented
 def bleu(predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT) -> list[MetricResult]:
     """Mean over items of unsmoothed BLEU-1, tokeniser 13a, as the `evaluate` library computes it; an empty text is 0.
 
-    Wrong as a corpus measure: a mean of sentence scores is not corpus BLEU. Sound: `bleu`.
+    Wrong as a corpus measure: a mean of sentence scores is not corpus BLEU. Corrected: `bleu`.
     """
     check_lengths(predictions, references)
     tokenizers = optional("sacrebleu.tokenizers.tokenizer_13a", package="sacrebleu", extra="text-metrics")
@@ -73,7 +73,7 @@ def choice_accuracy(
 ) -> list[MetricResult]:
     """Is "<letter>." anywhere in the text? Wrong: "the AORTA." answers A, an empty reference is always right.
 
-    Sound: `choice-accuracy`. References are letters, or texts that begin with one.
+    Corrected: `choice-accuracy`. References are letters, or texts that begin with one.
     """
     check_lengths(predictions, references)
     letters = [reference.strip()[:1] for reference in references]
@@ -88,7 +88,7 @@ def box_iou(
     predictions: Sequence[Box | str | None], references: Sequence[Box | str], *, codec: str = "m3d",
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:  # fmt: skip
-    """Mean of intersection over the enclosing box; -1 for an unreadable box. Sound: `box-iou`, where that counts 0."""
+    """Mean of intersection over the enclosing box; -1 for an unreadable box. Corrected: `box-iou` (0 there)."""
     check_lengths(predictions, references)
     scores = []
     for guess, truth in zip(predictions, references, strict=True):
@@ -111,7 +111,7 @@ def dice(
 ) -> list[MetricResult]:
     """Mean soft Dice on sigmoid probabilities. Wrong: no threshold, and a perfect mask of one voxel scores 2/3.
 
-    Sound: `dice`.
+    Corrected: `dice`.
     """
     check_lengths(predictions, references)
     scores = [soft_dice_of(a, b) for a, b in zip(predictions, references, strict=True)]

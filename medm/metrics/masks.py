@@ -50,16 +50,16 @@ def diagonal(shape: Sequence[int], spacing: Sequence[float] | None = None) -> fl
 
 
 def nsd_of(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float) -> float:
-    """Share of both surfaces that lies within `tolerance` mm of the other; 1 when both are empty, 0 when one is."""
+    """Fraction of both surfaces that lies within `tolerance` mm of the other; 1 when both are empty, 0 when one is."""
     mine, theirs = _pair(prediction, reference)
     if not mine.any() or not theirs.any():
         return float(mine.any() == theirs.any())
     torch, metrics = _monai()
     pair = [torch.from_numpy(mask[None, None].astype(np.uint8)) for mask in (mine, theirs)]
-    share = metrics.compute_surface_dice(
+    fraction = metrics.compute_surface_dice(
         *pair, class_thresholds=[tolerance], include_background=True, spacing=list(map(float, spacing))
     )
-    return float(share[0, 0])
+    return float(fraction[0, 0])
 
 
 def dice(

@@ -31,7 +31,7 @@ def best_of(predictions: Sequence[str], references: References, score: Callable[
 def exact_match(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Share of predictions equal to a reference after trimming and case folding.
+    """Fraction of predictions equal to a reference after trimming and case folding.
 
     Composed and decomposed accents are the same letters (Unicode's form C).
     """
@@ -46,7 +46,7 @@ def _folded(text: str) -> str:
 def normalised_match(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Share of predictions equal to a reference after `normalise_answer` (see `same_answer`)."""
+    """Fraction of predictions equal to a reference after `normalise_answer` (see `same_answer`)."""
     scores = best_of(predictions, references, lambda a, b: float(same_answer(a, b)))
     return [mean_result("normalised-match", scores, f"exact|{ANSWER_SIGNATURE}", resampling)]
 

@@ -20,7 +20,7 @@ from medm.metrics.base import (
     undefined,
 )
 from medm.metrics.ptb import PTB_SIGNATURE, ptb_tokens
-from medm.metrics.words import share_outside_latin, unsegmented
+from medm.metrics.words import fraction_outside_latin, unsegmented
 
 
 class _NoSynonyms:
@@ -115,7 +115,7 @@ def _nltk_meteor(
 def _in_english(result: MetricResult, references: References) -> list[MetricResult]:
     """The result; without its number where the references are in another alphabet than METEOR's stems and synonyms."""
     reason = unsegmented(references, "separate the words by blanks and use bleu or rouge")
-    foreign = share_outside_latin(references)
+    foreign = fraction_outside_latin(references)
     if reason is None and foreign > 0.5:
         reason = f"{foreign:.0%} of the letters of the references are not Latin, and its stems and synonyms are English"
     return [result if reason is None else undefined(result, reason)]

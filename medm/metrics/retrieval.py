@@ -32,7 +32,7 @@ def recall_at_k(
     predictions: np.ndarray, references: np.ndarray | None = None, *, cutoffs: Sequence[int] = (1, 5, 10),
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:  # fmt: skip
-    """Share of queries with a relevant candidate among the first k, and the median rank, in both directions.
+    """Fraction of queries with a relevant candidate among the first k, and the median rank, in both directions.
 
     Args:
         predictions: (Q, C) similarities, images in rows and texts in columns.

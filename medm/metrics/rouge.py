@@ -17,10 +17,10 @@ from medm.metrics.base import (
     undefined,
     with_note,
 )
-from medm.metrics.words import answer_words, share_outside_ascii
+from medm.metrics.words import answer_words, fraction_outside_ascii
 
 _FEW = 0.01
-"""Share of letters that rouge-score may drop ("naïve", "µm") before its number means something else."""
+"""Fraction of letters that rouge-score may drop ("naïve", "µm") before its number means something else."""
 KINDS = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}
 
 
@@ -49,7 +49,7 @@ def rouge(
         mean_result(name, [score[kind].fmeasure for score in scores], signature, resampling)
         for kind, name in KINDS.items()
     ]
-    dropped = share_outside_ascii(references) if words == "rouge-score" else 0.0
+    dropped = fraction_outside_ascii(references) if words == "rouge-score" else 0.0
     if dropped == 0:
         return results
     note = f"rouge-score drops letters other than a to z, {dropped:.1%} of those of the references"

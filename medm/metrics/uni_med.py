@@ -68,7 +68,7 @@ def normalise(text: str) -> str:
     """The VQA-v2 normaliser as Uni-Med runs it.
 
     Wrong: "none" becomes "0"; whether a mark is deleted or becomes a blank depends on the rest of the text ("t2-w" and
-    "t2 - w" differ from "t2-w, flair"); at most 32 full stops go. Sound: `medm.metrics.words.normalise_answer`.
+    "t2 - w" differ from "t2-w, flair"); at most 32 full stops go. Corrected: `medm.metrics.words.normalise_answer`.
     """
     groups_digits = _DIGIT_COMMA.search(text) is not None
     result = text
@@ -95,13 +95,13 @@ def _said(prediction: str) -> str | None:
 def match(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Exact match after `normalise`. Sound: `normalised-match`."""
+    """Exact match after `normalise`. Corrected: `normalised-match`."""
     scores = best_of(predictions, references, lambda a, b: float(_said(a) == normalise(b)))
     return [mean_result("uni-med-match", scores, SIGNATURE, resampling)]
 
 
 def bleu(predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT) -> list[MetricResult]:
-    """Mean unsmoothed sentence BLEU-1 to 4. Wrong: a right one-word answer has a BLEU-4 of 1e-231. Sound: `bleu`."""
+    """Mean unsmoothed sentence BLEU-1 to 4. Wrong: a right one-word answer has BLEU-4 1e-231. Corrected: `bleu`."""
     check_lengths(predictions, references)
     pairs = [
         (normalise(clean_prediction(prediction)).split(), [normalise(text).split() for text in texts])
@@ -115,7 +115,10 @@ def bleu(predictions: Sequence[str], references: References, *, resampling: Resa
 def token_f1(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Token F1. Wrong: every repeat of a shared word is a hit ("lung lung lung" for "lung" is 1). Sound: `token-f1`."""
+    """Token F1. Wrong: every repeat of a shared word is a hit ("lung lung lung" for "lung" is 1).
+
+    Corrected: `token-f1`.
+    """
     scores = best_of(predictions, references, _repeating_f1)
     result = mean_result("uni-med-token-f1", scores, SIGNATURE, resampling)
     reason = unsegmented(references, "use token-f1, which counts characters")
@@ -136,7 +139,7 @@ def _repeating_f1(prediction: str, reference: str) -> float:
 def closed_accuracy(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Is the reference anywhere in the prediction? Wrong: "no" is in "abnormal". Sound: `closed-accuracy`."""
+    """Is the reference anywhere in the prediction? Wrong: "no" is in "abnormal". Corrected: `closed-accuracy`."""
     scores = best_of(
         predictions, references, lambda a, b: float((text := _said(a)) is not None and normalise(b) in text)
     )
@@ -158,7 +161,7 @@ def box_iou(
     predictions: Sequence[Box | str | None], references: Sequence[Box | str], *,
     extents: Sequence[Sequence[float]] | None = None, codec: str = "uni-med", resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:  # fmt: skip
-    """Mean IoU and accuracy above 0.5, with 1 added to every side. Sound: `box-iou`, `box-accuracy`.
+    """Mean IoU and accuracy above 0.5, with 1 added to every side. Corrected: `box-iou`, `box-accuracy`.
 
     Wrong: one pixel is added to coordinates that are not pixel numbers, which favours small boxes; swapped corners are
     scored as they stand; a box anywhere but at the start is not seen.

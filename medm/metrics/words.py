@@ -46,7 +46,7 @@ _RUN = re.compile(f"[{_NO_SPACES}]{{5,}}")
 
 ANSWER_SIGNATURE = "norm:medm-answer:2"
 UNSEGMENTED = (
-    "the references are in a script without spaces between words ({share:.0%} of their letters), and this tokenizer "
+    "the references are in a script without spaces between words ({fraction:.0%} of their letters), and this tokenizer "
     "takes a whole phrase for one word: {instead}"
 )
 
@@ -116,24 +116,24 @@ def unsegmented(references: Sequence[str | Sequence[str]], instead: str) -> str 
         references: of each item, as metrics take them.
         instead: what the reader may use in place of the metric.
     """
-    share = _share(references, lambda text: sum(map(len, _RUN.findall(text))))
-    return UNSEGMENTED.format(share=share, instead=instead) if share > 0.1 else None
+    fraction = _fraction(references, lambda text: sum(map(len, _RUN.findall(text))))
+    return UNSEGMENTED.format(fraction=fraction, instead=instead) if fraction > 0.1 else None
 
 
-def share_outside_ascii(references: Sequence[str | Sequence[str]]) -> float:
-    """Share of the letters of the references that are not a to z."""
-    return _share(references, lambda text: sum(letter.isalpha() and not letter.isascii() for letter in text))
+def fraction_outside_ascii(references: Sequence[str | Sequence[str]]) -> float:
+    """Fraction of the letters of the references that are not a to z."""
+    return _fraction(references, lambda text: sum(letter.isalpha() and not letter.isascii() for letter in text))
 
 
-def share_outside_latin(references: Sequence[str | Sequence[str]]) -> float:
-    """Share of the letters of the references that are not Latin, with or without accents."""
-    return _share(
+def fraction_outside_latin(references: Sequence[str | Sequence[str]]) -> float:
+    """Fraction of the letters of the references that are not Latin, with or without accents."""
+    return _fraction(
         references,
         lambda text: sum(c.isalpha() and c > "\u024f" and not "\u1e00" <= c <= "\u1eff" for c in text),
     )
 
 
-def _share(references: Sequence[str | Sequence[str]], count: Callable[[str], int]) -> float:
+def _fraction(references: Sequence[str | Sequence[str]], count: Callable[[str], int]) -> float:
     """Counted letters of all letters."""
     texts = [text for item in as_references(references) for text in item]
     letters = sum(letter.isalpha() for text in texts for letter in text)
