@@ -162,6 +162,8 @@ class NamedBlock:
     """Key of the block that holds the name."""
     default: str | None = None
     """Name of a block that gives none."""
+    beside: tuple[tuple[str, type[Options]], ...] = ()
+    """Options of blocks that may stand in its place and name no part, each told by a key that it holds."""
 
     def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -174,6 +176,9 @@ class NamedBlock:
             return value
         if isinstance(value, str):
             value = {self.key: value}
+        for mark, options in self.beside:
+            if isinstance(value, Mapping) and mark in value:
+                return options.model_validate(dict(value))
         if self.default is not None and isinstance(value, Mapping):
             value = {self.key: self.default, **value}
         if not isinstance(value, Mapping) or not isinstance(value.get(self.key), str):
@@ -206,6 +211,7 @@ def _sections(
     block = next((item for item in metadata if isinstance(item, NamedBlock)), None)
     if block is not None:
         yield path, block
+        yield from ((path, options) for _, options in block.beside)
         return
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

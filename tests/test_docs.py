@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import yaml
 from packaging.version import Version
 
 from tests import shrink
@@ -79,6 +80,32 @@ def test_add_an_encoder(tmp_path: Path) -> None:
     assert shapes == [[2, 8, 12], [4, 2], 12, 0]
 
 
+@pytest.mark.timeout(900)
+def test_add_an_objective(tmp_path: Path) -> None:
+    (source,), (section,) = blocks("add-an-objective.md", "python"), blocks("add-an-objective.md", "yaml")
+    (tmp_path / "reply_likelihood.py").write_text(source)
+    (tmp_path / "docs").symlink_to(DOCS)
+    lines = [line for block in blocks("add-an-objective.md", "") for line in block.splitlines()]
+    assert [line.split()[3] for line in lines] == ["list", "list", "train"]
+    listed, options, train = lines
+    assert "likelihood of whole replies" in run(listed, tmp_path).stdout
+    assert "long reports do not dominate" in run(options, tmp_path).stdout
+
+    given = train.partition("'objective=")[2].removesuffix("'")
+    assert yaml.safe_load(given) == yaml.safe_load(section)["objective"], "the page shows two forms of one block"
+    small = [*shrink.overrides("medm-vl-2d/pretrain", tmp_path, steps=2),
+             'data.train=[{path: docs/example_pretrain.json}]', "train.logging_steps=1"]  # fmt: skip
+    done = run(train + "".join(f" '{override}'" for override in small), tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    model = tmp_path / "work_dirs" / "medm-vl-2d" / "pretrain"
+    logged = [json.loads(line) for line in (model / "loss.jsonl").read_text().splitlines()]
+    entries = [entry for entry in logged if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        assert entry["loss"] == pytest.approx(entry["loss/tokens"] + entry["loss/replies"], rel=1e-5)
+        assert entry["loss/replies"] > 0
+
+
 def test_add_an_llm(tmp_path: Path) -> None:
     (source,) = blocks("add-an-llm.md", "python")
     plugin = tmp_path / "some_family.py"
@@ -131,8 +158,6 @@ def test_add_a_pipeline(tmp_path: Path) -> None:
 
 
 def test_the_recipe_of_the_recipes_page_is_one() -> None:
-    import yaml
-
     from medm.config import validate
     from medm.training.recipe import Recipe
 

@@ -137,6 +137,12 @@ TABLE = [
         parameters=("self", "module"),
     ),
     PrivateInterface(
+        "transformers.PreTrainedModel._adjust_missing_and_unexpected_keys",
+        ("medm/models/base.py",),
+        "begins with fresh training-only state where a folder has none, before the report of missing weights",
+        parameters=("self", "loading_info"),
+    ),
+    PrivateInterface(
         "transformers.PreTrainedModel._supports_sdpa",
         ("medm/models/lvlm/modeling.py",),
         "declares what the language model inside is allowed to use",

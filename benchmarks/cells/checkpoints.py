@@ -17,6 +17,7 @@ from benchmarks.workloads import PAD, WORKLOADS, make_examples, medm_model
 from medm.data.collator import Collator
 from medm.data.sampling import DistributedBatchSampler, Shuffle
 from medm.objectives.language_modeling import LanguageModeling
+from medm.objectives.terms import Terms
 from medm.training.arguments import training_arguments
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import apply_parts
@@ -62,7 +63,7 @@ class _Run(Figure):
         parts = {name: PartOptions(tune="full") for name in model.parts()}
         apply_parts(model, parts, train, keep_float32=False)
         return MedmTrainer(
-            model, training_arguments(train, Path(folder)), objective=LanguageModeling(), parts=parts,
+            model, training_arguments(train, Path(folder)), terms=Terms.of(LanguageModeling()), parts=parts,
             train_options=train, train_dataset=data, data_collator=Collator(PAD),
             sampler=DistributedBatchSampler(Shuffle(len(data), seed=0), batch_size=self.batch),
         )  # fmt: skip

@@ -26,6 +26,7 @@ from medm.data.sampling import Shuffle
 from medm.imaging import load_pixels
 from medm.imaging.options import ImagePreprocess
 from medm.objectives.language_modeling import LanguageModeling
+from medm.objectives.terms import Terms
 from medm.training.arguments import training_arguments
 from medm.training.kernels import compile_layers
 from medm.training.options import PartOptions, TrainOptions
@@ -109,7 +110,7 @@ class _Workload:
         parts = {name: PartOptions(tune="full") for name in self.ours.parts()}
         apply_parts(self.ours, parts, options, keep_float32=False)
         trainer = MedmTrainer(
-            self.ours, training_arguments(options, Path(self.folder.name)), objective=LanguageModeling(), parts=parts,
+            self.ours, training_arguments(options, Path(self.folder.name)), terms=Terms.of(LanguageModeling()), parts=parts,
             train_options=options, train_dataset=_Examples(self.examples), data_collator=self.collator,
             sampler=PackedBatches(
                 Shuffle(len(self.examples), seed=0), lengths=self.lengths, capacity=self.capacity, batch_size=self.rows

@@ -1,12 +1,18 @@
-"""What every model of medm is, whatever it computes: named parts, adapters in them, a config that says both."""
+"""What every model of medm is, whatever it computes: named parts, adapters in them, a config.
+
+A model may hold state beside its weights that training alone needs (a momentum copy, a queue), and
+act after a step.
+"""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, ABCMeta, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar, Generic, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from medm.errors import RecipeError
@@ -19,6 +25,9 @@ OptionsT = TypeVar("OptionsT", bound=ModelOptions)
 ModelT = TypeVar("ModelT", bound="MedmModel")
 ProcessorT = TypeVar("ProcessorT", bound=Processor)
 
+if TYPE_CHECKING:
+    from transformers.utils.loading_report import LoadStateDictInfo
+
 
 class MedmModel(PreTrainedModel, metaclass=ABCMeta):
     """A transformers model whose parts a recipe can freeze, train or adapt one by one.
@@ -28,6 +37,15 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
 
     base_model_prefix = ""
     supports_gradient_checkpointing = True
+
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Patterns (`momentum.*`) of names in the state dict that training alone needs: persistent
+    buffers, and parameters of a part that stays frozen. Checkpoints hold them and a resumed run
+    continues with them; the final model folder and exports do not have them. A class that names any
+    defines `init_training_state`."""
+    zero3_refusal: ClassVar[str | None] = None
+    """Reason why models of this class cannot be trained under ZeRO-3, which then is refused before
+    weights are read; None where they can."""
 
     def _init_weights(self, module: nn.Module) -> None:
         """Parts initialise themselves when they are constructed."""
@@ -50,6 +68,65 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
     def separate_samples(self) -> bool:
         """Prepare for batches that are one row of samples with their beginnings; False where the model cannot."""
         return False
+
+    def after_step(self) -> Sequence[nn.Parameter]:
+        """Act on the model's own state after an optimizer step: clamp a scale, move a momentum copy.
+
+        Called without gradients on every rank, after each step that changed the weights, under
+        DeepSpeed too; not after a step that was skipped for an overflow of fp16. Each rank must come
+        to the same values. Under ZeRO-3 a large parameter is empty here.
+
+        Returns:
+            The trained parameters that were changed: an optimizer that keeps a copy of its own takes
+            them over.
+        """
+        return ()
+
+    def init_training_state(self) -> None:
+        """Give the state of `training_only` the values that a run begins with, from the weights.
+
+        Called when the model was opened from a folder without that state.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} names training_only state {', '.join(self.training_only)}, "
+            "so it has to define init_training_state"
+        )
+
+    def is_training_only(self, name: str) -> bool:
+        """Return whether a name of the state dict is one of `training_only`."""
+        return any(fnmatchcase(name, pattern) for pattern in self.training_only)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        training_state: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as transformers does, by default without `training_only` state.
+
+        Args:
+            save_directory: folder.
+            is_main_process: as there.
+            state_dict: tensors to save in place of the model's own.
+            args: as there.
+            training_state: keep the state that training alone needs.
+            kwargs: as there.
+        """
+        if self.training_only and not training_state:
+            tensors = self.state_dict() if state_dict is None else state_dict
+            state_dict = {k: value for k, value in tensors.items() if not self.is_training_only(k)}
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: LoadStateDictInfo) -> None:
+        """Begin with fresh training state where a folder has none, as a final model folder."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        absent = {name for name in loading_info.missing_keys if self.is_training_only(name)}
+        if absent:
+            self.init_training_state()
+            loading_info.missing_keys -= absent
 
     def inject_adapters(self) -> None:
         """Build the LoRA layers that the config speaks of; the last step of a constructor before `post_init`."""

@@ -1,31 +1,36 @@
-"""Objectives: a model and a batch in, named losses out. The table at the end has one line a member.
+"""Objectives: a model's output and a batch in, the sum of a loss out. One line a member in the table.
 
-An objective knows nothing of optimisers, ranks beside its own gathering, or logging. Adding one is a new
-file with an `Objective` and a line here; options of its own stand above the table, torch-free.
+An objective knows nothing of optimizers, ranks beside its own gathering, or logging. Adding one is a
+new file with an `Objective` and a line here; options of its own stand above the table, torch-free.
+How several are added up: `medm.objectives.terms`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from medm.config import Options
-from medm.registry import Registry
+from medm.registry import NamedBlock, Registry
 
 if TYPE_CHECKING:
     from medm.objectives.base import Objective
 
 
 class ObjectiveOptions(Options):
-    """What every objective block of a recipe may say."""
+    """Options of every objective."""
 
     name: str
     """Registered name of the objective."""
 
     def reads(self) -> frozenset[str]:
-        """Fields of the model's output that it cannot do without."""
+        """Return the fields of the model's output that it needs."""
         return frozenset()
+
+    def objectives(self) -> dict[str, ObjectiveOptions]:
+        """Return the objectives of the section by the name that messages give them."""
+        return {self.name: self}
 
 
 class LanguageModelingOptions(ObjectiveOptions):
@@ -36,7 +41,7 @@ class LanguageModelingOptions(ObjectiveOptions):
     that is not named here counts once (weight 1); weight 0 switches it off."""
 
     def reads(self) -> frozenset[str]:
-        return frozenset({"loss"})
+        return frozenset({"loss_sum"})
 
 
 class ContrastiveOptions(ObjectiveOptions):
@@ -48,10 +53,20 @@ class ContrastiveOptions(ObjectiveOptions):
     """Field of the model's output that holds one view, (B, D)."""
     second: str = "text_embeds"
     """Field that holds the other view, (B, D)."""
+    pairs: str = "input_ids"
+    """Field of the batch with one row a pair, by which pairs are counted."""
     gather: bool = True
-    """Compare with the pairs of all processes; without it each process sees its own batch alone."""
+    """Compare with the pairs of all ranks; without it each rank sees its own batch alone."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that is spread over all pairs (`softmax` alone)."""
+    """Fraction of the target that is spread over all pairs (`softmax` alone)."""
+
+    @model_serializer(mode="wrap")
+    def _older_form(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave out the default of `pairs`, so that runs from before the field continue."""
+        values: dict[str, object] = dump(self)
+        if values["pairs"] == "input_ids":
+            del values["pairs"]
+        return values
 
     def reads(self) -> frozenset[str]:
         bias = {"logit_bias"} if self.loss == "sigmoid" else set()
@@ -72,3 +87,26 @@ OBJECTIVES.add(
     "image-text contrast over the global batch (CLIP or SigLIP loss)",
     options=ContrastiveOptions,
 )
+
+
+class TermOptions(Options):
+    """One term of a sum of objectives."""
+
+    objective: Annotated[ObjectiveOptions, NamedBlock(OBJECTIVES)]
+    """The objective, by name, and its options."""
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of its loss, which is a mean over the items of the step. Auxiliary losses have weights
+    of their own."""
+
+
+class TermsOptions(Options):
+    """Several objectives at once, in place of one: `objective: {terms: {...}}`. The model runs once
+    for all of them.
+    """
+
+    terms: dict[str, TermOptions] = Field(min_length=1)
+    """The objectives by a name of your choice; each is logged as `loss/<name>`."""
+
+    def objectives(self) -> dict[str, ObjectiveOptions]:
+        """Return the objectives of the section by the name that messages give them."""
+        return {f"terms.{name}": term.objective for name, term in self.terms.items()}

@@ -1,67 +1,62 @@
-"""What an objective must be."""
+"""Contract of an objective: how many items a batch holds, and the sum of a loss over them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
-from medm.errors import RecipeError
 from medm.types import Batch
 
-
-@dataclass(slots=True)
-class Losses:
-    """What an objective returns for one batch."""
-
-    total: Tensor
-    """What is minimised; a scalar with a graph."""
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    """The terms of the total by name, detached, weights applied; empty where the total has one term alone."""
+Output: TypeAlias = Mapping[str, Any]
+"""Output of a model: tensors by name, and `losses`, a mapping of its auxiliary losses by name."""
 
 
 class Objective(ABC):
-    """Turns a model and a batch into losses. A subclass takes the fields of its options class by keyword.
+    """A loss that is a sum over items (labeled tokens, pairs). A subclass takes its options by keyword.
 
-    Losses are sums over items (labelled tokens, pairs), divided by the items of the whole optimiser step:
-    then accumulation, uneven batches and the number of processes do not change what is minimised.
+    `medm.objectives.terms` runs the model and divides the sum by the items of the whole optimizer
+    step. So accumulation, uneven batches and the number of ranks do not change what is minimized.
     """
 
+    term: ClassVar[str]
+    """Name of its loss in logs, where a recipe names no terms."""
+    auxiliary: Mapping[str, float] | None = None
+    """Weights of the losses that the model reports by name beside its output (`losses`), 1 for a name
+    that is absent; None for an objective that leaves them out."""
+
+    @property
     @abstractmethod
-    def num_items(self, batch: Batch) -> Tensor:
-        """Items of this batch that the loss is a sum over; an int64 scalar. Reads the batch only."""
+    def reads(self) -> frozenset[str]:
+        """Fields of the model's output that `loss` needs."""
 
     @abstractmethod
-    def __call__(self, model: nn.Module, batch: Batch, num_items_in_batch: Tensor | int | None = None) -> Losses:
-        """The losses of a batch.
+    def count(self, batch: Batch) -> Tensor:
+        """Return the items of this batch that the loss is a sum over, an int64 scalar."""
 
-        Args:
-            model: called as `model(**batch)`; may be wrapped (DDP, DeepSpeed).
-            batch: see `medm.types.Batch`.
-            num_items_in_batch: items over all micro-batches and processes of the step; without it those of this
-                batch alone, so that the total is a mean.
+    @abstractmethod
+    def loss(self, output: Output, batch: Batch) -> Tensor:
+        """Return the sum of the loss over the items of this batch; a scalar with a graph.
+
+        Every rank calls it, also with a batch of no items, for which it returns 0.
         """
 
+
+@runtime_checkable
+class RowLosses(Protocol):
+    """An objective whose loss is a sum over rows, so that diagnostics can measure those of a task."""
+
     def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
-        """Mean loss of some rows of a batch, without what belongs to no single row (a router's balance).
+        """Return the mean loss of some rows, without auxiliary losses, which belong to no single row.
 
         Args:
-            model: as above, without wrappers.
-            batch: as above.
+            model: without wrappers.
+            batch: see `medm.types.Batch`.
             rows: (B,) bool.
 
         Returns:
-            A scalar with a graph; None where these rows hold nothing that is learned.
-
-        Raises:
-            RecipeError: the loss of this objective does not fall apart into rows.
+            A scalar with a graph; None where these rows have no item.
         """
-        raise RecipeError(f"{type(self).__name__}: its loss does not fall apart into rows; leave out diagnostics")
-
-    def share(self, batch: Batch, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """The part of the step's items that this batch holds; weighs a mean over the batch."""
-        if num_items_in_batch is None:
-            return 1.0
-        items = self.num_items(batch)
-        return items / num_items_in_batch
+        ...

@@ -3,49 +3,67 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from medm.distributed import all_gather, rank, row_counts
-from medm.objectives.base import Losses, Objective
+from medm.errors import RecipeError
+from medm.objectives.base import Objective, Output
 from medm.types import Batch
 
 
 class Contrastive(Objective):
-    """Every process scores its own rows against the pairs of all processes, so the logits stay (B, pairs of all).
+    """Every rank scores its own rows against the pairs of all ranks: the logits are (B, pairs of all).
 
-    Processes may hold different numbers of pairs. The model's output has the two views under the names `first` and
-    `second`, (B, D) each, a `logit_scale` (a factor, not its logarithm) and, for the sigmoid loss, a `logit_bias`.
-    Views are normalised here.
+    Ranks may hold different numbers of pairs. The model's output has the two views under the names
+    `first` and `second`, (B, D) each, a `logit_scale` (a factor, not its logarithm) and, for the
+    sigmoid loss, a `logit_bias`. Views are normalized here.
 
     Args:
         options: see `ContrastiveOptions`.
     """
 
+    term = "contrast"
+
     def __init__(
-        self, *, loss: str = "softmax", first: str = "image_embeds", second: str = "text_embeds", gather: bool = True,
+        self,
+        *,
+        loss: str = "softmax",
+        first: str = "image_embeds",
+        second: str = "text_embeds",
+        pairs: str = "input_ids",
+        gather: bool = True,
         label_smoothing: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.loss, self.first, self.second = loss, first, second
+    ) -> None:
+        self.sigmoid = loss == "sigmoid"
+        self.first, self.second, self.pairs = first, second, pairs
         self.gather, self.label_smoothing = gather, label_smoothing
 
-    def num_items(self, batch: Batch) -> Tensor:
-        """Pairs: the length of the batch's first tensor."""
-        tensor = _first_tensor(batch)
-        return torch.tensor(len(tensor), device=tensor.device)
+    @property
+    def reads(self) -> frozenset[str]:
+        bias = {"logit_bias"} if self.sigmoid else set()
+        return frozenset({self.first, self.second, "logit_scale", *bias})
 
-    def __call__(self, model: nn.Module, batch: Batch, num_items_in_batch: Tensor | int | None = None) -> Losses:
-        output = model(**batch)
+    def count(self, batch: Batch) -> Tensor:
+        """Return the pairs: the rows of the batch field `pairs`."""
+        field = batch.get(self.pairs)
+        if not isinstance(field, Tensor) or not field.dim():
+            raise RecipeError(
+                f"contrastive: expected the batch field {self.pairs!r} as a tensor of one row a pair, "
+                f"found the fields {', '.join(sorted(batch))}; set the objective's option pairs to "
+                "one of them"
+            )
+        return torch.tensor(len(field), device=field.device)
+
+    def loss(self, output: Output, batch: Batch) -> Tensor:
         first = F.normalize(output[self.first].float(), dim=-1)  # (B, D)
         second = F.normalize(output[self.second].float(), dim=-1)  # (B, D)
         scale = output["logit_scale"]
         counts = self._counts(first)
-        if self.loss == "sigmoid":
-            total = self._sigmoid(first, second, counts, scale, output["logit_bias"])
-        else:
-            total = self._softmax(first, second, counts, scale)
-        # A process that got no pair still took part in the gathering, and has a loss of 0.
-        return Losses(total / max(len(first), 1) * self.share(batch, num_items_in_batch))
+        # A rank without pairs takes part in the gathering, and its sum is 0.
+        if self.sigmoid:
+            return self._sigmoid(first, second, counts, scale, output["logit_bias"])
+        return self._softmax(first, second, counts, scale)
 
     def _softmax(self, first: Tensor, second: Tensor, counts: list[int], scale: Tensor) -> Tensor:
         every_first, every_second = self._gathered(first, counts), self._gathered(second, counts)
@@ -72,10 +90,3 @@ class Contrastive(Objective):
 
     def _offset(self, counts: list[int]) -> int:
         return sum(counts[: rank()]) if self.gather else 0
-
-
-def _first_tensor(batch: Batch) -> Tensor:
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.dim():
-            return value
-    raise ValueError(f"expected a batch with at least one tensor of shape (B, ...), found keys {sorted(batch)}")

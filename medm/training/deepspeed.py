@@ -6,16 +6,18 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 
+from medm.distributed import rank, world_size
 from medm.errors import RecipeError, suggest
 from medm.training.options import TrainOptions
 
@@ -98,6 +100,12 @@ def _announce_build(extension: str | None) -> None:
         )
 
 
+def zero_stage(name: str) -> int:
+    """Return the ZeRO stage of a preset or a JSON file. Raises `RecipeError` as `configuration`."""
+    config = _preset(name) if name in PRESETS else _read(name)
+    return int(config["zero_optimization"].get("stage", 0))
+
+
 def _preset(name: str) -> dict[str, Any]:
     return {**_COMMON, "zero_optimization": dict(PRESETS[name])}
 
@@ -162,6 +170,34 @@ def offloaded_optimizer(args: TrainingArguments) -> Any:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam
+
+
+def copy_to_optimizer(parameters: Iterable[nn.Parameter]) -> None:
+    """Give DeepSpeed's optimizer the values of parameters that were changed outside it.
+
+    Its own copies in float32 would overwrite them at the next step. All ranks call it.
+
+    Raises:
+        RecipeError: a parameter is spread over ranks, so that the change reached none.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    for parameter in parameters:
+        value = parameter.detach().float()
+        if not hasattr(parameter, "ds_id"):
+            safe_set_full_fp32_param(parameter, value)
+            continue
+        spread: Any = parameter  # with the attributes that ZeRO-3 adds
+        if value.numel() != spread.ds_numel:
+            raise RecipeError(
+                f"train.deepspeed: the model changes a parameter of shape {tuple(spread.ds_shape)} "
+                "after each step, and ZeRO-3 spreads it over ranks; use zero2"
+            )
+        shard: torch.Tensor = spread.ds_tensor  # the last one is padded
+        padded = F.pad(value.flatten(), (0, shard.numel() * world_size() - value.numel()))
+        own = padded.split(shard.numel())[rank()]
+        shard.data.copy_(own)
+        safe_set_local_fp32_param(parameter, own)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Do tasks pull shared weights apart? Gradient cosines and sizes between tasks, and the experts that a task is sent to.
+"""Gradient conflicts between tasks: cosines and sizes of their gradients, and the experts that each is routed to.
 
-Measured between steps on batches that were just trained on: the weights, their gradients, the optimiser, the random
+Measured between steps on batches that were just trained on: the weights, their gradients, the optimizer, the random
 numbers and every buffer are afterwards what they were before. Blind to modality: the objective says what the loss of
-some rows is, the model says its parts, and a module that routes says its shares.
+some rows is, the model says its parts, and a module that routes says its routing weights.
 
 Definitions (gradient surgery, arXiv 2001.06782), for the gradients g, h of two tasks on the same weights and batch:
 cosine <g, h> / (|g| |h|); a conflict where it is below zero; magnitude similarity 2 |g| |h| / (|g|^2 + |h|^2).
@@ -26,8 +26,9 @@ from transformers import TrainerCallback
 
 from medm.distributed import all_gather_objects
 from medm.errors import RecipeError
-from medm.objectives.base import Losses, Objective
-from medm.types import Batch
+from medm.objectives.base import RowLosses
+from medm.objectives.terms import Losses, Terms
+from medm.types import Batch, Example
 
 logger = logging.getLogger(__name__)
 
@@ -39,44 +40,64 @@ FOLDER = "diagnostics"
 
 
 @dataclass(frozen=True, slots=True)
-class WithTasks:
+class TaskTaggingCollator:
     """A collator whose batches also say which task each row is of."""
 
-    collate: Callable[[Sequence[Any]], Batch]
+    collate: Callable[[Sequence[Example | None]], Batch]
     other: int
     """Task of a row that stands in for records that were left out."""
 
-    def __call__(self, examples: Sequence[Any]) -> Batch:
+    def __call__(self, examples: Sequence[Example | None]) -> Batch:
         batch = self.collate(examples)
         tasks = [example.task_id for example in examples if example is not None] or [self.other]
         return {**batch, ROW_TASKS: torch.tensor(tasks)}
 
 
-class Watched(Objective):
-    """An objective that keeps the last training batches for a measurement.
+class BatchRecorder(Terms):
+    """Terms that keep the last training batches for a measurement.
 
     Args:
-        objective: does the work.
+        terms: those of the run.
         batches: how many are kept; they stay where they are, on the device of the training.
     """
 
-    def __init__(self, objective: Objective, *, batches: int) -> None:
-        self.objective = objective
+    def __init__(self, terms: Terms, *, batches: int) -> None:
+        super().__init__(terms.terms)
         self.seen: deque[Batch] = deque(maxlen=batches)
 
-    def num_items(self, batch: Batch) -> Tensor:
-        return self.objective.num_items(without_tasks(batch))
+    def counts(self, batch: Batch) -> Tensor:
+        return super().counts(without_tasks(batch))
 
-    def __call__(self, model: nn.Module, batch: Batch, num_items_in_batch: Tensor | int | None = None) -> Losses:
+    def __call__(self, model: nn.Module, batch: Batch, counts: Tensor) -> Losses:
         if ROW_TASKS in batch and torch.is_grad_enabled():
             self.seen.append(dict(batch))
-        return self.objective(model, without_tasks(batch), num_items_in_batch)
+        return super().__call__(model, without_tasks(batch), counts)
 
     def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
-        return self.objective.loss_of_rows(model, without_tasks(batch), rows)
+        """Return the mean loss of some rows of a kept batch (`RowLosses`)."""
+        return row_losses(self).loss_of_rows(model, without_tasks(batch), rows)
 
 
-def require_measurable(objective: Objective, tasks: Sequence[str], *, packing: bool, deepspeed: str | None) -> None:
+def row_losses(terms: Terms) -> RowLosses:
+    """Return the single objective of a run, whose loss is a sum over rows.
+
+    Raises:
+        RecipeError: there are several, or its loss is not a sum over rows.
+    """
+    if len(terms.terms) > 1:
+        raise RecipeError(
+            f"diagnostics: measures the gradients of one objective, and the recipe has {', '.join(terms.terms)}; "
+            "leave out diagnostics"
+        )
+    (term,) = terms.terms.values()
+    if not isinstance(term.objective, RowLosses):
+        raise RecipeError(
+            f"diagnostics: the loss of {type(term.objective).__name__} is not a sum over rows; leave out diagnostics"
+        )
+    return term.objective
+
+
+def require_measurable(terms: Terms, tasks: Sequence[str], *, packing: bool, deepspeed: str | None) -> None:
     """Refuse at the start what could not be measured at the first measurement.
 
     Raises:
@@ -88,8 +109,7 @@ def require_measurable(objective: Objective, tasks: Sequence[str], *, packing: b
         raise RecipeError("diagnostics: needs one sample a row; set data.packing: false")
     if deepspeed is not None:
         raise RecipeError("diagnostics: measures whole gradients, without DeepSpeed; set train.deepspeed: null")
-    if type(objective).loss_of_rows is Objective.loss_of_rows:
-        raise RecipeError(f"diagnostics: the loss of {type(objective).__name__} does not fall apart into rows")
+    row_losses(terms)
 
 
 def without_tasks(batch: Batch) -> Batch:
@@ -180,9 +200,9 @@ def _divided(sums: Tensor, counts: Tensor) -> list[list[float | None]]:
 
 
 def measure(
-    model: nn.Module, objective: Watched, groups: Mapping[str, list[nn.Parameter]], *, tasks: int
+    model: nn.Module, recorder: BatchRecorder, groups: Mapping[str, list[nn.Parameter]], *, tasks: int
 ) -> dict[str, Pairs]:
-    """The sums over the batches that the objective kept, under the weights as they are now.
+    """Return the sums over the recorded batches, under the weights as they are now.
 
     Every task of a batch runs the same rows with the same random numbers; only the labels that count differ.
     """
@@ -190,12 +210,12 @@ def measure(
     place = {id(parameter): k for k, parameter in enumerate(parameters)}
     sums = {name: Pairs(tasks) for name in groups}
     with _undisturbed(model, parameters[0].device):
-        for number, batch in enumerate(objective.seen):
+        for number, batch in enumerate(recorder.seen):
             present: list[int] = []
             gradients: list[tuple[Tensor | None, ...]] = []
             for task in sorted(set(batch[ROW_TASKS].tolist())):
                 torch.manual_seed(number)
-                loss = objective.loss_of_rows(model, batch, batch[ROW_TASKS] == task)
+                loss = recorder.loss_of_rows(model, batch, batch[ROW_TASKS] == task)
                 if loss is not None:
                     present.append(min(task, tasks - 1))
                     gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
@@ -232,23 +252,25 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-class TugOfWar(TrainerCallback):
-    """Measures every so many steps, and writes JSON, a Markdown table and a picture below the output folder.
+class GradientConflictCallback(TrainerCallback):
+    """Measures every few steps, and writes JSON, a Markdown table and an image below the output folder.
 
     Args:
-        objective: the trainer's.
+        recorder: the trainer's terms.
         parts: of the model.
         tasks: names, in the order of their ids.
         every: steps between two measurements.
     """
 
-    def __init__(self, objective: Watched, parts: Mapping[str, nn.Module], *, tasks: Sequence[str], every: int) -> None:
-        self.objective, self.parts, self.every = objective, dict(parts), every
+    def __init__(
+        self, recorder: BatchRecorder, parts: Mapping[str, nn.Module], *, tasks: Sequence[str], every: int
+    ) -> None:  # fmt: skip
+        self.recorder, self.parts, self.every = recorder, dict(parts), every
         self.tasks = [*tasks, OTHER]
         self.measurements: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that goes on keeps what it measured up to its checkpoint."""
+        """Keep, in a resumed run, the measurements up to its checkpoint."""
         file = Path(args.output_dir) / FOLDER / "tug_of_war.json"
         if state.global_step and file.is_file():
             known = json.loads(file.read_text(encoding="utf-8"))["measurements"]
@@ -260,9 +282,9 @@ class TugOfWar(TrainerCallback):
         if state.global_step % self.every:
             return
         # Before the measurement, whose own forward passes would count too.
-        shares = {name: part.routing_weights() for name, part in self._routing().items()}
-        sums = measure(model, self.objective, gradient_groups(self.parts), tasks=len(self.tasks))
-        batches = len(self.objective.seen)
+        routing = {name: part.routing_weights() for name, part in self._routing().items()}
+        sums = measure(model, self.recorder, gradient_groups(self.parts), tasks=len(self.tasks))
+        batches = len(self.recorder.seen)
         for part in self._routing().values():
             part.reset_routing_weights()
         everywhere = all_gather_objects(({name: pairs.tensors() for name, pairs in sums.items()}, batches))
@@ -273,7 +295,7 @@ class TugOfWar(TrainerCallback):
             "step": state.global_step,
             "batches": sum(count for _, count in everywhere),
             "gradients": {name: pairs.means() for name, pairs in sums.items()},
-            "routing": {name: tasks for name, tasks in shares.items() if tasks},
+            "routing": {name: tasks for name, tasks in routing.items() if tasks},
         }
         self.measurements.append(entry)
         if state.is_world_process_zero:

@@ -14,7 +14,12 @@ from medm.data.options import DataOptions
 from medm.errors import suggest
 from medm.models import MODELS, outputs_of
 from medm.models.options import ModelOptions
-from medm.objectives import OBJECTIVES, LanguageModelingOptions, ObjectiveOptions
+from medm.objectives import (
+    OBJECTIVES,
+    LanguageModelingOptions,
+    ObjectiveOptions,
+    TermsOptions,
+)
 from medm.registry import EACH_ITEM, EACH_VALUE, NamedBlock, sections_in
 from medm.training.options import DiagnosticsOptions, Part, TrainOptions, flatten_parts
 
@@ -30,10 +35,11 @@ class Recipe(Options):
     """Part of the model -> how it is trained. A part that is not named is frozen."""
     train: TrainOptions = TrainOptions()
     """The run itself, in the words of `transformers.TrainingArguments`."""
-    objective: Annotated[ObjectiveOptions, NamedBlock(OBJECTIVES, default="language-modeling")] = (
-        LanguageModelingOptions(name="language-modeling")
-    )
-    """What is minimized, by name, and its options."""
+    objective: Annotated[
+        ObjectiveOptions | TermsOptions,
+        NamedBlock(OBJECTIVES, default="language-modeling", beside=(("terms", TermsOptions),)),
+    ] = LanguageModelingOptions(name="language-modeling")
+    """The objective that is minimized, by name, and its options; or several (`terms`), each with a weight."""
     diagnostics: ResumeSafe[DiagnosticsOptions | None] = None
     """Measure gradients between tasks and routing weights during the run; null does not."""
     init_from: str | None = None
@@ -64,11 +70,12 @@ class Recipe(Options):
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:
         given = outputs_of(self.model)
-        if missing := sorted(self.objective.reads() - given):
-            raise ValueError(
-                f"objective: {self.objective.name!r} reads {', '.join(missing)}, and a model of kind "
-                f"{self.model.kind!r} gives {', '.join(sorted(given))}; choose another objective or kind of model"
-            )
+        for name, objective in self.objective.objectives().items():
+            if missing := sorted(objective.reads() - given):
+                raise ValueError(
+                    f"objective: {name!r} reads {', '.join(missing)}, and a model of kind "
+                    f"{self.model.kind!r} gives {', '.join(sorted(given))}; choose another objective or kind of model"
+                )
         return self
 
 

@@ -26,6 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from medm.distributed import all_gather_objects, any_rank, on_rank_zero
 from medm.errors import CheckpointError, NonFiniteError, RecipeError
 from medm.launcher import LINK
+from medm.models.base import MedmModel
 from medm.models.manifest import read_manifest, verify
 from medm.training import checkpoints
 from medm.training.callbacks import Interruption
@@ -75,6 +76,7 @@ class ResumableTrainer(Trainer):
         self._snapshot = Snapshot()
         self._commits = Writing(args.device)
         self._committed_step: int | None = None
+        self._keeps_training_state = True
         callbacks = [*callbacks, self.interruption, _Settle(self._commits)]
         super().__init__(model=model, args=args, callbacks=callbacks, **rest)
 
@@ -173,11 +175,18 @@ class ResumableTrainer(Trainer):
         self._committed_step = step
 
     def save_whole(self, folder: Path) -> None:
-        """The model as a folder that opens anywhere: tensors of full size, config, processor. All processes call it."""
+        """Write the model as a folder that opens anywhere: tensors of full size, config, processor.
+
+        State that training alone needs is left out. All ranks call it.
+        """
         self._require_finite_weights()
         check_types(self._module.state_dict())
         on_rank_zero(lambda: self._fresh(folder))
-        together(lambda: self.save_model(str(folder), _internal_call=True), final=folder, cleanup=folder)
+        self._keeps_training_state = False
+        try:
+            together(lambda: self.save_model(str(folder), _internal_call=True), final=folder, cleanup=folder)
+        finally:
+            self._keeps_training_state = True
 
     def _fresh(self, folder: Path) -> None:
         checkpoints.remove(folder)
@@ -299,7 +308,9 @@ class ResumableTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if state_dict is None and four_bit_weights(model):
             state_dict = plain_state_dict(model)
-        if isinstance(model, PreTrainedModel):
+        if isinstance(model, MedmModel):
+            model.save_pretrained(folder, state_dict=state_dict, training_state=self._keeps_training_state)
+        elif isinstance(model, PreTrainedModel):
             model.save_pretrained(folder, state_dict=state_dict)
         else:
             tensors = model.state_dict() if state_dict is None else state_dict

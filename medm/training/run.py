@@ -22,14 +22,18 @@ from medm.launcher import LINK
 from medm.llms.attention import in_one_kernel
 from medm.models import build, kind_of
 from medm.models.manifest import MANIFEST, read_manifest, write_manifest
-from medm.objectives import OBJECTIVES
-from medm.objectives.base import Objective
+from medm.objectives.terms import terms_of
 from medm.training import checkpoints
 from medm.training.arguments import on_this_machine, require_start, training_arguments, whole_models
 from medm.training.callbacks import LossCurve, Progress
 from medm.training.card import data_hashes, write_record
 from medm.training.data import TrainingData
-from medm.training.diagnostics import TugOfWar, Watched, WithTasks, require_measurable
+from medm.training.diagnostics import (
+    BatchRecorder,
+    GradientConflictCallback,
+    TaskTaggingCollator,
+    require_measurable,
+)
 from medm.training.features import keep_features
 from medm.training.kernels import compile_layers, use_liger
 from medm.training.options import TrainOptions
@@ -72,11 +76,26 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     options, fallback = on_this_machine(recipe.train)
     require_sources(recipe.data)
     require_start(recipe)
+    _require_zero3_support(recipe)
     args = training_arguments(options, output_dir)
     with first_process_holds(output_dir):
         if (done := on_rank_zero(lambda: _require_usable(recipe, args, resume=resume))) is not None:
             return done
         return _train(recipe, options, args, resume=resume, fallback=fallback)
+
+
+def _require_zero3_support(recipe: Recipe) -> None:
+    """Raise `RecipeError` for ZeRO-3 where the kind of model cannot run under it."""
+    if recipe.train.deepspeed is None:
+        return
+    from medm.training.deepspeed import zero_stage
+
+    reason = kind_of(recipe.model).model_class.zero3_refusal
+    if reason is not None and zero_stage(recipe.train.deepspeed) == 3:
+        raise RecipeError(
+            f"train.deepspeed: models of kind {recipe.model.kind!r} cannot be trained under ZeRO-3: "
+            f"{reason}; use zero2, or train without DeepSpeed"
+        )
 
 
 def _require_usable(recipe: Recipe, args: TrainingArguments, *, resume: bool) -> Outcome | None:
@@ -147,16 +166,18 @@ def _train(
         use_liger(model.parts().get("llm"))
     if options.torch_compile:
         compile_layers(model, deepspeed=options.deepspeed)
-    goal, callbacks = objective(recipe), _callbacks(recipe)
+    terms, callbacks = terms_of(recipe.objective), _callbacks(recipe)
     if recipe.diagnostics is not None:
         tasks = list(getattr(processor, "tasks", None) or [])
-        require_measurable(goal, tasks, packing=recipe.data.packing, deepspeed=options.deepspeed)
-        goal = Watched(goal, batches=recipe.diagnostics.batches)
-        data.collate = WithTasks(data.collate, other=len(tasks))
-        callbacks.append(TugOfWar(goal, model.parts(), tasks=tasks, every=recipe.diagnostics.every))
+        require_measurable(terms, tasks, packing=recipe.data.packing, deepspeed=options.deepspeed)
+        recorder = BatchRecorder(terms, batches=recipe.diagnostics.batches)
+        terms = recorder
+        data.collate = TaskTaggingCollator(data.collate, other=len(tasks))
+        every = recipe.diagnostics.every
+        callbacks.append(GradientConflictCallback(recorder, model.parts(), tasks=tasks, every=every))
     trainer = MedmTrainer(
         model, args,
-        objective=goal, parts=recipe.parts, train_options=options, train_dataset=data.train,
+        terms=terms, parts=recipe.parts, train_options=options, train_dataset=data.train,
         sampler=data.sampler, data_collator=data.collate, eval_dataset=data.evaluation,
         eval_collator=data.eval_collate, processing_class=processor, callbacks=callbacks,
         recipe=resolved(recipe), data_hashes=hashes,
@@ -176,12 +197,6 @@ def _any_lengths(model: Any, options: TrainOptions, device: torch.device) -> boo
     dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
     language_model = model.parts().get("llm")
     return language_model is not None and in_one_kernel(language_model, device=device, dtype=dtype)
-
-
-def objective(recipe: Recipe) -> Objective:
-    """The objective that a recipe names, with its options."""
-    options = recipe.objective.model_dump()
-    return OBJECTIVES.get(options.pop("name"))(**options)
 
 
 def _callbacks(recipe: Recipe) -> list[TrainerCallback]:

@@ -1,8 +1,9 @@
-"""transformers' Trainer under an objective. Blind to what it trains.
+"""transformers' Trainer under objectives. Blind to what it trains.
 
-Every modality is out of sight: a model says its parts, an objective turns batches into losses, a sampler says
+Every modality is out of sight: a model says its parts, objectives turn its outputs into losses, a sampler says
 which samples come when. What is added to the Trainer: learning rates per part, losses divided by the items of
-the whole step, and a stop at the first number that is none. Checkpoints are `medm.training.resumable`'s.
+the whole step, the model's own action after a step, and a stop at the first non-finite number. Checkpoints are
+`medm.training.resumable`'s.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from medm.data.sampling import DistributedBatchSampler, Sequential
 from medm.distributed import all_gather_objects, any_rank
 from medm.errors import DataError, MedmError, NonFiniteError
-from medm.objectives.base import Losses, Objective
+from medm.models.base import MedmModel
+from medm.objectives.terms import Losses, Terms
 from medm.stopping import ignore_stops
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import frozen_modules, parameter_groups
@@ -91,6 +99,18 @@ class _LogLastStep(TrainerCallback):
             control.should_log = True
 
 
+class _AfterStep(TrainerCallback):
+    """Lets the model act after each optimizer step."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.act()
+
+
 class _Lost:
     """An error that a batch raised where it was read: a worker, or one rank of several. It travels as a batch."""
 
@@ -126,13 +146,13 @@ class _Collating:
 
 
 class MedmTrainer(ResumableTrainer):
-    """Trains `model` on `objective`.
+    """Trains `model` on the weighted sum of `terms`.
 
     Args:
         model: has `parts()`; `medm.training.parts.apply_parts` was called on it.
         args: see `medm.training.arguments`.
-        objective: turns the model and a batch into losses.
-        parts: how each part is trained; gives the optimiser its groups.
+        terms: objectives by name, with weights.
+        parts: how each part is trained; gives the optimizer its groups.
         train_options: the `train` section.
         train_dataset: map-style; `set_epoch` is called where it has one.
         sampler: this process's micro-batches.
@@ -146,30 +166,30 @@ class MedmTrainer(ResumableTrainer):
     """
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, *, objective: Objective, parts: Mapping[str, PartOptions],
+        self, model: nn.Module, args: TrainingArguments, *, terms: Terms, parts: Mapping[str, PartOptions],
         train_options: TrainOptions, train_dataset: Dataset[Any], sampler: BatchSampler,
         data_collator: Callable[[list[Any]], Batch], eval_dataset: Dataset[Any] | None = None,
         eval_collator: Callable[[list[Any]], Batch] | None = None, processing_class: Any = None,
         callbacks: Sequence[TrainerCallback] = (), recipe: Mapping[str, Any] | None = None,
         data_hashes: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        self.objective: Objective = objective
+        self.terms = terms
         self.parts: dict[str, PartOptions] = dict(parts)
         self.epochs = _Epochs(sampler, train_dataset, args.seed)
         self.eval_collator = eval_collator or data_collator
         super().__init__(
             model, args, train_options=train_options, recipe=recipe, data_hashes=data_hashes,
-            callbacks=[_SetEpoch(self.epochs), _LogLastStep(), *callbacks],
+            callbacks=[_SetEpoch(self.epochs), _LogLastStep(), _AfterStep(self._after_step), *callbacks],
             train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=data_collator, processing_class=processing_class,
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
-        # Objectives divide by the items of the whole step, so the Trainer must not divide by micro-batches again.
+        # Terms are divided by the items of the whole step: the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._held_out: list[Tensor] = []
         self._frozen = frozen_modules(model)
-        self._terms: dict[str, Tensor] = {}
+        self._term_sums: dict[str, Tensor] = {}
         self._overflows = 0
         # A step whose records were all left out has no loss, which is not a loss of 0.
         self._steps_since_log = 0
@@ -220,7 +240,10 @@ class MedmTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
-        """The micro-batches of a step, and its items over all processes. An error of one process stops all of them."""
+        """Return the micro-batches of a step, and its items by objective, (K,), over all ranks.
+
+        An error of one rank stops all of them.
+        """
         batches: list[Batch] = []
         error: Exception | None = None
         try:
@@ -242,14 +265,16 @@ class MedmTrainer(ResumableTrainer):
         return batches, self._count_items(batches, error, device)
 
     def _count_items(self, batches: list[Batch], error: Exception | None, device: torch.device) -> Tensor:
-        """Items of a step over all processes. Raises on all of them what went wrong on one, or too many bad records."""
+        """Return the items of a step by objective, (K,), at least 1, over all ranks.
+
+        Raises on all of them what went wrong on one, or too many bad records.
+        """
         bad = getattr(self.epochs.dataset, "num_bad", 0)
-        items = torch.zeros((), dtype=torch.int64, device=device)
-        for batch in batches:
-            items += self.objective.num_items(batch).to(device)
+        counts = self.terms.total_counts(batches, device)
         if self.args.world_size > 1:
-            own = torch.stack([items, *torch.tensor([bad, error is not None], device=device)])
-            items, all_bad, errors = self.accelerator.gather(own).view(-1, 3).sum(dim=0)
+            own = torch.cat([counts, torch.tensor([bad, error is not None], device=device)])
+            everywhere = self.accelerator.gather(own).view(-1, len(own)).sum(dim=0)
+            counts, (all_bad, errors) = everywhere[:-2], everywhere[-2:]
             bad = int(all_bad)
             if errors:
                 texts = all_gather_objects(None if error is None else str(error))
@@ -259,8 +284,8 @@ class MedmTrainer(ResumableTrainer):
             raise error if isinstance(error, MedmError) else MedmError(f"the data cannot be read: {error}") from error
         self._require_few_bad(self.epochs.dataset, bad, what="training")
         self._steps_since_log += 1
-        self._steps_with_items += items > 0
-        return items.clamp(min=1)
+        self._steps_with_items += (counts > 0).any()
+        return counts.clamp(min=1)
 
     def _require_few_bad(self, dataset: Any, bad: int, *, what: str) -> None:
         """Stop where more records are bad than the recipe allows. All processes call it with the same number.
@@ -302,13 +327,26 @@ class MedmTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         self._hold_frozen_still()
-        losses = self.objective(model, inputs, num_items_in_batch)
+        losses = self.terms(model, inputs, num_items_in_batch)
         self._require_finite(losses)
-        # Gradients are averaged over processes, while the items are counted over all of them.
+        # Gradients are averaged over ranks, while the items are counted over all of them.
         world_size = self.accelerator.num_processes
-        for name, value in losses.parts.items():
-            self._terms[name] = self._terms.get(name, value.new_zeros(())) + value * world_size
+        for name, value in losses.terms.items():
+            before = self._term_sums.get(name, value.new_zeros(()))
+            self._term_sums[name] = before + value * world_size
         return losses.total * world_size
+
+    def _after_step(self) -> None:
+        """Let the model act on its own state, unless the step was skipped for an overflow of fp16."""
+        model = self._module
+        if not isinstance(model, MedmModel) or self.accelerator.optimizer_step_was_skipped:
+            return
+        with torch.no_grad():
+            changed = model.after_step()
+        if changed and self.is_deepspeed_enabled:
+            from medm.training.deepspeed import copy_to_optimizer
+
+            copy_to_optimizer(changed)
 
     def _hold_frozen_still(self) -> None:
         """Frozen parts drop nothing out and move no running mean; layers that recompute must still say they train."""
@@ -322,18 +360,19 @@ class MedmTrainer(ResumableTrainer):
         self, dataloader: DataLoader[Any], description: str, prediction_loss_only: bool | None = None,
         ignore_keys: Any = None, metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:  # fmt: skip
-        """The loss is a mean over all items of the held-out data, whatever batches and processes they came in."""
+        """Measure each term as a mean over its items of the held-out data, in any batches and ranks."""
         self._held_out = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        sums = torch.stack(self._held_out).sum(dim=0)  # (2,): of the losses, of the items
+        sums = torch.stack(self._held_out).sum(dim=0)  # (2, K): of the losses, of the items
         if self.args.world_size > 1:
-            sums = self.accelerator.gather(sums).view(-1, 2).sum(dim=0)
+            sums = self.accelerator.gather(sums).view(-1, *sums.shape).sum(dim=0)
         bad = sum(all_gather_objects(getattr(self.eval_dataset, "num_bad", 0)))
         self._require_few_bad(self.eval_dataset, bad, what="held-out")
-        total, items = sums.tolist()
-        if not items:
+        totals, items = sums.tolist()
+        if not any(items):
             raise DataError("no held-out record could be used, so there is no loss to measure; look at data.eval")
-        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": total / items}
+        loss = sum(total / count for total, count in zip(totals, items, strict=True) if count)
+        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": loss}
         return output._replace(metrics=metrics)
 
     def prediction_step(
@@ -341,11 +380,11 @@ class MedmTrainer(ResumableTrainer):
     ) -> tuple[None, None, None]:
         self._raise_together(inputs)
         inputs = self._prepare_inputs(dict(inputs))
+        items = self.terms.counts(inputs)  # (K,)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = self.objective(model, inputs)
+            losses = self.terms(model, inputs, items.clamp(min=1))
         self._require_finite(losses)
-        items = self.objective.num_items(inputs).double()
-        self._held_out.append(torch.stack([losses.total.detach().double() * items, items]))
+        self._held_out.append(torch.stack([losses.by_objective.double() * items, items.double()]))
         return None, None, None
 
     def _raise_together(self, batch: Batch | _Lost) -> None:
@@ -357,9 +396,9 @@ class MedmTrainer(ResumableTrainer):
             raise MedmError(f"held-out data cannot be read: {texts[0]}")
 
     def _require_finite(self, losses: Losses) -> None:
-        """All processes stop together, or the others would wait for the one that stopped."""
+        """Stop all ranks together, or the others would wait for the one that stopped."""
         if any_rank(not bool(torch.isfinite(losses.total.detach())), self.args.device):
-            terms = "".join(f", {name} {value.item():g}" for name, value in losses.parts.items())
+            terms = "".join(f", {name} {value.item():g}" for name, value in losses.terms.items())
             raise NonFiniteError(
                 f"the loss of step {self.state.global_step + 1} is {losses.total.item():g} on this process{terms}; "
                 "nothing of it was saved. Lower the learning rate, or look for damaged samples in this step's batch"
@@ -406,8 +445,8 @@ class MedmTrainer(ResumableTrainer):
         return {**{name: value / counted for name, value in losses.items()}, **rest}
 
     def _drain_terms(self) -> dict[str, float]:
-        terms = {name: value.item() for name, value in self._terms.items()}
-        self._terms = {}
+        terms = {name: value.item() for name, value in self._term_sums.items()}
+        self._term_sums = {}
         everyone = all_gather_objects(terms)
         names = sorted({name for one in everyone for name in one})
         return {name: sum(one.get(name, 0.0) for one in everyone) / len(everyone) for name in names}

@@ -14,6 +14,7 @@ from medm.data.collator import Collator
 from medm.data.packing import PackingCollator
 from medm.models.lvlm import modeling, scatter
 from medm.objectives.language_modeling import LanguageModeling
+from medm.objectives.terms import Terms
 from tests import tiny
 from tests.models.test_lvlm import build, example
 
@@ -67,7 +68,7 @@ def test_forward_and_backward_wait_for_nothing(kind: str, llm: Path, monkeypatch
     for module in (modeling, scatter):
         monkeypatch.setattr(module, "check", lambda condition, message: None)  # asserted on the device itself there
     with Waits() as waits:
-        losses = LanguageModeling()(model, batch, torch.tensor(5))
+        losses = Terms.of(LanguageModeling())(model, batch, torch.tensor([5]))
         losses.total.backward()
     # transformers looks once whether positions begin again within a row, where there is no mask.
     assert sum(waits.found.values()) <= (kind == "padded"), waits.found

@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medm.objectives import OBJECTIVES
-from medm.objectives.base import Objective
+from medm.errors import RecipeError
+from medm.objectives import OBJECTIVES, ContrastiveOptions
+from medm.objectives.base import Objective, Output
 from medm.objectives.contrastive import Contrastive
 from medm.objectives.language_modeling import LanguageModeling
-
-
-class Output(dict[str, Any]):
-    __getattr__ = dict.get
+from medm.objectives.terms import Losses, Terms
+from medm.types import Batch
 
 
 class Unigram(nn.Module):
@@ -24,13 +23,12 @@ class Unigram(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.tensor([0.0, 1.0, 2.0]))
 
-    def forward(self, labels: Tensor, num_items_in_batch: Any = None) -> Output:
+    def forward(self, labels: Tensor) -> Output:
         targets = labels[:, 1:][labels[:, 1:] != -100]
-        total = -self.logits.log_softmax(0)[targets].sum()
-        return Output(
-            loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch),
-            losses={"balance": self.logits.pow(2).mean()},
-        )
+        return {
+            "loss_sum": -self.logits.log_softmax(0)[targets].sum(),
+            "losses": {"balance": self.logits.pow(2).mean()},
+        }
 
 
 class Fixed(nn.Module):
@@ -47,26 +45,45 @@ class Fixed(nn.Module):
 LABELS = torch.tensor([[0, -100, 1, 2], [2, 0, -100, -100]])  # learned: 1, 2 and 0; the first column never is
 
 
+def losses_of(objective: Objective, model: nn.Module, batch: Batch, counts: list[int] | None = None) -> Losses:
+    """The losses of one batch that is the whole step, or a part of a step of `counts` items."""
+    terms = Terms.of(objective)
+    return terms(model, batch, terms.counts(batch) if counts is None else torch.tensor(counts))
+
+
 def test_language_modeling_by_hand() -> None:
     objective, model = LanguageModeling(auxiliary={"balance": 0.5}), Unigram()
-    assert objective.num_items({"labels": LABELS}) == 3
-    normaliser = math.log(1 + math.e + math.e**2)
-    language = ((normaliser - 1) + (normaliser - 2) + normaliser) / 3
-    losses = objective(model, {"labels": LABELS})
-    assert losses.parts["language"].item() == pytest.approx(language, rel=1e-6)
-    assert losses.parts["balance"].item() == pytest.approx(0.5 * 5 / 3, rel=1e-6)
+    assert objective.count({"labels": LABELS}) == 3
+    normalizer = math.log(1 + math.e + math.e**2)
+    language = ((normalizer - 1) + (normalizer - 2) + normalizer) / 3
+    assert objective.loss(model(LABELS), {"labels": LABELS}).item() == pytest.approx(3 * language)
+    losses = losses_of(objective, model, {"labels": LABELS})
+    assert losses.terms["language"].item() == pytest.approx(language, rel=1e-6)
+    assert losses.terms["balance"].item() == pytest.approx(0.5 * 5 / 3, rel=1e-6)
     assert losses.total.item() == pytest.approx(language + 0.5 * 5 / 3, rel=1e-6)
+
+
+def test_rows_of_language_modeling_by_hand() -> None:
+    objective, model, batch = LanguageModeling(), Unigram(), {"labels": LABELS}
+    normalizer = math.log(1 + math.e + math.e**2)
+    means = [objective.loss_of_rows(model, batch, torch.tensor(rows)) for rows in ([True, False], [False, True])]
+    assert [mean.item() for mean in means if mean is not None] == pytest.approx([normalizer - 1.5, normalizer])
+    assert objective.loss_of_rows(model, {"labels": torch.full((2, 4), -100)}, torch.tensor([True, True])) is None
 
 
 @pytest.mark.parametrize("cut", [(slice(0, 1), slice(1, 2))])
 def test_micro_batches_add_up_to_the_batch(cut: tuple[slice, slice]) -> None:
     objective, model = LanguageModeling(), Unigram()
-    objective(model, {"labels": LABELS}).total.backward()
+    losses_of(objective, model, {"labels": LABELS}).total.backward()
     whole = model.logits.grad
     model.logits.grad = None
     for part in cut:
-        objective(model, {"labels": LABELS[part]}, num_items_in_batch=3).total.backward()
+        losses_of(objective, model, {"labels": LABELS[part]}, [3]).total.backward()
     torch.testing.assert_close(model.logits.grad, whole)
+
+
+def contrast(first: Tensor, second: Tensor, counts: list[int] | None = None, **options: Any) -> Tensor:
+    return losses_of(Contrastive(pairs="first", **options), Fixed(), {"first": first, "second": second}, counts).total
 
 
 def test_softmax_loss_equals_clip_in_transformers() -> None:
@@ -75,32 +92,42 @@ def test_softmax_loss_equals_clip_in_transformers() -> None:
     torch.manual_seed(0)
     first, second = torch.randn(6, 4), torch.randn(6, 4)
     logits = 5.0 * nn.functional.normalize(second, dim=-1) @ nn.functional.normalize(first, dim=-1).T
-    losses = Contrastive()(Fixed(), {"first": first, "second": second})
-    torch.testing.assert_close(losses.total, reference(logits))
+    torch.testing.assert_close(contrast(first, second), reference(logits))
 
 
 def test_sigmoid_loss_by_hand() -> None:
     first = second = torch.eye(2)
-    # Partners score 5 - 3 = 2 and count positive, strangers score -3 and count negative; two of each, two items.
+    # Partners score 5 - 3 = 2 and count positive, others score -3 and count negative; two of each, two items.
     expected = math.log1p(math.exp(-2)) + math.log1p(math.exp(-3))
-    losses = Contrastive(loss="sigmoid")(Fixed(), {"first": first, "second": second})
-    assert losses.total.item() == pytest.approx(expected, rel=1e-6)
+    assert contrast(first, second, loss="sigmoid").item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_contrast_learns_the_partner_not_the_order() -> None:
     torch.manual_seed(0)
     first = torch.randn(8, 4)
-    matched = Contrastive()(Fixed(), {"first": first, "second": first}).total
-    shuffled = Contrastive()(Fixed(), {"first": first, "second": first.roll(1, 0)}).total
-    moved = Contrastive()(Fixed(), {"first": first.roll(3, 0), "second": first.roll(3, 0)}).total
+    matched, shuffled = contrast(first, first), contrast(first, first.roll(1, 0))
     assert matched < shuffled
-    torch.testing.assert_close(matched, moved)
+    torch.testing.assert_close(matched, contrast(first.roll(3, 0), first.roll(3, 0)))
 
 
-def test_contrast_is_weighted_by_its_share_of_the_step() -> None:
-    pairs = {"first": torch.randn(2, 4), "second": torch.randn(2, 4)}
-    whole = Contrastive()(Fixed(), pairs).total
-    torch.testing.assert_close(Contrastive()(Fixed(), pairs, num_items_in_batch=8).total, whole / 4)
+def test_contrast_is_weighted_by_its_fraction_of_the_step() -> None:
+    first, second = torch.randn(2, 4), torch.randn(2, 4)
+    torch.testing.assert_close(contrast(first, second, [8]), contrast(first, second) / 4)
+
+
+def test_pairs_are_counted_by_the_stated_field_whatever_stands_before_it() -> None:
+    batch = {"position_ids": torch.zeros(7, 2), "input_ids": torch.zeros(3, 9)}
+    assert Contrastive().count(batch) == 3
+    assert Contrastive(pairs="position_ids").count(batch) == 7
+    for broken in ({"labels": torch.zeros(3)}, {"input_ids": [1, 2]}, {"input_ids": torch.tensor(5)}):
+        with pytest.raises(RecipeError, match=r"batch field 'input_ids'.*option pairs"):
+            Contrastive().count(broken)
+
+
+def test_the_default_of_pairs_is_left_out_of_a_resolved_recipe() -> None:
+    """A run from before the field has a recipe without it, and continues."""
+    assert "pairs" not in ContrastiveOptions(name="contrastive").model_dump(mode="json")
+    assert ContrastiveOptions(name="contrastive", pairs="pixels").model_dump()["pairs"] == "pixels"
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
@@ -108,5 +135,8 @@ def test_every_registered_objective_builds_from_its_options(name: str) -> None:
     entry = OBJECTIVES.entry(name)
     options = entry.options.model_validate({"name": name}).model_dump()
     options.pop("name")
-    assert isinstance(OBJECTIVES.get(name)(**options), Objective)
+    objective = OBJECTIVES.get(name)(**options)
+    assert isinstance(objective, Objective)
+    assert objective.term
+    assert entry.options.model_validate({"name": name}).reads() == objective.reads
     assert entry.summary

@@ -12,10 +12,19 @@ from torch import Tensor, nn
 
 from medm.cli.recipes import find
 from medm.errors import RecipeError
-from medm.objectives.base import Losses, Objective
+from medm.objectives.base import Objective, Output
 from medm.objectives.contrastive import Contrastive
 from medm.objectives.language_modeling import LanguageModeling
-from medm.training.diagnostics import ROW_TASKS, Pairs, TugOfWar, Watched, gradient_groups, measure, require_measurable
+from medm.objectives.terms import Term, Terms
+from medm.training.diagnostics import (
+    ROW_TASKS,
+    BatchRecorder,
+    GradientConflictCallback,
+    Pairs,
+    gradient_groups,
+    measure,
+    require_measurable,
+)
 from medm.training.recipe import load_recipe
 from medm.types import Batch
 from tests import shrink
@@ -24,15 +33,18 @@ from tests import shrink
 class Linear(Objective):
     """The loss of a row is its scalar product with the weights, so its gradient is the row."""
 
-    def num_items(self, batch: Batch) -> Tensor:
+    term = "linear"
+    reads = frozenset({"products"})
+
+    def count(self, batch: Batch) -> Tensor:
         return torch.tensor(len(batch["x"]))
 
-    def __call__(self, model: nn.Module, batch: Batch, num_items_in_batch: Tensor | int | None = None) -> Losses:
+    def loss(self, output: Output, batch: Batch) -> Tensor:
         assert ROW_TASKS not in batch
-        return Losses(model(batch["x"]).mean())
+        return output["products"].sum()
 
     def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
-        return model(batch["x"])[rows].mean()
+        return model(**batch)["products"][rows].mean()
 
 
 class Noisy(nn.Module):
@@ -43,23 +55,24 @@ class Noisy(nn.Module):
         self.weight = nn.Parameter(torch.ones(2))
         self.register_buffer("calls", torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         self.calls += 1
         torch.rand(())
-        return x @ self.weight
+        return {"products": x @ self.weight}
 
 
-def watched(rows: list[list[float]], tasks: list[int], model: nn.Module, batches: int = 4) -> Watched:
-    objective = Watched(Linear(), batches=batches)
-    objective(model, {"x": torch.tensor(rows).float(), ROW_TASKS: torch.tensor(tasks)})
-    return objective
+def recorded(rows: list[list[float]], tasks: list[int], model: nn.Module, batches: int = 4) -> BatchRecorder:
+    recorder = BatchRecorder(Terms.of(Linear()), batches=batches)
+    batch = {"x": torch.tensor(rows).float(), ROW_TASKS: torch.tensor(tasks)}
+    recorder(model, batch, recorder.counts(batch))
+    return recorder
 
 
 def test_gradients_of_three_tasks_by_hand() -> None:
     """Task means (3, 0), (0, 2) and (-1, -1): at right angles, and twice at 135 degrees."""
     model = Noisy()
-    objective = watched([[3, 0], [0, 1], [0, 3], [-1, -1]], [0, 1, 1, 2], model)
-    found = measure(model, objective, {"all": [model.weight]}, tasks=4)["all"].means()
+    recorder = recorded([[3, 0], [0, 1], [0, 3], [-1, -1]], [0, 1, 1, 2], model)
+    found = measure(model, recorder, {"all": [model.weight]}, tasks=4)["all"].means()
     r = 0.5**0.5
     nothing = [None] * 4
     assert found["cosine"] == [
@@ -92,10 +105,10 @@ def test_means_are_over_the_batches_in_which_a_pair_met() -> None:
 
 def test_measuring_leaves_gradients_buffers_and_random_numbers_alone() -> None:
     model = Noisy()
-    objective = watched([[3, 0], [0, 1]], [0, 1], model, batches=1)
+    recorder = recorded([[3, 0], [0, 1]], [0, 1], model, batches=1)
     model.weight.grad = torch.tensor([5.0, 7.0])
     state, calls = torch.get_rng_state(), float(model.calls)
-    measure(model, objective, {"all": [model.weight]}, tasks=3)
+    measure(model, recorder, {"all": [model.weight]}, tasks=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert float(model.calls) == calls
     assert model.weight.grad.tolist() == [5.0, 7.0]
@@ -119,20 +132,25 @@ def test_experts_and_router_are_groups_of_their_own_and_frozen_parts_are_none() 
         ({"tasks": []}, "model.tasks"),
         ({"packing": True}, "data.packing"),
         ({"deepspeed": "zero2"}, "train.deepspeed"),
-        ({"objective": Contrastive()}, "Contrastive"),
+        ({"terms": Terms.of(Contrastive())}, "Contrastive"),
+        (
+            {"terms": Terms({"text": Term(LanguageModeling()), "pairs": Term(Contrastive())})},
+            "the recipe has text, pairs",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_the_start(changes: dict[str, object], words: str) -> None:
-    given = {"objective": LanguageModeling(), "tasks": ["vqa"], "packing": False, "deepspeed": None} | changes
+    given = {"terms": Terms.of(LanguageModeling()), "tasks": ["vqa"], "packing": False, "deepspeed": None} | changes
     with pytest.raises(RecipeError, match=words):
-        require_measurable(given.pop("objective"), given.pop("tasks"), **given)  # type: ignore[arg-type]
+        require_measurable(given.pop("terms"), given.pop("tasks"), **given)  # type: ignore[arg-type]
 
 
 def test_a_continued_run_keeps_what_it_measured_before(tmp_path: Path) -> None:
     (tmp_path / "diagnostics").mkdir()
     known = {"tasks": [], "measurements": [{"step": 2}, {"step": 4}, {"step": 6}]}
     (tmp_path / "diagnostics" / "tug_of_war.json").write_text(json.dumps(known), encoding="utf-8")
-    callback = TugOfWar(Watched(Linear(), batches=1), {}, tasks=["a"], every=2)
+    recorder = BatchRecorder(Terms.of(Linear()), batches=1)
+    callback = GradientConflictCallback(recorder, {}, tasks=["a"], every=2)
     callback.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=4), None)
     assert [entry["step"] for entry in callback.measurements] == [2, 4]
 

@@ -16,8 +16,8 @@ from medm.models.manifest import verify
 from medm.training.deepspeed import checkpoint_classes
 from medm.training.safe_load import safe_loading
 from tests.launch import COMPILER, needs_compiler, on_two_processes
-from tests.training.toys import LORA, TOWERS, Toy, collate, trainer
-from tests.training.two_processes import CURVE, losses
+from tests.training.toys import LORA, TOWERS, Fixed, Scaled, Toy, collate, trainer
+from tests.training.two_processes import BOTH_CURVE, CURVE, SCALED_CURVE, UNEVEN, by_name, losses
 
 STAGES = ("zero1", "zero2", "zero3")
 
@@ -85,10 +85,52 @@ def test_lora_and_a_full_connector_are_saved_in_full_size(case: str, folder: Pat
     models = [Toy.from_pretrained(path).eval() for path in (final, folder / "ddp" / "final")]
     batch = collate([{"input_ids": torch.arange(8), "vision": torch.ones(6), "labels": torch.arange(8)}])
     with torch.no_grad():
-        losses = [model(**batch).loss for model in models]
+        losses = [model(**batch).loss_sum / 7 for model in models]  # of 7 labels
         logits = [model.llm(input_ids=batch["input_ids"]).logits for model in models]
     torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=0)
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["two terms", pytest.param("two terms-zero3", marks=needs_compiler)])
+def test_two_objectives_over_two_ranks_are_those_of_one(
+    case: str, results: list[dict[str, Any]], tmp_path: Path, folder: Path
+) -> None:
+    """One process runs the micro-batches of both ranks together, and its first step is worked out by hand."""
+    merged = [first + second for first, second in zip(*UNEVEN.values(), strict=True)]
+    run = trainer(tmp_path, batches=Fixed(merged), **BOTH_CURVE)
+    sums, counts = torch.zeros(2), torch.zeros(2)
+    for rows in merged[:2]:
+        batch = collate([run.train_dataset[row] for row in rows])
+        with torch.no_grad():
+            output = run.model(**batch)
+        for k, term in enumerate(run.terms.terms.values()):
+            sums[k] += term.objective.loss(output, batch)
+            counts[k] += term.objective.count(batch)
+    text, pairs = (sums / counts).tolist()
+    run.fit()
+    (two, calls), (other, _) = results[0][case], results[1][case]
+    assert calls == 6  # micro-batches of four steps, two of which have one alone
+    assert two == other
+    assert two[0] == pytest.approx([text + 0.25 * pairs, text, 0.25 * pairs], abs=1e-5)
+    for found, expected in zip(two, by_name(run), strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+    trained = load_file(folder / case.replace(" ", "-") / "final" / "model.safetensors")
+    for name, tensor in run.model.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    "case", ["clamped-ddp", *(pytest.param(f"clamped-{stage}", marks=needs_compiler) for stage in ("zero2", "zero3"))]
+)
+def test_a_clamp_after_the_step_reaches_the_optimizer(case: str, results: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Without it the optimizer's own copy is below the bound (1.97), and drifts away from it."""
+    run = trainer(tmp_path, **SCALED_CURVE)
+    run.fit()
+    for rank in (0, 1):
+        scale, copy, steps, curve = results[rank][case]
+        assert (scale, copy) == (Scaled.smallest, Scaled.smallest)
+        assert steps == 4
+        assert curve == pytest.approx(losses(run), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
+from medm.config import Options
 from medm.models.adapters import inject
+from medm.models.base import MedmModel
 from medm.objectives.contrastive import Contrastive
 from medm.objectives.language_modeling import LanguageModeling
+from medm.objectives.terms import Term, Terms
 from medm.training.arguments import training_arguments
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import apply_parts
-from medm.training.trainer import MedmTrainer
+from medm.training.trainer import BatchSampler, MedmTrainer
 
 VOCABULARY = 64
 
@@ -29,7 +33,7 @@ transformers_logging.disable_progress_bar()
 
 @dataclass
 class ToyOutput(ModelOutput):
-    loss: Tensor | None = None
+    loss_sum: Tensor | None = None
     losses: dict[str, Tensor] | None = field(default=None)
 
 
@@ -66,15 +70,12 @@ class Toy(PreTrainedModel):
         inject(self.parts()[part], spec)
         self.config.adapters = {**self.config.adapters, part: dict(spec)}
 
-    def forward(
-        self, input_ids: Tensor, vision: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-    ) -> ToyOutput:
+    def forward(self, input_ids: Tensor, vision: Tensor, labels: Tensor) -> ToyOutput:
         tokens = self.connector(self.encoder(vision)).unsqueeze(1)  # (B, 1, D)
         embeds = torch.cat([tokens, self.llm.get_input_embeddings()(input_ids)[:, 1:]], dim=1)
         logits = self.llm(inputs_embeds=embeds).logits
-        count = (labels[:, 1:] != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / count
-        return ToyOutput(loss=loss, losses={"balance": 0.01 * tokens.pow(2).mean()})
+        loss_sum = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return ToyOutput(loss_sum=loss_sum, losses={"balance": 0.01 * tokens.pow(2).mean()})
 
 
 class Towers(nn.Module):
@@ -95,6 +96,96 @@ class Towers(nn.Module):
             "text_embeds": self.second(input_ids),
             "logit_scale": self.scale[0].exp(),
         }
+
+
+class Both(nn.Module):
+    """Two encoders, and a language model of one layer: fields for two objectives, and the calls that gave them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = Towers()
+        self.text = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY))
+        self.asked: list[frozenset[str]] = []
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {**self.towers.parts(), "llm": self.text}
+
+    def forward(
+        self, input_ids: Tensor, vision: Tensor, labels: Tensor, *, outputs: frozenset[str] = frozenset()
+    ) -> dict[str, Tensor]:
+        self.asked.append(outputs)
+        logits = self.text(input_ids)[:, :-1]
+        loss_sum = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return {"loss_sum": loss_sum, **self.towers(input_ids, vision, labels)}
+
+
+class ScaledConfig(PreTrainedConfig):
+    model_type = "medm-scaled"
+    adapters: dict[str, Any] = field(default_factory=dict)
+
+
+class Scaled(MedmModel):
+    """Two encoders whose scale is clamped after each step."""
+
+    config_class = ScaledConfig
+    smallest = 127 / 64
+    """A little below the scale at the beginning, 2."""
+
+    def __init__(self, config: ScaledConfig) -> None:
+        super().__init__(config)
+        self.towers = Towers()
+        self.steps = 0
+        self.post_init()
+
+    def parts(self) -> dict[str, nn.Module]:
+        return self.towers.parts()
+
+    def check_same_parts(self, options: Options, *, source: str) -> None: ...
+
+    def forward(self, input_ids: Tensor, vision: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return self.towers(input_ids, vision, labels)
+
+    def after_step(self) -> list[nn.Parameter]:
+        assert not torch.is_grad_enabled()
+        self.steps += 1
+        (scale,) = self.towers.scale
+        scale.clamp_(min=self.smallest)
+        return [scale]
+
+
+class Momentum(Scaled):
+    """Besides, a slow copy of an encoder and a queue of what it last gave, which training alone needs."""
+
+    training_only = ("slow.*", "queue")
+    zero3_refusal = "its momentum copy is a mean of whole weights"
+
+    def __init__(self, config: ScaledConfig) -> None:
+        super().__init__(config)
+        self.slow = copy.deepcopy(self.towers.first).requires_grad_(False)
+        self.register_buffer("queue", torch.zeros(4, 8))
+        self.register_buffer("queue_count", torch.zeros((), dtype=torch.int64))
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {**super().parts(), "image.momentum": self.slow}
+
+    def forward(self, input_ids: Tensor, vision: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        output = super().forward(input_ids, vision, labels)
+        if self.training:
+            with torch.no_grad():
+                self.queue.copy_(torch.cat([self.slow(vision), self.queue])[:4])
+                self.queue_count += len(vision)
+        # The queue is among what is learned, so that losing it would change the run.
+        pull = (output["image_embeds"].mean(dim=0) - self.queue.mean(dim=0)).pow(2).mean()
+        return {**output, "image_embeds": output["image_embeds"] * (1 + pull)}
+
+    def after_step(self) -> list[nn.Parameter]:
+        for slow, fast in zip(self.slow.parameters(), self.towers.first.parameters(), strict=True):
+            slow.lerp_(fast, 0.1)
+        return super().after_step()
+
+    def init_training_state(self) -> None:
+        self.slow.load_state_dict(self.towers.first.state_dict())
+        self.queue.zero_()
 
 
 class Pairs(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -119,6 +210,21 @@ class Pairs(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+class Fixed:
+    """The batches that are given, again in every epoch."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
 
 
 class Order:
@@ -146,7 +252,26 @@ LORA = {
     "image.connector": PartOptions(tune="full", lr=1e-2, weight_decay=0.1),
 }
 FULL = {name: PartOptions(tune="full", lr=3e-3) for name in ("llm", "image.connector")}
+BOTH = {name: PartOptions(tune="full") for name in ("image.encoder", "text.encoder", "scale", "llm")}
 TOWERS = {name: PartOptions(tune="full") for name in ("image.encoder", "text.encoder", "scale")}
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "toy": lambda: Toy(ToyConfig()),
+    "towers": Towers,
+    "both": Both,
+    "scaled": lambda: Scaled(ScaledConfig()),
+    "momentum": lambda: Momentum(ScaledConfig()),
+}
+
+
+def terms(kind: str, *, balance: float = 1.0) -> Terms:
+    """The objectives that a toy is trained on."""
+    if kind == "toy":
+        return Terms.of(LanguageModeling(auxiliary={"balance": balance}))
+    if kind == "both":
+        return Terms({"text": Term(LanguageModeling()), "pairs": Term(Contrastive(), weight=0.25)})
+    return Terms.of(Contrastive())
 
 
 def trainer(
@@ -161,6 +286,7 @@ def trainer(
     recipe: Mapping[str, Any] | None = None,
     dropout: bool = True,
     balance: float = 1.0,
+    batches: BatchSampler | None = None,
     **train: Any,
 ) -> MedmTrainer:
     """A trainer on a toy; the same call gives the same model, data and order."""
@@ -170,7 +296,7 @@ def trainer(
         "save_steps": 4, "warmup_steps": 2,
     }  # fmt: skip
     options = TrainOptions(**(settings | train))
-    model: Any = Toy(ToyConfig()) if kind == "toy" else Towers()
+    model = MODELS[kind]()
     apply_parts(model, parts, options, keep_float32=options.deepspeed is None)
     if not dropout:
         for module in model.modules():
@@ -182,9 +308,9 @@ def trainer(
     world, rank = args.world_size, args.process_index
     return MedmTrainer(
         model, args,
-        objective=LanguageModeling(auxiliary={"balance": balance}) if kind == "toy" else Contrastive(),
+        terms=terms(kind, balance=balance),
         parts=parts, train_options=options, train_dataset=data,
-        sampler=Order(len(data), options.per_device_train_batch_size, rank=rank, world=world),
+        sampler=batches or Order(len(data), options.per_device_train_batch_size, rank=rank, world=world),
         data_collator=collate, eval_dataset=Pairs(held_out) if held_out else None,
         callbacks=callbacks or [], recipe=recipe,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import distributed as dist
 from torch import nn
 from transformers import TrainerCallback
@@ -26,9 +27,10 @@ from medm.distributed import end_rank, leave_group
 from medm.errors import InputLostError, MedmError
 from medm.models.manifest import read_manifest, write_manifest
 from medm.objectives.contrastive import Contrastive
+from medm.objectives.terms import Terms
 from medm.training import checkpoints, resumable, writing
 from medm.training.trainer import MedmTrainer
-from tests.training.toys import LORA, TOWERS, Pairs, trainer
+from tests.training.toys import BOTH, LORA, TOWERS, Fixed, Pairs, trainer
 
 CURVE: dict[str, Any] = {
     "dropout": False, "balance": 0.0, "max_steps": 6, "save_strategy": "no", "parts": LORA,
@@ -232,8 +234,8 @@ def contrast(first_rows: int = 3) -> Any:
             model = Heads()
             share = slice(first_rows) if dist.get_rank() == 0 else slice(first_rows, None)
             mine = share if spread else slice(None)
-            objective = Contrastive(loss=loss, gather=spread)
-            total = objective(model, {"first": inputs[mine], "second": other[mine]}, num_items_in_batch=6).total
+            terms = Terms.of(Contrastive(loss=loss, pairs="first", gather=spread))
+            total = terms(model, {"first": inputs[mine], "second": other[mine]}, torch.tensor([6])).total
             # As the trainer: items of all processes divide, and gradients are averaged.
             (total * (2 if spread else 1)).backward()
             found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -259,6 +261,43 @@ class Heads(nn.Module):
         }  # fmt: skip
 
 
+UNEVEN = {0: [[0, 1, 2], [3, 4], [10, 11]], 1: [[5, 6], [7, 8, 9], [12]]}
+"""Micro-batches of each rank: two make a step, and the last one makes one of its own."""
+BOTH_CURVE: dict[str, Any] = {
+    "kind": "both", "parts": BOTH, "gradient_accumulation_steps": 2, "max_steps": 4, "warmup_steps": 0,
+    "save_strategy": "no",
+}  # fmt: skip
+
+
+def two_terms(folder: Path, **case: Any) -> Any:
+    """Losses by name of each step, and how often the model ran. Ranks hold different numbers of labels and pairs."""
+    run = trainer(folder, batches=Fixed(UNEVEN[int(os.environ["RANK"])]), **(BOTH_CURVE | case))
+    calls = run.model.asked
+    run.fit()
+    run.save_whole(folder / "final")
+    return [by_name(run), len(calls)]
+
+
+def by_name(run: MedmTrainer) -> list[list[float]]:
+    keys = ("loss", "loss/text", "loss/pairs")
+    return [[entry[key] for key in keys] for entry in run.state.log_history if "loss" in entry]
+
+
+SCALED_CURVE: dict[str, Any] = {
+    "kind": "scaled", "parts": TOWERS, "max_steps": 4, "warmup_steps": 0, "save_strategy": "no",
+}  # fmt: skip
+
+
+def clamped(folder: Path, **case: Any) -> Any:
+    """The scale of each rank after its last clamp, the optimizer's own copy of it, the calls, and the losses."""
+    run = trainer(folder, **(SCALED_CURVE | HALF | case))
+    module = run.model
+    run.fit()
+    (scale,) = module.towers.scale
+    copy = safe_get_full_fp32_param(scale) if run.is_deepspeed_enabled else scale
+    return [scale.item(), copy.item(), module.steps, losses(run)]
+
+
 def release() -> None:
     """Let the last case's engine and configuration go: transformers keeps both where later models would see them."""
     unset_hf_deepspeed_config()
@@ -275,6 +314,8 @@ def main(folder: Path) -> None:
         "poisoned": lambda: poisoned(folder / "poisoned"),
         "lost": lambda: on_data(folder / "lost", Lost()),
         "too many bad": lambda: on_data(folder / "bad", Counted()),
+        "two terms": lambda: two_terms(folder / "two-terms"),
+        "clamped-ddp": lambda: clamped(folder / "clamped-ddp"),
         "terminated": lambda: terminated(folder / "terminated"),
         "resumed-ddp": lambda: resumed(folder / "resumed-ddp"),
     }
@@ -283,6 +324,11 @@ def main(folder: Path) -> None:
             **{
                 stage: lambda stage=stage: curve(folder / stage, deepspeed=stage)
                 for stage in ("zero1", "zero2", "zero3")
+            },
+            "two terms-zero3": lambda: two_terms(folder / "two-terms-zero3", deepspeed="zero3"),
+            **{
+                f"clamped-{stage}": lambda stage=stage: clamped(folder / f"clamped-{stage}", deepspeed=stage)
+                for stage in ("zero2", "zero3")
             },
             "towers-zero2": lambda: curve(folder / "towers-zero2", kind="towers", parts=TOWERS, deepspeed="zero2"),
             "resumed-zero2": lambda: resumed(folder / "resumed-zero2", deepspeed="zero2"),

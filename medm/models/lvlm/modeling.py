@@ -48,13 +48,15 @@ BranchTensors: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 
 @dataclass
 class LVLMOutput(CausalLMOutputWithPast):
-    """`logits` (B, T, V) without labels; `loss` with labels.
+    """`logits` (B, T, V) without labels; `loss` and `loss_sum` with labels.
 
-    With labels the head runs on the labelled positions alone and no full logits exist, unless the config asks for them.
+    With labels the head runs on the labeled positions alone and no full logits exist, unless the config asks for them.
     Its other fields are those of the installed transformers: a release may rename them (5.24 renamed
     `past_key_values` to `cache`), so none is named here.
     """
 
+    loss_sum: Tensor | None = None
+    """With labels: sum of the cross-entropy over the labeled tokens, of which `loss` is the mean."""
     losses: dict[str, Tensor] | None = None
     """Auxiliary losses by name (load balance of a router), unweighted."""
 
@@ -137,7 +139,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
     config_class = LVLMConfig
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
-    accepts_loss_kwargs = True  # tells transformers' Trainer that the loss is normalised by num_items_in_batch
+    accepts_loss_kwargs = True  # tells transformers' Trainer that the loss is normalized by num_items_in_batch
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -299,13 +301,14 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         1. Embed the text.
         2. Encode and connect each branch's pixels, and scatter the result onto its placeholders.
         3. Decode with the language model.
-        4. With labels: the loss over labelled positions; without: logits.
+        4. With labels: the loss over labeled positions; without: logits.
 
         Args are those of `medm.types.Batch`, of `embed`, and transformers' own; besides them:
             labels: (B, T), -100 where nothing is learned. Not shifted: position t is predicted from t - 1.
             label_positions: (L,), from which of the B * T positions a label is predicted; looked up without it.
-            num_items_in_batch: labelled tokens over all micro-batches and ranks of the step; the loss is the sum
-                over this batch divided by it. Without it the loss is the mean over this batch.
+            num_items_in_batch: labeled tokens over all micro-batches and ranks of the step, which transformers'
+                own Trainer gives; `loss` is the sum over this batch divided by it. Without it `loss` is the mean
+                over this batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, found both or none")
@@ -326,17 +329,17 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             return LVLMOutput.wrap(output)
         if self.config.loss_on_full_logits:
             output = self.language_model(**decoding, use_cache=False)
-            loss = loss_of_logits(output.logits, labels, label_positions, num_items=num_items_in_batch)
+            loss = loss_of_logits(output.logits, labels, label_positions)
         else:
             output = self.language_model.base_model(**decoding, use_cache=False)
             loss = loss_of_hidden_states(
                 output.last_hidden_state,
                 labels,
                 label_positions,
-                num_items=num_items_in_batch,
                 language_model=self.language_model,
             )
-        return LVLMOutput.wrap(output, loss=loss, logits=None, losses=losses or None)
+        mean = loss.mean(num_items_in_batch)
+        return LVLMOutput.wrap(output, loss=mean, loss_sum=loss.sum, logits=None, losses=losses or None)
 
     def generate(
         self,

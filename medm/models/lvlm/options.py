@@ -29,7 +29,7 @@ class BranchOptions(Options):
 class LVLMOptions(ModelOptions):
     """A vision-language model, put together from parts by name."""
 
-    outputs: ClassVar[frozenset[str]] = frozenset({"loss", "losses"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"loss", "loss_sum", "losses"})
 
     kind: Literal["lvlm"] = "lvlm"
     """Kind of model."""

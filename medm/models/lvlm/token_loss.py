@@ -6,6 +6,7 @@ part even without a label, since the weights may be spread over ranks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,29 +24,37 @@ HEAD_CHUNK = 4096
 gradients."""
 
 
-def loss_of_logits(
-    logits: Tensor, labels: Tensor, positions: Tensor | None, *, num_items: Tensor | int | None
-) -> Tensor:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class TokenLoss:
+    """Cross-entropy over the labeled tokens of a batch."""
+
+    sum: Tensor
+    """A scalar; zero that depends on the LM head where no token is labeled."""
+    count: int
+    """Labeled tokens that have a token before them."""
+
+    def mean(self, num_items: Tensor | int | None) -> Tensor:
+        """Return the sum divided by `num_items`, or by the labeled tokens of this batch without it."""
+        if not self.count:
+            return self.sum
+        return self.sum / (self.count if num_items is None else num_items)
+
+
+def loss_of_logits(logits: Tensor, labels: Tensor, positions: Tensor | None) -> TokenLoss:
     """Return the cross-entropy at the labeled positions of logits that exist at every position.
 
     Args:
         logits: (B, T, V).
         labels: (B, T), not shifted.
         positions: (L,), from which of the B * T positions a label is predicted; a GPU is waited for without it.
-        num_items: labeled tokens of the step, by which the sum is divided; those of this batch without it.
     """
     chosen, targets = _labeled(logits, labels, positions)  # (L, V), (L,)
-    return _divided(_cross_entropy(chosen, targets), targets, num_items)
+    return TokenLoss(_cross_entropy(chosen, targets), len(targets))
 
 
 def loss_of_hidden_states(
-    hidden: Tensor,
-    labels: Tensor,
-    positions: Tensor | None,
-    *,
-    num_items: Tensor | int | None,
-    language_model: CausalLM,
-) -> Tensor:
+    hidden: Tensor, labels: Tensor, positions: Tensor | None, *, language_model: CausalLM
+) -> TokenLoss:  # fmt: skip
     """Return the cross-entropy at the labeled positions of the decoder's output, (B, T, D).
 
     Args are those of `loss_of_logits`; besides them:
@@ -62,7 +71,7 @@ def loss_of_hidden_states(
     else:
         chunks = zip(chosen.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
         total = sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
-    return _divided(total, targets, num_items)
+    return TokenLoss(total, len(targets))
 
 
 def _labeled(values: Tensor, labels: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -83,9 +92,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if len(targets):
         return F.cross_entropy(logits.float(), targets, reduction="sum")
     return logits.sum() * 0.0
-
-
-def _divided(total: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
-    if not len(targets):
-        return total
-    return total / (len(targets) if num_items is None else num_items)
