@@ -185,7 +185,7 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
     predictor: ClassVar[str] = "generation"
     """Source of predictions that `medm eval` opens a saved model with, by its name in the table
     `medm.evaluation.predictors`."""
-    outputs: ClassVar[frozenset[str]] = frozenset({"loss"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"loss", "loss_sum"})
     """Fields of the model's output in training. A recipe whose objective reads another one is refused.
 
     `ModelOptions.outputs` repeats them where a recipe is to be checked without importing the model.
