@@ -153,7 +153,7 @@ def test_a_recipe_is_checked_against_the_outputs_without_torch() -> None:
         "print(sorted(outputs_of(LVLMOptions.model_construct()))); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == ["['loss', 'losses']", "False"]
+    assert done.stdout.split("\n")[:2] == ["['loss', 'loss_sum', 'losses']", "False"]
 
 
 def test_a_folder_of_one_kind_is_no_start_for_another(section: dict[str, Any]) -> None:
