@@ -77,7 +77,7 @@ class _Workload:
         self.useful = tokens(self.examples)
         self.lengths = np.array([len(example.input_ids) for example in self.examples])
         self.ours = medm_model(self.sizes, device=self.device, dtype=self.dtype)
-        if not self.ours.separate_samples():
+        if not self.ours.enable_padding_free():
             raise ValueError("this workload's attention cannot keep the samples of one row apart")
         self.folder = tempfile.TemporaryDirectory()
 

@@ -110,14 +110,14 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
 
 
-def separates_documents(model: CausalLM) -> bool:
-    """Whether a language model keeps the samples of a long row apart; it is switched to `PER_DOCUMENT` if that helps.
+def enable_padding_free(model: CausalLM) -> bool:
+    """Prepare a language model for padding-free packing; it is switched to `PER_DOCUMENT` where that helps.
 
     Args:
         model: a causal language model of transformers.
 
     Returns:
-        True: a batch may be one row that says where samples begin. False: rows have to be short, since their
+        True: a batch may be one row with the beginning of each sample. False: rows have to be short, since their
         attention runs over the whole of a row (a window, soft caps, "eager" and "flex_attention").
     """
     attention = str(model.config.get_text_config()._attn_implementation)

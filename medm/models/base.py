@@ -65,8 +65,12 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
     def upgrade(self, processor: Processor) -> None:
         """Add to a processor what the folder of an earlier medm does not say and the model knows."""
 
-    def separate_samples(self) -> bool:
-        """Prepare for batches that are one row of samples with their beginnings; False where the model cannot."""
+    def enable_padding_free(self) -> bool:
+        """Prepare for padding-free batches, one row of samples with their beginnings.
+
+        Returns:
+            False where the model cannot take them.
+        """
         return False
 
     def after_step(self) -> Sequence[nn.Parameter]:

@@ -35,7 +35,7 @@ class TrainingData:
         pipeline: of the kind of model, with the model's processor.
         rank: this process.
         world: number of ranks.
-        padding_free: with packing, put a whole batch into one row; see `MedmModel.separate_samples`.
+        padding_free: with packing, put a whole batch into one row; see `MedmModel.enable_padding_free`.
 
     Raises:
         RecipeError: no training data, or a setting that the pipeline cannot follow.

@@ -151,7 +151,7 @@ def _train(
     data = TrainingData(
         recipe.data, options, pipeline_for(kind_of(recipe.model), processor),
         rank=args.process_index, world=args.world_size,
-        padding_free=recipe.data.packing and _any_lengths(model, options, args.device) and model.separate_samples(),
+        padding_free=recipe.data.packing and _any_lengths(model, options, args.device) and model.enable_padding_free(),
     )  # fmt: skip
     hashes = on_rank_zero(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:

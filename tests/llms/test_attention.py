@@ -24,7 +24,7 @@ from medm.data.collator import Collator
 from medm.data.packing import PackingCollator
 from medm.inference.decoding import Decoder, Prompt
 from medm.llms import attention
-from medm.llms.attention import PER_DOCUMENT, no_mask, separates_documents
+from medm.llms.attention import PER_DOCUMENT, enable_padding_free, no_mask
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.training.kernels import compile_layers
@@ -61,7 +61,7 @@ def test_one_row_gives_the_loss_and_gradients_of_a_padded_batch(
     padded.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    assert model.separate_samples()
+    assert model.enable_padding_free()
     calls = []
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -106,14 +106,14 @@ def test_padded_batches_and_decoding_go_on_as_before() -> None:
     with torch.no_grad():
         before = model(**batch).logits[:, -1]
         said = model.generate(**batch, max_new_tokens=5, do_sample=False)
-        assert separates_documents(model.language_model)
+        assert enable_padding_free(model.language_model)
         torch.testing.assert_close(model(**batch).logits[:, -1], before, atol=1e-6, rtol=1e-6)
         assert torch.equal(model.generate(**batch, max_new_tokens=5, do_sample=False), said)
 
 
 def test_the_choice_stays_out_of_what_is_saved() -> None:
     model = lvlm(LlamaConfig)
-    model.separate_samples()
+    model.enable_padding_free()
     assert PER_DOCUMENT not in model.config.to_json_string()
 
 
@@ -126,7 +126,7 @@ def test_attention_that_cannot_be_split_is_left_alone(
 ) -> None:
     model = AutoModelForCausalLM.from_config(config(**SIZES | changes))
     model.set_attn_implementation(attention)
-    assert not separates_documents(model)
+    assert not enable_padding_free(model)
     assert model.config._attn_implementation == attention
     assert no_mask(model, torch.zeros(1, 3, 32)) is None
 
@@ -160,7 +160,7 @@ def test_mixed_precision_reaches_the_kernel_for_packed_samples(
 ) -> None:
     """Trained weights stay in float32, and with them the rotary embeddings: the queries arrive in float32."""
     model = lvlm(LlamaConfig)
-    assert model.separate_samples()
+    assert model.enable_padding_free()
     batch = PackingCollator(0, 20, padding_free=True)(examples(7, 12, 2, 5, 9))
 
     def run() -> tuple[float, dict[str, torch.Tensor]]:
@@ -215,7 +215,7 @@ def test_the_kernel_for_packed_samples_gives_what_the_loop_gives(
     weights: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = lvlm(LlamaConfig, hidden_size=128).to("cuda", weights)
-    model.separate_samples()
+    model.enable_padding_free()
     batch = {
         key: value.cuda() if isinstance(value, torch.Tensor) else value
         for key, value in PackingCollator(0, 64, padding_free=True)(examples(7, 30, 12)).items()
@@ -252,7 +252,7 @@ def test_one_kernel_is_for_half_precision_on_a_gpu_without_dropout(monkeypatch: 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_layers_take_rows_of_any_length() -> None:
     model = lvlm(LlamaConfig, hidden_size=128).to("cuda", torch.bfloat16)
-    model.separate_samples()
+    model.enable_padding_free()
     rows = [
         PackingCollator(0, 64, padding_free=True)(examples(*lengths))
         for lengths in ((7, 30, 12), (9, 5), (3, 40, 8, 2))

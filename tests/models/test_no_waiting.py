@@ -63,7 +63,7 @@ def test_forward_and_backward_wait_for_nothing(kind: str, llm: Path, monkeypatch
         "packed": PackingCollator(processor.pad_id, 128, padding_free=True, with_label_positions=True),
     }
     if kind == "packed":
-        assert model.separate_samples()
+        assert model.enable_padding_free()
     batch = collators[kind](data)
     for module in (modeling, scatter):
         monkeypatch.setattr(module, "check", lambda condition, message: None)  # asserted on the device itself there

@@ -26,7 +26,7 @@ from medm.distributed import world_size
 from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
-from medm.llms.attention import no_mask, separates_documents
+from medm.llms.attention import enable_padding_free, no_mask
 from medm.llms.lm_head import has_known_logits, stop_tokens
 from medm.models.base import MedmModel
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
@@ -244,8 +244,8 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             if self.branch(name).connector.refuses_unseen_tasks:
                 processor.branches[name].setdefault("known_tasks_only", True)
 
-    def separate_samples(self) -> bool:
-        return separates_documents(self.language_model)
+    def enable_padding_free(self) -> bool:
+        return enable_padding_free(self.language_model)
 
     def embed(
         self,
