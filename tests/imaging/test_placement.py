@@ -303,6 +303,21 @@ def test_a_label_map_is_written_on_the_grid_of_its_file(oblique: Path, tmp_path:
     np.testing.assert_array_equal(read.labels, sitk.GetArrayFromImage(written))
 
 
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_written_label_map_is_read_on_the_same_grid(orientation: str, tmp_path: Path) -> None:
+    """Oblique, in all 48 orientations, half of them left-handed: by medm, and by SimpleITK."""
+    placement = Placement.of_source((3, 4, 5), grid(orientation, (5, 2, 1.5), (0.2, -0.1, 0.3)))
+    labels = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    write_label_map(tmp_path / "m.nii", labels, placement)
+    np.testing.assert_array_equal(read_label_map(tmp_path / "m.nii", placement).labels, labels)
+    own, other = placement.geometry, sitk.ReadImage(str(tmp_path / "m.nii"))
+    assert own is not None
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(other), labels)
+    np.testing.assert_allclose(other.GetOrigin(), own.origin, atol=1e-4)
+    corner = other.TransformIndexToPhysicalPoint((4, 3, 2))
+    np.testing.assert_allclose(corner, own.steps @ [2, 3, 4] + own.origin, atol=1e-3)
+
+
 def test_a_label_map_of_a_file_without_direction_has_none(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(24).reshape(2, 3, 4))
     placement = prepare(tmp_path / "a.npy", VolumePreprocess(scale="minmax", size=[4, 4, 4])).placement
