@@ -239,16 +239,11 @@ def _sample(
             cells = np.ravel_multi_index(tuple(nearest[:, inside]), sides)
             result[:, index, inside] = table[:, cells]
         return result.reshape(*lead, *shape)
-    steps = [matrix[axis, along] * np.arange(shape[along]) for axis, along in enumerate(axes)]
-    lines = [_nearest(step + start) for step, start in zip(steps, offset, strict=True)]
+    lines = [_nearest(places) for places in _lines(matrix, offset, shape, axes)]
     clipped = [line.clip(0, side - 1) for line, side in zip(lines, sides, strict=True)]
     result = flat[np.ix_(np.arange(len(flat)), *clipped)]
-    for axis, (line, side) in enumerate(zip(lines, sides, strict=True)):
-        outside = (line < 0) | (line >= side)
-        if outside.any():
-            result[(slice(None), *[slice(None)] * axis, outside)] = fill
-    back = np.argsort(axes)
-    return np.ascontiguousarray(result.transpose(0, *(1 + back))).reshape(*lead, *shape)
+    outside = [(line < 0) | (line >= side) for line, side in zip(lines, sides, strict=True)]
+    return _finished(result, outside, axes, fill).reshape(*lead, *shape)
 
 
 def _interpolate(
@@ -257,6 +252,14 @@ def _interpolate(
     """As `_sample`, linear between centers of voxels; beyond the outer ones their values continue."""
     lead, sides = values.shape[: -len(shape)], values.shape[-len(shape) :]
     table = values.reshape(-1, math.prod(sides)).astype(np.float32)
+    axes = _aligned(matrix, shape)
+    if axes is not None:
+        blended, outside = table.reshape(-1, *sides), []
+        lines = _lines(matrix, offset, shape, axes)
+        for axis, (places, side) in enumerate(zip(lines, sides, strict=True)):
+            outside.append((places < -0.5 - _ROUNDING) | (places > side - 0.5 + _ROUNDING))
+            blended = _blended(blended, 1 + axis, places.clip(0, side - 1))
+        return _finished(blended, outside, axes, fill).reshape(*lead, *shape)
     last = np.asarray(sides)[:, None] - 1
     result = np.full((len(table), shape[0], math.prod(shape[1:])), fill, dtype=np.float32)
     for index, places in enumerate(_places(matrix, offset, shape)):
@@ -271,6 +274,31 @@ def _interpolate(
             total += table[:, cells] * np.where(step, weight, 1 - weight).prod(axis=0)
         result[:, index, inside] = total
     return result.reshape(*lead, *shape)
+
+
+def _lines(matrix: np.ndarray, offset: np.ndarray, shape: Sequence[int], axes: Sequence[int]) -> list[np.ndarray]:
+    """For parallel grids: by axis of the values the places at which the result takes them."""
+    return [matrix[axis, along] * np.arange(shape[along]) + offset[axis] for axis, along in enumerate(axes)]
+
+
+def _blended(values: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
+    """Values at places along one axis, linear between its voxels."""
+    below = np.floor(places).astype(np.int64)
+    weight = (places - below).astype(np.float32)
+    result = values.take(below, axis)
+    above = values.take(np.minimum(below + 1, values.shape[axis] - 1), axis)
+    above -= result
+    above *= weight.reshape(-1, *[1] * (values.ndim - axis - 1))
+    result += above
+    return result
+
+
+def _finished(result: np.ndarray, outside: Sequence[np.ndarray], axes: Sequence[int], fill: float) -> np.ndarray:
+    """For parallel grids: `fill` beyond the values, and the axes in the order of the result."""
+    for axis, places in enumerate(outside):
+        if places.any():
+            np.moveaxis(result, 1 + axis, 0)[places] = fill
+    return np.ascontiguousarray(result.transpose(0, *(1 + np.argsort(axes))))
 
 
 def _places(matrix: np.ndarray, offset: np.ndarray, shape: Sequence[int]) -> Iterator[np.ndarray]:

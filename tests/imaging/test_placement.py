@@ -219,6 +219,22 @@ def test_by_hand() -> None:
     assert turned.points_to_prepared(np.array([[3, 0, 1]])).tolist() == [[1, 0, 0]]
 
 
+@few
+@given(st.integers(0, 2**32 - 1))
+def test_soft_maps_of_parallel_and_turned_grids_agree(seed: int) -> None:
+    """The two ways of interpolation give one result where a grid is turned by less than a ten thousandth."""
+    rng = np.random.default_rng(seed)
+    values = rng.random((2, 4, 5, 6)).astype(np.float32)
+    straight = Placement.of_source((7, 8, 9)).permuted([2, 0, 1]).flipped(1).boxed([1, -2, 1], [7, 9, 6])
+    straight = straight.resized((4, 5, 6))
+    turned = straight.sampled(rotation((1e-5, 1e-5, 1e-5)), np.zeros(3), (4, 5, 6))
+    one, other = (each.to_source(values, interpolation="linear", fill=-9) for each in (straight, turned))
+    inside = (one > -1) & (other > -1)
+    assert inside.mean() > 0.2
+    np.testing.assert_allclose(one[inside], other[inside], atol=1e-3)
+    assert ((one < -1) == (other < -1)).mean() > 0.85
+
+
 def test_letterbox_by_hand() -> None:
     """2 x 4 pixels to 4 x 4: a row of padding above and below."""
     pixels = np.arange(8, dtype=np.uint8).reshape(2, 4) * 30
