@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from medm.errors import CheckpointError, DataError, MedmError, RecipeError
+from medm.inference import batch
 from medm.inference.batch import InferSummary, infer, with_reply
 from medm.inference.batches import shard_indices
 from medm.inference.options import GenerationOptions, InferOptions
@@ -266,6 +267,24 @@ def test_what_cannot_begin_says_why(model: Path, tmp_path: Path) -> None:
         run(model, data, tmp_path / "o.jsonl", generation=GenerationOptions(max_new_tokens=600))
     with pytest.raises(ValueError, match="top_p"):
         GenerationOptions(top_p=0.5)
+
+
+def test_a_process_opens_records_config_and_device_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a large annotation file three times costs minutes on a network share."""
+    calls: list[str] = []
+    for name in ("Records", "load_config", "pick_device"):
+        original = getattr(batch, name)
+
+        def counted(*given: Any, _name: str = name, _original: Any = original, **keywords: Any) -> Any:
+            calls.append(_name)
+            return _original(*given, **keywords)
+
+        monkeypatch.setattr(batch, name, counted)
+    data = write_records(tmp_path, questions(tmp_path, 2))
+    assert run(model, data, tmp_path / "o.jsonl", json_output=str(tmp_path / "o.json")).answered == 2
+    assert sorted(calls) == ["Records", "load_config", "pick_device"]
 
 
 def test_the_command(model: Path, tmp_path: Path) -> None:
