@@ -82,6 +82,9 @@ def views_of(kind: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.partition("@")[0] == kind]
 
 
+MASK_TOKEN = "[SEG]"
+"""Control token that stands for one mask in a reply."""
+
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -102,16 +105,44 @@ class Media:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlToken:
+    """A place in a reply where one special token stands that the model learns to write.
+
+    The reader of records writes it. The same letters in a text part stay letters.
+    """
+
+    token: str
+    """The token as annotation files write it: `[SEG]`."""
+    mask: int | None = None
+    """Position in `Sample.masks` of the mask behind it."""
+
+
+TurnPart: TypeAlias = str | Media | ControlToken
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message. Text parts are text: nothing inside them is ever read as a control token or placeholder."""
 
     role: Role
-    content: tuple[str | Media, ...]
+    content: tuple[TurnPart, ...]
 
     @property
     def text(self) -> str:
         """The text parts joined."""
         return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def as_written(self) -> str:
+        """The turn as annotation files write it: placeholders for media, control tokens as text."""
+        return "".join(written(part) for part in self.content)
+
+
+def written(part: TurnPart) -> str:
+    """Return a part of a turn as annotation files write it."""
+    if isinstance(part, Media):
+        return f"<{part.branch}>"
+    return part.token if isinstance(part, ControlToken) else part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +155,9 @@ class BaseSample(ABC):
     index: int | None = None
     """Annotation file and position in it, for messages."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of the record, passed through untouched (question type, split, mask paths ...)."""
+    """Further fields of the record, passed through untouched (question type, split ...)."""
+    masks: tuple[str, ...] = ()
+    """Mask files relative to the data root, in the order of their control tokens."""
 
     @property
     @abstractmethod
@@ -225,6 +258,8 @@ class Processor(Protocol):
     """Per view what is done to the pixels (`medm.imaging.Preprocess`)."""
     placeholder_ids: dict[str, int]
     """Per branch the token that stands for one vision token."""
+    control_token_ids: dict[str, int]
+    """Ids of the control tokens in replies, by their text (`[SEG]`)."""
 
     @property
     def num_tokens(self) -> Mapping[str, int]:

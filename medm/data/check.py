@@ -46,7 +46,7 @@ class Report:
     text_only: int = 0
     """Good records without image or volume."""
     media: Counter[str] = field(default_factory=Counter)
-    """Images and volumes of good records by branch."""
+    """Images and volumes of good records by branch, and masks."""
     tasks: Counter[str] = field(default_factory=Counter)
     """Good records by task; "" for those that name none."""
     bad: list[DataError] = field(default_factory=list)
@@ -170,6 +170,7 @@ class _Checker:
         if sample.id is not None:
             self.report.ids.append((position, sample.id))
         pixels = records.load_media(index, sample, self._blank)
+        records.mask_paths(index, sample)
         if self.pipeline.makes_examples:
             with records.placed(index):
                 example = self.pipeline.example(sample, pixels)
@@ -182,6 +183,7 @@ class _Checker:
         self.report.counts.update(self.pipeline.counts(sample))
         self.report.text_only += not sample.media
         self.report.media.update(media.branch for media in sample.media)
+        self.report.media.update("mask" for _ in sample.masks)
         self.report.tasks[sample.task or ""] += 1
 
     def _blank(self, path: Path, view: str) -> np.ndarray:

@@ -55,7 +55,8 @@ class Conversations(Pipeline[Sample, Example, Processor]):
         return len(example.input_ids)
 
     def shorten(self, example: Example, max_length: int) -> Example:
-        return truncate_text(example, max_length, set(self.processor.placeholder_ids.values()))
+        kept = (self.processor.placeholder_ids, self.processor.control_token_ids)
+        return truncate_text(example, max_length, {token for ids in kept for token in ids.values()})
 
     def preview(self, example: Example) -> list[Segment]:
         return segments(example, lambda ids: str(self.processor.tokenizer.decode(ids)))
@@ -93,18 +94,18 @@ def has_label(labels: list[int]) -> bool:
     return any(label != IGNORE_INDEX for label in labels)
 
 
-def truncate_text(example: Example, max_length: int, placeholder_ids: Collection[int]) -> Example:
+def truncate_text(example: Example, max_length: int, uncut_ids: Collection[int]) -> Example:
     """Return the first `max_length` tokens.
 
     Raises:
-        DataError: that would cut a placeholder or leave no label.
+        DataError: that would cut a token of `uncut_ids` or leave no label.
     """
     length = len(example.input_ids)
-    cut = sum(token in placeholder_ids for token in example.input_ids[max_length:])
+    cut = sum(token in uncut_ids for token in example.input_ids[max_length:])
     if cut:
         raise DataError(
-            f"{length} tokens cannot be cut to data.max_length = {max_length}: {cut} vision tokens stand beyond it, "
-            "and images are never cut; raise max_length, or shorten the text before the image"
+            f"{length} tokens cannot be cut to data.max_length = {max_length}: {cut} vision or control "
+            "tokens stand beyond it, which are never cut; raise max_length, or shorten the text before them"
         )
     labels = example.labels[:max_length]
     if not has_label(labels) and has_label(example.labels):

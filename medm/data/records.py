@@ -87,6 +87,21 @@ class Records(Sequence[S], Generic[S, E]):
             raise DataError(f"the {media.branch} has no path")
         return resolve_inside(self.root(index), media.path)
 
+    def mask_paths(self, index: int, sample: S) -> list[Path]:
+        """Return the mask files of record `index`.
+
+        Raises:
+            DataError: one is missing or lies outside the root; with file, index and field.
+        """
+        found: list[Path] = []
+        with self.placed(index):
+            for number, path in enumerate(sample.masks):
+                try:
+                    found.append(resolve_inside(self.root(index), path))
+                except DataError as error:
+                    raise error.at(field=f"masks.{number}") from None
+        return found
+
     def media_field(self, index: int, media_index: int) -> str:
         """The field that names the sample's file number `media_index`. Reads the record again: for messages."""
         source, position = self.locate(index)

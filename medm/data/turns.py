@@ -13,16 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from medm.errors import DataError
-from medm.types import KIND_OF_PLACEHOLDER, Media, Role, Sample, Turn
+from medm.types import (
+    KIND_OF_PLACEHOLDER,
+    MASK_TOKEN,
+    ControlToken,
+    Media,
+    Role,
+    Sample,
+    Turn,
+)
 
 MEDIA_FIELDS = {"image": "image", "images": "image", "image3d": "volume", "volume": "volume", "volumes": "volume"}
 """Record fields that name files, and the model branch that reads them."""
+
+MASK_FIELD = "masks"
+"""Record field that names mask files, one for each `[SEG]` in the replies."""
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 _PART_FIELDS = {"image": "image", "image_url": "image", "volume": "volume", "image3d": "volume"}
-_OWN_FIELDS = {"id", "task", "answer", "system", "conversations", "messages", *MEDIA_FIELDS}
+_OWN_FIELDS = {"id", "task", "answer", "system", "conversations", "messages", MASK_FIELD, *MEDIA_FIELDS}
 
 _PLACEHOLDER = re.compile("|".join(map(re.escape, KIND_OF_PLACEHOLDER)))
 _FOREIGN_PLACEHOLDER = re.compile(
@@ -76,8 +87,9 @@ def parse_record(
         index: its position there, from 0.
 
     Raises:
-        DataError: with file, index, field and reason. Placeholders and files that do not agree in number,
-            roles out of order and empty replies are such errors; nothing is dropped or fixed.
+        DataError: with file, index, field and reason. Placeholders and files, or `[SEG]` and masks, that
+            do not agree in number, roles out of order and empty replies are such errors; nothing is
+            dropped or fixed.
     """
     try:
         return _parse(record, inference=inference, file=None if file is None else str(file), index=index)
@@ -90,7 +102,9 @@ def _parse(record: Any, *, inference: bool, file: str | None, index: int | None)
         raise DataError(f"expected an object with 'conversations' or 'messages', found {_kind(record)}")
     _refuse_other_formats(record, inference=inference)
     files = _media_files(record)
-    turns = _turns(record, files)
+    masks = _Files(MASK_FIELD, _paths(record.get(MASK_FIELD), MASK_FIELD))
+    turns = _turns(record, files, masks)
+    _check_masks(masks, turns, inference=inference)
     _refuse_unread_media(record, turns)
     answer = _optional_text(record, "answer")
     if inference and turns[-1].role == "assistant":
@@ -104,6 +118,7 @@ def _parse(record: Any, *, inference: bool, file: str | None, index: int | None)
         answer=answer,
         file=file,
         index=index,
+        masks=tuple(masks.paths),
         extra={key: value for key, value in record.items() if key not in _OWN_FIELDS},
     )
 
@@ -211,21 +226,28 @@ def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
             continue
         if branch in files:
             raise DataError(f"'{files[branch].field}' is given as well, and both name {branch}s; keep one", field=field)
-        paths = [value] if isinstance(value, str) else value
         if any(isinstance(entry, dict) and "bytes" in entry for entry in (value, *_listed(value))):
             raise DataError(
                 "an image inside the record (as Hugging Face data sets hold them) is not read; write it to a file and "
                 "give its path",
                 field=field,
             )
-        if not isinstance(paths, list):
-            raise DataError(f"expected a path or a list of paths, found {_kind(value)}", field=field)
-        for position, path in enumerate(paths):
-            place = field if isinstance(value, str) else f"{field}.{position}"
-            if not _text(path, place).strip():
-                raise DataError("expected a path, found empty text", field=place)
-        files[branch] = _Files(field, paths)
+        files[branch] = _Files(field, _paths(value, field))
     return files
+
+
+def _paths(value: Any, field: str) -> list[str]:
+    """The paths of a field that names files: one, a list of them, or none."""
+    if value is None:
+        return []
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list):
+        raise DataError(f"expected a path or a list of paths, found {_kind(value)}", field=field)
+    for position, path in enumerate(paths):
+        place = field if isinstance(value, str) else f"{field}.{position}"
+        if not _text(path, place).strip():
+            raise DataError("expected a path, found empty text", field=place)
+    return paths
 
 
 def _listed(value: Any) -> list[Any]:
@@ -236,7 +258,7 @@ def _turns_field(record: Mapping[str, Any]) -> str:
     return "messages" if "messages" in record else "conversations"
 
 
-def _turns(record: Mapping[str, Any], files: dict[str, _Files]) -> list[Turn]:
+def _turns(record: Mapping[str, Any], files: dict[str, _Files], masks: _Files) -> list[Turn]:
     field = _turns_field(record)
     if field not in record:
         raise DataError("expected 'conversations' or 'messages', a list of turns; the record has neither", field=field)
@@ -250,13 +272,13 @@ def _turns(record: Mapping[str, Any], files: dict[str, _Files]) -> list[Turn]:
     turns = []
     system = _optional_text(record, "system")
     if system:
-        turns.append(_turn("system", system, "system", files))
+        turns.append(_turn("system", system, "system", files, masks))
     for position, entry in enumerate(entries):
         role, content, place = _role_and_content(entry, f"{field}.{position}")
         if role == "system" and turns and (position or system):
             advice = "the record's field 'system' is one already" if not position else "it can only be the first turn"
             raise DataError(f"a system turn is not allowed here: {advice}", field=f"{field}.{position}")
-        turns.append(_turn(role, content, place, files))
+        turns.append(_turn(role, content, place, files, masks))
     for branch, media in files.items():
         if media.used != len(media.paths):
             raise DataError(_count_reason(branch, media), field=media.field)
@@ -277,13 +299,43 @@ def _role_and_content(entry: Any, field: str) -> tuple[Role, Any, str]:
     return _ROLES[name], entry[content_key], f"{field}.{content_key}"
 
 
-def _turn(role: Role, content: Any, field: str, files: dict[str, _Files]) -> Turn:
+def _turn(role: Role, content: Any, field: str, files: dict[str, _Files], masks: _Files) -> Turn:
     if isinstance(content, list):
-        return Turn(role, tuple(_part(part, f"{field}.{position}", files) for position, part in enumerate(content)))
+        parts = [_part(part, f"{field}.{position}", files) for position, part in enumerate(content)]
+        if role == "assistant":
+            return Turn(role, tuple(_split_mask_tokens(parts, masks)))
+        return Turn(role, tuple(parts))
     text = _text(content, field)
     if role == "assistant":  # what looks like a placeholder in a reply is text to be learned
-        return Turn(role, (text,) if text else ())
+        return Turn(role, tuple(_split_mask_tokens([text], masks)))
     return Turn(role, tuple(_split_placeholders(text, field, files)))
+
+
+def _split_mask_tokens(parts: Sequence[str | Media], masks: _Files) -> Iterator[str | Media | ControlToken]:
+    """Yield the parts of a reply; `[SEG]` in its text is a control token where the record has masks."""
+    for part in parts:
+        pieces = part.split(MASK_TOKEN) if isinstance(part, str) and masks.paths else [part]
+        for number, piece in enumerate(pieces):
+            if number:
+                yield ControlToken(MASK_TOKEN, mask=masks.used)
+                masks.used += 1
+            if piece:
+                yield piece
+
+
+def _check_masks(masks: _Files, turns: Sequence[Turn], *, inference: bool) -> None:
+    """Raise `DataError` where `[SEG]` and masks differ in number.
+
+    The masks that are left may belong to the reply that is to be generated.
+    """
+    to_be_generated = inference and turns[-1].role != "assistant"
+    if masks.used == len(masks.paths) or (to_be_generated and masks.used < len(masks.paths)):
+        return
+    raise DataError(
+        f"{len(masks.paths)} mask(s), but {masks.used} {MASK_TOKEN} in the replies; write one {MASK_TOKEN} "
+        "where each mask belongs, in order",
+        field=masks.field,
+    )
 
 
 def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iterator[str | Media]:
@@ -371,7 +423,7 @@ def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference:
         if any(isinstance(part, Media) for part in turn.content):
             if turn.role == "assistant":
                 raise DataError("an image or volume in a reply; replies are text", field=place)
-        elif not turn.text.strip():
+        elif not turn.text.strip() and not any(isinstance(part, ControlToken) for part in turn.content):
             raise DataError(f"the {turn.role}'s turn is empty", field=place)
     if not inference and spoken[-1].role != "assistant":
         raise DataError("the last turn is the user's; training needs a reply to learn", field=field)

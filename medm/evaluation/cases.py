@@ -64,7 +64,7 @@ def choose_cases(
 
     def case(index: int) -> Case:
         sample, record = samples[index], records[index]
-        question = "".join(part if isinstance(part, str) else f"<{part.branch}>" for part in sample.turns[-1].content)
+        question = sample.turns[-1].as_written
         return Case(
             str(sample.id), question.strip(), sample.answer or "", str(record.get("prediction") or ""),
             values.get(index), metric, sample,

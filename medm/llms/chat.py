@@ -1,15 +1,17 @@
-"""Turns to token ids and a mask of what the assistant said, in one pass through a chat template.
+"""Turns to token ids and a label mask of the replies, in one pass through a chat template.
 
 The template is rendered with a mark in the place of each message. Only what the template itself wrote may
 become control tokens; what people wrote is encoded with control tokens switched off, so that a user who
 types `<|im_end|>` or `<image>` gets those letters and nothing else. The text between two control tokens is
 encoded as one piece, which gives the same ids as the tokenizer gives for the rendered string.
+
+A control token of a reply (`[SEG]`) is a part of ids. It is learned as the words around it are.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -22,7 +24,7 @@ from medm.llms.template_clock import fix_clock
 from medm.types import Role
 
 Part: TypeAlias = "str | list[int]"
-"""Text, or token ids that are ready as they are (the placeholders of an image)."""
+"""Text, or token ids: the placeholders of an image, or a control token of a reply."""
 
 # Private-use characters: no template tests for them, no template trims them.
 _MARK = "\ue000{}\ue001"
@@ -43,8 +45,7 @@ class _Piece:
 
     parts: Sequence[Part]
     from_template: bool
-    spoken: bool = False
-    """Said by the assistant."""
+    from_assistant: bool = False
 
 
 class ChatFormat:
@@ -54,18 +55,24 @@ class ChatFormat:
         tokenizer: any fast tokenizer.
         template: Jinja chat template; its clock is stopped, see `fix_clock`.
         template_kwargs: fixed variables of the template.
+        reply_tokens: special tokens that parts of a reply alone stand for; in the template they are letters.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, template: str, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str,
+        template_kwargs: Mapping[str, Any] | None = None,
+        reply_tokens: Collection[str] = (),
     ) -> None:
-        self.tokenizer, self.template, self.template_kwargs = (
-            tokenizer,
-            fix_clock(template),
-            dict(template_kwargs or {}),
-        )
+        self.tokenizer = tokenizer
+        self.template = fix_clock(template)
+        self.template_kwargs = dict(template_kwargs or {})
         self._control = {
-            str(token): (index, token) for index, token in tokenizer.added_tokens_decoder.items() if token.special
+            str(token): (index, token)
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special and str(token) not in reply_tokens
         }
         longest_first = sorted(self._control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -73,7 +80,7 @@ class ChatFormat:
     def encode(
         self, messages: Sequence[Message], *, generation: bool = False, continue_final: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Token ids, and for each whether it is learned: the assistant's words and the end token after them.
+        """Return token ids and the label mask: True for a reply and the end token after it.
 
         Args:
             messages: the conversation.
@@ -88,22 +95,22 @@ class ChatFormat:
         learned: list[bool] = []
         buffer = ""
 
-        def flush(*, spoken: bool = False) -> None:
+        def flush(*, is_target: bool = False) -> None:
             nonlocal buffer
             piece = self._encode_text(buffer)
             ids.extend(piece)
-            learned.extend([spoken] * len(piece))
+            learned.extend([is_target] * len(piece))
             buffer = ""
 
-        reply_is_open = False  # the assistant spoke, and its end token has not come yet
+        reply_is_open = False  # a reply was written, and its end token has not come yet
         for piece in self._pieces(messages, generation, continue_final):
-            if piece.spoken:
+            if piece.from_assistant:
                 flush()
             for part in piece.parts:
                 if not isinstance(part, str):
-                    flush()
+                    flush(is_target=piece.from_assistant)
                     ids.extend(part)
-                    learned.extend([False] * len(part))
+                    learned.extend([piece.from_assistant] * len(part))
                 elif not piece.from_template:
                     buffer += part
                 else:
@@ -111,7 +118,7 @@ class ChatFormat:
                         buffer += text
                         if control is not None:
                             # White space that a template puts before the end token belongs to the reply's end.
-                            flush(spoken=reply_is_open and not text.strip())
+                            flush(is_target=reply_is_open and not text.strip())
                             ids.append(control)
                             learned.append(reply_is_open)
                             reply_is_open = False
@@ -120,8 +127,8 @@ class ChatFormat:
                     "the chat template writes no end token after a reply, so a model could not learn to stop; "
                     "set model.llm.chat_template to a template that ends replies with a special token"
                 )
-            if piece.spoken:
-                flush(spoken=True)
+            if piece.from_assistant:
+                flush(is_target=True)
                 reply_is_open = True
         flush()
         return ids, learned
@@ -134,7 +141,7 @@ class ChatFormat:
     def end_of_reply(self) -> int:
         """The token that the template writes after a reply: where generation stops."""
         ids, learned = self.encode([Message("user", ["?"]), Message("assistant", ["!"])])
-        return [token for token, said in zip(ids, learned, strict=True) if said][-1]
+        return [token for token, is_target in zip(ids, learned, strict=True) if is_target][-1]
 
     def _pieces(self, messages: Sequence[Message], generation: bool, continue_final: bool) -> Iterator[_Piece]:
         rendered = self._render(messages, generation)
@@ -148,11 +155,11 @@ class ChatFormat:
         before = texts[0]
         for index, after in zip(found, texts[2::2], strict=True):
             message = messages[index]
-            parts, spoken = message.parts, message.role == "assistant"
-            if spoken and self._lead and before.endswith(self._lead):
+            parts, from_assistant = message.parts, message.role == "assistant"
+            if from_assistant and self._lead and before.endswith(self._lead):
                 before, parts = before.removesuffix(self._lead), [self._lead, *parts]
             yield _Piece([before], from_template=True)
-            yield _Piece(parts, from_template=False, spoken=spoken)
+            yield _Piece(parts, from_template=False, from_assistant=from_assistant)
             before = after
         if not continue_final:
             yield _Piece([before], from_template=True)
@@ -161,7 +168,7 @@ class ChatFormat:
     def _lead(self) -> str:
         """White space that the template writes between its opening of a reply and the reply.
 
-        A prompt ends before it, so the model has to say it: it is learned with the reply's first word.
+        A prompt ends before it, so the model has to write it: it is learned with the reply.
         """
         question, reply = Message("user", [""]), Message("assistant", [""])
         opened = _MARKS.split(self._render([question], True))[-1]

@@ -19,6 +19,7 @@ from medm.errors import RecipeError
 from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
 from medm.models.options import ModelOptions
+from medm.models.token_rows import HeldRows, hold_apart, is_tied, merge_rows
 from medm.types import MODEL_TYPE_PREFIX, PredictionField, Processor, VisionBranch
 
 OptionsT = TypeVar("OptionsT", bound=ModelOptions)
@@ -133,10 +134,15 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
             loading_info.missing_keys -= absent
 
     def inject_adapters(self) -> None:
-        """Build the LoRA layers that the config speaks of; the last step of a constructor before `post_init`."""
+        """Build the LoRA layers and the rows of new tokens that the config names.
+
+        The last step of a constructor before `post_init`.
+        """
         for part, spec in self.config.adapters.items():
             inject(self.parts()[part], spec)
         check_unshared(self)
+        for part, rows in self._new_rows().items():
+            hold_apart(self.parts()[part], rows["ids"], tied=rows["tied"])
 
     def add_adapter_to_part(self, part: str, spec: Mapping[str, object]) -> None:
         """Put LoRA layers into a part and note them in the config, so that a checkpoint holds both."""
@@ -145,10 +151,41 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
         self.config.adapters = {**self.config.adapters, part: dict(spec)}
 
     def merge_adapters(self) -> None:
-        """Fold every adapter into the weights it adapts; the model computes the same with plain layers."""
+        """Fold adapters and rows of new tokens into the weights: the same model with plain layers."""
         for part in self.config.adapters:
             merge(self.parts()[part])
         self.config.adapters = {}
+        for part in list(self._new_rows()):
+            self.merge_new_rows(part)
+
+    def new_token_ids(self, part: str) -> list[int]:
+        """Return the ids of the tokens that were added to the vocabulary of a part."""
+        return []
+
+    def add_new_rows(self, part: str) -> None:
+        """Hold the rows of a part's new tokens apart, and note it in the config.
+
+        Raises:
+            RecipeError: the part has no new tokens, or is no language model.
+        """
+        ids = sorted(self.new_token_ids(part))
+        if not ids:
+            raise RecipeError(
+                f"parts.{part}.new_tokens: the part has no new tokens; list them in model.control_tokens, "
+                "or leave new_tokens out"
+            )
+        tied = is_tied(self.parts()[part])
+        hold_apart(self.parts()[part], ids, tied=tied)
+        self.config.new_rows = {**self._new_rows(), part: {"ids": ids, "tied": tied}}
+
+    def merge_new_rows(self, part: str) -> None:
+        """Write the rows of a part's new tokens into its vocabulary."""
+        merge_rows(self.parts()[part])
+        self.config.new_rows = {name: rows for name, rows in self._new_rows().items() if name != part}
+
+    def _new_rows(self) -> dict[str, HeldRows]:
+        """Return which rows are held apart, by part. Not every config has the field."""
+        return getattr(self.config, "new_rows", {})
 
 
 class AutoClass(Protocol):

@@ -159,7 +159,10 @@ def skeleton(options: ModelOptions, *, init_from: str | None = None) -> MedmMode
     """The model without memory behind its weights."""
     if init_from is not None and (Path(init_from) / "config.json").is_file():
         config = AutoConfig.from_pretrained(init_from, trust_remote_code=False)
-        config.adapters = {}  # training folds them in
+        config.adapters, config.new_rows = {}, {}  # training folds them in
+        if control_tokens := getattr(options, "control_tokens", None):
+            # Any ids: their number counts.
+            config.control_tokens = dict.fromkeys(control_tokens, 0) | config.control_tokens
         with torch.device("meta"):
             return AutoModel.from_config(config)
     try:

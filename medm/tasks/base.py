@@ -16,7 +16,16 @@ from typing import Any, ClassVar, TypeAlias
 
 from medm.errors import DataError, MedmError
 from medm.metrics.base import Clusters, MetricResult, Resampling
-from medm.types import KIND_OF_PLACEHOLDER, JsonObject, Media, PredictionField, Sample, Turn
+from medm.types import (
+    KIND_OF_PLACEHOLDER,
+    JsonObject,
+    Media,
+    PredictionField,
+    Sample,
+    Turn,
+    TurnPart,
+    written,
+)
 
 Record: TypeAlias = Mapping[str, Any]
 """One scored item: `id`, `prediction`, `answer`, and the `extra` fields of its sample."""
@@ -318,15 +327,14 @@ def record_of(sample: Sample) -> JsonObject:
         messages.append({"role": "assistant", "content": sample.answer})
         return {**{key: record[key] for key in ("id", "task")}, "messages": messages, **sample.extra}
     names = {"system": "system", "user": "human", "assistant": "gpt"}
-    turns = [
-        {"from": names[turn.role], "value": "".join(p if isinstance(p, str) else f"<{p.branch}>" for p in turn.content)}
-        for turn in sample.turns
-    ]
+    turns = [{"from": names[turn.role], "value": turn.as_written} for turn in sample.turns]
     return {**record, "conversations": [*turns, {"from": "gpt", "value": sample.answer}], **sample.extra}
 
 
-def _part(part: str | Media) -> JsonObject:
-    return {"type": "text", "text": part} if isinstance(part, str) else {"type": part.branch, "path": part.path}
+def _part(part: TurnPart) -> JsonObject:
+    if isinstance(part, Media):
+        return {"type": part.branch, "path": part.path}
+    return {"type": "text", "text": written(part)}
 
 
 def scoped(scope: str, results: Iterable[MetricResult]) -> list[MetricResult]:

@@ -22,6 +22,17 @@ class DiagnosticsOptions(Options):
     pass, and memory for one gradient, for every task that it holds."""
 
 
+class NewTokenOptions(Options):
+    """How the rows of new tokens are trained; they have no weight decay. `train` is short for `{}`."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the rows; that of their part without it."""
+
+
+def _train(value: Any) -> Any:
+    return {} if value == "train" else value
+
+
 _LORA_FIELDS = ("r", "alpha", "dropout", "targets", "rslora", "dora", "quantize")
 
 
@@ -53,6 +64,9 @@ class PartOptions(Options):
     """Hold the frozen weights under the adapters in 4 bits (NF4, arXiv 2305.14314); needs bitsandbytes and a GPU."""
     adapter: Literal["keep", "merge"] = "keep"
     """What happens to an adapter that `init_from` brings: go on with it, or fold it into the weights first."""
+    new_tokens: Annotated[NewTokenOptions, BeforeValidator(_train)] | None = None
+    """Of the token embeddings and the LM head train the rows of the model's control tokens and no others,
+    whatever `tune` says: `train`, or `{lr: ...}`. Without it `full` trains every row, `frozen` and `lora` none."""
 
     @model_validator(mode="after")
     def _no_idle_option(self) -> PartOptions:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from medm.errors import RecipeError, UnknownNameError
 from medm.models.adapters import adapted, merge
+from medm.models.token_rows import token_rows, vocabulary
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.quantize import to_4bit
 
@@ -38,6 +39,14 @@ class HasParts(Protocol):
 
     def add_adapter_to_part(self, part: str, spec: Mapping[str, Any]) -> None:
         """Put LoRA layers into a part and note them in the config."""
+        ...
+
+    def add_new_rows(self, part: str) -> None:
+        """Hold the rows of a part's new tokens apart and note it in the config."""
+        ...
+
+    def merge_new_rows(self, part: str) -> None:
+        """Write the rows of a part's new tokens into its vocabulary."""
         ...
 
 
@@ -123,7 +132,7 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def parameter_groups(model: nn.Module, parts: Mapping[str, PartOptions], train: TrainOptions) -> list[dict[str, Any]]:
-    """Optimiser groups: for each part its matrices with weight decay, and its norms and biases without.
+    """Optimizer groups of each part: matrices with weight decay; norms, biases and new tokens without.
 
     A tensor that two parts share counts for the first.
     """
@@ -136,15 +145,18 @@ def parameter_groups(model: nn.Module, parts: Mapping[str, PartOptions], train: 
         if options is None or not trained:
             continue
         decay = train.weight_decay if options.weight_decay is None else options.weight_decay
-        for label, weight_decay, members in (
-            ("matrices", decay, [p for p in trained if _rank(p) >= 2]),
-            ("vectors", 0.0, [p for p in trained if _rank(p) < 2]),
+        new = {id(p) for rows in token_rows(module) for p in rows.parameters()}
+        others = [p for p in trained if id(p) not in new]
+        for label, lr, weight_decay, members in (
+            ("matrices", options.lr, decay, [p for p in others if _rank(p) >= 2]),
+            ("vectors", options.lr, 0.0, [p for p in others if _rank(p) < 2]),
+            ("new_tokens", _new_token_lr(options), 0.0, [p for p in trained if id(p) in new]),
         ):
             if members:
                 groups.append(
                     {
                         "params": members,
-                        "lr": options.lr or train.learning_rate,
+                        "lr": lr or train.learning_rate,
                         "weight_decay": weight_decay,
                         "name": f"{name}.{label}",
                     }
@@ -152,7 +164,13 @@ def parameter_groups(model: nn.Module, parts: Mapping[str, PartOptions], train: 
     return groups
 
 
+def _new_token_lr(options: PartOptions) -> float | None:
+    return (options.new_tokens and options.new_tokens.lr) or options.lr
+
+
 def _apply(model: HasParts, name: str, module: nn.Module, options: PartOptions) -> None:
+    if token_rows(module):  # of an earlier stage
+        model.merge_new_rows(name)
     if adapted(module) and options.adapter == "merge":
         merge(module)
         config = cast(Any, model).config
@@ -168,6 +186,12 @@ def _apply(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
         _adapt(model, name, module, options)
         for parameter_name, parameter in module.named_parameters():
             parameter.requires_grad_(ADAPTER_PARAMETER in parameter_name)
+    if options.new_tokens is not None:
+        model.add_new_rows(name)
+        for layer in vocabulary(module):
+            layer.requires_grad_(False)
+        for rows in token_rows(module):
+            rows.requires_grad_(True)
 
 
 def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) -> None:
@@ -258,13 +282,24 @@ def _table(modules: Mapping[str, nn.Module], parts: Mapping[str, PartOptions], t
         rows.append(
             PartRow(
                 name=name,
-                tune=options.tune if options else "frozen",
+                tune=_tune_of(options),
                 parameters=sum(_numel(parameter) for parameter in own),
                 trainable=trainable,
-                lr=(options.lr or train.learning_rate) if options and trainable else None,
+                lr=_lr_of(options, train) if options and trainable else None,
             )
         )
     return PartTable(tuple(rows))
+
+
+def _tune_of(options: PartOptions | None) -> str:
+    if options is None:
+        return "frozen"
+    return options.tune if options.new_tokens is None else f"{options.tune}, new tokens"
+
+
+def _lr_of(options: PartOptions, train: TrainOptions) -> float:
+    alone = options.tune == "frozen"  # new tokens are all that is trained
+    return (_new_token_lr(options) if alone else options.lr) or train.learning_rate
 
 
 def _rank(parameter: nn.Parameter) -> int:

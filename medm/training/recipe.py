@@ -63,9 +63,19 @@ class Recipe(Options):
     @field_validator("parts")
     @classmethod
     def _something_to_train(cls, parts: dict[str, Any]) -> dict[str, Any]:
-        if all(part.tune == "frozen" for part in parts.values()):
+        if all(part.tune == "frozen" and part.new_tokens is None for part in parts.values()):
             raise ValueError("nothing to train: name at least one part with tune: full or tune: lora")
         return parts
+
+    @model_validator(mode="after")
+    def _new_tokens_exist(self) -> Recipe:
+        asked = [name for name, part in self.parts.items() if part.new_tokens is not None]
+        if asked and self.init_from is None and not getattr(self.model, "control_tokens", None):
+            raise ValueError(
+                f"parts.{asked[0]}.new_tokens: the model has no new tokens; list them in "
+                "model.control_tokens, or leave new_tokens out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:

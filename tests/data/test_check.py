@@ -62,6 +62,29 @@ def test_a_clean_file(tmp_path: Path) -> None:
     assert "3 records, 0 bad; 8 turns, 3 images, 1 text only" in report.lines()
 
 
+def test_masks_exist_inside_the_root_and_are_counted(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    masked = record("q", "[SEG] and [SEG]", masks=["a.png", "a.png"])
+    report = check(
+        [
+            source(
+                tmp_path,
+                masked,
+                {**masked, "masks": ["a.png", "gone.png"]},
+                {**masked, "masks": ["../a.png", "a.png"]},
+                {**masked, "masks": ["a.png"]},
+            )
+        ],
+        conversations(),
+        preview=True,
+    )
+    assert places(report) == [("a.jsonl", 1, "masks.1"), ("a.jsonl", 2, "masks.0"), ("a.jsonl", 3, "masks")]
+    assert "no such file" in report.bad[0].reason
+    assert dict(report.media) == {"mask": 2}
+    assert "4 records, 3 bad; the good ones have 2 turns, 2 masks, 1 text only" in report.lines()
+    assert "  [x] '[SEG] and [SEG]'" in report.lines()
+
+
 def test_every_bad_record_is_named_in_order(tmp_path: Path) -> None:
     write_image(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()

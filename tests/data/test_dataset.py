@@ -20,7 +20,7 @@ from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MediaError, RecipeError
 from medm.imaging import Augment, load_pixels
 from medm.types import IGNORE_INDEX, Example
-from tests.data.tiny import PAD, conversations, encode, human, record, write_image, write_lines
+from tests.data.tiny import CONTROL, PAD, conversations, encode, human, record, write_image, write_lines
 
 
 def build(
@@ -215,10 +215,10 @@ def test_text_is_cut_at_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (record("long question<image>", "A", image="0.png"), "images are never cut"),  # in the middle of the run
+        (record("long question<image>", "A", image="0.png"), "which are never cut"),  # in the middle of the run
         ({"image": "0.png", "conversations": [human("q"), *record("A", "B")["conversations"][1:],
                                               human("and much later <image>"), *record("", "C")["conversations"][1:]]},
-         "5 vision tokens stand beyond it"),
+         "5 vision or control tokens stand beyond it"),
         (record("a question too long", "A"), "leave nothing of the reply to learn"),
     ],
 )  # fmt: skip
@@ -229,6 +229,15 @@ def test_what_cannot_be_cut_is_bad(tmp_path: Path, value: Any, reason: str) -> N
     assert caught.value.index == 0
     lenient = build(tmp_path, value, bad_records="skip", **limits)
     assert lenient[0] is None and lenient.counts["bad"] == 1
+
+
+def test_a_control_token_is_not_cut(tmp_path: Path) -> None:
+    masked = record("q", "at [SEG] or so", masks=["m.png"])
+    example = build(tmp_path, masked, max_length=5, too_long="truncate_text")[0]
+    assert example is not None
+    assert example.input_ids[-1] == example.labels[-1] == CONTROL
+    with pytest.raises(DataError, match="1 vision or control tokens stand beyond it"):
+        build(tmp_path, masked, max_length=4, too_long="truncate_text")[0]
 
 
 def test_a_record_that_teaches_nothing_is_bad(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.data.turns import parse_record
 from medm.errors import DataError
-from medm.types import KIND_OF_PLACEHOLDER, Media, Turn
+from medm.types import KIND_OF_PLACEHOLDER, MASK_TOKEN, ControlToken, Media, Turn
 from tests.data.tiny import gpt, human, record
 
 
@@ -107,6 +107,58 @@ def test_typed_parts_hold_no_placeholders() -> None:
 def test_text_of_any_script_is_kept_to_the_letter() -> None:
     text = "أين\u200f \u200b 中文 👩🏽‍⚕️ \u202eabc\u202c"
     assert parse_record(record(text, text)).turns[0].content == (text,)
+
+
+def test_a_mask_stands_behind_each_control_token_of_the_replies() -> None:
+    """In order over the turns; what others say, and a record without masks, holds letters."""
+    turns = [
+        human("Write [SEG] for the liver."),
+        gpt("It is [SEG]."),
+        {"role": "user", "content": "[SEG]?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "[SEG][SEG]"}]},
+    ]
+    sample = parse_record({"masks": ["a.png", "b.png", "c.png"], "conversations": turns, "system": "[SEG]"})
+    first, second, third = (ControlToken(MASK_TOKEN, mask=number) for number in range(3))
+    assert [turn.content for turn in sample.turns] == [
+        ("[SEG]",), ("Write [SEG] for the liver.",), ("It is ", first, "."), ("[SEG]?",), (second, third),
+    ]  # fmt: skip
+    assert sample.masks == ("a.png", "b.png", "c.png")
+    assert sample.turns[2].text == "It is ."
+    assert sample.turns[2].as_written == "It is [SEG]."
+    assert "masks" not in sample.extra
+    for without in ({}, {"masks": None}, {"masks": []}):
+        letters = parse_record({"conversations": turns, **without})
+        assert [turn.text for turn in letters.turns] == [
+            "Write [SEG] for the liver.", "It is [SEG].", "[SEG]?", "[SEG][SEG]",
+        ]  # fmt: skip
+        assert letters.masks == ()
+
+
+def test_masks_of_a_reply_that_is_asked_for() -> None:
+    earlier = [human("Liver?"), gpt("[SEG]"), human("Kidney?")]
+    sample = parse_record({"masks": ["a.png", "b.png"], "conversations": earlier}, inference=True)
+    assert sample.turns[1].content == (ControlToken(MASK_TOKEN, mask=0),)
+    assert sample.masks == ("a.png", "b.png")
+    with_reply = {"masks": ["a.png", "b.png"], "conversations": [*earlier, gpt("Here: [SEG]")]}
+    assert parse_record(with_reply, inference=True).masks == sample.masks
+    short = {**with_reply, "masks": "a.png"}
+    bad(short, "masks", r"1 mask\(s\), but 2 \[SEG\] in the replies", inference=True)
+    bad({"masks": ["a.png"] * 3, "conversations": earlier}, "masks", "3 mask.*but 1")
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "reason"),
+    [
+        (record("q", "It is [SEG].", masks=["a.png", "b.png"]), "masks", r"2 mask\(s\), but 1 \[SEG\] in the replies"),
+        (record("q", "[SEG][SEG]", masks="a.png"), "masks", r"1 mask\(s\), but 2 \[SEG\]"),
+        (record("[SEG]", "A", masks="a.png"), "masks", r"1 mask\(s\), but 0 \[SEG\]"),
+        (record("q", "[SEG]", masks=["  "]), "masks.0", "expected a path, found empty text"),
+        (record("q", "[SEG]", masks={"a": 1}), "masks", "expected a path or a list of paths, found an object"),
+        (record("q", "[SEG]", masks=[3]), "masks.0", "expected text, found a number"),
+    ],
+)
+def test_masks_and_control_tokens_agree_in_number(value: Any, field: str, reason: str) -> None:
+    bad(value, field, reason)
 
 
 def test_inference_records() -> None:

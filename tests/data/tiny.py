@@ -13,9 +13,9 @@ from PIL import Image
 
 from medm.data.conversations import Conversations
 from medm.imaging import ImagePreprocess, Preprocess
-from medm.types import IGNORE_INDEX, Example, Media, Sample
+from medm.types import IGNORE_INDEX, ControlToken, Example, Media, Sample
 
-PAD, PLACEHOLDER = 0, 1
+PAD, PLACEHOLDER, CONTROL = 0, 1, 2
 PREPROCESS: dict[str, Preprocess] = {"image": ImagePreprocess(size=[4, 4])}
 NUM_VISION_TOKENS = 5
 
@@ -54,7 +54,10 @@ def encode(sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation
     labels: list[int] = []
     for turn in sample.turns:
         for part in turn.content:
-            new = [PLACEHOLDER] * NUM_VISION_TOKENS if isinstance(part, Media) else [ord(c) + 2 for c in part]
+            if isinstance(part, Media):
+                new = [PLACEHOLDER] * NUM_VISION_TOKENS
+            else:
+                new = [CONTROL] if isinstance(part, ControlToken) else [ord(c) + 2 for c in part]
             ids += new
             labels += new if turn.role == "assistant" and not generation else [IGNORE_INDEX] * len(new)
     assert sum(map(len, pixels.values())) == len(sample.media)
@@ -62,7 +65,8 @@ def encode(sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation
 
 
 def to_text(ids: list[int]) -> str:
-    return "".join("<image>" if token == PLACEHOLDER else chr(token - 2) for token in ids)
+    names = {PLACEHOLDER: "<image>", CONTROL: "[SEG]"}
+    return "".join(names.get(token) or chr(token - 2) for token in ids)
 
 
 def conversations(
@@ -72,6 +76,7 @@ def conversations(
     processor: Any = SimpleNamespace(
         preprocess=dict(preprocess),
         placeholder_ids={"image": PLACEHOLDER},
+        control_token_ids={"[SEG]": CONTROL},
         pad_id=PAD,
         encode=encode,
         tokenizer=SimpleNamespace(decode=to_text),

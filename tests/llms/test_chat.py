@@ -35,13 +35,13 @@ def chat_format(family: str) -> ChatFormat:
     return ChatFormat(tokenizer, template=template, template_kwargs=traits.template_kwargs)
 
 
-def spoken(chat: ChatFormat, ids: list[int], learned: list[bool]) -> list[list[int]]:
+def targets(chat: ChatFormat, ids: list[int], learned: list[bool]) -> list[list[int]]:
     """Runs of learned ids."""
     runs: list[list[int]] = []
-    for i, (token, said) in enumerate(zip(ids, learned, strict=True)):
-        if said and (i == 0 or not learned[i - 1]):
+    for i, (token, is_target) in enumerate(zip(ids, learned, strict=True)):
+        if is_target and (i == 0 or not learned[i - 1]):
             runs.append([])
-        if said:
+        if is_target:
             runs[-1].append(token)
     return runs
 
@@ -57,7 +57,7 @@ def test_labels_decode_to_exactly_the_assistants_words_and_one_end_token(family:
         Message("assistant", ["B."]),
     ]
     ids, learned = chat.encode(messages)
-    first, second = spoken(chat, ids, learned)
+    first, second = targets(chat, ids, learned)
     end = chat.end_of_reply()
     lead = BEFORE_THE_REPLY.get(family, "")
     assert [chat.tokenizer.decode(first[:-1]), chat.tokenizer.decode(second[:-1])] == [lead + text, lead + "B."]
@@ -77,6 +77,27 @@ def test_same_ids_as_the_tokenizer_gives_for_the_rendered_template(family: str) 
         ids, learned = chat.encode([Message(role, [text]) for role, text in part], generation=generation)
         assert ids == chat.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         assert any(learned)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_control_token_of_a_reply_is_learned_with_the_words_around_it(family: str) -> None:
+    chat = chat_format(family)
+    seg = 300
+    ids, learned = chat.encode(
+        [
+            Message("user", ["Where?", [299]]),
+            Message("assistant", [[seg], "Here ", [seg], [seg], "."]),
+            Message("user", ["?"]),
+            Message("assistant", [[seg]]),
+        ]
+    )
+    first, second = targets(chat, ids, learned)
+    end = chat.end_of_reply()
+    lead = [*chat._encode_text(BEFORE_THE_REPLY.get(family, ""))]
+    here, dot = chat._encode_text("Here "), chat._encode_text(".")
+    assert first == [*lead, seg, *here, seg, seg, *dot, end]
+    assert second == [*lead, seg, end]
+    assert 299 in ids, "ids of the user are not learned"
 
 
 def test_the_prompt_of_generation_is_what_training_saw_before_the_reply() -> None:
@@ -107,7 +128,7 @@ def test_qwen3_answers_behind_an_empty_thinking_block() -> None:
     start, block = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
     asked = f"<|im_start|>user\nA?<|im_end|>\n{start}B.<|im_end|>\n<|im_start|>user\nC?<|im_end|>\n"
     assert chat.tokenizer.decode(ids) == f"{asked}{start}{block}D.<|im_end|>\n"
-    assert [chat.tokenizer.decode(run) for run in spoken(chat, ids, learned)] == ["B.<|im_end|>", "D.<|im_end|>"]
+    assert [chat.tokenizer.decode(run) for run in targets(chat, ids, learned)] == ["B.<|im_end|>", "D.<|im_end|>"]
     prompt, _ = chat.encode(turns[:3], generation=True)
     assert chat.tokenizer.decode(prompt) == f"{asked}{start}{block}"
     assert chat.tokenizer.convert_tokens_to_ids(["<think>", "</think>"]) == [
@@ -121,7 +142,7 @@ def test_reasoning_that_a_record_holds_is_learned_as_it_stands() -> None:
     reply = "<think>\nhm\n</think>\n\nNo."
     turns = [Message("user", ["A?"]), Message("assistant", [reply])] * 2
     ids, learned = chat.encode(turns)
-    assert [chat.tokenizer.decode(run) for run in spoken(chat, ids, learned)] == [f"{reply}<|im_end|>"] * 2
+    assert [chat.tokenizer.decode(run) for run in targets(chat, ids, learned)] == [f"{reply}<|im_end|>"] * 2
 
 
 def test_ready_ids_stand_where_they_were_put_and_are_not_learned() -> None:
@@ -140,7 +161,7 @@ def test_any_text_survives(replies: list[str]) -> None:
     messages = [m for text in replies for m in (Message("user", [text]), Message("assistant", [text]))]
     ids, learned = chat.encode(messages)
     surviving = [text.encode("utf-8", "replace").decode() for text in replies]
-    assert [chat.tokenizer.decode(run[:-1]) for run in spoken(chat, ids, learned)] == surviving
+    assert [chat.tokenizer.decode(run[:-1]) for run in targets(chat, ids, learned)] == surviving
 
 
 def test_templates_that_cannot_teach_are_refused() -> None:

@@ -8,9 +8,10 @@ from torch import nn
 
 from medm.errors import RecipeError, UnknownNameError
 from medm.models.adapters import adapted
+from medm.models.token_rows import token_rows
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import apply_parts, frozen_modules, parameter_groups
-from tests.training.toys import FULL, LORA, Towers, Toy, ToyConfig
+from tests.training.toys import FULL, LORA, ROWS, Towers, Toy, ToyConfig
 
 TRAIN = TrainOptions(learning_rate=5e-4, weight_decay=0.02)
 
@@ -76,6 +77,47 @@ def test_groups_have_their_own_rates_and_decay_matrices_alone(toy: Toy) -> None:
     assert all(p.dim() < 2 for p in groups["image.connector.vectors"]["params"])
     members = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(members) == sorted(id(p) for p in toy.parameters() if p.requires_grad)
+
+
+def test_new_rows_have_a_rate_of_their_own_and_no_decay(toy: Toy) -> None:
+    apply_parts(toy, ROWS, TRAIN)
+    groups = {group["name"]: group for group in parameter_groups(toy, ROWS, TRAIN)}
+    assert (groups["llm.new_tokens"]["lr"], groups["llm.new_tokens"]["weight_decay"]) == (2e-2, 0.0)
+    assert [tuple(p.shape) for p in groups["llm.new_tokens"]["params"]] == [(3, 32)] * 2
+    assert groups["llm.matrices"]["lr"] == 3e-3
+    members = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in toy.parameters() if p.requires_grad)
+    alone = {"llm": PartOptions(tune="frozen", new_tokens="train")}
+    table = apply_parts(toy, alone, TRAIN)
+    assert [(row.tune, row.lr) for row in table.rows if row.name == "llm"] == [("frozen, new tokens", 5e-4)]
+
+
+def test_new_rows_of_an_earlier_stage_are_written_back_first(toy: Toy) -> None:
+    apply_parts(toy, {"llm": PartOptions(tune="frozen", new_tokens="train")}, TRAIN)
+    for rows in token_rows(toy.llm):
+        nn.init.ones_(rows.weight)
+    copied = copy.deepcopy(toy)
+    for rows in token_rows(toy.llm):
+        nn.init.zeros_(rows.weight)
+    ids = torch.tensor([[1, 60, 5, 3]])
+    logits = copied.eval().llm(input_ids=ids).logits
+    assert not torch.allclose(toy.eval().llm(input_ids=ids).logits, logits), "a copy has rows of its own"
+    for parts in ({"llm": PartOptions(tune="full")}, {}, {"llm": PartOptions(tune="frozen", new_tokens="train")}):
+        model = copy.deepcopy(copied)
+        apply_parts(model, parts, TRAIN)
+        assert len(token_rows(model.llm)) == (2 if parts and parts["llm"].new_tokens else 0)
+        assert bool(model.config.new_rows) == bool(token_rows(model.llm))
+        assert torch.equal(model.llm.get_input_embeddings().weight[60], torch.ones(32))
+        torch.testing.assert_close(model.llm(input_ids=ids).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_new_tokens_of_a_part_without_any_are_refused(toy: Toy) -> None:
+    with pytest.raises(RecipeError, match=r"parts\.image\.connector\.new_tokens: the part has no new tokens"):
+        apply_parts(toy, {"image.connector": PartOptions(tune="full", new_tokens="train")}, TRAIN)
+    for layer in ("lm_head", "embed_tokens"):
+        adapter = {"llm": PartOptions(tune="lora", targets=[layer], new_tokens="train")}
+        with pytest.raises(RecipeError, match="LoRA adapter in the same layer exclude each other"):
+            apply_parts(Toy(ToyConfig()), adapter, TRAIN)
 
 
 def test_shared_weights_are_optimised_once_and_tuned_alike() -> None:
@@ -149,7 +191,7 @@ def test_checkpointing_changes_memory_not_gradients(toy: Toy) -> None:
     layer = other.llm.model.layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
     for model in (toy.train(), other.train()):
-        model(**batch).loss.backward()
+        model(**batch).loss_sum.backward()
     assert len(calls) == 2  # once forward, once again in the backward pass
     for (name, a), (_, b) in zip(toy.named_parameters(), other.named_parameters(), strict=True):
         if a.grad is not None:

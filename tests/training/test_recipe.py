@@ -12,7 +12,7 @@ import yaml
 from medm.config import Mark, Options, ResumeSafe, flatten
 from medm.encoders import ENCODERS, EncoderOptions
 from medm.errors import RecipeError
-from medm.training.options import PartOptions, TrainOptions
+from medm.training.options import NewTokenOptions, PartOptions, TrainOptions
 from medm.training.recipe import Recipe, differences, dump, load_recipe, resolved, resume_safe_keys
 
 RECIPE: dict[str, Any] = {
@@ -78,6 +78,10 @@ def test_overrides_reach_parts_with_dots_in_their_names(file: Path) -> None:
         ("parts.image.encoder={tune: frozen, lr: 1e-3}", ["lr", "frozen"]),
         ("parts.llm.tune=loar", ["parts.llm", "loar"]),
         ("parts={image.encoder: frozen}", ["nothing to train"]),
+        ("parts={llm: {tune: frozen, new_tokens: train}}", ["parts.llm.new_tokens", "model.control_tokens"]),
+        ("parts={llm: {tune: lora, new_tokens: {lr: 0}}}", ["parts.llm.new_tokens.lr", "greater than 0"]),
+        ("parts={llm: {tune: lora, new_tokens: all}}", ["parts.llm.new_tokens"]),
+        ("model.control_tokens=[SEG]", ["model.control_tokens", "[SEG]"]),
         ("train.fp16=true", ["bf16", "fp16"]),
         ("train.load_best_model_at_end=true", ["load_best_model_at_end", "eval_strategy"]),
         ("train.arguments={learning_rate: 1}", ["learning_rate", "key of its own"]),
@@ -133,6 +137,17 @@ def test_messages_say_what_to_write(file: Path, override: str, words: str) -> No
     with pytest.raises(RecipeError) as caught:
         load_recipe(file, [override])
     assert words in str(caught.value)
+
+
+def test_new_tokens_are_something_to_train(file: Path) -> None:
+    tokens = "model.control_tokens=['[SEG]']"
+    alone = load_recipe(file, [tokens, "parts={llm: {tune: frozen, new_tokens: train}}"])
+    assert alone.parts["llm"].new_tokens == NewTokenOptions()
+    nested = load_recipe(file, [tokens, "parts.llm={tune: lora}", "parts.llm.new_tokens.lr=1e-4"])
+    assert nested.parts["llm"].new_tokens == NewTokenOptions(lr=1e-4)
+    # A saved model may have them, which its folder says.
+    continued = ["parts={llm: {tune: frozen, new_tokens: train}}", "init_from=somewhere"]
+    assert load_recipe(file, continued).parts["llm"].new_tokens is not None
 
 
 def test_recipes_are_checked_without_torch() -> None:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from medm.config import Options
-from medm.models.adapters import inject
 from medm.models.base import MedmModel
 from medm.objectives.contrastive import Contrastive
 from medm.objectives.language_modeling import LanguageModeling
@@ -40,9 +39,15 @@ class ToyOutput(ModelOutput):
 class ToyConfig(PreTrainedConfig):
     model_type = "medm-toy"
     adapters: dict[str, Any] = field(default_factory=dict)
+    new_rows: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False
 
 
-class Toy(PreTrainedModel):
+NEW_TOKENS = [3, 60, 61]
+"""Tokens that the toys know as new ones."""
+
+
+class Toy(MedmModel):
     """A connector in front of a two-layer Llama, and a frozen batch norm: every kind of part there is."""
 
     config_class = ToyConfig
@@ -52,23 +57,21 @@ class Toy(PreTrainedModel):
         llama = LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, attention_dropout=0.1, max_position_embeddings=64,
+            tie_word_embeddings=config.tied,
         )  # fmt: skip
         self.llm = AutoModelForCausalLM.from_config(llama)
         self.encoder = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.5))
         self.connector = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 32))
-        for part, spec in config.adapters.items():
-            inject(self.parts()[part], spec)
+        self.inject_adapters()
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        pass
+    def check_same_parts(self, options: Any, *, source: str) -> None: ...
+
+    def new_token_ids(self, part: str) -> list[int]:
+        return NEW_TOKENS if part == "llm" else []
 
     def parts(self) -> dict[str, nn.Module]:
         return {"llm": self.llm, "image.encoder": self.encoder, "image.connector": self.connector}
-
-    def add_adapter_to_part(self, part: str, spec: Mapping[str, Any]) -> None:
-        inject(self.parts()[part], spec)
-        self.config.adapters = {**self.config.adapters, part: dict(spec)}
 
     def forward(self, input_ids: Tensor, vision: Tensor, labels: Tensor) -> ToyOutput:
         tokens = self.connector(self.encoder(vision)).unsqueeze(1)  # (B, 1, D)
@@ -251,6 +254,7 @@ LORA = {
     "llm": PartOptions(tune="lora", r=4, alpha=8, dropout=0.1, lr=3e-3),
     "image.connector": PartOptions(tune="full", lr=1e-2, weight_decay=0.1),
 }
+ROWS = {**LORA, "llm": PartOptions(**LORA["llm"].model_dump() | {"new_tokens": {"lr": 2e-2}})}
 FULL = {name: PartOptions(tune="full", lr=3e-3) for name in ("llm", "image.connector")}
 BOTH = {name: PartOptions(tune="full") for name in ("image.encoder", "text.encoder", "scale", "llm")}
 TOWERS = {name: PartOptions(tune="full") for name in ("image.encoder", "text.encoder", "scale")}
@@ -258,6 +262,7 @@ TOWERS = {name: PartOptions(tune="full") for name in ("image.encoder", "text.enc
 
 MODELS: dict[str, Callable[[], Any]] = {
     "toy": lambda: Toy(ToyConfig()),
+    "tied": lambda: Toy(ToyConfig(tied=True)),
     "towers": Towers,
     "both": Both,
     "scaled": lambda: Scaled(ScaledConfig()),
@@ -267,7 +272,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 def terms(kind: str, *, balance: float = 1.0) -> Terms:
     """The objectives that a toy is trained on."""
-    if kind == "toy":
+    if kind in ("toy", "tied"):
         return Terms.of(LanguageModeling(auxiliary={"balance": balance}))
     if kind == "both":
         return Terms({"text": Term(LanguageModeling()), "pairs": Term(Contrastive(), weight=0.25)})

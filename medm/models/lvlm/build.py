@@ -34,7 +34,7 @@ from medm.models.base import ModelKind
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
 from medm.models.lvlm.options import BranchOptions, LVLMOptions
-from medm.models.lvlm.processing import LVLMProcessor
+from medm.models.lvlm.processing import LVLMProcessor, padded_size
 from medm.models.published.weights import PretrainedSource, load_module
 from medm.types import PLACEHOLDERS, Config
 
@@ -82,6 +82,7 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
             branch = Branch(config.branch(name), out_dim=model.width)
             _load_branch(branch, block, name=name)
             model.branches[name] = branch.to(dtype)
+        model.add_control_tokens(processor)
         model.config.dtype = dtype
         model.config.pad_token_id = processor.pad_id
         model.generation_config = _generation_config(model, processor)
@@ -124,9 +125,6 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
         {"additional_special_tokens": [PLACEHOLDERS[name] for name in options.branches]},
         replace_extra_special_tokens=False,
     )
-    if len(tokenizer) > text_config.vocab_size:
-        # A multiple of 64 keeps the head's matrix in the shape that tensor cores like.
-        text_config.vocab_size = -(-len(tokenizer) // 64) * 64
     branches: dict[str, BranchEntry] = {}
     specs: dict[str, Config] = {}
     for name, block in options.branches.items():
@@ -156,12 +154,16 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
         template_kwargs=family.template_kwargs,
         tasks=options.tasks,
         chat_template=read_template(template) if template else None,
+        control_tokens=options.control_tokens,
     )
+    if len(tokenizer) > text_config.vocab_size:
+        text_config.vocab_size = padded_size(len(tokenizer))
     config = LVLMConfig(
         text_config=text_config,
         llm=options.llm.name,
         branches={name: entry.model_dump() for name, entry in branches.items()},
         tasks=list(options.tasks),
+        control_tokens=processor.control_token_ids,
     )
     # At the end, since a config hands its own to the configs inside it when it is made.
     config._attn_implementation = options.llm.attention

@@ -45,6 +45,11 @@ class LVLMConfig(PreTrainedConfig):
     branches: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, Config] = field(default_factory=dict)
     """Part name to the LoRA that sits in it, in peft's field names; the layers are built with the model."""
+    control_tokens: dict[str, int] = field(default_factory=dict)
+    """Control tokens of replies and their ids (`[SEG]`)."""
+    new_rows: dict[str, Config] = field(default_factory=dict)
+    """Part name to `ids` of the tokens whose rows are held apart (`medm.models.token_rows`), and `tied`:
+    whether the LM head shares them."""
     loss_on_full_logits: bool = False
     """Train on logits that the language model computes itself, at every position: what it does behind its head is not
     known here."""
@@ -69,7 +74,8 @@ class LVLMConfig(PreTrainedConfig):
     def to_dict(self) -> Config:
         content = super().to_dict()
         content.pop("use_cache", None)
-        return content
+        # An earlier medm opens the folders of models that have none.
+        return {key: value for key, value in content.items() if value or key not in ("control_tokens", "new_rows")}
 
     def get_text_config(self, *_args: object, **_kwargs: object) -> PreTrainedConfig:
         """The language model's config, which generation reads for its cache."""

@@ -31,10 +31,11 @@ from medm.llms.lm_head import has_known_logits, stop_tokens
 from medm.models.base import MedmModel
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.options import LVLMOptions
-from medm.models.lvlm.processing import LVLMProcessor
+from medm.models.lvlm.processing import LVLMProcessor, padded_size
 from medm.models.lvlm.scatter import check, scatter
 from medm.models.lvlm.token_loss import loss_of_hidden_states, loss_of_logits
 from medm.models.options import ModelOptions
+from medm.models.token_rows import start_rows
 from medm.types import Processor, VisionFeatures
 
 if TYPE_CHECKING:
@@ -180,6 +181,24 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             parts[f"{name}.connector"] = self.branch(name).connector
         return parts
 
+    def new_token_ids(self, part: str) -> list[int]:
+        return list(self.config.control_tokens.values()) if part == "llm" else []
+
+    def add_control_tokens(self, processor: LVLMProcessor) -> None:
+        """Give every control token of a processor its rows, and note the tokens in the config.
+
+        Rows of tokens that the tokenizer did not have before start as the mean of the others.
+        """
+        if processor.untrained_ids:
+            for part in list(self.config.new_rows):  # resizing makes new layers
+                self.merge_new_rows(part)
+            if len(processor.tokenizer) > self.get_input_embeddings().num_embeddings:
+                size = padded_size(len(processor.tokenizer))
+                self.language_model.resize_token_embeddings(size, mean_resizing=False)
+                self.config.get_text_config().vocab_size = size
+            start_rows(self.language_model, processor.untrained_ids)
+        self.config.control_tokens = dict(processor.control_token_ids)
+
     def encoders(self) -> dict[str, Branch]:
         return {name: self.branch(name) for name in self.branches}
 
@@ -207,7 +226,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             )
 
     def adapt(self, options: LVLMOptions, processor: LVLMProcessor) -> None:
-        """Apply a recipe over a saved model: the stop token of its chat template, its attention.
+        """Apply a recipe over a saved model: control tokens, the chat template's stop token, attention.
 
         Args:
             options: the recipe's section.
@@ -215,6 +234,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         """
         generation = self.generation_config
         generation.eos_token_id = sorted({processor.chat.end_of_reply(), *stop_tokens(generation)})
+        self.add_control_tokens(processor)
         self.use_attention(options.llm.attention)
         self.probe_lm_head()
 

@@ -12,7 +12,7 @@ from medm.encoders import ENCODERS, EncoderOptions
 from medm.llms import LLMS, LLMOptions
 from medm.models.options import ModelOptions
 from medm.registry import NamedBlock
-from medm.types import parse_view
+from medm.types import MASK_TOKEN, parse_view
 
 
 class BranchOptions(Options):
@@ -39,12 +39,22 @@ class LVLMOptions(ModelOptions):
     """Vision branches: `image` reads 2-D images, `volume` reads 3-D volumes. Each has an encoder of its own."""
     tasks: list[str] = []
     """Names of the tasks that records carry, in the order of their ids; needed by connectors that route by task."""
+    control_tokens: list[str] | None = None
+    """Tokens that replies hold where a record has masks: `[SEG]` (docs/data-format.md). They are added to
+    the tokenizer, and their rows start as the mean of the others; `parts.llm.new_tokens` trains them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the weights are held. Mixed precision in training is `train.bf16`, whatever stands here."""
 
     def part_names(self) -> frozenset[str]:
         """See `ModelOptions`."""
         return frozenset({"llm", *(f"{name}.{part}" for name in self.branches for part in ("encoder", "connector"))})
+
+    @field_validator("control_tokens")
+    @classmethod
+    def _known_control_tokens(cls, tokens: list[str] | None) -> list[str] | None:
+        if unknown := sorted(set(tokens or []) - {MASK_TOKEN}):
+            raise ValueError(f"expected {MASK_TOKEN}, the control token that records hold, found {unknown}")
+        return tokens
 
     @field_validator("branches")
     @classmethod

@@ -24,7 +24,7 @@ from medm.llms.chat import ChatFormat, Message, Part
 from medm.llms.template_clock import fix_clock
 from medm.models.lvlm.content import ChatInput, flatten, parse_messages
 from medm.models.lvlm.options import LVLMOptions
-from medm.types import IGNORE_INDEX, Config, Example, Media, Sample, Turn
+from medm.types import IGNORE_INDEX, Config, ControlToken, Example, Media, Sample, Turn, TurnPart, written
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,26 @@ class Prompt:
     """With the last message."""
     template: ChatFormat | None = None
     """Another chat template than the processor's."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedToken:
+    """A control token in a generated reply."""
+
+    token: str
+    index: int
+    """Position among the generated ids: where a mask head reads the hidden state."""
+    start: int
+    """Position of its first letter in `Reply.text`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A generated reply with its control tokens."""
+
+    text: str
+    """The words, with control tokens in letters; `tokens` says which letters are control tokens."""
+    tokens: tuple[LocatedToken, ...]
 
 
 class RenderedPrompt(str):
@@ -84,6 +104,7 @@ class LVLMProcessor(ProcessorMixin):
         template_kwargs: fixed variables of the chat template.
         tasks: task names, in the order of their ids.
         chat_template: the template; the tokenizer's without it.
+        control_tokens: tokens that parts of a reply stand for (`[SEG]`), added where the tokenizer has none.
     """
 
     def __init__(
@@ -93,6 +114,7 @@ class LVLMProcessor(ProcessorMixin):
         template_kwargs: Mapping[str, object] | None = None,
         tasks: Sequence[str] | None = None,
         chat_template: str | None = None,
+        control_tokens: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if tokenizer is None:
@@ -113,16 +135,31 @@ class LVLMProcessor(ProcessorMixin):
         self.placeholder_ids = {
             name: tokenizer.added_tokens_encoder[entry["placeholder"]] for name, entry in self.branches.items()
         }
-        self.chat = ChatFormat(tokenizer, template=template, template_kwargs=self.template_kwargs)
-        placeholders = {entry["placeholder"] for entry in self.branches.values()}
-        self._control_tokens = sorted(
-            {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - placeholders
+        self.control_tokens = list(control_tokens or [])
+        self.untrained_ids = add_tokens(tokenizer, self.control_tokens)
+        """Control tokens that the tokenizer did not have, so that their rows hold no values yet."""
+        self.control_token_ids = {token: tokenizer.added_tokens_encoder[token] for token in self.control_tokens}
+        self.chat = self._chat_format(template, self.template_kwargs)
+        own = {*self.control_tokens, *(entry["placeholder"] for entry in self.branches.values())}
+        self._template_tokens = sorted(
+            {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - own
         )
+
+    def _chat_format(self, template: str, variables: Mapping[str, Any]) -> ChatFormat:
+        return ChatFormat(
+            self.tokenizer, template=template, template_kwargs=variables, reply_tokens=self.control_tokens
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        content = super().to_dict()
+        if not self.control_tokens:  # an earlier medm opens the folders of models that have none
+            content.pop("control_tokens", None)
+        return content
 
     def adapt(self, options: LVLMOptions) -> LVLMProcessor:
         """Return the processor with the chat template and the preprocessing fields that a recipe sets.
 
-        What the recipe does not set stays as it was saved.
+        What the recipe does not set stays as it was saved. Control tokens are added to those that it has.
 
         Raises:
             RecipeError: an input size other than the one that the model was built for, or a field that is unknown.
@@ -144,6 +181,7 @@ class LVLMProcessor(ProcessorMixin):
             template_kwargs=self.template_kwargs,
             tasks=self.tasks,
             chat_template=read_template(written) if written else str(self.chat_template),
+            control_tokens=list(dict.fromkeys([*self.control_tokens, *(options.control_tokens or [])])),
         )
 
     # Names that servers built on transformers look for.
@@ -182,8 +220,8 @@ class LVLMProcessor(ProcessorMixin):
             chat: another chat template than the processor's.
 
         Raises:
-            DataError: an unknown branch or task, pixels and placeholders that differ in number, or turns
-                that the chat template refuses.
+            DataError: an unknown branch, task or control token, pixels and placeholders that differ in
+                number, or turns that the chat template refuses.
         """
         given = {name: len(items) for name, items in pixels.items() if items}
         wanted: dict[str, int] = {}
@@ -204,7 +242,10 @@ class LVLMProcessor(ProcessorMixin):
             raise DataError(f"placeholders {wanted} and loaded files {given} differ in number")
         messages = [Message(turn.role, [self._part(part) for part in turn.content]) for turn in sample.turns]
         ids, learned = (chat or self.chat).encode(messages, generation=generation, continue_final=continue_final)
-        labels = [token if said and not generation else IGNORE_INDEX for token, said in zip(ids, learned, strict=True)]
+        labels = [
+            token if is_target and not generation else IGNORE_INDEX
+            for token, is_target in zip(ids, learned, strict=True)
+        ]
         return Example(ids, labels, {name: list(pixels[name]) for name in given}, task_id=self.task_id(sample))
 
     def task_id(self, sample: Sample) -> int:
@@ -291,7 +332,7 @@ class LVLMProcessor(ProcessorMixin):
         if chat_template is not None or kwargs:
             variables = self.template_kwargs | kwargs
             text = chat_template or str(self.chat_template)
-            template = ChatFormat(self.tokenizer, template=text, template_kwargs=variables)
+            template = self._chat_format(text, variables)
         prompts = [
             Prompt(parse_messages(chat), add_generation_prompt, continue_final_message, template) for chat in chats
         ]
@@ -305,7 +346,7 @@ class LVLMProcessor(ProcessorMixin):
         """One user turn, in whose text placeholders stand."""
         if not isinstance(text, str):
             raise DataError(f"text: expected a question or a list of them, found {type(text).__name__}")
-        control = [token for token in self._control_tokens if token in text]
+        control = [token for token in self._template_tokens if token in text]
         if control:
             logger.warning(
                 "the question holds %s, which is read as plain text: the chat template is applied here. "
@@ -318,11 +359,12 @@ class LVLMProcessor(ProcessorMixin):
         return Prompt(ChatInput((*turns, Turn("user", content)), items))
 
     def _rendered(self, prompt: Prompt) -> RenderedPrompt:
-        marks = {name: str(entry["placeholder"]) for name, entry in self.branches.items()}
-        messages = []
-        for turn in prompt.chat.turns:
-            parts = [p if isinstance(p, str) else marks.get(p.branch, f"<{p.branch}>") for p in turn.content]
-            messages.append(Message(turn.role, parts))
+        placeholders = {name: str(entry["placeholder"]) for name, entry in self.branches.items()}
+
+        def to_text(part: TurnPart) -> str:
+            return placeholders.get(part.branch, written(part)) if isinstance(part, Media) else written(part)
+
+        messages = [Message(turn.role, [to_text(part) for part in turn.content]) for turn in prompt.chat.turns]
         chat = prompt.template or self.chat
         text = chat.to_text(messages, generation=prompt.generation, continue_final=prompt.continue_final)
         rendered = RenderedPrompt(text)
@@ -379,9 +421,44 @@ class LVLMProcessor(ProcessorMixin):
         """The words of generated ids, without control tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _part(self, part: str | Media) -> Part:
+    def decode_with_control_tokens(self, ids: Sequence[int] | torch.Tensor) -> Reply:
+        """Decode a generated reply and locate its control tokens: the n-th `[SEG]` is of the n-th mask.
+
+        Args:
+            ids: (T,), the reply. Other special tokens (end, padding, vision tokens) are left out.
+        """
+        tokens = {token_id: token for token, token_id in self.control_token_ids.items()}
+        # The tokenizer's `all_special_ids` leave out those of the template (Phi-3's <|end|>).
+        added = self.tokenizer.added_tokens_decoder
+        dropped = {index for index, token in added.items() if token.special and index not in tokens}
+        kept = [(index, int(token)) for index, token in enumerate(ids) if int(token) not in dropped]
+
+        def decode(count: int) -> str:
+            return str(self.tokenizer.decode([token for _, token in kept[:count]], skip_special_tokens=False))
+
+        text = decode(len(kept))
+        leading = len(text) - len(text.lstrip())
+        found: list[LocatedToken] = []
+        for count, (index, token_id) in enumerate(kept):
+            if token_id in tokens:
+                token = tokens[token_id]
+                # A decoder may write white space between the text before and the token.
+                start = text.index(token, len(decode(count).rstrip()))
+                found.append(LocatedToken(token, index=index, start=start - leading))
+        return Reply(text.strip(), tuple(found))
+
+    def _part(self, part: TurnPart) -> Part:
         if isinstance(part, str):
             return part
+        if isinstance(part, ControlToken):
+            if part.token not in self.control_token_ids:
+                known = ", ".join(self.control_tokens) or "no control tokens"
+                raise DataError(
+                    f"a reply holds {part.token} with a mask behind it, and the model has {known}; list "
+                    "it in model.control_tokens, or leave the masks out, and it is text",
+                    field="masks",
+                )
+            return [self.control_token_ids[part.token]]
         return [self.placeholder_ids[part.branch]] * self.num_tokens[part.branch]
 
     def _pixels(self, branch: str, item: object) -> np.ndarray:
@@ -390,6 +467,20 @@ class LVLMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixels", "task_ids"]
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Add special tokens to a tokenizer, in place; return the ids of those that it did not have."""
+    before = len(tokenizer)
+    missing = [token for token in tokens if token not in tokenizer.added_tokens_encoder]
+    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    added = [tokenizer.added_tokens_encoder[token] for token in missing]
+    return [token_id for token_id in added if token_id >= before]
+
+
+def padded_size(tokens: int) -> int:
+    """Return the rows of a vocabulary: a multiple of 64 is the shape that tensor cores like."""
+    return -(-tokens // 64) * 64
 
 
 def split_placeholders(text: str, placeholders: Mapping[str, str]) -> tuple[str | Media, ...]:
