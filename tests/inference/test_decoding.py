@@ -33,13 +33,13 @@ def language_model(request: pytest.FixtureRequest) -> torch.nn.Module:
 
 
 def prompts(model: torch.nn.Module, seed: int = 0, count: int = 11, shared: int = 40) -> list[Prompt]:
-    """Some on a common beginning, some not, of many lengths."""
+    """Some with a shared prefix, some without, of many lengths."""
     rng = np.random.default_rng(seed)
-    beginning = rng.integers(1, 300, shared)
+    prefix = rng.integers(1, 300, shared)
     made = []
     for i in range(count):
         ids = rng.integers(1, 300, rng.integers(1, 30))
-        ids = np.concatenate([beginning, ids]) if i % 3 else ids
+        ids = np.concatenate([prefix, ids]) if i % 3 else ids
         with torch.no_grad():
             embeds = model.get_input_embeddings()(torch.from_numpy(ids).to(model.device))
         made.append(Prompt(embeds, ids, max_new_tokens=int(rng.integers(1, 12))))
@@ -76,7 +76,7 @@ def test_what_is_shared_runs_once(language_model: torch.nn.Module) -> None:
     assert positions[:2] == [40, sum(len(prompt.embeds) - 40 for prompt in given)], "and nothing is padded"
 
 
-def test_long_prompts_are_read_in_several_rows(
+def test_long_prompts_are_prefilled_in_several_rows(
     language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = prompts(language_model)
@@ -111,7 +111,7 @@ def test_rows_attend_in_groups(language_model: torch.nn.Module, monkeypatch: pyt
     assert [reach for _, reach in first] == [lengths[0] + 1, lengths[2] + 1, lengths[4] + 1]
 
 
-def test_a_reply_outgrows_its_room(language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_outgrows_the_kv_cache(language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "BLOCK", 8)
     given = [replace(prompt, max_new_tokens=20) for prompt in prompts(language_model, count=5)]
     replies = Decoder(language_model, stops=[], slots=2).decode(given)
@@ -177,7 +177,7 @@ def test_rows_with_windows_of_attention_are_decoded_in_the_same_loop(family: str
     assert decoder.decode(drawn) == [decoder.decode([prompt])[0] for prompt in drawn]
 
 
-def test_shared_beginnings_leave_the_last_token_and_short_ones_alone() -> None:
+def test_shared_prefixes_leave_the_last_token_and_short_ones_alone() -> None:
     base = np.arange(30)
     other = np.arange(100, 130)
     same = shared_prefixes([7, 8, 9], [base, base, other])
