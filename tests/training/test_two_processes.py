@@ -16,7 +16,17 @@ from medm.models.manifest import verify
 from medm.training.deepspeed import checkpoint_classes
 from medm.training.safe_load import safe_loading
 from tests.launch import COMPILER, needs_compiler, on_two_processes
-from tests.training.toys import LORA, TOWERS, Fixed, Scaled, Toy, collate, trainer
+from tests.training.toys import (
+    LORA,
+    NEW_TOKENS,
+    TOWERS,
+    Fixed,
+    Scaled,
+    Toy,
+    ToyConfig,
+    collate,
+    trainer,
+)
 from tests.training.two_processes import BOTH_CURVE, CURVE, SCALED_CURVE, UNEVEN, by_name, losses
 
 STAGES = ("zero1", "zero2", "zero3")
@@ -54,6 +64,36 @@ def test_two_processes_follow_the_curve_of_one(
     assert len(results[0][case]) == CURVE["max_steps"] + 1
     assert results[0][case] == pytest.approx(alone["toy"], abs=1e-4)
     assert results[0][case] == results[1][case]
+
+
+@needs_compiler
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_new_rows_follow_the_curve_of_ddp(stage: str, results: list[dict[str, Any]]) -> None:
+    assert results[0][f"rows-{stage}"] == pytest.approx(results[0]["rows-ddp"], abs=1e-4)
+    assert results[0][f"rows-{stage}"] == results[1][f"rows-{stage}"]
+
+
+ROW_CASES = [
+    "rows-ddp",
+    *(pytest.param(case, marks=needs_compiler) for case in ("rows-zero2", "rows-zero3", "tied-zero3")),
+]
+
+
+@pytest.mark.parametrize("case", ROW_CASES)
+def test_of_the_vocabulary_new_rows_alone_are_trained(case: str, folder: Path) -> None:
+    tied = case.startswith("tied")
+    torch.manual_seed(0)
+    before = Toy(ToyConfig(tied=tied)).llm
+    model = Toy.from_pretrained(folder / case / "final")
+    held = [name for name in model.state_dict() if "new_rows" in name]
+    assert len(held) == (1 if tied else 2)
+    model.merge_adapters()
+    for layer, old in (
+        (model.llm.get_input_embeddings(), before.get_input_embeddings()),
+        (model.llm.get_output_embeddings(), before.get_output_embeddings()),
+    ):
+        moved = [i for i in range(len(old.weight)) if not torch.equal(layer.weight[i], old.weight[i])]
+        assert moved == NEW_TOKENS
 
 
 @pytest.mark.parametrize("case", ["towers", pytest.param("towers-zero2", marks=needs_compiler)])

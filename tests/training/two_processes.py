@@ -30,7 +30,7 @@ from medm.objectives.contrastive import Contrastive
 from medm.objectives.terms import Terms
 from medm.training import checkpoints, resumable, writing
 from medm.training.trainer import MedmTrainer
-from tests.training.toys import BOTH, LORA, TOWERS, Fixed, Pairs, trainer
+from tests.training.toys import BOTH, LORA, ROWS, TOWERS, Fixed, Pairs, trainer
 
 CURVE: dict[str, Any] = {
     "dropout": False, "balance": 0.0, "max_steps": 6, "save_strategy": "no", "parts": LORA,
@@ -78,7 +78,7 @@ def resumed(folder: Path, **case: Any) -> Any:
     Checkpoints of the whole run are written in the step; those that are continued from are written from copies, after
     training has gone on.
     """
-    settings = HALF | {"max_steps": 6, "save_steps": 4, "save_total_limit": None} | case
+    settings = HALF | {"max_steps": 6, "save_steps": 4, "save_total_limit": None, "parts": ROWS} | case
     whole = trainer(folder / "whole", **settings, save_in_background=False)
     whole.fit()
     whole.save_whole(folder / "whole" / "final")
@@ -310,6 +310,7 @@ def main(folder: Path) -> None:
         "contrast": contrast,
         "contrast, uneven": lambda: contrast(first_rows=4),
         "contrast, one without": lambda: contrast(first_rows=6),
+        "rows-ddp": lambda: curve(folder / "rows-ddp", parts=ROWS),
         "towers": lambda: curve(folder / "towers", kind="towers", parts=TOWERS),
         "poisoned": lambda: poisoned(folder / "poisoned"),
         "lost": lambda: on_data(folder / "lost", Lost()),
@@ -330,6 +331,9 @@ def main(folder: Path) -> None:
                 f"clamped-{stage}": lambda stage=stage: clamped(folder / f"clamped-{stage}", deepspeed=stage)
                 for stage in ("zero2", "zero3")
             },
+            "rows-zero2": lambda: curve(folder / "rows-zero2", parts=ROWS, deepspeed="zero2"),
+            "rows-zero3": lambda: curve(folder / "rows-zero3", parts=ROWS, deepspeed="zero3"),
+            "tied-zero3": lambda: curve(folder / "tied-zero3", parts=ROWS, kind="tied", deepspeed="zero3"),
             "towers-zero2": lambda: curve(folder / "towers-zero2", kind="towers", parts=TOWERS, deepspeed="zero2"),
             "resumed-zero2": lambda: resumed(folder / "resumed-zero2", deepspeed="zero2"),
             "resumed-zero3": lambda: resumed(folder / "resumed-zero3", deepspeed="zero3"),
