@@ -1,20 +1,21 @@
 """Strict, typed options, and the reading of YAML recipes with dotted overrides.
 
-Knows no component and no tensor library. The recipe of a run is assembled by the rooms that own its
-sections; this file only says how such a section is written, read, checked and reported.
+Knows no component and no tensor library. Each package defines the options of its own section of a recipe; this file
+defines how a section is written, read, checked and reported.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from medm.errors import RecipeError, suggest
 
@@ -28,7 +29,7 @@ class Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _only_known_keys(cls, value: Any) -> Any:
+    def _only_known_keys(cls, value: object) -> object:
         if isinstance(value, Mapping):
             unknown = [str(key) for key in value if key not in cls.model_fields]
             if unknown:
@@ -58,10 +59,10 @@ On a section it covers every key below. Options of plug-ins use it too.
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-4` as a number and `no` as a word, unlike YAML 1.1, and refuses a key written twice."""
+    """SafeLoader that reads `2e-4` as a number and `no` as text, unlike YAML 1.1, and refuses duplicate keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
@@ -86,7 +87,7 @@ def _place(node: yaml.Node) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """One YAML file as a mapping. Raises `RecipeError` with file and line."""
+    """Read a YAML file as a mapping. Raises `RecipeError` with file and line."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -110,7 +111,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """The value of `key=value`, read as YAML: `1e-3` is a number, `[a, b]` a list, `null` nothing."""
+    """Return the value of `key=value`, read as YAML: `1e-3` is a number, `[a, b]` a list, `null` is None."""
     loader = _RecipeLoader(text)
     try:
         return loader.get_single_data()
@@ -121,20 +122,20 @@ def parse_value(text: str) -> Any:
 
 
 ShortForm: TypeAlias = Callable[[Sequence[str]], "str | None"]
-"""Key of a block that stands for the block at a place (`name` for `connector: mlp`); None where there is none."""
+"""Function from the place of a block to the key that its short form sets (`name` for `connector: mlp`), or None."""
 
 
 def apply_overrides(
     recipe: Mapping[str, Any], overrides: Iterable[str], *, short_form: ShortForm = lambda place: None
 ) -> dict[str, Any]:
-    """A copy of the recipe with each `dotted.key=value` set.
+    """Return a copy of the recipe with each `dotted.key=value` set.
 
-    A key inside a block that is written in its short form (`connector: mlp`, `llm: frozen`) makes it a whole block.
+    A key inside a block in short form (`connector: mlp`, `llm: frozen`) expands the block.
 
-    A number in the path addresses a list item (`data.train.0.weight=2`). Part names that hold a dot
-    themselves (`parts.image.connector.lr`) are found because the longest key that exists wins.
+    A number in the path is a list index (`data.train.0.weight=2`). The longest existing key wins, so part names may
+    contain dots (`parts.image.connector.lr`).
     """
-    result = _copy(recipe)
+    result = copy.deepcopy(dict(recipe))
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
@@ -143,28 +144,22 @@ def apply_overrides(
     return result
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested blocks as `dotted.key` to value. A list of plain values is a value; other items go by their position."""
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
+    """Return nested blocks as `dotted.key` to value. A list of plain values is one value."""
     if isinstance(value, Mapping):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
         items = [(str(index), item) for index, item in enumerate(value)]
     else:
         return {prefix: value}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, item in items:
         flat |= flatten(item, f"{prefix}.{key}" if prefix else key)
     return flat
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
-
-
 def _assign(
-    node: Any, keys: list[str], value: Any, override: str, short_form: ShortForm, place: tuple[str, ...] = ()
+    node: object, keys: list[str], value: object, override: str, short_form: ShortForm, place: tuple[str, ...] = ()
 ) -> None:
     if isinstance(node, list):
         if not keys[0].isdigit() or int(keys[0]) >= len(node):
@@ -200,18 +195,18 @@ def _assign(
 
 
 def validate(
-    schema: type[OptionsT], value: Mapping[str, Any], *, source: str, shown: Mapping[str, str] | None = None
+    schema: type[OptionsT], value: Mapping[str, object], *, source: str, shown: Mapping[str, str] | None = None
 ) -> OptionsT:  # fmt: skip
     """Check a mapping against a schema.
 
     Args:
         schema: the options class.
-        value: what was written.
-        source: file or command that it comes from.
-        shown: keys that are named otherwise in messages, such as the option that was typed.
+        value: the mapping.
+        source: its file or command, for messages.
+        shown: other names of keys in messages, such as the command-line option.
 
     Raises:
-        RecipeError: one line a problem, with the dotted key, what was found, and the nearest known key.
+        RecipeError: one line per problem, with the dotted key, the value found, and the nearest known key.
     """
     try:
         return schema.model_validate(value)
@@ -224,10 +219,10 @@ _PLAIN = {
     "a valid boolean": "true or false", "a valid integer": "a whole number", "a valid number": "a number",
     "a valid string": "text", "a valid list": "a list", "a valid dictionary": "a block of keys",
 }  # fmt: skip
-"""Pydantic's words for YAML's types, in the words of the documentation."""
+"""Pydantic's names of YAML's types, and the ones of the documentation."""
 
 
-def _describe(problem: Any, shown: Mapping[str, str]) -> str:
+def _describe(problem: ErrorDetails, shown: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "(top)"
     key = shown.get(key, key)
     if problem["type"] == "missing":

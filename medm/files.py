@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -20,14 +20,14 @@ from medm.os_errors import naming
 
 
 class LockedError(Exception):
-    """Another process holds a lock; the message says which, as far as is known."""
+    """A lock that another process holds; the message names the process where it is known."""
 
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary path beside a file, which replaces the file when everything went well.
+    """Yield a temporary path beside a file. It replaces the file when the block ends without an error.
 
-    Whoever needs the content on the disk before the name calls `sync` on the temporary path.
+    A caller that needs the content on the disk before the name calls `sync` on the temporary path.
 
     Raises:
         OSError: with the name of `file`, where the system names the temporary path or nothing.
@@ -42,9 +42,9 @@ def atomic_file(file: Path) -> Iterator[Path]:
 
 
 def atomic_write_text(file: Path, text: str) -> None:
-    """Replace a file by a text, which is on the disk when this returns.
+    """Replace the content of a file by a text. It is on the disk when this returns.
 
-    Half of a surrogate pair, which UTF-8 cannot hold, is written as the escape that JSON has for it.
+    Half of a surrogate pair, which UTF-8 cannot hold, is written as its JSON escape.
 
     Raises:
         OSError: with the file's name.
@@ -57,16 +57,16 @@ def atomic_write_text(file: Path, text: str) -> None:
 
 
 def to_bytes(text: str) -> bytes:
-    """Return JSON text as UTF-8, with half of a surrogate pair as the escape that JSON has for it."""
+    """Return JSON text as UTF-8, with half of a surrogate pair as its JSON escape."""
     return text.encode("utf-8", errors="backslashreplace")
 
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder`, whose place it takes when everything went well.
+    """Yield a new folder beside `folder`. It takes the name `folder` when the block ends without an error.
 
     Raises:
-        OSError: with the name of `folder`; among others where it exists and is not empty.
+        OSError: with the name of `folder`; also where it exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
@@ -79,6 +79,62 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(folder: Path, target: Path) -> None:
+    """Give a complete folder its final name, in place of a folder of that name. It is on the disk when this returns.
+
+    The old folder is renamed to `.tmp-old-NAME` and then removed: no part of either is ever left under the name.
+
+    Args:
+        folder: every file in it is on the disk; on the same file system as `target`.
+        target: the final name.
+    """
+    old = _renamed(target) if target.exists() else None
+    folder.rename(target)
+    sync(target.parent)
+    if old is not None:
+        remove(old)
+
+
+def remove_directory(folder: Path) -> None:
+    """Remove a folder under another name (`.tmp-old-NAME`), so that a kill leaves no part of it under its own."""
+    remove(_renamed(folder))
+
+
+def _renamed(folder: Path) -> Path:
+    old = folder.with_name(f".tmp-old-{folder.name}")
+    remove(old)
+    folder.rename(old)
+    return old
+
+
+def move_contents(folder: Path, target: Path, *, last: Sequence[str] = ()) -> None:
+    """Move everything in a folder into another folder, and remove the empty one.
+
+    Each file or folder is on the disk before it takes its place. Called again after a kill, it moves the rest.
+
+    Args:
+        folder: on the same file system as `target`.
+        target: existing folder; files and folders of the same names are replaced.
+        last: names that are moved after all others, in this order.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
+        place = target / path.name
+        if path.is_dir() and place.is_dir():
+            shutil.rmtree(place)
+        sync(path)
+        path.replace(place)
+    sync(target)
+    folder.rmdir()
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or a file if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -95,7 +151,7 @@ def lock(stream: IO[str] | IO[bytes], *, shared: bool = False) -> None:
 
     Args:
         stream: the file.
-        shared: only keep away those who want it alone.
+        shared: allow other shared locks, refuse exclusive ones.
 
     Raises:
         LockedError: another process holds it.
@@ -108,21 +164,21 @@ def lock(stream: IO[str] | IO[bytes], *, shared: bool = False) -> None:
 
 
 def wait_for_lock(stream: IO[str] | IO[bytes]) -> None:
-    """Lock an open file until it is closed, as soon as no other process holds it."""
+    """Wait for the lock of an open file, and hold it until the file is closed."""
     fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 @contextmanager
 def lock_file(file: Path, *, target: Path) -> Iterator[None]:
-    """Hold a lock by a file of its own, which names the process and is there as long as the lock is held.
+    """Hold a lock through a file of its own. The file names the process, and exists while the lock is held.
 
     Args:
         file: the lock's file.
-        target: what it protects, for errors of the system.
+        target: file or folder that it protects, for errors of the system.
 
     Raises:
         LockedError: another process holds it; the message is its number and machine.
-        OSError: the file cannot be made, or this file system cannot lock.
+        OSError: the file cannot be created, or this file system cannot lock.
     """
     stream = _locked_stream(file, target)
     try:
@@ -142,7 +198,7 @@ def _locked_stream(file: Path, target: Path) -> IO[bytes]:
         try:
             with naming(target):
                 lock(stream)
-            # The holder before may have removed the file between the two lines above; such a lock protects nothing.
+            # The previous holder may have removed the file between the two lines above. Such a lock protects nothing.
             if file.exists() and os.path.samestat(os.fstat(stream.fileno()), file.stat()):
                 return stream
         except LockedError:

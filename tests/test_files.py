@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from medm import files
 from medm.files import LockedError, atomic_directory, atomic_file, atomic_write_text, lock, lock_file
 
 
@@ -70,3 +71,80 @@ def test_shared_locks_keep_only_the_exclusive_one_away(tmp_path: Path) -> None:
         lock(two, shared=True)
         with pytest.raises(LockedError):
             lock(three)
+
+
+def folder_of(path: Path, **files: str) -> Path:
+    path.mkdir()
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_complete_folder_takes_its_final_name(tmp_path: Path, existing: bool) -> None:
+    if existing:
+        folder_of(tmp_path / "final", a="old", b="old")
+        folder_of(tmp_path / ".tmp-old-final", a="left by a kill")
+    files.replace_directory(folder_of(tmp_path / "staged", a="new"), tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert contents(tmp_path / "final") == {"a": "new"}
+
+
+def test_a_failure_between_the_two_names_loses_neither_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of(tmp_path / "final", a="old")
+    staged = folder_of(tmp_path / "staged", a="new")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self == staged:
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        files.replace_directory(staged, tmp_path / "final")
+    assert not (tmp_path / "final").exists()
+    assert (contents(tmp_path / ".tmp-old-final"), contents(staged)) == ({"a": "old"}, {"a": "new"})
+
+
+def test_a_removal_that_fails_leaves_nothing_under_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(tmp_path / "checkpoint", a="1", b="2")
+
+    def half(path: Path) -> None:
+        (path / "a").unlink()
+        raise OSError("killed")
+
+    monkeypatch.setattr(files.shutil, "rmtree", half)
+    with pytest.raises(OSError, match="killed"):
+        files.remove_directory(folder)
+    assert not folder.exists()
+
+
+def test_contents_move_with_the_last_names_last_and_a_second_call_moves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = folder_of(tmp_path / "source", z="new", m="new", a="new"), folder_of(tmp_path / "target", m="old")
+    folder_of(source / "inner", x="new")
+    folder_of(target / "inner", y="old")
+    moved: list[str] = []
+    replace = Path.replace
+
+    def once(self: Path, place: Path) -> Path:
+        if len(moved) == 2:
+            raise OSError("full")
+        moved.append(self.name)
+        return replace(self, place)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        patched.setattr(Path, "replace", once)
+        files.move_contents(source, target, last=("m", "a"))
+    assert sorted(moved) == ["inner", "z"]
+    assert (target / "m").read_text() == "old"
+    files.move_contents(source, target, last=("m", "a"))
+    assert not source.exists()
+    assert [(target / name).read_text() for name in "zma"] == ["new"] * 3
+    assert contents(target / "inner") == {"x": "new"}

@@ -1,17 +1,16 @@
-"""What a run shows while it goes on: one line now and then, the loss curve, and its answer to signals."""
+"""Callbacks of a run: progress lines, the loss curve, and the handling of stop signals."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from medm.distributed import any_rank
 from medm.stopping import RESUMABLE, STOP_SIGNALS
@@ -22,10 +21,10 @@ LOSS_LOG, LOSS_CURVE = "loss.jsonl", "loss.png"
 
 
 class Interruption(TrainerCallback):
-    """SIGTERM and SIGINT: finish the step, write a checkpoint, stop. Further signals change nothing.
+    """Stop after SIGTERM or SIGINT: finish the step, write a checkpoint, stop. Further signals have no effect.
 
-    All processes of a run stop at the same step, whichever of them got the signal. Before the first step there is
-    nothing to save, and a signal ends the run at once.
+    All ranks of a run stop at the same step, whichever rank got the signal. Before the first step there is nothing to
+    save, and a signal ends the run at once.
     """
 
     def __init__(self) -> None:
@@ -44,11 +43,15 @@ class Interruption(TrainerCallback):
             finally:
                 self._deferred = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self._deferred is not None:
             self._deferred.enter_context(STOP_SIGNALS.deferred())
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         received = STOP_SIGNALS.received
         if any_rank(received is not None, args.device):
             self.raised = True
@@ -56,24 +59,31 @@ class Interruption(TrainerCallback):
             if state.is_world_process_zero:
                 logger.warning(
                     "%s: stopping after step %d; continue with --resume (exit code %d)",
-                    received.name if received else "a signal to another process", state.global_step, RESUMABLE,
+                    received.name if received else "a signal to another rank", state.global_step, RESUMABLE,
                 )  # fmt: skip
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.raised:  # the epoch is not over, the run is
             control.should_evaluate, control.should_save = False, False
 
 
 class Progress(TrainerCallback):
-    """One line a log step, from the first process."""
+    """One line per log step, from rank 0."""
 
     def __init__(self) -> None:
         self._started, self._first_step = 0.0, 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._started, self._first_step = time.monotonic(), state.global_step
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: Mapping[str, float] | None = None, **kwargs: object,
+    ) -> None:  # fmt: skip
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         if "loss" in logs or "steps_without_samples" in logs:
@@ -94,23 +104,25 @@ class Progress(TrainerCallback):
 
 
 class LossCurve(TrainerCallback):
-    """`loss.jsonl`, a line per log step, and at the end `loss.png`; both restart from what a resumed run remembers.
+    """`loss.jsonl`, one line per log step, and at the end `loss.png`. A resumed run rewrites both from its history.
 
-    Neither is worth a run: where they cannot be written a warning says so, and training continues.
+    An error while writing them is a warning, and training continues.
     """
 
     def __init__(self) -> None:
         self._incomplete = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.is_world_process_zero:
             self._rewrite(args, state)
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if not state.is_world_process_zero or self._incomplete:
             return
         try:
-            with (Path(args.output_dir) / LOSS_LOG).open("a", encoding="utf-8") as file:
+            with (Path(args.output_dir or "") / LOSS_LOG).open("a", encoding="utf-8") as file:
                 file.write(_line(state.log_history[-1]))
         except OSError as error:
             self._incomplete = True
@@ -119,19 +131,21 @@ class LossCurve(TrainerCallback):
                 LOSS_LOG, error.strerror or error,
             )  # fmt: skip
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.is_world_process_zero:
             if self._incomplete:
                 self._rewrite(args, state)
             try:
-                draw_curve(state.log_history, Path(args.output_dir) / LOSS_CURVE)
-            except Exception as error:  # noqa: BLE001  # whatever a plotting library raises, the model comes first
+                draw_curve(state.log_history, Path(args.output_dir or "") / LOSS_CURVE)
+            except Exception as error:  # noqa: BLE001  # any error of a plotting library: the run must not fail for a figure
                 logger.warning(
                     "no %s: %s: %s; the numbers are in %s", LOSS_CURVE, type(error).__name__, error, LOSS_LOG
                 )
 
-    def _rewrite(self, args: Any, state: Any) -> None:
-        path = Path(args.output_dir) / LOSS_LOG
+    def _rewrite(self, args: TrainingArguments, state: TrainerState) -> None:
+        path = Path(args.output_dir or "") / LOSS_LOG
         try:
             path.write_text("".join(_line(entry) for entry in state.log_history), encoding="utf-8")
             self._incomplete = False
@@ -140,8 +154,8 @@ class LossCurve(TrainerCallback):
             logger.warning("%s cannot be written (%s); training continues", path, error.strerror or error)
 
 
-def draw_curve(history: list[dict[str, Any]], path: Path) -> bool:
-    """Loss over steps as a PNG; says so and returns False where matplotlib is missing."""
+def draw_curve(history: Sequence[Mapping[str, float]], path: Path) -> bool:
+    """Draw loss over steps as a PNG. Without matplotlib, log it and return False."""
     if find_spec("matplotlib") is None:
         logger.info(
             "no %s: matplotlib is not installed (pip install 'medm[plot]'); the numbers are in %s", path.name, LOSS_LOG
@@ -166,7 +180,7 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> bool:
     return True
 
 
-def _line(entry: Mapping[str, Any]) -> str:
+def _line(entry: Mapping[str, float]) -> str:
     return json.dumps(dict(entry)) + "\n"
 
 

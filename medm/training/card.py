@@ -1,4 +1,4 @@
-"""What is left beside the weights for people: model card, resolved recipe, versions, hashes of the data."""
+"""Records beside the weights of a trained model: model card, resolved recipe, versions, hashes of the data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of medm, Python and the libraries that decide what a run computes; the commit, in a git checkout."""
+    """Return the versions of medm, Python and the libraries behind a run; the commit, in a git checkout."""
     found = {"medm": medm.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def data_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
-    """sha256 of every annotation file."""
+    """Return the sha256 of every annotation file."""
     hashes = {}
     for path in paths:
         with Path(path).open("rb") as file:
@@ -65,20 +65,20 @@ def data_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
 
 def write_record(
     folder: Path, *, recipe: Mapping[str, Any], table: PartTable, hashes: Mapping[str, str],
-    history: list[dict[str, Any]], counts: Mapping[str, int],
+    history: Sequence[Mapping[str, float]], counts: Mapping[str, int],
     device: str = "cpu", fallback: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """`recipe.yaml`, `run.json` and `README.md` in a model's folder.
+    """Write `recipe.yaml`, `run.json` and `README.md` into a model's folder.
 
     Args:
-        folder: where the weights are.
+        folder: folder of the weights.
         recipe: resolved.
-        table: what was trained.
+        table: trained parts.
         hashes: of the annotation files.
-        history: what was logged; the last training and evaluation losses are shown.
-        counts: records that were left out or shortened.
-        device: on which it was trained.
-        fallback: keys of the recipe that this machine could not follow, and what was done instead.
+        history: log entries; the card shows the last training and evaluation loss.
+        counts: records that were skipped or shortened.
+        device: device of the training.
+        fallback: keys of the recipe that this machine could not follow, and their replacements.
     """
     last = _last(history)
     run = {
@@ -135,15 +135,15 @@ Records left out or shortened: {left_out}.
 
 
 def _use(recipe: Mapping[str, Any]) -> str:
-    """How to ask the model from Python; nothing for kinds of models that do not answer in text."""
+    """Return the Python example of the card; empty for kinds of models that do not answer in text."""
     if recipe["model"]["kind"] != "lvlm":
         return ""
     shown = [_SHOWN[branch] for branch in _SHOWN if branch in recipe["model"]["branches"]]
     return _USE.format(shown=shown[0] if shown else "")
 
 
-def _last(history: list[dict[str, Any]]) -> dict[str, float]:
-    """The newest value of every loss that was logged."""
+def _last(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the newest value of every logged loss."""
     found: dict[str, float] = {}
     for entry in history:
         found |= {key: float(entry[key]) for key in ("loss", "eval_loss") if key in entry}
@@ -151,7 +151,7 @@ def _last(history: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _commit() -> str | None:
-    """The commit of a git checkout, with a mark where files were changed; None for an installed package."""
+    """Return the commit of a git checkout, marked when files were changed; None for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

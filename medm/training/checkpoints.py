@@ -1,8 +1,8 @@
-"""Checkpoint folders that are whole or not there: written aside, verified, renamed, pruned.
+"""Atomic checkpoint folders: staged, verified, renamed, pruned.
 
-Knows files, not models. A folder `checkpoint-N` has a `manifest.json` with the size and sha256 of each of its
-files; it is written last, and the folder gets its name only after everything reached the disk. A kill at any
-moment leaves earlier checkpoints as they were.
+Knows files, not models. A folder `checkpoint-N` has a `manifest.json` with the size and sha256 of each of its files.
+The manifest is written last, and the folder gets its name only after everything reached the disk. A kill at any moment
+leaves earlier checkpoints intact.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from medm.errors import CheckpointError, MedmError, RecipeError
-from medm.files import LockedError, lock_file, sync
+from medm.files import LockedError, lock_file, remove, remove_directory, replace_directory
 from medm.models.manifest import MANIFEST, read_manifest, verify, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -25,15 +24,15 @@ logger = logging.getLogger(__name__)
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _STAGING = ".tmp-"
 FINISHED = ".finished-model"
-"""Folder of a whole trained model whose files are being moved into the output folder."""
+"""Folder of a complete trained model whose files are being moved into the output folder."""
 _MODEL = ("config.json", "*.safetensors")
-"""Files by which a model at the top of an output folder is known."""
+"""Files that show that a model is at the top of an output folder."""
 _SLACK = 1.2
-"""Free space that has to be there, as a multiple of the last checkpoint's size."""
+"""Required free space, as a multiple of the last checkpoint's size."""
 
 
 def folders(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, newest step first, damaged or not."""
+    """Return the checkpoint folders, newest step first, damaged ones included."""
     found = [
         (int(match[1]), path)
         for path in (output_dir.iterdir() if output_dir.is_dir() else ())
@@ -43,7 +42,7 @@ def folders(output_dir: Path) -> list[Path]:
 
 
 def staging(output_dir: Path, step: int) -> Path:
-    """A new, empty folder in which the checkpoint of a step is put together."""
+    """Create the empty folder in which the checkpoint of a step is assembled."""
     folder = output_dir / f"{_STAGING}checkpoint-{step}"
     remove(folder)
     folder.mkdir(parents=True)
@@ -51,7 +50,7 @@ def staging(output_dir: Path, step: int) -> Path:
 
 
 def clear_staging(output_dir: Path) -> None:
-    """Remove what a killed run left half written. A whole model (`FINISHED`) is not among it."""
+    """Remove what a killed run left half written. A complete model (`FINISHED`) stays."""
     for path in output_dir.glob(f"{_STAGING}*"):
         logger.warning("removing %s, which an interrupted run left half written", path)
         remove(path)
@@ -80,8 +79,8 @@ def check_space(output_dir: Path, *, estimate: int) -> None:
     """Raise `CheckpointError` when the next checkpoint would not fit on the disk.
 
     Args:
-        output_dir: where checkpoints go.
-        estimate: bytes that the first one is expected to take; later ones are judged by the last.
+        output_dir: folder of the checkpoints.
+        estimate: expected bytes of the first one; later ones are estimated by the last.
     """
     last = folders(output_dir)
     needed = int(_SLACK * (folder_size(last[0]) if last else estimate))
@@ -93,32 +92,26 @@ def check_space(output_dir: Path, *, estimate: int) -> None:
         )
 
 
-def commit(folder: Path, *, final: Path, facts: Mapping[str, Any]) -> None:
+def commit(folder: Path, *, final: Path, metadata: Mapping[str, Any]) -> None:
     """Turn a finished staging folder into a checkpoint.
 
     Args:
         folder: the staging folder, on the same file system as `final`.
-        final: the name it gets; a folder of that name is replaced.
-        facts: what else the manifest says (step, world size, recipe).
+        final: its final name; a folder of that name is replaced.
+        metadata: further keys of the manifest (step, world size, recipe).
     """
-    write_manifest(folder, facts)
-    old = final.with_name(f"{_STAGING}old-{final.name}")
-    remove(old)
-    if final.exists():
-        final.rename(old)
-    folder.rename(final)
-    sync(final.parent)
-    remove(old)
+    write_manifest(folder, metadata)
+    replace_directory(folder, final)
 
 
-def newest_good(output_dir: Path, *, facts: Mapping[str, type] | None = None) -> Path | None:
-    """The newest checkpoint that verifies; None where there is none at all.
+def newest_good(output_dir: Path, *, metadata: Mapping[str, type] | None = None) -> Path | None:
+    """Return the newest checkpoint that verifies, or None when there are no checkpoints.
 
-    A damaged one is passed over with a line that nobody can miss.
+    A damaged one is skipped, with an error in the log.
 
     Args:
-        output_dir: where the checkpoints are.
-        facts: what a manifest must say besides its files, and of which type.
+        output_dir: folder of the checkpoints.
+        metadata: keys that a manifest must hold besides its files, and their types.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
@@ -127,8 +120,8 @@ def newest_good(output_dir: Path, *, facts: Mapping[str, type] | None = None) ->
     for folder in folders(output_dir):
         try:
             record = verify(folder)
-            if lacking := [name for name, kind in (facts or {}).items() if not isinstance(record.get(name), kind)]:
-                raise CheckpointError(f"{folder / MANIFEST}: does not say {', '.join(lacking)}")
+            if lacking := [name for name, kind in (metadata or {}).items() if not isinstance(record.get(name), kind)]:
+                raise CheckpointError(f"{folder / MANIFEST}: lacks {', '.join(lacking)}")
         except CheckpointError as error:
             damaged.append(str(error))
             logger.error("DAMAGED CHECKPOINT, going back to an older one: %s", error)
@@ -145,11 +138,11 @@ def newest_good(output_dir: Path, *, facts: Mapping[str, type] | None = None) ->
 
 
 def finished_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a model in `FINISHED`, which is the last but one of the files to be moved out of it."""
+    """Return the manifest of a model in `FINISHED`. It is the last but one of the files to be moved out of it."""
     place = folder if (folder / MANIFEST).exists() else folder.parent
     record = read_manifest(place)
     if not isinstance(record.get("step"), int) or not isinstance(record.get("recipe"), dict):
-        raise CheckpointError(f"{place / MANIFEST}: does not say step and recipe")
+        raise CheckpointError(f"{place / MANIFEST}: lacks step or recipe")
     return record
 
 
@@ -160,57 +153,21 @@ def prune(output_dir: Path, *, keep: int, spare: Path | None, newest: Path) -> N
         return
     verify(newest)
     for folder in doomed:
-        # Renamed first: a kill during the removal must not leave half a checkpoint under its name.
-        going = folder.with_name(f"{_STAGING}old-{folder.name}")
-        remove(going)
-        folder.rename(going)
-        remove(going)
+        remove_directory(folder)
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def remove(path: Path) -> None:
-    """Remove a folder or a file if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-class Background:
-    """One action at a time, in a thread beside the training. What goes wrong in it is raised by the next `wait`."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._running: Future[None] | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether the last action is still running."""
-        return self._running is not None and not self._running.done()
-
-    def start(self, action: Callable[[], None]) -> None:
-        """Begin, once the action before is done."""
-        self.wait()
-        self._running = self._pool.submit(action)
-
-    def wait(self) -> None:
-        """Until nothing is running any more."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
 
 
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Hold an output folder for this run alone; a killed run lets go by itself.
+    """Hold the lock of an output folder. The lock of a killed run is released by the system.
 
     Raises:
         MedmError: another run holds it.
-        CheckpointError: the folder cannot be made or written.
+        CheckpointError: the folder cannot be created or written.
     """
     with ExitStack() as stack:
         try:

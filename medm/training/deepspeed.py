@@ -1,4 +1,4 @@
-"""Everything medm says to DeepSpeed. The only file that imports it, and only when a recipe names a stage."""
+"""Configuration and checkpoints of DeepSpeed. No other file imports it, and only recipes that name a stage need it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from medm.training.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
-_COMMON: dict[str, Any] = {
+_COMMON: dict[str, object] = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
@@ -48,7 +48,7 @@ _ZERO3 = {
 }
 _TO_CPU = {"device": "cpu", "pin_memory": True}
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Mapping[str, object]] = {
     "zero0": {"stage": 0},
     "zero1": {"stage": 1},
     "zero2": _ZERO2,
@@ -161,7 +161,7 @@ def check_parameters(model: nn.Module) -> None:
         )
 
 
-def offloaded_optimizer(args: TrainingArguments) -> Any:
+def offloaded_optimizer(args: TrainingArguments) -> type[torch.optim.Optimizer] | None:
     """DeepSpeed's CPU Adam where the optimiser lives on the CPU beside a GPU and AdamW is asked for; else None."""
     zero = args.hf_deepspeed_config.config.get("zero_optimization", {})
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
@@ -220,7 +220,7 @@ def collected(engine: Any) -> Iterator[dict[Path, Any]]:
         def __init__(self) -> None:
             pass  # the base logs how it would write
 
-        def save(self, state_dict: Any, path: str) -> None:
+        def save(self, state_dict: object, path: str) -> None:
             files[Path(path)] = state_dict
 
     before, engine.checkpoint_engine = engine.checkpoint_engine, Collector()
@@ -237,7 +237,7 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
     return engine.module.state_dict()
 
 
-def checkpoint_classes() -> tuple[Any, ...]:
+def checkpoint_classes() -> tuple[type, ...]:
     """Classes that DeepSpeed's own optimiser files hold; plain data, and the loss scalers."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

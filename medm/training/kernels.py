@@ -1,6 +1,6 @@
-"""Faster layers for a model that is put together: compiled ones, and liger's Triton kernels on a GPU.
+"""Faster layers for a model that is built: compiled ones, and liger's Triton kernels on a GPU.
 
-Both change layers in place; names of weights, and so checkpoints, stay as they are.
+Both change layers in place. Names of weights, and so checkpoints, do not change.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.errors import DeviceError, RecipeError
+from medm.llms.attention import in_one_kernel
 from medm.llms.lm_head import is_causal_lm
+from medm.models.base import MedmModel
+from medm.training.options import TrainOptions
 
 
 def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: str = "inductor") -> int:
-    """Compile every repeated layer of transformers' towers and decoders by itself; returns how many there are.
+    """Compile each repeated layer of transformers' towers and decoders; return the number of layers.
 
-    A layer is the largest piece that holds no Python decisions: what is around it (placing vision tokens, choosing the
-    labelled positions) depends on the numbers of a batch. Layers of one kind share what is compiled.
+    A layer is the largest module without data-dependent control flow: the code around it (scattering vision tokens,
+    choosing labelled positions) depends on the values of a batch. Layers of one kind share compiled code.
 
     Args:
         model: not yet wrapped.
@@ -39,8 +43,22 @@ def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: s
     return len(layers)
 
 
+def generating_part(model: MedmModel) -> PreTrainedModel | None:
+    """Return the part of a model that is a causal language model, or None."""
+    return next((part for part in model.parts().values() if is_causal_lm(part)), None)
+
+
+def any_lengths(model: MedmModel, options: TrainOptions, device: torch.device) -> bool:
+    """Return whether padding-free rows may have any lengths: compiled layers need one kernel for all sequences."""
+    if not options.torch_compile:
+        return True
+    dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
+    part = generating_part(model)
+    return part is not None and in_one_kernel(part, device=device, dtype=dtype)
+
+
 def use_liger(language_model: nn.Module | None) -> None:
-    """Liger's norms, rotary embeddings and gated layers (arXiv 2410.10989) in a language model, in place.
+    """Replace norms, rotary embeddings and gated layers of a language model by liger's (arXiv 2410.10989), in place.
 
     Its fused cross-entropy is not used: the head runs at labelled positions only.
 

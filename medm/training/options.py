@@ -1,4 +1,4 @@
-"""The `parts` and `train` sections of a recipe: what is trained, and how. Torch-free."""
+"""Options of the `parts`, `train` and `diagnostics` sections of a recipe. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class DiagnosticsOptions(Options):
-    """How far tasks pull shared weights apart (`medm.training.diagnostics`); changes nothing of what is learned."""
+    """Measurement of gradient conflicts between tasks (`medm.training.diagnostics`), without effect on the training."""
 
     every: int = Field(ge=1)
     """Steps between two measurements."""
     batches: int = Field(default=4, ge=1)
-    """Batches a measurement is averaged over: the last ones that were trained on. Each costs one forward and backward
-    pass, and memory for one gradient, for every task that it holds."""
+    """Batches that a measurement is averaged over: the last ones of the training. Each costs one forward and backward
+    pass, and memory for one gradient, per task."""
 
 
 class NewTokenOptions(Options):
@@ -37,33 +37,33 @@ _LORA_FIELDS = ("r", "alpha", "dropout", "targets", "rslora", "dora", "quantize"
 
 
 class PartOptions(Options):
-    """How one part of the model is trained. `image.encoder: frozen` is short for `{tune: frozen}`."""
+    """Training of one part of the model. `image.encoder: frozen` is short for `{tune: frozen}`."""
 
     tune: Literal["frozen", "full", "lora"]
     """`frozen`: not at all; `full`: every weight; `lora`: low-rank adapters beside the frozen weights."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of this part; `train.learning_rate` without it."""
+    """Peak learning rate of this part. Default: `train.learning_rate`."""
     weight_decay: float | None = Field(default=None, ge=0)
-    """Weight decay of this part's matrices; `train.weight_decay` without it. Norms and biases never decay."""
+    """Weight decay of this part's matrices. Default: `train.weight_decay`. Norms and biases never decay."""
     gradient_checkpointing: bool | None = None
-    """Recompute this part's activations in the backward pass; `train.gradient_checkpointing` without it."""
+    """Recompute this part's activations in the backward pass. Default: `train.gradient_checkpointing`."""
     r: int = Field(default=16, ge=1)
     """Rank of the adapters."""
     alpha: float | None = Field(default=None, gt=0)
     """Scale of the adapters: their output is multiplied by alpha / r (alpha / sqrt(r) with `rslora`). Default: 2 r."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Dropout in front of the adapters."""
+    """Dropout before the adapters."""
     targets: str | list[str] | None = None
-    """Which layers get an adapter: a regular expression for their whole name inside the part, or a list of name
-    endings (`[q_proj, v_proj]`). Default: every linear layer but the output head."""
+    """Layers with an adapter: a regular expression for the full name inside the part, or a list of name suffixes
+    (`[q_proj, v_proj]`). Default: every linear layer except the LM head."""
     rslora: bool = False
-    """Scale by 1 / sqrt(r) (arXiv 2312.03732), which keeps large ranks from fading."""
+    """Scale by 1 / sqrt(r) (arXiv 2312.03732), which keeps the update of large ranks from vanishing."""
     dora: bool = False
-    """Train magnitude and direction apart (arXiv 2402.09353)."""
+    """Train magnitude and direction separately (DoRA, arXiv 2402.09353)."""
     quantize: Literal["none", "4bit"] = "none"
     """Hold the frozen weights under the adapters in 4 bits (NF4, arXiv 2305.14314); needs bitsandbytes and a GPU."""
     adapter: Literal["keep", "merge"] = "keep"
-    """What happens to an adapter that `init_from` brings: go on with it, or fold it into the weights first."""
+    """Handling of an adapter in `init_from`: train it further, or merge it into the weights first."""
     new_tokens: Annotated[NewTokenOptions, BeforeValidator(_train)] | None = None
     """Of the token embeddings and the LM head train the rows of the model's control tokens and no others,
     whatever `tune` says: `train`, or `{lr: ...}`. Without it `full` trains every row, `frozen` and `lora` none."""
@@ -86,7 +86,7 @@ class PartOptions(Options):
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     def lora(self) -> dict[str, Any]:
-        """The adapter as fields of `peft.LoraConfig`; JSON-able. `target_modules` None stands for the default."""
+        """Return the adapter as fields of `peft.LoraConfig`, JSON-able. None for `target_modules` means the default."""
         return {
             "r": self.r,
             "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
@@ -97,7 +97,7 @@ class PartOptions(Options):
         }
 
 
-def _short_form(value: Any) -> Any:
+def _short_form(value: object) -> object:
     return {"tune": value} if isinstance(value, str) else value
 
 
@@ -105,14 +105,16 @@ Part = Annotated[PartOptions, BeforeValidator(_short_form)]
 """A part's block, or just the word that says how it is tuned."""
 
 
-def flatten_parts(value: Any) -> Any:
-    """`{image: {encoder: frozen}}` as `{image.encoder: frozen}`: what a dotted override makes of a new part name."""
-    if not isinstance(value, Mapping):
-        return value
-    flat: dict[str, Any] = {}
-    for name, block in value.items():
+def flatten_parts(value: object) -> object:
+    """Return `{image: {encoder: frozen}}`, as a dotted override writes a new part, as `{image.encoder: frozen}`."""
+    return _flat_parts(value) if isinstance(value, Mapping) else value
+
+
+def _flat_parts(parts: Mapping[str, object]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, block in parts.items():
         if isinstance(block, Mapping) and block and not set(block) & set(PartOptions.model_fields):
-            flat |= {f"{name}.{inner}": item for inner, item in flatten_parts(block).items()}
+            flat |= {f"{name}.{inner}": item for inner, item in _flat_parts(block).items()}
         else:
             flat[name] = block
     return flat
@@ -126,28 +128,28 @@ class TrainOptions(Options):
     """`transformers.TrainingArguments` by their own names; those not listed here go into `arguments`."""
 
     num_train_epochs: float = Field(default=1.0, ge=0)
-    """Passes over the data; 0 writes the model as it was put together, untrained."""
+    """Passes over the data; 0 writes the untrained model."""
     max_steps: int = -1
-    """Optimiser steps; replaces `num_train_epochs` when it is positive."""
+    """Optimizer steps; replaces `num_train_epochs` when it is positive."""
     per_device_train_batch_size: int = Field(default=8, ge=1)
-    """Samples of one process in one forward pass."""
+    """Samples per rank in one forward pass."""
     per_device_eval_batch_size: ResumeSafe[int] = Field(default=8, ge=1)
-    """The same in evaluation."""
+    """Samples per rank in one forward pass of the evaluation."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes per optimiser step."""
+    """Forward passes per optimizer step."""
 
     learning_rate: float = Field(default=5e-5, gt=0)
-    """Peak learning rate of every part that has none of its own."""
+    """Peak learning rate of every part without its own."""
     lr_scheduler_type: str = "cosine"
     """Schedule, by its transformers name (`cosine`, `linear`, `constant_with_warmup` ...)."""
     lr_scheduler_kwargs: dict[str, Any] = {}
     """Further arguments of the schedule."""
     warmup_steps: float = Field(default=0.0, ge=0)
-    """Steps of warm-up; a number below 1 is a share of all steps."""
+    """Steps of warm-up; a number below 1 is a fraction of all steps."""
     optim: str = "adamw_torch_fused"
-    """Optimiser, by its transformers name."""
+    """Optimizer, by its transformers name."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of matrices in parts that have none of their own."""
+    """Weight decay of matrices in parts without their own."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Adam's first decay rate."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -171,60 +173,61 @@ class TrainOptions(Options):
     liger: Own[bool] = False
     """Use liger's kernels in the language model (NVIDIA GPUs; `pip install 'medm[liger]'`)."""
     use_cpu: bool = False
-    """Train on the CPU even where there is a GPU."""
+    """Train on the CPU even when a GPU is available."""
     require_gpu: ResumeSafe[Own[bool]] = False
-    """Stop at the start when there is no GPU, instead of training on the CPU."""
+    """Stop at the start when no GPU is available, instead of training on the CPU."""
 
     deepspeed: Own[str | None] = None
     """`zero0`, `zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload`, or the path of a DeepSpeed JSON file."""
     ddp_find_unused_parameters: bool | None = None
-    """Passed to torch's DDP, which serves several processes without DeepSpeed."""
+    """Passed to torch's DDP, which runs several ranks without DeepSpeed."""
     ddp_timeout: ResumeSafe[int] = Field(default=1800, ge=1)
-    """Seconds after which a process that waits for the others gives up."""
+    """Seconds that a rank waits for the others."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    """When the loss on `data.eval` is measured."""
+    """Interval of the evaluation loss on `data.eval`."""
     eval_steps: float | None = Field(default=None, gt=0)
-    """Steps between two measurements; a number below 1 is a share of all steps."""
+    """Steps between two evaluations; a number below 1 is a fraction of all steps."""
     save_strategy: ResumeSafe[Literal["no", "steps", "epoch", "best"]] = "steps"
-    """When a checkpoint is written. SIGTERM and SIGINT write one in any case."""
+    """Interval of checkpoints. SIGTERM and SIGINT write one in any case."""
     save_steps: ResumeSafe[float] = Field(default=500, gt=0)
-    """Steps between two checkpoints; a number below 1 is a share of all steps."""
+    """Steps between two checkpoints; a number below 1 is a fraction of all steps."""
     save_total_limit: ResumeSafe[int | None] = Field(default=2, ge=1)
-    """Checkpoints that are kept, the best one aside; older ones go when a newer one has been verified."""
+    """Checkpoints to keep besides the best one; older ones are removed when a newer one has been verified."""
     save_in_background: ResumeSafe[Own[bool]] = True
-    """Go on training while a checkpoint is written from copies of weights and optimiser state, if half of the free
-    memory holds them (not with 4-bit weights), reaches the disk and is hashed. With DeepSpeed each process copies and
-    writes its own share, and the checkpoint counts from the end of the step in which the last one was written."""
+    """Continue training while a checkpoint is written, flushed to disk and hashed. It is written from copies of weights
+    and optimizer state, if half of the free memory holds them (not with 4-bit weights). With DeepSpeed each rank copies
+    and writes its own shard, and the checkpoint is complete at the end of the step in which the last shard was
+    written."""
     logging_steps: ResumeSafe[float] = Field(default=10, gt=0)
-    """Steps between two lines of the log."""
+    """Steps between two log lines."""
     logging_first_step: ResumeSafe[bool] = True
     """Log the first step too."""
     load_best_model_at_end: bool = False
-    """End with the weights of the best evaluation instead of the last ones."""
+    """Finish with the weights of the best evaluation instead of the last ones."""
     metric_for_best_model: str | None = None
-    """What "best" means; the evaluation loss without it."""
+    """Metric of the best evaluation. Default: the evaluation loss."""
     greater_is_better: bool | None = None
-    """Whether a larger value is better; decided by the metric's name without it."""
+    """True where a larger value is better. Default: by the metric's name."""
     early_stopping_patience: Own[int | None] = Field(default=None, ge=1)
-    """Stop after so many evaluations without improvement."""
+    """Stop after this number of evaluations without improvement."""
     early_stopping_threshold: Own[float] = Field(default=0.0, ge=0)
-    """What counts as an improvement."""
+    """Smallest improvement that counts."""
 
     seed: int = Field(default=42, ge=0)
     """Seed of new weights, dropout and the order of the data."""
     full_determinism: bool = False
     """Use deterministic GPU kernels, which are slower."""
     dataloader_num_workers: ResumeSafe[int] = Field(default=0, ge=0)
-    """Processes that read and preprocess samples, at most one for each processor; 0 does it in the training process."""
+    """Worker processes that read and preprocess samples, at most one per CPU core; 0 reads in the training process."""
     dataloader_prefetch_factor: ResumeSafe[int | None] = Field(default=None, ge=1)
-    """Batches that each worker holds ready."""
+    """Batches that each worker prefetches."""
     dataloader_pin_memory: ResumeSafe[bool] = True
-    """Page-locked batches, which reach a GPU faster."""
+    """Page-locked batches, which are copied to a GPU faster."""
     dataloader_drop_last: bool = False
-    """Leave out the last, smaller batch of an epoch."""
+    """Drop the last, smaller batch of an epoch."""
     report_to: ResumeSafe[str | list[str]] = "none"
-    """Trackers beside the loss curve that is always written: `tensorboard`, `wandb`, `mlflow` ..."""
+    """Trackers besides the loss curve, which is always written: `tensorboard`, `wandb`, `mlflow` ..."""
     run_name: ResumeSafe[str | None] = None
     """Name of the run for trackers."""
 

@@ -21,20 +21,20 @@ from medm.objectives import (
     TermsOptions,
 )
 from medm.registry import EACH_ITEM, EACH_VALUE, NamedBlock, sections_in
-from medm.training.options import DiagnosticsOptions, Part, TrainOptions, flatten_parts
+from medm.training.options import DiagnosticsOptions, Part, PartOptions, TrainOptions, flatten_parts
 
 
 class Recipe(Options):
-    """Everything that decides a training run."""
+    """Complete description of a training run."""
 
     model: Annotated[ModelOptions, NamedBlock(MODELS, key="kind", default="lvlm")]
-    """The model, put together from parts by name; `kind` is `lvlm` unless said."""
+    """The model, built from parts by name; the default `kind` is `lvlm`."""
     data: DataOptions
-    """What is trained and evaluated on."""
+    """Training and evaluation data."""
     parts: Annotated[dict[str, Part], BeforeValidator(flatten_parts)]
-    """Part of the model -> how it is trained. A part that is not named is frozen."""
+    """Training of each part of the model, by name. A part that is not named is frozen."""
     train: TrainOptions = TrainOptions()
-    """The run itself, in the words of `transformers.TrainingArguments`."""
+    """Options of the run, with the names of `transformers.TrainingArguments`."""
     objective: Annotated[
         ObjectiveOptions | TermsOptions,
         NamedBlock(OBJECTIVES, default="language-modeling", beside=(("terms", TermsOptions),)),
@@ -43,14 +43,14 @@ class Recipe(Options):
     diagnostics: ResumeSafe[DiagnosticsOptions | None] = None
     """Measure gradients between tasks and routing weights during the run; null does not."""
     init_from: str | None = None
-    """Folder of a trained model to start from. Not the same thing as `--resume`, which continues this run."""
+    """Folder of a trained model to start from. `--resume`, in contrast, continues this run."""
     output_dir: ResumeSafe[str]
     """Folder for checkpoints and the trained model."""
 
     @field_validator("parts", mode="before")
     @classmethod
-    def _known_parts(cls, parts: Any, info: ValidationInfo) -> Any:
-        """Before a misspelled part is told to lack its `tune`."""
+    def _known_parts(cls, parts: object, info: ValidationInfo) -> object:
+        """Report unknown part names before the check of their blocks."""
         model = info.data.get("model")
         known = model.part_names() if isinstance(model, ModelOptions) else None
         parts = flatten_parts(parts)
@@ -62,7 +62,7 @@ class Recipe(Options):
 
     @field_validator("parts")
     @classmethod
-    def _something_to_train(cls, parts: dict[str, Any]) -> dict[str, Any]:
+    def _something_to_train(cls, parts: dict[str, PartOptions]) -> dict[str, PartOptions]:
         if all(part.tune == "frozen" and part.new_tokens is None for part in parts.values()):
             raise ValueError("nothing to train: name at least one part with tune: full or tune: lora")
         return parts
@@ -97,30 +97,30 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         overrides: `dotted.key=value`, as typed on the command line.
 
     Raises:
-        RecipeError: with every problem of the file, one a line.
+        RecipeError: with every problem of the file, one per line.
     """
     changed = apply_overrides(read_yaml(path), overrides, short_form=short_form)
     return validate(Recipe, changed, source=str(path))
 
 
 def short_form(place: Sequence[str]) -> str | None:
-    """Key that a plain word stands for at a place of a recipe."""
+    """Return the key that the short form of a block sets, by its place in a recipe."""
     if place[0] == "parts" and len(place) > 1:
         return "tune"
     return "name" if place[-1] in ("encoder", "connector", "llm", "objective") else None
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with every default filled in, as plain values."""
+    """Return the recipe with all defaults, as plain values."""
     return recipe.model_dump(mode="json")
 
 
-def dump(recipe: Mapping[str, Any]) -> str:
-    """A resolved recipe as YAML that `load_recipe` reads again."""
+def dump(recipe: Mapping[str, object]) -> str:
+    """Return a resolved recipe as YAML, for `load_recipe`."""
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
-def resume_safe_keys(section: type[Options], value: Mapping[str, Any], place: str = "") -> Iterator[str]:
+def resume_safe_keys(section: type[Options], value: Mapping[str, object], place: str = "") -> Iterator[str]:
     """Yield the dotted keys that are marked `ResumeSafe`, in a section and in the sections below it.
 
     Args:
@@ -142,7 +142,7 @@ def resume_safe_keys(section: type[Options], value: Mapping[str, Any], place: st
                     yield from resume_safe_keys(options, block, f"{where}.")
 
 
-def _blocks(value: object, steps: Sequence[str], place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _blocks(value: object, steps: Sequence[str], place: str) -> Iterator[tuple[str, Mapping[str, object]]]:
     """Yield the mappings at the end of the steps of `sections_in`, each with its dotted key."""
     if not steps:
         if isinstance(value, Mapping):
@@ -155,7 +155,7 @@ def _blocks(value: object, steps: Sequence[str], place: str) -> Iterator[tuple[s
             yield from _blocks(item, steps[1:], f"{place}.{name}")
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """List the changes between two resolved recipes that matter for what is learned: one line a key.
 
     Keys that are marked `ResumeSafe` do not matter.

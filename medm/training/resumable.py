@@ -1,7 +1,7 @@
 """transformers' Trainer with checkpoints that are whole or not there, and runs that go on from them.
 
 Knows what a run consists of (weights, optimiser, schedule, random numbers, recipe), not what is learned: losses, parts
-and data are its subclass's. Where the files go is `checkpoints`, when they are written is `writing`.
+and data are its subclass's. Where the files go is `checkpoints`, when they are written is `checkpoint_writer`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from medm.distributed import all_gather_objects, any_rank, on_rank_zero
 from medm.errors import CheckpointError, NonFiniteError, RecipeError
+from medm.files import remove
 from medm.launcher import LINK
 from medm.models.base import MedmModel
 from medm.models.manifest import read_manifest, verify
 from medm.training import checkpoints
 from medm.training.callbacks import Interruption
+from medm.training.checkpoint_writer import AsyncCheckpointWriter, run_on_all_ranks
 from medm.training.options import TrainOptions
 from medm.training.quantize import four_bit_weights, plain_state_dict
 from medm.training.recipe import differences
 from medm.training.safe_load import safe_loading
 from medm.training.snapshot import Snapshot, check_types, tensor_bytes, write_files
-from medm.training.writing import Writing, together
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,11 @@ logger = logging.getLogger(__name__)
 class _Settle(TrainerCallback):
     """At the end of every step, looks how far the checkpoint is that is being written."""
 
-    def __init__(self, commits: Writing) -> None:
+    def __init__(self, commits: AsyncCheckpointWriter) -> None:
         self.commits = commits
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.commits.settle()
+        self.commits.poll()
 
 
 class ResumableTrainer(Trainer):
@@ -74,7 +75,7 @@ class ResumableTrainer(Trainer):
         self.output_dir = Path(args.output_dir or "")
         self.interruption = Interruption()
         self._snapshot = Snapshot()
-        self._commits = Writing(args.device)
+        self._commits = AsyncCheckpointWriter(args.device)
         self._committed_step: int | None = None
         self._keeps_training_state = True
         callbacks = [*callbacks, self.interruption, _Settle(self._commits)]
@@ -113,7 +114,7 @@ class ResumableTrainer(Trainer):
         if not resume:
             checkpoints.check_unused(output_dir)
             return None
-        start = checkpoints.newest_good(output_dir, facts={"world_size": int, "recipe": dict})
+        start = checkpoints.newest_good(output_dir, metadata={"world_size": int, "recipe": dict})
         if start is None:
             logger.warning("--resume: %s holds no checkpoint yet, so the run starts from the beginning", output_dir)
             return None
@@ -160,7 +161,7 @@ class ResumableTrainer(Trainer):
         host = socket.gethostname()
         neighbours = all_gather_objects(host).count(host) if self.is_deepspeed_enabled else 1
         copied: dict[Path, Any] = {}
-        together(
+        run_on_all_ranks(
             lambda: copied.update(self._write_checkpoint(folder, final, neighbours=neighbours)),
             final=final, cleanup=folder,
         )  # fmt: skip
@@ -169,9 +170,9 @@ class ResumableTrainer(Trainer):
             with LINK.writing():
                 on_rank_zero(commit)
         elif self.is_deepspeed_enabled and self.args.world_size > 1:
-            self._commits.shared(copied, commit, folder=folder, final=final)
+            self._commits.write_on_all_ranks(copied, commit, folder=folder, final=final)
         else:
-            self._commits.alone(copied, commit, folder=folder, final=final)
+            self._commits.write_on_rank_zero(copied, commit, folder=folder, final=final)
         self._committed_step = step
 
     def save_whole(self, folder: Path) -> None:
@@ -184,12 +185,12 @@ class ResumableTrainer(Trainer):
         on_rank_zero(lambda: self._fresh(folder))
         self._keeps_training_state = False
         try:
-            together(lambda: self.save_model(str(folder), _internal_call=True), final=folder, cleanup=folder)
+            run_on_all_ranks(lambda: self.save_model(str(folder), _internal_call=True), final=folder, cleanup=folder)
         finally:
             self._keeps_training_state = True
 
     def _fresh(self, folder: Path) -> None:
-        checkpoints.remove(folder)
+        remove(folder)
         folder.mkdir(parents=True)
 
     def _make_staging(self, output_dir: Path, step: int) -> Path:
@@ -257,8 +258,8 @@ class ResumableTrainer(Trainer):
                 states[type(callback).__name__] = callback.state()
 
     def _commit(self, folder: Path, final: Path) -> Callable[[], None]:
-        """What makes a folder a checkpoint, with the facts of this moment."""
-        facts = {
+        """What makes a folder a checkpoint, with the metadata of this moment."""
+        metadata = {
             "step": self.state.global_step, "world_size": self.args.world_size, "recipe": self.recipe,
             "data": self.data_hashes,
         }  # fmt: skip
@@ -266,7 +267,7 @@ class ResumableTrainer(Trainer):
 
         def commit() -> None:
             try:
-                checkpoints.commit(folder, final=final, facts=facts)
+                checkpoints.commit(folder, final=final, metadata=metadata)
                 if keep is not None:
                     checkpoints.prune(final.parent, keep=keep, spare=Path(best) if best else None, newest=final)
             except OSError as error:
@@ -375,7 +376,7 @@ def check_continues(start: Path, manifest: Mapping[str, Any], *, recipe: Mapping
 
     Args:
         start: the checkpoint, for messages.
-        manifest: its facts.
+        manifest: its metadata.
         recipe: resolved, of this run.
         world_size: processes of this run.
 

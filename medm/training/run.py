@@ -1,15 +1,12 @@
-"""A recipe, run: build, check the data, train, and leave a model folder that opens anywhere."""
+"""Training run of a recipe: build, check the data, train, and write a model folder that opens anywhere."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -17,9 +14,8 @@ from medm.data.check import require_sources
 from medm.data.pipelines import pipeline_for
 from medm.distributed import on_rank_zero
 from medm.errors import CheckpointError, RecipeError
-from medm.files import sync
+from medm.files import move_contents, replace_directory
 from medm.launcher import LINK
-from medm.llms.attention import in_one_kernel
 from medm.models import build, kind_of
 from medm.models.manifest import MANIFEST, read_manifest, write_manifest
 from medm.objectives.terms import terms_of
@@ -34,8 +30,8 @@ from medm.training.diagnostics import (
     TaskTaggingCollator,
     require_measurable,
 )
-from medm.training.features import keep_features
-from medm.training.kernels import compile_layers, use_liger
+from medm.training.feature_caching import cache_features
+from medm.training.kernels import any_lengths, compile_layers, generating_part, use_liger
 from medm.training.options import TrainOptions
 from medm.training.parts import PartTable, apply_parts
 from medm.training.recipe import Recipe, differences, resolved
@@ -47,32 +43,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended."""
+    """Outcome of a run."""
 
     output_dir: Path
     finished: bool
-    """False when a signal stopped it; start it again with `resume=True`."""
+    """False when a signal stopped it; `resume=True` continues it."""
     steps: int
     loss: float | None
-    """The last training loss that was logged."""
+    """Last training loss that was logged."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
-    """Train what a recipe describes.
+    """Run the training that a recipe describes.
 
     Args:
         recipe: see `load_recipe`.
-        resume: go on from the newest whole checkpoint of `output_dir`, and start where there is none.
+        resume: continue from the newest complete checkpoint of `output_dir`; without one, start from the beginning.
 
     Returns:
-        How it ended. The model is in `output_dir` itself, checkpoints in folders beneath it.
+        The outcome. The model is in `output_dir` itself, checkpoints in folders beneath it.
 
     Raises:
         MedmError: anything that the user can fix, before the first step wherever that is possible.
     """
     output_dir = Path(recipe.output_dir)
     transformers_logging.disable_progress_bar()
-    # Whatever recipe, folders and installed packages tell is told before weights are read, which takes minutes.
+    # Fail early: reading weights takes minutes, and recipe, folders and packages can be checked before.
     options, fallback = on_this_machine(recipe.train)
     require_sources(recipe.data)
     require_start(recipe)
@@ -99,7 +95,7 @@ def _require_zero3_support(recipe: Recipe) -> None:
 
 
 def _require_usable(recipe: Recipe, args: TrainingArguments, *, resume: bool) -> Outcome | None:
-    """Look at the output folder; a finished model that was not put in place yet is put there.
+    """Check the output folder, and publish a finished model that is not in its place yet.
 
     Returns:
         The outcome of a run that needed no more than that, else None.
@@ -117,7 +113,7 @@ def _require_usable(recipe: Recipe, args: TrainingArguments, *, resume: bool) ->
     for start in checkpoints.folders(output_dir)[:1]:
         try:
             manifest = read_manifest(start)
-        except CheckpointError:  # an older checkpoint may be whole, which the trainer finds out
+        except CheckpointError:  # an older checkpoint may be complete; the trainer looks for it
             break
         if isinstance(manifest.get("recipe"), dict) and isinstance(manifest.get("world_size"), int):
             check_continues(start, manifest, recipe=resolved(recipe), world_size=args.world_size)
@@ -125,7 +121,7 @@ def _require_usable(recipe: Recipe, args: TrainingArguments, *, resume: bool) ->
 
 
 def _finish(folder: Path, recipe: Recipe) -> Outcome:
-    """Put a whole model in place that an earlier run of this recipe could not put there."""
+    """Publish the complete model of an earlier run of this recipe that could not be published."""
     output_dir, manifest = Path(recipe.output_dir), checkpoints.finished_manifest(folder)
     if changed := differences(manifest["recipe"], resolved(recipe)):
         raise RecipeError(
@@ -140,9 +136,9 @@ def _finish(folder: Path, recipe: Recipe) -> Outcome:
 def _train(
     recipe: Recipe, options: TrainOptions, args: TrainingArguments, *, resume: bool, fallback: Mapping[str, str]
 ) -> Outcome:
-    """Train what a recipe describes with what this machine can do; the caller holds the output folder."""
+    """Run the training with the options for this machine. The caller holds the lock on the output folder."""
     output_dir = Path(recipe.output_dir)
-    set_seed(options.seed)  # new connectors and adapters are drawn from it
+    set_seed(options.seed)  # of new connectors and adapters
     with whole_models(args):
         model, processor = build(recipe.model, init_from=recipe.init_from)
     table = apply_parts(model, recipe.parts, options, keep_float32=options.deepspeed is None)
@@ -151,19 +147,19 @@ def _train(
     data = TrainingData(
         recipe.data, options, pipeline_for(kind_of(recipe.model), processor),
         rank=args.process_index, world=args.world_size,
-        padding_free=recipe.data.packing and _any_lengths(model, options, args.device) and model.enable_padding_free(),
+        padding_free=recipe.data.packing and any_lengths(model, options, args.device) and model.enable_padding_free(),
     )  # fmt: skip
     hashes = on_rank_zero(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:
         root = Path(recipe.data.cache_features)
         data.use_features(
-            keep_features(
+            cache_features(
                 model, root, data.train.preprocess, data.records,
                 device=args.device, bad_records=recipe.data.bad_records,
             )
         )  # fmt: skip
     if options.liger:
-        use_liger(model.parts().get("llm"))
+        use_liger(generating_part(model))
     if options.torch_compile:
         compile_layers(model, deepspeed=options.deepspeed)
     terms, callbacks = terms_of(recipe.objective), _callbacks(recipe)
@@ -190,13 +186,6 @@ def _train(
     return Outcome(output_dir, finished, trainer.state.global_step, losses[-1] if losses else None)
 
 
-def _any_lengths(model: Any, options: TrainOptions, device: torch.device) -> bool:
-    """Whether layers take a row of samples of any lengths: compiled ones do where one kernel attends to all of them."""
-    if not options.torch_compile:
-        return True
-    dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
-    language_model = model.parts().get("llm")
-    return language_model is not None and in_one_kernel(language_model, device=device, dtype=dtype)
 
 
 def _callbacks(recipe: Recipe) -> list[TrainerCallback]:
@@ -211,7 +200,7 @@ def _callbacks(recipe: Recipe) -> list[TrainerCallback]:
 def _save_final(
     trainer: MedmTrainer, recipe: Recipe, table: PartTable, data: TrainingData, *, fallback: Mapping[str, str]
 ) -> None:
-    """Write the whole model into a folder of its own, then move its files into `output_dir`. All processes call it."""
+    """Write the complete model into a staging folder, then move its files into `output_dir`. All ranks call it."""
     output_dir = Path(recipe.output_dir)
     folder = output_dir / ".tmp-model"
     trainer.save_whole(folder)
@@ -229,23 +218,23 @@ def _finish_folder(
     """Add the records and the manifest to a folder of weights, and publish it.
 
     Raises:
-        CheckpointError: the disk does not take it; what is whole by then stays, and --resume finishes.
+        CheckpointError: the disk does not take it. A complete folder stays, and --resume finishes.
     """
     output_dir = Path(recipe.output_dir)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    facts = {
-        "step": trainer.state.global_step, "loss": losses[-1] if losses else None, "recipe": resolved(recipe),
-    }  # fmt: skip
+    metadata = {
+        "step": trainer.state.global_step,
+        "loss": losses[-1] if losses else None,
+        "recipe": resolved(recipe),
+    }
     try:
         write_record(
             folder, recipe=resolved(recipe), table=table, hashes=trainer.data_hashes,
             history=trainer.state.log_history, counts=counts, device=trainer.args.device.type, fallback=fallback,
         )  # fmt: skip
-        write_manifest(folder, facts)
+        write_manifest(folder, metadata)
         finished = output_dir / checkpoints.FINISHED
-        checkpoints.remove(finished)
-        folder.rename(finished)
-        sync(output_dir)
+        replace_directory(folder, finished)
     except OSError as error:
         raise CheckpointError(
             f"{output_dir}: the trained model could not be written ({error.strerror or error}); make room, then "
@@ -255,32 +244,24 @@ def _finish_folder(
 
 
 def publish(folder: Path, output_dir: Path) -> None:
-    """Move a finished model's files into a folder, in an order that never shows half a model.
+    """Move the files of a finished model into a folder, the config last: a folder without it is no model.
 
-    Called again after it failed or was killed, it moves what is left.
+    Called again after an error or a kill, it moves the rest.
 
     Raises:
-        CheckpointError: the disk does not take them; what was not moved stays where it is.
+        CheckpointError: the disk does not take them; files that were not moved stay in `folder`.
     """
-    last = [MANIFEST, "config.json"]
     try:
         own = {path.name for path in folder.iterdir()}
-        if MANIFEST in own:  # files that were moved before are known by it
+        if MANIFEST in own:  # it lists the files that were moved before
             own |= {name.partition("/")[0] for name in read_manifest(folder)["files"]}
         if own - {"config.json"}:
             (output_dir / "config.json").unlink(missing_ok=True)
-            # One file of an earlier model would be preferred to the shards of this one.
+            # transformers would prefer one file of an earlier model to the shards of this one.
             for old in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]:
                 if old.name not in own or (folder / old.name).exists():
                     old.unlink()
-        for path in sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
-            target = output_dir / path.name
-            if path.is_dir() and target.is_dir():
-                shutil.rmtree(target)
-            sync(path)
-            path.replace(target)
-        sync(output_dir)
-        folder.rmdir()
+        move_contents(folder, output_dir, last=(MANIFEST, "config.json"))
     except OSError as error:
         raise CheckpointError(
             f"{output_dir}: the trained model could not be put in place ({error.strerror or error}); it is whole in "

@@ -29,7 +29,7 @@ _FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_
 
 
 @contextmanager
-def safe_loading(classes: tuple[Any, ...] = ()) -> Iterator[None]:
+def safe_loading(classes: tuple[type, ...] = ()) -> Iterator[None]:
     """Refuse pickled objects in every file that torch reads inside.
 
     Args:

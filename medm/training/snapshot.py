@@ -1,4 +1,4 @@
-"""The tensors of a run at one moment, copied aside, so that they can be written while training changes them."""
+"""Copies of a run's tensors at one moment, to be written while training changes the originals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from medm.errors import CheckpointError
 
-_SHARE = 0.5
-"""Part of the free memory that copies may take."""
+T = TypeVar("T")
+
+_MEMORY_FRACTION = 0.5
+"""Fraction of the free memory that copies may take."""
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
@@ -26,27 +28,27 @@ _TYPES = {
 
 
 class Snapshot:
-    """Copies in host memory, which is kept from one to the next: new pages cost more than the copying.
+    """Copies in host memory that is reused for the next copy: new pages cost more than the copying.
 
-    What an earlier `copy` returned is overwritten by a later one, for the tensors in the same places.
+    A later `copy` overwrites the tensors that an earlier one returned, for the same places.
     """
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
     def fits(self, size: int, *, processes: int = 1) -> bool:
-        """Whether copies of so many bytes leave the machine enough memory.
+        """Return whether the free memory of the machine suffices for the copies.
 
         Args:
-            size: bytes that this process would copy.
-            processes: of this machine that copy at the same time.
+            size: bytes that this rank copies.
+            processes: ranks of this machine that copy at the same time.
         """
         held = sum(tensor.nbytes for tensor in self._memory.values())
-        return size - held <= _SHARE / processes * psutil.virtual_memory().available
+        return size - held <= _MEMORY_FRACTION / processes * psutil.virtual_memory().available
 
-    def copy(self, state: Any) -> Any:
-        """A deep copy of nested dicts and lists; a tensor that is in there twice is one tensor in the copy too."""
-        copies: dict[Any, Tensor] = {}
+    def copy(self, state: T) -> T:
+        """Return a deep copy of nested dicts and lists; shared tensors stay shared."""
+        copies: dict[tuple[object, ...], Tensor] = {}
         known: dict[int, Any] = {}
         before, self._memory = self._memory, {}
         for place, tensor in _tensors(state):
@@ -65,13 +67,13 @@ class Snapshot:
         return held.copy_(tensor, non_blocking=True)
 
 
-def tensor_bytes(state: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists, each counted once."""
+def tensor_bytes(state: object) -> int:
+    """Return the bytes of all tensors in nested dicts and lists, each counted once."""
     return sum({_memory_of(tensor): tensor.nbytes for _, tensor in _tensors(state)}.values())
 
 
-def _tensors(state: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dicts and lists, with the way to it."""
+def _tensors(state: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor in nested dicts and lists, with its path."""
     if isinstance(state, Tensor):
         yield place, state
     elif isinstance(state, Mapping):
@@ -82,8 +84,8 @@ def _tensors(state: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{place}/{number}")
 
 
-def _memory_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that show the same numbers because they share them."""
+def _memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """Return a key that is equal for tensors of the same memory, shape and type."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
@@ -107,21 +109,21 @@ def check_types(tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file without holding the interpreter, as safetensors' own writer does until the disk is done.
+    """Write a safetensors file without holding the GIL, which safetensors' own writer holds until the disk is done.
 
     Args:
         tensors: contiguous.
-        file: where to; overwritten.
+        file: path; overwritten.
 
     Raises:
-        CheckpointError: a tensor is of a type that the format does not know; nothing was written.
+        CheckpointError: the format has no type for a tensor; nothing was written.
 
     Format: https://github.com/huggingface/safetensors#format
     """
     check_types(tensors)
     # Wide types first, so that each tensor begins at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         tensor = tensors[name]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ def write(output_dir: Path, step: int, content: bytes = b"weights") -> Path:
     (folder / "sub").mkdir()
     (folder / "sub" / "shard").write_bytes(b"x" * 1000)
     final = output_dir / f"checkpoint-{step}"
-    checkpoints.commit(folder, final=final, facts={"step": step})
+    checkpoints.commit(folder, final=final, metadata={"step": step})
     return final
 
 
@@ -105,7 +104,7 @@ def test_nothing_is_pruned_when_the_new_checkpoint_does_not_verify(tmp_path: Pat
 
 
 def test_a_manifest_that_lacks_what_it_must_say_sends_one_back_to_an_older_checkpoint(tmp_path: Path) -> None:
-    facts = {"step": int}
+    metadata = {"step": int}
     older = write(tmp_path, 4)
     manifest = write(tmp_path, 8) / MANIFEST
     record = json.loads(manifest.read_text())
@@ -118,9 +117,9 @@ def test_a_manifest_that_lacks_what_it_must_say_sends_one_back_to_an_older_check
         [],
     ):
         manifest.write_text(json.dumps(changed))
-        assert checkpoints.newest_good(tmp_path, facts=facts) == older
+        assert checkpoints.newest_good(tmp_path, metadata=metadata) == older
     manifest.write_text(json.dumps(record))
-    assert checkpoints.newest_good(tmp_path, facts=facts) == manifest.parent
+    assert checkpoints.newest_good(tmp_path, metadata=metadata) == manifest.parent
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -154,28 +153,6 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
         checkpoints.locked(tmp_path).__enter__()
     with checkpoints.locked(tmp_path):
         pass
-
-
-def test_what_goes_wrong_in_the_background_comes_out_at_the_next_wait() -> None:
-    done: list[int] = []
-    go_on = threading.Event()
-
-    def fails() -> None:
-        go_on.wait(60)
-        raise OSError("disk")
-
-    background = checkpoints.Background()
-    background.start(lambda: done.append(1))
-    background.start(fails)
-    assert done == [1], "one at a time"
-    assert background.busy
-    go_on.set()
-    with pytest.raises(OSError, match="disk"):
-        background.wait()
-    assert not background.busy
-    background.start(lambda: done.append(2))
-    background.wait()
-    assert done == [1, 2]
 
 
 @pytest.mark.parametrize("file", ["config.json", "model-00001-of-00002.safetensors"])

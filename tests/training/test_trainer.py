@@ -355,8 +355,8 @@ def test_a_planted_pickle_is_refused_and_does_not_run(tmp_path: Path, file: str)
     with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
         trainer(tmp_path / "run", max_steps=4).fit(resume=True)
     # A stranger can write a manifest too.
-    facts = {key: value for key, value in read_manifest(folder).items() if key != "files"}
-    write_manifest(folder, facts)
+    metadata = {key: value for key, value in read_manifest(folder).items() if key != "files"}
+    write_manifest(folder, metadata)
     with pytest.raises(CheckpointError, match="more than tensors and plain values"):
         trainer(tmp_path / "run", max_steps=8).fit(resume=True)
     assert not (tmp_path / "mark").exists()
@@ -520,8 +520,8 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -
 def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=4).fit()
     folder = tmp_path / "checkpoint-4"
-    facts = {key: value for key, value in read_manifest(folder).items() if key != "files"}
-    write_manifest(folder, facts | {"world_size": 2})
+    metadata = {key: value for key, value in read_manifest(folder).items() if key != "files"}
+    write_manifest(folder, metadata | {"world_size": 2})
     with pytest.raises(CheckpointError, match="written by 2 processes, and 1 are running"):
         trainer(tmp_path, max_steps=8).fit(resume=True)
 

@@ -25,10 +25,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from medm.data.limits import BadRecordsLimit
 from medm.distributed import end_rank, leave_group
 from medm.errors import InputLostError, MedmError
+from medm.files import remove
 from medm.models.manifest import read_manifest, write_manifest
 from medm.objectives.contrastive import Contrastive
 from medm.objectives.terms import Terms
-from medm.training import checkpoints, resumable, writing
+from medm.training import checkpoint_writer, checkpoints, resumable
 from medm.training.trainer import MedmTrainer
 from tests.training.toys import BOTH, LORA, ROWS, TOWERS, Fixed, Pairs, trainer
 
@@ -104,7 +105,7 @@ def resumed(folder: Path, **case: Any) -> Any:
     del first
     release()
     if dist.get_rank() == 0:
-        checkpoints.remove(folder / "cut" / "checkpoint-6")
+        remove(folder / "cut" / "checkpoint-6")
     dist.barrier()
     run = trainer(folder / "cut", **settings)
     run.fit(resume=True)
@@ -113,7 +114,7 @@ def resumed(folder: Path, **case: Any) -> Any:
 
 
 @contextmanager
-def replaced(by: Callable[[Any], Any], module: Any = writing) -> Iterator[None]:
+def replaced(by: Callable[[Any], Any], module: Any = checkpoint_writer) -> Iterator[None]:
     """Another `write_files` in a module, made from the real one."""
     real, module.write_files = module.write_files, by(module.write_files)
     try:
@@ -134,7 +135,7 @@ def full_disk(folder: Path, *, background: bool) -> Any:
         return write_some
 
     run = trainer(folder, **HALF, save_steps=2, save_in_background=background, deepspeed="zero2")
-    with replaced(failing, writing if background else resumable):
+    with replaced(failing, checkpoint_writer if background else resumable):
         error = refusal(run.fit)
     return [error, run.state.global_step, sorted(path.name for path in folder.iterdir() if path.is_dir())]
 
@@ -165,8 +166,8 @@ def planted(folder: Path, pattern: str, stage: str) -> Any:
         checkpoint = folder / "checkpoint-2"
         for file in checkpoint.rglob(pattern):  # one a process
             torch.save({"module": Planted(str(folder / "mark"))}, file)
-        facts = {key: value for key, value in read_manifest(checkpoint).items() if key != "files"}
-        write_manifest(checkpoint, facts)
+        metadata = {key: value for key, value in read_manifest(checkpoint).items() if key != "files"}
+        write_manifest(checkpoint, metadata)
     dist.barrier()
     return refusal(lambda: trainer(folder, **(settings | {"max_steps": 4})).fit(resume=True))
 

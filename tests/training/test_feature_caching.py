@@ -17,7 +17,7 @@ from medm.config import validate
 from medm.encoders.siglip import SiglipEncoder
 from medm.errors import DataError, RecipeError
 from medm.models.lvlm.options import LVLMOptions
-from medm.training.features import encoder_fingerprint
+from medm.training.feature_caching import encoder_fingerprint
 from medm.training.recipe import Recipe
 from medm.training.run import train
 from tests import tiny

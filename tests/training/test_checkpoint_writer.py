@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from medm.errors import CheckpointError, NonFiniteError
-from medm.training import writing
-from medm.training.writing import Writing
+from medm.training import checkpoint_writer
+from medm.training.checkpoint_writer import AsyncCheckpointWriter, BackgroundWorker
 
-WAYS = [pytest.param(Writing.alone, id="alone"), pytest.param(Writing.shared, id="shared")]
+WAYS = [
+    pytest.param(AsyncCheckpointWriter.write_on_rank_zero, id="rank zero"),
+    pytest.param(AsyncCheckpointWriter.write_on_all_ranks, id="all ranks"),
+]
 
 
 class Case:
@@ -26,7 +29,7 @@ class Case:
         self.folder.mkdir()
         self.files = {self.folder / "state.pt": {"a": torch.ones(2)}}
 
-    def begin(self, run: Writing, way: Any, commit: Callable[[], None] | None = None) -> None:
+    def begin(self, run: AsyncCheckpointWriter, way: Any, commit: Callable[[], None] | None = None) -> None:
         way(run, self.files, commit or self.commit, folder=self.folder, final=self.final)
 
     def commit(self) -> None:
@@ -43,13 +46,13 @@ def case(tmp_path: Path) -> Case:
 def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """A disk that takes nothing before the event is set."""
     ready = threading.Event()
-    write = writing.write_files
+    write = checkpoint_writer.write_files
 
     def slow(files: Any) -> None:
         assert ready.wait(60)
         write(files)
 
-    monkeypatch.setattr(writing, "write_files", slow)
+    monkeypatch.setattr(checkpoint_writer, "write_files", slow)
     return ready
 
 
@@ -59,22 +62,22 @@ def full(*_: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_training_goes_on_while_it_is_written(case: Case, disk: threading.Event, way: Any) -> None:
-    with Writing() as run:
+    with AsyncCheckpointWriter() as run:
         case.begin(run, way)
-        run.settle()  # does not wait
+        run.poll()  # does not wait
         assert not case.final.exists()
         disk.set()
         run.wait()
         assert torch.load(case.final / "state.pt", weights_only=True)["a"].tolist() == [1, 1]
-        run.settle()  # nothing is left
+        run.poll()  # nothing is left
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_file_that_cannot_be_written_is_said_once_and_nothing_is_left(
     case: Case, monkeypatch: pytest.MonkeyPatch, way: Any
 ) -> None:
-    monkeypatch.setattr(writing, "write_files", full)
-    with Writing() as run:
+    monkeypatch.setattr(checkpoint_writer, "write_files", full)
+    with AsyncCheckpointWriter() as run:
         case.begin(run, way)
         with pytest.raises(CheckpointError, match=r"final failed .*No space left.*earlier checkpoints are untouched"):
             run.wait()
@@ -87,28 +90,28 @@ def test_a_commit_that_fails_is_said(case: Case, way: Any) -> None:
     def fails() -> None:
         raise CheckpointError("could not be finished")
 
-    with pytest.raises(CheckpointError, match="could not be finished"), Writing() as run:
+    with pytest.raises(CheckpointError, match="could not be finished"), AsyncCheckpointWriter() as run:
         case.begin(run, way, commit=fails)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_end_of_a_run_waits_for_its_last_checkpoint(case: Case, way: Any) -> None:
-    with Writing() as run:
+    with AsyncCheckpointWriter() as run:
         case.begin(run, way)
     assert case.final.is_dir()
 
 
 def test_processes_that_stop_together_finish_their_checkpoint(case: Case) -> None:
-    with pytest.raises(NonFiniteError), Writing() as run:
-        case.begin(run, Writing.shared)
+    with pytest.raises(NonFiniteError), AsyncCheckpointWriter() as run:
+        case.begin(run, AsyncCheckpointWriter.write_on_all_ranks)
         raise NonFiniteError("the loss is nan")
     assert case.final.is_dir()
 
 
 def test_shares_are_not_committed_by_a_process_that_stops_alone(case: Case) -> None:
     """Whether the others wrote theirs is not known to it."""
-    with pytest.raises(KeyError), Writing() as run:
-        case.begin(run, Writing.shared)
+    with pytest.raises(KeyError), AsyncCheckpointWriter() as run:
+        case.begin(run, AsyncCheckpointWriter.write_on_all_ranks)
         raise KeyError
     assert case.folder.is_dir()
     assert not case.final.exists()
@@ -118,8 +121,30 @@ def test_shares_are_not_committed_by_a_process_that_stops_alone(case: Case) -> N
 def test_what_ended_a_run_is_not_hidden_by_its_last_checkpoint(
     case: Case, monkeypatch: pytest.MonkeyPatch, error: type[Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(writing, "write_files", full)
-    with pytest.raises(error), Writing() as run:
-        case.begin(run, Writing.alone)
+    monkeypatch.setattr(checkpoint_writer, "write_files", full)
+    with pytest.raises(error), AsyncCheckpointWriter() as run:
+        case.begin(run, AsyncCheckpointWriter.write_on_rank_zero)
         raise error("first")
     assert "No space left" in caplog.text
+
+
+def test_what_goes_wrong_in_the_background_comes_out_at_the_next_wait() -> None:
+    done: list[int] = []
+    go_on = threading.Event()
+
+    def fails() -> None:
+        go_on.wait(60)
+        raise OSError("disk")
+
+    background = BackgroundWorker()
+    background.start(lambda: done.append(1))
+    background.start(fails)
+    assert done == [1], "one at a time"
+    assert background.busy
+    go_on.set()
+    with pytest.raises(OSError, match="disk"):
+        background.wait()
+    assert not background.busy
+    background.start(lambda: done.append(2))
+    background.wait()
+    assert done == [1, 2]

@@ -29,7 +29,7 @@ BATCH = 16
 """Items that an encoder sees at once."""
 
 
-def keep_features(
+def cache_features(
     model: MedmModel,
     root: Path,
     preprocess: Mapping[str, Preprocess],
