@@ -48,7 +48,7 @@ class Mark(Enum):
     RESUME_SAFE = "resume-safe"
     """May change between a run and its continuation."""
     OWN = "own"
-    """Read by medm, and not handed on with the other options of its section."""
+    """Read by medm, not passed on with the other options of its section."""
 
 
 ResumeSafe: TypeAlias = Annotated[T, Mark.RESUME_SAFE]

@@ -1,4 +1,4 @@
-"""Rank, world size and how the ranks of a run agree. With one process everything here just takes the action."""
+"""Rank, world size and collective operations. With one rank, every function here is the plain action."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from medm.errors import CheckpointError, DataError, DeviceError, MedmError, Reci
 T = TypeVar("T")
 
 _KINDS = (MedmError, RecipeError, DataError, CheckpointError, DeviceError)
-"""Errors that are made from their text alone, and so can be raised again on another process."""
+"""Errors that are constructed from their text alone, and so can be raised again on another rank."""
 
 
 def world_size() -> int:
@@ -28,12 +28,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Return the result of an action that rank 0 alone takes; an error that the user can fix is raised on all ranks."""
+    """Run an action on rank 0; return its result, or raise its `MedmError` or `OSError`, on all ranks."""
     if world_size() == 1:
         return action()
     message: list[Any] = [None, None]
@@ -53,7 +53,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
 
 
 def failures(action: Callable[[], None]) -> list[str]:
-    """Take an action on every rank; return what went wrong on any, with its number."""
+    """Run an action on every rank; return the errors of all ranks, each with its rank."""
     problem: str | None = None
     try:
         action()
@@ -72,7 +72,7 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def any_rank(condition: bool, device: torch.device | str = "cpu") -> bool:
-    """Return whether it holds on any rank. `device`: where the process group communicates."""
+    """Return whether a condition holds on any rank. `device`: device of the process group's communication."""
     if world_size() == 1:
         return condition
     flag = torch.tensor(float(condition), device=device)
@@ -92,10 +92,10 @@ def leave_group() -> None:
 
 
 def end_rank(status: int) -> None:
-    """End a rank whose work is done, before the interpreter is taken down; other processes go on.
+    """Exit a rank that is done, without the shutdown of the interpreter. Other processes return.
 
-    Threads of gloo and DeepSpeed that still run at that point abort the process now and then ("terminate called
-    without an active exception"), and a run that wrote its model would look as if it had failed.
+    Threads of gloo and DeepSpeed that still run in a shutdown sometimes abort the process ("terminate called without an
+    active exception"), so that a run that wrote its model would look like a failure.
     """
     if _left_group:
         atexit._run_exitfuncs()
@@ -105,7 +105,7 @@ def end_rank(status: int) -> None:
 
 
 def row_counts(rows: Tensor) -> list[int]:
-    """Return the length of a tensor on every rank, in rank order: the last batch of an epoch may be dealt unevenly."""
+    """Return the length of a tensor on every rank, in rank order. The last batch of an epoch may be uneven."""
     if world_size() == 1:
         return [len(rows)]
     counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(world_size())]

@@ -1,7 +1,7 @@
-"""The errors medm raises on purpose.
+"""Errors that medm raises deliberately.
 
-Every message says what was expected, what was found, where, and what to do. Anything that is not a
-`MedmError` is a defect of medm and keeps its traceback; the command line prints these ones without.
+Every message says what was expected, what was found, where, and what to do. Any other exception is a defect of medm
+and keeps its traceback; the command line prints a `MedmError` without one.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class UnknownNameError(RecipeError):
     """A name that no registry knows.
 
     Args:
-        kind: what was looked up, in the singular ("connector").
-        name: what was asked for.
-        known: every name that would have been accepted.
-        hint: what else may help, after the list.
+        kind: kind of part, in the singular ("connector").
+        name: the unknown name.
+        known: all known names.
+        hint: text after the list.
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, hint: str = "") -> None:
@@ -39,7 +39,7 @@ class DataError(MedmError, ValueError):
     """One record of an annotation file cannot be used.
 
     Args:
-        reason: what was expected, what was found and what to do.
+        reason: expectation, finding and advice.
         file: the annotation file.
         index: position of the record in it, from 0.
         field: the field at fault, as a dotted path ("conversations.1.from").
@@ -52,7 +52,7 @@ class DataError(MedmError, ValueError):
         super().__init__(reason)
 
     def at(self, *, file: str | Path | None = None, index: int | None = None, field: str | None = None) -> DataError:
-        """The same error with the place filled in where it is still unknown (same class, for `except` clauses)."""
+        """Fill in the unknown parts of the place, and return this error."""
         self.file = self.file if self.file is not None else file
         self.index = self.index if self.index is not None else index
         self.field = self.field if self.field is not None else field
@@ -72,10 +72,10 @@ class MediaError(DataError):
 
 
 class InputLostError(MedmError):
-    """Input that was readable when the work began is not readable any more, or is not the same any more.
+    """Input became unreadable, or changed, after the work began.
 
-    The fault of a share, a disk, a limit of the machine or another program, not of one record: it stops the work,
-    whatever the policy for bad records.
+    The cause is a network drive, a disk, a limit of the machine or another program, not a record. The work stops under
+    every policy for bad records.
     """
 
 
@@ -84,7 +84,7 @@ class CheckpointError(MedmError):
 
 
 class NonFiniteError(MedmError):
-    """A loss, gradient or weight stopped being a number."""
+    """A loss, gradient or weight is not finite."""
 
 
 class ExportError(MedmError):
@@ -92,7 +92,7 @@ class ExportError(MedmError):
 
 
 class DeviceError(MedmError):
-    """A device, precision or optional library was asked for and is not there."""
+    """A required device, precision or optional library is missing."""
 
 
 _MACHINE_FAULTS = frozenset(
@@ -104,14 +104,14 @@ _MACHINE_FAULTS = frozenset(
     )
     if hasattr(errno, name)
 )  # fmt: skip
-"""Codes that the operating system gives for trouble with a disk, a network share, memory or descriptors."""
+"""Error codes of the operating system for faults of disks, network drives, memory or descriptors."""
 
 
 def machine_fault(error: BaseException) -> OSError | None:
     """Return the operating system's error behind an error, if it is the machine's fault and not the file's.
 
-    A full table of descriptors, a share that does not answer, a disk that cannot be read: trying again may help, and
-    calling the record bad would be wrong. Errors raised `from None` still know what they were raised for.
+    Examples are a full table of descriptors, a network drive that does not answer, a disk that cannot be read. The
+    record is not bad, and a retry may succeed. Errors raised `from None` keep their context, which is searched too.
     """
     seen: set[int] = set()
     cause: BaseException | None = error
@@ -124,12 +124,12 @@ def machine_fault(error: BaseException) -> OSError | None:
 
 
 def unavailable(source: str, error: Exception, *, key: str) -> str:
-    """Return why a published file cannot be read, and what to do.
+    """Return a message with the reason why a published file cannot be read, and advice.
 
     Args:
         source: a folder, or an id of the Hugging Face hub.
-        error: what transformers or the hub's client raised.
-        key: of the recipe, or the option, that named it.
+        error: error of transformers or of the hub's client.
+        key: recipe key or command-line option of the source.
     """
     if source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source:
         return f"{source}: no such folder"
@@ -143,7 +143,7 @@ def unavailable(source: str, error: Exception, *, key: str) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`": did you mean 'mlp'? Known: linear, mlp"`, or only the list where nothing is near."""
+    """Return `": did you mean 'mlp'? (known: linear, mlp)"`, or only the list when no name is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     listing = f"known: {', '.join(known)}" if known else "none are registered"

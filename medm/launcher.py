@@ -1,11 +1,11 @@
-"""Several processes of one command on this machine, which stop, fail and end as one.
+"""Launcher of the ranks of one command on this machine: they stop, fail and end together.
 
-The launcher starts the ranks in sessions of their own, so that a signal to its process group reaches it alone, and
-passes a stop on to each rank once. It waits for a checkpoint without limit. Of what the ranks report, it prints one
-error. A rank whose launcher was killed stops as if it had received SIGTERM.
+Each rank runs in its own session, so that a signal to the process group of the launcher reaches the launcher alone; it
+forwards a stop to each rank once. It waits for a checkpoint without limit. It prints one of the errors that the ranks
+report. A rank whose launcher was killed stops as after SIGTERM.
 
-Ranks meet through the variables that torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR ...). This module imports no torch:
-signals are handled from the first moment.
+Ranks find each other through the variables of torchrun (RANK, WORLD_SIZE, MASTER_ADDR ...). This module does not import
+torch, so that signals are handled from the start.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from medm.children import child_environment
 from medm.stopping import RESUMABLE, STOPS
 
 GRACE = 30.0
-"""Seconds that the other ranks have after one ended early. Ranks that write a checkpoint have as long as it takes."""
+"""Seconds that the other ranks have after one ended early. A rank that writes a checkpoint has no limit."""
 
 _LINK = "MEDM_LAUNCHER"
-"""Variable of a rank: the descriptor on which it reports, and the process id of its launcher."""
+"""Environment variable of a rank: the descriptor for its reports, and the process id of its launcher."""
 
 _MEDM = (sys.executable, "-P", "-m", "medm")
 
@@ -52,7 +52,7 @@ def launched_world_size() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the ranks of this machine stand among those of all machines."""
+    """Position of the ranks of this machine among those of all machines."""
 
     processes: int
     """Ranks on this machine."""
@@ -67,7 +67,7 @@ class Place:
 
 
 class _Link:
-    """What a rank tells its launcher. Without a launcher nothing is told."""
+    """Messages from a rank to its launcher. Without a launcher they have no effect."""
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
@@ -76,7 +76,7 @@ class _Link:
 
     def join(self) -> None:
         """Connect to the launcher that the environment names."""
-        given = os.environ.pop(_LINK, None)  # not for programs that this process starts
+        given = os.environ.pop(_LINK, None)  # not for child processes
         if given is None:
             return
         descriptor, launcher = (int(number) for number in given.split(":"))
@@ -84,21 +84,21 @@ class _Link:
         self._descriptor = descriptor
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != launcher:  # it was killed before the line above
+        if os.getppid() != launcher:  # the launcher was killed before the line above
             raise SystemExit(RESUMABLE)
 
     @property
     def connected(self) -> bool:
-        """Whether a launcher started this process."""
+        """True in a process that a launcher started."""
         return self._descriptor is not None
 
     def report(self, text: str, *, traceback: bool = False) -> bool:
-        """Give an error to the launcher, which prints it once. Returns False without a launcher."""
+        """Send an error to the launcher, which prints it once. Returns False without a launcher."""
         return self._tell({"error": text, "traceback": traceback, "time": time.monotonic()})
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside, this rank writes something that must become whole: the launcher does not kill it."""
+        """Protect this rank from being killed by the launcher while it writes files that must be complete."""
         self._count(1)
         try:
             yield
@@ -124,7 +124,7 @@ class _Link:
 
 
 LINK = _Link()
-"""That of this process."""
+"""The link of this process."""
 
 
 # The side of the launcher --------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class _Rank:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def read(self) -> None:
-        """Take in what the rank told."""
+        """Read the messages of the rank."""
         while True:
             try:
                 data = self.channel.recv(65536)
@@ -175,9 +175,9 @@ class Launcher:
     """The ranks of one command on this machine.
 
     Args:
-        arguments: what follows `medm`; a command that continues when it is started again.
-        place: where the ranks stand.
-        program: what a rank runs.
+        arguments: arguments of `medm`; a command that continues when it is started again.
+        place: position of the ranks.
+        program: program of a rank.
     """
 
     def __init__(self, arguments: Sequence[str], place: Place, *, program: Sequence[str] = _MEDM) -> None:
@@ -189,7 +189,7 @@ class Launcher:
         self._ending = False
 
     def run(self) -> int:
-        """Start the ranks and wait until all ended. Returns the exit status."""
+        """Start the ranks, wait until all ended, and return the exit status."""
         with ExitStack() as stack:
             selector = stack.enter_context(selectors.DefaultSelector())
             wakeup = stack.enter_context(self._wakeup())
@@ -211,7 +211,7 @@ class Launcher:
 
     @contextmanager
     def _wakeup(self) -> Iterator[socket.socket]:
-        """A socket that becomes readable on every signal; the launcher's handlers are in place inside."""
+        """Yield a socket that becomes readable on every signal, with the launcher's handlers installed."""
         reading, writing = socket.socketpair()
         reading.setblocking(False)
         writing.setblocking(False)
@@ -231,7 +231,7 @@ class Launcher:
 
     @contextmanager
     def _reserved_port(self) -> Iterator[int]:
-        """A free port. It stays bound, so that no other program is given it; rank 0 may listen on it all the same."""
+        """Yield a free port. It stays bound, so that no other program gets it; rank 0 can still listen on it."""
         if self._place.master_port:
             yield self._place.master_port
             return
@@ -303,7 +303,7 @@ class Launcher:
                 rank.process.send_signal(number)
 
     def _kill(self) -> None:
-        """End what still runs. After a normal end nothing does."""
+        """Kill the ranks that still run; none after a normal end."""
         for rank in self._ranks:
             if rank.process.poll() is None:
                 rank.kill()
@@ -312,7 +312,7 @@ class Launcher:
     # The end ---------------------------------------------------------------------------------------
 
     def _status(self) -> int:
-        """The exit status of the whole, after its error was printed."""
+        """Print the error, and return the exit status of all ranks."""
         failed = [rank for rank in self._ranks if self._failed(rank)]
         if failed:
             return self._explain(failed)
@@ -321,14 +321,14 @@ class Launcher:
         return 0
 
     def _failed(self, rank: _Rank) -> bool:
-        """Whether a rank ended for a reason of its own: not finished, not stopped, not ended by this launcher."""
+        """Return whether a rank failed by itself: neither finished, nor stopped, nor killed by this launcher."""
         if rank.code in (0, RESUMABLE) or rank.killed:
             return False
         stopped = self._stopped is not None or self._ending
         return not (stopped and rank.code == -signal.SIGTERM)
 
     def _explain(self, failed: Sequence[_Rank]) -> int:
-        """Print the first error in full, of the others one line each where it differs; return the status."""
+        """Print the first error in full and each different one as one line; return the status."""
         first, *others = sorted(failed, key=lambda rank: rank.errors[0]["time"] if rank.errors else rank.ended)
         told = _reason(first)
         _say(told if first.errors else f"error: process {first.number} {told}")

@@ -1,9 +1,9 @@
-"""Parts by exact name.
+"""Registries: tables of parts by exact name.
 
-A registry is a visible table: one line a member, giving its name, where its code lies and one sentence.
-Looking at the table imports nothing; asking for a member imports its module. Packages outside medm join
-through entry points (the registry's `group`), single files through `--plugin file.py`, which calls
-`register`. The torch-free options class of a member is what a recipe may say about it.
+A table has one line per member: its name, the place of its code and one sentence. Reading the table imports nothing;
+`get` imports the module of a member. Other packages add members through entry points (the registry's `group`), single
+files through `--plugin file.py`, which calls `register`. The torch-free options class of a member defines its keys in
+a recipe.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class Entry:
 
     name: str
     target: str | Any
-    """`"package.module:attribute"`, imported when asked for, or the object itself."""
+    """`"package.module:attribute"`, imported by `Registry.get`, or the object itself."""
     summary: str
     options: type[Options]
-    """What a recipe may set; its fields are the keyword arguments of the target."""
+    """Options of the member; its fields are the keyword arguments of the target."""
 
 
 class Registry(Generic[T]):
-    """Names of one kind of part.
+    """Table of one kind of part.
 
     Args:
         kind: singular noun for messages ("connector").
         group: entry-point group through which other packages add members ("medm.connectors").
-        options: the options class of members that bring none of their own.
+        options: options class of members without their own.
     """
 
     def __init__(self, kind: str, *, group: str, options: type[Options] = Options) -> None:
@@ -59,7 +59,7 @@ class Registry(Generic[T]):
         self._entry_points_read = False
 
     def add(self, name: str, target: str | T, summary: str, *, options: type[Options] | None = None) -> None:
-        """Add one line. Raises `RecipeError` when the name is taken: silent replacement hides mistakes."""
+        """Add a member. Raises `RecipeError` when the name is taken: silent replacement hides mistakes."""
         if name in self._entries:
             raise RecipeError(
                 f"{self.kind} {name!r} is registered twice: first as {self._entries[name].target}, now as {target}; "
@@ -68,7 +68,7 @@ class Registry(Generic[T]):
         self._entries[name] = Entry(name, target, summary, options or self.options)
 
     def register(self, name: str, summary: str, *, options: type[Options] | None = None) -> Callable[[Member], Member]:
-        """The decorator form of `add`, for plug-in files."""
+        """Return a decorator that adds its target, for plug-in files."""
 
         def decorate(member: Member) -> Member:
             self.add(name, cast(T, member), summary, options=options)
@@ -77,17 +77,17 @@ class Registry(Generic[T]):
         return decorate
 
     def names(self) -> list[str]:
-        """Every name, sorted."""
+        """Return every name, sorted."""
         self._read_entry_points()
         return sorted(self._entries)
 
     def entries(self) -> list[Entry]:
-        """The table in its written order."""
+        """Return the entries in the order of the table."""
         self._read_entry_points()
         return list(self._entries.values())
 
     def entry(self, name: str) -> Entry:
-        """The line of an exact name. Raises `UnknownNameError` with the nearest one and the list."""
+        """Return the entry of an exact name. Raises `UnknownNameError` with the nearest name and the list."""
         self._read_entry_points()
         if name not in self._entries:
             hint = "; a part of your own comes with 'medm --plugin FILE'"
@@ -95,7 +95,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def get(self, name: str) -> T:
-        """The member itself; imports its module on first use."""
+        """Return the member; imports its module on first use."""
         target = self.entry(name).target
         if not isinstance(target, str):
             return target
@@ -129,7 +129,7 @@ class Registry(Generic[T]):
 
     @contextmanager
     def temporary(self) -> Iterator[Registry[T]]:
-        """Additions made inside are forgotten outside (for tests)."""
+        """Remove all additions at the end of the block (for tests)."""
         before = dict(self._entries)
         try:
             yield self
@@ -231,12 +231,12 @@ _plugins: list[Path] = []
 
 
 def loaded_plugins() -> list[Path]:
-    """Plug-in files in the order they were loaded, for processes that have to load them too."""
+    """Return the plug-in files in loading order, for worker processes that load them too."""
     return list(_plugins)
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run one plug-in file, whose `register` calls add parts. Loading the same file twice does nothing.
+    """Run a plug-in file, whose `register` calls add parts. A second call with the same file has no effect.
 
     Raises:
         RecipeError: there is no such file, or it registers a name that is taken.

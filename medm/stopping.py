@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT, from the start of a command to its end.
+"""Handling of SIGTERM and SIGINT from the start of a command to its end.
 
-A stop that arrives before there is anything to save ends the command at once. While training runs, and while a
-model is written, a stop is deferred: it is noted, and the training loop ends the run after a checkpoint.
+A stop signal before there is anything to save ends the command at once. During training, and while a model is written,
+the signal is deferred: the training loop ends the run after a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SystemExit):
-    """A signal ended the command at once. The exit status is its code."""
+    """Exit of a command that a signal ended at once. The exit status is its code."""
 
     def __init__(self, number: signal.Signals, status: int) -> None:
         super().__init__(status)
@@ -28,7 +28,7 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """The stop signals of this process. Python runs their handlers in the main thread."""
+    """Stop signals of this process. Python runs their handlers in the main thread."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -39,7 +39,7 @@ class StopSignals:
 
     @contextmanager
     def handled(self, *, resumable: bool) -> Iterator[None]:
-        """Raise `Stopped` on a stop signal, wherever it is not deferred.
+        """Raise `Stopped` on a stop signal that is not deferred.
 
         Args:
             resumable: the command continues when it is started again. The exit status is then 75,
@@ -54,7 +54,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Note stop signals in `received` and raise nothing."""
+        """Record stop signals in `received` without raising."""
         self._depth += 1
         try:
             if self._handlers:
@@ -67,7 +67,7 @@ class StopSignals:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Take over the signals inside; only the main thread of a program can."""
+        """Install the handlers. In other threads than the main one, which cannot, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -98,7 +98,7 @@ _AGAIN = (
 )
 
 STOP_SIGNALS = StopSignals()
-"""Those of this process."""
+"""The stop signals of this process."""
 
 
 def ignore_stops(worker: int = 0) -> None:
@@ -108,7 +108,7 @@ def ignore_stops(worker: int = 0) -> None:
     they end with their parent.
 
     Args:
-        worker: number of the worker, which `worker_init_fn` of a DataLoader is called with.
+        worker: number of the worker, the argument of a DataLoader's `worker_init_fn`.
     """
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

@@ -286,7 +286,7 @@ class Processor(Protocol):
 class VisionBranch(Protocol):
     """One way for vision to come into a model, as `MedmModel.encoders` gives it.
 
-    What encodes files once (`medm.training.features`) and what counts memory (`medm.models.estimate`) need
+    What encodes files once (`medm.training.feature_caching`) and what counts memory (`medm.models.estimate`) need
     no more of a model than this.
     """
 

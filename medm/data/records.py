@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from medm.data.base import E, HasPreprocess, Pipeline, S, missing_branch
-from medm.data.files import RecordFile
 from medm.data.options import SourceOptions
+from medm.data.record_files import RecordFile
 from medm.errors import DataError
 from medm.imaging import resolve_inside
 from medm.types import Media, views_of

@@ -104,7 +104,7 @@ class PlainViT(VisionEncoder):
     eps: ClassVar[float] = 1e-5
     class_token_has_position: ClassVar[bool]
     interpolation: ClassVar[Literal["bicubic", "trilinear"]]
-    """How positions become those of another grid."""
+    """Interpolation of positions to another grid."""
 
     def __init__(
         self, *, architecture: Mapping[str, object], layer: int = -1, tokens: VisionTokens = "patch",
@@ -178,7 +178,7 @@ class PlainViT(VisionEncoder):
         return tuple(n // p for n, p in zip(spatial, self.patch_size, strict=True))
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        """One cell a patch; no cell where only the class token goes on."""
+        """One cell per patch; an empty grid for the class token alone."""
         cells = self._cells(spatial)
         return (0,) if self.tokens == "cls" else cells
 

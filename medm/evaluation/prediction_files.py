@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
-from medm.data.files import RecordFile, parse_json
+from medm.data.record_files import RecordFile, parse_json
 from medm.errors import DataError
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.predictors import FIELDS, Items, Predictions, Predictor

@@ -12,7 +12,7 @@ from medm.errors import DataError
 from medm.metrics.base import MetricResult, mean_result
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
-from medm.tasks.files import field_of, read_csv, read_json_list, require
+from medm.tasks.benchmark_files import field_of, read_csv, read_json_list, require
 from medm.tasks.reports import CaptionTask
 from medm.types import Config, Media, Sample
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medm.data.files import RecordFile
+from medm.data.record_files import RecordFile
 from medm.data.turns import parse_record
 from medm.errors import DataError, RecipeError
 from medm.metrics import METRICS, BoxMetricOptions, MetricOptions
@@ -18,7 +18,7 @@ from medm.metrics.choice import parse_wording
 from medm.metrics.words import normalise_answer
 from medm.tasks import scoring
 from medm.tasks.base import Record, Scores, Task
-from medm.tasks.files import require
+from medm.tasks.benchmark_files import require
 from medm.types import Sample
 
 _FROM_TEXT = ("text", "label", "box", "score")

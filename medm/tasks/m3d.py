@@ -16,7 +16,7 @@ from medm.metrics.base import MetricResult
 from medm.metrics.match import normalised_match
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
-from medm.tasks.files import field_of, read_csv, read_json_map, read_text, require
+from medm.tasks.benchmark_files import field_of, read_csv, read_json_map, read_text, require
 from medm.tasks.reports import CaptionTask
 from medm.types import Media, Sample
 

@@ -20,7 +20,7 @@ from medm.metrics.base import MetricResult
 from medm.metrics.boxes import CODECS, Box
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
-from medm.tasks.files import field_of, read_array, read_csv, read_json_map, require
+from medm.tasks.benchmark_files import field_of, read_array, read_csv, read_json_map, require
 from medm.tasks.m3d import npy_path
 from medm.tasks.masks import MaskTask
 from medm.types import Media, Sample

@@ -13,7 +13,7 @@ from medm.imaging import resolve_inside
 from medm.metrics import m3d_bench, masks
 from medm.metrics.base import MetricResult, mean_result
 from medm.tasks.base import FAILED, Prediction, Record, Task
-from medm.tasks.files import read_array
+from medm.tasks.benchmark_files import read_array
 from medm.types import JsonObject
 
 WITHOUT_MASK = "without_mask"

@@ -12,7 +12,7 @@ from medm.metrics import uni_med
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
-from medm.tasks.files import NumberArchive, require
+from medm.tasks.benchmark_files import NumberArchive, require
 from medm.types import Media, Sample
 
 

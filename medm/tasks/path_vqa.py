@@ -10,7 +10,7 @@ from medm.errors import DataError
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
-from medm.tasks.files import field_of, read_json, require
+from medm.tasks.benchmark_files import field_of, read_json, require
 from medm.tasks.plain_pickle import read_plain_pickle
 from medm.types import Media, Sample
 

@@ -15,7 +15,7 @@ from medm.metrics.base import MetricResult
 from medm.metrics.boxes import CODECS, Box
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
-from medm.tasks.files import image_size, read_json_list
+from medm.tasks.benchmark_files import image_size, read_json_list
 from medm.types import Media, Sample
 
 

@@ -12,7 +12,7 @@ from medm.metrics.base import MetricResult
 from medm.metrics.bertscore import require_encoder
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
-from medm.tasks.files import field_of, read_csv, read_json_map, require
+from medm.tasks.benchmark_files import field_of, read_csv, read_json_map, require
 from medm.types import Media, Sample
 
 

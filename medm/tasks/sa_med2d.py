@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medm.errors import DataError
-from medm.tasks.files import require
+from medm.tasks.benchmark_files import require
 from medm.tasks.regions import IdentifyTask, ReferTask, Region, RegionTask, read_regions
 
 

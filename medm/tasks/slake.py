@@ -10,7 +10,7 @@ from typing import ClassVar
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
-from medm.tasks.files import field_of, read_json_list, read_text, require
+from medm.tasks.benchmark_files import field_of, read_json_list, read_text, require
 from medm.tasks.regions import IdentifyTask, ReferTask, Region, RegionTask, read_regions
 from medm.types import Config, Media, Sample
 

@@ -11,7 +11,7 @@ from medm.metrics.base import MetricResult
 from medm.metrics.classification import accuracy
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template, scoped
-from medm.tasks.files import field_of, read_json_map, read_jsonl, require
+from medm.tasks.benchmark_files import field_of, read_json_map, read_jsonl, require
 from medm.types import Sample
 
 

@@ -10,7 +10,7 @@ from medm.errors import DataError
 from medm.metrics.base import MetricResult
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
-from medm.tasks.files import field_of, read_json_list, require
+from medm.tasks.benchmark_files import field_of, read_json_list, require
 from medm.types import Config, Media, Sample
 
 _PUBLIC = "VQA_RAD Dataset Public.json"

@@ -1,4 +1,4 @@
-"""From the `train` section of a recipe to `transformers.TrainingArguments`, whatever 5.x release is there."""
+"""`transformers.TrainingArguments` from the `train` section of a recipe, for every supported 5.x release."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 _DECIDED = {
     "remove_unused_columns": False,  # a batch holds what the objective reads, not what a signature lists
-    "logging_nan_inf_filter": False,  # it would hide a loss that is no number
+    "logging_nan_inf_filter": False,  # it would hide a non-finite loss
     "disable_tqdm": True,  # the progress line is ours
     "prediction_loss_only": True,
-    "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
+    "restore_callback_states_from_checkpoint": True,  # early stopping continues its count after a resume
 }
 
 _WITHOUT_EFFECT = {
@@ -50,22 +50,22 @@ _WITHOUT_EFFECT = {
     "save_only_model": "a checkpoint holds what a resume needs",
     "resume_from_checkpoint": "it is --resume",
     "push_to_hub": "medm uploads nothing",
-    "average_tokens_across_devices": "losses are always divided by the items of all processes",
+    "average_tokens_across_devices": "losses are always divided by the items of all ranks",
     **dict.fromkeys(_DECIDED, "medm decides it"),
 }
 
 
 _EXTRAS = {"bitsandbytes": "quant", "tensorboard": "log", "wandb": "log"}
-"""Packages that come with an extra of medm."""
+"""Packages and the extra of medm that installs them."""
 
 
 def on_this_machine(options: TrainOptions) -> tuple[TrainOptions, dict[str, str]]:
-    """Replace what a machine without any GPU cannot do, so that a recipe for GPUs runs there too, slowly.
+    """Replace options that need a GPU on a machine without one, so that a recipe for GPUs runs there too, slowly.
 
-    With `use_cpu` the recipe means the CPU, and its precision is left as it is.
+    With `use_cpu` the precision of the recipe is kept.
 
     Returns:
-        The options to train with, and by key what was done instead; the recipe itself stays as it was written.
+        The options to train with, and the replacements by key. The recipe itself does not change.
     """
     if options.use_cpu or options.require_gpu or _has_accelerator():
         return options, {}
@@ -87,7 +87,7 @@ def _has_accelerator() -> bool:
 
 
 def require_start(recipe: Recipe) -> None:
-    """Raise for what recipe, folders and installed packages tell before any weights are read.
+    """Check recipe, folders and installed packages before any weights are read.
 
     Raises:
         RecipeError: `init_from` is no model folder, or held-out data is missing.
@@ -111,9 +111,9 @@ def require_start(recipe: Recipe) -> None:
 
 @contextmanager
 def whole_models(args: TrainingArguments) -> Iterator[None]:
-    """Build models whole inside, though the arguments name ZeRO-3.
+    """Build models unpartitioned inside, also under ZeRO-3.
 
-    transformers would build them in pieces, spread over the processes, which published files do not fit.
+    transformers would partition them over the ranks while building, and published files would not fit.
     """
     if args.deepspeed is None:
         yield
@@ -132,7 +132,7 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
 
     Raises:
         RecipeError: an unknown name, a name without effect, or a value that transformers refuses.
-        DeviceError: a GPU was required and there is none, or a package that the recipe needs is not installed.
+        DeviceError: a required GPU or package is missing.
     """
     if options.require_gpu and not torch.cuda.is_available():
         raise DeviceError(
@@ -204,7 +204,7 @@ def _install(package: str) -> str:
 
 
 def _try_optimizer(arguments: TrainingArguments) -> None:
-    """Make optimizer and schedule for one weight: what they lack or refuse is told before the model is loaded."""
+    """Build optimizer and schedule for one weight, so that their errors appear before the model is loaded."""
     name, weight = getattr(arguments.optim, "value", arguments.optim), nn.Parameter(torch.zeros(2, 2))
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import medm
-from medm.models.folders import CARD, NOT_CLINICAL
+from medm.models.provenance import CARD, NOT_CLINICAL
 from medm.training.parts import PartTable
 from medm.training.recipe import dump
 

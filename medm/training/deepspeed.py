@@ -60,7 +60,7 @@ PRESETS: dict[str, Mapping[str, object]] = {
 
 
 def configuration(options: TrainOptions) -> dict[str, Any]:
-    """The DeepSpeed configuration that a recipe names, and the environment that a process without launcher lacks.
+    """Return the DeepSpeed configuration of a recipe, and set the environment that a process without launcher lacks.
 
     Raises:
         RecipeError: neither a preset nor a readable JSON file, or a file with settings that belong to the recipe.
@@ -80,10 +80,10 @@ def configuration(options: TrainOptions) -> dict[str, Any]:
 
 
 def _announce_build(extension: str | None) -> None:
-    """Say that DeepSpeed compiles something, which it does in silence; and that a lock is waited for.
+    """Log that DeepSpeed compiles an extension, which it does silently, or waits for a lock.
 
     Args:
-        extension: part of the name of what it needs; None for nothing.
+        extension: part of its name; None for no extension.
     """
     if extension is None:
         return
@@ -124,7 +124,7 @@ def _read(name: str) -> dict[str, Any]:
         if block in config:
             raise RecipeError(
                 f"train.deepspeed: {path} has a '{block}' block, under which learning rates per part would have no "
-                "effect; remove it: the optimiser and its schedule are those of the train section"
+                "effect; remove it: the optimizer and its schedule are those of the train section"
             )
     checkpoint = config.get("checkpoint", {})
     if checkpoint.get("load_universal"):
@@ -141,7 +141,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _launch_alone() -> None:
-    """What torchrun would have set; without it DeepSpeed looks for MPI."""
+    """Set the variables of torchrun for a single process; without them DeepSpeed looks for MPI."""
     if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
         return
     with socket.socket() as free:
@@ -162,7 +162,7 @@ def check_parameters(model: nn.Module) -> None:
 
 
 def offloaded_optimizer(args: TrainingArguments) -> type[torch.optim.Optimizer] | None:
-    """DeepSpeed's CPU Adam where the optimiser lives on the CPU beside a GPU and AdamW is asked for; else None."""
+    """Return DeepSpeed's CPU Adam for AdamW offloaded from a GPU to the CPU, else None."""
     zero = args.hf_deepspeed_config.config.get("zero_optimization", {})
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     if not offloaded or not torch.cuda.is_available() or args.optim not in ("adamw_torch", "adamw_torch_fused"):
@@ -202,15 +202,15 @@ def copy_to_optimizer(parameters: Iterable[nn.Parameter]) -> None:
 
 @contextmanager
 def collected(engine: Any) -> Iterator[dict[Path, Any]]:
-    """Inside, `engine.save_checkpoint` writes no state; it is put here instead, by file.
+    """Collect the state that `engine.save_checkpoint` would write, by file.
 
-    All processes meet in `save_checkpoint`, so none of them may fail there on its own because of its disk.
+    `save_checkpoint` is collective: a rank must not fail there because of its disk.
 
     Args:
         engine: DeepSpeed's engine.
 
     Yields:
-        What this process has to write; tensors that training changes, not copies.
+        State by file of this rank; tensors that training changes, not copies.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
@@ -231,14 +231,14 @@ def collected(engine: Any) -> Iterator[dict[Path, Any]]:
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The weights in full size, by name. All processes call it; under ZeRO-3 the first one alone gets them."""
+    """Return the full-size weights by name. All ranks call it; under ZeRO-3 only rank 0 gets them."""
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict() or {}
     return engine.module.state_dict()
 
 
 def checkpoint_classes() -> tuple[type, ...]:
-    """Classes that DeepSpeed's own optimiser files hold; plain data, and the loss scalers."""
+    """Return the classes in DeepSpeed's optimizer files: plain data, and the loss scalers."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

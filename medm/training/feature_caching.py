@@ -1,4 +1,4 @@
-"""Frozen encoders run once over the data before training, and their output is kept (`data.cache_features`)."""
+"""Feature caching (`data.cache_features`): frozen encoders run once over the data before training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def cache_features(
     device: torch.device,
     bad_records: Literal["stop", "skip"] = "stop",
 ) -> dict[str, FeatureStore]:
-    """The stores of every branch whose encoder is frozen, with everything in them that the data needs.
+    """Return the feature caches of all branches with a frozen encoder, filled with the features of the data.
 
     Args:
         model: `encoders()` gives each branch's module with `encoder` and `encode(pixels)`; it is told that the
@@ -79,7 +79,7 @@ def cache_features(
 
 
 def encoder_fingerprint(encoder: nn.Module) -> str:
-    """A short name of an encoder's code path, weights and precision."""
+    """Return a hash of an encoder's code path, weights and precision."""
     digest = hashlib.blake2b(type(encoder).__qualname__.encode(), digest_size=8)
     settings = {
         key: value
@@ -95,7 +95,7 @@ def encoder_fingerprint(encoder: nn.Module) -> str:
 
 
 def _files(records: Records, view: str) -> Iterator[Path]:
-    """Files that one view reads; bad records are left out, as the dataset reports them."""
+    """Yield the files that one view reads. Bad records are skipped: the dataset reports them."""
     for index in range(len(records)):
         try:
             for media in records[index].media:
@@ -112,10 +112,10 @@ def _made_by_all(
     wanted: list[tuple[str, Path]],
     device: torch.device,
 ) -> list[str]:
-    """Fill a store, each process with its share. What could not be read on any of them, and why."""
+    """Fill a cache, each rank with its shard of the files. Return the reasons of unreadable files on all ranks."""
     bad: list[str] = []
-    share = wanted[rank() :: world_size()]
-    if problems := failures(lambda: _fill(store, branch, preprocess, share, device, bad)):
+    shard = wanted[rank() :: world_size()]
+    if problems := failures(lambda: _fill(store, branch, preprocess, shard, device, bad)):
         raise MedmError(f"features could not be made: {'; '.join(problems)}")
     return [reason for part in all_gather_objects(bad) for reason in part]
 
@@ -128,7 +128,7 @@ def _fill(
     device: torch.device,
     bad: list[str],
 ) -> None:
-    """Encode and keep what is wanted; `bad` grows by what cannot be read."""
+    """Encode and store the wanted files; the reasons of unreadable ones are added to `bad`."""
     before = next(branch.encoder.parameters()).device
     branch.encoder.to(device).eval()
     try:

@@ -23,7 +23,7 @@ def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: s
     """Compile each repeated layer of transformers' towers and decoders; return the number of layers.
 
     A layer is the largest module without data-dependent control flow: the code around it (scattering vision tokens,
-    choosing labelled positions) depends on the values of a batch. Layers of one kind share compiled code.
+    choosing labeled positions) depends on the values of a batch. Layers of one kind share compiled code.
 
     Args:
         model: not yet wrapped.
@@ -60,7 +60,7 @@ def any_lengths(model: MedmModel, options: TrainOptions, device: torch.device) -
 def use_liger(language_model: nn.Module | None) -> None:
     """Replace norms, rotary embeddings and gated layers of a language model by liger's (arXiv 2410.10989), in place.
 
-    Its fused cross-entropy is not used: the head runs at labelled positions only.
+    Its fused cross-entropy is not used: the head runs at labeled positions only.
 
     Args:
         language_model: a causal language model of transformers; None where the model has none.

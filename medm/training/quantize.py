@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def require_4bit(*, name: str) -> None:
 
 
 def four_bit_weights(model: nn.Module) -> dict[str, Any]:
-    """Parameters that are held in 4 bits, by name."""
+    """Return the parameters in 4 bits, by name."""
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -1,7 +1,7 @@
-"""Reading checkpoints of torch and DeepSpeed without running what they hold.
+"""Loading of torch and DeepSpeed checkpoints without running code in them.
 
-DeepSpeed reads its files with `weights_only=False`, so a checkpoint of a stranger would run code. Inside
-`safe_loading` every `torch.load` of the process is a weights-only one, whatever its caller asked for.
+DeepSpeed reads its files with `weights_only=False`, so an untrusted checkpoint could run code. Inside `safe_loading`
+every `torch.load` of the process is weights-only.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def safe_loading(classes: tuple[type, ...] = ()) -> Iterator[None]:
     """Refuse pickled objects in every file that torch reads inside.
 
     Args:
-        classes: what may be rebuilt beside tensors and plain values.
+        classes: allowed classes besides tensors and plain values.
 
     Raises:
-        CheckpointError: a file holds anything else; nothing of it was run.
+        CheckpointError: a file holds anything else; none of its code was run.
     """
     before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORBID)}
     os.environ[_FORCE] = "1"

@@ -15,8 +15,8 @@ from medm.errors import DataError, RecipeError
 from medm.metrics.base import MetricResult
 from medm.tasks import TASKS
 from medm.tasks.base import join_predictions, metric_notes
+from medm.tasks.benchmark_files import NumberArchive, read_csv
 from medm.tasks.custom import Custom
-from medm.tasks.files import NumberArchive, read_csv
 from medm.tasks.m3d import M3DCap, M3DClosedVQA, M3DOpenVQA
 from medm.tasks.m3d_regions import M3DREC, M3DRefSeg, M3DSeg, box_of, box_text
 from medm.tasks.path_vqa import PathVQA

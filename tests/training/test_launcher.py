@@ -23,19 +23,19 @@ from tests.planted import marks, plant
 
 PLUGIN = """
 import pathlib, sys, time
-from medm.training import run, writing
+from medm.training import checkpoint_writer, run
 from transformers import TrainerCallback
 
 class Slow(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if "--resume" not in sys.argv: time.sleep(0.2)
 
-def write_slowly(files, write=writing.write_files):
+def write_slowly(files, write=checkpoint_writer.write_files):
     pathlib.Path("writing").touch()
     time.sleep(2)
     write(files)
 
-writing.write_files = write_slowly
+checkpoint_writer.write_files = write_slowly
 run._callbacks = lambda recipe, known=run._callbacks: [*known(recipe), Slow()]
 """
 """Steps that take long enough to be met by a signal, and checkpoints that take long to write."""

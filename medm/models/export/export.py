@@ -30,7 +30,7 @@ from medm.files import atomic_directory
 from medm.imaging import load_pixels
 from medm.models import load, load_config
 from medm.models.export.llava import save_llava
-from medm.models.folders import describe, require_free
+from medm.models.provenance import describe, require_free
 from medm.models.lvlm.build import build_encoder, encoder_options
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration

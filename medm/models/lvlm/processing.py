@@ -22,7 +22,7 @@ from medm.imaging.options import changed
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat, Message, Part
 from medm.llms.template_clock import fix_clock
-from medm.models.lvlm.content import ChatInput, flatten, parse_messages
+from medm.models.lvlm.messages import ChatInput, flatten, parse_messages
 from medm.models.lvlm.options import LVLMOptions
 from medm.types import IGNORE_INDEX, Config, ControlToken, Example, Media, Sample, Turn, TurnPart, written
 

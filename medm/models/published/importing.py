@@ -26,9 +26,9 @@ from medm.errors import CheckpointError, DataError, RecipeError
 from medm.files import atomic_directory
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
-from medm.models.folders import describe, require_free
 from medm.models.lvlm.build import LVLM, build_encoder, encoder_options
 from medm.models.lvlm.options import LVLMOptions
+from medm.models.provenance import describe, require_free
 from medm.models.published.source_configs import (
     END_TOKENS,
     Hints,

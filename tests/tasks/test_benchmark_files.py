@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from medm.errors import DataError
-from medm.tasks.files import NumberArchive, require
+from medm.tasks.benchmark_files import NumberArchive, require
 
 
 def archive(path: Path, packing: int) -> bytes:

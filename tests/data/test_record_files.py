@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medm.data import files
-from medm.data.files import RecordFile
+from medm.data import record_files
+from medm.data.record_files import RecordFile
 from medm.errors import DataError, InputLostError
 from tests.data.tiny import write_json, write_lines
 
@@ -51,7 +51,7 @@ def test_any_array_comes_back_whatever_the_chunk(
     text = json.dumps(records, ensure_ascii=False, indent=indent)
     path.write_text(text, encoding="utf-8-sig" if bom else "utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_CHUNK", chunk)
+        patch.setattr(record_files, "_CHUNK", chunk)
         assert list(RecordFile(path)) == records
 
 
@@ -61,7 +61,7 @@ def test_any_array_comes_back_whatever_the_chunk(
 def test_lines_with_bom_crlf_and_blanks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes, bom: bytes, chunk: int
 ) -> None:
-    monkeypatch.setattr(files, "_CHUNK", chunk)
+    monkeypatch.setattr(record_files, "_CHUNK", chunk)
     path = tmp_path / "a.jsonl"
     path.write_bytes(bom + end.join([b'{"a": 1}', b"", b"   ", '{"b": "é,]"}'.encode(), b'{"c": 3}']))
     assert read_all(path) == [{"a": 1}, {"b": "é,]"}, {"c": 3}]

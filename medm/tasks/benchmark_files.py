@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from medm.data.files import parse_json
+from medm.data.record_files import parse_json
 from medm.errors import DataError, MediaError
 from medm.imaging import resolve_inside
 from medm.imaging.arrays import read_npy, read_npz_member
