@@ -6,10 +6,10 @@ Both change layers in place. Names of weights, and so checkpoints, do not change
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.errors import DeviceError, RecipeError
@@ -17,6 +17,9 @@ from medm.llms.attention import in_one_kernel
 from medm.llms.lm_head import is_causal_lm
 from medm.models.base import MedmModel
 from medm.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from medm.llms.lm_head import CausalLM
 
 
 def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: str = "inductor") -> int:
@@ -43,7 +46,7 @@ def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: s
     return len(layers)
 
 
-def generating_part(model: MedmModel) -> PreTrainedModel | None:
+def generating_part(model: MedmModel) -> CausalLM | None:
     """Return the part of a model that is a causal language model, or None."""
     return next((part for part in model.parts().values() if is_causal_lm(part)), None)
 
