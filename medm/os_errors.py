@@ -1,7 +1,7 @@
-"""What the operating system refuses, in plain words: full disks, read-only folders, shares that do not answer.
+"""Messages for errors of the operating system: full disks, read-only folders, network drives that do not answer.
 
-Such an error is no defect of medm, wherever it comes up. `explain` turns it into a message; `naming` says which file it
-was about where Python does not know; `require_writable` finds it before hours of work.
+Such an error is not a defect of medm. `explain` turns it into a message; `naming` adds the file where Python does not
+know it; `require_writable` finds it before hours of work.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ _ADVICE: dict[int, str] = {
     errno.EHOSTUNREACH: _SHARE,
     errno.ENOTCONN: _SHARE,
 }
-"""What to do, by the code of the error."""
+"""Advice by error code."""
 
 _WITHOUT_PATH = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 )
-"""Codes that blame the machine even where no file is named. Without a file, any other may be a defect of medm."""
+"""Codes of machine faults even without a file name. Without one, any other code may be a defect of medm."""
 
 _RUST_CODE = re.compile(r"\(os error (\d+)\)")
-"""Of the operating system's errors that safetensors and tokenizers raise as their own."""
+"""Pattern of the system errors that safetensors and tokenizers raise as their own."""
 _SHARED_MEMORY = re.compile(r"unable to \w+ (?:to )?file </torch_[^>]*>.*\((\d+)\)")
-"""Of the error that PyTorch raises where processes exchange tensors through /dev/shm."""
+"""Pattern of PyTorch's errors in exchanging tensors through /dev/shm."""
 _RECEIVING = str(Path("torch", "multiprocessing", "reductions.py"))
-"""Where PyTorch asks the process that made a tensor for its memory."""
+"""File of PyTorch that receives the memory of a tensor from another process."""
 _LOADER_WORKER = re.compile(r"DataLoader worker \(pid")
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the message for an error of the operating system; None where it is another error, or a defect of medm."""
+    """Return the message for an error of the operating system; None for any other error."""
     if _is_lost_worker(error):
         return (
             "a process that prepares data was killed, perhaps for memory (its DataLoader worker ended unexpectedly); "
@@ -89,7 +89,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _is_lost_worker(error: BaseException) -> bool:
-    """Whether a worker of a DataLoader ended: PyTorch says so, or receiving its tensors failed."""
+    """Return whether a DataLoader worker ended: PyTorch reports it, or receiving its tensors failed."""
     if isinstance(error, RuntimeError):
         return _LOADER_WORKER.search(str(error)) is not None
     if not isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
@@ -98,7 +98,7 @@ def _is_lost_worker(error: BaseException) -> bool:
 
 
 def as_os_error(error: BaseException) -> OSError | None:
-    """Return an error of the operating system as Python's own class; None where it is none."""
+    """Return an error of the operating system as `OSError`; None for any other error."""
     if isinstance(error, OSError):
         return error
     if type(error).__name__ == "SafetensorError" and (match := _RUST_CODE.search(str(error))):
@@ -109,11 +109,11 @@ def as_os_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
-    """Name the file in errors of the operating system: those of a write, sync or close do not say which it was.
+    """Add the file name to errors of the operating system; those of write, sync and close have none.
 
     Args:
         path: file or folder that is being written.
-        aside: temporary file or folder, which the errors shall not name.
+        aside: temporary file or folder, whose name is replaced.
     """
     try:
         yield
@@ -130,19 +130,19 @@ def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
 
 
 def _is_name(name: object) -> bool:
-    """Whether an error holds a name there: it may hold a descriptor, or nothing."""
+    """Return whether a field of an error holds a file name, not a descriptor or None."""
     return isinstance(name, (str, bytes, os.PathLike))
 
 
 def require_writable(path: Path, *, folder: bool = False) -> None:
-    """Prove that a file or folder can be created or replaced, without creating anything.
+    """Check that a file or folder can be created or replaced, without creating anything.
 
     Args:
-        path: what will be written; folders above it may be missing.
-        folder: it will be a folder.
+        path: file or folder to be written; folders above it may be missing.
+        folder: True for a folder.
 
     Raises:
-        OSError: it cannot, with the path that stands in the way.
+        OSError: it cannot be written; with the path of the obstacle.
     """
     if path.exists():
         if path.is_dir() != folder:

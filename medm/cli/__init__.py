@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _note(message: str) -> None:
-    from medm.cli.console import first_process, note
+    from medm.cli.console import is_rank_zero, note
 
-    if first_process():
+    if is_rank_zero():
         note(message)

@@ -39,7 +39,7 @@ def rows(items: Iterable[Sequence[str]], *, header: Sequence[str] | None = None)
         out.print(Text.assemble(*item, style="dim" if header and position == 0 else ""))
 
 
-def first_process() -> bool:
+def is_rank_zero() -> bool:
     """Return whether this process speaks for all of a launch: rank 0, or the only one."""
     return launched_rank() == 0
 
@@ -54,7 +54,7 @@ def start_logging(*, verbose: bool = False) -> None:
     # transformers has a handler of its own; where the variable CI is set, it passes its records on as well.
     handler.addFilter(lambda record: not record.name.startswith("transformers."))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    usual = logging.INFO if first_process() else logging.ERROR
+    usual = logging.INFO if is_rank_zero() else logging.ERROR
     logging.getLogger("medm").setLevel(logging.DEBUG if verbose else usual)
     logging.getLogger("huggingface_hub").propagate = False  # has a handler of its own, and would say everything twice
     # transformers loads DeepSpeed wherever it is installed, which then says this on standard output, among the results.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from medm.cli.console import first_process, out
+from medm.cli.console import is_rank_zero, out
 from medm.stopping import RESUMABLE
 
 
@@ -36,5 +36,5 @@ def train(
     leave_group()
     if not outcome.finished:
         raise typer.Exit(RESUMABLE)
-    if first_process():
+    if is_rank_zero():
         out.print(str(outcome.output_dir), markup=False)

@@ -1,4 +1,4 @@
-"""What a recipe says about data. Torch-free; files are opened elsewhere."""
+"""Options of the `data` section of a recipe. Torch-free; other modules open the files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SourceOptions(Options):
     root: str | None = None
     """Folder that image and volume paths are relative to; nothing outside it is read. Default: the folder of `path`."""
     weight: float | None = Field(default=None, gt=0)
-    """How often this source is drawn, relative to the others. Set for every source or for none; with none, every
-    record is seen once an epoch."""
+    """Weight of this source in the sampling, relative to the others. Set it for every source or for none; with none,
+    every record is seen once per epoch."""
     task: str | None = None
     """Task of records that name none."""
     limit: int | None = Field(default=None, ge=1)
@@ -27,54 +27,54 @@ class SourceOptions(Options):
 
 
 class CacheOptions(Options):
-    """Prepared volumes on disk: read and resampled once, then mapped into memory.
+    """Cache of prepared volumes on disk: read and resampled once, then memory-mapped.
 
-    Any number of runs may share a folder; an entry is found by the content of its file and by the preprocessing.
+    Any number of runs may use one folder; an entry is found by the content of its file and by the preprocessing.
     """
 
     dir: str
     """Folder of the entries."""
     max_gb: float = Field(default=100.0, gt=0)
-    """Most gigabytes (1e9 bytes) of entries; files beyond it are prepared anew each time. A volume of 32 x 256 x 256
+    """Maximum gigabytes (1e9 bytes) of entries; further files are prepared each time. A volume of 32 x 256 x 256
     takes 8.4 MB."""
     branches: list[Literal["image", "volume"]] = Field(default=["volume"], min_length=1)
-    """What is kept. A 2-D image is mostly faster to decode than its prepared numbers, a volume never is."""
+    """Branches in the cache. Decoding is mostly faster than the cache for a 2-D image, never for a volume."""
 
 
 class DataOptions(Options):
     """The `data` section of a recipe."""
 
     train: list[SourceOptions] = []
-    """What is trained on."""
+    """Training data."""
     eval: list[SourceOptions] = []
     """Held-out data for the loss during training."""
     max_length: int | None = Field(default=2048, ge=1)
     """Longest sample in tokens, vision tokens included; null for no limit."""
     too_long: Literal["error", "truncate_text", "skip"] = "error"
-    """What happens to a longer one: stop; cut text at the end (never an image); or leave it out and count it."""
+    """Handling of a longer sample: stop; truncate text at the end (never an image); or skip and count it."""
     bad_records: Literal["stop", "skip"] = "stop"
-    """What happens to a record that cannot be used: stop, or leave it out, count it and report it."""
+    """Handling of an unusable record: stop, or skip, count and report it."""
     bad_records_limit: ResumeSafe[float | None] = Field(default=0.1, ge=0)
-    """With `skip`: stop all the same when more records than this are bad. A number below 1 is a fraction of the
-    records, any other a count; each record counts once a run; null for no limit."""
+    """With `skip`: stop when more records than this are bad. A number below 1 is a fraction of the records, any other a
+    count; each record counts once per run; null for no limit."""
     augment: dict[str, Augment] | None = None
     """Random changes by branch, in training only."""
     cache_features: str | None = None
-    """Folder in which the outputs of frozen encoders are kept, so that an encoder runs once a file and not once an
-    epoch. The folder may serve any number of runs; delete it when it is no longer needed."""
+    """Folder of the feature cache: a frozen encoder runs once per file instead of once per epoch. Any number of runs
+    may use one folder; delete it when it is no longer needed."""
     cache: ResumeSafe[CacheOptions | None] = None
-    """Keep prepared volumes on disk; null prepares them anew each time. `medm data cache` fills it before training."""
+    """Cache of prepared volumes on disk; null prepares them each time. `medm data cache` fills it before training."""
     order: Literal["shuffle", "length"] = "shuffle"
     """Order of an epoch: shuffled, or shuffled in batches of similar length, which saves padding."""
     packing: bool = False
-    """Put several samples in one row of `max_length` tokens, each attending to itself alone, instead of padding. With
-    weights, a record of a small source may then come twice in a step."""
+    """Pack several samples into one row of `max_length` tokens, each attending only to itself, instead of padding. With
+    weights, a record of a small source may then occur twice in a step."""
     pad_to_multiple_of: int | None = Field(default=None, ge=2)
-    """Lengths of batches are rounded up to it: few shapes for compiled layers."""
+    """Round the lengths of batches up to a multiple of it: few shapes for compiled layers."""
     balance_ranks: bool = False
     """Distribute the samples of a step to the ranks so that each has about the same number of tokens."""
     draws: int | None = Field(default=None, ge=1)
-    """With weights: samples drawn an epoch. Default: as many as all sources hold together."""
+    """With weights: samples drawn per epoch. Default: the number of all records."""
 
     @field_validator("bad_records_limit")
     @classmethod

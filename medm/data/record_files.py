@@ -1,4 +1,4 @@
-"""Annotation files opened lazily: byte offsets of the records, found by one streaming pass.
+"""Lazily read annotation files: byte offsets of the records, found in one streaming pass.
 
 Knows JSON and JSONL, not what a record means. Nothing is cached on disk; a million records cost 16 MB.
 """
@@ -25,21 +25,21 @@ MAX_RECORD_BYTES = 16 * 1024 * 1024
 
 _CHUNK = 1024 * 1024
 _HEAD = 4096
-"""Bytes at the beginning of a file that tell its format."""
+"""Bytes at the beginning of a file that show its format."""
 _EXPECTED = "expected a JSON array or one JSON object a line"
 _BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA, _OPENING, _CLOSING = range(1, 6)
 _KIND = np.zeros(256, np.uint8)
-"""What a byte means to the structure of JSON; 0 for most."""
+"""Role of a byte in the structure of JSON; 0 for most."""
 for _kind, _bytes in ((_QUOTE, b'"'), (_BACKSLASH, b"\\"), (_COMMA, b","), (_OPENING, b"[{"), (_CLOSING, b"]}")):
     _KIND[list(_bytes)] = _kind
 
 
 class RecordFile:
-    """A JSON array or JSONL file as a sequence of parsed records, read one at a time.
+    """Sequence of the parsed records of a JSON array or JSONL file, read one at a time.
 
-    Opening makes one pass over the file. Reads are at absolute offsets, so that workers forked later can share the
-    handle; it is not sent along to others, who open their own.
+    Opening makes one pass over the file. Reads are at absolute offsets, so that forked workers can use the same handle.
+    It is not pickled; other processes open their own.
 
     Raises:
         DataError: at opening, when there is no such file, or it is empty or neither of the two forms; at
@@ -218,7 +218,7 @@ class _Index:
     starts: np.ndarray
     ends: np.ndarray
     damage: str | None
-    """What is wrong from the last record on, where the array as a whole is broken."""
+    """Error from the last record on, when the array as a whole is broken."""
 
 
 def _index(file: BinaryIO, path: Path) -> _Index:
@@ -237,7 +237,7 @@ def _index(file: BinaryIO, path: Path) -> _Index:
 
 
 def _start(head: bytes, path: Path) -> tuple[bytes, int]:
-    """The first bytes without a byte order mark, and where they begin. Raises `DataError` for forms not read."""
+    """Return the first bytes without a byte order mark, and their offset. Raises `DataError` for forms not read."""
     if not head.strip():
         raise DataError(f"the file is empty; {_EXPECTED}", file=path)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -255,13 +255,13 @@ _MAGIC: dict[bytes, str] = {
     b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
     b"\x93NUMPY": "a NumPy array", b"%PDF": "a PDF", b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image",
 }  # fmt: skip
-"""First bytes of files that are given in the place of annotation files."""
+"""First bytes of other files that users name as annotation files."""
 
 _TO_JSON = "; docs/data-format.md shows how to turn a table into records"
 
 
 def _refuse_other_formats(head: bytes, path: Path) -> None:
-    """Raise `DataError` once for a file that holds no records at all, instead of once a line.
+    """Raise `DataError` once for a file that holds no records at all, instead of once per line.
 
     A file in which a record is visible is never refused here: one damaged line is one bad record.
     """
@@ -296,7 +296,7 @@ def _refuse_other_formats(head: bytes, path: Path) -> None:
 
 
 def _is_cut(line: bytes) -> bool:
-    """Whether a line of JSON is right as far as it goes, and goes on in the next one."""
+    """Return whether a line of JSON is valid so far and continues in the next one."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
@@ -307,7 +307,7 @@ def _is_cut(line: bytes) -> bool:
 
 
 def _known_object(head: bytes, path: Path) -> str:
-    """What a single JSON object probably is, for the message."""
+    """Return the probable kind of a single JSON object, for the message."""
     if path.name == "dataset_info.json" or (b'"file_name"' in head and b'"formatting"' in head):
         return ", LLaMA-Factory's list of data sets: name the annotation files that it lists"
     if (b'"images"' in head and b'"annotations"' in head) or b'"categories"' in head:
@@ -316,7 +316,7 @@ def _known_object(head: bytes, path: Path) -> str:
 
 
 def _table_name(line: bytes, path: Path, *, whole_line: bool) -> str | None:
-    """The kind of table whose first line this is; None where it is none."""
+    """Return the kind of table with this first line, or None."""
     suffix = path.suffix.lower()
     if suffix == ".tsv" or (whole_line and b"\t" in line):
         return "a table with tabs (TSV)"

@@ -1,6 +1,6 @@
-"""LLM families: what differs between causal language models. The models themselves are transformers'.
+"""LLM families: the differences between causal language models. The models themselves are transformers'.
 
-Adding one is a new file with an `LLMFamily` and a line here. Families know nothing of images.
+To add one, write a file with an `LLMFamily` and a line here. Families know nothing of images.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tasks: data, prompt and scoring of one benchmark each. They do not know which model answers.
 
-The table at the end has one line a task: a `Task` (see `medm.tasks.base`) that reads the benchmark's files as they are
-distributed. Adding one is a file with a `Task` and a line here; options of its own stand above the table (torch-free,
-so that a recipe can be checked without loading any model code).
+The table at the end has one line per task: a `Task` (see `medm.tasks.base`) that reads the benchmark's files as they are
+distributed. To add one, write a file with a `Task` and a line here. Its options stand above the table and are torch-free, so that
+a recipe can be checked without loading model code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TaskOptions(Options):
-    """What every task block of a recipe may say."""
+    """Options of every task."""
 
     name: str
     """Registered name of the task."""
@@ -37,14 +37,14 @@ class BoxTaskOptions(TaskOptions):
     """Tasks with a box of an image in the answer or the question."""
 
     codec: Literal["uni-med", "thousand"] = "uni-med"
-    """How boxes are written: Uni-Med's grid of 100, or one of 1000."""
+    """Notation of boxes: Uni-Med's grid of 100, or one of 1000."""
 
 
 class ReportTaskOptions(TaskOptions):
     """Tasks that are answered by a report or a caption."""
 
     bertscore: str | None = None
-    """Folder of an encoder on this machine; BERTScore is computed where it is given."""
+    """Folder of an encoder on this machine. Default: no BERTScore."""
 
 
 class CustomOptions(TaskOptions):

@@ -88,7 +88,7 @@ class ResumableTrainer(Trainer):
 
         Args:
             resume: continue where there is a checkpoint.
-            locked: the caller holds the lock on the output folder (`first_process_holds`).
+            locked: the caller holds the lock on the output folder (`lock_on_rank_zero`).
 
         Returns:
             True when the run is finished; False when a signal stopped it after a checkpoint was written.
@@ -99,7 +99,7 @@ class ResumableTrainer(Trainer):
             NonFiniteError: a loss, gradient or weight is no number.
         """
         with (
-            nullcontext() if locked else first_process_holds(self.output_dir),
+            nullcontext() if locked else lock_on_rank_zero(self.output_dir),
             _no_process_left(),
             self.interruption.listening(),
             safe_loading(self._checkpoint_classes()),
@@ -413,8 +413,8 @@ def _no_process_left() -> Iterator[None]:
 
 
 @contextmanager
-def first_process_holds(output_dir: Path) -> Iterator[None]:
-    """The lock on the output folder, taken by the first process for all."""
+def lock_on_rank_zero(output_dir: Path) -> Iterator[None]:
+    """Hold the lock on the output folder, taken by rank 0 for all ranks."""
     with ExitStack() as stack:
 
         def lock() -> None:

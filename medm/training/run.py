@@ -35,7 +35,7 @@ from medm.training.kernels import any_lengths, compile_layers, generating_part, 
 from medm.training.options import TrainOptions
 from medm.training.parts import PartTable, apply_parts
 from medm.training.recipe import Recipe, differences, resolved
-from medm.training.resumable import check_continues, first_process_holds
+from medm.training.resumable import check_continues, lock_on_rank_zero
 from medm.training.trainer import MedmTrainer
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     require_start(recipe)
     _require_zero3_support(recipe)
     args = training_arguments(options, output_dir)
-    with first_process_holds(output_dir):
+    with lock_on_rank_zero(output_dir):
         if (done := on_rank_zero(lambda: _require_usable(recipe, args, resume=resume))) is not None:
             return done
         return _train(recipe, options, args, resume=resume, fallback=fallback)
