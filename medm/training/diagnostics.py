@@ -2,7 +2,7 @@
 
 Measured between steps on batches that were just trained on: the weights, their gradients, the optimizer, the random
 numbers and every buffer are afterwards what they were before. Blind to modality: the objective says what the loss of
-some rows is, the model says its parts, and a module that routes says its routing weights.
+some rows is, the model says its parts, and a module that routes gives its routing weights.
 
 Definitions (gradient surgery, arXiv 2001.06782), for the gradients g, h of two tasks on the same weights and batch:
 cosine <g, h> / (|g| |h|); a conflict where it is below zero; magnitude similarity 2 |g| |h| / (|g|^2 + |h|^2).
@@ -338,7 +338,7 @@ def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) ->
     for name, shares in last["routing"].items():
         experts = [f"expert {k}" for k in range(len(next(iter(shares.values()))))]
         rows = [[task, *map(_number, row)] for task, row in shares.items()]
-        lines += ["", f"## {name}: routing shares since the last measurement", "", *_table(["task", *experts], rows)]
+        lines += ["", f"## {name}: routing weights since the last measurement", "", *_table(["task", *experts], rows)]
     return "\n".join([*lines, ""])
 
 
