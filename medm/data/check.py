@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from medm.data.base import AnyPipeline, Segment
-from medm.data.record_files import check_beginning
 from medm.data.limits import LengthLimit
 from medm.data.options import DataOptions, SourceOptions
+from medm.data.record_files import check_beginning
 from medm.data.records import Records
 from medm.errors import DataError, RecipeError
 from medm.imaging import Preprocess, VolumePreprocess
