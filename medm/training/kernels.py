@@ -51,6 +51,14 @@ def generating_part(model: MedmModel) -> CausalLM | None:
     return next((part for part in model.parts().values() if is_causal_lm(part)), None)
 
 
+def apply_kernels(model: MedmModel, options: TrainOptions) -> None:
+    """Use liger's kernels, and compile layers, as the options of the run say."""
+    if options.liger:
+        use_liger(generating_part(model))
+    if options.torch_compile:
+        compile_layers(model, deepspeed=options.deepspeed)
+
+
 def any_lengths(model: MedmModel, options: TrainOptions, device: torch.device) -> bool:
     """Return whether padding-free rows may have any lengths: compiled layers need one kernel for all sequences."""
     if not options.torch_compile:

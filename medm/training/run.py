@@ -31,7 +31,7 @@ from medm.training.diagnostics import (
     require_measurable,
 )
 from medm.training.feature_caching import cache_features
-from medm.training.kernels import any_lengths, compile_layers, generating_part, use_liger
+from medm.training.kernels import any_lengths, apply_kernels
 from medm.training.options import TrainOptions
 from medm.training.parts import PartTable, apply_parts
 from medm.training.recipe import Recipe, differences, resolved
@@ -158,10 +158,7 @@ def _train(
                 device=args.device, bad_records=recipe.data.bad_records,
             )
         )  # fmt: skip
-    if options.liger:
-        use_liger(generating_part(model))
-    if options.torch_compile:
-        compile_layers(model, deepspeed=options.deepspeed)
+    apply_kernels(model, options)
     terms, callbacks = terms_of(recipe.objective), _callbacks(recipe)
     if recipe.diagnostics is not None:
         tasks = list(getattr(processor, "tasks", None) or [])
@@ -184,8 +181,6 @@ def _train(
             _save_final(trainer, recipe, table, data, fallback=fallback)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Outcome(output_dir, finished, trainer.state.global_step, losses[-1] if losses else None)
-
-
 
 
 def _callbacks(recipe: Recipe) -> list[TrainerCallback]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medm.errors import DeviceError, RecipeError
-from medm.training.kernels import compile_layers, use_liger
+from medm.training.kernels import apply_kernels, compile_layers, generating_part, use_liger
 from medm.training.options import TrainOptions
 from tests import tiny
 from tests.models.test_lvlm import build, collate, example
@@ -65,6 +65,18 @@ def test_liger_is_said_to_be_missing_before_anything_is_trained() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="liger"):
             use_liger(torch.nn.Linear(2, 2))
+
+
+def test_the_options_of_a_run_choose_the_kernels(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = build(llm, family="qwen2.5")
+    assert generating_part(model) is model.language_model
+    called: list[object] = []
+    monkeypatch.setattr("medm.training.kernels.use_liger", lambda part: called.append(part))
+    monkeypatch.setattr("medm.training.kernels.compile_layers", lambda model, deepspeed: called.append(deepspeed))
+    apply_kernels(model, TrainOptions())
+    assert called == []
+    apply_kernels(model, TrainOptions(liger=True, torch_compile=True, deepspeed="zero2"))
+    assert called == [model.language_model, "zero2"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
