@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import selectors
 import signal
@@ -314,6 +315,10 @@ class Launcher:
     def _status(self) -> int:
         """Print the error, and return the exit status of all ranks."""
         failed = [rank for rank in self._ranks if self._failed(rank)]
+        if self._stopped is not None:
+            # Before the first step a rank ends at once, and one that is further loses its neighbor.
+            stops = [rank.ended for rank in self._ranks if rank.code in (RESUMABLE, -signal.SIGTERM)]
+            failed = [rank for rank in failed if _since(rank) < min(stops, default=math.inf)]
         if failed:
             return self._explain(failed)
         if any(rank.code for rank in self._ranks):
@@ -329,7 +334,7 @@ class Launcher:
 
     def _explain(self, failed: Sequence[_Rank]) -> int:
         """Print the first error in full and each different one as one line; return the status."""
-        first, *others = sorted(failed, key=lambda rank: rank.errors[0]["time"] if rank.errors else rank.ended)
+        first, *others = sorted(failed, key=_since)
         told = _reason(first)
         _say(told if first.errors else f"error: process {first.number} {told}")
         seen = {told}
@@ -340,6 +345,11 @@ class Launcher:
                 last = reason.strip().splitlines()[-1] if _is_traceback(other) else reason
                 _say(f"process {other.number} ended after it: {last}")
         return first.code if first.code is not None and first.code > 0 else 1
+
+
+def _since(rank: _Rank) -> float:
+    """When a rank failed: its first error, or its end."""
+    return float(rank.errors[0]["time"]) if rank.errors else rank.ended
 
 
 def _is_traceback(rank: _Rank) -> bool:

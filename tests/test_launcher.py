@@ -130,6 +130,47 @@ def test_a_stop_before_the_ranks_listen_is_a_stop(tmp_path: Path) -> None:
     sender.join()
 
 
+def test_a_rank_that_loses_its_stopped_neighbor_is_stopped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before the first step one rank ends at once; the other, already further, fails in a collective."""
+    script = """
+def stop(number, frame):
+    touch("left")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop if rank else signal.SIG_IGN)
+touch("ready")
+while not (folder / "left-1").exists() or rank: time.sleep(0.02)
+time.sleep(1)
+LINK.report("Traceback: connection closed by peer", traceback=True)
+sys.exit(1)
+"""
+    thread = signal_when_ready(tmp_path, signal.SIGTERM)
+    assert launch(tmp_path, script) == 75
+    thread.join()
+    assert "connection closed" not in capfd.readouterr().err
+
+
+def test_a_rank_that_fails_before_its_neighbor_stops_is_a_failure(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = """
+def fail(number, frame):
+    LINK.report("error: disk full")
+    touch("failed")
+    sys.exit(1)
+def stop(number, frame):
+    while not (folder / "failed-0").exists(): time.sleep(0.02)
+    time.sleep(0.2)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop if rank else fail)
+touch("ready")
+while True: time.sleep(0.02)
+"""
+    thread = signal_when_ready(tmp_path, signal.SIGTERM)
+    assert launch(tmp_path, script) == 1
+    thread.join()
+    assert "disk full" in capfd.readouterr().err
+
+
 def test_a_run_that_finished_all_the_same_is_finished(tmp_path: Path) -> None:
     sender = signal_when_ready(tmp_path, signal.SIGTERM)
     assert launch(tmp_path, GRACEFUL) == 0

@@ -56,9 +56,10 @@ def recipe(folder: Path, **train: Any) -> Path:
     return folder / "recipe.yaml"
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], *, size: int = 0) -> None:
+    """Wait until a process wrote a file of at least so many bytes."""
     until = time.monotonic() + 200
-    while not path.exists() and time.monotonic() < until:
+    while not (path.exists() and path.stat().st_size >= size) and time.monotonic() < until:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
 
@@ -74,7 +75,7 @@ def test_a_script_that_is_stopped_saves_ends_and_continues(tmp_path: Path) -> No
     command = ["bash", str(tmp_path / "train.sh")]
     options: dict[str, Any] = {"cwd": planted, "env": environment() | {"GPUS": "2"}, "text": True}
     run = subprocess.Popen(command, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    wait_for(output / "loss.jsonl", run)
+    wait_for(output / "loss.jsonl", run, size=1)  # before the first step a stop ends the run at once
     os.killpg(run.pid, signal.SIGTERM)
     wait_for(planted / "writing", run)
     for number in (signal.SIGINT, signal.SIGTERM):
