@@ -1,4 +1,6 @@
-"""`python -m benchmarks --profile cpu [P1 P7 ...]`: every cell beside its peer, a JSON, a table and a chart."""
+"""`python -m benchmarks --profile cpu [P1 P7 ...]`: every cell beside its peer, a JSON, a table and
+a chart.
+"""
 
 from __future__ import annotations
 
@@ -31,22 +33,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="begin no cell later, and give each its share of what is left"
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="begin no cell later, and give each its share of what is left",
     )
-    parser.add_argument("names", nargs="*", help="cells by name, in this order; all of the profile without any")
+    parser.add_argument(
+        "names", nargs="*", help="cells by name, in this order; all of the profile without any"
+    )
     arguments = parser.parse_args()
     quiet()
     known = {cell.name: cell for cell in CELLS}
     if unknown := sorted(set(arguments.names) - set(known)):
         parser.error(f"no such cell: {', '.join(unknown)}; there are {', '.join(known)}")
-    chosen = [cell for cell in map(known.get, arguments.names or known) if cell and arguments.profile in cell.targets]
+    chosen = [
+        cell
+        for cell in map(known.get, arguments.names or known)
+        if cell and arguments.profile in cell.targets
+    ]
     cuda = arguments.profile == "h200"
     if cuda and not torch.cuda.is_available():
         parser.error("profile h200 needs a CUDA device; none is there")
-    limits = measure_limits(device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    limits = measure_limits(
+        device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32
+    )
     print(
-        f"{limits.device}, {limits.threads} threads: {limits.matmul / 1e9:.0f} GFLOP/s, reads {limits.bandwidth / 1e9:.1f} "
-        f"GB/s, copies {limits.copy / 1e9:.1f} GB/s"
+        f"{limits.device}, {limits.threads} threads: {limits.matmul / 1e9:.0f} GFLOP/s, reads "
+        f"{limits.bandwidth / 1e9:.1f} GB/s, copies {limits.copy / 1e9:.1f} GB/s"
     )
     end = time.monotonic() + 60 * arguments.minutes
     failed = []
@@ -56,7 +69,9 @@ def main() -> None:
             print(f"no time is left for {' '.join(cell.name for cell in chosen[number:])}")
             break
         release_memory()
-        result = measured(cell(arguments.profile), arguments.rounds, seconds=left / (len(chosen) - number))
+        result = measured(
+            cell(arguments.profile), arguments.rounds, seconds=left / (len(chosen) - number)
+        )
         print(line(result), flush=True)
         write(arguments.output, arguments.profile, result, asdict(limits))
         failed += [cell.name] if result.status == "failed" else []
@@ -75,7 +90,9 @@ def measured(cell: Cell, rounds: int, *, seconds: float) -> Result:
 
 
 def release_memory() -> None:
-    """Of the last cell. Raises where a kernel has left the device in a state in which nothing can be measured."""
+    """Of the last cell. Raises where a kernel has left the device in a state in which nothing can
+    be measured.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -86,16 +103,22 @@ def line(result: Result) -> str:
     """One cell in words."""
     if math.isnan(result.value):
         return f"{result.name:5} {result.title}: {result.gate}"
-    aim = "no target" if result.target is None else f"target {'<=' if result.at_most else '>='} {result.target:g}"
+    aim = (
+        "no target"
+        if result.target is None
+        else f"target {'<=' if result.at_most else '>='} {result.target:g}"
+    )
     verdict = {True: "reached", False: "NOT reached", None: ""}[result.reached]
     return (
-        f"{result.name:5} {result.title}: {result.value:.3g} [{result.low:.3g}, {result.high:.3g}], {aim}, {verdict}; "
-        f"{result.status}; {result.gate}"
+        f"{result.name:5} {result.title}: {result.value:.3g} [{result.low:.3g}, "
+        f"{result.high:.3g}], {aim}, {verdict}; {result.status}; {result.gate}"
     )
 
 
 def write(folder: Path, profile: str, result: Result, limits: dict[str, Any]) -> None:
-    """`<profile>.json`, `.md` and `.png`; cells that were not measured this time keep their last figures."""
+    """`<profile>.json`, `.md` and `.png`; cells that were not measured this time keep their last
+    figures.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{profile}.json"
     kept = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else {}

@@ -1,9 +1,9 @@
 """Two ways of doing the same thing, measured side by side in one process.
 
-The rounds are interleaved (A B B A), so that whatever else the machine does hits both; the ratio of a round is
-formed inside it, and the figure is the median over rounds with a bootstrap interval. The two A's of a round
-give the ratio of the peer with itself: the noise. A cell is only measured after its gate has shown that both
-ways give the same numbers; a fast way that fails its gate has failed.
+The rounds are interleaved (A B B A), so that whatever else the machine does hits both; the ratio of
+a round is formed inside it, and the figure is the median over rounds with a bootstrap interval. The
+two A's of a round give the ratio of the peer with itself: the noise. A cell is only measured after
+its gate has shown that both ways give the same numbers; a fast way that fails its gate has failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ NOISE = (0.95, 1.05)
 class Cell(ABC):
     """One line of the table.
 
-    `targets` maps a profile ("cpu", "h200") to the value to reach; a profile that is absent is not measured there.
+    `targets` maps a profile ("cpu", "h200") to the value to reach; a profile that is absent is not
+    measured there.
     """
 
     name: ClassVar[str]
@@ -48,24 +49,42 @@ class Cell(ABC):
 
     @abstractmethod
     def measure(self, rounds: int, *, until: float = math.inf) -> Result:
-        """Check the gate, then measure; with fewer rounds where `time.monotonic()` passes `until`."""
+        """Check the gate, then measure; with fewer rounds where `time.monotonic()` passes
+        `until`.
+        """
 
     def failed(self, reason: str) -> Result:
         """A cell that came to no figure."""
         return Result(
-            name=self.name, title=self.title, peer=self.peer, profile=self.profile, value=math.nan,
-            target=self.targets.get(self.profile), at_most=self.at_most, reached=None, setting={}, gate=reason,
+            name=self.name,
+            title=self.title,
+            peer=self.peer,
+            profile=self.profile,
+            value=math.nan,
+            target=self.targets.get(self.profile),
+            at_most=self.at_most,
+            reached=None,
+            setting={},
+            gate=reason,
             status="failed",
-        )  # fmt: skip
+        )
 
     def result(self, value: float, **rest: Any) -> Result:
         """The value judged against this profile's target."""
         target = self.targets.get(self.profile)
         reached = None if target is None else value <= target if self.at_most else value >= target
         return Result(
-            name=self.name, title=self.title, peer=self.peer, profile=self.profile, value=value, target=target,
-            at_most=self.at_most, reached=reached, setting=self.setting, **rest,
-        )  # fmt: skip
+            name=self.name,
+            title=self.title,
+            peer=self.peer,
+            profile=self.profile,
+            value=value,
+            target=target,
+            at_most=self.at_most,
+            reached=reached,
+            setting=self.setting,
+            **rest,
+        )
 
 
 class Ratio(Cell):
@@ -97,16 +116,23 @@ class Ratio(Cell):
         for number in range(rounds):
             if number >= FEWEST and time.monotonic() > until:
                 break
-            a1, b1, b2, a2 = (rate(side) for side in (self.run_peer, self.run_ours, self.run_ours, self.run_peer))
+            a1, b1, b2, a2 = (
+                rate(side) for side in (self.run_peer, self.run_ours, self.run_ours, self.run_peer)
+            )
             ratios.append((b1 + b2) / (a1 + a2))
             noise.append(a2 / a1)
             raw.append({"peer": [a1, a2], "ours": [b1, b2]})
         low, high = bootstrap(ratios)
         quiet = NOISE[0] <= statistics.median(noise) <= NOISE[1]
         return self.result(
-            statistics.median(ratios), low=low, high=high, noise=statistics.median(noise), gate=proof, raw=raw,
+            statistics.median(ratios),
+            low=low,
+            high=high,
+            noise=statistics.median(noise),
+            gate=proof,
+            raw=raw,
             status="measured" if quiet else "noisy",
-        )  # fmt: skip
+        )
 
 
 class Figure(Cell):
@@ -127,7 +153,9 @@ class Figure(Cell):
             return self.result(math.nan, gate=f"FAILED: {error}", status="gate failed")
         values = self.values(rounds if time.monotonic() < until else FEWEST)
         low, high = bootstrap(values)
-        return self.result(statistics.median(values), low=low, high=high, gate=proof, raw=[{"values": values}])
+        return self.result(
+            statistics.median(values), low=low, high=high, gate=proof, raw=[{"values": values}]
+        )
 
 
 class GateError(AssertionError):

@@ -1,4 +1,6 @@
-"""What this machine can do at best, measured in the same run as the cells that are held against it."""
+"""What this machine can do at best, measured in the same run as the cells that are held
+against it.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,18 @@ class Limits:
     matmul: float
     """FLOP/s of the best square matrix product in the training precision."""
     bandwidth: float
-    """Bytes/s of a large read (a matrix-vector product), which is what decoding one token does to the weights."""
+    """Bytes/s of a large read (a matrix-vector product), which is what decoding one token does to
+    the weights."""
     copy: float
     """Bytes/s of a large copy in memory, reads and writes counted."""
 
 
 def measure_limits(*, device: str, dtype: torch.dtype) -> Limits:
     """Best of several runs each; a ceiling is a maximum, not a mean."""
-    matmul = max(_matmul(size, device, dtype) for size in ((1024, 2048) if device == "cpu" else (8192, 16384)))
+    matmul = max(
+        _matmul(size, device, dtype)
+        for size in ((1024, 2048) if device == "cpu" else (8192, 16384))
+    )
     size = 2**26 if device == "cpu" else 2**30
     source = torch.ones(size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -35,7 +41,11 @@ def measure_limits(*, device: str, dtype: torch.dtype) -> Limits:
     matrix = source[: (size // 4096) * 4096].view(-1, 4096)
     vector = torch.ones(4096, device=device)
     bandwidth = matrix.nbytes / min(seconds(lambda: matrix @ vector) for _ in range(7))
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return Limits(name, torch.get_num_threads(), matmul, bandwidth, copy)
 
 

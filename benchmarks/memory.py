@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 def peak_bytes(work: Callable[[], Any]) -> int:
     """Largest sum of live tensor bytes allocated inside `work`.
 
-    On CUDA the allocator counts. On the CPU the profiler's allocation events are added up in order, since the
-    resident size of a process says little about what a step needed.
+    On CUDA the allocator counts. On the CPU the profiler's allocation events are added up in order,
+    since the resident size of a process says little about what a step needed.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -32,4 +32,6 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 def _allocations(recorded: profile) -> list[Any]:
-    return [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [
+        event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]

@@ -11,23 +11,30 @@ def table(content: dict[str, Any]) -> str:
     """Every cell, the ones that fall short included."""
     limits, versions = content["limits"], content["versions"]
     lines = [
-        f"Profile `{content['profile']}`: {limits['device']}, {limits['threads']} threads; measured limits "
-        f"{limits['matmul'] / 1e9:.0f} GFLOP/s, reads {limits['bandwidth'] / 1e9:.1f} GB/s. "
+        f"Profile `{content['profile']}`: {limits['device']}, {limits['threads']} threads; "
+        f"measured limits {limits['matmul'] / 1e9:.0f} GFLOP/s, reads "
+        f"{limits['bandwidth'] / 1e9:.1f} GB/s. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
         "",
-        "| cell | what | peer | value | 95 % | target | reached | noise (peer/peer) | gate | setting |",
+        "| cell | what | peer | value | 95 % | target | reached | noise (peer/peer) | gate | "
+        "setting |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in content["cells"].values():
-        aim = "" if cell["target"] is None else f"{'≤' if cell['at_most'] else '≥'} {cell['target']:g}"
+        aim = (
+            ""
+            if cell["target"] is None
+            else f"{'≤' if cell['at_most'] else '≥'} {cell['target']:g}"
+        )
         reached = {True: "yes", False: "**no**", None: ""}[cell["reached"]]
         if cell["status"] != "measured":
             reached += f" ({cell['status']})"
         setting = ", ".join(f"{key} {value}" for key, value in cell["setting"].items())
         lines.append(
-            f"| {cell['name']} | {cell['title']} | {cell['peer']} | {_number(cell['value'])} | {_number(cell['low'])} to "
-            f"{_number(cell['high'])} | {aim} | {reached} | {_number(cell['noise'])} | {cell['gate']} | {setting} |"
+            f"| {cell['name']} | {cell['title']} | {cell['peer']} | {_number(cell['value'])} | "
+            f"{_number(cell['low'])} to {_number(cell['high'])} | {aim} | {reached} | "
+            f"{_number(cell['noise'])} | {cell['gate']} | {setting} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -39,7 +46,11 @@ def draw(content: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cells = [c for c in content["cells"].values() if c["target"] and not math.isnan(c["value"]) and c["value"] > 0]
+    cells = [
+        c
+        for c in content["cells"].values()
+        if c["target"] and not math.isnan(c["value"]) and c["value"] > 0
+    ]
     gains = [c["target"] / c["value"] if c["at_most"] else c["value"] / c["target"] for c in cells]
     figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(cells) + 1.4), layout="constrained")
     colours = ["#2a7f62" if gain >= 1 else "#b5523b" for gain in gains]

@@ -1,7 +1,8 @@
 """Models and data of realistic proportions, the same for medm and its peers.
 
-Random weights. Text lengths are log-normal (sigma 0.7, mean about 220 tokens), 12 % of the text is labelled,
-10 % of the samples have no image and 5 % have two: what one finds in instruction data of medical VLMs.
+Random weights. Text lengths are log-normal (sigma 0.7, mean about 220 tokens), 12 % of the text is
+labelled, 10 % of the samples have no image and 5 % have two: what one finds in instruction data of
+medical VLMs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Sizes:
     text: dict[str, Any]
     mean_text: int = 220
     longest_text: int = 800
-    """Decides whether the peer's padded batch of 16, with logits at every position, fits into a GPU of 139 GiB."""
+    """Decides whether the peer's padded batch of 16, with logits at every position, fits into a GPU
+    of 139 GiB."""
 
     @property
     def image_size(self) -> int:
@@ -50,18 +52,30 @@ class Sizes:
 
 def _text(layers: int, dim: int, heads: int, kv: int, mlp: int, vocabulary: int) -> dict[str, Any]:
     return {
-        "num_hidden_layers": layers, "hidden_size": dim, "num_attention_heads": heads, "num_key_value_heads": kv,
-        "intermediate_size": mlp, "vocab_size": vocabulary, "max_position_embeddings": 4096,
+        "num_hidden_layers": layers,
+        "hidden_size": dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": mlp,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD,
-    }  # fmt: skip
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": PAD,
+    }
 
 
 def _vision(layers: int, dim: int, heads: int, mlp: int, size: int, patch: int) -> dict[str, Any]:
     return {
-        "num_hidden_layers": layers, "hidden_size": dim, "num_attention_heads": heads, "intermediate_size": mlp,
-        "image_size": size, "patch_size": patch, "vision_use_head": False,
-    }  # fmt: skip
+        "num_hidden_layers": layers,
+        "hidden_size": dim,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "image_size": size,
+        "patch_size": patch,
+        "vision_use_head": False,
+    }
 
 
 WORKLOADS = {
@@ -84,7 +98,12 @@ def medm_model(
         llm="auto",
         branches={
             "image": {
-                "encoder": {"name": "siglip", "architecture": sizes.vision, "layer": -1, "tokens": "patch"},
+                "encoder": {
+                    "name": "siglip",
+                    "architecture": sizes.vision,
+                    "layer": -1,
+                    "tokens": "patch",
+                },
                 "connector": {"name": "mlp", "depth": 2, "activation": "gelu"},
                 "channels": 3,
                 "spatial": [sizes.image_size, sizes.image_size],
@@ -100,8 +119,10 @@ def stock_model(ours: LVLMForConditionalGeneration, sizes: Sizes) -> LlavaForCon
     config = LlavaConfig(
         vision_config=SiglipVisionConfig(**sizes.vision).to_dict(),
         text_config=LlamaConfig(**sizes.text).to_dict(),
-        image_token_index=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="full",
-    )  # fmt: skip
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
     parameter = next(ours.parameters())
     stock = LlavaForConditionalGeneration(config).to(parameter.device, parameter.dtype)
     copy_weights(ours, stock)
@@ -112,7 +133,8 @@ def copy_weights(ours: LVLMForConditionalGeneration, stock: LlavaForConditionalG
     """From our model into the stock one."""
     stock.model.language_model.load_state_dict(ours.language_model.base_model.state_dict())
     stock.model.vision_tower.load_state_dict(
-        {k.removeprefix("tower."): v for k, v in ours.branch("image").encoder.state_dict().items()}, strict=False
+        {k.removeprefix("tower."): v for k, v in ours.branch("image").encoder.state_dict().items()},
+        strict=False,
     )
     mlp = ours.branch("image").connector.state_dict()
     names = {"layers.0": "linear_1", "layers.2": "linear_2"}
@@ -124,11 +146,15 @@ def copy_weights(ours: LVLMForConditionalGeneration, stock: LlavaForConditionalG
 def make_examples(
     sizes: Sizes, count: int, *, seed: int = 0, generation: bool = False, drawn: bool = True
 ) -> list[Example]:
-    """Samples after the processor: ids with placeholders, labels, and pixels if they are `drawn`."""
+    """Samples after the processor: ids with placeholders, labels, and pixels if they are
+    `drawn`.
+    """
     rng = np.random.default_rng(seed)
     sigma = 0.7
     lengths = (
-        rng.lognormal(np.log(sizes.mean_text) - sigma**2 / 2, sigma, count).clip(16, sizes.longest_text).astype(int)
+        rng.lognormal(np.log(sizes.mean_text) - sigma**2 / 2, sigma, count)
+        .clip(16, sizes.longest_text)
+        .astype(int)
     )
     images = rng.choice([0, 1, 2], size=count, p=[0.10, 0.85, 0.05])
     examples = []

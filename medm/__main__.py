@@ -1,9 +1,12 @@
-"""`python -m medm`, the form that `medm launch` (with -P), `torchrun -m medm` and `deepspeed --module medm` start."""
+"""`python -m medm`, the form that `medm launch` (with -P), `torchrun -m medm` and `deepspeed
+--module medm` start.
+"""
 
 import os
 import sys
 
-# Python puts the working folder first. Nothing is imported from there, unless medm itself lies there; not `pathlib`.
+# Python puts the working folder first. Nothing is imported from there, unless medm itself lies
+# there; not `pathlib`.
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
 if not sys.flags.safe_path and os.path.realpath(sys.path[0]) != os.path.realpath(_HOME):
     del sys.path[0]

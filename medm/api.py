@@ -45,19 +45,23 @@ def load(folder: str | Path, *, device: str = "auto", dtype: str = "saved") -> M
     """
     if dtype not in ("saved", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected saved, float32, bfloat16 or float16, found {dtype!r}")
-    engine, _ = load_engine(str(folder), GenerationOptions(), device=pick_device(device), dtype=dtype)
+    engine, _ = load_engine(
+        str(folder), GenerationOptions(), device=pick_device(device), dtype=dtype
+    )
     return Model(engine)
 
 
 class Model:
     """A model that answers questions about images and volumes.
 
-    Images are given as a path, an image of Pillow, an array or tensor (H, W) or (H, W, 3), or an opened file; volumes
-    as a path (a file, or the folder of a DICOM series), or an array or tensor (D, H, W). Several of them are a list.
+    Images are given as a path, an image of Pillow, an array or tensor (H, W) or (H, W, 3), or an
+    opened file; volumes as a path (a file, or the folder of a DICOM series), or an array or tensor
+    (D, H, W). Several of them are a list.
 
-    Options of every call are the fields of `medm.inference.options.GenerationOptions`: `max_new_tokens`,
-    `temperature`, `top_p`, `seed`, `compile`. Replies are greedy without them. Beam search and other arguments of
-    transformers are those of `model.generate`, see the page on Python.
+    Options of every call are the fields of `medm.inference.options.GenerationOptions`:
+    `max_new_tokens`, `temperature`, `top_p`, `seed`, `compile`. Replies are greedy without them.
+    Beam search and other arguments of transformers are those of `model.generate`, see the page on
+    Python.
 
     One thread at a time may use a model.
 
@@ -99,11 +103,17 @@ class Model:
             options: how the reply is chosen, see the class.
 
         Raises:
-            DataError: an image or volume that cannot be read, or that the model has no branch for; a prompt that
-                does not fit the model's context.
+            DataError: an image or volume that cannot be read, or that the model has no branch for;
+                a prompt that does not fit the model's context.
             RecipeError: an option that is unknown or out of range.
         """
-        asked = {"question": question, "image": image, "volume": volume, "system": system, "task": task}
+        asked = {
+            "question": question,
+            "image": image,
+            "volume": volume,
+            "system": system,
+            "task": task,
+        }
         return self.ask_many([asked], **options)[0]
 
     def ask_many(
@@ -117,8 +127,9 @@ class Model:
         """Return the reply to each of several questions, answered in batches.
 
         Args:
-            questions: text; or mappings of the arguments of `ask`; or records as annotation files hold them (with
-                `conversations` or `messages`), whose last reply is not shown to the model.
+            questions: text; or mappings of the arguments of `ask`; or records as annotation files
+                hold them (with `conversations` or `messages`), whose last reply is not shown to the
+                model.
             batch_size: prompts that are prepared and answered at once.
             root: folder that the paths in records are relative to.
             options: see the class.
@@ -153,14 +164,28 @@ class Model:
         task: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Return the pieces of one reply as they come; see `ask`. Closing the iterator stops the generation."""
-        asked = {"question": question, "image": image, "volume": volume, "system": system, "task": task}
+        """Return the pieces of one reply as they come; see `ask`. Closing the iterator stops the
+        generation.
+        """
+        asked = {
+            "question": question,
+            "image": image,
+            "volume": volume,
+            "system": system,
+            "task": task,
+        }
         choice = _options(options)
         return self.engine.stream(Request.of(self._example(asked, Path(), choice)), choice)
 
-    def chat(self, *, system: str | None = None, task: str | None = None, **options: Any) -> Conversation:
-        """Return a conversation of several turns: `show("image", item)`, then `ask(question)`, which streams."""
-        return Conversation(self.engine, self.processor, system=system, task=task, options=_options(options))
+    def chat(
+        self, *, system: str | None = None, task: str | None = None, **options: Any
+    ) -> Conversation:
+        """Return a conversation of several turns: `show("image", item)`, then `ask(question)`,
+        which streams.
+        """
+        return Conversation(
+            self.engine, self.processor, system=system, task=task, options=_options(options)
+        )
 
     def submit(
         self,
@@ -173,7 +198,8 @@ class Model:
         stream: bool = False,
         **options: Any,
     ) -> int:
-        """Queue one question in `engine` and return its number; `engine.step()` advances it. See `ask`.
+        """Queue one question in `engine` and return its number; `engine.step()` advances it. See
+        `ask`.
 
         Args:
             question: as in `ask`, and so are the others.
@@ -184,11 +210,21 @@ class Model:
             stream: give the reply in pieces, see `medm.inference.generator.Event`.
             options: see the class.
         """
-        asked = {"question": question, "image": image, "volume": volume, "system": system, "task": task}
+        asked = {
+            "question": question,
+            "image": image,
+            "volume": volume,
+            "system": system,
+            "task": task,
+        }
         choice = _options(options)
-        return self.engine.submit(Request.of(self._example(asked, Path(), choice)), choice, stream=stream)
+        return self.engine.submit(
+            Request.of(self._example(asked, Path(), choice)), choice, stream=stream
+        )
 
-    def _example(self, question: str | Mapping[str, Any], root: Path, options: GenerationOptions) -> Example:
+    def _example(
+        self, question: str | Mapping[str, Any], root: Path, options: GenerationOptions
+    ) -> Example:
         if isinstance(question, str):
             question = {"question": question}
         if not isinstance(question, Mapping):
@@ -201,16 +237,18 @@ class Model:
         pixels: dict[str, list[Any]] = {}
         for media, item in zip(sample.media, items, strict=True):
             if media.branch not in self.processor.preprocess:
-                raise DataError(missing_branch(media.branch, self.processor.preprocess), field=media.branch)
+                raise DataError(
+                    missing_branch(media.branch, self.processor.preprocess), field=media.branch
+                )
             array = load_pixels(item, self.processor.preprocess[media.branch])
             pixels.setdefault(media.branch, []).append(array)
         example: Example = self.processor.encode(sample, pixels, generation=True)
         longest = self.engine.max_tokens
         if longest is not None and len(example.input_ids) + options.max_new_tokens > longest:
             raise DataError(
-                f"the prompt has {len(example.input_ids)} tokens, vision tokens included; with a reply of "
-                f"{options.max_new_tokens} tokens it exceeds the model's context of {longest}; shorten the "
-                "question, show less, or lower max_new_tokens"
+                f"the prompt has {len(example.input_ids)} tokens, vision tokens included; with a "
+                f"reply of {options.max_new_tokens} tokens it exceeds the model's context of "
+                f"{longest}; shorten the question, show less, or lower max_new_tokens"
             )
         return example
 
@@ -222,7 +260,9 @@ def _options(options: Mapping[str, Any]) -> GenerationOptions:
 def _asked(question: Mapping[str, Any]) -> tuple[Sample, list[Any]]:
     """The arguments of `ask` as a sample, and the items of its images and volumes."""
     if unknown := sorted(set(question) - _QUESTION):
-        raise DataError(f"unknown key; expected some of {', '.join(sorted(_QUESTION))}", field=unknown[0])
+        raise DataError(
+            f"unknown key; expected some of {', '.join(sorted(_QUESTION))}", field=unknown[0]
+        )
     text = question["question"]
     if not isinstance(text, str) or not text.strip():
         raise DataError("expected text that is not empty", field="question")

@@ -1,7 +1,8 @@
 """The import path of Python processes that medm starts.
 
-`python -c` and `python -m` put the working folder first on the import path: a `json.py` that lies there would run in
-place of Python's. Nothing that medm starts imports from the working folder, unless medm itself lies there.
+`python -c` and `python -m` put the working folder first on the import path: a `json.py` that lies
+there would run in place of Python's. Nothing that medm starts imports from the working folder,
+unless medm itself lies there.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def child_environment() -> dict[str, str]:
 
 @contextmanager
 def safe_path() -> Iterator[None]:
-    """Start every Python process inside with a safe import path: spawned ones, and helpers of libraries."""
+    """Start every Python process inside with a safe import path: spawned ones, and helpers of
+    libraries.
+    """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:

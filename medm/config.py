@@ -1,7 +1,7 @@
 """Strict, typed options, and the reading of YAML recipes with dotted overrides.
 
-Knows no component and no tensor library. Each package defines the options of its own section of a recipe; this file
-defines how a section is written, read, checked and reported.
+Knows no component and no tensor library. Each package defines the options of its own section of a
+recipe; this file defines how a section is written, read, checked and reported.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ from medm.errors import RecipeError, suggest
 
 
 class Options(BaseModel):
-    """A section of a recipe: frozen, every key known, every value of its type, a docstring under each field."""
+    """A section of a recipe: frozen, every key known, every value of its type, a docstring under
+    each field.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
     )
 
     @model_validator(mode="before")
@@ -33,7 +39,9 @@ class Options(BaseModel):
         if isinstance(value, Mapping):
             unknown = [str(key) for key in value if key not in cls.model_fields]
             if unknown:
-                reasons = "; ".join(f"unknown key {key!r}{suggest(key, cls.model_fields)}" for key in unknown)
+                reasons = "; ".join(
+                    f"unknown key {key!r}{suggest(key, cls.model_fields)}" for key in unknown
+                )
                 raise PydanticCustomError("unknown_key", "{reasons}", {"reasons": reasons})
         return value
 
@@ -52,21 +60,26 @@ class Mark(Enum):
 
 
 ResumeSafe: TypeAlias = Annotated[T, Mark.RESUME_SAFE]
-"""Type of an option that may change between a run and its continuation: it does not change what is learned.
+"""Type of an option that may change between a run and its continuation: it does not change what is
+learned.
 
 On a section it covers every key below. Options of plug-ins use it too.
 """
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-4` as a number and `no` as text, unlike YAML 1.1, and refuses duplicate keys."""
+    """SafeLoader that reads `2e-4` as a number and `no` as text, unlike YAML 1.1, and refuses
+    duplicate keys.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise RecipeError(f"{_place(key_node)}: key {key!r} is written twice; keep one of the two")
+                raise RecipeError(
+                    f"{_place(key_node)}: key {key!r} is written twice; keep one of the two"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -76,9 +89,13 @@ _RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_RecipeLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    _BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -92,7 +109,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe; 'medm list recipes' prints the ones that are shipped") from None
+        raise RecipeError(
+            f"{path}: no such recipe; 'medm list recipes' prints the ones that are shipped"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     loader = _RecipeLoader(text)
@@ -102,16 +121,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise RecipeError(
+            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
     finally:
         loader.dispose()
     if not isinstance(value, dict):
-        raise RecipeError(f"{path}: expected a mapping of keys at the top, found {type(value).__name__}")
+        raise RecipeError(
+            f"{path}: expected a mapping of keys at the top, found {type(value).__name__}"
+        )
     return value
 
 
 def parse_value(text: str) -> Any:
-    """Return the value of `key=value`, read as YAML: `1e-3` is a number, `[a, b]` a list, `null` is None."""
+    """Return the value of `key=value`, read as YAML: `1e-3` is a number, `[a, b]` a list, `null` is
+    None.
+    """
     loader = _RecipeLoader(text)
     try:
         return loader.get_single_data()
@@ -122,18 +147,22 @@ def parse_value(text: str) -> Any:
 
 
 ShortForm: TypeAlias = Callable[[Sequence[str]], "str | None"]
-"""Function from the place of a block to the key that its short form sets (`name` for `connector: mlp`), or None."""
+"""Function from the place of a block to the key that its short form sets (`name` for `connector:
+mlp`), or None."""
 
 
 def apply_overrides(
-    recipe: Mapping[str, Any], overrides: Iterable[str], *, short_form: ShortForm = lambda place: None
+    recipe: Mapping[str, Any],
+    overrides: Iterable[str],
+    *,
+    short_form: ShortForm = lambda place: None,
 ) -> dict[str, Any]:
     """Return a copy of the recipe with each `dotted.key=value` set.
 
     A key inside a block in short form (`connector: mlp`, `llm: frozen`) expands the block.
 
-    A number in the path is a list index (`data.train.0.weight=2`). The longest existing key wins, so part names may
-    contain dots (`parts.image.connector.lr`).
+    A number in the path is a list index (`data.train.0.weight=2`). The longest existing key wins,
+    so part names may contain dots (`parts.image.connector.lr`).
     """
     result = copy.deepcopy(dict(recipe))
     for override in overrides:
@@ -159,11 +188,19 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
 
 
 def _assign(
-    node: object, keys: list[str], value: object, override: str, short_form: ShortForm, place: tuple[str, ...] = ()
+    node: object,
+    keys: list[str],
+    value: object,
+    override: str,
+    short_form: ShortForm,
+    place: tuple[str, ...] = (),
 ) -> None:
     if isinstance(node, list):
         if not keys[0].isdigit() or int(keys[0]) >= len(node):
-            raise RecipeError(f"override {override!r}: {keys[0]!r} is not a position in a list of {len(node)} items")
+            raise RecipeError(
+                f"override {override!r}: {keys[0]!r} is not a position in a list of {len(node)} "
+                "items"
+            )
         if len(keys) == 1:
             node[int(keys[0])] = value
         else:
@@ -184,19 +221,25 @@ def _assign(
                 _assign(node[key], rest, value, override, short_form, (*place, key))
             else:
                 raise RecipeError(
-                    f"override {override!r}: {key!r} holds {node[key]!r}, not a block; write the whole block, "
-                    f"for example {key}={{...}}"
+                    f"override {override!r}: {key!r} holds {node[key]!r}, not a block; write the "
+                    f"whole block, for example {key}={{...}}"
                 )
             return
     if len(keys) == 1:
         node[keys[0]] = value
     else:
-        _assign(node.setdefault(keys[0], {}), keys[1:], value, override, short_form, (*place, keys[0]))
+        _assign(
+            node.setdefault(keys[0], {}), keys[1:], value, override, short_form, (*place, keys[0])
+        )
 
 
 def validate(
-    schema: type[OptionsT], value: Mapping[str, object], *, source: str, shown: Mapping[str, str] | None = None
-) -> OptionsT:  # fmt: skip
+    schema: type[OptionsT],
+    value: Mapping[str, object],
+    *,
+    source: str,
+    shown: Mapping[str, str] | None = None,
+) -> OptionsT:
     """Check a mapping against a schema.
 
     Args:
@@ -206,7 +249,8 @@ def validate(
         shown: other names of keys in messages, such as the command-line option.
 
     Raises:
-        RecipeError: one line per problem, with the dotted key, the value found, and the nearest known key.
+        RecipeError: one line per problem, with the dotted key, the value found, and the nearest
+            known key.
     """
     try:
         return schema.model_validate(value)
@@ -216,9 +260,13 @@ def validate(
 
 
 _PLAIN = {
-    "a valid boolean": "true or false", "a valid integer": "a whole number", "a valid number": "a number",
-    "a valid string": "text", "a valid list": "a list", "a valid dictionary": "a block of keys",
-}  # fmt: skip
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid list": "a list",
+    "a valid dictionary": "a block of keys",
+}
 """Pydantic's names of YAML's types, and the ones of the documentation."""
 
 

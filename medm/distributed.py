@@ -1,4 +1,6 @@
-"""Rank, world size and collective operations. With one rank, every function here is the plain action."""
+"""Rank, world size and collective operations. With one rank, every function here is the plain
+action.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def rank() -> int:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run an action on rank 0; return its result, or raise its `MedmError` or `OSError`, on all ranks."""
+    """Run an action on rank 0; return its result, or raise its `MedmError` or `OSError`, on all
+    ranks.
+    """
     if world_size() == 1:
         return action()
     message: list[Any] = [None, None]
@@ -72,7 +76,9 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def any_rank(condition: bool, device: torch.device | str = "cpu") -> bool:
-    """Return whether a condition holds on any rank. `device`: device of the process group's communication."""
+    """Return whether a condition holds on any rank. `device`: device of the process group's
+    communication.
+    """
     if world_size() == 1:
         return condition
     flag = torch.tensor(float(condition), device=device)
@@ -94,8 +100,9 @@ def leave_group() -> None:
 def end_rank(status: int) -> None:
     """Exit a rank that is done, without the shutdown of the interpreter. Other processes return.
 
-    Threads of gloo and DeepSpeed that still run in a shutdown sometimes abort the process ("terminate called without an
-    active exception"), so that a run that wrote its model would look like a failure.
+    Threads of gloo and DeepSpeed that still run in a shutdown sometimes abort the process
+    ("terminate called without an active exception"), so that a run that wrote its model would look
+    like a failure.
     """
     if _left_group:
         atexit._run_exitfuncs()
@@ -105,7 +112,9 @@ def end_rank(status: int) -> None:
 
 
 def row_counts(rows: Tensor) -> list[int]:
-    """Return the length of a tensor on every rank, in rank order. The last batch of an epoch may be uneven."""
+    """Return the length of a tensor on every rank, in rank order. The last batch of an epoch may be
+    uneven.
+    """
     if world_size() == 1:
         return [len(rows)]
     counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(world_size())]
@@ -121,7 +130,8 @@ def all_gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
         counts: `row_counts(rows)`.
 
     Returns:
-        (sum of counts, D). In the backward pass each rank gets back the sum of all gradients of its own rows.
+        (sum of counts, D). In the backward pass each rank gets back the sum of all gradients of its
+        own rows.
     """
     return _AllGather.apply(rows, list(counts)) if world_size() > 1 else rows
 

@@ -1,7 +1,7 @@
 """Errors that medm raises deliberately.
 
-Every message says what was expected, what was found, where, and what to do. Any other exception is a defect of medm
-and keeps its traceback; the command line prints a `MedmError` without one.
+Every message says what was expected, what was found, where, and what to do. Any other exception is
+a defect of medm and keeps its traceback; the command line prints a `MedmError` without one.
 """
 
 from __future__ import annotations
@@ -46,12 +46,19 @@ class DataError(MedmError, ValueError):
     """
 
     def __init__(
-        self, reason: str, *, file: str | Path | None = None, index: int | None = None, field: str | None = None
+        self,
+        reason: str,
+        *,
+        file: str | Path | None = None,
+        index: int | None = None,
+        field: str | None = None,
     ) -> None:
         self.reason, self.file, self.index, self.field = reason, file, index, field
         super().__init__(reason)
 
-    def at(self, *, file: str | Path | None = None, index: int | None = None, field: str | None = None) -> DataError:
+    def at(
+        self, *, file: str | Path | None = None, index: int | None = None, field: str | None = None
+    ) -> DataError:
         """Fill in the unknown parts of the place, and return this error."""
         self.file = self.file if self.file is not None else file
         self.index = self.index if self.index is not None else index
@@ -74,8 +81,8 @@ class MediaError(DataError):
 class InputLostError(MedmError):
     """Input became unreadable, or changed, after the work began.
 
-    The cause is a network drive, a disk, a limit of the machine or another program, not a record. The work stops under
-    every policy for bad records.
+    The cause is a network drive, a disk, a limit of the machine or another program, not a record.
+    The work stops under every policy for bad records.
     """
 
 
@@ -98,20 +105,43 @@ class DeviceError(MedmError):
 _MACHINE_FAULTS = frozenset(
     getattr(errno, name)
     for name in (
-        "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED",
-        "ECONNREFUSED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ENODEV", "ENXIO",
-        "EAGAIN", "EINTR", "EBUSY", "ENOLCK", "ENOLINK", "ECOMM",
+        "EIO",
+        "ESTALE",
+        "EMFILE",
+        "ENFILE",
+        "ENOMEM",
+        "ETIMEDOUT",
+        "ENOTCONN",
+        "ECONNRESET",
+        "ECONNABORTED",
+        "ECONNREFUSED",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "ENETDOWN",
+        "ENETUNREACH",
+        "EREMOTEIO",
+        "ENODEV",
+        "ENXIO",
+        "EAGAIN",
+        "EINTR",
+        "EBUSY",
+        "ENOLCK",
+        "ENOLINK",
+        "ECOMM",
     )
     if hasattr(errno, name)
-)  # fmt: skip
-"""Error codes of the operating system for faults of disks, network drives, memory or descriptors."""
+)
+"""Error codes of the operating system for faults of disks, network drives, memory or
+descriptors."""
 
 
 def machine_fault(error: BaseException) -> OSError | None:
-    """Return the operating system's error behind an error, if it is the machine's fault and not the file's.
+    """Return the operating system's error behind an error, if it is the machine's fault and not the
+    file's.
 
-    Examples are a full table of descriptors, a network drive that does not answer, a disk that cannot be read. The
-    record is not bad, and a retry may succeed. Errors raised `from None` keep their context, which is searched too.
+    Examples are a full table of descriptors, a network drive that does not answer, a disk that
+    cannot be read. The record is not bad, and a retry may succeed. Errors raised `from None` keep
+    their context, which is searched too.
     """
     seen: set[int] = set()
     cause: BaseException | None = error
@@ -137,13 +167,16 @@ def unavailable(source: str, error: Exception, *, key: str) -> str:
         return f"{source}: no usable config ({error})"
     reason = str(error).strip().partition("\n")[0]
     return (
-        f"{source}: no such folder here, and it could not be read from the Hugging Face hub ({reason}). Without a "
-        f"network: download it where there is one (hf download {source} --local-dir DIR) and set {key}=DIR"
+        f"{source}: no such folder here, and it could not be read from the Hugging Face hub "
+        f"({reason}). Without a network: download it where there is one (hf download {source} "
+        f"--local-dir DIR) and set {key}=DIR"
     )
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `": did you mean 'mlp'? (known: linear, mlp)"`, or only the list when no name is near."""
+    """Return `": did you mean 'mlp'? (known: linear, mlp)"`, or only the list when no name is
+    near.
+    """
     known = sorted(known)
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     listing = f"known: {', '.join(known)}" if known else "none are registered"

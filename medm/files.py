@@ -1,7 +1,9 @@
-"""Atomic files and folders, fsync and locks: one implementation for everything that medm writes. Torch-free.
+"""Atomic files and folders, fsync and locks: one implementation for everything that medm writes.
+Torch-free.
 
-A file or folder is written under a temporary name beside its own and renamed when it is complete, so that a kill at any
-moment leaves either the old content or the new one. Locks are those of the operating system: a killed process lets go.
+A file or folder is written under a temporary name beside its own and renamed when it is complete,
+so that a kill at any moment leaves either the old content or the new one. Locks are those of the
+operating system: a killed process lets go.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class LockedError(Exception):
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary path beside a file. It replaces the file when the block ends without an error.
+    """Yield a temporary path beside a file. It replaces the file when the block ends without an
+    error.
 
     A caller that needs the content on the disk before the name calls `sync` on the temporary path.
 
@@ -63,7 +66,8 @@ def to_bytes(text: str) -> bytes:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder`. It takes the name `folder` when the block ends without an error.
+    """Yield a new folder beside `folder`. It takes the name `folder` when the block ends without an
+    error.
 
     Raises:
         OSError: with the name of `folder`; also where it exists and is not empty.
@@ -82,9 +86,11 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
 
 
 def replace_directory(folder: Path, target: Path) -> None:
-    """Give a complete folder its final name, in place of a folder of that name. It is on the disk when this returns.
+    """Give a complete folder its final name, in place of a folder of that name. It is on the disk
+    when this returns.
 
-    The old folder is renamed to `.tmp-old-NAME` and then removed: no part of either is ever left under the name.
+    The old folder is renamed to `.tmp-old-NAME` and then removed: no part of either is ever left
+    under the name.
 
     Args:
         folder: every file in it is on the disk; on the same file system as `target`.
@@ -98,7 +104,9 @@ def replace_directory(folder: Path, target: Path) -> None:
 
 
 def remove_directory(folder: Path) -> None:
-    """Remove a folder under another name (`.tmp-old-NAME`), so that a kill leaves no part of it under its own."""
+    """Remove a folder under another name (`.tmp-old-NAME`), so that a kill leaves no part of it
+    under its own.
+    """
     remove(_renamed(folder))
 
 
@@ -112,14 +120,17 @@ def _renamed(folder: Path) -> Path:
 def move_contents(folder: Path, target: Path, *, last: Sequence[str] = ()) -> None:
     """Move everything in a folder into another folder, and remove the empty one.
 
-    Each file or folder is on the disk before it takes its place. Called again after a kill, it moves the rest.
+    Each file or folder is on the disk before it takes its place. Called again after a kill, it
+    moves the rest.
 
     Args:
         folder: on the same file system as `target`.
         target: existing folder; files and folders of the same names are replaced.
         last: names that are moved after all others, in this order.
     """
-    for path in sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
+    for path in sorted(
+        folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1
+    ):
         place = target / path.name
         if path.is_dir() and place.is_dir():
             shutil.rmtree(place)
@@ -170,7 +181,8 @@ def wait_for_lock(stream: IO[str] | IO[bytes]) -> None:
 
 @contextmanager
 def lock_file(file: Path, *, target: Path) -> Iterator[None]:
-    """Hold a lock through a file of its own. The file names the process, and exists while the lock is held.
+    """Hold a lock through a file of its own. The file names the process, and exists while the lock
+    is held.
 
     Args:
         file: the lock's file.
@@ -198,12 +210,15 @@ def _locked_stream(file: Path, target: Path) -> IO[bytes]:
         try:
             with naming(target):
                 lock(stream)
-            # The previous holder may have removed the file between the two lines above. Such a lock protects nothing.
+            # The previous holder may have removed the file between the two lines above. Such a lock
+            # protects nothing.
             if file.exists() and os.path.samestat(os.fstat(stream.fileno()), file.stat()):
                 return stream
         except LockedError:
             stream.seek(0)
-            holder = stream.read().decode(errors="replace").strip() or "a process that is just starting"
+            holder = (
+                stream.read().decode(errors="replace").strip() or "a process that is just starting"
+            )
             stream.close()
             raise LockedError(holder) from None
         except BaseException:

@@ -1,11 +1,12 @@
 """Launcher of the ranks of one command on this machine: they stop, fail and end together.
 
-Each rank runs in its own session, so that a signal to the process group of the launcher reaches the launcher alone; it
-forwards a stop to each rank once. It waits for a checkpoint without limit. It prints one of the errors that the ranks
-report. A rank whose launcher was killed stops as after SIGTERM.
+Each rank runs in its own session, so that a signal to the process group of the launcher reaches the
+launcher alone; it forwards a stop to each rank once. It waits for a checkpoint without limit. It
+prints one of the errors that the ranks report. A rank whose launcher was killed stops as after
+SIGTERM.
 
-Ranks find each other through the variables of torchrun (RANK, WORLD_SIZE, MASTER_ADDR ...). This module does not import
-torch, so that signals are handled from the start.
+Ranks find each other through the variables of torchrun (RANK, WORLD_SIZE, MASTER_ADDR ...). This
+module does not import torch, so that signals are handled from the start.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from medm.children import child_environment
 from medm.stopping import RESUMABLE, STOPS
 
 GRACE = 30.0
-"""Seconds that the other ranks have after one ended early. A rank that writes a checkpoint has no limit."""
+"""Seconds that the other ranks have after one ended early. A rank that writes a checkpoint has no
+limit."""
 
 _LINK = "MEDM_LAUNCHER"
-"""Environment variable of a rank: the descriptor for its reports, and the process id of its launcher."""
+"""Environment variable of a rank: the descriptor for its reports, and the process id of its
+launcher."""
 
 _MEDM = (sys.executable, "-P", "-m", "medm")
 
@@ -42,7 +45,9 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 
 def launched_rank() -> int:
-    """Return the rank that the launcher gave this process; 0 without one. Needs no process group, and no torch."""
+    """Return the rank that the launcher gave this process; 0 without one. Needs no process group,
+    and no torch.
+    """
     return int(os.environ.get("RANK", "0"))
 
 
@@ -64,7 +69,7 @@ class Place:
     """0: a free port."""
 
 
-# The side of a rank --------------------------------------------------------------------------------
+# The side of a rank -------------------------------------------------------------------------------
 
 
 class _Link:
@@ -99,7 +104,9 @@ class _Link:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Protect this rank from being killed by the launcher while it writes files that must be complete."""
+        """Protect this rank from being killed by the launcher while it writes files that must be
+        complete.
+        """
         self._count(1)
         try:
             yield
@@ -128,7 +135,7 @@ LINK = _Link()
 """The link of this process."""
 
 
-# The side of the launcher --------------------------------------------------------------------------
+# The side of the launcher -------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -181,7 +188,9 @@ class Launcher:
         program: program of a rank.
     """
 
-    def __init__(self, arguments: Sequence[str], place: Place, *, program: Sequence[str] = _MEDM) -> None:
+    def __init__(
+        self, arguments: Sequence[str], place: Place, *, program: Sequence[str] = _MEDM
+    ) -> None:
         self._command = [*program, *arguments]
         self._place = place
         self._ranks: list[_Rank] = []
@@ -212,13 +221,16 @@ class Launcher:
 
     @contextmanager
     def _wakeup(self) -> Iterator[socket.socket]:
-        """Yield a socket that becomes readable on every signal, with the launcher's handlers installed."""
+        """Yield a socket that becomes readable on every signal, with the launcher's handlers
+        installed.
+        """
         reading, writing = socket.socketpair()
         reading.setblocking(False)
         writing.setblocking(False)
         numbers = (*STOPS, signal.SIGQUIT, signal.SIGCHLD)
         before = {
-            number: signal.signal(number, lambda number, frame: self._signals.append(number)) for number in numbers
+            number: signal.signal(number, lambda number, frame: self._signals.append(number))
+            for number in numbers
         }
         descriptor = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
         try:
@@ -232,7 +244,9 @@ class Launcher:
 
     @contextmanager
     def _reserved_port(self) -> Iterator[int]:
-        """Yield a free port. It stays bound, so that no other program gets it; rank 0 can still listen on it."""
+        """Yield a free port. It stays bound, so that no other program gets it; rank 0 can still
+        listen on it.
+        """
         if self._place.master_port:
             yield self._place.master_port
             return
@@ -248,20 +262,27 @@ class Launcher:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         environment = child_environment() | {
-            "RANK": str(number), "LOCAL_RANK": str(local_rank), "GROUP_RANK": str(place.node_rank),
+            "RANK": str(number),
+            "LOCAL_RANK": str(local_rank),
+            "GROUP_RANK": str(place.node_rank),
             "WORLD_SIZE": str(place.nodes * place.processes),
             "LOCAL_WORLD_SIZE": str(place.processes),
-            "MASTER_ADDR": place.master_addr, "MASTER_PORT": str(port),
+            "MASTER_ADDR": place.master_addr,
+            "MASTER_PORT": str(port),
             _LINK: f"{theirs.fileno()}:{os.getpid()}",
-        }  # fmt: skip
+        }
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // place.processes)))
-        process = subprocess.Popen(self._command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
+        process = subprocess.Popen(
+            self._command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True
+        )
         theirs.close()
         return _Rank(number, process, ours)
 
     def _patience(self, running: Sequence[_Rank]) -> float | None:
         deadlines = [
-            rank.deadline for rank in running if rank.deadline is not None and not rank.writers and not rank.killed
+            rank.deadline
+            for rank in running
+            if rank.deadline is not None and not rank.writers and not rank.killed
         ]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
@@ -278,8 +299,9 @@ class Launcher:
                 self._send(signal.SIGTERM)
             else:
                 _say(
-                    f"{signal.Signals(number).name} again: the processes are already stopping and end when their "
-                    "checkpoint is written; SIGQUIT (Ctrl-\\) ends them at once and loses that checkpoint"
+                    f"{signal.Signals(number).name} again: the processes are already stopping and "
+                    "end when their checkpoint is written; SIGQUIT (Ctrl-\\) ends them at once "
+                    "and loses that checkpoint"
                 )
 
     def _look_at(self, rank: _Rank, selector: selectors.BaseSelector) -> None:
@@ -295,7 +317,12 @@ class Launcher:
                 self._send(signal.SIGTERM)
                 for other in self._ranks:
                     other.deadline = rank.ended + GRACE
-        elif rank.deadline is not None and rank.deadline <= time.monotonic() and not rank.writers and not rank.killed:
+        elif (
+            rank.deadline is not None
+            and rank.deadline <= time.monotonic()
+            and not rank.writers
+            and not rank.killed
+        ):
             rank.kill()
 
     def _send(self, number: int) -> None:
@@ -310,14 +337,16 @@ class Launcher:
                 rank.kill()
                 rank.process.wait()
 
-    # The end ---------------------------------------------------------------------------------------
+    # The end --------------------------------------------------------------------------------------
 
     def _status(self) -> int:
         """Print the error, and return the exit status of all ranks."""
         failed = [rank for rank in self._ranks if self._failed(rank)]
         if self._stopped is not None:
             # Before the first step a rank ends at once, and one that is further loses its neighbor.
-            stops = [rank.ended for rank in self._ranks if rank.code in (RESUMABLE, -signal.SIGTERM)]
+            stops = [
+                rank.ended for rank in self._ranks if rank.code in (RESUMABLE, -signal.SIGTERM)
+            ]
             failed = [rank for rank in failed if _since(rank) < min(stops, default=math.inf)]
         if failed:
             return self._explain(failed)
@@ -326,7 +355,9 @@ class Launcher:
         return 0
 
     def _failed(self, rank: _Rank) -> bool:
-        """Return whether a rank failed by itself: neither finished, nor stopped, nor killed by this launcher."""
+        """Return whether a rank failed by itself: neither finished, nor stopped, nor killed by this
+        launcher.
+        """
         if rank.code in (0, RESUMABLE) or rank.killed:
             return False
         stopped = self._stopped is not None or self._ending

@@ -1,7 +1,8 @@
-"""Messages for errors of the operating system: full disks, read-only folders, network drives that do not answer.
+"""Messages for errors of the operating system: full disks, read-only folders, network drives that
+do not answer.
 
-Such an error is not a defect of medm. `explain` turns it into a message; `naming` adds the file where Python does not
-know it; `require_writable` finds it before hours of work.
+Such an error is not a defect of medm. `explain` turns it into a message; `naming` adds the file
+where Python does not know it; `require_writable` finds it before hours of work.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _OPEN_FILES = f"too many files are open; raise the limit (ulimit -n) or use fewe
 _ADVICE: dict[int, str] = {
     errno.ENOSPC: f"make room on the disk, {_AGAIN}",
     errno.EDQUOT: f"the disk quota is used up; make room, {_AGAIN}",
-    errno.EFBIG: "the file is larger than this file system or the limit (ulimit -f) allows; choose another folder",
+    errno.EFBIG: "the file is larger than this file system or the limit (ulimit -f) allows; choose "
+    "another folder",
     errno.EROFS: "choose a folder on a file system that can be written",
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
@@ -39,7 +41,9 @@ _ADVICE: dict[int, str] = {
     errno.ENFILE: _OPEN_FILES,
     errno.ENOMEM: "not enough memory; use smaller batches or fewer processes",
     errno.ENOLCK: "this file system cannot lock files; choose a folder on another one",
-    errno.ENOSYS: "this file system cannot do that (lock files, perhaps); choose a folder on another one",
+    errno.ENOSYS: (
+        "this file system cannot do that (lock files, perhaps); choose a folder on another one"
+    ),
     errno.ENOTSUP: "this file system does not support it; choose a folder on another one",
     errno.EIO: _SHARE,
     errno.ESTALE: _SHARE,
@@ -53,9 +57,19 @@ _ADVICE: dict[int, str] = {
 """Advice by error code."""
 
 _WITHOUT_PATH = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EIO,
+        errno.ESTALE,
+    )
 )
-"""Codes of machine faults even without a file name. Without one, any other code may be a defect of medm."""
+"""Codes of machine faults even without a file name. Without one, any other code may be a defect of
+medm."""
 
 _RUST_CODE = re.compile(r"\(os error (\d+)\)")
 """Pattern of the system errors that safetensors and tokenizers raise as their own."""
@@ -70,13 +84,13 @@ def explain(error: BaseException) -> str | None:
     """Return the message for an error of the operating system; None for any other error."""
     if _is_lost_worker(error):
         return (
-            "a process that prepares data was killed, perhaps for memory (its DataLoader worker ended unexpectedly); "
-            f"use fewer workers or more memory, {_AGAIN}"
+            "a process that prepares data was killed, perhaps for memory (its DataLoader worker "
+            f"ended unexpectedly); use fewer workers or more memory, {_AGAIN}"
         )
     if isinstance(error, RuntimeError) and (match := _SHARED_MEMORY.search(str(error))):
         return (
-            f"shared memory (/dev/shm) could not hold a batch ({os.strerror(int(match[1]))}); make it "
-            f"larger (docker: --shm-size or --ipc=host) or use fewer workers, {_AGAIN}"
+            f"shared memory (/dev/shm) could not hold a batch ({os.strerror(int(match[1]))}); "
+            f"make it larger (docker: --shm-size or --ipc=host) or use fewer workers, {_AGAIN}"
         )
     found = as_os_error(error)
     if found is None or found.errno not in _ADVICE:
@@ -89,12 +103,16 @@ def explain(error: BaseException) -> str | None:
 
 
 def _is_lost_worker(error: BaseException) -> bool:
-    """Return whether a DataLoader worker ended: PyTorch reports it, or receiving its tensors failed."""
+    """Return whether a DataLoader worker ended: PyTorch reports it, or receiving its tensors
+    failed.
+    """
     if isinstance(error, RuntimeError):
         return _LOADER_WORKER.search(str(error)) is not None
     if not isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
         return False
-    return any(frame.f_code.co_filename.endswith(_RECEIVING) for frame, _ in walk_tb(error.__traceback__))
+    return any(
+        frame.f_code.co_filename.endswith(_RECEIVING) for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def as_os_error(error: BaseException) -> OSError | None:
@@ -109,7 +127,8 @@ def as_os_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
-    """Add the file name to errors of the operating system; those of write, sync and close have none.
+    """Add the file name to errors of the operating system; those of write, sync and close have
+    none.
 
     Args:
         path: file or folder that is being written.
@@ -121,7 +140,9 @@ def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
         found = as_os_error(error)
         if found is None:
             raise
-        named = [Path(os.fsdecode(name)) for name in (found.filename, found.filename2) if _is_name(name)]
+        named = [
+            Path(os.fsdecode(name)) for name in (found.filename, found.filename2) if _is_name(name)
+        ]
         if not named or (aside is not None and any(name.is_relative_to(aside) for name in named)):
             found.filename, found.filename2 = str(path), None
         if found is error:

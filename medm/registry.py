@@ -1,9 +1,9 @@
 """Registries: tables of parts by exact name.
 
-A table has one line per member: its name, the place of its code and one sentence. Reading the table imports nothing;
-`get` imports the module of a member. Other packages add members through entry points (the registry's `group`), single
-files through `--plugin file.py`, which calls `register`. The torch-free options class of a member defines its keys in
-a recipe.
+A table has one line per member: its name, the place of its code and one sentence. Reading the table
+imports nothing; `get` imports the module of a member. Other packages add members through entry
+points (the registry's `group`), single files through `--plugin file.py`, which calls `register`.
+The torch-free options class of a member defines its keys in a recipe.
 """
 
 from __future__ import annotations
@@ -58,16 +58,23 @@ class Registry(Generic[T]):
         self._entries: dict[str, Entry] = {}
         self._entry_points_read = False
 
-    def add(self, name: str, target: str | T, summary: str, *, options: type[Options] | None = None) -> None:
-        """Add a member. Raises `RecipeError` when the name is taken: silent replacement hides mistakes."""
+    def add(
+        self, name: str, target: str | T, summary: str, *, options: type[Options] | None = None
+    ) -> None:
+        """Add a member. Raises `RecipeError` when the name is taken: silent replacement hides
+        mistakes.
+        """
         if name in self._entries:
             raise RecipeError(
-                f"{self.kind} {name!r} is registered twice: first as {self._entries[name].target}, now as {target}; "
-                "give the second one a name of its own"
+                f"{self.kind} {name!r} is registered twice: first as "
+                f"{self._entries[name].target}, now as {target}; give the second one a name of "
+                "its own"
             )
         self._entries[name] = Entry(name, target, summary, options or self.options)
 
-    def register(self, name: str, summary: str, *, options: type[Options] | None = None) -> Callable[[Member], Member]:
+    def register(
+        self, name: str, summary: str, *, options: type[Options] | None = None
+    ) -> Callable[[Member], Member]:
         """Return a decorator that adds its target, for plug-in files."""
 
         def decorate(member: Member) -> Member:
@@ -87,7 +94,9 @@ class Registry(Generic[T]):
         return list(self._entries.values())
 
     def entry(self, name: str) -> Entry:
-        """Return the entry of an exact name. Raises `UnknownNameError` with the nearest name and the list."""
+        """Return the entry of an exact name. Raises `UnknownNameError` with the nearest name and
+        the list.
+        """
         self._read_entry_points()
         if name not in self._entries:
             hint = "; a part of your own comes with 'medm --plugin FILE'"
@@ -102,11 +111,14 @@ class Registry(Generic[T]):
         module, _, attribute = target.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
-    def constructor(self: Registry[type[Part]], config: Mapping[str, object], **sizes: object) -> Callable[[], Part]:
+    def constructor(
+        self: Registry[type[Part]], config: Mapping[str, object], **sizes: object
+    ) -> Callable[[], Part]:
         """Return the constructor of a part with its arguments bound.
 
         Args:
-            config: name and options, as a checkpoint holds them. What is left out is as the class has it.
+            config: name and options, as a checkpoint holds them. What is left out is as the class
+                has it.
             sizes: arguments that the composition derives.
 
         Raises:
@@ -119,7 +131,8 @@ class Registry(Generic[T]):
             inspect.signature(maker).bind(**sizes, **options)
         except TypeError as error:
             raise RecipeError(
-                f"{self.kind} {name!r} does not take what its config says ({error}); a later medm may have written it"
+                f"{self.kind} {name!r} does not take what its config says ({error}); a later medm "
+                "may have written it"
             ) from None
         return partial(maker, **sizes, **options)
 
@@ -150,11 +163,12 @@ class Registry(Generic[T]):
 
 @dataclass(frozen=True)
 class NamedBlock:
-    """Annotation of a field whose block names a registered part, e.g. `{name: mlp, depth: 2}` or just `mlp`.
+    """Annotation of a field whose block names a registered part, e.g. `{name: mlp, depth: 2}` or
+    just `mlp`.
 
-    The field's type is the options class that all members share: `Annotated[ConnectorOptions, NamedBlock(CONNECTORS)]`.
-    The block is checked by the options class of the part that it names, so an unknown option is reported with the
-    options of this part.
+    The field's type is the options class that all members share: `Annotated[ConnectorOptions,
+    NamedBlock(CONNECTORS)]`. The block is checked by the options class of the part that it names,
+    so an unknown option is reported with the options of this part.
     """
 
     registry: Registry[Any]
@@ -163,12 +177,15 @@ class NamedBlock:
     default: str | None = None
     """Name of a block that gives none."""
     beside: tuple[tuple[str, type[Options]], ...] = ()
-    """Options of blocks that may stand in its place and name no part, each told by a key that it holds."""
+    """Options of blocks that may stand in its place and name no part, each told by a key that it
+    holds."""
 
     def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             self._validate,
-            serialization=core_schema.plain_serializer_function_ser_schema(lambda options: options.model_dump()),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda options: options.model_dump()
+            ),
         )
 
     def _validate(self, value: object) -> Options:
@@ -201,7 +218,9 @@ EACH_ITEM, EACH_VALUE = "[]", "<name>"
 
 
 def sections_in(field: FieldInfo) -> Iterator[tuple[tuple[str, ...], Section]]:
-    """Yield the sections that a field holds, each with the steps (`EACH_ITEM`, `EACH_VALUE`) that lead to it."""
+    """Yield the sections that a field holds, each with the steps (`EACH_ITEM`, `EACH_VALUE`) that
+    lead to it.
+    """
     yield from _sections(field.annotation, list(field.metadata), ())
 
 
@@ -223,7 +242,11 @@ def _sections(
     elif origin in (Union, UnionType):
         for argument in arguments:
             yield from _sections(argument, [], path)
-    elif isinstance(annotation, type) and issubclass(annotation, Options) and annotation is not Options:
+    elif (
+        isinstance(annotation, type)
+        and issubclass(annotation, Options)
+        and annotation is not Options
+    ):
         yield path, annotation
 
 
@@ -236,7 +259,8 @@ def loaded_plugins() -> list[Path]:
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a plug-in file, whose `register` calls add parts. A second call with the same file has no effect.
+    """Run a plug-in file, whose `register` calls add parts. A second call with the same file has no
+    effect.
 
     Raises:
         RecipeError: there is no such file, or it registers a name that is taken.

@@ -1,7 +1,7 @@
 """Handling of SIGTERM and SIGINT from the start of a command to its end.
 
-A stop signal before there is anything to save ends the command at once. During training, and while a model is written,
-the signal is deferred: the training loop ends the run after a checkpoint.
+A stop signal before there is anything to save ends the command at once. During training, and while
+a model is written, the signal is deferred: the training loop ends the run after a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 RESUMABLE = 75
-"""Exit status of a command that a signal stopped and that continues when it is started again (EX_TEMPFAIL)."""
+"""Exit status of a command that a signal stopped and that continues when it is started again
+(EX_TEMPFAIL)."""
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -104,8 +105,8 @@ STOP_SIGNALS = StopSignals()
 def ignore_stops(worker: int = 0) -> None:
     """Ignore stop signals in a helper process, such as a worker of a DataLoader.
 
-    A signal to the process group reaches helpers too. Their parent needs them until its checkpoint is written, and
-    they end with their parent.
+    A signal to the process group reaches helpers too. Their parent needs them until its checkpoint
+    is written, and they end with their parent.
 
     Args:
         worker: number of the worker, the argument of a DataLoader's `worker_init_fn`.

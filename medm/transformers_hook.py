@@ -1,16 +1,19 @@
-"""Teaches transformers' Auto classes to open medm's folders, without importing transformers or torch.
+"""Teaches transformers' Auto classes to open medm's folders, without importing transformers or
+torch.
 
-`install` waits for two modules of transformers, or takes them as they are where they are loaded already:
+`install` waits for two modules of transformers, or takes them as they are where they are loaded
+already:
 
-- The table of configs asks medm when a `model_type` of medm is looked up. `AutoConfig`, `AutoModel...`,
-  `AutoTokenizer` and `pipeline` pass through it.
-- `AutoProcessor` finds a processor by the name of its class and never reads config.json. Its table asks
-  medm when the name is none of those that are registered already.
+- The table of configs asks medm when a `model_type` of medm is looked up. `AutoConfig`,
+  `AutoModel...`, `AutoTokenizer` and `pipeline` pass through it.
+- `AutoProcessor` finds a processor by the name of its class and never reads config.json. Its table
+  asks medm when the name is none of those that are registered already.
 
 Both tables are private attributes of transformers. Every kind of model in `medm.models.kinds` is
 registered then, those of other packages and plug-in files too.
 
-Registering the classes themselves any earlier would import the models while transformers is half imported.
+Registering the classes themselves any earlier would import the models while transformers is half
+imported.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ def _register() -> None:
 
 
 class _ConfigsOnDemand(dict[str, object]):
-    """transformers' table of registered configs, which asks medm for its own when one is looked up."""
+    """transformers' table of registered configs, which asks medm for its own when one is
+    looked up.
+    """
 
     _registering = False
 
@@ -68,7 +73,9 @@ class _ConfigsOnDemand(dict[str, object]):
 
 
 class _ProcessorsOnDemand(dict[object, object]):
-    """transformers' table of registered processors, which has medm register its own after the known ones."""
+    """transformers' table of registered processors, which has medm register its own after the known
+    ones.
+    """
 
     _registering = False
 
@@ -110,7 +117,8 @@ def _warn(cause: str) -> None:
     version = getattr(sys.modules.get("transformers"), "__version__", "of an unknown version")
     logger.warning(
         "transformers %s: %s, so its Auto classes do not open medm's folders by themselves; call "
-        "medm.models.auto.register() first, or use medm.load. docs/versions.md lists the tested versions",
+        "medm.models.auto.register() first, or use medm.load. docs/versions.md lists the tested "
+        "versions",
         version,
         cause,
     )

@@ -1,6 +1,7 @@
 """What travels between the rooms: a record, an encoded example, a batch, vision features.
 
-Torch is imported for type checkers only, so that reading and checking annotation files needs none of it.
+Torch is imported for type checkers only, so that reading and checking annotation files needs none
+of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ MODEL_TYPE_PREFIX = "medm-"
 """Beginning of the `model_type` of every model folder that medm saves."""
 
 IGNORE_INDEX = -100
-"""Label of a position that is not learned; the value that torch's cross-entropy ignores by default."""
+"""Label of a position that is not learned; the value that torch's cross-entropy ignores by
+default."""
 
 Kind: TypeAlias = Literal["image", "volume"]
 """Kind of file: 2-D or 3-D."""
@@ -39,7 +41,8 @@ KIND_OF_PLACEHOLDER: Mapping[str, Kind] = {
     "<image3d>": "volume",
     PLACEHOLDERS["volume"]: "volume",
 }
-"""Placeholders that records may hold, and their kinds: the tokens, and a synonym of MedM-VL and M3D."""
+"""Placeholders that records may hold, and their kinds: the tokens, and a synonym of MedM-VL and
+M3D."""
 
 _VIEW = re.compile(r"(?P<kind>[a-z0-9]+)(@(?P<variant>[a-z0-9][a-z0-9_-]*))?")
 
@@ -47,8 +50,9 @@ _VIEW = re.compile(r"(?P<kind>[a-z0-9]+)(@(?P<variant>[a-z0-9][a-z0-9_-]*))?")
 class View(NamedTuple):
     """A kind of file with a preprocessing of its own, by name: "image", "volume", "image@sam2".
 
-    The same file can reach two parts of a model differently: the pixels of an example and the preprocessing of a
-    processor are keyed by view. The branches of a model are the views that its records' files are read for.
+    The same file can reach two parts of a model differently: the pixels of an example and the
+    preprocessing of a processor are keyed by view. The branches of a model are the views that its
+    records' files are read for.
     """
 
     kind: Kind
@@ -65,14 +69,17 @@ class View(NamedTuple):
 
 
 def parse_view(name: str) -> View:
-    """Return the view that a name stands for. Raises `RecipeError` for a name that stands for none."""
+    """Return the view that a name stands for. Raises `RecipeError` for a name that stands for
+    none.
+    """
     found = _VIEW.fullmatch(name)
     kinds: tuple[Kind, ...] = get_args(Kind)
     kind = next((known for known in kinds if found is not None and found["kind"] == known), None)
     if found is None or kind is None:
         raise RecipeError(
-            f"view {name!r}: expected a kind of file, {' or '.join(kinds)}, alone or followed by @ and a name of "
-            f"small letters, digits, '_' and '-' (image@sam2){suggest(name, kinds)}"
+            f"view {name!r}: expected a kind of file, {' or '.join(kinds)}, alone or followed by "
+            "@ and a name of small letters, digits, '_' and '-' "
+            f"(image@sam2){suggest(name, kinds)}"
         )
     return View(kind, found["variant"])
 
@@ -91,7 +98,8 @@ JsonObject: TypeAlias = dict[str, Any]
 """An object of a JSON file: a record, a row of a benchmark, results."""
 
 PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings"]
-"""What a model, or a file of predictions, gives for an item of a benchmark; a benchmark needs some."""
+"""What a model, or a file of predictions, gives for an item of a benchmark; a benchmark needs
+some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +130,9 @@ TurnPart: TypeAlias = str | Media | ControlToken
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message. Text parts are text: nothing inside them is ever read as a control token or placeholder."""
+    """One message. Text parts are text: nothing inside them is ever read as a control token or
+    placeholder.
+    """
 
     role: Role
     content: tuple[TurnPart, ...]
@@ -147,7 +157,9 @@ def written(part: TurnPart) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseSample(ABC):
-    """One record of an annotation file, read and checked. Each data pipeline has a subclass of its own."""
+    """One record of an annotation file, read and checked. Each data pipeline has a subclass of its
+    own.
+    """
 
     id: str | None = None
     task: str | None = None
@@ -176,16 +188,21 @@ class Sample(BaseSample):
     @property
     def media(self) -> tuple[Media, ...]:
         """Every image and volume, in the order of their placeholders."""
-        return tuple(part for turn in self.turns for part in turn.content if isinstance(part, Media))
+        return tuple(
+            part for turn in self.turns for part in turn.content if isinstance(part, Media)
+        )
 
 
 class MediaExample(Protocol):
-    """Pixels of an example, whatever the pipeline: what the dataset, feature caches and collators read."""
+    """Pixels of an example, whatever the pipeline: what the dataset, feature caches and collators
+    read.
+    """
 
     pixels: dict[str, list[np.ndarray]]
     """Per view the preprocessed arrays (C, *spatial)."""
     features: dict[str, list[np.ndarray]]
-    """Per branch the encoder's output (prefix + prod(grid), D), in place of `pixels`, where it is cached."""
+    """Per branch the encoder's output (prefix + prod(grid), D), in place of `pixels`, where it is
+    cached."""
     task_id: int
     """Position of the sample's task in the model's task list; 0 where the model has none."""
 
@@ -204,7 +221,8 @@ class Example:
 
 
 Batch: TypeAlias = Mapping[str, Any]
-"""Keyword arguments of a model's forward. Each data pipeline documents its own, as `ConversationBatch` does."""
+"""Keyword arguments of a model's forward. Each data pipeline documents its own, as
+`ConversationBatch` does."""
 
 
 class ConversationBatch(TypedDict, total=False):
@@ -213,34 +231,40 @@ class ConversationBatch(TypedDict, total=False):
     input_ids: Tensor
     """(B, T) int64."""
     attention_mask: Tensor
-    """(B, T) int64, 0 at padding. Absent in packed rows, and in training where the kind of model needs none
-    (`ModelKind.needs_mask`)."""
+    """(B, T) int64, 0 at padding. Absent in packed rows, and in training where the kind of model
+    needs none (`ModelKind.needs_mask`)."""
     labels: Tensor
     """(B, T) int64; `IGNORE_INDEX` at padding and wherever nothing is learned."""
     label_positions: Tensor
-    """(L,) int64, in training: from which of the B * T positions a label is predicted, the one before it."""
+    """(L,) int64, in training: from which of the B * T positions a label is predicted, the one
+    before it."""
     position_ids: Tensor
     """(B, T) int64, in packed rows alone: begins again at 0 with each sample."""
     pixels: dict[str, Tensor]
-    """By branch (N, C, *spatial) float32, items of all samples in order; a branch without input is absent."""
+    """By branch (N, C, *spatial) float32, items of all samples in order; a branch without input is
+    absent."""
     features: dict[str, Tensor]
-    """By branch (N, prefix + prod(grid), D), in place of the branch's pixels: the cached output of the encoder."""
+    """By branch (N, prefix + prod(grid), D), in place of the branch's pixels: the cached output of
+    the encoder."""
     task_ids: dict[str, Tensor]
     """By branch (N,) int64, the task of the sample that each item belongs to."""
     cu_seq_lens_q: Tensor
     cu_seq_lens_k: Tensor
-    """(samples + 1,) int32, in padding-free rows alone: where each sample begins, under transformers' names."""
+    """(samples + 1,) int32, in padding-free rows alone: where each sample begins, under
+    transformers' names."""
     max_length_q: int
     max_length_k: int
     """Tokens of the longest sample of a padding-free row."""
 
 
 class VisionFeatures(NamedTuple):
-    """What an encoder returns. A tuple, because ZeRO-3 finds the tensors of a module's output only in tuples and dicts.
+    """What an encoder returns. A tuple, because ZeRO-3 finds the tensors of a module's output only
+    in tuples and dicts.
 
-    `tokens` is (B, P + prod(grid), D): first `prefix` tokens that stand for no place (CLS), then one token
-    per cell of `grid`, the last axis fastest. Two grid axes for images (rows, columns), three for volumes
-    (depth, rows, columns): the length of `grid` is the only difference between the two.
+    `tokens` is (B, P + prod(grid), D): first `prefix` tokens that stand for no place (CLS), then
+    one token per cell of `grid`, the last axis fastest. Two grid axes for images (rows, columns),
+    three for volumes (depth, rows, columns): the length of `grid` is the only difference between
+    the two.
     """
 
     tokens: Tensor
@@ -251,7 +275,9 @@ class VisionFeatures(NamedTuple):
 
 
 class Processor(Protocol):
-    """What a kind of model brings for its records: training, inference and `medm data check` use the same one."""
+    """What a kind of model brings for its records: training, inference and `medm data check` use
+    the same one.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     preprocess: dict[str, Any]
@@ -271,14 +297,19 @@ class Processor(Protocol):
         """Id that fills up short rows."""
         ...
 
-    def encode(self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False) -> Example:
+    def encode(
+        self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False
+    ) -> Example:
         """Make an example of a checked sample and its preprocessed pixels.
 
-        `generation=True`: the prompt ends where the assistant's reply begins, and nothing is labelled.
+        `generation=True`: the prompt ends where the assistant's reply begins, and nothing is
+        labelled.
         """
         ...
 
-    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> object:
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> object:
         """See `transformers.ProcessorMixin.save_pretrained`."""
         ...
 
@@ -286,12 +317,13 @@ class Processor(Protocol):
 class VisionBranch(Protocol):
     """One way for vision to come into a model, as `MedmModel.encoders` gives it.
 
-    What encodes files once (`medm.training.feature_caching`) and what counts memory (`medm.models.estimate`) need
-    no more of a model than this.
+    What encodes files once (`medm.training.feature_caching`) and what counts memory
+    (`medm.models.estimate`) need no more of a model than this.
     """
 
     encoder_bypassed: bool
-    """Set by a run that hands over cached features on every rank: then no rank may touch the encoder."""
+    """Set by a run that hands over cached features on every rank: then no rank may touch the
+    encoder."""
 
     @property
     def encoder(self) -> nn.Module:
@@ -323,5 +355,7 @@ class VisionBranch(Protocol):
         ...
 
     def from_cached(self, features: VisionFeatures | Tensor) -> VisionFeatures:
-        """Return features that `encode` gave before; tokens alone are of the branch's input size."""
+        """Return features that `encode` gave before; tokens alone are of the branch's input
+        size.
+        """
         ...

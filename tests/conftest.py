@@ -10,7 +10,8 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _log_levels() -> Iterator[None]:
-    """Commands that run inside the tests' process set the level of medm's log, which later tests read."""
+    """Commands that run inside the tests' process set the level of medm's log, which later tests
+    read."""
     logger = logging.getLogger("medm")
     level = logger.level
     yield

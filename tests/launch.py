@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# The environment's own programs first: another ninja would build DeepSpeed's parts anew, which takes a minute.
+# The environment's own programs first: another ninja would build DeepSpeed's parts anew, which
+# takes a minute.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-COMPILER = all(shutil.which(program, path=PATH) for program in (os.environ.get("CXX", "g++"), "ninja"))
+COMPILER = all(
+    shutil.which(program, path=PATH) for program in (os.environ.get("CXX", "g++"), "ninja")
+)
 needs_compiler = pytest.mark.skipif(
     not COMPILER, reason="DeepSpeed builds its communication op, and there is no g++ or ninja"
 )
@@ -40,6 +43,12 @@ def on_two_processes(module: str, *arguments: str) -> None:
         "-m", module, *arguments,
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1000, check=False
+        command,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=1000,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

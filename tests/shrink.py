@@ -1,6 +1,8 @@
-"""Makes a shipped recipe small enough for a test: tiny random parts in place of the published ones, two steps, one CPU.
+"""Makes a shipped recipe small enough for a test: tiny random parts in place of the published ones,
+two steps, one CPU.
 
-Everything else of the recipe stays as it is: which parts are trained and how, schedule, templates, limits.
+Everything else of the recipe stays as it is: which parts are trained and how, schedule, templates,
+limits.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
         f"train.max_steps={steps}",
     ]
     for branch, options in recipe.model.branches.items():
-        result.append(f"model.branches.{branch}.encoder={json.dumps(tiny_block(options.encoder.model_dump()))}")
+        result.append(
+            f"model.branches.{branch}.encoder={json.dumps(tiny_block(options.encoder.model_dump()))}"
+        )
         connector = options.connector.model_dump()
         if "unseen_task" in connector:  # the example records have tasks of their own
             result.append(f"model.branches.{branch}.connector.unseen_task=mean")
@@ -50,7 +54,11 @@ def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
 
 def tiny_block(block: dict[str, Any]) -> dict[str, Any]:
     """An encoder's block with its options, a tiny architecture and no published weights."""
-    small = {key: value for key, value in block.items() if key not in ("path", "architecture", "image_size")}
+    small = {
+        key: value
+        for key, value in block.items()
+        if key not in ("path", "architecture", "image_size")
+    }
     small["architecture"] = TINY_ENCODERS[block["name"]].block.get("architecture", {})
     if "encoder" in block:
         small["encoder"] = tiny_block(block["encoder"])
@@ -58,6 +66,10 @@ def tiny_block(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def records(name: str) -> Path:
-    """The example records that fit a shipped recipe: for its stage, with volumes where it reads them."""
+    """The example records that fit a shipped recipe: for its stage, with volumes where it reads
+    them."""
     stage = "pretrain" if name.endswith("/pretrain") else "finetune"
-    return DOCS / f"example_{stage}{'_3d' if 'volume' in load_recipe(find(name)).model.branches else ''}.json"
+    return (
+        DOCS
+        / f"example_{stage}{'_3d' if 'volume' in load_recipe(find(name)).model.branches else ''}.json"
+    )

@@ -1,4 +1,5 @@
-"""`medm.load` and what it gives: the replies of `medm infer`, one, many, in pieces, in turns; and the docs' examples."""
+"""`medm.load` and what it gives: the replies of `medm infer`, one, many, in pieces, in turns; and
+the docs' examples."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ SHORT = {"max_new_tokens": 8}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of images and volumes."""
     folder = tmp_path_factory.mktemp("api")
-    section = tiny.lvlm_section(tiny.save_llm("qwen2.5", folder / "llm", max_position_embeddings=1024))
+    section = tiny.lvlm_section(
+        tiny.save_llm("qwen2.5", folder / "llm", max_position_embeddings=1024)
+    )
     volume = TINY_ENCODERS["m3d-clip"]
     section["branches"]["volume"] = {
         "encoder": {key: value for key, value in volume.block.items() if key != "image_size"},
@@ -61,17 +64,28 @@ def test_replies_are_those_of_batch_inference(
 ) -> None:
     place, records = data
     write_records(place, records)
-    options = {"model": str(folder), "data": str(place / "in.json"), "output": str(tmp_path / "out.jsonl"),
-               "generation": SHORT, "device": "cpu", "workers": 0}  # fmt: skip
+    options = {
+        "model": str(folder),
+        "data": str(place / "in.json"),
+        "output": str(tmp_path / "out.jsonl"),
+        "generation": SHORT,
+        "device": "cpu",
+        "workers": 0,
+    }
     infer(validate(InferOptions, options, source="test"))
-    expected = [line["reply"] for line in sorted(read_output(tmp_path / "out.jsonl"), key=lambda line: line["index"])]
+    expected = [
+        line["reply"]
+        for line in sorted(read_output(tmp_path / "out.jsonl"), key=lambda line: line["index"])
+    ]
     assert len(set(expected)) > 3
     assert model.ask_many(records, root=place, batch_size=3, **SHORT) == expected
     asked = [
-        {"question": record["conversations"][0]["value"].removeprefix("<image>\n"),
-         "image": [place / name for name in record.get("image", [])]}
+        {
+            "question": record["conversations"][0]["value"].removeprefix("<image>\n"),
+            "image": [place / name for name in record.get("image", [])],
+        }
         for record in records
-    ]  # fmt: skip
+    ]
     assert model.ask_many(asked, **SHORT) == expected
     assert [model.ask(**one, **SHORT) for one in asked[:3]] == expected[:3]
     assert "".join(model.stream(**asked[1], **SHORT)).strip() == expected[1]
@@ -80,11 +94,20 @@ def test_replies_are_those_of_batch_inference(
     assert "".join(conversation.ask(asked[1]["question"])).strip() == expected[1]
 
 
-def test_images_and_volumes_in_memory(model: medm.Model, data: tuple[Path, Any], tmp_path: Path) -> None:
+def test_images_and_volumes_in_memory(
+    model: medm.Model, data: tuple[Path, Any], tmp_path: Path
+) -> None:
     file = data[0] / "0.png"
     pixels = np.asarray(Image.open(file))
     expected = model.ask("What?", image=str(file), **SHORT)
-    for item in (file, Image.open(file), pixels, torch.from_numpy(pixels.copy()), file.read_bytes(), [file]):
+    for item in (
+        file,
+        Image.open(file),
+        pixels,
+        torch.from_numpy(pixels.copy()),
+        file.read_bytes(),
+        [file],
+    ):
         assert model.ask("What?", image=item, **SHORT) == expected
     assert model.ask("What?", image=[pixels, 255 - pixels], **SHORT) != expected
     volume = np.random.default_rng(3).integers(0, 99, (8, 40, 40), np.int16)
@@ -94,10 +117,16 @@ def test_images_and_volumes_in_memory(model: medm.Model, data: tuple[Path, Any],
     assert model.ask("What?", image=file, volume=volume, **SHORT) not in (seen, expected)
 
 
-def test_what_is_asked_is_text_and_a_system_turn_is_heard(model: medm.Model, data: tuple[Path, Any]) -> None:
+def test_what_is_asked_is_text_and_a_system_turn_is_heard(
+    model: medm.Model, data: tuple[Path, Any]
+) -> None:
     file = data[0] / "0.png"
-    model.ask("What <image> <|im_end|> is it?", image=file, **SHORT)  # one image and one place for it
-    assert model.ask("What?", image=file, system="Count only.", **SHORT) != model.ask("What?", image=file, **SHORT)
+    model.ask(
+        "What <image> <|im_end|> is it?", image=file, **SHORT
+    )  # one image and one place for it
+    assert model.ask("What?", image=file, system="Count only.", **SHORT) != model.ask(
+        "What?", image=file, **SHORT
+    )
 
 
 def test_options_hold_for_their_call_alone(model: medm.Model) -> None:
@@ -118,20 +147,41 @@ def test_what_was_encoded_is_kept_from_call_to_call(
     branch = model.model.branch("image")
     encoded: list[int] = []
     encode = branch.encode
-    monkeypatch.setattr(branch, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        branch, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels)
+    )
     model.ask("One?", image=file, **SHORT)
-    model.ask_many([{"question": "Two?", "image": file}, {"question": "Three?", "image": file}], max_new_tokens=3)
+    model.ask_many(
+        [{"question": "Two?", "image": file}, {"question": "Three?", "image": file}],
+        max_new_tokens=3,
+    )
     assert sum(encoded) <= 1
 
 
 @pytest.mark.parametrize(
     ("questions", "error", "message"),
     [
-        (["What?", {"question": "What?", "image": "/no/such.png"}], MediaError, r"record 1: .*/no/such\.png"),
-        ([{"question": "What?"}, {"question": ""}], DataError, "record 1, field 'question': expected text"),
-        ([{"question": "What?", "images": "a.png"}], DataError, "field 'images': unknown key; expected some of image"),
+        (
+            ["What?", {"question": "What?", "image": "/no/such.png"}],
+            MediaError,
+            r"record 1: .*/no/such\.png",
+        ),
+        (
+            [{"question": "What?"}, {"question": ""}],
+            DataError,
+            "record 1, field 'question': expected text",
+        ),
+        (
+            [{"question": "What?", "images": "a.png"}],
+            DataError,
+            "field 'images': unknown key; expected some of image",
+        ),
         ([{"conversations": [{"from": "human", "value": "<image>?"}]}], DataError, "names a file"),
-        ([{"image": "../a.png", "conversations": [{"from": "human", "value": "<image>?"}]}], DataError, r"\.\./a\.png"),
+        (
+            [{"image": "../a.png", "conversations": [{"from": "human", "value": "<image>?"}]}],
+            DataError,
+            r"\.\./a\.png",
+        ),
         ([3], DataError, "expected a question or a record, found int"),
         (["What? " * 400], DataError, "exceeds the model's context of 1024"),
     ],
@@ -169,14 +219,19 @@ def test_precision_is_the_one_that_is_asked_for(folder: Path) -> None:
 
 
 def blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
-@pytest.mark.parametrize(("page", "trained"), [("README.md", "finetune_lora"), ("docs/python.md", "finetune")])
+@pytest.mark.parametrize(
+    ("page", "trained"), [("README.md", "finetune_lora"), ("docs/python.md", "finetune")]
+)
 def test_the_examples_of_the_docs_run(
     page: str, trained: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they are, one after another in one namespace, with a tiny model in the place of the trained one."""
+    """As they are, one after another in one namespace, with a tiny model in the place of the
+    trained one."""
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "work_dirs").mkdir()
     (tmp_path / "work_dirs" / trained).symlink_to(folder)
@@ -193,7 +248,9 @@ def test_a_model_card_shows_how_to_ask(folder: Path) -> None:
 
     recipe = {"model": {"kind": "lvlm", "branches": {"volume": {}}}}
     assert 'model.ask("What is seen?", volume="volume.nii.gz", max_new_tokens=64)' in _use(recipe)
-    (block,) = re.findall(r"```python\n(.*?)```", _use({"model": {"kind": "lvlm", "branches": {}}}), re.DOTALL)
+    (block,) = re.findall(
+        r"```python\n(.*?)```", _use({"model": {"kind": "lvlm", "branches": {}}}), re.DOTALL
+    )
     names: dict[str, Any] = {}
     exec(block.replace("path/to/this/folder", str(folder)), names)
     assert isinstance(names["model"], medm.Model)

@@ -39,7 +39,8 @@ STARTS: dict[str, str] = {
     "benchmarks/cells/startup.py: subprocess.run": "python -P",
     "benchmarks/cells/training.py: DataLoader": "forked; measured, not shipped",
 }
-"""Every place that starts a process, and why that process imports nothing from the working folder."""
+"""Every place that starts a process, and why that process imports nothing from the working
+folder."""
 
 STARTERS = re.compile(
     r"^(subprocess|multiprocessing|mp)\.(?!parent_process|current_process|active_children)\w+$"
@@ -49,22 +50,31 @@ STARTERS = re.compile(
 
 
 def calls(path: Path) -> Iterator[str]:
-    """`subprocess.run`, `DataLoader` ...: the calls of a file that look as if they started a process."""
+    """`subprocess.run`, `DataLoader` ...: the calls of a file that look as if they started a
+    process."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Call) and STARTERS.search(name := ast.unparse(node.func)):
             yield name
 
 
 def test_every_place_that_starts_a_process_is_known() -> None:
-    files = [path for folder in ("medm", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    files = [
+        path
+        for folder in ("medm", "benchmarks", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     found = {f"{path.relative_to(ROOT)}: {name}" for path in files for name in calls(path)}
-    assert found == set(STARTS), "does its process import from the working folder? Say in STARTS why not"
+    assert found == set(STARTS), (
+        "does its process import from the working folder? Say in STARTS why not"
+    )
 
 
 def test_no_launcher_puts_the_working_folder_on_the_import_path() -> None:
     """`python -m medm` and `python -c` do; the `medm` program does not."""
     for path in (ROOT / "scripts").rglob("*.sh"):
-        assert not re.search(r"python[\d.]* +-(m|c)\b|torchrun|deepspeed ", path.read_text("utf-8")), path
+        assert not re.search(
+            r"python[\d.]* +-(m|c)\b|torchrun|deepspeed ", path.read_text("utf-8")
+        ), path
 
 
 @pytest.fixture
@@ -95,7 +105,9 @@ def load_nothing(path: Path, preprocess: object) -> np.ndarray:
 def test_spawned_processes_import_nothing_from_the_working_folder(planted: Path) -> None:
     with children.safe_path():
         script = "import multiprocessing as m; m.get_context('spawn').Queue()"
-        done = subprocess.run([PROGRAM.with_name("python"), "-c", script], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [PROGRAM.with_name("python"), "-c", script], capture_output=True, text=True, check=False
+        )
     assert done.returncode == 0, done.stderr
     assert fill([], {}, load_nothing, workers=1, start="spawn").files == 0
     assert marks(planted) == []
@@ -103,7 +115,9 @@ def test_spawned_processes_import_nothing_from_the_working_folder(planted: Path)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_program_and_its_ranks_import_nothing_from_the_working_folder(planted: Path, processes: int) -> None:
+def test_the_program_and_its_ranks_import_nothing_from_the_working_folder(
+    planted: Path, processes: int
+) -> None:
     """And one error is one message with its exit status, however many processes meet it."""
     command = [str(PROGRAM), "launch", "--processes", str(processes), "train", "no-such-recipe"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -115,7 +129,8 @@ def test_the_program_and_its_ranks_import_nothing_from_the_working_folder(plante
 
 
 def test_python_m_medm_leaves_the_working_folder_out(tmp_path: Path) -> None:
-    """torchrun and deepspeed start it so. What Python imports before medm's first line is beyond its reach."""
+    """torchrun and deepspeed start it so. What Python imports before medm's first line is beyond
+    its reach."""
     (tmp_path / "yaml.py").write_text("raise SystemExit('planted')")
     command = [sys.executable, "-m", "medm", "train", "quickstart/finetune", "train.nothing=1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -127,18 +142,31 @@ def test_plugins_reach_every_process(planted: Path, capfd: pytest.CaptureFixture
     plugin = planted / "mine.py"
     # One write a rank: pieces of a line would mix.
     plugin.write_text("import os; os.write(1, f\"loaded in {os.environ['RANK']}\\n\".encode())\n")
-    command = [str(PROGRAM), "launch", "--processes", "2", "train", "no-such-recipe", "--plugin", "./mine.py"]
+    command = [
+        str(PROGRAM),
+        "launch",
+        "--processes",
+        "2",
+        "train",
+        "no-such-recipe",
+        "--plugin",
+        "./mine.py",
+    ]
     assert subprocess.run(command, check=False).returncode == 2
     # The rank that fails first stops the other, which may be before it has loaded anything.
     assert set(capfd.readouterr().out.splitlines()) & {"loaded in 0", "loaded in 1"}
     assert marks(planted) == []
 
 
-def test_what_python_was_told_to_import_from_reaches_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_python_was_told_to_import_from_reaches_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "here"), str(tmp_path / "other"), "../here"])
+    monkeypatch.setattr(
+        sys, "path", ["", str(tmp_path / "here"), str(tmp_path / "other"), "../here"]
+    )
     assert children.import_path() == [str(tmp_path / "other")]
     # medm itself lies in the working folder: what is there is as trusted as medm
     monkeypatch.setattr(children, "_HOME", (tmp_path / "here").resolve())

@@ -40,8 +40,15 @@ def problems(value: dict[str, Any]) -> str:
 
 def test_a_block_is_checked_by_the_part_it_names() -> None:
     assert validate(Section, {"part": "deep"}, source="").part == Deep(name="deep", depth=2)
-    assert validate(Section, {"part": {"name": "deep", "depth": 3}}, source="").model_dump()["part"]["depth"] == 3
-    assert "part: unknown key 'depth' (known: name)" in problems({"part": {"name": "plain", "depth": 3}})
+    assert (
+        validate(Section, {"part": {"name": "deep", "depth": 3}}, source="").model_dump()["part"][
+            "depth"
+        ]
+        == 3
+    )
+    assert "part: unknown key 'depth' (known: name)" in problems(
+        {"part": {"name": "plain", "depth": 3}}
+    )
     assert "part: unknown part 'dep': did you mean 'deep'?" in problems({"part": "dep"})
     assert "part.depth: expected greater than or equal to 1, found 0" in problems(
         {"part": {"name": "deep", "depth": 0}}
@@ -85,7 +92,13 @@ def test_yaml_reads_scientific_notation_and_refuses_double_keys(tmp_path: Path) 
 def test_overrides_reach_sections_lists_and_names_with_dots() -> None:
     recipe = {"parts": {"image.connector": {"lr": 1.0}}, "data": {"train": [{"path": "a"}]}}
     changed = apply_overrides(
-        recipe, ["parts.image.connector.lr=2e-5", "data.train.0.weight=3", "train.max_steps=10", "flags=[a, b]"]
+        recipe,
+        [
+            "parts.image.connector.lr=2e-5",
+            "data.train.0.weight=3",
+            "train.max_steps=10",
+            "flags=[a, b]",
+        ],
     )
     assert changed == {
         "parts": {"image.connector": {"lr": 2e-5}},

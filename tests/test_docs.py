@@ -1,4 +1,5 @@
-"""The pages on adding parts, followed to the letter from outside the package; and what the other pages promise."""
+"""The pages on adding parts, followed to the letter from outside the package; and what the other
+pages promise."""
 
 from __future__ import annotations
 
@@ -26,14 +27,21 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def blocks(page: str, language: str) -> list[str]:
     """Fenced blocks of one language on a page of docs/."""
-    fences = re.finditer(r"^```(\w*)\n(.*?)^```$", (DOCS / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    fences = re.finditer(
+        r"^```(\w*)\n(.*?)^```$", (DOCS / page).read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
     return [fence[2] for fence in fences if fence[1] == language]
 
 
 def ask(folder: Path, plugin: Path, code: str) -> Any:
-    """The JSON that `code` prints in a fresh process outside the checkout, with the plug-in loaded."""
-    script = f"import json\nfrom medm.registry import load_plugin\nload_plugin({str(plugin)!r})\n{code}"
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    """The JSON that `code` prints in a fresh process outside the checkout, with the plug-in
+    loaded."""
+    script = (
+        f"import json\nfrom medm.registry import load_plugin\nload_plugin({str(plugin)!r})\n{code}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -49,8 +57,10 @@ def test_add_a_connector(tmp_path: Path) -> None:
     assert "linear layer, gated by the mean token" in run(listed, tmp_path).stdout
     assert "Width of the gate's hidden layer." in run(options, tmp_path).stdout
 
-    small = [*shrink.overrides("medm-vl-2d/pretrain", tmp_path, steps=1),
-             'data.train=[{path: docs/example_pretrain.json}]']  # fmt: skip
+    small = [
+        *shrink.overrides("medm-vl-2d/pretrain", tmp_path, steps=1),
+        "data.train=[{path: docs/example_pretrain.json}]",
+    ]
     done = run(train + "".join(f" '{override}'" for override in small), tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     model = tmp_path / "work_dirs" / "medm-vl-2d" / "pretrain"
@@ -60,7 +70,9 @@ def test_add_a_connector(tmp_path: Path) -> None:
     done = run(f"{infer} --max-new-tokens 3 --workers 0", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
-    without = run(infer.replace("--plugin gated_connector.py ", "").replace("answers", "others"), tmp_path)
+    without = run(
+        infer.replace("--plugin gated_connector.py ", "").replace("answers", "others"), tmp_path
+    )
     assert without.returncode != 0
     assert "unknown connector 'gated'" in without.stderr
 
@@ -72,17 +84,20 @@ def test_add_an_encoder(tmp_path: Path) -> None:
     shapes = ask(
         tmp_path,
         plugin,
-        "import torch\nfrom medm.encoders import ENCODERS\n"
-        "encoder = ENCODERS.get('patches')(architecture={'patch': 8, 'dim': 12})\n"
-        "seen = encoder(torch.zeros(2, 3, 32, 16))\n"
-        "print(json.dumps([list(seen.tokens.shape), list(seen.grid), encoder.dim, encoder.prefix]))",
+        "import torch\nfrom medm.encoders import ENCODERS\nencoder = "
+        "ENCODERS.get('patches')(architecture={'patch': 8, 'dim': 12})\nseen = "
+        "encoder(torch.zeros(2, 3, 32, 16))\nprint(json.dumps([list(seen.tokens.shape), "
+        "list(seen.grid), encoder.dim, encoder.prefix]))",
     )
     assert shapes == [[2, 8, 12], [4, 2], 12, 0]
 
 
 @pytest.mark.timeout(900)
 def test_add_an_objective(tmp_path: Path) -> None:
-    (source,), (section,) = blocks("add-an-objective.md", "python"), blocks("add-an-objective.md", "yaml")
+    (source,), (section,) = (
+        blocks("add-an-objective.md", "python"),
+        blocks("add-an-objective.md", "yaml"),
+    )
     (tmp_path / "reply_likelihood.py").write_text(source)
     (tmp_path / "docs").symlink_to(DOCS)
     lines = [line for block in blocks("add-an-objective.md", "") for line in block.splitlines()]
@@ -92,9 +107,14 @@ def test_add_an_objective(tmp_path: Path) -> None:
     assert "long reports do not dominate" in run(options, tmp_path).stdout
 
     given = train.partition("'objective=")[2].removesuffix("'")
-    assert yaml.safe_load(given) == yaml.safe_load(section)["objective"], "the page shows two forms of one block"
-    small = [*shrink.overrides("medm-vl-2d/pretrain", tmp_path, steps=2),
-             'data.train=[{path: docs/example_pretrain.json}]', "train.logging_steps=1"]  # fmt: skip
+    assert yaml.safe_load(given) == yaml.safe_load(section)["objective"], (
+        "the page shows two forms of one block"
+    )
+    small = [
+        *shrink.overrides("medm-vl-2d/pretrain", tmp_path, steps=2),
+        "data.train=[{path: docs/example_pretrain.json}]",
+        "train.logging_steps=1",
+    ]
     done = run(train + "".join(f" '{override}'" for override in small), tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     model = tmp_path / "work_dirs" / "medm-vl-2d" / "pretrain"
@@ -102,7 +122,9 @@ def test_add_an_objective(tmp_path: Path) -> None:
     entries = [entry for entry in logged if "loss" in entry]
     assert len(entries) == 2
     for entry in entries:
-        assert entry["loss"] == pytest.approx(entry["loss/tokens"] + entry["loss/replies"], rel=1e-5)
+        assert entry["loss"] == pytest.approx(
+            entry["loss/tokens"] + entry["loss/replies"], rel=1e-5
+        )
         assert entry["loss/replies"] > 0
 
 
@@ -113,7 +135,8 @@ def test_add_an_llm(tmp_path: Path) -> None:
     family = ask(
         tmp_path,
         plugin,
-        "from medm.llms import LLMS\nf = LLMS.get('some-family')\nprint(json.dumps([f.model_types, f.template]))",
+        "from medm.llms import LLMS\nf = "
+        "LLMS.get('some-family')\nprint(json.dumps([f.model_types, f.template]))",
     )
     assert family == [["llama"], "vicuna"]
 
@@ -128,7 +151,8 @@ def test_the_example_of_the_geometry_page(tmp_path: Path, monkeypatch: pytest.Mo
     names: dict[str, Any] = {}
     exec(source, names)
     assert names["target"].shape == (32, 64, 64) and names["target"].any()
-    # The phantom grows to the left, the back and the head: axes SPL, so that the first voxels are the same corner.
+    # The phantom grows to the left, the back and the head: axes SPL, so that the first voxels are
+    # the same corner.
     assert np.abs(names["corner"] - [[-0.3125, -0.34375, -0.296875]]).max() < 1e-9
     drawn, bone = sitk.ReadImage("drawn.nii.gz"), sitk.GetArrayFromImage(image) > 200
     assert drawn.GetSpacing() == image.GetSpacing() and drawn.GetOrigin() == image.GetOrigin()
@@ -141,14 +165,17 @@ def test_add_a_pipeline(tmp_path: Path) -> None:
     plugin.write_text(source)
     (listed,) = [line for line in blocks("add-a-pipeline.md", "")[0].splitlines() if line]
     assert "an image and its caption" in run(listed, tmp_path).stdout
-    (tmp_path / "a.jsonl").write_text('{"image": "gone.png", "caption": "Clear."}\n{"caption": "Clear."}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"image": "gone.png", "caption": "Clear."}\n{"caption": "Clear."}\n'
+    )
     found = ask(
         tmp_path,
         plugin,
-        "import sys\nfrom medm.data.check import check\nfrom medm.data.options import SourceOptions\n"
-        "from medm.data.pipelines import PIPELINES\n"
-        "report = check([SourceOptions(path='a.jsonl')], PIPELINES.get('pairs')())\n"
-        "print(json.dumps([[error.field for error in report.bad], report.lines()[-1], 'torch' in sys.modules]))",
+        "import sys\nfrom medm.data.check import check\nfrom medm.data.options import "
+        "SourceOptions\nfrom medm.data.pipelines import PIPELINES\nreport = "
+        "check([SourceOptions(path='a.jsonl')], "
+        "PIPELINES.get('pairs')())\nprint(json.dumps([[error.field for error in report.bad], "
+        "report.lines()[-1], 'torch' in sys.modules]))",
     )
     assert found == [
         ["image", "image"],
@@ -172,6 +199,8 @@ def test_the_page_of_commands_is_current() -> None:
     from medm.cli.pages import commands_page
 
     if (installed := Version(version("typer"))) < (locked := pins("locked")["typer"]):
-        pytest.skip(f"typer {installed} describes arguments differently; the page is written with {locked}")
+        pytest.skip(
+            f"typer {installed} describes arguments differently; the page is written with {locked}"
+        )
 
     assert (DOCS / "cli.md").read_text("utf-8") == commands_page(get_command(app)), "run: make docs"

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from medm import files
-from medm.files import LockedError, atomic_directory, atomic_file, atomic_write_text, lock, lock_file
+from medm.files import (
+    LockedError,
+    atomic_directory,
+    atomic_file,
+    atomic_write_text,
+    lock,
+    lock_file,
+)
 
 
 def test_a_text_replaces_a_file_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -24,7 +31,9 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     file.write_text("old")
     with pytest.raises(ValueError, match="stop"), atomic_file(file) as temporary:
         temporary.write_text("half")
-        assert list(tmp_path.glob("*.npy")) == [file]  # a reader that lists files does not find the temporary one
+        assert list(tmp_path.glob("*.npy")) == [
+            file
+        ]  # a reader that lists files does not find the temporary one
         raise ValueError("stop")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
@@ -55,7 +64,10 @@ def test_a_folder_appears_at_the_end_or_not_at_all(tmp_path: Path) -> None:
 def test_one_holder_a_lock_file(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
     with lock_file(file, target=tmp_path):
-        with pytest.raises(LockedError, match=f"process {os.getpid()} on "), lock_file(file, target=tmp_path):
+        with (
+            pytest.raises(LockedError, match=f"process {os.getpid()} on "),
+            lock_file(file, target=tmp_path),
+        ):
             pytest.fail("held twice")
         assert file.exists()
     assert not file.exists()
@@ -94,7 +106,9 @@ def test_a_complete_folder_takes_its_final_name(tmp_path: Path, existing: bool) 
     assert contents(tmp_path / "final") == {"a": "new"}
 
 
-def test_a_failure_between_the_two_names_loses_neither_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_between_the_two_names_loses_neither_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder_of(tmp_path / "final", a="old")
     staged = folder_of(tmp_path / "staged", a="new")
     rename = Path.rename
@@ -111,7 +125,9 @@ def test_a_failure_between_the_two_names_loses_neither_content(tmp_path: Path, m
     assert (contents(tmp_path / ".tmp-old-final"), contents(staged)) == ({"a": "old"}, {"a": "new"})
 
 
-def test_a_removal_that_fails_leaves_nothing_under_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removal_that_fails_leaves_nothing_under_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = folder_of(tmp_path / "checkpoint", a="1", b="2")
 
     def half(path: Path) -> None:
@@ -127,7 +143,10 @@ def test_a_removal_that_fails_leaves_nothing_under_the_name(tmp_path: Path, monk
 def test_contents_move_with_the_last_names_last_and_a_second_call_moves_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, target = folder_of(tmp_path / "source", z="new", m="new", a="new"), folder_of(tmp_path / "target", m="old")
+    source, target = (
+        folder_of(tmp_path / "source", z="new", m="new", a="new"),
+        folder_of(tmp_path / "target", m="old"),
+    )
     folder_of(source / "inner", x="new")
     folder_of(target / "inner", y="old")
     moved: list[str] = []

@@ -1,6 +1,8 @@
-"""What may not be written in medm: ways by which a stranger's file runs code, and libraries that are not there.
+"""What may not be written in medm: ways by which a stranger's file runs code, and libraries that
+are not there.
 
-Annotation files, images, archives and checkpoints come from strangers. A rule that is only remembered gets forgotten.
+Annotation files, images, archives and checkpoints come from strangers. A rule that is only
+remembered gets forgotten.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ FORBIDDEN_CALLS = {
     "yaml.full_load": "may build any object",
     "torch.hub.load": "fetches and runs code",
 }
-FORBIDDEN_METHODS = {"extractall": "writes wherever the archive says; check every member's path and size"}
+FORBIDDEN_METHODS = {
+    "extractall": "writes wherever the archive says; check every member's path and size"
+}
 FORBIDDEN_TRUE = {
     "trust_remote_code": "runs code of a checkpoint's author",
     "allow_pickle": "runs code of the file's author",
@@ -55,17 +59,28 @@ def problems(source: str, place: str) -> Iterator[str]:
     """Every forbidden thing in a source text, one sentence each."""
     for node in ast.walk(ast.parse(source)):
         line = getattr(node, "lineno", 0)
-        if isinstance(node, ast.ImportFrom) and (node.module, [a.name for a in node.names]) in HARMLESS_IMPORTS:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and (node.module, [a.name for a in node.names]) in HARMLESS_IMPORTS
+        ):
             continue
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            modules = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             for top in {module.split(".")[0] for module in modules} & set(FORBIDDEN_IMPORTS):
                 yield f"{place}:{line} imports {top}, which {FORBIDDEN_IMPORTS[top]}"
         elif isinstance(node, ast.Call):
             yield from _call_problems(node, place)
         elif isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value in FORBIDDEN_TRUE and _is_true(value):
+                if (
+                    isinstance(key, ast.Constant)
+                    and key.value in FORBIDDEN_TRUE
+                    and _is_true(value)
+                ):
                     yield f"{place}:{line} sets {key.value}, which {FORBIDDEN_TRUE[key.value]}"
         elif isinstance(node, ast.Attribute) and node.attr == "LOAD_TRUNCATED_IMAGES":
             yield f"{place}:{line} lets half an image pass for a whole one"
@@ -79,18 +94,31 @@ def _call_problems(node: ast.Call, place: str) -> Iterator[str]:
     name, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
     if name in FORBIDDEN_CALLS:
         yield f"{place}:{node.lineno} calls {name}, which {FORBIDDEN_CALLS[name]}"
-    sifted = place in MAY_EXTRACT or ("filter" in keywords and ast.unparse(keywords["filter"]) == "'data'")  # tarfile's
+    sifted = place in MAY_EXTRACT or (
+        "filter" in keywords and ast.unparse(keywords["filter"]) == "'data'"
+    )  # tarfile's
     if isinstance(node.func, ast.Attribute) and node.func.attr in FORBIDDEN_METHODS and not sifted:
-        yield f"{place}:{node.lineno} calls {node.func.attr}, which {FORBIDDEN_METHODS[node.func.attr]}"
+        yield (
+            f"{place}:{node.lineno} calls {node.func.attr}, which "
+            f"{FORBIDDEN_METHODS[node.func.attr]}"
+        )
     for key in FORBIDDEN_TRUE.keys() & keywords.keys():
         if _is_true(keywords[key]):
             yield f"{place}:{node.lineno} passes {key}=True, which {FORBIDDEN_TRUE[key]}"
-    opens = place.startswith("medm/") and name.startswith("Auto") and name.endswith(".from_pretrained")
+    opens = (
+        place.startswith("medm/") and name.startswith("Auto") and name.endswith(".from_pretrained")
+    )
     if opens and ast.unparse(keywords.get("trust_remote_code", ast.Constant(None))) != "False":
-        yield f"{place}:{node.lineno} leaves trust_remote_code open, and transformers asks on a terminal; pass False"
+        yield (
+            f"{place}:{node.lineno} leaves trust_remote_code open, and transformers asks on a "
+            "terminal; pass False"
+        )
     if name == "torch.load":
         if place not in MAY_TORCH_LOAD:
-            yield f"{place}:{node.lineno} calls torch.load; only {', '.join(sorted(MAY_TORCH_LOAD))} may"
+            yield (
+                f"{place}:{node.lineno} calls torch.load; only "
+                f"{', '.join(sorted(MAY_TORCH_LOAD))} may"
+            )
         elif "weights_only" not in keywords or not _is_true(keywords["weights_only"]):
             yield f"{place}:{node.lineno} calls torch.load without weights_only=True"
 
@@ -99,7 +127,9 @@ def test_nothing_forbidden_is_written() -> None:
     files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     assert files
     found = [
-        sentence for path in files for sentence in problems(path.read_text("utf-8"), path.relative_to(ROOT).as_posix())
+        sentence
+        for path in files
+        for sentence in problems(path.read_text("utf-8"), path.relative_to(ROOT).as_posix())
     ]
     assert not found, "\n".join(found)
 

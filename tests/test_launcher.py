@@ -1,4 +1,5 @@
-"""Several processes of one command stop, fail and end as one. Here they are programs of a few lines, without torch."""
+"""Several processes of one command stop, fail and end as one. Here they are programs of a few
+lines, without torch."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def launch(folder: Path, script: str, *, processes: int = 2) -> int:
     return Launcher([str(folder)], Place(processes), program=program).run()
 
 
-def signal_when_ready(folder: Path, *numbers: signal.Signals, pause: float = 0.2) -> threading.Thread:
+def signal_when_ready(
+    folder: Path, *numbers: signal.Signals, pause: float = 0.2
+) -> threading.Thread:
     """Send this process signals once both ranks wait for them."""
 
     def send() -> None:
@@ -64,7 +67,10 @@ def alive(folder: Path) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if str(folder).encode() in (path / "cmdline").read_bytes() and int(path.name) != os.getpid():
+            if (
+                str(folder).encode() in (path / "cmdline").read_bytes()
+                and int(path.name) != os.getpid()
+            ):
                 found.append(int(path.name))
         except OSError:
             continue
@@ -72,8 +78,19 @@ def alive(folder: Path) -> list[int]:
 
 
 def test_ranks_are_told_where_they_stand(tmp_path: Path) -> None:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    script = f"import json\ntouch('x'); (folder / f'{{rank}}').write_text(json.dumps([os.environ[n] for n in {names}]))"
+    names = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+    )
+    script = (
+        "import json\ntouch('x'); (folder / f'{rank}').write_text(json.dumps([os.environ[n] "
+        f"for n in {names}]))"
+    )
     program = (sys.executable, "-P", "-c", PREAMBLE + script)
     place = Place(2, nodes=2, node_rank=1, master_addr="127.0.0.1", master_port=29500)
     assert Launcher([str(tmp_path)], place, program=program).run() == 0
@@ -98,7 +115,8 @@ store.set("key", "value")
 def test_a_stop_waits_for_what_is_written_however_long_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    """One rank writes, the other has ended: longer than the grace that ranks have otherwise. Signals again do nothing."""
+    """One rank writes, the other has ended: longer than the grace that ranks have otherwise.
+    Signals again do nothing."""
     monkeypatch.setattr(launcher, "GRACE", 0.2)
     script = GRACEFUL + (
         "if rank == 0:\n"
@@ -115,7 +133,9 @@ def test_a_stop_waits_for_what_is_written_however_long_it_takes(
     assert (tmp_path / "signals-1").read_text() == "1", "a stop reaches a rank once"
 
 
-def test_a_rank_that_does_not_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_does_not_stop_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launcher, "GRACE", 0.2)
     script = GRACEFUL + "while rank == 0: time.sleep(1)\nraise SystemExit(75)\n"
     sender = signal_when_ready(tmp_path, signal.SIGTERM)
@@ -130,8 +150,11 @@ def test_a_stop_before_the_ranks_listen_is_a_stop(tmp_path: Path) -> None:
     sender.join()
 
 
-def test_a_rank_that_loses_its_stopped_neighbor_is_stopped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Before the first step one rank ends at once; the other, already further, fails in a collective."""
+def test_a_rank_that_loses_its_stopped_neighbor_is_stopped(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first step one rank ends at once; the other, already further, fails in a
+    collective."""
     script = """
 def stop(number, frame):
     touch("left")
@@ -180,13 +203,18 @@ def test_a_run_that_finished_all_the_same_is_finished(tmp_path: Path) -> None:
 def test_sigquit_ends_all_at_once(tmp_path: Path) -> None:
     sender = signal_when_ready(tmp_path, signal.SIGTERM, signal.SIGQUIT)
     with pytest.raises(SystemExit) as status:
-        launch(tmp_path, "os.fork() or time.sleep(60)" + GRACEFUL + "with LINK.writing(): time.sleep(60)")
+        launch(
+            tmp_path,
+            "os.fork() or time.sleep(60)" + GRACEFUL + "with LINK.writing(): time.sleep(60)",
+        )
     sender.join()
     assert status.value.code == 128 + signal.SIGQUIT
     assert alive(tmp_path) == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent died")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="other systems do not tell a process that its parent died"
+)
 def test_ranks_whose_launcher_is_killed_stop_by_themselves(tmp_path: Path) -> None:
     rank = PREAMBLE + GRACEFUL + "touch('checkpoint')"
     script = (
@@ -211,15 +239,11 @@ FAILURES = {
         2, ["error: no such file"],
     ),
     "one meets an error, the other loses its connection": (
-        "signal.signal(signal.SIGTERM, lambda *_: None); touch('up'); others('up')\n"
-        "if rank == 1: LINK.report('error: record 7 is bad'); raise SystemExit(1)\n"
-        "time.sleep(0.5); LINK.report('Traceback:\\n  File\\nRuntimeError: connection closed', traceback=True)\n"
-        "raise SystemExit(1)",
+        "signal.signal(signal.SIGTERM, lambda *_: None); touch('up'); others('up')\nif rank == " "1: LINK.report('error: record 7 is bad'); raise SystemExit(1)\ntime.sleep(0.5); " "LINK.report('Traceback:\\n  File\\nRuntimeError: connection closed', " "traceback=True)\nraise SystemExit(1)",
         1, ["error: record 7 is bad", "process 0 ended after it: RuntimeError: connection closed"],
     ),
     "a defect": (
-        "if rank == 0: LINK.report('Traceback:\\n  File\\nKeyError: 1', traceback=True); raise SystemExit(1)\n"
-        "time.sleep(60)",
+        "if rank == 0: LINK.report('Traceback:\\n  File\\nKeyError: 1', traceback=True); raise " "SystemExit(1)\ntime.sleep(60)",
         1, ["Traceback:", "  File", "KeyError: 1"],
     ),
     "one is killed": (
@@ -234,7 +258,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_failure_ends_all_and_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str) -> None:
+def test_a_failure_ends_all_and_is_said_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
     script, status, lines = FAILURES[case]
     started = time.monotonic()
     # No rank fails before both are connected, and ready for the stop that follows.
@@ -245,8 +271,11 @@ def test_a_failure_ends_all_and_is_said_once(tmp_path: Path, capfd: pytest.Captu
     assert alive(tmp_path) == []
 
 
-def test_what_a_dead_neighbor_leaves_half_written_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 dies while rank 0 writes a checkpoint beside its training: the checkpoint becomes whole."""
+def test_what_a_dead_neighbor_leaves_half_written_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 dies while rank 0 writes a checkpoint beside its training: the checkpoint becomes
+    whole."""
     monkeypatch.setattr(launcher, "GRACE", 0.2)
     script = (
         "import threading\n"
@@ -269,9 +298,16 @@ def test_the_shell_of_a_launcher_becomes_the_run(tmp_path: Path) -> None:
     medm.chmod(0o755)
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "GPUS": "3"}
-    for script, command in (("train/finetune.sh", "train"), ("eval/inference.sh", "infer"), ("eval/slake.sh", "eval")):
+    for script, command in (
+        ("train/finetune.sh", "train"),
+        ("eval/inference.sh", "infer"),
+        ("eval/slake.sh", "eval"),
+    ):
         shell = subprocess.Popen(
-            ["bash", str(root / "scripts" / script)], env=environment, stdout=subprocess.PIPE, text=True
+            ["bash", str(root / "scripts" / script)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         out, _ = shell.communicate()
         assert shell.returncode == 75

@@ -1,4 +1,5 @@
-"""The house: imports go down only, siblings never import each other, and what reads a recipe needs no torch."""
+"""The house: imports go down only, siblings never import each other, and what reads a recipe needs
+no torch."""
 
 from __future__ import annotations
 
@@ -33,9 +34,15 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FOUNDATION = LAYERS[0]
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("medm", "transformers_hook"): "`import medm` makes transformers' Auto classes open medm's folders",
+    (
+        "medm",
+        "transformers_hook",
+    ): "`import medm` makes transformers' Auto classes open medm's folders",
     ("medm", "api"): "`medm.load`, imported when it is first used",
-    ("medm.transformers_hook", "models"): "registers the classes when transformers first meets a folder of medm",
+    (
+        "medm.transformers_hook",
+        "models",
+    ): "registers the classes when transformers first meets a folder of medm",
 }
 """(importer's module, imported room): why this one may look up or sideways."""
 
@@ -81,7 +88,9 @@ def imports_of(source: str, importer: str, *, is_package: bool) -> Iterator[Impo
             base = node.module or ""
             if node.level:
                 package = importer.split(".") if is_package else importer.split(".")[:-1]
-                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+                base = ".".join(
+                    [*package[: len(package) - node.level + 1], *([base] if base else [])]
+                )
             # `from medm import encoders` names a room in its second half
             names = [f"medm.{alias.name}" for alias in node.names] if base == "medm" else [base]
             taken = () if base == "medm" else tuple(alias.name for alias in node.names)
@@ -100,7 +109,9 @@ def all_imports() -> list[Import]:
     return [
         found
         for path in sorted(PACKAGE.rglob("*.py"))
-        for found in imports_of(path.read_text("utf-8"), module_name(path), is_package=path.name == "__init__.py")
+        for found in imports_of(
+            path.read_text("utf-8"), module_name(path), is_package=path.name == "__init__.py"
+        )
     ]
 
 
@@ -117,7 +128,10 @@ def violation(found: Import) -> str | None:
     if source in FOUNDATION and target in FOUNDATION:
         return None
     if source == "medm":
-        return f"{found.importer}:{found.line} imports {found.imported}; the package itself loads no room"
+        return (
+            f"{found.importer}:{found.line} imports {found.imported}; the package itself loads no "
+            "room"
+        )
     if LEVEL[target] > LEVEL[source]:
         return f"{found.importer}:{found.line} imports {found.imported}, which stands above it"
     if LEVEL[target] == LEVEL[source]:
@@ -133,7 +147,9 @@ def test_imports_go_down_only() -> None:
 def test_every_folder_of_the_package_has_its_place() -> None:
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert folders | modules <= set(LEVEL), f"give these a line in LAYERS: {sorted((folders | modules) - set(LEVEL))}"
+    assert folders | modules <= set(LEVEL), (
+        f"give these a line in LAYERS: {sorted((folders | modules) - set(LEVEL))}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +189,8 @@ def file_graph(files: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
     for module, (source, is_package) in files.items():
         found: set[str] = set()
         for item in imports_of(source, module, is_package=is_package):
-            # `from medm.models import verified` means the module medm.models.verified, where there is one
+            # `from medm.models import verified` means the module medm.models.verified, where there
+            # is one
             members = {f"{item.imported}.{name}" for name in item.names}
             found |= {member for member in members if member in files}
             if item.imported in files and (not members or not members <= files.keys()):
@@ -201,8 +218,12 @@ def cycle_of(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_file_imports_itself_through_others() -> None:
-    """A file of a cycle can be neither read nor tested without the others; a lazy import only hides that."""
-    files = {module_name(path): (path.read_text("utf-8"), path.name == "__init__.py") for path in PACKAGE.rglob("*.py")}
+    """A file of a cycle can be neither read nor tested without the others; a lazy import only hides
+    that."""
+    files = {
+        module_name(path): (path.read_text("utf-8"), path.name == "__init__.py")
+        for path in PACKAGE.rglob("*.py")
+    }
     graph = file_graph(files)
     for importer, target in EXCEPTIONS:
         room_modules = {name for name in graph[importer] if room(name) == target}
@@ -220,15 +241,23 @@ def test_no_file_imports_itself_through_others() -> None:
     ],
 )
 def test_every_kind_of_cycle_is_found(second: str) -> None:
-    files = {"medm.data": ("", True), "medm.data.first": ("from medm.data.second import two", False)}
-    assert not cycle_of(file_graph(files | {"medm.data.second": ("from medm.data import other", False)}))
+    files = {
+        "medm.data": ("", True),
+        "medm.data.first": ("from medm.data.second import two", False),
+    }
+    assert not cycle_of(
+        file_graph(files | {"medm.data.second": ("from medm.data import other", False)})
+    )
     assert cycle_of(file_graph(files | {"medm.data.second": (second, False)}))
 
 
 def run_and_list_heavy(code: str) -> str:
-    """The heavy libraries that are loaded after `code` has run in a fresh interpreter, as printed by it."""
+    """The heavy libraries that are loaded after `code` has run in a fresh interpreter, as printed
+    by it."""
     script = f"import sys\n{code}\nprint('HEAVY', sorted({set(HEAVY)!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -239,7 +268,8 @@ def test_tables_and_options_load_without_torch() -> None:
     options = [module_name(path) for path in sorted(PACKAGE.rglob("options.py"))]
     foundation = [f"medm.{name}" for name in TORCH_FREE_MODULES]
     code = "import importlib\n" + "\n".join(
-        f"importlib.import_module({name!r})\nassert 'torch' not in sys.modules, 'loaded by ' + {name!r}"
+        f"importlib.import_module({name!r})\nassert 'torch' not in sys.modules, 'loaded by ' + "
+        f"{name!r}"
         for name in [*foundation, *rooms, *options]
     )
     assert run_and_list_heavy(code) == "HEAVY []"

@@ -1,4 +1,5 @@
-"""Contract of every registry: a member takes the options of its table line, and each option is described once."""
+"""Contract of every registry: a member takes the options of its table line, and each option is
+described once."""
 
 import inspect
 import re
@@ -30,7 +31,9 @@ class Table(NamedTuple):
 
 TABLES = (
     Table(ENCODERS, frozenset({"name", "path", "image_size"}), frozenset()),
-    Table(CONNECTORS, frozenset({"name", "path"}), frozenset({"in_dim", "out_dim", "grid", "prefix"})),
+    Table(
+        CONNECTORS, frozenset({"name", "path"}), frozenset({"in_dim", "out_dim", "grid", "prefix"})
+    ),
     Table(OBJECTIVES, frozenset({"name"}), frozenset()),
     Table(METRICS, frozenset({"name"}), frozenset()),
     Table(TASKS, frozenset({"name"}), frozenset()),
@@ -46,7 +49,8 @@ every_member = pytest.mark.parametrize(
 
 
 def keywords(member: Any) -> dict[str, inspect.Parameter]:
-    """Keywords of a class or function by name, those of the constructors above a `**options` included."""
+    """Keywords of a class or function by name, those of the constructors above a `**options`
+    included."""
     found: dict[str, inspect.Parameter] = {}
     calls = (
         [vars(base)["__init__"] for base in member.__mro__ if "__init__" in vars(base)]
@@ -82,7 +86,12 @@ def disagreements(
         default, keyword = fields[key].get_default(call_default_factory=True), taken[key].default
         required = keyword is inspect.Parameter.empty
         empty = keyword is None and default in ([], {})
-        if not required and not fields[key].is_required() and not empty and plain(keyword) != plain(default):
+        if (
+            not required
+            and not fields[key].is_required()
+            and not empty
+            and plain(keyword) != plain(default)
+        ):
             found.append(f"{key}: default {default!r} in a recipe, {keyword!r} as a keyword")
     return sorted(found)
 
@@ -100,7 +109,11 @@ def test_an_option_is_described_in_its_options_class_alone(table: Table, name: s
     fields = {key: field for key, field in options.model_fields.items() if key != "name"}
     assert [key for key, field in fields.items() if not field.description] == []
     documented = re.findall(r"^\s+(\w+): (.*)", inspect.getdoc(member) or "", re.MULTILINE)
-    twice = [key for key, text in documented if key in fields and key != "architecture" and not text.startswith("see ")]
+    twice = [
+        key
+        for key, text in documented
+        if key in fields and key != "architecture" and not text.startswith("see ")
+    ]
     assert twice == []
 
 
@@ -133,6 +146,6 @@ def test_the_comparison_finds_each_kind_of_disagreement() -> None:
         "extra: option without a keyword",
         "other: keyword without an option",
     ]
-    assert disagreements(Wide, Passing, elsewhere=frozenset({"name"}), given=frozenset({"other"})) == [
-        "depth: default 2 in a recipe, 3 as a keyword"
-    ]
+    assert disagreements(
+        Wide, Passing, elsewhere=frozenset({"name"}), given=frozenset({"other"})
+    ) == ["depth: default 2 in a recipe, 3 as a keyword"]

@@ -1,4 +1,5 @@
-"""Errors of the operating system: one message with the path and what to do; defects of medm keep their traceback."""
+"""Errors of the operating system: one message with the path and what to do; defects of medm keep
+their traceback."""
 
 from __future__ import annotations
 
@@ -33,27 +34,46 @@ def test_a_message_names_the_path_the_reason_and_what_to_do(code: int, words: st
 
 
 def test_what_may_be_a_defect_of_medm_is_not_explained_away() -> None:
-    for error in (KeyError("x"), RuntimeError("x"), ValueError("x"), OSError("x"), FileNotFoundError(2, "no"),
-                  IsADirectoryError(errno.EISDIR, "x"), OSError(errno.ENOENT, "no", 7)):  # fmt: skip
+    for error in (
+        KeyError("x"),
+        RuntimeError("x"),
+        ValueError("x"),
+        OSError("x"),
+        FileNotFoundError(2, "no"),
+        IsADirectoryError(errno.EISDIR, "x"),
+        OSError(errno.ENOENT, "no", 7),
+    ):
         assert explain(error) is None
     assert "make room" in (explain(OSError(errno.ENOSPC, "No space left on device")) or "")
 
 
 def test_errors_of_libraries_that_hide_the_code_are_known() -> None:
     text = "Error while serializing: I/O error: No space left on device (os error 28)"
-    with pytest.raises(OSError, match="No space left") as caught, naming(Path("/share/model.safetensors")):
+    with (
+        pytest.raises(OSError, match="No space left") as caught,
+        naming(Path("/share/model.safetensors")),
+    ):
         raise SafetensorError(text)
-    assert explain(caught.value).startswith("/share/model.safetensors: No space left on device; make room")  # type: ignore[union-attr]
+    assert explain(caught.value).startswith(
+        "/share/model.safetensors: No space left on device; make room"
+    )  # type: ignore[union-attr]
     assert "make room" in (explain(SafetensorError(text)) or "")
     assert explain(SafetensorError("Error while deserializing header: HeaderTooLarge")) is None
-    full = "unable to resize file </torch_6600_3386804235_61> to the right size: No space left on device (28)"
+    full = (
+        "unable to resize file </torch_6600_3386804235_61> to the right size: No space left on "
+        "device (28)"
+    )
     assert "shared memory (/dev/shm)" in (explain(RuntimeError(full)) or "")
     killed = "DataLoader worker (pid 61) is killed by signal: Killed. "
     assert "was killed" in (explain(RuntimeError(killed)) or "")
 
 
-@pytest.mark.parametrize("kind", [ConnectionResetError, ConnectionRefusedError, FileNotFoundError, EOFError])
-def test_a_worker_that_ends_while_its_tensors_are_fetched_is_known_by_the_place(kind: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    "kind", [ConnectionResetError, ConnectionRefusedError, FileNotFoundError, EOFError]
+)
+def test_a_worker_that_ends_while_its_tensors_are_fetched_is_known_by_the_place(
+    kind: type[Exception],
+) -> None:
     for place, known in ((reductions.__file__, True), (__file__, False)):
         code = compile("raise kind(104, 'lost')", place, "exec")
         with pytest.raises(kind) as caught:
@@ -65,7 +85,11 @@ def test_naming_puts_the_place_of_a_temporary_file_and_keeps_other_errors(tmp_pa
     with pytest.raises(KeyError), naming(tmp_path):
         raise KeyError("x")
     out, aside = tmp_path / "out", tmp_path / ".out.7.tmp"
-    for file, named in ((aside / "config.json", out), (aside, out), (tmp_path / "source", tmp_path / "source")):
+    for file, named in (
+        (aside / "config.json", out),
+        (aside, out),
+        (tmp_path / "source", tmp_path / "source"),
+    ):
         with pytest.raises(FileNotFoundError) as caught, naming(out, aside=aside):
             file.read_bytes()
         assert caught.value.filename == str(named)
@@ -90,7 +114,9 @@ def test_writing_is_proven_without_creating_anything(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_without_permission_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_permission_is_known_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "access", lambda *_arguments: False)  # root may write anywhere
     with pytest.raises(PermissionError, match="Permission denied"):
         require_writable(tmp_path / "out.jsonl")
@@ -99,9 +125,21 @@ def test_a_folder_without_permission_is_known_before(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (OSError(errno.EROFS, "Read-only file system", "/mnt/out"), 1, "error: /mnt/out: Read-only file system; "),
-        (OSError(errno.EMFILE, "Too many open files"), 1, "error: Too many open files; too many files are open"),
-        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 1, "was killed, perhaps for memory"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/mnt/out"),
+            1,
+            "error: /mnt/out: Read-only file system; ",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            1,
+            "error: Too many open files; too many files are open",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+            1,
+            "was killed, perhaps for memory",
+        ),
     ],
 )
 def test_a_command_says_it_in_one_message(

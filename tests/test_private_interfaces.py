@@ -139,7 +139,8 @@ TABLE = [
     PrivateInterface(
         "transformers.PreTrainedModel._adjust_missing_and_unexpected_keys",
         ("medm/models/base.py",),
-        "begins with fresh training-only state where a folder has none, before the report of missing weights",
+        "begins with fresh training-only state where a folder has none, before the report of "
+        "missing weights",
         parameters=("self", "loading_info"),
     ),
     PrivateInterface(
@@ -523,8 +524,13 @@ class Scan:
             if node.value in NAMES:
                 yield node.value
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
-            "getattr", "setattr", "hasattr", "delattr", "attrgetter", "operator.attrgetter",
-        ):  # fmt: skip
+            "getattr",
+            "setattr",
+            "hasattr",
+            "delattr",
+            "attrgetter",
+            "operator.attrgetter",
+        ):
             strings = [a.value for a in node.args if isinstance(a, ast.Constant)]
             yield from (text for text in strings if isinstance(text, str) and is_private(text))
 

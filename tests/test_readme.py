@@ -1,4 +1,5 @@
-"""The three jobs of the README, run as they are written, with tiny parts in place of the published ones."""
+"""The three jobs of the README, run as they are written, with tiny parts in place of the published
+ones."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ RECIPES = {
 
 def commands() -> list[str]:
     """Every line of the README's bash blocks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
@@ -35,14 +38,23 @@ def environment() -> dict[str, str]:
     """This one, with the tests' own Python in front, without a GPU and without a hub."""
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1", "GPUS": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+        "HF_HUB_OFFLINE": "1",
+        "GPUS": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """One command in a folder."""
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=600
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
 
 
@@ -71,7 +83,10 @@ def test_the_three_jobs(checkout: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert trained == set(RECIPES)
     records = json.loads((ROOT / "docs" / "example_inference.json").read_text("utf-8"))
-    answers = [json.loads(line) for line in (checkout / "work_dirs" / "inference.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line)
+        for line in (checkout / "work_dirs" / "inference.jsonl").read_text().splitlines()
+    ]
     assert len([answer for answer in answers if "reply" in answer]) == len(records)
     written = json.loads((checkout / "work_dirs" / "inference.json").read_text("utf-8"))
     assert [record["id"] for record in written] == [record["id"] for record in records]
@@ -89,10 +104,13 @@ CT = {
 
 
 def test_the_launchers_of_volumes_train(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they are, but that the command of `medm` is written down and run in this process, to save four starts."""
+    """As they are, but that the command of `medm` is written down and run in this process, to save
+    four starts."""
     stub = checkout / "bin" / "medm"
     stub.parent.mkdir()
-    stub.write_text('#!/bin/sh\nfor word in "$@"; do printf \'%s\\0\' "$word"; done > command.txt\n')
+    stub.write_text(
+        '#!/bin/sh\nfor word in "$@"; do printf \'%s\\0\' "$word"; done > command.txt\n'
+    )
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("GPUS", "1")
@@ -100,7 +118,9 @@ def test_the_launchers_of_volumes_train(checkout: Path, monkeypatch: pytest.Monk
     for launcher, recipe in CT.items():
         data = shrink.records(recipe)
         tiny = shrink.overrides(recipe, checkout, steps=1)
-        line = f"DATA={data} VOLUMES={data.parent} bash {launcher}" + "".join(f" '{override}'" for override in tiny)
+        line = f"DATA={data} VOLUMES={data.parent} bash {launcher}" + "".join(
+            f" '{override}'" for override in tiny
+        )
         subprocess.run(["bash", "-c", line], check=True, timeout=60)
         words = (checkout / "command.txt").read_text().split("\0")[:-1]
         assert words[:2] == ["launch", "train"]
@@ -121,7 +141,10 @@ def test_what_the_readme_points_to_is_there() -> None:
 
 
 def test_launchers_are_short_valid_and_have_their_paths_on_top() -> None:
-    other = {"launch.sh", "convert.sh"}  # what launchers share, and the preparation of twelve data sets
+    other = {
+        "launch.sh",
+        "convert.sh",
+    }  # what launchers share, and the preparation of twelve data sets
     launchers = [path for path in (ROOT / "scripts").rglob("*.sh") if path.name not in other]
     assert launchers
     for path in [*launchers, ROOT / "scripts" / "launch.sh"]:
@@ -138,7 +161,8 @@ def test_launchers_are_short_valid_and_have_their_paths_on_top() -> None:
 
 
 def test_two_machines_find_each_other(tmp_path: Path) -> None:
-    """The same launcher on two nodes; here both are this machine, and they meet to answer two records."""
+    """The same launcher on two nodes; here both are this machine, and they meet to answer two
+    records."""
     model = save_tiny(tmp_path)
     data = write_records(tmp_path, questions(tmp_path, 2))
     with socket.socket() as probe:
@@ -151,11 +175,21 @@ def test_two_machines_find_each_other(tmp_path: Path) -> None:
     )
     nodes = [
         subprocess.Popen(
-            ["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment() | {"NODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            ["bash", "-c", script],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment()
+            | {
+                "NODES": "2",
+                "NODE_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     printed = []
     for node in nodes:
         out, err = node.communicate(timeout=240)
@@ -168,7 +202,15 @@ def test_two_machines_find_each_other(tmp_path: Path) -> None:
 
 def test_a_launcher_trains_nothing_by_a_misspelt_word() -> None:
     done = subprocess.run(
-        ["bash", "scripts/train/finetune.sh"], cwd=ROOT, env=environment() | {"TUNE": "lroa"}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "TUNE=lroa: expected lora or full\n")
+        ["bash", "scripts/train/finetune.sh"],
+        cwd=ROOT,
+        env=environment() | {"TUNE": "lroa"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "TUNE=lroa: expected lora or full\n",
+    )

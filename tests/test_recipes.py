@@ -1,4 +1,5 @@
-"""Every shipped recipe says what it means: it passes the schema, without torch and without asking a hub."""
+"""Every shipped recipe says what it means: it passes the schema, without torch and without asking a
+hub."""
 
 from __future__ import annotations
 
@@ -48,9 +49,13 @@ def test_recipe_resolves_and_survives_a_round_trip(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_preprocessing_is_known_without_the_language_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preprocessing_is_known_without_the_language_model(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("medm.models.lvlm.build._text_config", lambda *_: pytest.fail("asked for the LLM"))
+    monkeypatch.setattr(
+        "medm.models.lvlm.build._text_config", lambda *_: pytest.fail("asked for the LLM")
+    )
     recipe = load_recipe(shipped()[name])
     if recipe.model.kind != "lvlm":
         pytest.skip("other kinds know their preprocessing from their processor")
@@ -73,7 +78,9 @@ def test_parts_are_those_of_the_model(name: str) -> None:
     if recipe.model.kind != "lvlm":
         pytest.skip("the parts of other kinds are known to the built model alone")
     branches = recipe.model.branches
-    known = {"llm"} | {f"{branch}.{part}" for branch in branches for part in ("encoder", "connector")}
+    known = {"llm"} | {
+        f"{branch}.{part}" for branch in branches for part in ("encoder", "connector")
+    }
     assert set(recipe.parts) <= known
 
 
@@ -130,14 +137,17 @@ UNI_MED = {
     "sa-med2d-reg": 4, "medpix": 8, "mimic-caption": 8, "medmnist-derma": 4 * 7007 / 20939,
     "medmnist-organs": 4 * 13932 / 20939,
 }  # fmt: skip
-"""Task that makes the source -> published ratio; both MedMNIST sets are one source of 4 in proportion to their size."""
+"""Task that makes the source -> published ratio; both MedMNIST sets are one source of 4 in
+proportion to their size."""
 
 
 @pytest.mark.parametrize("name", ["uni-med/published", "uni-med/small", "uni-med/small_dense"])
 def test_uni_med_draws_its_sources_in_the_published_ratios(name: str) -> None:
     from medm.tasks import TASKS
 
-    weights = {Path(source.path).stem: source.weight for source in load_recipe(find(name)).data.train}
+    weights = {
+        Path(source.path).stem: source.weight for source in load_recipe(find(name)).data.train
+    }
     assert weights == pytest.approx(UNI_MED, abs=1e-3)
     assert all(task in TASKS for task in weights)
     convert = (ROOT / "scripts/train/Uni-Med/convert.sh").read_text("utf-8")
@@ -148,24 +158,45 @@ def test_the_published_connector_of_uni_med() -> None:
     model = load_recipe(find("uni-med/published")).model
     connector = model.branches["image"].connector.model_dump()
     assert model.tasks == ["vqa", "refer", "identify", "caption", "cls"]
-    said = {key: connector[key] for key in ("mode", "num_experts", "gate", "route_by", "resample", "window", "depth")}
+    said = {
+        key: connector[key]
+        for key in ("mode", "num_experts", "gate", "route_by", "resample", "window", "depth")
+    }
     assert said == {
-        "mode": "published", "num_experts": 5, "gate": "soft", "route_by": "task+token", "resample": "projection",
-        "window": [1, 4], "depth": 2,
-    }  # fmt: skip
+        "mode": "published",
+        "num_experts": 5,
+        "gate": "soft",
+        "route_by": "task+token",
+        "resample": "projection",
+        "window": [1, 4],
+        "depth": 2,
+    }
 
 
 def test_the_dense_baseline_of_uni_med_differs_in_one_line() -> None:
-    experts, dense = (resolved(load_recipe(find(f"uni-med/{name}"))) for name in ("small", "small_dense"))
+    experts, dense = (
+        resolved(load_recipe(find(f"uni-med/{name}"))) for name in ("small", "small_dense")
+    )
     changed = [line.partition(":")[0] for line in differences(experts, dense)]
     assert changed == ["model.branches.image.connector.gate"]
 
 
 def test_recipes_are_found_by_name_from_anywhere(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "medm", "recipes", "show", "medm-vl-2d/pretrain", "train.num_train_epochs=7"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "medm",
+            "recipes",
+            "show",
+            "medm-vl-2d/pretrain",
+            "train.num_train_epochs=7",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "num_train_epochs: 7" in done.stdout
     assert find("medm-vl-2d/pretrain.yaml") == find("medm-vl-2d/pretrain")
     assert find("recipes/medm-vl-2d/pretrain.yaml").samefile(find("medm-vl-2d/pretrain"))
@@ -188,7 +219,10 @@ def test_recipe_check_needs_no_torch() -> None:
     [
         ("modle.llm=x", ["modle", "did you mean 'model'"]),
         ("model.llm.name=qwen", ["qwen", "qwen2.5"]),
-        ("model.branches.image.connector.dept=3", ["model.branches.image.connector", "dept", "did you mean 'depth'"]),
+        (
+            "model.branches.image.connector.dept=3",
+            ["model.branches.image.connector", "dept", "did you mean 'depth'"],
+        ),
         ("train.learning_rte=1e-4", ["learning_rte", "did you mean 'learning_rate'"]),
         ("train.bf16=maybe", ["train.bf16", "'maybe'"]),
         ("parts.llm.tune=lor", ["parts.llm", "'lor'"]),
@@ -218,9 +252,16 @@ def test_recipe_trains(name: str, tiny_parts: Path, tmp_path: Path) -> None:
     sources = f'[{{"path": "{shrink.records(name)}"}}]'
     recipe = load_recipe(
         find(name),
-        [*shrink.overrides(name, tiny_parts), f"data.train={sources}", "data.eval=[]", "train.eval_strategy=no",
-         "train.save_strategy=no", "init_from=null", f"output_dir={tmp_path / 'out'}"],
-    )  # fmt: skip
+        [
+            *shrink.overrides(name, tiny_parts),
+            f"data.train={sources}",
+            "data.eval=[]",
+            "train.eval_strategy=no",
+            "train.save_strategy=no",
+            "init_from=null",
+            f"output_dir={tmp_path / 'out'}",
+        ],
+    )
     set_seed(recipe.train.seed)
     before = {part: module.state_dict() for part, module in build(recipe.model)[0].parts().items()}
     outcome = train(recipe)
@@ -228,7 +269,10 @@ def test_recipe_trains(name: str, tiny_parts: Path, tmp_path: Path) -> None:
     assert outcome.steps == 2
     model, processor = load(str(tmp_path / "out"))
     for part, module in model.parts().items():
-        after, tune = module.state_dict(), recipe.parts[part].tune if part in recipe.parts else "frozen"
+        after, tune = (
+            module.state_dict(),
+            recipe.parts[part].tune if part in recipe.parts else "frozen",
+        )
         if tune == "lora":
             assert any(bool(tensor.any()) for key, tensor in after.items() if "lora_B" in key), part
         else:

@@ -31,7 +31,8 @@ def test_members_are_imported_only_when_asked_for() -> None:
 def test_names_are_exact_and_unknown_ones_get_the_nearest() -> None:
     fruits = registry()
     with pytest.raises(
-        UnknownNameError, match=r"unknown fruit 'aple': did you mean 'apple'\? \(known: apple, banana\)"
+        UnknownNameError,
+        match=r"unknown fruit 'aple': did you mean 'apple'\? \(known: apple, banana\)",
     ):
         fruits.get("aple")
     assert "appl" not in fruits, "a part of a name is not the name"
@@ -101,7 +102,9 @@ def test_entry_points_of_other_packages_join(monkeypatch: pytest.MonkeyPatch) ->
     from importlib.metadata import EntryPoint
 
     point = EntryPoint(name="papaya", value="medm.errors:DataError", group="medm.fruits")
-    monkeypatch.setattr("medm.registry.entry_points", lambda group: [point] if group == "medm.fruits" else [])
+    monkeypatch.setattr(
+        "medm.registry.entry_points", lambda group: [point] if group == "medm.fruits" else []
+    )
     fruits: Registry[Any] = Registry("fruit", group="medm.fruits")
     assert fruits.names() == ["papaya"]
     assert fruits.get("papaya").__name__ == "DataError"
@@ -115,8 +118,8 @@ def test_an_entry_point_can_be_a_module_that_registers_with_options(
     from medm.connectors import CONNECTORS
 
     (tmp_path / "someones_package.py").write_text(
-        "from medm.connectors import CONNECTORS, MLPOptions\n"
-        "CONNECTORS.add('theirs', 'someones_package.code:Theirs', 'from elsewhere', options=MLPOptions)\n"
+        "from medm.connectors import CONNECTORS, MLPOptions\nCONNECTORS.add('theirs', "
+        "'someones_package.code:Theirs', 'from elsewhere', options=MLPOptions)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint(name="theirs", value="someones_package", group="medm.connectors")

@@ -21,7 +21,9 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(("resumable", "status"), [(True, RESUMABLE), (False, None)])
-def test_a_stop_ends_a_command_at_once(number: signal.Signals, resumable: bool, status: int | None) -> None:
+def test_a_stop_ends_a_command_at_once(
+    number: signal.Signals, resumable: bool, status: int | None
+) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
     stops = StopSignals()
     with pytest.raises(Stopped) as stopped, stops.handled(resumable=resumable):
@@ -80,7 +82,10 @@ def test_commands_that_continue_end_with_75_before_there_is_anything_to_save(
     monkeypatch.setattr("medm.cli.recipes.find", lambda name: name)
     done = medm(*words)
     assert done.code == status
-    assert done.err == f"stopped by {number.name}; the same command starts again (train: with --resume)\n"
+    assert (
+        done.err
+        == f"stopped by {number.name}; the same command starts again (train: with --resume)\n"
+    )
     assert "Traceback" not in done.err
 
 

@@ -27,9 +27,13 @@ def test_a_view_is_a_kind_of_file_and_perhaps_a_name(name: str, view: View) -> N
     assert str(view) == name
 
 
-@pytest.mark.parametrize("name", ["", "picture", "image@", "@sam2", "image@SAM", "image@a.b", "image@a@b", " image"])
+@pytest.mark.parametrize(
+    "name", ["", "picture", "image@", "@sam2", "image@SAM", "image@a.b", "image@a@b", " image"]
+)
 def test_other_names_are_refused_with_the_kinds(name: str) -> None:
-    with pytest.raises(RecipeError, match=r"expected a kind of file, image or volume, alone or followed by @"):
+    with pytest.raises(
+        RecipeError, match=r"expected a kind of file, image or volume, alone or followed by @"
+    ):
         parse_view(name)
     with pytest.raises(RecipeError, match="did you mean 'volume'"):
         parse_view("volumes")
@@ -44,7 +48,10 @@ def test_every_kind_has_one_token_and_perhaps_synonyms() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("image@sam2", "branch 'image@sam2': a language model reads each file once.*name the branch 'image'"),
+        (
+            "image@sam2",
+            "branch 'image@sam2': a language model reads each file once.*name the branch 'image'",
+        ),
         ("images", "view 'images': expected a kind of file, image or volume"),
     ],
 )

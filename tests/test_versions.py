@@ -48,19 +48,28 @@ def test_the_oldest_versions_are_the_declared_floors() -> None:
     pinned = pins("oldest")
     for line in PROJECT["dependencies"]:
         requirement = Requirement(line)
-        if requirement.name in ("torch", "tokenizers"):  # one CPU build is at hand; transformers decides tokenizers
+        if requirement.name in (
+            "torch",
+            "tokenizers",
+        ):  # one CPU build is at hand; transformers decides tokenizers
             continue
-        (floor,) = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
+        (floor,) = [
+            Version(part.version) for part in requirement.specifier if part.operator == ">="
+        ]
         held = pinned[canonicalize_name(requirement.name)]
         assert held.release[: len(floor.release)] == floor.release, f"{line}: oldest.txt has {held}"
 
 
 def test_every_dependency_has_a_ceiling() -> None:
     open_ended = [
-        line for line in PROJECT["dependencies"] if "<" not in {s.operator for s in Requirement(line).specifier}
+        line
+        for line in PROJECT["dependencies"]
+        if "<" not in {s.operator for s in Requirement(line).specifier}
     ]
     assert open_ended == []
 
 
 def test_the_makefile_installs_the_torch_of_the_lock() -> None:
-    assert f"TORCH ?= torch=={pins('locked')['torch']}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"TORCH ?= torch=={pins('locked')['torch']}\n" in (ROOT / "Makefile").read_text(
+        encoding="utf-8"
+    )

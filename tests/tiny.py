@@ -1,7 +1,8 @@
-"""The smallest things that are still real: tokenizers, language models and vision towers built in a second.
+"""The smallest things that are still real: tokenizers, language models and vision towers built in a
+second.
 
-The tokenizers are byte-level BPE without merges (any text, exact round trip) or SentencePiece-like, with the
-control tokens and template shapes of the published families.
+The tokenizers are byte-level BPE without merges (any text, exact round trip) or SentencePiece-like,
+with the control tokens and template shapes of the published families.
 """
 
 from __future__ import annotations
@@ -14,37 +15,40 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
-    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' "
+    "}}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif "
+    "-%}"
 )
-# What Qwen3's own template writes where there are no tools: a reply after the last question opens with its reasoning,
-# be it empty; of earlier replies the reasoning is cut off; without thinking a prompt opens the reply the same way.
+# What Qwen3's own template writes where there are no tools: a reply after the last question opens
+# with its reasoning, be it empty; of earlier replies the reasoning is cut off; without thinking a
+# prompt opens the reply the same way.
 QWEN3 = (
-    "{%- set ns = namespace(searching=true, question=messages|length - 1) -%}"
-    "{%- for m in messages[::-1] -%}{%- if ns.searching and m.role == 'user' -%}"
-    "{%- set ns.searching = false -%}{%- set ns.question = messages|length - 1 - loop.index0 -%}{%- endif -%}{%- endfor -%}"
-    "{%- for m in messages -%}{%- set content = m.content -%}{%- set reasoning = '' -%}"
-    "{%- if m.role == 'assistant' and '</think>' in content -%}"
-    "{%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}"
-    "{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}"
-    "{{ '<|im_start|>' + m.role + '\\n' }}"
-    "{%- if m.role == 'assistant' and loop.index0 > ns.question and (loop.last or reasoning) -%}"
-    "{{ '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}"
-    "{%- else -%}{{ content }}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}"
-    "{%- endif -%}"
+    "{%- set ns = namespace(searching=true, question=messages|length - 1) -%}{%- for m in "
+    "messages[::-1] -%}{%- if ns.searching and m.role == 'user' -%}{%- set ns.searching = false "
+    "-%}{%- set ns.question = messages|length - 1 - loop.index0 -%}{%- endif -%}{%- endfor "
+    "-%}{%- for m in messages -%}{%- set content = m.content -%}{%- set reasoning = '' -%}{%- if "
+    "m.role == 'assistant' and '</think>' in content -%}{%- set reasoning = "
+    "content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}{%- set "
+    "content = content.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}{{ '<|im_start|>' + "
+    "m.role + '\\n' }}{%- if m.role == 'assistant' and loop.index0 > ns.question and (loop.last "
+    "or reasoning) -%}{{ '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + "
+    "content.lstrip('\\n') }}{%- else -%}{{ content }}{%- endif -%}{{ '<|im_end|>\\n' }}{%- "
+    "endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- if "
+    "enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' "
+    "}}{%- endif -%}{%- endif -%}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{%- if messages[0].role == 'system' -%}{%- set system = messages[0].content | trim -%}"
-    "{%- set messages = messages[1:] -%}{%- else -%}{%- set system = '' -%}{%- endif -%}"
-    "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}"
-    "{%- for m in messages -%}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}"
+    "{{ bos_token }}{%- if messages[0].role == 'system' -%}{%- set system = messages[0].content "
+    "| trim -%}{%- set messages = messages[1:] -%}{%- else -%}{%- set system = '' -%}{%- endif "
+    "-%}{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + "
+    "'\\n\\n' + system + '<|eot_id|>' }}{%- for m in messages -%}{{ '<|start_header_id|>' + "
+    "m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}{%- endfor -%}{%- if "
+    "add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- "
+    "endif -%}"
 )
 PHI3 = (
-    "{%- for m in messages -%}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
+    "{%- for m in messages -%}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{%- endfor "
+    "-%}{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
 )
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -72,14 +76,20 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     strip = traits.get("strip_right", False)
-    backend.add_special_tokens([AddedToken(token, rstrip=strip, special=True) for token in traits["control"]])
+    backend.add_special_tokens(
+        [AddedToken(token, rstrip=strip, special=True) for token in traits["control"]]
+    )
     # Tokens of their own that are no control tokens: Qwen3 lists them with special = false.
-    backend.add_tokens([AddedToken(word, normalized=False, special=False) for word in traits.get("words", ())])
+    backend.add_tokens(
+        [AddedToken(word, normalized=False, special=False) for word in traits.get("words", ())]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token=traits["eos"], bos_token=traits.get("bos"), pad_token=traits.get("pad"),
+        eos_token=traits["eos"],
+        bos_token=traits.get("bos"),
+        pad_token=traits.get("pad"),
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     tokenizer.chat_template = traits["template"]
     return tokenizer
 
@@ -101,7 +111,9 @@ def save_llm(family: str, folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     tokenizer = make_tokenizer(family)
     changes.setdefault("eos_token_id", tokenizer.eos_token_id)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**llm_architecture(family, **changes)))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**llm_architecture(family, **changes))
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks.cells import answering, caches, checkpoints, experts, ranks, startup, training, volumes
+from benchmarks.cells import (
+    answering,
+    caches,
+    checkpoints,
+    experts,
+    ranks,
+    startup,
+    training,
+    volumes,
+)
 from benchmarks.harness import Cell
 
 CELLS: list[type[Cell]] = [

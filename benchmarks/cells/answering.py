@@ -49,8 +49,12 @@ class _AnsweringCell(Cell):
 
     @cached_property
     def models(self) -> tuple[Any, Any]:
-        """Ours and the stock one, same weights. Weights are wide enough apart that greedy choices are clear."""
-        ours = medm_model(self.sizes, device=self.device, dtype=torch.bfloat16 if self.cuda else torch.float32).eval()
+        """Ours and the stock one, same weights. Weights are wide enough apart that greedy choices
+        are clear.
+        """
+        ours = medm_model(
+            self.sizes, device=self.device, dtype=torch.bfloat16 if self.cuda else torch.float32
+        ).eval()
         with torch.no_grad():
             for parameter in ours.language_model.parameters():
                 if parameter.ndim > 1:
@@ -64,18 +68,25 @@ class _AnsweringCell(Cell):
 
     @cached_property
     def replies(self) -> list[int]:
-        """Tokens of each reply, log-normal like the prompts; no end token, so that every run says as much."""
-        drawn = np.random.default_rng(2).lognormal(np.log(self.mean_reply) - 0.245, 0.7, len(self.questions))
+        """Tokens of each reply, log-normal like the prompts; no end token, so that every run says
+        as much.
+        """
+        drawn = np.random.default_rng(2).lognormal(
+            np.log(self.mean_reply) - 0.245, 0.7, len(self.questions)
+        )
         return [int(length) for length in drawn.clip(2, 4 * self.mean_reply)]
 
     @property
     def setting(self) -> dict[str, Any]:
         return {
-            "workload": self.workloads[self.profile], "prompts": len(self.questions), "peer's batch": self.peer_batch,
-            "ours at once": self.slots[self.profile], "compiled": self.compiled[self.profile],
+            "workload": self.workloads[self.profile],
+            "prompts": len(self.questions),
+            "peer's batch": self.peer_batch,
+            "ours at once": self.slots[self.profile],
+            "compiled": self.compiled[self.profile],
             "mean reply": self.mean_reply,
             "dtype": "bfloat16" if self.cuda else "float32",
-        }  # fmt: skip
+        }
 
     def prompts(self, examples: list[Example], replies: list[int]) -> list[Prompt]:
         """Embedded prompts, each image encoded once."""
@@ -98,7 +109,9 @@ class _AnsweringCell(Cell):
 
     def encoded(self, examples: list[Example]) -> dict[int, Tensor]:
         """Vision tokens (N, D) of every different image."""
-        arrays = {id(array): array for example in examples for array in example.pixels.get("image", [])}
+        arrays = {
+            id(array): array for example in examples for array in example.pixels.get("image", [])
+        }
         branch, found = self.models[0].branch("image"), dict[int, Tensor]()
         for start in range(0, len(arrays), BATCH):
             part = dict(list(arrays.items())[start : start + BATCH])
@@ -110,14 +123,22 @@ class _AnsweringCell(Cell):
     def decoder(self) -> Decoder:
         """Ours; it lives as long as its model, and so does what it packed or compiled."""
         language_model, slots = self.models[0].language_model, self.slots[self.profile]
-        return Decoder(language_model, stops=[], suppress=[IMAGE], slots=slots, compiled=self.compiled[self.profile])
+        return Decoder(
+            language_model,
+            stops=[],
+            suppress=[IMAGE],
+            slots=slots,
+            compiled=self.compiled[self.profile],
+        )
 
     @torch.inference_mode()
     def decode_ours(self, examples: list[Example], replies: list[int]) -> list[list[int]]:
         """Medm's way."""
         return self.decoder.decode(self.prompts(examples, replies))
 
-    def decode_stock(self, examples: list[Example], replies: list[int], *, batch: int) -> list[list[int]]:
+    def decode_stock(
+        self, examples: list[Example], replies: list[int], *, batch: int
+    ) -> list[list[int]]:
         """Transformers' `generate` on left-padded batches in the given order."""
         said = []
         for start in range(0, len(examples), batch):
@@ -128,16 +149,20 @@ class _AnsweringCell(Cell):
             output = self.models[1].generate(
                 input_ids=inputs["input_ids"].to(self.device),
                 attention_mask=inputs["attention_mask"].to(self.device),
-                **pixels, max_new_tokens=max(lengths), do_sample=False, eos_token_id=None, pad_token_id=PAD,
+                **pixels,
+                max_new_tokens=max(lengths),
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=PAD,
                 suppress_tokens=[IMAGE],
-            )  # fmt: skip
+            )
             new = output[:, inputs["input_ids"].shape[1] :].tolist()
             said += [row[:length] for row, length in zip(new, lengths, strict=True)]
         return said
 
     def compared(self) -> str:
-        """Greedy tokens are equal, one prompt at a time there; on a GPU in float32, since in bfloat16 the order of sums
-        decides between words that are nearly as likely.
+        """Greedy tokens are equal, one prompt at a time there; on a GPU in float32, since in
+        bfloat16 the order of sums decides between words that are nearly as likely.
         """
         part, lengths, measured = self.questions[:8], self.replies[:8], self.models
         if self.cuda:
@@ -148,15 +173,25 @@ class _AnsweringCell(Cell):
             del self.decoder  # of the exact copy
         wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
         if wrong:
-            raise GateError(f"{len(wrong)} of {len(ours)} replies differ, the first: number {wrong[0]}")
-        return f"{sum(map(len, ours))} greedy tokens are equal" + (" in float32" if self.cuda else "")
+            raise GateError(
+                f"{len(wrong)} of {len(ours)} replies differ, the first: number {wrong[0]}"
+            )
+        return f"{sum(map(len, ours))} greedy tokens are equal" + (
+            " in float32" if self.cuda else ""
+        )
 
     @property
     def asked(self) -> tuple[list[Example], list[int]]:
-        """What the peer answers: on a GPU some of the prompts, short and long replies alike, since it takes its time."""
+        """What the peer answers: on a GPU some of the prompts, short and long replies alike, since
+        it takes its time.
+        """
         share = self.peer_share[self.profile]
-        order = sorted(range(len(self.questions)), key=lambda number: self.replies[number])[share // 2 :: share]
-        return [self.questions[number] for number in sorted(order)], [self.replies[number] for number in sorted(order)]
+        order = sorted(range(len(self.questions)), key=lambda number: self.replies[number])[
+            share // 2 :: share
+        ]
+        return [self.questions[number] for number in sorted(order)], [
+            self.replies[number] for number in sorted(order)
+        ]
 
 
 class OneByOne(_AnsweringCell, Ratio):
@@ -186,7 +221,9 @@ class PaddedBatches(OneByOne):
 
 
 class Decoding(_AnsweringCell, Figure):
-    """P8: bytes of weights and cache that a token needs, over the bytes that could have been read in the time."""
+    """P8: bytes of weights and cache that a token needs, over the bytes that could have been read
+    in the time.
+    """
 
     name, title, peer = "P8", "decode against memory bandwidth", "limit"
     targets: ClassVar = {"cpu": 0.5, "h200": 0.6}

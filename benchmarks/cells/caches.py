@@ -18,7 +18,9 @@ PLACEHOLDER = 1
 
 
 class FirstStage(Ratio, Cell):
-    """P10: the second epoch of captions of volumes, 32 slices through a 2-D encoder; only the connector is trained."""
+    """P10: the second epoch of captions of volumes, 32 slices through a 2-D encoder; only the
+    connector is trained.
+    """
 
     name, title, peer = "P10", "stage-1 samples/s with kept features", "the same without"
     targets: ClassVar = {"cpu": 3.0, "h200": 2.0}
@@ -71,9 +73,14 @@ class FirstStage(Ratio, Cell):
         vocabulary = model.config.get_text_config().vocab_size
         text = rng.integers(2, vocabulary, (self.batch, self.caption))
         ids = np.concatenate([np.full((self.batch, branch.num_tokens), PLACEHOLDER), text], axis=1)
-        labels = np.concatenate([np.full((self.batch, branch.num_tokens), IGNORE_INDEX), text], axis=1)
+        labels = np.concatenate(
+            [np.full((self.batch, branch.num_tokens), IGNORE_INDEX), text], axis=1
+        )
         device = next(model.parameters()).device
-        shared = {"input_ids": torch.from_numpy(ids).to(device), "labels": torch.from_numpy(labels).to(device)}
+        shared = {
+            "input_ids": torch.from_numpy(ids).to(device),
+            "labels": torch.from_numpy(labels).to(device),
+        }
         pixels = torch.randn(self.batch, 3, *branch.spatial, device=device)
         with torch.no_grad():
             tokens = branch.encode(pixels).tokens

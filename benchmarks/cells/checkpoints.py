@@ -57,20 +57,31 @@ class _Run(Figure):
         cuda = self.profile == "h200"
         model = medm_model(self.sizes, device="cuda" if cuda else "cpu")
         train = TrainOptions(
-            per_device_train_batch_size=self.batch, use_cpu=not cuda, bf16=cuda, logging_steps=10_000, learning_rate=1e-5,
+            per_device_train_batch_size=self.batch,
+            use_cpu=not cuda,
+            bf16=cuda,
+            logging_steps=10_000,
+            learning_rate=1e-5,
             **options,
-        )  # fmt: skip
+        )
         parts = {name: PartOptions(tune="full") for name in model.parts()}
         apply_parts(model, parts, train, keep_float32=False)
         return MedmTrainer(
-            model, training_arguments(train, Path(folder)), terms=Terms.of(LanguageModeling()), parts=parts,
-            train_options=train, train_dataset=data, data_collator=Collator(PAD),
+            model,
+            training_arguments(train, Path(folder)),
+            terms=Terms.of(LanguageModeling()),
+            parts=parts,
+            train_options=train,
+            train_dataset=data,
+            data_collator=Collator(PAD),
             sampler=DistributedBatchSampler(Shuffle(len(data), seed=0), batch_size=self.batch),
-        )  # fmt: skip
+        )
 
 
 class Stall(_Run):
-    """P12: seconds that training stands still for a checkpoint, over those of a plain write of the same state."""
+    """P12: seconds that training stands still for a checkpoint, over those of a plain write of the
+    same state.
+    """
 
     name, title, peer, at_most = "P12", "stall of a checkpoint", "torch.save and fsync", True
     targets: ClassVar = {"cpu": 0.20, "h200": 0.05}
@@ -81,7 +92,10 @@ class Stall(_Run):
             data = _Counted(make_examples(self.sizes, 4))
             trainer = self.trainer(folder, data, max_steps=2, save_strategy="no")
             trainer.fit()
-            state = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+            state = {
+                "model": trainer.model.state_dict(),
+                "optimizer": trainer.optimizer.state_dict(),
+            }
             for number in range(rounds + 1):
                 plain = seconds(lambda: _write(state, Path(folder) / "plain.pt"))
                 trainer.state.global_step = 100 + number
@@ -94,14 +108,23 @@ class Stall(_Run):
 class Replay(_Run):
     """P13: batches that a continued run reads a second time."""
 
-    name, title, peer, at_most = "P13", "resume: batches re-read", "HF skip loop: every one of them", True
+    name, title, peer, at_most = (
+        "P13",
+        "resume: batches re-read",
+        "HF skip loop: every one of them",
+        True,
+    )
     targets: ClassVar = {"cpu": 0, "h200": 0}
     first: ClassVar[int] = 6
 
     def values(self, rounds: int) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
             examples = make_examples(self.sizes, 20)
-            options: dict[str, Any] = {"save_strategy": "steps", "save_steps": self.first, "num_train_epochs": 1}
+            options: dict[str, Any] = {
+                "save_strategy": "steps",
+                "save_steps": self.first,
+                "num_train_epochs": 1,
+            }
             before, after = _Counted(examples), _Counted(examples)
             trainer = self.trainer(folder, before, **options)
             trainer.add_callback(_StopAt(self.first))

@@ -15,7 +15,9 @@ from medm.types import VisionFeatures
 
 
 class EightExperts(Ratio):
-    """M8: forward and backward; the peer runs every expert on every token and multiplies with zeros, as published."""
+    """M8: forward and backward; the peer runs every expert on every token and multiplies with
+    zeros, as published.
+    """
 
     name, title, peer = "M8", "sparse gate, 8 experts, top 2", "every expert, zeros for the others"
     targets: ClassVar = {"cpu": 1.0, "h200": 1.0}
@@ -33,11 +35,18 @@ class EightExperts(Ratio):
     @cached_property
     def inputs(self) -> tuple[MoEConnector, VisionFeatures]:
         """The connector, and what an encoder would give."""
-        device, dtype = ("cuda", torch.bfloat16) if self.profile == "h200" else ("cpu", torch.float32)
+        device, dtype = (
+            ("cuda", torch.bfloat16) if self.profile == "h200" else ("cpu", torch.float32)
+        )
         torch.manual_seed(0)
         grid = (1, self.tokens)
         connector = MoEConnector(
-            in_dim=self.dim, out_dim=self.out, grid=grid, num_experts=self.experts, gate="sparse", top_k=2
+            in_dim=self.dim,
+            out_dim=self.out,
+            grid=grid,
+            num_experts=self.experts,
+            gate="sparse",
+            top_k=2,
         ).to(device, dtype)
         return connector, VisionFeatures(
             torch.randn(self.batch, self.tokens, self.dim, device=device, dtype=dtype), grid

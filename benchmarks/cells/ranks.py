@@ -1,4 +1,6 @@
-"""Two processes: how much of twice the speed of one is left when each step ends for both with the slower one."""
+"""Two processes: how much of twice the speed of one is left when each step ends for both with the
+slower one.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,12 @@ WORLD = 2
 
 
 class TwoRanks(Figure):
-    """P16: efficiency of two processes with rows of equal tokens, over that of padded batches dealt at random.
+    """P16: efficiency of two processes with rows of equal tokens, over that of padded batches dealt
+    at random.
 
-    The efficiency of either is the tokens a second of two processes over twice those of one, in micro-batches of the
-    same size and whole steps; two processes exchange their gradients in each step (DDP). The model is the same
-    on both sides. Each round draws another order.
+    The efficiency of either is the tokens a second of two processes over twice those of one, in
+    micro-batches of the same size and whole steps; two processes exchange their gradients in each
+    step (DDP). The model is the same on both sides. Each round draws another order.
     """
 
     name, title, peer = "P16", "two-rank efficiency", "padded batches, DistributedSampler"
@@ -41,7 +44,12 @@ class TwoRanks(Figure):
 
     @property
     def setting(self) -> dict[str, Any]:
-        return {"workload": "tiny", "samples": self.samples, "batch": self.batch, "threads a process": 1}
+        return {
+            "workload": "tiny",
+            "samples": self.samples,
+            "batch": self.batch,
+            "threads a process": 1,
+        }
 
     def gate(self) -> str:
         return _Workload("cpu", "tiny", self.samples).check_same()
@@ -51,7 +59,9 @@ class TwoRanks(Figure):
         with tempfile.TemporaryDirectory() as folder:
             found, meeting = context.SimpleQueue(), Path(folder) / "meeting"
             others = [
-                context.Process(target=_rank, args=(rank, str(meeting), rounds, self.samples, self.batch, found))
+                context.Process(
+                    target=_rank, args=(rank, str(meeting), rounds, self.samples, self.batch, found)
+                )
                 for rank in range(WORLD)
             ]
             with safe_path():
@@ -60,7 +70,9 @@ class TwoRanks(Figure):
             for process in others:
                 process.join()
             if any(process.exitcode for process in others):
-                raise RuntimeError(f"processes ended with {[process.exitcode for process in others]}")
+                raise RuntimeError(
+                    f"processes ended with {[process.exitcode for process in others]}"
+                )
             values: list[float] = found.get()
         return values
 
@@ -69,7 +81,9 @@ def _rank(rank: int, meeting: str, rounds: int, samples: int, batch: int, found:
     """One process; the first one puts a value for each round."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD
+    )
     load = _Workload("cpu", "tiny", samples)
     values = []
     for number in range(rounds + 1):  # the first warms up
@@ -106,17 +120,27 @@ def _speed(load: _Workload, side: str, number: int, batch: int, *, rank: int, wo
     return sum(int(load.lengths[one].sum()) for one in chosen) / seconds(run)
 
 
-def _chosen(load: _Workload, side: str, number: int, batch: int, *, rank: int, world: int) -> Iterator[list[int]]:
+def _chosen(
+    load: _Workload, side: str, number: int, batch: int, *, rank: int, world: int
+) -> Iterator[list[int]]:
     """The samples of each micro-batch of an epoch; an incomplete last step is left out."""
     count = len(load.examples)
     if side == "peer":
         order = list(DistributedSampler(range(count), world, rank, seed=number, drop_last=True))
-        yield from (order[start : start + batch] for start in range(0, len(order) - batch + 1, batch))
+        yield from (
+            order[start : start + batch] for start in range(0, len(order) - batch + 1, batch)
+        )
         return
     capacity = CAPACITY["cpu"]
     # As many rows as hold the batch's samples, so that both sides make about as many steps.
     rows = max(1, round(batch * load.useful / count / capacity))
     yield from PackedBatches(
-        Shuffle(count, seed=number), lengths=load.lengths, capacity=capacity, batch_size=rows, rank=rank, world=world,
-        seed=number, drop_last=True,
-    )  # fmt: skip
+        Shuffle(count, seed=number),
+        lengths=load.lengths,
+        capacity=capacity,
+        batch_size=rows,
+        rank=rank,
+        world=world,
+        seed=number,
+        drop_last=True,
+    )

@@ -17,12 +17,17 @@ class Help(Figure):
 
     def gate(self) -> str:
         script = "import sys; from medm.cli.app import app; print('torch' in sys.modules)"
-        loaded = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True).stdout
+        loaded = subprocess.run(
+            [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
+        ).stdout
         if loaded.strip() != "False":
             raise GateError("the command line imports torch")
         return "no torch is imported"
 
     def values(self, rounds: int) -> list[float]:
         command = [sys.executable, "-m", "medm", "--help"]
-        runs = [seconds(lambda: subprocess.run(command, capture_output=True, check=True)) for _ in range(rounds + 1)]
+        runs = [
+            seconds(lambda: subprocess.run(command, capture_output=True, check=True))
+            for _ in range(rounds + 1)
+        ]
         return runs[1:]

@@ -1,4 +1,6 @@
-"""Training: useful tokens a second against transformers' Trainer on stock Llava, and what limits it."""
+"""Training: useful tokens a second against transformers' Trainer on stock Llava, and what limits
+it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainingArgumen
 from benchmarks.harness import Cell, Figure, GateError, Ratio, seconds
 from benchmarks.limits import measure_limits
 from benchmarks.memory import peak_bytes
-from benchmarks.workloads import PAD, WORKLOADS, Sizes, copy_weights, make_examples, medm_model, stock_model, tokens
+from benchmarks.workloads import (
+    PAD,
+    WORKLOADS,
+    Sizes,
+    copy_weights,
+    make_examples,
+    medm_model,
+    stock_model,
+    tokens,
+)
 from medm.data.collator import Collator
 from medm.data.packing import PackedBatches, PackingCollator
 from medm.data.sampling import Shuffle
@@ -37,9 +48,11 @@ from medm.types import Batch, Example
 BATCH = 16
 """Samples of a padded batch."""
 CAPACITY = {"cpu": 1024, "h200": 4096}
-"""Tokens that samples are packed into; a batch is some of these in one row, each sample attending to itself."""
+"""Tokens that samples are packed into; a batch is some of these in one row, each sample attending
+to itself."""
 LARGE = {"3B": (4, 2048)}
-"""Samples of a padded batch and tokens of a row where two models of that size and their optimisers share the GPU."""
+"""Samples of a padded batch and tokens of a row where two models of that size and their optimisers
+share the GPU."""
 COMPARED = 4
 """Samples that a gate on a GPU compares, in float32 too."""
 
@@ -94,28 +107,53 @@ class _Workload:
     def train_stock(self) -> float:
         """One epoch of transformers' Trainer; returns the useful tokens."""
         arguments = TrainingArguments(
-            output_dir=self.folder.name, per_device_train_batch_size=self.batch, num_train_epochs=1, save_strategy="no",
-            report_to="none", disable_tqdm=True, logging_strategy="no", remove_unused_columns=False, bf16=self.cuda,
-            use_cpu=not self.cuda, learning_rate=1e-5, dataloader_num_workers=self.workers,
-        )  # fmt: skip
-        Trainer(self.stock, arguments, train_dataset=_Examples(self.examples), data_collator=stock_batch).train()
+            output_dir=self.folder.name,
+            per_device_train_batch_size=self.batch,
+            num_train_epochs=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            remove_unused_columns=False,
+            bf16=self.cuda,
+            use_cpu=not self.cuda,
+            learning_rate=1e-5,
+            dataloader_num_workers=self.workers,
+        )
+        Trainer(
+            self.stock, arguments, train_dataset=_Examples(self.examples), data_collator=stock_batch
+        ).train()
         return self.useful
 
     def train_ours(self) -> float:
         """One epoch of medm's trainer on packed rows; returns the useful tokens."""
         options = TrainOptions(
-            per_device_train_batch_size=self.rows, save_strategy="no", bf16=self.cuda, use_cpu=not self.cuda,
-            learning_rate=1e-5, logging_steps=10_000, lr_scheduler_type="linear", dataloader_num_workers=self.workers,
-        )  # fmt: skip
+            per_device_train_batch_size=self.rows,
+            save_strategy="no",
+            bf16=self.cuda,
+            use_cpu=not self.cuda,
+            learning_rate=1e-5,
+            logging_steps=10_000,
+            lr_scheduler_type="linear",
+            dataloader_num_workers=self.workers,
+        )
         parts = {name: PartOptions(tune="full") for name in self.ours.parts()}
         apply_parts(self.ours, parts, options, keep_float32=False)
         trainer = MedmTrainer(
-            self.ours, training_arguments(options, Path(self.folder.name)), terms=Terms.of(LanguageModeling()), parts=parts,
-            train_options=options, train_dataset=_Examples(self.examples), data_collator=self.collator,
+            self.ours,
+            training_arguments(options, Path(self.folder.name)),
+            terms=Terms.of(LanguageModeling()),
+            parts=parts,
+            train_options=options,
+            train_dataset=_Examples(self.examples),
+            data_collator=self.collator,
             sampler=PackedBatches(
-                Shuffle(len(self.examples), seed=0), lengths=self.lengths, capacity=self.capacity, batch_size=self.rows
+                Shuffle(len(self.examples), seed=0),
+                lengths=self.lengths,
+                capacity=self.capacity,
+                batch_size=self.rows,
             ),
-        )  # fmt: skip
+        )
         trainer.fit()
         return self.useful
 
@@ -133,33 +171,46 @@ class _Workload:
 
     def to_device(self, batch: Batch) -> Batch:
         move = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        nested = {k: {n: t.to(self.device) for n, t in v.items()} for k, v in batch.items() if isinstance(v, dict)}
+        nested = {
+            k: {n: t.to(self.device) for n, t in v.items()}
+            for k, v in batch.items()
+            if isinstance(v, dict)
+        }
         return batch | move | nested
 
     def check_same(self) -> str:
         """Same loss and same gradients on the same samples, packed here and padded there.
 
-        On a GPU the weights are compared in float32; what is measured, in bfloat16, may then be as far from that as the
-        peer is, whose sums are rounded at other places.
+        On a GPU the weights are compared in float32; what is measured, in bfloat16, may then be as
+        far from that as the peer is, whose sums are rounded at other places.
         """
         copy_weights(self.ours, self.stock)
         if not self.cuda:
-            return _compared(*self.both(self.ours, self.stock, self.examples[: self.batch]), tolerance=1e-5)
+            return _compared(
+                *self.both(self.ours, self.stock, self.examples[: self.batch]), tolerance=1e-5
+            )
         sample = self.examples[:COMPARED]
         measured = self.both(self.ours, self.stock, sample)
-        exact = self.both(copy.deepcopy(self.ours).float(), copy.deepcopy(self.stock).float(), sample, mixed=False)
+        exact = self.both(
+            copy.deepcopy(self.ours).float(), copy.deepcopy(self.stock).float(), sample, mixed=False
+        )
         proof = _compared(*exact, tolerance=1e-5)
         (loss, gradient), (_, theirs) = measured
         off = abs(loss - exact[0][0]) / exact[0][0]
         cosine, peer = (_cosine(given, exact[0][1]) for given in (gradient, theirs))
         if off > 2e-3 or 1 - cosine > 2 * (1 - peer) + 1e-4:
-            raise GateError(f"bfloat16: loss off by {off:.1e}, gradient cosine {cosine:.6f}, the peer's {peer:.6f}")
+            raise GateError(
+                f"bfloat16: loss off by {off:.1e}, gradient cosine {cosine:.6f}, the peer's "
+                f"{peer:.6f}"
+            )
         return f"{proof}; in bfloat16 loss off by {off:.1e}, cosine {cosine:.6f} (peer {peer:.6f})"
 
     def both(
         self, ours: Any, stock: Any, sample: list[Example], *, mixed: bool = True
     ) -> tuple[tuple[float, Tensor], tuple[float, Tensor]]:
-        """Loss and gradient of the embedding, of our model on a packed row and of the peer on padding."""
+        """Loss and gradient of the embedding, of our model on a packed row and of the peer on
+        padding.
+        """
         found = []
         for model, batch in ((ours, self.collator(sample)), (stock, stock_batch(sample))):
             model.train()
@@ -187,7 +238,9 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 @lru_cache(maxsize=1)
 def workload(profile: str, name: str, count: int) -> _Workload:
-    """The last one is kept: to build a large model takes long. Training changes its weights, not its sizes."""
+    """The last one is kept: to build a large model takes long. Training changes its weights, not
+    its sizes.
+    """
     return _Workload(profile, name, count)
 
 
@@ -210,9 +263,13 @@ class _TrainingCell(Cell):
     def setting(self) -> dict[str, Any]:
         load = self.workload
         return {
-            "workload": self.workloads[self.profile], "samples": self.count[self.profile], "batch": load.batch,
-            "row": load.capacity, "rows": load.rows, "dtype": str(load.dtype).removeprefix("torch."),
-        }  # fmt: skip
+            "workload": self.workloads[self.profile],
+            "samples": self.count[self.profile],
+            "batch": load.batch,
+            "row": load.capacity,
+            "rows": load.rows,
+            "dtype": str(load.dtype).removeprefix("torch."),
+        }
 
 
 class TrainingTokens(_TrainingCell, Ratio):
@@ -279,7 +336,9 @@ class UtilisationCompiled(Utilisation):
 
 
 def training_flops(load: _Workload) -> float:
-    """6 FLOPs a weight and token for what is trained, the head at labelled positions alone, and attention."""
+    """6 FLOPs a weight and token for what is trained, the head at labelled positions alone, and
+    attention.
+    """
     text, model = load.sizes.text, load.ours
     head = text["vocab_size"] * text["hidden_size"]
     body = sum(p.numel() for p in model.language_model.base_model.parameters()) - head
@@ -288,15 +347,33 @@ def training_flops(load: _Workload) -> float:
     encoder = sum(p.numel() for p in model.branch("image").encoder.parameters())
     connector = sum(p.numel() for p in model.branch("image").connector.parameters())
     patches = images * load.sizes.image_tokens
-    # Scores and values: 2 * 2 * T^2 * D / 2 (causal) a layer forward, three times that with the backward pass.
-    attention = 6.0 * text["num_hidden_layers"] * text["hidden_size"] * float((load.lengths.astype(float) ** 2).sum())
+    # Scores and values: 2 * 2 * T^2 * D / 2 (causal) a layer forward, three times that with the
+    # backward pass.
+    attention = (
+        6.0
+        * text["num_hidden_layers"]
+        * text["hidden_size"]
+        * float((load.lengths.astype(float) ** 2).sum())
+    )
     vision = load.sizes.vision
-    seeing = 12.0 * vision["num_hidden_layers"] * vision["hidden_size"] * images * load.sizes.image_tokens**2
-    return 6.0 * (body * load.useful + head * learned + (encoder + connector) * patches) + attention + seeing
+    seeing = (
+        12.0
+        * vision["num_hidden_layers"]
+        * vision["hidden_size"]
+        * images
+        * load.sizes.image_tokens**2
+    )
+    return (
+        6.0 * (body * load.useful + head * learned + (encoder + connector) * patches)
+        + attention
+        + seeing
+    )
 
 
 class Waste(_TrainingCell, Figure):
-    """P3: share of the processed tokens that are padding, in rows of their own (a batch of one row has none)."""
+    """P3: share of the processed tokens that are padding, in rows of their own (a batch of one row
+    has none).
+    """
 
     name, title, peer, at_most = "P3", "processed tokens wasted", "-", True
     targets: ClassVar = {"cpu": 0.03, "h200": 0.03}
@@ -306,7 +383,9 @@ class Waste(_TrainingCell, Figure):
     def lengths(self) -> np.ndarray:
         """Lengths alone; an epoch of real size, without pixels or models."""
         sizes = WORKLOADS[self.workloads[self.profile]]
-        return np.array([len(e.input_ids) for e in make_examples(sizes, self.count[self.profile], drawn=False)])
+        return np.array(
+            [len(e.input_ids) for e in make_examples(sizes, self.count[self.profile], drawn=False)]
+        )
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -317,11 +396,18 @@ class Waste(_TrainingCell, Figure):
         capacity = CAPACITY[self.profile]
         for seed in range(rounds):
             sampler = PackedBatches(
-                Shuffle(len(self.lengths), seed=seed), lengths=self.lengths, capacity=capacity, batch_size=4, seed=seed
+                Shuffle(len(self.lengths), seed=seed),
+                lengths=self.lengths,
+                capacity=capacity,
+                batch_size=4,
+                seed=seed,
             )
             used = processed = 0
             for batch in sampler:
-                examples = [Example([PAD] * int(self.lengths[i]), [PAD] * int(self.lengths[i])) for i in batch]
+                examples = [
+                    Example([PAD] * int(self.lengths[i]), [PAD] * int(self.lengths[i]))
+                    for i in batch
+                ]
                 used += tokens(examples)
                 processed += PackingCollator(PAD, capacity)(examples)["input_ids"].numel()
             wasted.append(1 - used / processed)
@@ -329,14 +415,18 @@ class Waste(_TrainingCell, Figure):
 
 
 class _Decoded(Dataset[Example]):
-    """Examples whose pictures are PNG files of 512 x 512, decoded and resized when they are asked for."""
+    """Examples whose pictures are PNG files of 512 x 512, decoded and resized when they are asked
+    for.
+    """
 
     def __init__(self, examples: list[Example], folder: Path, side: int) -> None:
         self.examples, self.folder = examples, folder
         self.preprocess = ImagePreprocess(size=[side, side])
         rng = np.random.default_rng(0)
         for number in range(8):
-            picture = rng.integers(0, 255, (64, 64, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+            picture = (
+                rng.integers(0, 255, (64, 64, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+            )
             Image.fromarray(picture).save(folder / f"{number}.png")
 
     def __len__(self) -> int:
@@ -345,7 +435,10 @@ class _Decoded(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         example = self.examples[index]
         count = len(example.pixels.get("image", []))
-        pixels = [load_pixels(self.folder / f"{(index + i) % 8}.png", self.preprocess) for i in range(count)]
+        pixels = [
+            load_pixels(self.folder / f"{(index + i) % 8}.png", self.preprocess)
+            for i in range(count)
+        ]
         return Example(example.input_ids, example.labels, {"image": pixels} if pixels else {})
 
 
@@ -362,14 +455,22 @@ class DataStall(_TrainingCell, Figure):
             loader: DataLoader[Any] = DataLoader(
                 data,
                 batch_sampler=PackedBatches(
-                    Shuffle(len(data), seed=0), lengths=load.lengths, capacity=load.capacity, batch_size=load.rows
+                    Shuffle(len(data), seed=0),
+                    lengths=load.lengths,
+                    capacity=load.capacity,
+                    batch_size=load.rows,
                 ),
-                collate_fn=load.collator, num_workers=1 if not load.cuda else 8, prefetch_factor=4, persistent_workers=True,
-            )  # fmt: skip
+                collate_fn=load.collator,
+                num_workers=1 if not load.cuda else 8,
+                prefetch_factor=4,
+                persistent_workers=True,
+            )
             for _ in range(rounds + 1):
                 waiting = working = 0.0
                 batches = iter(loader)
-                next(batches)  # the first is never ready: nothing could be prepared before it was asked for
+                next(
+                    batches
+                )  # the first is never ready: nothing could be prepared before it was asked for
                 for _ in range(len(loader) - 1):
                     start = time.perf_counter()
                     batch = next(batches)

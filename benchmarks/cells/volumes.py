@@ -15,10 +15,13 @@ from medm.imaging import load_pixels
 from medm.imaging.options import VolumePreprocess
 
 _ROOT = Path(__file__).parents[2]
-SHIPPED = [_ROOT / "examples" / "quickstart" / "data" / f"chest-ct-{number}.nii.gz" for number in (1, 2, 3)]
+SHIPPED = [
+    _ROOT / "examples" / "quickstart" / "data" / f"chest-ct-{number}.nii.gz" for number in (1, 2, 3)
+]
 """Real chest CT, coarser than it was taken so that it can be shipped: 1.5 to 2 mm a voxel."""
 FETCHED = [_ROOT / ".assets" / "pyradiomics" / f"lung{number}_image.nrrd" for number in (1, 2)]
-"""Real chest CT as it was taken, 512 x 512 a slice: `python examples/quickstart/fetch.py sources`."""
+"""Real chest CT as it was taken, 512 x 512 a slice: `python examples/quickstart/fetch.py
+sources`."""
 
 
 class _VolumeCell(Cell):
@@ -27,7 +30,9 @@ class _VolumeCell(Cell):
 
     @cached_property
     def folder(self) -> Any:
-        """Drawn volumes of the size of a full chest CT, in HU as int16; an `.npy` costs both sides the same to read."""
+        """Drawn volumes of the size of a full chest CT, in HU as int16; an `.npy` costs both sides
+        the same to read.
+        """
         folder = tempfile.TemporaryDirectory()
         rng = np.random.default_rng(0)
         for number in range(self.count):
@@ -67,7 +72,9 @@ class _VolumeCell(Cell):
 
     def ours(self, file: Path) -> np.ndarray:
         """(1, 32, 256, 256)."""
-        return load_pixels(file, self.preprocess, device="cuda" if self.profile == "h200" else "cpu")
+        return load_pixels(
+            file, self.preprocess, device="cuda" if self.profile == "h200" else "cpu"
+        )
 
     def gate(self) -> str:
         """Equal output."""
@@ -87,7 +94,9 @@ class _VolumeCell(Cell):
 
 
 class _RealCT(_VolumeCell):
-    """Real chest CT in packed files: those that were fetched, or the coarser ones that are shipped."""
+    """Real chest CT in packed files: those that were fetched, or the coarser ones that are
+    shipped.
+    """
 
     @cached_property
     def folder(self) -> Any:
@@ -109,7 +118,11 @@ class _RealCT(_VolumeCell):
     def setting(self) -> dict[str, Any]:
         sizes = ", ".join("x".join(map(str, self.read(file).shape)) for file in self.files)
         names = ", ".join(file.name for file in self.files)
-        return {"volume": f"{sizes}, real CT ({names})", "result": "32x256x256", "volumes": len(self.files)}
+        return {
+            "volume": f"{sizes}, real CT ({names})",
+            "result": "32x256x256",
+            "volumes": len(self.files),
+        }
 
 
 class FirstReading(_VolumeCell, Ratio):
@@ -132,7 +145,9 @@ class CachedReading(_VolumeCell, Ratio):
     @cached_property
     def preprocess(self) -> VolumePreprocess:
         """As MedM-VL's chain: cropped to the foreground before it is stretched."""
-        return VolumePreprocess(windows=[[-1000.0, 1000.0]], size=[32, 256, 256], orientation=None, crop_foreground=0.0)
+        return VolumePreprocess(
+            windows=[[-1000.0, 1000.0]], size=[32, 256, 256], orientation=None, crop_foreground=0.0
+        )
 
     @cached_property
     def chain(self) -> Any:

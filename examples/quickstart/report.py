@@ -1,9 +1,10 @@
-"""Score what a model answered about volumes it never saw, before and after training, and say what it means.
+"""Score what a model answered about volumes it never saw, before and after training, and say what
+it means.
 
     python examples/quickstart/report.py [folder, by default work_dirs/quickstart]
 
-Reads data/{about,finetune,test}.json, before.jsonl (where there is one), after.jsonl and the loss logs; writes
-results.json, results.md and sheet.html.
+Reads data/{about,finetune,test}.json, before.jsonl (where there is one), after.jsonl and the loss
+logs; writes results.json, results.md and sheet.html.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from fetch import REPOSITORY
 from medm.metrics.choice import parse_choice, parse_yes_no
 
 CONSTANTS = (
-    "'Most frequent' answers what was most frequent in training; 'best constant' is the constant answer that turns out "
-    "best on the test pictures, which nobody could have known before."
+    "'Most frequent' answers what was most frequent in training; 'best constant' is the constant "
+    "answer that turns out best on the test pictures, which nobody could have known before."
 )
 ROUNDS = 4000
 """Bootstrap samples of an interval."""
@@ -90,18 +91,27 @@ def main(arguments: list[str]) -> int:
 def read(folder: Path, questions: Questions) -> list[Answered]:
     """Every question with its replies. A record that was refused counts as an empty reply."""
     records = json.loads((folder / "data" / "test.json").read_text(encoding="utf-8"))
-    before, after = (_replies(folder / f"{when}.jsonl", len(records)) for when in ("before", "after"))
+    before, after = (
+        _replies(folder / f"{when}.jsonl", len(records)) for when in ("before", "after")
+    )
     if not after:
-        raise SystemExit(f"{folder / 'after.jsonl'}: not there; run medm infer with the finetuned model")
+        raise SystemExit(
+            f"{folder / 'after.jsonl'}: not there; run medm infer with the finetuned model"
+        )
     return [
         Answered(
-            kind=(kind := record["question_type"]), question=questions[kind][0], options=questions[kind][1],
-            volume=record["source_volume"], split=record["split"], truth=record["answer"],
+            kind=(kind := record["question_type"]),
+            question=questions[kind][0],
+            options=questions[kind][1],
+            volume=record["source_volume"],
+            split=record["split"],
+            truth=record["answer"],
             picture=record["picture"] if "picture" in record else record["image"][0],
-            before=before[index] if before else None, after=after[index],
+            before=before[index] if before else None,
+            after=after[index],
         )
         for index, record in enumerate(records)
-    ]  # fmt: skip
+    ]
 
 
 def _replies(file: Path, expected: int) -> dict[int, str]:
@@ -110,7 +120,9 @@ def _replies(file: Path, expected: int) -> dict[int, str]:
     lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     replies = {line["index"]: line.get("reply", "") for line in lines}
     if len(replies) != expected:
-        raise SystemExit(f"{file.name} answers {len(replies)} of {expected} questions; run medm infer again")
+        raise SystemExit(
+            f"{file.name} answers {len(replies)} of {expected} questions; run medm infer again"
+        )
     return replies
 
 
@@ -119,7 +131,9 @@ def most_frequent(records: Iterable[dict[str, Any]], questions: Questions) -> di
     kinds = {question: kind for kind, (question, _) in questions.items()}
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in questions}
     for record in records:
-        turns = [turn["value"].rpartition(">\n")[2] for turn in record["conversations"]]  # without the placeholder
+        turns = [
+            turn["value"].rpartition(">\n")[2] for turn in record["conversations"]
+        ]  # without the placeholder
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
             counts[kinds[question]][answer] += 1
     return {kind: count.most_common(1)[0][0] for kind, count in counts.items() if count}
@@ -138,7 +152,9 @@ def score(answered: Sequence[Answered], frequent: dict[str, str]) -> list[dict[s
                 "question": kind,
                 "n": len(asked),
                 "volumes": len({a.volume for a in asked}),
-                "before": None if asked[0].before is None else float(np.mean([a.hit(a.before) for a in asked])),
+                "before": None
+                if asked[0].before is None
+                else float(np.mean([a.hit(a.before) for a in asked])),
                 "after": float(after.mean()),
                 "low": low,
                 "high": high,
@@ -158,19 +174,25 @@ def unreadable_before(answered: Sequence[Answered]) -> list[str]:
         return []
     share = np.mean([parse(options, reply) is None for options, reply in replies])
     return [
-        f"Before training, {share:.0%} of the replies name none of the answers, or several: much of that low score "
-        "is form, not sight. Compare with the constant answers first."
+        f"Before training, {share:.0%} of the replies name none of the answers, or several: much "
+        "of that low score is form, not sight. Compare with the constant answers first."
     ]
 
 
-def interval_over_volumes(hits: np.ndarray, volumes: Sequence[str]) -> tuple[float | None, float | None]:
+def interval_over_volumes(
+    hits: np.ndarray, volumes: Sequence[str]
+) -> tuple[float | None, float | None]:
     """95 % bootstrap interval of the mean that draws whole volumes; none for a single volume."""
     names = sorted(set(volumes))
     if len(names) < 2:
         return None, None
-    member = np.array([[volume == name for name in names] for volume in volumes], dtype=float)  # (n, volumes)
+    member = np.array(
+        [[volume == name for name in names] for volume in volumes], dtype=float
+    )  # (n, volumes)
     sums, counts = hits @ member, member.sum(axis=0)
-    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=ROUNDS)
+    drawn = np.random.default_rng(0).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=ROUNDS
+    )
     low, high = np.quantile(drawn @ sums / (drawn @ counts), [0.025, 0.975])
     return float(low), float(high)
 
@@ -181,7 +203,9 @@ def by_volume(answered: Sequence[Answered]) -> dict[str, dict[str, dict[str, flo
     for a in answered:
         hits.setdefault(a.volume, {}).setdefault(a.kind, []).append(a.hit(a.after))
     return {
-        volume: {kind: {"after": float(np.mean(all_)), "n": len(all_)} for kind, all_ in kinds.items()}
+        volume: {
+            kind: {"after": float(np.mean(all_)), "n": len(all_)} for kind, all_ in kinds.items()
+        }
         for volume, kinds in hits.items()
     }
 
@@ -193,12 +217,28 @@ def markdown(results: dict[str, Any]) -> str:
     if results["apart"]:
         lines += ["", "Counted apart: what is fetched and not part of the repository.", ""]
         lines += _table(results["apart"])
-    lines += ["", "After finetuning, volume by volume:", "", *_volume_table(results["by_volume"]), ""]
+    lines += [
+        "",
+        "After finetuning, volume by volume:",
+        "",
+        *_volume_table(results["by_volume"]),
+        "",
+    ]
     return "\n".join([*lines, *(f"- {note}" for note in results["notes"]), ""])
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    head = ["question", "before", "after", "95 % (volumes)", "most frequent", "best constant", "chance", "n", "volumes"]
+    head = [
+        "question",
+        "before",
+        "after",
+        "95 % (volumes)",
+        "most frequent",
+        "best constant",
+        "chance",
+        "n",
+        "volumes",
+    ]
     body = []
     for row in rows:
         interval = "-" if row["low"] is None else f"{row['low']:.2f}-{row['high']:.2f}"
@@ -226,12 +266,15 @@ def _aligned(head: list[str], body: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
     rows = [head, ["-" * width for width in widths], *body]
     return [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
     ]
 
 
 def sheet(folder: Path, answered: Sequence[Answered], results: dict[str, Any]) -> str:
-    """One HTML page that needs no other file: tables, loss curves, and pictures with question, answer and truth."""
+    """One HTML page that needs no other file: tables, loss curves, and pictures with question,
+    answer and truth.
+    """
     volumes: dict[str, list[str]] = {}
     for a in answered:
         pictures = volumes.setdefault(a.volume, [])
@@ -240,14 +283,20 @@ def sheet(folder: Path, answered: Sequence[Answered], results: dict[str, Any]) -
     parts = []
     for volume, pictures in volumes.items():
         step = max(1, len(pictures) // SHOWN_PER_VOLUME)
-        cards = "".join(_card(folder, [a for a in answered if a.picture == name]) for name in pictures[::step])
+        cards = "".join(
+            _card(folder, [a for a in answered if a.picture == name]) for name in pictures[::step]
+        )
         parts.append(f"<h2>{html.escape(volume)}</h2><div class=row>{cards}</div>")
-    curves = "".join(curve(folder / stage / "loss.jsonl", stage) for stage in ("pretrain", "finetune"))
+    curves = "".join(
+        curve(folder / stage / "loss.jsonl", stage) for stage in ("pretrain", "finetune")
+    )
     return PAGE.format(table=html.escape(markdown(results)), curves=curves, pictures="".join(parts))
 
 
 def _card(folder: Path, asked: Sequence[Answered]) -> str:
-    picture = base64.b64encode((folder / "data" / "images" / asked[0].picture).read_bytes()).decode()
+    picture = base64.b64encode(
+        (folder / "data" / "images" / asked[0].picture).read_bytes()
+    ).decode()
     rows = "".join(
         f"<tr class={'hit' if a.hit(a.after) else 'miss'}><td>{html.escape(a.question)}"
         f"<td>{html.escape(a.after or '(nothing)')}<td>{html.escape(a.truth)}</tr>"

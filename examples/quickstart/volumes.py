@@ -28,7 +28,8 @@ class Volume(Options):
     """One scan, or one average of scans, and everything about it that is taken for true."""
 
     split: Literal["train", "test", "extra"]
-    """Which side it is on, fixed before any training; `extra` is held out too, but not part of the repository."""
+    """Which side it is on, fixed before any training; `extra` is held out too, but not part of the
+    repository."""
     modality: Literal["CT", "MR"]
     """As the source says."""
     region: Region
@@ -40,13 +41,16 @@ class Volume(Options):
     planes: list[Plane] = Field(default=list(PLANES), min_length=1)
     """Planes worth cutting: not across a thin slab."""
     windows: list[list[float]] = Field(min_length=1)
-    """Ranges shown as black to white: HU for CT, 0 to 255 for MR (255 is the source's 99.5th percentile)."""
+    """Ranges shown as black to white: HU for CT, 0 to 255 for MR (255 is the source's 99.5th
+    percentile)."""
     level: list[int] | None = Field(default=None, min_length=2, max_length=2)
-    """Lowest and highest axial slice of the organ whose thirds are asked for: lungs in the chest, brain in the head."""
+    """Lowest and highest axial slice of the organ whose thirds are asked for: lungs in the chest,
+    brain in the head."""
     lesion: bool = False
     """A lesion mask lies beside it: every lesion that was marked by the source."""
     lungs: bool = False
-    """A lung mask lies beside it: 1 the right lung, 2 the left, from air below -450 HU (`build_data.py`)."""
+    """A lung mask lies beside it: 1 the right lung, 2 the left, from air below -450 HU
+    (`build_data.py`)."""
     about: str
     """One sentence."""
 

@@ -2,11 +2,13 @@
 
     python examples/quickstart_3d/blocks.py [folder, by default work_dirs/quickstart_3d/data]
 
-The volumes, and which of them are held out, are those of the 2-D quickstart (`../quickstart/data/volumes.yaml`), CT
-alone. A block is a slab (a third of the lungs or of the brain, in full width) or a half of the body. What is asked is
-known from where it was cut: the region, the third, and the side, which is the patient's and never mirrored.
+The volumes, and which of them are held out, are those of the 2-D quickstart
+(`../quickstart/data/volumes.yaml`), CT alone. A block is a slab (a third of the lungs or of the
+brain, in full width) or a half of the body. What is asked is known from where it was cut: the
+region, the third, and the side, which is the patient's and never mirrored.
 
-Written: volumes/*.nii.gz in HU, images/*.png for people to look at, finetune.json, test.json and about.json.
+Written: volumes/*.nii.gz in HU, images/*.png for people to look at, finetune.json, test.json and
+about.json.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ QUESTIONS = {
     "side": ("Which half of the body is this: left or right?", ("left", "right")),
 }
 NOTES = (
-    "Not for clinical use. This shows that the machinery learns, and nothing about medicine: two held-out volumes, and "
-    "a third one where it could be fetched.",
-    "Blocks of one volume overlap each other, so volumes are what counts, and with so few the interval is rough.",
+    "Not for clinical use. This shows that the machinery learns, and nothing about medicine: two "
+    "held-out volumes, and a third one where it could be fetched.",
+    "Blocks of one volume overlap each other, so volumes are what counts, and with so few the "
+    "interval is rough.",
     "The only head that is trained on is an average brain without its skull.",
 )
 SLABS, HALVES = 15, 14
@@ -56,7 +59,9 @@ class Block:
 
 def main(arguments: list[str]) -> int:
     """Write everything. Returns the exit status."""
-    folder = Path(arguments[0]) if arguments else REPOSITORY / "work_dirs" / "quickstart_3d" / "data"
+    folder = (
+        Path(arguments[0]) if arguments else REPOSITORY / "work_dirs" / "quickstart_3d" / "data"
+    )
     if (folder / "test.json").is_file():
         print(f"  blocks                   here already ({folder})")
         return 0
@@ -66,7 +71,9 @@ def main(arguments: list[str]) -> int:
     train: list[dict[str, object]] = []
     test: list[dict[str, object]] = []
     for name, about in read_table().items():
-        scan = Scan.load(name, about) if about.modality == "CT" and about.region != "spine" else None
+        scan = (
+            Scan.load(name, about) if about.modality == "CT" and about.region != "spine" else None
+        )
         if scan is None:
             continue
         random = np.random.default_rng([SEED, *name.encode()])
@@ -84,12 +91,17 @@ def main(arguments: list[str]) -> int:
             look(scan, voxels).save(folder / "images" / picture)
             for kind, answer in block.answers.items():
                 turn = (QUESTIONS[kind][0], answer)
-                asked = record(file, "vqa", [turn], media=media, **source, picture=picture, question_type=kind)
+                asked = record(
+                    file, "vqa", [turn], media=media, **source, picture=picture, question_type=kind
+                )
                 test.append(as_question(asked))
     dump(folder / "about.json", {"questions": QUESTIONS, "notes": NOTES})
     dump(folder / "finetune.json", train)
     dump(folder / "test.json", test)  # last: its presence means that all is there
-    print(f"  blocks                   {len(train)} to train on, {len(list((folder / 'images').iterdir()))} held out")
+    print(
+        f"  blocks                   {len(train)} to train on, "
+        f"{len(list((folder / 'images').iterdir()))} held out"
+    )
     return 0
 
 
@@ -103,12 +115,20 @@ def cut(scan: Scan, random: np.random.Generator) -> Iterator[Block]:
 
 
 def slab(scan: Scan, number: int, random: np.random.Generator) -> Block:
-    """Whole slices: the wanted third where thirds are asked for, moved by a little; anywhere else any third."""
+    """Whole slices: the wanted third where thirds are asked for, moved by a little; anywhere else
+    any third.
+    """
     depth = scan.voxels.shape[0]
     low, high = scan.about.level or (0, depth - 1)
     thickness = max(4, round((high + 1 - low) / 3))
-    start = low + thickness * (number % 3) if scan.about.level else random.integers(0, depth - thickness + 1)
-    start = int(np.clip(start + round(thickness * random.uniform(-0.15, 0.15)), 0, depth - thickness))
+    start = (
+        low + thickness * (number % 3)
+        if scan.about.level
+        else random.integers(0, depth - thickness + 1)
+    )
+    start = int(
+        np.clip(start + round(thickness * random.uniform(-0.15, 0.15)), 0, depth - thickness)
+    )
     answers = {"region": scan.about.region}
     if scan.about.level:
         answers["level"] = LEVELS[number % 3]
@@ -124,7 +144,9 @@ def half(scan: Scan, side: str, random: np.random.Generator) -> Block:
     # The last axis points to the patient's left.
     middle = midline(scan.voxels) + round(columns * random.uniform(-0.02, 0.02))
     across = (middle, last) if side == "left" else (first, middle)
-    return Block(((start, start + height), rows, across), {"region": scan.about.region, "side": side})
+    return Block(
+        ((start, start + height), rows, across), {"region": scan.about.region, "side": side}
+    )
 
 
 def midline(voxels: np.ndarray) -> int:
@@ -148,7 +170,9 @@ def save(scan: Scan, block: Block, file: Path) -> np.ndarray:
     if scan.name in PADDED:
         voxels = np.where(voxels == PADDED[scan.name], AIR, voxels)
     image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.astype(np.int16)))
-    image.SetSpacing([float(length) for length in scan.spacing[::-1]])  # axes left, posterior, superior: DICOM's own
+    image.SetSpacing(
+        [float(length) for length in scan.spacing[::-1]]
+    )  # axes left, posterior, superior: DICOM's own
     sitk.WriteImage(image, file, True, 1)
     return voxels
 

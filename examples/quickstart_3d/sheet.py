@@ -1,9 +1,10 @@
-"""Draw one picture of what the model answered: slices of held-out blocks, each with question, answer and truth.
+"""Draw one picture of what the model answered: slices of held-out blocks, each with question,
+answer and truth.
 
     python examples/quickstart_3d/sheet.py [folder, by default work_dirs/quickstart_3d]
 
-Reads data/{about,test}.json, data/images and after.jsonl; writes sheet.png. It needs no browser; sheet.html shows
-more of the same.
+Reads data/{about,test}.json, data/images and after.jsonl; writes sheet.png. It needs no browser;
+sheet.html shows more of the same.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ WIDTH, MARGIN, LINE = 560, 8, 17
 """Pixels: width of a card, space around it, height of a line of text."""
 GROUND, INK, RIGHT, WRONG = (250, 250, 247), (30, 30, 30), (32, 110, 60), (170, 40, 30)
 HEADING = "3-D quickstart: blocks of volumes that were never trained on. Not for clinical use."
-SIDES = "Middle slices: axial, coronal, sagittal. The patient's right is on the left of the first two."
+SIDES = (
+    "Middle slices: axial, coronal, sagittal. The patient's right is on the left of the first two."
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -53,19 +56,31 @@ def chosen(answered: Sequence[Answered]) -> list[list[Answered]]:
 def card(folder: Path, asked: Sequence[Answered]) -> Image.Image:
     """One block: its picture, and a line a question with answer and truth."""
     picture = Image.open(folder / "data" / "images" / asked[0].picture).convert("RGB")
-    picture = picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
+    picture = picture.resize(
+        (WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS
+    )
     drawn = Image.new("RGB", (WIDTH, picture.height + (2 * len(asked) + 1) * LINE + MARGIN), GROUND)
     drawn.paste(picture)
     draw, font = ImageDraw.Draw(drawn), ImageFont.load_default(13)
     row = picture.height + 3
-    draw.text((0, row), f"{asked[0].volume}{' (counted apart)' if asked[0].split == 'extra' else ''}", INK, font)
+    draw.text(
+        (0, row),
+        f"{asked[0].volume}{' (counted apart)' if asked[0].split == 'extra' else ''}",
+        INK,
+        font,
+    )
     for a in asked:
         hit = a.hit(a.after)
         # A reply is whatever the model wrote; it stays on its line.
         reply = " ".join(a.after.split())[:48] or "(nothing)"
         draw.text((0, row + LINE), a.question, INK, font)
         draw.text((12, row + 2 * LINE), f"answer: {reply}", RIGHT if hit else WRONG, font)
-        draw.text((WIDTH // 2, row + 2 * LINE), f"truth: {a.truth}   ({'correct' if hit else 'wrong'})", INK, font)
+        draw.text(
+            (WIDTH // 2, row + 2 * LINE),
+            f"truth: {a.truth}   ({'correct' if hit else 'wrong'})",
+            INK,
+            font,
+        )
         row += 2 * LINE
     return drawn
 

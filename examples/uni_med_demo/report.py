@@ -1,9 +1,12 @@
-"""One table of what both models answered about volumes that were held out, beside what a constant answer gets.
+"""One table of what both models answered about volumes that were held out, beside what a constant
+answer gets.
 
-    python examples/uni_med_demo/report.py [folder, by default work_dirs/uni_med_demo] [folder with the records]
+    python examples/uni_med_demo/report.py [folder, by default work_dirs/uni_med_demo] [folder with
+    the records]
 
-Reads scores/<model>/<task>/custom/predictions.jsonl of `medm eval`, test_<task>.json and demo_train.json; writes
-results.json and results.md. Intervals and tests draw whole volumes. Boxes are scored against the exact box.
+Reads scores/<model>/<task>/custom/predictions.jsonl of `medm eval`, test_<task>.json and
+demo_train.json; writes results.json and results.md. Intervals and tests draw whole volumes. Boxes
+are scored against the exact box.
 """
 
 from __future__ import annotations
@@ -37,15 +40,19 @@ Score: TypeAlias = Callable[[Sequence[str], Sequence[Record], Resampling], Metri
 """Replies and their records to one number."""
 
 NOTES = (
-    "Not for clinical use. This shows that the machinery learns and measures, and nothing about medicine.",
-    "Slices of one volume resemble each other: intervals draw whole volumes, and tests exchange the replies about "
-    "whole volumes (for macro-F1 and BLEU, p is how often the sign changes over the draws). Exchanging v volumes can "
-    "give no p below 2 / 2^v: 0.03 for six, 0.5 for two. An interval of two volumes is no more than the values of the "
-    "two, and a single volume has neither interval nor test.",
-    "'Constant' always gives the reply that was most frequent in training for that question; for boxes the training "
-    "box of that structure that fits all the others best. A model below it has not learned to look.",
-    "The boxes are those of two held-out volumes, of lungs of one. No other division of the volumes is better: five of "
-    "thirteen have boxes at all, and three of them are needed to learn from.",
+    "Not for clinical use. This shows that the machinery learns and measures, and nothing about "
+    "medicine.",
+    "Slices of one volume resemble each other: intervals draw whole volumes, and tests exchange "
+    "the replies about whole volumes (for macro-F1 and BLEU, p is how often the sign changes "
+    "over the draws). Exchanging v volumes can give no p below 2 / 2^v: 0.03 for six, 0.5 for "
+    "two. An interval of two volumes is no more than the values of the two, and a single volume "
+    "has neither interval nor test.",
+    "'Constant' always gives the reply that was most frequent in training for that question; for "
+    "boxes the training box of that structure that fits all the others best. A model below it "
+    "has not learned to look.",
+    "The boxes are those of two held-out volumes, of lungs of one. No other division of the "
+    "volumes is better: five of thirteen have boxes at all, and three of them are needed to "
+    "learn from.",
     "One seed; as many p values as rows, not corrected for their number.",
 )
 """What the table does not show; printed under it."""
@@ -71,7 +78,13 @@ class Row:
             one.pop("per_item", None)
         constant = None if math.isnan(self.constant) else self.constant
         about = {"constant": constant, "n": self.dense.n, "volumes": self.volumes}
-        return {"task": self.task, "measure": self.measure, **both, "difference": self.comparison.as_dict(), **about}
+        return {
+            "task": self.task,
+            "measure": self.measure,
+            **both,
+            "difference": self.comparison.as_dict(),
+            **about,
+        }
 
 
 def main(arguments: list[str]) -> int:
@@ -85,7 +98,14 @@ def main(arguments: list[str]) -> int:
     results = {"rows": [row.as_json() for row in table], "notes": notes}
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     (out / "results.json").write_text(text + "\n", encoding="utf-8")
-    page = "\n".join(["# Experts against the dense baseline, on volumes that were held out", "", *markdown(table), ""])
+    page = "\n".join(
+        [
+            "# Experts against the dense baseline, on volumes that were held out",
+            "",
+            *markdown(table),
+            "",
+        ]
+    )
     page += "\n".join(["", *(f"- {note}" for note in notes), ""])
     (out / "results.md").write_text(page, encoding="utf-8")
     print(page)
@@ -109,10 +129,14 @@ def of_boxes(metric: Callable[..., list[MetricResult]]) -> Score:
     )[0]
 
 
-def class_f1(replies: Sequence[str], records: Sequence[Record], resampling: Resampling) -> MetricResult:
+def class_f1(
+    replies: Sequence[str], records: Sequence[Record], resampling: Resampling
+) -> MetricResult:
     """Macro-F1 over the classes that occur; a reply that names none of them is a miss."""
     answers = [normalise_answer(str(record["answer"])) for record in records]
-    return macro_f1([normalise_answer(reply) for reply in replies], answers, resampling=resampling)[0]
+    return macro_f1([normalise_answer(reply) for reply in replies], answers, resampling=resampling)[
+        0
+    ]
 
 
 def kind_is(*kinds: str) -> Callable[[Record], bool]:
@@ -149,7 +173,9 @@ def rows(out: Path, data: Path, constant: Mapping[tuple[str, str], str]) -> list
             score([said[index] for index in kept], records, resampling)
             for said in (replies(out, model, task, len(asked)) for model in MODELS)
         )
-        always = score([constant[asked_for(record)] for record in records], records, Resampling(rounds=0))
+        always = score(
+            [constant[asked_for(record)] for record in records], records, Resampling(rounds=0)
+        )
         name = f"{task} {'lungs' if kinds == LUNGS else kinds[0] + 's'}" if kinds else task
         against = compare(experts, dense, resampling)
         table.append(Row(name, measure, dense, experts, against, always.value, len(set(volumes))))
@@ -157,7 +183,9 @@ def rows(out: Path, data: Path, constant: Mapping[tuple[str, str], str]) -> list
 
 
 def replies(out: Path, model: str, task: str, expected: int) -> list[str]:
-    """What a model said, in the order of the questions. A question that was refused counts as an empty reply."""
+    """What a model said, in the order of the questions. A question that was refused counts as an
+    empty reply.
+    """
     file = out / "scores" / model / task / "custom" / "predictions.jsonl"
     if not file.is_file():
         raise SystemExit(f"{file}: not there; run medm eval with the {model} model")
@@ -169,13 +197,17 @@ def replies(out: Path, model: str, task: str, expected: int) -> list[str]:
 
 
 def asked_for(record: Record) -> tuple[str, str]:
-    """What a constant answer may depend on: task and question type, but not where the type is the answer."""
+    """What a constant answer may depend on: task and question type, but not where the type is the
+    answer.
+    """
     task = record["task"]
     return task, "" if task == "reg" else record["question_type"]
 
 
 def constants(training: Iterable[Record]) -> dict[tuple[str, str], str]:
-    """What was asked for -> the reply that was most frequent in training; for boxes the one that fits best."""
+    """What was asked for -> the reply that was most frequent in training; for boxes the one that
+    fits best.
+    """
     answers: dict[tuple[str, str], list[str]] = {}
     for record in training:
         reply = record["conversations"][-1]["value"]
@@ -195,7 +227,10 @@ def best_box(texts: Sequence[str]) -> str:
 def _box(text: str) -> Box:
     box = CODECS[CODEC].parse(text).first
     if box is None:
-        raise SystemExit(f"no box can be read from the training answer {text!r}; run prepare.py and split.py again")
+        raise SystemExit(
+            f"no box can be read from the training answer {text!r}; run prepare.py and split.py "
+            "again"
+        )
     return box
 
 
@@ -208,14 +243,20 @@ def trained(log: Path) -> str:
         return "no loss.jsonl beside the model"
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
-    return f"{losses[-1][0]} steps, loss {losses[0][1]:.2f} at the first and {losses[-1][1]:.2f} at the last"
+    return (
+        f"{losses[-1][0]} steps, loss {losses[0][1]:.2f} at the first and {losses[-1][1]:.2f} at "
+        "the last"
+    )
 
 
 def unreadable(out: Path, data: Path) -> list[str]:
     """How many replies held no box that could be read."""
     asked = read(data / "test_rec.json")
     missing = {
-        model: sum(CODECS[CODEC].parse(reply).first is None for reply in replies(out, model, "rec", len(asked)))
+        model: sum(
+            CODECS[CODEC].parse(reply).first is None
+            for reply in replies(out, model, "rec", len(asked))
+        )
         for model in MODELS
     }
     counts = ", ".join(f"{model} {count}" for model, count in missing.items())
@@ -224,19 +265,38 @@ def unreadable(out: Path, data: Path) -> list[str]:
 
 def markdown(table: Sequence[Row]) -> list[str]:
     """The table's lines."""
-    head = ["task", "measure", "dense", "experts", "experts - dense", "p", "constant", "n", "volumes"]
+    head = [
+        "task",
+        "measure",
+        "dense",
+        "experts",
+        "experts - dense",
+        "p",
+        "constant",
+        "n",
+        "volumes",
+    ]
     body = [
         [
-            row.task, row.measure, _with_interval(row.dense), _with_interval(row.experts),
-            _difference(row), "-" if row.volumes < 2 else _number(row.comparison.p_value),
-            _number(row.constant), str(row.dense.n), str(row.volumes),
+            row.task,
+            row.measure,
+            _with_interval(row.dense),
+            _with_interval(row.experts),
+            _difference(row),
+            "-" if row.volumes < 2 else _number(row.comparison.p_value),
+            _number(row.constant),
+            str(row.dense.n),
+            str(row.volumes),
         ]
         for row in table
-    ]  # fmt: skip
+    ]
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
     lines = [head, ["-" * width for width in widths], *body]
     return [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
     ]
 
 

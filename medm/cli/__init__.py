@@ -1,8 +1,10 @@
-"""The command line. Commands parse what a person typed, call the package, and print; nothing is decided here.
+"""The command line. Commands parse what a person typed, call the package, and print; nothing is
+decided here.
 
-Exit status: 0 done; 2 wrong usage or recipe; 1 any other failure; 75 `train`, `infer` or `eval` was stopped by SIGTERM
-or SIGINT, and the same command (`train` with `--resume`) continues (sysexits' EX_TEMPFAIL, which batch systems
-requeue); 130 and 143 another command was stopped by SIGINT or SIGTERM.
+Exit status: 0 done; 2 wrong usage or recipe; 1 any other failure; 75 `train`, `infer` or `eval` was
+stopped by SIGTERM or SIGINT, and the same command (`train` with `--resume`) continues (sysexits'
+EX_TEMPFAIL, which batch systems requeue); 130 and 143 another command was stopped by SIGINT or
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stop:
         # Under a launcher another rank's error may be what stopped this one: the launcher speaks.
         if stop.code == RESUMABLE and not LINK.connected:
-            _note(f"stopped by {stop.number.name}; the same command starts again (train: with --resume)")
+            _note(
+                f"stopped by {stop.number.name}; the same command starts again (train: with "
+                "--resume)"
+            )
         raise
     except SystemExit as end:
         if (distributed := sys.modules.get("medm.distributed")) is not None:

@@ -1,4 +1,6 @@
-"""Every command, by name. Command modules load only what `--help` needs; the package is imported inside them."""
+"""Every command, by name. Command modules load only what `--help` needs; the package is imported
+inside them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")  # pydantic's word for what typer raises
+            error.message = error.message.removeprefix(
+                "Value error, "
+            )  # pydantic's word for what typer raises
             raise
 
 
@@ -47,10 +51,15 @@ def common(
     context: typer.Context,
     plugin: Annotated[
         list[Path] | None,
-        typer.Option(help="Python file that registers parts of your own; may be given several times.", metavar="FILE"),
+        typer.Option(
+            help="Python file that registers parts of your own; may be given several times.",
+            metavar="FILE",
+        ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
 ) -> None:
     """Options that stand before any command."""
     start_logging(verbose=verbose)
@@ -66,11 +75,12 @@ def common(
 app.command("list")(catalogue.list_parts)
 app.add_typer(catalogue.recipes, name="recipes")
 app.add_typer(data.app, name="data")
-# A recipe's keys that are typed as options of other trainers are answered by name (`recipes.refuse_options`).
+# A recipe's keys that are typed as options of other trainers are answered by name
+# (`recipes.refuse_options`).
 app.command("train", context_settings={"ignore_unknown_options": True})(train.train)
-app.command(LAUNCHER, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(
-    launch.launch
-)
+app.command(
+    LAUNCHER, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True}
+)(launch.launch)
 add_option_command(app, "infer", infer.infer, infer.flags)
 add_option_command(app, "eval", evaluate.evaluate, evaluate.flags)
 app.command("chat")(chat.chat)

@@ -39,7 +39,9 @@ def registry(kind: str) -> Registry[Any]:
 
 
 def list_parts(
-    kind: Annotated[str | None, typer.Argument(help=f"One of: {', '.join([*REGISTRIES, 'recipes'])}.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help=f"One of: {', '.join([*REGISTRIES, 'recipes'])}.")
+    ] = None,
     name: Annotated[str | None, typer.Argument(help="One part: its options.")] = None,
 ) -> None:
     """Print every part that a recipe can name, with one line on it; or the options of one part."""
@@ -71,12 +73,17 @@ def _print_options(entry: Entry) -> None:
     from medm.cli.reference import fields
 
     out.print(f"{entry.name}: {entry.summary}\n")
-    rows([(f.key, f.type, f.default, f.text) for f in fields(entry.options)], header=["option", "type", "default", ""])
+    rows(
+        [(f.key, f.type, f.default, f.text) for f in fields(entry.options)],
+        header=["option", "type", "default", ""],
+    )
 
 
 @recipes.command("show")
 def show(
-    recipe: Annotated[str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
 ) -> None:
     """Check a recipe and print it as medm understands it, defaults included."""

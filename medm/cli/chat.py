@@ -14,23 +14,35 @@ from medm.errors import MedmError
 if TYPE_CHECKING:
     from medm.inference.chat import Conversation
 
-HELP = "/image FILE   /volume FILE   add one to the next question;   /reset   start over;   /quit   leave"
+HELP = (
+    "/image FILE   /volume FILE   add one to the next question;   /reset   start over;   /quit   "
+    "leave"
+)
 
 
 def chat(
     model: Annotated[str, typer.Option(help="Model folder that medm saved.")],
-    image: Annotated[list[str] | None, typer.Option(help="Image before the first question; may be repeated.")] = None,
-    volume: Annotated[list[str] | None, typer.Option(help="Volume before the first question.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Image before the first question; may be repeated.")
+    ] = None,
+    volume: Annotated[
+        list[str] | None, typer.Option(help="Volume before the first question.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     task: Annotated[
         str | None, typer.Option(help="Task name, for models whose experts are chosen by the task.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 for greedy decoding; above 0, replies are sampled.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 for greedy decoding; above 0, replies are sampled.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens of this total probability.")
+    ] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
-        Literal["saved", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights.")
+        Literal["saved", "float32", "bfloat16", "float16"],
+        typer.Option(help="Precision of the weights."),
     ] = "saved",
 ) -> None:
     """Chat with a model about images and volumes, in several turns. Not for clinical use."""

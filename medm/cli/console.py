@@ -29,7 +29,9 @@ def note(message: str) -> None:
 
 
 def rows(items: Iterable[Sequence[str]], *, header: Sequence[str] | None = None) -> None:
-    """Aligned columns, the first one bold. A row stays one line, however narrow the terminal or the pipe is."""
+    """Aligned columns, the first one bold. A row stays one line, however narrow the terminal or the
+    pipe is.
+    """
     listed = [[Text(cell) for cell in item] for item in ([header] if header else []) + list(items)]
     widths = [max(cell.cell_len for cell in column) for column in zip(*listed, strict=True)]
     for position, item in enumerate(listed):
@@ -45,24 +47,34 @@ def is_rank_zero() -> bool:
 
 
 def start_logging(*, verbose: bool = False) -> None:
-    """Log lines of medm to standard error; other libraries speak from warnings on, other ranks from errors on."""
+    """Log lines of medm to standard error; other libraries speak from warnings on, other ranks from
+    errors on.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file name that is no UTF-8 must not end a command when its result is printed.
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
-    # transformers has a handler of its own; where the variable CI is set, it passes its records on as well.
+    # transformers has a handler of its own; where the variable CI is set, it passes its records on
+    # as well.
     handler.addFilter(lambda record: not record.name.startswith("transformers."))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     usual = logging.INFO if is_rank_zero() else logging.ERROR
     logging.getLogger("medm").setLevel(logging.DEBUG if verbose else usual)
-    logging.getLogger("huggingface_hub").propagate = False  # has a handler of its own, and would say everything twice
-    # transformers loads DeepSpeed wherever it is installed, which then says this on standard output, among the results.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    logging.getLogger(
+        "huggingface_hub"
+    ).propagate = False  # has a handler of its own, and would say everything twice
+    # transformers loads DeepSpeed wherever it is installed, which then says this on standard
+    # output, among the results.
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator to CPU" not in record.getMessage()
+    )
 
 
 class _Lines(logging.Formatter):
-    """`07:36:10  message`, further lines under the first; the level is named where it is not the usual one."""
+    """`07:36:10  message`, further lines under the first; the level is named where it is not the
+    usual one.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s  %(message)s", datefmt="%H:%M:%S")

@@ -15,28 +15,45 @@ if TYPE_CHECKING:
     from medm.data.options import SourceOptions
     from medm.training.recipe import Recipe
 
-app = typer.Typer(help="Check, preview, cache and convert data before training or inference.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check, preview, cache and convert data before training or inference.",
+    no_args_is_help=True,
+)
 
 
 @app.command()
 def check(
-    files: Annotated[list[Path] | None, typer.Argument(help="Annotation files: JSON arrays or JSONL.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe: its data (where no files are given), its model's token lengths.")
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Annotation files: JSON arrays or JSONL.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Trained model, for token lengths and a preview.")] = None,
-    inference: Annotated[bool, typer.Option("--inference", help="The last reply may be missing.")] = False,
-    decode: Annotated[
-        bool, typer.Option("--decode", help="Read every image and volume in full, not its header alone.")
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that image paths are relative to.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe: its data (where no files are given), its model's token lengths."
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Trained model, for token lengths and a preview.")
+    ] = None,
+    inference: Annotated[
+        bool, typer.Option("--inference", help="The last reply may be missing.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Look only at the first N records of each file.")] = None,
+    decode: Annotated[
+        bool,
+        typer.Option("--decode", help="Read every image and volume in full, not its header alone."),
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Look only at the first N records of each file.")
+    ] = None,
 ) -> None:
     """Name every bad record with its place and reason; count the good ones.
 
     Images and volumes are checked by their headers, each once; --decode reads them in full.
-    With --recipe or --model also: token lengths, and one sample as the model sees it, with what is learned.
-    The exit status is 1 when a record is bad or an annotation file cannot be read.
+    With --recipe or --model also: token lengths, and one sample as the model sees it, with what is
+    learned. The exit status is 1 when a record is bad or an annotation file cannot be read.
     """
     from medm.data.check import check as check_records
     from medm.data.limits import LengthLimit
@@ -63,21 +80,34 @@ def check(
 
 @app.command()
 def preview(
-    file: Annotated[Path, typer.Argument(help="An image, a volume, or the folder of a DICOM series.")],
+    file: Annotated[
+        Path, typer.Argument(help="An image, a volume, or the folder of a DICOM series.")
+    ],
     output: Annotated[Path, typer.Argument(help="PNG to write.")],
     fields: Annotated[
         list[str] | None,
-        typer.Argument(help="field=value of the preprocessing, such as window=[-160,240] or series=largest ..."),
+        typer.Argument(
+            help="field=value of the preprocessing, such as window=[-160,240] or series=largest ..."
+        ),
     ] = None,
     branch: Annotated[
         Literal["image", "volume"] | None,
-        typer.Option(help="What it is: 2-D or 3-D; found out without it where the name or the model says so."),
+        typer.Option(
+            help="What it is: 2-D or 3-D; found out without it where the name or the model says so."
+        ),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe whose model's preprocessing is used.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Trained model whose preprocessing is used.")] = None,
-    slices: Annotated[int, typer.Option(min=1, help="Most slices of a volume that are shown.")] = 12,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose model's preprocessing is used.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Trained model whose preprocessing is used.")
+    ] = None,
+    slices: Annotated[
+        int, typer.Option(min=1, help="Most slices of a volume that are shown.")
+    ] = 12,
 ) -> None:
-    """Draw what a model will see of one file: after window, orientation and size. Not for clinical use.
+    """Draw what a model will see of one file: after window, orientation and size. Not for clinical
+    use.
 
     Published preprocessing of volumes goes by name: convention=medm-vl, m3d, medm-clip, astra.
     """
@@ -99,22 +129,37 @@ def preview(
 
 @app.command()
 def cache(
-    recipe: Annotated[str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that read and resample.  [default: by cores]")
+        int | None,
+        typer.Option(min=0, help="Processes that read and resample.  [default: by cores]"),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where volumes are resampled: cpu, or cuda, each process with a context of its own.")
+        str,
+        typer.Option(
+            help="Where volumes are resampled: cpu, or cuda, each process with a context of its "
+            "own."
+        ),
     ] = "cpu",
 ) -> None:
-    """Fill the cache of a recipe (data.cache) before training: every volume is read and resampled once.
+    """Fill the cache of a recipe (data.cache) before training: every volume is read and resampled
+    once.
 
-    Started again it goes on. The exit status is 1 when a file or record is bad; the others are cached all the same.
+    Started again it goes on. The exit status is 1 when a file or record is bad; the others are
+    cached all the same.
     """
     import os
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from medm.cli.console import err
     from medm.data.cached import fill, loader
@@ -125,22 +170,29 @@ def cache(
     read = _load(recipe, overrides or [])
     options = read.data.cache
     if options is None:
-        raise RecipeError(f"{recipe}: no data.cache; name a folder, such as data.cache.dir=.cache/volumes")
+        raise RecipeError(
+            f"{recipe}: no data.cache; name a folder, such as data.cache.dir=.cache/volumes"
+        )
     if device != "cpu":
         from medm.inference.generator import pick_device
 
         device = str(pick_device(device))
     pipeline = _pipeline(read, None)
-    prepared = {name: how for name, how in pipeline.preprocess.items() if how.kind in options.branches}
+    prepared = {
+        name: how for name, how in pipeline.preprocess.items() if how.kind in options.branches
+    }
     sources = [Records([source], pipeline) for source in _sources([], None, read)]
     columns = (TextColumn("volumes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as bar:
         task = bar.add_task("volumes", total=None)
         filled = fill(
-            sources, prepared, loader(options, device=device),
-            workers=(os.cpu_count() or 1) if workers is None else workers, start=None if device == "cpu" else "spawn",
+            sources,
+            prepared,
+            loader(options, device=device),
+            workers=(os.cpu_count() or 1) if workers is None else workers,
+            start=None if device == "cpu" else "spawn",
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+        )
     for error in filled.bad:
         out.print(str(error), markup=False)
     for message in filled.warnings:
@@ -159,16 +211,23 @@ def cache(
 @app.command()
 def convert(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json or .jsonl.")],
-    task: Annotated[str, typer.Option(help="A benchmark that `medm list tasks` prints: m3d-cap, m3d-vqa-closed ...")],
+    task: Annotated[
+        str,
+        typer.Option(help="A benchmark that `medm list tasks` prints: m3d-cap, m3d-vqa-closed ..."),
+    ],
     data: Annotated[Path, typer.Option(help="Folder of the benchmark as it is distributed.")],
     split: Annotated[str, typer.Option(help="Which split.")] = "train",
     seed: Annotated[
         int | None,
-        typer.Option(help="Draw each instruction from the task's own wordings; without it all are worded alike."),
+        typer.Option(
+            help="Draw each instruction from the task's own wordings; without it all are worded "
+            "alike."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
 ) -> None:
-    """Turn a published benchmark folder into conversation records to train on. Files stay where they are.
+    """Turn a published benchmark folder into conversation records to train on. Files stay where
+    they are.
 
     Paths in the records are relative to the folder, which is the `root` of the source in a recipe.
     """
@@ -179,8 +238,14 @@ def convert(
     from medm.tasks.base import task_to_records
 
     options = TASKS.entry(task).options
-    if needed := [name for name, field in options.model_fields.items() if field.is_required() and name != "name"]:
-        raise typer.BadParameter(f"task {task!r} needs {', '.join(needed)}: its file is in the training format already")
+    if needed := [
+        name
+        for name, field in options.model_fields.items()
+        if field.is_required() and name != "name"
+    ]:
+        raise typer.BadParameter(
+            f"task {task!r} needs {', '.join(needed)}: its file is in the training format already"
+        )
     records = task_to_records(TASKS.get(task)(), data, split, seed=seed)
     count = write_records(output, islice(records, limit))
     out.print(f"{output}: {count} records of {task}, {split}", markup=False)
@@ -188,7 +253,9 @@ def convert(
 
 
 def _kind_of(file: Path, known: Mapping[str, Any]) -> Literal["image", "volume"]:
-    """2-D or 3-D: what the model takes, where it takes one of them; else by the name of the file."""
+    """2-D or 3-D: what the model takes, where it takes one of them; else by the name of the
+    file.
+    """
     if len(known) == 1:
         return known[next(iter(known))].kind
     flat = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
@@ -215,14 +282,18 @@ def _sources(files: list[Path], root: Path | None, recipe: Recipe | None) -> lis
 
 
 def _pipeline(recipe: Recipe | None, model: Path | None, *, inference: bool = False) -> AnyPipeline:
-    """The data pipeline of a model, with its processor; without one, conversations are read and files looked at."""
+    """The data pipeline of a model, with its processor; without one, conversations are read and
+    files looked at.
+    """
     from medm.data.pipelines import PIPELINES, pipeline_for
 
     if model is not None:
         from medm.models import kind_of_config, load_config, load_processor
 
         folder = str(model)
-        return pipeline_for(kind_of_config(load_config(folder)), load_processor(folder), inference=inference)
+        return pipeline_for(
+            kind_of_config(load_config(folder)), load_processor(folder), inference=inference
+        )
     if recipe is None:
         return PIPELINES.get("conversations")(inference=inference)
     from medm.models import kind_of, processor_of
@@ -242,7 +313,11 @@ def _preprocess(recipe: Recipe | None, model: Path | None) -> dict[str, Any]:
 
 def _trained(recipe: Recipe) -> str | None:
     """The folder that a recipe starts from, where that stage is trained already."""
-    return recipe.init_from if recipe.init_from is not None and Path(recipe.init_from).is_dir() else None
+    return (
+        recipe.init_from
+        if recipe.init_from is not None and Path(recipe.init_from).is_dir()
+        else None
+    )
 
 
 def _show_progress(done: int, total: int) -> None:

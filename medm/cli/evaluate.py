@@ -22,10 +22,19 @@ _TASK = "tasks.0."
 
 
 def flags() -> list[Flag]:
-    """Return the flags that are fields: of the run, and of one task. Nothing is required, as a recipe may say it."""
+    """Return the flags that are fields: of the run, and of one task. Nothing is required, as a
+    recipe may say it.
+    """
     from medm.evaluation.options import EvalOptions, EvalTaskOptions
 
-    beside = ("tasks", "seed", "generation.top_k", "generation.top_p", "generation.seed", "generation.compile")
+    beside = (
+        "tasks",
+        "seed",
+        "generation.top_k",
+        "generation.top_p",
+        "generation.seed",
+        "generation.compile",
+    )
     names = {"output_dir": "--output"}
     return [
         *flags_of(EvalTaskOptions, place=_TASK, leave_out=[f"{_TASK}task"], optional=True),
@@ -35,15 +44,23 @@ def flags() -> list[Flag]:
 
 def evaluate(
     typed: Typed,
-    recipe: Annotated[str | None, typer.Argument(help="YAML with `tasks`, `model`, `output_dir` ...")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ... of the recipe")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="YAML with `tasks`, `model`, `output_dir` ...")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="dotted.key=value ... of the recipe")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="A name that `medm list tasks` prints.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="key=value of the task; may be repeated.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="key=value of the task; may be repeated.")
+    ] = None,
 ) -> None:
-    """Score a model, or any program's predictions, on benchmarks: numbers with intervals, tables, cases with images.
+    """Score a model, or any program's predictions, on benchmarks: numbers with intervals, tables,
+    cases with images.
 
-    One task by --task and --data, or several by a recipe. A run that was stopped resumes with the same command. Items
-    without a reply count as wrong; the exit status is 1 where a task has no reply at all.
+    One task by --task and --data, or several by a recipe. A run that was stopped resumes with the
+    same command. Items without a reply count as wrong; the exit status is 1 where a task has no
+    reply at all.
     """
     from medm.config import apply_overrides, read_yaml, validate
     from medm.errors import MedmError, RecipeError
@@ -55,11 +72,15 @@ def evaluate(
     shown = dict(typed.shown)
     if task is not None:
         if "data" not in block:
-            raise RecipeError(f"--data: missing; give the folder with the files of {task!r} (docs/benchmarks.md)")
+            raise RecipeError(
+                f"--data: missing; give the folder with the files of {task!r} (docs/benchmarks.md)"
+            )
         section["tasks"] = [{"task": _task_block(task, option or []), **block}]
         shown |= {f"{_TASK}task.name": "--task", f"{_TASK}task": "--task, --option"}
     elif recipe is None:
-        raise RecipeError("expected a recipe, or --task and --data; 'medm list tasks' prints the tasks")
+        raise RecipeError(
+            "expected a recipe, or --task and --data; 'medm list tasks' prints the tasks"
+        )
     elif block.keys() - {"against"} or option:
         raise RecipeError("--data, --split, --option, --predictions and --limit belong to --task")
     else:
@@ -67,7 +88,10 @@ def evaluate(
         shown = {key: flag for key, flag in shown.items() if not key.startswith("tasks")}
     section = apply_overrides(typed.beside(_TASK).under(section), overrides or [])
     if task is not None and "predictions" not in block and section.get("model") is None:
-        raise RecipeError("--model: missing; give a model folder that medm saved, or --predictions of another program")
+        raise RecipeError(
+            "--model: missing; give a model folder that medm saved, or --predictions of another "
+            "program"
+        )
     checked = validate(EvalOptions, section, source=recipe or "medm eval", shown=shown)
     reports = run(checked, progress=CalmProgress())
     for report in reports or []:
@@ -77,7 +101,9 @@ def evaluate(
     silent = [report for report in reports or [] if report.answered == 0]
     if silent:
         names = ", ".join(f"{report.task} ({report.n} items)" for report in silent)
-        raise MedmError(f"nothing was answered in {names}: the scores above are those of no reply at all")
+        raise MedmError(
+            f"nothing was answered in {names}: the scores above are those of no reply at all"
+        )
 
 
 def _task_block(name: str, options: Sequence[str]) -> JsonObject:
@@ -98,7 +124,10 @@ def _print(report: TaskReport) -> None:
     from medm.evaluation.report import comparison_table, results_table
 
     out.print(f"\n{report.task}: {report.n} items", style="bold")
-    for title, results in (("", report.scores.results), ("original scoring", report.scores.original)):
+    for title, results in (
+        ("", report.scores.results),
+        ("original scoring", report.scores.original),
+    ):
         if results:
             header, lines = results_table(results)
             rows([line[:4] for line in lines], header=[title or header[0], *header[1:4]])

@@ -19,8 +19,9 @@ def flags() -> list[Flag]:
 def infer(typed: Typed) -> None:
     """Generate a reply to every record of an annotation file. Not for clinical use.
 
-    A run that was stopped resumes with the same command, which also tries every record again that has no reply.
-    The exit status is 1 while a record has no reply. Several GPUs: --processes, or `medm launch infer`.
+    A run that was stopped resumes with the same command, which also tries every record again that
+    has no reply. The exit status is 1 while a record has no reply. Several GPUs: --processes, or
+    `medm launch infer`.
     """
     from medm.config import validate
     from medm.errors import MedmError
@@ -31,7 +32,9 @@ def infer(typed: Typed) -> None:
     summary = run(options, progress=CalmProgress())
     if summary is None:
         return
-    out.print(f"{summary.records} records: {summary.answered} answered, {summary.errors} without a reply")
+    out.print(
+        f"{summary.records} records: {summary.answered} answered, {summary.errors} without a reply"
+    )
     if summary.resumed:
         note(f"{summary.resumed} of them by earlier runs")
     if summary.unfinished:
@@ -45,14 +48,16 @@ def infer(typed: Typed) -> None:
     note("Not for clinical use.")
     if summary.errors:
         raise MedmError(
-            f"no reply to {summary.errors} of {summary.records} records; the 'error' of their lines in "
-            f"{options.output} says why. Replies are kept: correct the cause and run the same command again, which "
-            "tries these records again"
+            f"no reply to {summary.errors} of {summary.records} records; the 'error' of their "
+            f"lines in {options.output} says why. Replies are kept: correct the cause and run the "
+            "same command again, which tries these records again"
         )
 
 
 class CalmProgress:
-    """A line now and then: soon at first, every half minute later. On a terminal the line is rewritten in place."""
+    """A line now and then: soon at first, every half minute later. On a terminal the line is
+    rewritten in place.
+    """
 
     def __init__(self) -> None:
         self._started = self._last = time.monotonic()

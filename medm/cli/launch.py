@@ -17,40 +17,52 @@ from medm.launcher import Launcher, Place
 def launch(
     context: typer.Context,
     command: Annotated[
-        list[str], typer.Argument(metavar="COMMAND...", help="train, infer or eval, with its arguments.")
+        list[str],
+        typer.Argument(metavar="COMMAND...", help="train, infer or eval, with its arguments."),
     ],
     processes: Annotated[
         int | None,
-        typer.Option(min=1, envvar="GPUS", help="Processes on this machine; one for each GPU, or one on the CPU."),
+        typer.Option(
+            min=1,
+            envvar="GPUS",
+            help="Processes on this machine; one for each GPU, or one on the CPU.",
+        ),
     ] = None,
     nodes: Annotated[
-        int, typer.Option(min=1, envvar="NODES", help="Machines, each with the same number of processes.")
+        int,
+        typer.Option(
+            min=1, envvar="NODES", help="Machines, each with the same number of processes."
+        ),
     ] = 1,
     node_rank: Annotated[
         int | None, typer.Option(min=0, envvar="NODE_RANK", help="Number of this machine, from 0.")
     ] = None,
-    master_addr: Annotated[str | None, typer.Option(envvar="MASTER_ADDR", help="Address of machine 0.")] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(envvar="MASTER_ADDR", help="Address of machine 0.")
+    ] = None,
     master_port: Annotated[
-        int, typer.Option(envvar="MASTER_PORT", help="A free port of machine 0; with several machines.")
+        int,
+        typer.Option(envvar="MASTER_PORT", help="A free port of machine 0; with several machines."),
     ] = 29500,
 ) -> None:
     """Run train, infer or eval in several processes, on one machine or several.
 
-    A stop (SIGTERM or SIGINT, to this process or to its group) reaches every process. All of them end, a checkpoint is
-    written however long it takes, and the exit status is 75. An error is printed once and keeps its exit status.
-    With one process the command runs in this one.
+    A stop (SIGTERM or SIGINT, to this process or to its group) reaches every process. All of them
+    end, a checkpoint is written however long it takes, and the exit status is 75. An error is
+    printed once and keeps its exit status. With one process the command runs in this one.
     """
     arguments = [*(context.obj or []), *command]
     _check(arguments, context)
     if nodes > 1 and (node_rank is None or master_addr is None):
         raise RecipeError(
-            f"medm launch --nodes {nodes}: expected --node-rank and --master-addr too, or NODE_RANK (the number of "
-            "this machine, from 0) and MASTER_ADDR (the address of machine 0) in the environment"
+            f"medm launch --nodes {nodes}: expected --node-rank and --master-addr too, or "
+            "NODE_RANK (the number of this machine, from 0) and MASTER_ADDR (the address of "
+            "machine 0) in the environment"
         )
     if node_rank is not None and node_rank >= nodes > 1:
         raise RecipeError(
-            f"medm launch --node-rank {node_rank}: expected a number from 0 to {nodes - 1}, since there are "
-            f"{nodes} machines"
+            f"medm launch --node-rank {node_rank}: expected a number from 0 to {nodes - 1}, since "
+            f"there are {nodes} machines"
         )
     processes = processes or max(1, _gpus())
     if nodes > 1:
@@ -68,8 +80,8 @@ def _check(arguments: list[str], context: typer.Context) -> None:
     name = command_of(arguments)
     if name not in CONTINUED:
         raise RecipeError(
-            f"medm {LAUNCHER} {name or ''}: expected {', '.join(CONTINUED[:-1])} or {CONTINUED[-1]}, with its "
-            "arguments; other commands run in one process"
+            f"medm {LAUNCHER} {name or ''}: expected {', '.join(CONTINUED[:-1])} or "
+            f"{CONTINUED[-1]}, with its arguments; other commands run in one process"
         )
     ordered = plugins_first(arguments)
     rest = ordered[ordered.index(name) + 1 :]

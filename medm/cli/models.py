@@ -19,24 +19,38 @@ def export(
         Literal["merged", "llava", "encoder"],
         typer.Option(
             "--format",
-            help="merged: adapters merged into the weights. llava: transformers' LlavaForConditionalGeneration. "
-            "encoder: a vision encoder for other recipes.",
+            help="merged: adapters merged into the weights. llava: transformers' "
+            "LlavaForConditionalGeneration. encoder: a vision encoder for other recipes.",
         ),
     ],
-    branch: Annotated[str | None, typer.Option(help="Whose encoder, where the model has several branches.")] = None,
-    image: Annotated[str | None, typer.Option(help="Image to compare with.  [default: a drawn one]")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Question to compare with.  [default: a fixed one]")] = None,
+    branch: Annotated[
+        str | None, typer.Option(help="Whose encoder, where the model has several branches.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Image to compare with.  [default: a drawn one]")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Question to compare with.  [default: a fixed one]")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the reply that is compared.")] = 24,
 ) -> None:
-    """Write a model in another form, and verify it: the same logits and the same reply, or nothing is written.
+    """Write a model in another form, and verify it: the same logits and the same reply, or nothing
+    is written.
 
-    A llava export runs in a process that cannot import medm. OUT also gets a README and the records of the model.
+    A llava export runs in a process that cannot import medm. OUT also gets a README and the records
+    of the model.
     """
     from medm.models.export.export import PROMPT
     from medm.models.export.export import export as run
 
     proof = run(
-        model, target, form=form, branch=branch, image=image, prompt=prompt or PROMPT, max_new_tokens=max_new_tokens
+        model,
+        target,
+        form=form,
+        branch=branch,
+        image=image,
+        prompt=prompt or PROMPT,
+        max_new_tokens=max_new_tokens,
     )
     out.print(f"{target}: {proof}", markup=False)
     note("Not for clinical use.")
@@ -49,18 +63,26 @@ def import_(
         Literal["auto", "medm-vl", "llava", "clip", "siglip", "m3d-clip", "medm-clip", "projector"],
         typer.Option(help="What the source is; found out without it."),
     ] = "auto",
-    llm: Annotated[str | None, typer.Option(help="Folder or id with the language model's config.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="Folder or id with the encoder's config.")] = None,
+    llm: Annotated[
+        str | None, typer.Option(help="Folder or id with the language model's config.")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder or id with the encoder's config.")
+    ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="Template by name or file, if not the published one.")
     ] = None,
     preprocess: Annotated[
-        list[str] | None, typer.Option(help="branch.key=value that replaces what is known, as in recipes; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="branch.key=value that replaces what is known, as in recipes; repeatable."
+        ),
     ] = None,
 ) -> None:
     """Turn published weights into a medm checkpoint, an encoder bundle or a projector file.
 
-    Every tensor is loaded or named with its reason, in OUT/import.json; nothing is skipped silently.
+    Every tensor is loaded or named with its reason, in OUT/import.json; nothing is skipped
+    silently.
     """
     from medm.config import apply_overrides
     from medm.models.published.importing import import_model
@@ -73,17 +95,24 @@ def import_(
 
 
 def estimate(
-    recipe: Annotated[str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the training state.")] = 1,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a sample, vision tokens included; data.max_length without it.")
+        int | None,
+        typer.Option(
+            min=2, help="Tokens of a sample, vision tokens included; data.max_length without it."
+        ),
     ] = None,
 ) -> None:
-    """Print what a recipe costs: parameters, trainable fraction, vision tokens, and memory under each ZeRO stage.
+    """Print what a recipe costs: parameters, trainable fraction, vision tokens, and memory under
+    each ZeRO stage.
 
     Memory holds the activations of one step and says on which GPU it fits.
-    No weights are read; published configs and tokenizers come from local folders, the cache, or the hub.
+    No weights are read; published configs and tokenizers come from local folders, the cache, or the
+    hub.
     """
     from medm.cli.recipes import find, refuse_options
     from medm.models.estimate import estimate as run
@@ -93,7 +122,9 @@ def estimate(
     refuse_options("estimate", [recipe, *(overrides or [])], known=["--gpus", "--help"])
     read = load_recipe(find(recipe), overrides or [])
     # On the meta device there is nothing to quantise; the sizes are counted all the same.
-    parts = {name: part.model_copy(update={"quantize": "none"}) for name, part in read.parts.items()}
+    parts = {
+        name: part.model_copy(update={"quantize": "none"}) for name, part in read.parts.items()
+    }
     result = run(
         read.model,
         choose=lambda model: apply_parts(model, parts, read.train, keep_float32=False),
@@ -115,9 +146,16 @@ def estimate(
         out.print(f"without activations ({result.unknown})\n", markup=False)
     else:
         step = result.step
-        out.print(f"activations: {step.rows} samples of {step.length} tokens, {step.labels} of them learned at most\n")
+        out.print(
+            f"activations: {step.rows} samples of {step.length} tokens, {step.labels} of them "
+            "learned at most\n"
+        )
     lines = [
-        (m.stage, *map(gibibytes, (m.weights, m.gradients, m.optimiser, m.activations, m.total)), m.fits_in())
+        (
+            m.stage,
+            *map(gibibytes, (m.weights, m.gradients, m.optimiser, m.activations, m.total)),
+            m.fits_in(),
+        )
         for m in result.memory
     ]
     rows(lines, header=["", "weights", "gradients", "optimizer", "activations", "sum", "fits in"])
@@ -126,10 +164,22 @@ def estimate(
 def _print_parts(result: Estimate) -> None:
     lines = []
     for part in result.parts:
-        lines.append((part.name, f"{part.parameters:,}", f"{part.trainable:,}", share(part.trainable, part.parameters)))
-        lines += [(f"  {child.name}", f"{child.parameters:,}", f"{child.trainable:,}", "") for child in part.inner]
+        lines.append(
+            (
+                part.name,
+                f"{part.parameters:,}",
+                f"{part.trainable:,}",
+                share(part.trainable, part.parameters),
+            )
+        )
+        lines += [
+            (f"  {child.name}", f"{child.parameters:,}", f"{child.trainable:,}", "")
+            for child in part.inner
+        ]
     everything = (result.parameters, result.trainable)
-    lines.append(("all", f"{everything[0]:,}", f"{everything[1]:,}", share(everything[1], everything[0])))
+    lines.append(
+        ("all", f"{everything[0]:,}", f"{everything[1]:,}", share(everything[1], everything[0]))
+    )
     rows(lines, header=["part", "parameters", "trainable", ""])
 
 

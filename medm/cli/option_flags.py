@@ -1,7 +1,9 @@
-"""Flags of a command from the fields of an options class: name, type, default and help text are the field's own.
+"""Flags of a command from the fields of an options class: name, type, default and help text are the
+field's own.
 
-A command says which options it takes and receives what was typed as dotted keys of the section. The options
-class is imported when the command itself is used or asked for help: `medm --help` stays as fast as without.
+A command says which options it takes and receives what was typed as dotted keys of the section. The
+options class is imported when the command itself is used or asked for help: `medm --help` stays as
+fast as without.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Typed:
     values: Mapping[str, object]
     """Dotted key to value."""
     shown: Mapping[str, str]
-    """Dotted key to the flag, and key of a block to the flags in it, for messages about their values."""
+    """Dotted key to the flag, and key of a block to the flags in it, for messages about their
+    values."""
 
     def under(self, section: Mapping[str, object]) -> JsonObject:
         """Return a section with the typed values in place of its own.
@@ -90,7 +93,11 @@ class Typed:
 
     def block(self, place: str) -> JsonObject:
         """Return what was typed for the fields of one block, by their names in it."""
-        return {key.removeprefix(place): value for key, value in self.values.items() if key.startswith(place)}
+        return {
+            key.removeprefix(place): value
+            for key, value in self.values.items()
+            if key.startswith(place)
+        }
 
     def beside(self, place: str) -> Typed:
         """Return the flags that belong to no field of this block."""
@@ -142,7 +149,11 @@ def _flags(
         if key in leave_out:
             continue
         names_a_part = any(isinstance(item, NamedBlock) for item in info.metadata)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Block) and not names_a_part:
+        if (
+            isinstance(info.annotation, type)
+            and issubclass(info.annotation, Block)
+            and not names_a_part
+        ):
             yield from _flags(info.annotation, f"{key}.", names, leave_out, optional)
             continue
         yield Flag(
@@ -181,15 +192,18 @@ def _help(info: FieldInfo) -> str:
 
 
 def add_option_command(
-    program: typer.Typer, name: str, function: Callable[..., None], flags: Callable[[], Sequence[Flag]]
+    program: typer.Typer,
+    name: str,
+    function: Callable[..., None],
+    flags: Callable[[], Sequence[Flag]],
 ) -> None:
     """Add a command whose flags are fields of options classes.
 
     Args:
         program: takes the command.
         name: of the command.
-        function: the command. Its first parameter is `typed: Typed`; the others are arguments and flags that are
-            no fields, declared as for any command of typer.
+        function: the command. Its first parameter is `typed: Typed`; the others are arguments and
+            flags that are no fields, declared as for any command of typer.
         flags: gives the flags; called when the command is used.
     """
 
@@ -220,7 +234,9 @@ def _with_flags(function: Callable[..., None], flags: Sequence[Flag]) -> Callabl
 
     def command(**given: Any) -> None:
         found = {flag.key: given.pop(name) for name, flag in generated.items()}
-        typed = [flag for flag in flags if found[flag.key] is not None and found[flag.key] is not False]
+        typed = [
+            flag for flag in flags if found[flag.key] is not None and found[flag.key] is not False
+        ]
         shown: dict[str, str] = {flag.key: flag.name for flag in typed}
         for flag in typed:  # what is wrong with a block as a whole
             block = flag.key.rpartition(".")[0]

@@ -29,7 +29,9 @@ is opened.
 def reference(
     context: typer.Context,
     page: Annotated[Literal["recipes", "commands"], typer.Argument(help="Which page.")],
-    output: Annotated[Path | None, typer.Argument(help="File to write; standard output without it.")] = None,
+    output: Annotated[
+        Path | None, typer.Argument(help="File to write; standard output without it.")
+    ] = None,
 ) -> None:
     """Write a generated page of docs/, in Markdown."""
     from medm.cli.reference import page as recipes_page
@@ -72,7 +74,11 @@ def _usage(argument: Any) -> str:
 
 def _row(parameter: Any) -> str:
     is_option = parameter.opts[0].startswith("-")
-    names = ", ".join(f"`{name}`" for name in parameter.opts) if is_option else f"`{str(parameter.name).upper()}`"
+    names = (
+        ", ".join(f"`{name}`" for name in parameter.opts)
+        if is_option
+        else f"`{str(parameter.name).upper()}`"
+    )
     text = parameter.help or ""
     if is_option and parameter.required:
         text += " Required."

@@ -17,11 +17,16 @@ def shipped() -> dict[str, Path]:
     folder = next((place for place in _PLACES if place.is_dir()), None)
     if folder is None:
         return {}
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.yaml"))
+    }
 
 
 def find(recipe: str | Path) -> Path:
-    """The file of a recipe given by path or by shipped name. Raises `RecipeError` with the nearest name."""
+    """The file of a recipe given by path or by shipped name. Raises `RecipeError` with the nearest
+    name.
+    """
     path = Path(recipe)
     if path.is_file():
         return path
@@ -33,7 +38,8 @@ def find(recipe: str | Path) -> Path:
 
 
 def refuse_options(command: str, words: Sequence[str], known: Sequence[str] = ()) -> None:
-    """Raise `RecipeError` for what looks like an option of another program, with what to write in its place.
+    """Raise `RecipeError` for what looks like an option of another program, with what to write in
+    its place.
 
     Args:
         command: of medm, which took options that it does not know as words.
@@ -49,12 +55,18 @@ def refuse_options(command: str, words: Sequence[str], known: Sequence[str] = ()
         key = name.replace("-", "_")
         if key in ("config", "config_file", "recipe", "cfg", "cfg_path", "yaml"):
             recipe = "RECIPE" if value == "VALUE" else value
-            raise RecipeError(f"{word}: the recipe comes without an option: medm {command} {recipe}")
+            raise RecipeError(
+                f"{word}: the recipe comes without an option: medm {command} {recipe}"
+            )
         if key in _keys("train"):
-            raise RecipeError(f"{word}: keys of the recipe come without dashes: write train.{key}={value}")
+            raise RecipeError(
+                f"{word}: keys of the recipe come without dashes: write train.{key}={value}"
+            )
         if key in _keys("data") or key in ("output_dir", "init_from") or "." in name:
             full = f"data.{key}" if key in _keys("data") else name
-            raise RecipeError(f"{word}: keys of the recipe come without dashes: write {full}={value}")
+            raise RecipeError(
+                f"{word}: keys of the recipe come without dashes: write {full}={value}"
+            )
         raise RecipeError(f"{word}: no such option of 'medm {command}'{suggest(word, known)}")
 
 

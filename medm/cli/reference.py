@@ -1,4 +1,6 @@
-"""What a recipe may say, read from the options classes: `docs/recipe-reference.md` and `medm list KIND NAME`."""
+"""What a recipe may say, read from the options classes: `docs/recipe-reference.md` and `medm list
+KIND NAME`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Field:
 
 
 def fields(options: type[Options], *, beyond: type[Options] | None = None) -> list[Field]:
-    """The keys of a section in their written order; with `beyond`, only those that the other class lacks."""
+    """The keys of a section in their written order; with `beyond`, only those that the other class
+    lacks.
+    """
     known = beyond.model_fields if beyond is not None else {}
     return [
         Field(key, type_text(info), default_text(info), " ".join((info.description or "").split()))
@@ -51,7 +55,11 @@ def type_text(info: FieldInfo) -> str:
 
 def _bound(constraint: object) -> str:
     words = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = [f"{sign} {getattr(constraint, name)}" for name, sign in words.items() if hasattr(constraint, name)]
+    found = [
+        f"{sign} {getattr(constraint, name)}"
+        for name, sign in words.items()
+        if hasattr(constraint, name)
+    ]
     return ", ".join(found)
 
 
@@ -72,7 +80,13 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return "mapping" if arguments[1] is Any else f"mapping of name to {_type(arguments[1], [])}"
     if annotation is type(None):
         return "null"
-    plain: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any value"}
+    plain: dict[Any, str] = {
+        str: "text",
+        int: "integer",
+        float: "number",
+        bool: "true or false",
+        Any: "any value",
+    }
     if isinstance(annotation, type) and issubclass(annotation, Options):
         return "block"
     return plain.get(annotation) or str(getattr(annotation, "__name__", annotation))
@@ -94,7 +108,9 @@ def default_text(info: FieldInfo) -> str:
 
 
 def sections(options: type[Options], path: str = "") -> Iterator[tuple[str, Section]]:
-    """Every section below one, depth first, itself included, and every table of parts: each once."""
+    """Every section below one, depth first, itself included, and every table of parts: each
+    once.
+    """
     seen: set[int] = set()
 
     def expand(current: type[Options], place: str) -> Iterator[tuple[str, Section]]:
@@ -108,7 +124,11 @@ def sections(options: type[Options], path: str = "") -> Iterator[tuple[str, Sect
                     continue
                 seen.add(mark)
                 yield below, found
-                inner = [e.options for e in found.registry.entries()] if isinstance(found, NamedBlock) else [found]
+                inner = (
+                    [e.options for e in found.registry.entries()]
+                    if isinstance(found, NamedBlock)
+                    else [found]
+                )
                 for member in inner:
                     yield from expand(member, below)
 
@@ -122,7 +142,11 @@ def page() -> str:
 
     parts = [HEADER]
     for path, found in sections(Recipe):
-        parts.append(_named_section(path, found.registry) if isinstance(found, NamedBlock) else _section(path, found))
+        parts.append(
+            _named_section(path, found.registry)
+            if isinstance(found, NamedBlock)
+            else _section(path, found)
+        )
     return "\n".join(parts)
 
 
@@ -133,7 +157,12 @@ def _section(path: str, options: type[Options]) -> str:
 
 def _named_section(path: str, registry: Registry[Any]) -> str:
     """A block that names a part: what all members share, then what each adds."""
-    lines = [f"## `{path}`: {registry.kind}", "", f"Names one {registry.kind} of the table `{registry.group}`.", ""]
+    lines = [
+        f"## `{path}`: {registry.kind}",
+        "",
+        f"Names one {registry.kind} of the table `{registry.group}`.",
+        "",
+    ]
     lines += [_table(fields(registry.options)), ""] if registry.options.model_fields else []
     for entry in registry.entries():
         lines += [f"### {registry.kind} `{entry.name}`", "", f"{entry.summary}.", ""]
@@ -149,6 +178,11 @@ def _first_paragraph(options: type[Options]) -> str:
 def _table(rows: list[Field]) -> str:
     lines = ["| key | type | default | what it does |", "|---|---|---|---|"]
     for row in rows:
-        cells = [f"`{row.key}`", row.type, f"`{row.default}`" if row.default != "required" else "required", row.text]
+        cells = [
+            f"`{row.key}`",
+            row.type,
+            f"`{row.default}`" if row.default != "required" else "required",
+            row.text,
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

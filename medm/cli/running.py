@@ -45,7 +45,9 @@ def run(program: Callable[..., object], arguments: Sequence[str]) -> None:
 
 
 def command_of(arguments: Sequence[str]) -> str | None:
-    """Return the name of the command: the first word that is neither an option nor a plug-in file."""
+    """Return the name of the command: the first word that is neither an option nor a plug-in
+    file.
+    """
     words = iter(plugins_first(arguments))
     for word in words:
         if word == "--plugin":
@@ -56,7 +58,8 @@ def command_of(arguments: Sequence[str]) -> str | None:
 
 
 def plugins_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with every `--plugin FILE` in front of the command, where the options of all commands stand.
+    """The arguments with every `--plugin FILE` in front of the command, where the options of all
+    commands stand.
 
     What follows `launch` is another command with options of its own, and stays as it is.
     """

@@ -11,17 +11,23 @@ from medm.stopping import RESUMABLE
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A file, or a name that `medm list recipes` prints.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value ...")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint; start where there is none.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest whole checkpoint; start where there is none."
+        ),
     ] = False,
 ) -> None:
     """Train what a recipe describes. Not for clinical use.
 
-    One process; several GPUs or machines: `medm launch train`, which the launchers in scripts/train use.
-    SIGTERM or SIGINT (Ctrl-C) finishes the step, writes a checkpoint and exits with status 75: the same command with
-    --resume continues. Further signals change nothing; SIGQUIT ends the run at once, without that checkpoint.
+    One process; several GPUs or machines: `medm launch train`, which the launchers in scripts/train
+    use. SIGTERM or SIGINT (Ctrl-C) finishes the step, writes a checkpoint and exits with status 75:
+    the same command with --resume continues. Further signals change nothing; SIGQUIT ends the run
+    at once, without that checkpoint.
     """
     from medm.cli.recipes import find, refuse_options
     from medm.training.recipe import load_recipe

@@ -1,8 +1,10 @@
-"""Connectors: vision tokens in, tokens of the LLM's width out. The table at the end has one line per member.
+"""Connectors: vision tokens in, tokens of the LLM's width out. The table at the end has one line
+per member.
 
-To add one, write a file with a `Connector` and a line here. Its options stand above the table and are torch-free, so
-that a recipe can be checked without loading model code. They hold the only description of each option: constructors
-take the same names and defaults as keywords, and a test over all registries compares the two.
+To add one, write a file with a `Connector` and a line here. Its options stand above the table and
+are torch-free, so that a recipe can be checked without loading model code. They hold the only
+description of each option: constructors take the same names and defaults as keywords, and a test
+over all registries compares the two.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class ConnectorOptions(Options):
     name: str
     """Registered name of the connector."""
     path: str | None = None
-    """Weights of a connector trained elsewhere (LLaVA, TinyLLaVA, MedM-VL projector files); random without it."""
+    """Weights of a connector trained elsewhere (LLaVA, TinyLLaVA, MedM-VL projector files); random
+    without it."""
 
 
 class MLPOptions(ConnectorOptions):
@@ -48,16 +51,16 @@ class SpatialPoolingOptions(MLPOptions):
     """Average pooling over the grid, then an MLP."""
 
     pool: int | list[int] = 2
-    """Side of a window in cells: one number, or one for each axis of the grid. Where it does not divide the grid, the
-    last window averages the cells that are left."""
+    """Side of a window in cells: one number, or one for each axis of the grid. Where it does not
+    divide the grid, the last window averages the cells that are left."""
 
 
 class AttentionPoolingOptions(MLPOptions):
     """Learned queries over all tokens, then an MLP."""
 
     queries: int | None = Field(default=None, ge=1)
-    """Number of queries, which is the number of tokens for the LLM. Default: one for each cell of the last two grid
-    axes, so that a volume takes as many tokens as one of its slices."""
+    """Number of queries, which is the number of tokens for the LLM. Default: one for each cell of
+    the last two grid axes, so that a volume takes as many tokens as one of its slices."""
     heads: int = Field(default=8, ge=1)
     """Attention heads; must divide the encoder's width."""
 
@@ -66,43 +69,55 @@ class ResampleOptions(MLPOptions):
     """One token for each window of tokens, then an MLP."""
 
     method: Method = "projection"
-    """Reduction of a window: its tokens side by side on the channel axis, their average, or their maximum."""
+    """Reduction of a window: its tokens side by side on the channel axis, their average, or their
+    maximum."""
     window: int | list[int] = 2
-    """Side of a window in cells: one number, or one for each axis. Uni-Med's strips of a row are [1, 4]."""
+    """Side of a window in cells: one number, or one for each axis. Uni-Med's strips of a row are
+    [1, 4]."""
 
 
 class MoEOptions(MLPOptions):
-    """Experts mixed by a router. `depth` and `activation` are those of each expert; depth 1 gives linear experts."""
+    """Experts mixed by a router. `depth` and `activation` are those of each expert; depth 1 gives
+    linear experts.
+    """
 
     num_experts: int = Field(default=5, ge=1)
     """Number of experts."""
     gate: Gate = "soft"
-    """`soft` weighs all experts; `sparse` runs only the `top_k` best; `hard` runs the expert at the position of the
-    task; `constant` averages all (the dense baseline of equal size)."""
+    """`soft` weighs all experts; `sparse` runs only the `top_k` best; `hard` runs the expert at the
+    position of the task; `constant` averages all (the dense baseline of equal size)."""
     route_by: RouteBy = "token"
     """Input of a learned gate: the visual token, a learned token of the task, or both."""
     mode: Mode = "sound"
-    """`sound`: softmax, narrow router and load-balance loss. `published`: Uni-Med's formulas: normalized sigmoids, a
-    router four times as wide as its input, no auxiliary loss."""
+    """`sound`: softmax, narrow router and load-balance loss. `published`: Uni-Med's formulas:
+    normalized sigmoids, a router four times as wide as its input, no auxiliary loss."""
     top_k: int = Field(default=2, ge=1)
     """Experts per token under `gate: sparse`."""
     tasks: list[str] = []
     """Names of the tasks in the order of their ids; filled from `model.tasks`."""
     unseen_task: UnseenTask = "error"
-    """Handling of an item with another task: an error, the mean of the known tasks, or the mean of all experts."""
+    """Handling of an item with another task: an error, the mean of the known tasks, or the mean of
+    all experts."""
     task_dim: int | None = Field(default=None, ge=1)
     """Width of a task token. Default: that of a visual token (published) or 64 (sound)."""
     router_dim: int | None = Field(default=None, ge=1)
     """Hidden width of the router. Default: four times its input (published) or 256 (sound)."""
     resample: Literal["none"] | Method = "none"
-    """Reduction of windows of tokens to one token each before the experts, as in the `resample` connector."""
+    """Reduction of windows of tokens to one token each before the experts, as in the `resample`
+    connector."""
     window: int | list[int] = 2
     """Side of such a window in cells: one number, or one for each axis."""
 
 
-CONNECTORS: Registry[type[Connector]] = Registry("connector", group="medm.connectors", options=ConnectorOptions)
+CONNECTORS: Registry[type[Connector]] = Registry(
+    "connector", group="medm.connectors", options=ConnectorOptions
+)
 
-CONNECTORS.add("linear", "medm.connectors.mlp:LinearConnector", "one linear layer a token (LLaVA 1.0, MiniGPT-4)")
+CONNECTORS.add(
+    "linear",
+    "medm.connectors.mlp:LinearConnector",
+    "one linear layer a token (LLaVA 1.0, MiniGPT-4)",
+)
 CONNECTORS.add(
     "mlp",
     "medm.connectors.mlp:MLPConnector",

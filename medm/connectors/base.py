@@ -16,25 +16,30 @@ class Connector(nn.Module, metaclass=ABCMeta):
 
     A subclass without `forward` raises `TypeError` when it is constructed.
 
-    A subclass takes `in_dim`, `out_dim`, `grid` and `prefix` (what the composition derives: width in, width
-    out, the token grid, tokens in front of it) and, by keyword, the fields of its options class other than
-    `name` and `path`.
+    A subclass takes `in_dim`, `out_dim`, `grid` and `prefix` (what the composition derives: width
+    in, width out, the token grid, tokens in front of it) and, by keyword, the fields of its options
+    class other than `name` and `path`.
     """
 
     key_map: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Names in projector files to own names: (regular expression, replacement), the first that matches wins."""
+    """Names in projector files to own names: (regular expression, replacement), the first that
+    matches wins."""
 
     needs_task: bool = False
     refuses_unseen_tasks: bool = False
     """True where the forward reads `task_ids` (a router that is told the task)."""
 
-    def __init__(self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0) -> None:
+    def __init__(
+        self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0
+    ) -> None:
         super().__init__()
         self.in_dim, self.out_dim, self.grid, self.prefix = in_dim, out_dim, grid, prefix
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the LLM receives for one image or volume; arithmetic, as written in checkpoints."""
+        """Tokens that the LLM receives for one image or volume; arithmetic, as written in
+        checkpoints.
+        """
         return self.prefix + prod(self.grid)
 
     @abstractmethod
@@ -43,9 +48,12 @@ class Connector(nn.Module, metaclass=ABCMeta):
 
         Args:
             features: tokens (B, prefix + prod(grid), in_dim).
-            task_ids: (B,) index of each item's task, for connectors with `needs_task`; negative for a dummy item.
+            task_ids: (B,) index of each item's task, for connectors with `needs_task`; negative for
+                a dummy item.
         """
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Losses of the last forward that training adds by name (load balance of a router); usually none."""
+        """Losses of the last forward that training adds by name (load balance of a router); usually
+        none.
+        """
         return {}

@@ -1,4 +1,6 @@
-"""Token-wise connectors: one linear layer, or several with an activation between (LLaVA 1.5, arXiv 2310.03744)."""
+"""Token-wise connectors: one linear layer, or several with an activation between (LLaVA 1.5, arXiv
+2310.03744).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from medm.types import VisionFeatures
 
 
 def build_mlp(in_dim: int, out_dim: int, *, depth: int, activation: Activation) -> nn.Sequential:
-    """Return `depth` linear layers in_dim -> out_dim -> ... -> out_dim, named 0, 2, 4 ... as in LLaVA's files."""
+    """Return `depth` linear layers in_dim -> out_dim -> ... -> out_dim, named 0, 2, 4 ... as in
+    LLaVA's files.
+    """
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise([in_dim] + [out_dim] * depth):
         layers += [ACT2FN[activation]] if layers else []
@@ -25,7 +29,8 @@ def build_mlp(in_dim: int, out_dim: int, *, depth: int, activation: Activation) 
 class MLPConnector(Connector):
     """One MLP over every token; the number of tokens does not change."""
 
-    # LLaVA (`mm_projector.`), TinyLLaVA (`connector._connector.`), MedM-VL (`connector_image.connector.`), stock Llava.
+    # LLaVA (`mm_projector.`), TinyLLaVA (`connector._connector.`), MedM-VL
+    # (`connector_image.connector.`), stock Llava.
     key_map: ClassVar = (
         (r"^.*?linear_1\.", "layers.0."),
         (r"^.*?linear_2\.", "layers.2."),
@@ -33,9 +38,15 @@ class MLPConnector(Connector):
     )
 
     def __init__(
-        self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
-        depth: int = 2, activation: Activation = "gelu",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        in_dim: int,
+        out_dim: int,
+        grid: tuple[int, ...],
+        prefix: int = 0,
+        depth: int = 2,
+        activation: Activation = "gelu",
+    ) -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
         self.layers = build_mlp(in_dim, out_dim, depth=depth, activation=activation)
 
@@ -46,5 +57,7 @@ class MLPConnector(Connector):
 class LinearConnector(MLPConnector):
     """One linear layer per token."""
 
-    def __init__(self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0) -> None:
+    def __init__(
+        self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0
+    ) -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix, depth=1)

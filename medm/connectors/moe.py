@@ -1,4 +1,6 @@
-"""Connector mixture of experts (Uni-Med, arXiv 2409.17508): several MLPs, and a router that weighs them per token."""
+"""Connector mixture of experts (Uni-Med, arXiv 2409.17508): several MLPs, and a router that weighs
+them per token.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ PUBLISHED_ROUTER_FACTOR = 4
 SOUND_ROUTER_DIM = 256
 SOUND_TASK_DIM = 64
 LARGEST_LOGIT = 1e4
-"""Half precision can overflow to infinity before the gate; beyond this the weights are 0 and 1 anyway."""
+"""Half precision can overflow to infinity before the gate; beyond this the weights are 0 and 1
+anyway."""
 UNSEEN = "(unseen)"
 """Key of the routing weights of items without a known task."""
 
@@ -36,11 +39,27 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, num_experts: int, gate: Gate, route_by: RouteBy, mode: Mode, top_k: int, num_tasks: int,
-        unseen_task: UnseenTask, task_dim: int | None, router_dim: int | None,
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        gate: Gate,
+        route_by: RouteBy,
+        mode: Mode,
+        top_k: int,
+        num_tasks: int,
+        unseen_task: UnseenTask,
+        task_dim: int | None,
+        router_dim: int | None,
+    ) -> None:
         super().__init__()
-        self.num_experts, self.gate, self.route_by, self.mode, self.top_k = num_experts, gate, route_by, mode, top_k
+        self.num_experts, self.gate, self.route_by, self.mode, self.top_k = (
+            num_experts,
+            gate,
+            route_by,
+            mode,
+            top_k,
+        )
         self.num_tasks, self.unseen_task = num_tasks, unseen_task
         self.learned = gate in ("soft", "sparse")
         self.needs_task = gate == "hard" or (self.learned and route_by != "token")
@@ -53,18 +72,26 @@ class Router(nn.Module):
             task_dim = task_dim or (dim if mode == "published" else SOUND_TASK_DIM)
             in_dim += task_dim
             self.task_tokens = nn.Parameter(torch.empty(num_tasks, task_dim).normal_(std=0.02))
-        hidden = router_dim or (PUBLISHED_ROUTER_FACTOR * in_dim if mode == "published" else SOUND_ROUTER_DIM)
-        self.layers = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, num_experts))
+        hidden = router_dim or (
+            PUBLISHED_ROUTER_FACTOR * in_dim if mode == "published" else SOUND_ROUTER_DIM
+        )
+        self.layers = nn.Sequential(
+            nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, num_experts)
+        )
 
     def forward(self, tokens: Tensor, task_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return routing weights (B, N, experts) in float32 that sum to 1, and the load-balance loss or None.
+        """Return routing weights (B, N, experts) in float32 that sum to 1, and the load-balance
+        loss or None.
 
         Args:
             tokens: (B, N, dim).
-            task_ids: (B,), positions in the list of tasks; a larger number is an unseen task; a negative one a dummy
-                item, which takes the mean of the tasks and whose output has no effect.
+            task_ids: (B,), positions in the list of tasks; a larger number is an unseen task; a
+                negative one a dummy item, which takes the mean of the tasks and whose output has no
+                effect.
         """
-        constant = tokens.new_full((*tokens.shape[:2], self.num_experts), 1 / self.num_experts, dtype=torch.float32)
+        constant = tokens.new_full(
+            (*tokens.shape[:2], self.num_experts), 1 / self.num_experts, dtype=torch.float32
+        )
         if self.gate == "constant":
             return constant, None
         known: Tensor | None = None
@@ -91,17 +118,22 @@ class Router(nn.Module):
             known = task_ids.masked_fill(unseen, 0)
         wrong = unseen if task_ids is None else task_ids >= self.num_tasks
         if self.unseen_task == "error" and wrong.device.type != "cpu":
-            torch._assert_async(~wrong.any())  # the data was checked before; a step does not wait for it
+            torch._assert_async(
+                ~wrong.any()
+            )  # the data was checked before; a step does not wait for it
         elif self.unseen_task == "error" and bool(wrong.any()):
             found = "no task at all" if task_ids is None else f"ids {task_ids[wrong].tolist()}"
             raise ValueError(
-                f"moe: {int(wrong.sum())} of {len(wrong)} items have a task that the router does not know ({found}; "
-                f"known are 0 to {self.num_tasks - 1}); name their task, or set unseen_task to 'mean' or 'constant'"
+                f"moe: {int(wrong.sum())} of {len(wrong)} items have a task that the router does "
+                f"not know ({found}; known are 0 to {self.num_tasks - 1}); name their task, or "
+                "set unseen_task to 'mean' or 'constant'"
             )
         return known, unseen
 
     def _one_hot(self, known: Tensor, unseen: Tensor) -> Tensor:
-        """Return (B, experts): 1 for the expert of the task; for unseen tasks the mean over the tasks."""
+        """Return (B, experts): 1 for the expert of the task; for unseen tasks the mean over the
+        tasks.
+        """
         table = torch.eye(self.num_tasks, self.num_experts, device=known.device)
         return torch.where(unseen[:, None], table.mean(dim=0), table[known])
 
@@ -110,10 +142,14 @@ class Router(nn.Module):
         assert self.layers is not None
         seen = tokens
         if self.task_tokens is not None and known is not None and unseen is not None:
-            task = torch.where(unseen[:, None], self.task_tokens.mean(dim=0), self.task_tokens[known])[:, None]
+            task = torch.where(
+                unseen[:, None], self.task_tokens.mean(dim=0), self.task_tokens[known]
+            )[:, None]
             # The task token comes first, as published.
             alone = self.route_by == "task"
-            seen = task if alone else torch.cat([task.expand(-1, tokens.shape[1], -1), tokens], dim=-1)
+            seen = (
+                task if alone else torch.cat([task.expand(-1, tokens.shape[1], -1), tokens], dim=-1)
+            )
         return self.layers(seen).float().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 
     def _normalize(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -122,19 +158,21 @@ class Router(nn.Module):
             kept, experts = logits.topk(self.top_k, dim=-1)
             chosen = kept.softmax(dim=-1)
             if self.top_k == 1 and self.mode == "sound":
-                # The softmax of one number is 1 for any logit, so the router would get no gradient. The value stays 1,
-                # the gradient is that of the probability.
+                # The softmax of one number is 1 for any logit, so the router would get no gradient.
+                # The value stays 1, the gradient is that of the probability.
                 best = logits.softmax(dim=-1).gather(-1, experts)
                 chosen = best / best.detach()
             weights = torch.zeros_like(logits).scatter(-1, experts, chosen)
         elif self.mode == "published":
-            # sigmoid(z) / sum(sigmoid(z)) through logarithms: the quotient itself is 0/0 once all sigmoids vanish.
+            # sigmoid(z) / sum(sigmoid(z)) through logarithms: the quotient itself is 0/0 once all
+            # sigmoids vanish.
             weights = F.logsigmoid(logits).softmax(dim=-1)
         else:
             weights = logits.softmax(dim=-1)
         if self.mode == "published" or not (self.training and torch.is_grad_enabled()):
             return weights, None
-        # Switch Transformer (arXiv 2101.03961), eq. 4: 1 when all experts are used equally, larger otherwise.
+        # Switch Transformer (arXiv 2101.03961), eq. 4: 1 when all experts are used equally, larger
+        # otherwise.
         probability = logits.softmax(dim=-1).flatten(0, 1).mean(dim=0)
         used = (weights != 0).float() / self.top_k if self.gate == "sparse" else weights
         return weights, self.num_experts * (used.flatten(0, 1).mean(dim=0) * probability).sum()
@@ -153,29 +191,59 @@ class MoEConnector(Connector):
     """
 
     def __init__(
-        self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0, num_experts: int = 5,
-        gate: Gate = "soft", route_by: RouteBy = "token", mode: Mode = "sound", top_k: int = 2,
-        tasks: Sequence[str] = (), unseen_task: UnseenTask = "error", task_dim: int | None = None,
-        router_dim: int | None = None, resample: Literal["none"] | Method = "none", window: int | Sequence[int] = 2,
-        depth: int = 2, activation: Activation = "gelu",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        in_dim: int,
+        out_dim: int,
+        grid: tuple[int, ...],
+        prefix: int = 0,
+        num_experts: int = 5,
+        gate: Gate = "soft",
+        route_by: RouteBy = "token",
+        mode: Mode = "sound",
+        top_k: int = 2,
+        tasks: Sequence[str] = (),
+        unseen_task: UnseenTask = "error",
+        task_dim: int | None = None,
+        router_dim: int | None = None,
+        resample: Literal["none"] | Method = "none",
+        window: int | Sequence[int] = 2,
+        depth: int = 2,
+        activation: Activation = "gelu",
+    ) -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
-        self.windows = None if resample == "none" else Windows(resample, window, grid, connector="moe")
+        self.windows = (
+            None if resample == "none" else Windows(resample, window, grid, connector="moe")
+        )
         width = in_dim if self.windows is None else self.windows.width(in_dim)
         if gate == "sparse" and top_k > num_experts:
             raise RecipeError(f"moe: top_k {top_k} asks for more than the {num_experts} experts")
         self.router = Router(
-            width, num_experts=num_experts, gate=gate, route_by=route_by, mode=mode, top_k=top_k,
-            num_tasks=len(tasks), unseen_task=unseen_task, task_dim=task_dim, router_dim=router_dim,
-        )  # fmt: skip
+            width,
+            num_experts=num_experts,
+            gate=gate,
+            route_by=route_by,
+            mode=mode,
+            top_k=top_k,
+            num_tasks=len(tasks),
+            unseen_task=unseen_task,
+            task_dim=task_dim,
+            router_dim=router_dim,
+        )
         self.needs_task = self.router.needs_task
         self.refuses_unseen_tasks = self.needs_task and unseen_task == "error"
         if self.needs_task and not tasks:
-            raise RecipeError("moe: this gate routes by task, and there is no list of tasks; give 'tasks'")
+            raise RecipeError(
+                "moe: this gate routes by task, and there is no list of tasks; give 'tasks'"
+            )
         if gate == "hard" and num_experts < len(tasks):
-            raise RecipeError(f"moe: gate 'hard' needs an expert a task; {num_experts} experts for tasks {list(tasks)}")
+            raise RecipeError(
+                f"moe: gate 'hard' needs an expert a task; {num_experts} experts for tasks "
+                f"{list(tasks)}"
+            )
         self.experts = nn.ModuleList(
-            build_mlp(width, out_dim, depth=depth, activation=activation) for _ in range(num_experts)
+            build_mlp(width, out_dim, depth=depth, activation=activation)
+            for _ in range(num_experts)
         )
         self.tasks = tuple(tasks)
         self._skips = gate in ("sparse", "hard")
@@ -189,7 +257,9 @@ class MoEConnector(Connector):
 
     def forward(self, features: VisionFeatures, task_ids: Tensor | None = None) -> Tensor:
         """See `Connector`."""
-        tokens = features.tokens if self.windows is None else self.windows(features)  # (B, N, width)
+        tokens = (
+            features.tokens if self.windows is None else self.windows(features)
+        )  # (B, N, width)
         weights, loss = self.router(tokens, task_ids)  # (B, N, experts)
         self._losses = {} if loss is None else {"load_balance": loss}
         self._record(weights.detach(), task_ids)
@@ -205,8 +275,8 @@ class MoEConnector(Connector):
         return mixed
 
     def _mix_chosen(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Run each expert on the tokens routed to it. An expert without tokens runs on an empty batch, at no cost, so
-        that all ranks call the same modules under ZeRO-3.
+        """Run each expert on the tokens routed to it. An expert without tokens runs on an empty
+        batch, at no cost, so that all ranks call the same modules under ZeRO-3.
         """
         flat, weights = tokens.flatten(0, 1), weights.flatten(0, 1)  # (T, width), (T, experts)
         mixed = None
@@ -220,13 +290,17 @@ class MoEConnector(Connector):
         return mixed.unflatten(0, tokens.shape[:2])
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Return `load_balance` of the last training forward in sound mode, once, which frees its graph."""
+        """Return `load_balance` of the last training forward in sound mode, once, which frees its
+        graph.
+        """
         losses, self._losses = self._losses, {}
         return losses
 
     @torch.no_grad()
     def _record(self, weights: Tensor, task_ids: Tensor | None) -> None:
-        """Add to the sums (tasks + 1, experts + 1); the last column counts tokens. The size is fixed."""
+        """Add to the sums (tasks + 1, experts + 1); the last column counts tokens. The size is
+        fixed.
+        """
         if self._weight_sums is None or self._weight_sums.device != weights.device:
             # Long runs add small numbers to large sums. Apple's devices have no float64.
             precision = torch.float32 if weights.device.type == "mps" else torch.float64
@@ -240,12 +314,18 @@ class MoEConnector(Connector):
         self._weight_sums.index_add_(0, task_ids.clamp(0, len(self.tasks)), sums)
 
     def routing_weights(self) -> dict[str, list[float]]:
-        """Return the mean routing weight of each expert by task since the last reset, for tasks that were seen."""
+        """Return the mean routing weight of each expert by task since the last reset, for tasks
+        that were seen.
+        """
         if self._weight_sums is None:
             return {}
         sums = self._weight_sums.tolist()
         names = (*self.tasks, UNSEEN)
-        return {name: [x / row[-1] for x in row[:-1]] for name, row in zip(names, sums, strict=True) if row[-1]}
+        return {
+            name: [x / row[-1] for x in row[:-1]]
+            for name, row in zip(names, sums, strict=True)
+            if row[-1]
+        }
 
     def reset_routing_weights(self) -> None:
         """Reset the sums of the routing weights."""

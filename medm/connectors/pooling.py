@@ -1,4 +1,5 @@
-"""Connectors that give the LLM fewer tokens than the encoder: averages of neighbors, or learned queries.
+"""Connectors that give the LLM fewer tokens than the encoder: averages of neighbors, or learned
+queries.
 
 Both work on grids with any number of axes, so images and volumes run the same code.
 """
@@ -21,9 +22,11 @@ from medm.types import VisionFeatures
 
 
 class SpatialPoolingConnector(Connector):
-    """Averages of windows of neighboring tokens, then an MLP. Tokens outside the grid (CLS) are dropped.
+    """Averages of windows of neighboring tokens, then an MLP. Tokens outside the grid (CLS) are
+    dropped.
 
-    MedM-VL's `spatial_pooling` and M3D-LaMed's `spp` (arXiv 2404.00578) are `pool=2` on a grid of (8, 16, 16).
+    MedM-VL's `spatial_pooling` and M3D-LaMed's `spp` (arXiv 2404.00578) are `pool=2` on a grid of
+    (8, 16, 16).
 
     Args:
         in_dim, out_dim, grid, prefix: see `Connector`.
@@ -33,9 +36,16 @@ class SpatialPoolingConnector(Connector):
     key_map: ClassVar = MLPConnector.key_map
 
     def __init__(
-        self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
-        pool: int | Sequence[int] = 2, depth: int = 2, activation: Activation = "gelu",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        in_dim: int,
+        out_dim: int,
+        grid: tuple[int, ...],
+        prefix: int = 0,
+        pool: int | Sequence[int] = 2,
+        depth: int = 2,
+        activation: Activation = "gelu",
+    ) -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
         self.windows = Windows("average", pool, grid, connector="spatial-pooling")
         self.layers = build_mlp(in_dim, out_dim, depth=depth, activation=activation)
@@ -53,8 +63,8 @@ class SpatialPoolingConnector(Connector):
 class CrossAttention(nn.Module):
     """Multi-head attention with the tensors of `torch.nn.MultiheadAttention`, by the same names.
 
-    Torch's own reads the weights of `out_proj` without calling the module. Under ZeRO-3, which gathers the sharded
-    weights when a module is called, they would be missing.
+    Torch's own reads the weights of `out_proj` without calling the module. Under ZeRO-3, which
+    gathers the sharded weights when a module is called, they would be missing.
     """
 
     def __init__(self, dim: int, *, heads: int) -> None:
@@ -79,7 +89,8 @@ class CrossAttention(nn.Module):
 
 
 class AttentionPoolingConnector(Connector):
-    """Learned queries attend to all tokens, then an MLP (MedM-VL's `attn_pooling`, with its tensor names and shapes).
+    """Learned queries attend to all tokens, then an MLP (MedM-VL's `attn_pooling`, with its tensor
+    names and shapes).
 
     Args:
         in_dim, out_dim, grid, prefix: see `Connector`.
@@ -89,15 +100,27 @@ class AttentionPoolingConnector(Connector):
     key_map: ClassVar = ((r"^(?:.*\.)?(query|attn\..+)$", r"\1"), *MLPConnector.key_map)
 
     def __init__(
-        self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
-        queries: int | None = None, heads: int = 8, depth: int = 2, activation: Activation = "gelu",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        in_dim: int,
+        out_dim: int,
+        grid: tuple[int, ...],
+        prefix: int = 0,
+        queries: int | None = None,
+        heads: int = 8,
+        depth: int = 2,
+        activation: Activation = "gelu",
+    ) -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
         if in_dim % heads:
-            raise ValueError(f"attention-pooling: {heads} heads do not divide the encoder's width of {in_dim}")
+            raise ValueError(
+                f"attention-pooling: {heads} heads do not divide the encoder's width of {in_dim}"
+            )
         count = queries or prod(grid[-2:])
         if count == 0:
-            raise ValueError(f"attention-pooling: the grid {grid} has no cells to take a number of queries from")
+            raise ValueError(
+                f"attention-pooling: the grid {grid} has no cells to take a number of queries from"
+            )
         self.queries = count
         self.query = nn.Parameter(torch.randn(count, in_dim))
         self.attn = CrossAttention(in_dim, heads=heads)

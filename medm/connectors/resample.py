@@ -1,4 +1,6 @@
-"""One token for each window of tokens, then an MLP: Uni-Med's three reductions (arXiv 2409.17508), on any grid."""
+"""One token for each window of tokens, then an MLP: Uni-Med's three reductions (arXiv 2409.17508),
+on any grid.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ from medm.types import VisionFeatures
 
 
 class ResampleConnector(Connector):
-    """Fewer tokens, each from a window of neighbors; `method="projection"` keeps all channels of the window.
+    """Fewer tokens, each from a window of neighbors; `method="projection"` keeps all channels of
+    the window.
 
-    Uni-Med's "projection" at 224 pixels is `window=[1, 4]` on a 16 x 16 grid (strips of a row, 64 tokens of four times
-    the width); its "avgpool" and "maxpool" are `window=2`.
+    Uni-Med's "projection" at 224 pixels is `window=[1, 4]` on a 16 x 16 grid (strips of a row, 64
+    tokens of four times the width); its "avgpool" and "maxpool" are `window=2`.
 
     Args:
         in_dim, out_dim, grid, prefix: see `Connector`.
@@ -28,12 +31,22 @@ class ResampleConnector(Connector):
     key_map: ClassVar = MLPConnector.key_map
 
     def __init__(
-        self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0,
-        method: Method = "projection", window: int | Sequence[int] = 2, depth: int = 2, activation: Activation = "gelu",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        in_dim: int,
+        out_dim: int,
+        grid: tuple[int, ...],
+        prefix: int = 0,
+        method: Method = "projection",
+        window: int | Sequence[int] = 2,
+        depth: int = 2,
+        activation: Activation = "gelu",
+    ) -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, grid=grid, prefix=prefix)
         self.windows = Windows(method, window, grid, connector="resample")
-        self.layers = build_mlp(self.windows.width(in_dim), out_dim, depth=depth, activation=activation)
+        self.layers = build_mlp(
+            self.windows.width(in_dim), out_dim, depth=depth, activation=activation
+        )
 
     @property
     def num_tokens(self) -> int:

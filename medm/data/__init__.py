@@ -1,1 +1,3 @@
-"""Annotation files to batches: records, their check, mixtures, batching and packing. Knows no model, device or rank."""
+"""Annotation files to batches: records, their check, mixtures, batching and packing. Knows no
+model, device or rank.
+"""

@@ -1,6 +1,7 @@
 """What a data pipeline must be: how the records of a kind of model become examples and batches.
 
-Torch-free, as is every pipeline until its collators are asked for: `medm data check` reads annotation files without.
+Torch-free, as is every pipeline until its collators are asked for: `medm data check` reads
+annotation files without.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class HasPreprocess(Protocol):
 
     @property
     def preprocess(self) -> Mapping[str, Preprocess]:
-        """Preprocessing of the pixels by view (`medm.types.View`): "image", "volume", "image@sam2"."""
+        """Preprocessing of the pixels by view (`medm.types.View`): "image", "volume",
+        "image@sam2".
+        """
         ...
 
 
@@ -39,7 +42,8 @@ P = TypeVar("P", bound=HasPreprocess)
 """The processor of the models that a pipeline serves."""
 
 Collate: TypeAlias = Callable[[Sequence[E | None]], Batch]
-"""Examples to a batch. None stands for a record that was left out; where all are, the batch teaches nothing."""
+"""Examples to a batch. None stands for a record that was left out; where all are, the batch teaches
+nothing."""
 
 
 @dataclass(slots=True)
@@ -53,8 +57,8 @@ class Segment:
 class Pipeline(ABC, Generic[S, E, P]):
     """Turns the records of annotation files into examples, and examples into batches.
 
-    Training, inference and `medm data check` run the same pipeline. `medm.data.pipelines` has the table; a kind of
-    model names the one that it uses (`ModelKind.pipeline`).
+    Training, inference and `medm data check` run the same pipeline. `medm.data.pipelines` has the
+    table; a kind of model names the one that it uses (`ModelKind.pipeline`).
 
     Args:
         processor: of the model. Without it records are only read, as for a check of files alone.
@@ -67,7 +71,9 @@ class Pipeline(ABC, Generic[S, E, P]):
     unit: ClassVar[str] = "tokens"
     """Unit of `length`, for messages."""
 
-    def __init__(self, processor: P | None = None, *, inference: bool = False, needs_mask: bool = True) -> None:
+    def __init__(
+        self, processor: P | None = None, *, inference: bool = False, needs_mask: bool = True
+    ) -> None:
         self._processor, self.inference, self.needs_mask = processor, inference, needs_mask
 
     @property
@@ -79,7 +85,9 @@ class Pipeline(ABC, Generic[S, E, P]):
     def processor(self) -> P:
         """The processor. Raises `ValueError` where there is none."""
         if self._processor is None:
-            raise ValueError(f"{type(self).__name__} has no processor: it reads records, but makes no examples")
+            raise ValueError(
+                f"{type(self).__name__} has no processor: it reads records, but makes no examples"
+            )
         return self._processor
 
     @property
@@ -94,9 +102,14 @@ class Pipeline(ABC, Generic[S, E, P]):
         return changed
 
     def check_options(self, options: DataOptions) -> None:
-        """Refuse settings of the `data` section that these records cannot follow. Raises `RecipeError`."""
+        """Refuse settings of the `data` section that these records cannot follow. Raises
+        `RecipeError`.
+        """
         if options.packing:
-            raise RecipeError(f"data.packing: {type(self).__name__} puts one record in a row; set data.packing: false")
+            raise RecipeError(
+                f"data.packing: {type(self).__name__} puts one record in a row; set data.packing: "
+                "false"
+            )
 
     @abstractmethod
     def read(self, record: object, *, file: Path, index: int) -> S:
@@ -113,7 +126,9 @@ class Pipeline(ABC, Generic[S, E, P]):
 
     @abstractmethod
     def media_field(self, record: object, number: int) -> str:
-        """Return the field of a good record that names file `number` of its sample's `media`, for messages."""
+        """Return the field of a good record that names file `number` of its sample's `media`, for
+        messages.
+        """
 
     def counts(self, sample: S) -> Mapping[str, int]:
         """Count what a report totals, by `nouns`."""
@@ -123,8 +138,8 @@ class Pipeline(ABC, Generic[S, E, P]):
     def make_example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
         """Make an example of a sample.
 
-        A check hands in blank pixels of the right shapes: nothing but the pixels of the example may depend on their
-        values.
+        A check hands in blank pixels of the right shapes: nothing but the pixels of the example may
+        depend on their values.
 
         Raises:
             DataError: the model cannot take the sample.
@@ -134,14 +149,18 @@ class Pipeline(ABC, Generic[S, E, P]):
         """Raise `DataError` for an example that would teach nothing."""
 
     def example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
-        """Return the usable example of a sample. Raises `DataError`, as `make_example` and `require_usable` do."""
+        """Return the usable example of a sample. Raises `DataError`, as `make_example` and
+        `require_usable` do.
+        """
         example = self.make_example(sample, pixels)
         self.require_usable(example)
         return example
 
     @abstractmethod
     def length(self, example: E) -> int:
-        """Return the length that `data.max_length` limits and batches of similar length go by; at least 1."""
+        """Return the length that `data.max_length` limits and batches of similar length go by; at
+        least 1.
+        """
 
     def shorten(self, example: E, max_length: int) -> E:
         """Return an example cut to `max_length`, for `data.too_long: truncate_text`.
@@ -149,8 +168,8 @@ class Pipeline(ABC, Generic[S, E, P]):
         Placeholders and control tokens are never cut. Raises `DataError` where that is impossible.
         """
         raise DataError(
-            f"{self.length(example)} {self.unit}, but data.max_length is {max_length}, and records of this kind are "
-            "never cut; raise it, or set data.too_long to skip"
+            f"{self.length(example)} {self.unit}, but data.max_length is {max_length}, and "
+            "records of this kind are never cut; raise it, or set data.too_long to skip"
         )
 
     def preview(self, example: E) -> list[Segment]:
@@ -177,4 +196,7 @@ AnyPipeline: TypeAlias = Pipeline[Any, Any, Any]
 def missing_branch(branch: str, known: Collection[str]) -> str:
     """Return why a record's image or volume cannot be used by this model, which has some views."""
     kinds = sorted({name.partition("@")[0] for name in known})
-    return f"the model takes no {branch}s; it takes {' and '.join(f'{kind}s' for kind in kinds) or 'text only'}"
+    return (
+        f"the model takes no {branch}s; it takes "
+        f"{' and '.join(f'{kind}s' for kind in kinds) or 'text only'}"
+    )

@@ -52,30 +52,52 @@ def build_batches(
         if known is None or options.max_length is None:
             raise ValueError("packing needs the lengths of the records and data.max_length")
         return PackedBatches(
-            order, lengths=known, capacity=options.max_length, batch_size=batch_size, rank=rank, world=world,
-            accumulation=accumulation, drop_last=drop_last, seed=seed,
-        )  # fmt: skip
+            order,
+            lengths=known,
+            capacity=options.max_length,
+            batch_size=batch_size,
+            rank=rank,
+            world=world,
+            accumulation=accumulation,
+            drop_last=drop_last,
+            seed=seed,
+        )
     return DistributedBatchSampler(
-        order, batch_size=batch_size, rank=rank, world=world, accumulation=accumulation, drop_last=drop_last,
-        lengths=known, group_by_length=options.order == "length", balance_ranks=options.balance_ranks,
-        window=window, seed=seed,
-    )  # fmt: skip
+        order,
+        batch_size=batch_size,
+        rank=rank,
+        world=world,
+        accumulation=accumulation,
+        drop_last=drop_last,
+        lengths=known,
+        group_by_length=options.order == "length",
+        balance_ranks=options.balance_ranks,
+        window=window,
+        seed=seed,
+    )
 
 
 def _order(
     options: DataOptions, sizes: Sequence[int], chosen: np.ndarray, global_batch: int, seed: int
 ) -> tuple[IndexOrder, int]:
-    """The order of an epoch over the chosen records, and how many global batches of it may be sorted together."""
+    """The order of an epoch over the chosen records, and how many global batches of it may be
+    sorted together.
+    """
     weights = [source.weight for source in options.train if source.weight is not None]
     if not weights:
         return Subset(Shuffle(len(chosen), seed), chosen), WINDOW
     counts, _ = np.histogram(chosen, bins=np.cumsum([0, *sizes]))
     if not counts.all():
         empty = options.train[int(np.argmin(counts))].path
-        raise DataError("no record of this source can be used; 'medm data check' says why", file=empty)
-    # Sorting by length would bring the repetitions of a short source together, so it stays within what repeats none.
+        raise DataError(
+            "no record of this source can be used; 'medm data check' says why", file=empty
+        )
+    # Sorting by length would bring the repetitions of a short source together, so it stays within
+    # what repeats none.
     free = Mixture(counts.tolist(), weights).unrepeated
     window = min(WINDOW, max(1, free // global_batch)) if options.order == "length" else 1
     draws = options.draws or len(chosen)
-    mixture = Mixture(counts.tolist(), weights, draws=draws, min_distance=window * global_batch, seed=seed)
+    mixture = Mixture(
+        counts.tolist(), weights, draws=draws, min_distance=window * global_batch, seed=seed
+    )
     return Subset(mixture, chosen), window

@@ -1,4 +1,6 @@
-"""The cache that a recipe names: how the data reads through it, and how it is filled before training."""
+"""The cache that a recipe names: how the data reads through it, and how it is filled before
+training.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,16 @@ MAX_KEPT = 1000
 """So many problems are kept with their place and reason; the rest are counted."""
 
 
-def loader(options: CacheOptions | None, *, device: str = "cpu") -> Callable[[Path, Preprocess], np.ndarray]:
-    """How files become prepared arrays: through the cache that a recipe names, or by reading them each time.
+def loader(
+    options: CacheOptions | None, *, device: str = "cpu"
+) -> Callable[[Path, Preprocess], np.ndarray]:
+    """How files become prepared arrays: through the cache that a recipe names, or by reading them
+    each time.
 
     Args:
         options: `data.cache`.
-        device: where volumes that the cache does not hold are prepared; a GPU not in forked workers.
+        device: where volumes that the cache does not hold are prepared; a GPU not in forked
+            workers.
     """
     if options is None:
         return load_pixels
@@ -38,8 +44,12 @@ def loader(options: CacheOptions | None, *, device: str = "cpu") -> Callable[[Pa
     return partial(_load_through, cache, frozenset(options.branches))
 
 
-def _load_through(cache: MediaCache, kinds: frozenset[str], path: Path, preprocess: Preprocess) -> np.ndarray:
-    return cache.load(path, preprocess) if preprocess.kind in kinds else load_pixels(path, preprocess)
+def _load_through(
+    cache: MediaCache, kinds: frozenset[str], path: Path, preprocess: Preprocess
+) -> np.ndarray:
+    return (
+        cache.load(path, preprocess) if preprocess.kind in kinds else load_pixels(path, preprocess)
+    )
 
 
 @dataclass(slots=True)
@@ -50,7 +60,8 @@ class Filled:
     """Different files that were looked at."""
     num_bad: int = 0
     bad: list[DataError] = field(default_factory=list)
-    """The first files and records that cannot be used, with annotation file, record, field and reason."""
+    """The first files and records that cannot be used, with annotation file, record, field and
+    reason."""
     num_warnings: int = 0
     warnings: list[str] = field(default_factory=list)
     """The first warnings about files that are used all the same, such as a blank volume."""
@@ -85,9 +96,13 @@ class _Place:
 
 
 class _Loading(Dataset[tuple["str | None", list[Notice]]]):
-    """Loads a file in a worker and sends back only what is wrong or unusual about it, not the pixels."""
+    """Loads a file in a worker and sends back only what is wrong or unusual about it, not the
+    pixels.
+    """
 
-    def __init__(self, files: list[tuple[Path, Preprocess]], load: Callable[[Path, Any], np.ndarray]) -> None:
+    def __init__(
+        self, files: list[tuple[Path, Preprocess]], load: Callable[[Path, Any], np.ndarray]
+    ) -> None:
         self.files, self.load = files, load
 
     def __len__(self) -> int:
@@ -112,7 +127,8 @@ def fill(
     start: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Filled:
-    """Load every file of some branches once. Started again it resumes: entries that exist are only verified.
+    """Load every file of some branches once. Started again it resumes: entries that exist are only
+    verified.
 
     Args:
         data: whose files are loaded; a file that several records name is loaded once.
@@ -127,9 +143,12 @@ def fill(
     files = [(place.path, preprocess[place.view]) for place in places]
     # batch_size None: one file at a time and in order, so that a reason belongs to its place.
     loading = DataLoader(
-        _Loading(files, load), batch_size=None, num_workers=workers,
-        multiprocessing_context=start if workers else None, worker_init_fn=ignore_stops,
-    )  # fmt: skip
+        _Loading(files, load),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=start if workers else None,
+        worker_init_fn=ignore_stops,
+    )
     with safe_path():
         for place, (reason, notices) in zip(places, loading, strict=True):
             filled.files += 1
@@ -141,7 +160,9 @@ def fill(
     return filled
 
 
-def _places(data: Sequence[Records], preprocess: Mapping[str, Preprocess], filled: Filled) -> Iterator[_Place]:
+def _places(
+    data: Sequence[Records], preprocess: Mapping[str, Preprocess], filled: Filled
+) -> Iterator[_Place]:
     """Each file once, in the order of the records; bad records are noted."""
     seen: set[tuple[str, Path]] = set()
     for records in data:

@@ -1,8 +1,9 @@
-"""Check every record of the annotation files, and every file that they name, before training or inference.
+"""Check every record of the annotation files, and every file that they name, before training or
+inference.
 
-Runs the data pipeline that training runs, with blank pixels of the right shapes in place of the files' own. Needs no
-torch where the pipeline has no processor. Reports places and reasons, never what a record says, but for the one
-preview that is asked for.
+Runs the data pipeline that training runs, with blank pixels of the right shapes in place of the
+files' own. Needs no torch where the pipeline has no processor. Reports places and reasons, never
+what a record says, but for the one preview that is asked for.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class Report:
     """(id, file, index) of the first records whose id another one had before."""
     num_duplicate_ids: int = 0
     lengths: list[int] = field(default_factory=list)
-    """Length of each record in order, after shortening; 0 for bad ones and those left out. Empty without a
-    processor."""
+    """Length of each record in order, after shortening; 0 for bad ones and those left out. Empty
+    without a processor."""
     num_too_long: int = 0
     """Records that the policy leaves out for their length."""
     num_truncated: int = 0
@@ -110,8 +111,9 @@ class Report:
             counts = [_counted(count, noun) for noun, count in self.counts.items()]
             bad = self.num_bad - self.num_unreadable
             lines.append(
-                f"{_counted(self.records, 'record')}, {bad} bad; {'the good ones have ' if bad else ''}"
-                f"{', '.join([*counts, *media])}, {self.text_only} text only"
+                f"{_counted(self.records, 'record')}, {bad} bad; "
+                f"{'the good ones have ' if bad else ''}{', '.join([*counts, *media])}, "
+                f"{self.text_only} text only"
             )
         if self.num_warnings:
             lines.append(f"{self.num_warnings} warnings about files")
@@ -121,8 +123,8 @@ class Report:
         if self.num_duplicate_ids:
             name, file, index = self.duplicate_ids[0]
             lines.append(
-                f"{_counted(self.num_duplicate_ids, 'record')} with an id that an earlier one has (not an error); the "
-                f"first: {name!r} at {file}, record {index}"
+                f"{_counted(self.num_duplicate_ids, 'record')} with an id that an earlier one has "
+                f"(not an error); the first: {name!r} at {file}, record {index}"
             )
         if any(self.lengths):
             lines += self._length_lines()
@@ -134,7 +136,10 @@ class Report:
     def _length_lines(self) -> list[str]:
         values = np.asarray([length for length in self.lengths if length])
         middle, high = np.percentile(values, [50, 95]).astype(int)
-        lines = [f"tokens per record: {values.min()} to {values.max()}, median {middle}, 95 % up to {high}"]
+        lines = [
+            f"tokens per record: {values.min()} to {values.max()}, median {middle}, 95 % up to "
+            f"{high}"
+        ]
         counts, edges = np.histogram(values, bins=min(10, len(np.unique(values))))
         for count, low, top in zip(counts, edges, edges[1:], strict=False):
             bar = "#" * round(40 * int(count) / int(counts.max()))
@@ -156,7 +161,8 @@ class _Checker:
     source: int = 0
     """Number of the source that is checked."""
     seen_files: dict[tuple[Path, str], str | None] = field(default_factory=dict)
-    """Files already checked for a branch, and what is wrong with them: a good volume is no image."""
+    """Files already checked for a branch, and what is wrong with them: a good volume is no
+    image."""
 
     def record(self, records: Records[Any, Any], index: int, *, position: int) -> None:
         """Check one record and add it to the report. Raises `DataError` when it is bad.
@@ -179,7 +185,10 @@ class _Checker:
             self.report.num_truncated += fitting is not None and fitting is not example
             self.report.lengths.append(0 if fitting is None else self.pipeline.length(fitting))
             if self.preview and fitting is not None and self.report.preview_at is None:
-                self.report.preview, self.report.preview_at = self.pipeline.preview(fitting), position
+                self.report.preview, self.report.preview_at = (
+                    self.pipeline.preview(fitting),
+                    position,
+                )
         self.report.counts.update(self.pipeline.counts(sample))
         self.report.text_only += not sample.media
         self.report.media.update(media.branch for media in sample.media)
@@ -199,7 +208,9 @@ class _Checker:
                         path,
                         kind=parse_view(view).kind if preprocess is None else preprocess.kind,
                         decode=self.decode,
-                        series=preprocess.series if isinstance(preprocess, VolumePreprocess) else "only",
+                        series=preprocess.series
+                        if isinstance(preprocess, VolumePreprocess)
+                        else "only",
                         preprocess=preprocess,
                     )
                 _note_warnings(self.report, notices)
@@ -226,17 +237,18 @@ def check(
     """Read every record, check every file that it names once, and report what is bad.
 
     Args:
-        sources: the annotation files. One that cannot be opened at all is reported like a bad record.
-        pipeline: of the kind of model. Without a processor, records and files are checked alone; with one also what
-            the model makes of them, and their lengths.
+        sources: the annotation files. One that cannot be opened at all is reported like a bad
+            record.
+        pipeline: of the kind of model. Without a processor, records and files are checked alone;
+            with one also what the model makes of them, and their lengths.
         decode: read every image and volume in full; otherwise only as far as their header.
         preview: show the first good record as the model sees it. Needs a processor.
-        length_limit: the longest example, and what training will do with a longer one; with "error" it is a bad
-            record.
+        length_limit: the longest example, and what training will do with a longer one; with "error"
+            it is a bad record.
         limit: look only at the first N records of each file.
         progress: called with (records done, records in all) now and then.
-        shard: (number, of how many), where several ranks divide the work: the records whose position among all
-            leaves this remainder. Their reports are put together by `merged`.
+        shard: (number, of how many), where several ranks divide the work: the records whose
+            position among all leaves this remainder. Their reports are put together by `merged`.
     """
     report = Report(counts=Counter(dict.fromkeys(pipeline.nouns, 0)))
     checker = _Checker(pipeline, decode, preview, length_limit or LengthLimit(), report)
@@ -322,10 +334,17 @@ def merged(reports: Sequence[Report]) -> Report:
         whole.num_too_long += report.num_too_long
         whole.num_truncated += report.num_truncated
     bad = sorted(
-        ((at, error) for report in reports for at, error in zip(report.bad_at, report.bad, strict=True)),
+        (
+            (at, error)
+            for report in reports
+            for at, error in zip(report.bad_at, report.bad, strict=True)
+        ),
         key=lambda entry: entry[0],
     )
-    whole.bad_at, whole.bad = [at for at, _ in bad[:MAX_KEPT]], [error for _, error in bad[:MAX_KEPT]]
+    whole.bad_at, whole.bad = (
+        [at for at, _ in bad[:MAX_KEPT]],
+        [error for _, error in bad[:MAX_KEPT]],
+    )
     _fold_wrong_roots(whole)
     shown = [report for report in reports if report.preview_at is not None]
     if shown:
@@ -339,7 +358,9 @@ def merged(reports: Sequence[Report]) -> Report:
 
 
 def _fold_wrong_roots(whole: Report) -> None:
-    """Put one error in the place of many where a source's root is wrong: none of its files exists."""
+    """Put one error in the place of many where a source's root is wrong: none of its files
+    exists.
+    """
     for number, (start, file) in enumerate(whole.starts):
         end = whole.starts[number + 1][0] if number + 1 < len(whole.starts) else whole.records
         count = whole.without_file[number]
@@ -351,12 +372,16 @@ def _fold_wrong_roots(whole: Report) -> None:
         ]
         first = whole.bad[of_source.index(True)]
         wrong_root = DataError(
-            f"no file of this source exists under its root {whole.roots[number]}: is the folder right? Set `root` "
-            f"of the source in the recipe, or --root. {count} records name files; the first is record {first.index}, "
-            f"field '{first.field}': {first.reason}",
+            f"no file of this source exists under its root {whole.roots[number]}: is the folder "
+            f"right? Set `root` of the source in the recipe, or --root. {count} records name "
+            f"files; the first is record {first.index}, field '{first.field}': {first.reason}",
             file=file,
         )
-        kept = [(at, error) for at, error, fold in zip(whole.bad_at, whole.bad, of_source, strict=True) if not fold]
+        kept = [
+            (at, error)
+            for at, error, fold in zip(whole.bad_at, whole.bad, of_source, strict=True)
+            if not fold
+        ]
         kept.insert(0, (start, wrong_root))
         whole.bad_at, whole.bad = [at for at, _ in kept], [error for _, error in kept]
         whole.num_folded += count - 1
@@ -373,13 +398,16 @@ def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
         if name in seen:
             whole.num_duplicate_ids += 1
             if len(whole.duplicate_ids) < MAX_KEPT:
-                start, file = whole.starts[bisect_right(whole.starts, position, key=lambda entry: entry[0]) - 1]
+                start, file = whole.starts[
+                    bisect_right(whole.starts, position, key=lambda entry: entry[0]) - 1
+                ]
                 whole.duplicate_ids.append((name, file, position - start))
         seen.add(name)
 
 
 def blank_pixels(preprocess: Preprocess | None) -> np.ndarray:
-    """Return an array of the shape that a prepared file has, all zero and without memory of its own.
+    """Return an array of the shape that a prepared file has, all zero and without memory of its
+    own.
 
     Empty where no model says which shape that is.
     """

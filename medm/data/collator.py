@@ -17,25 +17,28 @@ from medm.types import IGNORE_INDEX, ConversationBatch, Example, MediaExample
 class Collator:
     """Pads examples to the longest of them.
 
-    Records that were left out come as None and make the batch smaller. Where none is left, the batch is one row
-    of padding that teaches nothing: every rank has to make the step all the same.
+    Records that were left out come as None and make the batch smaller. Where none is left, the
+    batch is one row of padding that teaches nothing: every rank has to make the step all the same.
     """
 
     pad_id: int
-    """Token of padding. Masks say what is padding, so it may be a real token too (Llama pads with its end token)."""
+    """Token of padding. Masks say what is padding, so it may be a real token too (Llama pads with
+    its end token)."""
     padding_side: Literal["left", "right"] = "right"
     """"left" for generation, where every row has to end where its reply begins."""
     pad_to_multiple_of: int | None = None
     """Lengths are rounded up to it (tensor cores, compiled shapes)."""
     with_mask: bool = True
-    """The batch has an `attention_mask`. Causal attention with padding on the right needs none, since no token sees
-    the padding behind it, and is faster without."""
+    """The batch has an `attention_mask`. Causal attention with padding on the right needs none,
+    since no token sees the padding behind it, and is faster without."""
     with_label_positions: bool = False
     """The batch has `label_positions`, so that the model does not wait for the GPU to find them."""
 
     def __post_init__(self) -> None:
         if not self.with_mask and self.padding_side == "left":
-            raise ValueError("padding on the left needs a mask; batches for training are padded on the right")
+            raise ValueError(
+                "padding on the left needs a mask; batches for training are padded on the right"
+            )
 
     def __call__(self, examples: Sequence[Example | None]) -> ConversationBatch:
         """Return a batch of one row an example."""
@@ -45,7 +48,9 @@ class Collator:
         side = self.padding_side
         labels = padded([example.labels for example in kept], width, IGNORE_INDEX, side=side)
         batch = ConversationBatch(
-            input_ids=padded([example.input_ids for example in kept], width, self.pad_id, side=side),
+            input_ids=padded(
+                [example.input_ids for example in kept], width, self.pad_id, side=side
+            ),
             labels=labels,
         )
         if self.with_label_positions:
@@ -56,7 +61,9 @@ class Collator:
         return {**batch, **stack_media(kept)}
 
 
-def padded(rows: Sequence[Sequence[int]], width: int, fill: int, *, side: Literal["left", "right"]) -> Tensor:
+def padded(
+    rows: Sequence[Sequence[int]], width: int, fill: int, *, side: Literal["left", "right"]
+) -> Tensor:
     """Rows of different lengths as (B, width) int64, filled up on one side."""
     table = np.full((len(rows), width), fill, np.int64)
     for line, row in zip(table, rows, strict=True):
@@ -65,7 +72,9 @@ def padded(rows: Sequence[Sequence[int]], width: int, fill: int, *, side: Litera
 
 
 def label_positions(labels: Tensor) -> Tensor:
-    """(B, T) to (L,): from which of the B * T positions a label is predicted. The first of a row is not."""
+    """(B, T) to (L,): from which of the B * T positions a label is predicted. The first of a row is
+    not.
+    """
     rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     return rows * labels.shape[1] + columns
 
@@ -87,7 +96,8 @@ def stack_media(examples: Sequence[MediaExample]) -> ConversationBatch:
     """Return `pixels`, `features` and `task_ids` by branch, items of all examples in order.
 
     Raises:
-        ValueError: the items of a branch differ in shape, or some come as pixels and some as features.
+        ValueError: the items of a branch differ in shape, or some come as pixels and some as
+            features.
     """
     tasks: dict[str, list[int]] = {}
     for example in examples:
@@ -98,7 +108,8 @@ def stack_media(examples: Sequence[MediaExample]) -> ConversationBatch:
     features = _stacked([example.features for example in examples])
     if mixed := sorted(pixels.keys() & features.keys()):
         raise ValueError(
-            f"{mixed}: some items of the batch are pixels and some features; a branch has one or the other"
+            f"{mixed}: some items of the batch are pixels and some features; a branch has one or "
+            "the other"
         )
     batch = ConversationBatch()
     if pixels:
@@ -111,7 +122,9 @@ def stack_media(examples: Sequence[MediaExample]) -> ConversationBatch:
 
 
 def _stacked(by_example: Sequence[Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
-    """Per branch (N, C, *spatial) or (N, tokens, D) in float32; no entry for a branch without items."""
+    """Per branch (N, C, *spatial) or (N, tokens, D) in float32; no entry for a branch without
+    items.
+    """
     arrays: dict[str, list[np.ndarray]] = {}
     for of_example in by_example:
         for branch, items in of_example.items():
@@ -120,7 +133,8 @@ def _stacked(by_example: Sequence[Mapping[str, list[np.ndarray]]]) -> dict[str, 
         shapes = {item.shape for item in items}
         if len(shapes) > 1:
             raise ValueError(
-                f"{branch}: items of shapes {sorted(shapes)} in one batch; preprocessing must give them one size"
+                f"{branch}: items of shapes {sorted(shapes)} in one batch; preprocessing must "
+                "give them one size"
             )
     return {
         branch: torch.from_numpy(np.stack(items).astype(np.float32, copy=False))

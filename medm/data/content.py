@@ -1,7 +1,8 @@
-"""What a path stands for on disk: the files that reading it depends on, told apart by state and by content.
+"""What a path stands for on disk: the files that reading it depends on, told apart by state and by
+content.
 
-A path may be a file, a header with its voxels in a file beside it, or a folder of slices, perhaps with the series that
-is meant ("folder#3"). Caches find their entries by these names.
+A path may be a file, a header with its voxels in a file beside it, or a folder of slices, perhaps
+with the series that is meant ("folder#3"). Caches find their entries by these names.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from medm.imaging.paths import split_series
 
 
 def identity(path: Path) -> str:
-    """Name, size and time of everything that is read, hashed: what changes when a file does, without reading it.
+    """Name, size and time of everything that is read, hashed: what changes when a file does,
+    without reading it.
 
     Raises:
-        MediaError: a file is missing, a folder holds too many or links out of itself, or something is no regular file.
+        MediaError: a file is missing, a folder holds too many or links out of itself, or something
+            is no regular file.
     """
     files, series = _parts(path)
     digest = hashlib.sha256(f"{os.path.realpath(path)}\0{series}".encode())
@@ -47,7 +50,9 @@ def content_hash(path: Path) -> str:
         except OSError as error:
             raise MediaError(f"{file}: cannot be read ({error.strerror})") from None
         # Slices are put in order by their names, and a format is recognised by its suffix.
-        digest.update(file.name.encode() if len(files) > 1 else "".join(file.suffixes).lower().encode())
+        digest.update(
+            file.name.encode() if len(files) > 1 else "".join(file.suffixes).lower().encode()
+        )
     return digest.hexdigest()
 
 
@@ -66,18 +71,25 @@ def _parts(path: Path) -> tuple[list[Path], str]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Every regular file in a folder; nothing is opened, and the readers pass over pipes and devices too."""
+    """Every regular file in a folder; nothing is opened, and the readers pass over pipes and
+    devices too.
+    """
     root = os.path.realpath(folder)
     found: list[Path] = []
     count = 0
     for place, _, names in os.walk(folder):
         count += len(names)
         if count > MAX_FRAMES:
-            raise MediaError(f"{folder}: more than {MAX_FRAMES} files in one folder; give the folder of one study")
+            raise MediaError(
+                f"{folder}: more than {MAX_FRAMES} files in one folder; give the folder of one "
+                "study"
+            )
         for name in names:
             path = Path(place) / name
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
-                raise MediaError(f"{folder}: {name} is a link out of the folder; copy the slices into it")
+                raise MediaError(
+                    f"{folder}: {name} is a link out of the folder; copy the slices into it"
+                )
             if path.is_file():
                 found.append(path)
     if not found:

@@ -1,4 +1,6 @@
-"""The data pipeline of conversations with images and volumes: records with turns, padded or packed into rows."""
+"""The data pipeline of conversations with images and volumes: records with turns, padded or packed
+into rows.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ MIN_REPEATS = 8
 
 
 class Conversations(Pipeline[Sample, Example, Processor]):
-    """Conversations of a vision-language model: the processor writes the tokens, and replies are learned."""
+    """Conversations of a vision-language model: the processor writes the tokens, and replies are
+    learned.
+    """
 
     nouns: ClassVar[tuple[str, ...]] = ("turn",)
     unit: ClassVar[str] = "tokens, vision tokens included"
@@ -31,8 +35,8 @@ class Conversations(Pipeline[Sample, Example, Processor]):
     def check_options(self, options: DataOptions) -> None:
         if options.packing and self.needs_mask:
             raise RecipeError(
-                "data.packing: packed rows have position_ids in place of an attention_mask, and this kind of model "
-                "needs the mask; set data.packing: false"
+                "data.packing: packed rows have position_ids in place of an attention_mask, and "
+                "this kind of model needs the mask; set data.packing: false"
             )
 
     def read(self, record: object, *, file: Path, index: int) -> Sample:
@@ -49,7 +53,9 @@ class Conversations(Pipeline[Sample, Example, Processor]):
 
     def require_usable(self, example: Example) -> None:
         if not self.inference and not has_label(example.labels):
-            raise DataError("no token of this record is learned: the replies are empty once they are encoded")
+            raise DataError(
+                "no token of this record is learned: the replies are empty once they are encoded"
+            )
 
     def length(self, example: Example) -> int:
         return len(example.input_ids)
@@ -61,7 +67,9 @@ class Conversations(Pipeline[Sample, Example, Processor]):
     def preview(self, example: Example) -> list[Segment]:
         return segments(example, lambda ids: str(self.processor.tokenizer.decode(ids)))
 
-    def training_collator(self, options: DataOptions, *, padding_free: bool = False) -> Collate[Example]:
+    def training_collator(
+        self, options: DataOptions, *, padding_free: bool = False
+    ) -> Collate[Example]:
         from medm.data.collator import Collator
         from medm.data.packing import PackingCollator
 
@@ -104,14 +112,15 @@ def truncate_text(example: Example, max_length: int, uncut_ids: Collection[int])
     cut = sum(token in uncut_ids for token in example.input_ids[max_length:])
     if cut:
         raise DataError(
-            f"{length} tokens cannot be cut to data.max_length = {max_length}: {cut} vision or control "
-            "tokens stand beyond it, which are never cut; raise max_length, or shorten the text before them"
+            f"{length} tokens cannot be cut to data.max_length = {max_length}: {cut} vision or "
+            "control tokens stand beyond it, which are never cut; raise max_length, or shorten "
+            "the text before them"
         )
     labels = example.labels[:max_length]
     if not has_label(labels) and has_label(example.labels):
         raise DataError(
-            f"{length} tokens cut to data.max_length = {max_length} leave nothing of the reply to learn; raise it, or "
-            "shorten the question"
+            f"{length} tokens cut to data.max_length = {max_length} leave nothing of the reply to "
+            "learn; raise it, or shorten the question"
         )
     return replace(example, input_ids=example.input_ids[:max_length], labels=labels)
 

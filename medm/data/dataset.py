@@ -1,7 +1,7 @@
 """Records to examples of any data pipeline, one at a time, in the workers of a DataLoader.
 
-Nothing is random but the augmentation, which is drawn from (seed, epoch, index): the same example comes out in
-any worker, on any rank and after a resume.
+Nothing is random but the augmentation, which is drawn from (seed, epoch, index): the same example
+comes out in any worker, on any rank and after a resume.
 """
 
 from __future__ import annotations
@@ -31,24 +31,28 @@ COUNTED = ("bad", "too_long", "truncated")
 """What a dataset counts: records left out as bad, left out as too long, and shortened."""
 
 RETRY_SECONDS = (1.0, 3.0, 9.0, 20.0)
-"""Pauses before a file is read again that the machine, not its content, kept from being read: a network share that is
-remounted is back within seconds."""
+"""Pauses before a file is read again that the machine, not its content, kept from being read: a
+network share that is remounted is back within seconds."""
 
 
 class ExampleDataset(Dataset[E | None], Generic[E]):
-    """A map-style dataset whose items are examples of a pipeline, or None where the policy leaves a record out.
+    """A map-style dataset whose items are examples of a pipeline, or None where the policy leaves a
+    record out.
 
     Args:
         records: what is read; their pipeline has a processor.
         load: file and description to (C, *spatial) float32; a cache fits in here.
-        limit: the longest example, and what happens to a longer one; one that cannot be shortened counts as bad.
-            Without it there is none.
+        limit: the longest example, and what happens to a longer one; one that cannot be shortened
+            counts as bad. Without it there is none.
         bad_records: stop with the `DataError`, or leave the record out and count it.
-        bad_records_limit: how many may be left out as bad; who reads the counts of all ranks asks it.
-        usable: by record, what a check found. One that was not usable is left out without being read again; one
-            that was had its files, so that a file that is missing now is lost, not the record's fault.
+        bad_records_limit: how many may be left out as bad; who reads the counts of all ranks asks
+            it.
+        usable: by record, what a check found. One that was not usable is left out without being
+            read again; one that was had its files, so that a file that is missing now is lost, not
+            the record's fault.
         augmentation: by branch, random changes of the pixels.
-        features: by branch, what a frozen encoder made of the files; stands in the place of their pixels.
+        features: by branch, what a frozen encoder made of the files; stands in the place of their
+            pixels.
         seed: of the augmentation.
     """
 
@@ -74,9 +78,11 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         self.augmentation, self.seed = dict(augmentation or {}), seed
         if unknown := sorted(self.augmentation.keys() - self.preprocess.keys()):
             raise RecipeError(
-                f"data.augment: {unknown} are not branches of the model; it has {sorted(self.preprocess)}"
+                f"data.augment: {unknown} are not branches of the model; it has "
+                f"{sorted(self.preprocess)}"
             )
-        # Shared with the workers, a byte per record and count: written to by one of them at a time, without a lock.
+        # Shared with the workers, a byte per record and count: written to by one of them at a time,
+        # without a lock.
         self._left_out = torch.zeros(len(COUNTED), len(records), dtype=torch.bool).share_memory_()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -89,7 +95,9 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Different records that this process and its workers left out or shortened so far, by `COUNTED`."""
+        """Different records that this process and its workers left out or shortened so far, by
+        `COUNTED`.
+        """
         return {what: len(self.noted(what)) for what in COUNTED}
 
     @property
@@ -98,7 +106,9 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         return int(self._left_out[COUNTED.index("bad")].sum())
 
     def noted(self, what: str) -> list[int]:
-        """Indices of the records that this process and its workers counted under a name of `COUNTED`."""
+        """Indices of the records that this process and its workers counted under a name of
+        `COUNTED`.
+        """
         return torch.nonzero(self._left_out[COUNTED.index(what)]).flatten().tolist()
 
     def place(self, index: int) -> str:
@@ -136,24 +146,35 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
                 return self.read_once(index)
             except DataError as error:
                 fault = machine_fault(error)
-                if fault is None and (self.usable is None or not isinstance(error, MissingFileError)):
+                if fault is None and (
+                    self.usable is None or not isinstance(error, MissingFileError)
+                ):
                     raise
                 reason = f"{self.place(index)}: {error.reason}"
                 if seconds is None:
-                    found = f"{fault.strerror} (errno {fault.errno})" if fault else "it was there when the run began"
+                    found = (
+                        f"{fault.strerror} (errno {fault.errno})"
+                        if fault
+                        else "it was there when the run began"
+                    )
                     raise InputLostError(
-                        f"{reason}: {found}, and reading it again for {sum(RETRY_SECONDS):.0f} s did not help. "
-                        "Make the files available again, then continue with --resume"
+                        f"{reason}: {found}, and reading it again for {sum(RETRY_SECONDS):.0f} s "
+                        "did not help. Make the files available again, then continue with "
+                        "--resume"
                     ) from error
                 logger.warning("%s; reading it again in %g s", reason, seconds)
                 time.sleep(seconds)
         raise AssertionError("unreachable")
 
     def read_once(self, index: int) -> E:
-        """The example as it is now: nothing is tried again, left out, cut or counted. Raises `DataError`."""
+        """The example as it is now: nothing is tried again, left out, cut or counted. Raises
+        `DataError`.
+        """
         sample = self.records[index]
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
-        pixels = self.records.load_media(index, sample, lambda file, branch: self._load(file, branch, rng))
+        pixels = self.records.load_media(
+            index, sample, lambda file, branch: self._load(file, branch, rng)
+        )
         example = self.pipeline.example(sample, pixels)
         for branch in self.features.keys() & example.pixels.keys():
             example.features[branch] = example.pixels.pop(branch)
@@ -169,7 +190,9 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         found = self.features[branch].get(file)
         if found is None:
             self.load(file, self.preprocess[branch])  # a file that cannot be read says why
-            raise InputLostError(f"{file.name} changed after its features were made; start the run again")
+            raise InputLostError(
+                f"{file.name} changed after its features were made; start the run again"
+            )
         return found
 
     def _note(self, what: str, index: int) -> bool:

@@ -1,9 +1,11 @@
-"""Feature cache on disk: the output of a frozen encoder for each file, so that it runs once and not once an epoch.
+"""Feature cache on disk: the output of a frozen encoder for each file, so that it runs once and not
+once an epoch.
 
-A store belongs to one encoder (its weights, its config, its precision) and one preprocessing: `name` says which.
-An item is found by the content of its file or folder, so it may move, and one that changed is simply not found. Items
-are written in shards, atomically; several processes may fill one store. The index of a shard holds the key of each item
-and the placement of the pixels that the encoder saw. Indices of earlier versions of medm hold the keys alone.
+A store belongs to one encoder (its weights, its config, its precision) and one preprocessing:
+`name` says which. An item is found by the content of its file or folder, so it may move, and one
+that changed is simply not found. Items are written in shards, atomically; several processes may
+fill one store. The index of a shard holds the key of each item and the placement of the pixels that
+the encoder saw. Indices of earlier versions of medm hold the keys alone.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class FeatureBatch:
 class FeatureStore:
     """Arrays of one shape and type by the content of the file that they come from.
 
-    Memory-mapped: any number of workers read the same pages, and memory does not grow with the data.
+    Memory-mapped: any number of workers read the same pages, and memory does not grow with the
+    data.
     """
 
     folder: Path
@@ -66,7 +69,9 @@ class FeatureStore:
             for row, key in enumerate(keys):
                 self._rows.setdefault(key, (array, row))
             if keys is not listed:
-                self._placements |= zip(keys, map(Placement.from_dict, listed["placements"]), strict=True)
+                self._placements |= zip(
+                    keys, map(Placement.from_dict, listed["placements"]), strict=True
+                )
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -84,7 +89,8 @@ class FeatureStore:
         return self._placements.get(self.key(file))
 
     def key(self, file: Path) -> str:
-        """Name of the content of a file, of a header and its data file, or of a folder of slices ("folder#3" too).
+        """Name of the content of a file, of a header and its data file, or of a folder of slices
+        ("folder#3" too).
 
         Read again only when a name, size or time in it changed.
 
@@ -96,7 +102,9 @@ class FeatureStore:
             self._keys[state] = content_hash(file)
         return self._keys[state]
 
-    def add(self, batches: Iterable[FeatureBatch], *, most: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def add(
+        self, batches: Iterable[FeatureBatch], *, most: int, shape: tuple[int, ...], dtype: np.dtype
+    ) -> None:
         """Write one shard.
 
         Args:
@@ -107,27 +115,33 @@ class FeatureStore:
 
         Raises:
             MedmError: the disk has no room for it.
-            ValueError: more than `most` items came, or keys, placements and arrays differ in number.
+            ValueError: more than `most` items came, or keys, placements and arrays differ in
+                number.
         """
         needed = _SLACK * most * np.prod(shape, dtype=np.int64) * dtype.itemsize
         status = os.statvfs(self.folder)
         if status.f_bavail * status.f_frsize < needed:
             raise MedmError(
                 f"{self.folder}: features of {most} files need {needed / 1e9:.2f} GB, and "
-                f"{status.f_bavail * status.f_frsize / 1e9:.2f} GB are free; make room or set data.cache_features: null"
+                f"{status.f_bavail * status.f_frsize / 1e9:.2f} GB are free; make room or set "
+                "data.cache_features: null"
             )
         name = uuid.uuid4().hex
         keys: list[str] = []
         placements: list[Placement] = []
         with atomic_file(self.folder / f"{name}.npy") as temporary:
             # Rows that stay empty are a hole in the file and take no disk.
-            table = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=(most, *shape))
+            table = np.lib.format.open_memmap(
+                temporary, mode="w+", dtype=dtype, shape=(most, *shape)
+            )
             for batch in batches:
                 count = len(batch.keys)
-                if {count} != {len(batch.features), len(batch.placements)} or len(keys) + count > most:
+                if {count} != {len(batch.features), len(batch.placements)} or len(
+                    keys
+                ) + count > most:
                     raise ValueError(
-                        f"expected {count} items, at most {most} in all, found {len(batch.features)} arrays and "
-                        f"{len(batch.placements)} placements"
+                        f"expected {count} items, at most {most} in all, found "
+                        f"{len(batch.features)} arrays and {len(batch.placements)} placements"
                     )
                 table[len(keys) : len(keys) + count] = batch.features
                 keys += batch.keys
@@ -141,22 +155,27 @@ class FeatureStore:
 
 
 def open_store(root: Path, name: str) -> FeatureStore:
-    """The store of one encoder and one preprocessing beneath a cache folder, with everything that it holds."""
+    """The store of one encoder and one preprocessing beneath a cache folder, with everything that
+    it holds.
+    """
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     store = FeatureStore(folder)
     store.refresh()
     if old := len(store._rows.keys() - store._placements.keys()):
         logger.info(
-            "%s: %d features of an earlier medm have no placement, which masks need; they are used as they are. "
-            "Delete the folder to have them computed again",
-            folder, old,
-        )  # fmt: skip
+            "%s: %d features of an earlier medm have no placement, which masks need; they are "
+            "used as they are. Delete the folder to have them computed again",
+            folder,
+            old,
+        )
     return store
 
 
 def missing(store: FeatureStore, files: Iterable[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
-    """(key, file) of what a store does not hold, each content once; and why the others' content cannot be read."""
+    """(key, file) of what a store does not hold, each content once; and why the others' content
+    cannot be read.
+    """
     found: dict[str, Path] = {}
     bad = []
     for file in files:

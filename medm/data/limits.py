@@ -44,10 +44,13 @@ class LengthLimit:
 
 @dataclass(frozen=True, slots=True)
 class BadRecordsLimit:
-    """The number of bad records of a source of data above which a run stops, though bad records are skipped."""
+    """The number of bad records of a source of data above which a run stops, though bad records are
+    skipped.
+    """
 
     setting: float | None
-    """`data.bad_records_limit`: a fraction of the records below 1, else a count; None for no limit."""
+    """`data.bad_records_limit`: a fraction of the records below 1, else a count; None for no
+    limit."""
     records: int
     """Records in all."""
     before: int = 0
@@ -70,6 +73,7 @@ class BadRecordsLimit:
         """
         total = self.before + bad
         return DataError(
-            f"{total} of {self.records} {what} records are bad ({total / max(self.records, 1):.1%}), more than "
-            f"data.bad_records_limit = {self.setting:g}; for example {example}. Fix them, or raise the limit"
+            f"{total} of {self.records} {what} records are bad "
+            f"({total / max(self.records, 1):.1%}), more than data.bad_records_limit = "
+            f"{self.setting:g}; for example {example}. Fix them, or raise the limit"
         )

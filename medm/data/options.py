@@ -16,10 +16,11 @@ class SourceOptions(Options):
     path: str
     """A JSON array or JSONL file of records."""
     root: str | None = None
-    """Folder that image and volume paths are relative to; nothing outside it is read. Default: the folder of `path`."""
+    """Folder that image and volume paths are relative to; nothing outside it is read. Default: the
+    folder of `path`."""
     weight: float | None = Field(default=None, gt=0)
-    """Weight of this source in the sampling, relative to the others. Set it for every source or for none; with none,
-    every record is seen once per epoch."""
+    """Weight of this source in the sampling, relative to the others. Set it for every source or for
+    none; with none, every record is seen once per epoch."""
     task: str | None = None
     """Task of records that name none."""
     limit: int | None = Field(default=None, ge=1)
@@ -29,16 +30,18 @@ class SourceOptions(Options):
 class CacheOptions(Options):
     """Cache of prepared volumes on disk: read and resampled once, then memory-mapped.
 
-    Any number of runs may use one folder; an entry is found by the content of its file and by the preprocessing.
+    Any number of runs may use one folder; an entry is found by the content of its file and by the
+    preprocessing.
     """
 
     dir: str
     """Folder of the entries."""
     max_gb: float = Field(default=100.0, gt=0)
-    """Maximum gigabytes (1e9 bytes) of entries; further files are prepared each time. A volume of 32 x 256 x 256
-    takes 8.4 MB."""
+    """Maximum gigabytes (1e9 bytes) of entries; further files are prepared each time. A volume of
+    32 x 256 x 256 takes 8.4 MB."""
     branches: list[Literal["image", "volume"]] = Field(default=["volume"], min_length=1)
-    """Branches in the cache. Decoding is mostly faster than the cache for a 2-D image, never for a volume."""
+    """Branches in the cache. Decoding is mostly faster than the cache for a 2-D image, never for a
+    volume."""
 
 
 class DataOptions(Options):
@@ -51,28 +54,32 @@ class DataOptions(Options):
     max_length: int | None = Field(default=2048, ge=1)
     """Longest sample in tokens, vision tokens included; null for no limit."""
     too_long: Literal["error", "truncate_text", "skip"] = "error"
-    """Handling of a longer sample: stop; truncate text at the end (never an image); or skip and count it."""
+    """Handling of a longer sample: stop; truncate text at the end (never an image); or skip and
+    count it."""
     bad_records: Literal["stop", "skip"] = "stop"
     """Handling of an unusable record: stop, or skip, count and report it."""
     bad_records_limit: ResumeSafe[float | None] = Field(default=0.1, ge=0)
-    """With `skip`: stop when more records than this are bad. A number below 1 is a fraction of the records, any other a
-    count; each record counts once per run; null for no limit."""
+    """With `skip`: stop when more records than this are bad. A number below 1 is a fraction of the
+    records, any other a count; each record counts once per run; null for no limit."""
     augment: dict[str, Augment] | None = None
     """Random changes by branch, in training only."""
     cache_features: str | None = None
-    """Folder of the feature cache: a frozen encoder runs once per file instead of once per epoch. Any number of runs
-    may use one folder; delete it when it is no longer needed."""
+    """Folder of the feature cache: a frozen encoder runs once per file instead of once per epoch.
+    Any number of runs may use one folder; delete it when it is no longer needed."""
     cache: ResumeSafe[CacheOptions | None] = None
-    """Cache of prepared volumes on disk; null prepares them each time. `medm data cache` fills it before training."""
+    """Cache of prepared volumes on disk; null prepares them each time. `medm data cache` fills it
+    before training."""
     order: Literal["shuffle", "length"] = "shuffle"
-    """Order of an epoch: shuffled, or shuffled in batches of similar length, which saves padding."""
+    """Order of an epoch: shuffled, or shuffled in batches of similar length, which saves
+    padding."""
     packing: bool = False
-    """Pack several samples into one row of `max_length` tokens, each attending only to itself, instead of padding. With
-    weights, a record of a small source may then occur twice in a step."""
+    """Pack several samples into one row of `max_length` tokens, each attending only to itself,
+    instead of padding. With weights, a record of a small source may then occur twice in a step."""
     pad_to_multiple_of: int | None = Field(default=None, ge=2)
     """Round the lengths of batches up to a multiple of it: few shapes for compiled layers."""
     balance_ranks: bool = False
-    """Distribute the samples of a step to the ranks so that each has about the same number of tokens."""
+    """Distribute the samples of a step to the ranks so that each has about the same number of
+    tokens."""
     draws: int | None = Field(default=None, ge=1)
     """With weights: samples drawn per epoch. Default: the number of all records."""
 
@@ -80,7 +87,9 @@ class DataOptions(Options):
     @classmethod
     def _fraction_or_count(cls, limit: float | None) -> float | None:
         if limit is not None and limit >= 1 and limit != int(limit):
-            raise ValueError(f"expected a fraction below 1 or a whole number of records, found {limit:g}")
+            raise ValueError(
+                f"expected a fraction below 1 or a whole number of records, found {limit:g}"
+            )
         return limit
 
     @model_validator(mode="after")
@@ -88,15 +97,24 @@ class DataOptions(Options):
         weighted = [source.path for source in self.train if source.weight is not None]
         if weighted and len(weighted) != len(self.train):
             missing = [source.path for source in self.train if source.weight is None]
-            raise ValueError(f"train: weights are set for {weighted} but not for {missing}; set all or none")
+            raise ValueError(
+                f"train: weights are set for {weighted} but not for {missing}; set all or none"
+            )
         if self.cache_features is not None and self.augment:
-            raise ValueError("cache_features: what is kept cannot be augmented; leave out cache_features or augment")
+            raise ValueError(
+                "cache_features: what is kept cannot be augmented; leave out cache_features or "
+                "augment"
+            )
         if self.draws is not None and not weighted:
             raise ValueError(
-                "draws: needs a weight for every source in train; without them an epoch is every record once"
+                "draws: needs a weight for every source in train; without them an epoch is every "
+                "record once"
             )
         if self.packing and self.max_length is None:
             raise ValueError("packing: needs max_length, the capacity of a row")
         if self.packing and self.order == "length":
-            raise ValueError("order: length saves padding, of which packing has none; use order: shuffle with packing")
+            raise ValueError(
+                "order: length saves padding, of which packing has none; use order: shuffle with "
+                "packing"
+            )
         return self

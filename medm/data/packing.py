@@ -1,9 +1,10 @@
 """Several samples in one row, each attending to itself alone, so that little of a batch is padding.
 
-A sample is never split. Attention per sample follows from `position_ids` that begin again at 0: transformers (5.17 and
-later) builds the block mask from them where there is no attention mask and no cache (`use_cache=False`, else samples
-see each other), for "sdpa", "eager" and "flex_attention" in any number of rows. Flash attention and the attention of
-`medm.llms`, which need no mask, take a single row and the beginnings of its samples.
+A sample is never split. Attention per sample follows from `position_ids` that begin again at 0:
+transformers (5.17 and later) builds the block mask from them where there is no attention mask and
+no cache (`use_cache=False`, else samples see each other), for "sdpa", "eager" and "flex_attention"
+in any number of rows. Flash attention and the attention of `medm.llms`, which need no mask, take a
+single row and the beginnings of its samples.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from medm.types import IGNORE_INDEX, ConversationBatch, Example
 
 
 def plan_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Positions grouped so that each group's lengths add up to at most `capacity`: best fit, longest first.
+    """Positions grouped so that each group's lengths add up to at most `capacity`: best fit,
+    longest first.
 
-    Takes time in proportion to the number of lengths. How many groups come out depends on the lengths, not on their
-    order. A length of 0 (a record that is left out) is in no group.
+    Takes time in proportion to the number of lengths. How many groups come out depends on the
+    lengths, not on their order. A length of 0 (a record that is left out) is in no group.
 
     Raises:
         ValueError: a length is above the capacity.
@@ -32,8 +34,9 @@ def plan_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[i
     values = np.asarray(lengths, np.int64)
     if len(values) and values.max() > capacity:
         raise ValueError(
-            f"item {int(values.argmax())} has {int(values.max())} tokens, more than the {capacity} of a row; items are "
-            "never split: raise the capacity or limit the length of samples"
+            f"item {int(values.argmax())} has {int(values.max())} tokens, more than the "
+            f"{capacity} of a row; items are never split: raise the capacity or limit the length "
+            "of samples"
         )
     bins: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by their free tokens
@@ -44,7 +47,9 @@ def plan_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[i
             break
         fitting = spaces >> length
         if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1  # the smallest that is large enough
+            space = (
+                length + (fitting & -fitting).bit_length() - 1
+            )  # the smallest that is large enough
             number = by_space[space].pop()
             if not by_space[space]:
                 spaces ^= 1 << space
@@ -61,10 +66,10 @@ def plan_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[i
 class PackingCollator:
     """Packs examples into rows of at most `capacity` tokens.
 
-    A batch has `position_ids` instead of an `attention_mask`. The first label of each example is not learned, since
-    it would be predicted from the last token of another. What is left of a row is padding with positions of its own,
-    so no example attends to it. Examples are kept in their order where that takes no more rows than best fit, as with
-    the batches of `PackedBatches`.
+    A batch has `position_ids` instead of an `attention_mask`. The first label of each example is
+    not learned, since it would be predicted from the last token of another. What is left of a row
+    is padding with positions of its own, so no example attends to it. Examples are kept in their
+    order where that takes no more rows than best fit, as with the batches of `PackedBatches`.
     """
 
     pad_id: int
@@ -72,28 +77,36 @@ class PackingCollator:
     capacity: int
     """Tokens of a row, at most."""
     padding_free: bool = False
-    """All examples in a single row without padding, whatever its length (variable-length attention). The batch then
-    also has the beginning of each, under transformers' names: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`,
-    `max_length_k`; other attention ignores them."""
+    """All examples in a single row without padding, whatever its length (variable-length
+    attention). The batch then also has the beginning of each, under transformers' names:
+    `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`; other attention ignores them.
+    """
     pad_to_multiple_of: int | None = None
     """Row lengths are rounded up to it."""
     with_label_positions: bool = False
     """The batch has `label_positions`, as with `Collator`."""
 
     def __call__(self, examples: Sequence[Example | None]) -> ConversationBatch:
-        """Return a batch of one row a bin. Raises `ValueError` for an example longer than the capacity."""
+        """Return a batch of one row a bin. Raises `ValueError` for an example longer than the
+        capacity.
+        """
         kept = [example for example in examples if example is not None]
         kept = kept or [dummy_example(self.pad_id)]
         rows = [kept] if self.padding_free else self._rows(kept)
-        width = round_up(max(sum(len(e.input_ids) for e in row) for row in rows), self.pad_to_multiple_of)
+        width = round_up(
+            max(sum(len(e.input_ids) for e in row) for row in rows), self.pad_to_multiple_of
+        )
         packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
         for row in rows:
             rest = width - sum(len(example.input_ids) for example in row)
             packed["input_ids"].append([t for e in row for t in e.input_ids] + [self.pad_id] * rest)
             packed["labels"].append(
-                [label for e in row for label in (IGNORE_INDEX, *e.labels[1:])] + [IGNORE_INDEX] * rest
+                [label for e in row for label in (IGNORE_INDEX, *e.labels[1:])]
+                + [IGNORE_INDEX] * rest
             )
-            packed["position_ids"].append([p for e in row for p in range(len(e.input_ids))] + list(range(rest)))
+            packed["position_ids"].append(
+                [p for e in row for p in range(len(e.input_ids))] + list(range(rest))
+            )
         # Rows are written in the order of their examples, and so are the pixels.
         batch = ConversationBatch(
             input_ids=torch.tensor(packed["input_ids"]),
@@ -123,11 +136,20 @@ class PackingCollator:
 
 
 def _boundaries(position_ids: torch.Tensor) -> ConversationBatch:
-    """Return where each sample of a single row begins, so that no layer waits for the device to find out."""
+    """Return where each sample of a single row begins, so that no layer waits for the device to
+    find out.
+    """
     starts = torch.nonzero(position_ids[0] == 0).flatten()
-    ends = torch.cat([starts, torch.tensor([position_ids.shape[1]])]).to(torch.int32)  # (samples + 1,)
+    ends = torch.cat([starts, torch.tensor([position_ids.shape[1]])]).to(
+        torch.int32
+    )  # (samples + 1,)
     longest = int(ends.diff().max())
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 class _Bins:
@@ -148,13 +170,17 @@ class _Bins:
     def bins(self, epoch: int) -> list[list[int]]:
         """Record indices of each bin, as many bins as in every epoch.
 
-        The number only varies where an order draws other records each epoch (a mixture): then a few bins are left out
-        or empty.
+        The number only varies where an order draws other records each epoch (a mixture): then a few
+        bins are left out or empty.
         """
         if self._cached[0] != epoch:
             bins = self._plan(epoch)
-            if len(bins) > self._size:  # leave out bins at random, not the last ones, which hold the short samples
-                chosen = np.random.default_rng([self.seed, epoch, 4]).permutation(len(bins))[: self._size]
+            if (
+                len(bins) > self._size
+            ):  # leave out bins at random, not the last ones, which hold the short samples
+                chosen = np.random.default_rng([self.seed, epoch, 4]).permutation(len(bins))[
+                    : self._size
+                ]
                 bins = [bins[number] for number in chosen]
             self._cached = (epoch, bins + [[]] * (self._size - len(bins)))
         return self._cached[1]
@@ -179,9 +205,15 @@ class PackedBatches(DistributedBatchSampler):
     """
 
     def __init__(
-        self, order: IndexOrder, *, lengths: np.ndarray | Sequence[int], capacity: int, batch_size: int, seed: int = 0,
+        self,
+        order: IndexOrder,
+        *,
+        lengths: np.ndarray | Sequence[int],
+        capacity: int,
+        batch_size: int,
+        seed: int = 0,
         **settings: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.bins = _Bins(order, np.asarray(lengths), capacity, seed)
         super().__init__(self.bins, batch_size=batch_size, seed=seed, **settings)
 

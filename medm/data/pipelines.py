@@ -32,7 +32,9 @@ class PipelineUser(Protocol):
         ...
 
 
-def pipeline_for(kind: PipelineUser, processor: HasPreprocess | None = None, *, inference: bool = False) -> AnyPipeline:
+def pipeline_for(
+    kind: PipelineUser, processor: HasPreprocess | None = None, *, inference: bool = False
+) -> AnyPipeline:
     """Return the pipeline of a kind of model.
 
     Args:

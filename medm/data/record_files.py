@@ -1,6 +1,7 @@
 """Lazily read annotation files: byte offsets of the records, found in one streaming pass.
 
-Knows JSON and JSONL, not what a record means. Nothing is cached on disk; a million records cost 16 MB.
+Knows JSON and JSONL, not what a record means. Nothing is cached on disk; a million records cost 16
+MB.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 from medm.errors import DataError, InputLostError
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
-"""A record of more bytes is bad: conversations are kilobytes, and one runaway line must not fill the memory."""
+"""A record of more bytes is bad: conversations are kilobytes, and one runaway line must not fill
+the memory."""
 
 _CHUNK = 1024 * 1024
 _HEAD = 4096
@@ -31,19 +33,25 @@ _BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA, _OPENING, _CLOSING = range(1, 6)
 _KIND = np.zeros(256, np.uint8)
 """Role of a byte in the structure of JSON; 0 for most."""
-for _kind, _bytes in ((_QUOTE, b'"'), (_BACKSLASH, b"\\"), (_COMMA, b","), (_OPENING, b"[{"), (_CLOSING, b"]}")):
+for _kind, _bytes in (
+    (_QUOTE, b'"'),
+    (_BACKSLASH, b"\\"),
+    (_COMMA, b","),
+    (_OPENING, b"[{"),
+    (_CLOSING, b"]}"),
+):
     _KIND[list(_bytes)] = _kind
 
 
 class RecordFile:
     """Sequence of the parsed records of a JSON array or JSONL file, read one at a time.
 
-    Opening makes one pass over the file. Reads are at absolute offsets, so that forked workers can use the same handle.
-    It is not pickled; other processes open their own.
+    Opening makes one pass over the file. Reads are at absolute offsets, so that forked workers can
+    use the same handle. It is not pickled; other processes open their own.
 
     Raises:
-        DataError: at opening, when there is no such file, or it is empty or neither of the two forms; at
-            access, when that record is not valid JSON, with its index and line.
+        DataError: at opening, when there is no such file, or it is empty or neither of the two
+            forms; at access, when that record is not valid JSON, with its index and line.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,7 +61,9 @@ class RecordFile:
                 status = os.fstat(file.fileno())
                 index = _index(file, self.path)
             except OSError as error:
-                raise DataError(f"cannot be read ({error.strerror or error})", file=self.path) from None
+                raise DataError(
+                    f"cannot be read ({error.strerror or error})", file=self.path
+                ) from None
         self._handle: BinaryIO | None = None
         self._starts, self._ends, self._damage = index.starts, index.ends, index.damage
         self._stamp = (status.st_size, status.st_mtime_ns)
@@ -83,7 +93,9 @@ class RecordFile:
             raise error.at(file=self.path, index=index) from None
 
     def line(self, index: int) -> int:
-        """The line, from 1, on which a record begins. Counts through the file: for messages only."""
+        """The line, from 1, on which a record begins. Counts through the file: for messages
+        only.
+        """
         with open_regular(self.path) as file:
             left = int(self._starts[index]) + self._leading_blank(file, index)
             file.seek(0)
@@ -101,7 +113,9 @@ class RecordFile:
     def _read(self, index: int) -> bytes:
         start, end = int(self._starts[index]), int(self._ends[index])
         if end - start > MAX_RECORD_BYTES:
-            raise DataError(f"a record of {end - start:,} bytes; at most {MAX_RECORD_BYTES:,} are read")
+            raise DataError(
+                f"a record of {end - start:,} bytes; at most {MAX_RECORD_BYTES:,} are read"
+            )
         try:
             if self._handle is None:
                 self._handle = open_regular(self.path)
@@ -109,30 +123,38 @@ class RecordFile:
             status = os.fstat(self._handle.fileno())
             if (status.st_size, status.st_mtime_ns) != self._stamp:
                 raise InputLostError(
-                    f"{self.path}: the file changed after it was opened; start again, so that all records agree"
+                    f"{self.path}: the file changed after it was opened; start again, so that all "
+                    "records agree"
                 )
             return os.pread(self._handle.fileno(), end - start, start)
         except OSError as error:  # it was readable when it was opened, so no record is at fault
             raise InputLostError(
-                f"{self.path}: cannot be read any more ({error.strerror or error}); make the file available again"
+                f"{self.path}: cannot be read any more ({error.strerror or error}); make the file "
+                "available again"
             ) from error
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The opened annotation file. Raises `DataError` for anything but a regular file: reading it might never end."""
+    """The opened annotation file. Raises `DataError` for anything but a regular file: reading it
+    might never end.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise DataError("no such file", file=path) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read ({getattr(error, 'strerror', None) or error})", file=path) from None
+        raise DataError(
+            f"cannot be read ({getattr(error, 'strerror', None) or error})", file=path
+        ) from None
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise DataError(f"is a folder; name the annotation file in it: {_EXPECTED}", file=path)
-    raise DataError(f"is a device or pipe; write its records to a file first: {_EXPECTED}", file=path)
+    raise DataError(
+        f"is a device or pipe; write its records to a file first: {_EXPECTED}", file=path
+    )
 
 
 def check_beginning(path: Path) -> None:
@@ -146,18 +168,24 @@ def check_beginning(path: Path) -> None:
 
 
 def parse_json(text: bytes) -> Any:
-    """Strict JSON: UTF-8, no key twice, no half surrogate, only finite numbers. Raises `DataError` without a place."""
+    """Strict JSON: UTF-8, no key twice, no half surrogate, only finite numbers. Raises `DataError`
+    without a place.
+    """
     try:
         record = _DECODER.decode(text.decode("utf-8"))
         if _SURROGATE.search(text):
             _require_unicode(record, "")
         return record
     except UnicodeDecodeError as error:
-        raise DataError(f"not valid UTF-8 at byte {error.start} of the record; save the file as UTF-8") from None
+        raise DataError(
+            f"not valid UTF-8 at byte {error.start} of the record; save the file as UTF-8"
+        ) from None
     except RecursionError:
         raise DataError("nested too deeply to be an annotation record") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"not valid JSON: {error.msg} at character {error.pos} of the record") from None
+        raise DataError(
+            f"not valid JSON: {error.msg} at character {error.pos} of the record"
+        ) from None
     except ValueError as error:  # an integer of more digits than Python converts
         if isinstance(error, DataError):
             raise
@@ -170,7 +198,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise DataError("the key is written twice in one object; keep one of the two", field=_printable(key))
+                raise DataError(
+                    "the key is written twice in one object; keep one of the two",
+                    field=_printable(key),
+                )
             seen.add(key)
     return record
 
@@ -182,16 +213,21 @@ def _refuse_constant(name: str) -> Any:
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise DataError(f"the number {digits[:40]} is too large; write null, or leave the field out")
+        raise DataError(
+            f"the number {digits[:40]} is too large; write null, or leave the field out"
+        )
     return value
 
 
 def _require_unicode(value: Any, place: str) -> None:
-    """Raise `DataError` for half a surrogate pair in a key or text, which could not be written to any result."""
+    """Raise `DataError` for half a surrogate pair in a key or text, which could not be written to
+    any result.
+    """
     if isinstance(value, str) and _printable(value) != value:
         position = next(at for at, letter in enumerate(value) if "\ud800" <= letter <= "\udfff")
         raise DataError(
-            f"half of a surrogate pair at character {position}; save the file as UTF-8", field=place or None
+            f"half of a surrogate pair at character {position}; save the file as UTF-8",
+            field=place or None,
         )
     if isinstance(value, dict):
         for key, entry in value.items():
@@ -208,7 +244,9 @@ def _printable(key: str) -> str:
     return key.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite
+)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """An escape that is half of a pair; two of them are a whole letter."""
 
@@ -224,20 +262,26 @@ class _Index:
 def _index(file: BinaryIO, path: Path) -> _Index:
     text, start = _start(file.read(_HEAD), path)
     file.seek(0)
-    scan: _ArrayScan | _LineScan = _ArrayScan(start) if text.lstrip().startswith(b"[") else _LineScan(start)
+    scan: _ArrayScan | _LineScan = (
+        _ArrayScan(start) if text.lstrip().startswith(b"[") else _LineScan(start)
+    )
     offset = 0
     while chunk := file.read(_CHUNK):
         codes = np.frombuffer(chunk, np.uint8)
         scan.feed(codes[start:] if offset == 0 else codes, offset + (start if offset == 0 else 0))
         offset += len(chunk)
     starts, ends, damage = scan.finish(offset)
-    if isinstance(scan, _LineScan) or len(starts) == 1:  # a blank between two commas of an array is a bad record
+    if (
+        isinstance(scan, _LineScan) or len(starts) == 1
+    ):  # a blank between two commas of an array is a bad record
         starts, ends = _without_blank(file, starts, ends)
     return _Index(starts, ends, damage)
 
 
 def _start(head: bytes, path: Path) -> tuple[bytes, int]:
-    """Return the first bytes without a byte order mark, and their offset. Raises `DataError` for forms not read."""
+    """Return the first bytes without a byte order mark, and their offset. Raises `DataError` for
+    forms not read.
+    """
     if not head.strip():
         raise DataError(f"the file is empty; {_EXPECTED}", file=path)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -249,11 +293,15 @@ def _start(head: bytes, path: Path) -> tuple[bytes, int]:
 
 
 _MAGIC: dict[bytes, str] = {
-    b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\xd0\xcf\x11\xe0": "an Excel file (.xls)",
+    b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file",
+    b"\xd0\xcf\x11\xe0": "an Excel file (.xls)",
     b"\x1f\x8b": "packed with gzip", b"BZh": "packed with bzip2", b"\xfd7zXZ": "packed with xz",
-    b"\x28\xb5\x2f\xfd": "packed with zstd", b"\x89HDF": "an HDF5 file", b"SQLite format 3": "an SQLite file",
-    b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
-    b"\x93NUMPY": "a NumPy array", b"%PDF": "a PDF", b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image",
+    b"\x28\xb5\x2f\xfd": "packed with zstd", b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3": "an SQLite file",
+    b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"\x93NUMPY": "a NumPy array", b"%PDF": "a PDF", b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
 }  # fmt: skip
 """First bytes of other files that users name as annotation files."""
 
@@ -270,7 +318,11 @@ def _refuse_other_formats(head: bytes, path: Path) -> None:
             table = _TO_JSON if what.startswith(("a Parquet", "an Excel")) else ""
             raise DataError(f"looks like {what}{table}; {_EXPECTED}", file=path)
     if head.startswith(b"PK\x03\x04"):
-        excel = path.suffix.lower().startswith(".xls") or b"xl/" in head or b"[Content_Types].xml" in head
+        excel = (
+            path.suffix.lower().startswith(".xls")
+            or b"xl/" in head
+            or b"[Content_Types].xml" in head
+        )
         what = f"an Excel file{_TO_JSON}" if excel else "a zip archive: unpack it"
         raise DataError(f"looks like {what}; {_EXPECTED}", file=path)
     lines = [line.strip() for line in head.splitlines() if line.strip()]
@@ -280,14 +332,20 @@ def _refuse_other_formats(head: bytes, path: Path) -> None:
     if lines[0].startswith(b"{"):
         if whole_line and len(lines) > 1 and not lines[1].startswith(b"{") and _is_cut(lines[0]):
             known = _known_object(head, path)
-            raise DataError(f"the file is one JSON object over several lines{known}; {_EXPECTED}", file=path)
+            raise DataError(
+                f"the file is one JSON object over several lines{known}; {_EXPECTED}", file=path
+            )
         return
     if any(line.startswith(b"{") for line in lines):
         return
     if lines[0].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise DataError(f"looks like a web page or XML, perhaps a failed download; {_EXPECTED}", file=path)
+        raise DataError(
+            f"looks like a web page or XML, perhaps a failed download; {_EXPECTED}", file=path
+        )
     if lines[0].startswith(b"version https://git-lfs"):
-        raise DataError("is a Git LFS pointer: fetch the file itself with 'git lfs pull'", file=path)
+        raise DataError(
+            "is a Git LFS pointer: fetch the file itself with 'git lfs pull'", file=path
+        )
     name = _table_name(lines[0], path, whole_line=whole_line)
     if name is not None:
         raise DataError(f"looks like {name}{_TO_JSON}; {_EXPECTED}", file=path)
@@ -325,7 +383,9 @@ def _table_name(line: bytes, path: Path, *, whole_line: bool) -> str | None:
     return None
 
 
-def _without_blank(file: BinaryIO, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _without_blank(
+    file: BinaryIO, starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Empty lines, and the nothing between the brackets of `[]`, are no records."""
     keep = np.ones(len(starts), bool)
     for index in np.flatnonzero(ends - starts <= 64):
@@ -349,7 +409,9 @@ class _LineScan:
 
 
 class _ArrayScan:
-    """Spans between the commas of the outermost array. Strings, escapes and nesting are followed across chunks."""
+    """Spans between the commas of the outermost array. Strings, escapes and nesting are followed
+    across chunks.
+    """
 
     def __init__(self, start: int) -> None:
         self._bounds: list[np.ndarray] = []
@@ -369,14 +431,19 @@ class _ArrayScan:
         if self._closed:
             self._note_rest(codes)
             return
-        bound = (is_comma & (after == 1)) | (is_opening & (before == 0)) | (is_closing & (after == 0))
+        bound = (
+            (is_comma & (after == 1)) | (is_opening & (before == 0)) | (is_closing & (after == 0))
+        )
         closing = np.flatnonzero(is_closing & (after == 0))
         if len(closing):
             bound[closing[0] + 1 :] = False
             self._closed = True
             end = int(outside[closing[0]])
             if codes[end] != ord("]"):
-                self._damage = "a '}' without its '{': the array is broken here, and later records cannot be found"
+                self._damage = (
+                    "a '}' without its '{': the array is broken here, and later records cannot "
+                    "be found"
+                )
             self._note_rest(codes[end + 1 :])
         self._bounds.append(outside[bound] + offset)
 
@@ -386,7 +453,11 @@ class _ArrayScan:
         places = np.flatnonzero(kinds)
         kinds = kinds[places]
         is_quote = kinds == _QUOTE
-        is_quote[np.isin(places, self._escaped(places[kinds == _BACKSLASH], len(codes)), assume_unique=True)] = False
+        is_quote[
+            np.isin(
+                places, self._escaped(places[kinds == _BACKSLASH], len(codes)), assume_unique=True
+            )
+        ] = False
         quotes_before = np.cumsum(is_quote) + self._in_string
         self._in_string = bool(quotes_before[-1] % 2) if len(places) else self._in_string
         outside = (kinds >= _COMMA) & (quotes_before % 2 == 0)
@@ -409,14 +480,17 @@ class _ArrayScan:
 
     def _note_rest(self, codes: np.ndarray) -> None:
         if self._damage is None and codes.tobytes().strip():
-            self._damage = "there is text after the array's closing ']': the array is broken at or before this record"
+            self._damage = (
+                "there is text after the array's closing ']': the array is broken at or before "
+                "this record"
+            )
 
     def finish(self, size: int) -> tuple[np.ndarray, np.ndarray, str | None]:
         bounds = np.concatenate(self._bounds)
         if not self._closed:
             self._damage = (
-                "the file ends inside the array (no closing ']'): it was cut off, or a quote or bracket is missing "
-                "here, and later records cannot be found"
+                "the file ends inside the array (no closing ']'): it was cut off, or a quote or "
+                "bracket is missing here, and later records cannot be found"
             )
             bounds = np.append(bounds, size)
         return bounds[:-1] + 1, bounds[1:], self._damage

@@ -1,4 +1,6 @@
-"""Several annotation files as one sequence of samples, each read by a data pipeline when it is asked for."""
+"""Several annotation files as one sequence of samples, each read by a data pipeline when it is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class Records(Sequence[S], Generic[S, E]):
 
     @contextmanager
     def placed(self, index: int) -> Iterator[None]:
-        """Add the annotation file and the position of record `index` to a `DataError` that is raised inside."""
+        """Add the annotation file and the position of record `index` to a `DataError` that is
+        raised inside.
+        """
         try:
             yield
         except DataError as error:
@@ -73,7 +77,9 @@ class Records(Sequence[S], Generic[S, E]):
         with self.placed(index):
             sample = self.pipeline.read(file[position], file=file.path, index=position)
         default = self.sources[source].task
-        return replace(sample, task=default) if sample.task is None and default is not None else sample
+        return (
+            replace(sample, task=default) if sample.task is None and default is not None else sample
+        )
 
     def root(self, index: int) -> Path:
         """The folder that the paths of record `index` are relative to."""
@@ -82,7 +88,9 @@ class Records(Sequence[S], Generic[S, E]):
         return Path(root) if root is not None else self.files[source].path.parent
 
     def media_path(self, index: int, media: Media) -> Path:
-        """The file of an image or volume. Raises `MediaError` where it would lie outside the root."""
+        """The file of an image or volume. Raises `MediaError` where it would lie outside the
+        root.
+        """
         if media.path is None:
             raise DataError(f"the {media.branch} has no path")
         return resolve_inside(self.root(index), media.path)
@@ -103,12 +111,17 @@ class Records(Sequence[S], Generic[S, E]):
         return found
 
     def media_field(self, index: int, media_index: int) -> str:
-        """The field that names the sample's file number `media_index`. Reads the record again: for messages."""
+        """The field that names the sample's file number `media_index`. Reads the record again: for
+        messages.
+        """
         source, position = self.locate(index)
         return self.pipeline.media_field(self.files[source][position], media_index)
 
-    def load_media(self, index: int, sample: S, load: Callable[[Path, str], np.ndarray]) -> dict[str, list[np.ndarray]]:
-        """Load every image and volume of record `index`: by view, in the order of the sample's `media`.
+    def load_media(
+        self, index: int, sample: S, load: Callable[[Path, str], np.ndarray]
+    ) -> dict[str, list[np.ndarray]]:
+        """Load every image and volume of record `index`: by view, in the order of the sample's
+        `media`.
 
         Args:
             index: the record.
@@ -116,7 +129,8 @@ class Records(Sequence[S], Generic[S, E]):
             load: a file and one of the views that read it to an array.
 
         Raises:
-            DataError: with file, index and field; also for a kind of file of which the model has no view.
+            DataError: with file, index and field; also for a kind of file of which the model has no
+                view.
         """
         pixels: dict[str, list[np.ndarray]] = {}
         with self.placed(index):

@@ -1,8 +1,9 @@
-"""Which record comes when. A position is (epoch, step) and nothing else: no state to replay, no data to read.
+"""Which record comes when. A position is (epoch, step) and nothing else: no state to replay, no
+data to read.
 
-The order of an epoch is drawn for all ranks alike and cut into global batches, the samples of one optimiser step;
-a rank takes its shard of each. So the samples of a step depend neither on the number of ranks nor on how a step is
-divided into micro-batches.
+The order of an epoch is drawn for all ranks alike and cut into global batches, the samples of one
+optimiser step; a rank takes its shard of each. So the samples of a step depend neither on the
+number of ranks nor on how a step is divided into micro-batches.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from medm.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 WINDOW = 50
-"""Global batches within which samples are sorted by length: enough to find neighbours, small enough to stay random."""
+"""Global batches within which samples are sorted by length: enough to find neighbours, small enough
+to stay random."""
 
 
 class IndexOrder(Protocol):
@@ -80,9 +82,10 @@ class Subset:
 class Mixture:
     """Draws from several sources, each in proportion to its weight.
 
-    Any stretch of an epoch holds these fractions: draw k of a source falls at a random moment of the k-th of equal
-    intervals. Within a source, records come in shuffled rounds, and a record never comes twice within `min_distance`
-    draws (where the source has so many), not even across two rounds or two epochs.
+    Any stretch of an epoch holds these fractions: draw k of a source falls at a random moment of
+    the k-th of equal intervals. Within a source, records come in shuffled rounds, and a record
+    never comes twice within `min_distance` draws (where the source has so many), not even across
+    two rounds or two epochs.
 
     Args:
         sizes: records of each source; indices count through them in order.
@@ -102,24 +105,33 @@ class Mixture:
         seed: int = 0,
     ) -> None:
         if len(sizes) != len(weights) or min(weights, default=0) <= 0 or min(sizes, default=0) <= 0:
-            raise RecipeError(f"a mixture needs a weight above 0 for each source: sizes {sizes}, weights {weights}")
+            raise RecipeError(
+                f"a mixture needs a weight above 0 for each source: sizes {sizes}, weights "
+                f"{weights}"
+            )
         self.sizes, self.min_distance, self.seed = tuple(sizes), min_distance, seed
         self.fractions = np.asarray(weights, np.float64) / sum(weights)
         self.counts = _apportion(self.fractions, sum(sizes) if draws is None else draws)
-        """Draws of each source an epoch: the fractions of all draws, rounded so that they add up."""
+        """Draws of each source an epoch: the fractions of all draws, rounded so that they add
+        up."""
         self._first = np.cumsum([0, *sizes[:-1]])  # index of each source's first record
         for source, (size, fraction) in enumerate(zip(sizes, self.fractions, strict=True)):
             if size < fraction * min_distance:
                 logger.warning(
-                    "source %d has %d records but is drawn about %.0f times a step: records repeat within a step; "
-                    "lower its weight or the batch size",
-                    source, size, fraction * min_distance,
-                )  # fmt: skip
+                    "source %d has %d records but is drawn about %.0f times a step: records "
+                    "repeat within a step; lower its weight or the batch size",
+                    source,
+                    size,
+                    fraction * min_distance,
+                )
 
     @property
     def unrepeated(self) -> int:
-        """Draws in a row among which no record can come twice, if `min_distance` asks for so many."""
-        # A stretch holds at most two draws of a source more than its fraction of it: one interval begun, one ended.
+        """Draws in a row among which no record can come twice, if `min_distance` asks for so
+        many.
+        """
+        # A stretch holds at most two draws of a source more than its fraction of it: one interval
+        # begun, one ended.
         sources = zip(self.sizes, self.fractions, strict=True)
         return max(1, int(min((size - 2) / fraction for size, fraction in sources)))
 
@@ -129,7 +141,9 @@ class Mixture:
     def __call__(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
         sources = np.repeat(np.arange(len(self.sizes)), self.counts)
-        moments = np.concatenate([(np.arange(count) + rng.random(count)) / max(count, 1) for count in self.counts])
+        moments = np.concatenate(
+            [(np.arange(count) + rng.random(count)) / max(count, 1) for count in self.counts]
+        )
         sources = sources[np.argsort(moments, kind="stable")]
         order = np.empty(len(self), np.int64)
         for source, count in enumerate(self.counts):
@@ -140,7 +154,9 @@ class Mixture:
         """Draws `start` to `start + count` of a source, counted through all epochs."""
         size = self.sizes[source]
         rounds = range(start // size, -(-(start + count) // size))
-        drawn = np.concatenate([np.empty(0, np.int64), *(self._round(source, number) for number in rounds)])
+        drawn = np.concatenate(
+            [np.empty(0, np.int64), *(self._round(source, number) for number in rounds)]
+        )
         skip = start - rounds.start * size
         return drawn[skip : skip + count] + self._first[source]
 
@@ -153,7 +169,8 @@ class Mixture:
         current = self._shuffled(source, number)
         if number == 0:
             return current
-        # The ends of rounds are never changed below, so that this one needs no more than the raw round before it.
+        # The ends of rounds are never changed below, so that this one needs no more than the raw
+        # round before it.
         recent = self._shuffled(source, number - 1)[-self.min_distance :]
         repeated = np.flatnonzero(np.isin(current[: self.min_distance], recent))
         middle = np.arange(self.min_distance, size - self.min_distance)
@@ -166,7 +183,9 @@ class Mixture:
 
 
 def _apportion(fractions: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers that add up to `total`, each within one of its fraction of it (largest remainders)."""
+    """Whole numbers that add up to `total`, each within one of its fraction of it (largest
+    remainders).
+    """
     exact = fractions * total
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
@@ -174,11 +193,13 @@ def _apportion(fractions: np.ndarray, total: int) -> np.ndarray:
 
 
 class DistributedBatchSampler(Sampler[list[int]]):
-    """A batch sampler for `DataLoader(batch_sampler=...)`: this rank's micro-batches, from any position.
+    """A batch sampler for `DataLoader(batch_sampler=...)`: this rank's micro-batches, from any
+    position.
 
-    Every rank makes the same number of steps. With `drop_last` an incomplete global batch at the end of an epoch is
-    left out; without, its samples are distributed evenly, and a rank that gets none has an empty micro-batch (which
-    the collators turn into one that teaches nothing): no record is seen twice or lost.
+    Every rank makes the same number of steps. With `drop_last` an incomplete global batch at the
+    end of an epoch is left out; without, its samples are distributed evenly, and a rank that gets
+    none has an empty micro-batch (which the collators turn into one that teaches nothing): no
+    record is seen twice or lost.
 
     Args:
         order: the indices of each epoch.
@@ -188,10 +209,11 @@ class DistributedBatchSampler(Sampler[list[int]]):
         accumulation: micro-batches of an optimiser step.
         drop_last: whether an incomplete global batch is left out.
         lengths: tokens of each record by index; for the two options below.
-        group_by_length: global batches of similar lengths, the longest first in an epoch, so that a batch that is
-            too large for the memory fails at once. Data of one kind is as good as any.
-        balance_ranks: distribute the samples of a global batch so that the ranks of each micro-step have about the same
-            number of tokens.
+        group_by_length: global batches of similar lengths, the longest first in an epoch, so that a
+            batch that is too large for the memory fails at once. Data of one kind is as good as
+            any.
+        balance_ranks: distribute the samples of a global batch so that the ranks of each micro-step
+            have about the same number of tokens.
         window: global batches that are sorted together.
         seed: of the order of grouped batches.
     """
@@ -214,13 +236,21 @@ class DistributedBatchSampler(Sampler[list[int]]):
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
         if min(batch_size, accumulation) < 1:
-            raise ValueError(f"batch_size {batch_size} and accumulation {accumulation} must be at least 1")
+            raise ValueError(
+                f"batch_size {batch_size} and accumulation {accumulation} must be at least 1"
+            )
         if (group_by_length or balance_ranks) and lengths is None:
-            raise ValueError("grouping by length and balancing ranks need the lengths of the records")
+            raise ValueError(
+                "grouping by length and balancing ranks need the lengths of the records"
+            )
         self.order, self.batch_size, self.rank, self.world = order, batch_size, rank, world
         self.accumulation, self.drop_last, self.seed = accumulation, drop_last, seed
         self.lengths = None if lengths is None else np.asarray(lengths)
-        self.group_by_length, self.balance_ranks, self.window = group_by_length, balance_ranks, window
+        self.group_by_length, self.balance_ranks, self.window = (
+            group_by_length,
+            balance_ranks,
+            window,
+        )
         self.epoch, self._done = 0, 0
         self._cached: tuple[int, np.ndarray] | None = None
 
@@ -230,7 +260,9 @@ class DistributedBatchSampler(Sampler[list[int]]):
         return self.batch_size * self.world * self.accumulation
 
     def start(self, epoch: int, batches_done: int = 0) -> None:
-        """Go to a position: the next iteration gives micro-batch `batches_done` of `epoch`. Reads nothing."""
+        """Go to a position: the next iteration gives micro-batch `batches_done` of `epoch`. Reads
+        nothing.
+        """
         if not 0 <= batches_done <= len(self):
             raise ValueError(f"{batches_done} batches done, but an epoch has {len(self)}")
         self.epoch, self._done = epoch, batches_done
@@ -261,7 +293,10 @@ class DistributedBatchSampler(Sampler[list[int]]):
         width = self.batch_size * self.world
         samples = samples[micro * width : (micro + 1) * width]
         if self.balance_ranks and self.lengths is not None:
-            return [int(sample) for sample in samples[balance(self.lengths[samples], self.world)[self.rank]]]
+            return [
+                int(sample)
+                for sample in samples[balance(self.lengths[samples], self.world)[self.rank]]
+            ]
         return [int(sample) for sample in np.array_split(samples, self.world)[self.rank]]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
@@ -269,23 +304,36 @@ class DistributedBatchSampler(Sampler[list[int]]):
             order = self.order(epoch)
             if self.group_by_length and self.lengths is not None:
                 order = group_by_length(
-                    order, self.lengths, self.global_batch, seed=self.seed, epoch=epoch, window=self.window
+                    order,
+                    self.lengths,
+                    self.global_batch,
+                    seed=self.seed,
+                    epoch=epoch,
+                    window=self.window,
                 )
             self._cached = (epoch, order)
         return self._cached[1]
 
 
 def group_by_length(
-    order: np.ndarray, lengths: np.ndarray, global_batch: int, *, seed: int, epoch: int, window: int = WINDOW
+    order: np.ndarray,
+    lengths: np.ndarray,
+    global_batch: int,
+    *,
+    seed: int,
+    epoch: int,
+    window: int = WINDOW,
 ) -> np.ndarray:
     """The same indices, so that each global batch holds similar lengths.
 
-    Indices are sorted within windows of the order; whole batches are then shuffled, the longest one to the front. An
-    incomplete batch stays at the end.
+    Indices are sorted within windows of the order; whole batches are then shuffled, the longest one
+    to the front. An incomplete batch stays at the end.
     """
     size = window * global_batch
     blocks = [order[start : start + size] for start in range(0, len(order), size)]
-    grouped = np.concatenate([block[np.argsort(-lengths[block], kind="stable")] for block in blocks])
+    grouped = np.concatenate(
+        [block[np.argsort(-lengths[block], kind="stable")] for block in blocks]
+    )
     full = len(grouped) // global_batch
     batches = grouped[: full * global_batch].reshape(full, global_batch)
     if full:
@@ -296,7 +344,8 @@ def group_by_length(
 
 
 def balance(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Distribute positions to `parts`, with close sums of lengths and numbers that differ by one at most.
+    """Distribute positions to `parts`, with close sums of lengths and numbers that differ by one at
+    most.
 
     The longest goes to the part with the smallest sum that is not full.
     """

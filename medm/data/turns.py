@@ -1,7 +1,7 @@
 """One record of an annotation file with turns to a checked `Sample`.
 
-Reads LLaVA turns, ShareGPT and OpenAI-style `messages`. Knows no tokens and opens no image: a path is text
-until `Records.media_path` asks `medm.imaging` whether it lies inside the data root.
+Reads LLaVA turns, ShareGPT and OpenAI-style `messages`. Knows no tokens and opens no image: a path
+is text until `Records.media_path` asks `medm.imaging` whether it lies inside the data root.
 """
 
 from __future__ import annotations
@@ -23,27 +23,47 @@ from medm.types import (
     Turn,
 )
 
-MEDIA_FIELDS = {"image": "image", "images": "image", "image3d": "volume", "volume": "volume", "volumes": "volume"}
+MEDIA_FIELDS = {
+    "image": "image",
+    "images": "image",
+    "image3d": "volume",
+    "volume": "volume",
+    "volumes": "volume",
+}
 """Record fields that name files, and the model branch that reads them."""
 
 MASK_FIELD = "masks"
 """Record field that names mask files, one for each `[SEG]` in the replies."""
 
 _ROLES: dict[str, Role] = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 _PART_FIELDS = {"image": "image", "image_url": "image", "volume": "volume", "image3d": "volume"}
-_OWN_FIELDS = {"id", "task", "answer", "system", "conversations", "messages", MASK_FIELD, *MEDIA_FIELDS}
+_OWN_FIELDS = {
+    "id",
+    "task",
+    "answer",
+    "system",
+    "conversations",
+    "messages",
+    MASK_FIELD,
+    *MEDIA_FIELDS,
+}
 
 _PLACEHOLDER = re.compile("|".join(map(re.escape, KIND_OF_PLACEHOLDER)))
 _FOREIGN_PLACEHOLDER = re.compile(
     r"</?\|?(?P<kind>im_patch|image|img|picture|volume|ct|scan|vision|video|audio|speech|point_?cloud)s?"
-    r"(?:[_ -]?(?:3d|\d{1,3}|here|file|patch|pad|tokens?|placeholder|start|end|bos|eos|soft_token|content|context))?"
+    r"(?:[_ -]?(?:3d|\d{1,3}|here|file|patch|pad|tokens?|placeholder|start|end|bos"
+    r"|eos|soft_token|content|context))?"
     r"\|?>",
     re.IGNORECASE,
 )
-"""Placeholders and marks of other programs, such as <video>, <|image_pad|>, <img> and <image_1>. As text they would be
-trained as words without anything to look at."""
+"""Placeholders and marks of other programs, such as <video>, <|image_pad|>, <img> and <image_1>. As
+text they would be trained as words without anything to look at."""
 
 _FOREIGN_FIELD = re.compile(
     r"(?P<kind>image|img|picture|photo|volume|video|audio|pointcloud)s?(?:3d)?"
@@ -51,55 +71,85 @@ _FOREIGN_FIELD = re.compile(
 )
 """Fields of other programs that name files, in lower case and without `_` and `-`."""
 
-_UNREAD = {"video": "video", "audio": "audio", "speech": "audio", "pointcloud": "point clouds",
-           "point_cloud": "point clouds"}  # fmt: skip
+_UNREAD = {
+    "video": "video",
+    "audio": "audio",
+    "speech": "audio",
+    "pointcloud": "point clouds",
+    "point_cloud": "point clouds",
+}
 """Kinds of media that no model reads, by the names that other programs give them."""
 
 _TO_CONVERSATION = (
-    "write 'conversations': [{{'from': 'human', 'value': {question}}}, {{'from': 'gpt', 'value': {reply}}}]"
+    "write 'conversations': [{{'from': 'human', 'value': {question}}}, {{'from': 'gpt', 'value': "
+    "{reply}}}]"
 )
 _FOREIGN_FORMATS: tuple[tuple[frozenset[str], str, str, str], ...] = (
     (frozenset({"instruction", "output"}), "the Alpaca format", "instruction and input", "output"),
-    (frozenset({"query", "response"}), "the query/response format of ms-swift", "query", "response"),
+    (
+        frozenset({"query", "response"}),
+        "the query/response format of ms-swift",
+        "query",
+        "response",
+    ),
     (frozenset({"prompt", "completion"}), "the prompt/completion format", "prompt", "completion"),
     (frozenset({"prompt", "response"}), "the prompt/response format", "prompt", "response"),
     (frozenset({"question", "answer"}), "a question and its answer", "question", "answer"),
-    (frozenset({"image", "caption"}), "an image and its caption", "'<image>' and a request", "caption"),
-    (frozenset({"image", "report"}), "an image and its report", "'<image>' and a request", "report"),
+    (
+        frozenset({"image", "caption"}),
+        "an image and its caption",
+        "'<image>' and a request",
+        "caption",
+    ),
+    (
+        frozenset({"image", "report"}),
+        "an image and its report",
+        "'<image>' and a request",
+        "report",
+    ),
     (frozenset({"image", "text"}), "an image and its text", "'<image>' and a request", "text"),
 )
-"""Records of other programs: fields that tell them, their name, and what becomes the question and the reply."""
+"""Records of other programs: fields that tell them, their name, and what becomes the question and
+the reply."""
 
 _PREFERENCE_FIELDS = ("rejected", "rejected_response", "rejected_messages", "kto_tag")
 """Fields of preference data, whose replies are not all meant to be learned."""
 
 
 def parse_record(
-    record: Any, *, inference: bool = False, file: str | Path | None = None, index: int | None = None
+    record: Any,
+    *,
+    inference: bool = False,
+    file: str | Path | None = None,
+    index: int | None = None,
 ) -> Sample:
     """Check one record and read it.
 
     Args:
         record: what the JSON parser gave.
-        inference: the last reply is to be generated: it is missing, or it is taken out of the turns and kept
-            as `answer` (where the record has no `answer` of its own).
+        inference: the last reply is to be generated: it is missing, or it is taken out of the turns
+            and kept as `answer` (where the record has no `answer` of its own).
         file: where the record stands, for messages and for the sample.
         index: its position there, from 0.
 
     Raises:
-        DataError: with file, index, field and reason. Placeholders and files, or `[SEG]` and masks, that
-            do not agree in number, roles out of order and empty replies are such errors; nothing is
-            dropped or fixed.
+        DataError: with file, index, field and reason. Placeholders and files, or `[SEG]` and masks,
+            that do not agree in number, roles out of order and empty replies are such errors;
+            nothing is dropped or fixed.
     """
     try:
-        return _parse(record, inference=inference, file=None if file is None else str(file), index=index)
+        return _parse(
+            record, inference=inference, file=None if file is None else str(file), index=index
+        )
     except DataError as error:
         raise error.at(file=file, index=index) from None
 
 
 def _parse(record: Any, *, inference: bool, file: str | None, index: int | None) -> Sample:
     if not isinstance(record, dict):
-        raise DataError(f"expected an object with 'conversations' or 'messages', found {_kind(record)}")
+        raise DataError(
+            f"expected an object with 'conversations' or 'messages', found {_kind(record)}"
+        )
     _refuse_other_formats(record, inference=inference)
     files = _media_files(record)
     masks = _Files(MASK_FIELD, _paths(record.get(MASK_FIELD), MASK_FIELD))
@@ -124,12 +174,16 @@ def _parse(record: Any, *, inference: bool, file: str | None, index: int | None)
 
 
 def _refuse_other_formats(record: Mapping[str, Any], *, inference: bool) -> None:
-    """Raise `DataError` for a record in the format of another program, with what to write instead."""
-    preference = next((field for field in _PREFERENCE_FIELDS if record.get(field) is not None), None)
+    """Raise `DataError` for a record in the format of another program, with what to write
+    instead.
+    """
+    preference = next(
+        (field for field in _PREFERENCE_FIELDS if record.get(field) is not None), None
+    )
     if preference is not None and not inference:
         raise DataError(
-            "a field of preference data (DPO, KTO): medm learns every reply of a record; write the preferred reply as "
-            "the last turn of 'conversations', and leave the other out",
+            "a field of preference data (DPO, KTO): medm learns every reply of a record; write "
+            "the preferred reply as the last turn of 'conversations', and leave the other out",
             field=preference,
         )
     if "conversations" in record or "messages" in record:
@@ -137,17 +191,21 @@ def _refuse_other_formats(record: Mapping[str, Any], *, inference: bool) -> None
     for fields, name, question, reply in _FOREIGN_FORMATS:
         if fields <= record.keys():
             raise DataError(
-                f"this is {name}, which is not read; {_TO_CONVERSATION.format(question=question, reply=reply)}"
+                f"this is {name}, which is not read; "
+                f"{_TO_CONVERSATION.format(question=question, reply=reply)}"
             )
     if "dataset" in record or "file_name" in record:
-        raise DataError("this lists data sets or files and is no conversation; name the annotation file that it lists")
+        raise DataError(
+            "this lists data sets or files and is no conversation; name the annotation file that "
+            "it lists"
+        )
 
 
 def _refuse_unread_media(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
     """Raise `DataError` for a field that names files which would not be read.
 
-    A record that has a file of its own may also say where that came from ("video_name"): only `video` and `audio`
-    themselves are refused then.
+    A record that has a file of its own may also say where that came from ("video_name"): only
+    `video` and `audio` themselves are refused then.
     """
     has_media = any(isinstance(part, Media) for turn in turns for part in turn.content)
     for field, value in record.items():
@@ -159,21 +217,24 @@ def _refuse_unread_media(record: Mapping[str, Any], turns: Sequence[Turn]) -> No
         kind = found["kind"]
         if kind in _UNREAD and not (has_media and found["suffix"]):
             raise DataError(
-                f"the record names {_UNREAD[kind]}, which medm does not read; leave the record out, or write single "
-                "frames as 'image'",
+                f"the record names {_UNREAD[kind]}, which medm does not read; leave the record "
+                "out, or write single frames as 'image'",
                 field=field,
             )
         if not has_media:
             branch = "volume" if kind == "volume" else "image"
             raise DataError(
-                f"this field is not read, but looks like it names {branch}s, and the record has no other; rename it to "
-                f"'{branch}' and write <{branch}> where each belongs, or remove it",
+                f"this field is not read, but looks like it names {branch}s, and the record has "
+                f"no other; rename it to '{branch}' and write <{branch}> where each belongs, or "
+                "remove it",
                 field=field,
             )
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in JSON's words: the value itself may be about a patient and stays out of messages."""
+    """What a value is, in JSON's words: the value itself may be about a patient and stays out of
+    messages.
+    """
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -225,11 +286,14 @@ def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
         if value is None:
             continue
         if branch in files:
-            raise DataError(f"'{files[branch].field}' is given as well, and both name {branch}s; keep one", field=field)
+            raise DataError(
+                f"'{files[branch].field}' is given as well, and both name {branch}s; keep one",
+                field=field,
+            )
         if any(isinstance(entry, dict) and "bytes" in entry for entry in (value, *_listed(value))):
             raise DataError(
-                "an image inside the record (as Hugging Face data sets hold them) is not read; write it to a file and "
-                "give its path",
+                "an image inside the record (as Hugging Face data sets hold them) is not read; "
+                "write it to a file and give its path",
                 field=field,
             )
         files[branch] = _Files(field, _paths(value, field))
@@ -261,14 +325,19 @@ def _turns_field(record: Mapping[str, Any]) -> str:
 def _turns(record: Mapping[str, Any], files: dict[str, _Files], masks: _Files) -> list[Turn]:
     field = _turns_field(record)
     if field not in record:
-        raise DataError("expected 'conversations' or 'messages', a list of turns; the record has neither", field=field)
+        raise DataError(
+            "expected 'conversations' or 'messages', a list of turns; the record has neither",
+            field=field,
+        )
     if field == "messages" and "conversations" in record:
         raise DataError("'conversations' is given as well; keep one of the two", field=field)
     entries = record[field]
     if not isinstance(entries, list):
         raise DataError(f"expected a list of turns, found {_kind(entries)}", field=field)
     if not entries:
-        raise DataError("the conversation is empty; expected at least one turn of the user", field=field)
+        raise DataError(
+            "the conversation is empty; expected at least one turn of the user", field=field
+        )
     turns = []
     system = _optional_text(record, "system")
     if system:
@@ -276,8 +345,14 @@ def _turns(record: Mapping[str, Any], files: dict[str, _Files], masks: _Files) -
     for position, entry in enumerate(entries):
         role, content, place = _role_and_content(entry, f"{field}.{position}")
         if role == "system" and turns and (position or system):
-            advice = "the record's field 'system' is one already" if not position else "it can only be the first turn"
-            raise DataError(f"a system turn is not allowed here: {advice}", field=f"{field}.{position}")
+            advice = (
+                "the record's field 'system' is one already"
+                if not position
+                else "it can only be the first turn"
+            )
+            raise DataError(
+                f"a system turn is not allowed here: {advice}", field=f"{field}.{position}"
+            )
         turns.append(_turn(role, content, place, files, masks))
     for branch, media in files.items():
         if media.used != len(media.paths):
@@ -286,16 +361,26 @@ def _turns(record: Mapping[str, Any], files: dict[str, _Files], masks: _Files) -
 
 
 def _role_and_content(entry: Any, field: str) -> tuple[Role, Any, str]:
-    """Role, content and the content's field of one turn, in either form: from/value or role/content."""
+    """Role, content and the content's field of one turn, in either form: from/value or
+    role/content.
+    """
     if not isinstance(entry, dict):
-        raise DataError(f"expected a turn, an object with 'from' and 'value', found {_kind(entry)}", field=field)
+        raise DataError(
+            f"expected a turn, an object with 'from' and 'value', found {_kind(entry)}", field=field
+        )
     role_key, content_key = ("role", "content") if "role" in entry else ("from", "value")
     for key in (role_key, content_key):
         if key not in entry:
-            raise DataError(f"'{key}' is missing; a turn has 'from' and 'value', or 'role' and 'content'", field=field)
+            raise DataError(
+                f"'{key}' is missing; a turn has 'from' and 'value', or 'role' and 'content'",
+                field=field,
+            )
     name = _text(entry[role_key], f"{field}.{role_key}")
     if name not in _ROLES:
-        raise DataError(f"unknown role {name[:40]!r}; expected one of {', '.join(_ROLES)}", field=f"{field}.{role_key}")
+        raise DataError(
+            f"unknown role {name[:40]!r}; expected one of {', '.join(_ROLES)}",
+            field=f"{field}.{role_key}",
+        )
     return _ROLES[name], entry[content_key], f"{field}.{content_key}"
 
 
@@ -311,8 +396,12 @@ def _turn(role: Role, content: Any, field: str, files: dict[str, _Files], masks:
     return Turn(role, tuple(_split_placeholders(text, field, files)))
 
 
-def _split_mask_tokens(parts: Sequence[str | Media], masks: _Files) -> Iterator[str | Media | ControlToken]:
-    """Yield the parts of a reply; `[SEG]` in its text is a control token where the record has masks."""
+def _split_mask_tokens(
+    parts: Sequence[str | Media], masks: _Files
+) -> Iterator[str | Media | ControlToken]:
+    """Yield the parts of a reply; `[SEG]` in its text is a control token where the record has
+    masks.
+    """
     for part in parts:
         pieces = part.split(MASK_TOKEN) if isinstance(part, str) and masks.paths else [part]
         for number, piece in enumerate(pieces):
@@ -332,8 +421,8 @@ def _check_masks(masks: _Files, turns: Sequence[Turn], *, inference: bool) -> No
     if masks.used == len(masks.paths) or (to_be_generated and masks.used < len(masks.paths)):
         return
     raise DataError(
-        f"{len(masks.paths)} mask(s), but {masks.used} {MASK_TOKEN} in the replies; write one {MASK_TOKEN} "
-        "where each mask belongs, in order",
+        f"{len(masks.paths)} mask(s), but {masks.used} {MASK_TOKEN} in the replies; write one "
+        f"{MASK_TOKEN} where each mask belongs, in order",
         field=masks.field,
     )
 
@@ -351,16 +440,20 @@ def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iter
 
 
 def _plain(text: str, field: str) -> str:
-    """Text between placeholders. Raises `DataError` for a placeholder that would be trained as words."""
+    """Text between placeholders. Raises `DataError` for a placeholder that would be trained as
+    words.
+    """
     found = _FOREIGN_PLACEHOLDER.search(text) if "<" in text else None
     if found is None:
         return text
     kind = found["kind"].lower()
     if kind in _UNREAD:
-        raise DataError(f"{found.group()} stands in the text, and medm reads no {_UNREAD[kind]}", field=field)
+        raise DataError(
+            f"{found.group()} stands in the text, and medm reads no {_UNREAD[kind]}", field=field
+        )
     raise DataError(
-        f"{found.group()} stands in the text, which is no placeholder of medm; write <image> or <volume> where each "
-        "file belongs",
+        f"{found.group()} stands in the text, which is no placeholder of medm; write <image> or "
+        "<volume> where each file belongs",
         field=field,
     )
 
@@ -368,20 +461,27 @@ def _plain(text: str, field: str) -> str:
 def _next_media(branch: str, what: str, field: str, files: dict[str, _Files]) -> Media:
     if branch not in files:
         names = " or ".join(f"'{key}'" for key, value in MEDIA_FIELDS.items() if value == branch)
-        raise DataError(f"{what}, and the record has no field {names} that names a file", field=field)
+        raise DataError(
+            f"{what}, and the record has no field {names} that names a file", field=field
+        )
     return Media(branch, files[branch].take())
 
 
 def _part(part: Any, field: str, files: dict[str, _Files]) -> str | Media:
-    """One part of an OpenAI-style content list. Its media are parts, so its text holds no placeholders."""
+    """One part of an OpenAI-style content list. Its media are parts, so its text holds no
+    placeholders.
+    """
     if not isinstance(part, dict) or "type" not in part:
-        raise DataError(f"expected a content part, an object with 'type', found {_kind(part)}", field=field)
+        raise DataError(
+            f"expected a content part, an object with 'type', found {_kind(part)}", field=field
+        )
     kind = _text(part["type"], f"{field}.type")
     if kind == "text":
         return _text(part.get("text"), f"{field}.text")
     if kind not in _PART_FIELDS:
         raise DataError(
-            f"unknown content part {kind[:40]!r}; expected text, {', '.join(_PART_FIELDS)}", field=f"{field}.type"
+            f"unknown content part {kind[:40]!r}; expected text, {', '.join(_PART_FIELDS)}",
+            field=f"{field}.type",
         )
     branch = _PART_FIELDS[kind]
     for key in (kind, "path", "url"):
@@ -397,14 +497,22 @@ def _part(part: Any, field: str, files: dict[str, _Files]) -> str | Media:
 
 def _count_reason(branch: str, media: _Files) -> str:
     names = " or ".join(name for name, value in KIND_OF_PLACEHOLDER.items() if value == branch)
-    reason = f"{len(media.paths)} file(s), but {media.used} placeholder(s) {names} in the user's and system turns"
+    reason = (
+        f"{len(media.paths)} file(s), but {media.used} placeholder(s) {names} in the user's and "
+        "system turns"
+    )
     if media.used == 0:
-        return f"{reason}; write one where each file belongs, usually '{names.split(' ')[0]}\\n' before the question"
+        return (
+            f"{reason}; write one where each file belongs, usually '{names.split(' ')[0]}\\n' "
+            "before the question"
+        )
     return f"{reason}; each file needs exactly one"
 
 
 def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference: bool) -> None:
-    """One system turn at most, then user and assistant by turns; the last is the assistant's unless it is asked for."""
+    """One system turn at most, then user and assistant by turns; the last is the assistant's unless
+    it is asked for.
+    """
     field = _turns_field(record)
     has_system = bool(turns) and turns[0].role == "system"
     spoken = turns[1:] if has_system else turns
@@ -416,21 +524,25 @@ def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference:
         expected = "assistant" if position % 2 else "user"
         if turn.role != expected:
             raise DataError(
-                f"turns are out of order: expected the {expected}, found the {turn.role}; user and assistant take "
-                "turns, the user first",
+                f"turns are out of order: expected the {expected}, found the {turn.role}; user "
+                "and assistant take turns, the user first",
                 field=place,
             )
         if any(isinstance(part, Media) for part in turn.content):
             if turn.role == "assistant":
                 raise DataError("an image or volume in a reply; replies are text", field=place)
-        elif not turn.text.strip() and not any(isinstance(part, ControlToken) for part in turn.content):
+        elif not turn.text.strip() and not any(
+            isinstance(part, ControlToken) for part in turn.content
+        ):
             raise DataError(f"the {turn.role}'s turn is empty", field=place)
     if not inference and spoken[-1].role != "assistant":
         raise DataError("the last turn is the user's; training needs a reply to learn", field=field)
 
 
 def media_field(record: Any, media_index: int) -> str:
-    """Return the field that names file number `media_index` of a good record. Reads the record again: for messages."""
+    """Return the field that names file number `media_index` of a good record. Reads the record
+    again: for messages.
+    """
     # Inference accepts every record that training does, and finds the same files in it.
     media = _parse(record, inference=True, file=None, index=None).media
     branch = media[media_index].branch

@@ -1,14 +1,14 @@
 """Prepared images and volumes on disk: read and resampled once, then mapped into memory.
 
 An entry is named by what is in the file and how it is prepared, so that moved, copied and changed
-files are all right. It holds the prepared numbers, their shape and their placement in the file's grid
-(sizes and geometry), nothing else of a header. Any number of processes may share a folder: each
-reserves bytes in one ledger before it writes, and writes are atomic. A half-written or damaged entry is
-noticed and made again.
+files are all right. It holds the prepared numbers, their shape and their placement in the file's
+grid (sizes and geometry), nothing else of a header. Any number of processes may share a folder:
+each reserves bytes in one ledger before it writes, and writes are atomic. A half-written or damaged
+entry is noticed and made again.
 
-An entry is a .npy file (version 1.0) with the placement as JSON behind the numbers, and a footer with a
-checksum of both. Entries of earlier versions of medm have no placement: their pixels are used, and they
-are replaced when the placement is asked for.
+An entry is a .npy file (version 1.0) with the placement as JSON behind the numbers, and a footer
+with a checksum of both. Entries of earlier versions of medm have no placement: their pixels are
+used, and they are replaced when the placement is asked for.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ class _Entry:
 class MediaCache:
     """Prepared arrays by content.
 
-    When the folder is full, entries that nobody used since this object was made (those of other data or of an older
-    description) give way; if there are none, further arrays are simply not stored. Entries are not exchanged within a
-    run, because an epoch visits everything once, and would find nothing of what it pushed out.
+    When the folder is full, entries that nobody used since this object was made (those of other
+    data or of an older description) give way; if there are none, further arrays are simply not
+    stored. Entries are not exchanged within a run, because an epoch visits everything once, and
+    would find nothing of what it pushed out.
 
     Args:
         folder: where entries lie; made when the first one is written.
@@ -90,7 +91,8 @@ class MediaCache:
     def load(self, path: Path, preprocess: Preprocess) -> np.ndarray:
         """Return the same numbers as `load_pixels(path, preprocess)`, (C, *spatial) float32.
 
-        From the cache they come as a private map: writing to the array changes neither the entry nor another process.
+        From the cache they come as a private map: writing to the array changes neither the entry
+        nor another process.
 
         Raises:
             MediaError: as `load_pixels`.
@@ -110,8 +112,12 @@ class MediaCache:
             return found
         return Prepared(found.pixels, Placement.from_dict(json.loads(found.placement)))
 
-    def _find(self, path: Path, preprocess: Preprocess, *, with_placement: bool) -> Prepared | _Entry:
-        """The entry of a file; what is not stored is prepared, and stored where that is possible."""
+    def _find(
+        self, path: Path, preprocess: Preprocess, *, with_placement: bool
+    ) -> Prepared | _Entry:
+        """The entry of a file; what is not stored is prepared, and stored where that is
+        possible.
+        """
         path = Path(path)
         try:
             before = identity(path)
@@ -128,7 +134,8 @@ class MediaCache:
             stored = None
         if stored is not None:
             if entry.name in self._blank and path not in self._blank_files:
-                # Once in each process, so that the file is refused, or its warning given, as without a cache.
+                # Once in each process, so that the file is refused, or its warning given, as
+                # without a cache.
                 self._prepare(path, preprocess)
                 self._blank_files.add(path)
             return stored
@@ -147,8 +154,8 @@ class MediaCache:
         """Say once that entries of an earlier version are replaced."""
         if not self._reported_old:
             logger.info(
-                "%s: holds entries of an earlier medm without the placement of their pixels, which masks need; "
-                "each is prepared and stored again when it is read",
+                "%s: holds entries of an earlier medm without the placement of their pixels, "
+                "which masks need; each is prepared and stored again when it is read",
                 self.folder,
             )
         self._reported_old = True
@@ -156,10 +163,13 @@ class MediaCache:
     def size(self) -> tuple[int, int]:
         """How many entries there are, and the bytes of them and of the index."""
         files = list(self._files())
-        return sum(path.suffix == ".npy" for path, _ in files), sum(stat.st_size for _, stat in files)
+        return sum(path.suffix == ".npy" for path, _ in files), sum(
+            stat.st_size for _, stat in files
+        )
 
     def _content(self, path: Path, state: str) -> str | None:
-        """The hash of what the file holds, looked up by name, size and time so that it is read for it only once.
+        """The hash of what the file holds, looked up by name, size and time so that it is read for
+        it only once.
 
         None where it is not known and could not be noted.
         """
@@ -168,7 +178,9 @@ class MediaCache:
             known = index.read_bytes()
         except OSError:
             known = b""
-        if _CONTENT.fullmatch(known):  # anything else, such as the zeros after a power failure, is written anew
+        if _CONTENT.fullmatch(
+            known
+        ):  # anything else, such as the zeros after a power failure, is written anew
             _mark_used(index)
             return known.decode("ascii")
         if self._full or self._unwritable:
@@ -193,7 +205,9 @@ class MediaCache:
         return stored
 
     def _map(self, stream: BinaryIO, name: str) -> _Entry:
-        """Raises `ValueError` where the entry is not whole; its checksum is verified on first use in each process."""
+        """Raises `ValueError` where the entry is not whole; its checksum is verified on first use
+        in each process.
+        """
         if npy.read_magic(stream) != (1, 0):
             raise ValueError("it is of another version")
         shape, _, dtype = npy.read_array_header_1_0(stream)
@@ -228,7 +242,9 @@ class MediaCache:
             self._verify(entry.name, pixels)
 
     def _write(self, target: Path, parts: list[bytes | memoryview]) -> bool:
-        """Write atomically. A disk that is full or read-only gives one warning and does not stop the run."""
+        """Write atomically. A disk that is full or read-only gives one warning and does not stop
+        the run.
+        """
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(target) as temporary:
@@ -240,7 +256,9 @@ class MediaCache:
             return False
         except OSError as error:
             if not self._unwritable:
-                logger.warning("%s: nothing more is cached in this run (%s)", self.folder, error.strerror)
+                logger.warning(
+                    "%s: nothing more is cached in this run (%s)", self.folder, error.strerror
+                )
             self._unwritable = True
             return False
         return True
@@ -248,8 +266,9 @@ class MediaCache:
     def _reserve(self, temporary: Path, size: int) -> None:
         """Make a file of its final size, if the folder has room for it or can make some.
 
-        The ledger holds the bytes in use. It may say too much (an entry written twice, a write that failed, files that
-        somebody removed), never too little, and is counted anew before anything is refused.
+        The ledger holds the bytes in use. It may say too much (an entry written twice, a write that
+        failed, files that somebody removed), never too little, and is counted anew before anything
+        is refused.
 
         Raises:
             _FullError: there is no room and none can be made.
@@ -264,21 +283,28 @@ class MediaCache:
             fits = used + size <= self.max_bytes
             if fits:
                 with temporary.open("xb") as stream:
-                    stream.truncate(size)  # counted from now on, also by those who look into the folder
+                    stream.truncate(
+                        size
+                    )  # counted from now on, also by those who look into the folder
                 used += size
             ledger.truncate(0)
             ledger.write(b"%d" % used)
         if not fits and not self._full:
             logger.warning(
-                "%s: full with %.1f GB of the %.1f GB that are allowed; further files are prepared anew each time",
-                self.folder, used / 1e9, self.max_bytes / 1e9,
-            )  # fmt: skip
+                "%s: full with %.1f GB of the %.1f GB that are allowed; further files are "
+                "prepared anew each time",
+                self.folder,
+                used / 1e9,
+                self.max_bytes / 1e9,
+            )
             self._full = True
         if not fits:
             raise _FullError
 
     def _let_go(self, needed: int) -> int:
-        """Remove what nobody used since this object was made, the oldest first, until there is room. Bytes left."""
+        """Remove what nobody used since this object was made, the oldest first, until there is
+        room. Bytes left.
+        """
         files = sorted(self._files(), key=lambda pair: pair[1].st_mtime)
         used = sum(stat.st_size for _, stat in files)
         for path, stat in files:
@@ -311,5 +337,7 @@ def _mark_used(file: Path) -> None:
 
 def _header(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    npy.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": pixels.shape})
+    npy.write_array_header_1_0(
+        buffer, {"descr": "<f4", "fortran_order": False, "shape": pixels.shape}
+    )
     return buffer.getvalue()

@@ -1,8 +1,9 @@
 """Vision encoders: pixels in, tokens on a grid out. The table at the end has one line per member.
 
-To add one, write a file with a `VisionEncoder` and a line here. Its options stand above the table and are torch-free,
-so that a recipe can be checked without loading model code. They hold the only description of each option: constructors
-take the same names and defaults as keywords, and a test over all registries compares the two.
+To add one, write a file with a `VisionEncoder` and a line here. Its options stand above the table
+and are torch-free, so that a recipe can be checked without loading model code. They hold the only
+description of each option: constructors take the same names and defaults as keywords, and a test
+over all registries compares the two.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ class ViTOptions(EncoderOptions):
     """Encoders of the ViT family."""
 
     layer: int = -1
-    """Layer whose output is used: -1 the last, -2 the one before. Always before the final layer norm."""
+    """Layer whose output is used: -1 the last, -2 the one before. Always before the final layer
+    norm."""
     tokens: VisionTokens = "patch"
     """Tokens of the output: patches, class token and patches, or the class token alone."""
     image_size: int | None = None
-    """Side of the square input in pixels; position embeddings are interpolated when it is not the published one."""
+    """Side of the square input in pixels; position embeddings are interpolated when it is not the
+    published one."""
 
 
 class EfficientNetLiteOptions(EncoderOptions):
@@ -58,14 +61,18 @@ class EfficientNetLiteOptions(EncoderOptions):
     variant: Literal["lite0", "lite1", "lite2", "lite3", "lite4"] = "lite0"
     """Member of the family."""
     stages: list[int] = Field(default=[5, 7], min_length=1)
-    """Feature maps that become tokens, joined on the channel axis: 1 to 7 the block stages, 8 the head's convolution.
-    Lite0 at 224 pixels: stage 5 is 14x14x112, stage 7 is 7x7x320, stage 8 is 7x7x1280."""
+    """Feature maps that become tokens, joined on the channel axis: 1 to 7 the block stages, 8 the
+    head's convolution. Lite0 at 224 pixels: stage 5 is 14x14x112, stage 7 is 7x7x320, stage 8 is
+    7x7x1280."""
     pool: int | None = Field(default=None, ge=1)
-    """Side of the token grid to which each map is averaged. Default: the grid of the coarsest map."""
+    """Side of the token grid to which each map is averaged. Default: the grid of the coarsest
+    map."""
     statistics: Statistics = "running"
-    """Batch norm in training: stored statistics that never change, or those of each batch (needs large batches)."""
+    """Batch norm in training: stored statistics that never change, or those of each batch (needs
+    large batches)."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side of the square input in pixels. Default: the one that the variant was trained at, 224 to 300."""
+    """Side of the square input in pixels. Default: the one that the variant was trained at, 224 to
+    300."""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +91,8 @@ class VolumeViTOptions(EncoderOptions):
     tokens: VisionTokens = "patch"
     """Tokens of the output: patches, class token and patches, or the class token alone."""
     image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
-    """Slices, rows and columns of the input; position embeddings are interpolated when it is not the published one."""
+    """Slices, rows and columns of the input; position embeddings are interpolated when it is not
+    the published one."""
 
 
 class M3DCLIPOptions(VolumeViTOptions):
@@ -98,7 +106,8 @@ class I3DResNetOptions(EncoderOptions):
     """Inflated ResNet over volumes."""
 
     statistics: Statistics = "running"
-    """Batch norm in training: stored statistics that never change, or those of each batch (needs large batches)."""
+    """Batch norm in training: stored statistics that never change, or those of each batch (needs
+    large batches)."""
     image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
     """Slices, rows and columns of the input. Default: 160, 224, 224."""
 
@@ -109,10 +118,13 @@ class EVACLIPOptions(ViTOptions):
     layer: int = -2
     """Layer whose output is used; BLIP-2, MiniGPT-4 and Uni-Med take the one before the last."""
     ln_vision: LayerNormAfter = "plain"
-    """Layer norm after the tower: none, one without weights (Uni-Med, MiniGPT-v2), or the learned one of BLIP-2 files."""
+    """Layer norm after the tower: none, one without weights (Uni-Med, MiniGPT-v2), or the learned
+    one of BLIP-2 files."""
 
 
-ENCODERS: Registry[type[VisionEncoder]] = Registry("encoder", group="medm.encoders", options=EncoderOptions)
+ENCODERS: Registry[type[VisionEncoder]] = Registry(
+    "encoder", group="medm.encoders", options=EncoderOptions
+)
 
 
 class SlicesOptions(EncoderOptions):
@@ -126,7 +138,10 @@ class SlicesOptions(EncoderOptions):
     @model_validator(mode="after")
     def _weights_belong_to_the_inner_block(self) -> SlicesOptions:
         if self.path is not None or self.architecture:
-            raise ValueError("path and architecture belong in the inner block: {name: slices, encoder: {name, path}}")
+            raise ValueError(
+                "path and architecture belong in the inner block: {name: slices, encoder: {name, "
+                "path}}"
+            )
         return self
 
 

@@ -24,23 +24,27 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
 
     A subclass without one of the abstract methods raises `TypeError` when it is constructed.
 
-    A subclass is built from plain values alone: `architecture`, a JSON-able mapping of sizes, and the
-    fields of its options class other than `name`, `path`, `architecture` and `image_size`. Building is
-    offline and random; reading published files is `medm.models.published.weights`, which asks the class
-    for the three translations below.
+    A subclass is built from plain values alone: `architecture`, a JSON-able mapping of sizes, and
+    the fields of its options class other than `name`, `path`, `architecture` and `image_size`.
+    Building is offline and random; reading published files is `medm.models.published.weights`,
+    which asks the class for the three translations below.
     """
 
     axes: ClassVar[int] = 2
-    """Spatial axes of the input: 2 for images (rows, columns), 3 for volumes (depth, rows, columns)."""
+    """Spatial axes of the input: 2 for images (rows, columns), 3 for volumes (depth, rows,
+    columns)."""
 
     key_map: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Published tensor names to own names: (regular expression, replacement), the first that matches wins."""
+    """Published tensor names to own names: (regular expression, replacement), the first that
+    matches wins."""
 
     ignored_keys: ClassVar[tuple[str, ...]] = ()
-    """Regular expressions of published tensors that this encoder has no use for (a text tower, a pooling head)."""
+    """Regular expressions of published tensors that this encoder has no use for (a text tower, a
+    pooling head)."""
 
     truncated_keys: ClassVar[tuple[str, ...]] = ()
-    """Regular expressions of own names that a published file may have beyond this instance (blocks after the layer)."""
+    """Regular expressions of own names that a published file may have beyond this instance (blocks
+    after the layer)."""
 
     dim: int
     """Width of a token."""
@@ -53,27 +57,38 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
 
     @property
     def inner(self) -> VisionEncoder | None:
-        """Encoder that this one runs, kept as `encoder`, which owns the weights; None where it has its own."""
+        """Encoder that this one runs, kept as `encoder`, which owns the weights; None where it has
+        its own.
+        """
         encoder = getattr(self, "encoder", None)
         return encoder if isinstance(encoder, VisionEncoder) else None
 
     @classmethod
     def architecture_from(cls, published: Mapping[str, object]) -> Config:
-        """Own `architecture` from the published `config.json` (empty mapping where there is none)."""
+        """Own `architecture` from the published `config.json` (empty mapping where there is
+        none).
+        """
         return dict(published)
 
     @classmethod
     @abstractmethod
     def preprocess_from(
-        cls, published: Mapping[str, object], architecture: Mapping[str, object], image_size: int | None = None
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
+        image_size: int | None = None,
     ) -> Config:
-        """Fields of the preprocessing description (`medm.imaging`) from the published `preprocessor_config.json`."""
+        """Fields of the preprocessing description (`medm.imaging`) from the published
+        `preprocessor_config.json`.
+        """
         # A recipe is resolved with the class alone, before the check of abstract methods.
         raise NotImplementedError(f"encoder class {cls.__name__} defines no preprocess_from")
 
     @abstractmethod
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        """Token grid of an input of this spatial size; arithmetic only. Raises `ValueError` when it does not fit."""
+        """Token grid of an input of this spatial size; arithmetic only. Raises `ValueError` when it
+        does not fit.
+        """
 
     @abstractmethod
     def forward(self, pixels: Tensor) -> VisionFeatures:
@@ -81,6 +96,8 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
 
     @property
     def device_and_dtype(self) -> DeviceAndDtype:
-        """For building inputs beside the weights: `torch.zeros(..., **encoder.device_and_dtype)`."""
+        """For building inputs beside the weights: `torch.zeros(...,
+        **encoder.device_and_dtype)`.
+        """
         parameter = next(self.parameters())
         return {"device": parameter.device, "dtype": parameter.dtype}

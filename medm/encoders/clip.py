@@ -1,4 +1,6 @@
-"""CLIP vision tower (arXiv 2103.00020), the blocks of transformers run up to the layer that is asked for."""
+"""CLIP vision tower (arXiv 2103.00020), the blocks of transformers run up to the layer that is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from medm.types import Config
 class CLIPEncoder(HFViTEncoder):
     """CLIP ViT. Output of the chosen block, before the final layer norm, as LLaVA uses it."""
 
-    key_map: ClassVar = ((r"^(?:vision_model\.)?(embeddings|pre_layrnorm|encoder)\.", r"tower.\1."),)
+    key_map: ClassVar = (
+        (r"^(?:vision_model\.)?(embeddings|pre_layrnorm|encoder)\.", r"tower.\1."),
+    )
     ignored_keys: ClassVar = (
         r"^(text_model|text_projection|visual_projection|logit_scale)",
         r"^(vision_model\.)?post_layernorm\.",
@@ -26,11 +30,16 @@ class CLIPEncoder(HFViTEncoder):
     has_class_token: ClassVar[bool] = True
 
     def embed(self, pixels: Tensor, *, interpolate: bool) -> Tensor:
-        return self.tower.pre_layrnorm(self.tower.embeddings(pixels, interpolate_pos_encoding=interpolate))
+        return self.tower.pre_layrnorm(
+            self.tower.embeddings(pixels, interpolate_pos_encoding=interpolate)
+        )
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, object], architecture: Mapping[str, object], image_size: int | None = None
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
+        image_size: int | None = None,
     ) -> Config:
         return {
             "mean": [0.48145466, 0.4578275, 0.40821073],

@@ -1,8 +1,10 @@
-"""EfficientNet-Lite 0 to 4: an encoder that is no ViT. Its tokens are pooled cells of one or several feature maps.
+"""EfficientNet-Lite 0 to 4: an encoder that is no ViT. Its tokens are pooled cells of one or
+several feature maps.
 
-Inverted residual blocks with ReLU6 and without squeeze-and-excitation, padded as TensorFlow pads ("same"), because the
-published weights were trained there. Tensor names of `efficientnet_pytorch` are read through `key_map`.
-Source of the sizes: EfficientNet-Lite (tensorflow/tpu, efficientnet/lite), on EfficientNet (arXiv 1905.11946).
+Inverted residual blocks with ReLU6 and without squeeze-and-excitation, padded as TensorFlow pads
+("same"), because the published weights were trained there. Tensor names of `efficientnet_pytorch`
+are read through `key_map`. Source of the sizes: EfficientNet-Lite (tensorflow/tpu,
+efficientnet/lite), on EfficientNet (arXiv 1905.11946).
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def scaled_channels(channels: int, width: float) -> int:
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's "same" padding: output = ceil(input / stride), an odd row or column at the end."""
+    """Convolution with TensorFlow's "same" padding: output = ceil(input / stride), an odd row or
+    column at the end.
+    """
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C', ceil(h / stride), ceil(w / stride))."""
@@ -82,9 +86,16 @@ class ConvNorm(nn.Module):
     """Convolution without bias, batch norm, and ReLU6 where asked."""
 
     def __init__(
-        self, in_dim: int, out_dim: int, *, kernel: int = 1, stride: int = 1, groups: int = 1,
-        activate: bool = True, norm: type[_BatchNorm],
-    ) -> None:  # fmt: skip
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        activate: bool = True,
+        norm: type[_BatchNorm],
+    ) -> None:
         super().__init__()
         self.conv = SameConv2d(in_dim, out_dim, kernel, stride=stride, groups=groups, bias=False)
         self.norm = norm(out_dim, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
@@ -97,10 +108,19 @@ class ConvNorm(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Inverted residual: expand, depthwise, project; the input is added where the shape allows it."""
+    """Inverted residual: expand, depthwise, project; the input is added where the shape
+    allows it.
+    """
 
     def __init__(
-        self, in_dim: int, out_dim: int, *, kernel: int, stride: int, expansion: int, norm: type[_BatchNorm]
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        kernel: int,
+        stride: int,
+        expansion: int,
+        norm: type[_BatchNorm],
     ) -> None:
         super().__init__()
         dim = in_dim * expansion
@@ -121,8 +141,8 @@ class EfficientNetLiteEncoder(VisionEncoder):
     Stages after the last chosen one are not built. Pooled is the mean of the last map.
 
     Args:
-        architecture: sizes that replace those of the variant: `width` and `depth` (multipliers), `stem` and `head`
-            (channels), `in_channels`.
+        architecture: sizes that replace those of the variant: `width` and `depth` (multipliers),
+            `stem` and `head` (channels), `in_channels`.
         others: see `EfficientNetLiteOptions`.
     """
 
@@ -142,37 +162,64 @@ class EfficientNetLiteEncoder(VisionEncoder):
     truncated_keys: ClassVar = (r"^blocks\.\d+\.", r"^head\.")
 
     def __init__(
-        self, *, architecture: Mapping[str, object], variant: str = "lite0", stages: Sequence[int] = (5, 7),
-        pool: int | None = None, statistics: Statistics = "running",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        architecture: Mapping[str, object],
+        variant: str = "lite0",
+        stages: Sequence[int] = (5, 7),
+        pool: int | None = None,
+        statistics: Statistics = "running",
+    ) -> None:
         super().__init__()
-        sizes: Config = {"stem": 32, "head": 1280, "in_channels": 3, **VARIANTS[variant], **architecture}
+        sizes: Config = {
+            "stem": 32,
+            "head": 1280,
+            "in_channels": 3,
+            **VARIANTS[variant],
+            **architecture,
+        }
         if not stages or any(stage not in range(1, HEAD_STAGE + 1) for stage in stages):
-            raise ValueError(f"efficientnet-lite: expected stages from 1 to {HEAD_STAGE}, found {list(stages)}")
+            raise ValueError(
+                f"efficientnet-lite: expected stages from 1 to {HEAD_STAGE}, found {list(stages)}"
+            )
         norm = batch_norm(statistics, axes=2)
         channels = [scaled_channels(stage.channels, number(sizes, "width")) for stage in STAGES]
 
         self.stages, self.pool = tuple(stages), pool
         self.channels = (whole(sizes, "in_channels"),)
-        self.stem = ConvNorm(*self.channels, whole(sizes, "stem"), kernel=3, stride=STEM_STRIDE, norm=norm)
+        self.stem = ConvNorm(
+            *self.channels, whole(sizes, "stem"), kernel=3, stride=STEM_STRIDE, norm=norm
+        )
         self.blocks = nn.ModuleList()
         self.stage_of_block: dict[int, int] = {}
         dim = whole(sizes, "stem")
         for position, (stage, out_dim) in enumerate(zip(STAGES, channels, strict=True), start=1):
             if position > max(self.stages):
                 break
-            # The family keeps the first and last stage at their length, so that small variants stay fast.
+            # The family keeps the first and last stage at their length, so that small variants stay
+            # fast.
             scaled = (
-                stage.repeats if position in (1, len(STAGES)) else math.ceil(stage.repeats * number(sizes, "depth"))
+                stage.repeats
+                if position in (1, len(STAGES))
+                else math.ceil(stage.repeats * number(sizes, "depth"))
             )
             for repeat in range(scaled):
                 stride = stage.stride if repeat == 0 else 1
                 self.blocks.append(
-                    Block(dim, out_dim, kernel=stage.kernel, stride=stride, expansion=stage.expansion, norm=norm)
+                    Block(
+                        dim,
+                        out_dim,
+                        kernel=stage.kernel,
+                        stride=stride,
+                        expansion=stage.expansion,
+                        norm=norm,
+                    )
                 )
                 dim = out_dim
             self.stage_of_block[len(self.blocks) - 1] = position
-        self.head = ConvNorm(dim, whole(sizes, "head"), norm=norm) if HEAD_STAGE in self.stages else None
+        self.head = (
+            ConvNorm(dim, whole(sizes, "head"), norm=norm) if HEAD_STAGE in self.stages else None
+        )
 
         widths = [*channels, whole(sizes, "head")]
         self.dim = sum(widths[stage - 1] for stage in self.stages)
@@ -186,28 +233,42 @@ class EfficientNetLiteEncoder(VisionEncoder):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, object], architecture: Mapping[str, object], image_size: int | None = None
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
+        image_size: int | None = None,
     ) -> Config:
-        """(value - 127) / 128 of 8-bit RGB, as the family was trained; padded to a square, so no margin is lost."""
+        """(value - 127) / 128 of 8-bit RGB, as the family was trained; padded to a square, so no
+        margin is lost.
+        """
         side = image_size or 224
         channels = whole({"in_channels": 3, **architecture}, "in_channels")
         return {
-            "size": [side, side], "fit": "pad", "interpolation": "bicubic", "channels": channels,
-            "mean": [127 / 255] * channels, "std": [128 / 255] * channels,
-        }  # fmt: skip
+            "size": [side, side],
+            "fit": "pad",
+            "interpolation": "bicubic",
+            "channels": channels,
+            "mean": [127 / 255] * channels,
+            "std": [128 / 255] * channels,
+        }
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        """`pool` cells a side, or the coarsest chosen map. Raises `ValueError` when that map is too coarse."""
+        """`pool` cells a side, or the coarsest chosen map. Raises `ValueError` when that map is too
+        coarse.
+        """
         if len(spatial) != 2:
-            raise ValueError(f"efficientnet-lite: expected an input of (height, width), found {spatial}")
+            raise ValueError(
+                f"efficientnet-lite: expected an input of (height, width), found {spatial}"
+            )
         stride = STEM_STRIDE * math.prod(stage.stride for stage in STAGES[: max(self.stages)])
         coarsest = tuple(math.ceil(size / stride) for size in spatial)
         if self.pool is None:
             return coarsest
         if self.pool > min(coarsest):
             raise ValueError(
-                f"efficientnet-lite: pool {self.pool} asks for more cells than the {coarsest} of stage "
-                f"{max(self.stages)} at input {spatial}; use a larger image or an earlier stage"
+                f"efficientnet-lite: pool {self.pool} asks for more cells than the {coarsest} of "
+                f"stage {max(self.stages)} at input {spatial}; use a larger image or an earlier "
+                "stage"
             )
         return (self.pool, self.pool)
 
@@ -222,7 +283,9 @@ class EfficientNetLiteEncoder(VisionEncoder):
                 maps[self.stage_of_block[index]] = hidden  # (B, C, h, w)
         if self.head is not None:
             maps[HEAD_STAGE] = self.head(hidden)
-        cells = torch.cat([F.adaptive_avg_pool2d(maps[stage], (rows, columns)) for stage in self.stages], dim=1)
+        cells = torch.cat(
+            [F.adaptive_avg_pool2d(maps[stage], (rows, columns)) for stage in self.stages], dim=1
+        )
         return VisionFeatures(
             tokens=cells.flatten(2).transpose(1, 2),  # (B, prod(grid), dim)
             grid=(rows, columns),

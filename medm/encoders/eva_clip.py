@@ -1,4 +1,6 @@
-"""EVA-CLIP ViT-g/14 (arXiv 2211.07636) as BLIP-2, MiniGPT-4 and Uni-Med use it, under the names of `eva_vit_g.pth`."""
+"""EVA-CLIP ViT-g/14 (arXiv 2211.07636) as BLIP-2, MiniGPT-4 and Uni-Med use it, under the names of
+`eva_vit_g.pth`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from medm.types import Config, VisionFeatures
 
 
 class EVACLIPEncoder(PlainViT):
-    """ViT-g/14 of width 1408. The systems above read the block before the last of 40, which is `layer=-2`.
+    """ViT-g/14 of width 1408. The systems above read the block before the last of 40, which is
+    `layer=-2`.
 
     Args:
         architecture: see `PlainViT`.
@@ -26,31 +29,50 @@ class EVACLIPEncoder(PlainViT):
         (r"^(?:visual_encoder\.)?cls_token$", "cls_token"),
         (r"^(?:visual_encoder\.)?pos_embed$", "positions"),
         (r"^(?:visual_encoder\.)?patch_embed\.proj\.", "patches.0."),
-        (r"^(?:visual_encoder\.)?blocks\.(\d+)\.attn\.(q_bias|v_bias|qkv\.weight)$", r"blocks.\1.attention.\2"),
+        (
+            r"^(?:visual_encoder\.)?blocks\.(\d+)\.attn\.(q_bias|v_bias|qkv\.weight)$",
+            r"blocks.\1.attention.\2",
+        ),
         (r"^(?:visual_encoder\.)?blocks\.(\d+)\.attn\.proj\.", r"blocks.\1.attention.out."),
         (r"^(?:visual_encoder\.)?blocks\.(\d+)\.mlp\.fc1\.", r"blocks.\1.up."),
         (r"^(?:visual_encoder\.)?blocks\.(\d+)\.mlp\.fc2\.", r"blocks.\1.down."),
         (r"^(?:visual_encoder\.)?blocks\.(\d+)\.(norm[12])\.", r"blocks.\1.\2."),
     )
-    ignored_keys: ClassVar = (r"^(visual_encoder\.)?(norm|fc_norm|head)\.", r"^(Qformer|query_tokens|opt_proj|t5_proj)")
+    ignored_keys: ClassVar = (
+        r"^(visual_encoder\.)?(norm|fc_norm|head)\.",
+        r"^(Qformer|query_tokens|opt_proj|t5_proj)",
+    )
     truncated_keys: ClassVar[tuple[str, ...]] = (*PlainViT.truncated_keys, r"^ln_vision\.")
 
     published_sizes: ClassVar = {
-        "image_size": 224, "patch_size": 14, "num_channels": 3, "hidden_size": 1408, "intermediate_size": 6144,
-        "num_hidden_layers": 40, "num_attention_heads": 16,
-    }  # fmt: skip
+        "image_size": 224,
+        "patch_size": 14,
+        "num_channels": 3,
+        "hidden_size": 1408,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+    }
     block_bias: ClassVar = "query-value"
     eps: ClassVar[float] = 1e-6
     class_token_has_position: ClassVar[bool] = True
     interpolation: ClassVar = "bicubic"
 
     def __init__(
-        self, *, architecture: Mapping[str, object], layer: int = -2, tokens: VisionTokens = "patch",
+        self,
+        *,
+        architecture: Mapping[str, object],
+        layer: int = -2,
+        tokens: VisionTokens = "patch",
         ln_vision: LayerNormAfter = "plain",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(architecture=architecture, layer=layer, tokens=tokens)
         learned = ln_vision == "learned"
-        self.ln_vision = nn.Identity() if ln_vision == "none" else nn.LayerNorm(self.dim, elementwise_affine=learned)
+        self.ln_vision = (
+            nn.Identity()
+            if ln_vision == "none"
+            else nn.LayerNorm(self.dim, elementwise_affine=learned)
+        )
 
     def forward(self, pixels: Tensor) -> VisionFeatures:
         """pixels: (B, C, height, width)."""
@@ -61,16 +83,23 @@ class EVACLIPEncoder(PlainViT):
         """A convolution whose stride is its kernel."""
         rows, columns = self.patch_size
         return nn.Sequential(
-            nn.Conv2d(channels, self.dim, (rows, columns), stride=(rows, columns)), Rearrange("b d h w -> b (h w) d")
+            nn.Conv2d(channels, self.dim, (rows, columns), stride=(rows, columns)),
+            Rearrange("b d h w -> b (h w) d"),
         )
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, object], architecture: Mapping[str, object], image_size: int | None = None
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
+        image_size: int | None = None,
     ) -> Config:
         """Squashed to a square, CLIP's mean and deviation."""
         side = image_size or whole({**cls.published_sizes, **architecture}, "image_size")
         return {
-            "size": [side, side], "fit": "squash", "interpolation": "bicubic",
-            "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],
-        }  # fmt: skip
+            "size": [side, side],
+            "fit": "squash",
+            "interpolation": "bicubic",
+            "mean": [0.48145466, 0.4578275, 0.40821073],
+            "std": [0.26862954, 0.26130258, 0.27577711],
+        }

@@ -1,6 +1,8 @@
-"""ResNet inflated to volumes (I3ResNet): the CT backbone of Merlin (arXiv 2406.06512) and Astra, by their tensor names.
+"""ResNet inflated to volumes (I3ResNet): the CT backbone of Merlin (arXiv 2406.06512) and Astra, by
+their tensor names.
 
-A ResNet-152 whose 3x3 kernels became 3x3x3. Every kernel but the first strides the slices as it strides rows.
+A ResNet-152 whose 3x3 kernels became 3x3x3. Every kernel but the first strides the slices as it
+strides rows.
 """
 
 from __future__ import annotations
@@ -33,12 +35,17 @@ class Bottleneck(GradientCheckpointingLayer):
         super().__init__()
         out_dim = dim * EXPANSION
         self.conv1, self.bn1 = nn.Conv3d(in_dim, dim, 1, bias=False), norm(dim)
-        self.conv2, self.bn2 = nn.Conv3d(dim, dim, 3, stride=stride, padding=1, bias=False), norm(dim)
+        self.conv2, self.bn2 = (
+            nn.Conv3d(dim, dim, 3, stride=stride, padding=1, bias=False),
+            norm(dim),
+        )
         self.conv3, self.bn3 = nn.Conv3d(dim, out_dim, 1, bias=False), norm(out_dim)
         self.downsample = (
             nn.Identity()
             if stride == 1 and in_dim == out_dim
-            else nn.Sequential(nn.Conv3d(in_dim, out_dim, 1, stride=stride, bias=False), norm(out_dim))
+            else nn.Sequential(
+                nn.Conv3d(in_dim, out_dim, 1, stride=stride, bias=False), norm(out_dim)
+            )
         )
 
     def forward(self, voxels: Tensor) -> Tensor:
@@ -49,14 +56,16 @@ class Bottleneck(GradientCheckpointingLayer):
 
 
 class I3DResNetEncoder(VisionEncoder):
-    """One token a cell of the last map (10 x 7 x 7 of width 2048 at 160 x 224 x 224); pooled is their mean.
+    """One token a cell of the last map (10 x 7 x 7 of width 2048 at 160 x 224 x 224); pooled is
+    their mean.
 
-    The published tower takes (X, Y, Z) and turns it to (Z, X, Y) first; here the preprocessing hands over the slices
-    in front (orientation SRA), so that the axes of the grid are slices, rows and columns as everywhere.
+    The published tower takes (X, Y, Z) and turns it to (Z, X, Y) first; here the preprocessing
+    hands over the slices in front (orientation SRA), so that the axes of the grid are slices, rows
+    and columns as everywhere.
 
     Args:
-        architecture: `layers` (blocks of the four stages), `width` (channels of the first), `num_channels` (of the
-            first kernel; a volume with one channel is repeated to it).
+        architecture: `layers` (blocks of the four stages), `width` (channels of the first),
+            `num_channels` (of the first kernel; a volume with one channel is repeated to it).
         others: see `I3DResNetOptions`.
     """
 
@@ -66,16 +75,22 @@ class I3DResNetEncoder(VisionEncoder):
         (r"^(?:(?:visual_encoder\.model\.)?encode_image\.i3_resnet\.)?layer(\d)\.", r"stages.\1."),
     )
     ignored_keys: ClassVar = (
-        r"(^|\.)(classifier|contrastive_head)\.", r"^(visual_encoder\.model\.)?encode_text\.", r"logit_scale$",
-    )  # fmt: skip
+        r"(^|\.)(classifier|contrastive_head)\.",
+        r"^(visual_encoder\.model\.)?encode_text\.",
+        r"logit_scale$",
+    )
 
-    def __init__(self, *, architecture: Mapping[str, object], statistics: Statistics = "running") -> None:
+    def __init__(
+        self, *, architecture: Mapping[str, object], statistics: Statistics = "running"
+    ) -> None:
         super().__init__()
         sizes: Config = {"layers": [3, 8, 36, 3], "width": 64, "num_channels": 3, **architecture}
         norm = batch_norm(statistics, axes=3)
         width, channels = whole(sizes, "width"), whole(sizes, "num_channels")
         self.channels = (1, channels)
-        self.conv1 = nn.Conv3d(channels, width, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
+        self.conv1 = nn.Conv3d(
+            channels, width, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False
+        )
         self.bn1 = norm(width)
         self.stages = nn.ModuleDict()
         dim = width
@@ -93,19 +108,27 @@ class I3DResNetEncoder(VisionEncoder):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, object], architecture: Mapping[str, object],
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
-    ) -> Config:  # fmt: skip
+    ) -> Config:
         """Astra's for chest CT, by name."""
         size = list(PUBLISHED_SIZE)
         if image_size is not None:
-            size = [size[0], image_size, image_size] if isinstance(image_size, int) else list(image_size)
+            size = (
+                [size[0], image_size, image_size]
+                if isinstance(image_size, int)
+                else list(image_size)
+            )
         return {"convention": "astra", "size": size}
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
         """A cell for 16 slices, 32 rows and 32 columns, the last ones perhaps cut."""
         if len(spatial) != 3:
-            raise ValueError(f"i3d-resnet: expected an input of (slices, rows, columns), found {spatial}")
+            raise ValueError(
+                f"i3d-resnet: expected an input of (slices, rows, columns), found {spatial}"
+            )
         return tuple(ceil(size / stride) for size, stride in zip(spatial, STRIDES, strict=True))
 
     def forward(self, pixels: Tensor) -> VisionFeatures:

@@ -1,7 +1,8 @@
 """A ViT over patches of images or volumes, for published towers that transformers does not have.
 
-Patches, class token, learned positions, blocks, and perhaps a last layer norm. What differs between the published
-towers (how a patch becomes a token, where the norms stand, whether the class token has a position) is told by them.
+Patches, class token, learned positions, blocks, and perhaps a last layer norm. What differs between
+the published towers (how a patch becomes a token, where the norms stand, whether the class token
+has a position) is told by them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Attention(nn.Module):
     Args:
         dim: width of a token.
         heads: number of heads.
-        bias: of the projection: on all three, on none, or on query and value as two tensors (BEiT, EVA).
+        bias: of the projection: on all three, on none, or on query and value as two tensors (BEiT,
+            EVA).
     """
 
     def __init__(self, dim: int, *, heads: int, bias: QKVBias) -> None:
@@ -50,23 +52,38 @@ class Attention(nn.Module):
         query, key, value = self.qkv(tokens).chunk(3, dim=-1)
         if self.q_bias is not None and self.v_bias is not None:
             query, value = query + self.q_bias, value + self.v_bias
-        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value)
+        )
         attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, N, dim / heads)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class Block(GradientCheckpointingLayer):
-    """Attention and MLP with residuals; the layer norms stand before each ("pre") or after each sum ("post")."""
+    """Attention and MLP with residuals; the layer norms stand before each ("pre") or after each sum
+    ("post").
+    """
 
     def __init__(
-        self, dim: int, *, heads: int, mlp_dim: int, norm: Literal["pre", "post"], activation: str, bias: QKVBias,
+        self,
+        dim: int,
+        *,
+        heads: int,
+        mlp_dim: int,
+        norm: Literal["pre", "post"],
+        activation: str,
+        bias: QKVBias,
         eps: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.norm_first = norm == "pre"
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
         self.attention = Attention(dim, heads=heads, bias=bias)
-        self.up, self.activation, self.down = nn.Linear(dim, mlp_dim), ACT2FN[activation], nn.Linear(mlp_dim, dim)
+        self.up, self.activation, self.down = (
+            nn.Linear(dim, mlp_dim),
+            ACT2FN[activation],
+            nn.Linear(mlp_dim, dim),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, dim) to (B, N, dim)."""
@@ -81,14 +98,16 @@ class Block(GradientCheckpointingLayer):
 
 
 class PlainViT(VisionEncoder):
-    """A ViT whose blocks after the chosen layer are not built: they would be weights without a gradient.
+    """A ViT whose blocks after the chosen layer are not built: they would be weights without a
+    gradient.
 
-    A subclass gives `patches`, a module from pixels to (B, cells, dim) in the order of the grid, and says below
-    how it was published.
+    A subclass gives `patches`, a module from pixels to (B, cells, dim) in the order of the grid,
+    and says below how it was published.
 
     Args:
-        architecture: `image_size` and `patch_size` (one number an axis), `num_channels`, `hidden_size`,
-            `intermediate_size`, `num_hidden_layers`, `num_attention_heads`; what is left out is the published size.
+        architecture: `image_size` and `patch_size` (one number an axis), `num_channels`,
+            `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`; what is
+            left out is the published size.
         layer: see `VolumeViTOptions`; a positive number counts blocks from the input.
         others: see `M3DCLIPOptions`.
     """
@@ -107,21 +126,26 @@ class PlainViT(VisionEncoder):
     """Interpolation of positions to another grid."""
 
     def __init__(
-        self, *, architecture: Mapping[str, object], layer: int = -1, tokens: VisionTokens = "patch",
+        self,
+        *,
+        architecture: Mapping[str, object],
+        layer: int = -1,
+        tokens: VisionTokens = "patch",
         norm: NormPlace = "before",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         sizes = {**self.published_sizes, **architecture}
         depth = whole(sizes, "num_hidden_layers")
         count = depth + 1 + layer if layer < 0 else layer
         if not 1 <= count <= depth:
             raise RecipeError(
-                f"layer {layer} does not exist in a tower of {depth} blocks; expected -{depth} to {depth}, not 0"
+                f"layer {layer} does not exist in a tower of {depth} blocks; expected -{depth} to "
+                f"{depth}, not 0"
             )
         if norm == "after" and count != depth:
             raise RecipeError(
-                f"norm 'after' belongs to the last of the {depth} blocks, found layer {layer}; expected layer -1, or "
-                "norm 'before'"
+                f"norm 'after' belongs to the last of the {depth} blocks, found layer {layer}; "
+                "expected layer -1, or norm 'before'"
             )
         self.dim, self.tokens, self.depth = whole(sizes, "hidden_size"), tokens, depth
         self.patch_size = self._per_axis(sizes, "patch_size")
@@ -136,11 +160,16 @@ class PlainViT(VisionEncoder):
         self.positions = nn.Parameter(torch.empty(1, cells, self.dim))
         self.blocks = nn.ModuleList(
             Block(
-                self.dim, heads=whole(sizes, "num_attention_heads"), mlp_dim=whole(sizes, "intermediate_size"),
-                norm=self.block_norm, activation=self.block_activation, bias=self.block_bias, eps=self.eps,
+                self.dim,
+                heads=whole(sizes, "num_attention_heads"),
+                mlp_dim=whole(sizes, "intermediate_size"),
+                norm=self.block_norm,
+                activation=self.block_activation,
+                bias=self.block_bias,
+                eps=self.eps,
             )
             for _ in range(count)
-        )  # fmt: skip
+        )
         self.norm = nn.LayerNorm(self.dim, eps=self.eps) if norm == "after" else nn.Identity()
         self._initialise()
 
@@ -164,16 +193,25 @@ class PlainViT(VisionEncoder):
         return {own: published[theirs] for own, theirs in names.items() if theirs in published}
 
     def _per_axis(self, sizes: Mapping[str, object], key: str) -> tuple[int, ...]:
-        sides = (whole(sizes, key),) * self.axes if isinstance(sizes[key], int) else tuple(wholes(sizes, key))
+        sides = (
+            (whole(sizes, key),) * self.axes
+            if isinstance(sizes[key], int)
+            else tuple(wholes(sizes, key))
+        )
         if len(sides) != self.axes:
-            raise RecipeError(f"{type(self).__name__}: expected {self.axes} sizes, one an axis, found {list(sides)}")
+            raise RecipeError(
+                f"{type(self).__name__}: expected {self.axes} sizes, one an axis, found "
+                f"{list(sides)}"
+            )
         return sides
 
     def _cells(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        if len(spatial) != self.axes or any(n < p or n % p for n, p in zip(spatial, self.patch_size, strict=True)):
+        if len(spatial) != self.axes or any(
+            n < p or n % p for n, p in zip(spatial, self.patch_size, strict=True)
+        ):
             raise ValueError(
-                f"{type(self).__name__}: expected an input of {self.axes} axes, multiples of {self.patch_size}, "
-                f"found {spatial}"
+                f"{type(self).__name__}: expected an input of {self.axes} axes, multiples of "
+                f"{self.patch_size}, found {spatial}"
             )
         return tuple(n // p for n, p in zip(spatial, self.patch_size, strict=True))
 
@@ -205,10 +243,15 @@ class PlainViT(VisionEncoder):
             return self.positions
         if cells not in self._told_grids:
             self._told_grids.add(cells)
-            logger.warning("position embeddings of grid %s are interpolated to %s", self.native_grid, cells)
+            logger.warning(
+                "position embeddings of grid %s are interpolated to %s", self.native_grid, cells
+            )
         front = int(self.class_token_has_position)
         table = self.positions[:, front:].transpose(1, 2).unflatten(2, self.native_grid)
-        # In float32: half precision has no cubic kernel on every device, and this runs once a batch.
-        table = F.interpolate(table.float(), size=cells, mode=self.interpolation, align_corners=False)
+        # In float32: half precision has no cubic kernel on every device, and this runs once a
+        # batch.
+        table = F.interpolate(
+            table.float(), size=cells, mode=self.interpolation, align_corners=False
+        )
         placed = table.flatten(2).transpose(1, 2).to(self.positions.dtype)  # (1, cells, dim)
         return torch.cat([self.positions[:, :front], placed], dim=1)

@@ -1,4 +1,6 @@
-"""SigLIP vision tower (arXiv 2303.15343) and fixed-resolution SigLIP 2 (arXiv 2502.14786), which shares its layout."""
+"""SigLIP vision tower (arXiv 2303.15343) and fixed-resolution SigLIP 2 (arXiv 2502.14786), which
+shares its layout.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from medm.types import Config
 
 
 class SiglipEncoder(HFViTEncoder):
-    """SigLIP ViT: every token is a patch. Output of the chosen block, before the final layer norm."""
+    """SigLIP ViT: every token is a patch. Output of the chosen block, before the final layer
+    norm.
+    """
 
     key_map: ClassVar = ((r"^(?:vision_model\.)?(embeddings|encoder)\.", r"tower.\1."),)
     ignored_keys: ClassVar = (

@@ -26,25 +26,39 @@ class SlicesEncoder(VisionEncoder):
 
     axes: ClassVar[int] = 3
 
-    def __init__(self, *, architecture: Mapping[str, object], encoder: Mapping[str, object]) -> None:
+    def __init__(
+        self, *, architecture: Mapping[str, object], encoder: Mapping[str, object]
+    ) -> None:
         super().__init__()
         if architecture:
-            raise RecipeError(f"slices: sizes belong in the inner encoder's block, found {sorted(architecture)}")
-        described = {key: value for key, value in encoder.items() if key not in ("path", "image_size")}
+            raise RecipeError(
+                f"slices: sizes belong in the inner encoder's block, found {sorted(architecture)}"
+            )
+        described = {
+            key: value for key, value in encoder.items() if key not in ("path", "image_size")
+        }
         self.encoder: VisionEncoder = ENCODERS.constructor(described)()
         if self.encoder.axes != 2:
-            raise RecipeError(f"slices: expected an encoder of 2-D images, found {encoder['name']!r}")
+            raise RecipeError(
+                f"slices: expected an encoder of 2-D images, found {encoder['name']!r}"
+            )
         if self.encoder.prefix:
-            raise RecipeError("slices: class tokens of single slices have no place on the grid; use tokens 'patch'")
+            raise RecipeError(
+                "slices: class tokens of single slices have no place on the grid; use tokens "
+                "'patch'"
+            )
         self.channels = self.encoder.channels
         self.dim, self.pooled_dim = self.encoder.dim, self.encoder.pooled_dim
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, object], architecture: Mapping[str, object],
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
-    ) -> Config:  # fmt: skip
-        """HU -1000..1000 in 0..1, 32 slices of the inner encoder's size, its channels, mean and deviation.
+    ) -> Config:
+        """HU -1000..1000 in 0..1, 32 slices of the inner encoder's size, its channels, mean and
+        deviation.
 
         Args:
             published: preprocessing of the inner encoder, as its own `preprocess_from` gives it.
@@ -53,17 +67,27 @@ class SlicesEncoder(VisionEncoder):
         """
         size = [DEFAULT_SLICES, *wholes({"size": [224, 224], **published}, "size")]
         if image_size is not None:
-            size = [DEFAULT_SLICES, image_size, image_size] if isinstance(image_size, int) else list(image_size)
+            size = (
+                [DEFAULT_SLICES, image_size, image_size]
+                if isinstance(image_size, int)
+                else list(image_size)
+            )
         return {
-            "scale": "hu", "windows": [[-1000.0, 1000.0]], "crop_foreground": 0.0, "size": size,
-            "channels": published.get("channels", 3), "mean": published.get("mean", [0.5]),
+            "scale": "hu",
+            "windows": [[-1000.0, 1000.0]],
+            "crop_foreground": 0.0,
+            "size": size,
+            "channels": published.get("channels", 3),
+            "mean": published.get("mean", [0.5]),
             "std": published.get("std", [0.5]),
-        }  # fmt: skip
+        }
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
         """One layer of the grid a slice."""
         if len(spatial) != 3:
-            raise ValueError(f"slices: expected an input of (slices, rows, columns), found {spatial}")
+            raise ValueError(
+                f"slices: expected an input of (slices, rows, columns), found {spatial}"
+            )
         return (spatial[0], *self.encoder.grid(spatial[1:]))
 
     def forward(self, pixels: Tensor) -> VisionFeatures:
@@ -72,7 +96,11 @@ class SlicesEncoder(VisionEncoder):
         images = pixels.transpose(1, 2).flatten(0, 1)  # (B * slices, C, rows, columns)
         features = self.encoder(images)
         return VisionFeatures(
-            tokens=features.tokens.unflatten(0, (batch, depth)).flatten(1, 2),  # (B, slices * cells, dim)
+            tokens=features.tokens.unflatten(0, (batch, depth)).flatten(
+                1, 2
+            ),  # (B, slices * cells, dim)
             grid=(depth, *features.grid),
-            pooled=None if features.pooled is None else features.pooled.unflatten(0, (batch, depth)).mean(dim=1),
+            pooled=None
+            if features.pooled is None
+            else features.pooled.unflatten(0, (batch, depth)).mean(dim=1),
         )

@@ -1,4 +1,6 @@
-"""ViTs over CT volumes: M3D-CLIP (arXiv 2404.00578) and MedM-CLIP (MedM-VL, arXiv 2504.04323). Vision towers alone."""
+"""ViTs over CT volumes: M3D-CLIP (arXiv 2404.00578) and MedM-CLIP (MedM-VL, arXiv 2504.04323).
+Vision towers alone.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ PUBLISHED_SIZES: Config = {
 class M3DCLIPEncoder(PlainViT):
     """The vision tower of M3D-CLIP: pre-norm blocks, and a class token without a position.
 
-    Layer -1 has two published meanings: M3D-LaMed takes it after the last layer norm (`norm="after"`), MedM-VL
-    before (`norm="before"`). Reads the whole CLIP (`vision_encoder.`) and the tower alone (`pretrained_ViT.bin`).
+    Layer -1 has two published meanings: M3D-LaMed takes it after the last layer norm
+    (`norm="after"`), MedM-VL before (`norm="before"`). Reads the whole CLIP (`vision_encoder.`) and
+    the tower alone (`pretrained_ViT.bin`).
     """
 
     axes: ClassVar[int] = 3
@@ -39,13 +42,19 @@ class M3DCLIPEncoder(PlainViT):
         (r"^(?:vision_encoder\.)?blocks\.(\d+)\.(norm[12])\.", r"blocks.\1.\2."),
         (r"^(?:vision_encoder\.)?norm\.", "norm."),
     )
-    ignored_keys: ClassVar = (r"^(language_encoder|mm_vision_proj|mm_language_proj)\.", r"^logit_scale$")
+    ignored_keys: ClassVar = (
+        r"^(language_encoder|mm_vision_proj|mm_language_proj)\.",
+        r"^logit_scale$",
+    )
 
     published_sizes: ClassVar = PUBLISHED_SIZES
     published_names: ClassVar = {
-        "image_size": "img_size", "num_channels": "in_channels", "intermediate_size": "mlp_dim",
-        "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
-    }  # fmt: skip
+        "image_size": "img_size",
+        "num_channels": "in_channels",
+        "intermediate_size": "mlp_dim",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+    }
     block_bias: ClassVar = "none"
     class_token_has_position: ClassVar[bool] = False
     interpolation: ClassVar = "trilinear"
@@ -60,28 +69,44 @@ class M3DCLIPEncoder(PlainViT):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, object], architecture: Mapping[str, object],
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
-    ) -> Config:  # fmt: skip
-        """HU -1000..1000 to 0..1 as MedM-VL does; M3D's own 0..1 arrays say `convention: m3d` in the recipe."""
+    ) -> Config:
+        """HU -1000..1000 to 0..1 as MedM-VL does; M3D's own 0..1 arrays say `convention: m3d` in
+        the recipe.
+        """
         return {"convention": "medm-vl", "size": volume_size(image_size, architecture)}
 
 
 class MedMCLIPEncoder(PlainViT):
-    """The vision tower of MedM-CLIP: post-norm blocks with ReLU, layer norms around the patch layer."""
+    """The vision tower of MedM-CLIP: post-norm blocks with ReLU, layer norms around the patch
+    layer.
+    """
 
     axes: ClassVar[int] = 3
     key_map: ClassVar = (
         (r"^(?:vision_encoder\.)?to_patch_embedding\.", "patches."),
         (r"^(?:vision_encoder\.)?pos_embedding$", "positions"),
         (r"^(?:vision_encoder\.)?cls_token$", "cls_token"),
-        (r"^(?:vision_encoder\.)?transformer_layers\.(\d+)\.self_attn\.in_proj_", r"blocks.\1.attention.qkv."),
-        (r"^(?:vision_encoder\.)?transformer_layers\.(\d+)\.self_attn\.out_proj\.", r"blocks.\1.attention.out."),
+        (
+            r"^(?:vision_encoder\.)?transformer_layers\.(\d+)\.self_attn\.in_proj_",
+            r"blocks.\1.attention.qkv.",
+        ),
+        (
+            r"^(?:vision_encoder\.)?transformer_layers\.(\d+)\.self_attn\.out_proj\.",
+            r"blocks.\1.attention.out.",
+        ),
         (r"^(?:vision_encoder\.)?transformer_layers\.(\d+)\.linear1\.", r"blocks.\1.up."),
         (r"^(?:vision_encoder\.)?transformer_layers\.(\d+)\.linear2\.", r"blocks.\1.down."),
         (r"^(?:vision_encoder\.)?transformer_layers\.(\d+)\.(norm[12])\.", r"blocks.\1.\2."),
     )
-    ignored_keys: ClassVar = (r"^text_encoder\.", r"^(vision_encoder\.)?mlp_head\.", r"^logit_scale$")
+    ignored_keys: ClassVar = (
+        r"^text_encoder\.",
+        r"^(vision_encoder\.)?mlp_head\.",
+        r"^logit_scale$",
+    )
 
     published_sizes: ClassVar = PUBLISHED_SIZES
     block_norm: ClassVar = "post"
@@ -89,11 +114,15 @@ class MedMCLIPEncoder(PlainViT):
     class_token_has_position: ClassVar[bool] = True
     interpolation: ClassVar = "trilinear"
 
-    def __init__(self, *, architecture: Mapping[str, object], layer: int = -1, tokens: VisionTokens = "patch") -> None:
+    def __init__(
+        self, *, architecture: Mapping[str, object], layer: int = -1, tokens: VisionTokens = "patch"
+    ) -> None:
         super().__init__(architecture=architecture, layer=layer, tokens=tokens)
 
     def embedding(self, channels: int) -> nn.Module:
-        """Layer norm, linear, layer norm on the voxels of a patch: rows, columns, slices, then channels."""
+        """Layer norm, linear, layer norm on the voxels of a patch: rows, columns, slices, then
+        channels.
+        """
         depth, height, width = self.patch_size
         voxels = prod(self.patch_size) * channels
         return nn.Sequential(
@@ -107,9 +136,11 @@ class MedMCLIPEncoder(PlainViT):
     def architecture_from(cls, published: Mapping[str, object]) -> Config:
         """Own size names; the published config keeps slices apart from rows and columns."""
         names = {
-            "hidden_size": "hidden_size", "intermediate_size": "image_mlp_dim",
-            "num_hidden_layers": "image_num_layers", "num_attention_heads": "image_num_heads",
-        }  # fmt: skip
+            "hidden_size": "hidden_size",
+            "intermediate_size": "image_mlp_dim",
+            "num_hidden_layers": "image_num_layers",
+            "num_attention_heads": "image_num_heads",
+        }
         sizes = {own: published[theirs] for own, theirs in names.items() if theirs in published}
         for own, slices, side in (
             ("image_size", "frame_size", "image_size"),
@@ -121,15 +152,21 @@ class MedMCLIPEncoder(PlainViT):
 
     @classmethod
     def preprocess_from(
-        cls, published: Mapping[str, object], architecture: Mapping[str, object],
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
-    ) -> Config:  # fmt: skip
+    ) -> Config:
         """HU -1000..1000, then the mean and deviation that the tower was trained with."""
         return {"convention": "medm-clip", "size": volume_size(image_size, architecture)}
 
 
-def volume_size(image_size: int | Sequence[int] | None, architecture: Mapping[str, object]) -> list[int]:
-    """Slices, rows and columns of the input; a single number is rows and columns of the published slices."""
+def volume_size(
+    image_size: int | Sequence[int] | None, architecture: Mapping[str, object]
+) -> list[int]:
+    """Slices, rows and columns of the input; a single number is rows and columns of the published
+    slices.
+    """
     native = wholes({**PUBLISHED_SIZES, **architecture}, "image_size")
     if image_size is None:
         return native

@@ -1,4 +1,6 @@
-"""Which items a report shows, and their thumbnails. Looking at the worst ones is how wrong references are found."""
+"""Which items a report shows, and their thumbnails. Looking at the worst ones is how wrong
+references are found.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ logger = logging.getLogger(__name__)
 _MEASURED_ALONE = 400
 """Where no metric is a mean over items, so many items are scored one by one to find the worst."""
 
-_SHOWN: dict[str, Preprocess] = {"image": ImagePreprocess(fit="pad"), "volume": VolumePreprocess(scale="minmax")}
+_SHOWN: dict[str, Preprocess] = {
+    "image": ImagePreprocess(fit="pad"),
+    "volume": VolumePreprocess(scale="minmax"),
+}
 """How a file is shown where no model says how it sees it."""
 
 
@@ -41,7 +46,13 @@ class Case:
 
 
 def choose_cases(
-    scores: Scores, records: Sequence[JsonObject], samples: Sequence[Sample], single: Task, *, count: int, seed: int
+    scores: Scores,
+    records: Sequence[JsonObject],
+    samples: Sequence[Sample],
+    single: Task,
+    *,
+    count: int,
+    seed: int,
 ) -> tuple[list[Case], list[Case]]:
     """The worst items and random ones.
 
@@ -66,9 +77,14 @@ def choose_cases(
         sample, record = samples[index], records[index]
         question = sample.turns[-1].as_written
         return Case(
-            str(sample.id), question.strip(), sample.answer or "", str(record.get("prediction") or ""),
-            values.get(index), metric, sample,
-        )  # fmt: skip
+            str(sample.id),
+            question.strip(),
+            sample.answer or "",
+            str(record.get("prediction") or ""),
+            values.get(index),
+            metric,
+            sample,
+        )
 
     return [case(index) for index in worst], [case(index) for index in drawn]
 
@@ -76,10 +92,14 @@ def choose_cases(
 def item_scores(
     scores: Scores, records: Sequence[JsonObject], single: Task, draw: random.Random
 ) -> tuple[str | None, dict[int, float]]:
-    """Name of a metric and its value for items; for a random part of them where each has to be scored alone."""
+    """Name of a metric and its value for items; for a random part of them where each has to be
+    scored alone.
+    """
     for result in scores.results:
         if result.per_item is not None and len(result.per_item) == len(records):
-            return result.name, {i: value for i, value in enumerate(result.per_item) if not math.isnan(value)}
+            return result.name, {
+                i: value for i, value in enumerate(result.per_item) if not math.isnan(value)
+            }
     picked = sorted(draw.sample(range(len(records)), min(_MEASURED_ALONE, len(records))))
     name, values = None, {}
     for index in picked:
@@ -90,9 +110,14 @@ def item_scores(
 
 
 def render_thumbnails(
-    cases: Sequence[Case], root: Path, folder: Path, *, shown: Mapping[str, Preprocess] | None = None
+    cases: Sequence[Case],
+    root: Path,
+    folder: Path,
+    *,
+    shown: Mapping[str, Preprocess] | None = None,
 ) -> None:
-    """A PNG for each image and volume of the cases, in `folder/cases`; a file that cannot be shown says why.
+    """A PNG for each image and volume of the cases, in `folder/cases`; a file that cannot be shown
+    says why.
 
     Args:
         cases: the items.
@@ -115,7 +140,11 @@ def render_thumbnails(
                 try:
                     place.mkdir(parents=True, exist_ok=True)
                     save_contact_sheet(
-                        resolve_inside(root, key[1]), views[media.branch], folder / name, slices=6, tile=160
+                        resolve_inside(root, key[1]),
+                        views[media.branch],
+                        folder / name,
+                        slices=6,
+                        tile=160,
                     )
                 except MedmError as error:
                     case.problem = str(error)

@@ -60,8 +60,9 @@ class GenerationPredictor(Predictor):
         if missing:
             first, reason = next(iter(missing.items()))
             raise DataError(
-                f"{len(missing)} of {len(files)} images and volumes that the questions of {items.task} name cannot "
-                f"be opened, the first is {first!r} ({reason}); complete the folder",
+                f"{len(missing)} of {len(files)} images and volumes that the questions of "
+                f"{items.task} name cannot be opened, the first is {first!r} ({reason}); complete "
+                "the folder",
                 file=str(items.root),
             )
         pick_device(self.options.device)
@@ -72,7 +73,13 @@ class GenerationPredictor(Predictor):
         atomic_write_text(questions, "\n".join(lines) + "\n")
         run = {name: getattr(self.options, name) for name in InferenceOptions.model_fields}
         summary = infer(
-            InferOptions(model=self.source, data=str(questions), root=str(items.root), output=str(output), **run),
+            InferOptions(
+                model=self.source,
+                data=str(questions),
+                root=str(items.root),
+                output=str(output),
+                **run,
+            ),
             progress=progress,
         )
         if summary is None:  # not rank 0

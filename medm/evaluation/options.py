@@ -24,10 +24,11 @@ class EvalTaskOptions(Options):
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N items. The scores are then not those of the benchmark."""
     predictions: str | None = None
-    """Answers of another program, in place of a model's: JSON or JSONL by `id`, MedM-VL's inference files, or a list of
-    texts in the order of the items."""
+    """Answers of another program, in place of a model's: JSON or JSONL by `id`, MedM-VL's inference
+    files, or a list of texts in the order of the items."""
     against: str | None = None
-    """Output folder of another evaluation of the same task, or a file of predictions, to compare with."""
+    """Output folder of another evaluation of the same task, or a file of predictions, to compare
+    with."""
 
 
 class EvalOptions(InferenceOptions):
@@ -48,9 +49,14 @@ class EvalOptions(InferenceOptions):
     def _someone_answers(self) -> EvalOptions:
         silent = [block.task.name for block in self.tasks if block.predictions is None]
         if self.model is None and silent:
-            raise ValueError(f"model: needed to answer {', '.join(silent)}; give a model, or predictions for each task")
+            raise ValueError(
+                f"model: needed to answer {', '.join(silent)}; give a model, or predictions for "
+                "each task"
+            )
         names = [block.task.name for block in self.tasks]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"tasks: {', '.join(twice)} stands twice, and both would be written to one folder")
+            raise ValueError(
+                f"tasks: {', '.join(twice)} stands twice, and both would be written to one folder"
+            )
         return self

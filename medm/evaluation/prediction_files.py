@@ -52,7 +52,8 @@ class PredictionsFile(Predictor):
 def fields_given(path: Path) -> frozenset[PredictionField]:
     """Return what the predictions of a file hold, each field where one of them has it.
 
-    A file without any prediction, of errors alone, denies nothing: its items are scored as not answered.
+    A file without any prediction, of errors alone, denies nothing: its items are scored as not
+    answered.
 
     Raises:
         DataError: a prediction cannot be read.
@@ -82,11 +83,13 @@ def _fields(prediction: Prediction) -> set[PredictionField]:
     return found
 
 
-def read_predictions(path: Path, samples: Sequence[Sample], *, limit: int | None = None) -> dict[str, Prediction]:
+def read_predictions(
+    path: Path, samples: Sequence[Sample], *, limit: int | None = None
+) -> dict[str, Prediction]:
     """Answers by item id.
 
-    Lines of `medm infer`, objects with an id and a text, MedM-VL's records with the reply as last turn, an object of
-    id to text, or a bare list of texts in the order of the items.
+    Lines of `medm infer`, objects with an id and a text, MedM-VL's records with the reply as last
+    turn, an object of id to text, or a bare list of texts in the order of the items.
 
     Args:
         path: the file.
@@ -132,7 +135,9 @@ def _mapping(path: Path, samples: Sequence[Sample]) -> dict[str, str] | None:
     return dict(value)
 
 
-def _identifier(item: object, index: int, samples: Sequence[Sample], complete: bool, count: int) -> str:
+def _identifier(
+    item: object, index: int, samples: Sequence[Sample], complete: bool, count: int
+) -> str:
     if isinstance(item, dict):
         for key in _ID_FIELDS:
             if item.get(key) is not None:
@@ -140,7 +145,10 @@ def _identifier(item: object, index: int, samples: Sequence[Sample], complete: b
     position = item.get("index", index) if isinstance(item, dict) else index
     by_place = isinstance(item, dict) and "index" in item
     if not by_place and not complete:
-        raise DataError(f"{count} answers without ids for {len(samples)} items: which belongs to which is not known")
+        raise DataError(
+            f"{count} answers without ids for {len(samples)} items: which belongs to which is not "
+            "known"
+        )
     if not isinstance(position, int) or not 0 <= position < len(samples):
         raise DataError(f"an answer to item {position!r} of {len(samples)}")
     return samples[position].id or ""
@@ -160,13 +168,18 @@ def _prediction(item: object) -> Prediction:
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         last = turns[-1]
         if last.get("from", last.get("role")) in ("gpt", "assistant"):
-            return Prediction(str(last.get("value", last.get("content", ""))), numbers, scores, mask=mask)
+            return Prediction(
+                str(last.get("value", last.get("content", ""))), numbers, scores, mask=mask
+            )
     for key in _TEXT_FIELDS:
         if isinstance(item.get(key), str):
             return Prediction(item[key], numbers, scores, mask=mask)
     if mask is not None or scores is not None:
         return Prediction("", numbers, scores, mask=mask)
-    raise DataError(f"no answer in it; expected one of {', '.join(_TEXT_FIELDS)}, or a last turn of the assistant")
+    raise DataError(
+        f"no answer in it; expected one of {', '.join(_TEXT_FIELDS)}, or a last turn of the "
+        "assistant"
+    )
 
 
 def _scores(value: object) -> Mapping[str, float] | Sequence[float] | None:
@@ -175,9 +188,13 @@ def _scores(value: object) -> Mapping[str, float] | Sequence[float] | None:
         return None
     items = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(items, list) or not items or not all(map(_is_number, items)):
-        raise DataError("expected a number, a list of numbers or an object of class to number", field="scores")
+        raise DataError(
+            "expected a number, a list of numbers or an object of class to number", field="scores"
+        )
     return (
-        {str(key): float(score) for key, score in value.items()} if isinstance(value, dict) else list(map(float, items))
+        {str(key): float(score) for key, score in value.items()}
+        if isinstance(value, dict)
+        else list(map(float, items))
     )
 
 
@@ -187,7 +204,9 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[JsonObject]:
     """Scoring records in the order of the items; see `medm.tasks.base.join_predictions`."""
-    records = join_predictions(samples, {name: prediction.text for name, prediction in predictions.items()})
+    records = join_predictions(
+        samples, {name: prediction.text for name, prediction in predictions.items()}
+    )
     for record in records:
         found = predictions.get(str(record["id"]))
         if found is None:

@@ -1,9 +1,9 @@
 """Sources of predictions: what answers the items of a benchmark. Torch-free.
 
-A `Predictor` says what it gives, a `Task` what it needs, and the two are compared before a benchmark is read and before
-a weight is loaded. A file of another program's predictions is one source
-(`medm.evaluation.prediction_files`), a saved model another: the kind of model names the line of the table below that
-opens its folders (`ModelKind.predictor`).
+A `Predictor` says what it gives, a `Task` what it needs, and the two are compared before a
+benchmark is read and before a weight is loaded. A file of another program's predictions is one
+source (`medm.evaluation.prediction_files`), a saved model another: the kind of model names the line
+of the table below that opens its folders (`ModelKind.predictor`).
 
 The contract lives here and not in `medm.inference`, which knows no benchmarks.
 """
@@ -131,8 +131,8 @@ def require_match(task: str, needs: frozenset[PredictionField], predictor: Predi
     if lacking:
         ways = "; ".join(_WAYS[name] for name in lacking if name in _WAYS)
         raise RecipeError(
-            f"{task}: needs {_listed(needs)}; {predictor.what} {predictor.source} gives {_listed(predictor.gives)}"
-            + (f". Give --predictions with {ways}" if ways else "")
+            f"{task}: needs {_listed(needs)}; {predictor.what} {predictor.source} gives "
+            f"{_listed(predictor.gives)}" + (f". Give --predictions with {ways}" if ways else "")
         )
 
 

@@ -1,4 +1,6 @@
-"""Scores as pages: Markdown to read anywhere, HTML with images and without any script or outside file."""
+"""Scores as pages: Markdown to read anywhere, HTML with images and without any script or outside
+file.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,18 @@ from medm.files import atomic_write_text
 from medm.metrics.base import MetricResult
 from medm.metrics.compare import Comparison
 
-NOT_CLINICAL = "Not for clinical use. These are scores on a benchmark, not evidence of benefit or safety for patients."
+NOT_CLINICAL = (
+    "Not for clinical use. These are scores on a benchmark, not evidence of benefit or safety "
+    "for patients."
+)
 
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:left;"
-    "vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}"
-    "small,.s{color:#666;font-size:12px}.c{display:flex;gap:1em;border-top:1px solid #ddd;padding:1em 0}"
-    ".c img{max-width:420px;height:auto}.c dl{margin:0}.c dt{color:#666}.c dd{margin:0 0 .6em;white-space:pre-wrap}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 "
+    "1em;color:#222}table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid "
+    "#ddd;padding:.3em "
+    ".8em;text-align:left;vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}small,.s{color:#666;font-size:12px}.c{display:flex;gap:1em;border-top:1px "
+    "solid #ddd;padding:1em 0}.c img{max-width:420px;height:auto}.c dl{margin:0}.c "
+    "dt{color:#666}.c dd{margin:0 0 .6em;white-space:pre-wrap}"
 )
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
@@ -57,9 +63,11 @@ def _items(result: MetricResult) -> str:
 
 
 def group_table(name: str, groups: dict[str, list[MetricResult]]) -> Table:
-    """One value of a field a row, one metric a column, each with its interval and the items behind it.
+    """One value of a field a row, one metric a column, each with its interval and the items behind
+    it.
 
-    Metrics that only some rows have leave gaps. The column `n` is the row's items; a metric may score fewer.
+    Metrics that only some rows have leave gaps. The column `n` is the row's items; a metric may
+    score fewer.
     """
     columns = list(dict.fromkeys(result.name for results in groups.values() for result in results))
     rows: list[Sequence[str]] = []
@@ -78,10 +86,18 @@ def _with_interval(result: MetricResult) -> str:
 def comparison_table(comparisons: Iterable[Comparison]) -> Table:
     """One metric a row."""
     rows: list[Sequence[str]] = [
-        (c.name, number(c.first), number(c.second), f"{c.difference:+.3f}", interval(c.low, c.high),
-         number(c.p_value), str(c.n) if c.clusters is None else f"{c.n} in {c.clusters}", c.test)
+        (
+            c.name,
+            number(c.first),
+            number(c.second),
+            f"{c.difference:+.3f}",
+            interval(c.low, c.high),
+            number(c.p_value),
+            str(c.n) if c.clusters is None else f"{c.n} in {c.clusters}",
+            c.test,
+        )
         for c in comparisons
-    ]  # fmt: skip
+    ]
     return ("metric", "this", "other", "difference", "95 % interval", "p", "n", "test"), rows
 
 
@@ -89,7 +105,9 @@ def tables(report: TaskReport) -> list[tuple[str, str, Table]]:
     """Every table of a report: title, a sentence, and the table."""
     sections = [("Scores", "", results_table(report.scores.results))]
     if report.scores.original:
-        sentence = "As the benchmark's authors compute them, for comparison with their papers alone."
+        sentence = (
+            "As the benchmark's authors compute them, for comparison with their papers alone."
+        )
         sections.append(("Original scoring", sentence, results_table(report.scores.original)))
     if report.comparisons:
         sentence = f"Paired, on the same items, against {report.against}."
@@ -101,12 +119,18 @@ def tables(report: TaskReport) -> list[tuple[str, str, Table]]:
 
 def facts(report: TaskReport) -> list[str]:
     """What the numbers depend on, a line each."""
-    known = {key: value for key, value in report.facts.items() if value is not None and key != "options"}
+    known = {
+        key: value for key, value in report.facts.items() if value is not None and key != "options"
+    }
     return [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in known.items()]
 
 
 def _plain(value: object) -> str:
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+    return (
+        ", ".join(f"{key} {item}" for key, item in value.items())
+        if isinstance(value, dict)
+        else str(value)
+    )
 
 
 def markdown(report: TaskReport) -> str:
@@ -114,12 +138,20 @@ def markdown(report: TaskReport) -> str:
     lines = [f"# {report.task}", "", f"{report.summary}. {report.n} items.", "", NOT_CLINICAL, ""]
     lines += [f"- {_md(fact)}" for fact in [*report.scores.notes, *facts(report)]]
     for title, sentence, table in tables(report):
-        lines += ["", f"## {title}", "", *([sentence, ""] if sentence else []), *_markdown_table(table)]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            *([sentence, ""] if sentence else []),
+            *_markdown_table(table),
+        ]
     for title, cases in _case_sections(report):
         lines += ["", f"## {title}", ""]
         for case in cases:
             lines += [f"### {_md(case.id)}{_scored(case)}", ""]
-            lines += [f"![{_md(case.id)}]({image})" for image in case.images] + [""] * bool(case.images)
+            lines += [f"![{_md(case.id)}]({image})" for image in case.images] + [""] * bool(
+                case.images
+            )
             lines += [f"- {label}: {_md(text)}" for label, text in _said(case)] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -129,13 +161,18 @@ def page(report: TaskReport) -> str:
     out = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_esc(report.task)}</title>',
         f"<style>{_STYLE}</style><h1>{_esc(report.task)}</h1>",
-        f"<p>{_esc(report.summary)}. {report.n} items.</p><p><strong>{NOT_CLINICAL}</strong></p><ul>",
+        f"<p>{_esc(report.summary)}. {report.n} "
+        f"items.</p><p><strong>{NOT_CLINICAL}</strong></p><ul>",
         *[f"<li>{_esc(note)}</li>" for note in report.scores.notes],
         *[f'<li class="s">{_esc(fact)}</li>' for fact in facts(report)],
         "</ul>",
     ]
     for title, sentence, table in tables(report):
-        out += [f"<h2>{_esc(title)}</h2>", f"<p>{_esc(sentence)}</p>" if sentence else "", _html_table(table)]
+        out += [
+            f"<h2>{_esc(title)}</h2>",
+            f"<p>{_esc(sentence)}</p>" if sentence else "",
+            _html_table(table),
+        ]
     for title, cases in _case_sections(report):
         out.append(f"<h2>{_esc(title)}</h2>")
         out += [_html_case(case) for case in cases]
@@ -147,17 +184,28 @@ def write_summary(folder: Path, reports: Sequence[TaskReport]) -> None:
     rows: list[Sequence[str]] = []
     for report in reports:
         head = report.scores.results[0] if report.scores.results else None
-        values = (head.name, number(head.value), interval(head.low, head.high)) if head else ("–", "–", "–")
+        values = (
+            (head.name, number(head.value), interval(head.low, head.high))
+            if head
+            else ("–", "–", "–")
+        )
         rows.append((f"[{report.task}]({report.task}/report.md)", str(report.n), *values))
-    table = _markdown_table((("task", "items", "metric", "value", "95 % interval"), rows), escape=str)
+    table = _markdown_table(
+        (("task", "items", "metric", "value", "95 % interval"), rows), escape=str
+    )
     notes = [f"- {report.task}: {_md(note)}" for report in reports for note in report.scores.notes]
     notes = ["", "## Notes", "", *notes] if notes else []
-    atomic_write_text(folder / "summary.md", "\n".join(["# Evaluation", "", NOT_CLINICAL, "", *table, *notes]) + "\n")
+    atomic_write_text(
+        folder / "summary.md",
+        "\n".join(["# Evaluation", "", NOT_CLINICAL, "", *table, *notes]) + "\n",
+    )
 
 
 def _case_sections(report: TaskReport) -> list[tuple[str, list[Case]]]:
     return [
-        (title, cases) for title, cases in (("Worst items", report.worst), ("Random items", report.random)) if cases
+        (title, cases)
+        for title, cases in (("Worst items", report.worst), ("Random items", report.random))
+        if cases
     ]
 
 
@@ -166,25 +214,28 @@ def _scored(case: Case) -> str:
 
 
 def _said(case: Case) -> list[tuple[str, str]]:
-    lines = [("question", case.question), ("reference", case.answer), ("reply", case.reply or "(none)")]
+    lines = [
+        ("question", case.question),
+        ("reference", case.answer),
+        ("reply", case.reply or "(none)"),
+    ]
     return lines + ([("no image", case.problem)] if case.problem else [])
 
 
 def _html_case(case: Case) -> str:
     images = "".join(f'<img src="{_esc(image)}" alt="">' for image in case.images)
     said = "".join(f"<dt>{_esc(label)}</dt><dd>{_esc(text)}</dd>" for label, text in _said(case))
-    return (
-        f'<div class="c"><div>{images}</div><div><h3>{_esc(case.id)}<small>{_esc(_scored(case))}</small></h3>'
-        f"<dl>{said}</dl></div></div>"
-    )
+    title = f"{_esc(case.id)}<small>{_esc(_scored(case))}</small>"
+    return f'<div class="c"><div>{images}</div><div><h3>{title}</h3><dl>{said}</dl></div></div>'
 
 
 def _html_table(table: Table) -> str:
     header, rows = table
     head = "".join(f"<th>{_esc(cell)}</th>" for cell in header)
     body = "".join(
-        "<tr>" + "".join(f"<td{_kind(cell)}>{_esc(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )  # fmt: skip
+        "<tr>" + "".join(f"<td{_kind(cell)}>{_esc(cell)}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 

@@ -49,10 +49,11 @@ class _Run:
 
 
 def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[TaskReport] | None:
-    """Predict and score the items of every task, and write its files into a folder below `output_dir`.
+    """Predict and score the items of every task, and write its files into a folder below
+    `output_dir`.
 
-    These are `questions.jsonl`, `predictions.jsonl` (from which a run that was stopped resumes), `results.json`,
-    `report.md` and `report.html`; a summary of all tasks is in `output_dir` itself.
+    These are `questions.jsonl`, `predictions.jsonl` (from which a run that was stopped resumes),
+    `results.json`, `report.md` and `report.html`; a summary of all tasks is in `output_dir` itself.
 
     Args:
         options: of the run.
@@ -63,8 +64,8 @@ def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[
 
     Raises:
         DataError: a benchmark's folder is incomplete, or predictions belong to other items.
-        RecipeError: a task's options do not fit, its predictions lack what it scores, or a folder holds replies of
-            another run.
+        RecipeError: a task's options do not fit, its predictions lack what it scores, or a folder
+            holds replies of another run.
         MedmError: as `infer`.
     """
     trial = any(block.predictions is None for block in options.tasks)
@@ -102,7 +103,9 @@ def predictor_of(options: EvalOptions, block: EvalTaskOptions) -> Predictor:
     return open_model(options.model, options)
 
 
-def _sources(options: EvalOptions, block: EvalTaskOptions) -> tuple[EvalTaskOptions, Task, Predictor, Predictor | None]:
+def _sources(
+    options: EvalOptions, block: EvalTaskOptions
+) -> tuple[EvalTaskOptions, Task, Predictor, Predictor | None]:
     """A task and where its predictions come from; refused where they lack what the task scores."""
     task = build_task(block)
     predictor = predictor_of(options, block)
@@ -133,7 +136,9 @@ def _open(
     return _Run(block, task, predictor, against, items)
 
 
-def check_items(task: Task, predictor: Predictor, against: Predictor | None, items: Items, *, trial: bool) -> None:
+def check_items(
+    task: Task, predictor: Predictor, against: Predictor | None, items: Items, *, trial: bool
+) -> None:
     """Refuse, before anything is predicted, what would stop the scoring afterwards.
 
     Args:
@@ -144,8 +149,8 @@ def check_items(task: Task, predictor: Predictor, against: Predictor | None, ite
         trial: also score the predictions that exist, and empty ones in place of the others.
 
     Raises:
-        DataError: two items have one id, an image is missing, a reference cannot be scored, a field is missing, or
-            predictions cannot be read or belong to other items.
+        DataError: two items have one id, an image is missing, a reference cannot be scored, a field
+            is missing, or predictions cannot be read or belong to other items.
         DeviceError: the device is not there, or a metric needs a package or a file that is not.
     """
     counts = Counter(sample.id for sample in items.samples)
@@ -153,7 +158,8 @@ def check_items(task: Task, predictor: Predictor, against: Predictor | None, ite
     if twice:
         raise DataError(
             f"{len(twice)} ids stand for several items of {items.task}, the first is {twice[0]!r} "
-            f"({counts[twice[0]]} items); replies are joined by id, so give each item one of its own",
+            f"({counts[twice[0]]} items); replies are joined by id, so give each item one of its "
+            "own",
             file=str(items.root),
         )
     for source in (predictor, against):
@@ -204,7 +210,10 @@ def _records(task: Task, items: Items, predictions: Predictions) -> tuple[list[J
     records = join(items.samples, predictions)[: items.limit]
     replied = {name for name, prediction in predictions.items() if prediction.error is None}
     answered = sum(str(record["id"]) in replied for record in records)
-    records = [task.measure_item(record, predictions.get(str(record["id"])), items.root) for record in records]
+    records = [
+        task.measure_item(record, predictions.get(str(record["id"])), items.root)
+        for record in records
+    ]
     return records, answered
 
 
@@ -272,7 +281,9 @@ def _compare(task: Task, other: Sequence[JsonObject], scores: Scores) -> list[Co
     return [
         compare(result, by_name[result.name], task.resampling)
         for result in scores.results
-        if result.name in by_name and by_name[result.name].n == result.n > 0 and not math.isnan(result.value)
+        if result.name in by_name
+        and by_name[result.name].n == result.n > 0
+        and not math.isnan(result.value)
     ]
 
 
@@ -288,6 +299,7 @@ def predictions_of(block: EvalTaskOptions) -> Path:
     file = next((place for place in places if place.is_file()), against)
     if not file.is_file():
         raise DataError(
-            f"no predictions to compare with; expected a file, or a folder with {places[0].name}", file=against
+            f"no predictions to compare with; expected a file, or a folder with {places[0].name}",
+            file=against,
         )
     return file

@@ -42,7 +42,10 @@ class TaskReport:
             "scores": [result.as_dict() for result in self.scores.results],
             "published": [result.as_dict() for result in self.scores.original],
             "groups": {
-                name: {value: [_without_items(result) for result in results] for value, results in group.items()}
+                name: {
+                    value: [_without_items(result) for result in results]
+                    for value, results in group.items()
+                }
                 for name, group in self.scores.groups.items()
             },
             "notes": self.scores.notes,

@@ -1,1 +1,3 @@
-"""Heads: mask decoders, classification, projection. They know no data set and no loss. None is registered yet."""
+"""Heads: mask decoders, classification, projection. They know no data set and no loss. None is
+registered yet.
+"""

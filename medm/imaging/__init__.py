@@ -1,6 +1,7 @@
 """Files to pixels: images and volumes are read safely and prepared as one saved description says.
 
-Knows nothing of tokens, prompts or models. Importing this package is cheap; readers are loaded when used.
+Knows nothing of tokens, prompts or models. Importing this package is cheap; readers are loaded when
+used.
 """
 
 from __future__ import annotations
@@ -41,15 +42,17 @@ _KINDS: dict[str, type[ImagePreprocess] | type[VolumePreprocess]] = {
 }
 
 _VERSION = 2
-"""Raised whenever the same description would give other pixels, so that old cache entries are not used."""
+"""Raised whenever the same description would give other pixels, so that old cache entries are not
+used."""
 
 
 def prepare(source: object, preprocess: Preprocess, *, device: str = "cpu") -> Prepared:
     """Return an image or volume as the model takes it, and its placement in the file.
 
     Args:
-        source: a path; for an image also a stream, an image of Pillow or an array (H, W) or (H, W, 3), for a
-            volume an array (D, H, W); see `medm.imaging.sources`. Arrays are taken as a .npy file of them would be.
+        source: a path; for an image also a stream, an image of Pillow or an array (H, W) or (H, W,
+            3), for a volume an array (D, H, W); see `medm.imaging.sources`. Arrays are taken as a
+            .npy file of them would be.
         preprocess: what is done to it.
         device: where a volume is computed.
 
@@ -69,7 +72,9 @@ def prepare(source: object, preprocess: Preprocess, *, device: str = "cpu") -> P
     from medm.imaging.volumes import read_volume
 
     if not isinstance(source, (Path, np.ndarray)):
-        raise MediaError(f"volume: expected a path or an array (D, H, W), found {type(source).__name__}")
+        raise MediaError(
+            f"volume: expected a path or an array (D, H, W), found {type(source).__name__}"
+        )
     return prepare_volume(preprocess, read_volume(source, several=preprocess.series), device=device)
 
 

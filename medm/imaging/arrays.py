@@ -1,4 +1,6 @@
-"""Untrusted NumPy files: the header is checked before anything is allocated, and no object is ever built."""
+"""Untrusted NumPy files: the header is checked before anything is allocated, and no object is ever
+built.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ _MAX_HEADER = 10_000
 _MAX_PREFIX = 12 + _MAX_HEADER
 """Most bytes of an NPY file before its numbers."""
 _PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""What numpy.savez and numpy.savez_compressed write. bzip2 and LZMA unpack a million times their size, and Python's
-zipfile unpacks them in pieces of any length."""
+"""What numpy.savez and numpy.savez_compressed write. bzip2 and LZMA unpack a million times their
+size, and Python's zipfile unpacks them in pieces of any length."""
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -34,7 +36,8 @@ def read_npy(
     exact: bool = True,
     length: int | None = None,
 ) -> np.ndarray:
-    """One array of plain numbers from the stream of a .npy file (a file, or a member of an archive).
+    """One array of plain numbers from the stream of a .npy file (a file, or a member of an
+    archive).
 
     Args:
         stream: placed at the start of the array; may be unable to seek.
@@ -42,11 +45,12 @@ def read_npy(
         max_items: most numbers that are read.
         max_bytes: most bytes of them; None for no further limit.
         exact: whether the stream has to end with the array.
-        length: bytes of the whole stream where they are known: another number than the header declares is refused
-            before anything is read.
+        length: bytes of the whole stream where they are known: another number than the header
+            declares is refused before anything is read.
 
     Raises:
-        MediaError: objects or other non-numbers, a damaged or oversized header, too many numbers, too few bytes.
+        MediaError: objects or other non-numbers, a damaged or oversized header, too many numbers,
+            too few bytes.
     """
     shape, fortran, dtype = _read_header(
         stream, name, max_items=max_items, max_bytes=max_bytes, length=length, exact=exact
@@ -54,7 +58,11 @@ def read_npy(
     needed = math.prod(shape) * dtype.itemsize
     data = stream.read(needed + exact)
     if len(data) != needed:
-        raise MediaError(_wrong_length(name, shape, dtype, needed, "more" if len(data) > needed else str(len(data))))
+        raise MediaError(
+            _wrong_length(
+                name, shape, dtype, needed, "more" if len(data) > needed else str(len(data))
+            )
+        )
     array = np.frombuffer(data, dtype=dtype)
     array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
     return array.astype(dtype.newbyteorder("="), copy=False)
@@ -63,17 +71,26 @@ def read_npy(
 def check_npy(
     stream: IO[bytes], name: str, *, max_items: int, length: int, max_bytes: int | None = None
 ) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and type of an array from its header, checked against the length of the file. No number is read.
+    """Return shape and type of an array from its header, checked against the length of the file. No
+    number is read.
 
     Raises:
         MediaError: as `read_npy`.
     """
-    shape, _, dtype = _read_header(stream, name, max_items=max_items, max_bytes=max_bytes, length=length, exact=True)
+    shape, _, dtype = _read_header(
+        stream, name, max_items=max_items, max_bytes=max_bytes, length=length, exact=True
+    )
     return shape, dtype
 
 
 def _read_header(
-    stream: IO[bytes], name: str, *, max_items: int, max_bytes: int | None, length: int | None, exact: bool
+    stream: IO[bytes],
+    name: str,
+    *,
+    max_items: int,
+    max_bytes: int | None,
+    length: int | None,
+    exact: bool,
 ) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether the first axis is fastest, and type; all believable."""
     counted = _Counted(stream)
@@ -86,20 +103,33 @@ def _read_header(
     except MediaError:
         raise
     except DECODE_ERRORS as error:
-        raise MediaError(f"{name}: the NPY header is damaged or oversized ({type(error).__name__})") from None
+        raise MediaError(
+            f"{name}: the NPY header is damaged or oversized ({type(error).__name__})"
+        ) from None
     if dtype.hasobject:
-        raise MediaError(f"{name}: holds Python objects, which would run code when read; save a plain numeric array")
+        raise MediaError(
+            f"{name}: holds Python objects, which would run code when read; save a plain numeric "
+            "array"
+        )
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise MediaError(f"{name}: expected an array of numbers, found {dtype}")
-    if not all(type(side) is int and side >= 0 for side in shape):  # True is an int to NumPy's reader
-        raise MediaError(f"{name}: declares the shape {_text(shape)}; expected whole numbers from 0 on")
+    if not all(
+        type(side) is int and side >= 0 for side in shape
+    ):  # True is an int to NumPy's reader
+        raise MediaError(
+            f"{name}: declares the shape {_text(shape)}; expected whole numbers from 0 on"
+        )
     items = math.prod(shape)
     needed = items * dtype.itemsize
     if items > max_items:
-        raise MediaError(f"{name}: declares shape {_text(shape)}, more than the {max_items} numbers that are allowed")
+        raise MediaError(
+            f"{name}: declares shape {_text(shape)}, more than the {max_items} numbers that are "
+            "allowed"
+        )
     if max_bytes is not None and needed > max_bytes:
         raise MediaError(
-            f"{name}: declares {_text(shape)} of {dtype}, more than the {max_bytes} bytes that are allowed"
+            f"{name}: declares {_text(shape)} of {dtype}, more than the {max_bytes} bytes that "
+            "are allowed"
         )
     left = None if length is None else length - counted.count
     if left is not None and (left < needed or (exact and left > needed)):
@@ -117,27 +147,39 @@ def read_npz(path: Path, name: str, *, max_items: int, max_bytes: int) -> np.nda
         return read_npz_member(archive, member, name, max_items=max_items, max_bytes=max_bytes)
 
 
-def check_npz(path: Path, name: str, *, max_items: int, max_bytes: int) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and type of the one array of an archive; only its header is unpacked. Raises as `read_npz`."""
+def check_npz(
+    path: Path, name: str, *, max_items: int, max_bytes: int
+) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and type of the one array of an archive; only its header is unpacked. Raises as
+    `read_npz`.
+    """
     with _open_npz(path, name) as (archive, member):
         _check_member(member, name, max_bytes=max_bytes)
         with archive.open(member) as stream:
-            return check_npy(stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size)
+            return check_npy(
+                stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size
+            )
 
 
 @contextmanager
 def _open_npz(path: Path, name: str) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
-    """The archive and its only member; what is raised inside because of damage becomes a `MediaError`."""
+    """The archive and its only member; what is raised inside because of damage becomes a
+    `MediaError`.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if len(members) != 1 or not members[0].filename.endswith(".npy"):
-                raise MediaError(f"{name}: expected an archive with one array, found {len(members)} members")
+                raise MediaError(
+                    f"{name}: expected an archive with one array, found {len(members)} members"
+                )
             yield archive, members[0]
     except MediaError:
         raise
     except (zipfile.BadZipFile, *DECODE_ERRORS) as error:
-        raise MediaError(f"{name}: the NPZ archive is truncated or damaged ({type(error).__name__})") from None
+        raise MediaError(
+            f"{name}: the NPZ archive is truncated or damaged ({type(error).__name__})"
+        ) from None
 
 
 def read_npz_member(
@@ -145,8 +187,9 @@ def read_npz_member(
 ) -> np.ndarray:
     """One array of an archive.
 
-    Every length is compared before memory is taken for it: what the directory of the archive declares with the bytes
-    that are allowed and with what so many packed bytes can hold, and the header of the array with the directory.
+    Every length is compared before memory is taken for it: what the directory of the archive
+    declares with the bytes that are allowed and with what so many packed bytes can hold, and the
+    header of the array with the directory.
 
     Raises:
         MediaError: another packing than stored or deflated, encryption, or as `read_npy`.
@@ -154,20 +197,25 @@ def read_npz_member(
     """
     _check_member(member, name, max_bytes=max_bytes)
     with archive.open(member) as stream:
-        return read_npy(stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size)
+        return read_npy(
+            stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size
+        )
 
 
 def _check_member(member: zipfile.ZipInfo, name: str, *, max_bytes: int) -> None:
     if member.flag_bits & 1:
-        raise MediaError(f"{name}: the NPZ archive is encrypted; save it with numpy.savez_compressed")
+        raise MediaError(
+            f"{name}: the NPZ archive is encrypted; save it with numpy.savez_compressed"
+        )
     if member.compress_type not in _PACKINGS:
         raise MediaError(
-            f"{name}: the array is packed by method {member.compress_type} of ZIP; expected 0 (stored) or "
-            "8 (deflated), as numpy.savez and numpy.savez_compressed write it"
+            f"{name}: the array is packed by method {member.compress_type} of ZIP; expected 0 "
+            "(stored) or 8 (deflated), as numpy.savez and numpy.savez_compressed write it"
         )
     if member.file_size > max_bytes + _MAX_PREFIX:
         raise MediaError(
-            f"{name}: the NPZ archive declares {member.file_size} bytes, more than the {max_bytes} that are allowed"
+            f"{name}: the NPZ archive declares {member.file_size} bytes, more than the "
+            f"{max_bytes} that are allowed"
         )
     check_ratio(member.compress_size, member.file_size, name)
 
@@ -185,8 +233,13 @@ class _Counted:
         return data
 
 
-def _wrong_length(name: str, shape: tuple[int, ...], dtype: np.dtype, needed: int, found: str) -> str:
-    return f"{name}: shape {_text(shape)} of {dtype} needs {needed} bytes, found {found}; the file is damaged"
+def _wrong_length(
+    name: str, shape: tuple[int, ...], dtype: np.dtype, needed: int, found: str
+) -> str:
+    return (
+        f"{name}: shape {_text(shape)} of {dtype} needs {needed} bytes, found {found}; the file "
+        "is damaged"
+    )
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -19,7 +19,8 @@ from medm.imaging.placement import Prepared
 def augment(options: Augment, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return a changed copy of (C, *spatial) float32; `pixels` itself where every option is off.
 
-    All channels get the same change. What comes in from outside is the smallest value of its channel (air, black).
+    All channels get the same change. What comes in from outside is the smallest value of its
+    channel (air, black).
 
     Args:
         options: how far each change may go.
@@ -32,9 +33,9 @@ def augment(options: Augment, pixels: np.ndarray, rng: np.random.Generator) -> n
 def augment_prepared(options: Augment, prepared: Prepared, rng: np.random.Generator) -> Prepared:
     """Return pixels changed as by `augment`, from the same random numbers, and their placement.
 
-    `placement.to_prepared(mask)` of the result gives a mask of the file the same rotation, size, shift
-    and mirroring as the pixels. For a mask that is on the prepared grid already, hand over pixels with
-    `Placement.of_source` of that grid.
+    `placement.to_prepared(mask)` of the result gives a mask of the file the same rotation, size,
+    shift and mirroring as the pixels. For a mask that is on the prepared grid already, hand over
+    pixels with `Placement.of_source` of that grid.
     """
     motion = _draw_motion(options, prepared.pixels.shape[1:], rng)
     placement = prepared.placement
@@ -66,7 +67,9 @@ class _Motion:
         return theta
 
 
-def _draw_motion(options: Augment, shape: tuple[int, ...], rng: np.random.Generator) -> _Motion | None:
+def _draw_motion(
+    options: Augment, shape: tuple[int, ...], rng: np.random.Generator
+) -> _Motion | None:
     """The spatial change; None where none is asked for, which draws nothing."""
     if not (options.rotate or options.scale or options.shift or options.mirror):
         return None
@@ -86,7 +89,9 @@ def _draw_motion(options: Augment, shape: tuple[int, ...], rng: np.random.Genera
     return _Motion(matrix, -matrix @ shifts, sides)
 
 
-def _changed(options: Augment, pixels: np.ndarray, motion: _Motion | None, rng: np.random.Generator) -> np.ndarray:
+def _changed(
+    options: Augment, pixels: np.ndarray, motion: _Motion | None, rng: np.random.Generator
+) -> np.ndarray:
     if motion is not None:
         pixels = _moved(pixels, motion)
     if options.brightness or options.contrast or options.gamma:
@@ -102,7 +107,12 @@ def _moved(pixels: np.ndarray, motion: _Motion) -> np.ndarray:
     floor = source.flatten(2).amin(dim=2).view(1, -1, *[1] * len(motion.sides))
     theta = torch.from_numpy(motion.theta()[None]).to(source.dtype)
     grid = F.affine_grid(theta, list(source.shape), align_corners=False)
-    moved = F.grid_sample(source - floor, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + floor
+    moved = (
+        F.grid_sample(
+            source - floor, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+        + floor
+    )
     return moved[0].numpy()
 
 

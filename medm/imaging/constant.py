@@ -1,11 +1,13 @@
 """Files of which preprocessing leaves nothing: every voxel or pixel becomes one value.
 
-The model would be trained on, or asked about, an empty image. The one implementation for images and volumes, so
-that training, the data check, the preview, the caches and inference agree:
+The model would be trained on, or asked about, an empty image. The one implementation for images and
+volumes, so that training, the data check, the preview, the caches and inference agree:
 
-- a file that varies and becomes one value in every channel is refused, with the step that does it and its ranges;
-- a file that holds one value only, a single channel that becomes one value, and a file that lies almost wholly
-  outside of its windows are used with a warning for each file: blank images and narrow windows can be meant.
+- a file that varies and becomes one value in every channel is refused, with the step that does it
+  and its ranges;
+- a file that holds one value only, a single channel that becomes one value, and a file that lies
+  almost wholly outside of its windows are used with a warning for each file: blank images and
+  narrow windows can be meant.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 1e-6
 """Of values in 0..1: less is the rounding of an interpolation between equal numbers."""
 _MOSTLY = 0.999
-"""Fraction of a file on one side of its windows above which a warning is given: what is left is a stray object."""
+"""Fraction of a file on one side of its windows above which a warning is given: what is left is a
+stray object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +70,14 @@ def check_prepared(
     """Look whether anything of a file is left, and say what took it away.
 
     Args:
-        shown: (C, *spatial), array or tensor: the result before mean and std, in 0..1, without padding.
+        shown: (C, *spatial), array or tensor: the result before mean and std, in 0..1, without
+            padding.
         stored: the values of the file.
         name: the file, for messages.
-        windows: lower and upper stored values that become 0 and 1, one pair a channel; empty where there are none.
-        trace: the steps of a channel, from the stored values on; called only where something is wrong.
+        windows: lower and upper stored values that become 0 and 1, one pair a channel; empty where
+            there are none.
+        trace: the steps of a channel, from the stored values on; called only where something is
+            wrong.
         unit: what one value is called.
 
     Raises:
@@ -83,32 +89,41 @@ def check_prepared(
     if any(constant) and warn_if_constant(stored, name, unit=unit):
         return
     if all(constant):
+        causes = dict.fromkeys(_cause(trace(channel)) for channel in range(len(constant)))
         raise MediaError(
-            f"{name}: preprocessing turns every {unit} into one value, so the model would see nothing: "
-            f"{'; '.join(dict.fromkeys(_cause(trace(channel)) for channel in range(len(constant))))}. "
+            f"{name}: preprocessing turns every {unit} into one value, so the model would see "
+            f"nothing: {'; '.join(causes)}. "
             "Set the preprocessing that fits the file, or leave the file out"
         )
     if len(windows) == len(constant):
         for channel in np.flatnonzero(constant):
             warn_of_file(
-                logger, kind=f"constant channel {channel + 1}", file=name,
+                logger,
+                kind=f"constant channel {channel + 1}",
+                file=name,
                 message=f"{name}: channel {channel + 1} of {len(constant)} becomes one value: "
                 f"{_cause(trace(int(channel)))}",
-            )  # fmt: skip
+            )
     if windows and all(_at_an_end(channel) > _MOSTLY for channel in shown):
         _warn_if_outside(stored, windows, name, unit)
 
 
-def warn_if_constant(stored: np.ndarray, name: str, *, unit: Literal["voxel", "pixel"] = "voxel") -> bool:
-    """Whether the file itself holds one value only, which is a warning: a blank image may be meant."""
+def warn_if_constant(
+    stored: np.ndarray, name: str, *, unit: Literal["voxel", "pixel"] = "voxel"
+) -> bool:
+    """Whether the file itself holds one value only, which is a warning: a blank image may be
+    meant.
+    """
     first = stored[(0,) * min(stored.ndim, 3 if unit == "voxel" else 2)]
     if (stored != first).any():
         return False
     value = f"{first:g}" if first.ndim == 0 else ", ".join(f"{part:g}" for part in first)
     warn_of_file(
-        logger, kind="constant", file=name,
+        logger,
+        kind="constant",
+        file=name,
         message=f"{name}: all {unit}s are {value}; the file is blank, perhaps from a failed export",
-    )  # fmt: skip
+    )
     return True
 
 
@@ -116,21 +131,24 @@ def refuse_lost_values(before: np.ndarray, after: np.ndarray, name: str, step: s
     """Refuse numbers that differ before a conversion and not after it. Raises `MediaError`."""
     if after.size > 1 and after.min() == after.max() and before.min() != before.max():
         raise MediaError(
-            f"{name}: {step} turns the stored values {before.min():g}..{before.max():g} into the one value "
-            f"{after.min():g}, so nothing of the volume is left; correct the header, or store the values in a "
-            "smaller range"
+            f"{name}: {step} turns the stored values {before.min():g}..{before.max():g} into the "
+            f"one value {after.min():g}, so nothing of the volume is left; correct the header, or "
+            "store the values in a smaller range"
         )
 
 
 def looks_constant(prepared: np.ndarray) -> bool:
-    """Whether a prepared array, (C, *spatial) after mean and std, deserves a look at how it was made."""
+    """Whether a prepared array, (C, *spatial) after mean and std, deserves a look at how it was
+    made.
+    """
     if math.prod(prepared.shape[1:]) < 2:
         return False
     return any(
         float(channel.max()) - float(channel.min()) <= 100 * _TOLERANCE for channel in prepared
     ) or all(
-        max((channel == channel.min()).mean(), (channel == channel.max()).mean()) > _MOSTLY for channel in prepared
-    )  # fmt: skip
+        max((channel == channel.min()).mean(), (channel == channel.max()).mean()) > _MOSTLY
+        for channel in prepared
+    )
 
 
 def _cause(steps: Sequence[Step]) -> str:
@@ -142,19 +160,26 @@ def _cause(steps: Sequence[Step]) -> str:
 
 
 def _at_an_end(channel: np.ndarray | Tensor) -> float:
-    """Fraction of a channel that is 0 or that is 1, whichever is more; 0 where the mean tells that neither is most."""
+    """Fraction of a channel that is 0 or that is 1, whichever is more; 0 where the mean tells that
+    neither is most.
+    """
     if 1 - _MOSTLY + _TOLERANCE < float(channel.mean()) < _MOSTLY - _TOLERANCE:
         return 0.0
     count = max(int((channel < _TOLERANCE).sum()), int((channel > 1 - _TOLERANCE).sum()))
     return count / math.prod(channel.shape)
 
 
-def _warn_if_outside(stored: np.ndarray, windows: Sequence[Sequence[float]], name: str, unit: str) -> None:
+def _warn_if_outside(
+    stored: np.ndarray, windows: Sequence[Sequence[float]], name: str, unit: str
+) -> None:
     outside = [max((stored < low).mean(), (stored > high).mean()) for low, high in windows]
     if min(outside) > _MOSTLY:
         ranges = ", ".join(f"{low:g}..{high:g}" for low, high in windows)
         warn_of_file(
-            logger, kind="outside of the windows", file=name,
-            message=f"{name}: {100 * min(outside):.2f} % of the {unit}s lie outside of the windows ({ranges}); "
-            f"the values are {stored.min():g}..{stored.max():g}. Are the scale and the windows right?",
-        )  # fmt: skip
+            logger,
+            kind="outside of the windows",
+            file=name,
+            message=f"{name}: {100 * min(outside):.2f} % of the {unit}s lie outside of the windows "
+            f"({ranges}); the values are {stored.min():g}..{stored.max():g}. Are the scale "
+            "and the windows right?",
+        )

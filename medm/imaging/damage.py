@@ -12,7 +12,8 @@ except ImportError:  # a Python built without it cannot meet the error either
     LZMAError = OSError  # type: ignore[assignment, misc]
 
 DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, RuntimeError,
+    OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    EOFError, RuntimeError,
     MemoryError, AssertionError, struct.error, zlib.error, LZMAError, tokenize.TokenError,
 )  # fmt: skip
 """Messages built from these tell the type only: the text may quote metadata of a patient."""

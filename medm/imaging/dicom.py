@@ -1,8 +1,9 @@
 """DICOM files: what of their header is needed, checked.
 
-pydicom reads the few numbers that matter, so that lying lengths, missing pixels and unknown encodings are refused
-before anything is decoded: GDCM (inside SimpleITK) would fill what is missing with zeros. Names, dates and free text of
-the header are never read into an object and never quoted in a message.
+pydicom reads the few numbers that matter, so that lying lengths, missing pixels and unknown
+encodings are refused before anything is decoded: GDCM (inside SimpleITK) would fill what is missing
+with zeros. Names, dates and free text of the header are never read into an object and never quoted
+in a message.
 """
 
 from __future__ import annotations
@@ -22,8 +23,23 @@ import numpy as np
 
 from medm.errors import MediaError
 from medm.imaging.damage import DECODE_ERRORS
-from medm.imaging.dicom_bare import BIG_ENDIAN, EXPLICIT, HEAD, IMPLICIT, bare_syntax, has_file_header, is_dicom_head
-from medm.imaging.dicom_values import LookupTable, Voi, as_stored, read_table, read_window, stored_numbers
+from medm.imaging.dicom_bare import (
+    BIG_ENDIAN,
+    EXPLICIT,
+    HEAD,
+    IMPLICIT,
+    bare_syntax,
+    has_file_header,
+    is_dicom_head,
+)
+from medm.imaging.dicom_values import (
+    LookupTable,
+    Voi,
+    as_stored,
+    read_table,
+    read_window,
+    stored_numbers,
+)
 from medm.imaging.notices import warn_once
 
 if TYPE_CHECKING:
@@ -35,10 +51,14 @@ MAX_FRAMES = 10_000
 """Most frames of one file, and most files of one folder."""
 
 _KEYWORDS = [
-    "SOPClassUID", "Modality", "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient", "ImageOrientationPatient",
-    "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
-    "HighBit", "PixelRepresentation", "PhotometricInterpretation", "RescaleIntercept", "RescaleSlope", "RescaleType",
-    "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "ModalityLUTSequence", "PixelPaddingValue",
+    "SOPClassUID", "Modality", "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated",
+    "BitsStored",
+    "HighBit", "PixelRepresentation", "PhotometricInterpretation", "RescaleIntercept",
+    "RescaleSlope", "RescaleType",
+    "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "ModalityLUTSequence",
+    "PixelPaddingValue",
     "PixelPaddingRangeLimit", "PresentationLUTShape", "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
@@ -48,27 +68,33 @@ _NOT_APPLIED = {
     0x00289422: "Pixel Intensity Relationship LUT Sequence (0028,9422)",
     0x00409096: "Real World Value Mapping Sequence (0040,9096)",
     0x20500010: "Presentation LUT Sequence (2050,0010)",
-    **{0x60000010 + (group << 16): f"overlay of group {0x6000 + group:04X}" for group in range(0, 0x20, 2)},
+    **{
+        0x60000010 + (group << 16): f"overlay of group {0x6000 + group:04X}"
+        for group in range(0, 0x20, 2)
+    },
 }
-"""Elements that change what a viewer shows and are not applied here, each with the name that a warning gives it."""
+"""Elements that change what a viewer shows and are not applied here, each with the name that a
+warning gives it."""
 
 NATIVE = {IMPLICIT, EXPLICIT, BIG_ENDIAN}
 """Transfer syntaxes of uncompressed pixels."""
 _COMPRESSED = {
-    "1.2.840.10008.1.2.4.50": 300, "1.2.840.10008.1.2.4.51": 300,  # JPEG baseline and extended: 8 x 8 in some bits
+    # JPEG baseline and extended: 8 x 8 in some bits
+    "1.2.840.10008.1.2.4.50": 300, "1.2.840.10008.1.2.4.51": 300,
     "1.2.840.10008.1.2.4.57": 64, "1.2.840.10008.1.2.4.70": 64,  # JPEG lossless: a bit a pixel
     "1.2.840.10008.1.2.4.80": 10_000, "1.2.840.10008.1.2.4.81": 10_000,  # JPEG-LS
     "1.2.840.10008.1.2.4.90": 10_000, "1.2.840.10008.1.2.4.91": 10_000,  # JPEG 2000
     "1.2.840.10008.1.2.5": 64,  # run lengths: 128 pixels in two bytes
 }  # fmt: skip
-"""Compressed encodings and how many bytes of pixels a byte of the file can hold at most; more is a lie. Deflated files
-are left out: pydicom would inflate them without a limit."""
+"""Compressed encodings and how many bytes of pixels a byte of the file can hold at most; more is a
+lie. Deflated files are left out: pydicom would inflate them without a limit."""
 
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _OTHER_IMAGES = {"RT Dose Storage", "Segmentation Storage", "Parametric Map Storage"}
 """Classes with pixels whose name does not say "Image Storage"."""
 _MODALITIES = {
-    "CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "OP", "OPT", "SM", "ES", "GM", "IO", "IVUS",
+    "CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "OP", "OPT", "SM",
+    "ES", "GM", "IO", "IVUS",
     "PX", "XC", "RTIMAGE", "RTDOSE", "SEG",
 }  # fmt: skip
 
@@ -176,7 +202,8 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_header(path: Path, name: str | None = None) -> Header | None:
-    """The header of one file; None for DICOM that holds no image (a structure set, a report, a DICOMDIR).
+    """The header of one file; None for DICOM that holds no image (a structure set, a report, a
+    DICOMDIR).
 
     Raises:
         MediaError: damaged, of an encoding that is not read, or declaring more than the file holds.
@@ -193,7 +220,11 @@ def read_header(path: Path, name: str | None = None) -> Header | None:
             header = _header(found, path, name)
     except MediaError:
         raise
-    except (*DECODE_ERRORS, pydicom_errors.InvalidDicomError, pydicom_errors.BytesLengthException) as error:
+    except (
+        *DECODE_ERRORS,
+        pydicom_errors.InvalidDicomError,
+        pydicom_errors.BytesLengthException,
+    ) as error:
         raise MediaError(f"{name}: the DICOM header is damaged ({type(error).__name__})") from None
     _check_pixels(header, found.declared, size - header.pixels_at)
     return header
@@ -251,11 +282,15 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
         syntax, is_declared = bare_syntax(stream, name)
     else:
         meta = pydicom.filereader.read_file_meta_info(stream.name)
-        syntax, storage = str(meta.get("TransferSyntaxUID", "")), str(meta.get("MediaStorageSOPClassUID", ""))
+        syntax, storage = (
+            str(meta.get("TransferSyntaxUID", "")),
+            str(meta.get("MediaStorageSOPClassUID", "")),
+        )
     if syntax not in NATIVE and syntax not in _COMPRESSED:
         what = pydicom.uid.UID(syntax).name if syntax in pydicom.uid.UID_dictionary else "unknown"
         raise MediaError(
-            f"{name}: DICOM transfer syntax '{what}' is not read; convert the file to Explicit VR Little Endian"
+            f"{name}: DICOM transfer syntax '{what}' is not read; convert the file to Explicit VR "
+            "Little Endian"
         )
     found: list[int] = []
     overlong: list[int] = []
@@ -268,15 +303,21 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
         return bool(found or overlong)
 
     wanted = [pydicom.tag.Tag(keyword) for keyword in [*_KEYWORDS, *_NOT_APPLIED]]
-    dataset = pydicom.filereader.read_partial(stream, stop_when=stop, specific_tags=wanted, force=bare)
+    dataset = pydicom.filereader.read_partial(
+        stream, stop_when=stop, specific_tags=wanted, force=bare
+    )
     if overlong:
-        raise MediaError(f"{name}: a DICOM element declares {overlong[0]} bytes, the file has {size}; it is damaged")
+        raise MediaError(
+            f"{name}: a DICOM element declares {overlong[0]} bytes, the file has {size}; it is "
+            "damaged"
+        )
     if found and found[0] == 0xFFFFFFFF and not is_declared:
         raise MediaError(
-            f"{name}: DICOM without its file header, which would name the encoding of its compressed pixels; "
-            "write the file anew with one (TransferSyntaxUID)"
+            f"{name}: DICOM without its file header, which would name the encoding of its "
+            "compressed pixels; write the file anew with one (TransferSyntaxUID)"
         )
-    # The reader stands before the tag. A value representation of two letters is followed by a length of four bytes.
+    # The reader stands before the tag. A value representation of two letters is followed by a
+    # length of four bytes.
     start, tag = stream.tell(), stream.read(8)
     return _Found(
         dataset=dataset,
@@ -290,13 +331,19 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
 
 
 def _check_no_image(found: _Found, name: str) -> None:
-    """Refuse what is an image by its class and holds no pixels; skipped, it would shorten a volume."""
+    """Refuse what is an image by its class and holds no pixels; skipped, it would shorten a
+    volume.
+    """
     uid = _pydicom().uid.UID(found.storage)
     known = uid in _pydicom().uid.UID_dictionary
-    if "Image Storage" in uid.name or uid.name in _OTHER_IMAGES or (not known and "Rows" in found.dataset):
+    if (
+        "Image Storage" in uid.name
+        or uid.name in _OTHER_IMAGES
+        or (not known and "Rows" in found.dataset)
+    ):
         raise MediaError(
-            f"{name}: a DICOM image without Pixel Data (7FE0,0010): the file is truncated or encrypted, or holds "
-            "Float Pixel Data or a link to its pixels, which are not read"
+            f"{name}: a DICOM image without Pixel Data (7FE0,0010): the file is truncated or "
+            "encrypted, or holds Float Pixel Data or a link to its pixels, which are not read"
         )
 
 
@@ -307,12 +354,16 @@ def _header(found: _Found, path: Path, name: str) -> Header:
     slope, intercept = _rescale(dataset)
     per_frame, shared = _groups(dataset)
     of_groups = [_items(group, 0x00289145) for group in per_frame] if per_frame else []
-    items = [item for found_items in ([_items(shared, 0x00289145)] if shared is not None else []) + of_groups
-             for item in found_items]  # fmt: skip
+    items = [
+        item
+        for found_items in ([_items(shared, 0x00289145)] if shared is not None else []) + of_groups
+        for item in found_items
+    ]
     if items and not _items(shared, 0x00289145) and not all(of_groups):
         raise MediaError(
             f"{name}: Pixel Value Transformation Sequence (0028,9145) stands in "
-            f"{sum(map(bool, of_groups))} of {len(per_frame)} frames, so the values of the others are unknown"
+            f"{sum(map(bool, of_groups))} of {len(per_frame)} frames, so the values of the others "
+            "are unknown"
         )
     frame_rescale: tuple[tuple[float, float], ...] = ()
     rescale_type = dataset.get("RescaleType", "")
@@ -326,23 +377,29 @@ def _header(found: _Found, path: Path, name: str) -> Header:
             raise MediaError(f"{name}: DICOM {keyword} is not a finite number")
     if slope == 0:
         raise MediaError(f"{name}: DICOM RescaleSlope is 0, which would make all pixels equal")
-    rescale = (slope or 1.0, intercept or 0.0) if slope is not None or intercept is not None else None
+    rescale = (
+        (slope or 1.0, intercept or 0.0) if slope is not None or intercept is not None else None
+    )
     signed = _number(dataset, "PixelRepresentation") == 1
     order = ">" if found.syntax == BIG_ENDIAN else "<"
     table, unit = _modality_table(dataset, name, signed=signed, order=order)
     if table is not None and rescale not in (None, (1.0, 0.0)):
         raise MediaError(
-            f"{name}: DICOM Modality LUT Sequence (0028,3000) beside RescaleSlope {slope:g} and RescaleIntercept "
-            f"{intercept or 0:g}: a file may have one of the two"
+            f"{name}: DICOM Modality LUT Sequence (0028,3000) beside RescaleSlope {slope:g} and "
+            f"RescaleIntercept {intercept or 0:g}: a file may have one of the two"
         )
     # "US" is DICOM for "unspecified"; toolkits write it for every CT.
-    is_hounsfield = unit == "HU" if table is not None else (
-        slope is not None and intercept is not None and str(rescale_type) in ("HU", "US", "")
-    )  # fmt: skip
+    is_hounsfield = (
+        unit == "HU"
+        if table is not None
+        else (slope is not None and intercept is not None and str(rescale_type) in ("HU", "US", ""))
+    )
     voi, window, ignored = None, None, []
     if frames == 1:
         low = rescale[0] * -32768 + rescale[1] if rescale and signed else (rescale or (1.0, 0.0))[1]
-        voi, window, reason = _voi(dataset, per_frame, shared, name, signed=signed or low < 0, order=order)
+        voi, window, reason = _voi(
+            dataset, per_frame, shared, name, signed=signed or low < 0, order=order
+        )
         ignored += [reason] if reason else []
     photometric = str(dataset.get("PhotometricInterpretation", ""))
     ignored += _not_applied(dataset, per_frame, shared, photometric)
@@ -358,7 +415,9 @@ def _header(found: _Found, path: Path, name: str) -> Header:
         rows=int(_number(dataset, "Rows") or 0),
         columns=int(_number(dataset, "Columns") or 0),
         frames=frames,
-        samples=3 if photometric == "PALETTE COLOR" else int(_number(dataset, "SamplesPerPixel") or 1),
+        samples=3
+        if photometric == "PALETTE COLOR"
+        else int(_number(dataset, "SamplesPerPixel") or 1),
         bits_allocated=int(_number(dataset, "BitsAllocated") or 0),
         bits_stored=stored,
         high_bit=stored - 1 if high_bit is None else int(high_bit),
@@ -385,36 +444,45 @@ def _check_pixels(header: Header, declared: int, available: int) -> None:
     name = header.name
     if header.rows < 1 or header.columns < 1 or not 1 <= header.frames <= MAX_FRAMES:
         raise MediaError(
-            f"{name}: DICOM Rows {header.rows}, Columns {header.columns}, NumberOfFrames {header.frames}: expected at "
-            f"least 1 of each and at most {MAX_FRAMES} frames"
+            f"{name}: DICOM Rows {header.rows}, Columns {header.columns}, NumberOfFrames "
+            f"{header.frames}: expected at least 1 of each and at most {MAX_FRAMES} frames"
         )
-    if header.samples not in (1, 3) or header.bits_allocated not in (8, 16) or not 1 <= header.bits_stored <= 16:
+    if (
+        header.samples not in (1, 3)
+        or header.bits_allocated not in (8, 16)
+        or not 1 <= header.bits_stored <= 16
+    ):
         raise MediaError(
-            f"{name}: DICOM pixels of {header.samples} samples and {header.bits_allocated} bits are not read; "
-            "expected 1 or 3 samples of 8 or 16 bits"
+            f"{name}: DICOM pixels of {header.samples} samples and {header.bits_allocated} bits "
+            "are not read; expected 1 or 3 samples of 8 or 16 bits"
         )
     if header.samples == 3 and header.bits_allocated != 8:
-        raise MediaError(f"{name}: DICOM color of {header.bits_allocated} bits is not read; expected 8")
+        raise MediaError(
+            f"{name}: DICOM color of {header.bits_allocated} bits is not read; expected 8"
+        )
     if header.high_bit != header.bits_stored - 1 or header.bits_stored > header.bits_allocated:
         raise MediaError(
-            f"{name}: DICOM HighBit {header.high_bit} and BitsStored {header.bits_stored} do not fit together in "
-            f"{header.bits_allocated} bits"
+            f"{name}: DICOM HighBit {header.high_bit} and BitsStored {header.bits_stored} do not "
+            f"fit together in {header.bits_allocated} bits"
         )
-    # The smallest native layouts of colour: indices of a palette, and YBR_FULL_422, two bytes a pixel.
+    # The smallest native layouts of colour: indices of a palette, and YBR_FULL_422, two bytes a
+    # pixel.
     samples = 1 if header.samples == 1 or header.palette else 2
     needed = header.rows * header.columns * header.frames * samples * header.bits_allocated // 8
     if header.syntax in _COMPRESSED:
         if declared != 0xFFFFFFFF:
-            raise MediaError(f"{name}: a compressed encoding is declared, but the pixels are not in frames")
+            raise MediaError(
+                f"{name}: a compressed encoding is declared, but the pixels are not in frames"
+            )
         if needed > available * _COMPRESSED[header.syntax]:
             raise MediaError(
-                f"{name}: {header.frames} x {header.rows} x {header.columns} DICOM pixels are declared, which "
-                f"{available} compressed bytes cannot hold; it is damaged"
+                f"{name}: {header.frames} x {header.rows} x {header.columns} DICOM pixels are "
+                f"declared, which {available} compressed bytes cannot hold; it is damaged"
             )
     elif declared == 0xFFFFFFFF or min(declared, available) < needed:
         raise MediaError(
-            f"{name}: {header.frames} x {header.rows} x {header.columns} DICOM pixels need {needed} bytes, "
-            f"the file has {min(declared, available)}; it is truncated"
+            f"{name}: {header.frames} x {header.rows} x {header.columns} DICOM pixels need "
+            f"{needed} bytes, the file has {min(declared, available)}; it is truncated"
         )
 
 
@@ -442,7 +510,8 @@ def _rescale(dataset: Dataset) -> tuple[float | None, float | None]:
 def _frame_rescale(
     of_frames: list[list[Dataset]], of_all: list[Dataset], frames: int, name: str
 ) -> tuple[tuple[float, float], ...]:
-    """Slope and intercept of each frame where they differ (PET, some MR), empty where all frames have the same.
+    """Slope and intercept of each frame where they differ (PET, some MR), empty where all frames
+    have the same.
 
     Args:
         of_frames: items of the Pixel Value Transformation Sequence of each frame.
@@ -456,16 +525,20 @@ def _frame_rescale(
     found = [_rescale((own or of_all)[0]) for own in of_frames if own or of_all]
     if len(set(found)) < 2:
         return ()
-    usable = [(a, b) for a, b in found if a and b is not None and math.isfinite(a) and math.isfinite(b)]
+    usable = [
+        (a, b) for a, b in found if a and b is not None and math.isfinite(a) and math.isfinite(b)
+    ]
     if len(usable) < frames or len(found) != frames:
         raise MediaError(
-            f"{name}: Pixel Value Transformation Sequence (0028,9145) gives {len(usable)} of {frames} frames a "
-            "RescaleSlope that is not 0 and a RescaleIntercept"
+            f"{name}: Pixel Value Transformation Sequence (0028,9145) gives {len(usable)} of "
+            f"{frames} frames a RescaleSlope that is not 0 and a RescaleIntercept"
         )
     return tuple(usable)
 
 
-def _modality_table(dataset: Dataset, name: str, *, signed: bool, order: str) -> tuple[LookupTable | None, str]:
+def _modality_table(
+    dataset: Dataset, name: str, *, signed: bool, order: str
+) -> tuple[LookupTable | None, str]:
     """The Modality LUT of a file and the unit of its output ("HU", "OD", "US")."""
     items = _items(dataset, 0x00283000)
     if not items:
@@ -478,17 +551,29 @@ def _modality_table(dataset: Dataset, name: str, *, signed: bool, order: str) ->
 
 
 def _voi(
-    dataset: Dataset, per_frame: list[Dataset], shared: Dataset | None, name: str, *, signed: bool, order: str
+    dataset: Dataset,
+    per_frame: list[Dataset],
+    shared: Dataset | None,
+    name: str,
+    *,
+    signed: bool,
+    order: str,
 ) -> tuple[Voi | None, tuple[float, float] | None, str]:
-    """The first table, else the first window, of a file of one frame, and what of them cannot be applied.
+    """The first table, else the first window, of a file of one frame, and what of them cannot be
+    applied.
 
-    A frame's own functional group comes before the shared one, and both before the top of the file. Where a table and
-    a window stand side by side, they are alternatives; the table is taken, as pydicom does.
+    A frame's own functional group comes before the shared one, and both before the top of the file.
+    Where a table and a window stand side by side, they are alternatives; the table is taken, as
+    pydicom does.
     """
     items = _items(dataset, 0x00283010)
     if items:
         element = "VOI LUT Sequence (0028,3010)"
-        return Voi(read_table(items[0], name, element=element, signed=signed, order=order)), None, ""
+        return (
+            Voi(read_table(items[0], name, element=element, signed=signed, order=order)),
+            None,
+            "",
+        )
     groups = [*_items(per_frame[0] if per_frame else None, 0x00289132), *_items(shared, 0x00289132)]
     source = groups[0] if groups else dataset
     function = str(source.get("VOILUTFunction") or "LINEAR").strip()
@@ -509,37 +594,49 @@ def _padding(dataset: Dataset, *, signed: bool, order: str) -> tuple[int, int] |
     return ends[0], ends[1]
 
 
-def _not_applied(dataset: Dataset, per_frame: list[Dataset], shared: Dataset | None, photometric: str) -> list[str]:
+def _not_applied(
+    dataset: Dataset, per_frame: list[Dataset], shared: Dataset | None, photometric: str
+) -> list[str]:
     """Names of elements that change what a viewer shows and that are not applied."""
     groups = [dataset, *([] if shared is None else [shared]), *per_frame]
     names = [
         element
         for tag, element in _NOT_APPLIED.items()
-        if any(tag in group for group in groups) and not (tag == 0x00281101 and photometric == "PALETTE COLOR")
+        if any(tag in group for group in groups)
+        and not (tag == 0x00281101 and photometric == "PALETTE COLOR")
     ]
     shape = str(dataset.get("PresentationLUTShape", ""))
     expected = {"MONOCHROME1": "INVERSE", "MONOCHROME2": "IDENTITY"}.get(photometric)
     if shape in ("INVERSE", "IDENTITY") and expected not in (None, shape):
-        names.append(f"Presentation LUT Shape (2050,0020) {shape}, which contradicts {photometric},")
+        names.append(
+            f"Presentation LUT Shape (2050,0020) {shape}, which contradicts {photometric},"
+        )
     return names
 
 
 def _groups(dataset: Dataset) -> tuple[list[Dataset], Dataset | None]:
     shared = dataset.get("SharedFunctionalGroupsSequence") or []
-    return list(dataset.get("PerFrameFunctionalGroupsSequence") or []), shared[0] if len(shared) else None
+    return list(dataset.get("PerFrameFunctionalGroupsSequence") or []), shared[0] if len(
+        shared
+    ) else None
 
 
 def _items(group: Dataset | None, tag: int) -> list[Dataset]:
     return list(group[tag].value or []) if group is not None and tag in group else []
 
 
-def _planes(dataset: Dataset, per_frame: list[Dataset], shared: Dataset | None, frames: int) -> tuple[Plane, ...]:
+def _planes(
+    dataset: Dataset, per_frame: list[Dataset], shared: Dataset | None, frames: int
+) -> tuple[Plane, ...]:
     if not per_frame:
         plane = _plane(dataset, dataset, dataset) if frames == 1 else None
         return () if plane is None else (plane,)
     planes = []
     for group in per_frame:
-        parts = [_items(group, tag) or _items(shared, tag) for tag in (0x00209113, 0x00209116, 0x00289110)]
+        parts = [
+            _items(group, tag) or _items(shared, tag)
+            for tag in (0x00209113, 0x00209116, 0x00289110)
+        ]
         plane = _plane(*(items[0] for items in parts)) if all(parts) else None
         if plane is None:
             return ()

@@ -1,7 +1,9 @@
-"""DICOM data sets without the file header of PS3.10: no preamble, no "DICM", often no meta information.
+"""DICOM data sets without the file header of PS3.10: no preamble, no "DICM", often no meta
+information.
 
-Some archives and old scanners export them. The header names the encoding of the elements; without it the default of
-DICOM holds (PS3.5 section 10.1: implicit VR, little endian), unless the elements themselves show their VR.
+Some archives and old scanners export them. The header names the encoding of the elements; without
+it the default of DICOM holds (PS3.5 section 10.1: implicit VR, little endian), unless the elements
+themselves show their VR.
 """
 
 from __future__ import annotations
@@ -19,10 +21,25 @@ IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.
 """UIDs of the three encodings that data sets can have."""
 
 _VRS = {
-    b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS",
+    b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN",
+    b"SH", b"SL", b"SS",
     b"ST", b"TM", b"UI", b"UL", b"US",
 }  # fmt: skip
-_LONG_VRS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
+_LONG_VRS = {
+    b"OB",
+    b"OD",
+    b"OF",
+    b"OL",
+    b"OV",
+    b"OW",
+    b"SQ",
+    b"SV",
+    b"UC",
+    b"UN",
+    b"UR",
+    b"UT",
+    b"UV",
+}
 """Value representations with a length of four bytes behind two that are reserved."""
 _MAX_FIRST = 1024
 """Longest first element that is believed: a group length, a character set, a date or a UID."""
@@ -52,14 +69,17 @@ def bare_syntax(stream: BinaryIO, name: str) -> tuple[str, bool]:
     stream.seek(0)
     syntax = _encoding(head)
     if syntax is None:
-        raise MediaError(f"{name}: not DICOM: neither its file header nor a data set begins the file")
+        raise MediaError(
+            f"{name}: not DICOM: neither its file header nor a data set begins the file"
+        )
     if head[:2] != b"\2\0":
         return syntax, False
     for tag, start, length in _elements(head, "<", explicit=True):
         if tag == _TRANSFER_SYNTAX:
             return head[start : start + length].rstrip(b"\0 ").decode("ascii", "replace"), True
     raise MediaError(
-        f"{name}: DICOM without its file header (preamble and prefix), and without TransferSyntaxUID (0002,0010)"
+        f"{name}: DICOM without its file header (preamble and prefix), and without "
+        "TransferSyntaxUID (0002,0010)"
     )
 
 
@@ -86,7 +106,9 @@ def _plausible(head: bytes, order: str, *, explicit: bool) -> bool:
 
 
 def _elements(data: bytes, order: str, *, explicit: bool) -> list[tuple[int, int, int]]:
-    """Tag, place of the value and its length, of the elements that begin in `data`; empty where a VR is none."""
+    """Tag, place of the value and its length, of the elements that begin in `data`; empty where a
+    VR is none.
+    """
     found: list[tuple[int, int, int]] = []
     at = 0
     while at + 12 <= len(data):
@@ -99,7 +121,9 @@ def _elements(data: bytes, order: str, *, explicit: bool) -> list[tuple[int, int
         elif vr in _VRS:
             start, (length,) = at + 8, struct.unpack_from(f"{order}H", data, at + 6)
         else:
-            return found if found and group > 2 else []  # behind the meta information another encoding may follow
+            return (
+                found if found and group > 2 else []
+            )  # behind the meta information another encoding may follow
         found.append((group << 16 | element, start, length))
         at = start + length
     return found

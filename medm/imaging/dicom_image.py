@@ -23,12 +23,17 @@ def read_image_header(file: Path, name: str) -> Header:
     """
     header = read_header(file, name)
     if header is None:
-        raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
+        raise MediaError(
+            f"{name}: a DICOM file without an image (a structure set, report or directory)"
+        )
     if header.frames > 1:
-        raise MediaError(f"{name}: holds {header.frames} frames where one image is expected; give it as a volume")
+        raise MediaError(
+            f"{name}: holds {header.frames} frames where one image is expected; give it as a volume"
+        )
     if header.rows * header.columns > MAX_PIXELS:
         raise MediaError(
-            f"{name}: {header.columns} x {header.rows} pixels are more than the {MAX_PIXELS} that are allowed"
+            f"{name}: {header.columns} x {header.rows} pixels are more than the {MAX_PIXELS} that "
+            "are allowed"
         )
     return header
 
@@ -52,13 +57,23 @@ def read_dicom_image(file: Path | BinaryIO, name: str) -> DecodedImage:
     if header.samples == 3:
         return DecodedImage(values, name)
     plain = (
-        header.rescale in (None, (1.0, 0.0)) and header.window is None and header.table is None and header.voi is None
+        header.rescale in (None, (1.0, 0.0))
+        and header.window is None
+        and header.table is None
+        and header.voi is None
     )
     if plain and header.bits_stored == 8 and not header.signed:
         shades = values.astype(np.uint8)
         shades = 255 - shades if header.inverted else shades
-        return DecodedImage(shades if padding is None else np.where(padding, np.uint8(0), shades), name)
+        return DecodedImage(
+            shades if padding is None else np.where(padding, np.uint8(0), shades), name
+        )
     return DecodedImage(
-        values, name, window=header.window, full_range=header.value_range, inverted=header.inverted, voi=header.voi,
+        values,
+        name,
+        window=header.window,
+        full_range=header.value_range,
+        inverted=header.inverted,
+        voi=header.voi,
         padding=padding,
-    )  # fmt: skip
+    )

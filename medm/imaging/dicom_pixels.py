@@ -1,7 +1,7 @@
 """The pixels behind a checked DICOM header.
 
-Uncompressed gray pixels, which most CT and MR are, are read directly; everything else is decoded by GDCM in another
-process.
+Uncompressed gray pixels, which most CT and MR are, are read directly; everything else is decoded by
+GDCM in another process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from medm.imaging.isolated import DECODER
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _MULTI_FRAME = {8: "1.2.840.10008.5.1.4.1.1.7.2", 16: "1.2.840.10008.5.1.4.1.1.7.3"}
-"""UIDs of the plainest classes: secondary capture of one frame, and of several frames of gray bytes or words."""
+"""UIDs of the plainest classes: secondary capture of one frame, and of several frames of gray bytes
+or words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,11 @@ class Pixels:
     """Values of one file."""
 
     values: np.ndarray
-    """(frames, rows, columns) after the modality transform, or (frames, rows, columns, 3) of uint8 in color."""
+    """(frames, rows, columns) after the modality transform, or (frames, rows, columns, 3) of uint8
+    in color."""
     padding: np.ndarray | None
-    """(frames, rows, columns), true where a pixel lies outside of the image; None where the file marks none."""
+    """(frames, rows, columns), true where a pixel lies outside of the image; None where the file
+    marks none."""
 
 
 def read_pixels(header: Header) -> Pixels:
@@ -52,7 +55,10 @@ def read_pixels(header: Header) -> Pixels:
         return Pixels(header.table.apply(stored), padding)
     if header.frame_rescale:
         pairs = zip(stored, header.frame_rescale, strict=True)
-        return Pixels(np.stack([_rescaled(frame, rescale).astype(np.float32) for frame, rescale in pairs]), padding)
+        return Pixels(
+            np.stack([_rescaled(frame, rescale).astype(np.float32) for frame, rescale in pairs]),
+            padding,
+        )
     return Pixels(_rescaled(stored, header.rescale), padding)
 
 
@@ -62,20 +68,28 @@ def _decoded(header: Header) -> np.ndarray:
     with _for_decoder(header) as path:
         pixels = DECODER.decode(path, header.name, max_items=math.prod(expected))
     if pixels.shape != expected:
-        raise MediaError(f"{header.name}: the DICOM header declares pixels {expected}, decoded were {pixels.shape}")
+        raise MediaError(
+            f"{header.name}: the DICOM header declares pixels {expected}, decoded were "
+            f"{pixels.shape}"
+        )
     if header.samples == 3 and pixels.dtype != np.uint8:
-        raise MediaError(f"{header.name}: DICOM color of {pixels.dtype} is not read; expected uint8")
+        raise MediaError(
+            f"{header.name}: DICOM color of {pixels.dtype} is not read; expected uint8"
+        )
     if pixels.dtype.kind not in "iu":
-        raise MediaError(f"{header.name}: decoding the DICOM pixels gave {pixels.dtype}, expected whole numbers")
+        raise MediaError(
+            f"{header.name}: decoding the DICOM pixels gave {pixels.dtype}, expected whole numbers"
+        )
     return pixels
 
 
 @contextmanager
 def _for_decoder(header: Header) -> Iterator[Path]:
-    """A file for GDCM: the original in color, and in gray a copy with a header of the least that decoding needs.
+    """A file for GDCM: the original in color, and in gray a copy with a header of the least that
+    decoding needs.
 
-    GDCM would apply slope and intercept of some places and classes, and invert MONOCHROME1; the copy has neither.
-    Names and dates of the patient are not copied.
+    GDCM would apply slope and intercept of some places and classes, and invert MONOCHROME1; the
+    copy has neither. Names and dates of the patient are not copied.
     """
     if header.samples == 3 and not header.bare:
         yield header.path
@@ -85,7 +99,13 @@ def _for_decoder(header: Header) -> Iterator[Path]:
         meta = data if data[:2] == b"\2\0" else _meta(header) + data
         data = data if not header.bare else bytes(128) + b"DICM" + meta
     else:
-        data = bytes(128) + b"DICM" + _meta(header) + _least_header(header) + data[header.pixels_at - 12 :]
+        data = (
+            bytes(128)
+            + b"DICM"
+            + _meta(header)
+            + _least_header(header)
+            + data[header.pixels_at - 12 :]
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.dcm"
         path.write_bytes(data)
@@ -99,11 +119,15 @@ def _meta(header: Header) -> bytes:
 
 
 def _least_header(header: Header) -> bytes:
-    """Elements before the pixels, in explicit VR little endian, as all compressed encodings have."""
+    """Elements before the pixels, in explicit VR little endian, as all compressed encodings
+    have.
+    """
     storage = _SECONDARY_CAPTURE if header.frames == 1 else _MULTI_FRAME[header.bits_allocated]
     numbers = (
-        (0x00280010, header.rows), (0x00280011, header.columns), (0x00280100, header.bits_allocated),
-        (0x00280101, header.bits_stored), (0x00280102, header.high_bit), (0x00280103, int(header.signed)),
+        (0x00280010, header.rows), (0x00280011, header.columns),
+        (0x00280100, header.bits_allocated),
+        (0x00280101, header.bits_stored), (0x00280102, header.high_bit),
+        (0x00280103, int(header.signed)),
     )  # fmt: skip
     return b"".join(
         [
@@ -141,7 +165,9 @@ def _stored(header: Header) -> np.ndarray:
     values = np.frombuffer(data, dtype=dtype).astype(dtype.newbyteorder("=")).reshape(shape)
     unused = header.bits_allocated - header.bits_stored
     if header.signed:
-        shifted: np.ndarray = (values << unused).view(np.int8 if header.bits_allocated == 8 else np.int16)
+        shifted: np.ndarray = (values << unused).view(
+            np.int8 if header.bits_allocated == 8 else np.int16
+        )
         return np.right_shift(shifted, unused)
     return values & (2**header.bits_stored - 1) if unused else values
 
@@ -150,6 +176,10 @@ def _rescaled(values: np.ndarray, rescale: tuple[float, float] | None) -> np.nda
     if rescale is None or rescale == (1.0, 0.0):
         return values
     slope, intercept = rescale
-    if slope == int(slope) and intercept == int(intercept) and max(abs(slope), abs(intercept)) < 2**14:
+    if (
+        slope == int(slope)
+        and intercept == int(intercept)
+        and max(abs(slope), abs(intercept)) < 2**14
+    ):
         return values.astype(np.int32) * int(slope) + int(intercept)
     return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)

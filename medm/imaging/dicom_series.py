@@ -1,4 +1,6 @@
-"""Slices or frames of DICOM to one volume: chosen, sorted by position, and checked for gaps, doubles and tilt."""
+"""Slices or frames of DICOM to one volume: chosen, sorted by position, and checked for gaps,
+doubles and tilt.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,22 @@ def read_dicom_file(path: Path, name: str) -> tuple[np.ndarray, Geometry, Header
 
 
 def check_dicom_file(path: Path, name: str) -> None:
-    """Check everything of a multi-frame file but its pixels. Raises `MediaError` as `read_dicom_file`."""
+    """Check everything of a multi-frame file but its pixels. Raises `MediaError` as
+    `read_dicom_file`.
+    """
     _frame_order(_multi_frame_header(path, name), name)
 
 
 def _multi_frame_header(path: Path, name: str) -> Header:
     header = read_header(path, name)
     if header is None:
-        raise MediaError(f"{name}: a DICOM file without an image (a structure set, report or directory)")
+        raise MediaError(
+            f"{name}: a DICOM file without an image (a structure set, report or directory)"
+        )
     if header.frames == 1:
         raise MediaError(
-            f"{name}: one DICOM slice, not a volume; give the folder of its series, or give it as an image"
+            f"{name}: one DICOM slice, not a volume; give the folder of its series, or give it as "
+            "an image"
         )
     return header
 
@@ -53,8 +60,8 @@ def read_dicom_folder(
     """One series of a folder (and the folders in it) as voxels (z, y, x).
 
     Args:
-        folder: holds DICOM files under any names. Other files and DICOM without images are skipped, named and
-            counted; a file that could be a slice and is not DICOM is refused.
+        folder: holds DICOM files under any names. Other files and DICOM without images are skipped,
+            named and counted; a file that could be a slice and is not DICOM is refused.
         name: the folder, for messages.
         series: SeriesNumber or SeriesInstanceUID of the wanted one.
         several: what to do when there are several and none is named.
@@ -68,7 +75,9 @@ def read_dicom_folder(
     return _read_slices(chosen, order), geometry, chosen[0]
 
 
-def check_dicom_folder(folder: Path, name: str, *, series: str | None, several: Literal["only", "largest"]) -> None:
+def check_dicom_folder(
+    folder: Path, name: str, *, series: str | None, several: Literal["only", "largest"]
+) -> None:
     """Check everything of a folder's series but its pixels: headers alone are read, each once.
 
     Raises:
@@ -80,17 +89,25 @@ def check_dicom_folder(folder: Path, name: str, *, series: str | None, several: 
 def _series(
     folder: Path, name: str, *, series: str | None, several: Literal["only", "largest"]
 ) -> tuple[list[Header], list[int], Geometry]:
-    """The headers of the series that is meant, the order of its slices (or of the frames of its one file), geometry."""
+    """The headers of the series that is meant, the order of its slices (or of the frames of its one
+    file), geometry.
+    """
     headers, others = _headers(folder, name)
     if not headers:
-        raise MediaError(f"{name}: {others} DICOM files, none with an image (structure sets, reports or directories)")
+        raise MediaError(
+            f"{name}: {others} DICOM files, none with an image (structure sets, reports or "
+            "directories)"
+        )
     groups: dict[str, list[Header]] = {}
     for header in headers:
         groups.setdefault(header.series_uid, []).append(header)
     chosen = _choose(list(groups.items()), name, series=series, several=several)
     if any(header.frames > 1 for header in chosen):
         if len(chosen) > 1:
-            raise MediaError(f"{name}: the series has {len(chosen)} files of several frames; name one file instead")
+            raise MediaError(
+                f"{name}: the series has {len(chosen)} files of several frames; name one file "
+                "instead"
+            )
         return chosen, *_frame_order(chosen[0], name)
     return chosen, *_slice_order(chosen, name)
 
@@ -106,10 +123,15 @@ def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
         for file in sorted(files):
             count += 1
             if count > MAX_FRAMES:
-                raise MediaError(f"{name}: more than {MAX_FRAMES} files in one folder; give the folder of one study")
+                raise MediaError(
+                    f"{name}: more than {MAX_FRAMES} files in one folder; give the folder of one "
+                    "study"
+                )
             path = Path(place) / file
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
-                raise MediaError(f"{name}: {file} is a link out of the folder; copy the slices into it")
+                raise MediaError(
+                    f"{name}: {file} is a link out of the folder; copy the slices into it"
+                )
             if not is_dicom(path):
                 foreign.append(path)
             elif (header := read_header(path)) is not None:
@@ -123,13 +145,19 @@ def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
     if without_image:
         logger.info(
             "%s: skipped DICOM without an image (%d; structure sets, reports or directories): %s",
-            name, len(without_image), ", ".join(path.name for path in without_image[:10]),
-        )  # fmt: skip
+            name,
+            len(without_image),
+            ", ".join(path.name for path in without_image[:10]),
+        )
     return headers, len(without_image)
 
 
 def _choose(
-    groups: list[tuple[str, list[Header]]], name: str, *, series: str | None, several: Literal["only", "largest"]
+    groups: list[tuple[str, list[Header]]],
+    name: str,
+    *,
+    series: str | None,
+    several: Literal["only", "largest"],
 ) -> list[Header]:
     if series is not None:
         fitting = [found for uid, found in groups if series in (uid, str(found[0].series_number))]
@@ -145,11 +173,13 @@ def _choose(
         f"{found[0].rows} x {found[0].columns} {found[0].modality}"
         for _, found in groups
     )
-    wanted = "the series asked for is not among them" if not fitting else f"{len(fitting)} series fit"
+    wanted = (
+        "the series asked for is not among them" if not fitting else f"{len(fitting)} series fit"
+    )
     raise MediaError(
         f"{name}: {wanted}; name one in the record as 'folder#SeriesNumber', or read the largest: "
-        "model.branches.volume.preprocess.series: largest in the recipe, series=largest for 'medm data preview'. "
-        f"Found: {listing}"
+        "model.branches.volume.preprocess.series: largest in the recipe, series=largest for "
+        f"'medm data preview'. Found: {listing}"
     )
 
 
@@ -161,7 +191,8 @@ def _slice_order(headers: list[Header], name: str) -> tuple[list[int], Geometry]
     sizes = {(header.rows, header.columns, header.samples) for header in headers}
     if len(sizes) > 1:
         raise MediaError(
-            f"{name}: the series mixes slices of {len(sizes)} sizes (rows, columns, samples): {sorted(sizes)}"
+            f"{name}: the series mixes slices of {len(sizes)} sizes (rows, columns, samples): "
+            f"{sorted(sizes)}"
         )
     _check_gray(headers[0], name)
     _check_transforms(headers, name)
@@ -169,8 +200,9 @@ def _slice_order(headers: list[Header], name: str) -> tuple[list[int], Geometry]
     planes = [header.planes[0] for header in headers if header.planes]
     if len(planes) < len(headers):
         raise MediaError(
-            f"{name}: {len(headers) - len(planes)} of {len(headers)} slices lack ImagePositionPatient, "
-            "ImageOrientationPatient or PixelSpacing; their order in the body is unknown"
+            f"{name}: {len(headers) - len(planes)} of {len(headers)} slices lack "
+            "ImagePositionPatient, ImageOrientationPatient or PixelSpacing; their order in the "
+            "body is unknown"
         )
     return arrange(planes, name)
 
@@ -180,7 +212,8 @@ def _frame_order(header: Header, name: str) -> tuple[list[int], Geometry]:
     check_size((header.frames, header.rows, header.columns), 4, name)
     if not header.planes:
         raise MediaError(
-            f"{name}: {header.frames} frames without positions (a film over time?); a volume needs a position for each"
+            f"{name}: {header.frames} frames without positions (a film over time?); a volume "
+            "needs a position for each"
         )
     return arrange(header.planes, name)
 
@@ -204,7 +237,9 @@ def _read_frames(header: Header, order: list[int]) -> np.ndarray:
 
 
 def _filled(voxels: np.ndarray, padding: np.ndarray) -> np.ndarray:
-    """Voxels outside of the image (Pixel Padding Value) as dark as the darkest inside: they have no value."""
+    """Voxels outside of the image (Pixel Padding Value) as dark as the darkest inside: they have no
+    value.
+    """
     return np.where(padding, voxels[~padding].min(), voxels)
 
 
@@ -213,39 +248,57 @@ def _check_gray(header: Header, name: str) -> None:
         raise MediaError(f"{name}: the slices are in color; expected one number a voxel")
     if header.inverted and not header.hounsfield:
         warn_of_file(
-            logger, kind="inverted", file=name,
-            message=f"{name}: MONOCHROME1 slices, which a viewer shows inverted; the volume keeps their values",
-        )  # fmt: skip
+            logger,
+            kind="inverted",
+            file=name,
+            message=f"{name}: MONOCHROME1 slices, which a viewer shows inverted; the volume keeps "
+            "their values",
+        )
 
 
 def _check_transforms(headers: list[Header], name: str) -> None:
-    """Refuse a series of which only some slices have a modality transform; the numbers would not be comparable."""
+    """Refuse a series of which only some slices have a modality transform; the numbers would not be
+    comparable.
+    """
     tables = sum(header.table is not None for header in headers)
     if 0 < tables < len(headers):
         raise MediaError(
-            f"{name}: {tables} of {len(headers)} slices of the series have a Modality LUT Sequence (0028,3000)"
+            f"{name}: {tables} of {len(headers)} slices of the series have a Modality LUT "
+            "Sequence (0028,3000)"
         )
     bare = sum(header.rescale is None for header in headers)
     changed = any(header.rescale not in (None, (1.0, 0.0)) for header in headers)
     if len({header.hounsfield for header in headers}) > 1 or (bare and changed):
-        raise MediaError(f"{name}: some slices of the series have RescaleSlope and RescaleIntercept, others have not")
+        raise MediaError(
+            f"{name}: some slices of the series have RescaleSlope and RescaleIntercept, others "
+            "have not"
+        )
 
 
 def arrange(planes: Sequence[Plane], name: str) -> tuple[list[int], Geometry]:
     """The order of slices along their normal, and the geometry of the sorted stack.
 
     Raises:
-        MediaError: different orientations or pixel sizes, two slices at one place, gaps, uneven distances, a tilt.
+        MediaError: different orientations or pixel sizes, two slices at one place, gaps, uneven
+            distances, a tilt.
     """
     first = planes[0]
     for plane in planes:
-        if not (np.allclose(plane.across, first.across, atol=1e-3) and np.allclose(plane.down, first.down, atol=1e-3)):
-            raise MediaError(f"{name}: the slices have different orientations (a scout among them?)")
+        if not (
+            np.allclose(plane.across, first.across, atol=1e-3)
+            and np.allclose(plane.down, first.down, atol=1e-3)
+        ):
+            raise MediaError(
+                f"{name}: the slices have different orientations (a scout among them?)"
+            )
         if not np.allclose(plane.spacing, first.spacing, rtol=1e-3):
             raise MediaError(f"{name}: the slices have different PixelSpacing")
     normal = np.cross(first.across, first.down)
     if abs(np.linalg.norm(normal) - 1) > 1e-2:
-        raise MediaError(f"{name}: DICOM ImageOrientationPatient is singular: not two unit vectors at a right angle")
+        raise MediaError(
+            f"{name}: DICOM ImageOrientationPatient is singular: not two unit vectors at a right "
+            "angle"
+        )
     positions = np.stack([plane.position for plane in planes])
     along = positions @ normal
     order = np.argsort(along, kind="stable")
@@ -259,11 +312,16 @@ def arrange(planes: Sequence[Plane], name: str) -> tuple[list[int], Geometry]:
     if drift > 0.5 * min(first.spacing):
         angle = np.degrees(np.arctan2(np.linalg.norm(travel - depth * normal), depth))
         raise MediaError(
-            f"{name}: the slices shift sideways by {drift:.1f} mm (gantry tilt of {angle:.1f} degrees?); "
-            "resample to a right-angled grid first"
+            f"{name}: the slices shift sideways by {drift:.1f} mm (gantry tilt of {angle:.1f} "
+            "degrees?); resample to a right-angled grid first"
         )
     steps = np.stack(
-        [first.across * first.spacing[1], first.down * first.spacing[0], normal * depth / (len(planes) - 1)], axis=1
+        [
+            first.across * first.spacing[1],
+            first.down * first.spacing[0],
+            normal * depth / (len(planes) - 1),
+        ],
+        axis=1,
     )
     return [int(index) for index in order], geometry_from_steps(steps, positions[order[0]], name)
 
@@ -273,17 +331,18 @@ def _check_distances(distances: np.ndarray, name: str) -> None:
     doubles = int((distances < 0.01).sum())
     if doubles:
         raise MediaError(
-            f"{name}: {doubles} slices lie where another lies (duplicates, or several phases in one series)"
+            f"{name}: {doubles} slices lie where another lies (duplicates, or several phases in "
+            "one series)"
         )
     gaps = distances[distances > (1 + _GAP_TOLERANCE) * usual]
     if len(gaps) and float(gaps.max()) > 1.5 * usual:
         missing = int(np.round(gaps / usual - 1).sum())
         raise MediaError(
-            f"{name}: about {missing} slice{' is' if missing == 1 else 's are'} missing: distances of {usual:.2f} mm, "
-            f"but up to {gaps.max():.2f}"
+            f"{name}: about {missing} slice{' is' if missing == 1 else 's are'} missing: "
+            f"distances of {usual:.2f} mm, but up to {gaps.max():.2f}"
         )
     if np.abs(distances - usual).max() > _GAP_TOLERANCE * usual:
         raise MediaError(
-            f"{name}: distances between slices are uneven, {distances.min():.2f} to {distances.max():.2f} mm; "
-            "resample to an even grid first"
+            f"{name}: distances between slices are uneven, {distances.min():.2f} to "
+            f"{distances.max():.2f} mm; resample to an even grid first"
         )

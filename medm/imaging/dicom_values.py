@@ -1,8 +1,10 @@
-"""From stored numbers of DICOM to values, and from values to shades: PS3.3 C.11.1, C.11.2 and C.7.6.16.
+"""From stored numbers of DICOM to values, and from values to shades: PS3.3 C.11.1, C.11.2 and
+C.7.6.16.
 
-The modality transform (a table, or slope and intercept) gives values with a meaning: Hounsfield units, optical density.
-The VOI transform (a table, or a window with its function) gives shades from black to white. Descriptors of tables are
-untrusted input, so they are checked against the data before use.
+The modality transform (a table, or slope and intercept) gives values with a meaning: Hounsfield
+units, optical density. The VOI transform (a table, or a window with its function) gives shades from
+black to white. Descriptors of tables are untrusted input, so they are checked against the data
+before use.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 _Number: TypeAlias = float | str | Sequence[float] | None
 """A decimal string of a header as pydicom gives it; a sequence where the element holds several."""
 
-_FUNCTIONS: tuple[Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"], ...] = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+_FUNCTIONS: tuple[Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"], ...] = (
+    "LINEAR",
+    "LINEAR_EXACT",
+    "SIGMOID",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,8 @@ class LookupTable:
     """A modality or VOI table."""
 
     first: int
-    """Input that the first entry belongs to; what is below or above the table takes its first or last entry."""
+    """Input that the first entry belongs to; what is below or above the table takes its first or
+    last entry."""
     entries: np.ndarray
     """(N,) uint16."""
     bits: int
@@ -86,13 +93,20 @@ def read_table(item: Dataset, name: str, *, element: str, signed: bool, order: s
     """
     descriptor = stored_numbers(item, 0x00283002, order)
     if descriptor is None or descriptor.shape != (3,):
-        raise MediaError(f"{name}: DICOM {element}: LUTDescriptor (0028,3002) does not hold three numbers")
+        raise MediaError(
+            f"{name}: DICOM {element}: LUTDescriptor (0028,3002) does not hold three numbers"
+        )
     count = int(descriptor[0]) % 65536 or 65536
-    first = as_stored(int(descriptor[1]), signed=signed) if int(descriptor[1]) >= 0 else int(descriptor[1])
+    first = (
+        as_stored(int(descriptor[1]), signed=signed)
+        if int(descriptor[1]) >= 0
+        else int(descriptor[1])
+    )
     bits = int(descriptor[2])
     if not 8 <= bits <= 16:
         raise MediaError(
-            f"{name}: DICOM {element}: LUTDescriptor (0028,3002) declares entries of {bits} bits; expected 8 to 16"
+            f"{name}: DICOM {element}: LUTDescriptor (0028,3002) declares entries of {bits} bits; "
+            "expected 8 to 16"
         )
     data = item[0x00283006].value if 0x00283006 in item else None
     entries = _entries(data, count, bits, order)
@@ -100,8 +114,8 @@ def read_table(item: Dataset, name: str, *, element: str, signed: bool, order: s
         found = 0 if data is None else len(data) if hasattr(data, "__len__") else 1
         unit = "bytes" if isinstance(data, bytes) else "entries"
         raise MediaError(
-            f"{name}: DICOM {element}: LUTDescriptor (0028,3002) declares {count} entries of {bits} bits, "
-            f"LUTData (0028,3006) holds {found} {unit}"
+            f"{name}: DICOM {element}: LUTDescriptor (0028,3002) declares {count} entries of "
+            f"{bits} bits, LUTData (0028,3006) holds {found} {unit}"
         )
     if int(entries.max()) >= 2**bits:
         raise MediaError(
@@ -112,7 +126,9 @@ def read_table(item: Dataset, name: str, *, element: str, signed: bool, order: s
 
 
 def _entries(data: object, count: int, bits: int, order: str) -> np.ndarray | None:
-    """(count,) uint16, or None where the data do not fit. Entries of 8 bits may stand two in a word."""
+    """(count,) uint16, or None where the data do not fit. Entries of 8 bits may stand two in a
+    word.
+    """
     packed = (count + 1) // 2
     if isinstance(data, bytes):
         if len(data) == 2 * count:
@@ -121,7 +137,11 @@ def _entries(data: object, count: int, bits: int, order: str) -> np.ndarray | No
             words = np.frombuffer(data, f"{order}u2").astype("<u2")
             return words.view(np.uint8)[:count].astype(np.uint16)
         return None
-    values = np.atleast_1d(np.asarray(data, dtype=np.int64)) if data is not None else np.zeros(0, np.int64)
+    values = (
+        np.atleast_1d(np.asarray(data, dtype=np.int64))
+        if data is not None
+        else np.zeros(0, np.int64)
+    )
     if values.min(initial=0) < -(2**15) or values.max(initial=0) > 65535:
         return None
     if values.shape == (count,):
@@ -142,7 +162,11 @@ def stored_numbers(dataset: Dataset, tag: int, order: str) -> np.ndarray | None:
         value = dataset[tag].value
         if isinstance(value, bytes):
             return np.frombuffer(value, f"{order}u2").astype(np.int64) if value else None
-        return None if value is None or value == "" else np.atleast_1d(np.asarray(value, dtype=np.int64))
+        return (
+            None
+            if value is None or value == ""
+            else np.atleast_1d(np.asarray(value, dtype=np.int64))
+        )
     except DECODE_ERRORS:
         return None
 
@@ -153,18 +177,25 @@ def as_stored(number: int, *, signed: bool) -> int:
     return number - 65536 if signed and number >= 32768 else number
 
 
-def read_window(center: _Number, width: _Number, function: str) -> tuple[tuple[float, float] | Voi | None, str]:
-    """The first window of a file: ends of a linear one, or a sigmoid; None with the reason where there is none.
+def read_window(
+    center: _Number, width: _Number, function: str
+) -> tuple[tuple[float, float] | Voi | None, str]:
+    """The first window of a file: ends of a linear one, or a sigmoid; None with the reason where
+    there is none.
 
     Args:
-        center: value of WindowCenter; several windows are alternatives, of which the first is taken.
+        center: value of WindowCenter; several windows are alternatives, of which the first is
+            taken.
         width: value of WindowWidth.
         function: value of VOILUTFunction; "LINEAR" where the file has none.
     """
     if center in (None, "") and width in (None, ""):
         return None, ""
     values = []
-    for keyword, value in (("WindowCenter (0028,1050)", center), ("WindowWidth (0028,1051)", width)):
+    for keyword, value in (
+        ("WindowCenter (0028,1050)", center),
+        ("WindowWidth (0028,1051)", width),
+    ):
         if value is None:
             return None, f"{keyword} without a number"
         try:

@@ -1,4 +1,6 @@
-"""Files of a folder that are not part of its volume: named and counted, so that no slice is lost silently."""
+"""Files of a folder that are not part of its volume: named and counted, so that no slice is lost
+silently.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ _NAMED = 10
 """Files that one message names."""
 _SYSTEM_FILES = {"dicomdir", "thumbs.db", "desktop.ini", "ehthumbs.db", "autorun.inf", "icon\r"}
 _SYSTEM_SUFFIXES = {
-    ".txt", ".xml", ".json", ".jsonl", ".csv", ".tsv", ".html", ".htm", ".css", ".js", ".pdf", ".doc", ".docx", ".md",
-    ".log", ".ini", ".inf", ".cfg", ".yaml", ".yml", ".exe", ".dll", ".jar", ".app", ".sh", ".bat", ".py", ".md5",
+    ".txt", ".xml", ".json", ".jsonl", ".csv", ".tsv", ".html", ".htm", ".css", ".js", ".pdf",
+    ".doc", ".docx", ".md",
+    ".log", ".ini", ".inf", ".cfg", ".yaml", ".yml", ".exe", ".dll", ".jar", ".app", ".sh", ".bat",
+    ".py", ".md5",
     ".sha256", ".lnk", ".url",
 }  # fmt: skip
 """Of viewers, reports and tables that lie beside slices."""
@@ -26,12 +30,16 @@ _DICOM_SUFFIXES = {".dcm", ".dicom", ".ima", ".dic"}
 
 
 def is_system_file(path: Path) -> bool:
-    """Whether a file is of a kind that never is a slice: hidden, of the operating system, text, a program."""
+    """Whether a file is of a kind that never is a slice: hidden, of the operating system, text, a
+    program.
+    """
     name = path.name.lower()
     return name.startswith(".") or name in _SYSTEM_FILES or path.suffix.lower() in _SYSTEM_SUFFIXES
 
 
-def refuse_lost_slice(path: Path, name: str, *, expected: str, suffixes: frozenset[str] = frozenset()) -> None:
+def refuse_lost_slice(
+    path: Path, name: str, *, expected: str, suffixes: frozenset[str] = frozenset()
+) -> None:
     """Refuse a file that by its name could be a slice, and by its content is none.
 
     Args:
@@ -46,7 +54,11 @@ def refuse_lost_slice(path: Path, name: str, *, expected: str, suffixes: frozens
     if is_system_file(path):
         return
     own = [suffix.lower() for suffix in path.suffixes]
-    named = not own or own[-1][1:].isdigit() or bool({*own} & (_DICOM_SUFFIXES | _UNFINISHED | suffixes))
+    named = (
+        not own
+        or own[-1][1:].isdigit()
+        or bool({*own} & (_DICOM_SUFFIXES | _UNFINISHED | suffixes))
+    )
     if not named:
         return
     if not path.is_file():
@@ -63,7 +75,9 @@ def refuse_lost_slice(path: Path, name: str, *, expected: str, suffixes: frozens
                 return  # README, LICENSE, VERSION
             what = describe_content(head[:132], stream, "") if head else "an empty file"
     except OSError as error:
-        raise MediaError(f"{name}: {path.name} could be a slice, but cannot be opened ({error.strerror})") from None
+        raise MediaError(
+            f"{name}: {path.name} could be a slice, but cannot be opened ({error.strerror})"
+        ) from None
     raise MediaError(
         f"{name}: {path.name} could be a slice, but is not {expected} ({what}); "
         "the volume would lack it. Repair the file, or move it out of the folder"
@@ -80,7 +94,9 @@ def report_skipped(name: str, files: Sequence[Path], *, expected: str) -> None:
     """
     if not files:
         return
-    listing = ", ".join(path.name for path in files[:_NAMED]) + (", ..." if len(files) > _NAMED else "")
+    listing = ", ".join(path.name for path in files[:_NAMED]) + (
+        ", ..." if len(files) > _NAMED else ""
+    )
     skipped = "1 file is" if len(files) == 1 else f"{len(files)} files are"
     message = f"{name}: {skipped} skipped; expected {expected}, found {listing}"
     if all(is_system_file(path) for path in files):

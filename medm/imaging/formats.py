@@ -1,6 +1,8 @@
-"""Names for the content of files that are not read as images: formats, and layouts of TIFF and JPEG.
+"""Names for the content of files that are not read as images: formats, and layouts of TIFF and
+JPEG.
 
-A message that says "WebP content under .jpg" is of more use than "unknown content". Nothing is decoded here.
+A message that says "WebP content under .jpg" is of more use than "unknown content". Nothing is
+decoded here.
 """
 
 from __future__ import annotations
@@ -45,13 +47,17 @@ _SIGNATURES = (
 )
 _PNM = {bytes((0x50, 0x30 + digit)): "PNM" for digit in range(1, 8)}  # "P1" to "P7"
 _SUFFIXES = {
-    "GIF": (".gif",), "PDF": (".pdf",), "PSD": (".psd",), "PostScript": (".ps", ".eps"), "WebP": (".webp",),
-    "AVIF": (".avif",), "HEIC": (".heic", ".heif"), "JPEG 2000": (".jp2", ".j2k", ".jpx", ".jpf", ".j2c"),
-    "JPEG XL": (".jxl",), "ICO": (".ico",), "SVG": (".svg",), "gzip": (".gz",), "ZIP": (".zip", ".npz"),
+    "GIF": (".gif",), "PDF": (".pdf",), "PSD": (".psd",), "PostScript": (".ps", ".eps"),
+        "WebP": (".webp",),
+    "AVIF": (".avif",), "HEIC": (".heic", ".heif"),
+        "JPEG 2000": (".jp2", ".j2k", ".jpx", ".jpf", ".j2c"),
+    "JPEG XL": (".jxl",), "ICO": (".ico",), "SVG": (".svg",), "gzip": (".gz",),
+        "ZIP": (".zip", ".npz"),
 }  # fmt: skip
 _SOF = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}
 _PHOTOMETRIC = {
-    0: "MinIsWhite", 1: "MinIsBlack", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "CIELAB",
+    0: "MinIsWhite", 1: "MinIsBlack", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr",
+    8: "CIELAB",
     9: "ICCLab", 10: "ITULab", 32803: "CFA (raw camera)", 34892: "linear raw",
 }  # fmt: skip
 _SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "untyped"}
@@ -76,12 +82,15 @@ def describe_content(head: bytes, stream: BinaryIO, suffix: str) -> str:
         content = "SVG"
     else:
         content = next(
-            (name for at, mark, name in _SIGNATURES if head[at : at + len(mark)] == mark), _PNM.get(head[:2], "")
+            (name for at, mark, name in _SIGNATURES if head[at : at + len(mark)] == mark),
+            _PNM.get(head[:2], ""),
         )
     if not content:
         return "unknown content"
     where = f" under {suffix}" if suffix and suffix not in _SUFFIXES.get(content, ()) else ""
-    hint = "; give it as a volume" if "volume" in content or suffix == ".gz" else "; convert it to PNG"
+    hint = (
+        "; give it as a volume" if "volume" in content or suffix == ".gz" else "; convert it to PNG"
+    )
     return f"{content} content{where}{hint}"
 
 
@@ -118,7 +127,10 @@ def _describe_jpeg(stream: BinaryIO) -> str:
         if code in _SOF:
             bits = stream.read(1)
             process = {0xC3: "lossless ", 0xF7: "JPEG-LS "}.get(code, "")
-            return f"a {process}JPEG of {bits[0] if bits else '?'} bits a sample; expected 8 bits, not lossless"
+            return (
+                f"a {process}JPEG of {bits[0] if bits else '?'} bits a sample; expected 8 bits, "
+                "not lossless"
+            )
         if code == 0xDA or length < 2:
             break
         stream.seek(length - 2, 1)

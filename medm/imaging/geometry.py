@@ -1,7 +1,7 @@
 """Where voxels lie in the patient, and the limits that every volume keeps to.
 
-Everything here is in the order of the array's axes. Positions are LPS, as in DICOM: x grows to the patient's left, y to
-the back, z to the head; NIfTI's RAS is turned when a file is read.
+Everything here is in the order of the array's axes. Positions are LPS, as in DICOM: x grows to the
+patient's left, y to the back, z to the head; NIfTI's RAS is turned when a file is read.
 """
 
 from __future__ import annotations
@@ -41,30 +41,41 @@ class Geometry:
     def axes(self) -> str:
         """One letter an array axis: the direction of the patient that is nearest to it ("SPL")."""
         return "".join(
-            _LETTERS[axis][int(self.direction[axis, column] < 0)] for column, axis in enumerate(self.nearest_axes())
+            _LETTERS[axis][int(self.direction[axis, column] < 0)]
+            for column, axis in enumerate(self.nearest_axes())
         )
 
     @property
     def steps(self) -> np.ndarray:
-        """(3, 3): column i is the step in mm (LPS) from one voxel to the next along array axis i."""
+        """(3, 3): column i is the step in mm (LPS) from one voxel to the next along array
+        axis i.
+        """
         return self.direction * self.spacing
 
     @property
     def tilt(self) -> float:
         """Largest angle in degrees between an array axis and the patient axis nearest to it."""
-        cosines = [abs(self.direction[axis, column]) for column, axis in enumerate(self.nearest_axes())]
+        cosines = [
+            abs(self.direction[axis, column]) for column, axis in enumerate(self.nearest_axes())
+        ]
         return math.degrees(math.acos(min(1.0, min(cosines))))
 
     def indices_of(self, other: Geometry) -> tuple[np.ndarray, np.ndarray]:
-        """Matrix and offset that make of an index in another grid the index of the same place in this one."""
+        """Matrix and offset that make of an index in another grid the index of the same place in
+        this one.
+        """
         steps = np.linalg.inv(self.steps)
         return steps @ other.steps, steps @ (other.origin - self.origin)
 
     def nearest_axes(self) -> tuple[int, ...]:
-        """For each array axis the patient axis that it follows, each once: the assignment of largest agreement."""
+        """For each array axis the patient axis that it follows, each once: the assignment of
+        largest agreement.
+        """
         return max(
             itertools.permutations(range(3)),
-            key=lambda order: sum(abs(self.direction[axis, column]) for column, axis in enumerate(order)),
+            key=lambda order: sum(
+                abs(self.direction[axis, column]) for column, axis in enumerate(order)
+            ),
         )
 
 
@@ -72,24 +83,33 @@ def check_size(shape: Sequence[int], itemsize: int, name: str) -> None:
     """Refuse shapes before anything is allocated. Raises `MediaError`."""
     text = " x ".join(str(length) for length in shape)
     if len(shape) != 3:
-        raise MediaError(f"{name}: expected a volume of 3 axes, found {len(shape)} ({text}); extract one 3-D volume")
+        raise MediaError(
+            f"{name}: expected a volume of 3 axes, found {len(shape)} ({text}); extract one 3-D "
+            "volume"
+        )
     if any(length < 1 for length in shape):
         raise MediaError(f"{name}: declares an impossible size {text}")
     if math.prod(shape) > MAX_VOXELS or math.prod(shape) * itemsize > MAX_BYTES:
         raise MediaError(
-            f"{name}: declares {text} voxels, more than the {MAX_VOXELS} voxels or {MAX_BYTES} bytes that are allowed"
+            f"{name}: declares {text} voxels, more than the {MAX_VOXELS} voxels or {MAX_BYTES} "
+            "bytes that are allowed"
         )
     if any(length < 2 for length in shape):
-        raise MediaError(f"{name}: {text} voxels are a single slice, not a volume; give it as an image")
+        raise MediaError(
+            f"{name}: {text} voxels are a single slice, not a volume; give it as an image"
+        )
 
 
 def check_spacing(spacing: Sequence[float], name: str, *, source: str = "") -> None:
-    """Refuse distances that cannot be. `source` says for the message where they come from. Raises `MediaError`."""
+    """Refuse distances that cannot be. `source` says for the message where they come from. Raises
+    `MediaError`.
+    """
     low, high = SPACING_RANGE
     if not all(math.isfinite(value) and low <= value <= high for value in spacing):
         text = join_numbers(spacing)
         raise MediaError(
-            f"{name}: spacing {text}{source}: expected {low:g} to {high:g} mm between voxels; correct the header"
+            f"{name}: spacing {text}{source}: expected {low:g} to {high:g} mm between voxels; "
+            "correct the header"
         )
 
 
@@ -113,7 +133,8 @@ def geometry_from_steps(steps: np.ndarray, origin: np.ndarray, name: str) -> Geo
     """The geometry of an array whose axes are (z, y, x) from the steps of x, y, z.
 
     Args:
-        steps: (3, 3), column i is the step in mm (LPS) from one voxel to the next along x, y, z of the file.
+        steps: (3, 3), column i is the step in mm (LPS) from one voxel to the next along x, y, z of
+            the file.
         origin: (3,) position of the first voxel (LPS).
         name: the file, for messages.
 
@@ -121,7 +142,9 @@ def geometry_from_steps(steps: np.ndarray, origin: np.ndarray, name: str) -> Geo
         MediaError: steps that are not finite, vanish, are parallel or sheared.
     """
     if not (np.isfinite(steps).all() and np.isfinite(origin).all()):
-        raise MediaError(f"{name}: the direction or origin in the header holds NaN or infinite numbers")
+        raise MediaError(
+            f"{name}: the direction or origin in the header holds NaN or infinite numbers"
+        )
     spacing = np.linalg.norm(steps, axis=0)
     check_spacing([float(value) for value in spacing], name)
     direction = steps / spacing
@@ -134,4 +157,6 @@ def geometry_from_steps(steps: np.ndarray, origin: np.ndarray, name: str) -> Geo
             f"{name}: the axes are sheared by {angle:.1f} degrees (a tilted gantry?); "
             "resample to a right-angled grid first"
         )
-    return Geometry(spacing[::-1].copy(), direction[:, ::-1].copy(), np.asarray(origin, dtype=np.float64).copy())
+    return Geometry(
+        spacing[::-1].copy(), direction[:, ::-1].copy(), np.asarray(origin, dtype=np.float64).copy()
+    )

@@ -1,7 +1,9 @@
-"""2-D images: PNG, JPEG, TIFF, BMP, NPY and single-frame DICOM to pixels, and pixels to what an encoder takes.
+"""2-D images: PNG, JPEG, TIFF, BMP, NPY and single-frame DICOM to pixels, and pixels to what an
+encoder takes.
 
-Files are untrusted input: formats are on a list, sizes are checked before anything is decoded, metadata is dropped.
-Images of more than 8 bits, gray or color, keep their values until a window says which of them matter.
+Files are untrusted input: formats are on a list, sizes are checked before anything is decoded,
+metadata is dropped. Images of more than 8 bits, gray or color, keep their values until a window
+says which of them matter.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ logger = logging.getLogger(__name__)
 _MAX_FRAMES_COUNTED = 100
 """Frames that a message counts; Pillow needs longer for each further directory of a TIFF."""
 _MAX_SCANS = 100
-"""Scans of a progressive JPEG. Encoders write about ten; each costs a pass over all pixels (0.07 s at 64 Mpixel)."""
+"""Scans of a progressive JPEG. Encoders write about ten; each costs a pass over all pixels (0.07 s
+at 64 Mpixel)."""
 
 _FORMATS = ["PNG", "JPEG", "TIFF", "BMP"]
 _NPY = b"\x93NUMPY"
@@ -57,12 +60,13 @@ def read_image(file: Source, *, name: str | None = None) -> DecodedImage:
     """Decode one image.
 
     Args:
-        file: a path, a seekable stream of bytes (an upload), an image of Pillow, or an array as a .npy file holds it:
-            (H, W), or (H, W, 3) of uint8 or uint16.
+        file: a path, a seekable stream of bytes (an upload), an image of Pillow, or an array as a
+            .npy file holds it: (H, W), or (H, W, 3) of uint8 or uint16.
         name: what messages call the image; the path, or "image", by default.
 
     Raises:
-        MediaError: missing, empty, truncated, too large, of several frames, or of a format that is not on the list.
+        MediaError: missing, empty, truncated, too large, of several frames, or of a format that is
+            not on the list.
     """
     if isinstance(file, np.ndarray):
         return _from_array(file, name or "image")
@@ -92,7 +96,9 @@ def check_image(file: Path) -> tuple[int, int]:
             header = read_image_header(file, name)
             return header.rows, header.columns
         if head.startswith(_NPY):
-            shape, dtype = check_npy(stream, name, max_items=MAX_PIXELS * 3, length=os.fstat(stream.fileno()).st_size)
+            shape, dtype = check_npy(
+                stream, name, max_items=MAX_PIXELS * 3, length=os.fstat(stream.fileno()).st_size
+            )
             _check_array(shape, dtype, name)
             return shape[0], shape[1]
         with _pillow_image(stream, head, name, file.suffix.lower()) as image:
@@ -105,12 +111,12 @@ def check_image(file: Path) -> tuple[int, int]:
 def prepare_image(preprocess: ImagePreprocess, image: DecodedImage) -> Prepared:
     """Return the image as an encoder takes it, (C, height, width) float32, and its placement.
 
-    8-bit images give what the CLIP and SigLIP processors of transformers give (Pillow backend). Deeper
-    ones are windowed first and resized without rounding.
+    8-bit images give what the CLIP and SigLIP processors of transformers give (Pillow backend).
+    Deeper ones are windowed first and resized without rounding.
 
     Raises:
-        MediaError: a deep image with neither a window nor a declared range, sides too unequal to be cropped, or
-            one value for every pixel of an image that varies.
+        MediaError: a deep image with neither a window nor a declared range, sides too unequal to be
+            cropped, or one value for every pixel of an image that varies.
     """
     layers = _windowed(preprocess, image) if image.is_deep else [_shallow(preprocess, image)]
     height, width = preprocess.size
@@ -119,19 +125,27 @@ def prepare_image(preprocess: ImagePreprocess, image: DecodedImage) -> Prepared:
     top, left = _margins(preprocess, placement.shape)
     placement = placement.boxed((top, left), (height, width))
     fitted = [np.asarray(_fit(layer, preprocess, image.name), dtype=np.float32) for layer in layers]
-    pixels = fitted[0] if len(fitted) == 1 else np.stack(fitted, axis=-1)  # [H, W] or [H, W, C], values 0..255
-    pixels = (pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)) * np.float32(1 / 255)
+    pixels = (
+        fitted[0] if len(fitted) == 1 else np.stack(fitted, axis=-1)
+    )  # [H, W] or [H, W, C], values 0..255
+    pixels = (pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)) * np.float32(
+        1 / 255
+    )
     by_table = image.voi is not None and preprocess.window is None
     window = image.shown_range(preprocess.window) if image.is_deep and not by_table else None
     transform = str(image.voi) if by_table else f"window {list(window)}" if window else "no window"
     check_prepared(
-        pixels, image.pixels, name=image.name, unit="pixel", windows=[window] if window else [],
+        pixels,
+        image.pixels,
+        name=image.name,
+        unit="pixel",
+        windows=[window] if window else [],
         trace=lambda channel: [
             Step.of("the file", image.pixels, tolerance=0.0),
             Step.of(transform, np.asarray(layers[channel % len(layers)], np.float32) / 255),
             Step.of(f"fit {preprocess.fit} to {width} x {height}", pixels[channel]),
         ],
-    )  # fmt: skip
+    )
     if pixels.shape[0] != preprocess.channels:
         pixels = np.repeat(pixels, preprocess.channels, axis=0)
     mean = np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]
@@ -144,12 +158,16 @@ def prepare_image(preprocess: ImagePreprocess, image: DecodedImage) -> Prepared:
 
 @contextmanager
 def _regular_file(file: Path, name: str) -> Iterator[BinaryIO]:
-    """Open a regular file. Its kind is asked after it was opened, so that what is checked is what is read."""
+    """Open a regular file. Its kind is asked after it was opened, so that what is checked is what
+    is read.
+    """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise MediaError(f"{name}: cannot be opened ({error.strerror})") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # asked first: a folder cannot even become a stream
+    if not stat.S_ISREG(
+        os.fstat(descriptor).st_mode
+    ):  # asked first: a folder cannot even become a stream
         os.close(descriptor)
         raise MediaError(f"{name}: expected an image file, found a folder, device or pipe")
     with os.fdopen(descriptor, "rb") as stream:
@@ -165,7 +183,9 @@ def _head(stream: BinaryIO, name: str) -> bytes:
 
 
 def _has_end(stream: BinaryIO, head: bytes) -> bool:
-    """Whether the mark that ends a PNG or JPEG stands near the end of the file; true for formats that have none."""
+    """Whether the mark that ends a PNG or JPEG stands near the end of the file; true for formats
+    that have none.
+    """
     mark = next((end for start, end in _END_MARKS.items() if head.startswith(start)), None)
     if mark is None:
         return True
@@ -189,7 +209,9 @@ def _decode(stream: BinaryIO, name: str, path: Path | None) -> DecodedImage:
 
 
 def _from_pillow(image: Image.Image, name: str) -> DecodedImage:
-    """The same image as of the file, where Pillow has not decoded it yet: Pillow alone would lose 16-bit color."""
+    """The same image as of the file, where Pillow has not decoded it yet: Pillow alone would lose
+    16-bit color.
+    """
     stream = getattr(image, "fp", None)
     if stream is not None and getattr(image, "tile", None) and image.format in (*_FORMATS, "MPO"):
         stream.seek(0)
@@ -206,7 +228,9 @@ def _reopened(stream: BinaryIO) -> ImageFile.ImageFile:
 
 
 @contextmanager
-def _pillow_image(stream: BinaryIO, head: bytes, name: str, suffix: str) -> Iterator[ImageFile.ImageFile]:
+def _pillow_image(
+    stream: BinaryIO, head: bytes, name: str, suffix: str
+) -> Iterator[ImageFile.ImageFile]:
     """Open the image and check its header; whatever Pillow raises inside becomes a `MediaError`."""
     with _pillow_errors(name):
         try:
@@ -218,7 +242,8 @@ def _pillow_image(stream: BinaryIO, head: bytes, name: str, suffix: str) -> Iter
                 yield image
         except UnidentifiedImageError:
             raise MediaError(
-                f"{name}: not a {READ} image that is read ({describe_content(head, stream, suffix)})"
+                f"{name}: not a {READ} image that is read "
+                f"({describe_content(head, stream, suffix)})"
             ) from None
 
 
@@ -229,21 +254,30 @@ def _pillow_errors(name: str) -> Iterator[None]:
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MediaError(f"{name}: declares more than the {MAX_PIXELS} pixels that are allowed") from None
+        raise MediaError(
+            f"{name}: declares more than the {MAX_PIXELS} pixels that are allowed"
+        ) from None
     except DECODE_ERRORS as error:
-        raise MediaError(f"{name}: the image is truncated or damaged ({type(error).__name__})") from None
+        raise MediaError(
+            f"{name}: the image is truncated or damaged ({type(error).__name__})"
+        ) from None
 
 
 def _check_header(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise MediaError(
-            f"{name}: {image.width} x {image.height} pixels are more than the {MAX_PIXELS} that are allowed"
+            f"{name}: {image.width} x {image.height} pixels are more than the {MAX_PIXELS} that "
+            "are allowed"
         )
-    # A phone's JPEG may carry a thumbnail or depth map as further frames (MPO); the photograph is the first.
+    # A phone's JPEG may carry a thumbnail or depth map as further frames (MPO); the photograph is
+    # the first.
     frames = 1 if image.format == "MPO" else _count_frames(image)
     if frames > 1:
         count = frames if frames < _MAX_FRAMES_COUNTED else f"{frames} or more"
-        raise MediaError(f"{name}: holds {count} frames where one image is expected; write the wanted frame to a file")
+        raise MediaError(
+            f"{name}: holds {count} frames where one image is expected; write the wanted frame to "
+            "a file"
+        )
 
 
 def _count_frames(image: Image.Image) -> int:
@@ -261,13 +295,18 @@ def _count_frames(image: Image.Image) -> int:
 
 
 def _check_scans(stream: BinaryIO, name: str) -> None:
-    """Refuse a JPEG of many scans. Inside a scan the start mark of another one cannot stand (bytes are stuffed)."""
+    """Refuse a JPEG of many scans. Inside a scan the start mark of another one cannot stand (bytes
+    are stuffed).
+    """
     at = stream.tell()
     stream.seek(0)
     scans = stream.read().count(b"\xff\xda")
     stream.seek(at)
     if scans > _MAX_SCANS:
-        raise MediaError(f"{name}: a JPEG of {scans} scans, more than the {_MAX_SCANS} that are allowed; save it anew")
+        raise MediaError(
+            f"{name}: a JPEG of {scans} scans, more than the {_MAX_SCANS} that are allowed; save "
+            "it anew"
+        )
 
 
 def _from_samples(samples: Samples, name: str) -> DecodedImage:
@@ -285,7 +324,10 @@ def _check_array(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
             f"found {shape} of {dtype}"
         )
     if shape[0] * shape[1] > MAX_PIXELS:
-        raise MediaError(f"{name}: {shape[1]} x {shape[0]} pixels are more than the {MAX_PIXELS} that are allowed")
+        raise MediaError(
+            f"{name}: {shape[1]} x {shape[0]} pixels are more than the {MAX_PIXELS} that are "
+            "allowed"
+        )
 
 
 def _from_array(array: np.ndarray, name: str) -> DecodedImage:
@@ -299,8 +341,12 @@ def _from_array(array: np.ndarray, name: str) -> DecodedImage:
     if not np.isfinite(array).all():
         bad = int(array.size - np.isfinite(array).sum())
         raise MediaError(f"{name}: {bad} of {array.size} pixels are NaN or infinite")
-    limits = np.iinfo(array.dtype) if array.dtype.kind in "iu" and array.dtype.itemsize <= 2 else None
-    return DecodedImage(array, name, full_range=(float(limits.min), float(limits.max)) if limits else None)
+    limits = (
+        np.iinfo(array.dtype) if array.dtype.kind in "iu" and array.dtype.itemsize <= 2 else None
+    )
+    return DecodedImage(
+        array, name, full_range=(float(limits.min), float(limits.max)) if limits else None
+    )
 
 
 def _shallow(preprocess: ImagePreprocess, image: DecodedImage) -> Image.Image:
@@ -318,14 +364,21 @@ def _windowed(preprocess: ImagePreprocess, image: DecodedImage) -> list[Image.Im
         low, high = _known_range(preprocess, image)
         numbers = image.pixels.astype(np.float32) - np.float32(low)
         # A window of width 1 (DICOM) is a threshold.
-        values = np.clip(numbers / (high - low), 0, 1) if high > low else (numbers > 0).astype(np.float32)
+        values = (
+            np.clip(numbers / (high - low), 0, 1)
+            if high > low
+            else (numbers > 0).astype(np.float32)
+        )
         range_text = f"window {low:g}..{high:g}"
-    if float(values.max()) - float(values.min()) < 1 / 16 and image.pixels.min() != image.pixels.max():
+    if (
+        float(values.max()) - float(values.min()) < 1 / 16
+        and image.pixels.min() != image.pixels.max()
+    ):
         warn_once(
             logger,
             f"shade {range_text}",
-            f"{image.name}: values {image.pixels.min():g}..{image.pixels.max():g} are almost one shade in the "
-            f"{range_text}; set `window` to the range that matters",
+            f"{image.name}: values {image.pixels.min():g}..{image.pixels.max():g} are almost one "
+            f"shade in the {range_text}; set `window` to the range that matters",
         )
     if image.inverted:
         values = 1 - values
@@ -336,7 +389,11 @@ def _windowed(preprocess: ImagePreprocess, image: DecodedImage) -> list[Image.Im
     values = values * np.float32(255)
     if values.ndim == 3 and preprocess.channels == 1:
         values = values @ _LUMA
-    return [Image.fromarray(values)] if values.ndim == 2 else [Image.fromarray(values[..., i]) for i in range(3)]
+    return (
+        [Image.fromarray(values)]
+        if values.ndim == 2
+        else [Image.fromarray(values[..., i]) for i in range(3)]
+    )
 
 
 def _known_range(preprocess: ImagePreprocess, image: DecodedImage) -> tuple[float, float]:
@@ -344,14 +401,16 @@ def _known_range(preprocess: ImagePreprocess, image: DecodedImage) -> tuple[floa
     if window is None:
         low, high = float(image.pixels.min()), float(image.pixels.max())
         raise MediaError(
-            f"{image.name}: {image.pixels.dtype} pixels in {low:g}..{high:g} without a declared range; "
-            "say which values become black and white with `window: [lower, upper]`"
+            f"{image.name}: {image.pixels.dtype} pixels in {low:g}..{high:g} without a declared "
+            "range; say which values become black and white with `window: [lower, upper]`"
         )
     return window
 
 
 def _fitted_size(preprocess: ImagePreprocess, size: Sequence[int], name: str) -> tuple[int, int]:
-    """Height and width after resizing, before the crop or the padding, by the arithmetic of transformers."""
+    """Height and width after resizing, before the crop or the padding, by the arithmetic of
+    transformers.
+    """
     (height, width), (own_height, own_width) = preprocess.size, size
     if preprocess.fit == "squash":
         return height, width
@@ -363,8 +422,8 @@ def _fitted_size(preprocess: ImagePreprocess, size: Sequence[int], name: str) ->
         new_height, new_width = height, max(int(height * own_width / own_height), 1)
     if new_height * new_width > MAX_PIXELS:
         raise MediaError(
-            f"{name}: sides {own_width} x {own_height} are too unequal for `fit: crop` ({new_width} x {new_height} "
-            "pixels before the crop); use `fit: pad` or `fit: squash`"
+            f"{name}: sides {own_width} x {own_height} are too unequal for `fit: crop` "
+            f"({new_width} x {new_height} pixels before the crop); use `fit: pad` or `fit: squash`"
         )
     return new_height, new_width
 
@@ -388,6 +447,8 @@ def _fit(image: Image.Image, preprocess: ImagePreprocess, name: str) -> Image.Im
 
 
 def _pad(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """Zeros around: after normalization zero is `mean`. The image begins at row -`top` and column -`left`."""
+    """Zeros around: after normalization zero is `mean`. The image begins at row -`top` and column
+    -`left`.
+    """
     below, right = height - pixels.shape[1] + top, width - pixels.shape[2] + left
     return np.pad(pixels, ((0, 0), (-top, below), (-left, right)))

@@ -1,10 +1,12 @@
-"""GDCM in a process of its own: what untrusted compressed DICOM can crash, hang or bloat is not the one that trains.
+"""GDCM in a process of its own: what untrusted compressed DICOM can crash, hang or bloat is not the
+one that trains.
 
-GDCM's JPEG decoder writes out of bounds on damaged files, and its parser can be made to allocate without end. The child
-has a limit of memory, each request a limit of time; when it dies the request fails and the next one starts another.
+GDCM's JPEG decoder writes out of bounds on damaged files, and its parser can be made to allocate
+without end. The child has a limit of memory, each request a limit of time; when it dies the request
+fails and the next one starts another.
 
-The child is this module run as a program: `python -P -m medm.imaging.isolated`. Without -P, Python would import from
-the working folder.
+The child is this module run as a program: `python -P -m medm.imaging.isolated`. Without -P, Python
+would import from the working folder.
 """
 
 from __future__ import annotations
@@ -33,12 +35,15 @@ from medm.imaging.arrays import read_npy
 from medm.stopping import ignore_stops
 
 _MEMORY, _BYTES_PER_NUMBER = 2**30, 32
-"""Address space of the child (it begins with 0.4 GiB), and more for each number that the header declares."""
+"""Address space of the child (it begins with 0.4 GiB), and more for each number that the header
+declares."""
 _SECONDS = 10
 _NUMBERS_PER_SECOND = 5_000_000
-"""A request may take `_SECONDS` of processor time, and as long as its numbers take at this slow pace."""
+"""A request may take `_SECONDS` of processor time, and as long as its numbers take at this slow
+pace."""
 _PATIENCE = 30
-"""Times as long by the clock, after which the child is taken to hang (a busy machine, a slow disk)."""
+"""Times as long by the clock, after which the child is taken to hang (a busy machine, a slow
+disk)."""
 _REQUEST = struct.Struct("<IQI")
 """Seconds, bytes of address space, length of the path that follows."""
 _REPLY = struct.Struct("<?")
@@ -52,7 +57,9 @@ class Decoder:
         command: the program that answers requests; this module by default.
     """
 
-    def __init__(self, command: Sequence[str] = (sys.executable, "-P", "-m", "medm.imaging.isolated")) -> None:
+    def __init__(
+        self, command: Sequence[str] = (sys.executable, "-P", "-m", "medm.imaging.isolated")
+    ) -> None:
         self.command = list(command)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
@@ -80,7 +87,8 @@ class Decoder:
             except (OSError, EOFError):
                 self._stop()
                 raise MediaError(
-                    f"{name}: the DICOM pixels are damaged: decoding them crashed or took too much time or memory"
+                    f"{name}: the DICOM pixels are damaged: decoding them crashed or took too "
+                    "much time or memory"
                 ) from None
             except MediaError:
                 self._stop()  # what is left in the pipe belongs to this request
@@ -88,7 +96,9 @@ class Decoder:
             finally:
                 timer.cancel()
         if pixels is None:
-            raise MediaError(f"{name}: the DICOM pixels are damaged or encoded in a way that is not read")
+            raise MediaError(
+                f"{name}: the DICOM pixels are damaged or encoded in a way that is not read"
+            )
         return pixels
 
     def forget(self) -> None:
@@ -99,14 +109,22 @@ class Decoder:
         if self._child is None or self._child.poll() is not None:
             self._child = subprocess.Popen(
                 self.command,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
                 env=child_environment(),
-                start_new_session=True,  # a signal to the group of the training must not end a decoding
-            )  # fmt: skip
+                # a signal to the group of the training must not end a decoding
+                start_new_session=True,
+            )
         return self._child
 
     def _ask(
-        self, child: subprocess.Popen[bytes], path: Path, name: str, limits: tuple[int, int], max_items: int
+        self,
+        child: subprocess.Popen[bytes],
+        path: Path,
+        name: str,
+        limits: tuple[int, int],
+        max_items: int,
     ) -> np.ndarray | None:
         request, reply = cast(IO[bytes], child.stdin), cast(IO[bytes], child.stdout)
         encoded = os.fsencode(path.resolve())
@@ -161,7 +179,9 @@ def main() -> None:
 
 
 def _limit(seconds: int, memory: int) -> None:
-    """From now on: time of the processor, which stands still while other programs run, and address space."""
+    """From now on: time of the processor, which stands still while other programs run, and address
+    space.
+    """
     if resource is not None:
         spent = resource.getrusage(resource.RUSAGE_SELF)
         for what, limit in (

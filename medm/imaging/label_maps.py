@@ -41,7 +41,8 @@ def read_label_map(path: str | Path, placement: Placement) -> LabelMap:
         placement: of the image or volume, whose grid the labels have to fit.
 
     Raises:
-        MediaError: it cannot be read, its values are no labels, or its grid is not that of its image.
+        MediaError: it cannot be read, its values are no labels, or its grid is not that of its
+            image.
     """
     from medm.imaging.images import read_image
     from medm.imaging.volumes import read_volume
@@ -67,8 +68,8 @@ def check_geometry(labels: LabelMap, placement: Placement) -> None:
     if labels.labels.shape != shape:
         found, expected = (" x ".join(map(str, sides)) for sides in (labels.labels.shape, shape))
         raise MediaError(
-            f"{labels.name}: a label map of {found} voxels for an image of {expected}; expected the "
-            "same grid. Resample the label map to its image"
+            f"{labels.name}: a label map of {found} voxels for an image of {expected}; expected "
+            "the same grid. Resample the label map to its image"
         )
     own, other = labels.geometry, placement.geometry
     if own is None or other is None:
@@ -79,9 +80,9 @@ def check_geometry(labels: LabelMap, placement: Placement) -> None:
     allowed = _TOLERANCE * float(other.spacing.min())
     if distance > allowed:
         raise MediaError(
-            f"{labels.name}: a label map with {_described(own)} for an image with {_described(other)}; "
-            f"their corners are up to {distance:.3g} mm apart, expected at most {allowed:.3g}. "
-            "Resample the label map to its image"
+            f"{labels.name}: a label map with {_described(own)} for an image with "
+            f"{_described(other)}; their corners are up to {distance:.3g} mm apart, expected at "
+            f"most {allowed:.3g}. Resample the label map to its image"
         )
 
 
@@ -106,7 +107,10 @@ def write_label_map(path: str | Path, labels: np.ndarray, placement: Placement) 
 
 def _described(grid: Geometry) -> str:
     """A grid for a message."""
-    return f"axes {grid.axes}, voxels of {join_numbers(grid.spacing)} mm and origin {join_numbers(grid.origin)}"
+    return (
+        f"axes {grid.axes}, voxels of {join_numbers(grid.spacing)} mm and origin "
+        f"{join_numbers(grid.origin)}"
+    )
 
 
 def _single_channel(pixels: np.ndarray, name: str) -> np.ndarray:
@@ -122,5 +126,7 @@ def _whole_numbers(labels: np.ndarray, name: str) -> np.ndarray:
     low, high = labels.min(), labels.max()
     fractions = labels.dtype.kind == "f" and (labels != np.floor(labels)).any()
     if low < 0 or high >= 2**32 or fractions:
-        raise MediaError(f"{name}: values {low:g}..{high:g} are no labels; expected whole numbers from 0 on")
+        raise MediaError(
+            f"{name}: values {low:g}..{high:g} are no labels; expected whole numbers from 0 on"
+        )
     return labels.astype(np.min_scalar_type(int(high)))

@@ -31,10 +31,12 @@ from medm.imaging.payload import open_binary, read_voxels
 logger = logging.getLogger(__name__)
 
 _TYPES = {
-    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"
+    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8",
+    1280: "u8"
 }  # fmt: skip
 _UNITS = {0: ("mm", 1.0), 1: ("m", 1000.0), 2: ("mm", 1.0), 3: ("um", 0.001)}
-"""Name and length in mm by the spatial part of `xyzt_units`; 0 says nothing, which every reader takes to be mm."""
+"""Name and length in mm by the spatial part of `xyzt_units`; 0 says nothing, which every reader
+takes to be mm."""
 _TURN_DEGREES = 1.0
 """Between sform and qform; less is the rounding of quaternions in single precision."""
 _MAX_OFFSET = 2**24
@@ -44,17 +46,20 @@ _MAX_OFFSET = 2**24
 _Layout = dict[str, tuple[str, int]]
 _LAYOUTS: dict[int, tuple[bytes, int, _Layout]] = {
     348: (b"n+1", 344, {
-        "dim": ("8h", 40), "datatype": ("h", 70), "bitpix": ("h", 72), "pixdim": ("8f", 76), "vox_offset": ("f", 108),
+        "dim": ("8h", 40), "datatype": ("h", 70), "bitpix": ("h", 72), "pixdim": ("8f", 76),
+            "vox_offset": ("f", 108),
         "slope": ("f", 112), "intercept": ("f", 116), "units": ("B", 123), "qform_code": ("h", 252),
         "sform_code": ("h", 254), "quaternion": ("6f", 256), "rows": ("12f", 280),
     }),
     540: (b"n+2", 4, {
-        "dim": ("8q", 16), "datatype": ("h", 12), "bitpix": ("h", 14), "pixdim": ("8d", 104), "vox_offset": ("q", 168),
+        "dim": ("8q", 16), "datatype": ("h", 12), "bitpix": ("h", 14), "pixdim": ("8d", 104),
+            "vox_offset": ("q", 168),
         "slope": ("d", 176), "intercept": ("d", 184), "units": ("i", 500), "qform_code": ("i", 344),
         "sform_code": ("i", 348), "quaternion": ("6d", 352), "rows": ("12d", 400),
     }),
 }  # fmt: skip
-"""By size of the header: its magic, where it stands, and format and place of the fields that are read."""
+"""By size of the header: its magic, where it stands, and format and place of the fields that are
+read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +97,20 @@ def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
     """Voxels (z, y, x), scaled, and their geometry; None where the header gives no orientation.
 
     Raises:
-        MediaError: truncated, damaged, of a kind that is not read, or with impossible numbers in its header.
+        MediaError: truncated, damaged, of a kind that is not read, or with impossible numbers in
+            its header.
     """
     with open_binary(path, name) as stream:
         header, packed = _read_header(stream, name)
         shape, dtype = _check(header, name)
         start = int(header.vox_offset)
         if packed:
-            # Header and voxels are one packed stream: both are unpacked, and the checksum covers both.
+            # Header and voxels are one packed stream: both are unpacked, and the checksum covers
+            # both.
             stream.seek(0)
-            data = read_voxels(stream, (start + math.prod(shape) * dtype.itemsize,), np.dtype("u1"), "gzip", name)
+            data = read_voxels(
+                stream, (start + math.prod(shape) * dtype.itemsize,), np.dtype("u1"), "gzip", name
+            )
             voxels = np.frombuffer(data.data, dtype=dtype, offset=start).reshape(shape)
         else:
             stream.seek(start)
@@ -110,7 +119,9 @@ def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
 
 
 def check_nifti(path: Path, name: str) -> None:
-    """Look at all of the header, and at the size of a file that is not packed. Raises `MediaError`."""
+    """Look at all of the header, and at the size of a file that is not packed. Raises
+    `MediaError`.
+    """
     with open_binary(path, name) as stream:
         header, packed = _read_header(stream, name)
     shape, dtype = _check(header, name)
@@ -118,7 +129,9 @@ def check_nifti(path: Path, name: str) -> None:
     _geometry(header, name)
     needed, found = int(header.vox_offset) + math.prod(shape) * dtype.itemsize, path.stat().st_size
     if not packed and found < needed:
-        raise MediaError(f"{name}: {found} bytes, but its header declares {needed}; the file is truncated")
+        raise MediaError(
+            f"{name}: {found} bytes, but its header declares {needed}; the file is truncated"
+        )
 
 
 def write_nifti(path: Path, voxels: np.ndarray, geometry: Geometry | None) -> None:
@@ -127,7 +140,8 @@ def write_nifti(path: Path, voxels: np.ndarray, geometry: Geometry | None) -> No
     Args:
         path: ends with .nii or .nii.gz, which is compressed.
         voxels: of a type that NIfTI has.
-        geometry: becomes the sform; without it neither sform nor qform is set, as in a file without orientation.
+        geometry: becomes the sform; without it neither sform nor qform is set, as in a file without
+            orientation.
 
     Raises:
         MediaError: another suffix, type or size than NIfTI-1 has.
@@ -139,16 +153,22 @@ def write_nifti(path: Path, voxels: np.ndarray, geometry: Geometry | None) -> No
     code = next((code for code, kind in _TYPES.items() if np.dtype(kind) == voxels.dtype), None)
     if code is None or voxels.ndim != 3 or max(voxels.shape) >= 2**15:
         raise MediaError(
-            f"{name}: NIfTI-1 holds three axes of less than 32768 numbers each; found {voxels.shape} of {voxels.dtype}"
+            f"{name}: NIfTI-1 holds three axes of less than 32768 numbers each; found "
+            f"{voxels.shape} of {voxels.dtype}"
         )
     spacing = (1.0,) * 3 if geometry is None else tuple(geometry.spacing[::-1])
     rows = np.zeros((3, 4))
     if geometry is not None:
-        rows = np.diag([-1.0, -1.0, 1.0]) @ np.column_stack([geometry.steps[:, ::-1], geometry.origin])
+        rows = np.diag([-1.0, -1.0, 1.0]) @ np.column_stack(
+            [geometry.steps[:, ::-1], geometry.origin]
+        )
     values: dict[str, tuple[float, ...]] = {
-        "dim": (3, *voxels.shape[::-1], 1, 1, 1, 1), "datatype": (code,), "bitpix": (voxels.dtype.itemsize * 8,),
-        "pixdim": (1.0, *spacing, 0.0, 0.0, 0.0, 0.0), "vox_offset": (352,), "slope": (1.0,), "intercept": (0.0,),
-        "units": (2,), "qform_code": (0,), "sform_code": (0 if geometry is None else 1,), "quaternion": (0.0,) * 6,
+        "dim": (3, *voxels.shape[::-1], 1, 1, 1, 1), "datatype": (code,),
+            "bitpix": (voxels.dtype.itemsize * 8,),
+        "pixdim": (1.0, *spacing, 0.0, 0.0, 0.0, 0.0), "vox_offset": (352,), "slope": (1.0,),
+            "intercept": (0.0,),
+        "units": (2,), "qform_code": (0,), "sform_code": (0 if geometry is None else 1,),
+            "quaternion": (0.0,) * 6,
         "rows": tuple(rows.ravel()),
     }  # fmt: skip
     magic, at, layout = _LAYOUTS[348]
@@ -173,9 +193,14 @@ def _first_bytes(stream: BinaryIO, packed: bool, name: str) -> bytes:
     try:
         data = (gzip.GzipFile(fileobj=stream) if packed else stream).read(540)
     except (OSError, EOFError, zlib.error) as error:
-        raise MediaError(f"{name}: the packed file is truncated or damaged ({type(error).__name__})") from None
+        raise MediaError(
+            f"{name}: the packed file is truncated or damaged ({type(error).__name__})"
+        ) from None
     if len(data) < 348:
-        raise MediaError(f"{name}: {len(data)} bytes are too few for a NIfTI header; the file is empty or truncated")
+        raise MediaError(
+            f"{name}: {len(data)} bytes are too few for a NIfTI header; the file is empty or "
+            "truncated"
+        )
     return data.ljust(540, b"\0")
 
 
@@ -184,11 +209,18 @@ def _parse(data: bytes, name: str) -> _Header:
         (size,) = struct.unpack_from(order + "i", data)
         magic, at, layout = _LAYOUTS.get(size, (b"", 0, {}))
         if magic and data[at : at + 3] == magic:
-            fields = {key: struct.unpack_from(order + form, data, place) for key, (form, place) in layout.items()}
-            values: dict[str, Any] = {key: value if len(value) > 1 else value[0] for key, value in fields.items()}
+            fields = {
+                key: struct.unpack_from(order + form, data, place)
+                for key, (form, place) in layout.items()
+            }
+            values: dict[str, Any] = {
+                key: value if len(value) > 1 else value[0] for key, value in fields.items()
+            }
             return _Header(size=size, order=order, **values)
     if data[344:347] == b"ni1":
-        raise MediaError(f"{name}: a NIfTI header without voxels (.hdr/.img pair); convert it to one .nii file")
+        raise MediaError(
+            f"{name}: a NIfTI header without voxels (.hdr/.img pair); convert it to one .nii file"
+        )
     raise MediaError(f"{name}: not a NIfTI file: no header of 348 or 540 bytes with its magic")
 
 
@@ -201,46 +233,61 @@ def _check(header: _Header, name: str) -> tuple[tuple[int, int, int], np.dtype]:
     while len(lengths) > 3 and lengths[-1] == 1:
         lengths.pop()
     if header.datatype not in _TYPES:
-        raise MediaError(f"{name}: NIfTI datatype {header.datatype} (color or complex numbers) is not read")
+        raise MediaError(
+            f"{name}: NIfTI datatype {header.datatype} (color or complex numbers) is not read"
+        )
     dtype = np.dtype(header.order + _TYPES[header.datatype])
     if header.bitpix != dtype.itemsize * 8:
         raise MediaError(
-            f"{name}: datatype {header.datatype} ({dtype.name}) has {dtype.itemsize * 8} bits, but bitpix declares "
-            f"{header.bitpix}; the header is damaged"
+            f"{name}: datatype {header.datatype} ({dtype.name}) has {dtype.itemsize * 8} bits, "
+            f"but bitpix declares {header.bitpix}; the header is damaged"
         )
     check_size(lengths[::-1], dtype.itemsize, name)
     offset = header.vox_offset
-    if not (math.isfinite(offset) and header.size <= offset <= _MAX_OFFSET and offset == int(offset)):
+    if not (
+        math.isfinite(offset) and header.size <= offset <= _MAX_OFFSET and offset == int(offset)
+    ):
         raise MediaError(f"{name}: voxels begin at byte {offset:g} by the header; it is damaged")
-    check_spacing(header.spacing, name, source=f" (pixdim {join_numbers(header.pixdim[1:4])} in {header.unit[0]})")
+    check_spacing(
+        header.spacing,
+        name,
+        source=f" (pixdim {join_numbers(header.pixdim[1:4])} in {header.unit[0]})",
+    )
     if header.units & 7 not in _UNITS:
         warn_of_file(
-            logger, kind="NIfTI units", file=name,
-            message=f"{name}: the unit {header.units & 7} of xyzt_units is not defined (1 m, 2 mm, 3 um); "
-            f"mm are taken: voxels of {join_numbers(header.spacing)} mm",
-        )  # fmt: skip
+            logger,
+            kind="NIfTI units",
+            file=name,
+            message=f"{name}: the unit {header.units & 7} of xyzt_units is not defined (1 m, 2 mm, "
+            f"3 um); mm are taken: voxels of {join_numbers(header.spacing)} mm",
+        )
     return (lengths[2], lengths[1], lengths[0]), dtype
 
 
 def _scaling(header: _Header, name: str) -> tuple[float, float] | None:
-    """Slope and intercept; None where the header says that the numbers are meant as they are stored.
+    """Slope and intercept; None where the header says that the numbers are meant as they are
+    stored.
 
-    As nifti1_io and nibabel: a slope that is 0 or not finite is no scaling, whatever the intercept says. The two
-    disagree about a valid slope beside an intercept that is not finite (0, and an error), so that is refused.
+    As nifti1_io and nibabel: a slope that is 0 or not finite is no scaling, whatever the intercept
+    says. The two disagree about a valid slope beside an intercept that is not finite (0, and an
+    error), so that is refused.
     """
     slope, intercept = header.slope, header.intercept
     if slope == 0 or not math.isfinite(slope):
         if math.isfinite(intercept) and intercept != 0:
             warn_of_file(
-                logger, kind="NIfTI scaling", file=name,
-                message=f"{name}: scl_slope {slope:g} means that the values are not scaled, so scl_inter "
-                f"{intercept:g} is not added either, as the standard says",
-            )  # fmt: skip
+                logger,
+                kind="NIfTI scaling",
+                file=name,
+                message=f"{name}: scl_slope {slope:g} means that the values are not scaled, so "
+                f"scl_inter {intercept:g} is not added either, as the standard says",
+            )
         return None
     if not math.isfinite(intercept):
         raise MediaError(
-            f"{name}: scl_slope {slope:g} is valid, but scl_inter is {intercept:g}: expected a finite number; "
-            "correct the header, or set scl_slope to 0 where the stored values are meant"
+            f"{name}: scl_slope {slope:g} is valid, but scl_inter is {intercept:g}: expected a "
+            "finite number; correct the header, or set scl_slope to 0 where the stored values "
+            "are meant"
         )
     return None if (slope, intercept) == (1, 0) else (slope, intercept)
 
@@ -250,15 +297,21 @@ def _scaled(voxels: np.ndarray, header: _Header, name: str) -> np.ndarray:
     if scaling is None:
         return voxels
     scaled = voxels.astype(np.float32)
-    with np.errstate(over="ignore"):  # what becomes infinite is counted and refused by `read_volume`
+    with np.errstate(
+        over="ignore"
+    ):  # what becomes infinite is counted and refused by `read_volume`
         scaled *= np.float32(scaling[0])
         scaled += np.float32(scaling[1])
-    refuse_lost_values(voxels, scaled, name, f"scl_slope {scaling[0]:g} with scl_inter {scaling[1]:g}")
+    refuse_lost_values(
+        voxels, scaled, name, f"scl_slope {scaling[0]:g} with scl_inter {scaling[1]:g}"
+    )
     return scaled
 
 
 def _geometry(header: _Header, name: str) -> Geometry | None:
-    """By the sform where there is one, else by the qform, as nibabel does; None where both codes are 0."""
+    """By the sform where there is one, else by the qform, as nibabel does; None where both codes
+    are 0.
+    """
     unit = header.unit[1]
     to_lps = np.diag([-1.0, -1.0, 1.0])
     found = []
@@ -266,33 +319,48 @@ def _geometry(header: _Header, name: str) -> Geometry | None:
         rows = np.asarray(header.rows, dtype=np.float64).reshape(3, 4)
         found.append((rows[:, :3], rows[:, 3]))
     if header.qform_code > 0:
-        found.append((_rotation(header, name) * np.abs(header.pixdim[1:4]), np.asarray(header.quaternion[3:])))
-    geometries = [geometry_from_steps(to_lps @ steps * unit, to_lps @ offset * unit, name) for steps, offset in found]
+        found.append(
+            (
+                _rotation(header, name) * np.abs(header.pixdim[1:4]),
+                np.asarray(header.quaternion[3:]),
+            )
+        )
+    geometries = [
+        geometry_from_steps(to_lps @ steps * unit, to_lps @ offset * unit, name)
+        for steps, offset in found
+    ]
     if len(geometries) == 2:
         _compare(geometries[0], geometries[1], name)
     if header.sform_code > 0 and spacings_differ(geometries[0].spacing[::-1], header.spacing):
         warn_of_file(
-            logger, kind="NIfTI spacing", file=name,
-            message=f"{name}: voxels of {join_numbers(geometries[0].spacing[::-1])} mm by the sform, of "
-            f"{join_numbers(header.spacing)} mm by pixdim; the sform is used",
-        )  # fmt: skip
+            logger,
+            kind="NIfTI spacing",
+            file=name,
+            message=f"{name}: voxels of {join_numbers(geometries[0].spacing[::-1])} mm by the sform"
+            f", of {join_numbers(header.spacing)} mm by pixdim; the sform is used",
+        )
     return geometries[0] if geometries else None
 
 
 def _compare(sform: Geometry, qform: Geometry, name: str) -> None:
-    """Two directions in one header: refused where they name other sides, a warning where they are turned."""
+    """Two directions in one header: refused where they name other sides, a warning where they are
+    turned.
+    """
     if sform.axes != qform.axes:
         raise MediaError(
-            f"{name}: sform says the axes are {sform.axes}, qform {qform.axes}: left and right cannot "
-            "be known; correct the header"
+            f"{name}: sform says the axes are {sform.axes}, qform {qform.axes}: left and right "
+            "cannot be known; correct the header"
         )
     turn = largest_turn(sform, qform)
     if turn > _TURN_DEGREES:
         warn_of_file(
-            logger, kind="NIfTI direction", file=name,
-            message=f"{name}: sform and qform are turned by {turn:.1f} degrees against each other (tilted against the "
-            f"patient by {sform.tilt:.1f} and {qform.tilt:.1f} degrees); the sform is used",
-        )  # fmt: skip
+            logger,
+            kind="NIfTI direction",
+            file=name,
+            message=f"{name}: sform and qform are turned by {turn:.1f} degrees against each other "
+            f"(tilted against the patient by {sform.tilt:.1f} and {qform.tilt:.1f} degrees); "
+            "the sform is used",
+        )
 
 
 def _rotation(header: _Header, name: str) -> np.ndarray:

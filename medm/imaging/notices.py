@@ -1,4 +1,6 @@
-"""Warnings about files: each is given once, few of a kind are logged, and a check that asks gets all of them."""
+"""Warnings about files: each is given once, few of a kind are logged, and a check that asks gets
+all of them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def warn_once(logger: logging.Logger, topic: str, message: str) -> None:
 
 
 def warn_of_file(logger: logging.Logger, *, kind: str, file: str, message: str) -> None:
-    """Log a warning about a file once, and after `MAX_NAMED` files of a kind only that there are more.
+    """Log a warning about a file once, and after `MAX_NAMED` files of a kind only that there are
+    more.
 
     Inside `collected` nothing is logged: whoever collects shows the warnings.
     """
@@ -53,15 +56,18 @@ def warn_of_file(logger: logging.Logger, *, kind: str, file: str, message: str) 
         logger.warning("%s", message)
     else:
         logger.warning(
-            "more than %d files give a warning of this kind (%s); further files are not named here. "
-            "`medm data check --decode` and `medm data cache` name and count all of them",
-            MAX_NAMED, kind,
-        )  # fmt: skip
+            "more than %d files give a warning of this kind (%s); further files are not named "
+            "here. `medm data check --decode` and `medm data cache` name and count all of them",
+            MAX_NAMED,
+            kind,
+        )
 
 
 @contextmanager
 def collected() -> Iterator[list[Notice]]:
-    """Collect the warnings about files that are given inside, one of a kind for each file, instead of logging them."""
+    """Collect the warnings about files that are given inside, one of a kind for each file, instead
+    of logging them.
+    """
     notices: list[Notice] = []
     token = _collector.set(notices)
     try:

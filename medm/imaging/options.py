@@ -1,6 +1,7 @@
 """Preprocessing as data: what is done to the pixels of one branch, saved in every checkpoint.
 
-The same object serves training, inference and serving. Torch-free; the work is done in `medm.imaging`.
+The same object serves training, inference and serving. Torch-free; the work is done in
+`medm.imaging`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class ImagePreprocess(Options):
     size: list[int] = Field(default=[224, 224], min_length=2, max_length=2)
     """Height and width of the result, in pixels."""
     fit: Literal["squash", "crop", "pad"] = "squash"
-    """How an image of another shape is made to fit: resized without regard to its aspect (SigLIP), resized by its
-    shorter side and cropped in the centre (CLIP), or resized by its longer side and padded with `mean` (LLaVA)."""
+    """How an image of another shape is made to fit: resized without regard to its aspect (SigLIP),
+    resized by its shorter side and cropped in the centre (CLIP), or resized by its longer side and
+    padded with `mean` (LLaVA)."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     """Resampling filter, Pillow's by name."""
     channels: Literal[1, 3] = 3
@@ -37,8 +39,9 @@ class ImagePreprocess(Options):
     std: list[float] = [0.5, 0.5, 0.5]
     """Divides after the mean is subtracted."""
     window: list[float] | None = None
-    """Lower and upper raw value that become 0 and 1 in images of more than 8 bits, gray or color (HU for CT). Without
-    it such an image uses the VOI table or window of its DICOM file, else its full declared range."""
+    """Lower and upper raw value that become 0 and 1 in images of more than 8 bits, gray or color
+    (HU for CT). Without it such an image uses the VOI table or window of its DICOM file, else its
+    full declared range."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ImagePreprocess:
@@ -49,23 +52,29 @@ class ImagePreprocess(Options):
         return self
 
 
-# Each says all of scale, windows, stretch, crop and interpolation, so that it can take the place of another one.
+# Each says all of scale, windows, stretch, crop and interpolation, so that it can take the place of
+# another one.
 _VOLUME_CONVENTIONS: dict[str, dict[str, Any]] = {
-    # M3D-Cap as published: arrays already 0..1, stretched per volume, cropped to what is not background.
-    "m3d": {"scale": "0-1", "windows": None, "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256],
+    # M3D-Cap as published: arrays already 0..1, stretched per volume, cropped to what is not
+    # background.
+    "m3d": {"scale": "0-1", "windows": None, "stretch": True, "crop_foreground": 0.0,
+        "size": [32, 256, 256],
             "interpolation": "trilinear"},
     # MedM-VL since September 2025: HU -1000..1000 to 0..1, then as M3D.
     "medm-vl": {
-        "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": True, "crop_foreground": 0.0, "size": [32, 256, 256],
+        "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": True, "crop_foreground": 0.0,
+            "size": [32, 256, 256],
         "interpolation": "trilinear",
     },
     # MedM-CLIP's statistics are given on 0..255; here the same on 0..1.
     "medm-clip": {
         "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": False, "crop_foreground": None,
-        "size": [32, 256, 256], "interpolation": "trilinear", "mean": [55.698 / 255], "std": [66.194 / 255],
+        "size": [32, 256, 256], "interpolation": "trilinear", "mean": [55.698 / 255],
+            "std": [66.194 / 255],
     },
-    # Astra's for chest CT: HU -1000..200, the foreground box, averaged. Its own arrays are (X, Y, Z) in RAS of
-    # 224 x 224 x 160, and its tower turns them to (Z, X, Y); here the slices stand in front from the beginning.
+    # Astra's for chest CT: HU -1000..200, the foreground box, averaged. Its own arrays are (X, Y,
+    # Z) in RAS of 224 x 224 x 160, and its tower turns them to (Z, X, Y); here the slices stand in
+    # front from the beginning.
     "astra": {
         "scale": "hu", "windows": [[-1000.0, 200.0]], "stretch": False, "crop_foreground": 0.0,
         "interpolation": "area", "orientation": "SRA", "size": [160, 224, 224],
@@ -84,31 +93,37 @@ class VolumePreprocess(Options):
     convention: Literal["m3d", "medm-vl", "medm-clip", "astra"] | None = None
     """Published preprocessing by name: fills every field that is not written here."""
     size: list[int] | None = Field(default=[32, 256, 256], min_length=3, max_length=3)
-    """Voxels of the result along each axis. Without `spacing` the volume is stretched to it; with `spacing` it is
-    cropped or padded around its centre. None keeps the size that `spacing` gives."""
+    """Voxels of the result along each axis. Without `spacing` the volume is stretched to it; with
+    `spacing` it is cropped or padded around its centre. None keeps the size that `spacing` gives.
+    """
     spacing: list[float] | None = Field(default=None, min_length=3, max_length=3)
-    """Millimetres between voxels of the result along each axis; None does not look at millimetres."""
+    """Millimetres between voxels of the result along each axis; None does not look at
+    millimetres."""
     orientation: str | None = "SPL"
-    """Where the index grows along each axis of the result: one letter an axis, of R/L, A/P and S/I. "SPL" are axial
-    slices from feet to head as radiologists look at them (front up, the patient's left on the right). "LPS" and "RAS"
-    are arrays (x, y, z). None keeps the order of the file. Arrays and slice stacks carry no direction and stay as they
-    are."""
+    """Where the index grows along each axis of the result: one letter an axis, of R/L, A/P and S/I.
+    "SPL" are axial slices from feet to head as radiologists look at them (front up, the patient's
+    left on the right). "LPS" and "RAS" are arrays (x, y, z). None keeps the order of the file.
+    Arrays and slice stacks carry no direction and stay as they are."""
     oblique: Literal["resample", "keep"] = "resample"
-    """A grid that is turned against the patient by more than a degree: resampled to the axes of `orientation`, or kept
-    with its axes only exchanged and flipped."""
+    """A grid that is turned against the patient by more than a degree: resampled to the axes of
+    `orientation`, or kept with its axes only exchanged and flipped."""
     scale: Literal["hu", "0-255", "0-1", "minmax"] = "hu"
-    """What the stored values are: Hounsfield units, 0..255, 0..1, or anything, stretched per volume between its
-    smallest and largest value. Never guessed; values that do not look like it are reported with numbers."""
+    """What the stored values are: Hounsfield units, 0..255, 0..1, or anything, stretched per volume
+    between its smallest and largest value. Never guessed; values that do not look like it are
+    reported with numbers."""
     windows: list[list[float]] | None = Field(default=None, min_length=1)
-    """Lower and upper values that become 0 and 1, one pair a channel, in the unit of `scale` (0..1 for "minmax").
-    Without it: -1000..1000 HU, or the whole of the declared scale. `window: [lower, upper]` is a single pair."""
+    """Lower and upper values that become 0 and 1, one pair a channel, in the unit of `scale` (0..1
+    for "minmax"). Without it: -1000..1000 HU, or the whole of the declared scale. `window: [lower,
+    upper]` is a single pair."""
     stretch: bool = False
     """Stretch each windowed channel again to exactly 0..1 (M3D and MedM-VL do)."""
     crop_foreground: float | None = Field(default=None, ge=0, lt=1)
-    """Keep the smallest box that holds all voxels whose first channel is above this value in 0..1; None keeps all."""
+    """Keep the smallest box that holds all voxels whose first channel is above this value in 0..1;
+    None keeps all."""
     interpolation: Literal["trilinear", "nearest", "area"] = "trilinear"
-    """Resampling: "area" averages what falls together when a volume shrinks; "trilinear" is what the published models
-    use. To a `spacing`, whole voxels are averaged first and the rest is linear."""
+    """Resampling: "area" averages what falls together when a volume shrinks; "trilinear" is what
+    the published models use. To a `spacing`, whole voxels are averaged first and the rest is
+    linear."""
     channels: Literal[1, 3] | None = None
     """3 repeats a single window for encoders made for colour; None has one channel a window."""
     mean: list[float] = [0.0]
@@ -116,8 +131,8 @@ class VolumePreprocess(Options):
     std: list[float] = [1.0]
     """Divides after the mean is subtracted."""
     series: Literal["only", "largest"] = "only"
-    """Which series of a DICOM folder is read when it holds several: "only" reports them and stops, "largest" takes
-    the one with most slices. A record can name one as "folder#SeriesNumber"."""
+    """Which series of a DICOM folder is read when it holds several: "only" reports them and stops,
+    "largest" takes the one with most slices. A record can name one as "folder#SeriesNumber"."""
 
     @model_validator(mode="before")
     @classmethod
@@ -133,7 +148,10 @@ class VolumePreprocess(Options):
         if value is not None and sorted(
             next((i for i, pair in enumerate(pairs) if letter in pair), -1) for letter in value
         ) != [0, 1, 2]:
-            raise ValueError(f"expected three letters, one each of R/L, A/P and S/I (such as SPL), found {value!r}")
+            raise ValueError(
+                "expected three letters, one each of R/L, A/P and S/I (such as SPL), found "
+                f"{value!r}"
+            )
         return value
 
     @model_validator(mode="after")
@@ -146,7 +164,10 @@ class VolumePreprocess(Options):
             _rising(window, "windows")
         count = len(self.windows or [None])
         if self.channels is not None and count not in (1, self.channels):
-            raise ValueError(f"channels is {self.channels}, but there are {count} windows; give one window or as many")
+            raise ValueError(
+                f"channels is {self.channels}, but there are {count} windows; give one window or "
+                "as many"
+            )
         _per_channel(self.mean, self.std, self.num_channels)
         return self
 
@@ -157,14 +178,16 @@ class VolumePreprocess(Options):
 
 
 class Augment(Options):
-    """Random changes of preprocessed pixels, 2-D and 3-D alike, drawn anew for each access. All off by default.
+    """Random changes of preprocessed pixels, 2-D and 3-D alike, drawn anew for each access. All off
+    by default.
 
-    Rotation is in the plane of the last two axes. Left and right are kept unless `mirror` is asked for.
+    Rotation is in the plane of the last two axes. Left and right are kept unless `mirror` is asked
+    for.
     """
 
     rotate: float = Field(default=0.0, ge=0, le=45)
-    """Largest angle, in degrees, either way. Beyond 45 the patient's left would no longer be nearest to where reports
-    expect it, and beyond 90 it would be on the other side."""
+    """Largest angle, in degrees, either way. Beyond 45 the patient's left would no longer be
+    nearest to where reports expect it, and beyond 90 it would be on the other side."""
     scale: float = Field(default=0.0, ge=0, lt=1)
     """Largest relative change of size, either way: 0.1 draws from 0.9..1.1."""
     shift: float = Field(default=0.0, ge=0, le=1)
@@ -176,14 +199,15 @@ class Augment(Options):
     gamma: float = Field(default=0.0, ge=0, lt=1)
     """Largest relative change of the exponent, on values scaled to 0..1."""
     mirror: bool = False
-    """Flip the last axis half of the time. Reports say left and right: only for tasks without sides."""
+    """Flip the last axis half of the time. Reports say left and right: only for tasks without
+    sides."""
 
     @model_validator(mode="after")
     def _warn_of_mirroring(self) -> Augment:
         if self.mirror:
             logger.warning(
-                "augment.mirror is on: half of the images have left and right exchanged, but reports and answers "
-                "that say 'left' and 'right' are not changed with them"
+                "augment.mirror is on: half of the images have left and right exchanged, but "
+                "reports and answers that say 'left' and 'right' are not changed with them"
             )
         return self
 
@@ -191,25 +215,38 @@ class Augment(Options):
 def changed(described: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a description with some of them replaced.
 
-    A convention among the changes replaces everything that it speaks of but the size, which belongs to the encoder;
-    what the earlier convention said beyond that stays.
+    A convention among the changes replaces everything that it speaks of but the size, which belongs
+    to the encoder; what the earlier convention said beyond that stays.
     """
     if described.get("kind") == "volume":
         changes = _plural(changes)
-    own, other = (_VOLUME_CONVENTIONS.get(str(given.get("convention")), {}) for given in (described, changes))
-    return {**own, **described, **{key: value for key, value in other.items() if key != "size"}, **changes}
+    own, other = (
+        _VOLUME_CONVENTIONS.get(str(given.get("convention")), {}) for given in (described, changes)
+    )
+    return {
+        **own,
+        **described,
+        **{key: value for key, value in other.items() if key != "size"},
+        **changes,
+    }
 
 
 def _plural(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a volume with `window`, as images have it, as the only pair of `windows`. Raises `RecipeError`."""
+    """The fields of a volume with `window`, as images have it, as the only pair of `windows`.
+    Raises `RecipeError`.
+    """
     fields = dict(fields)
     if "window" not in fields:
         return fields
     window = fields.pop("window")
     if "windows" in fields:
         raise RecipeError("preprocess: window and windows are both given; keep one")
-    if isinstance(window, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in window):
-        raise RecipeError(f"preprocess: window: expected [lower, upper], found {window}; several are `windows`")
+    if isinstance(window, (list, tuple)) and any(
+        isinstance(item, (list, tuple)) for item in window
+    ):
+        raise RecipeError(
+            f"preprocess: window: expected [lower, upper], found {window}; several are `windows`"
+        )
     return {**fields, "windows": None if window is None else [window]}
 
 
@@ -226,5 +263,7 @@ def _rising(window: list[float], field: str) -> None:
 def _per_channel(mean: list[float], std: list[float], channels: int) -> None:
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
-            raise ValueError(f"{name}: expected 1 or {channels} values (one a channel), found {len(values)}")
+            raise ValueError(
+                f"{name}: expected 1 or {channels} values (one a channel), found {len(values)}"
+            )
     _positive(std, "std")

@@ -1,8 +1,8 @@
 """Paths from annotation files: untrusted input that must stay inside the data root.
 
-Records are often written on another operating system than the one that reads them. A name is followed when it can mean
-one file only: backslashes as separators, another Unicode normalization form. Anything else is refused, and the message
-says what differs.
+Records are often written on another operating system than the one that reads them. A name is
+followed when it can mean one file only: backslashes as separators, another Unicode normalization
+form. Anything else is refused, and the message says what differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from medm.errors import MediaError
 
 _URL = re.compile(r"^([a-z][a-z0-9+.-]*://|data:|file:)", re.IGNORECASE)
 _DRIVE = re.compile(r"^[a-z]:", re.IGNORECASE)
-_BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|H4sI)[A-Za-z0-9+/\r\n]{50,}={0,2}\s*")
+_BASE64 = re.compile(
+    r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|H4sI)[A-Za-z0-9+/\r\n]{50,}={0,2}\s*"
+)
 """PNG, JPEG, GIF, WebP, TIFF or gzip as text."""
 _MAX_UID = 64
 """Characters of the longest SeriesInstanceUID (DICOM PS3.5, 9.1)."""
@@ -36,7 +38,8 @@ class MissingFileError(MediaError):
 
 
 def split_series(path: Path) -> tuple[Path, str | None]:
-    """Split "folder#3" into the folder and the DICOM series that the mark names: a SeriesNumber or SeriesInstanceUID.
+    """Split "folder#3" into the folder and the DICOM series that the mark names: a SeriesNumber or
+    SeriesInstanceUID.
 
     A path without a mark, and one that exists as it is written, comes back whole, with None.
     """
@@ -50,16 +53,17 @@ def split_series(path: Path) -> tuple[Path, str | None]:
 def resolve_inside(root: Path, relative: str) -> Path:
     """The file or folder (a DICOM series) that a record names, proven to lie inside `root`.
 
-    The name is taken as it is written where such a file exists. Otherwise backslashes are read as separators, and each
-    part in either Unicode normalization form (NFC, NFD), if exactly one of them exists. Capital letters are never
-    exchanged: `a.png` and `A.png` may be two patients.
+    The name is taken as it is written where such a file exists. Otherwise backslashes are read as
+    separators, and each part in either Unicode normalization form (NFC, NFD), if exactly one of
+    them exists. Capital letters are never exchanged: `a.png` and `A.png` may be two patients.
 
-    A last part "folder#3" names the series with SeriesNumber 3 of a DICOM folder; the mark is kept in the result.
+    A last part "folder#3" names the series with SeriesNumber 3 of a DICOM folder; the mark is kept
+    in the result.
 
     Raises:
         MissingFileError: no such file; the message names a similar one and what differs.
-        MediaError: an absolute path, "..", a URL, control characters, a link that leaves the root, or something that is
-            neither a file nor a folder (a device, a pipe).
+        MediaError: an absolute path, "..", a URL, control characters, a link that leaves the root,
+            or something that is neither a file nor a folder (a device, a pipe).
     """
     shown = _shown(relative)
     _require_relative(root, relative, shown)
@@ -70,14 +74,19 @@ def resolve_inside(root: Path, relative: str) -> Path:
         real = target.resolve(strict=True)
         mode = real.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingFileError(f"{shown}: no such file under the data root {root}{_hint(base, relative)}") from None
+        raise MissingFileError(
+            f"{shown}: no such file under the data root {root}{_hint(base, relative)}"
+        ) from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise MediaError(f"{shown}: cannot be opened under the data root {root} ({_cause(error)})") from None
+        raise MediaError(
+            f"{shown}: cannot be opened under the data root {root} ({_cause(error)})"
+        ) from None
     if not real.is_relative_to(base):
         above = os.path.commonpath([base, real])
         raise MediaError(
-            f"{shown}: a link leads out of the data root {root}; copy the file into it, or set root to the folder "
-            f"above both{'' if above == '/' else f' ({above})'} and write the paths relative to that"
+            f"{shown}: a link leads out of the data root {root}; copy the file into it, or set "
+            f"root to the folder above both{'' if above == '/' else f' ({above})'} and write the "
+            "paths relative to that"
         )
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise MediaError(f"{shown}: expected a file or a folder, found a device, pipe or socket")
@@ -88,28 +97,39 @@ def _require_relative(root: Path, relative: str, shown: str) -> None:
     """Raise `MediaError` for a name that is no relative path, before the file system is asked."""
     if re.match(r"data:", relative, re.IGNORECASE) or _BASE64.fullmatch(relative):
         raise MediaError(
-            f"{shown}: an image as base64 text is not read, and URLs are not opened; write the image to a file and "
-            "give its path under the data root"
+            f"{shown}: an image as base64 text is not read, and URLs are not opened; write the "
+            "image to a file and give its path under the data root"
         )
     if not relative or any(ord(character) < 32 or ord(character) == 127 for character in relative):
         raise MediaError(f"{shown}: expected a file name without control characters")
     if relative.lower().startswith("file:"):
-        raise MediaError(f"{shown}: URLs are not opened; give the path relative to the data root, without 'file:'")
+        raise MediaError(
+            f"{shown}: URLs are not opened; give the path relative to the data root, without "
+            "'file:'"
+        )
     if _URL.match(relative):
-        raise MediaError(f"{shown}: URLs are not opened; download the file and give its path under the data root")
+        raise MediaError(
+            f"{shown}: URLs are not opened; download the file and give its path under the data root"
+        )
     windows = PureWindowsPath(relative)
     if PurePosixPath(relative).is_absolute() or windows.is_absolute():
         # Compared as text: nothing outside the root is looked up.
         inside = PurePosixPath(relative)
         known = inside.is_relative_to(root) and ".." not in inside.parts
-        advice = f"write {str(inside.relative_to(root))!r}" if known else "give the path relative to the data root"
+        advice = (
+            f"write {str(inside.relative_to(root))!r}"
+            if known
+            else "give the path relative to the data root"
+        )
         raise MediaError(f"{shown}: absolute paths are refused; {advice}")
     if ".." in PurePosixPath(relative).parts or ".." in windows.parts:
         raise MediaError(f"{shown}: '..' is refused; every file must lie inside the data root")
 
 
 def _find(base: Path, relative: str) -> tuple[Path, str | None]:
-    """The existing file that a name means, and its DICOM series. Raises `FileNotFoundError` where there is none."""
+    """The existing file that a name means, and its DICOM series. Raises `FileNotFoundError` where
+    there is none.
+    """
     for parts in _readings(relative):
         exact = base.joinpath(*parts)
         if os.path.lexists(exact):
@@ -132,7 +152,9 @@ def _readings(relative: str) -> Iterator[tuple[str, ...]]:
 
 
 def _in_any_form(base: Path, parts: tuple[str, ...]) -> Path | None:
-    """The one path that exists with each part in some Unicode normalization form; None without one, or with two."""
+    """The one path that exists with each part in some Unicode normalization form; None without one,
+    or with two.
+    """
     path = base
     for part in parts:
         exact = path / part
@@ -150,7 +172,10 @@ def _hint(base: Path, relative: str) -> str:
     """What is there instead, for the message of a missing file."""
     windows = PureWindowsPath(relative)
     if windows.anchor:
-        return "; it starts as an absolute path of Windows does: give the path relative to the data root"
+        return (
+            "; it starts as an absolute path of Windows does: give the path relative to the data "
+            "root"
+        )
     if relative.startswith("~"):
         return "; '~' is not expanded: give the path relative to the data root"
     path, parts = base, windows.parts if "\\" in relative else PurePosixPath(relative).parts
@@ -160,7 +185,10 @@ def _hint(base: Path, relative: str) -> str:
             if not path.resolve().is_relative_to(base):  # what lies outside is not described
                 return ""
             if path.is_symlink() and not path.exists():
-                return "; it is a link to a file that does not exist (git-annex or DataLad content not fetched yet?)"
+                return (
+                    "; it is a link to a file that does not exist (git-annex or DataLad content "
+                    "not fetched yet?)"
+                )
             if position < len(parts) - 1 and path.is_file():
                 where = path.relative_to(base)
                 packed = part.lower().endswith(_ARCHIVES)
@@ -173,7 +201,10 @@ def _hint(base: Path, relative: str) -> str:
         if similar:
             return f"; {names} is there, which differs in {_difference(part, similar[0])}"
         if position:
-            return f"; the folder '{path.relative_to(base)}' is there, and {part[:_MAX_SHOWN]!r} is not in it"
+            return (
+                f"; the folder '{path.relative_to(base)}' is there, and {part[:_MAX_SHOWN]!r} is "
+                "not in it"
+            )
         return "" if base.is_dir() else ", which does not exist itself"
     return ""
 
@@ -189,7 +220,9 @@ def _similar(folder: Path, name: str) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def _names_by_key(folder: Path, _changed: int) -> dict[str, list[str]]:
-    """Names in a folder by `_key`, kept: a wrong path is seldom alone. Empty for folders that are too large."""
+    """Names in a folder by `_key`, kept: a wrong path is seldom alone. Empty for folders that are
+    too large.
+    """
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries):
@@ -205,7 +238,9 @@ def _key(name: str) -> str:
 
 
 def _trimmed(name: str) -> str:
-    """Windows drops spaces and full stops at the end of a name, and tables often add spaces at both."""
+    """Windows drops spaces and full stops at the end of a name, and tables often add spaces at
+    both.
+    """
     return name.strip().rstrip(". ")
 
 
@@ -213,7 +248,9 @@ def _difference(wanted: str, found: str) -> str:
     """What tells two names with one `_key` apart, in words."""
     steps = {
         "percent-encoding": unquote,
-        "its Unicode characters (composed, decomposed or look-alike)": lambda name: unicodedata.normalize("NFKC", name),
+        "its Unicode characters (composed, decomposed or look-alike)": lambda name: (
+            unicodedata.normalize("NFKC", name)
+        ),
         "spaces or full stops at its ends": _trimmed,
         "capital letters": str.casefold,
     }

@@ -1,7 +1,9 @@
-"""The bytes of voxels behind a header: length and checksum are verified, and never more is unpacked than was declared.
+"""The bytes of voxels behind a header: length and checksum are verified, and never more is unpacked
+than was declared.
 
-SimpleITK is not used for NIfTI, NRRD and MetaImage because it fills a truncated NIfTI with zeros, replaces its NaN and
-impossible spacing, and skips the checksum of a MetaImage, each without a word. Tests compare the two readers.
+SimpleITK is not used for NIfTI, NRRD and MetaImage because it fills a truncated NIfTI with zeros,
+replaces its NaN and impossible spacing, and skips the checksum of a MetaImage, each without a word.
+Tests compare the two readers.
 """
 
 from __future__ import annotations
@@ -34,11 +36,14 @@ def open_binary(path: Path, name: str) -> BinaryIO:
         raise MediaError(f"{name}: cannot be opened ({error.strerror})") from None
 
 
-def read_voxels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packing: Packing, name: str) -> np.ndarray:
+def read_voxels(
+    stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packing: Packing, name: str
+) -> np.ndarray:
     """An array from a stream that stands at the first voxel.
 
     Args:
-        stream: the file; for "gzip" inside the stream (NRRD) and "zlib" (MetaImage) the packed bytes begin here.
+        stream: the file; for "gzip" inside the stream (NRRD) and "zlib" (MetaImage) the packed
+            bytes begin here.
         shape: of the array, last axis fastest.
         dtype: as stored, with its byte order.
         packing: how the bytes are packed.
@@ -57,7 +62,9 @@ def read_voxels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packi
             check_ratio(os.fstat(stream.fileno()).st_size - stream.tell(), needed, name)
             data, more = _unpack(stream, needed, packing)
     except (OSError, EOFError, MemoryError, zlib_ng.error) as error:  # type: ignore[misc]  # its stub has an instance
-        raise MediaError(f"{name}: the packed voxels are truncated or damaged ({type(error).__name__})") from None
+        raise MediaError(
+            f"{name}: the packed voxels are truncated or damaged ({type(error).__name__})"
+        ) from None
     if len(data) < needed:
         _refuse_short(shape, dtype, needed, len(data), name)
     if more > _SLACK:
@@ -66,19 +73,22 @@ def read_voxels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packi
 
 
 def check_ratio(packed: int, needed: int, name: str) -> None:
-    """Refuse a header that declares more than so many deflated bytes can hold, before memory is taken for it.
+    """Refuse a header that declares more than so many deflated bytes can hold, before memory is
+    taken for it.
 
     Raises:
         MediaError: the numbers of bytes do not fit.
     """
     if needed > (packed + 1) * _MAX_RATIO:
         raise MediaError(
-            f"{name}: {packed} packed bytes cannot hold the {needed} bytes that its header declares; "
-            "the file is truncated or its header is wrong"
+            f"{name}: {packed} packed bytes cannot hold the {needed} bytes that its header "
+            "declares; the file is truncated or its header is wrong"
         )
 
 
-def check_length(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packing: Packing, name: str) -> None:
+def check_length(
+    stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, packing: Packing, name: str
+) -> None:
     """Check that voxels can all be there by the length of their file, without reading them.
 
     Args:
@@ -101,24 +111,29 @@ def check_length(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, pack
         _refuse_long(needed, name)
 
 
-def _refuse_short(shape: tuple[int, ...], dtype: np.dtype, needed: int, found: int, name: str) -> NoReturn:
+def _refuse_short(
+    shape: tuple[int, ...], dtype: np.dtype, needed: int, found: int, name: str
+) -> NoReturn:
     raise MediaError(
-        f"{name}: {' x '.join(map(str, shape))} voxels of {dtype.name} need {needed} bytes, found {found}; "
-        "the file is truncated or its header is wrong"
+        f"{name}: {' x '.join(map(str, shape))} voxels of {dtype.name} need {needed} bytes, found "
+        f"{found}; the file is truncated or its header is wrong"
     )
 
 
 def _refuse_long(needed: int, name: str) -> NoReturn:
     raise MediaError(
-        f"{name}: holds more than the {needed} bytes of voxels that its header declares; one of the two is wrong"
+        f"{name}: holds more than the {needed} bytes of voxels that its header declares; one of "
+        "the two is wrong"
     )
 
 
 def _unpack(stream: BinaryIO, needed: int, packing: Packing) -> tuple[bytearray, int]:
-    """The first `needed` bytes, fewer where there are fewer, and how many more there are (at least, if too many).
+    """The first `needed` bytes, fewer where there are fewer, and how many more there are (at least,
+    if too many).
 
-    zlib verifies the checksum at the end of what it unpacks. A gzip file may have several members, as bgzip writes, and
-    zeros behind them. Python's gzip module takes 8 KiB at a time, which for a volume costs more than the copy here.
+    zlib verifies the checksum at the end of what it unpacks. A gzip file may have several members,
+    as bgzip writes, and zeros behind them. Python's gzip module takes 8 KiB at a time, which for a
+    volume costs more than the copy here.
     """
     window = 31 if packing == "gzip" else 15
     data, total = bytearray(needed), 0
@@ -148,17 +163,25 @@ def sibling(path: Path, file: str, name: str, *, header: str) -> Path:
         path: the header.
         file: what it names.
         name: the header, for messages.
-        header: suffix of headers of this format that may lie apart from their voxels. A file of another suffix is
-            taken to be whole by whoever copies, caches or sends it.
+        header: suffix of headers of this format that may lie apart from their voxels. A file of
+            another suffix is taken to be whole by whoever copies, caches or sends it.
 
     Raises:
         MediaError: another suffix, a name outside the folder, a missing file, or a link.
     """
     if path.suffix.lower() != header:
-        raise MediaError(f"{name}: its voxels are in another file; only {header} headers may do that, so rename it")
+        raise MediaError(
+            f"{name}: its voxels are in another file; only {header} headers may do that, so "
+            "rename it"
+        )
     if not file or "/" in file or "\\" in file or file in (".", ".."):
-        raise MediaError(f"{name}: the header names a data file outside its folder or in several parts; refused")
+        raise MediaError(
+            f"{name}: the header names a data file outside its folder or in several parts; refused"
+        )
     target = path.parent / file
     if not target.is_file() or target.resolve().parent != path.parent.resolve():
-        raise MediaError(f"{name}: the data file that the header names is missing from its folder, or a link out of it")
+        raise MediaError(
+            f"{name}: the data file that the header names is missing from its folder, or a link "
+            "out of it"
+        )
     return target

@@ -32,10 +32,10 @@ class Placement:
     """Where a prepared grid lies in the grid of its file.
 
     Both grids are in the order of the reader's array: (rows, columns) of an image, upright as its
-    EXIF orientation says; (slices, rows, columns) of a volume. The axes of NIfTI, NRRD and MetaImage
-    files, which name the fastest one first, are reversed. A DICOM series has its slices in the order
-    of their positions along the normal of the slices. A whole index is the center of a voxel; its
-    faces lie half a voxel to either side.
+    EXIF orientation says; (slices, rows, columns) of a volume. The axes of NIfTI, NRRD and
+    MetaImage files, which name the fastest one first, are reversed. A DICOM series has its slices
+    in the order of their positions along the normal of the slices. A whole index is the center of a
+    voxel; its faces lie half a voxel to either side.
     """
 
     source_shape: tuple[int, ...]
@@ -52,7 +52,8 @@ class Placement:
         dims = len(self.source_shape)
         if not dims or len(self.shape) != dims or min(*self.source_shape, *self.shape, 1) < 1:
             raise ValueError(
-                f"placement: expected two grids of as many axes, found {self.source_shape} and {self.shape}"
+                f"placement: expected two grids of as many axes, found {self.source_shape} and "
+                f"{self.shape}"
             )
         for name, rows in (("matrix", self.matrix), ("affine", self.affine)):
             if rows is None:
@@ -129,9 +130,11 @@ class Placement:
         """Return the placement of a grid whose index i is `matrix @ i + offset` of this one."""
         own, start = _split(self.matrix)
         return Placement(
-            self.source_shape, tuple(int(length) for length in shape),
-            _rows(own @ matrix, own @ offset + start), self.affine,
-        )  # fmt: skip
+            self.source_shape,
+            tuple(int(length) for length in shape),
+            _rows(own @ matrix, own @ offset + start),
+            self.affine,
+        )
 
     # Masks and points.
 
@@ -224,9 +227,16 @@ def _aligned(matrix: np.ndarray, shape: Sequence[int]) -> list[int] | None:
 
 
 def _sample(
-    values: np.ndarray, matrix: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], *, fill: float
+    values: np.ndarray,
+    matrix: np.ndarray,
+    offset: np.ndarray,
+    shape: tuple[int, ...],
+    *,
+    fill: float,
 ) -> np.ndarray:
-    """Values (..., *grid) at `matrix @ i + offset` for every index i of `shape`, by the nearest voxel."""
+    """Values (..., *grid) at `matrix @ i + offset` for every index i of `shape`, by the nearest
+    voxel.
+    """
     lead, sides = values.shape[: -len(shape)], values.shape[-len(shape) :]
     flat = values.reshape(-1, *sides)
     axes = _aligned(matrix, shape)
@@ -247,9 +257,16 @@ def _sample(
 
 
 def _interpolate(
-    values: np.ndarray, matrix: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], *, fill: float
+    values: np.ndarray,
+    matrix: np.ndarray,
+    offset: np.ndarray,
+    shape: tuple[int, ...],
+    *,
+    fill: float,
 ) -> np.ndarray:
-    """As `_sample`, linear between centers of voxels; beyond the outer ones their values continue."""
+    """As `_sample`, linear between centers of voxels; beyond the outer ones their values
+    continue.
+    """
     lead, sides = values.shape[: -len(shape)], values.shape[-len(shape) :]
     table = values.reshape(-1, math.prod(sides)).astype(np.float32)
     axes = _aligned(matrix, shape)
@@ -276,9 +293,14 @@ def _interpolate(
     return result.reshape(*lead, *shape)
 
 
-def _lines(matrix: np.ndarray, offset: np.ndarray, shape: Sequence[int], axes: Sequence[int]) -> list[np.ndarray]:
+def _lines(
+    matrix: np.ndarray, offset: np.ndarray, shape: Sequence[int], axes: Sequence[int]
+) -> list[np.ndarray]:
     """For parallel grids: by axis of the values the places at which the result takes them."""
-    return [matrix[axis, along] * np.arange(shape[along]) + offset[axis] for axis, along in enumerate(axes)]
+    return [
+        matrix[axis, along] * np.arange(shape[along]) + offset[axis]
+        for axis, along in enumerate(axes)
+    ]
 
 
 def _blended(values: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
@@ -293,7 +315,9 @@ def _blended(values: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
     return result
 
 
-def _finished(result: np.ndarray, outside: Sequence[np.ndarray], axes: Sequence[int], fill: float) -> np.ndarray:
+def _finished(
+    result: np.ndarray, outside: Sequence[np.ndarray], axes: Sequence[int], fill: float
+) -> np.ndarray:
     """For parallel grids: `fill` beyond the values, and the axes in the order of the result."""
     for axis, places in enumerate(outside):
         if places.any():

@@ -1,4 +1,5 @@
-"""A contact sheet of an image or volume as the model will see it: windows, crop, and marks of the patient's sides.
+"""A contact sheet of an image or volume as the model will see it: windows, crop, and marks of the
+patient's sides.
 
 For people who check data; not for clinical use, and the sheet says so.
 """
@@ -33,7 +34,9 @@ class _Tile:
     """Side of the patient at the left, right, top and bottom; None where it is not known."""
 
 
-def contact_sheet(path: Path, preprocess: Preprocess, *, slices: int = 12, tile: int = 192) -> Image.Image:
+def contact_sheet(
+    path: Path, preprocess: Preprocess, *, slices: int = 12, tile: int = 192
+) -> Image.Image:
     """What the model will see, as a image.
 
     Args:
@@ -52,7 +55,9 @@ def contact_sheet(path: Path, preprocess: Preprocess, *, slices: int = 12, tile:
     return _sheet(title, tiles, tile)
 
 
-def save_contact_sheet(path: Path, preprocess: Preprocess, output: Path, *, slices: int = 12, tile: int = 192) -> None:
+def save_contact_sheet(
+    path: Path, preprocess: Preprocess, output: Path, *, slices: int = 12, tile: int = 192
+) -> None:
     """`contact_sheet`, written as PNG without metadata."""
     contact_sheet(path, preprocess, slices=slices, tile=tile).save(output, "PNG")
 
@@ -70,12 +75,15 @@ def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], li
         depth = str(image.voi)
     title = [
         path.name,
-        f"{width} x {height}, {depth}, to {preprocess.size[1]} x {preprocess.size[0]} ({preprocess.fit})",
+        f"{width} x {height}, {depth}, to {preprocess.size[1]} x {preprocess.size[0]} "
+        f"({preprocess.fit})",
     ]
     return title, [_Tile(shown[..., 0] if shown.shape[-1] == 1 else shown, "")]
 
 
-def _volume_tiles(path: Path, preprocess: VolumePreprocess, slices: int) -> tuple[list[str], list[_Tile]]:
+def _volume_tiles(
+    path: Path, preprocess: VolumePreprocess, slices: int
+) -> tuple[list[str], list[_Tile]]:
     volume = read_volume(path, several=preprocess.series)
     shown = windowed_volume(preprocess, volume)  # [C, D, H, W]
     axes = None
@@ -92,7 +100,10 @@ def _volume_tiles(path: Path, preprocess: VolumePreprocess, slices: int) -> tupl
         for z in picked
     ]
     direction = f"axes {axes}" if axes else "direction unknown, sides not marked"
-    sizes = [" x ".join(str(length) for length in shape) for shape in (volume.voxels.shape, shown.shape[1:])]
+    sizes = [
+        " x ".join(str(length) for length in shape)
+        for shape in (volume.voxels.shape, shown.shape[1:])
+    ]
     return [path.name, f"{sizes[0]} voxels ({volume.unit}) to {sizes[1]}, {direction}"], tiles
 
 
@@ -110,16 +121,22 @@ def _sheet(title: list[str], tiles: list[_Tile], width: int) -> Image.Image:
         draw.text((4, row * _CAPTION + 2), line, fill=(_TEXT,) * 3, font=font)
     for index, thumbnail in enumerate(thumbnails):
         row, column = divmod(index, columns)
-        sheet.paste(thumbnail, (4 + column * (width + 4), len(lines) * _CAPTION + 4 + row * (cell + 4)))
+        sheet.paste(
+            thumbnail, (4 + column * (width + 4), len(lines) * _CAPTION + 4 + row * (cell + 4))
+        )
     return sheet
 
 
-def _thumbnail(tile: _Tile, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _thumbnail(
+    tile: _Tile, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> Image.Image:
     pixels = np.round(np.clip(tile.pixels, 0, 1) * 255).astype(np.uint8)
     height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
     caption = _CAPTION if tile.caption else 0
     thumbnail = Image.new("RGB", (width, height + caption), (_GROUND,) * 3)
-    thumbnail.paste(Image.fromarray(pixels).convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
+    thumbnail.paste(
+        Image.fromarray(pixels).convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    )
     draw = ImageDraw.Draw(thumbnail)
     if tile.caption:
         draw.text((2, height + 1), tile.caption, fill=(_TEXT,) * 3, font=font)
@@ -133,6 +150,12 @@ def _thumbnail(tile: _Tile, width: int, font: ImageFont.FreeTypeFont | ImageFont
         )
         for place, letter, anchor in places:
             draw.text(
-                place, letter, fill=(_MARK, _MARK, 0), font=font, anchor=anchor, stroke_width=2, stroke_fill=(0, 0, 0)
+                place,
+                letter,
+                fill=(_MARK, _MARK, 0),
+                font=font,
+                anchor=anchor,
+                stroke_width=2,
+                stroke_fill=(0, 0, 0),
             )
     return thumbnail

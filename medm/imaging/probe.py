@@ -22,13 +22,16 @@ def probe(
     Args:
         path: the file, or the folder of a DICOM series.
         kind: what it should be.
-        decode: read all of it; otherwise only headers and file names, each once: enough to find a second series,
-            missing or doubled slices, uneven spacing, a wrong format and most truncated files.
+        decode: read all of it; otherwise only headers and file names, each once: enough to find a
+            second series, missing or doubled slices, uneven spacing, a wrong format and most
+            truncated files.
         series: what will be done with a DICOM folder of several, as in `VolumePreprocess`.
-        preprocess: with `decode`, also prepare the file as it will be, so that what preprocessing makes of it is known.
+        preprocess: with `decode`, also prepare the file as it will be, so that what preprocessing
+            makes of it is known.
 
     Raises:
-        MediaError: it is missing, empty, damaged or of no known format, or nothing of it is left after `preprocess`.
+        MediaError: it is missing, empty, damaged or of no known format, or nothing of it is left
+            after `preprocess`.
     """
     if decode and preprocess is not None:
         load_pixels(path, preprocess)

@@ -1,7 +1,8 @@
 """Samples of an opened PNG, TIFF, JPEG or BMP, as the file stores them.
 
-Pillow keeps the high byte of 16-bit color and drops the rest, takes signed bytes for unsigned ones, and swaps the bytes
-of some big-endian TIFFs. Such layouts are decoded here by other means, or refused by name.
+Pillow keeps the high byte of 16-bit color and drops the rest, takes signed bytes for unsigned ones,
+and swaps the bytes of some big-endian TIFFs. Such layouts are decoded here by other means, or
+refused by name.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ class Samples:
     inverted: bool = False
     """The smallest stored value is white."""
     bits: int | None = None
-    """Bits that the file declares for a sample, where they are fewer than those of the array's type."""
+    """Bits that the file declares for a sample, where they are fewer than those of the array's
+    type."""
 
 
 def read_samples(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> Samples:
-    """Decode an opened image whose header has been checked. Its EXIF or TIFF orientation is applied.
+    """Decode an opened image whose header has been checked. Its EXIF or TIFF orientation is
+    applied.
 
     Raises:
         MediaError: a layout that cannot be decoded without loss.
@@ -60,8 +63,8 @@ def check_layout(image: ImageFile.ImageFile, name: str) -> None:
         _check_tiff(image, name)
     elif image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         raise MediaError(
-            f"{name}: CMYK JPEG without an Adobe marker, which would say whether 0 or 255 is full ink; "
-            "convert it to RGB"
+            f"{name}: CMYK JPEG without an Adobe marker, which would say whether 0 or 255 is full "
+            "ink; convert it to RGB"
         )
 
 
@@ -82,7 +85,8 @@ def _raw_mode(image: ImageFile.ImageFile) -> str:
 def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
     """Make Pillow unpack the stored bytes in another way."""
     image.tile = [
-        tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw) for tile in image.tile
+        tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
+        for tile in image.tile
     ]
 
 
@@ -98,7 +102,8 @@ def _check_tiff(image: ImageFile.ImageFile, name: str) -> None:
     if (bits > 8 and separate) or (bits > 8 and photometric not in (0, 1, 2)) or photometric == 8:
         depth = "16-bit color is" if bits == 16 else "this layout is"
         raise MediaError(
-            f"{name}: {describe_tiff_layout(tags)}: {depth} not read; convert it to RGB with interleaved samples"
+            f"{name}: {describe_tiff_layout(tags)}: {depth} not read; convert it to RGB with "
+            "interleaved samples"
         )
     if photometric == 6 and tags.get(259, 1) == 1:
         _check_plain_ycbcr(tags, name)
@@ -121,7 +126,9 @@ def _read_tiff(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
     if image.mode == "I":
         pixels = np.array(_upright(image))
         wanted = np.int16 if bits == 16 else np.int32 if signed else np.uint32
-        return Samples(pixels.astype(np.int16) if bits == 16 else pixels.view(wanted), inverted=inverted)
+        return Samples(
+            pixels.astype(np.int16) if bits == 16 else pixels.view(wanted), inverted=inverted
+        )
     if image.mode.startswith("I;16") or image.mode == "F":
         found = _from_mode(image)
         return Samples(found.pixels, inverted=inverted, bits=bits if bits < 16 else None)
@@ -129,20 +136,28 @@ def _read_tiff(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
 
 
 def _check_plain_ycbcr(tags: Mapping[int, Sequence[float]], name: str) -> None:
-    """Pillow takes uncompressed YCbCr as three full-range bytes a pixel, by the coefficients of JPEG."""
+    """Pillow takes uncompressed YCbCr as three full-range bytes a pixel, by the coefficients of
+    JPEG.
+    """
     default = {530: (1, 1), 529: (0.299, 0.587, 0.114), 532: (0, 255, 128, 255, 128, 255)}
-    for tag, what in ((530, "YCbCrSubSampling"), (529, "YCbCrCoefficients"), (532, "ReferenceBlackWhite")):
+    for tag, what in (
+        (530, "YCbCrSubSampling"),
+        (529, "YCbCrCoefficients"),
+        (532, "ReferenceBlackWhite"),
+    ):
         # Without the tag, TIFF 6.0 subsamples by (2, 2).
         value = tags.get(tag, (2, 2) if tag == 530 else default[tag])
         if not np.allclose(np.asarray(value, dtype=np.float64), default[tag], atol=1e-3):
             raise MediaError(
-                f"{name}: uncompressed YCbCr TIFF with {what} (tag {tag}) {tuple(map(float, value))}: "
-                f"expected {default[tag]}; convert it to RGB"
+                f"{name}: uncompressed YCbCr TIFF with {what} (tag {tag}) "
+                f"{tuple(map(float, value))}: expected {default[tag]}; convert it to RGB"
             )
 
 
 def _with_palette(image: Image.Image, colors: tuple[int, ...]) -> Image.Image:
-    """TIFF palettes hold 16 bits an entry; some writers put 8 bits into them, which Pillow shows as black."""
+    """TIFF palettes hold 16 bits an entry; some writers put 8 bits into them, which Pillow shows as
+    black.
+    """
     if max(colors) > 255:
         return image
     entries = np.asarray(colors, dtype=np.uint8).reshape(3, -1).T
@@ -157,9 +172,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _deep_color(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
-    """16-bit color: Pillow returns the first or the second byte of each sample, as its raw mode says."""
+    """16-bit color: Pillow returns the first or the second byte of each sample, as its raw mode
+    says.
+    """
     raw, key = _raw_mode(image), image.info.get("transparency")
-    if raw.startswith("LA;"):  # four bytes a pixel, which are not converted at all as RGBA of 8 bits
+    if raw.startswith(
+        "LA;"
+    ):  # four bytes a pixel, which are not converted at all as RGBA of 8 bits
         four = _decode_as(reopen, "RGBA").astype(np.uint16)
         return Samples(four[..., 0] << 8 | four[..., 1], _opacity(four[..., 2] << 8 | four[..., 3]))
     layout, order = raw.split(";16")
@@ -173,7 +192,11 @@ def _deep_color(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
         opacity = _opacity(np.where((pixels == np.asarray(key)).all(axis=-1), 0, 65535))
     if layout == "RGBa" and opacity is not None:
         # Colors were multiplied by alpha; what is fully transparent has none.
-        pixels = np.round(pixels / opacity[..., None].clip(min=1 / 65535)).clip(max=65535).astype(np.uint16)
+        pixels = (
+            np.round(pixels / opacity[..., None].clip(min=1 / 65535))
+            .clip(max=65535)
+            .astype(np.uint16)
+        )
     return Samples(pixels, opacity)
 
 
@@ -193,7 +216,9 @@ def _from_mode(image: Image.Image) -> Samples:
     image = _upright(image)
     mode = image.mode
     if mode.startswith("I;16"):
-        pixels = np.asarray(image).astype(np.uint16)  # `np.asarray` keeps the byte order of the mode
+        pixels = np.asarray(image).astype(
+            np.uint16
+        )  # `np.asarray` keeps the byte order of the mode
         return Samples(pixels, None if key is None else _opacity(np.where(pixels == key, 0, 65535)))
     if mode in ("I", "F"):
         return Samples(np.array(image))

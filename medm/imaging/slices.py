@@ -1,4 +1,6 @@
-"""A folder of numbered slice images (PNG, JPEG, TIFF, BMP, NPY) to one stack, without spacing or direction."""
+"""A folder of numbered slice images (PNG, JPEG, TIFF, BMP, NPY) to one stack, without spacing or
+direction.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from medm.imaging.images import check_image, read_image
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"}
 _OTHER_IMAGES = {
-    ".webp", ".gif", ".jp2", ".j2k", ".jpx", ".jxl", ".heic", ".heif", ".avif", ".pgm", ".ppm", ".pnm", ".exr",
+    ".webp", ".gif", ".jp2", ".j2k", ".jpx", ".jxl", ".heic", ".heif", ".avif", ".pgm", ".ppm",
+    ".pnm", ".exr",
     ".jpe", ".jfif", ".dib", ".apng",
 }  # fmt: skip
 
@@ -27,7 +30,11 @@ def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
         MediaError: no images, names without numbers, a number twice or missing.
     """
     inside = sorted(folder.iterdir())
-    files = [path for path in inside if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")]
+    files = [
+        path
+        for path in inside
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    ]
     others = [path for path in inside if path not in set(files)]
     for path in others:
         if not path.is_dir():
@@ -40,24 +47,33 @@ def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
     for path in files:
         numbers = re.findall(r"\d+", path.stem)
         if not numbers:
-            raise MediaError(f"{name}: {path.name} has no number in its name, so its place in the stack is unknown")
+            raise MediaError(
+                f"{name}: {path.name} has no number in its name, so its place in the stack is "
+                "unknown"
+            )
         if int(numbers[-1]) in numbered:
             raise MediaError(f"{name}: slice {int(numbers[-1])} is there twice")
         numbered[int(numbers[-1])] = path
     order = sorted(numbered)
     if missing := order[-1] - order[0] + 1 - len(order):
-        raise MediaError(f"{name}: {missing} slices are missing between numbers {order[0]} and {order[-1]}")
+        raise MediaError(
+            f"{name}: {missing} slices are missing between numbers {order[0]} and {order[-1]}"
+        )
     return [(number, numbered[number]) for number in order]
 
 
 def check_slices(folder: Path, name: str) -> None:
-    """Check the names of all slices and the header of each. Raises `MediaError` as `read_slices` where they show it."""
+    """Check the names of all slices and the header of each. Raises `MediaError` as `read_slices`
+    where they show it.
+    """
     sizes: dict[tuple[int, int], str] = {}
     for _, path in _numbered(folder, name):
         _require_inside(path)
         sizes.setdefault(check_image(path), path.name)
     if len(sizes) > 1:
-        found = ", ".join(f"{file} is {height} x {width}" for (height, width), file in sorted(sizes.items())[:3])
+        found = ", ".join(
+            f"{file} is {height} x {width}" for (height, width), file in sorted(sizes.items())[:3]
+        )
         raise MediaError(f"{name}: the slices have {len(sizes)} sizes: {found}")
 
 
@@ -65,7 +81,8 @@ def read_slices(folder: Path, name: str) -> np.ndarray:
     """Voxels (D, H, W), in the order of the last number in each file's name.
 
     Raises:
-        MediaError: no images, names without numbers, a number twice or missing, different sizes or types, color.
+        MediaError: no images, names without numbers, a number twice or missing, different sizes or
+            types, color.
     """
     files = _numbered(folder, name)
     start = files[0][0]
@@ -89,7 +106,8 @@ def _refuse_lost_slice(path: Path, name: str) -> None:
         return
     if path.suffix.lower() in _OTHER_IMAGES and re.search(r"\d", path.stem):
         raise MediaError(
-            f"{name}: {path.name} could be a slice, but {path.suffix} is not read; convert it, or move it out"
+            f"{name}: {path.name} could be a slice, but {path.suffix} is not read; convert it, or "
+            "move it out"
         )
     refuse_lost_slice(path, name, expected="an image that is read")
 
@@ -112,7 +130,8 @@ def _gray(path: Path) -> np.ndarray:
     if image.inverted:
         if image.full_range is None:
             raise MediaError(
-                f"{path}: a MinIsWhite slice of {pixels.dtype}, whose values cannot be inverted; store it as MinIsBlack"
+                f"{path}: a MinIsWhite slice of {pixels.dtype}, whose values cannot be inverted; "
+                "store it as MinIsBlack"
             )
         pixels = (sum(image.full_range) - pixels.astype(np.float64)).astype(pixels.dtype)
     return pixels

@@ -23,8 +23,8 @@ def as_source(item: object) -> Source:
     """Return a path, stream, image or array from an item of a caller.
 
     Args:
-        item: a path (also `file://`), an image of Pillow, a NumPy array, a torch tensor, an opened file, the bytes of
-            one, or a `data:` address.
+        item: a path (also `file://`), an image of Pillow, a NumPy array, a torch tensor, an opened
+            file, the bytes of one, or a `data:` address.
 
     Raises:
         MediaError: an address on the network, or an object of another kind.
@@ -36,7 +36,10 @@ def as_source(item: object) -> Source:
                 raise MediaError("expected a data: address in base64")
             return decode_base64(text)
         if item.startswith(_NETWORK):
-            raise MediaError(f"{item[:80]}: nothing is fetched from a network; download the file and give its path")
+            raise MediaError(
+                f"{item[:80]}: nothing is fetched from a network; download the file and give its "
+                "path"
+            )
         return Path(item.removeprefix("file://")).expanduser()
     if isinstance(item, Path):
         return item.expanduser()
@@ -50,8 +53,8 @@ def as_source(item: object) -> Source:
         tensor = item.detach().cpu()
         return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
     raise MediaError(
-        "expected an image or volume: a path, an image of Pillow, a NumPy array, a torch tensor or an opened file, "
-        f"found {'nothing' if item is None else type(item).__name__}"
+        "expected an image or volume: a path, an image of Pillow, a NumPy array, a torch tensor "
+        f"or an opened file, found {'nothing' if item is None else type(item).__name__}"
     )
 
 

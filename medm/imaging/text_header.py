@@ -40,13 +40,18 @@ class TextHeaderFormat:
         """Return voxels (z, y, x) and their geometry; None where the header gives no direction.
 
         Raises:
-            MediaError: truncated, damaged, of a kind that is not read, or with impossible numbers in its header.
+            MediaError: truncated, damaged, of a kind that is not read, or with impossible numbers
+                in its header.
         """
         with self._at_voxels(path, name) as (stream, fields):
-            return read_voxels(stream, *self.layout(fields, name), name), self.geometry(fields, name)
+            return read_voxels(stream, *self.layout(fields, name), name), self.geometry(
+                fields, name
+            )
 
     def check(self, path: Path, name: str) -> None:
-        """Check the header, and the length of voxels that are not packed. Raises `MediaError` as `read`."""
+        """Check the header, and the length of voxels that are not packed. Raises `MediaError` as
+        `read`.
+        """
         with self._at_voxels(path, name) as (stream, fields):
             check_length(stream, *self.layout(fields, name), name)
 
@@ -57,7 +62,9 @@ class TextHeaderFormat:
 
     @contextmanager
     def _at_voxels(self, path: Path, name: str) -> Iterator[tuple[BinaryIO, Fields]]:
-        """The file that holds the voxels, before the first one, and the fields of the header, which were checked."""
+        """The file that holds the voxels, before the first one, and the fields of the header, which
+        were checked.
+        """
         with open_binary(path, name) as stream:
             fields = self.fields(stream, name)
             self.layout(fields, name)

@@ -1,4 +1,6 @@
-"""A volume as its description wants it: orientation, spacing, windows, crop, size, normalization; in this order."""
+"""A volume as its description wants it: orientation, spacing, windows, crop, size, normalization;
+in this order.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +27,35 @@ logger = logging.getLogger(__name__)
 
 _OBLIQUE_DEGREES = 1.0
 _GROWTH = 16
-"""Times as many voxels as the file's that straightening may give: a turned cube needs 5, a lying header any number."""
+"""Times as many voxels as the file's that straightening may give: a turned cube needs 5, a lying
+header any number."""
 _PATIENT_AXIS = {"L": (0, 1), "R": (0, -1), "P": (1, 1), "A": (1, -1), "S": (2, 1), "I": (2, -1)}
 """Axis of the patient (LPS) and sense of growth by letter."""
 _TRAVELLING = tuple(map(np.dtype, ("i1", "u1", "=i2", "=i4", "=f4")))
 """What voxels are stored as, where PyTorch knows it too."""
-_DEFAULT_WINDOWS = {"hu": [-1000.0, 1000.0], "0-255": [0.0, 255.0], "0-1": [0.0, 1.0], "minmax": [0.0, 1.0]}
+_DEFAULT_WINDOWS = {
+    "hu": [-1000.0, 1000.0],
+    "0-255": [0.0, 255.0],
+    "0-1": [0.0, 1.0],
+    "minmax": [0.0, 1.0],
+}
 
 
-def prepare_volume(preprocess: VolumePreprocess, volume: Volume, *, device: str = "cpu") -> Prepared:
+def prepare_volume(
+    preprocess: VolumePreprocess, volume: Volume, *, device: str = "cpu"
+) -> Prepared:
     """Return the volume as an encoder takes it, (C, *size) float32, and its placement.
 
     Args:
         preprocess: what is wanted.
         volume: as it was read.
-        device: where windows, stretching and normalization are computed; the result is in host memory.
+        device: where windows, stretching and normalization are computed; the result is in host
+            memory.
 
     Raises:
-        MediaError: values that the file proves not to be of the declared scale, an orientation or spacing that the file
-            does not have, nothing in the foreground, a result that is too large, or one value for every voxel of a
-            file that varies.
+        MediaError: values that the file proves not to be of the declared scale, an orientation or
+            spacing that the file does not have, nothing in the foreground, a result that is too
+            large, or one value for every voxel of a file that varies.
     """
     import torch
 
@@ -55,7 +66,9 @@ def prepare_volume(preprocess: VolumePreprocess, volume: Volume, *, device: str 
 
 
 def windowed_volume(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
-    """Return the pixels of `prepare_volume` before `mean` and `std`, in 0..1 (what a person can look at)."""
+    """Return the pixels of `prepare_volume` before `mean` and `std`, in 0..1 (what a person can
+    look at).
+    """
     return _checked(preprocess, volume, "cpu")[0].numpy()
 
 
@@ -65,10 +78,12 @@ def _checked(preprocess: VolumePreprocess, volume: Volume, device: str) -> tuple
     _check_scale(preprocess, volume, low, high)
     shown, placement = _shown(preprocess, volume, device)
     check_prepared(
-        shown.numpy() if shown.device.type == "cpu" else shown, volume.voxels, name=volume.name,
+        shown.numpy() if shown.device.type == "cpu" else shown,
+        volume.voxels,
+        name=volume.name,
         windows=_stored_windows(preprocess, low, high),
         trace=lambda channel: _trace(preprocess, volume, device)[channel],
-    )  # fmt: skip
+    )
     if preprocess.channels is not None and len(shown) == 1:
         shown = shown.expand(preprocess.channels, -1, -1, -1)
     return shown, placement
@@ -91,10 +106,13 @@ def _shown(
     if seen is not None:
         common += [
             Step.of("the file", volume.voxels, tolerance=0.0),
-            Step.of(f"resampling to orientation {preprocess.orientation}, spacing {preprocess.spacing}", voxels,
-                    tolerance=0.0),
+            Step.of(
+                f"resampling to orientation {preprocess.orientation}, spacing {preprocess.spacing}",
+                voxels,
+                tolerance=0.0,
+            ),
             Step.of(f"size {preprocess.size} (its slices)", values, tolerance=0.0),
-        ]  # fmt: skip
+        ]
     if preprocess.scale == "minmax":
         values = _stretched(values)
     box = None
@@ -140,12 +158,16 @@ def _stored_windows(preprocess: VolumePreprocess, low: float, high: float) -> li
 
 
 def _on_device(voxels: np.ndarray, used: Sequence[int] | np.ndarray, device: str) -> Tensor:
-    """Some slices in float32. What is stored goes to a GPU as it is: that is half the bytes and no work here."""
+    """Some slices in float32. What is stored goes to a GPU as it is: that is half the bytes and no
+    work here.
+    """
     import torch
 
     kept = voxels.dtype if device != "cpu" and voxels.dtype in _TRAVELLING else np.float32
     copied = np.empty((len(used), *voxels.shape[1:]), kept)
-    for place, number in enumerate(used):  # in one step from what is stored: a volume is large for a cache
+    for place, number in enumerate(
+        used
+    ):  # in one step from what is stored: a volume is large for a cache
         copied[place] = voxels[number]
     return torch.from_numpy(copied).to(device).float()
 
@@ -165,15 +187,16 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, 
     if geometry is None:
         if preprocess.spacing is not None:
             raise MediaError(
-                f"{volume.name}: `spacing` is asked for, but the file does not say where its voxels lie; "
-                "set `spacing: null`"
+                f"{volume.name}: `spacing` is asked for, but the file does not say where its "
+                "voxels lie; set `spacing: null`"
             )
         if preprocess.orientation is not None:
             warn_once(
                 logger,
                 "no direction",
                 f"{volume.name}: the file says nothing of its direction; its axes are taken to be "
-                f"{preprocess.orientation} already. Set `orientation: null` to say that this is meant",
+                f"{preprocess.orientation} already. Set `orientation: null` to say that this is "
+                "meant",
             )
         return volume.voxels, placement
     voxels, direction = volume.voxels, geometry.direction
@@ -189,16 +212,21 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, 
         return voxels, placement
     box = _Box.of(voxels, geometry)
     spacing = np.asarray(preprocess.spacing or geometry.spacing, dtype=np.float64)
-    # A crop to the foreground comes between spacing and size; without it the final grid is known already.
+    # A crop to the foreground comes between spacing and size; without it the final grid is known
+    # already.
     fixed = preprocess.spacing is not None and preprocess.crop_foreground is None
     size = (preprocess.size if fixed else None) or box.size(direction, spacing)
     limit = MAX_VOXELS if preprocess.spacing is not None else min(MAX_VOXELS, _GROWTH * voxels.size)
-    target = Geometry(spacing, direction, box.center - direction @ (spacing * (np.asarray(size) - 1) / 2))
+    target = Geometry(
+        spacing, direction, box.center - direction @ (spacing * (np.asarray(size) - 1) / 2)
+    )
     placement = placement.sampled(*geometry.indices_of(target), size)
     if preprocess.interpolation == "area" and preprocess.spacing is not None:
         voxels, geometry = _averaged(voxels, geometry, preprocess.spacing)
     _check_result(size, volume.name, limit=limit)
-    resampled = _resampled(voxels, geometry, target, size, nearest=preprocess.interpolation == "nearest")
+    resampled = _resampled(
+        voxels, geometry, target, size, nearest=preprocess.interpolation == "nearest"
+    )
     return resampled, placement
 
 
@@ -234,7 +262,9 @@ def _directions(orientation: str) -> np.ndarray:
 
 
 def _axis_changes(geometry: Geometry, orientation: str) -> tuple[list[int], list[bool]]:
-    """The order of the axes that follows an orientation, and which of them are reversed afterwards."""
+    """The order of the axes that follows an orientation, and which of them are reversed
+    afterwards.
+    """
     nearest = geometry.nearest_axes()
     order, flips = [], []
     for letter in orientation:
@@ -245,8 +275,12 @@ def _axis_changes(geometry: Geometry, orientation: str) -> tuple[list[int], list
     return order, flips
 
 
-def reoriented(voxels: np.ndarray, geometry: Geometry, orientation: str) -> tuple[np.ndarray, Geometry]:
-    """Axes exchanged and flipped, without interpolation, so that each follows its letter as nearly as it can."""
+def reoriented(
+    voxels: np.ndarray, geometry: Geometry, orientation: str
+) -> tuple[np.ndarray, Geometry]:
+    """Axes exchanged and flipped, without interpolation, so that each follows its letter as nearly
+    as it can.
+    """
     order, flips = _axis_changes(geometry, orientation)
     spacing, direction = geometry.spacing[order], geometry.direction[:, order].copy()
     voxels = voxels.transpose(order)
@@ -259,10 +293,13 @@ def reoriented(voxels: np.ndarray, geometry: Geometry, orientation: str) -> tupl
     return voxels, Geometry(spacing, direction, origin)
 
 
-def _averaged(voxels: np.ndarray, geometry: Geometry, spacing: Sequence[float]) -> tuple[np.ndarray, Geometry]:
+def _averaged(
+    voxels: np.ndarray, geometry: Geometry, spacing: Sequence[float]
+) -> tuple[np.ndarray, Geometry]:
     """Blocks of whole voxels averaged, as many as fit into the wanted spacing.
 
-    Where the blocks do not divide the volume, its last voxels are repeated to fill the last block: none is dropped.
+    Where the blocks do not divide the volume, its last voxels are repeated to fill the last block:
+    none is dropped.
     """
     import torch
     import torch.nn.functional as F
@@ -272,7 +309,11 @@ def _averaged(voxels: np.ndarray, geometry: Geometry, spacing: Sequence[float]) 
         for length, own, wanted in zip(voxels.shape, geometry.spacing, spacing, strict=True)
     ]
     values = torch.from_numpy(voxels.astype(np.float32, order="C"))[None, None]
-    pads = [n for length, factor in zip(voxels.shape, factors, strict=True) for n in (-length % factor, 0)]
+    pads = [
+        n
+        for length, factor in zip(voxels.shape, factors, strict=True)
+        for n in (-length % factor, 0)
+    ]
     if any(pads):
         values = F.pad(values, pads[::-1], mode="replicate")
     means = F.avg_pool3d(values, factors)[0, 0].numpy()
@@ -304,27 +345,35 @@ def _resampled(
     image.SetDirection(geometry.direction[:, ::-1].ravel().tolist())
     image.SetOrigin(geometry.origin.tolist())
     result = SimpleITK.Resample(
-        image, [int(length) for length in reversed(size)], SimpleITK.Transform(),
-        SimpleITK.sitkNearestNeighbor if nearest else SimpleITK.sitkLinear, target.origin.tolist(),
-        target.spacing[::-1].tolist(), target.direction[:, ::-1].ravel().tolist(), float(voxels.min()),
+        image,
+        [int(length) for length in reversed(size)],
+        SimpleITK.Transform(),
+        SimpleITK.sitkNearestNeighbor if nearest else SimpleITK.sitkLinear,
+        target.origin.tolist(),
+        target.spacing[::-1].tolist(),
+        target.direction[:, ::-1].ravel().tolist(),
+        float(voxels.min()),
         SimpleITK.sitkFloat32,
-    )  # fmt: skip
+    )
     return SimpleITK.GetArrayFromImage(result)
 
 
 def _check_scale(preprocess: VolumePreprocess, volume: Volume, low: float, high: float) -> None:
-    """Refuse what the file itself disproves, warn of what the range of its values makes unlikely."""
+    """Refuse what the file itself disproves, warn of what the range of its values makes
+    unlikely.
+    """
     if low == high:
         return  # one value fits any scale; `check_prepared` warns of it
     scale = preprocess.scale
     if scale == "hu" and volume.modality is not None and volume.unit != "HU":
         raise MediaError(
-            f"{volume.name}: `scale: hu` is declared, but this DICOM of modality {volume.modality} has no "
-            "RescaleSlope and RescaleIntercept to Hounsfield units; its values are "
-            f"{low:g}..{high:g}. Use `scale: minmax` for other modalities"
+            f"{volume.name}: `scale: hu` is declared, but this DICOM of modality "
+            f"{volume.modality} has no RescaleSlope and RescaleIntercept to Hounsfield units; its "
+            f"values are {low:g}..{high:g}. Use `scale: minmax` for other modalities"
         )
     unlikely = {
-        # A CT holds air or at least fat, something denser than lung, and spans more than a hundred units.
+        # A CT holds air or at least fat, something denser than lung, and spans more than a hundred
+        # units.
         "hu": low > -100 or high < -900 or high - low < 100,
         "0-255": low < 0 or high > 255 or high <= 1,
         "0-1": low < -0.01 or high > 1.01,
@@ -332,10 +381,12 @@ def _check_scale(preprocess: VolumePreprocess, volume: Volume, low: float, high:
     }[scale]
     if unlikely:
         warn_of_file(
-            logger, kind="scale", file=volume.name,
-            message=f"{volume.name}: `scale: {scale}` is declared, but the values are {low:g}..{high:g}; "
-            "is the scale right?",
-        )  # fmt: skip
+            logger,
+            kind="scale",
+            file=volume.name,
+            message=f"{volume.name}: `scale: {scale}` is declared, but the values are "
+            f"{low:g}..{high:g}; is the scale right?",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +412,9 @@ class _Blend:
         import torch.nn.functional as F
 
         mixed = channel.new_empty(len(self.weight), *channel.shape[1:])
-        for place, (below, above, weight) in enumerate(zip(self.below, self.above, self.weight, strict=True)):
+        for place, (below, above, weight) in enumerate(
+            zip(self.below, self.above, self.weight, strict=True)
+        ):
             torch.lerp(channel[below], channel[above], float(weight), out=mixed[place])
         if tuple(mixed.shape[1:]) == self.plane:
             return mixed
@@ -369,9 +422,18 @@ class _Blend:
 
 
 def _blend(preprocess: VolumePreprocess, depth: int) -> _Blend | None:
-    """For a volume that shrinks in depth and is windowed alone before it is stretched; None for any other."""
-    whole = preprocess.stretch or preprocess.crop_foreground is not None or preprocess.scale == "minmax"
-    if whole or preprocess.size is None or preprocess.spacing is not None or preprocess.interpolation != "trilinear":
+    """For a volume that shrinks in depth and is windowed alone before it is stretched; None for any
+    other.
+    """
+    whole = (
+        preprocess.stretch or preprocess.crop_foreground is not None or preprocess.scale == "minmax"
+    )
+    if (
+        whole
+        or preprocess.size is None
+        or preprocess.spacing is not None
+        or preprocess.interpolation != "trilinear"
+    ):
         return None
     wanted, *plane = preprocess.size
     if wanted >= depth:
@@ -400,7 +462,10 @@ def _sized_placement(preprocess: VolumePreprocess, placement: Placement) -> Plac
         return placement
     if preprocess.spacing is None:
         return placement.resized(preprocess.size)
-    starts = [_start(length, wanted) for length, wanted in zip(placement.shape, preprocess.size, strict=True)]
+    starts = [
+        _start(length, wanted)
+        for length, wanted in zip(placement.shape, preprocess.size, strict=True)
+    ]
     return placement.boxed(starts, preprocess.size)
 
 
@@ -435,7 +500,9 @@ def _start(length: int, wanted: int) -> int:
 
 
 def _stretched(values: Tensor) -> Tensor:
-    """Between the smallest and the largest value; 0 where they are the same, of which `check_prepared` warns."""
+    """Between the smallest and the largest value; 0 where they are the same, of which
+    `check_prepared` warns.
+    """
     low, high = values.aminmax()
     if low == high:
         return values - low
@@ -452,9 +519,10 @@ def _foreground(
         inside = mask.any(dim=others[1]).any(dim=others[0]).nonzero().flatten()
         if not len(inside):
             raise MediaError(
-                f"{volume.name}: no voxel is above `crop_foreground: {threshold:g}` in the first window "
-                f"{window[0]:g}..{window[1]:g}; nothing is left of the values {volume.voxels.min():g}.."
-                f"{volume.voxels.max():g}. Are the scale and the windows right?"
+                f"{volume.name}: no voxel is above `crop_foreground: {threshold:g}` in the first "
+                f"window {window[0]:g}..{window[1]:g}; nothing is left of the values "
+                f"{volume.voxels.min():g}..{volume.voxels.max():g}. Are the scale and the windows "
+                "right?"
             )
         box.append(slice(int(inside[0]), int(inside[-1]) + 1))
     return box[0], box[1], box[2]

@@ -1,7 +1,8 @@
-"""3-D volumes: NIfTI, NRRD, MetaImage, DICOM files and folders, NPY, NPZ and stacks of slices, through one reader.
+"""3-D volumes: NIfTI, NRRD, MetaImage, DICOM files and folders, NPY, NPZ and stacks of slices,
+through one reader.
 
-A volume comes with what its file says of unit, spacing and direction, and without anything else of the header. Nothing
-is repaired or guessed: what is missing is None, what is impossible is refused.
+A volume comes with what its file says of unit, spacing and direction, and without anything else of
+the header. Nothing is repaired or guessed: what is missing is None, what is impossible is refused.
 """
 
 from __future__ import annotations
@@ -31,26 +32,32 @@ class Volume:
     name: str
     """The file, for messages."""
     unit: Literal["HU", "raw"] = "raw"
-    """"HU" where the file itself proves it (CT in DICOM with its rescale); other formats cannot say."""
+    """"HU" where the file itself proves it (CT in DICOM with its rescale); other formats cannot
+    say."""
     geometry: Geometry | None = None
-    """Spacing, direction and origin in the order of the array's axes; None where the file has no direction."""
+    """Spacing, direction and origin in the order of the array's axes; None where the file has no
+    direction."""
     modality: str | None = None
     """DICOM modality, where there is one."""
 
 
 def read_volume(
-    path: str | Path | np.ndarray, *, series: str | None = None, several: Literal["only", "largest"] = "only"
+    path: str | Path | np.ndarray,
+    *,
+    series: str | None = None,
+    several: Literal["only", "largest"] = "only",
 ) -> Volume:
     """Read one volume.
 
     Args:
-        path: a file, or a folder of DICOM or of numbered slices. "folder#3" names the DICOM series with SeriesNumber 3;
-            or an array (D, H, W), as a .npy file holds it.
+        path: a file, or a folder of DICOM or of numbered slices. "folder#3" names the DICOM series
+            with SeriesNumber 3; or an array (D, H, W), as a .npy file holds it.
         series: the same, said apart: a SeriesNumber or SeriesInstanceUID.
         several: what to do with a DICOM folder of several series when none is named.
 
     Raises:
-        MediaError: missing, truncated, damaged, too large, not three-dimensional, not finite, or of an unknown format.
+        MediaError: missing, truncated, damaged, too large, not three-dimensional, not finite, or of
+            an unknown format.
     """
     if isinstance(path, np.ndarray):
         if path.dtype.kind not in "biuf" or path.dtype.itemsize > 8:
@@ -63,11 +70,16 @@ def read_volume(
     if not path.exists():
         raise MediaError(f"{name}: no such file or folder")
     volume = _read_folder(path, name, series, several) if path.is_dir() else _read_file(path, name)
-    return Volume(_checked(volume.voxels, name), name, volume.unit, volume.geometry, volume.modality)
+    return Volume(
+        _checked(volume.voxels, name), name, volume.unit, volume.geometry, volume.modality
+    )
 
 
-def check_volume(path: Path, *, series: str | None = None, several: Literal["only", "largest"] = "only") -> None:
-    """Check a volume as far as its headers and names show: form, size, slices, positions. No voxel is decoded.
+def check_volume(
+    path: Path, *, series: str | None = None, several: Literal["only", "largest"] = "only"
+) -> None:
+    """Check a volume as far as its headers and names show: form, size, slices, positions. No voxel
+    is decoded.
 
     Args:
         path: a file or folder, as in `read_volume`.
@@ -89,7 +101,9 @@ def check_volume(path: Path, *, series: str | None = None, several: Literal["onl
         _check_file(path, name)
 
 
-def _check_folder(path: Path, name: str, series: str | None, several: Literal["only", "largest"]) -> None:
+def _check_folder(
+    path: Path, name: str, series: str | None, several: Literal["only", "largest"]
+) -> None:
     if not any(path.iterdir()):
         raise MediaError(f"{name}: the folder is empty; expected DICOM files or slices")
     if _holds_dicom(path):
@@ -126,7 +140,9 @@ def _check_file(path: Path, name: str) -> None:
             shape, dtype = check_npz(path, name, **limits)
         else:
             with open_binary(path, name) as stream:
-                shape, dtype = check_npy(stream, name, length=os.fstat(stream.fileno()).st_size, **limits)
+                shape, dtype = check_npy(
+                    stream, name, length=os.fstat(stream.fileno()).st_size, **limits
+                )
         check_size(shape[1:] if len(shape) == 4 and shape[0] == 1 else shape, dtype.itemsize, name)
 
 
@@ -136,7 +152,9 @@ def _holds_dicom(path: Path) -> bool:
     return any(is_dicom(Path(place) / file) for place, _, files in os.walk(path) for file in files)
 
 
-def _read_folder(path: Path, name: str, series: str | None, several: Literal["only", "largest"]) -> Volume:
+def _read_folder(
+    path: Path, name: str, series: str | None, several: Literal["only", "largest"]
+) -> Volume:
     if _holds_dicom(path):
         from medm.imaging.dicom_series import read_dicom_folder
 
@@ -169,7 +187,8 @@ def _format(path: Path, name: str) -> Literal["nifti", "nrrd", "metaimage", "dic
     if lower.endswith(".npz"):
         return "npz"
     raise MediaError(
-        f"{name}: not a volume that is read; expected NIfTI, NRRD, MHA, DICOM, NPY, NPZ, or a folder of DICOM or slices"
+        f"{name}: not a volume that is read; expected NIfTI, NRRD, MHA, DICOM, NPY, NPZ, or a "
+        "folder of DICOM or slices"
     )
 
 
@@ -198,10 +217,16 @@ def _read_file(path: Path, name: str) -> Volume:
     if kind == "npy":
         with open_binary(path, name) as stream:
             array = read_npy(
-                stream, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES, length=os.fstat(stream.fileno()).st_size
+                stream,
+                name,
+                max_items=MAX_VOXELS,
+                max_bytes=MAX_BYTES,
+                length=os.fstat(stream.fileno()).st_size,
             )
             return Volume(_three_axes(array, name), name)
-    return Volume(_three_axes(read_npz(path, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES), name), name)
+    return Volume(
+        _three_axes(read_npz(path, name, max_items=MAX_VOXELS, max_bytes=MAX_BYTES), name), name
+    )
 
 
 def _three_axes(array: np.ndarray, name: str) -> np.ndarray:
@@ -217,7 +242,8 @@ def _checked(voxels: np.ndarray, name: str) -> np.ndarray:
         bad = int(voxels.size - np.isfinite(voxels).sum())
         if bad:
             raise MediaError(
-                f"{name}: {bad} of {voxels.size} voxels are NaN or infinite; replace them or leave the file out"
+                f"{name}: {bad} of {voxels.size} voxels are NaN or infinite; replace them or "
+                "leave the file out"
             )
         refuse_lost_values(stored, voxels, name, "single precision")
     return voxels

@@ -1,1 +1,3 @@
-"""Inference: generation, batch inference over annotation files, and chat. Knows no benchmark and no training."""
+"""Inference: generation, batch inference over annotation files, and chat. Knows no benchmark and no
+training.
+"""

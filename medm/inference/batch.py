@@ -1,7 +1,7 @@
 """Batch inference: an annotation file in, one line a record out.
 
-A run may be stopped at any moment and started again with the same command: each record is answered once. A record
-that cannot be used becomes a line with its error, and the next run tries it again.
+A run may be stopped at any moment and started again with the same command: each record is answered
+once. A record that cannot be used becomes a line with its error, and the next run tries it again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ _BATCHES_AHEAD = 4
 """Batches that are decoded together; their lines are written when the last of them is answered."""
 
 _OUTAGE = 32
-"""So many records in a row that the machine does not give, and not one that it gives, stop the run."""
+"""So many records in a row that the machine does not give, and not one that it gives, stop
+the run."""
 
 _NOTED = {"limit", "batch_size", "processes", "device", "json_output"}
 """Options that replies do not depend on, noted beside the results."""
@@ -139,12 +140,18 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
     check_files(options)
     job = _open_job(options)
     records = job.records
-    results = Results(Path(options.output), run_settings(options), options.model_dump(include=_NOTED))
+    results = Results(
+        Path(options.output), run_settings(options), options.model_dump(include=_NOTED)
+    )
     with _launched() as (rank, world), results.held() if rank == 0 else nullcontext():
         if rank == 0:
             results.begin(overwrite=options.overwrite)
         _wait_for_all(world)
-        before = [index for index, line in results.done().items() if "reply" in line and index < len(records)]
+        before = [
+            index
+            for index, line in results.done().items()
+            if "reply" in line and index < len(records)
+        ]
         counter = _Counter(len(records) - len(before), progress if rank == 0 else None)
         if world > 1:
             _generate_shard(job, rank, world, lambda done, errors: counter.note(rank, done, errors))
@@ -176,7 +183,8 @@ def _open_job(options: InferOptions) -> _Job:
     Raises:
         DeviceError: the device is not there.
         CheckpointError: there is no model that medm saved.
-        RecipeError: it gives no text, its chat template is broken, or its context leaves no room for a prompt.
+        RecipeError: it gives no text, its chat template is broken, or its context leaves no room
+            for a prompt.
         DataError: the annotation file as a whole cannot be read.
     """
     device = pick_device(options.device)
@@ -184,10 +192,14 @@ def _open_job(options: InferOptions) -> _Job:
     kind = kind_of_config(config)
     gives = kind.gives(config)
     if "text" not in gives:
-        raise RecipeError(f"medm infer writes text; model {options.model} gives {' and '.join(sorted(gives))}")
+        raise RecipeError(
+            f"medm infer writes text; model {options.model} gives {' and '.join(sorted(gives))}"
+        )
     context = _context(config, options)
     processor = load_processor(options.model)
-    with suppress(DataError):  # a template may want more than a question; a broken one raises another error
+    with suppress(
+        DataError
+    ):  # a template may want more than a question; a broken one raises another error
         processor.encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
     source = SourceOptions(path=options.data, root=options.root, limit=options.limit)
     records = Records([source], pipeline_for(kind, inference=True))
@@ -204,7 +216,9 @@ def check_files(options: InferOptions) -> None:
     """
     _require_different_files(options)
     if options.root is not None and not Path(options.root).is_dir():
-        raise DataError(f"root {options.root}: no such folder; expected the folder of images and volumes")
+        raise DataError(
+            f"root {options.root}: no such folder; expected the folder of images and volumes"
+        )
     require_writable(Path(options.output))
     if options.json_output is not None:
         require_writable(Path(options.json_output))
@@ -213,14 +227,20 @@ def check_files(options: InferOptions) -> None:
 def _require_different_files(options: InferOptions) -> None:
     """Raise `RecipeError` where one file would be read and written, or written twice."""
     results = Results(Path(options.output), {})
-    named = {"--data": Path(options.data), "--output": results.output, "the settings of --output": results.sidecar}
+    named = {
+        "--data": Path(options.data),
+        "--output": results.output,
+        "the settings of --output": results.sidecar,
+    }
     if options.json_output is not None:
         named["--json"] = Path(options.json_output)
     seen: dict[Path, str] = {}
     for name, file in named.items():
         other = seen.setdefault(file.resolve(), name)
         if other != name:
-            raise RecipeError(f"{file}: {other} and {name} are the same file; choose a file of its own for {name}")
+            raise RecipeError(
+                f"{file}: {other} and {name} are the same file; choose a file of its own for {name}"
+            )
 
 
 def run_settings(options: InferOptions) -> dict[str, Any]:
@@ -242,8 +262,8 @@ def run_settings(options: InferOptions) -> dict[str, Any]:
 def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int], None]) -> None:
     """Generate replies to this rank's shard of the records that have none yet.
 
-    Records that were never tried come first. Those that failed, in this run or earlier ones, are tried at the end:
-    their files may be there again.
+    Records that were never tried come first. Those that failed, in this run or earlier ones, are
+    tried at the end: their files may be there again.
     """
     _stop_with_parent()
     results = Results(Path(job.options.output), {})
@@ -253,7 +273,9 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
         lines = results.done()
         fresh = [index for index in shard if index not in lines]
         failed = [index for index in shard if "error" in lines.get(index, {})]
-        logger.debug("process %d of %d: %d records to answer", rank, world, len(fresh) + len(failed))
+        logger.debug(
+            "process %d of %d: %d records to answer", rank, world, len(fresh) + len(failed)
+        )
         work = _Shard(job, world, appender, note)
         if fresh or (failed and work.can_any_be_answered(failed)):
             work.load_model(_device_of_rank(job.device, rank))
@@ -271,7 +293,9 @@ class _Shard:
         note: told how many records were tried by this process, and how many of them have no reply.
     """
 
-    def __init__(self, job: _Job, world: int, appender: Appender, note: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, job: _Job, world: int, appender: Appender, note: Callable[[int, int], None]
+    ) -> None:
         self.job, self.options, self.world = job, job.options, world
         self.processor = job.processor
         self.appender, self.note = appender, note
@@ -285,7 +309,11 @@ class _Shard:
         """Read the weights."""
         options = self.options
         self.engine, self.processor = load_engine(
-            options.model, options.generation, device=device, dtype=options.dtype, slots=options.batch_size
+            options.model,
+            options.generation,
+            device=device,
+            dtype=options.dtype,
+            slots=options.batch_size,
         )
 
     def can_any_be_answered(self, indexes: Sequence[int]) -> bool:
@@ -320,10 +348,14 @@ class _Shard:
         if not batches:
             return
         for prepared in _load(
-            Prompts(self.job.records, self.processor, batches, context=self.job.context), self.options, self.world
+            Prompts(self.job.records, self.processor, batches, context=self.job.context),
+            self.options,
+            self.world,
         ):
             if prepared.lost is not None:
-                raise InputLostError(f"{prepared.lost}; what was answered is kept in {self.options.output}")
+                raise InputLostError(
+                    f"{prepared.lost}; what was answered is kept in {self.options.output}"
+                )
             yield prepared
 
     def _take(self, prepared: Prepared, replies: Sequence[Reply]) -> None:
@@ -341,9 +373,10 @@ class _Shard:
                 self._unavailable += 1
                 if self._unavailable >= _OUTAGE:
                     raise InputLostError(
-                        f"{self._unavailable} records in a row could not be read, and not by their own fault "
-                        f"({problem.reason}); what was answered is kept in {self.options.output}. Run the same command "
-                        "again when the files are available: it tries every record that has no reply"
+                        f"{self._unavailable} records in a row could not be read, and not by "
+                        f"their own fault ({problem.reason}); what was answered is kept in "
+                        f"{self.options.output}. Run the same command again when the files are "
+                        "available: it tries every record that has no reply"
                     )
         if prepared.read_files:
             self._unavailable = 0
@@ -355,7 +388,9 @@ def output_lines(prepared: Prepared, replies: Sequence[Reply]) -> list[dict[str,
     for problem in prepared.problems:
         logger.debug("record %d: no reply: %s", problem.named["index"], problem.reason)
     for named, reply in zip(prepared.named, replies, strict=True):
-        lines.append({**named, "reply": reply.text, "tokens": reply.tokens, "finished": reply.finished})
+        lines.append(
+            {**named, "reply": reply.text, "tokens": reply.tokens, "finished": reply.finished}
+        )
     return lines
 
 
@@ -367,7 +402,9 @@ def _load(prompts: Prompts, options: InferOptions, world: int) -> Iterator[Prepa
         cores = len(os.sched_getaffinity(0)) // world
         workers = min(8, cores - 1, len(prompts) // 8)
     extra: dict[str, Any] = {"prefetch_factor": 4} if workers > 0 else {}
-    yield from DataLoader(prompts, batch_size=None, num_workers=max(0, workers), worker_init_fn=ignore_stops, **extra)
+    yield from DataLoader(
+        prompts, batch_size=None, num_workers=max(0, workers), worker_init_fn=ignore_stops, **extra
+    )
 
 
 def _context(config: Any, options: InferOptions) -> int | None:
@@ -378,8 +415,8 @@ def _context(config: Any, options: InferOptions) -> int | None:
     left = int(longest) - options.generation.max_new_tokens
     if left < 1:
         raise RecipeError(
-            f"max_new_tokens {options.generation.max_new_tokens}: the model's context of {longest} tokens leaves no "
-            "room for a prompt; ask for shorter replies"
+            f"max_new_tokens {options.generation.max_new_tokens}: the model's context of "
+            f"{longest} tokens leaves no room for a prompt; ask for shorter replies"
         )
     return left
 
@@ -419,7 +456,9 @@ def _generate_in_processes(options: InferOptions, counter: _Counter) -> None:
     plugins = [str(path) for path in loaded_plugins()]
     level = logging.getLogger("medm").getEffectiveLevel()
     children = [
-        context.Process(target=_child, args=(options, rank, options.processes, plugins, level, news))
+        context.Process(
+            target=_child, args=(options, rank, options.processes, plugins, level, news)
+        )
         for rank in range(options.processes)
     ]
     with safe_path():
@@ -459,19 +498,25 @@ def _watch(children: list[Any], news: Any, counter: _Counter) -> None:
             counter.note(*message)
 
 
-def _child(options: InferOptions, rank: int, world: int, plugins: list[str], level: int, news: Any) -> None:
+def _child(
+    options: InferOptions, rank: int, world: int, plugins: list[str], level: int, news: Any
+) -> None:
     """One process of several. It ends with its parent, which SIGINT from a terminal reaches too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     # Log lines are printed by the parent, in its form; the first process speaks for all.
     handler = QueueHandler(news)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(
+        level=logging.ERROR if rank else logging.WARNING, handlers=[handler], force=True
+    )
     logging.getLogger("medm").setLevel(logging.ERROR if rank else level)
     try:
         for plugin in plugins:
             load_plugin(plugin)
-        _generate_shard(_open_job(options), rank, world, lambda done, errors: news.put((rank, done, errors)))
+        _generate_shard(
+            _open_job(options), rank, world, lambda done, errors: news.put((rank, done, errors))
+        )
     except MedmError as error:  # not the error itself: some of them cannot be rebuilt from a pickle
         news.put((RecipeError if isinstance(error, RecipeError) else MedmError)(str(error)))
     except (OSError, RuntimeError, EOFError) as error:
@@ -482,14 +527,20 @@ def _child(options: InferOptions, rank: int, world: int, plugins: list[str], lev
 
 
 def _stop_with_parent() -> None:
-    """A child whose parent was killed stops at the next batch, so that a new run finds its file free."""
+    """A child whose parent was killed stops at the next batch, so that a new run finds its file
+    free.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise SystemExit(1)
 
 
-def write_conversations(options: InferOptions, records: Records, lines: dict[int, dict[str, Any]]) -> None:
-    """The records in MedM-VL's form: without their last reply, which is kept as `answer`, and with the new one."""
+def write_conversations(
+    options: InferOptions, records: Records, lines: dict[int, dict[str, Any]]
+) -> None:
+    """The records in MedM-VL's form: without their last reply, which is kept as `answer`, and with
+    the new one.
+    """
     assert options.json_output is not None
     items = []
     for index in range(len(records)):
@@ -497,7 +548,9 @@ def write_conversations(options: InferOptions, records: Records, lines: dict[int
             record = records.files[0][index]
         except DataError:
             record = {}  # not JSON: its error is all there is to say
-        items.append(_indented(with_reply(record if isinstance(record, dict) else {}, lines[index])))
+        items.append(
+            _indented(with_reply(record if isinstance(record, dict) else {}, lines[index]))
+        )
     file = Path(options.json_output)
     file.parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(items)
@@ -523,4 +576,7 @@ def with_reply(record: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
         turns.pop()
     if "answer" in line:
         record = {**record, "answer": line["answer"]}
-    return {**record, name: [*turns, {role: "assistant" if by_role else "gpt", text: line["reply"]}]}
+    return {
+        **record,
+        name: [*turns, {role: "assistant" if by_role else "gpt", text: line["reply"]}],
+    }

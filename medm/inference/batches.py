@@ -1,7 +1,8 @@
-"""Annotation records to batches of prompts, in the workers of a DataLoader. Knows no model and no device.
+"""Annotation records to batches of prompts, in the workers of a DataLoader. Knows no model and no
+device.
 
-A file that cannot be read is not always the record's fault: network shares vanish for a second, descriptors run out.
-Such files are tried again before a record is refused.
+A file that cannot be read is not always the record's fault: network shares vanish for a second,
+descriptors run out. Such files are tried again before a record is refused.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Prepared:
     """Some records, ready to be answered or refused."""
 
     named: list[dict[str, Any]]
-    """`index`, and `id`, `task` and `answer` where there are such, of the record of each row of `batch`."""
+    """`index`, and `id`, `task` and `answer` where there are such, of the record of each row of
+    `batch`."""
     batch: PromptBatch | None
     """None where every record is bad."""
     problems: list[Problem]
@@ -79,7 +81,12 @@ class Prompts(Dataset[Prepared]):
     """
 
     def __init__(
-        self, records: Records, processor: Any, batches: Sequence[Sequence[int]], *, context: int | None = None
+        self,
+        records: Records,
+        processor: Any,
+        batches: Sequence[Sequence[int]],
+        *,
+        context: int | None = None,
     ) -> None:
         self.examples = ExampleDataset(records.with_processor(processor))
         self.records = records
@@ -131,23 +138,28 @@ class Prompts(Dataset[Prepared]):
         if not _is_missing(error):
             return False
         root = self.records.root(index)
-        folders = {(root / media.path).parent for media in self.records[index].media if media.path is not None}
+        folders = {
+            (root / media.path).parent
+            for media in self.records[index].media
+            if media.path is not None
+        }
         return _is_gone(root) or any(map(_is_gone, folders))
 
     def _require_root(self, index: int) -> None:
         root = self.records.root(index)
         if _is_gone(root):
             raise InputLostError(
-                f"{root}: the folder of images and volumes is gone or empty, as when a share is not mounted; make it "
-                "available again and run the same command again, which resumes where it stopped"
+                f"{root}: the folder of images and volumes is gone or empty, as when a share is "
+                "not mounted; make it available again and run the same command again, which "
+                "resumes where it stopped"
             )
 
     def _example(self, index: int) -> Example:
         example = self.examples.read_once(index)
         if self.context is not None and len(example.input_ids) > self.context:
             raise DataError(
-                f"the prompt has {len(example.input_ids)} tokens, vision tokens included; with the room for the reply "
-                f"the model's context leaves {self.context}"
+                f"the prompt has {len(example.input_ids)} tokens, vision tokens included; with "
+                f"the room for the reply the model's context leaves {self.context}"
             )
         return example
 
@@ -163,7 +175,9 @@ class Prompts(Dataset[Prepared]):
             named |= _names(self.records.files[source][position])
         text = reason(error) if isinstance(error, DataError) else explain(error) or str(error)
         unavailable = machine_fault(error) is not None
-        return Problem(named, text, retry=unavailable or _is_missing(error), unavailable=unavailable)
+        return Problem(
+            named, text, retry=unavailable or _is_missing(error), unavailable=unavailable
+        )
 
 
 def _names(record: Any) -> dict[str, Any]:
@@ -181,14 +195,18 @@ def _names(record: Any) -> dict[str, Any]:
 def _is_missing(error: BaseException | None) -> bool:
     """Whether a file was not there, or not to be opened, at the moment it was asked for."""
     while error is not None:
-        if isinstance(error, (MissingFileError, FileNotFoundError, NotADirectoryError, PermissionError)):
+        if isinstance(
+            error, (MissingFileError, FileNotFoundError, NotADirectoryError, PermissionError)
+        ):
             return True
         error = error.__context__  # also behind `from None`
     return False
 
 
 def _is_gone(folder: Path) -> bool:
-    """Whether a folder is not there, does not answer or is empty: what remains of a share that is not mounted."""
+    """Whether a folder is not there, does not answer or is empty: what remains of a share that is
+    not mounted.
+    """
     try:
         return next(folder.iterdir(), None) is None
     except (FileNotFoundError, NotADirectoryError):
@@ -207,8 +225,8 @@ def order_by_length(records: Records, tokens_per_item: Mapping[str, int]) -> lis
 
     Prompts on the same image stand beside each other where lengths allow.
 
-    Lengths are estimated from the text, without reading an image. The longest first shows at the start whether a
-    batch fits the memory, and makes the estimate of the time left a safe one.
+    Lengths are estimated from the text, without reading an image. The longest first shows at the
+    start whether a batch fits the memory, and makes the estimate of the time left a safe one.
     """
     keys: list[tuple[int, str, int, int]] = []
     for index in range(len(records)):
@@ -219,12 +237,20 @@ def order_by_length(records: Records, tokens_per_item: Mapping[str, int]) -> lis
             continue
         text = sum(len(turn.text.encode()) for turn in sample.turns) // _BYTES_PER_TOKEN
         length = text + sum(tokens_per_item.get(media.branch, 0) for media in sample.media)
-        keys.append((-(length // _BUCKET), "\n".join(media.path or "" for media in sample.media), -length, index))
+        keys.append(
+            (
+                -(length // _BUCKET),
+                "\n".join(media.path or "" for media in sample.media),
+                -length,
+                index,
+            )
+        )
     return [key[-1] for key in sorted(keys)]
 
 
 def shard_indices(order: Sequence[int], *, rank: int, world: int) -> np.ndarray:
-    """Return the shard of one rank: the same records whatever has a reply already, so that none is taken twice.
+    """Return the shard of one rank: the same records whatever has a reply already, so that none is
+    taken twice.
 
     Runs of `order` are assigned, not single records: neighbors have images in common.
     """

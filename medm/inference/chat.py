@@ -43,7 +43,9 @@ class Conversation:
         options: GenerationOptions | None = None,
     ) -> None:
         if task is not None and processor.tasks and task not in processor.tasks:
-            raise DataError(f"task {task!r}: expected one of {', '.join(processor.tasks)}", field="task")
+            raise DataError(
+                f"task {task!r}: expected one of {', '.join(processor.tasks)}", field="task"
+            )
         self.engine, self.processor, self.system, self.task = engine, processor, system, task
         self.options = options
         self.reset()
@@ -74,17 +76,21 @@ class Conversation:
         """The reply in pieces as they come. The turns are kept once the reply is complete.
 
         Raises:
-            DataError: the conversation no longer fits the model's context, or the template refuses it.
+            DataError: the conversation no longer fits the model's context, or the template refuses
+                it.
         """
         content: list[str | Media] = []
         for media in self._shown:
             content += [media, "\n"]
         turn = Turn("user", (*content, question))
-        example = self.processor.encode(Sample((*self.turns, turn), task=self.task), self.pixels, generation=True)
+        example = self.processor.encode(
+            Sample((*self.turns, turn), task=self.task), self.pixels, generation=True
+        )
         longest = self.engine.max_tokens
         if longest is not None and len(example.input_ids) >= longest:
             raise DataError(
-                f"the conversation has {len(example.input_ids)} tokens, but the context is {longest}; start a new one"
+                f"the conversation has {len(example.input_ids)} tokens, but the context is "
+                f"{longest}; start a new one"
             )
         pieces: list[str] = []
         for piece in self.engine.stream(Request.of(example), self.options):

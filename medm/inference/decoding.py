@@ -22,7 +22,14 @@ from torch import Tensor
 
 from medm.errors import DataError, DeviceError
 from medm.inference.prepacked_head import PrepackedLMHead
-from medm.inference.runners import MAX_PREFILL_TOKENS, MIN_PREFIX, Prefilled, Text, pick_runner, shared_length
+from medm.inference.runners import (
+    MAX_PREFILL_TOKENS,
+    MIN_PREFIX,
+    Prefilled,
+    Text,
+    pick_runner,
+    shared_length,
+)
 from medm.inference.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -122,7 +129,9 @@ class Decoder:
         self.stops, self.max_tokens = frozenset(stops), max_tokens
         self._embed_prompts = embed
         self._ids = itertools.count() if ids is None else ids
-        self._runner = pick_runner(language_model, suppress=suppress, slots=slots, compiled=compiled)
+        self._runner = pick_runner(
+            language_model, suppress=suppress, slots=slots, compiled=compiled
+        )
         self._head = PrepackedLMHead(language_model)
         self._waiting: deque[_Row] = deque()
         self._ready: deque[tuple[_Row, Prefilled, Tensor]] = deque()
@@ -150,15 +159,27 @@ class Decoder:
         room = prompt.max_new_tokens if self.max_tokens is None else self.max_tokens - length
         problem = None
         if length == 0 or prompt.max_new_tokens < 1:
-            problem = f"expected a prompt and a reply of 1 token or more, found {length} and {prompt.max_new_tokens}"
+            problem = (
+                f"expected a prompt and a reply of 1 token or more, found {length} and "
+                f"{prompt.max_new_tokens}"
+            )
         elif room < 1:
-            problem = f"the prompt has {length} tokens, but a prompt and its reply have at most {self.max_tokens}"
+            problem = (
+                f"the prompt has {length} tokens, but a prompt and its reply have at most "
+                f"{self.max_tokens}"
+            )
         if problem is not None:
             self._events.append(TokenEvent(request, finish="error", error=DataError(problem)))
             return request
         stops = self.stops if prompt.stops is None else prompt.stops
-        sampler = None if prompt.sampling is None else Sampler(prompt.sampling, device=self.language_model.device)
-        self._waiting.append(_Row(request, prompt, min(room, prompt.max_new_tokens), stops, sampler))
+        sampler = (
+            None
+            if prompt.sampling is None
+            else Sampler(prompt.sampling, device=self.language_model.device)
+        )
+        self._waiting.append(
+            _Row(request, prompt, min(room, prompt.max_new_tokens), stops, sampler)
+        )
         return request
 
     def cancel(self, request: int) -> None:
@@ -265,7 +286,9 @@ class Decoder:
             return
         cancelled, self._cancelled = self._cancelled, set()
         rows = [*self._waiting, *(row for row, _, _ in self._ready), *self._active]
-        self._events += [TokenEvent(row.request, finish="cancelled") for row in rows if row.request in cancelled]
+        self._events += [
+            TokenEvent(row.request, finish="cancelled") for row in rows if row.request in cancelled
+        ]
         self._waiting = deque(row for row in self._waiting if row.request not in cancelled)
         self._ready = deque(item for item in self._ready if item[0].request not in cancelled)
         for place in reversed(range(len(self._active))):
@@ -297,7 +320,9 @@ class Decoder:
             rows = alike + [row for row in rows if row.request not in taken]
         chosen = rows[: self._limit]
         if self._active:  # they wait for the prefill: as many as fit one row of it
-            left = MAX_PREFILL_TOKENS["cuda" if self.language_model.device.type == "cuda" else "cpu"]
+            left = MAX_PREFILL_TOKENS[
+                "cuda" if self.language_model.device.type == "cuda" else "cpu"
+            ]
             ends = np.cumsum([len(row.prompt.signature) + len(row.tokens) for row in chosen])
             chosen = chosen[: max(1, int(np.searchsorted(ends, left, side="right")))]
         taken = {row.request for row in chosen}
@@ -309,7 +334,10 @@ class Decoder:
         get the error.
         """
         try:
-            texts = [Text(embeds, row.signature) for row, embeds in zip(rows, self._embeds(rows), strict=True)]
+            texts = [
+                Text(embeds, row.signature)
+                for row, embeds in zip(rows, self._embeds(rows), strict=True)
+            ]
             prefilled = list(self._runner.prefill(texts))
         except torch.OutOfMemoryError:
             raise
@@ -326,7 +354,9 @@ class Decoder:
     def _embeds(self, rows: list[_Row]) -> list[Tensor]:
         """Return the embeddings of the prompt and of the reply so far of each row."""
         missing = [row.prompt for row in rows if row.prompt.embeds is None]
-        made = iter(self._embed_prompts(missing) if missing and self._embed_prompts is not None else [])
+        made = iter(
+            self._embed_prompts(missing) if missing and self._embed_prompts is not None else []
+        )
         embeds = [next(made) if row.prompt.embeds is None else row.prompt.embeds for row in rows]
         embed_tokens = self.language_model.get_input_embeddings()
         for place, row in enumerate(rows):
@@ -358,8 +388,9 @@ class Decoder:
             return
         row = self._waiting.popleft()
         error = DeviceError(
-            f"out of memory on {self.language_model.device} with one prompt of {len(row.prompt.signature)} tokens; "
-            "use a lower precision (bfloat16) or a smaller model"
+            f"out of memory on {self.language_model.device} with one prompt of "
+            f"{len(row.prompt.signature)} tokens; use a lower precision (bfloat16) or a smaller "
+            "model"
         )
         self._events.append(TokenEvent(row.request, finish="error", error=error))
 

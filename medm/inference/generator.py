@@ -109,13 +109,20 @@ class PromptBatch:
     def requests(self) -> list[Request]:
         """Return each prompt by itself, with the items that stand in it."""
         items = {
-            name: [Item(key, pixels) for key, pixels in zip(self.keys[name], self.pixels[name], strict=True)]
+            name: [
+                Item(key, pixels)
+                for key, pixels in zip(self.keys[name], self.pixels[name], strict=True)
+            ]
             for name in self.pixels
         }
         return [
             Request(
                 ids,
-                {name: [items[name][p] for p in order[row]] for name, order in self.order.items() if order[row]},
+                {
+                    name: [items[name][p] for p in order[row]]
+                    for name, order in self.order.items()
+                    if order[row]
+                },
                 self.task_ids[row],
             )
             for row, ids in enumerate(self.input_ids)
@@ -125,9 +132,12 @@ class PromptBatch:
 def prepare(examples: Sequence[Example]) -> PromptBatch:
     """Return the prompts of examples as one batch, without labels."""
     batch = PromptBatch(
-        [np.array(example.input_ids, np.int64) for example in examples], [example.task_id for example in examples]
+        [np.array(example.input_ids, np.int64) for example in examples],
+        [example.task_id for example in examples],
     )
-    for name in dict.fromkeys(name for example in examples for name, items in example.pixels.items() if items):
+    for name in dict.fromkeys(
+        name for example in examples for name, items in example.pixels.items() if items
+    ):
         unique: dict[bytes, np.ndarray] = {}
         keys: list[list[bytes]] = []
         for example in examples:
@@ -137,7 +147,9 @@ def prepare(examples: Sequence[Example]) -> PromptBatch:
                 unique.setdefault(key, array)
         positions = {key: position for position, key in enumerate(unique)}
         batch.keys[name] = list(unique)
-        batch.pixels[name] = torch.from_numpy(np.stack(list(unique.values())).astype(np.float32, copy=False))
+        batch.pixels[name] = torch.from_numpy(
+            np.stack(list(unique.values())).astype(np.float32, copy=False)
+        )
         batch.order[name] = [[positions[key] for key in own] for own in keys]
     return batch
 
@@ -264,7 +276,11 @@ class Engine:
             stops = published.eos_token_id
             self._decoders[compiled] = Decoder(
                 self.model.language_model,
-                stops=[stop for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None],
+                stops=[
+                    stop
+                    for stop in (stops if isinstance(stops, list) else [stops])
+                    if stop is not None
+                ],
                 suppress=published.suppress_tokens or [],
                 slots=self._slots,
                 compiled=compiled,
@@ -274,7 +290,9 @@ class Engine:
             )
         return self._decoders[compiled]
 
-    def submit(self, request: Request, options: GenerationOptions | None = None, *, stream: bool = False) -> int:
+    def submit(
+        self, request: Request, options: GenerationOptions | None = None, *, stream: bool = False
+    ) -> int:
         """Queue a request and return its number.
 
         Args:
@@ -283,7 +301,9 @@ class Engine:
             options: how its reply is chosen; the engine's without them.
             stream: fill `Event.text`.
         """
-        return self._submit(request, options, text=ReplyText(self.processor.text) if stream else None)
+        return self._submit(
+            request, options, text=ReplyText(self.processor.text) if stream else None
+        )
 
     def cancel(self, request: int) -> None:
         """End a request at the next step, which frees its KV cache. Does nothing for a request that
@@ -319,7 +339,9 @@ class Engine:
         rows: dict[int, int] = {}
         try:
             # The longest first: whether they fit the memory shows at the start.
-            for row in sorted(range(len(requests)), key=lambda row: (-len(requests[row].input_ids), row)):
+            for row in sorted(
+                range(len(requests)), key=lambda row: (-len(requests[row].input_ids), row)
+            ):
                 rows[self._submit(requests[row], options, inbox=inbox)] = row
             while len(replies) < len(requests):
                 self._advance()
@@ -377,9 +399,13 @@ class Engine:
         if options.temperature > 0:
             # From the prompt as well: a run that was stopped draws what it would have drawn.
             digest = int.from_bytes(blake2b(signature.tobytes(), digest_size=7).digest(), "big")
-            sampling = Sampling(options.temperature, top_p=options.top_p, seed=(digest + options.seed) % 2**63)
+            sampling = Sampling(
+                options.temperature, top_p=options.top_p, seed=(digest + options.seed) % 2**63
+            )
         number = decoder.submit(
-            _RequestPrompt(None, signature, options.max_new_tokens, sampling=sampling, request=request)
+            _RequestPrompt(
+                None, signature, options.max_new_tokens, sampling=sampling, request=request
+            )
         )
         self._pending[number] = _Pending(decoder, inbox, text)
         return number
@@ -390,20 +416,29 @@ class Engine:
         """
         ids, vocabulary = request.input_ids, self.model.get_input_embeddings().num_embeddings
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            return f"token ids from {ids.min()} to {ids.max()}; expected ids from 0 to {vocabulary - 1}"
+            return (
+                f"token ids from {ids.min()} to {ids.max()}; expected ids from 0 to "
+                f"{vocabulary - 1}"
+            )
         if unknown := sorted(set(request.items) - set(self._runs)):
-            return f"items for {', '.join(unknown)}; the model has branches for {', '.join(self._runs)}"
+            return (
+                f"items for {', '.join(unknown)}; the model has branches for "
+                f"{', '.join(self._runs)}"
+            )
         for name, (token, per_item) in self._runs.items():
             items, places = request.items.get(name, []), int((ids == token).sum())
             if places != len(items) * per_item:
                 return (
-                    f"branch {name!r}: {places} placeholder tokens and {len(items)} items of {per_item} tokens; "
-                    "expected one placeholder for each vision token"
+                    f"branch {name!r}: {places} placeholder tokens and {len(items)} items of "
+                    f"{per_item} tokens; expected one placeholder for each vision token"
                 )
             expected = (self.model.branch(name).channels, *self.model.branch(name).spatial)
             for item in items:
                 if tuple(item.pixels.shape) != expected:
-                    return f"branch {name!r}: pixels of shape {tuple(item.pixels.shape)}; expected {expected}"
+                    return (
+                        f"branch {name!r}: pixels of shape {tuple(item.pixels.shape)}; expected "
+                        f"{expected}"
+                    )
         return None
 
     def _advance(self) -> None:
@@ -455,10 +490,16 @@ class Engine:
     def _embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Return the embeddings (T, D) of each prompt."""
         requests = [prompt.request for prompt in prompts if isinstance(prompt, _RequestPrompt)]
-        row = torch.from_numpy(np.concatenate([request.input_ids for request in requests]))[None].to(self.device)
+        row = torch.from_numpy(np.concatenate([request.input_ids for request in requests]))[
+            None
+        ].to(self.device)
         features, task_ids = {}, {}
         for name in self._runs:
-            items = [(item, request.task_id) for request in requests for item in request.items.get(name, [])]
+            items = [
+                (item, request.task_id)
+                for request in requests
+                for item in request.items.get(name, [])
+            ]
             if items:
                 features[name] = self._features(name, [item for item, _ in items])
                 task_ids[name] = torch.tensor([task for _, task in items], device=self.device)
@@ -470,10 +511,14 @@ class Engine:
         found = {item.key: self.store.get(name, item.key) for item in items}
         new = {item.key: item.pixels for item in items if found[item.key] is None}
         if new:
-            encoded = self.model.branch(name).encode(torch.stack(list(new.values())).to(self.device))
+            encoded = self.model.branch(name).encode(
+                torch.stack(list(new.values())).to(self.device)
+            )
             for row, key in enumerate(new):
                 pooled = None if encoded.pooled is None else encoded.pooled[row : row + 1].clone()
-                one = VisionFeatures(encoded.tokens[row : row + 1].clone(), encoded.grid, encoded.prefix, pooled)
+                one = VisionFeatures(
+                    encoded.tokens[row : row + 1].clone(), encoded.grid, encoded.prefix, pooled
+                )
                 self.store.put(name, key, one)
                 found[key] = one
         features = [known for item in items if (known := found[item.key]) is not None]
@@ -503,16 +548,24 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not cuda:
             raise DeviceError(
-                f"device {name!r} was asked for, but this PyTorch ({torch.__version__}) sees no GPU; check the driver "
-                "and that PyTorch was installed with CUDA, or use device cpu"
+                f"device {name!r} was asked for, but this PyTorch ({torch.__version__}) sees no "
+                "GPU; check the driver and that PyTorch was installed with CUDA, or use device "
+                "cpu"
             )
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise DeviceError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPU(s)")
+            raise DeviceError(
+                f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPU(s)"
+            )
     return device
 
 
 def load_engine(
-    folder: str, options: GenerationOptions, *, device: torch.device, dtype: str = "saved", slots: int = 16
+    folder: str,
+    options: GenerationOptions,
+    *,
+    device: torch.device,
+    dtype: str = "saved",
+    slots: int = 16,
 ) -> tuple[Engine, LVLMProcessor]:
     """The model of a folder on a device, ready to answer, and its processor.
 
@@ -525,9 +578,12 @@ def load_engine(
 
     transformers_logging.disable_progress_bar()
     model, processor = load(folder)
-    if not isinstance(model, LVLMForConditionalGeneration) or not isinstance(processor, LVLMProcessor):
+    if not isinstance(model, LVLMForConditionalGeneration) or not isinstance(
+        processor, LVLMProcessor
+    ):
         raise CheckpointError(
-            f"{folder}: holds a {type(model).__name__}, which generates no text; expected a model with a language model"
+            f"{folder}: holds a {type(model).__name__}, which generates no text; expected a model "
+            "with a language model"
         )
     model.merge_adapters()
     nn.Module.to(model, device=device, dtype=None if dtype == "saved" else getattr(torch, dtype))

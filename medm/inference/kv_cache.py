@@ -66,7 +66,10 @@ class Slots:
         place, length = len(self), kv_cache[0][0].shape[2]
         self._reserve(kv_cache, rows=place + 1, expected=place + expected, tokens=length + 1)
         for buffers, states in zip(self._kv_cache, kv_cache, strict=True):
-            buffers[0][place, :, :length], buffers[1][place, :, :length] = states[0][0], states[1][0]
+            buffers[0][place, :, :length], buffers[1][place, :, :length] = (
+                states[0][0],
+                states[1][0],
+            )
         self._tokens[place : place + 1] = first
         self._positions[place] = length
         self._lengths.append(length)
@@ -96,19 +99,31 @@ class Slots:
             self._positions[count:] = 0
             tokens, logits = step(self._tokens, self._positions, self._kv_cache, None)
         else:
-            kv_cache = [(keys[:count, :, :kv_length], values[:count, :, :kv_length]) for keys, values in self._kv_cache]
+            kv_cache = [
+                (keys[:count, :, :kv_length], values[:count, :, :kv_length])
+                for keys, values in self._kv_cache
+            ]
             kv_lengths = None
             if count > ROWS_PER_GROUP and not self._tokens.is_cuda:
-                groups = [self._lengths[start : start + ROWS_PER_GROUP] for start in range(0, count, ROWS_PER_GROUP)]
+                groups = [
+                    self._lengths[start : start + ROWS_PER_GROUP]
+                    for start in range(0, count, ROWS_PER_GROUP)
+                ]
                 kv_lengths = [(len(group), max(group) + 1) for group in groups]
-            tokens, logits = step(self._tokens[:count], self._positions[:count], kv_cache, kv_lengths)
+            tokens, logits = step(
+                self._tokens[:count], self._positions[:count], kv_cache, kv_lengths
+            )
         self._tokens[:count] = choose(tokens[:count], logits[:count])
         self._positions += 1
         self._lengths = [length + 1 for length in self._lengths]
 
     def _reserve(self, like: KVCache, *, rows: int, expected: int, tokens: int) -> None:
         """Allocate more memory where the KV cache has fewer rows or tokens than these."""
-        held_rows, held = (self._kv_cache[0][0].shape[0], self._kv_cache[0][0].shape[2]) if self._kv_cache else (0, 0)
+        held_rows, held = (
+            (self._kv_cache[0][0].shape[0], self._kv_cache[0][0].shape[2])
+            if self._kv_cache
+            else (0, 0)
+        )
         if held_rows >= rows and held >= tokens:
             return
         if held < tokens:
@@ -116,7 +131,9 @@ class Slots:
             # A compiled step is recorded anew for each size, so the capacity doubles.
             held = BLOCK << blocks.bit_length() if self.static_shapes else (blocks + 1) * BLOCK
         if held_rows < rows:
-            held_rows = self.count if self.static_shapes else min(self.count, max(expected, 2 * held_rows))
+            held_rows = (
+                self.count if self.static_shapes else min(self.count, max(expected, 2 * held_rows))
+            )
         used = len(self)
         grown: KVCache = []
         for layer, sides in enumerate(like):
@@ -143,12 +160,20 @@ class PrefillCache(Cache):
         """Per layer the keys and the values of each text."""
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        keys, values = (list(states.split(self._lengths, dim=2)) for states in (key_states, value_states))
+        keys, values = (
+            list(states.split(self._lengths, dim=2)) for states in (key_states, value_states)
+        )
         if self._prefixes is not None:
             keys = [
-                torch.cat([prefix[layer_idx][0], own], dim=2) for prefix, own in zip(self._prefixes, keys, strict=True)
+                torch.cat([prefix[layer_idx][0], own], dim=2)
+                for prefix, own in zip(self._prefixes, keys, strict=True)
             ]
             values = [
                 torch.cat([prefix[layer_idx][1], own], dim=2)
@@ -175,7 +200,12 @@ class SlotCache(Cache):
         self._rows = torch.arange(len(lengths), device=lengths.device)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
         keys, values = self._kv_cache[layer_idx]
         keys[self._rows, :, self._lengths] = key_states[:, :, 0]

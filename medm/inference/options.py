@@ -31,8 +31,8 @@ class GenerationOptions(Options):
     batch size."""
     compile: bool = False
     """Compile the decode step: about a minute before the first reply, and again when prompts and
-    replies outgrow the KV cache. Worth it for many records on a GPU; a CPU gains with few prompts at
-    once."""
+    replies outgrow the KV cache. Worth it for many records on a GPU; a CPU gains with few prompts
+    at once."""
 
     @model_validator(mode="before")
     @classmethod
@@ -48,7 +48,8 @@ class GenerationOptions(Options):
         if other := sorted(set(value) & _ONLY_IN_GENERATE):
             raise ValueError(
                 f"{', '.join(other)}: not offered in continuous batching; expected some of "
-                f"{', '.join(cls.model_fields)}. In Python, `generate` of the transformers model takes it"
+                f"{', '.join(cls.model_fields)}. In Python, `generate` of the transformers model "
+                "takes it"
             )
         return value
 
@@ -56,7 +57,10 @@ class GenerationOptions(Options):
     def _consistent(self) -> GenerationOptions:
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             name = "top_p" if self.top_p < 1 else "top_k"
-            raise ValueError(f"{name}: nothing is sampled at temperature 0; set a temperature, or leave {name} out")
+            raise ValueError(
+                f"{name}: nothing is sampled at temperature 0; set a temperature, or leave {name} "
+                "out"
+            )
         return self
 
 
@@ -66,9 +70,11 @@ class InferenceOptions(Options):
     generation: GenerationOptions = GenerationOptions()
     """How the tokens of a reply are chosen."""
     batch_size: int = Field(default=8, ge=1)
-    """Prompts decoded at once; a batch that does not fit the memory of a GPU is halved by itself."""
+    """Prompts decoded at once; a batch that does not fit the memory of a GPU is halved by
+    itself."""
     processes: int = Field(default=1, ge=1)
-    """Processes on this machine, each with the model; on GPUs one each. Under `medm launch`, that says how many."""
+    """Processes on this machine, each with the model; on GPUs one each. Under `medm launch`, that
+    says how many."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that read and prepare images for each of them. Default: by the number of cores."""
     device: str = "auto"
@@ -85,12 +91,15 @@ class InferOptions(InferenceOptions):
     model: str
     """Model folder that medm saved."""
     data: str
-    """JSON array or JSONL of records; a last reply is not shown to the model and kept as `answer`."""
+    """JSON array or JSONL of records; a last reply is not shown to the model and kept as
+    `answer`."""
     root: str | None = None
     """Folder that image and volume paths are relative to. Default: the folder of `data`."""
     output: str
-    """JSONL file to append to, one line per record once it has its reply. A run that was stopped resumes in it."""
+    """JSONL file to append to, one line per record once it has its reply. A run that was stopped
+    resumes in it."""
     json_output: str | None = None
-    """Where the records with their replies are written at the end, as one JSON array in MedM-VL's form."""
+    """Where the records with their replies are written at the end, as one JSON array in MedM-VL's
+    form."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first N records."""

@@ -1,8 +1,9 @@
-"""The output of batch inference: lines that are appended as they come, survive a kill, and are never written twice.
+"""The output of batch inference: lines that are appended as they come, survive a kill, and are
+never written twice.
 
-Beside `out.jsonl` stands `out.jsonl.run.json`, which says what the lines are replies to: a run resumes only with
-the same data, model and settings. Several processes write a part each, which are merged at the end. One run at a time
-holds the output as a whole.
+Beside `out.jsonl` stands `out.jsonl.run.json`, which says what the lines are replies to: a run
+resumes only with the same data, model and settings. Several processes write a part each, which are
+merged at the end. One run at a time holds the output as a whole.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from medm.os_errors import explain, naming, require_writable
 logger = logging.getLogger(__name__)
 
 _SAMPLE, _SAMPLES = 64 * 1024, 64
-_SMALL_FILES = ("config", "generation_config", "processor_config", "tokenizer", "special_tokens", "chat_template")
+_SMALL_FILES = (
+    "config",
+    "generation_config",
+    "processor_config",
+    "tokenizer",
+    "special_tokens",
+    "chat_template",
+)
 """Beginnings of the names of files, other than weights, that a reply depends on."""
 _NOTES = "last_run"
 """Key of the settings file under which the options stand that replies do not depend on."""
@@ -50,7 +58,7 @@ class Results:
 
     def __init__(
         self, output: Path, settings: Mapping[str, Any], notes: Mapping[str, Any] | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.output, self.settings, self.notes = output, dict(settings), dict(notes or {})
         self.sidecar = output.with_name(f"{output.name}.run.json")
 
@@ -66,7 +74,10 @@ class Results:
         """
         require_writable(self.output)
         if self.output.exists() and not self.output.is_file():
-            raise MedmError(f"{self.output}: expected a file, found a device, pipe or socket; choose another --output")
+            raise MedmError(
+                f"{self.output}: expected a file, found a device, pipe or socket; choose another "
+                "--output"
+            )
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with _alone(self.output):
             try:
@@ -77,7 +88,8 @@ class Results:
                         file.unlink(missing_ok=True)
 
     def begin(self, *, overwrite: bool = False) -> None:
-        """Make ready to append; one process does this while it holds the output, before any of them writes.
+        """Make ready to append; one process does this while it holds the output, before any of them
+        writes.
 
         Raises:
             RecipeError: the file holds replies of another run.
@@ -91,18 +103,20 @@ class Results:
             changes = self._changes()
             if changes and any("reply" in line for line in self.done().values()):
                 raise RecipeError(
-                    f"{self.output}: holds replies of another run ({'; '.join(changes)}); choose another --output, "
-                    "repeat the run as it was, or --overwrite"
+                    f"{self.output}: holds replies of another run ({'; '.join(changes)}); choose "
+                    "another --output, repeat the run as it was, or --overwrite"
                 )
             if changes:  # a run that answered nothing does not bind the next one
                 self._remove_lines()
         elif self.output.exists() and self.output.stat().st_size:
             raise RecipeError(
-                f"{self.output}: exists, and no {self.sidecar.name} beside it says what its lines are; choose another "
-                "--output, or --overwrite it"
+                f"{self.output}: exists, and no {self.sidecar.name} beside it says what its lines "
+                "are; choose another --output, or --overwrite it"
             )
         content = {**self.settings, _NOTES: self.notes}
-        atomic_write_text(self.sidecar, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        atomic_write_text(
+            self.sidecar, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        )
 
     def _remove_lines(self) -> None:
         for file in (self.sidecar, *self._files()):
@@ -115,7 +129,10 @@ class Results:
         except ValueError:
             before = None
         if not isinstance(before, dict):
-            raise MedmError(f"{self.sidecar}: damaged, expected a JSON object; --overwrite, or choose another --output")
+            raise MedmError(
+                f"{self.sidecar}: damaged, expected a JSON object; --overwrite, or choose another "
+                "--output"
+            )
         before, now = _upgrade(before), json.loads(json.dumps(self.settings))
         changes = []
         for key in sorted({*now, *before} - {_NOTES}):
@@ -127,13 +144,17 @@ class Results:
                 changes.append(_IN_WORDS[key])
             elif isinstance(old, dict) and isinstance(new, dict):
                 inner = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-                changes += [f"{name} was {old.get(name)!r} and is now {new.get(name)!r}" for name in inner]
+                changes += [
+                    f"{name} was {old.get(name)!r} and is now {new.get(name)!r}" for name in inner
+                ]
             else:
                 changes.append(f"{key} was {old!r} and is now {new!r}")
         return changes
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The line of each record, of all files: its reply, or else its last error. Torn last lines are passed over."""
+        """The line of each record, of all files: its reply, or else its last error. Torn last lines
+        are passed over.
+        """
         lines: dict[int, dict[str, Any]] = {}
         for file in (self.output, *self._parts()):
             for line in read_lines(file):
@@ -144,8 +165,14 @@ class Results:
 
     @contextmanager
     def append(self, *, rank: int = 0, world: int = 1) -> Iterator[Appender]:
-        """A file to append to: the output itself, or this process's part of it. It is locked while it is open."""
-        file = self.output if world == 1 else self.output.with_name(f"{self.output.name}.part-{rank}-of-{world}")
+        """A file to append to: the output itself, or this process's part of it. It is locked while
+        it is open.
+        """
+        file = (
+            self.output
+            if world == 1
+            else self.output.with_name(f"{self.output.name}.part-{rank}-of-{world}")
+        )
         with Appender(file) as appender:
             yield appender
 
@@ -169,11 +196,15 @@ class Results:
 def _upgrade(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings that an earlier version wrote with the generation options of this one.
 
-    An option that is new has its default, which is what the earlier version did; one that is gone is left out where
-    it said what this version does. Options that this version refuses stay as they are, and count as a change.
+    An option that is new has its default, which is what the earlier version did; one that is gone
+    is left out where it said what this version does. Options that this version refuses stay as they
+    are, and count as a change.
     """
     with suppress(ValidationError, KeyError):
-        return {**settings, "generation": GenerationOptions.model_validate(settings["generation"]).model_dump()}
+        return {
+            **settings,
+            "generation": GenerationOptions.model_validate(settings["generation"]).model_dump(),
+        }
     return settings
 
 
@@ -185,7 +216,8 @@ def _alone(output: Path) -> Iterator[None]:
             stack.enter_context(lock_file(output.with_name(f".{output.name}.lock"), target=output))
         except LockedError as error:
             raise MedmError(
-                f"{output}: another run is writing to it ({error}); wait for it, or choose another --output"
+                f"{output}: another run is writing to it ({error}); wait for it, or choose "
+                "another --output"
             ) from None
         yield
 
@@ -197,8 +229,8 @@ def _require_unused(file: Path) -> None:
             lock(stream, shared=True)
         except LockedError:
             raise MedmError(
-                f"{file}: a process of an earlier run is still writing to it; it ends after its batch: run the same "
-                "command again in a moment"
+                f"{file}: a process of an earlier run is still writing to it; it ends after its "
+                "batch: run the same command again in a moment"
             ) from None
 
 
@@ -230,14 +262,19 @@ class Appender:
         return self
 
     def __exit__(
-        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
     ) -> None:
         try:
             self._stream.close()
         except OSError as closing:
             if error is None:
                 raise self._cannot_write(closing) from None
-            logger.debug("%s: closing failed too: %s", self.file, closing)  # the first error says what to do
+            logger.debug(
+                "%s: closing failed too: %s", self.file, closing
+            )  # the first error says what to do
 
     def add(self, lines: list[dict[str, Any]]) -> None:
         """Write some lines; when this returns they survive a kill and a power failure.
@@ -255,7 +292,10 @@ class Appender:
 
     def _cannot_write(self, error: OSError) -> MedmError:
         error.filename = str(self.file)
-        reason = explain(error) or f"{self.file}: cannot be written ({error}); run the same command again"
+        reason = (
+            explain(error)
+            or f"{self.file}: cannot be written ({error}); run the same command again"
+        )
         return MedmError(f"{reason}. It resumes after the last complete line")
 
     def _drop_torn_line(self) -> None:
@@ -289,16 +329,23 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
             try:
                 content = json.loads(line)
             except ValueError as error:
-                raise MedmError(f"{file}, line {number}: damaged ({error}); delete the line, or --overwrite") from None
+                raise MedmError(
+                    f"{file}, line {number}: damaged ({error}); delete the line, or --overwrite"
+                ) from None
             if not isinstance(content, dict) or not isinstance(content.get("index"), int):
-                raise MedmError(f"{file}, line {number}: expected an object with an 'index'; delete it, or --overwrite")
+                raise MedmError(
+                    f"{file}, line {number}: expected an object with an 'index'; delete it, or "
+                    "--overwrite"
+                )
             yield content
 
 
 def model_fingerprint(folder: Path) -> str:
-    """A name of a model folder's content: its small files whole, and samples spread over its weights.
+    """A name of a model folder's content: its small files whole, and samples spread over its
+    weights.
 
-    Hashing gigabytes would take longer than many a run; two trainings differ in nearly every block of their weights.
+    Hashing gigabytes would take longer than many a run; two trainings differ in nearly every block
+    of their weights.
     """
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.is_file()):

@@ -69,7 +69,9 @@ class _PrepackedLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., D)."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        logits: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed[0], self._source[1], "none", [], "")
+        logits: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self._packed[0], self._source[1], "none", [], ""
+        )
         return logits.reshape(*hidden.shape[:-1], -1)
 
 

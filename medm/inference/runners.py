@@ -109,11 +109,15 @@ class BatchedRunner:
 
     shares_prefixes = True
 
-    def __init__(self, language_model: CausalLM, *, suppress: Collection[int], slots: int, compiled: bool) -> None:
+    def __init__(
+        self, language_model: CausalLM, *, suppress: Collection[int], slots: int, compiled: bool
+    ) -> None:
         self.language_model, self.compiled = language_model, compiled
         language_model.set_attn_implementation(PER_DOCUMENT)
         self._count = slots
-        self._suppress = torch.tensor(sorted(suppress), dtype=torch.long, device=language_model.device)
+        self._suppress = torch.tensor(
+            sorted(suppress), dtype=torch.long, device=language_model.device
+        )
         self._cache_argument = cache_argument(language_model.forward)
         self._run = torch.compile(self._step, mode=COMPILE_MODE) if compiled else self._step
         self._slots = self._new_slots()
@@ -128,16 +132,30 @@ class BatchedRunner:
         groups = shared_prefixes(range(len(texts)), [text.signature for text in texts])
         shared = [(length, members) for length, members in groups if length]
         prefixes = [
-            kv_cache for kv_cache, _, _ in self._prefill_texts([texts[m[0]].embeds[:n] for n, m in shared], None)
+            kv_cache
+            for kv_cache, _, _ in self._prefill_texts(
+                [texts[m[0]].embeds[:n] for n, m in shared], None
+            )
         ]
-        prefix_of = {row: prefix for prefix, (_, members) in zip(prefixes, shared, strict=True) for row in members}
+        prefix_of = {
+            row: prefix
+            for prefix, (_, members) in zip(prefixes, shared, strict=True)
+            for row in members
+        }
         lengths = {row: length for length, members in shared for row in members}
         rows = range(len(texts))
         # Texts with a shared prefix run apart: only they have more keys than queries.
-        for part in ([row for row in rows if row in prefix_of], [row for row in rows if row not in prefix_of]):
+        for part in (
+            [row for row in rows if row in prefix_of],
+            [row for row in rows if row not in prefix_of],
+        ):
             own = [texts[row].embeds[lengths.get(row, 0) :] for row in part]
-            own_prefixes = [prefix_of[row] for row in part] if part and part[0] in prefix_of else None
-            for row, (kv_cache, token, logits) in zip(part, self._prefill_texts(own, own_prefixes), strict=True):
+            own_prefixes = (
+                [prefix_of[row] for row in part] if part and part[0] in prefix_of else None
+            )
+            for row, (kv_cache, token, logits) in zip(
+                part, self._prefill_texts(own, own_prefixes), strict=True
+            ):
                 yield row, Prefilled(kv_cache, token, logits)
 
     def _prefill_texts(
@@ -156,7 +174,9 @@ class BatchedRunner:
     ) -> Iterator[tuple[KVCache, Tensor, Tensor]]:
         device = texts[0].device
         lengths = [len(text) for text in texts]
-        starts = [0] * len(texts) if prefixes is None else [prefix[0][0].shape[2] for prefix in prefixes]
+        starts = (
+            [0] * len(texts) if prefixes is None else [prefix[0][0].shape[2] for prefix in prefixes]
+        )
         ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         kv_lengths = [length + start for length, start in zip(lengths, starts, strict=True)]
         row = torch.cat(texts)[None]
@@ -196,7 +216,11 @@ class BatchedRunner:
         self._slots = self._new_slots()
 
     def _step(
-        self, tokens: Tensor, lengths: Tensor, kv_cache: KVCache, kv_lengths: list[tuple[int, int]] | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        kv_cache: KVCache,
+        kv_lengths: list[tuple[int, int]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the tokens after `tokens` (R,) and their logits, and write keys and values at
         `lengths`.
@@ -228,7 +252,9 @@ class SeparateRunner:
 
     def __init__(self, language_model: CausalLM, *, suppress: Collection[int]) -> None:
         self.language_model = language_model
-        self._suppress = torch.tensor(sorted(suppress), dtype=torch.long, device=language_model.device)
+        self._suppress = torch.tensor(
+            sorted(suppress), dtype=torch.long, device=language_model.device
+        )
         self._cache_argument = cache_argument(language_model.forward)
         self._caches: list[Cache] = []
         self._tokens: list[Tensor] = []
@@ -238,7 +264,9 @@ class SeparateRunner:
 
     def prefill(self, texts: Sequence[Text]) -> Iterator[tuple[int, Prefilled]]:
         for position, text in enumerate(texts):
-            output = self.language_model(inputs_embeds=text.embeds[None], use_cache=True, logits_to_keep=1)
+            output = self.language_model(
+                inputs_embeds=text.embeds[None], use_cache=True, logits_to_keep=1
+            )
             token, logits = _most_probable(output.logits[:, -1], self._suppress)
             yield position, Prefilled(output[self._cache_argument], token, logits)
 
@@ -259,7 +287,10 @@ class SeparateRunner:
         steps = []
         for token, cache in zip(self._tokens, self._caches, strict=True):
             output = self.language_model(
-                input_ids=token[:, None], **{self._cache_argument: cache}, use_cache=True, logits_to_keep=1
+                input_ids=token[:, None],
+                **{self._cache_argument: cache},
+                use_cache=True,
+                logits_to_keep=1,
             )
             steps.append(_most_probable(output.logits[:, -1], self._suppress))
         tokens, logits = (torch.cat(side) for side in zip(*steps, strict=True))
@@ -312,7 +343,9 @@ def shared_length(one: np.ndarray, other: np.ndarray) -> int:
     return int(differing[0]) if len(differing) else width
 
 
-def shared_prefixes(rows: Sequence[int], signatures: Sequence[np.ndarray]) -> list[tuple[int, list[int]]]:
+def shared_prefixes(
+    rows: Sequence[int], signatures: Sequence[np.ndarray]
+) -> list[tuple[int, list[int]]]:
     """Return groups of rows with the length of their shared prefix; 0 for rows without one of note.
 
     The last token of a prompt is never shared: its logits give the first token of the reply.
@@ -327,7 +360,11 @@ def shared_prefixes(rows: Sequence[int], signatures: Sequence[np.ndarray]) -> li
 
     for place in order:
         if group:
-            common = min(length, shared_length(signatures[group[0]], signatures[place]), len(signatures[place]) - 1)
+            common = min(
+                length,
+                shared_length(signatures[group[0]], signatures[place]),
+                len(signatures[place]) - 1,
+            )
             # Joining must not cost the group more shared tokens than the newcomer brings.
             if common >= MIN_PREFIX and (len(group) + 1) * common >= len(group) * (
                 length if len(group) > 1 else common

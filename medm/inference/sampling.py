@@ -58,7 +58,9 @@ class Sampler:
     def draw(self, logits: Tensor) -> Tensor:
         """Return a token, (1,), for the logits of one row, (1, V)."""
         self._before = self._generator.get_state()
-        no_ids = cast(torch.LongTensor, torch.empty(1, 0, dtype=torch.long))  # none of these processors reads them
+        no_ids = cast(
+            torch.LongTensor, torch.empty(1, 0, dtype=torch.long)
+        )  # none of these processors reads them
         warped = self._warpers(no_ids, cast(torch.FloatTensor, logits.float()))
         return torch.multinomial(warped.softmax(dim=-1), 1, generator=self._generator)[0]
 

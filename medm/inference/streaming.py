@@ -48,5 +48,7 @@ def _shared(one: str, other: str) -> str:
     """Return the characters with which both texts begin."""
     if other.startswith(one):
         return one
-    length = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
+    length = next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other)
+    )
     return one[:length]

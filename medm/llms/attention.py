@@ -1,7 +1,9 @@
-"""Attention over a row of packed samples, each by itself: no mask over the whole row is made or read.
+"""Attention over a row of packed samples, each by itself: no mask over the whole row is made or
+read.
 
-Registered with transformers under `PER_DOCUMENT`, so that any language model can be switched to it. A call that does
-not say where samples begin (padded batches, steps of decoding) goes to transformers' own "sdpa".
+Registered with transformers under `PER_DOCUMENT`, so that any language model can be switched to it.
+A call that does not say where samples begin (padded batches, steps of decoding) goes to
+transformers' own "sdpa".
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def attend_per_document(
     kv_lengths: list[tuple[int, int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sample of one row. Its last query sees all its keys, of which may be more.
+    """Causal attention inside each sample of one row. Its last query sees all its keys, of which
+    may be more.
 
     Args:
         module: the attention layer; says how many query heads share a key head.
@@ -62,8 +65,8 @@ def attend_per_document(
         max_length_q: tokens of the longest sample.
         cu_seq_lens_k: the same for the keys.
         max_length_k: keys of the sample that has most.
-        kv_lengths: in a decode step, for each group of consecutive rows the number of rows and the most keys of one of
-            them; keys beyond are not read.
+        kv_lengths: in a decode step, for each group of consecutive rows the number of rows and the
+            most keys of one of them; keys beyond are not read.
         kwargs: for "sdpa", where that is asked.
 
     Returns:
@@ -74,10 +77,17 @@ def attend_per_document(
         rows = [count for count, _ in kv_lengths]
         parts = [
             sdpa_attention_forward(
-                module, q, k[:, :, :kv_length], v[:, :, :kv_length], mask[..., :kv_length], scaling=scaling
+                module,
+                q,
+                k[:, :, :kv_length],
+                v[:, :, :kv_length],
+                mask[..., :kv_length],
+                scaling=scaling,
             )[0]
             for (_, kv_length), q, k, v, mask in zip(
-                kv_lengths, *(tensor.split(rows) for tensor in (query, key, value, attention_mask)), strict=True
+                kv_lengths,
+                *(tensor.split(rows) for tensor in (query, key, value, attention_mask)),
+                strict=True,
             )
         ]
         return torch.cat(parts), None
@@ -87,7 +97,9 @@ def attend_per_document(
         )
     dtype = _computed_in(query)
     if _on_gpu(query) and dropout == 0.0 and dtype in _KERNEL_TYPES and _varlen_options():
-        q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # (T, H or K, D)
+        q, k, v = (
+            tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)
+        )  # (T, H or K, D)
         ends = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
         longest = (int(max_length_q or 0), int(max_length_k or max_length_q or 0))
         return _varlen(q, k, v, ends, longest, scaling)[None], None
@@ -95,29 +107,40 @@ def attend_per_document(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     asked = cu_seq_lens_q.diff().tolist()
     held = asked if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
-    # Split, not sliced: the gradients of slices are added up over the whole row, one sample after another.
-    samples = zip(query.split(asked, dim=2), key.split(held, dim=2), value.split(held, dim=2), strict=True)
+    # Split, not sliced: the gradients of slices are added up over the whole row, one sample after
+    # another.
+    samples = zip(
+        query.split(asked, dim=2), key.split(held, dim=2), value.split(held, dim=2), strict=True
+    )
     attended = [_causal(q, k, v, dropout, scaling) for q, k, v in samples]
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
     """Of one sample; the last query sees every key."""
     asked, held = query.shape[2], key.shape[2]
     if asked == held:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
+        )
     mask = causal_lower_right(asked, held)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
 
 
 def enable_padding_free(model: CausalLM) -> bool:
-    """Prepare a language model for padding-free packing; it is switched to `PER_DOCUMENT` where that helps.
+    """Prepare a language model for padding-free packing; it is switched to `PER_DOCUMENT` where
+    that helps.
 
     Args:
         model: a causal language model of transformers.
 
     Returns:
-        True: a batch may be one row with the beginning of each sample. False: rows have to be short, since their
+        True: a batch may be one row with the beginning of each sample. False: rows have to be
+            short, since their
         attention runs over the whole of a row (a window, soft caps, "eager" and "flex_attention").
     """
     attention = str(model.config.get_text_config()._attn_implementation)
@@ -132,7 +155,8 @@ def enable_padding_free(model: CausalLM) -> bool:
 def check_usable(attention: str) -> None:
     """Refuse an attention implementation that this machine cannot train with.
 
-    The kernels that transformers would fetch from the hub in the place of a missing package do not count.
+    The kernels that transformers would fetch from the hub in the place of a missing package do not
+    count.
 
     Raises:
         RecipeError: its package or its device is missing.
@@ -149,15 +173,17 @@ def check_usable(attention: str) -> None:
             missing = "a GPU (PyTorch has no gradients of it on a CPU)"
     if missing is not None:
         raise RecipeError(
-            f"model.llm.attention: {attention!r} needs {missing}, which this machine does not have; "
-            "set model.llm.attention=sdpa"
+            f"model.llm.attention: {attention!r} needs {missing}, which this machine does not "
+            "have; set model.llm.attention=sdpa"
         )
 
 
 def attends_to_all(model: CausalLM) -> bool:
-    """Whether each token of a language model attends to all before it, in layers that take their attention by name.
+    """Whether each token of a language model attends to all before it, in layers that take their
+    attention by name.
 
-    Not so: windows, layers of other kinds, soft caps on the scores, code that calls its attention itself.
+    Not so: windows, layers of other kinds, soft caps on the scores, code that calls its attention
+    itself.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -170,9 +196,13 @@ def attends_to_all(model: CausalLM) -> bool:
 
 
 def in_one_kernel(model: CausalLM, *, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the samples of a row are attended to in one call, whatever their lengths, which a compiler can follow."""
+    """Whether the samples of a row are attended to in one call, whatever their lengths, which a
+    compiler can follow.
+    """
     dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-    return device.type == "cuda" and dtype in _KERNEL_TYPES and not dropout and bool(_varlen_options())
+    return (
+        device.type == "cuda" and dtype in _KERNEL_TYPES and not dropout and bool(_varlen_options())
+    )
 
 
 def no_mask(model: CausalLM, row: Tensor) -> Tensor | None:
@@ -184,7 +214,9 @@ def no_mask(model: CausalLM, row: Tensor) -> Tensor | None:
 
 
 def _computed_in(query: Tensor) -> torch.dtype:
-    """The precision of the attention. Rotary embeddings in float32 make float32 of what a layer computed in less."""
+    """The precision of the attention. Rotary embeddings in float32 make float32 of what a layer
+    computed in less.
+    """
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
@@ -194,10 +226,16 @@ def _on_gpu(query: Tensor) -> bool:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
     scaling: float | None,
-) -> Tensor:  # fmt: skip
-    """(T, H, D), (S, K, D) twice, to (T, H, D); where samples begin and how long they are, of queries and of keys."""
+) -> Tensor:
+    """(T, H, D), (S, K, D) twice, to (T, H, D); where samples begin and how long they are, of
+    queries and of keys.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
@@ -205,7 +243,9 @@ def _varlen(
         if "enable_gqa" in _varlen_options():
             options["enable_gqa"] = True
         else:
-            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+            key, value = (
+                t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value)
+            )
     return cast(Tensor, varlen_attn(query, key, value, *starts, *longest, scale=scaling, **options))
 
 

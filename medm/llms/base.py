@@ -21,8 +21,8 @@ class LLMFamily:
     template: str | None = None
     """Name of a template in `templates/`, used when the tokenizer brings none."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Fixed variables of the chat template, saved in every checkpoint, so that a prompt does not depend on the
-    day or on a library's default."""
+    """Fixed variables of the chat template, saved in every checkpoint, so that a prompt does not
+    depend on the day or on a library's default."""
 
 
 AUTO = LLMFamily()
@@ -39,6 +39,7 @@ def read_template(name_or_path: str) -> str:
     if not file.is_file():
         names = [path.stem for path in TEMPLATES.glob("*.jinja")]
         raise RecipeError(
-            f"chat_template {name_or_path!r}: no such file, and no template of medm{suggest(name_or_path, names)}"
+            f"chat_template {name_or_path!r}: no such file, and no template of "
+            f"medm{suggest(name_or_path, names)}"
         )
     return file.read_text(encoding="utf-8")

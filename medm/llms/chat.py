@@ -1,9 +1,10 @@
 """Turns to token ids and a label mask of the replies, in one pass through a chat template.
 
-The template is rendered with a mark in the place of each message. Only what the template itself wrote may
-become control tokens; what people wrote is encoded with control tokens switched off, so that a user who
-types `<|im_end|>` or `<image>` gets those letters and nothing else. The text between two control tokens is
-encoded as one piece, which gives the same ids as the tokenizer gives for the rendered string.
+The template is rendered with a mark in the place of each message. Only what the template itself
+wrote may become control tokens; what people wrote is encoded with control tokens switched off, so
+that a user who types `<|im_end|>` or `<image>` gets those letters and nothing else. The text
+between two control tokens is encoded as one piece, which gives the same ids as the tokenizer gives
+for the rendered string.
 
 A control token of a reply (`[SEG]`) is a part of ids. It is learned as the words around it are.
 """
@@ -55,7 +56,8 @@ class ChatFormat:
         tokenizer: any fast tokenizer.
         template: Jinja chat template; its clock is stopped, see `fix_clock`.
         template_kwargs: fixed variables of the template.
-        reply_tokens: special tokens that parts of a reply alone stand for; in the template they are letters.
+        reply_tokens: special tokens that parts of a reply alone stand for; in the template they are
+            letters.
     """
 
     def __init__(
@@ -88,7 +90,8 @@ class ChatFormat:
             continue_final: end with the last message, without what the template writes after it.
 
         Raises:
-            DataError: the template refuses this conversation (no system turn, roles that do not alternate).
+            DataError: the template refuses this conversation (no system turn, roles that do not
+                alternate).
             RecipeError: the template loses a message, or writes no end token after a reply.
         """
         ids: list[int] = []
@@ -117,15 +120,17 @@ class ChatFormat:
                     for text, control in self._split_control(part):
                         buffer += text
                         if control is not None:
-                            # White space that a template puts before the end token belongs to the reply's end.
+                            # White space that a template puts before the end token belongs to the
+                            # reply's end.
                             flush(is_target=reply_is_open and not text.strip())
                             ids.append(control)
                             learned.append(reply_is_open)
                             reply_is_open = False
             if piece.from_template and reply_is_open:
                 raise RecipeError(
-                    "the chat template writes no end token after a reply, so a model could not learn to stop; "
-                    "set model.llm.chat_template to a template that ends replies with a special token"
+                    "the chat template writes no end token after a reply, so a model could not "
+                    "learn to stop; set model.llm.chat_template to a template that ends replies "
+                    "with a special token"
                 )
             if piece.from_assistant:
                 flush(is_target=True)
@@ -133,7 +138,9 @@ class ChatFormat:
         flush()
         return ids, learned
 
-    def to_text(self, messages: Sequence[Message], *, generation: bool = False, continue_final: bool = False) -> str:
+    def to_text(
+        self, messages: Sequence[Message], *, generation: bool = False, continue_final: bool = False
+    ) -> str:
         """The conversation as the template writes it, for people. All parts are text."""
         pieces = self._pieces(messages, generation, continue_final)
         return "".join(str(part) for piece in pieces for part in piece.parts)
@@ -143,13 +150,16 @@ class ChatFormat:
         ids, learned = self.encode([Message("user", ["?"]), Message("assistant", ["!"])])
         return [token for token, is_target in zip(ids, learned, strict=True) if is_target][-1]
 
-    def _pieces(self, messages: Sequence[Message], generation: bool, continue_final: bool) -> Iterator[_Piece]:
+    def _pieces(
+        self, messages: Sequence[Message], generation: bool, continue_final: bool
+    ) -> Iterator[_Piece]:
         rendered = self._render(messages, generation)
         found = [int(match) for match in _MARKS.findall(rendered)]
         if found != list(range(len(messages))):
             raise RecipeError(
-                f"the chat template wrote messages {found} of a conversation of {len(messages)}; expected each once "
-                "and in order. Set model.llm.chat_template to a template that does"
+                f"the chat template wrote messages {found} of a conversation of {len(messages)}; "
+                "expected each once and in order. Set model.llm.chat_template to a template that "
+                "does"
             )
         texts = _MARKS.split(rendered)  # template, index, template, index, ..., template
         before = texts[0]
@@ -183,16 +193,23 @@ class ChatFormat:
             raise self._fault(error, messages) from None
 
     def _apply(self, messages: Sequence[Message], generation: bool) -> str:
-        marked = [{"role": message.role, "content": _MARK.format(i)} for i, message in enumerate(messages)]
+        marked = [
+            {"role": message.role, "content": _MARK.format(i)} for i, message in enumerate(messages)
+        ]
         return str(
             self.tokenizer.apply_chat_template(
-                marked, chat_template=self.template, tokenize=False, add_generation_prompt=generation,
+                marked,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=generation,
                 **self.template_kwargs,
             )
-        )  # fmt: skip
+        )
 
     def _fault(self, error: Exception, messages: Sequence[Message]) -> DataError | RecipeError:
-        """Blame the conversation where the template refuses it or works for a plain question, else the template."""
+        """Blame the conversation where the template refuses it or works for a plain question, else
+        the template.
+        """
         refused = type(error) is TemplateError  # `raise_exception`, which templates call on purpose
         if refused or self._renders_a_question:
             roles = ", ".join(message.role for message in messages)
@@ -200,8 +217,9 @@ class ChatFormat:
             return DataError(f"the model's chat template {verb} turns of roles [{roles}]: {error}")
         line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         return RecipeError(
-            f"the model's chat template has an error ({type(error).__name__}{line}: {error}); correct "
-            "chat_template.jinja in the model folder, or set model.llm.chat_template to a template that works"
+            f"the model's chat template has an error ({type(error).__name__}{line}: {error}); "
+            "correct chat_template.jinja in the model folder, or set model.llm.chat_template to "
+            "a template that works"
         )
 
     @cached_property
@@ -213,7 +231,9 @@ class ChatFormat:
         return True
 
     def _split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """(text, control token after it) pairs; the last has none. A token that strips its sides does so here."""
+        """(text, control token after it) pairs; the last has none. A token that strips its sides
+        does so here.
+        """
         start, strip_left = 0, False
         for match in self._control_pattern.finditer(text):
             index, token = self._control[match.group()]
@@ -227,4 +247,6 @@ class ChatFormat:
     def _encode_text(self, text: str) -> list[int]:
         if not text:
             return []
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return list(
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )

@@ -1,7 +1,8 @@
 """The LM head of transformers' causal language models: logits as each family scales them.
 
-A model computes logits at every position. Training needs them at the labeled ones alone, so the scaling that a family
-puts after its LM head is repeated here, by the field of its config that holds the number.
+A model computes logits at every position. Training needs them at the labeled ones alone, so the
+scaling that a family puts after its LM head is repeated here, by the field of its config that holds
+the number.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def lm_logits(language_model: CausalLM, hidden: Tensor) -> Tensor:
 def has_known_logits(language_model: CausalLM) -> bool:
     """Return whether `lm_logits` computes what the model itself computes after its decoder.
 
-    Two random hidden states, large enough for a soft cap to show, stand in for the output of the decoder, so that
-    the probe costs a run of the LM head alone.
+    Two random hidden states, large enough for a soft cap to show, stand in for the output of the
+    decoder, so that the probe costs a run of the LM head alone.
     """
     decoder, head = language_model.base_model, language_model.get_output_embeddings()
     width = language_model.get_input_embeddings().embedding_dim

@@ -1,10 +1,12 @@
-"""Metrics: predictions and references in, values with intervals out. They know no model and no benchmark.
+"""Metrics: predictions and references in, values with intervals out. They know no model and no
+benchmark.
 
 The table at the end has one line a metric: a function
-`metric(predictions, references, *, resampling=..., **options) -> list[MetricResult]`. Adding one is a function
-and a line here. What kind of pair a metric compares stands in `takes` of its options class. Values that the
-literature writes in percent are fractions here (BLEU 0.31, not 31). Names that begin with `uni-med-` or `m3d-bench-`
-repeat a benchmark's original scoring, its quirks included, and are reported beside the corrected metrics.
+`metric(predictions, references, *, resampling=..., **options) -> list[MetricResult]`. Adding one is
+a function and a line here. What kind of pair a metric compares stands in `takes` of its options
+class. Values that the literature writes in percent are fractions here (BLEU 0.31, not 31). Names
+that begin with `uni-med-` or `m3d-bench-` repeat a benchmark's original scoring, its quirks
+included, and are reported beside the corrected metrics.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class MetricOptions(Options):
     """Registered name of the metric."""
     takes: ClassVar[Literal["text", "label", "score", "box", "mask", "similarity"]] = "text"
     external: ClassVar[bool] = False
-    """The metric loads a model or starts another program: it is left out where items are scored one by one."""
+    """The metric loads a model or starts another program: it is left out where items are scored one
+    by one."""
 
     def require_available(self) -> None:
         """Refuse an external metric that this machine cannot compute, without starting it.
@@ -63,14 +66,16 @@ class BoxMetricOptions(MetricOptions):
 
     takes: ClassVar[Literal["box"]] = "box"
     codec: Literal["uni-med", "thousand", "m3d"] = "uni-med"
-    """How boxes are written where predictions and references are texts (see `medm.metrics.boxes`)."""
+    """How boxes are written where predictions and references are texts (see
+    `medm.metrics.boxes`)."""
 
 
 class M3DBoxMetricOptions(BoxMetricOptions):
     """M3D-Bench's own scoring of boxes."""
 
     codec: Literal["uni-med", "thousand", "m3d"] = "m3d"
-    """How boxes are written where predictions and references are texts (see `medm.metrics.boxes`)."""
+    """How boxes are written where predictions and references are texts (see
+    `medm.metrics.boxes`)."""
 
 
 class BoxAccuracyOptions(BoxMetricOptions):
@@ -96,16 +101,16 @@ class BleuOptions(MetricOptions):
     """Corpus BLEU of sacrebleu."""
 
     tokenize: Literal["13a", "intl", "zh", "char"] = "13a"
-    """sacrebleu's tokenizer: `13a` for English, `intl` for other languages with spaces, `zh` for Chinese, `char` for any
-    script."""
+    """sacrebleu's tokenizer: `13a` for English, `intl` for other languages with spaces, `zh` for
+    Chinese, `char` for any script."""
 
 
 class RougeOptions(MetricOptions):
     """ROUGE."""
 
     words: Literal["rouge-score", "unicode"] = "rouge-score"
-    """`rouge-score`: runs of a to z and digits, as published. `unicode`: words of any language; in scripts without
-    spaces each character."""
+    """`rouge-score`: runs of a to z and digits, as published. `unicode`: words of any language; in
+    scripts without spaces each character."""
 
     stem: bool = False
     """Compare Porter stems."""
@@ -115,8 +120,8 @@ class NLTKBleuOptions(MetricOptions):
     """Mean sentence BLEU."""
 
     smoothing: Literal["none", "epsilon", "add-one"] = "epsilon"
-    """What stands in for a count of zero: nothing (the score collapses), 0.1, or one added to counts and totals of
-    orders above 1. NLTK's methods 0, 1 and 2."""
+    """What stands in for a count of zero: nothing (the score collapses), 0.1, or one added to
+    counts and totals of orders above 1. NLTK's methods 0, 1 and 2."""
 
 
 class BERTScoreOptions(ExternalMetricOptions):
@@ -125,8 +130,8 @@ class BERTScoreOptions(ExternalMetricOptions):
     path: str
     """Folder of the encoder (and its tokenizer), or an id that is already in the local cache."""
     layer: int = -1
-    """Hidden state that is compared: 0 is the embeddings, -1 the last. bert-score uses 17 for roberta-large and 9 for
-    bert-base-uncased."""
+    """Hidden state that is compared: 0 is the embeddings, -1 the last. bert-score uses 17 for
+    roberta-large and 9 for bert-base-uncased."""
     batch_size: int = Field(default=32, ge=1)
     """Texts encoded at once."""
     device: str = "cpu"
@@ -144,8 +149,9 @@ class ChestLabelOptions(MetricOptions):
     uncertain: Literal["positive", "negative"] = "positive"
     """What an uncertain mention ("possible pneumonia") counts as."""
     no_finding: Literal["stated", "unmentioned"] = "stated"
-    """When a report has the label "No Finding": `stated`, where it says that something is normal or absent and affirms no
-    finding; `unmentioned`, where it affirms no finding, whatever else it says (CheXpert's rule). A blank text never."""
+    """When a report has the label "No Finding": `stated`, where it says that something is normal or
+    absent and affirms no finding; `unmentioned`, where it affirms no finding, whatever else it says
+    (CheXpert's rule). A blank text never."""
 
 
 class RadEvalOptions(ExternalMetricOptions):
@@ -153,10 +159,21 @@ class RadEvalOptions(ExternalMetricOptions):
 
     scores: list[
         Literal[
-            "bleu", "rouge", "bertscore", "radeval_bertscore", "f1chexbert", "f1radbert_ct", "radgraph", "ratescore",
-            "radgraph_radcliq", "radcliq", "srrbert", "temporal", "green",
+            "bleu",
+            "rouge",
+            "bertscore",
+            "radeval_bertscore",
+            "f1chexbert",
+            "f1radbert_ct",
+            "radgraph",
+            "ratescore",
+            "radgraph_radcliq",
+            "radcliq",
+            "srrbert",
+            "temporal",
+            "green",
         ]
-    ] = Field(default=["radgraph"], min_length=1)  # fmt: skip
+    ] = Field(default=["radgraph"], min_length=1)
     """RadEval's names; those that need a service over the network are not offered."""
 
 

@@ -1,8 +1,9 @@
 """What a metric returns, and the bootstrap behind its interval.
 
-Every value is known as a function of how often each item counts. The interval is that function on random
-counts (items drawn with replacement), and two systems are compared under the same counts. Items that depend on each
-other (questions about one volume) are drawn together, as the group that they are.
+Every value is known as a function of how often each item counts. The interval is that function on
+random counts (items drawn with replacement), and two systems are compared under the same counts.
+Items that depend on each other (questions about one volume) are drawn together, as the group that
+they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from medm.errors import DeviceError
 
 Reweighted: TypeAlias = Callable[[np.ndarray], np.ndarray]
-"""(R, n) counts of the items in R resamples -> (R,) values of the metric; nan where it is undefined."""
+"""(R, n) counts of the items in R resamples -> (R,) values of the metric; nan where it is
+undefined."""
 
 References: TypeAlias = Sequence[str | Sequence[str]]
 """One reference text for each item, or several."""
@@ -79,9 +81,11 @@ class MetricResult:
     """Items that were scored."""
     low: float
     high: float
-    """Bounds of the percentile bootstrap interval (95 % or as the signature says). nan for a single group."""
+    """Bounds of the percentile bootstrap interval (95 % or as the signature says). nan for a single
+    group."""
     signature: str
-    """Variant, tokeniser, normalisation, version: results with different signatures are not comparable."""
+    """Variant, tokeniser, normalisation, version: results with different signatures are not
+    comparable."""
     per_item: list[float] | None = None
     """Score of each item, only where `value` is exactly their mean."""
     reweighted: Reweighted | None = field(default=None, repr=False, compare=False)
@@ -95,12 +99,18 @@ class MetricResult:
         """For JSON: undefined numbers are None, the function is left out."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {
-            "name": self.name, "n": self.n, "signature": self.signature,
+            "name": self.name,
+            "n": self.n,
+            "signature": self.signature,
             **{key: None if math.isnan(number) else number for key, number in numbers.items()},
-            **({} if self.clusters is None else {"cluster_by": self.clusters.field, "clusters": self.clusters.count}),
+            **(
+                {}
+                if self.clusters is None
+                else {"cluster_by": self.clusters.field, "clusters": self.clusters.count}
+            ),
             **({} if self.per_item is None else {"per_item": self.per_item}),
             **({} if self.note is None else {"note": self.note}),
-        }  # fmt: skip
+        }
 
 
 class Metric(Protocol):
@@ -109,7 +119,9 @@ class Metric(Protocol):
     def __call__(
         self, predictions: Any, references: Any, *, resampling: Resampling = ..., **options: Any
     ) -> list[MetricResult]:
-        """`predictions[i]` is compared with `references[i]`. Raises `ValueError` when the lengths differ."""
+        """`predictions[i]` is compared with `references[i]`. Raises `ValueError` when the lengths
+        differ.
+        """
         ...
 
 
@@ -117,8 +129,8 @@ def check_lengths(predictions: Sized, references: Sized) -> int:
     """The number of items; raises `ValueError` when the two sides differ."""
     if len(predictions) != len(references):
         raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} references: scoring them pairwise would be "
-            "meaningless; check that the predictions file belongs to this split"
+            f"{len(predictions)} predictions for {len(references)} references: scoring them "
+            "pairwise would be meaningless; check that the predictions file belongs to this split"
         )
     return len(predictions)
 
@@ -135,8 +147,8 @@ def as_references(references: References) -> list[tuple[str, ...]]:
 def draws(n: int, resampling: Resampling, chunk: int = 64) -> Iterator[np.ndarray]:
     """Bootstrap counts, (chunk, n) at a time. The same seed, n and groups give the same rows.
 
-    Items that stand for themselves are drawn n times, so that a row sums to n. Groups are drawn as often as there are
-    groups, and every item of one counts as often as its group came.
+    Items that stand for themselves are drawn n times, so that a row sums to n. Groups are drawn as
+    often as there are groups, and every item of one counts as often as its group came.
     """
     random = np.random.default_rng(resampling.seed)
     group_of = None if resampling.clusters is None else resampling.clusters.numbers()
@@ -144,12 +156,18 @@ def draws(n: int, resampling: Resampling, chunk: int = 64) -> Iterator[np.ndarra
     for start in range(0, resampling.rounds, chunk):
         rows = min(chunk, resampling.rounds - start)
         picked = random.integers(units, size=(rows, units)) + np.arange(rows)[:, None] * units
-        counts = np.bincount(picked.ravel(), minlength=rows * units).reshape(rows, units).astype(np.float64)
+        counts = (
+            np.bincount(picked.ravel(), minlength=rows * units)
+            .reshape(rows, units)
+            .astype(np.float64)
+        )
         yield counts if group_of is None else counts[:, group_of]
 
 
 def percentile_interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    """Bounds that leave (1 - level) / 2 of the defined values on each side; nan where none is defined."""
+    """Bounds that leave (1 - level) / 2 of the defined values on each side; nan where none is
+    defined.
+    """
     defined = values[~np.isnan(values)]
     if not len(defined):
         return math.nan, math.nan
@@ -158,9 +176,14 @@ def percentile_interval(values: np.ndarray, level: float) -> tuple[float, float]
 
 
 def result_of(
-    name: str, reweighted: Reweighted, n: int, signature: str, resampling: Resampling, *,
+    name: str,
+    reweighted: Reweighted,
+    n: int,
+    signature: str,
+    resampling: Resampling,
+    *,
     per_item: Sequence[float] | np.ndarray | None = None,
-) -> MetricResult:  # fmt: skip
+) -> MetricResult:
     """The metric at one count each, with its bootstrap interval.
 
     Raises:
@@ -171,16 +194,23 @@ def result_of(
         if len(clusters.members) != n:
             raise ValueError(
                 f"{name}: {n} items are scored, but groups by {clusters.field!r} are given for "
-                f"{len(clusters.members)}; a metric that leaves items out passes on resampling.part(indices)"
+                f"{len(clusters.members)}; a metric that leaves items out passes on "
+                "resampling.part(indices)"
             )
         if f"|cluster:{clusters.field}" not in signature:
             signature = f"{signature}|cluster:{clusters.field}"
     if n == 0:
         return MetricResult(name, math.nan, 0, math.nan, math.nan, signature)
     value = float(reweighted(np.ones((1, n)))[0])
-    alone = clusters is not None and clusters.count < 2  # one group drawn again and again varies by nothing
+    alone = (
+        clusters is not None and clusters.count < 2
+    )  # one group drawn again and again varies by nothing
     sampled = [] if alone else [reweighted(counts) for counts in draws(n, resampling)]
-    low, high = percentile_interval(np.concatenate(sampled), resampling.level) if sampled else (math.nan, math.nan)
+    low, high = (
+        percentile_interval(np.concatenate(sampled), resampling.level)
+        if sampled
+        else (math.nan, math.nan)
+    )
     if resampling.level != 0.95:
         signature = f"{signature}|interval:{resampling.level:g}"
     scores = None if per_item is None else [float(score) for score in per_item]
@@ -193,17 +223,29 @@ def mean_result(
     """The mean of item scores."""
     scores = np.asarray(per_item, dtype=np.float64)
     return result_of(
-        name, lambda counts: counts @ scores / counts.sum(axis=1), len(scores), signature, resampling, per_item=per_item
+        name,
+        lambda counts: counts @ scores / counts.sum(axis=1),
+        len(scores),
+        signature,
+        resampling,
+        per_item=per_item,
     )
 
 
 def summed_result(
-    name: str, statistics: np.ndarray, finish: Callable[[np.ndarray], np.ndarray], signature: str,
+    name: str,
+    statistics: np.ndarray,
+    finish: Callable[[np.ndarray], np.ndarray],
+    signature: str,
     resampling: Resampling,
-) -> MetricResult:  # fmt: skip
-    """A corpus metric: a function `(R, k) -> (R,)` of the sums over items of `statistics` (n, k)."""
+) -> MetricResult:
+    """A corpus metric: a function `(R, k) -> (R,)` of the sums over items of `statistics` (n,
+    k).
+    """
     statistics = np.asarray(statistics, dtype=np.float64)
-    return result_of(name, lambda counts: finish(counts @ statistics), len(statistics), signature, resampling)
+    return result_of(
+        name, lambda counts: finish(counts @ statistics), len(statistics), signature, resampling
+    )
 
 
 def with_note(result: MetricResult, note: str | None) -> MetricResult:
@@ -216,8 +258,14 @@ def with_note(result: MetricResult, note: str | None) -> MetricResult:
 def undefined(result: MetricResult, reason: str) -> MetricResult:
     """The result without its number, where the metric has no meaning for these data."""
     return replace(
-        result, value=math.nan, low=math.nan, high=math.nan, per_item=None, reweighted=None, note=reason
-    )  # fmt: skip
+        result,
+        value=math.nan,
+        low=math.nan,
+        high=math.nan,
+        per_item=None,
+        reweighted=None,
+        note=reason,
+    )
 
 
 def is_blank(prediction: object) -> bool:
@@ -238,4 +286,6 @@ def optional(module: str, *, package: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not module.startswith(error.name):
             raise
-        raise DeviceError(f"this metric needs {package}: pip install '{package}' (or 'medm[{extra}]')") from None
+        raise DeviceError(
+            f"this metric needs {package}: pip install '{package}' (or 'medm[{extra}]')"
+        ) from None

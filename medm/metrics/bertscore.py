@@ -1,4 +1,5 @@
-"""BERTScore (Zhang et al. 2020) with an encoder that lies on this machine. Torch is imported inside.
+"""BERTScore (Zhang et al. 2020) with an encoder that lies on this machine. Torch is imported
+inside.
 
 The one metric that reads files: the encoder's folder, named by the caller. Nothing is downloaded.
 """
@@ -28,13 +29,21 @@ if TYPE_CHECKING:
 
 
 def bertscore(
-    predictions: Sequence[str], references: References, *, path: str, layer: int = -1, batch_size: int = 32,
-    device: str = "cpu", resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
-    """Mean precision, recall and F1; no idf weights, no rescaling. With several references the best F1 counts.
+    predictions: Sequence[str],
+    references: References,
+    *,
+    path: str,
+    layer: int = -1,
+    batch_size: int = 32,
+    device: str = "cpu",
+    resampling: Resampling = DEFAULT,
+) -> list[MetricResult]:
+    """Mean precision, recall and F1; no idf weights, no rescaling. With several references the best
+    F1 counts.
 
-    Special tokens may be matched but are not averaged, as in bert-score. An empty text scores 0. Undefined where the
-    encoder does not know the language of the references: unknown tokens all match each other.
+    Special tokens may be matched but are not averaged, as in bert-score. An empty text scores 0.
+    Undefined where the encoder does not know the language of the references: unknown tokens all
+    match each other.
 
     Raises:
         CheckpointError: there is no encoder at `path`.
@@ -45,7 +54,10 @@ def bertscore(
     embedded = dict(zip(texts, _embed(texts, path, layer, batch_size, device), strict=True))
     unknown, cut = _unknown_and_cut({text for item in targets for text in item}, path)
     scores = [
-        max((greedy_match(*embedded[prediction], *embedded[text]) for text in item), key=lambda score: score[2])
+        max(
+            (greedy_match(*embedded[prediction], *embedded[text]) for text in item),
+            key=lambda score: score[2],
+        )
         for prediction, item in zip(predictions, targets, strict=True)
     ]
     signature = f"bertscore|{Path(path).name}|layer:{layer}|idf:no|rescale:no|mean"
@@ -54,17 +66,27 @@ def bertscore(
         for column, name in enumerate(("precision", "recall", "f1"))
     ]
     if unknown > _MANY_UNKNOWN:
-        reason = f"{unknown:.0%} of the tokens of the references are unknown to this encoder and would match each other"
+        reason = (
+            f"{unknown:.0%} of the tokens of the references are unknown to this encoder and would "
+            "match each other"
+        )
         return [undefined(result, reason) for result in results]
-    note = f"{cut} references are longer than the encoder reads and are compared by their beginning" if cut else None
+    note = (
+        f"{cut} references are longer than the encoder reads and are compared by their beginning"
+        if cut
+        else None
+    )
     return [with_note(result, note) for result in results]
 
 
 _MANY_UNKNOWN = 0.1
-"""Fraction of unknown tokens from which on texts are in a language that the encoder does not know."""
+"""Fraction of unknown tokens from which on texts are in a language that the encoder does not
+know."""
 
 
-def greedy_match(mine: Tensor, my_content: Tensor, theirs: Tensor, their_content: Tensor) -> tuple[float, float, float]:
+def greedy_match(
+    mine: Tensor, my_content: Tensor, theirs: Tensor, their_content: Tensor
+) -> tuple[float, float, float]:
     """Precision, recall, F1 of two texts.
 
     Args:
@@ -93,32 +115,51 @@ def require_encoder(path: str) -> None:
     try:
         AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"bertscore: no encoder at {path} on this machine ({error})") from None
+        raise CheckpointError(
+            f"bertscore: no encoder at {path} on this machine ({error})"
+        ) from None
 
 
-def _embed(texts: Sequence[str], path: str, layer: int, batch_size: int, device: str) -> list[tuple[Tensor, Tensor]]:
+def _embed(
+    texts: Sequence[str], path: str, layer: int, batch_size: int, device: str
+) -> list[tuple[Tensor, Tensor]]:
     """Unit vectors (T, D) and content mask (T,) of each text, on the CPU."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
         model = AutoModel.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except OSError as error:
-        raise CheckpointError(f"bertscore: no encoder at {path} on this machine ({error})") from None
+        raise CheckpointError(
+            f"bertscore: no encoder at {path} on this machine ({error})"
+        ) from None
     model.to(device).eval()
     longest = _longest(tokenizer, model.config)
     result: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(
-            list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=longest,
-            return_tensors="pt", return_special_tokens_mask=True,
-        )  # fmt: skip
+            list(texts[start : start + batch_size]),
+            padding=True,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+            return_special_tokens_mask=True,
+        )
         special = batch.pop("special_tokens_mask").bool()  # [B, T]
         with torch.inference_mode():
-            states = model(**batch.to(device), output_hidden_states=True).hidden_states[layer].cpu().float()
+            states = (
+                model(**batch.to(device), output_hidden_states=True)
+                .hidden_states[layer]
+                .cpu()
+                .float()
+            )
         states = torch.nn.functional.normalize(states, dim=-1)  # [B, T, D]
-        for row, mask, is_special in zip(states, batch["attention_mask"].cpu().bool(), special, strict=True):
+        for row, mask, is_special in zip(
+            states, batch["attention_mask"].cpu().bool(), special, strict=True
+        ):
             result.append((row[mask], ~is_special[mask]))
     return result
 
@@ -129,13 +170,23 @@ def _longest(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> in
 
 
 def _unknown_and_cut(references: set[str], path: str) -> tuple[float, int]:
-    """Fraction of unknown tokens in the references, and how many references are longer than the encoder reads."""
+    """Fraction of unknown tokens in the references, and how many references are longer than the
+    encoder reads.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    longest = _longest(tokenizer, AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+    longest = _longest(
+        tokenizer, AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    )
     special = tokenizer.num_special_tokens_to_add()
-    rows = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in references]
+    rows = [
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in references
+    ]
     tokens = sum(map(len, rows))
-    unknown = sum(row.count(tokenizer.unk_token_id) for row in rows) if tokenizer.unk_token_id is not None else 0
+    unknown = (
+        sum(row.count(tokenizer.unk_token_id) for row in rows)
+        if tokenizer.unk_token_id is not None
+        else 0
+    )
     return unknown / tokens if tokens else 0.0, sum(len(row) + special > longest for row in rows)

@@ -1,6 +1,7 @@
 """BLEU, three ways that the literature uses under one name. All values are fractions.
 
-Papineni et al. 2002; sacrebleu: Post 2018. The COCO and NLTK variants are written from their formulas.
+Papineni et al. 2002; sacrebleu: Post 2018. The COCO and NLTK variants are written from their
+formulas.
 """
 
 from __future__ import annotations
@@ -32,16 +33,21 @@ from medm.metrics.words import ANSWER_SIGNATURE, answer_words, ngrams, unsegment
 ORDERS = 4
 
 Statistics = np.ndarray
-"""(2 * ORDERS + 2,): matches of order 1 to 4, candidates of order 1 to 4, length, reference length."""
+"""(2 * ORDERS + 2,): matches of order 1 to 4, candidates of order 1 to 4, length, reference
+length."""
 
 
 def bleu(
-    predictions: Sequence[str], references: References, *, tokenize: str = "13a", resampling: Resampling = DEFAULT
+    predictions: Sequence[str],
+    references: References,
+    *,
+    tokenize: str = "13a",
+    resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
     """Corpus BLEU-1 to 4 of sacrebleu (exponential smoothing), divided by 100.
 
-    An order is undefined where no reference has as many words. So are all of them where the references are in a
-    script without spaces and the tokenizer is none for it.
+    An order is undefined where no reference has as many words. So are all of them where the
+    references are in a script without spaces and the tokenizer is none for it.
     """
     check_lengths(predictions, references)
     sacrebleu = optional("sacrebleu.metrics", package="sacrebleu", extra="text-metrics")
@@ -54,14 +60,25 @@ def bleu(
     results = []
     for order in range(1, ORDERS + 1):
         corpus = sacrebleu.BLEU(max_ngram_order=order, tokenize=tokenize)
-        if predictions:  # sacrebleu's signature knows its number of references only after a first score
-            corpus.corpus_score(list(predictions[:1]), [[text] for text in as_references(references[:1])[0]])
+        if (
+            predictions
+        ):  # sacrebleu's signature knows its number of references only after a first score
+            corpus.corpus_score(
+                list(predictions[:1]), [[text] for text in as_references(references[:1])[0]]
+            )
         name = f"bleu-{order}"
         signature = f"sacrebleu|{corpus.get_signature().format()}|order:{order}|scale:1"
-        results.append(summed_result(name, statistics, _sacrebleu_value(scorer, order), signature, resampling))
-    if tokenize in _OF_SPACES and (reason := unsegmented(references, "set 'tokenize: zh', or 'char'")) is not None:
+        results.append(
+            summed_result(name, statistics, _sacrebleu_value(scorer, order), signature, resampling)
+        )
+    if (
+        tokenize in _OF_SPACES
+        and (reason := unsegmented(references, "set 'tokenize: zh', or 'char'")) is not None
+    ):
         return [undefined(result, reason) for result in results]
-    words = [[scorer.tokenizer(text).split() for text in texts] for texts in as_references(references)]
+    words = [
+        [scorer.tokenizer(text).split() for text in texts] for texts in as_references(references)
+    ]
     return _long_enough(results, words)
 
 
@@ -69,8 +86,12 @@ _OF_SPACES = ("13a", "intl")
 """Tokenizers of sacrebleu that split at spaces and punctuation."""
 
 
-def _long_enough(results: Sequence[MetricResult], references: Sequence[Sequence[Sequence[str]]]) -> list[MetricResult]:
-    """Corpus BLEU of order 1, 2, ...: without the numbers of orders for which all references are too short."""
+def _long_enough(
+    results: Sequence[MetricResult], references: Sequence[Sequence[Sequence[str]]]
+) -> list[MetricResult]:
+    """Corpus BLEU of order 1, 2, ...: without the numbers of orders for which all references are
+    too short.
+    """
     longest = max((len(words) for texts in references for words in texts), default=0)
     return [
         undefined(result, f"undefined: no reference has {order} {'words' if order > 1 else 'word'}")
@@ -82,7 +103,10 @@ def _long_enough(results: Sequence[MetricResult], references: Sequence[Sequence[
 
 def _sacrebleu_value(scorer: Any, order: int) -> Callable[[np.ndarray], np.ndarray]:
     def value(row: np.ndarray) -> float:
-        counts, totals = row[:order].astype(int).tolist(), row[ORDERS : ORDERS + order].astype(int).tolist()
+        counts, totals = (
+            row[:order].astype(int).tolist(),
+            row[ORDERS : ORDERS + order].astype(int).tolist(),
+        )
         score = scorer.compute_bleu(
             counts, totals, int(row[-2]), int(row[-1]), smooth_method="exp", max_ngram_order=order
         )
@@ -94,27 +118,37 @@ def _sacrebleu_value(scorer: Any, order: int) -> Callable[[np.ndarray], np.ndarr
 def bleu_coco(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Corpus BLEU-1 to 4 as in the COCO caption toolkit: PTB-like tokens, closest reference length, no smoothing."""
+    """Corpus BLEU-1 to 4 as in the COCO caption toolkit: PTB-like tokens, closest reference length,
+    no smoothing.
+    """
     check_lengths(predictions, references)
     targets = [[ptb_tokens(text) for text in texts] for texts in as_references(references)]
     rows = [
-        overlap(ptb_tokens(prediction), texts) for prediction, texts in zip(predictions, targets, strict=True)
-    ]  # fmt: skip
+        overlap(ptb_tokens(prediction), texts)
+        for prediction, texts in zip(predictions, targets, strict=True)
+    ]
     statistics = np.asarray(rows, dtype=np.float64).reshape(len(rows), 2 * ORDERS + 2)
     results = [
         summed_result(
-            f"bleu-coco-{order}", statistics, partial(coco_value, order=order),
-            f"coco-caption|{PTB_SIGNATURE}|smooth:none|len:closest|order:{order}", resampling,
+            f"bleu-coco-{order}",
+            statistics,
+            partial(coco_value, order=order),
+            f"coco-caption|{PTB_SIGNATURE}|smooth:none|len:closest|order:{order}",
+            resampling,
         )
         for order in range(1, ORDERS + 1)
-    ]  # fmt: skip
-    if (reason := unsegmented(references, "separate the words by blanks first, or use bleu")) is not None:
+    ]
+    if (
+        reason := unsegmented(references, "separate the words by blanks first, or use bleu")
+    ) is not None:
         return [undefined(result, reason) for result in results]
     return _long_enough(results, targets)
 
 
 def coco_value(sums: np.ndarray, order: int) -> np.ndarray:
-    """BLEU of that order from (R, 2 * ORDERS + 2) sums, with the toolkit's guards against division by zero."""
+    """BLEU of that order from (R, 2 * ORDERS + 2) sums, with the toolkit's guards against division
+    by zero.
+    """
     tiny, small = 1e-15, 1e-9
     precisions = (sums[:, :order] + tiny) / (sums[:, ORDERS : ORDERS + order] + small)
     length_ratio = (sums[:, -2] + tiny) / (sums[:, -1] + small)
@@ -123,7 +157,9 @@ def coco_value(sums: np.ndarray, order: int) -> np.ndarray:
 
 
 def overlap(words: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """One item's row of statistics: clipped matches, candidates, length, length of the closest reference."""
+    """One item's row of statistics: clipped matches, candidates, length, length of the closest
+    reference.
+    """
     matches, candidates = [], []
     for size in range(1, ORDERS + 1):
         counts = ngrams(words, size)
@@ -137,9 +173,12 @@ def overlap(words: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
 
 
 def bleu_nltk(
-    predictions: Sequence[str], references: References, *,
-    resampling: Resampling = DEFAULT, smoothing: str = "epsilon",
-) -> list[MetricResult]:  # fmt: skip
+    predictions: Sequence[str],
+    references: References,
+    *,
+    resampling: Resampling = DEFAULT,
+    smoothing: str = "epsilon",
+) -> list[MetricResult]:
     """Mean over items of NLTK's sentence BLEU-1 to 4, on words of the normalized answers.
 
     An order is undefined where all references are shorter.
@@ -155,27 +194,43 @@ def bleu_nltk(
 
 
 def nltk_results(
-    name: str, pairs: Sequence[tuple[list[str], list[list[str]]]], signature: str, resampling: Resampling, *,
+    name: str,
+    pairs: Sequence[tuple[list[str], list[list[str]]]],
+    signature: str,
+    resampling: Resampling,
+    *,
     smoothing: str,
-) -> list[MetricResult]:  # fmt: skip
-    """Mean sentence BLEU-1 to 4 of tokenized pairs. A note says how many references are shorter than the order."""
+) -> list[MetricResult]:
+    """Mean sentence BLEU-1 to 4 of tokenized pairs. A note says how many references are shorter
+    than the order.
+    """
     results = []
     for order in range(1, ORDERS + 1):
         scores = [sentence_bleu(words, texts, order, smoothing=smoothing) for words, texts in pairs]
-        result = mean_result(f"{name}-{order}", scores, f"{signature}|smooth:{smoothing}|order:{order}", resampling)
+        result = mean_result(
+            f"{name}-{order}", scores, f"{signature}|smooth:{smoothing}|order:{order}", resampling
+        )
         short = sum(max(map(len, texts)) < order for _, texts in pairs)
-        note = f"{short} of {len(pairs)} references have fewer than {order} words: a right reply scores low there"
+        note = (
+            f"{short} of {len(pairs)} references have fewer than {order} words: a right reply "
+            "scores low there"
+        )
         results.append(with_note(result, note if short and smoothing != "add-one" else None))
     return results
 
 
 def sentence_bleu(
-    words: Sequence[str], references: Sequence[Sequence[str]], order: int, *, smoothing: str = "none"
+    words: Sequence[str],
+    references: Sequence[Sequence[str]],
+    order: int,
+    *,
+    smoothing: str = "none",
 ) -> float:
     """NLTK's `sentence_bleu` with equal weights up to `order`.
 
-    Without smoothing an order without a match counts as the smallest positive float, so that the score is about
-    1e-308 ** (1 / order): a right one-word answer has BLEU-2 of 1.5e-154, not 1. 0 without any matching word.
+    Without smoothing an order without a match counts as the smallest positive float, so that the
+    score is about 1e-308 ** (1 / order): a right one-word answer has BLEU-2 of 1.5e-154, not 1. 0
+    without any matching word.
     """
     row = overlap(words, references)
     if row[0] == 0:

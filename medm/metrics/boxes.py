@@ -1,7 +1,8 @@
 """Boxes written in text: codecs, parsing that never fails, and IoU in two and three dimensions.
 
-A box is its lower corner, then its upper corner: (x1, y1, x2, y2) in an image, (d1, h1, w1, d2, h2, w2) in a volume.
-Texts hold fractions of the extent (width and height; depth, height and width); `scale` turns them into pixels.
+A box is its lower corner, then its upper corner: (x1, y1, x2, y2) in an image, (d1, h1, w1, d2, h2,
+w2) in a volume. Texts hold fractions of the extent (width and height; depth, height and width);
+`scale` turns them into pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Box: TypeAlias = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class ParsedBoxes:
-    """What a text says in the way of boxes. Nothing readable and nothing malformed: the text names no box."""
+    """What a text says in the way of boxes. Nothing readable and nothing malformed: the text names
+    no box.
+    """
 
     boxes: tuple[Box, ...] = ()
     """Fractions of the extent, corners in order, inside 0..1."""
@@ -72,7 +75,10 @@ class BinnedBoxes:
     def encode(self, box: Box, extent: Sequence[float]) -> str:
         _check_box(box, extent, self.axes)
         steps = [fraction * self.bins for fraction in _fractions(box, extent)]
-        whole = [min(self.bins, max(0, math.floor(s) if self.rounding == "floor" else round(s))) for s in steps]
+        whole = [
+            min(self.bins, max(0, math.floor(s) if self.rounding == "floor" else round(s)))
+            for s in steps
+        ]
         return "{" + "".join(f"<{number}>" for number in self._ordered(whole)) + "}"
 
     def parse(self, text: str) -> ParsedBoxes:
@@ -89,12 +95,15 @@ class BinnedBoxes:
 
     def _ordered(self, four: Sequence[int] | Sequence[str]) -> list[int] | list[str]:
         first, second, third, fourth = four
-        return [first, second, third, fourth] if self.order == "xy" else [second, first, fourth, third]  # type: ignore[return-value]
+        return (
+            [first, second, third, fourth] if self.order == "xy" else [second, first, fourth, third]
+        )  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)
 class FractionBoxes:
-    """`<bx_start>[d1, h1, w1, d2, h2, w2]<bx_end>`: fractions of depth, height, width (M3D); with or without markers.
+    """`<bx_start>[d1, h1, w1, d2, h2, w2]<bx_end>`: fractions of depth, height, width (M3D); with
+    or without markers.
 
     A coordinate comes back within extent * 0.5 * 10 ** -decimals.
     """
@@ -109,7 +118,10 @@ class FractionBoxes:
 
     def encode(self, box: Box, extent: Sequence[float]) -> str:
         _check_box(box, extent, self.axes)
-        fractions = [round(min(1.0, max(0.0, fraction)), self.decimals) for fraction in _fractions(box, extent)]
+        fractions = [
+            round(min(1.0, max(0.0, fraction)), self.decimals)
+            for fraction in _fractions(box, extent)
+        ]
         text = "[" + ", ".join(map(str, fractions)) + "]"
         return f"<bx_start>{text}<bx_end>" if self.marked else text
 
@@ -119,12 +131,18 @@ class FractionBoxes:
             marked, plain = candidate.groups()
             body = marked or plain or ""
             parts = [part.strip() for part in body.strip("[]").split(",")]
-            readable = body.endswith("]") and len(parts) == 2 * self.axes and all(map(self._NUMBER.fullmatch, parts))
+            readable = (
+                body.endswith("]")
+                and len(parts) == 2 * self.axes
+                and all(map(self._NUMBER.fullmatch, parts))
+            )
             if readable:
                 box, changed = _in_order([float(part) for part in parts])
                 boxes.append(box)
                 repaired += changed
-            elif candidate.group().startswith("<bx_start>") or len(parts) > 3:  # "[1, 2]" is not an attempt at a box
+            elif (
+                candidate.group().startswith("<bx_start>") or len(parts) > 3
+            ):  # "[1, 2]" is not an attempt at a box
                 malformed += 1
         return ParsedBoxes(tuple(boxes), malformed, repaired)
 
@@ -134,7 +152,8 @@ CODECS: dict[str, BoxCodec] = {
     "thousand": BinnedBoxes(bins=1000, rounding="round"),
     "m3d": FractionBoxes(),
 }
-"""By the names that recipes use: Uni-Med's grid of 100, one of 1000 (boxes lose ten times less), M3D's fractions."""
+"""By the names that recipes use: Uni-Med's grid of 100, one of 1000 (boxes lose ten times less),
+M3D's fractions."""
 
 
 def scale(box: Box, extent: Sequence[float]) -> Box:
@@ -147,7 +166,8 @@ def iou(first: Box, second: Box, *, inclusive: float = 0.0) -> float:
 
     Boxes without extent overlap fully when they are the same and not at all otherwise.
 
-    `inclusive` is added to every side length: 1 where corners name pixels that belong to the box (Uni-Med's scoring).
+    `inclusive` is added to every side length: 1 where corners name pixels that belong to the box
+    (Uni-Med's scoring).
     """
     sides = [min(a, b) - max(c, d) + inclusive for a, b, c, d in _sides(first, second)]
     shared = math.prod(max(0.0, side) for side in sides)
@@ -156,19 +176,25 @@ def iou(first: Box, second: Box, *, inclusive: float = 0.0) -> float:
 
 
 def enclosing_iou(first: Box, second: Box) -> float:
-    """Intersection over the volume of the smallest box around both (M3D-Bench's "IoU"): never above the true one."""
+    """Intersection over the volume of the smallest box around both (M3D-Bench's "IoU"): never above
+    the true one.
+    """
     shared = math.prod(max(0.0, min(a, b) - max(c, d)) for a, b, c, d in _sides(first, second))
     around = math.prod(max(a, b) - min(c, d) for a, b, c, d in _sides(first, second))
     return shared / (around + 1e-6)
 
 
 def box_iou(
-    predictions: Sequence[Box | str | None], references: Sequence[Box | str], *, codec: str = "uni-med",
+    predictions: Sequence[Box | str | None],
+    references: Sequence[Box | str],
+    *,
+    codec: str = "uni-med",
     resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
+) -> list[MetricResult]:
     """Mean IoU (true union), and the fraction of predictions without a readable box.
 
-    Predictions are boxes in the unit of the references, None where no box could be read, or texts to be parsed.
+    Predictions are boxes in the unit of the references, None where no box could be read, or texts
+    to be parsed.
     """
     scores, missing = _scores(predictions, references, CODECS[codec], iou)
     signature = f"union:true|axes:any|unreadable:0|codec:{codec}"
@@ -179,9 +205,13 @@ def box_iou(
 
 
 def box_accuracy(
-    predictions: Sequence[Box | str | None], references: Sequence[Box | str], *, codec: str = "uni-med",
-    threshold: float = 0.5, resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
+    predictions: Sequence[Box | str | None],
+    references: Sequence[Box | str],
+    *,
+    codec: str = "uni-med",
+    threshold: float = 0.5,
+    resampling: Resampling = DEFAULT,
+) -> list[MetricResult]:
     """Fraction of boxes whose IoU is at least the threshold."""
     scores, _ = _scores(predictions, references, CODECS[codec], iou)
     hits = [float(score >= threshold) for score in scores]
@@ -190,9 +220,11 @@ def box_accuracy(
 
 
 def _scores(
-    predictions: Sequence[Box | str | None], references: Sequence[Box | str], codec: BoxCodec,
+    predictions: Sequence[Box | str | None],
+    references: Sequence[Box | str],
+    codec: BoxCodec,
     score: Callable[[Box, Box], float],
-) -> tuple[list[float], list[float]]:  # fmt: skip
+) -> tuple[list[float], list[float]]:
     """IoU of each pair (0 where there is no box), and whether there was none."""
     check_lengths(predictions, references)
     scores, missing = [], []
@@ -209,7 +241,9 @@ def _scores(
 def _sides(first: Box, second: Box) -> list[tuple[float, float, float, float]]:
     """Per axis: both upper, then both lower coordinates."""
     if len(first) != len(second) or len(first) % 2:
-        raise ValueError(f"boxes need the same number of axes, found {len(first)} and {len(second)} coordinates")
+        raise ValueError(
+            f"boxes need the same number of axes, found {len(first)} and {len(second)} coordinates"
+        )
     axes = len(first) // 2
     return [(first[axes + k], second[axes + k], first[k], second[k]) for k in range(axes)]
 
@@ -222,7 +256,8 @@ def _volume(box: Box, inclusive: float) -> float:
 def _check_box(box: Box, extent: Sequence[float], axes: int) -> None:
     if len(box) != 2 * axes or len(extent) != axes:
         raise ValueError(
-            f"expected a box of {2 * axes} coordinates and an extent of {axes}, found {len(box)} and {len(extent)}"
+            f"expected a box of {2 * axes} coordinates and an extent of {axes}, found {len(box)} "
+            f"and {len(extent)}"
         )
     if min(extent) <= 0 or not all(map(math.isfinite, box)):
         raise ValueError(f"cannot write the box {box} in an extent of {tuple(extent)}")

@@ -1,16 +1,19 @@
 """Which of 14 chest findings a report affirms, denies or leaves open: rules, offline, English.
 
-The labels are CheXpert's (Irvin et al. 2019); the rules are medm's own: phrases, then cues of negation and doubt within
-the clause. A measuring aid for comparing generated with written reports, and not a clinical tool.
+The labels are CheXpert's (Irvin et al. 2019); the rules are medm's own: phrases, then cues of
+negation and doubt within the clause. A measuring aid for comparing generated with written reports,
+and not a clinical tool.
 
-"No Finding" takes evidence: a statement that something is normal or absent ("lungs are clear", "no acute disease", "no
-effusion"), or a device as the only thing named. A blank or unrelated text has no label, and so hits nothing; CheXpert's
-labeler calls it "No Finding" (`no_finding="unmentioned"` repeats that).
+"No Finding" takes evidence: a statement that something is normal or absent ("lungs are clear", "no
+acute disease", "no effusion"), or a device as the only thing named. A blank or unrelated text has
+no label, and so hits nothing; CheXpert's labeler calls it "No Finding" (`no_finding="unmentioned"`
+repeats that).
 
-Known limits: misspellings and phrases outside of the tables are not seen; a cue reaches over a list of findings but
-not over a full stop or a verb, so long-winded negation is missed; history ("previous pneumonia") counts as present
-unless it is called resolved; comparison ("no change in the effusion") counts as present; laterality and severity are
-not judged. Tuned on no test set. Scores compare with each other, and not with CheXbert's or the CheXpert labeller's.
+Known limits: misspellings and phrases outside of the tables are not seen; a cue reaches over a list
+of findings but not over a full stop or a verb, so long-winded negation is missed; history
+("previous pneumonia") counts as present unless it is called resolved; comparison ("no change in the
+effusion") counts as present; laterality and severity are not judged. Tuned on no test set. Scores
+compare with each other, and not with CheXbert's or the CheXpert labeller's.
 """
 
 from __future__ import annotations
@@ -50,31 +53,38 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"(?:enlarged|large|top normal|increased)",
     ),
     "Lung Opacity": (
-        r"opacit(?:y|ies)", r"opacifications?", r"infiltrates?", r"airspace disease", r"air space disease",
-        r"interstitial (?:markings|thickening|prominence)", r"reticulation", r"haz(?:e|iness)", r"ground[- ]glass",
+        r"opacit(?:y|ies)", r"opacifications?", r"infiltrates?", r"airspace disease",
+        r"air space disease",
+        r"interstitial (?:markings|thickening|prominence)", r"reticulation", r"haz(?:e|iness)",
+        r"ground[- ]glass",
         r"scarring",
     ),
     "Lung Lesion": (
-        r"nodules?", r"nodular (?:density|densities|lesions?)", r"mass(?:es)?", r"lung lesions?", r"pulmonary lesions?",
+        r"nodules?", r"nodular (?:density|densities|lesions?)", r"mass(?:es)?", r"lung lesions?",
+        r"pulmonary lesions?",
         r"granulomas?", r"metastas[ei]s", r"tumou?rs?", r"neoplasms?", r"cavitary lesions?",
     ),
     "Edema": (
-        r"o?edema", r"vascular congestion", r"pulmonary congestion", r"venous congestion", r"congestive heart failure",
+        r"o?edema", r"vascular congestion", r"pulmonary congestion", r"venous congestion",
+        r"congestive heart failure",
         r"heart failure", r"chf", r"kerley b lines", r"fluid overload", r"cephali[sz]ation",
     ),
     "Consolidation": (r"consolidations?", r"consolidative"),
     "Pneumonia": (r"(?:broncho)?pneumonias?", r"infections?", r"infectious process", r"pneumonic"),
     "Atelectasis": (
-        r"atelecta(?:sis|ses|tic)", r"(?:lobar|lung|basilar|segmental) collapse", r"collapse of the \w+ (?:lobe|lung)",
+        r"atelecta(?:sis|ses|tic)", r"(?:lobar|lung|basilar|segmental) collapse",
+        r"collapse of the \w+ (?:lobe|lung)",
     ),
     "Pneumothorax": (r"(?:hydro)?pneumothora(?:x|ces)",),
     "Pleural Effusion": (
-        r"(?:pleural |parapneumonic |subpulmonic )?effusions?", r"pleural fluid", r"hydrothorax", r"ha?emothorax",
+        r"(?:pleural |parapneumonic |subpulmonic )?effusions?", r"pleural fluid", r"hydrothorax",
+        r"ha?emothorax",
         r"blunting of (?:the )?(?:\w+ ){0,2}(?:costophrenic|cp) (?:angles?|sulc\w+)",
         r"(?:costophrenic|cp) (?:angles?|sulc\w+) (?:is |are )?blunted",
     ),
     "Pleural Other": (
-        r"pleural thickening", r"pleural plaques?", r"fibrothorax", r"pleural (?:scar(?:ring)?|calcifications?)",
+        r"pleural thickening", r"pleural plaques?", r"fibrothorax",
+        r"pleural (?:scar(?:ring)?|calcifications?)",
         r"apical (?:capping|thickening)",
     ),
     "Fracture": (r"fractures?", r"fractured", r"compression deformit(?:y|ies)"),
@@ -82,8 +92,10 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"(?:endotracheal|et|ng|nasogastric|enteric|chest|feeding|tracheostomy|gastric|orogastric|dobbhoff) tubes?",
         r"picc(?: line)?",
         r"(?:central|subclavian|jugular|port-a-cath|swan-ganz|venous|picc) (?:venous )?(?:catheters?|lines?)",
-        r"port-?a?-?cath", r"pace(?:maker|r)s?", r"pacing (?:leads?|wires?)", r"icd", r"defibrillator",
-        r"sternotomy wires", r"sternal wires", r"(?:prosthetic|mechanical) valves?", r"valve replacement", r"stents?",
+        r"port-?a?-?cath", r"pace(?:maker|r)s?", r"pacing (?:leads?|wires?)", r"icd",
+        r"defibrillator",
+        r"sternotomy wires", r"sternal wires", r"(?:prosthetic|mechanical) valves?",
+        r"valve replacement", r"stents?",
         r"surgical clips", r"drains?", r"catheters?", r"hardware", r"intra-aortic balloon pump",
     ),
 }  # fmt: skip
@@ -101,8 +113,11 @@ _GENERIC = re.compile(
     r"\b(?:abnormalit(?:y|ies)|abnormal|diseases?|process(?:es)?|findings?|patholog(?:y|ies)|injur(?:y|ies)"
     r"|lesions?|enlarged|enlargement|dilated|widened|displaced|air|fluid|calcifications?)\b"
 )
-"""What a report may deny without naming one of the findings: "no acute cardiopulmonary process", "not enlarged"."""
-_MENTION = {label: re.compile(rf"\b(?:{'|'.join(phrases)})\b") for label, phrases in PHRASES.items()}
+"""What a report may deny without naming one of the findings: "no acute cardiopulmonary process",
+"not enlarged"."""
+_MENTION = {
+    label: re.compile(rf"\b(?:{'|'.join(phrases)})\b") for label, phrases in PHRASES.items()
+}
 _SENTENCE = re.compile(r"(?<!\d)[.!?;](?!\d)|\n|(?<=\d)\.(?=\s)")
 _CLAUSE = re.compile(
     r"\b(?:but|however|although|though|except(?: for)?|with the exception of|apart from|other than|aside from|which)\b"
@@ -132,7 +147,8 @@ _DOUBT_AFTER = re.compile(
     r"|is possible|are possible|is suspected|is questioned|versus|vs|not excluded)\b"
 )
 _REACH = 300
-"""Characters to either side in which a cue is looked for: a model that repeats itself must not cost minutes."""
+"""Characters to either side in which a cue is looked for: a model that repeats itself must not cost
+minutes."""
 _VERB = re.compile(
     r"\b(?:is|are|was|were|has|have|there|shows?|showing|demonstrates?|appears?|remains?|noted|seen|present|persists?)\b"
 )
@@ -141,8 +157,9 @@ _VERB = re.compile(
 def label_report(text: str, *, no_finding: str = "stated") -> dict[str, Status]:
     """The labels that a report mentions.
 
-    "No Finding" is positive when no pathology is affirmed or left open, and the report says that something is normal
-    or absent (`no_finding="stated"`), or whatever else it says (`"unmentioned"`). A blank text has no label.
+    "No Finding" is positive when no pathology is affirmed or left open, and the report says that
+    something is normal or absent (`no_finding="stated"`), or whatever else it says
+    (`"unmentioned"`). A blank text has no label.
     """
     found: dict[str, Status] = {}
     evidence = no_finding == "unmentioned" and not is_blank(text)
@@ -150,7 +167,9 @@ def label_report(text: str, *, no_finding: str = "stated") -> dict[str, Status]:
         for clause in _CLAUSE.split(re.sub(r"\s+", " ", sentence)):
             for label, pattern in _MENTION.items():
                 for mention in pattern.finditer(clause):
-                    found[label] = _stronger(found.get(label), _status(clause, mention.start(), mention.end()))
+                    found[label] = _stronger(
+                        found.get(label), _status(clause, mention.start(), mention.end())
+                    )
             evidence = evidence or _states_normality(clause)
     pathology = {status for label, status in found.items() if label != "Support Devices"}
     if not pathology & {"positive", "uncertain"} and (found or evidence):
@@ -187,7 +206,9 @@ def _status(clause: str, start: int, end: int) -> Status:
 
 
 def _without_pseudo_negation(text: str) -> str:
-    """Blanks out "no change in", "not increased", which say nothing of presence; the other places stay."""
+    """Blanks out "no change in", "not increased", which say nothing of presence; the other places
+    stay.
+    """
     return _NO_NEGATION.sub(lambda found: " " * len(found.group()), text)
 
 
@@ -198,14 +219,16 @@ def _last(pattern: re.Pattern[str], text: str) -> int | None:
 
 
 def _stronger(old: Status | None, new: Status) -> Status:
-    """Several mentions: affirmed once is affirmed; else doubt outranks denial (CheXpert's order)."""
+    """Several mentions: affirmed once is affirmed; else doubt outranks denial (CheXpert's
+    order).
+    """
     order: Mapping[Status | None, int] = {None: 0, "negative": 1, "uncertain": 2, "positive": 3}
     return new if order[new] >= order[old] else old or new
 
 
 def label_vectors(
     reports: Sequence[str], *, uncertain: str = "positive", no_finding: str = "stated"
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """(n, 14) booleans in the order of `LABELS`; "uncertain" counts as the argument says."""
     counted = {"positive", "uncertain"} if uncertain == "positive" else {"positive"}
     labeled = (label_report(report, no_finding=no_finding) for report in reports)
@@ -214,17 +237,22 @@ def label_vectors(
 
 
 def chest_label_f1(
-    predictions: Sequence[str], references: Sequence[str], *, uncertain: str = "positive", no_finding: str = "stated",
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    uncertain: str = "positive",
+    no_finding: str = "stated",
     resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
+) -> list[MetricResult]:
     """Micro and macro F1 over 14 labels and over CheXpert's five.
 
-    Macro averages over the labels that occur in the references or predictions of the (re)sample. Undefined where the
-    references affirm none of the labels: then there is nothing to find.
+    Macro averages over the labels that occur in the references or predictions of the (re)sample.
+    Undefined where the references affirm none of the labels: then there is nothing to find.
     """
     n = check_lengths(predictions, references)
     guessed, true = (
-        label_vectors(side, uncertain=uncertain, no_finding=no_finding) for side in (predictions, references)
+        label_vectors(side, uncertain=uncertain, no_finding=no_finding)
+        for side in (predictions, references)
     )
     unlabeled = int((~true.any(axis=1)).sum())
     results = []
@@ -234,16 +262,26 @@ def chest_label_f1(
         rows = np.concatenate([a & b, a ^ b], axis=1)  # (n, 2 * size): hits, errors of either kind
         for kind in ("micro", "macro"):
             finish = lambda sums, size=size, kind=kind: _f1(sums[:, :size], sums[:, size:], kind)  # noqa: E731
-            signature = f"medm-rules:2|labels:{size}|uncertain:{uncertain}|no-finding:{no_finding}|{kind}"
-            result = summed_result(f"chest-label-f1-{kind}-{size}", rows, finish, signature, resampling)
+            signature = (
+                f"medm-rules:2|labels:{size}|uncertain:{uncertain}|no-finding:{no_finding}|{kind}"
+            )
+            result = summed_result(
+                f"chest-label-f1-{kind}-{size}", rows, finish, signature, resampling
+            )
             if n and not b.any():
                 invented = int(a.any(axis=1).sum())
                 reason = (
-                    f"undefined: no reference affirms one of these {size} labels (predictions affirm one in {invented})"
+                    f"undefined: no reference affirms one of these {size} labels (predictions "
+                    f"affirm one in {invented})"
                 )
-                result = undefined(result, reason if unlabeled < n else f"{reason}; the rules read English reports")
+                result = undefined(
+                    result, reason if unlabeled < n else f"{reason}; the rules read English reports"
+                )
             elif unlabeled > n / 2:
-                note = f"in {unlabeled} of {n} references the rules find no label; they read English reports"
+                note = (
+                    f"in {unlabeled} of {n} references the rules find no label; they read English "
+                    "reports"
+                )
                 result = with_note(result, note)
             results.append(result)
     return results

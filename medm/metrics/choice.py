@@ -1,6 +1,7 @@
 """Closed questions: what a text answers is parsed, never searched for as a substring.
 
-"abnormal" contains "no", and "A large mass" begins with an A; neither is an answer to the question asked.
+"abnormal" contains "no", and "A large mass" begins with an A; neither is an answer to the question
+asked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _CLOSED_REFERENCE = re.compile(r"\W*(\w+)\s*(?:[.,;:!].*)?$", re.DOTALL)
 
 _CLAUSE_END = re.compile(r"[.,;:!?\n](?!\d)")
 _NEGATIONS = frozenset(
-    ("not", "no", "never", "neither", "nor", "without", "than", "except", "excluding", "isnt", "arent", "wasnt",
+    ("not", "no", "never", "neither", "nor", "without", "than", "except", "excluding", "isnt",
+    "arent", "wasnt",
      "cannot", "cant", "doesnt", "dont")
 )  # fmt: skip
 _TURNS = frozenset(("but", "instead"))
@@ -42,20 +44,26 @@ _BRACKETED_LETTER = re.compile(r"\(([A-Za-z])\)")
 def parse_yes_no(text: str) -> bool | None:
     """What a text answers to a yes/no question; None where it does not say.
 
-    Read: a first word that is an answer, "the answer is ...", or an answer as the last sentence. Not read: a "no"
-    within a sentence ("there is no effusion"), because whether that means yes or no depends on the question.
+    Read: a first word that is an answer, "the answer is ...", or an answer as the last sentence.
+    Not read: a "no" within a sentence ("there is no effusion"), because whether that means yes or
+    no depends on the question.
     """
     return {"yes": True, "no": False}.get(parse_decision(text) or "")
 
 
 def parse_decision(text: str) -> str | None:
-    """`yes`, `no` or `maybe` as `parse_yes_no` reads them; None where the text says none of them, or several."""
+    """`yes`, `no` or `maybe` as `parse_yes_no` reads them; None where the text says none of them,
+    or several.
+    """
     text = plain_marks(text)
     words = normalise_answer(text).split()
     if not words:
         return None
     leading = _DECISIONS.get(words[0]) if words[:2] != ["no", "doubt"] else None
-    if leading and len({word for word in words[:3] if word in ("yes", "no", "maybe")} | {leading}) == 1:
+    if (
+        leading
+        and len({word for word in words[:3] if word in ("yes", "no", "maybe")} | {leading}) == 1
+    ):
         return leading
     stated = _STATED_DECISION.findall(text)
     if stated:
@@ -64,11 +72,12 @@ def parse_decision(text: str) -> str | None:
 
 
 def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter that a text chooses among `options` (letter -> text); None where it names none or several.
+    """The letter that a text chooses among `options` (letter -> text); None where it names none or
+    several.
 
-    Read, in this order: a letter at the start ("B", "B.", "(b) liver"), a text that is one option's wording, "the
-    answer is B", a single bracketed letter, exactly one option's wording among the words. A letter outranks the
-    wording beside it.
+    Read, in this order: a letter at the start ("B", "B.", "(b) liver"), a text that is one option's
+    wording, "the answer is B", a single bracketed letter, exactly one option's wording among the
+    words. A letter outranks the wording beside it.
     """
     text = plain_marks(text.replace("、", ". "))  # "B、" is "B." of Chinese lists
     letters = {letter.upper(): wording for letter, wording in options.items()}
@@ -87,11 +96,13 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def parse_wording(text: str, options: Mapping[str, str]) -> str | None:
-    """The key of the one option whose wording a text is or holds as whole words; None for none or several.
+    """The key of the one option whose wording a text is or holds as whole words; None for none or
+    several.
 
-    "left lung" also holds "lung": an option within another one that is there does not count as a second answer. A
-    wording that is negated in its clause ("not the liver") is no answer. Options that read yes, no or maybe are never
-    looked for inside a sentence ("there is no doubt that it helps"); see `parse_decision`.
+    "left lung" also holds "lung": an option within another one that is there does not count as a
+    second answer. A wording that is negated in its clause ("not the liver") is no answer. Options
+    that read yes, no or maybe are never looked for inside a sentence ("there is no doubt that it
+    helps"); see `parse_decision`.
     """
     text = plain_marks(text)
     answer = normalise_answer(text)
@@ -102,18 +113,29 @@ def parse_wording(text: str, options: Mapping[str, str]) -> str | None:
     clauses = [normalise_answer(clause).split() for clause in _CLAUSE_END.split(text)]
     decision = parse_decision(text)
     inside = {
-        key for key, wording in wordings.items()
-        if (_DECISIONS[wording] == decision if wording in _DECISIONS else _affirmed(wording.split(), clauses))
-    }  # fmt: skip
+        key
+        for key, wording in wordings.items()
+        if (
+            _DECISIONS[wording] == decision
+            if wording in _DECISIONS
+            else _affirmed(wording.split(), clauses)
+        )
+    }
     inside -= {
-        small for small in inside for large in inside
-        if small != large and f" {wordings[small]} " in f" {wordings[large]} " and wordings[small] != wordings[large]
-    }  # fmt: skip
+        small
+        for small in inside
+        for large in inside
+        if small != large
+        and f" {wordings[small]} " in f" {wordings[large]} "
+        and wordings[small] != wordings[large]
+    }
     return inside.pop() if len(inside) == 1 else None
 
 
 def _affirmed(wording: Sequence[str], clauses: Sequence[Sequence[str]]) -> bool:
-    """Whether the words stand beside each other somewhere without a negation shortly before them in the same clause."""
+    """Whether the words stand beside each other somewhere without a negation shortly before them in
+    the same clause.
+    """
     words: list[str] = []
     begins: list[int] = []  # of each word, where its clause begins
     for clause in clauses:
@@ -134,9 +156,9 @@ def closed_accuracy(
 ) -> list[MetricResult]:
     """Accuracy on closed questions.
 
-    Where the reference is yes or no, alone or before a comma, the prediction is parsed for one; otherwise ("left",
-    "MRI", "true pelvis") it has to equal the reference after normalisation. `closed-unparsed` is the fraction of yes/no
-    questions whose answer says neither.
+    Where the reference is yes or no, alone or before a comma, the prediction is parsed for one;
+    otherwise ("left", "MRI", "true pelvis") it has to equal the reference after normalisation.
+    `closed-unparsed` is the fraction of yes/no questions whose answer says neither.
     """
     check_lengths(predictions, references)
     hits, unparsed, asked = [], [], []
@@ -153,14 +175,21 @@ def closed_accuracy(
     signature = f"yes/no:parsed,bare-reference|other:{ANSWER_SIGNATURE}"
     return [
         mean_result("closed-accuracy", hits, signature, resampling),
-        *([mean_result("closed-unparsed", unparsed, signature, resampling.part(asked))] if unparsed else []),
+        *(
+            [mean_result("closed-unparsed", unparsed, signature, resampling.part(asked))]
+            if unparsed
+            else []
+        ),
     ]
 
 
 def choice_accuracy(
-    predictions: Sequence[str], references: Sequence[str], *, options: Sequence[Mapping[str, str]] | None = None,
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    options: Sequence[Mapping[str, str]] | None = None,
     resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
+) -> list[MetricResult]:
     """Accuracy on multiple choice, and the fraction of texts in which no choice could be read.
 
     Args:
@@ -178,11 +207,15 @@ def choice_accuracy(
         choices = options[index] if options is not None else letters_only
         expected = parse_choice(references[index], choices)
         if expected is None:
-            raise ValueError(f"item {index}: no choice can be read from the reference {references[index]!r}")
+            raise ValueError(
+                f"item {index}: no choice can be read from the reference {references[index]!r}"
+            )
         answer = parse_choice(predictions[index], choices)
         hits.append(float(answer == expected))
         unparsed.append(float(answer is None))
-    signature = f"choice:parsed|wording:{'affirmed' if options is not None else 'no'}|{ANSWER_SIGNATURE}"
+    signature = (
+        f"choice:parsed|wording:{'affirmed' if options is not None else 'no'}|{ANSWER_SIGNATURE}"
+    )
     return [
         mean_result("choice-accuracy", hits, signature, resampling),
         mean_result("choice-unparsed", unparsed, signature, resampling),

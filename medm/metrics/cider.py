@@ -32,8 +32,9 @@ def cider_d(
 ) -> list[MetricResult]:
     """Mean CIDEr-D, 0 to 10.
 
-    Document frequencies come from these references: words that all of them hold weigh nothing. Where no word weighs
-    anything (a single item, or the same report for all) the metric is undefined.
+    Document frequencies come from these references: words that all of them hold weigh nothing.
+    Where no word weighs anything (a single item, or the same report for all) the metric is
+    undefined.
     """
     n = check_lengths(predictions, references)
     targets = [[ptb_tokens(text) for text in texts] for texts in as_references(references)]
@@ -41,7 +42,12 @@ def cider_d(
     signature = f"cider-d|{PTB_SIGNATURE}|n:4|sigma:6|df:references|scale:10|mean"
     result = mean_result("cider-d", scores, signature, resampling)
     if n == 1:
-        return [undefined(result, "undefined for one item: words are weighted by the number of items without them")]
+        return [
+            undefined(
+                result,
+                "undefined for one item: words are weighted by the number of items without them",
+            )
+        ]
     reason = unsegmented(references, "separate the words by blanks first")
     if reason is not None:
         return [undefined(result, reason)]
@@ -49,18 +55,26 @@ def cider_d(
     best = cider_d_scores([texts[0] for texts in targets], targets)
     silent = sum(score == 0 for score in best)
     if n and silent == n:
-        return [undefined(result, "undefined: every word of the references is in all of them and weighs nothing")]
+        return [
+            undefined(
+                result,
+                "undefined: every word of the references is in all of them and weighs nothing",
+            )
+        ]
     return [
         with_note(
             result,
-            f"{silent} of {n} items score 0 whatever the reply: all words of their references are in every reference"
+            f"{silent} of {n} items score 0 whatever the reply: all words of their references are "
+            "in every reference"
             if silent
             else None,
         )
     ]
 
 
-def cider_d_scores(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
+def cider_d_scores(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> list[float]:
     """CIDEr-D of each tokenised item."""
     document_frequency: Counter[tuple[str, ...]] = Counter()
     for texts in references:
@@ -71,8 +85,12 @@ def cider_d_scores(predictions: Sequence[Sequence[str]], references: Sequence[Se
         """tf-idf vector of each order, and their lengths."""
         by_order: list[Vector] = [{} for _ in range(ORDERS)]
         for gram, count in _all_ngrams(words).items():
-            by_order[len(gram) - 1][gram] = count * (documents - math.log(max(1, document_frequency[gram])))
-        return by_order, [math.sqrt(sum(weight * weight for weight in vector.values())) for vector in by_order]
+            by_order[len(gram) - 1][gram] = count * (
+                documents - math.log(max(1, document_frequency[gram]))
+            )
+        return by_order, [
+            math.sqrt(sum(weight * weight for weight in vector.values())) for vector in by_order
+        ]
 
     scores = []
     for words, texts in zip(predictions, references, strict=True):
@@ -80,7 +98,8 @@ def cider_d_scores(predictions: Sequence[Sequence[str]], references: Sequence[Se
         total = 0.0
         for text in texts:
             theirs, their_norms = vectors(text)
-            # The toolkit measures length in bigrams, which leaves the difference as it is in all but empty texts.
+            # The toolkit measures length in bigrams, which leaves the difference as it is in all
+            # but empty texts.
             gap = max(0, len(words) - 1) - max(0, len(text) - 1)
             penalty = math.exp(-(gap**2) / (2 * SIGMA**2))
             total += penalty * sum(map(_clipped_cosine, mine, theirs, my_norms, their_norms))
@@ -96,6 +115,10 @@ def _all_ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 
 def _clipped_cosine(mine: Vector, theirs: Vector, my_norm: float, their_norm: float) -> float:
-    """Cosine in which a weight never counts for more than the reference holds (repeating a word gains nothing)."""
-    dot = sum(min(weight, theirs[gram]) * theirs[gram] for gram, weight in mine.items() if gram in theirs)
+    """Cosine in which a weight never counts for more than the reference holds (repeating a word
+    gains nothing).
+    """
+    dot = sum(
+        min(weight, theirs[gram]) * theirs[gram] for gram, weight in mine.items() if gram in theirs
+    )
     return dot / (my_norm * their_norm) if my_norm and their_norm else dot

@@ -1,4 +1,6 @@
-"""Labels and scores against labels. Undefined values (a class that a resample lacks) stay out of means."""
+"""Labels and scores against labels. Undefined values (a class that a resample lacks) stay out of
+means.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from medm.metrics.base import (
 
 
 def accuracy(
-    predictions: Sequence[Hashable], references: Sequence[Hashable], *, resampling: Resampling = DEFAULT
+    predictions: Sequence[Hashable],
+    references: Sequence[Hashable],
+    *,
+    resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
     """Fraction of equal labels; no label (None, or a blank text) is a miss."""
     check_lengths(predictions, references)
@@ -30,63 +35,98 @@ def accuracy(
 
 
 def balanced_accuracy(
-    predictions: Sequence[Hashable], references: Sequence[Hashable], *, resampling: Resampling = DEFAULT
+    predictions: Sequence[Hashable],
+    references: Sequence[Hashable],
+    *,
+    resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
     """Mean over the reference classes of the fraction that is found."""
     statistics, classes = _confusion(predictions, references)
-    recall = lambda sums: mean_defined(ratio(sums[:, :classes], sums[:, :classes] + sums[:, 2 * classes :]))  # noqa: E731
-    result = summed_result("balanced-accuracy", statistics, recall, f"classes:{classes}|of:references", resampling)
+
+    def recall(sums: np.ndarray) -> np.ndarray:
+        return mean_defined(ratio(sums[:, :classes], sums[:, :classes] + sums[:, 2 * classes :]))
+
+    result = summed_result(
+        "balanced-accuracy", statistics, recall, f"classes:{classes}|of:references", resampling
+    )
     return [with_note(result, _single_class(classes))]
 
 
 def macro_f1(
-    predictions: Sequence[Hashable], references: Sequence[Hashable], *, resampling: Resampling = DEFAULT
+    predictions: Sequence[Hashable],
+    references: Sequence[Hashable],
+    *,
+    resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean F1 over the classes of the references. A prediction outside of them is a miss, and no class of its own."""
+    """Mean F1 over the classes of the references. A prediction outside of them is a miss, and no
+    class of its own.
+    """
     statistics, classes = _confusion(predictions, references)
 
     def value(sums: np.ndarray) -> np.ndarray:
-        true, false, missed = sums[:, :classes], sums[:, classes : 2 * classes], sums[:, 2 * classes :]
+        true, false, missed = (
+            sums[:, :classes],
+            sums[:, classes : 2 * classes],
+            sums[:, 2 * classes :],
+        )
         f1 = ratio(2 * true, 2 * true + false + missed)
         f1[true + missed == 0] = np.nan  # the class is not in this resample
         return mean_defined(f1)
 
-    result = summed_result("macro-f1", statistics, value, f"classes:{classes}|of:references", resampling)
+    result = summed_result(
+        "macro-f1", statistics, value, f"classes:{classes}|of:references", resampling
+    )
     return [with_note(result, _single_class(classes))]
 
 
 def _single_class(classes: int) -> str | None:
-    return "all references are of one class, which a constant answer gets right" if classes == 1 else None
+    return (
+        "all references are of one class, which a constant answer gets right"
+        if classes == 1
+        else None
+    )
 
 
 def sensitivity_specificity(
     predictions: Sequence[int], references: Sequence[int], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Sensitivity and specificity: the fraction of ones, and of zeros, that are predicted as such."""
+    """Sensitivity and specificity: the fraction of ones, and of zeros, that are predicted as
+    such.
+    """
     check_lengths(predictions, references)
     guessed, true = np.asarray(predictions, dtype=int), np.asarray(references, dtype=int)
     for side, values in (("predictions", guessed), ("references", true)):
         if not np.isin(values, (0, 1)).all():
-            raise ValueError(f"sensitivity-specificity needs 0/1 {side}, found {sorted(set(values.tolist()))[:5]}")
+            raise ValueError(
+                f"sensitivity-specificity needs 0/1 {side}, found "
+                f"{sorted(set(values.tolist()))[:5]}"
+            )
     results = []
     for name, label in (("sensitivity", 1), ("specificity", 0)):
         rows = np.stack([(true == label) & (guessed == label), true == label], axis=1)
         fraction = lambda sums: ratio(sums[:, 0], sums[:, 1])  # noqa: E731
         result = summed_result(name, rows, fraction, f"binary|positive:1|class:{label}", resampling)
         missing = len(true) and not (true == label).any()
-        results.append(with_note(result, f"undefined: no reference is {label}" if missing else None))
+        results.append(
+            with_note(result, f"undefined: no reference is {label}" if missing else None)
+        )
     return results
 
 
 def auroc(
-    predictions: Sequence[Sequence[float]] | np.ndarray, references: Sequence[Sequence[int]] | np.ndarray, *,
-    class_names: Sequence[str] | None = None, resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
-    """Area under the ROC curve: the chance that a positive item scores above a negative one, ties counting half.
+    predictions: Sequence[Sequence[float]] | np.ndarray,
+    references: Sequence[Sequence[int]] | np.ndarray,
+    *,
+    class_names: Sequence[str] | None = None,
+    resampling: Resampling = DEFAULT,
+) -> list[MetricResult]:
+    """Area under the ROC curve: the chance that a positive item scores above a negative one, ties
+    counting half.
 
     Args:
         predictions: (n,) or (n, C) scores, higher for positive.
-        references: (n,) or (n, C) of 0/1; for C > 1 also (n,) class numbers, scored one against the rest.
+        references: (n,) or (n, C) of 0/1; for C > 1 also (n,) class numbers, scored one against the
+            rest.
         class_names: C names for the per-class results.
         resampling: how the interval is drawn.
 
@@ -101,25 +141,38 @@ def auroc(
         labels = labels[:, None] == np.arange(classes)
     labels = labels.reshape(len(scores), -1)
     if labels.shape != scores.shape:
-        raise ValueError(f"auroc: scores are {scores.shape}, labels are {labels.shape}; both need (n, C)")
+        raise ValueError(
+            f"auroc: scores are {scores.shape}, labels are {labels.shape}; both need (n, C)"
+        )
     if np.isnan(scores).any():
-        raise ValueError(f"auroc: {int(np.isnan(scores).sum())} scores are nan and cannot be ranked")
+        raise ValueError(
+            f"auroc: {int(np.isnan(scores).sum())} scores are nan and cannot be ranked"
+        )
     if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"auroc needs 0/1 labels, found {sorted(set(labels.ravel().tolist()))[:5]}")
+        raise ValueError(
+            f"auroc needs 0/1 labels, found {sorted(set(labels.ravel().tolist()))[:5]}"
+        )
     columns = [_RankedScores(scores[:, c], labels[:, c].astype(bool)) for c in range(classes)]
     names = class_names or [str(c) for c in range(classes)]
     signature = f"mann-whitney|ties:half|classes:{classes}"
     mean = result_of(
-        "auroc", lambda counts: mean_defined(np.stack([column(counts) for column in columns], axis=1)),
-        len(scores), f"{signature}|macro", resampling,
-    )  # fmt: skip
+        "auroc",
+        lambda counts: mean_defined(np.stack([column(counts) for column in columns], axis=1)),
+        len(scores),
+        f"{signature}|macro",
+        resampling,
+    )
     reasons = [_one_label(labels[:, c]) for c in range(classes)]
     if classes == 1:
         return [with_note(mean, reasons[0])]
-    left_out = [str(name) for name, reason in zip(names, reasons, strict=True) if reason is not None]
+    left_out = [
+        str(name) for name, reason in zip(names, reasons, strict=True) if reason is not None
+    ]
     if left_out and len(scores):
         mean = with_note(
-            mean, f"{len(left_out)} of {classes} classes have one label only and are left out: {', '.join(left_out)}"
+            mean,
+            f"{len(left_out)} of {classes} classes have one label only and are left out: "
+            f"{', '.join(left_out)}",
         )
     return [mean] + [
         with_note(result_of(f"auroc[{name}]", column, len(scores), signature, resampling), reason)
@@ -140,19 +193,27 @@ class _RankedScores:
         self.order = np.argsort(scores, kind="stable")
         ranked = scores[self.order]
         self.positive = positive[self.order]
-        self.starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else np.array([], int)
+        self.starts = (
+            np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+            if len(ranked)
+            else np.array([], int)
+        )
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
         """(R, n) -> (R,); nan where a resample holds only one label."""
         counts = counts[:, self.order]
-        positives = np.add.reduceat(counts * self.positive, self.starts, axis=1)  # (R, distinct scores)
+        positives = np.add.reduceat(
+            counts * self.positive, self.starts, axis=1
+        )  # (R, distinct scores)
         negatives = np.add.reduceat(counts * ~self.positive, self.starts, axis=1)
         below = np.cumsum(negatives, axis=1) - negatives
         wins = (positives * (below + negatives / 2)).sum(axis=1)
         return ratio(wins, positives.sum(axis=1) * negatives.sum(axis=1))
 
 
-def _confusion(predictions: Sequence[Hashable], references: Sequence[Hashable]) -> tuple[np.ndarray, int]:
+def _confusion(
+    predictions: Sequence[Hashable], references: Sequence[Hashable]
+) -> tuple[np.ndarray, int]:
     """(n, 3C) rows of true, false and missed for each class of the references, and C."""
     n = check_lengths(predictions, references)
     index = {label: number for number, label in enumerate(dict.fromkeys(references))}

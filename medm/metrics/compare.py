@@ -1,4 +1,6 @@
-"""Is one system better than another on the same items? Paired tests on two results of one metric."""
+"""Is one system better than another on the same items? Paired tests on two results of one
+metric.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ class Comparison:
     """Two-sided; the hypothesis is that both systems are equally good."""
     n: int
     test: str
-    """"randomisation" (item scores exchanged between the systems) where the metric is a mean of item scores, else
-    "bootstrap" (how often the difference changes its sign); "none" where the metric is undefined."""
+    """"randomisation" (item scores exchanged between the systems) where the metric is a mean of
+    item scores, else "bootstrap" (how often the difference changes its sign); "none" where the
+    metric is undefined."""
     signature: str
     clusters: int | None = None
-    """Number of groups that were drawn and exchanged whole; None where every item stands for itself."""
+    """Number of groups that were drawn and exchanged whole; None where every item stands for
+    itself."""
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: undefined numbers are None."""
@@ -41,47 +45,78 @@ class Comparison:
         }
 
 
-def compare(first: MetricResult, second: MetricResult, resampling: Resampling | None = None) -> Comparison:
-    """Paired comparison of two systems scored by the same metric on the same items in the same order.
+def compare(
+    first: MetricResult, second: MetricResult, resampling: Resampling | None = None
+) -> Comparison:
+    """Paired comparison of two systems scored by the same metric on the same items in the same
+    order.
 
     Where the metric is undefined for a side, so are difference, interval and p-value (nan).
-    Items that were grouped for the intervals of the results are drawn, and exchanged, as the same whole groups.
+    Items that were grouped for the intervals of the results are drawn, and exchanged, as the same
+    whole groups.
 
     Raises:
-        ValueError: the results have different metrics, signatures or numbers of items, or were read from a file
-            and are not means (item scores are all that a file keeps).
+        ValueError: the results have different metrics, signatures or numbers of items, or were read
+            from a file and are not means (item scores are all that a file keeps).
     """
     for what in ("name", "signature", "n", "clusters"):
         if getattr(first, what) != getattr(second, what):
             raise ValueError(
-                f"cannot compare: {what} is {getattr(first, what)!r} in the first and {getattr(second, what)!r} in the "
-                "second; score both with the same metric on the same items"
+                f"cannot compare: {what} is {getattr(first, what)!r} in the first and "
+                f"{getattr(second, what)!r} in the second; score both with the same metric on the "
+                "same items"
             )
     clusters = first.clusters
     if clusters is None and "|cluster:" in first.signature:
-        raise ValueError(f"{first.name} was scored by groups that a file does not keep: score the predictions again")
+        raise ValueError(
+            f"{first.name} was scored by groups that a file does not keep: score the predictions "
+            "again"
+        )
     groups = None if clusters is None else clusters.count
     if math.isnan(first.value) or math.isnan(second.value):
         nan = math.nan
         return Comparison(
-            first.name, first.value, second.value, nan, nan, nan, nan, first.n, "none", first.signature, groups
-        )  # fmt: skip
+            first.name,
+            first.value,
+            second.value,
+            nan,
+            nan,
+            nan,
+            nan,
+            first.n,
+            "none",
+            first.signature,
+            groups,
+        )
     resampling = replace(resampling or Resampling(), clusters=clusters)
     deltas = _differences(first, second, resampling)
     low, high = percentile_interval(deltas, resampling.level)
     difference = first.value - second.value
     if first.per_item is not None and second.per_item is not None:
-        p_value = randomisation_test(np.asarray(first.per_item), np.asarray(second.per_item), resampling)
+        p_value = randomisation_test(
+            np.asarray(first.per_item), np.asarray(second.per_item), resampling
+        )
         test = "randomisation"
     else:
         p_value, test = _sign_change(deltas), "bootstrap"
     return Comparison(
-        first.name, first.value, second.value, difference, low, high, p_value, first.n, test, first.signature, groups,
-    )  # fmt: skip
+        first.name,
+        first.value,
+        second.value,
+        difference,
+        low,
+        high,
+        p_value,
+        first.n,
+        test,
+        first.signature,
+        groups,
+    )
 
 
 def randomisation_test(first: np.ndarray, second: np.ndarray, resampling: Resampling) -> float:
-    """Two-sided p-value of the mean difference when each item's two scores are exchanged at random, or each group's.
+    """Two-sided p-value of the mean difference when each item's two scores are exchanged at random,
+    or each group's.
 
     With `rounds` shuffles the least possible value is 1 / (rounds + 1) (Phipson and Smyth 2010).
     """
@@ -89,7 +124,9 @@ def randomisation_test(first: np.ndarray, second: np.ndarray, resampling: Resamp
     if not len(deltas):
         return math.nan
     if resampling.clusters is not None:
-        deltas = np.bincount(resampling.clusters.numbers(), weights=deltas)  # what exchanging a whole group changes
+        deltas = np.bincount(
+            resampling.clusters.numbers(), weights=deltas
+        )  # what exchanging a whole group changes
     random = np.random.default_rng(resampling.seed)
     observed, as_far = abs(deltas.sum()), 0
     for _ in range(resampling.rounds):
@@ -108,7 +145,9 @@ def _differences(first: MetricResult, second: MetricResult, resampling: Resampli
             scores = np.asarray(result.per_item)
             values.append(partial(_mean, scores))
         else:
-            raise ValueError(f"{result.name} is a corpus metric without item scores: score the predictions again")
+            raise ValueError(
+                f"{result.name} is a corpus metric without item scores: score the predictions again"
+            )
     alone = resampling.clusters is not None and resampling.clusters.count < 2
     drawn = draws(first.n, resampling) if first.n and not alone else ()
     chunks = [values[0](counts) - values[1](counts) for counts in drawn]

@@ -1,6 +1,8 @@
-"""M3D-Bench's scoring (arXiv 2404.00578, public code), with its quirks, for comparison with published numbers.
+"""M3D-Bench's scoring (arXiv 2404.00578, public code), with its quirks, for comparison with
+published numbers.
 
-METEOR and BERTScore of the published table are `meteor` and `bertscore` of this room, on the same texts.
+METEOR and BERTScore of the published table are `meteor` and `bertscore` of this room, on the same
+texts.
 """
 
 from __future__ import annotations
@@ -28,20 +30,27 @@ from medm.metrics.rouge import rouge as sound_rouge
 from medm.metrics.words import ngrams, unsegmented
 
 
-def bleu(predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT) -> list[MetricResult]:
-    """Mean over items of unsmoothed BLEU-1, tokeniser 13a, as the `evaluate` library computes it; an empty text is 0.
+def bleu(
+    predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
+) -> list[MetricResult]:
+    """Mean over items of unsmoothed BLEU-1, tokeniser 13a, as the `evaluate` library computes it;
+    an empty text is 0.
 
     Wrong as a corpus measure: a mean of sentence scores is not corpus BLEU. Corrected: `bleu`.
     """
     check_lengths(predictions, references)
-    tokenizers = optional("sacrebleu.tokenizers.tokenizer_13a", package="sacrebleu", extra="text-metrics")
+    tokenizers = optional(
+        "sacrebleu.tokenizers.tokenizer_13a", package="sacrebleu", extra="text-metrics"
+    )
     tokenize = tokenizers.Tokenizer13a()
     scores = []
     for prediction, texts in zip(predictions, as_references(references), strict=True):
         words = tokenize(prediction.strip()).split()
         targets = [tokenize(text.strip()).split() for text in texts]
         scores.append(_bleu_1(words, targets))
-    result = mean_result("m3d-bench-bleu-1", scores, "m3d-bench|evaluate-bleu|tok:13a|max_order:1|mean", resampling)
+    result = mean_result(
+        "m3d-bench-bleu-1", scores, "m3d-bench|evaluate-bleu|tok:13a|max_order:1|mean", resampling
+    )
     reason = unsegmented(references, "use bleu with 'tokenize: zh'")
     return [result if reason is None else undefined(result, reason)]
 
@@ -60,7 +69,9 @@ def _bleu_1(words: list[str], references: list[list[str]]) -> float:
 def rouge(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Mean ROUGE-1 F1, no stemming: the same number as `rouge`, under the name of the published column."""
+    """Mean ROUGE-1 F1, no stemming: the same number as `rouge`, under the name of the published
+    column.
+    """
     check_lengths(predictions, references)
     found = sound_rouge(predictions, references, resampling=resampling)[0]
     drawn = found.signature.partition("stem:no")[2]  # groups and level of the interval
@@ -71,7 +82,8 @@ def rouge(
 def choice_accuracy(
     predictions: Sequence[str], references: Sequence[str], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Is "<letter>." anywhere in the text? Wrong: "the AORTA." answers A, an empty reference is always right.
+    """Is "<letter>." anywhere in the text? Wrong: "the AORTA." answers A, an empty reference is
+    always right.
 
     Corrected: `choice-accuracy`. References are letters, or texts that begin with one.
     """
@@ -81,21 +93,36 @@ def choice_accuracy(
         float(not is_blank(text) and (f"{letter}." in text or not letter))
         for letter, text in zip(letters, predictions, strict=True)
     ]
-    return [mean_result("m3d-bench-choice-accuracy", scores, "m3d-bench|substring:letter+stop", resampling)]
+    return [
+        mean_result(
+            "m3d-bench-choice-accuracy", scores, "m3d-bench|substring:letter+stop", resampling
+        )
+    ]
 
 
 def box_iou(
-    predictions: Sequence[Box | str | None], references: Sequence[Box | str], *, codec: str = "m3d",
+    predictions: Sequence[Box | str | None],
+    references: Sequence[Box | str],
+    *,
+    codec: str = "m3d",
     resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
-    """Mean of intersection over the enclosing box; -1 for an unreadable box. Corrected: `box-iou` (0 there)."""
+) -> list[MetricResult]:
+    """Mean of intersection over the enclosing box; -1 for an unreadable box. Corrected: `box-iou`
+    (0 there).
+    """
     check_lengths(predictions, references)
     scores = []
     for guess, truth in zip(predictions, references, strict=True):
         guessed = CODECS[codec].parse(guess).first if isinstance(guess, str) else guess
         true = CODECS[codec].parse(truth).first if isinstance(truth, str) else truth
-        scores.append(-1.0 if guessed is None or true is None else enclosing_iou(tuple(guessed), tuple(true)))
-    return [mean_result("m3d-bench-box-iou", scores, "m3d-bench|enclosing-box|unreadable:-1|mean", resampling)]
+        scores.append(
+            -1.0 if guessed is None or true is None else enclosing_iou(tuple(guessed), tuple(true))
+        )
+    return [
+        mean_result(
+            "m3d-bench-box-iou", scores, "m3d-bench|enclosing-box|unreadable:-1|mean", resampling
+        )
+    ]
 
 
 def soft_dice_of(probabilities: np.ndarray, reference: np.ndarray) -> float:
@@ -107,9 +134,13 @@ def soft_dice_of(probabilities: np.ndarray, reference: np.ndarray) -> float:
 
 
 def dice(
-    predictions: Sequence[np.ndarray], references: Sequence[np.ndarray], *, resampling: Resampling = DEFAULT
+    predictions: Sequence[np.ndarray],
+    references: Sequence[np.ndarray],
+    *,
+    resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean soft Dice on sigmoid probabilities. Wrong: no threshold, and a perfect mask of one voxel scores 2/3.
+    """Mean soft Dice on sigmoid probabilities. Wrong: no threshold, and a perfect mask of one voxel
+    scores 2/3.
 
     Corrected: `dice`.
     """

@@ -19,8 +19,12 @@ from medm.metrics.base import (
 from medm.metrics.words import ANSWER_SIGNATURE, answer_words, same_answer
 
 
-def best_of(predictions: Sequence[str], references: References, score: Callable[[str, str], float]) -> list[float]:
-    """Each item's best score over its references; 0 for a blank prediction, whatever the reference is."""
+def best_of(
+    predictions: Sequence[str], references: References, score: Callable[[str, str], float]
+) -> list[float]:
+    """Each item's best score over its references; 0 for a blank prediction, whatever the reference
+    is.
+    """
     check_lengths(predictions, references)
     return [
         0.0 if is_blank(prediction) else max(score(prediction, text) for text in texts)
@@ -54,13 +58,17 @@ def normalised_match(
 def token_f1(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Mean F1 over normalised words, each shared as often as it occurs on both sides (as in SQuAD)."""
+    """Mean F1 over normalised words, each shared as often as it occurs on both sides (as in
+    SQuAD).
+    """
     scores = best_of(predictions, references, word_f1)
     return [mean_result("token-f1", scores, f"multiset|{ANSWER_SIGNATURE}|mean", resampling)]
 
 
 def word_f1(prediction: str, reference: str) -> float:
-    """F1 of two texts. Without a word on either side it is 1 for the same answer, else 0; nothing answers nothing."""
+    """F1 of two texts. Without a word on either side it is 1 for the same answer, else 0; nothing
+    answers nothing.
+    """
     mine, theirs = Counter(answer_words(prediction)), Counter(answer_words(reference))
     if not mine or not theirs:
         return float(same_answer(prediction, reference))

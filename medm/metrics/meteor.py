@@ -45,19 +45,27 @@ def meteor(
 ) -> list[MetricResult]:
     """NLTK's METEOR with exact, stem and WordNet synonym matches.
 
-    NLTK looks words up by their stems ("larg" for "large"), so it finds fewer synonyms than METEOR's own program.
+    NLTK looks words up by their stems ("larg" for "large"), so it finds fewer synonyms than
+    METEOR's own program.
 
     Raises:
-        DeviceError: NLTK or the WordNet files are missing. Nothing is downloaded, and no weaker variant takes its name.
+        DeviceError: NLTK or the WordNet files are missing. Nothing is downloaded, and no weaker
+            variant takes its name.
     """
-    return _nltk_meteor("meteor", "exact+stem+wordnet", _wordnet(), predictions, references, resampling)
+    return _nltk_meteor(
+        "meteor", "exact+stem+wordnet", _wordnet(), predictions, references, resampling
+    )
 
 
 def meteor_exact_stem(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """NLTK's METEOR with exact and stem matches only; lower than METEOR wherever synonyms would have matched."""
-    return _nltk_meteor("meteor-exact-stem", "exact+stem", _NoSynonyms(), predictions, references, resampling)
+    """NLTK's METEOR with exact and stem matches only; lower than METEOR wherever synonyms would
+    have matched.
+    """
+    return _nltk_meteor(
+        "meteor-exact-stem", "exact+stem", _NoSynonyms(), predictions, references, resampling
+    )
 
 
 def meteor_java(
@@ -71,16 +79,23 @@ def meteor_java(
     check_lengths(predictions, references)
     module = optional("pycocoevalcap.meteor.meteor", package="pycocoevalcap", extra="text-metrics")
     if shutil.which("java") is None:
-        raise DeviceError("meteor-java needs a Java runtime (java on PATH); meteor and meteor-exact-stem need none")
+        raise DeviceError(
+            "meteor-java needs a Java runtime (java on PATH); meteor and meteor-exact-stem need "
+            "none"
+        )
     scores: list[float] = []
     if predictions:
-        # The Java side reads line by line and waits for ever on a text with a line break: only tokens go in.
+        # The Java side reads line by line and waits for ever on a text with a line break: only
+        # tokens go in.
         texts = {index: [" ".join(ptb_tokens(text))] for index, text in enumerate(predictions)}
         targets = {
-            index: [" ".join(ptb_tokens(text)) for text in item] for index, item in enumerate(as_references(references))
+            index: [" ".join(ptb_tokens(text)) for text in item]
+            for index, item in enumerate(as_references(references))
         }
         _, scores = module.Meteor().compute_score(targets, texts)
-    result = mean_result("meteor-java", scores, f"meteor-1.5|coco-caption|{PTB_SIGNATURE}|segment-mean", resampling)
+    result = mean_result(
+        "meteor-java", scores, f"meteor-1.5|coco-caption|{PTB_SIGNATURE}|segment-mean", resampling
+    )
     return _in_english(result, references)
 
 
@@ -93,14 +108,20 @@ def _wordnet() -> Any:
         wordnet.ensure_loaded()
     except LookupError:
         raise DeviceError(
-            "meteor needs the WordNet files, which NLTK does not find. Put them under <folder>/corpora/wordnet and set "
-            "NLTK_DATA=<folder> (docs/benchmarks.md says how), or use meteor-exact-stem, which needs none"
+            "meteor needs the WordNet files, which NLTK does not find. Put them under "
+            "<folder>/corpora/wordnet and set NLTK_DATA=<folder> (docs/benchmarks.md says how), "
+            "or use meteor-exact-stem, which needs none"
         ) from None
     return wordnet
 
 
 def _nltk_meteor(
-    name: str, stages: str, wordnet: Any, predictions: Sequence[str], references: References, resampling: Resampling
+    name: str,
+    stages: str,
+    wordnet: Any,
+    predictions: Sequence[str],
+    references: References,
+    resampling: Resampling,
 ) -> list[MetricResult]:
     check_lengths(predictions, references)
     module = optional("nltk.translate.meteor_score", package="nltk", extra="text-metrics")
@@ -113,9 +134,14 @@ def _nltk_meteor(
 
 
 def _in_english(result: MetricResult, references: References) -> list[MetricResult]:
-    """The result; without its number where the references are in another alphabet than METEOR's stems and synonyms."""
+    """The result; without its number where the references are in another alphabet than METEOR's
+    stems and synonyms.
+    """
     reason = unsegmented(references, "separate the words by blanks and use bleu or rouge")
     foreign = fraction_outside_latin(references)
     if reason is None and foreign > 0.5:
-        reason = f"{foreign:.0%} of the letters of the references are not Latin, and its stems and synonyms are English"
+        reason = (
+            f"{foreign:.0%} of the letters of the references are not Latin, and its stems and "
+            "synonyms are English"
+        )
     return [result if reason is None else undefined(result, reason)]

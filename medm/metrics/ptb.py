@@ -1,7 +1,8 @@
-"""Tokens of the COCO caption toolkit: an imitation of Stanford's PTBTokenizer, written from what the program prints.
+"""Tokens of the COCO caption toolkit: an imitation of Stanford's PTBTokenizer, written from what
+the program prints.
 
-Expected values are in `tests/metrics/ptb_tokens.tsv`: texts and what the program (corenlp 3.4.1, `-preserveLines
--lowerCase`) and the toolkit's list of marks make of them.
+Expected values are in `tests/metrics/ptb_tokens.tsv`: texts and what the program (corenlp 3.4.1,
+`-preserveLines -lowerCase`) and the toolkit's list of marks make of them.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ from medm.metrics.words import characters
 PTB_SIGNATURE = "tok:ptb-like:2"
 
 _ABBREVIATIONS = """
-a.m adj adm adv al apr ariz assn asst atty aug ave bancorp bhd bldg blvd brig bros calif capt cf cie cmdr co col colo
-conn corp cos cpl dec dept det dr elec ens esq est etc ext feb fla fri ft ga gen gov hon inc ind insp intl jan jr jul
-jun kan ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs ms mt natl neb nev nov oct okla
-p.m penn ph plc pres prof pty pvt rd rep rev rt sen sep sept sgt spc sq sr st ste supt tel tenn thu thurs treas tue
-tues univ va vs vt wed wis wyo
+a.m adj adm adv al apr ariz assn asst atty aug ave bancorp bhd bldg blvd brig bros calif capt cf
+cie cmdr co col colo conn corp cos cpl dec dept det dr elec ens esq est etc ext feb fla fri ft
+ga gen gov hon inc ind insp intl jan jr jul jun kan ky lieut lt ltd maj mar md messrs mfg mich
+minn mlle mme mo mon mont mr mrs ms mt natl neb nev nov oct okla p.m penn ph plc pres prof pty
+pvt rd rep rev rt sen sep sept sgt spc sq sr st ste supt tel tenn thu thurs treas tue tues univ
+va vs vt wed wis wyo
 """
 """Words that keep their full stop in any case."""
 _CAPITALIZED = "ark del ill la mass miss ore pa tex wash"
-"""Words that keep it only with a capital: in "NO FOCAL MASS." it is Massachusetts, in "no focal mass." not."""
+"""Words that keep it only with a capital: in "NO FOCAL MASS." it is Massachusetts, in "no focal
+mass." not."""
 _BEFORE_NUMBERS = "art ca fig figs no nos op pp prop"
 """Words that keep it only before a number ("fig. 3")."""
 _SENTENCE_STARTS = """
-The A An In At There This That These It He She They We You But If As So Then When While What Some Other Such More Many
-One Her Their Our After Since However Now Here Once Yet According About Last
+The A An In At There This That These It He She They We You But If As So Then When While What
+Some Other Such More Many One Her Their Our After Since However Now Here Once Yet According
+About Last
 """
 """Words before which the full stop of a single letter ends a sentence ("segment V. There is")."""
 _CONTRACTIONS = {
@@ -41,23 +45,26 @@ _WRITTEN_AS = {
     "¢": "cents", "£": "#", "¤": "$", "₠": "$", "€": "$",
     "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "", "&apos;": "", "&nbsp;": "",
 }  # fmt: skip
-"""Tokens that the program prints otherwise than they are written. Brackets stay: the toolkit's list of marks holds them
-in capitals only."""
+"""Tokens that the program prints otherwise than they are written. Brackets stay: the toolkit's list
+of marks holds them in capitals only."""
 _DROPPED = frozenset([*".?!,:;'`\"", "''", "``", "-", "--", "---", "----", "..."])
 _KEPT_SYMBOLS = """
-a1-a9 ac-b9 bc-3f6 55a-589 5be-60c 61b 61e-66a 66d-7f8 964-965 e3f-e4f 1fbd 2016-2017 201a 201e-2023 2030-2038
-203b 203e-2042 2044 2070-20a0 20a4 20ac 2100-2152 2153-215e 2190-2bff 3001-3002 3012 30fb ff01-ffe1 ffe5-ffe6
+a1-a9 ac-b9 bc-3f6 55a-589 5be-60c 61b 61e-66a 66d-7f8 964-965 e3f-e4f 1fbd 2016-2017 201a
+201e-2023 2030-2038 203b 203e-2042 2044 2070-20a0 20a4 20ac 2100-2152 2153-215e 2190-2bff
+3001-3002 3012 30fb ff01-ffe1 ffe5-ffe6
 """
-"""Code points (hexadecimal) of symbols and marks outside ASCII that the program prints; it drops all others."""
+"""Code points (hexadecimal) of symbols and marks outside ASCII that the program prints; it drops
+all others."""
 _SOFT_HYPHEN = "\u00ad"
 
 
 def ptb_tokens(text: str) -> list[str]:
     """Lower-case words as the COCO caption toolkit sees them, without punctuation.
 
-    Equal to the original on report prose, also with accents, Cyrillic and Greek letters, units, subscripts and
-    symbols. It differs in rare forms (names of files, elisions) and in scripts whose vowel signs the original drops.
-    Scripts without spaces between words stay one token for each run, as in the original.
+    Equal to the original on report prose, also with accents, Cyrillic and Greek letters, units,
+    subscripts and symbols. It differs in rare forms (names of files, elisions) and in scripts whose
+    vowel signs the original drops. Scripts without spaces between words stay one token for each
+    run, as in the original.
     """
     tokens: list[str] = []
     for found in _pattern().findall(text.replace(_SOFT_HYPHEN, "")):
@@ -78,7 +85,9 @@ def _pattern() -> re.Pattern[str]:
     letter, word = f"[{characters('L', 'M')}]", f"[{characters('L', 'M', 'Nd')}]"
     joined = f"{word}+(?:(?:[-‐‑]|_(?!_)){word}+)*"
     ascii_word = "[A-Za-z0-9]+"
-    abbreviations = "|".join(re.escape(item) for item in sorted(_ABBREVIATIONS.split(), key=len, reverse=True))
+    abbreviations = "|".join(
+        re.escape(item) for item in sorted(_ABBREVIATIONS.split(), key=len, reverse=True)
+    )
     capitalized = "|".join(f"{item.capitalize()}|{item.upper()}" for item in _CAPITALIZED.split())
     before_numbers = "|".join(_BEFORE_NUMBERS.split())
     starts = "|".join(f"{item}|{item.upper()}" for item in _SENTENCE_STARTS.split())
@@ -94,13 +103,15 @@ def _pattern() -> re.Pattern[str]:
                 r"(?i:-[lr][rsc]b-)",
                 rf"(?:[A-Za-z]\.){{2,}}{end}",  # e.g.  p.m.  U.S.
                 rf"(?i:ph\.d\.?){end}",
-                rf"{letter}{word}*(?:[.!?]{word}+)*[.!?]{letter}{word}*(?:-{word}+)*",  # clear.Heart  L5.S1
+                # clear.Heart  L5.S1
+                rf"{letter}{word}*(?:[.!?]{word}+)*[.!?]{letter}{word}*(?:-{word}+)*",
                 rf"(?:(?i:{abbreviations})|{capitalized})\.{end}",
                 rf"(?i:{before_numbers})\.(?=\s?\d)",
                 rf"{joined}\.(?=[,;:])",  # normal.,
                 rf"[A-Za-z]\.(?!\s+(?:{starts})(?:\s|$))(?!{letter})",  # B. Liver
                 rf"\d+-\d+/\d+{end}",
-                rf"(?:{ascii_word}(?:-[A-Za-z]+)*/)+{ascii_word}(?:-[A-Za-z][A-Za-z0-9]*)*{end}",  # mg/dl  1/2/2019
+                # mg/dl  1/2/2019
+                rf"(?:{ascii_word}(?:-[A-Za-z]+)*/)+{ascii_word}(?:-[A-Za-z][A-Za-z0-9]*)*{end}",
                 rf"\d+[.,]\d+{word}*(?:-{word}+)+",  # 1.5-cm
                 r"[+-]?\d*(?:[.,:]\d+)+|[+-]\d+",  # 1,234  3.5  .2  12:30  -5
                 rf"(?i:cannot|gonna|gotta|wanna|lemme|gimme|['’]tis|['’]twas){end}",
@@ -137,5 +148,7 @@ def _is_printed(token: str) -> bool:
         return True
     category = unicodedata.category(token)
     return ord(token) < 0x10000 and (
-        category[0] in "LM" or category == "Nd" or (category[0] not in "CZ" and ord(token) in _kept())
+        category[0] in "LM"
+        or category == "Nd"
+        or (category[0] not in "CZ" and ord(token) in _kept())
     )

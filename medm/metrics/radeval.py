@@ -1,7 +1,7 @@
 """RadEval's scores of radiology reports, where that package is installed.
 
-RadEval (2.2) loads the models of its scores by itself, from the local cache or the hub. Its scores that ask a service
-over the network are left out: reports stay on this machine.
+RadEval (2.2) loads the models of its scores by itself, from the local cache or the hub. Its scores
+that ask a service over the network are left out: reports stay on this machine.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from medm.metrics.base import (
 
 
 def radeval(
-    predictions: Sequence[str], references: Sequence[str], *, scores: Sequence[str] = ("radgraph",),
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    scores: Sequence[str] = ("radgraph",),
     resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
+) -> list[MetricResult]:
     """Means over reports of RadEval's per-report scores, each named `radeval/<its name there>`.
 
-    A blank prediction scores 0, where RadEval would label it "No Finding" or leave it out. RadCliQ, where less is
-    better and nothing is worst, is then undefined.
+    A blank prediction scores 0, where RadEval would label it "No Finding" or leave it out. RadCliQ,
+    where less is better and nothing is worst, is then undefined.
 
     Args:
         predictions: reports.
@@ -51,12 +54,17 @@ def radeval(
     results = []
     for name, values in found.items():
         if not isinstance(values, (list, tuple)) or len(values) != n:
-            raise ValueError(f"radeval: expected {n} numbers under {name!r}, found {type(values).__name__}")
-        numbers = [0.0 if empty else float(value) for empty, value in zip(blank, values, strict=True)]
+            raise ValueError(
+                f"radeval: expected {n} numbers under {name!r}, found {type(values).__name__}"
+            )
+        numbers = [
+            0.0 if empty else float(value) for empty, value in zip(blank, values, strict=True)
+        ]
         result = mean_result(f"radeval/{name}", numbers, signature, resampling)
         if any(blank) and "radcliq" in name:
             result = undefined(
-                result, f"undefined: {sum(blank)} of {n} predictions are blank, and it has no worst value"
+                result,
+                f"undefined: {sum(blank)} of {n} predictions are blank, and it has no worst value",
             )
         results.append(result)
     return results

@@ -12,7 +12,8 @@ from medm.metrics.base import DEFAULT, MetricResult, Resampling, mean_result, re
 def ranks(similarity: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     """(Q,) rank from 1 of each query's best relevant candidate.
 
-    A tie counts against the query: a model that gives all candidates the same score ranks last, not first.
+    A tie counts against the query: a model that gives all candidates the same score ranks last, not
+    first.
 
     Args:
         similarity: (Q, C), higher is nearer.
@@ -29,10 +30,14 @@ def ranks(similarity: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 
 
 def recall_at_k(
-    predictions: np.ndarray, references: np.ndarray | None = None, *, cutoffs: Sequence[int] = (1, 5, 10),
+    predictions: np.ndarray,
+    references: np.ndarray | None = None,
+    *,
+    cutoffs: Sequence[int] = (1, 5, 10),
     resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
-    """Fraction of queries with a relevant candidate among the first k, and the median rank, in both directions.
+) -> list[MetricResult]:
+    """Fraction of queries with a relevant candidate among the first k, and the median rank, in both
+    directions.
 
     Args:
         predictions: (Q, C) similarities, images in rows and texts in columns.
@@ -41,7 +46,9 @@ def recall_at_k(
         resampling: how the interval is drawn.
     """
     similarity = np.asarray(predictions, dtype=np.float64)
-    relevant = np.eye(*similarity.shape) == 1 if references is None else np.asarray(references, dtype=bool)
+    relevant = (
+        np.eye(*similarity.shape) == 1 if references is None else np.asarray(references, dtype=bool)
+    )
     results = []
     for direction, scores, wanted in (
         ("image-to-text", similarity, relevant),
@@ -50,17 +57,32 @@ def recall_at_k(
         place = ranks(scores, wanted)
         signature = f"{direction}|candidates:{scores.shape[1]}|ties:last"
         for k in cutoffs:
-            result = mean_result(f"{direction}-R@{k}", (place <= k).astype(float), signature, resampling)
+            result = mean_result(
+                f"{direction}-R@{k}", (place <= k).astype(float), signature, resampling
+            )
             if len(place) and k >= scores.shape[1]:
-                reason = f"undefined: any ranking of {scores.shape[1]} candidates has the right one among {k}"
+                reason = (
+                    f"undefined: any ranking of {scores.shape[1]} candidates has the right one "
+                    f"among {k}"
+                )
                 result = undefined(result, reason)
             results.append(result)
-        results.append(result_of(f"{direction}-median-rank", _WeightedMedian(place), len(place), signature, resampling))
+        results.append(
+            result_of(
+                f"{direction}-median-rank",
+                _WeightedMedian(place),
+                len(place),
+                signature,
+                resampling,
+            )
+        )
     return results
 
 
 class _WeightedMedian:
-    """Median of values of which each counts several times; the mean of the middle two where their number is even."""
+    """Median of values of which each counts several times; the mean of the middle two where their
+    number is even.
+    """
 
     def __init__(self, values: np.ndarray) -> None:
         self.order = np.argsort(values, kind="stable")

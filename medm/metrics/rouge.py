@@ -20,24 +20,30 @@ from medm.metrics.base import (
 from medm.metrics.words import answer_words, fraction_outside_ascii
 
 _FEW = 0.01
-"""Fraction of letters that rouge-score may drop ("naïve", "µm") before its number means something else."""
+"""Fraction of letters that rouge-score may drop ("naïve", "µm") before its number means something
+else."""
 KINDS = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}
 
 
 def rouge(
-    predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT, stem: bool = False,
+    predictions: Sequence[str],
+    references: References,
+    *,
+    resampling: Resampling = DEFAULT,
+    stem: bool = False,
     words: str = "rouge-score",
-) -> list[MetricResult]:  # fmt: skip
+) -> list[MetricResult]:
     """Mean F1 of ROUGE-1, 2 and L; with several references the best one counts.
 
-    rouge-score sees the letters a to z and digits alone. References with more than a few other letters have no ROUGE
-    of that program; `words="unicode"` counts the words of any language (characters, in scripts without spaces).
+    rouge-score sees the letters a to z and digits alone. References with more than a few other
+    letters have no ROUGE of that program; `words="unicode"` counts the words of any language
+    (characters, in scripts without spaces).
     """
     check_lengths(predictions, references)
     module = optional("rouge_score.rouge_scorer", package="rouge-score", extra="text-metrics")
     scorer = module.RougeScorer(
         list(KINDS), use_stemmer=stem, tokenizer=_AnyLanguage() if words == "unicode" else None
-    )  # fmt: skip
+    )
     scores = [
         scorer.score_multi(list(texts), prediction)
         for prediction, texts in zip(predictions, as_references(references), strict=True)
@@ -55,7 +61,9 @@ def rouge(
     note = f"rouge-score drops letters other than a to z, {dropped:.1%} of those of the references"
     if dropped < _FEW:
         return [with_note(result, note) for result in results]
-    return [undefined(result, f"{note}; rouge with 'words: unicode' counts them") for result in results]
+    return [
+        undefined(result, f"{note}; rouge with 'words: unicode' counts them") for result in results
+    ]
 
 
 class _AnyLanguage:

@@ -1,8 +1,9 @@
-"""Uni-Med's scoring (arXiv 2409.17508, public code of 2025-11), with its quirks, for comparison with published numbers.
+"""Uni-Med's scoring (arXiv 2409.17508, public code of 2025-11), with its quirks, for comparison
+with published numbers.
 
-Not for anything else: each function says what is wrong with it and which metric is the corrected one. In one thing
-they differ from the published code: a blank reply never scores, also where the reference is nothing but an article or
-marks.
+Not for anything else: each function says what is wrong with it and which metric is the corrected
+one. In one thing they differ from the published code: a blank reply never scores, also where the
+reference is nothing but an article or marks.
 """
 
 from __future__ import annotations
@@ -31,34 +32,60 @@ SIGNATURE = "uni-med|norm:vqa-v2-as-published"
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
-_FULL_STOP = re.compile(r"\.(?!\d)")  # the published look-behind is written as a look-ahead that is always true
-_FULL_STOPS_REMOVED = 32  # re.UNICODE, handed over where the greatest number of substitutions belongs
+_FULL_STOP = re.compile(
+    r"\.(?!\d)"
+)  # the published look-behind is written as a look-ahead that is always true
+_FULL_STOPS_REMOVED = (
+    32  # re.UNICODE, handed over where the greatest number of substitutions belongs
+)
 _NUMBERS = dict(
     zip(
-        ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+        [
+            "none",
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+        ],
         ["0", *map(str, range(11))],
         strict=True,
     )
 )
 _CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
-o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
-y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't
+shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+something'd something'd've something'll that's there'd there'd've there're there's they'd
+they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+you've
 """
 
 
 def _short_forms() -> dict[str, str]:
-    """Every spelling that lacks one apostrophe -> the full one; and the oddities of the published table."""
+    """Every spelling that lacks one apostrophe -> the full one; and the oddities of the published
+    table.
+    """
     forms = {}
     for full in _CONTRACTIONS.split():
         pieces = full.split("'")
         for left_out in range(1, len(pieces)):
             forms["'".join(pieces[:left_out]) + "'".join(pieces[left_out:])] = full
-    return forms | {"somebody'd": "somebodyd", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at"}
+    return forms | {
+        "somebody'd": "somebodyd",
+        "ow's'at": "'ow's'at",
+        "'ows'at": "'ow's'at",
+        "'ow'sat": "'ow's'at",
+    }
 
 
 _SHORT_FORMS = _short_forms()
@@ -67,8 +94,9 @@ _SHORT_FORMS = _short_forms()
 def normalise(text: str) -> str:
     """The VQA-v2 normaliser as Uni-Med runs it.
 
-    Wrong: "none" becomes "0"; whether a mark is deleted or becomes a blank depends on the rest of the text ("t2-w" and
-    "t2 - w" differ from "t2-w, flair"); at most 32 full stops go. Corrected: `medm.metrics.words.normalise_answer`.
+    Wrong: "none" becomes "0"; whether a mark is deleted or becomes a blank depends on the rest of
+    the text ("t2-w" and "t2 - w" differ from "t2-w, flair"); at most 32 full stops go. Corrected:
+    `medm.metrics.words.normalise_answer`.
     """
     groups_digits = _DIGIT_COMMA.search(text) is not None
     result = text
@@ -100,11 +128,18 @@ def match(
     return [mean_result("uni-med-match", scores, SIGNATURE, resampling)]
 
 
-def bleu(predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT) -> list[MetricResult]:
-    """Mean unsmoothed sentence BLEU-1 to 4. Wrong: a right one-word answer has BLEU-4 1e-231. Corrected: `bleu`."""
+def bleu(
+    predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
+) -> list[MetricResult]:
+    """Mean unsmoothed sentence BLEU-1 to 4. Wrong: a right one-word answer has BLEU-4 1e-231.
+    Corrected: `bleu`.
+    """
     check_lengths(predictions, references)
     pairs = [
-        (normalise(clean_prediction(prediction)).split(), [normalise(text).split() for text in texts])
+        (
+            normalise(clean_prediction(prediction)).split(),
+            [normalise(text).split() for text in texts],
+        )
         for prediction, texts in zip(predictions, as_references(references), strict=True)
     ]
     results = nltk_results("uni-med-bleu", pairs, SIGNATURE, resampling, smoothing="none")
@@ -139,9 +174,13 @@ def _repeating_f1(prediction: str, reference: str) -> float:
 def closed_accuracy(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Is the reference anywhere in the prediction? Wrong: "no" is in "abnormal". Corrected: `closed-accuracy`."""
+    """Is the reference anywhere in the prediction? Wrong: "no" is in "abnormal". Corrected:
+    `closed-accuracy`.
+    """
     scores = best_of(
-        predictions, references, lambda a, b: float((text := _said(a)) is not None and normalise(b) in text)
+        predictions,
+        references,
+        lambda a, b: float((text := _said(a)) is not None and normalise(b) in text),
     )
     return [mean_result("uni-med-closed-accuracy", scores, f"{SIGNATURE}|substring", resampling)]
 
@@ -150,23 +189,33 @@ _BOX = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
 
 
 def parse_box(text: str, extent: Sequence[float]) -> Box | None:
-    """A box at the very start of the text, in pixels, neither clipped nor put in order; None where there is none."""
+    """A box at the very start of the text, in pixels, neither clipped nor put in order; None where
+    there is none.
+    """
     found = _BOX.match(clean_prediction(text).replace(" ", ""))
     if not found:
         return None
-    return tuple(int(n) / 100 * size for n, size in zip(found.groups(), [*extent, *extent], strict=True))
+    return tuple(
+        int(n) / 100 * size for n, size in zip(found.groups(), [*extent, *extent], strict=True)
+    )
 
 
 def box_iou(
-    predictions: Sequence[Box | str | None], references: Sequence[Box | str], *,
-    extents: Sequence[Sequence[float]] | None = None, codec: str = "uni-med", resampling: Resampling = DEFAULT,
-) -> list[MetricResult]:  # fmt: skip
-    """Mean IoU and accuracy above 0.5, with 1 added to every side. Corrected: `box-iou`, `box-accuracy`.
+    predictions: Sequence[Box | str | None],
+    references: Sequence[Box | str],
+    *,
+    extents: Sequence[Sequence[float]] | None = None,
+    codec: str = "uni-med",
+    resampling: Resampling = DEFAULT,
+) -> list[MetricResult]:
+    """Mean IoU and accuracy above 0.5, with 1 added to every side. Corrected: `box-iou`,
+    `box-accuracy`.
 
-    Wrong: one pixel is added to coordinates that are not pixel numbers, which favours small boxes; swapped corners are
-    scored as they stand; a box anywhere but at the start is not seen.
+    Wrong: one pixel is added to coordinates that are not pixel numbers, which favours small boxes;
+    swapped corners are scored as they stand; a box anywhere but at the start is not seen.
 
-    `extents` are (width, height) of each image; without them coordinates are those of the 0..100 grid.
+    `extents` are (width, height) of each image; without them coordinates are those of the 0..100
+    grid.
     """
     n = check_lengths(predictions, references)
     if codec != "uni-med":
@@ -182,25 +231,33 @@ def box_iou(
     return [
         mean_result("uni-med-box-iou", scores, "uni-med|inclusive:+1|anchored", resampling),
         mean_result(
-            "uni-med-box-accuracy", [float(s > 0.5) for s in scores], "uni-med|inclusive:+1|iou>0.5", resampling
+            "uni-med-box-accuracy",
+            [float(s > 0.5) for s in scores],
+            "uni-med|inclusive:+1|iou>0.5",
+            resampling,
         ),
     ]
 
 
 def _published_iou(guess: Box, truth: Box) -> float:
-    """As `iou(inclusive=1)`, but swapped corners give negative sides, hence areas of either sign."""
+    """As `iou(inclusive=1)`, but swapped corners give negative sides, hence areas of either
+    sign.
+    """
     if guess[2] >= guess[0] and guess[3] >= guess[1]:
         return iou(guess, truth, inclusive=1.0)
     shared = 1.0
     for axis in (0, 1):
-        shared *= max(0.0, min(guess[axis + 2], truth[axis + 2]) - max(guess[axis], truth[axis]) + 1)
+        shared *= max(
+            0.0, min(guess[axis + 2], truth[axis + 2]) - max(guess[axis], truth[axis]) + 1
+        )
     areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (guess, truth)]
     union = sum(areas) - shared
     return shared / union if union else 0.0
 
 
 def first_words(text: str, limit: int = 50) -> str:
-    """Blanks collapsed and cut to 50 words, as Uni-Med does with every text, references of the test split included.
+    """Blanks collapsed and cut to 50 words, as Uni-Med does with every text, references of the test
+    split included.
 
     Wrong: reports scored against their first 50 words are not comparable with the literature.
     """

@@ -16,7 +16,8 @@ from medm.metrics.base import as_references
 _PLAIN_MARKS = str.maketrans(
     {
         "’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "−": "-", "‐": "-", "…": "...",
-        "≥": ">=", "≤": "<=", "⩾": ">=", "⩽": "<=", "±": "+-", "×": "x", "⁄": "/", "、": ",", "。": ".",
+        "≥": ">=", "≤": "<=", "⩾": ">=", "⩽": "<=", "±": "+-", "×": "x", "⁄": "/", "、": ",",
+            "。": ".",
     }
 )  # fmt: skip
 """Typographic and East Asian marks that Unicode's compatibility form keeps, as marks of ASCII."""
@@ -37,7 +38,8 @@ _HYPHEN = re.compile(r"(?<![\w<>=])-+(?!\d)|(?<=\w)-+(?!\w)|-{2,}|[<>=]+(?!\S)")
 _OTHER_DIGIT = re.compile(r"[^\D0-9]")
 
 _NO_SPACES = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
 )
 """Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana and Han."""
 _CHARACTER = re.compile(f"([{_NO_SPACES}])")
@@ -46,13 +48,15 @@ _RUN = re.compile(f"[{_NO_SPACES}]{{5,}}")
 
 ANSWER_SIGNATURE = "norm:medm-answer:2"
 UNSEGMENTED = (
-    "the references are in a script without spaces between words ({fraction:.0%} of their letters), and this tokenizer "
-    "takes a whole phrase for one word: {instead}"
+    "the references are in a script without spaces between words ({fraction:.0%} of their "
+    "letters), and this tokenizer takes a whole phrase for one word: {instead}"
 )
 
 
 def plain_marks(text: str) -> str:
-    """Unicode's compatibility form, with the digits, quotes, dashes and signs of comparison of ASCII."""
+    """Unicode's compatibility form, with the digits, quotes, dashes and signs of comparison of
+    ASCII.
+    """
     text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)
     return _OTHER_DIGIT.sub(lambda found: str(unicodedata.digit(found.group())), text)
 
@@ -60,10 +64,10 @@ def plain_marks(text: str) -> str:
 def normalise_answer(text: str) -> str:
     """The form in which short answers are compared.
 
-    Unicode's compatibility form, case folded, no punctuation, no articles, number words as digits, single blanks.
-    Kept: decimal points, the sign of a number, signs of comparison and percent, hyphens within words
-    (`t2-weighted`), and an article that is all there is ("A" of a blood group). "none" stays "none". Empty for a text
-    of punctuation alone.
+    Unicode's compatibility form, case folded, no punctuation, no articles, number words as digits,
+    single blanks. Kept: decimal points, the sign of a number, signs of comparison and percent,
+    hyphens within words (`t2-weighted`), and an article that is all there is ("A" of a blood
+    group). "none" stays "none". Empty for a text of punctuation alone.
     """
     text = _GROUPED_DIGITS.sub("", plain_marks(text).casefold()).replace("'", "")
     text = _COMPARISON.sub(r" \1", _BARE_DECIMALS.sub("0.", text))
@@ -74,7 +78,8 @@ def normalise_answer(text: str) -> str:
 
 
 def same_answer(prediction: str, reference: str) -> bool:
-    """Equality after `normalise_answer`; a reference of punctuation alone has to be repeated as it is.
+    """Equality after `normalise_answer`; a reference of punctuation alone has to be repeated as it
+    is.
 
     A text without any word equals nothing else: "." is not "the", and no reply is no answer.
     """
@@ -85,7 +90,9 @@ def same_answer(prediction: str, reference: str) -> bool:
 
 
 def answer_words(text: str) -> list[str]:
-    """Words of a normalized answer. In scripts without spaces each character is one (as in CMRC 2018)."""
+    """Words of a normalized answer. In scripts without spaces each character is one (as in CMRC
+    2018).
+    """
     return _CHARACTER.sub(r" \1 ", normalise_answer(text)).split()
 
 
@@ -95,7 +102,9 @@ def ngrams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
 
 
 def characters(*categories: str) -> str:
-    """Characters of these Unicode categories in the basic plane, as the inside of a class of `re`."""
+    """Characters of these Unicode categories in the basic plane, as the inside of a class of
+    `re`.
+    """
     ranges: list[list[int]] = []
     for code in range(0x10000):
         if not unicodedata.category(chr(code)).startswith(categories):
@@ -108,7 +117,8 @@ def characters(*categories: str) -> str:
 
 
 def unsegmented(references: Sequence[str | Sequence[str]], instead: str) -> str | None:
-    """Why words of these references cannot be counted: they are in a script without spaces. None where they can.
+    """Why words of these references cannot be counted: they are in a script without spaces. None
+    where they can.
 
     Texts whose words were separated by blanks beforehand can be counted.
 
@@ -122,14 +132,18 @@ def unsegmented(references: Sequence[str | Sequence[str]], instead: str) -> str 
 
 def fraction_outside_ascii(references: Sequence[str | Sequence[str]]) -> float:
     """Fraction of the letters of the references that are not a to z."""
-    return _fraction(references, lambda text: sum(letter.isalpha() and not letter.isascii() for letter in text))
+    return _fraction(
+        references, lambda text: sum(letter.isalpha() and not letter.isascii() for letter in text)
+    )
 
 
 def fraction_outside_latin(references: Sequence[str | Sequence[str]]) -> float:
     """Fraction of the letters of the references that are not Latin, with or without accents."""
     return _fraction(
         references,
-        lambda text: sum(c.isalpha() and c > "\u024f" and not "\u1e00" <= c <= "\u1eff" for c in text),
+        lambda text: sum(
+            c.isalpha() and c > "\u024f" and not "\u1e00" <= c <= "\u1eff" for c in text
+        ),
     )
 
 
@@ -142,5 +156,7 @@ def _fraction(references: Sequence[str | Sequence[str]], count: Callable[[str], 
 
 @cache
 def _punctuation() -> re.Pattern[str]:
-    """All but word characters with their vowel signs and accents, decimal points, percent, signs and hyphens."""
+    """All but word characters with their vowel signs and accents, decimal points, percent, signs
+    and hyphens.
+    """
     return re.compile(rf"[^\w{characters('M')}.%+<>=-]")

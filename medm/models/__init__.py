@@ -1,7 +1,8 @@
-"""Models: how parts are put together, saved and loaded. Knows nothing of paths, DeepSpeed or task names.
+"""Models: how parts are put together, saved and loaded. Knows nothing of paths, DeepSpeed or task
+names.
 
-A kind of model (`medm.models.kinds` has the table) turns its section of a recipe into a model and its
-processor (`medm.models.base.ModelKind`); `load` opens what any of them saved.
+A kind of model (`medm.models.kinds` has the table) turns its section of a recipe into a model and
+its processor (`medm.models.base.ModelKind`); `load` opens what any of them saved.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ def build(options: ModelOptions, *, init_from: str | None = None) -> Built:
 
     Args:
         options: the section; its `kind` chooses the builder.
-        init_from: a folder that medm saved. Its weights are the start instead of the published ones, with any
-            adapter that they hold, and its parts must be the ones that the section names. Chat template and
-            preprocessing are the saved ones but for what the section writes.
+        init_from: a folder that medm saved. Its weights are the start instead of the published
+            ones, with any adapter that they hold, and its parts must be the ones that the section
+            names. Chat template and preprocessing are the saved ones but for what the section
+            writes.
 
     Raises:
-        RecipeError: parts that do not fit each other or this machine, or `init_from` holds other parts.
+        RecipeError: parts that do not fit each other or this machine, or `init_from` holds other
+            parts.
         CheckpointError: weights that do not fit, or are damaged.
     """
     kind = kind_of(options)
@@ -57,7 +60,8 @@ def build(options: ModelOptions, *, init_from: str | None = None) -> Built:
 
 
 def processor_of(options: ModelOptions, *, init_from: str | None = None) -> Processor:
-    """The processor that `build` would give, without reading weights where the kind of model can do so.
+    """The processor that `build` would give, without reading weights where the kind of model can do
+    so.
 
     Raises:
         RecipeError, CheckpointError: as `build`.
@@ -69,7 +73,8 @@ def processor_of(options: ModelOptions, *, init_from: str | None = None) -> Proc
 
 
 def preprocess_of(options: ModelOptions, *, init_from: str | None = None) -> dict[str, Preprocess]:
-    """The preprocessing of the model that a recipe's section describes, by branch; no language model is looked for.
+    """The preprocessing of the model that a recipe's section describes, by branch; no language
+    model is looked for.
 
     Raises:
         RecipeError, CheckpointError: as `build`.
@@ -83,7 +88,8 @@ def load(folder: str) -> Built:
     """A model folder that medm saved: model and processor, in the precision they were saved in.
 
     Raises:
-        CheckpointError: no such folder, not a medm model, damaged, or tensors are missing, unexpected or misshaped.
+        CheckpointError: no such folder, not a medm model, damaged, or tensors are missing,
+            unexpected or misshaped.
     """
     from medm.models.checkpoint import open_saved
 

@@ -1,12 +1,13 @@
-"""Memory of the activations that a training step keeps for its backward pass, found by running it without memory.
+"""Memory of the activations that a training step keeps for its backward pass, found by running it
+without memory.
 
-Each part runs forward on the meta device, and what autograd would save is added up: adapters, frozen weights, gated
-layers and precisions count as they are. Counted are tensors, each storage once, without the weights. Assumed:
-attention keeps queries, keys, values and its output (flash or memory-efficient kernels, not the plain one); a layer
-that recomputes keeps its input, and one layer at a time is recomputed; logits exist for 4096 labels at most, each
-in 16 bits, in float32 for the loss, and as a gradient.
-Not counted are kernels' workspaces, fragmentation and CUDA itself (about 1 GiB), and the work of frozen encoders, which
-keeps nothing.
+Each part runs forward on the meta device, and what autograd would save is added up: adapters,
+frozen weights, gated layers and precisions count as they are. Counted are tensors, each storage
+once, without the weights. Assumed: attention keeps queries, keys, values and its output (flash or
+memory-efficient kernels, not the plain one); a layer that recomputes keeps its input, and one layer
+at a time is recomputed; logits exist for 4096 labels at most, each in 16 bits, in float32 for the
+loss, and as a gradient. Not counted are kernels' workspaces, fragmentation and CUDA itself (about 1
+GiB), and the work of frozen encoders, which keeps nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def activations(model: MedmModel, step: Step, *, half: bool) -> float:
         half: compute in 16 bits.
 
     Raises:
-        ValueError: the model has no language model, or a part decides by numbers that do not exist here.
+        ValueError: the model has no language model, or a part decides by numbers that do not exist
+            here.
     """
     language_model = model.parts().get("llm")
     if not is_causal_lm(language_model):
@@ -73,8 +75,13 @@ def activations(model: MedmModel, step: Step, *, half: bool) -> float:
                 if items and any(parameter.requires_grad for parameter in layers.parameters()):
                     begun = True
                     total += _kept(layers, partial(_through_branch, branch, items, dtype))
-            total += _kept(language_model, partial(_through_llm, language_model, step, dtype, begun))
-    except (RuntimeError, NotImplementedError) as error:  # what torch raises for a number that a meta tensor lacks
+            total += _kept(
+                language_model, partial(_through_llm, language_model, step, dtype, begun)
+            )
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ) as error:  # what torch raises for a number that a meta tensor lacks
         raise ValueError(str(error).partition("\n")[0]) from None
     head = language_model.get_output_embeddings()
     labels = min(step.rows * step.labels, HEAD_LABELS)
@@ -87,9 +94,13 @@ def _through_branch(branch: VisionBranch, items: int, dtype: torch.dtype) -> Non
 
 
 def _through_llm(language_model: CausalLM, step: Step, dtype: torch.dtype, begun: bool) -> None:
-    """`begun`: a gradient has to reach what comes before, so a frozen language model keeps its activations too."""
+    """`begun`: a gradient has to reach what comes before, so a frozen language model keeps its
+    activations too.
+    """
     width = language_model.get_input_embeddings().embedding_dim
-    embeds = torch.empty(step.rows, step.length, width, dtype=dtype, device="meta", requires_grad=begun)
+    embeds = torch.empty(
+        step.rows, step.length, width, dtype=dtype, device="meta", requires_grad=begun
+    )
     # A mask of four axes is taken as it is: to build one, transformers looks at numbers.
     mask = torch.zeros(step.rows, 1, 1, 1, dtype=dtype, device="meta")
     language_model.get_decoder()(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
@@ -111,7 +122,9 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """On the meta device torch would take the plain attention, which keeps every weight of every head."""
+    """On the meta device torch would take the plain attention, which keeps every weight of every
+    head.
+    """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
         return cast(Tensor, _Attention.apply(query, key, value))
@@ -125,7 +138,9 @@ def _fused_attention() -> Iterator[None]:
 
 
 def _kept(part: nn.Module, forward: Callable[[], None]) -> float:
-    """Bytes that autograd saves in a forward pass of a part; layers that recompute keep their inputs."""
+    """Bytes that autograd saves in a forward pass of a part; layers that recompute keep their
+    inputs.
+    """
     own = {_storage(tensor) for tensor in (*part.parameters(), *part.buffers())}
     saved: dict[int, tuple[int, int | None]] = {}
     """Bytes of each storage, and the recomputing layer that kept it."""
@@ -136,14 +151,23 @@ def _kept(part: nn.Module, forward: Callable[[], None]) -> float:
     def pack(tensor: Tensor) -> Tensor:
         if _storage(tensor) not in own:
             alive.append(tensor)  # else its place could be another storage's
-            saved.setdefault(_storage(tensor), (tensor.untyped_storage().nbytes(), inside[-1] if inside else None))
+            saved.setdefault(
+                _storage(tensor),
+                (tensor.untyped_storage().nbytes(), inside[-1] if inside else None),
+            )
         return tensor
 
     def enter(layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         inside.append(id(layer))
-        inputs.append(next(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        inputs.append(
+            next(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        )
 
-    layers = [m for m in part.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    layers = [
+        m
+        for m in part.modules()
+        if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
+    ]
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(lambda *_: inside.pop() and None) for layer in layers]
     for layer in layers:

@@ -1,7 +1,8 @@
 """LoRA layers inside a part of a model, through peft.
 
-A spec is a mapping of `peft.LoraConfig` fields and lives in the checkpoint's config. The layers are part of
-the model from its construction on, so a checkpoint holds base and adapter in one set of named tensors.
+A spec is a mapping of `peft.LoraConfig` fields and lives in the checkpoint's config. The layers are
+part of the model from its construction on, so a checkpoint holds base and adapter in one set of
+named tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ ADAPTER = "default"
 
 
 def inject(part: nn.Module, spec: Mapping[str, object]) -> None:
-    """Put LoRA layers into a part, in place. B starts at zero, so the part computes what it did before.
+    """Put LoRA layers into a part, in place. B starts at zero, so the part computes what it did
+    before.
 
     Raises:
         RecipeError: `target_modules` names nothing in this part, or the part is adapted already.
@@ -33,7 +35,8 @@ def inject(part: nn.Module, spec: Mapping[str, object]) -> None:
 
 
 def check_unshared(model: nn.Module) -> None:
-    """Refuse adapters in layers whose weights another layer uses, too (a head tied to the embeddings).
+    """Refuse adapters in layers whose weights another layer uses, too (a head tied to the
+    embeddings).
 
     The other layer would run without the adapter, and merging would change it.
 
@@ -47,12 +50,16 @@ def check_unshared(model: nn.Module) -> None:
         if not isinstance(module, BaseTunerLayer):
             continue
         for parameter in module.get_base_layer().parameters():
-            users = [name.rpartition(".")[0].removesuffix(".base_layer") for name in owners[id(parameter)]]
+            users = [
+                name.rpartition(".")[0].removesuffix(".base_layer")
+                for name in owners[id(parameter)]
+            ]
             others = sorted(set(users) - {layer})
             if others:
                 raise RecipeError(
-                    f"LoRA in {layer}: {', '.join(others)} uses the same weight, so that the adapter would be missing "
-                    "there and merging it would change both; leave this layer out of targets"
+                    f"LoRA in {layer}: {', '.join(others)} uses the same weight, so that the "
+                    "adapter would be missing there and merging it would change both; leave this "
+                    "layer out of targets"
                 )
 
 
@@ -67,7 +74,11 @@ def merge(part: nn.Module) -> None:
     Raises:
         CheckpointError: the merged weights would not be finite.
     """
-    layers = [(name, module) for name, module in part.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = [
+        (name, module)
+        for name, module in part.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
     for name, layer in layers:
         try:
             layer.merge(safe_merge=True)

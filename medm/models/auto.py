@@ -1,4 +1,6 @@
-"""medm's classes in transformers' Auto registries, so that no remote code is needed to open a checkpoint."""
+"""medm's classes in transformers' Auto registries, so that no remote code is needed to open a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,10 @@ from __future__ import annotations
 def register() -> None:
     """Register the classes of every kind of model with transformers' Auto classes.
 
-    Kinds of other packages and of plug-in files are among them, as far as the table `medm.models.kinds` has
-    them now; a later call registers what was added since. `import medm` has this done when transformers first meets
-    a folder of medm. medm's own functions that open a folder call it too, so that they need no hook.
+    Kinds of other packages and of plug-in files are among them, as far as the table
+    `medm.models.kinds` has them now; a later call registers what was added since. `import medm` has
+    this done when transformers first meets a folder of medm. medm's own functions that open a
+    folder call it too, so that they need no hook.
 
     Raises:
         TypeError: a kind is incomplete.

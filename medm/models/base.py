@@ -61,10 +61,14 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
 
     @abstractmethod
     def check_same_parts(self, options: ModelOptions, *, source: str) -> None:
-        """Raises `RecipeError` when a recipe's `model` section names other parts than this model has."""
+        """Raises `RecipeError` when a recipe's `model` section names other parts than this model
+        has.
+        """
 
     def upgrade(self, processor: Processor) -> None:
-        """Add to a processor what the folder of an earlier medm does not say and the model knows."""
+        """Add to a processor what the folder of an earlier medm does not say and the model
+        knows.
+        """
 
     def enable_padding_free(self) -> bool:
         """Prepare for padding-free batches, one row of samples with their beginnings.
@@ -75,14 +79,16 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
         return False
 
     def after_step(self) -> Sequence[nn.Parameter]:
-        """Act on the model's own state after an optimizer step: clamp a scale, move a momentum copy.
+        """Act on the model's own state after an optimizer step: clamp a scale, move a momentum
+        copy.
 
         Called without gradients on every rank, after each step that changed the weights, under
-        DeepSpeed too; not after a step that was skipped for an overflow of fp16. Each rank must come
-        to the same values. Under ZeRO-3 a large parameter is empty here.
+        DeepSpeed too; not after a step that was skipped for an overflow of fp16. Each rank must
+        come to the same values. Under ZeRO-3 a large parameter is empty here.
 
         Returns:
-            The trained parameters that were changed: an optimizer that keeps a copy of its own takes
+            The trained parameters that were changed: an optimizer that keeps a copy of its own
+                takes
             them over.
         """
         return ()
@@ -145,13 +151,17 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
             hold_apart(self.parts()[part], rows["ids"], tied=rows["tied"])
 
     def add_adapter_to_part(self, part: str, spec: Mapping[str, object]) -> None:
-        """Put LoRA layers into a part and note them in the config, so that a checkpoint holds both."""
+        """Put LoRA layers into a part and note them in the config, so that a checkpoint holds
+        both.
+        """
         inject(self.parts()[part], spec)
         check_unshared(self)
         self.config.adapters = {**self.config.adapters, part: dict(spec)}
 
     def merge_adapters(self) -> None:
-        """Fold adapters and rows of new tokens into the weights: the same model with plain layers."""
+        """Fold adapters and rows of new tokens into the weights: the same model with plain
+        layers.
+        """
         for part in self.config.adapters:
             merge(self.parts()[part])
         self.config.adapters = {}
@@ -171,8 +181,8 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
         ids = sorted(self.new_token_ids(part))
         if not ids:
             raise RecipeError(
-                f"parts.{part}.new_tokens: the part has no new tokens; list them in model.control_tokens, "
-                "or leave new_tokens out"
+                f"parts.{part}.new_tokens: the part has no new tokens; list them in "
+                "model.control_tokens, or leave new_tokens out"
             )
         tied = is_tied(self.parts()[part])
         hold_apart(self.parts()[part], ids, tied=tied)
@@ -181,7 +191,9 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
     def merge_new_rows(self, part: str) -> None:
         """Write the rows of a part's new tokens into its vocabulary."""
         merge_rows(self.parts()[part])
-        self.config.new_rows = {name: rows for name, rows in self._new_rows().items() if name != part}
+        self.config.new_rows = {
+            name: rows for name, rows in self._new_rows().items() if name != part
+        }
 
     def _new_rows(self) -> dict[str, HeldRows]:
         """Return which rows are held apart, by part. Not every config has the field."""
@@ -192,21 +204,28 @@ class AutoClass(Protocol):
     """One of transformers' Auto classes for models, such as `AutoModel`."""
 
     def register(
-        self, config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel], exist_ok: bool = False
+        self,
+        config_class: type[PreTrainedConfig],
+        model_class: type[PreTrainedModel],
+        exist_ok: bool = False,
     ) -> None:
         """See `transformers.AutoModel.register`."""
         ...
 
 
 class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
-    """How a kind of model comes out of a recipe's `model` section; a line of `medm.models.kinds` names its class.
+    """How a kind of model comes out of a recipe's `model` section; a line of `medm.models.kinds`
+    names its class.
 
-    `medm.models.auto` registers the three classes of every kind with transformers' Auto classes. A subclass
-    without one of them, or without an abstract method, raises `TypeError` when it is constructed.
+    `medm.models.auto` registers the three classes of every kind with transformers' Auto classes. A
+    subclass without one of them, or without an abstract method, raises `TypeError` when it is
+    constructed.
 
-    Its processor is a `medm.types.Processor`, the same in training, inference and `medm data check`.
+    Its processor is a `medm.types.Processor`, the same in training, inference and `medm data
+    check`.
 
-    A subclass states its types once: `class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor])`.
+    A subclass states its types once: `class LVLM(ModelKind[LVLMOptions,
+    LVLMForConditionalGeneration, LVLMProcessor])`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -227,7 +246,8 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
     """Source of predictions that `medm eval` opens a saved model with, by its name in the table
     `medm.evaluation.predictors`."""
     outputs: ClassVar[frozenset[str]] = frozenset({"loss", "loss_sum"})
-    """Fields of the model's output in training. A recipe whose objective reads another one is refused.
+    """Fields of the model's output in training. A recipe whose objective reads another one is
+    refused.
 
     `ModelOptions.outputs` repeats them where a recipe is to be checked without importing the model.
     """
@@ -240,7 +260,8 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
         if not self.config_class.model_type.startswith(MODEL_TYPE_PREFIX):
             raise TypeError(
                 f"model kind {kind}: {self.config_class.__name__}.model_type is "
-                f"{self.config_class.model_type!r}; expected a name that begins with {MODEL_TYPE_PREFIX!r}"
+                f"{self.config_class.model_type!r}; expected a name that begins with "
+                f"{MODEL_TYPE_PREFIX!r}"
             )
 
     def check(self, options: OptionsT) -> None:
@@ -248,16 +269,21 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
 
     @abstractmethod
     def build(self, options: OptionsT) -> tuple[ModelT, ProcessorT]:
-        """The model, with published weights wherever the section gives a path, and its processor."""
+        """The model, with published weights wherever the section gives a path, and its
+        processor.
+        """
 
     def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
         """Return what a saved model with this config predicts for an item of a benchmark."""
         return frozenset({"text"})
 
     def skeleton(self, options: OptionsT) -> ModelT:
-        """The model without memory behind its weights, for an estimate; it reads published configs alone."""
+        """The model without memory behind its weights, for an estimate; it reads published configs
+        alone.
+        """
         raise RecipeError(
-            f"models of kind {options.kind!r} cannot be estimated: they cannot be built without their weights"
+            f"models of kind {options.kind!r} cannot be estimated: they cannot be built without "
+            "their weights"
         )
 
     def processor(self, options: OptionsT) -> ProcessorT:
@@ -265,10 +291,14 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
         return self.build(options)[1]
 
     def preprocess(self, options: OptionsT) -> dict[str, Preprocess]:
-        """What is done to the pixels of each branch. Kinds that know it without their language model override this."""
+        """What is done to the pixels of each branch. Kinds that know it without their language
+        model override this.
+        """
         return dict(self.processor(options).preprocess)
 
-    def adapt(self, options: OptionsT, processor: ProcessorT, *, model: ModelT | None = None) -> ProcessorT:
+    def adapt(
+        self, options: OptionsT, processor: ProcessorT, *, model: ModelT | None = None
+    ) -> ProcessorT:
         """Apply a recipe's section over the model and the processor of `init_from`.
 
         Args:

@@ -26,7 +26,8 @@ def open_config(folder: str) -> PreTrainedConfig:
         raise CheckpointError(f"{folder}: no such model folder")
     if not (path / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: not a model folder; expected config.json, weights and processor_config.json in it"
+            f"{folder}: not a model folder; expected config.json, weights and "
+            "processor_config.json in it"
         )
     register()
     try:
@@ -38,7 +39,8 @@ def open_config(folder: str) -> PreTrainedConfig:
             f"{folder}: a model of type {config.model_type!r}, which medm did not save; "
             "'medm import' turns published folders into medm models"
         )
-    # medm saves neither. A folder from elsewhere may name a kernel of the hub, which would be fetched and run.
+    # medm saves neither. A folder from elsewhere may name a kernel of the hub, which would be
+    # fetched and run.
     config._attn_implementation = None
     config._experts_implementation = None
     return config
@@ -49,7 +51,8 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
     path, config = Path(folder).expanduser(), open_config(folder)
     verify_weights(path)
     try:
-        # Mismatched tensors are let through here, so that the report below names them as it names the others.
+        # Mismatched tensors are let through here, so that the report below names them as it names
+        # the others.
         model, report = AutoModel.from_pretrained(
             path,
             config=config,
@@ -66,7 +69,8 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
         missing=sorted(report["missing_keys"]),
         unexpected=sorted(report["unexpected_keys"]),
         mismatched=[
-            f"{k} {tuple(found)}, expected {tuple(own)}" for k, found, own in sorted(report["mismatched_keys"])
+            f"{k} {tuple(found)}, expected {tuple(own)}"
+            for k, found, own in sorted(report["mismatched_keys"])
         ],
     )
     loaded.raise_if_partial()

@@ -1,6 +1,8 @@
-"""Parameters, memory and tokens of a model before anything is downloaded or trained. Runs on the meta device.
+"""Parameters, memory and tokens of a model before anything is downloaded or trained. Runs on the
+meta device.
 
-Needs published configs and tokenizers (kilobytes), never weights. How activations are counted: `activations`.
+Needs published configs and tokenizers (kilobytes), never weights. How activations are counted:
+`activations`.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from medm.models.base import MedmModel
 from medm.models.options import ModelOptions
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-"""What is spread over GPUs: nothing (also training without DeepSpeed); optimiser state; and gradients; and weights
-(arXiv 1910.02054, section 5)."""
+"""What is spread over GPUs: nothing (also training without DeepSpeed); optimiser state; and
+gradients; and weights (arXiv 1910.02054, section 5)."""
 
 _OPTIMISER_BYTES = {"8bit": 2.0, "adamw": 8.0, "sgd": 0.0, "adafactor": 0.0, "lion": 4.0}
-"""Bytes of state per trained parameter by what an optimiser's name holds; Adafactor's rows and columns round to 0."""
+"""Bytes of state per trained parameter by what an optimiser's name holds; Adafactor's rows and
+columns round to 0."""
 
 _GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 """Memory of usual GPUs in GB, which makers count as GiB."""
@@ -62,7 +65,8 @@ class Memory:
     optimiser: float
     """Its state, and the float32 copy of trained weights where they are held in 16 bits."""
     activations: float = 0.0
-    """What a step keeps for its backward pass, and under zero0 the 16-bit copies of float32 weights (autocast)."""
+    """What a step keeps for its backward pass, and under zero0 the 16-bit copies of float32 weights
+    (autocast)."""
 
     @property
     def total(self) -> float:
@@ -116,7 +120,8 @@ def estimate(
 
     Args:
         options: the section.
-        choose: freezes, adapts and sets free the parts, in place (`medm.training.parts.apply_parts`).
+        choose: freezes, adapts and sets free the parts, in place
+            (`medm.training.parts.apply_parts`).
         half: compute in 16 bits (`train.bf16` or `train.fp16`).
         optimiser: by its transformers name.
         gpus: processes that share the state.
@@ -126,8 +131,10 @@ def estimate(
         length: tokens of each, vision tokens included; without it no activations are counted.
 
     Raises:
-        CheckpointError: a published config or tokenizer is neither in a local folder nor in the cache nor on the hub.
-        RecipeError: parts that do not fit each other, or a kind of model that cannot be built without weights.
+        CheckpointError: a published config or tokenizer is neither in a local folder nor in the
+            cache nor on the hub.
+        RecipeError: parts that do not fit each other, or a kind of model that cannot be built
+            without weights.
     """
     model = skeleton(options, init_from=init_from)
     held = {id(p): p.element_size() for p in model.parameters()}
@@ -142,16 +149,26 @@ def estimate(
     states = [memory(parts, stage, half=half, optimiser=optimiser, gpus=gpus) for stage in STAGES]
     step, kept, unknown = None, 0.0, "no length is given"
     if length is not None:
-        step = Step(rows, length, max(length - sum(tokens.values()), 1), dict.fromkeys(tokens, rows))
+        step = Step(
+            rows, length, max(length - sum(tokens.values()), 1), dict.fromkeys(tokens, rows)
+        )
         try:
             kept = activations(model, step, half=half)
         except ValueError as error:
             step, unknown = None, str(error)
     if step is not None:
         copies = cast_copies(parts) if half else 0.0
-        states = [replace(one, activations=kept + (copies if one.stage == "zero0" else 0.0)) for one in states]
+        states = [
+            replace(one, activations=kept + (copies if one.stage == "zero0" else 0.0))
+            for one in states
+        ]
     return Estimate(
-        parts=parts, tokens=tokens, memory=tuple(states), gpus=gpus, step=step, unknown="" if step else unknown
+        parts=parts,
+        tokens=tokens,
+        memory=tuple(states),
+        gpus=gpus,
+        step=step,
+        unknown="" if step else unknown,
     )
 
 
@@ -169,8 +186,8 @@ def skeleton(options: ModelOptions, *, init_from: str | None = None) -> MedmMode
         return kind_of(options).skeleton(options)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n  an estimate needs the published config and tokenizer, not the weights; connect once, or give "
-            "a local folder that holds config.json and the tokenizer files"
+            f"{error}\n  an estimate needs the published config and tokenizer, not the weights; "
+            "connect once, or give a local folder that holds config.json and the tokenizer files"
         ) from None
 
 
@@ -191,8 +208,12 @@ def part_size(
         in_4bit: its frozen linear layers are.
         with_inner: list its children, too, where it has several.
     """
-    head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None  # stays as it is
-    layers = [layer for layer in part.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    head = (
+        part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None
+    )  # stays as it is
+    layers = [
+        layer for layer in part.modules() if isinstance(layer, nn.Linear) and layer is not head
+    ]
     linear = {id(layer.weight) for layer in layers} if in_4bit else set()
     total = trainable = plain = 0
     frozen = quantized = 0.0
@@ -214,7 +235,9 @@ def part_size(
 
 
 def cast_copies(parts: Collection[PartSize]) -> float:
-    """Bytes of the 16-bit copies that autocast makes of weights held in float32, and keeps for the backward pass."""
+    """Bytes of the 16-bit copies that autocast makes of weights held in float32, and keeps for the
+    backward pass.
+    """
     total = 0.0
     for part in parts:
         in_float32 = part.frozen_bytes - part.quantized_bytes >= 4 * part.plain
@@ -222,12 +245,15 @@ def cast_copies(parts: Collection[PartSize]) -> float:
     return total
 
 
-def memory(parts: Collection[PartSize], stage: str, *, half: bool, optimiser: str, gpus: int) -> Memory:
+def memory(
+    parts: Collection[PartSize], stage: str, *, half: bool, optimiser: str, gpus: int
+) -> Memory:
     """Bytes on each GPU, for each trained parameter T and frozen parameter F.
 
-    zero0 holds T in float32 whatever is computed in, and F as it was loaded: 4 + 4 bytes and the optimiser's state.
-    DeepSpeed in 16 bits casts every weight: 2 for F, 2 + 2 for T and a float32 copy beside the optimiser's state.
-    DeepSpeed in 32 bits makes that copy too: 4 + 4 + 4 and the state.
+    zero0 holds T in float32 whatever is computed in, and F as it was loaded: 4 + 4 bytes and the
+    optimiser's state. DeepSpeed in 16 bits casts every weight: 2 for F, 2 + 2 for T and a float32
+    copy beside the optimiser's state. DeepSpeed in 32 bits makes that copy too: 4 + 4 + 4 and the
+    state.
     """
     level, deepspeed = STAGES.index(stage), stage != "zero0"
     trainable = sum(part.trainable for part in parts)

@@ -1,4 +1,6 @@
-"""The manifest of a folder: which files belong to it, with size and sha256. Knows files, not models."""
+"""The manifest of a folder: which files belong to it, with size and sha256. Knows files, not
+models.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def write_manifest(folder: Path, metadata: Mapping[str, object]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder. Raises `CheckpointError` when it is missing, unreadable or no manifest."""
+    """The manifest of a folder. Raises `CheckpointError` when it is missing, unreadable or no
+    manifest.
+    """
     try:
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -60,7 +64,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error})") from None
     files = record.get("files") if isinstance(record, dict) else None
     if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
-        raise CheckpointError(f"{folder / MANIFEST}: expected files with size and sha256, found something else")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: expected files with size and sha256, found something else"
+        )
     return record
 
 
@@ -72,19 +78,29 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     record = read_manifest(folder)
     listed: dict[str, FileEntry] = record["files"]
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}
+    present = {
+        p.relative_to(folder).as_posix()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != MANIFEST
+    }
     if missing := sorted(set(listed) - present):
-        raise CheckpointError(f"{folder}: {len(missing)} files are missing: {', '.join(missing[:3])}")
+        raise CheckpointError(
+            f"{folder}: {len(missing)} files are missing: {', '.join(missing[:3])}"
+        )
     if added := sorted(present - set(listed)):
-        raise CheckpointError(f"{folder}: {len(added)} files that the manifest does not know: {', '.join(added[:3])}")
+        raise CheckpointError(
+            f"{folder}: {len(added)} files that the manifest does not know: {', '.join(added[:3])}"
+        )
     _compare(folder, listed)
     return record
 
 
 def verify_weights(folder: Path) -> None:
-    """Compare the weights alone with the manifest, where there is one: the other files are for people to edit.
+    """Compare the weights alone with the manifest, where there is one: the other files are for
+    people to edit.
 
-    Names and sizes are compared each time; contents once, and again when `medm.models.verified` sees another file.
+    Names and sizes are compared each time; contents once, and again when `medm.models.verified`
+    sees another file.
 
     Raises:
         CheckpointError: a weight file is missing, shorter, longer or changed, or was added.
@@ -99,8 +115,9 @@ def verify_weights(folder: Path) -> None:
     present = {path.name for path in folder.glob("*.safetensors")}
     if listed.keys() != present:
         raise CheckpointError(
-            f"{folder}: expected the weights {sorted(listed)} of its {MANIFEST}, found {sorted(present)}; copy the "
-            f"folder again, or remove {MANIFEST} if you changed the weights yourself"
+            f"{folder}: expected the weights {sorted(listed)} of its {MANIFEST}, found "
+            f"{sorted(present)}; copy the folder again, or remove {MANIFEST} if you changed the "
+            "weights yourself"
         )
     _compare_sizes(folder, listed)
     before = verified.state([folder / MANIFEST, *(folder / name for name in sorted(listed))])
@@ -112,7 +129,11 @@ def verify_weights(folder: Path) -> None:
 
 
 def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("size"), int)
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def _compare_sizes(folder: Path, listed: Mapping[str, FileEntry]) -> None:
@@ -128,7 +149,9 @@ def _compare(folder: Path, listed: Mapping[str, FileEntry]) -> None:
         digests = pool.map(lambda name: _hash(folder / name), listed)
         for name, digest in zip(listed, digests, strict=True):
             if digest != listed[name]["sha256"]:
-                raise CheckpointError(f"{folder / name}: the content changed since it was written (sha256 differs)")
+                raise CheckpointError(
+                    f"{folder / name}: the content changed since it was written (sha256 differs)"
+                )
 
 
 def _sync_and_hash(path: Path) -> str:

@@ -18,4 +18,5 @@ class ModelOptions(Options):
         return None
 
     outputs: ClassVar[frozenset[str] | None] = None
-    """`ModelKind.outputs` of the kind, so that a recipe is checked without importing it; None asks the kind."""
+    """`ModelKind.outputs` of the kind, so that a recipe is checked without importing it; None asks
+    the kind."""

@@ -15,7 +15,8 @@ CARD, ORIGIN = "README.md", "origin"
 _RECORDS = ("recipe.yaml", "run.json", "import.json", CARD)
 """What a model folder says about its making."""
 NOT_CLINICAL = (
-    "**Not for clinical use.** This model is for research; it must not be used to diagnose, treat or triage anyone."
+    "**Not for clinical use.** This model is for research; it must not be used to diagnose, "
+    "treat or triage anyone."
 )
 
 
@@ -50,7 +51,11 @@ def describe(
     """
     copied = [] if source is None else _copy_records(source, folder / ORIGIN)
     listed = ", ".join(f"`{name}`" for name in copied)
-    origin = f"\n\nThe records of the model that it was made from are in `{ORIGIN}/`: {listed}." if copied else ""
+    origin = (
+        f"\n\nThe records of the model that it was made from are in `{ORIGIN}/`: {listed}."
+        if copied
+        else ""
+    )
     (folder / CARD).write_text(f"# {title}\n\n{NOT_CLINICAL}\n\n{text}{origin}\n", encoding="utf-8")
     write_manifest(folder, {"medm": medm.__version__, **metadata})
 

@@ -51,7 +51,9 @@ class TokenRows(nn.Module):
         self._hooks: list[RemovableHandle] = []
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return rows (..., D) of positions in `ids` (...), or logits (..., K) of states (..., D)."""
+        """Return rows (..., D) of positions in `ids` (...), or logits (..., K) of states
+        (..., D).
+        """
         if inputs.is_floating_point():
             return F.linear(inputs, self.weight.to(inputs.dtype))
         return F.embedding(inputs, self.weight)
@@ -66,7 +68,9 @@ class TokenRows(nn.Module):
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _replace_embeddings(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _replace_embeddings(
+        self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
         ids = inputs[0]  # (B, T)
         positions = torch.zeros_like(ids)
         is_new = torch.zeros_like(ids, dtype=torch.bool)
@@ -79,7 +83,9 @@ class TokenRows(nn.Module):
             rows = rows * scale
         return torch.where(is_new[..., None], rows.to(output.dtype), output)
 
-    def _replace_logits(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _replace_logits(
+        self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
         logits = self(inputs[0]).to(output.dtype)  # (..., K)
         bias = getattr(layer, "bias", None)
         for first, position, count in _runs(self.ids):
@@ -109,7 +115,9 @@ def vocabulary(part: nn.Module) -> list[Vocabulary]:
     if isinstance(part, PreTrainedModel):
         layers = [part.get_input_embeddings(), part.get_output_embeddings()]
     if not layers or not hasattr(layers[0], "weight"):
-        raise RecipeError(f"new_tokens: {type(part).__name__} has no token embeddings whose rows could be trained")
+        raise RecipeError(
+            f"new_tokens: {type(part).__name__} has no token embeddings whose rows could be trained"
+        )
     return [cast(Vocabulary, layer) for layer in layers if layer is not None]
 
 
@@ -130,8 +138,8 @@ def hold_apart(part: nn.Module, ids: Sequence[int], *, tied: bool) -> None:
     Args:
         part: a language model.
         ids: the tokens.
-        tied: the head uses the matrix of the embeddings. A model that is built before its weights are
-            loaded cannot tell.
+        tied: the head uses the matrix of the embeddings. A model that is built before its weights
+            are loaded cannot tell.
 
     Raises:
         RecipeError: the part is no language model, or its embeddings or head hold a LoRA adapter.
@@ -140,8 +148,8 @@ def hold_apart(part: nn.Module, ids: Sequence[int], *, tied: bool) -> None:
     for layer in (embeddings, *heads):
         if type(layer).__module__.startswith("peft."):
             raise RecipeError(
-                "new_tokens and a LoRA adapter in the same layer exclude each other: leave the token "
-                "embeddings and the LM head out of targets"
+                "new_tokens and a LoRA adapter in the same layer exclude each other: leave the "
+                "token embeddings and the LM head out of targets"
             )
     ids = sorted(ids)
     rows = TokenRows(embeddings.weight, ids)
@@ -168,8 +176,8 @@ def merge_rows(part: nn.Module) -> None:
 def start_rows(part: nn.Module, ids: Sequence[int]) -> None:
     """Set the rows of tokens that were just added to the mean of those before them, in place.
 
-    A mean row is as probable as an average token. A random row can have the largest logit of all, and
-    a spare row of a published model was never trained.
+    A mean row is as probable as an average token. A random row can have the largest logit of all,
+    and a spare row of a published model was never trained.
     """
     if not ids:
         return

@@ -1,7 +1,9 @@
-"""Which files were compared with their checksums before, so that gigabytes are not read again at every opening.
+"""Which files were compared with their checksums before, so that gigabytes are not read again at
+every opening.
 
-A file counts as the same while device, inode, size and both of its times stay: what writing, copying or replacing it
-changes. What none of them shows, a disk that loses bits by itself, is found by a comparison that does not ask here.
+A file counts as the same while device, inode, size and both of its times stay: what writing,
+copying or replacing it changes. What none of them shows, a disk that loses bits by itself, is found
+by a comparison that does not ask here.
 """
 
 from __future__ import annotations
@@ -19,19 +21,23 @@ from medm.files import atomic_write_text
 logger = logging.getLogger(__name__)
 
 SETTLED = 2.0
-"""Seconds since the last change. A younger file may change once more without another time (file systems count in ticks
-of milliseconds, some of seconds)."""
+"""Seconds since the last change. A younger file may change once more without another time (file
+systems count in ticks of milliseconds, some of seconds)."""
 
 
 def state(files: Iterable[Path]) -> str | None:
-    """A short name of the files as they are now; None where one changed just now, so that its times say too little."""
+    """A short name of the files as they are now; None where one changed just now, so that its times
+    say too little.
+    """
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
         if time.time() - max(stat.st_mtime, stat.st_ctime) < SETTLED:
             return None
         times = f"{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
-        digest.update(f"{file.name}\0{stat.st_dev}\0{stat.st_ino}\0{stat.st_size}\0{times}\0".encode())
+        digest.update(
+            f"{file.name}\0{stat.st_dev}\0{stat.st_ino}\0{stat.st_size}\0{times}\0".encode()
+        )
     return digest.hexdigest()
 
 
@@ -42,7 +48,9 @@ def is_known(folder: Path, name: str) -> bool:
 
 
 def note(folder: Path, name: str) -> None:
-    """Note a state as verified; folders that are gone are forgotten. Where nothing can be kept, nothing is."""
+    """Note a state as verified; folders that are gone are forgotten. Where nothing can be kept,
+    nothing is.
+    """
     if (file := _record()) is None:
         return
     entries = {place: held for place, held in _read(file).items() if Path(place).is_dir()}
@@ -54,7 +62,9 @@ def note(folder: Path, name: str) -> None:
 
 
 def _record() -> Path | None:
-    """One file of the user's, by the convention of the XDG base directories; None for a user without a home."""
+    """One file of the user's, by the convention of the XDG base directories; None for a user
+    without a home.
+    """
     if place := os.environ.get("XDG_CACHE_HOME"):
         return Path(place) / "medm" / "verified.json"
     try:

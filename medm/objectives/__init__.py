@@ -1,8 +1,9 @@
-"""Objectives: a model's output and a batch in, the sum of a loss out. One line a member in the table.
+"""Objectives: a model's output and a batch in, the sum of a loss out. One line a member in the
+table.
 
-An objective knows nothing of optimizers, ranks beside its own gathering, or logging. Adding one is a
-new file with an `Objective` and a line here; options of its own stand above the table, torch-free.
-How several are added up: `medm.objectives.terms`.
+An objective knows nothing of optimizers, ranks beside its own gathering, or logging. Adding one is
+a new file with an `Objective` and a line here; options of its own stand above the table,
+torch-free. How several are added up: `medm.objectives.terms`.
 """
 
 from __future__ import annotations
@@ -37,18 +38,21 @@ class LanguageModelingOptions(ObjectiveOptions):
     """Next-token prediction."""
 
     auxiliary: dict[str, float] = {}
-    """Weight of each auxiliary loss that the model reports by name (`image.connector` router balance ...). A loss
-    that is not named here counts once (weight 1); weight 0 switches it off."""
+    """Weight of each auxiliary loss that the model reports by name (`image.connector` router
+    balance ...). A loss that is not named here counts once (weight 1); weight 0 switches it off."""
 
     def reads(self) -> frozenset[str]:
         return frozenset({"loss_sum"})
 
 
 class ContrastiveOptions(ObjectiveOptions):
-    """Two views of the same item are pulled together, all other pairs of the global batch pushed apart."""
+    """Two views of the same item are pulled together, all other pairs of the global batch pushed
+    apart.
+    """
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """`softmax`: symmetric InfoNCE (CLIP, arXiv 2103.00020); `sigmoid`: every pair by itself (SigLIP, 2303.15343)."""
+    """`softmax`: symmetric InfoNCE (CLIP, arXiv 2103.00020); `sigmoid`: every pair by itself
+    (SigLIP, 2303.15343)."""
     first: str = "image_embeds"
     """Field of the model's output that holds one view, (B, D)."""
     second: str = "text_embeds"
@@ -73,7 +77,9 @@ class ContrastiveOptions(ObjectiveOptions):
         return frozenset({self.first, self.second, "logit_scale", *bias})
 
 
-OBJECTIVES: Registry[type[Objective]] = Registry("objective", group="medm.objectives", options=ObjectiveOptions)
+OBJECTIVES: Registry[type[Objective]] = Registry(
+    "objective", group="medm.objectives", options=ObjectiveOptions
+)
 
 OBJECTIVES.add(
     "language-modeling",

@@ -15,7 +15,8 @@ Output: TypeAlias = Mapping[str, Any]
 
 
 class Objective(ABC):
-    """A loss that is a sum over items (labeled tokens, pairs). A subclass takes its options by keyword.
+    """A loss that is a sum over items (labeled tokens, pairs). A subclass takes its options by
+    keyword.
 
     `medm.objectives.terms` runs the model and divides the sum by the items of the whole optimizer
     step. So accumulation, uneven batches and the number of ranks do not change what is minimized.
@@ -24,8 +25,8 @@ class Objective(ABC):
     term: ClassVar[str]
     """Name of its loss in logs, where a recipe names no terms."""
     auxiliary: Mapping[str, float] | None = None
-    """Weights of the losses that the model reports by name beside its output (`losses`), 1 for a name
-    that is absent; None for an objective that leaves them out."""
+    """Weights of the losses that the model reports by name beside its output (`losses`), 1 for a
+    name that is absent; None for an objective that leaves them out."""
 
     @property
     @abstractmethod
@@ -46,10 +47,13 @@ class Objective(ABC):
 
 @runtime_checkable
 class RowLosses(Protocol):
-    """An objective whose loss is a sum over rows, so that diagnostics can measure those of a task."""
+    """An objective whose loss is a sum over rows, so that diagnostics can measure those of a
+    task.
+    """
 
     def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
-        """Return the mean loss of some rows, without auxiliary losses, which belong to no single row.
+        """Return the mean loss of some rows, without auxiliary losses, which belong to no single
+        row.
 
         Args:
             model: without wrappers.

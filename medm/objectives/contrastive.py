@@ -13,7 +13,8 @@ from medm.types import Batch
 
 
 class Contrastive(Objective):
-    """Every rank scores its own rows against the pairs of all ranks: the logits are (B, pairs of all).
+    """Every rank scores its own rows against the pairs of all ranks: the logits are (B, pairs of
+    all).
 
     Ranks may hold different numbers of pairs. The model's output has the two views under the names
     `first` and `second`, (B, D) each, a `logit_scale` (a factor, not its logarithm) and, for the
@@ -49,9 +50,9 @@ class Contrastive(Objective):
         field = batch.get(self.pairs)
         if not isinstance(field, Tensor) or not field.dim():
             raise RecipeError(
-                f"contrastive: expected the batch field {self.pairs!r} as a tensor of one row a pair, "
-                f"found the fields {', '.join(sorted(batch))}; set the objective's option pairs to "
-                "one of them"
+                f"contrastive: expected the batch field {self.pairs!r} as a tensor of one row a "
+                f"pair, found the fields {', '.join(sorted(batch))}; set the objective's option "
+                "pairs to one of them"
             )
         return torch.tensor(len(field), device=field.device)
 
@@ -67,14 +68,24 @@ class Contrastive(Objective):
 
     def _softmax(self, first: Tensor, second: Tensor, counts: list[int], scale: Tensor) -> Tensor:
         every_first, every_second = self._gathered(first, counts), self._gathered(second, counts)
-        targets = torch.arange(len(first), device=first.device) + self._offset(counts)  # (B,) column of the partner
+        targets = torch.arange(len(first), device=first.device) + self._offset(
+            counts
+        )  # (B,) column of the partner
         smoothing = self.label_smoothing
-        rows = F.cross_entropy(scale * first @ every_second.T, targets, label_smoothing=smoothing, reduction="sum")
-        columns = F.cross_entropy(scale * second @ every_first.T, targets, label_smoothing=smoothing, reduction="sum")
+        rows = F.cross_entropy(
+            scale * first @ every_second.T, targets, label_smoothing=smoothing, reduction="sum"
+        )
+        columns = F.cross_entropy(
+            scale * second @ every_first.T, targets, label_smoothing=smoothing, reduction="sum"
+        )
         return (rows + columns) / 2
 
-    def _sigmoid(self, first: Tensor, second: Tensor, counts: list[int], scale: Tensor, bias: Tensor) -> Tensor:
-        logits = scale * first @ self._gathered(second, counts).T + bias  # (B, pairs of all processes)
+    def _sigmoid(
+        self, first: Tensor, second: Tensor, counts: list[int], scale: Tensor, bias: Tensor
+    ) -> Tensor:
+        logits = (
+            scale * first @ self._gathered(second, counts).T + bias
+        )  # (B, pairs of all processes)
         signs = -torch.ones_like(logits)
         rows = torch.arange(len(first), device=first.device)
         signs[rows, rows + self._offset(counts)] = 1.0

@@ -38,9 +38,10 @@ class Losses:
 class Terms:
     """Objectives by name, each with a weight. The model runs once a batch, whatever their number.
 
-    The total is the sum over all terms of weight * sum / count, with the count of the whole optimizer
-    step: all micro-batches of all ranks. An auxiliary loss is a mean over a batch; it counts by the
-    batch's fraction of the items of the objective that takes it, times a weight of its own.
+    The total is the sum over all terms of weight * sum / count, with the count of the whole
+    optimizer step: all micro-batches of all ranks. An auxiliary loss is a mean over a batch; it
+    counts by the batch's fraction of the items of the objective that takes it, times a weight of
+    its own.
 
     Args:
         terms: by name, in the order in which they are added.
@@ -56,8 +57,8 @@ class Terms:
         takers = [name for name, term in self.terms.items() if term.objective.auxiliary is not None]
         if len(takers) > 1:
             raise RecipeError(
-                f"objective.terms: {' and '.join(takers)} each add the auxiliary losses of the model, "
-                "which would count twice; keep one of them"
+                f"objective.terms: {' and '.join(takers)} each add the auxiliary losses of the "
+                "model, which would count twice; keep one of them"
             )
 
     @classmethod
@@ -127,7 +128,7 @@ class Terms:
 
     def _auxiliary(
         self, objective: Objective, output: Output, batch: Batch, count: Tensor
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """Return the weighted auxiliary losses by name, where this objective takes them."""
         losses = output.get("losses") if objective.auxiliary is not None else None
         if not losses:

@@ -1,8 +1,9 @@
 """Tasks: data, prompt and scoring of one benchmark each. They do not know which model answers.
 
-The table at the end has one line per task: a `Task` (see `medm.tasks.base`) that reads the benchmark's files as they are
-distributed. To add one, write a file with a `Task` and a line here. Its options stand above the table and are torch-free, so that
-a recipe can be checked without loading model code.
+The table at the end has one line per task: a `Task` (see `medm.tasks.base`) that reads the
+benchmark's files as they are distributed. To add one, write a file with a `Task` and a line here.
+Its options stand above the table and are torch-free, so that a recipe can be checked without
+loading model code.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class TaskOptions(Options):
     seed: int = 0
     """Seed of the bootstrap."""
     cluster_by: str | None = None
-    """Record field whose equal values belong together ("patient", "volume"): intervals and paired tests draw such
-    groups whole. `id` lets every item stand for itself. Default: the task's own."""
+    """Record field whose equal values belong together ("patient", "volume"): intervals and paired
+    tests draw such groups whole. `id` lets every item stand for itself. Default: the task's own."""
 
 
 class BoxTaskOptions(TaskOptions):
@@ -51,9 +52,11 @@ class CustomOptions(TaskOptions):
     """A user's own file."""
 
     path: str
-    """JSON or JSONL of records in the training format, relative to the data folder; the last reply is the answer."""
+    """JSON or JSONL of records in the training format, relative to the data folder; the last reply
+    is the answer."""
     metrics: Annotated[list[Annotated[MetricOptions, NamedBlock(METRICS)]], Field(min_length=1)]
-    """Metric names, or blocks with options; those that take texts, labels or boxes written in texts."""
+    """Metric names, or blocks with options; those that take texts, labels or boxes written in
+    texts."""
     group_by: list[str] = []
     """Record fields whose values get a row each in the tables."""
 

@@ -1,7 +1,7 @@
 """What a task must be, and how its samples become training records.
 
-A task reads a benchmark's files, words the questions and scores the answers. It does not know which model answers, and
-opens no image except to ask for its size.
+A task reads a benchmark's files, words the questions and scores the answers. It does not know which
+model answers, and opens no image except to ask for its size.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Prediction:
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Scores that come with it (overlaps of masks)."""
     scores: Mapping[str, float] | Sequence[float] | None = None
-    """A score for each class, by name or in the order of the task's classes; a single one is in `numbers`."""
+    """A score for each class, by name or in the order of the task's classes; a single one is in
+    `numbers`."""
     error: str | None = None
     """Why there is no prediction; the text is then empty."""
     mask: str | None = None
@@ -80,9 +81,11 @@ class Task(ABC):
     """
 
     needs: frozenset[PredictionField] = frozenset({"text"})
-    """What scoring reads of a prediction. A run whose predictions lack one of these is refused before it begins."""
+    """What scoring reads of a prediction. A run whose predictions lack one of these is refused
+    before it begins."""
     tag: ClassVar[str]
-    """What kind of task its samples are ("vqa", "caption", ...): task tokens and mixtures go by it."""
+    """What kind of task its samples are ("vqa", "caption", ...): task tokens and mixtures go
+    by it."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     """Splits by medm's names; each task says which file holds one."""
     eval_split: ClassVar[str] = "test"
@@ -92,8 +95,9 @@ class Task(ABC):
     group_by: ClassVar[tuple[str, ...]] = ()
     """Record fields whose values get a row each in the tables."""
     cluster_by: str | None = None
-    """Record field, or kind of file ("image", "volume"), whose equal values are drawn together: several questions
-    about one scan are no independent items. None where every item stands for itself."""
+    """Record field, or kind of file ("image", "volume"), whose equal values are drawn together:
+    several questions about one scan are no independent items. None where every item stands for
+    itself."""
 
     def __init__(self, *, rounds: int = 1000, seed: int = 0, cluster_by: str | None = None) -> None:
         self.resampling = Resampling(rounds=rounds, seed=seed)
@@ -102,14 +106,17 @@ class Task(ABC):
             self.cluster_by = cluster_by
 
     @abstractmethod
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
-        """The questions of one split in the order of the files, each with `answer`, a unique `id` and scoring fields.
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
+        """The questions of one split in the order of the files, each with `answer`, a unique `id`
+        and scoring fields.
 
         Args:
             folder: where the benchmark lies; media paths are relative to it.
             split: one of `splits`.
-            rng: draws an instruction from the pool for each sample (training). Without it every sample has the
-                same, first one (evaluation).
+            rng: draws an instruction from the pool for each sample (training). Without it every
+                sample has the same, first one (evaluation).
 
         Raises:
             DataError: an unknown split, or a file is missing or damaged, by name.
@@ -119,8 +126,11 @@ class Task(ABC):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         """The corrected numbers of these records."""
 
-    def measure_item(self, record: JsonObject, prediction: Prediction | None, folder: Path) -> JsonObject:
-        """Return the record with the numbers that scoring reads of a prediction too large to be kept (a mask).
+    def measure_item(
+        self, record: JsonObject, prediction: Prediction | None, folder: Path
+    ) -> JsonObject:
+        """Return the record with the numbers that scoring reads of a prediction too large to be
+        kept (a mask).
 
         Args:
             record: with the prediction's text, numbers and scores.
@@ -133,7 +143,8 @@ class Task(ABC):
         return record
 
     def without_models(self) -> Task:
-        """Return the same task without intervals and without metrics that load a model or start a program.
+        """Return the same task without intervals and without metrics that load a model or start a
+        program.
 
         It scores single items, and records on trial.
         """
@@ -150,7 +161,8 @@ class Task(ABC):
         """
 
     def check(self, records: Sequence[Record]) -> None:
-        """Refuse what would stop the scoring of these records: a trial that takes seconds, before hours of inference.
+        """Refuse what would stop the scoring of these records: a trial that takes seconds, before
+        hours of inference.
 
         Raises:
             DataError: a reference cannot be scored, or a field is missing.
@@ -161,28 +173,38 @@ class Task(ABC):
         self.without_models().score(records)
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The numbers as the benchmark's authors compute them; nothing where that is the same or unknown."""
+        """The numbers as the benchmark's authors compute them; nothing where that is the same or
+        unknown.
+        """
         return []
 
     def resampling_of(self, records: Sequence[Record]) -> Resampling:
-        """How intervals on these records are drawn: by whole groups where the records say which belong together.
+        """How intervals on these records are drawn: by whole groups where the records say which
+        belong together.
 
         Raises:
             DataError: a record lacks the field that `cluster_by` names.
         """
         name = self.cluster_by
-        lacking = next((record for record in records if name is not None and record.get(name) is None), None)
-        if name is None or (not self._must_cluster and all(record.get(name) is None for record in records)):
+        lacking = next(
+            (record for record in records if name is not None and record.get(name) is None), None
+        )
+        if name is None or (
+            not self._must_cluster and all(record.get(name) is None for record in records)
+        ):
             return self.resampling
         if lacking is not None:
             raise DataError(
-                f"record {lacking.get('id')!r} has no {name!r}, by which cluster_by groups the items; it has "
-                f"{', '.join(sorted(lacking))}"
+                f"record {lacking.get('id')!r} has no {name!r}, by which cluster_by groups the "
+                f"items; it has {', '.join(sorted(lacking))}"
             )
-        return replace(self.resampling, clusters=Clusters(name, tuple(str(record[name]) for record in records)))
+        return replace(
+            self.resampling, clusters=Clusters(name, tuple(str(record[name]) for record in records))
+        )
 
     def score(self, records: Iterable[Record]) -> Scores:
-        """Score one split's records. An item without an answer counts as wrong; it is never left out.
+        """Score one split's records. An item without an answer counts as wrong; it is never left
+        out.
 
         Raises:
             DataError: a record lacks a field that scoring needs, or a metric cannot read it.
@@ -201,34 +223,46 @@ class Task(ABC):
             values = sorted({str(row[name]) for row in rows if row.get(name) is not None})
             if len(values) > 1:
                 groups[name] = {
-                    value: self.measure([row for row in rows if str(row.get(name)) == value]) for value in values
+                    value: self.measure([row for row in rows if str(row.get(name)) == value])
+                    for value in values
                 }
         failures = [row[FAILED] for row in rows if row.get(FAILED) is not None]
         empty = sum(not str(row["prediction"]).strip() for row in rows if row.get(FAILED) is None)
         notes = [f"{empty} of {len(rows)} items have no answer and count as wrong"] if empty else []
         if failures:
             notes.append(
-                f"{len(failures)} of {len(rows)} items could not be answered because of an error and count as wrong; "
-                f"the first error: {failures[0]}"
+                f"{len(failures)} of {len(rows)} items could not be answered because of an error "
+                f"and count as wrong; the first error: {failures[0]}"
             )
         clusters = self.resampling_of(rows).clusters
         if clusters is not None:
             notes.append(
-                f"intervals and tests draw whole groups by {clusters.field!r}: {clusters.count} groups of "
-                f"{len(rows)} items"
+                f"intervals and tests draw whole groups by {clusters.field!r}: {clusters.count} "
+                f"groups of {len(rows)} items"
             )
         results, original = self.measure(rows), self.original(rows)
         return Scores(
-            results, original, groups, [*notes, *metric_notes([*results, *original])], empty, len(failures)
-        )  # fmt: skip
+            results,
+            original,
+            groups,
+            [*notes, *metric_notes([*results, *original])],
+            empty,
+            len(failures),
+        )
 
     def _checked(self, record: Record, index: int) -> JsonObject:
         for name in ("id", "answer"):
             if record.get(name) is None:
-                raise DataError(f"a scored record needs {name!r}; found {sorted(record)}", index=index, field=name)
+                raise DataError(
+                    f"a scored record needs {name!r}; found {sorted(record)}",
+                    index=index,
+                    field=name,
+                )
         prediction = record.get("prediction") if record.get(FAILED) is None else None
         if prediction is not None and not isinstance(prediction, str):
-            raise DataError(f"expected text, found {type(prediction).__name__}", index=index, field="prediction")
+            raise DataError(
+                f"expected text, found {type(prediction).__name__}", index=index, field="prediction"
+            )
         return {**record, "prediction": prediction or ""}
 
     def _known_split(self, split: str) -> str:
@@ -238,7 +272,9 @@ class Task(ABC):
 
 
 def metric_notes(results: Iterable[MetricResult]) -> list[str]:
-    """The notes of results, each once, after the names of the metrics that it is about (the first three of many)."""
+    """The notes of results, each once, after the names of the metrics that it is about (the first
+    three of many).
+    """
     names: dict[str, list[str]] = {}
     for result in results:
         if result.note is not None:
@@ -253,7 +289,7 @@ def metric_notes(results: Iterable[MetricResult]) -> list[str]:
 
 def make_sample(
     text: str, /, *, id: str, tag: str, answer: str, media: Sequence[Media] = (), **extra: Any
-) -> Sample:  # fmt: skip
+) -> Sample:
     """A sample with one question: each image or volume on a line of its own, then the text."""
     content: list[str | Media] = []
     for item in media:
@@ -262,7 +298,9 @@ def make_sample(
         content[-1] = f"\n{text}"
     else:
         content = [text]
-    return Sample(turns=(Turn("user", tuple(content)),), id=id, task=tag, answer=answer, extra=extra)
+    return Sample(
+        turns=(Turn("user", tuple(content)),), id=id, task=tag, answer=answer, extra=extra
+    )
 
 
 def pick_template(pool: Sequence[str], rng: random.Random | None) -> str:
@@ -273,14 +311,20 @@ def pick_template(pool: Sequence[str], rng: random.Random | None) -> str:
 def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) -> list[JsonObject]:
     """Scoring records from a task's samples and another program's answers by id.
 
-    A sample without an answer stays, with an empty one. Raises `DataError` for ids that no sample has (another split,
-    another benchmark) and for ids that samples share.
+    A sample without an answer stays, with an empty one. Raises `DataError` for ids that no sample
+    has (another split, another benchmark) and for ids that samples share.
     """
     records: list[JsonObject] = []
     for sample in samples:
         prediction = predictions.get(sample.id or "", "")
         records.append(
-            {**_files(sample), **sample.extra, "id": sample.id, "answer": sample.answer, "prediction": prediction}
+            {
+                **_files(sample),
+                **sample.extra,
+                "id": sample.id,
+                "answer": sample.answer,
+                "prediction": prediction,
+            }
         )
     known = {record["id"] for record in records}
     if len(known) != len(records):
@@ -288,8 +332,8 @@ def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) 
     unknown = sorted(set(predictions) - known)
     if unknown:
         raise DataError(
-            f"{len(unknown)} of {len(predictions)} predictions belong to no sample of this split, the first is "
-            f"{unknown[0]!r}: check task, split and folder"
+            f"{len(unknown)} of {len(predictions)} predictions belong to no sample of this split, "
+            f"the first is {unknown[0]!r}: check task, split and folder"
         )
     return records
 
@@ -302,10 +346,14 @@ def _files(sample: Sample) -> dict[str, str]:
     return {branch: ", ".join(names) for branch, names in paths.items()}
 
 
-def task_to_records(task: Task, folder: Path, split: str, *, seed: int | None = None) -> Iterator[JsonObject]:
-    """The samples of a split as training records (`image` or `volume`, LLaVA conversations, the answer as reply).
+def task_to_records(
+    task: Task, folder: Path, split: str, *, seed: int | None = None
+) -> Iterator[JsonObject]:
+    """The samples of a split as training records (`image` or `volume`, LLaVA conversations, the
+    answer as reply).
 
-    With a `seed` instructions are drawn from the task's pool, one stream over the split; without, all are worded alike.
+    With a `seed` instructions are drawn from the task's pool, one stream over the split; without,
+    all are worded alike.
     """
     for sample in task.samples(folder, split, rng=None if seed is None else random.Random(seed)):
         yield record_of(sample)
@@ -320,15 +368,25 @@ def record_of(sample: Sample) -> JsonObject:
         record.setdefault(media.branch, []).append(media.path)
     texts = [part for turn in sample.turns for part in turn.content if isinstance(part, str)]
     if any(name in text for text in texts for name in KIND_OF_PLACEHOLDER):
-        # Text that looks like a placeholder can only be told from one where media are parts of their own.
+        # Text that looks like a placeholder can only be told from one where media are parts of
+        # their own.
         messages: list[JsonObject] = [
-            {"role": turn.role, "content": [_part(part) for part in turn.content]} for turn in sample.turns
+            {"role": turn.role, "content": [_part(part) for part in turn.content]}
+            for turn in sample.turns
         ]
         messages.append({"role": "assistant", "content": sample.answer})
-        return {**{key: record[key] for key in ("id", "task")}, "messages": messages, **sample.extra}
+        return {
+            **{key: record[key] for key in ("id", "task")},
+            "messages": messages,
+            **sample.extra,
+        }
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [{"from": names[turn.role], "value": turn.as_written} for turn in sample.turns]
-    return {**record, "conversations": [*turns, {"from": "gpt", "value": sample.answer}], **sample.extra}
+    return {
+        **record,
+        "conversations": [*turns, {"from": "gpt", "value": sample.answer}],
+        **sample.extra,
+    }
 
 
 def _part(part: TurnPart) -> JsonObject:

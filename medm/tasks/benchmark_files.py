@@ -26,14 +26,24 @@ _MAX_FIELD = 16 * 2**20
 
 
 def require(folder: Path, *names: str, layout: str) -> Path:
-    """The first of these files or folders that is there. Raises `DataError` naming it and what belongs beside it."""
+    """The first of these files or folders that is there. Raises `DataError` naming it and what
+    belongs beside it.
+    """
     for name in names:
         path = folder / name
         if path.exists():
             return path
     wanted = " or ".join(repr(name) for name in names)
-    there = "" if folder.is_dir() else ", which is not a folder" if folder.exists() else ", which does not exist"
-    raise DataError(f"{wanted} is missing in {folder}{there}; expected {layout}", file=folder / names[0])
+    there = (
+        ""
+        if folder.is_dir()
+        else ", which is not a folder"
+        if folder.exists()
+        else ", which does not exist"
+    )
+    raise DataError(
+        f"{wanted} is missing in {folder}{there}; expected {layout}", file=folder / names[0]
+    )
 
 
 def read_json(path: Path) -> object:
@@ -82,7 +92,9 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
             reader = csv.DictReader(file)
             missing = sorted(set(columns) - set(reader.fieldnames or ()))
             if missing:
-                raise DataError(f"column(s) {missing} are missing; found {reader.fieldnames}", file=path)
+                raise DataError(
+                    f"column(s) {missing} are missing; found {reader.fieldnames}", file=path
+                )
             for row in reader:
                 yield {key: value or "" for key, value in row.items() if key is not None}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -113,25 +125,36 @@ class NumberArchive:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                self.names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+                self.names = {
+                    name.removesuffix(".npy")
+                    for name in archive.namelist()
+                    if name.endswith(".npy")
+                }
         except (OSError, zipfile.BadZipFile) as error:
             raise DataError(f"cannot be read as an NPZ archive ({error})", file=path) from None
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.names:
-            raise DataError(f"there is no array {name!r}; found {sorted(self.names)}", file=self.path)
+            raise DataError(
+                f"there is no array {name!r}; found {sorted(self.names)}", file=self.path
+            )
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return read_npz_member(
-                    archive, archive.getinfo(f"{name}.npy"), f"{self.path}:{name}",
-                    max_items=MAX_NUMBERS, max_bytes=8 * MAX_NUMBERS,
-                )  # fmt: skip
+                    archive,
+                    archive.getinfo(f"{name}.npy"),
+                    f"{self.path}:{name}",
+                    max_items=MAX_NUMBERS,
+                    max_bytes=8 * MAX_NUMBERS,
+                )
         except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise DataError(f"array {name!r} is damaged ({error})", file=self.path) from None
 
 
 def image_size(folder: Path, relative: str) -> tuple[int, int]:
-    """Width and height in pixels, from the header. Raises `MediaError` for a missing or unreadable file."""
+    """Width and height in pixels, from the header. Raises `MediaError` for a missing or unreadable
+    file.
+    """
     from PIL import Image, UnidentifiedImageError
 
     path = resolve_inside(folder, relative)
@@ -142,12 +165,16 @@ def image_size(folder: Path, relative: str) -> tuple[int, int]:
         raise MediaError(f"cannot be read as an image ({error})", file=path) from None
 
 
-def field_of(row: object, name: str, kind: type[Value] | tuple[type[Value], ...], *, file: Path, index: int) -> Value:
+def field_of(
+    row: object, name: str, kind: type[Value] | tuple[type[Value], ...], *, file: Path, index: int
+) -> Value:
     """A field of a record, checked for its type. Raises `DataError` with the place."""
     value = row.get(name) if isinstance(row, dict) else None
     if not isinstance(value, kind):
         found = "nothing" if value is None else type(value).__name__
-        expected = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
+        expected = (
+            kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
+        )
         raise DataError(f"expected {expected}, found {found}", file=file, index=index, field=name)
     return value
 

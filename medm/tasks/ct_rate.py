@@ -23,7 +23,8 @@ _SPLIT_NAMES = {"train": "train", "valid": "validation"}
 
 
 def volume_path(folder: Path, name: str) -> str:
-    """Where the volume lies: beside the files, or in CT-RATE's nested folders (valid_1/valid_1_a/valid_1_a_1.nii.gz).
+    """Where the volume lies: beside the files, or in CT-RATE's nested folders
+    (valid_1/valid_1_a/valid_1_a_1.nii.gz).
 
     Raises:
         DataError: it lies in none of these places.
@@ -40,15 +41,22 @@ def volume_path(folder: Path, name: str) -> str:
             f"{split}/{nested}/",
             "volumes/",
         ]
-        candidates = [f"{place}{stem}{ending}" for place in places for ending in (".nii.gz", ".npy")]
+        candidates = [
+            f"{place}{stem}{ending}" for place in places for ending in (".nii.gz", ".npy")
+        ]
     for candidate in candidates:
         if (folder / candidate).is_file():
             return candidate
-    raise DataError(f"volume {name!r} is missing; looked for {', '.join(candidates[:4])} ...", file=folder / name)
+    raise DataError(
+        f"volume {name!r} is missing; looked for {', '.join(candidates[:4])} ...",
+        file=folder / name,
+    )
 
 
 def patient_of(volume: str) -> str:
-    """`valid_1` of `valid_1_a_1.nii.gz`: scans and reconstructions of one patient share the beginning of their name."""
+    """`valid_1` of `valid_1_a_1.nii.gz`: scans and reconstructions of one patient share the
+    beginning of their name.
+    """
     return "_".join(Path(volume).name.split(".")[0].split("_")[:2])
 
 
@@ -63,7 +71,9 @@ class CTRateVQA(Task):
     mark: ClassVar[str]
     """The kind, as CT-CHAT marks it at the end of a question."""
 
-    def samples(self, folder: Path, split: str = "valid", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "valid", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         name = f"{split}_vqa.json"
         file = require(folder, f"dataset/vqa/{name}", f"vqa/{name}", name, layout=self.layout)
@@ -78,10 +88,15 @@ class CTRateVQA(Task):
                 answer = field_of(said, "value", str, file=file, index=index).strip()
                 text = _PLACEHOLDER.sub("", _MARK.sub("", question)).strip()
                 yield make_sample(
-                    self.word(text, rng), id=f"{row.get('id', index)}:{position}", tag=self.tag, answer=answer,
-                    media=[Media("volume", volume_path(folder, image))], question=text,
-                    patient=patient_of(image), **self.fields(text, answer, file, index),
-                )  # fmt: skip
+                    self.word(text, rng),
+                    id=f"{row.get('id', index)}:{position}",
+                    tag=self.tag,
+                    answer=answer,
+                    media=[Media("volume", volume_path(folder, image))],
+                    question=text,
+                    patient=patient_of(image),
+                    **self.fields(text, answer, file, index),
+                )
 
     def word(self, question: str, rng: random.Random | None) -> str:
         """The question as it is asked."""
@@ -115,7 +130,9 @@ class CTRateChoice(CTRateVQA):
         found = re.match(r"\W*\(?([A-Za-z])[).:]", answer)
         if not found or found.group(1).upper() not in options:
             raise DataError(
-                "the answer names none of the choices in the question, e.g. '(a) ...'", file=file, index=index
+                "the answer names none of the choices in the question, e.g. '(a) ...'",
+                file=file,
+                index=index,
             )
         return {"options": options, "answer_choice": found.group(1).upper()}
 
@@ -124,8 +141,18 @@ class CTRateChoice(CTRateVQA):
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:
         """MedM-VL's: the bracketed letter anywhere in the text."""
-        hits = [float(f"({scoring.require_field(r, 'answer_choice').lower()})" in r["prediction"]) for r in records]
-        return [mean_result("medm-vl-choice-accuracy", hits, "medm-vl|substring:(letter)", self.resampling_of(records))]
+        hits = [
+            float(f"({scoring.require_field(r, 'answer_choice').lower()})" in r["prediction"])
+            for r in records
+        ]
+        return [
+            mean_result(
+                "medm-vl-choice-accuracy",
+                hits,
+                "medm-vl|substring:(letter)",
+                self.resampling_of(records),
+            )
+        ]
 
 
 class CTRateReport(CaptionTask):
@@ -136,22 +163,31 @@ class CTRateReport(CaptionTask):
     chest = True
     cluster_by = "patient"
     layout = (
-        "dataset/radiology_text_reports/{train,validation}_reports.csv (VolumeName, Findings_EN, Impressions_EN) and "
-        "the volumes"
+        "dataset/radiology_text_reports/{train,validation}_reports.csv (VolumeName, Findings_EN, "
+        "Impressions_EN) and the volumes"
     )
 
-    def samples(self, folder: Path, split: str = "valid", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "valid", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         name = f"{_SPLIT_NAMES[split]}_reports.csv"
         places = ("dataset/radiology_text_reports", "radiology_text_reports", ".")
         file = require(folder, *(f"{place}/{name}" for place in places), layout=self.layout)
         for row in read_csv(file, ("VolumeName", "Findings_EN", "Impressions_EN")):
             parts = {"Findings": row["Findings_EN"], "Impression": row["Impressions_EN"]}
-            report = " ".join(f"{title}: {' '.join(text.split())}" for title, text in parts.items() if text.strip())
+            report = " ".join(
+                f"{title}: {' '.join(text.split())}"
+                for title, text in parts.items()
+                if text.strip()
+            )
             if not report:
                 continue
             yield make_sample(
-                pick_template(prompts.VOLUME_REPORT, rng), id=row["VolumeName"], tag=self.tag, answer=report,
+                pick_template(prompts.VOLUME_REPORT, rng),
+                id=row["VolumeName"],
+                tag=self.tag,
+                answer=report,
                 media=[Media("volume", volume_path(folder, row["VolumeName"]))],
                 patient=patient_of(row["VolumeName"]),
-            )  # fmt: skip
+            )

@@ -23,11 +23,13 @@ from medm.types import Sample
 
 _FROM_TEXT = ("text", "label", "box", "score")
 _LABELS = "label_names"
-"""Field in which every record carries the labels of all of them: a part of the records may lack some."""
+"""Field in which every record carries the labels of all of them: a part of the records may lack
+some."""
 
 
 class Custom(Task):
-    """Questions are worded by the records themselves; the last reply, or `answer`, is the reference.
+    """Questions are worded by the records themselves; the last reply, or `answer`, is the
+    reference.
 
     Args:
         options: see `medm.tasks.CustomOptions`.
@@ -38,9 +40,15 @@ class Custom(Task):
     layout = "the JSON or JSONL file that `path` names, and the images or volumes of its records"
 
     def __init__(
-        self, *, path: str, metrics: Sequence[Mapping[str, Any]], group_by: Sequence[str] = (), rounds: int = 1000,
-        seed: int = 0, cluster_by: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        path: str,
+        metrics: Sequence[Mapping[str, Any]],
+        group_by: Sequence[str] = (),
+        rounds: int = 1000,
+        seed: int = 0,
+        cluster_by: str | None = None,
+    ) -> None:
         super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
         self.path = path
         self.fields = tuple(group_by)
@@ -48,32 +56,44 @@ class Custom(Task):
         for options in self.metrics:
             if options.takes not in _FROM_TEXT:
                 raise RecipeError(
-                    f"metric {options.name!r} compares {options.takes}s, which a text answer does not hold; a custom "
-                    f"task takes metrics of {', '.join(_FROM_TEXT)}"
+                    f"metric {options.name!r} compares {options.takes}s, which a text answer does "
+                    f"not hold; a custom task takes metrics of {', '.join(_FROM_TEXT)}"
                 )
-        self.needs = frozenset("scores" if options.takes == "score" else "text" for options in self.metrics)
+        self.needs = frozenset(
+            "scores" if options.takes == "score" else "text" for options in self.metrics
+        )
 
     @property
     def group_by(self) -> tuple[str, ...]:  # type: ignore[override]
         """As told."""
         return self.fields
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         self._known_split(split)
         file = RecordFile(require(Path(folder), self.path, layout=self.layout))
         for index in range(len(file)):
             sample = parse_record(file[index], inference=True, file=file.path, index=index)
             if sample.answer is None:
-                raise DataError("there is no answer to score against", file=file.path, index=index, field="answer")
+                raise DataError(
+                    "there is no answer to score against",
+                    file=file.path,
+                    index=index,
+                    field="answer",
+                )
             yield replace(sample, id=sample.id if sample.id is not None else str(index))
 
     def score(self, records: Iterable[Record]) -> Scores:
         rows = list(records)
         for name in self.fields:
             if rows and all(row.get(name) is None for row in rows):
-                found = sorted({key for row in rows for key, value in row.items() if value is not None})
+                found = sorted(
+                    {key for row in rows for key, value in row.items() if value is not None}
+                )
                 raise DataError(
-                    f"group_by: no record has {name!r}; the records have {', '.join(found)}", file=self.path
+                    f"group_by: no record has {name!r}; the records have {', '.join(found)}",
+                    file=self.path,
                 )
         names = list(dict.fromkeys(str(row.get("answer")) for row in rows))
         return super().score([{**row, _LABELS: names} for row in rows])
@@ -93,7 +113,9 @@ class Custom(Task):
             settings = options.model_dump(exclude={"name"})
             results += METRICS.get(options.name)(*pair, resampling=resampling, **settings)
         boxes = [options for options in self.metrics if isinstance(options, BoxMetricOptions)]
-        for codec in dict.fromkeys(options.codec for options in boxes if options.name.startswith("box-")):
+        for codec in dict.fromkeys(
+            options.codec for options in boxes if options.name.startswith("box-")
+        ):
             results += _box_counts(records, codec, resampling)
         return results
 
@@ -108,12 +130,14 @@ class Custom(Task):
             options.require_available()
 
     def _areas(self, records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-        """AUROC of `scores`, which a predictions file brings: one number an item, or one for each class by name."""
+        """AUROC of `scores`, which a predictions file brings: one number an item, or one for each
+        class by name.
+        """
         given = [record["scores"] for record in records if record.get("scores") is not None]
         if records and not given:
             raise DataError(
-                "auroc needs 'scores' beside the replies (a number, or one for each class), which a file of "
-                "--predictions brings; no item has them",
+                "auroc needs 'scores' beside the replies (a number, or one for each class), "
+                "which a file of --predictions brings; no item has them",
                 file=self.path,
             )
         first = given[0] if given else 0.0
@@ -131,7 +155,9 @@ def _metric_options(block: Mapping[str, Any]) -> MetricOptions:
 
 
 def _labels(records: Sequence[Record]) -> tuple[list[str | None], list[str]]:
-    """What each prediction says among the labels of all answers, and the answers, both normalised."""
+    """What each prediction says among the labels of all answers, and the answers, both
+    normalised.
+    """
     names = records[0][_LABELS] if records else []
     labels = {normalise_answer(name): name for name in names}
     guesses = [parse_wording(record["prediction"], labels) for record in records]
@@ -142,14 +168,20 @@ def _binary_labels(records: Sequence[Record]) -> tuple[list[int], list[int]]:
     """0 and 1; a prediction that says neither is the wrong one."""
     truths = [int(truth or 0) for truth in scoring.binary(records, "answer")]
     said = scoring.binary(records, "prediction")
-    return [1 - truth if guess is None else guess for guess, truth in zip(said, truths, strict=True)], truths
+    return [
+        1 - truth if guess is None else guess for guess, truth in zip(said, truths, strict=True)
+    ], truths
 
 
-def _box_counts(records: Sequence[Record], codec: str, resampling: Resampling) -> list[MetricResult]:
+def _box_counts(
+    records: Sequence[Record], codec: str, resampling: Resampling
+) -> list[MetricResult]:
     """Shares of predictions with a malformed, and with a repaired box."""
     parsed = [CODECS[codec].parse(record["prediction"]) for record in records]
     signature = f"share of texts|codec:{codec}"
     return [
-        mean_result("box-malformed", [float(p.malformed > 0) for p in parsed], signature, resampling),
+        mean_result(
+            "box-malformed", [float(p.malformed > 0) for p in parsed], signature, resampling
+        ),
         mean_result("box-repaired", [float(p.repaired > 0) for p in parsed], signature, resampling),
     ]

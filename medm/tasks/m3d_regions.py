@@ -26,8 +26,8 @@ from medm.tasks.masks import MaskTask
 from medm.types import Media, Sample
 
 _LAYOUT = (
-    "<set>/<set>.json (labels, train, test: [{image, label}]) for sets 0000 to 0024, with image.npy and "
-    "masks/mask_<class>.npy"
+    "<set>/<set>.json (labels, train, test: [{image, label}]) for sets 0000 to 0024, with "
+    "image.npy and masks/mask_<class>.npy"
 )
 
 
@@ -63,10 +63,16 @@ def structures(folder: Path, split: str) -> Iterator[Structure]:
             image = npy_path(folder, field_of(row, "image", str, file=file, index=index))
             mask = npy_path(folder, field_of(row, "label", str, file=file, index=index))
             number = Path(mask).stem.removeprefix("mask_")
-            # class numbers count from 0 in file names and from 1 in `labels`, whose 0 is the background
+            # class numbers count from 0 in file names and from 1 in `labels`, whose 0 is the
+            # background
             name = labels.get(str(int(number) + 1)) if number.isdigit() else None
             if name is None:
-                raise DataError(f"class {number!r} has no name in 'labels'", file=file, index=index, field="label")
+                raise DataError(
+                    f"class {number!r} has no name in 'labels'",
+                    file=file,
+                    index=index,
+                    field="label",
+                )
             yield Structure(file.stem, image, mask, str(name))
 
 
@@ -75,7 +81,9 @@ def read_mask(folder: Path, relative: str, value: int | None = None) -> np.ndarr
     array = read_array(resolve_inside(folder, relative))
     array = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
     if array.ndim != 3:
-        raise DataError(f"expected (1, D, H, W) or (D, H, W), found {array.shape}", file=folder / relative)
+        raise DataError(
+            f"expected (1, D, H, W) or (D, H, W), found {array.shape}", file=folder / relative
+        )
     return array > 0 if value is None else array == value
 
 
@@ -97,7 +105,9 @@ class _Positioning(Task):
     group_by = ("dataset",)
     cluster_by = "volume"
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         for structure in structures(folder, split):
             mask = read_mask(folder, structure.mask)
@@ -107,7 +117,7 @@ class _Positioning(Task):
     @abstractmethod
     def sample(
         self, structure: Structure, box: Box, size: tuple[int, ...], rng: random.Random | None
-    ) -> Sample:  # fmt: skip
+    ) -> Sample:
         """One question about one structure."""
 
 
@@ -116,12 +126,19 @@ class M3DREC(_Positioning):
 
     tag = "refer"
 
-    def sample(self, structure: Structure, box: Box, size: tuple[int, ...], rng: random.Random | None) -> Sample:
+    def sample(
+        self, structure: Structure, box: Box, size: tuple[int, ...], rng: random.Random | None
+    ) -> Sample:
         return make_sample(
-            pick_template(prompts.VOLUME_REFER, rng).format(name=structure.name), id=structure.mask, tag=self.tag,
-            answer=box_text(box, size), media=[Media("volume", structure.image)],
-            box=list(box), size=list(size), dataset=structure.dataset,
-        )  # fmt: skip
+            pick_template(prompts.VOLUME_REFER, rng).format(name=structure.name),
+            id=structure.mask,
+            tag=self.tag,
+            answer=box_text(box, size),
+            media=[Media("volume", structure.image)],
+            box=list(box),
+            size=list(size),
+            dataset=structure.dataset,
+        )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.refer(records, self.resampling_of(records), "m3d", corners="voxels")
@@ -135,12 +152,18 @@ class M3DREG(_Positioning):
 
     tag = "identify"
 
-    def sample(self, structure: Structure, box: Box, size: tuple[int, ...], rng: random.Random | None) -> Sample:
+    def sample(
+        self, structure: Structure, box: Box, size: tuple[int, ...], rng: random.Random | None
+    ) -> Sample:
         text = box_text(box, size)
         return make_sample(
-            pick_template(prompts.VOLUME_IDENTIFY, rng).format(box=text), id=structure.mask, tag=self.tag,
-            answer=structure.name, media=[Media("volume", structure.image)], dataset=structure.dataset,
-        )  # fmt: skip
+            pick_template(prompts.VOLUME_IDENTIFY, rng).format(box=text),
+            id=structure.mask,
+            tag=self.tag,
+            answer=structure.name,
+            media=[Media("volume", structure.image)],
+            dataset=structure.dataset,
+        )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.identify(records, self.resampling_of(records))
@@ -156,15 +179,21 @@ class M3DSeg(MaskTask):
     group_by = ("dataset",)
     cluster_by = "volume"
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         for structure in structures(folder, split):
             if read_mask(folder, structure.mask).any():
                 yield make_sample(
-                    pick_template(prompts.SEGMENT, rng).format(name=structure.name), id=structure.mask, tag=self.tag,
-                    answer="It is [SEG].", media=[Media("volume", structure.image)], mask=structure.mask,
+                    pick_template(prompts.SEGMENT, rng).format(name=structure.name),
+                    id=structure.mask,
+                    tag=self.tag,
+                    answer="It is [SEG].",
+                    media=[Media("volume", structure.image)],
+                    mask=structure.mask,
                     dataset=structure.dataset,
-                )  # fmt: skip
+                )
 
     def reference(self, folder: Path, record: Record) -> np.ndarray:
         return read_mask(Path(folder), str(scoring.require_field(record, "mask")))
@@ -174,16 +203,24 @@ class M3DRefSeg(MaskTask):
     """A description, or a question that takes reasoning, to a mask."""
 
     layout = (
-        "M3D_RefSeg.csv and M3D_RefSeg_test.csv (Image, Mask, Mask_ID, Question_Type, Question, Answer) and the .npy "
-        "files"
+        "M3D_RefSeg.csv and M3D_RefSeg_test.csv (Image, Mask, Mask_ID, Question_Type, Question, "
+        "Answer) and the .npy files"
     )
     group_by = ("question_type",)
     cluster_by = "volume"
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
-        names = ["M3D_RefSeg_test.csv"] if split == "test" else ["M3D_RefSeg_train.csv", "M3D_RefSeg.csv"]
-        places = [f"{place}{name}" for place in ("", "M3D_RefSeg_npy/", "M3D_RefSeg/") for name in names]
+        names = (
+            ["M3D_RefSeg_test.csv"]
+            if split == "test"
+            else ["M3D_RefSeg_train.csv", "M3D_RefSeg.csv"]
+        )
+        places = [
+            f"{place}{name}" for place in ("", "M3D_RefSeg_npy/", "M3D_RefSeg/") for name in names
+        ]
         file = require(folder, *places, layout=self.layout)
         columns = ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answer")
         for index, row in enumerate(read_csv(file, columns)):
@@ -191,12 +228,19 @@ class M3DRefSeg(MaskTask):
                 raise DataError("expected a whole number", file=file, index=index, field="Mask_ID")
             kind = row["Question_Type"].strip()
             yield make_sample(
-                row["Question"], id=f"{split}:{index}", tag=self.tag, answer=row["Answer"],
-                media=[Media("volume", npy_path(folder, row["Image"]))], mask=npy_path(folder, row["Mask"]),
-                mask_id=int(row["Mask_ID"]), question_type={"0": "descriptive", "1": "reasoning"}.get(kind, kind),
-            )  # fmt: skip
+                row["Question"],
+                id=f"{split}:{index}",
+                tag=self.tag,
+                answer=row["Answer"],
+                media=[Media("volume", npy_path(folder, row["Image"]))],
+                mask=npy_path(folder, row["Mask"]),
+                mask_id=int(row["Mask_ID"]),
+                question_type={"0": "descriptive", "1": "reasoning"}.get(kind, kind),
+            )
 
     def reference(self, folder: Path, record: Record) -> np.ndarray:
         return read_mask(
-            Path(folder), str(scoring.require_field(record, "mask")), int(scoring.require_field(record, "mask_id"))
+            Path(folder),
+            str(scoring.require_field(record, "mask")),
+            int(scoring.require_field(record, "mask_id")),
         )

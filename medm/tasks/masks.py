@@ -1,4 +1,6 @@
-"""Tasks whose answers are masks: measured item by item, so that a run keeps numbers and not volumes."""
+"""Tasks whose answers are masks: measured item by item, so that a run keeps numbers and not
+volumes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ WITHOUT_MASK = "without_mask"
 
 
 class MaskTask(Task):
-    """Answers are masks. They are measured one by one (`measure_mask`), so that a run keeps numbers and not volumes."""
+    """Answers are masks. They are measured one by one (`measure_mask`), so that a run keeps numbers
+    and not volumes.
+    """
 
     needs = frozenset({"masks"})
     tag = "segment"
@@ -31,14 +35,19 @@ class MaskTask(Task):
         """The true mask (D, H, W) of a sample, from its `extra` fields."""
 
     def measure_mask(
-        self, probabilities: np.ndarray, reference: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+        self,
+        probabilities: np.ndarray,
+        reference: np.ndarray,
+        spacing: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> dict[str, float]:
         """The numbers of one item, which belong into its record.
 
         Args:
-            probabilities: (D, H, W) in 0..1, on the grid of the reference; the mask is where they exceed 0.5.
+            probabilities: (D, H, W) in 0..1, on the grid of the reference; the mask is where they
+                exceed 0.5.
             reference: (D, H, W) of 0 and 1.
-            spacing: millimetres a step; M3D's volumes have lost theirs, so that distances are in voxels.
+            spacing: millimetres a step; M3D's volumes have lost theirs, so that distances are in
+                voxels.
         """
         mask = np.asarray(probabilities) > 0.5
         return {
@@ -50,23 +59,38 @@ class MaskTask(Task):
         }
 
     def measure_file(self, folder: Path, record: Record, file: Path | None) -> dict[str, float]:
-        """`measure_mask` of a mask on disk; where there is none the worst numbers, also for an empty reference.
+        """`measure_mask` of a mask on disk; where there is none the worst numbers, also for an
+        empty reference.
 
         Raises:
             DataError: the file is no .npy of the reference's shape with values in 0..1.
         """
         truth = self.reference(folder, record)
         if file is None:
-            return {"dice": 0.0, "mask_iou": 0.0, "hd95": masks.diagonal(truth.shape), "nsd": 0.0, "soft_dice": 0.0}
+            return {
+                "dice": 0.0,
+                "mask_iou": 0.0,
+                "hd95": masks.diagonal(truth.shape),
+                "nsd": 0.0,
+                "soft_dice": 0.0,
+            }
         array = read_array(file)
         array = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
         if array.shape != truth.shape:
-            raise DataError(f"the mask is {array.shape}, the reference {truth.shape}; expected one grid", file=file)
+            raise DataError(
+                f"the mask is {array.shape}, the reference {truth.shape}; expected one grid",
+                file=file,
+            )
         if not (array.min() >= 0 and array.max() <= 1):  # nan included
-            raise DataError(f"expected 0 and 1, or probabilities; found {array.min()} to {array.max()}", file=file)
+            raise DataError(
+                f"expected 0 and 1, or probabilities; found {array.min()} to {array.max()}",
+                file=file,
+            )
         return self.measure_mask(array, truth)
 
-    def measure_item(self, record: JsonObject, prediction: Prediction | None, folder: Path) -> JsonObject:
+    def measure_item(
+        self, record: JsonObject, prediction: Prediction | None, folder: Path
+    ) -> JsonObject:
         if prediction is not None and "dice" in prediction.numbers:
             return record  # measured elsewhere
         name = prediction.mask if prediction is not None else None
@@ -83,30 +107,45 @@ class MaskTask(Task):
         names = {"dice": "dice", "mask_iou": "mask-iou", "hd95": "hd95", "nsd": "nsd@2"}
         signature = "hard>0.5|unit:step|missing mask:dice 0|mean"
         return [
-            mean_result(name, [_number(record, field) for record in records], signature, self.resampling_of(records))
+            mean_result(
+                name,
+                [_number(record, field) for record in records],
+                signature,
+                self.resampling_of(records),
+            )
             for field, name in names.items()
         ]
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:
         scores = [_number(record, "soft_dice") for record in records]
         return [
-            mean_result("m3d-bench-dice", scores, "m3d-bench|soft|denominator:+1|mean", self.resampling_of(records))
+            mean_result(
+                "m3d-bench-dice",
+                scores,
+                "m3d-bench|soft|denominator:+1|mean",
+                self.resampling_of(records),
+            )
         ]
 
     def _checked(self, record: Record, index: int) -> JsonObject:
         row = super()._checked(record, index)
         if row.get(FAILED) is not None:
             row |= dict.fromkeys(("dice", "mask_iou", "nsd", "soft_dice"), 0.0)
-        measured = row.get("dice") is not None and not row.get(WITHOUT_MASK) and row.get(FAILED) is None
+        measured = (
+            row.get("dice") is not None and not row.get(WITHOUT_MASK) and row.get(FAILED) is None
+        )
         return {**row, "prediction": row["prediction"] or ("mask" if measured else "")}
 
 
 def _number(record: Record, field: str) -> float:
-    """A record's number; an item for which no mask came has overlap 0, and needs its distance from `measure_mask`."""
+    """A record's number; an item for which no mask came has overlap 0, and needs its distance from
+    `measure_mask`.
+    """
     if record.get(field) is None:
         if field == "hd95":
             raise DataError(
-                f"record {record.get('id')!r} has no 'hd95'; where the model gives no mask, measure an empty one"
+                f"record {record.get('id')!r} has no 'hd95'; where the model gives no mask, "
+                "measure an empty one"
             )
         return 0.0
     return float(record[field])

@@ -17,7 +17,9 @@ from medm.types import Media, Sample
 
 
 class MedMNISTTask(Task):
-    """An .npz of MedMNIST. Its images are written out once, as PNG files under `medm_png/` in the same folder."""
+    """An .npz of MedMNIST. Its images are written out once, as PNG files under `medm_png/` in the
+    same folder.
+    """
 
     tag = "cls"
     splits = ("train", "val", "test")
@@ -32,24 +34,36 @@ class MedMNISTTask(Task):
         """The file at 224 pixels, or the small one."""
         return f"{self.file_name}_224.npz (or {self.file_name}.npz of 28 pixels)"
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
-        file = require(folder, f"{self.file_name}_224.npz", f"{self.file_name}.npz", layout=self.layout)
+        file = require(
+            folder, f"{self.file_name}_224.npz", f"{self.file_name}.npz", layout=self.layout
+        )
         arrays = NumberArchive(file)
         labels = arrays[f"{split}_labels"].reshape(-1)
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
-            raise DataError(f"labels run to {labels.max()}, but there are {len(self.classes)} classes", file=file)
+            raise DataError(
+                f"labels run to {labels.max()}, but there are {len(self.classes)} classes",
+                file=file,
+            )
         names = self._images(folder, file, arrays, split, len(labels))
         for index, (label, name) in enumerate(zip(labels, names, strict=True)):
             question = pick_template(prompts.CLASSIFY, rng).format(
                 question=self.question, classes=", ".join(self.classes)
             )
             yield make_sample(
-                question, id=f"{self.file_name}:{split}:{index}", tag=self.tag, answer=self.classes[int(label)],
+                question,
+                id=f"{self.file_name}:{split}:{index}",
+                tag=self.tag,
+                answer=self.classes[int(label)],
                 media=[Media("image", name)],
-            )  # fmt: skip
+            )
 
-    def _images(self, folder: Path, file: Path, arrays: NumberArchive, split: str, count: int) -> list[str]:
+    def _images(
+        self, folder: Path, file: Path, arrays: NumberArchive, split: str, count: int
+    ) -> list[str]:
         """Paths of the images relative to the folder; written where they are not there yet."""
         from PIL import Image
 
@@ -60,7 +74,9 @@ class MedMNISTTask(Task):
         images = arrays[f"{split}_images"]
         if len(images) != count or images.dtype.name != "uint8" or images.ndim not in (3, 4):
             raise DataError(
-                f"expected {count} 8-bit images (n, height, width[, 3]), found {images.dtype} {images.shape}", file=file
+                f"expected {count} 8-bit images (n, height, width[, 3]), found {images.dtype} "
+                f"{images.shape}",
+                file=file,
             )
         try:
             (folder / place).mkdir(parents=True, exist_ok=True)
@@ -68,7 +84,8 @@ class MedMNISTTask(Task):
                 Image.fromarray(pixels).save(folder / name)
         except OSError as error:
             raise DataError(
-                f"its images cannot be written to {place} beside it ({error.strerror or error})", file=file
+                f"its images cannot be written to {place} beside it ({error.strerror or error})",
+                file=file,
             ) from None
         return names
 
@@ -87,9 +104,14 @@ class DermaMNIST(MedMNISTTask):
     file_name = "dermamnist"
     question = "Which kind of pigmented skin lesion does this dermatoscopic image show?"
     classes = (
-        "actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
-        "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions",
-    )  # fmt: skip
+        "actinic keratoses and intraepithelial carcinoma",
+        "basal cell carcinoma",
+        "benign keratosis-like lesions",
+        "dermatofibroma",
+        "melanoma",
+        "melanocytic nevi",
+        "vascular lesions",
+    )
 
 
 class OrganSMNIST(MedMNISTTask):
@@ -98,6 +120,7 @@ class OrganSMNIST(MedMNISTTask):
     file_name = "organsmnist"
     question = "Which organ is in the centre of this sagittal CT slice?"
     classes = (
-        "bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver", "left lung",
+        "bladder", "left femur", "right femur", "heart", "left kidney", "right kidney", "liver",
+        "left lung",
         "right lung", "pancreas", "spleen",
     )  # fmt: skip

@@ -16,15 +16,21 @@ from medm.types import Media, Sample
 
 
 class PathVQA(Task):
-    """`qas/<split>_vqa.pkl` is read without unpickling; the same list as `.json` is taken first where it is there."""
+    """`qas/<split>_vqa.pkl` is read without unpickling; the same list as `.json` is taken first
+    where it is there.
+    """
 
     tag = "vqa"
     splits = ("train", "val", "test")
-    layout = "qas/{train,val,test}_vqa.pkl (or .json with the same list) and images/<split>/<img_id>.jpg"
+    layout = (
+        "qas/{train,val,test}_vqa.pkl (or .json with the same list) and images/<split>/<img_id>.jpg"
+    )
     group_by = ("answer_type",)
     cluster_by = "image"
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"qas/{split}_vqa.json", f"qas/{split}_vqa.pkl", layout=self.layout)
         require(folder, f"images/{split}", layout=self.layout)
@@ -39,10 +45,13 @@ class PathVQA(Task):
             image = field_of(row, "img_id", str, file=file, index=index)
             yield make_sample(
                 pick_template(prompts.VQA, rng).format(question=question),
-                id=str(row.get("question_id", f"{split}:{index}")), tag=self.tag, answer=str(next(iter(labels))),
-                media=[Media("image", f"images/{split}/{image}.jpg")], question=question,
+                id=str(row.get("question_id", f"{split}:{index}")),
+                tag=self.tag,
+                answer=str(next(iter(labels))),
+                media=[Media("image", f"images/{split}/{image}.jpg")],
+                question=question,
                 answer_type="closed" if row.get("answer_type") == "yes/no" else "open",
-            )  # fmt: skip
+            )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.vqa(records, self.resampling_of(records))

@@ -1,8 +1,9 @@
 """Pickles of plain values (PathVQA is distributed as such), read without unpickling.
 
-A pickle is a program that may call any function. This reader walks its instructions (`pickletools.genops` only
-decodes, it executes nothing) and follows those that build text, numbers, lists, tuples and dicts. Any other one,
-above all those that look up or call something, ends the reading with an error.
+A pickle is a program that may call any function. This reader walks its instructions
+(`pickletools.genops` only decodes, it executes nothing) and follows those that build text, numbers,
+lists, tuples and dicts. Any other one, above all those that look up or call something, ends the
+reading with an error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ Container = TypeVar("Container")
 
 _MAX_BYTES = 512 * 2**20
 _LITERALS = frozenset((
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE",
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "UNICODE", "SHORT_BINUNICODE",
     "BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING",
 ))  # fmt: skip
 _CONSTANTS: dict[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -25,10 +27,14 @@ _IGNORED = frozenset(("PROTO", "FRAME", "STOP"))
 
 
 def read_plain_pickle(path: Path) -> object:
-    """The value. Raises `DataError` for anything that is not plain data, damaged, or larger than 512 MiB."""
+    """The value. Raises `DataError` for anything that is not plain data, damaged, or larger than
+    512 MiB.
+    """
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"is larger than {_MAX_BYTES // 2**20} MiB, more than annotations need", file=path)
+            raise DataError(
+                f"is larger than {_MAX_BYTES // 2**20} MiB, more than annotations need", file=path
+            )
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})", file=path) from None
@@ -65,7 +71,9 @@ class _Reader:
             stack.append({"EMPTY_LIST": [], "EMPTY_DICT": {}, "EMPTY_TUPLE": ()}[name])
         elif name in ("LIST", "TUPLE", "DICT"):
             items = self.since_mark()
-            stack.append(items if name == "LIST" else tuple(items) if name == "TUPLE" else _pairs(items))
+            stack.append(
+                items if name == "LIST" else tuple(items) if name == "TUPLE" else _pairs(items)
+            )
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             size = int(name[-1])
             stack[-size:] = [tuple(stack[-size:])]
@@ -85,8 +93,9 @@ class _Reader:
             stack.pop()
         elif name not in _IGNORED:
             raise DataError(
-                f"holds the pickle instruction {name}: more than text, numbers, lists and dicts, and reading it could "
-                "run a stranger's code. Convert it to JSON on a machine you can afford to lose"
+                f"holds the pickle instruction {name}: more than text, numbers, lists and dicts, "
+                "and reading it could run a stranger's code. Convert it to JSON on a machine you "
+                "can afford to lose"
             )
 
     def since_mark(self) -> list[object]:

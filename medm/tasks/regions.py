@@ -32,7 +32,8 @@ class Region:
     group: str
     """What the tables are broken down by (modality)."""
     others: int
-    """Objects of the same name in the same image: with any, the question has several right answers."""
+    """Objects of the same name in the same image: with any, the question has several right
+    answers."""
 
 
 def read_regions(file: Path, *, image: str, id: str, group: str) -> list[Region]:
@@ -43,14 +44,19 @@ def read_regions(file: Path, *, image: str, id: str, group: str) -> list[Region]
             raise DataError(f"expected one object a map, found {len(item)}", file=file, index=index)
         name, box = next(iter(item.items()))
         sides = box if isinstance(box, list) else []
-        numbers = [float(n) for n in sides if isinstance(n, (int, float)) and not isinstance(n, bool)]
+        numbers = [
+            float(n) for n in sides if isinstance(n, (int, float)) and not isinstance(n, bool)
+        ]
         if len(sides) != 4 or len(numbers) != 4:
-            raise DataError("expected [x, y, width, height] in pixels", file=file, index=index, field=name)
+            raise DataError(
+                "expected [x, y, width, height] in pixels", file=file, index=index, field=name
+            )
         x, y, width, height = numbers
         found.append((name, (x, y, x + width, y + height)))
     counts = Counter(name for name, _ in found)
     return [
-        Region(f"{id}:{index}", image, name, box, group, counts[name] - 1) for index, (name, box) in enumerate(found)
+        Region(f"{id}:{index}", image, name, box, group, counts[name] - 1)
+        for index, (name, box) in enumerate(found)
     ]
 
 
@@ -61,7 +67,12 @@ class RegionTask(Task):
     cluster_by = "image"
 
     def __init__(
-        self, *, codec: str = "uni-med", rounds: int = 1000, seed: int = 0, cluster_by: str | None = None
+        self,
+        *,
+        codec: str = "uni-med",
+        rounds: int = 1000,
+        seed: int = 0,
+        cluster_by: str | None = None,
     ) -> None:
         super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
         self.codec = codec
@@ -74,12 +85,16 @@ class RegionTask(Task):
     def sample(self, region: Region, size: tuple[int, int], rng: random.Random | None) -> Sample:
         """One question about one object."""
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         sizes: dict[str, tuple[int, int]] = {}
         for region in self.regions(folder, split):
             if region.image not in sizes:
-                sizes = {region.image: image_size(folder, region.image)}  # objects of an image follow each other
+                sizes = {
+                    region.image: image_size(folder, region.image)
+                }  # objects of an image follow each other
             yield self.sample(region, sizes[region.image], rng)
 
 
@@ -90,16 +105,26 @@ class ReferTask(RegionTask):
 
     def sample(self, region: Region, size: tuple[int, int], rng: random.Random | None) -> Sample:
         return make_sample(
-            pick_template(prompts.REFER, rng).format(name=region.name), id=region.id, tag=self.tag,
-            answer=CODECS[self.codec].encode(region.box, size), media=[Media("image", region.image)],
-            box=list(region.box), size=list(size), group=region.group, unique_name=region.others == 0,
-        )  # fmt: skip
+            pick_template(prompts.REFER, rng).format(name=region.name),
+            id=region.id,
+            tag=self.tag,
+            answer=CODECS[self.codec].encode(region.box, size),
+            media=[Media("image", region.image)],
+            box=list(region.box),
+            size=list(size),
+            group=region.group,
+            unique_name=region.others == 0,
+        )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.refer(records, self.resampling_of(records), self.codec)
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.uni_med_refer(records, self.resampling_of(records)) if self.codec == "uni-med" else []
+        return (
+            scoring.uni_med_refer(records, self.resampling_of(records))
+            if self.codec == "uni-med"
+            else []
+        )
 
 
 class IdentifyTask(RegionTask):
@@ -111,9 +136,13 @@ class IdentifyTask(RegionTask):
     def sample(self, region: Region, size: tuple[int, int], rng: random.Random | None) -> Sample:
         box = CODECS[self.codec].encode(region.box, size)
         return make_sample(
-            pick_template(prompts.IDENTIFY, rng).format(box=box), id=region.id, tag=self.tag, answer=region.name,
-            media=[Media("image", region.image)], group=region.group,
-        )  # fmt: skip
+            pick_template(prompts.IDENTIFY, rng).format(box=box),
+            id=region.id,
+            tag=self.tag,
+            answer=region.name,
+            media=[Media("image", region.image)],
+            group=region.group,
+        )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.identify(records, self.resampling_of(records))

@@ -24,7 +24,12 @@ class CaptionTask(Task):
     """Chest radiographs: the labels of 14 findings are compared as well."""
 
     def __init__(
-        self, *, bertscore: str | None = None, rounds: int = 1000, seed: int = 0, cluster_by: str | None = None
+        self,
+        *,
+        bertscore: str | None = None,
+        rounds: int = 1000,
+        seed: int = 0,
+        cluster_by: str | None = None,
     ) -> None:
         super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
         self.bertscore = bertscore
@@ -40,7 +45,9 @@ class CaptionTask(Task):
             require_encoder(self.bertscore)
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        return scoring.caption(records, self.resampling_of(records), bertscore=self.bertscore, chest=self.chest)
+        return scoring.caption(
+            records, self.resampling_of(records), bertscore=self.bertscore, chest=self.chest
+        )
 
 
 class AnnotatedReports(CaptionTask):
@@ -58,23 +65,35 @@ class AnnotatedReports(CaptionTask):
         """Annotation file and image folder."""
         return f"annotation.json (R2Gen's splits with image_path and report) and {self.images}/"
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, *self.annotation_files(split), layout=self.layout)
         require(folder, self.images, layout=self.layout)
         rows = read_json_map(file).get(split)
         if not isinstance(rows, list):
-            raise DataError("expected a list of examinations under this key", file=file, field=split)
+            raise DataError(
+                "expected a list of examinations under this key", file=file, field=split
+            )
         for index, row in enumerate(rows):
             paths = field_of(row, "image_path", list, file=file, index=index)
             report = field_of(row, "report", str, file=file, index=index)
             if len(paths) < self.views or not all(isinstance(path, str) for path in paths):
-                raise DataError(f"expected {self.views} path(s) or more", file=file, index=index, field="image_path")
+                raise DataError(
+                    f"expected {self.views} path(s) or more",
+                    file=file,
+                    index=index,
+                    field="image_path",
+                )
             media = [Media("image", f"{self.images}/{path}") for path in paths[: self.views]]
             yield make_sample(
-                pick_template(prompts.CHEST_REPORT, rng), id=str(row.get("id", paths[0])), tag=self.tag,
-                answer=" ".join(report.split()), media=media,
-            )  # fmt: skip
+                pick_template(prompts.CHEST_REPORT, rng),
+                id=str(row.get("id", paths[0])),
+                tag=self.tag,
+                answer=" ".join(report.split()),
+                media=media,
+            )
 
     def annotation_files(self, split: str) -> tuple[str, ...]:
         """Names of the annotation file, the preferred one first."""
@@ -98,7 +117,11 @@ class MimicCaption(AnnotatedReports):
     images = "files"
 
     def annotation_files(self, split: str) -> tuple[str, ...]:
-        return ("annotation_small.json", "annotation.json") if split == "train" else ("annotation.json",)
+        return (
+            ("annotation_small.json", "annotation.json")
+            if split == "train"
+            else ("annotation.json",)
+        )
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.uni_med_caption(records, self.resampling_of(records))
@@ -112,16 +135,23 @@ class MedPix(CaptionTask):
 
     layout = "MPx_Single_{train,test}.csv (columns name, type, context) and the images they name"
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
-        file = require(folder, f"MPx_Single_{split}.csv", f"MedPix_single_{split}.csv", layout=self.layout)
+        file = require(
+            folder, f"MPx_Single_{split}.csv", f"MedPix_single_{split}.csv", layout=self.layout
+        )
         for index, row in enumerate(read_csv(file, ("name", "type", "context"))):
             if row["type"] != "caption" or not all(row[key].strip() for key in ("name", "context")):
                 continue
             yield make_sample(
-                pick_template(prompts.CAPTION, rng), id=f"{row['name']}:{index}", tag=self.tag,
-                answer=" ".join(row["context"].split()), media=[Media("image", row["name"].lstrip("/"))],
-            )  # fmt: skip
+                pick_template(prompts.CAPTION, rng),
+                id=f"{row['name']}:{index}",
+                tag=self.tag,
+                answer=" ".join(row["context"].split()),
+                media=[Media("image", row["name"].lstrip("/"))],
+            )
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.uni_med_caption(records, self.resampling_of(records))

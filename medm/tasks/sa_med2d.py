@@ -11,12 +11,17 @@ from medm.tasks.regions import IdentifyTask, ReferTask, Region, RegionTask, read
 
 
 class _SAMed2DRegions(RegionTask):
-    layout = "images_small_{train,test}/<modality>/<id>.png and regions_small_{train,test}/<modality>/<id>.json"
+    layout = (
+        "images_small_{train,test}/<modality>/<id>.png and "
+        "regions_small_{train,test}/<modality>/<id>.json"
+    )
 
     def regions(self, folder: Path, split: str) -> Iterator[Region]:
         regions = require(folder, f"regions_small_{split}", layout=self.layout)
         images = require(folder, f"images_small_{split}", layout=self.layout)
-        files = sorted(regions.glob("*/*.json"))  # sorted: the published order depends on the file system
+        files = sorted(
+            regions.glob("*/*.json")
+        )  # sorted: the published order depends on the file system
         if not files:
             raise DataError(f"holds no <modality>/<id>.json; expected {self.layout}", file=regions)
         for file in files:

@@ -1,4 +1,6 @@
-"""Scoring that several benchmarks share. Records in, results out; each function says which fields it reads."""
+"""Scoring that several benchmarks share. Records in, results out; each function says which fields
+it reads.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ import numpy as np
 
 from medm.errors import DataError
 from medm.metrics import m3d_bench, uni_med
-from medm.metrics.base import MetricResult, Resampling, is_blank, mean_result, ratio, result_of, with_note
+from medm.metrics.base import (
+    MetricResult,
+    Resampling,
+    is_blank,
+    mean_result,
+    ratio,
+    result_of,
+    with_note,
+)
 from medm.metrics.bleu import bleu, bleu_coco, bleu_nltk
 from medm.metrics.boxes import CODECS, Box, box_accuracy, box_iou, scale
 from medm.metrics.chest_labels import chest_label_f1
@@ -29,23 +39,30 @@ Pair = tuple[list[str], list[str]]
 
 def texts(records: Sequence[Record]) -> Pair:
     """Predictions and answers."""
-    return [record["prediction"] for record in records], [str(record["answer"]) for record in records]
+    return [record["prediction"] for record in records], [
+        str(record["answer"]) for record in records
+    ]
 
 
 def require_field(record: Record, name: str) -> Any:
     """A field that scoring cannot do without."""
     if record.get(name) is None:
         raise DataError(
-            f"record {record.get('id')!r} has no {name!r}, which its sample carries; keep the samples' fields"
+            f"record {record.get('id')!r} has no {name!r}, which its sample carries; keep the "
+            "samples' fields"
         )
     return record[name]
 
 
 def answer_types(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Positions of the records by `answer_type`: "open", "closed"; parts without records are left out."""
+    """Positions of the records by `answer_type`: "open", "closed"; parts without records are left
+    out.
+    """
     parts: dict[str, list[int]] = {"open": [], "closed": []}
     for index, record in enumerate(records):
-        parts["closed" if str(require_field(record, "answer_type")).lower() == "closed" else "open"].append(index)
+        parts[
+            "closed" if str(require_field(record, "answer_type")).lower() == "closed" else "open"
+        ].append(index)
     return {name: part for name, part in parts.items() if part}
 
 
@@ -77,9 +94,15 @@ def uni_med_vqa(records: Sequence[Record], resampling: Resampling) -> list[Metri
 
 
 def caption(
-    records: Sequence[Record], resampling: Resampling, *, bertscore: str | None = None, chest: bool = False
+    records: Sequence[Record],
+    resampling: Resampling,
+    *,
+    bertscore: str | None = None,
+    chest: bool = False,
 ) -> list[MetricResult]:
-    """Reports and captions. METEOR is the WordNet one where its files are, else the one that says it is not."""
+    """Reports and captions. METEOR is the WordNet one where its files are, else the one that says
+    it is not.
+    """
     pair = texts(records)
     results = chest_label_f1(*pair, resampling=resampling) if chest else []
     results += bleu_coco(*pair, resampling=resampling)
@@ -96,12 +119,17 @@ def caption(
 
 
 def uni_med_caption(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-    """Uni-Med's table for reports: references cut to 50 words, empty pairs left out (a note says how many)."""
+    """Uni-Med's table for reports: references cut to 50 words, empty pairs left out (a note says
+    how many).
+    """
     cut = [
-        {**record, "prediction": uni_med.clean_prediction(record["prediction"]),
-         "answer": uni_med.first_words(str(record["answer"]))}
+        {
+            **record,
+            "prediction": uni_med.clean_prediction(record["prediction"]),
+            "answer": uni_med.first_words(str(record["answer"])),
+        }
         for record in records
-    ]  # fmt: skip
+    ]
     kept = [index for index, record in enumerate(cut) if record["prediction"] and record["answer"]]
     pair, resampling = texts([cut[index] for index in kept]), resampling.part(kept)
     results = bleu_coco(*pair, resampling=resampling)
@@ -109,28 +137,48 @@ def uni_med_caption(records: Sequence[Record], resampling: Resampling) -> list[M
     results += rouge(*pair, resampling=resampling)
     results += uni_med.token_f1(*pair, resampling=resampling)
     left_out = len(cut) - len(kept)
-    note = f"{left_out} of {len(cut)} items without a reply are left out, as published" if left_out else None
+    note = (
+        f"{left_out} of {len(cut)} items without a reply are left out, as published"
+        if left_out
+        else None
+    )
     return scoped("uni-med-50-words", [with_note(result, note) for result in results])
 
 
-def m3d_texts(records: Sequence[Record], resampling: Resampling, bertscore: str | None = None) -> list[MetricResult]:
+def m3d_texts(
+    records: Sequence[Record], resampling: Resampling, bertscore: str | None = None
+) -> list[MetricResult]:
     """M3D-Bench's table for texts: BLEU-1, ROUGE-1, METEOR and BERTScore.
 
     What needs files that are not here is undefined, and its signature says why.
     """
     pair = texts(records)
-    results = m3d_bench.bleu(*pair, resampling=resampling) + m3d_bench.rouge(*pair, resampling=resampling)
+    results = m3d_bench.bleu(*pair, resampling=resampling) + m3d_bench.rouge(
+        *pair, resampling=resampling
+    )
     if wordnet_available():
-        results += [replace(r, name="m3d-bench-meteor") for r in meteor(*pair, resampling=resampling)]
+        results += [
+            replace(r, name="m3d-bench-meteor") for r in meteor(*pair, resampling=resampling)
+        ]
     else:
-        results.append(_not_available("m3d-bench-meteor", len(records), "the WordNet files are not on this machine"))
+        results.append(
+            _not_available(
+                "m3d-bench-meteor", len(records), "the WordNet files are not on this machine"
+            )
+        )
     if bertscore is not None:
         from medm.metrics.bertscore import bertscore as score
 
         found = score(*pair, path=bertscore, resampling=resampling)
-        results += [replace(r, name="m3d-bench-bertscore-f1") for r in found if r.name == "bertscore-f1"]
+        results += [
+            replace(r, name="m3d-bench-bertscore-f1") for r in found if r.name == "bertscore-f1"
+        ]
     else:
-        results.append(_not_available("m3d-bench-bertscore-f1", len(records), "no encoder is given as 'bertscore'"))
+        results.append(
+            _not_available(
+                "m3d-bench-bertscore-f1", len(records), "no encoder is given as 'bertscore'"
+            )
+        )
     return results
 
 
@@ -139,12 +187,17 @@ def _not_available(name: str, n: int, reason: str) -> MetricResult:
 
 
 def refer(
-    records: Sequence[Record], resampling: Resampling, codec: str, *, corners: Literal["edges", "voxels"] = "edges"
+    records: Sequence[Record],
+    resampling: Resampling,
+    codec: str,
+    *,
+    corners: Literal["edges", "voxels"] = "edges",
 ) -> list[MetricResult]:
-    """A name to a box. Reads `box` (corners in pixels or voxels, the upper one outside) and `size` (the extent).
+    """A name to a box. Reads `box` (corners in pixels or voxels, the upper one outside) and `size`
+    (the extent).
 
-    With `corners="voxels"` texts name the first and the last voxel inside (M3D); else they name the edges. The ceiling
-    is what a perfect text scores: writing a box on a grid loses precision.
+    With `corners="voxels"` texts name the first and the last voxel inside (M3D); else they name the
+    edges. The ceiling is what a perfect text scores: writing a box on a grid loses precision.
     """
     guesses: list[Box | str | None] = []
     ceiling: list[Box | str | None] = []
@@ -156,7 +209,9 @@ def refer(
         ceiling.append(_edges(CODECS[codec].parse(str(record["answer"])).first, size, corners))
         malformed.append(float(parsed.malformed > 0))
         repaired.append(float(parsed.repaired > 0))
-    truths: list[Box | str] = [tuple(map(float, require_field(record, "box"))) for record in records]
+    truths: list[Box | str] = [
+        tuple(map(float, require_field(record, "box"))) for record in records
+    ]
     best = box_iou(ceiling, truths, codec=codec, resampling=resampling)[0]
     return [
         *box_iou(guesses, truths, codec=codec, resampling=resampling),
@@ -191,7 +246,9 @@ def uni_med_refer(records: Sequence[Record], resampling: Resampling) -> list[Met
 def identify(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
     """A box to a name."""
     pair = texts(records)
-    results = normalised_match(*pair, resampling=resampling) + token_f1(*pair, resampling=resampling)
+    results = normalised_match(*pair, resampling=resampling) + token_f1(
+        *pair, resampling=resampling
+    )
     return results + bleu_nltk(*pair, resampling=resampling)[:1]
 
 
@@ -202,7 +259,9 @@ def uni_med_identify(records: Sequence[Record], resampling: Resampling) -> list[
     return [result for metric in metrics for result in metric(*pair, resampling=resampling)]
 
 
-def classes(records: Sequence[Record], names: Sequence[str], resampling: Resampling) -> list[MetricResult]:
+def classes(
+    records: Sequence[Record], names: Sequence[str], resampling: Resampling
+) -> list[MetricResult]:
     """One class in words: exactly one class name has to be read from the answer."""
     wordings = {name: name for name in names}
     guesses = [parse_wording(record["prediction"], wordings) for record in records]
@@ -211,14 +270,20 @@ def classes(records: Sequence[Record], names: Sequence[str], resampling: Resampl
     results += balanced_accuracy(guesses, truths, resampling=resampling)
     results += macro_f1(guesses, truths, resampling=resampling)
     unread = [float(guess is None) for guess in guesses]
-    return [*results, mean_result("class-unparsed", unread, "class:one affirmed wording", resampling)]
+    return [
+        *results,
+        mean_result("class-unparsed", unread, "class:one affirmed wording", resampling),
+    ]
 
 
-def class_areas(records: Sequence[Record], names: Sequence[str], resampling: Resampling) -> list[MetricResult]:
-    """AUROC of each class and their mean, where a predictions file brought `scores`; nothing where it brought none.
+def class_areas(
+    records: Sequence[Record], names: Sequence[str], resampling: Resampling
+) -> list[MetricResult]:
+    """AUROC of each class and their mean, where a predictions file brought `scores`; nothing where
+    it brought none.
 
-    Reads `scores`: a number for each class, as a map by class name or a list in the order of `names`. An item without
-    a reply is ranked as wrong as can be.
+    Reads `scores`: a number for each class, as a map by class name or a list in the order of
+    `names`. An item without a reply is ranked as wrong as can be.
 
     Raises:
         DataError: a record with a reply has no scores, or they are not one number for each class.
@@ -238,7 +303,8 @@ def class_areas(records: Sequence[Record], names: Sequence[str], resampling: Res
             given = [by_name[key] for key in keys] if by_name.keys() == set(keys) else []
         if not isinstance(given, (list, tuple)) or len(given) != len(keys):
             raise DataError(
-                f"record {record.get('id')!r}: expected 'scores' with one number for each of {', '.join(names)}"
+                f"record {record.get('id')!r}: expected 'scores' with one number for each of "
+                f"{', '.join(names)}"
             )
         rows.append([float(value) for value in given])
     return auroc(rows, np.asarray(labels), class_names=names, resampling=resampling)
@@ -246,7 +312,9 @@ def class_areas(records: Sequence[Record], names: Sequence[str], resampling: Res
 
 def _has_no_answer(record: Record) -> bool:
     """True where neither a reply nor scores came for an item, or an error in their place."""
-    return record.get(FAILED) is not None or (record.get("scores") is None and is_blank(record.get("prediction")))
+    return record.get(FAILED) is not None or (
+        record.get("scores") is None and is_blank(record.get("prediction"))
+    )
 
 
 def _worst_score(positive: bool) -> float:
@@ -255,7 +323,8 @@ def _worst_score(positive: bool) -> float:
 
 
 def binary_area(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-    """AUROC of one score an item against answers that read yes or no, 1 or 0. Reads `scores`, a number.
+    """AUROC of one score an item against answers that read yes or no, 1 or 0. Reads `scores`, a
+    number.
 
     An item without a reply is ranked as wrong as can be.
     """
@@ -279,13 +348,17 @@ def binary(records: Sequence[Record], field: str) -> list[int | None]:
         decision = parse_yes_no(text)
         value = {"1": 1, "0": 0}.get(text.strip(), None if decision is None else int(decision))
         if value is None and field == "answer":
-            raise DataError(f"record {record.get('id')!r}: expected the answer yes, no, 1 or 0, found {text!r}")
+            raise DataError(
+                f"record {record.get('id')!r}: expected the answer yes, no, 1 or 0, found {text!r}"
+            )
         values.append(value)
     return values
 
 
 def choices(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-    """Multiple choice. Reads `options` (letter -> wording) and `answer_choice` (the right letter)."""
+    """Multiple choice. Reads `options` (letter -> wording) and `answer_choice` (the right
+    letter).
+    """
     predictions = [record["prediction"] for record in records]
     letters = [str(require_field(record, "answer_choice")) for record in records]
     options: list[Mapping[str, str]] = [require_field(record, "options") for record in records]
@@ -295,12 +368,18 @@ def choices(records: Sequence[Record], resampling: Resampling) -> list[MetricRes
 def mean_over_groups(
     records: Sequence[Record], result: MetricResult, field: str, resampling: Resampling
 ) -> MetricResult:
-    """The mean of a metric over the values of a field, each group counting the same ("macro over question types")."""
+    """The mean of a metric over the values of a field, each group counting the same ("macro over
+    question types").
+    """
     values = sorted({str(record.get(field)) for record in records})
-    member = np.array([[str(record.get(field)) == value for value in values] for record in records], dtype=float)
+    member = np.array(
+        [[str(record.get(field)) == value for value in values] for record in records], dtype=float
+    )
     scores = np.asarray(result.per_item, dtype=float)
 
     def value(counts: Any) -> Any:
         return mean_defined(ratio(counts @ (member * scores[:, None]), counts @ member))
 
-    return result_of(f"{result.name}-macro", value, len(records), f"{result.signature}|macro:{field}", resampling)
+    return result_of(
+        f"{result.name}-macro", value, len(records), f"{result.signature}|macro:{field}", resampling
+    )

@@ -14,7 +14,10 @@ from medm.tasks.benchmark_files import field_of, read_json_list, read_text, requ
 from medm.tasks.regions import IdentifyTask, ReferTask, Region, RegionTask, read_regions
 from medm.types import Config, Media, Sample
 
-_TREE = "SLAKE's tree: train.txt and test.txt with image ids, imgs/<id>/{source.jpg, question.json, detection.json}"
+_TREE = (
+    "SLAKE's tree: train.txt and test.txt with image ids, imgs/<id>/{source.jpg, question.json, "
+    "detection.json}"
+)
 
 
 def _image_ids(folder: Path, split: str) -> list[str]:
@@ -37,7 +40,9 @@ class Slake(Task):
         for index, row in enumerate(read_json_list(file)):
             yield file, index, row
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         for file, index, row in self.rows(folder, split):
             answer = str(row.get("answer", "")).strip()
@@ -47,11 +52,15 @@ class Slake(Task):
             question = field_of(row, "question", str, file=file, index=index)
             yield make_sample(
                 pick_template(prompts.VQA, rng).format(question=question),
-                id=str(row.get("qid", f"{image}:{index}")), tag=self.tag, answer=answer,
-                media=[Media("image", f"imgs/{image}")], question=question,
+                id=str(row.get("qid", f"{image}:{index}")),
+                tag=self.tag,
+                answer=answer,
+                media=[Media("image", f"imgs/{image}")],
+                question=question,
                 answer_type=str(row.get("answer_type", "")).strip().lower(),
-                content_type=row.get("content_type"), modality=row.get("modality"),
-            )  # fmt: skip
+                content_type=row.get("content_type"),
+                modality=row.get("modality"),
+            )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.vqa(records, self.resampling_of(records))

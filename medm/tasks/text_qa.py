@@ -22,26 +22,43 @@ class MedQA(Task):
     splits = ("train", "dev", "test")
     layout = "questions/US/{train,dev,test}.jsonl with question, options and answer"
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"questions/US/{split}.jsonl", f"{split}.jsonl", layout=self.layout)
         for index, row in enumerate(read_jsonl(file)):
             question = field_of(row, "question", str, file=file, index=index)
             answer = field_of(row, "answer", str, file=file, index=index)
-            options = {str(key): str(value) for key, value in self._options(row, file, index).items()}
-            letter = row.get("answer_idx") or next((key for key, value in options.items() if value == answer), None)
+            options = {
+                str(key): str(value) for key, value in self._options(row, file, index).items()
+            }
+            letter = row.get("answer_idx") or next(
+                (key for key, value in options.items() if value == answer), None
+            )
             if letter not in options:
-                raise DataError("the answer is none of the options", file=file, index=index, field="answer")
+                raise DataError(
+                    "the answer is none of the options", file=file, index=index, field="answer"
+                )
             yield make_sample(
-                pick_template(prompts.CHOICE, rng).format(question=question, options=prompts.lettered(options)),
-                id=f"medqa:{split}:{index}", tag=self.tag, answer=f"{letter}. {options[letter]}", options=options,
+                pick_template(prompts.CHOICE, rng).format(
+                    question=question, options=prompts.lettered(options)
+                ),
+                id=f"medqa:{split}:{index}",
+                tag=self.tag,
+                answer=f"{letter}. {options[letter]}",
+                options=options,
                 answer_choice=letter,
-            )  # fmt: skip
+            )
 
     def _options(self, row: dict[str, object], file: Path, index: int) -> dict[str, str]:
         """A map, or a list of {key, value} (the Chinese part and some copies)."""
         options = field_of(row, "options", (dict, list), file=file, index=index)
-        return options if isinstance(options, dict) else {item["key"]: item["value"] for item in options}
+        return (
+            options
+            if isinstance(options, dict)
+            else {item["key"]: item["value"] for item in options}
+        )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.choices(records, self.resampling_of(records))
@@ -53,12 +70,14 @@ class PubMedQA(Task):
     tag = "qa"
     splits = ("train", "test")
     layout = (
-        "train_set.json and test_set.json (or ori_pqal.json with test_ground_truth.json): id -> QUESTION, CONTEXTS, "
-        "final_decision"
+        "train_set.json and test_set.json (or ori_pqal.json with test_ground_truth.json): id -> "
+        "QUESTION, CONTEXTS, final_decision"
     )
     decisions = ("yes", "no", "maybe")
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"{split}_set.json", "ori_pqal.json", layout=self.layout)
         rows = read_json_map(file)
@@ -70,16 +89,26 @@ class PubMedQA(Task):
             context = field_of(row, "CONTEXTS", list, file=file, index=index)
             decision = field_of(row, "final_decision", str, file=file, index=index).strip().lower()
             if decision not in self.decisions:
-                raise DataError(f"expected {self.decisions}", file=file, index=index, field="final_decision")
+                raise DataError(
+                    f"expected {self.decisions}", file=file, index=index, field="final_decision"
+                )
             yield make_sample(
-                pick_template(prompts.CONTEXT_QA, rng).format(question=question, context="\n".join(map(str, context))),
-                id=str(key), tag=self.tag, answer=decision,
-            )  # fmt: skip
+                pick_template(prompts.CONTEXT_QA, rng).format(
+                    question=question, context="\n".join(map(str, context))
+                ),
+                id=str(key),
+                tag=self.tag,
+                answer=decision,
+            )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The decision that the answer names, where it names one alone; beside it the accuracy of its first word."""
+        """The decision that the answer names, where it names one alone; beside it the accuracy of
+        its first word.
+        """
         results = scoring.classes(records, self.decisions, self.resampling_of(records))
-        first_words = [record["prediction"].strip().lower().split(" ")[0].strip(".,:;!") for record in records]
+        first_words = [
+            record["prediction"].strip().lower().split(" ")[0].strip(".,:;!") for record in records
+        ]
         answers = [str(record["answer"]) for record in records]
         leading = accuracy(first_words, answers, resampling=self.resampling_of(records))
         return [*results, *(scoped("first-word", leading))]

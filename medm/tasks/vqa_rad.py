@@ -17,14 +17,20 @@ _PUBLIC = "VQA_RAD Dataset Public.json"
 
 
 class VQARAD(Task):
-    """The public file (test questions are those of `phrase_type` test_*), or the split files of MEVF and MOTOR."""
+    """The public file (test questions are those of `phrase_type` test_*), or the split files of
+    MEVF and MOTOR.
+    """
 
     tag = "vqa"
-    layout = f"'{_PUBLIC}' with 'VQA_RAD Image Folder/', or trainset.json and testset.json with images/"
+    layout = (
+        f"'{_PUBLIC}' with 'VQA_RAD Image Folder/', or trainset.json and testset.json with images/"
+    )
     group_by = ("answer_type", "question_type", "organ")
     cluster_by = "image"
 
-    def samples(self, folder: Path, split: str = "test", *, rng: random.Random | None = None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", *, rng: random.Random | None = None
+    ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         file = require(folder, f"{split}set.json", _PUBLIC, layout=self.layout)
         images = require(folder, "images", "VQA_RAD Image Folder", layout=self.layout).name
@@ -38,15 +44,21 @@ class VQARAD(Task):
             image = field_of(row, "image_name", str, file=file, index=index)
             yield make_sample(
                 pick_template(prompts.VQA, rng).format(question=question),
-                id=str(row.get("qid", index)), tag=self.tag, answer=_answer(row, file, index),
-                media=[Media("image", f"{images}/{image}")], question=question,
+                id=str(row.get("qid", index)),
+                tag=self.tag,
+                answer=_answer(row, file, index),
+                media=[Media("image", f"{images}/{image}")],
+                question=question,
                 answer_type=str(row.get("answer_type", "")).strip().lower(),
-                question_type=row.get("question_type"), organ=row.get("image_organ"),
-            )  # fmt: skip
+                question_type=row.get("question_type"),
+                organ=row.get("image_organ"),
+            )
 
     def _check_public(self, file: Path) -> None:
         if not any("phrase_type" in row for row in read_json_list(file)):
-            raise DataError("no record has 'phrase_type', which tells test from training", file=file)
+            raise DataError(
+                "no record has 'phrase_type', which tells test from training", file=file
+            )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         return scoring.vqa(records, self.resampling_of(records))

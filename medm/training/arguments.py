@@ -1,4 +1,6 @@
-"""`transformers.TrainingArguments` from the `train` section of a recipe, for every supported 5.x release."""
+"""`transformers.TrainingArguments` from the `train` section of a recipe, for every supported 5.x
+release.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.training_args import OptimizerNames
 
 from medm.config import Mark
@@ -28,11 +33,13 @@ from medm.training.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 _DECIDED = {
-    "remove_unused_columns": False,  # a batch holds what the objective reads, not what a signature lists
+    # a batch holds what the objective reads, not what a signature lists
+    "remove_unused_columns": False,
     "logging_nan_inf_filter": False,  # it would hide a non-finite loss
     "disable_tqdm": True,  # the progress line is ours
     "prediction_loss_only": True,
-    "restore_callback_states_from_checkpoint": True,  # early stopping continues its count after a resume
+    # early stopping continues its count after a resume
+    "restore_callback_states_from_checkpoint": True,
 }
 
 _WITHOUT_EFFECT = {
@@ -60,7 +67,8 @@ _EXTRAS = {"bitsandbytes": "quant", "tensorboard": "log", "wandb": "log"}
 
 
 def on_this_machine(options: TrainOptions) -> tuple[TrainOptions, dict[str, str]]:
-    """Replace options that need a GPU on a machine without one, so that a recipe for GPUs runs there too, slowly.
+    """Replace options that need a GPU on a machine without one, so that a recipe for GPUs runs
+    there too, slowly.
 
     With `use_cpu` the precision of the recipe is kept.
 
@@ -74,12 +82,15 @@ def on_this_machine(options: TrainOptions) -> tuple[TrainOptions, dict[str, str]
         return options, {}
     if launched_rank() == 0:
         logger.warning(
-            "this PyTorch sees no GPU: training on the CPU in float32, %s of the recipe without effect. To stop "
-            "instead, set train.require_gpu=true; for bfloat16 on the CPU, set train.use_cpu=true",
+            "this PyTorch sees no GPU: training on the CPU in float32, %s of the recipe without "
+            "effect. To stop instead, set train.require_gpu=true; for bfloat16 on the CPU, set "
+            "train.use_cpu=true",
             " and ".join(f"train.{key}" for key in reduced),
-        )  # fmt: skip
+        )
     changes: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": None}
-    return options.model_copy(update=changes), {f"train.{key}": "float32 on the CPU, no GPU found" for key in reduced}
+    return options.model_copy(update=changes), {
+        f"train.{key}": "float32 on the CPU, no GPU found" for key in reduced
+    }
 
 
 def _has_accelerator() -> bool:
@@ -97,11 +108,18 @@ def require_start(recipe: Recipe) -> None:
         raise RecipeError("data.train: no annotation file; name at least one")
     if recipe.train.eval_strategy != "no" and not recipe.data.eval:
         raise RecipeError(
-            f"train.eval_strategy: {recipe.train.eval_strategy} needs held-out records; name files in data.eval"
+            f"train.eval_strategy: {recipe.train.eval_strategy} needs held-out records; name "
+            "files in data.eval"
         )
     if recipe.init_from is not None and not (Path(recipe.init_from) / "config.json").is_file():
-        found = "no such folder" if not Path(recipe.init_from).is_dir() else "the folder holds no config.json"
-        raise RecipeError(f"init_from: {recipe.init_from}: {found}; give a model folder that medm saved")
+        found = (
+            "no such folder"
+            if not Path(recipe.init_from).is_dir()
+            else "the folder holds no config.json"
+        )
+        raise RecipeError(
+            f"init_from: {recipe.init_from}: {found}; give a model folder that medm saved"
+        )
     if recipe.train.liger:
         require_liger()
     for name, part in recipe.parts.items():
@@ -113,12 +131,16 @@ def require_start(recipe: Recipe) -> None:
 def whole_models(args: TrainingArguments) -> Iterator[None]:
     """Build models unpartitioned inside, also under ZeRO-3.
 
-    transformers would partition them over the ranks while building, and published files would not fit.
+    transformers would partition them over the ranks while building, and published files would not
+    fit.
     """
     if args.deepspeed is None:
         yield
         return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import (
+        set_hf_deepspeed_config,
+        unset_hf_deepspeed_config,
+    )
 
     unset_hf_deepspeed_config()
     try:
@@ -128,7 +150,8 @@ def whole_models(args: TrainingArguments) -> Iterator[None]:
 
 
 def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArguments:
-    """Check every name and value, and build the arguments. Optimizer and schedule are tried on one weight.
+    """Check every name and value, and build the arguments. Optimizer and schedule are tried on one
+    weight.
 
     Raises:
         RecipeError: an unknown name, a name without effect, or a value that transformers refuses.
@@ -136,20 +159,30 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
     """
     if options.require_gpu and not torch.cuda.is_available():
         raise DeviceError(
-            "train.require_gpu: no CUDA device is there; check the driver, or leave the key out to use the CPU"
+            "train.require_gpu: no CUDA device is there; check the driver, or leave the key out "
+            "to use the CPU"
         )
-    _check_trackers([options.report_to] if isinstance(options.report_to, str) else options.report_to)
+    _check_trackers(
+        [options.report_to] if isinstance(options.report_to, str) else options.report_to
+    )
     _check_name("optim", options.optim, OptimizerNames)
     _check_name("lr_scheduler_type", options.lr_scheduler_type, SchedulerType)
     if options.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
-        raise DeviceError("train.deepspeed: deepspeed is not installed; pip install deepspeed, or leave the key out")
+        raise DeviceError(
+            "train.deepspeed: deepspeed is not installed; pip install deepspeed, or leave the "
+            "key out"
+        )
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in options.arguments:
         if name in _WITHOUT_EFFECT:
-            raise RecipeError(f"train.arguments.{name}: has no effect in medm ({_WITHOUT_EFFECT[name]}); leave it out")
+            raise RecipeError(
+                f"train.arguments.{name}: has no effect in medm ({_WITHOUT_EFFECT[name]}); leave "
+                "it out"
+            )
         if name not in known:
             raise RecipeError(
-                f"train.arguments.{name}: TrainingArguments of transformers has no such field{suggest(name, known)}"
+                f"train.arguments.{name}: TrainingArguments of transformers has no such "
+                f"field{suggest(name, known)}"
             )
     values: dict[str, Any] = {
         name: getattr(options, name)
@@ -159,7 +192,11 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
     values |= {**_DECIDED, **options.arguments, "output_dir": str(output_dir)}
     if not values["lr_scheduler_kwargs"]:
         del values["lr_scheduler_kwargs"]
-    if options.load_best_model_at_end and options.save_strategy == "steps" and options.eval_strategy == "steps":
+    if (
+        options.load_best_model_at_end
+        and options.save_strategy == "steps"
+        and options.eval_strategy == "steps"
+    ):
         values["eval_steps"] = options.eval_steps or options.save_steps
     if options.early_stopping_patience and not options.metric_for_best_model:
         values["metric_for_best_model"] = "loss"
@@ -172,11 +209,18 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train: transformers refuses these arguments: {error}") from None
     except ImportError as error:
-        raise DeviceError(f"train: a package that these arguments need is not installed: {error}") from None
+        raise DeviceError(
+            f"train: a package that these arguments need is not installed: {error}"
+        ) from None
     _try_optimizer(arguments)
     if arguments.n_gpu > 1:
-        logger.warning("%d GPUs are visible and one is used; `medm launch train` uses all of them", arguments.n_gpu)
-        arguments._n_gpu = 1  # torch's DataParallel, which transformers would choose, cannot split our batches
+        logger.warning(
+            "%d GPUs are visible and one is used; `medm launch train` uses all of them",
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = (
+            1  # torch's DataParallel, which transformers would choose, cannot split our batches
+        )
     return arguments
 
 
@@ -187,9 +231,13 @@ def _check_trackers(names: list[str]) -> None:
         if name in ("none", "all"):
             continue
         if name not in INTEGRATION_TO_CALLBACK:
-            raise RecipeError(f"train.report_to: no tracker {name!r}{suggest(name, INTEGRATION_TO_CALLBACK)}")
+            raise RecipeError(
+                f"train.report_to: no tracker {name!r}{suggest(name, INTEGRATION_TO_CALLBACK)}"
+            )
         if name not in installed:
-            raise DeviceError(f"train.report_to: {name} is not installed; {_install(name)}, or leave the key out")
+            raise DeviceError(
+                f"train.report_to: {name} is not installed; {_install(name)}, or leave the key out"
+            )
 
 
 def _check_name(key: str, name: str, kind: type[Enum]) -> None:
@@ -204,8 +252,13 @@ def _install(package: str) -> str:
 
 
 def _try_optimizer(arguments: TrainingArguments) -> None:
-    """Build optimizer and schedule for one weight, so that their errors appear before the model is loaded."""
-    name, weight = getattr(arguments.optim, "value", arguments.optim), nn.Parameter(torch.zeros(2, 2))
+    """Build optimizer and schedule for one weight, so that their errors appear before the model is
+    loaded.
+    """
+    name, weight = (
+        getattr(arguments.optim, "value", arguments.optim),
+        nn.Parameter(torch.zeros(2, 2)),
+    )
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
         kind([{"params": [weight], "lr": arguments.learning_rate, "weight_decay": 0.0}], **settings)
@@ -213,16 +266,20 @@ def _try_optimizer(arguments: TrainingArguments) -> None:
         text = " ".join(str(error).split())
         package = next((package for package in _EXTRAS if package in text), None)
         advice = f"; {_install(package)}, or choose another optimizer" if package else f" ({text})"
-        raise DeviceError(f"train.optim: {name} needs a package that is not installed{advice}") from None
+        raise DeviceError(
+            f"train.optim: {name} needs a package that is not installed{advice}"
+        ) from None
     except Exception as error:  # noqa: BLE001  # a dozen packages make optimizers, each with errors of its own
         text = " ".join(str(error).split())
         raise RecipeError(f"train.optim: {name} cannot be used here: {text}") from None
     try:
         get_scheduler(
-            arguments.lr_scheduler_type, optimizer=torch.optim.SGD([weight], lr=1.0),
-            num_warmup_steps=1, num_training_steps=10,
+            arguments.lr_scheduler_type,
+            optimizer=torch.optim.SGD([weight], lr=1.0),
+            num_warmup_steps=1,
+            num_training_steps=10,
             scheduler_specific_kwargs=cast(dict[str, Any], arguments.lr_scheduler_kwargs or {}),
-        )  # fmt: skip
+        )
     except (TypeError, ValueError, KeyError) as error:
         chosen = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
         raise RecipeError(

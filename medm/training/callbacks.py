@@ -21,10 +21,11 @@ LOSS_LOG, LOSS_CURVE = "loss.jsonl", "loss.png"
 
 
 class Interruption(TrainerCallback):
-    """Stop after SIGTERM or SIGINT: finish the step, write a checkpoint, stop. Further signals have no effect.
+    """Stop after SIGTERM or SIGINT: finish the step, write a checkpoint, stop. Further signals have
+    no effect.
 
-    All ranks of a run stop at the same step, whichever rank got the signal. Before the first step there is nothing to
-    save, and a signal ends the run at once.
+    All ranks of a run stop at the same step, whichever rank got the signal. Before the first step
+    there is nothing to save, and a signal ends the run at once.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,9 @@ class Interruption(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Defer both signals from the first step inside to the end of the outermost of these contexts."""
+        """Defer both signals from the first step inside to the end of the outermost of these
+        contexts.
+        """
         if self._deferred is not None:
             yield
             return
@@ -44,13 +47,21 @@ class Interruption(TrainerCallback):
                 self._deferred = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         if self._deferred is not None:
             self._deferred.enter_context(STOP_SIGNALS.deferred())
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         received = STOP_SIGNALS.received
         if any_rank(received is not None, args.device):
@@ -59,11 +70,17 @@ class Interruption(TrainerCallback):
             if state.is_world_process_zero:
                 logger.warning(
                     "%s: stopping after step %d; continue with --resume (exit code %d)",
-                    received.name if received else "a signal to another rank", state.global_step, RESUMABLE,
-                )  # fmt: skip
+                    received.name if received else "a signal to another rank",
+                    state.global_step,
+                    RESUMABLE,
+                )
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         if self.raised:  # the epoch is not over, the run is
             control.should_evaluate, control.should_save = False, False
@@ -76,35 +93,51 @@ class Progress(TrainerCallback):
         self._started, self._first_step = 0.0, 0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         self._started, self._first_step = time.monotonic(), state.global_step
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-        logs: Mapping[str, float] | None = None, **kwargs: object,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         if "loss" in logs or "steps_without_samples" in logs:
             values = [f"loss {logs['loss']:.4f}" if "loss" in logs else "no loss"]
             values += [
-                f"{name.removeprefix('loss/')} {value:.4f}" for name, value in logs.items() if name.startswith("loss/")
+                f"{name.removeprefix('loss/')} {value:.4f}"
+                for name, value in logs.items()
+                if name.startswith("loss/")
             ]
             if "steps_without_samples" in logs:
                 values.append(f"({logs['steps_without_samples']} steps without samples)")
             values += [f"lr {logs['learning_rate']:.2e}"] if "learning_rate" in logs else []
             done = state.global_step - self._first_step
             seconds = (time.monotonic() - self._started) / max(done, 1)
-            values += [f"{seconds:.2f} s/step", f"{_clock(seconds * (state.max_steps - state.global_step))} left"]
+            values += [
+                f"{seconds:.2f} s/step",
+                f"{_clock(seconds * (state.max_steps - state.global_step))} left",
+            ]
         else:
-            values = [f"{name} {value:.4f}" for name, value in logs.items() if name.endswith("_loss")]
+            values = [
+                f"{name} {value:.4f}" for name, value in logs.items() if name.endswith("_loss")
+            ]
         if values:
             logger.info("step %d/%d  %s", state.global_step, state.max_steps, "  ".join(values))
 
 
 class LossCurve(TrainerCallback):
-    """`loss.jsonl`, one line per log step, and at the end `loss.png`. A resumed run rewrites both from its history.
+    """`loss.jsonl`, one line per log step, and at the end `loss.png`. A resumed run rewrites both
+    from its history.
 
     An error while writing them is a warning, and training continues.
     """
@@ -113,12 +146,22 @@ class LossCurve(TrainerCallback):
         self._incomplete = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         if state.is_world_process_zero:
             self._rewrite(args, state)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         if not state.is_world_process_zero or self._incomplete:
             return
         try:
@@ -127,12 +170,18 @@ class LossCurve(TrainerCallback):
         except OSError as error:
             self._incomplete = True
             logger.warning(
-                "%s cannot be written (%s); training continues, and the file is written again at the end",
-                LOSS_LOG, error.strerror or error,
-            )  # fmt: skip
+                "%s cannot be written (%s); training continues, and the file is written again at "
+                "the end",
+                LOSS_LOG,
+                error.strerror or error,
+            )
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         if state.is_world_process_zero:
             if self._incomplete:
@@ -141,7 +190,11 @@ class LossCurve(TrainerCallback):
                 draw_curve(state.log_history, Path(args.output_dir or "") / LOSS_CURVE)
             except Exception as error:  # noqa: BLE001  # any error of a plotting library: the run must not fail for a figure
                 logger.warning(
-                    "no %s: %s: %s; the numbers are in %s", LOSS_CURVE, type(error).__name__, error, LOSS_LOG
+                    "no %s: %s: %s; the numbers are in %s",
+                    LOSS_CURVE,
+                    type(error).__name__,
+                    error,
+                    LOSS_LOG,
                 )
 
     def _rewrite(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -151,14 +204,18 @@ class LossCurve(TrainerCallback):
             self._incomplete = False
         except OSError as error:
             self._incomplete = True
-            logger.warning("%s cannot be written (%s); training continues", path, error.strerror or error)
+            logger.warning(
+                "%s cannot be written (%s); training continues", path, error.strerror or error
+            )
 
 
 def draw_curve(history: Sequence[Mapping[str, float]], path: Path) -> bool:
     """Draw loss over steps as a PNG. Without matplotlib, log it and return False."""
     if find_spec("matplotlib") is None:
         logger.info(
-            "no %s: matplotlib is not installed (pip install 'medm[plot]'); the numbers are in %s", path.name, LOSS_LOG
+            "no %s: matplotlib is not installed (pip install 'medm[plot]'); the numbers are in %s",
+            path.name,
+            LOSS_LOG,
         )
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,6 @@
-"""Records beside the weights of a trained model: model card, resolved recipe, versions, hashes of the data."""
+"""Records beside the weights of a trained model: model card, resolved recipe, versions, hashes of
+the data.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of medm, Python and the libraries behind a run; the commit, in a git checkout."""
+    """Return the versions of medm, Python and the libraries behind a run; the commit, in a git
+    checkout.
+    """
     found = {"medm": medm.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -64,10 +68,16 @@ def data_hashes(paths: Iterable[str | Path]) -> dict[str, str]:
 
 
 def write_record(
-    folder: Path, *, recipe: Mapping[str, Any], table: PartTable, hashes: Mapping[str, str],
-    history: Sequence[Mapping[str, float]], counts: Mapping[str, int],
-    device: str = "cpu", fallback: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
+    folder: Path,
+    *,
+    recipe: Mapping[str, Any],
+    table: PartTable,
+    hashes: Mapping[str, str],
+    history: Sequence[Mapping[str, float]],
+    counts: Mapping[str, int],
+    device: str = "cpu",
+    fallback: Mapping[str, str] | None = None,
+) -> None:
     """Write `recipe.yaml`, `run.json` and `README.md` into a model's folder.
 
     Args:
@@ -93,9 +103,17 @@ def write_record(
 
 def _card(recipe: Mapping[str, Any], table: PartTable, run: Mapping[str, Any]) -> str:
     name = Path(str(recipe["output_dir"])).name
-    scores = "\n".join(f"| {key} | {value:.4f} |" for key, value in run["scores"].items()) or "| none | |"
-    data = "\n".join(f"- `{path}`, sha256 `{digest}`" for path, digest in run["data"].items()) or "- none"
-    left_out = ", ".join(f"{key} {count}" for key, count in run["records"].items() if count) or "none"
+    scores = (
+        "\n".join(f"| {key} | {value:.4f} |" for key, value in run["scores"].items())
+        or "| none | |"
+    )
+    data = (
+        "\n".join(f"- `{path}`, sha256 `{digest}`" for path, digest in run["data"].items())
+        or "- none"
+    )
+    left_out = (
+        ", ".join(f"{key} {count}" for key, count in run["records"].items() if count) or "none"
+    )
     used = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
     return f"""---
 library_name: medm
@@ -135,7 +153,9 @@ Records left out or shortened: {left_out}.
 
 
 def _use(recipe: Mapping[str, Any]) -> str:
-    """Return the Python example of the card; empty for kinds of models that do not answer in text."""
+    """Return the Python example of the card; empty for kinds of models that do not answer in
+    text.
+    """
     if recipe["model"]["kind"] != "lvlm":
         return ""
     shown = [_SHOWN[branch] for branch in _SHOWN if branch in recipe["model"]["branches"]]
@@ -147,20 +167,28 @@ def _last(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for entry in history:
         found |= {key: float(entry[key]) for key in ("loss", "eval_loss") if key in entry}
-    return {"training loss" if key == "loss" else "held-out loss": value for key, value in found.items()}
+    return {
+        "training loss" if key == "loss" else "held-out loss": value for key, value in found.items()
+    }
 
 
 def _commit() -> str | None:
-    """Return the commit of a git checkout, marked when files were changed; None for an installed package."""
+    """Return the commit of a git checkout, marked when files were changed; None for an installed
+    package.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:
         head = _git(root, "rev-parse", "HEAD")
-        return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        return head + (
+            "+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def _git(root: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+    ).stdout.strip()

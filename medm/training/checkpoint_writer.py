@@ -1,9 +1,10 @@
 """Asynchronous checkpoint writing, and the agreement of all ranks that a checkpoint is complete.
 
-Knows files and ranks, not the contents of the files. When rank 0 alone writes, it writes and commits in one action.
-When every rank writes a shard, rank 0 commits after all shards are written: the ranks agree at the end of a step, in
-their main threads, because no other thread may communicate at the same time. A dead rank is thus found as it would be
-without a checkpoint, and its files never get the name of a checkpoint.
+Knows files and ranks, not the contents of the files. When rank 0 alone writes, it writes and
+commits in one action. When every rank writes a shard, rank 0 commits after all shards are written:
+the ranks agree at the end of a step, in their main threads, because no other thread may communicate
+at the same time. A dead rank is thus found as it would be without a checkpoint, and its files never
+get the name of a checkpoint.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ class BackgroundWorker:
 
 
 class AsyncCheckpointWriter:
-    """Writer of one checkpoint at a time. Errors are raised by the next `poll` or `wait`, on all ranks.
+    """Writer of one checkpoint at a time. Errors are raised by the next `poll` or `wait`, on all
+    ranks.
 
-    As a context manager it finishes the last checkpoint at the end, where the ranks can still agree.
+    As a context manager it finishes the last checkpoint at the end, where the ranks can still
+    agree.
 
     Args:
         device: device of the process group's communication.
@@ -88,7 +91,9 @@ class AsyncCheckpointWriter:
     def write_on_all_ranks(
         self, files: Mapping[Path, object], commit: Callable[[], None], *, folder: Path, final: Path
     ) -> None:
-        """Write the files of every rank, then commit on rank 0. Arguments as for `write_on_rank_zero`."""
+        """Write the files of every rank, then commit on rank 0. Arguments as for
+        `write_on_rank_zero`.
+        """
 
         def commit_after_all() -> None:
             run_on_all_ranks(self._background.wait, final=final, cleanup=folder)
@@ -106,7 +111,9 @@ class AsyncCheckpointWriter:
         self._background.start(_uninterrupted(action))
 
     def poll(self) -> None:
-        """Advance the checkpoint as far as possible without waiting. All ranks call it at the same step."""
+        """Advance the checkpoint as far as possible without waiting. All ranks call it at the same
+        step.
+        """
         while self._next is not None and not any_rank(self._background.busy, self._device):
             self._advance(self._next)
 
@@ -123,7 +130,8 @@ class AsyncCheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        # All ranks raise a `NonFiniteError` at the same step; another error may be known to this rank alone.
+        # All ranks raise a `NonFiniteError` at the same step; another error may be known to this
+        # rank alone.
         agreed = kind is None or issubclass(kind, NonFiniteError)
         try:
             self.wait() if agreed else self._background.wait()

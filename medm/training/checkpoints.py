@@ -1,8 +1,8 @@
 """Atomic checkpoint folders: staged, verified, renamed, pruned.
 
-Knows files, not models. A folder `checkpoint-N` has a `manifest.json` with the size and sha256 of each of its files.
-The manifest is written last, and the folder gets its name only after everything reached the disk. A kill at any moment
-leaves earlier checkpoints intact.
+Knows files, not models. A folder `checkpoint-N` has a `manifest.json` with the size and sha256 of
+each of its files. The manifest is written last, and the folder gets its name only after everything
+reached the disk. A kill at any moment leaves earlier checkpoints intact.
 """
 
 from __future__ import annotations
@@ -57,21 +57,24 @@ def clear_staging(output_dir: Path) -> None:
 
 
 def check_unused(output_dir: Path) -> None:
-    """Raise `RecipeError` when a folder holds another run's checkpoints or model, which a new run would replace."""
+    """Raise `RecipeError` when a folder holds another run's checkpoints or model, which a new run
+    would replace.
+    """
     if (output_dir / FINISHED).is_dir():
         raise RecipeError(
-            f"{output_dir}: holds a trained model that could not be put in place ({FINISHED}); finish that with "
-            "--resume, or choose another output_dir"
+            f"{output_dir}: holds a trained model that could not be put in place ({FINISHED}); "
+            "finish that with --resume, or choose another output_dir"
         )
     if present := folders(output_dir):
         raise RecipeError(
-            f"{output_dir}: holds {present[0].name} of an earlier run; continue that run with --resume, or choose "
-            "another output_dir"
+            f"{output_dir}: holds {present[0].name} of an earlier run; continue that run with "
+            "--resume, or choose another output_dir"
         )
     if model := sorted(path.name for pattern in _MODEL for path in output_dir.glob(pattern)):
         raise RecipeError(
-            f"{output_dir}: holds a finished model ({', '.join(model[:3])}) and no checkpoint; choose another "
-            "output_dir, or train from the beginning and replace that model with --resume"
+            f"{output_dir}: holds a finished model ({', '.join(model[:3])}) and no checkpoint; "
+            "choose another output_dir, or train from the beginning and replace that model with "
+            "--resume"
         )
 
 
@@ -87,8 +90,9 @@ def check_space(output_dir: Path, *, estimate: int) -> None:
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise CheckpointError(
-            f"{output_dir}: the next checkpoint needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
-            "Earlier checkpoints are untouched: make room or lower train.save_total_limit, then continue with --resume"
+            f"{output_dir}: the next checkpoint needs about {needed / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free. Earlier checkpoints are untouched: make room or lower "
+            "train.save_total_limit, then continue with --resume"
         )
 
 
@@ -120,7 +124,11 @@ def newest_good(output_dir: Path, *, metadata: Mapping[str, type] | None = None)
     for folder in folders(output_dir):
         try:
             record = verify(folder)
-            if lacking := [name for name, kind in (metadata or {}).items() if not isinstance(record.get(name), kind)]:
+            if lacking := [
+                name
+                for name, kind in (metadata or {}).items()
+                if not isinstance(record.get(name), kind)
+            ]:
                 raise CheckpointError(f"{folder / MANIFEST}: lacks {', '.join(lacking)}")
         except CheckpointError as error:
             damaged.append(str(error))
@@ -131,14 +139,16 @@ def newest_good(output_dir: Path, *, metadata: Mapping[str, type] | None = None)
         return folder
     if damaged:
         raise CheckpointError(
-            f"{output_dir}: none of its {len(damaged)} checkpoints is whole; start a new run in another folder\n  "
-            + "\n  ".join(damaged)
+            f"{output_dir}: none of its {len(damaged)} checkpoints is whole; start a new run in "
+            "another folder\n  " + "\n  ".join(damaged)
         )
     return None
 
 
 def finished_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a model in `FINISHED`. It is the last but one of the files to be moved out of it."""
+    """Return the manifest of a model in `FINISHED`. It is the last but one of the files to be moved
+    out of it.
+    """
     place = folder if (folder / MANIFEST).exists() else folder.parent
     record = read_manifest(place)
     if not isinstance(record.get("step"), int) or not isinstance(record.get("recipe"), dict):
@@ -147,7 +157,9 @@ def finished_manifest(folder: Path) -> dict[str, Any]:
 
 
 def prune(output_dir: Path, *, keep: int, spare: Path | None, newest: Path) -> None:
-    """Remove all but the newest `keep` checkpoints and `spare` (the best), once `newest` has been read back."""
+    """Remove all but the newest `keep` checkpoints and `spare` (the best), once `newest` has been
+    read back.
+    """
     doomed = [folder for folder in folders(output_dir)[keep:] if folder not in (spare, newest)]
     if not doomed:
         return
@@ -175,11 +187,12 @@ def locked(output_dir: Path) -> Iterator[None]:
             stack.enter_context(lock_file(output_dir / ".lock", target=output_dir))
         except LockedError as error:
             raise MedmError(
-                f"{output_dir}: another run is writing here ({error}); wait for it or give this run an output_dir of "
-                "its own"
+                f"{output_dir}: another run is writing here ({error}); wait for it or give this "
+                "run an output_dir of its own"
             ) from None
         except OSError as error:
             raise CheckpointError(
-                f"output_dir: {output_dir} cannot be written ({error.strerror or error}); choose another folder"
+                f"output_dir: {output_dir} cannot be written ({error.strerror or error}); choose "
+                "another folder"
             ) from None
         yield

@@ -35,7 +35,8 @@ class TrainingData:
         pipeline: of the kind of model, with the model's processor.
         rank: this process.
         world: number of ranks.
-        padding_free: with packing, put a whole batch into one row; see `MedmModel.enable_padding_free`.
+        padding_free: with packing, put a whole batch into one row; see
+            `MedmModel.enable_padding_free`.
 
     Raises:
         RecipeError: no training data, or a setting that the pipeline cannot follow.
@@ -56,7 +57,8 @@ class TrainingData:
             raise RecipeError("data.train: no annotation file; name at least one")
         if train.eval_strategy != "no" and not options.eval:
             raise RecipeError(
-                f"train.eval_strategy: {train.eval_strategy} needs held-out records; name files in data.eval"
+                f"train.eval_strategy: {train.eval_strategy} needs held-out records; name files "
+                "in data.eval"
             )
         pipeline.check_options(options)
         self.options, self.train_options, self.pipeline = options, train, pipeline
@@ -68,7 +70,9 @@ class TrainingData:
         self.train = self._dataset(options.train, found, augmented=True)
         self.evaluation: ExampleDataset[MediaExample] | None = None
         if options.eval:
-            self.evaluation = self._dataset(options.eval, self._check("held-out", options.eval), augmented=False)
+            self.evaluation = self._dataset(
+                options.eval, self._check("held-out", options.eval), augmented=False
+            )
         self.sampler = build_batches(
             options,
             self.train.records.sizes,
@@ -96,7 +100,9 @@ class TrainingData:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Records that the check left out, and those that were left out or shortened since. All processes call it."""
+        """Records that the check left out, and those that were left out or shortened since. All
+        processes call it.
+        """
         noted = all_gather_objects({what: self.train.noted(what) for what in COUNTED})
         since = {what: len(set().union(*(one[what] for one in noted))) for what in COUNTED}
         return {"left_out_by_check": self._left_out, **since}
@@ -110,7 +116,9 @@ class TrainingData:
             # The preview shows what a record says, so it is for those who ask for it.
             preview=logger.isEnabledFor(logging.DEBUG),
             length_limit=self.limit,
-            progress=lambda done, total: logger.info("checking %s records: %d of %d", what, done, total),
+            progress=lambda done, total: logger.info(
+                "checking %s records: %d of %d", what, done, total
+            ),
         )
         report = merged(all_gather_objects(shard))
         if rank() == 0:
@@ -121,8 +129,8 @@ class TrainingData:
     def _judge(self, what: str, report: Report) -> None:
         if report.num_bad and self.options.bad_records == "stop":
             raise DataError(
-                f"{report.num_bad} of {report.records} {what} records are bad; the first: {report.bad[0]}. Fix them, "
-                "or set data.bad_records: skip"
+                f"{report.num_bad} of {report.records} {what} records are bad; the first: "
+                f"{report.bad[0]}. Fix them, or set data.bad_records: skip"
             )
         limit = BadRecordsLimit(self.options.bad_records_limit, report.records)
         if limit.exceeded(report.num_bad):
@@ -130,13 +138,17 @@ class TrainingData:
         if not any(report.lengths):
             raise DataError(f"none of {report.records} {what} records can be used")
 
-    def _dataset(self, sources: list[SourceOptions], found: Report, *, augmented: bool) -> ExampleDataset[MediaExample]:
+    def _dataset(
+        self, sources: list[SourceOptions], found: Report, *, augmented: bool
+    ) -> ExampleDataset[MediaExample]:
         return ExampleDataset(
             Records(sources, self.pipeline),
             load=loader(self.options.cache),
             limit=self.limit,
             bad_records=self.options.bad_records,
-            bad_records_limit=BadRecordsLimit(self.options.bad_records_limit, found.records, before=found.num_bad),
+            bad_records_limit=BadRecordsLimit(
+                self.options.bad_records_limit, found.records, before=found.num_bad
+            ),
             usable=[length > 0 for length in found.lengths],
             augmentation=self.options.augment if augmented else None,
             seed=self.train_options.seed,

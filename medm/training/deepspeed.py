@@ -1,4 +1,6 @@
-"""Configuration and checkpoints of DeepSpeed. No other file imports it, and only recipes that name a stage need it."""
+"""Configuration and checkpoints of DeepSpeed. No other file imports it, and only recipes that name
+a stage need it.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,15 @@ _COMMON: dict[str, object] = {
     "wall_clock_breakdown": False,
 }
 
-# Bucket sizes in elements. "auto" would need a hidden size in the model's config, which two towers do not have.
+# Bucket sizes in elements. "auto" would need a hidden size in the model's config, which two towers
+# do not have.
 _BUCKET = 50_000_000
-_ZERO2 = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": _BUCKET}
+_ZERO2 = {
+    "stage": 2,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "reduce_bucket_size": _BUCKET,
+}
 _ZERO3 = {
     "stage": 3,
     "overlap_comm": True,
@@ -60,18 +68,29 @@ PRESETS: dict[str, Mapping[str, object]] = {
 
 
 def configuration(options: TrainOptions) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a recipe, and set the environment that a process without launcher lacks.
+    """Return the DeepSpeed configuration of a recipe, and set the environment that a process
+    without launcher lacks.
 
     Raises:
-        RecipeError: neither a preset nor a readable JSON file, or a file with settings that belong to the recipe.
+        RecipeError: neither a preset nor a readable JSON file, or a file with settings that belong
+            to the recipe.
     """
     assert options.deepspeed is not None
-    config = _preset(options.deepspeed) if options.deepspeed in PRESETS else _read(options.deepspeed)
+    config = (
+        _preset(options.deepspeed) if options.deepspeed in PRESETS else _read(options.deepspeed)
+    )
     on_cpu = options.use_cpu or not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _announce_build("cpu_adam" if not on_cpu and "offload" in json.dumps(config) else "shm_comm" if on_cpu else None)
-    # transformers accumulates gradients itself and tells accelerate 1; DeepSpeed's number is the recipe's.
+    _announce_build(
+        "cpu_adam"
+        if not on_cpu and "offload" in json.dumps(config)
+        else "shm_comm"
+        if on_cpu
+        else None
+    )
+    # transformers accumulates gradients itself and tells accelerate 1; DeepSpeed's number is the
+    # recipe's.
     logging.getLogger("accelerate.accelerator").addFilter(
         lambda record: "Gradient accumulation steps mismatch" not in record.getMessage()
     )
@@ -91,12 +110,15 @@ def _announce_build(extension: str | None) -> None:
     folders = [path for path in root.glob("**/*") if path.is_dir() and extension in path.name]
     for lock in [path / "lock" for path in folders if (path / "lock").exists()]:
         logger.warning(
-            "DeepSpeed waits until %s is gone: another process compiles its extension, or was killed while it did. "
-            "If none is running, remove that file", lock,
-        )  # fmt: skip
+            "DeepSpeed waits until %s is gone: another process compiles its extension, or was "
+            "killed while it did. If none is running, remove that file",
+            lock,
+        )
     if not any(True for path in folders for _ in path.glob("*.so")):
         logger.info(
-            "DeepSpeed compiles its extension %s for %s on first use, which takes a minute or two", extension, root
+            "DeepSpeed compiles its extension %s for %s on first use, which takes a minute or two",
+            extension,
+            root,
         )
 
 
@@ -113,30 +135,39 @@ def _preset(name: str) -> dict[str, Any]:
 def _read(name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix != ".json":
-        raise RecipeError(f"train.deepspeed: {name!r} is neither a preset nor a JSON file{suggest(name, PRESETS)}")
+        raise RecipeError(
+            f"train.deepspeed: {name!r} is neither a preset nor a JSON file{suggest(name, PRESETS)}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"train.deepspeed: {path} cannot be read as JSON ({error})") from None
     if not isinstance(config, dict):
-        raise RecipeError(f"train.deepspeed: {path}: expected an object at the top, found {type(config).__name__}")
+        raise RecipeError(
+            f"train.deepspeed: {path}: expected an object at the top, found {type(config).__name__}"
+        )
     for block in ("optimizer", "scheduler"):
         if block in config:
             raise RecipeError(
-                f"train.deepspeed: {path} has a '{block}' block, under which learning rates per part would have no "
-                "effect; remove it: the optimizer and its schedule are those of the train section"
+                f"train.deepspeed: {path} has a '{block}' block, under which learning rates per "
+                "part would have no effect; remove it: the optimizer and its schedule are those "
+                "of the train section"
             )
     checkpoint = config.get("checkpoint", {})
     if checkpoint.get("load_universal"):
-        raise RecipeError(f"train.deepspeed: {path}: checkpoint.load_universal reads pickled files; remove it")
+        raise RecipeError(
+            f"train.deepspeed: {path}: checkpoint.load_universal reads pickled files; remove it"
+        )
     if checkpoint.get("writer"):
         raise RecipeError(
-            f"train.deepspeed: {path}: checkpoint.writer has no effect, since medm writes DeepSpeed's files itself "
-            "(train.save_in_background); remove it"
+            f"train.deepspeed: {path}: checkpoint.writer has no effect, since medm writes "
+            "DeepSpeed's files itself (train.save_in_background); remove it"
         )
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage") == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True  # checkpoints hold tensors of full size
+        zero["stage3_gather_16bit_weights_on_model_save"] = (
+            True  # checkpoints hold tensors of full size
+        )
     return {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **config}
 
 
@@ -147,7 +178,13 @@ def _launch_alone() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in alone.items()})
 
 
@@ -156,8 +193,8 @@ def check_parameters(model: nn.Module) -> None:
     scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise RecipeError(
-            f"train.deepspeed: DeepSpeed cannot handle parameters without an axis ({', '.join(scalars)}); train "
-            "without DeepSpeed, or give them the shape (1,)"
+            "train.deepspeed: DeepSpeed cannot handle parameters without an axis "
+            f"({', '.join(scalars)}); train without DeepSpeed, or give them the shape (1,)"
         )
 
 
@@ -165,7 +202,11 @@ def offloaded_optimizer(args: TrainingArguments) -> type[torch.optim.Optimizer] 
     """Return DeepSpeed's CPU Adam for AdamW offloaded from a GPU to the CPU, else None."""
     zero = args.hf_deepspeed_config.config.get("zero_optimization", {})
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if not offloaded or not torch.cuda.is_available() or args.optim not in ("adamw_torch", "adamw_torch_fused"):
+    if (
+        not offloaded
+        or not torch.cuda.is_available()
+        or args.optim not in ("adamw_torch", "adamw_torch_fused")
+    ):
         return None
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -231,7 +272,9 @@ def collected(engine: Any) -> Iterator[dict[Path, Any]]:
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Return the full-size weights by name. All ranks call it; under ZeRO-3 only rank 0 gets them."""
+    """Return the full-size weights by name. All ranks call it; under ZeRO-3 only rank 0 gets
+    them.
+    """
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict() or {}
     return engine.module.state_dict()

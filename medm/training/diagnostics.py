@@ -1,11 +1,14 @@
-"""Gradient conflicts between tasks: cosines and sizes of their gradients, and the experts that each is routed to.
+"""Gradient conflicts between tasks: cosines and sizes of their gradients, and the experts that each
+is routed to.
 
-Measured between steps on batches that were just trained on: the weights, their gradients, the optimizer, the random
-numbers and every buffer are afterwards what they were before. Blind to modality: the objective says what the loss of
-some rows is, the model says its parts, and a module that routes gives its routing weights.
+Measured between steps on batches that were just trained on: the weights, their gradients, the
+optimizer, the random numbers and every buffer are afterwards what they were before. Blind to
+modality: the objective says what the loss of some rows is, the model says its parts, and a module
+that routes gives its routing weights.
 
-Definitions (gradient surgery, arXiv 2001.06782), for the gradients g, h of two tasks on the same weights and batch:
-cosine <g, h> / (|g| |h|); a conflict where it is below zero; magnitude similarity 2 |g| |h| / (|g|^2 + |h|^2).
+Definitions (gradient surgery, arXiv 2001.06782), for the gradients g, h of two tasks on the same
+weights and batch: cosine <g, h> / (|g| |h|); a conflict where it is below zero; magnitude
+similarity 2 |g| |h| / (|g|^2 + |h|^2).
 """
 
 from __future__ import annotations
@@ -86,29 +89,36 @@ def row_losses(terms: Terms) -> RowLosses:
     """
     if len(terms.terms) > 1:
         raise RecipeError(
-            f"diagnostics: measures the gradients of one objective, and the recipe has {', '.join(terms.terms)}; "
-            "leave out diagnostics"
+            "diagnostics: measures the gradients of one objective, and the recipe has "
+            f"{', '.join(terms.terms)}; leave out diagnostics"
         )
     (term,) = terms.terms.values()
     if not isinstance(term.objective, RowLosses):
         raise RecipeError(
-            f"diagnostics: the loss of {type(term.objective).__name__} is not a sum over rows; leave out diagnostics"
+            f"diagnostics: the loss of {type(term.objective).__name__} is not a sum over rows; "
+            "leave out diagnostics"
         )
     return term.objective
 
 
-def require_measurable(terms: Terms, tasks: Sequence[str], *, packing: bool, deepspeed: str | None) -> None:
+def require_measurable(
+    terms: Terms, tasks: Sequence[str], *, packing: bool, deepspeed: str | None
+) -> None:
     """Refuse at the start what could not be measured at the first measurement.
 
     Raises:
         RecipeError: with what to change.
     """
     if not tasks:
-        raise RecipeError("diagnostics: compares tasks, and the model has none; name them in model.tasks")
+        raise RecipeError(
+            "diagnostics: compares tasks, and the model has none; name them in model.tasks"
+        )
     if packing:
         raise RecipeError("diagnostics: needs one sample a row; set data.packing: false")
     if deepspeed is not None:
-        raise RecipeError("diagnostics: measures whole gradients, without DeepSpeed; set train.deepspeed: null")
+        raise RecipeError(
+            "diagnostics: measures whole gradients, without DeepSpeed; set train.deepspeed: null"
+        )
     row_losses(terms)
 
 
@@ -118,9 +128,11 @@ def without_tasks(batch: Batch) -> Batch:
 
 
 def gradient_groups(parts: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """What is measured: each part with trained weights, and inside it its children where there are several.
+    """What is measured: each part with trained weights, and inside it its children where there are
+    several.
 
-    The children of a list count one by one: `image.connector`, `image.connector.router`, `image.connector.experts.0`.
+    The children of a list count one by one: `image.connector`, `image.connector.router`,
+    `image.connector.experts.0`.
     """
     groups: dict[str, list[nn.Parameter]] = {}
     for name, part in parts.items():
@@ -134,7 +146,11 @@ def gradient_groups(parts: Mapping[str, nn.Module]) -> dict[str, list[nn.Paramet
                 inner |= {f"{child_name}.{i}": item for i, item in enumerate(child)}
             else:
                 inner[child_name] = child
-        found = {child_name: trained for child_name, child in inner.items() if (trained := _trained(child))}
+        found = {
+            child_name: trained
+            for child_name, child in inner.items()
+            if (trained := _trained(child))
+        }
         if len(found) > 1:
             groups |= {f"{name}.{child_name}": trained for child_name, trained in found.items()}
     return groups
@@ -145,7 +161,9 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 class Pairs:
-    """Running sums over batches, for one group of weights: (T, T) each, and the norm of each task's gradient."""
+    """Running sums over batches, for one group of weights: (T, T) each, and the norm of each task's
+    gradient.
+    """
 
     def __init__(self, tasks: int) -> None:
         self.count, self.cosine, self.conflict, self.magnitude = (
@@ -158,7 +176,8 @@ class Pairs:
         """One batch.
 
         Args:
-            products: (P, P) scalar products of the gradients of the tasks that the batch holds, float64.
+            products: (P, P) scalar products of the gradients of the tasks that the batch holds,
+                float64.
             present: these tasks. One without any gradient here has no direction and is left out.
         """
         norms = products.diagonal().clamp(min=0).sqrt()
@@ -180,7 +199,9 @@ class Pairs:
         return [self.count, self.cosine, self.conflict, self.magnitude, self.norm, self.norm_count]
 
     def means(self) -> dict[str, Any]:
-        """JSON-able; None for pairs that never met in a batch. `mean` is over the pairs of two different tasks."""
+        """JSON-able; None for pairs that never met in a batch. `mean` is over the pairs of two
+        different tasks.
+        """
         off = ~torch.eye(len(self.count), dtype=torch.bool)
         met = float(self.count[off].sum())
         names = ("cosine", "conflict", "magnitude")
@@ -188,7 +209,9 @@ class Pairs:
             "pairs": [[int(x) for x in row] for row in self.count.tolist()],
             **{name: _divided(getattr(self, name), self.count) for name in names},
             "norm": _divided(self.norm[None], self.norm_count[None])[0],
-            "mean": {name: float(getattr(self, name)[off].sum()) / met if met else None for name in names},
+            "mean": {
+                name: float(getattr(self, name)[off].sum()) / met if met else None for name in names
+            },
         }
 
 
@@ -200,11 +223,16 @@ def _divided(sums: Tensor, counts: Tensor) -> list[list[float | None]]:
 
 
 def measure(
-    model: nn.Module, recorder: BatchRecorder, groups: Mapping[str, list[nn.Parameter]], *, tasks: int
+    model: nn.Module,
+    recorder: BatchRecorder,
+    groups: Mapping[str, list[nn.Parameter]],
+    *,
+    tasks: int,
 ) -> dict[str, Pairs]:
     """Return the sums over the recorded batches, under the weights as they are now.
 
-    Every task of a batch runs the same rows with the same random numbers; only the labels that count differ.
+    Every task of a batch runs the same rows with the same random numbers; only the labels that
+    count differ.
     """
     parameters = list({id(p): p for group in groups.values() for p in group}.values())
     place = {id(parameter): k for k, parameter in enumerate(parameters)}
@@ -223,7 +251,10 @@ def measure(
                 continue
             products = [_products([g[k] for g in gradients]) for k in range(len(parameters))]
             for name, group in groups.items():
-                sums[name].add(torch.stack([products[place[id(parameter)]] for parameter in group]).sum(0), present)
+                sums[name].add(
+                    torch.stack([products[place[id(parameter)]] for parameter in group]).sum(0),
+                    present,
+                )
     return sums
 
 
@@ -240,10 +271,14 @@ def _products(gradients: Sequence[Tensor | None]) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random numbers and buffers come out as they went in; `autograd.grad` leaves the weights' own gradients alone."""
+    """Random numbers and buffers come out as they went in; `autograd.grad` leaves the weights' own
+    gradients alone.
+    """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     spread = device.type not in ("cpu", "meta")
-    with torch.random.fork_rng(devices=[device] if spread else [], device_type=device.type if spread else "cuda"):
+    with torch.random.fork_rng(
+        devices=[device] if spread else [], device_type=device.type if spread else "cuda"
+    ):
         try:
             yield
         finally:
@@ -253,7 +288,8 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class GradientConflictCallback(TrainerCallback):
-    """Measures every few steps, and writes JSON, a Markdown table and an image below the output folder.
+    """Measures every few steps, and writes JSON, a Markdown table and an image below the output
+    folder.
 
     Args:
         recorder: the trainer's terms.
@@ -263,8 +299,13 @@ class GradientConflictCallback(TrainerCallback):
     """
 
     def __init__(
-        self, recorder: BatchRecorder, parts: Mapping[str, nn.Module], *, tasks: Sequence[str], every: int
-    ) -> None:  # fmt: skip
+        self,
+        recorder: BatchRecorder,
+        parts: Mapping[str, nn.Module],
+        *,
+        tasks: Sequence[str],
+        every: int,
+    ) -> None:
         self.recorder, self.parts, self.every = recorder, dict(parts), every
         self.tasks = [*tasks, OTHER]
         self.measurements: list[dict[str, Any]] = []
@@ -278,7 +319,9 @@ class GradientConflictCallback(TrainerCallback):
         for part in self._routing().values():
             part.reset_routing_weights()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if state.global_step % self.every:
             return
         # Before the measurement, whose own forward passes would count too.
@@ -287,7 +330,9 @@ class GradientConflictCallback(TrainerCallback):
         batches = len(self.recorder.seen)
         for part in self._routing().values():
             part.reset_routing_weights()
-        everywhere = all_gather_objects(({name: pairs.tensors() for name, pairs in sums.items()}, batches))
+        everywhere = all_gather_objects(
+            ({name: pairs.tensors() for name, pairs in sums.items()}, batches)
+        )
         for name, pairs in sums.items():
             for k, total in enumerate(pairs.tensors()):
                 total.copy_(torch.stack([tensors[name][k] for tensors, _ in everywhere]).sum(0))
@@ -308,7 +353,9 @@ class GradientConflictCallback(TrainerCallback):
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         content = {"tasks": self.tasks, "measurements": self.measurements}
-        (folder / "tug_of_war.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (folder / "tug_of_war.json").write_text(
+            json.dumps(content, indent=1) + "\n", encoding="utf-8"
+        )
         page = markdown(self.tasks, self.measurements)
         (folder / "tug_of_war.md").write_text(page, encoding="utf-8")
         draw(self.tasks, self.measurements[-1], folder / "tug_of_war.png")
@@ -318,8 +365,11 @@ def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) ->
     """The last measurement in full, and the means of all."""
     last = measurements[-1]
     lines = [
-        f"# Gradients between tasks, step {last['step']}", "",
-        f"Over {last['batches']} batches; pairs are two tasks that met in a batch. Conflict: cosine below 0.", "",
+        f"# Gradients between tasks, step {last['step']}",
+        "",
+        f"Over {last['batches']} batches; pairs are two tasks that met in a batch. Conflict: "
+        "cosine below 0.",
+        "",
         *_table(
             ["weights", "step", "mean cosine", "conflicting pairs", "magnitude similarity"],
             [
@@ -329,16 +379,26 @@ def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) ->
                 if (found := entry["gradients"].get(name)) is not None
             ],
         ),
-    ]  # fmt: skip
+    ]
     for name, found in last["gradients"].items():
         seen = _seen(found["pairs"])
         for key, title in (("cosine", "cosine"), ("magnitude", "magnitude similarity")):
             rows = [[tasks[i], *(_number(found[key][i][j]) for j in seen)] for i in seen]
-            lines += ["", f"## {name}: {title}", "", *_table(["task", *(tasks[j] for j in seen)], rows)]
+            lines += [
+                "",
+                f"## {name}: {title}",
+                "",
+                *_table(["task", *(tasks[j] for j in seen)], rows),
+            ]
     for name, shares in last["routing"].items():
         experts = [f"expert {k}" for k in range(len(next(iter(shares.values()))))]
         rows = [[task, *map(_number, row)] for task, row in shares.items()]
-        lines += ["", f"## {name}: routing weights since the last measurement", "", *_table(["task", *experts], rows)]
+        lines += [
+            "",
+            f"## {name}: routing weights since the last measurement",
+            "",
+            *_table(["task", *experts], rows),
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -356,7 +416,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
-    """Heat maps of cosines, magnitude similarities and routing; says so and returns False without matplotlib."""
+    """Heat maps of cosines, magnitude similarities and routing; says so and returns False without
+    matplotlib.
+    """
     if find_spec("matplotlib") is None:
         logger.info("no %s: matplotlib is not installed (pip install 'medm[plot]')", path.name)
         return False
@@ -369,7 +431,14 @@ def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
         names = [tasks[i] for i in seen]
         for key, low, colours in (("cosine", -1.0, "RdBu"), ("magnitude", 0.0, "viridis")):
             maps.append(
-                (f"{name}: {key}", [[found[key][i][j] for j in seen] for i in seen], names, names, low, colours)
+                (
+                    f"{name}: {key}",
+                    [[found[key][i][j] for j in seen] for i in seen],
+                    names,
+                    names,
+                    low,
+                    colours,
+                )
             )
     for name, shares in entry["routing"].items():
         rows = list(shares.values())

@@ -1,4 +1,6 @@
-"""Feature caching (`data.cache_features`): frozen encoders run once over the data before training."""
+"""Feature caching (`data.cache_features`): frozen encoders run once over the data before
+training.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +40,19 @@ def cache_features(
     device: torch.device,
     bad_records: Literal["stop", "skip"] = "stop",
 ) -> dict[str, FeatureStore]:
-    """Return the feature caches of all branches with a frozen encoder, filled with the features of the data.
+    """Return the feature caches of all branches with a frozen encoder, filled with the features of
+    the data.
 
     Args:
-        model: `encoders()` gives each branch's module with `encoder` and `encode(pixels)`; it is told that the
-            encoder stays idle from now on.
+        model: `encoders()` gives each branch's module with `encoder` and `encode(pixels)`; it is
+            told that the encoder stays idle from now on.
         root: folder of the stores; may serve any number of runs, models and data sets.
         preprocess: by branch.
         data: whose files are needed.
         device: where the encoders run; they are back where they were afterwards.
-        bad_records: what happens when files cannot be read: stop, with everything kept that could be made; or say
-            which, and leave it to the dataset to leave out and count the records that need them.
+        bad_records: what happens when files cannot be read: stop, with everything kept that could
+            be made; or say which, and leave it to the dataset to leave out and count the records
+            that need them.
 
     Raises:
         DataError: files cannot be read, and the policy is to stop.
@@ -58,16 +62,24 @@ def cache_features(
     for name, branch in model.encoders().items():
         if any(parameter.requires_grad for parameter in branch.encoder.parameters()):
             continue
-        store = open_store(root, f"{name}-{encoder_fingerprint(branch.encoder)}-{fingerprint(preprocess[name])}")
+        store = open_store(
+            root, f"{name}-{encoder_fingerprint(branch.encoder)}-{fingerprint(preprocess[name])}"
+        )
         files = sorted({file for records in data for file in _files(records, name)})
         wanted, bad = on_rank_zero(lambda store=store, files=files: missing(store, files))  # type: ignore[misc]
         if wanted and rank() == 0:
-            logger.info("%s: encoding %d of %d files once, for %s", name, len(wanted), len(files), store.folder)
+            logger.info(
+                "%s: encoding %d of %d files once, for %s",
+                name,
+                len(wanted),
+                len(files),
+                store.folder,
+            )
         bad += _made_by_all(store, branch, preprocess[name], wanted, device)
         if bad and bad_records == "stop":
             raise DataError(
-                f"features of {name}: {len(bad)} of {len(files)} files cannot be read; the first: {bad[0]}. Fix them, "
-                "or set data.bad_records: skip"
+                f"features of {name}: {len(bad)} of {len(files)} files cannot be read; the first: "
+                f"{bad[0]}. Fix them, or set data.bad_records: skip"
             )
         if rank() == 0:
             for reason in bad:
@@ -112,7 +124,9 @@ def _made_by_all(
     wanted: list[tuple[str, Path]],
     device: torch.device,
 ) -> list[str]:
-    """Fill a cache, each rank with its shard of the files. Return the reasons of unreadable files on all ranks."""
+    """Fill a cache, each rank with its shard of the files. Return the reasons of unreadable files
+    on all ranks.
+    """
     bad: list[str] = []
     shard = wanted[rank() :: world_size()]
     if problems := failures(lambda: _fill(store, branch, preprocess, shard, device, bad)):
@@ -136,16 +150,25 @@ def _fill(
         first = next(batches, None)
         if first is not None:
             tokens = first.features
-            store.add(chain([first], batches), most=len(wanted), shape=tokens.shape[1:], dtype=tokens.dtype)
+            store.add(
+                chain([first], batches),
+                most=len(wanted),
+                shape=tokens.shape[1:],
+                dtype=tokens.dtype,
+            )
     finally:
         branch.encoder.to(before)
 
 
 def _encoded(
-    branch: VisionBranch, preprocess: Preprocess, wanted: list[tuple[str, Path]], device: torch.device, bad: list[str]
+    branch: VisionBranch,
+    preprocess: Preprocess,
+    wanted: list[tuple[str, Path]],
+    device: torch.device,
+    bad: list[str],
 ) -> Iterator[FeatureBatch]:
-    """Features (n, prefix + prod(grid), D), in float16 where the encoder computes in it, else in float32: exact
-    either way.
+    """Features (n, prefix + prod(grid), D), in float16 where the encoder computes in it, else in
+    float32: exact either way.
     """
     for start in range(0, len(wanted), BATCH):
         prepared: dict[str, Prepared] = {}
@@ -153,7 +176,9 @@ def _encoded(
             try:
                 prepared[key] = prepare(file, preprocess)
             except MediaError as error:
-                if machine_fault(error) is not None:  # no fault of the file: its features are not missing for good
+                if (
+                    machine_fault(error) is not None
+                ):  # no fault of the file: its features are not missing for good
                     raise
                 bad.append(str(error))
         if not prepared:

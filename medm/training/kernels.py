@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM
 
 
-def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: str = "inductor") -> int:
-    """Compile each repeated layer of transformers' towers and decoders; return the number of layers.
+def compile_layers(
+    model: nn.Module, *, deepspeed: str | None = None, backend: str = "inductor"
+) -> int:
+    """Compile each repeated layer of transformers' towers and decoders; return the number of
+    layers.
 
-    A layer is the largest module without data-dependent control flow: the code around it (scattering vision tokens,
-    choosing labeled positions) depends on the values of a batch. Layers of one kind share compiled code.
+    A layer is the largest module without data-dependent control flow: the code around it
+    (scattering vision tokens, choosing labeled positions) depends on the values of a batch. Layers
+    of one kind share compiled code.
 
     Args:
         model: not yet wrapped.
@@ -37,10 +41,18 @@ def compile_layers(model: nn.Module, *, deepspeed: str | None = None, backend: s
         RecipeError: no layer can be compiled, or ZeRO-3 fetches weights inside each of them.
     """
     if deepspeed is not None and "zero3" in deepspeed:
-        raise RecipeError("train.torch_compile: does not go with ZeRO-3, which fetches weights by layer; use zero2")
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        raise RecipeError(
+            "train.torch_compile: does not go with ZeRO-3, which fetches weights by layer; use "
+            "zero2"
+        )
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     if not layers:
-        raise RecipeError("train.torch_compile: this model has no repeated layers of transformers; leave the key out")
+        raise RecipeError(
+            "train.torch_compile: this model has no repeated layers of transformers; leave the "
+            "key out"
+        )
     for layer in layers:
         layer.compile(backend=backend)
     return len(layers)
@@ -60,7 +72,9 @@ def apply_kernels(model: MedmModel, options: TrainOptions) -> None:
 
 
 def any_lengths(model: MedmModel, options: TrainOptions, device: torch.device) -> bool:
-    """Return whether padding-free rows may have any lengths: compiled layers need one kernel for all sequences."""
+    """Return whether padding-free rows may have any lengths: compiled layers need one kernel for
+    all sequences.
+    """
     if not options.torch_compile:
         return True
     dtype = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
@@ -69,7 +83,8 @@ def any_lengths(model: MedmModel, options: TrainOptions, device: torch.device) -
 
 
 def use_liger(language_model: nn.Module | None) -> None:
-    """Replace norms, rotary embeddings and gated layers of a language model by liger's (arXiv 2410.10989), in place.
+    """Replace norms, rotary embeddings and gated layers of a language model by liger's (arXiv
+    2410.10989), in place.
 
     Its fused cross-entropy is not used: the head runs at labeled positions only.
 
@@ -81,20 +96,33 @@ def use_liger(language_model: nn.Module | None) -> None:
         RecipeError: there is no language model, or liger has no kernels for its family.
     """
     if language_model is None:
-        raise RecipeError("train.liger: there is no language model to use its kernels in; leave the key out")
+        raise RecipeError(
+            "train.liger: there is no language model to use its kernels in; leave the key out"
+        )
     require_liger()
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    family = language_model.config.model_type if is_causal_lm(language_model) else type(language_model).__name__
+    family = (
+        language_model.config.model_type
+        if is_causal_lm(language_model)
+        else type(language_model).__name__
+    )
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise RecipeError(f"train.liger: has no kernels for {family!r}; leave the key out")
-    _apply_liger_kernel_to_instance(language_model, fused_linear_cross_entropy=False, cross_entropy=False)
+    _apply_liger_kernel_to_instance(
+        language_model, fused_linear_cross_entropy=False, cross_entropy=False
+    )
 
 
 def require_liger() -> None:
     """Raise `DeviceError` where liger-kernel is not installed, or there is no GPU."""
     if find_spec("liger_kernel") is None:
-        raise DeviceError("train.liger: liger-kernel is not installed; pip install 'medm[liger]', or leave the key out")
+        raise DeviceError(
+            "train.liger: liger-kernel is not installed; pip install 'medm[liger]', or leave the "
+            "key out"
+        )
     if not torch.cuda.is_available():
-        raise DeviceError("train.liger: its kernels need a CUDA device, and none is there; leave the key out")
+        raise DeviceError(
+            "train.liger: its kernels need a CUDA device, and none is there; leave the key out"
+        )

@@ -13,17 +13,21 @@ T = TypeVar("T")
 
 
 class DiagnosticsOptions(Options):
-    """Measurement of gradient conflicts between tasks (`medm.training.diagnostics`), without effect on the training."""
+    """Measurement of gradient conflicts between tasks (`medm.training.diagnostics`), without effect
+    on the training.
+    """
 
     every: int = Field(ge=1)
     """Steps between two measurements."""
     batches: int = Field(default=4, ge=1)
-    """Batches that a measurement is averaged over: the last ones of the training. Each costs one forward and backward
-    pass, and memory for one gradient, per task."""
+    """Batches that a measurement is averaged over: the last ones of the training. Each costs one
+    forward and backward pass, and memory for one gradient, per task."""
 
 
 class NewTokenOptions(Options):
-    """How the rows of new tokens are trained; they have no weight decay. `train` is short for `{}`."""
+    """How the rows of new tokens are trained; they have no weight decay. `train` is short for
+    `{}`.
+    """
 
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the rows; that of their part without it."""
@@ -40,53 +44,69 @@ class PartOptions(Options):
     """Training of one part of the model. `image.encoder: frozen` is short for `{tune: frozen}`."""
 
     tune: Literal["frozen", "full", "lora"]
-    """`frozen`: not at all; `full`: every weight; `lora`: low-rank adapters beside the frozen weights."""
+    """`frozen`: not at all; `full`: every weight; `lora`: low-rank adapters beside the frozen
+    weights."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of this part. Default: `train.learning_rate`."""
     weight_decay: float | None = Field(default=None, ge=0)
-    """Weight decay of this part's matrices. Default: `train.weight_decay`. Norms and biases never decay."""
+    """Weight decay of this part's matrices. Default: `train.weight_decay`. Norms and biases never
+    decay."""
     gradient_checkpointing: bool | None = None
-    """Recompute this part's activations in the backward pass. Default: `train.gradient_checkpointing`."""
+    """Recompute this part's activations in the backward pass. Default:
+    `train.gradient_checkpointing`."""
     r: int = Field(default=16, ge=1)
     """Rank of the adapters."""
     alpha: float | None = Field(default=None, gt=0)
-    """Scale of the adapters: their output is multiplied by alpha / r (alpha / sqrt(r) with `rslora`). Default: 2 r."""
+    """Scale of the adapters: their output is multiplied by alpha / r (alpha / sqrt(r) with
+    `rslora`). Default: 2 r."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout before the adapters."""
     targets: str | list[str] | None = None
-    """Layers with an adapter: a regular expression for the full name inside the part, or a list of name suffixes
-    (`[q_proj, v_proj]`). Default: every linear layer except the LM head."""
+    """Layers with an adapter: a regular expression for the full name inside the part, or a list of
+    name suffixes (`[q_proj, v_proj]`). Default: every linear layer except the LM head."""
     rslora: bool = False
-    """Scale by 1 / sqrt(r) (arXiv 2312.03732), which keeps the update of large ranks from vanishing."""
+    """Scale by 1 / sqrt(r) (arXiv 2312.03732), which keeps the update of large ranks from
+    vanishing."""
     dora: bool = False
     """Train magnitude and direction separately (DoRA, arXiv 2402.09353)."""
     quantize: Literal["none", "4bit"] = "none"
-    """Hold the frozen weights under the adapters in 4 bits (NF4, arXiv 2305.14314); needs bitsandbytes and a GPU."""
+    """Hold the frozen weights under the adapters in 4 bits (NF4, arXiv 2305.14314); needs
+    bitsandbytes and a GPU."""
     adapter: Literal["keep", "merge"] = "keep"
-    """Handling of an adapter in `init_from`: train it further, or merge it into the weights first."""
+    """Handling of an adapter in `init_from`: train it further, or merge it into the weights
+    first."""
     new_tokens: Annotated[NewTokenOptions, BeforeValidator(_train)] | None = None
-    """Of the token embeddings and the LM head train the rows of the model's control tokens and no others,
-    whatever `tune` says: `train`, or `{lr: ...}`. Without it `full` trains every row, `frozen` and `lora` none."""
+    """Of the token embeddings and the LM head train the rows of the model's control tokens and no
+    others, whatever `tune` says: `train`, or `{lr: ...}`. Without it `full` trains every row,
+    `frozen` and `lora` none."""
 
     @model_validator(mode="after")
     def _no_idle_option(self) -> PartOptions:
         if self.tune != "lora":
             idle = self._changed(_LORA_FIELDS)
             if idle:
-                raise ValueError(f"{', '.join(idle)}: has an effect with tune: lora alone, found tune: {self.tune}")
+                raise ValueError(
+                    f"{', '.join(idle)}: has an effect with tune: lora alone, found tune: "
+                    f"{self.tune}"
+                )
         if self.tune == "frozen":
             idle = self._changed(("lr", "weight_decay"))
             if idle:
                 raise ValueError(
-                    f"{', '.join(idle)}: has no effect on a frozen part; leave it out or choose another tune"
+                    f"{', '.join(idle)}: has no effect on a frozen part; leave it out or choose "
+                    "another tune"
                 )
         return self
 
     def _changed(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        return [
+            name for name in names if getattr(self, name) != type(self).model_fields[name].default
+        ]
 
     def lora(self) -> dict[str, Any]:
-        """Return the adapter as fields of `peft.LoraConfig`, JSON-able. None for `target_modules` means the default."""
+        """Return the adapter as fields of `peft.LoraConfig`, JSON-able. None for `target_modules`
+        means the default.
+        """
         return {
             "r": self.r,
             "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
@@ -106,7 +126,9 @@ Part = Annotated[PartOptions, BeforeValidator(_short_form)]
 
 
 def flatten_parts(value: object) -> object:
-    """Return `{image: {encoder: frozen}}`, as a dotted override writes a new part, as `{image.encoder: frozen}`."""
+    """Return `{image: {encoder: frozen}}`, as a dotted override writes a new part, as
+    `{image.encoder: frozen}`.
+    """
     return _flat_parts(value) if isinstance(value, Mapping) else value
 
 
@@ -121,11 +143,14 @@ def _flat_parts(parts: Mapping[str, object]) -> dict[str, object]:
 
 
 Own: TypeAlias = Annotated[T, Mark.OWN]
-"""Type of an option of `train` that medm reads itself. The others become the `TrainingArguments` of their name."""
+"""Type of an option of `train` that medm reads itself. The others become the `TrainingArguments` of
+their name."""
 
 
 class TrainOptions(Options):
-    """`transformers.TrainingArguments` by their own names; those not listed here go into `arguments`."""
+    """`transformers.TrainingArguments` by their own names; those not listed here go into
+    `arguments`.
+    """
 
     num_train_epochs: float = Field(default=1.0, ge=0)
     """Passes over the data; 0 writes the untrained model."""
@@ -168,8 +193,8 @@ class TrainOptions(Options):
     gradient_checkpointing: Own[bool] = False
     """Recompute activations in the backward pass: about a third more time, much less memory."""
     torch_compile: Own[bool] = False
-    """Compile the layers of encoders and language model with `torch.compile`; not with ZeRO-3. The number of shapes is
-    kept small by `data.pad_to_multiple_of`."""
+    """Compile the layers of encoders and language model with `torch.compile`; not with ZeRO-3. The
+    number of shapes is kept small by `data.pad_to_multiple_of`."""
     liger: Own[bool] = False
     """Use liger's kernels in the language model (NVIDIA GPUs; `pip install 'medm[liger]'`)."""
     use_cpu: bool = False
@@ -178,7 +203,8 @@ class TrainOptions(Options):
     """Stop at the start when no GPU is available, instead of training on the CPU."""
 
     deepspeed: Own[str | None] = None
-    """`zero0`, `zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload`, or the path of a DeepSpeed JSON file."""
+    """`zero0`, `zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload`, or the path of a
+    DeepSpeed JSON file."""
     ddp_find_unused_parameters: bool | None = None
     """Passed to torch's DDP, which runs several ranks without DeepSpeed."""
     ddp_timeout: ResumeSafe[int] = Field(default=1800, ge=1)
@@ -193,12 +219,13 @@ class TrainOptions(Options):
     save_steps: ResumeSafe[float] = Field(default=500, gt=0)
     """Steps between two checkpoints; a number below 1 is a fraction of all steps."""
     save_total_limit: ResumeSafe[int | None] = Field(default=2, ge=1)
-    """Checkpoints to keep besides the best one; older ones are removed when a newer one has been verified."""
+    """Checkpoints to keep besides the best one; older ones are removed when a newer one has been
+    verified."""
     save_in_background: ResumeSafe[Own[bool]] = True
-    """Continue training while a checkpoint is written, flushed to disk and hashed. It is written from copies of weights
-    and optimizer state, if half of the free memory holds them (not with 4-bit weights). With DeepSpeed each rank copies
-    and writes its own shard, and the checkpoint is complete at the end of the step in which the last shard was
-    written."""
+    """Continue training while a checkpoint is written, flushed to disk and hashed. It is written
+    from copies of weights and optimizer state, if half of the free memory holds them (not with
+    4-bit weights). With DeepSpeed each rank copies and writes its own shard, and the checkpoint is
+    complete at the end of the step in which the last shard was written."""
     logging_steps: ResumeSafe[float] = Field(default=10, gt=0)
     """Steps between two log lines."""
     logging_first_step: ResumeSafe[bool] = True
@@ -219,7 +246,8 @@ class TrainOptions(Options):
     full_determinism: bool = False
     """Use deterministic GPU kernels, which are slower."""
     dataloader_num_workers: ResumeSafe[int] = Field(default=0, ge=0)
-    """Worker processes that read and preprocess samples, at most one per CPU core; 0 reads in the training process."""
+    """Worker processes that read and preprocess samples, at most one per CPU core; 0 reads in the
+    training process."""
     dataloader_prefetch_factor: ResumeSafe[int | None] = Field(default=None, ge=1)
     """Batches that each worker prefetches."""
     dataloader_pin_memory: ResumeSafe[bool] = True
@@ -227,19 +255,23 @@ class TrainOptions(Options):
     dataloader_drop_last: bool = False
     """Drop the last, smaller batch of an epoch."""
     report_to: ResumeSafe[str | list[str]] = "none"
-    """Trackers besides the loss curve, which is always written: `tensorboard`, `wandb`, `mlflow` ..."""
+    """Trackers besides the loss curve, which is always written: `tensorboard`, `wandb`, `mlflow`
+    ..."""
     run_name: ResumeSafe[str | None] = None
     """Name of the run for trackers."""
 
     arguments: Own[dict[str, Any]] = {}
-    """Any other field of `transformers.TrainingArguments`; its names and values are checked when training starts."""
+    """Any other field of `transformers.TrainingArguments`; its names and values are checked when
+    training starts."""
 
     @field_validator("arguments")
     @classmethod
     def _not_twice(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         twice = sorted((set(cls.model_fields) | {"output_dir"}) & set(arguments))
         if twice:
-            raise ValueError(f"{', '.join(twice)}: has a key of its own; write it there and not under arguments")
+            raise ValueError(
+                f"{', '.join(twice)}: has a key of its own; write it there and not under arguments"
+            )
         return arguments
 
     @model_validator(mode="after")
@@ -255,5 +287,7 @@ class TrainOptions(Options):
         }
         for key, asked in needs_eval.items():
             if asked and self.eval_strategy == "no":
-                raise ValueError(f"{key}: needs evaluations to choose from; set eval_strategy to steps or epoch")
+                raise ValueError(
+                    f"{key}: needs evaluations to choose from; set eval_strategy to steps or epoch"
+                )
         return self

@@ -27,7 +27,8 @@ from medm.training.quantize import to_4bit
 logger = logging.getLogger(__name__)
 
 ADAPTER_PARAMETER = "lora_"
-"""What peft's trainable parameters have in their names (`lora_A`, `lora_B`, `lora_magnitude_vector` ...)."""
+"""What peft's trainable parameters have in their names (`lora_A`, `lora_B`, `lora_magnitude_vector`
+...)."""
 
 
 class HasParts(Protocol):
@@ -80,18 +81,30 @@ class PartTable:
     def __str__(self) -> str:
         head = ("part", "tune", "parameters", "trainable", "lr")
         body = [
-            (row.name, row.tune, f"{row.parameters:,}", f"{row.trainable:,}", "-" if row.lr is None else f"{row.lr:g}")
+            (
+                row.name,
+                row.tune,
+                f"{row.parameters:,}",
+                f"{row.trainable:,}",
+                "-" if row.lr is None else f"{row.lr:g}",
+            )
             for row in self.rows
         ]
         share = 100 * self.trainable / max(self.parameters, 1)
         body.append(("all", f"{share:.2f} %", f"{self.parameters:,}", f"{self.trainable:,}", ""))
         widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                         for line in [head, *body])  # fmt: skip
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [head, *body]
+        )
 
 
 def apply_parts(
-    model: nn.Module, parts: Mapping[str, PartOptions], train: TrainOptions, *, keep_float32: bool = True
+    model: nn.Module,
+    parts: Mapping[str, PartOptions],
+    train: TrainOptions,
+    *,
+    keep_float32: bool = True,
 ) -> PartTable:
     """Freeze, adapt and set free the parts of a model, in place.
 
@@ -99,8 +112,8 @@ def apply_parts(
         model: has `parts()`; for LoRA also `add_adapter_to_part` and a `config.adapters`.
         parts: part name -> how it is trained; a part that is not named is frozen.
         train: default learning rate and checkpointing.
-        keep_float32: hold trained weights in float32 whatever the model was loaded in. False where the engine
-            keeps a float32 copy itself (DeepSpeed).
+        keep_float32: hold trained weights in float32 whatever the model was loaded in. False where
+            the engine keeps a float32 copy itself (DeepSpeed).
 
     Raises:
         UnknownNameError: a name that is no part of this model.
@@ -115,7 +128,9 @@ def apply_parts(
     for name, module in modules.items():
         options = parts.get(name, PartOptions(tune="frozen"))
         _apply(cast(HasParts, model), name, module, options)
-        if options.gradient_checkpointing or (options.gradient_checkpointing is None and train.gradient_checkpointing):
+        if options.gradient_checkpointing or (
+            options.gradient_checkpointing is None and train.gradient_checkpointing
+        ):
             _checkpoint_activations(module, asked=bool(options.gradient_checkpointing), name=name)
     _check_shared(modules, parts)
     if keep_float32:
@@ -126,13 +141,22 @@ def apply_parts(
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Parts of which nothing is trained. They stay in eval mode: a frozen batch norm must not move either."""
+    """Parts of which nothing is trained. They stay in eval mode: a frozen batch norm must not move
+    either.
+    """
     parts = cast(HasParts, model).parts().values()
-    return [part for part in parts if not any(parameter.requires_grad for parameter in part.parameters())]
+    return [
+        part
+        for part in parts
+        if not any(parameter.requires_grad for parameter in part.parameters())
+    ]
 
 
-def parameter_groups(model: nn.Module, parts: Mapping[str, PartOptions], train: TrainOptions) -> list[dict[str, Any]]:
-    """Optimizer groups of each part: matrices with weight decay; norms, biases and new tokens without.
+def parameter_groups(
+    model: nn.Module, parts: Mapping[str, PartOptions], train: TrainOptions
+) -> list[dict[str, Any]]:
+    """Optimizer groups of each part: matrices with weight decay; norms, biases and new tokens
+    without.
 
     A tensor that two parts share counts for the first.
     """
@@ -178,8 +202,8 @@ def _apply(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
     if options.tune == "full":
         if adapted(module):
             raise RecipeError(
-                f"parts.{name}: tune: full, but the weights to start from hold a LoRA adapter for this part; "
-                "fold it in first (adapter: merge) or go on with it (tune: lora)"
+                f"parts.{name}: tune: full, but the weights to start from hold a LoRA adapter for "
+                "this part; fold it in first (adapter: merge) or go on with it (tune: lora)"
             )
         module.requires_grad_(True)
     elif options.tune == "lora":
@@ -201,16 +225,21 @@ def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
         changed = [
             f"{key} is {present[key]!r}, the recipe says {value!r}"
             for key, value in spec.items()
-            if key != "lora_dropout" and key in present and value is not None and present[key] != value
+            if key != "lora_dropout"
+            and key in present
+            and value is not None
+            and present[key] != value
         ]
         if changed:
             raise RecipeError(
-                f"parts.{name}: the weights to start from hold another adapter ({'; '.join(changed)}); "
-                "go on with the same one, or fold it in first (adapter: merge)"
+                f"parts.{name}: the weights to start from hold another adapter "
+                f"({'; '.join(changed)}); go on with the same one, or fold it in first (adapter: "
+                "merge)"
             )
         if options.quantize == "4bit":
             raise RecipeError(
-                f"parts.{name}.quantize: 4bit goes with new adapters; fold this one in first (adapter: merge)"
+                f"parts.{name}.quantize: 4bit goes with new adapters; fold this one in first "
+                "(adapter: merge)"
             )
         return
     if options.quantize == "4bit":
@@ -218,7 +247,9 @@ def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
     if spec["target_modules"] is None:
         spec["target_modules"] = linear_layers(module)
         if not spec["target_modules"]:
-            raise RecipeError(f"parts.{name}: tune: lora, but the part has no linear layer; use tune: full")
+            raise RecipeError(
+                f"parts.{name}: tune: lora, but the part has no linear layer; use tune: full"
+            )
     model.add_adapter_to_part(name, spec)
 
 
@@ -226,26 +257,40 @@ def linear_layers(module: nn.Module) -> list[str]:
     """Names of every linear layer of a part but its output head."""
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     return [
-        name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
     ]
 
 
 def _checkpoint_activations(module: nn.Module, *, asked: bool, name: str) -> None:
-    """Switch recomputation on in every transformers model inside a part, and in medm's own blocks."""
-    able = [m for m in module.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
+    """Switch recomputation on in every transformers model inside a part, and in medm's own
+    blocks.
+    """
+    able = [
+        m
+        for m in module.modules()
+        if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing
+    ]
     for inner in able:
         # The first name is the one of releases from 2026 on.
-        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+        enable = (
+            getattr(inner, "activation_checkpointing_enable", None)
+            or inner.gradient_checkpointing_enable
+        )
         enable()
     blocks: list[Any] = [
-        m for m in module.modules() if isinstance(m, GradientCheckpointingLayer) and not m.gradient_checkpointing
+        m
+        for m in module.modules()
+        if isinstance(m, GradientCheckpointingLayer) and not m.gradient_checkpointing
     ]
     for block in blocks:
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     if asked and not able and not blocks:
         raise RecipeError(
-            f"parts.{name}: gradient_checkpointing: this part has no layers that support it; leave it out"
+            f"parts.{name}: gradient_checkpointing: this part has no layers that support it; "
+            "leave it out"
         )
 
 
@@ -254,8 +299,9 @@ def _check_covered(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     lost = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
     if lost:
         raise ValueError(
-            f"{type(model).__name__}.parts() leaves out {len(lost)} parameters ({', '.join(lost[:3])} ...): every "
-            f"parameter belongs to a part, found parts {sorted(modules)}"
+            f"{type(model).__name__}.parts() leaves out {len(lost)} parameters "
+            f"({', '.join(lost[:3])} ...): every parameter belongs to a part, found parts "
+            f"{sorted(modules)}"
         )
 
 
@@ -268,10 +314,15 @@ def _check_shared(modules: Mapping[str, nn.Module], parts: Mapping[str, PartOpti
             first = owner.setdefault(id(parameter), name)
             other = parts[first].tune if first in parts else "frozen"
             if first != name and "full" in (tune, other) and tune != other:
-                raise RecipeError(f"parts.{name}: shares weights with {first} ({other}), so both need the same tune")
+                raise RecipeError(
+                    f"parts.{name}: shares weights with {first} ({other}), so both need the same "
+                    "tune"
+                )
 
 
-def _table(modules: Mapping[str, nn.Module], parts: Mapping[str, PartOptions], train: TrainOptions) -> PartTable:
+def _table(
+    modules: Mapping[str, nn.Module], parts: Mapping[str, PartOptions], train: TrainOptions
+) -> PartTable:
     rows = []
     seen: set[int] = set()
     for name, module in modules.items():
@@ -303,7 +354,8 @@ def _lr_of(options: PartOptions, train: TrainOptions) -> float:
 
 
 def _rank(parameter: nn.Parameter) -> int:
-    # A parameter that ZeRO-3 has spread over the ranks looks empty; DeepSpeed keeps its shape aside.
+    # A parameter that ZeRO-3 has spread over the ranks looks empty; DeepSpeed keeps its shape
+    # aside.
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 

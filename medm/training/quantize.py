@@ -1,4 +1,6 @@
-"""Frozen weights in 4 bits (NF4, arXiv 2305.14314) under trained adapters, by bitsandbytes, an optional package."""
+"""Frozen weights in 4 bits (NF4, arXiv 2305.14314) under trained adapters, by bitsandbytes, an
+optional package.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,13 @@ def to_4bit(part: nn.Module, *, name: str) -> None:
         if type(layer) is not nn.Linear or layer is head:
             continue
         small = Linear4bit(
-            layer.in_features, layer.out_features, bias=layer.bias is not None,
-            compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta",
-        )  # fmt: skip
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=layer.weight.dtype,
+            quant_type="nf4",
+            device="meta",
+        )
         weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)
         small.weight = weight.to(layer.weight.device)  # rounding happens on the way to a device
         small.bias = layer.bias
@@ -45,7 +51,8 @@ def require_4bit(*, name: str) -> None:
     """Raise `DeviceError` where bitsandbytes, which holds a part in 4 bits, is not installed."""
     if find_spec("bitsandbytes") is None:
         raise DeviceError(
-            f"parts.{name}.quantize: 4bit needs bitsandbytes, which is not installed (pip install 'medm[quant]')"
+            f"parts.{name}.quantize: 4bit needs bitsandbytes, which is not installed (pip install "
+            "'medm[quant]')"
         )
 
 
@@ -59,7 +66,9 @@ def four_bit_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the same model with plain layers: 4-bit weights as the numbers that they stand for."""
+    """The tensors of the same model with plain layers: 4-bit weights as the numbers that they stand
+    for.
+    """
     small = four_bit_weights(model)
     tensors = {
         name: tensor
@@ -70,5 +79,8 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
         from bitsandbytes.functional import dequantize_4bit
 
         with torch.no_grad():
-            tensors |= {name: dequantize_4bit(weight.data, weight.quant_state) for name, weight in small.items()}
+            tensors |= {
+                name: dequantize_4bit(weight.data, weight.quant_state)
+                for name, weight in small.items()
+            }
     return tensors

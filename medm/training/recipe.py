@@ -39,7 +39,8 @@ class Recipe(Options):
         ObjectiveOptions | TermsOptions,
         NamedBlock(OBJECTIVES, default="language-modeling", beside=(("terms", TermsOptions),)),
     ] = LanguageModelingOptions(name="language-modeling")
-    """The objective that is minimized, by name, and its options; or several (`terms`), each with a weight."""
+    """The objective that is minimized, by name, and its options; or several (`terms`), each with a
+    weight."""
     diagnostics: ResumeSafe[DiagnosticsOptions | None] = None
     """Measure gradients between tasks and routing weights during the run; null does not."""
     init_from: str | None = None
@@ -55,7 +56,11 @@ class Recipe(Options):
         known = model.part_names() if isinstance(model, ModelOptions) else None
         parts = flatten_parts(parts)
         if known is not None and isinstance(parts, Mapping):
-            unknown = [f"no part {name!r}{suggest(str(name), known)}" for name in parts if name not in known]
+            unknown = [
+                f"no part {name!r}{suggest(str(name), known)}"
+                for name in parts
+                if name not in known
+            ]
             if unknown:
                 raise ValueError("; ".join(unknown))
         return parts
@@ -64,7 +69,9 @@ class Recipe(Options):
     @classmethod
     def _something_to_train(cls, parts: dict[str, PartOptions]) -> dict[str, PartOptions]:
         if all(part.tune == "frozen" and part.new_tokens is None for part in parts.values()):
-            raise ValueError("nothing to train: name at least one part with tune: full or tune: lora")
+            raise ValueError(
+                "nothing to train: name at least one part with tune: full or tune: lora"
+            )
         return parts
 
     @model_validator(mode="after")
@@ -84,7 +91,8 @@ class Recipe(Options):
             if missing := sorted(objective.reads() - given):
                 raise ValueError(
                     f"objective: {name!r} reads {', '.join(missing)}, and a model of kind "
-                    f"{self.model.kind!r} gives {', '.join(sorted(given))}; choose another objective or kind of model"
+                    f"{self.model.kind!r} gives {', '.join(sorted(given))}; choose another "
+                    "objective or kind of model"
                 )
         return self
 
@@ -120,8 +128,11 @@ def dump(recipe: Mapping[str, object]) -> str:
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
-def resume_safe_keys(section: type[Options], value: Mapping[str, object], place: str = "") -> Iterator[str]:
-    """Yield the dotted keys that are marked `ResumeSafe`, in a section and in the sections below it.
+def resume_safe_keys(
+    section: type[Options], value: Mapping[str, object], place: str = ""
+) -> Iterator[str]:
+    """Yield the dotted keys that are marked `ResumeSafe`, in a section and in the sections below
+    it.
 
     Args:
         section: options class of the section.
@@ -137,12 +148,16 @@ def resume_safe_keys(section: type[Options], value: Mapping[str, object], place:
                 if isinstance(options, NamedBlock):
                     name = str(block.get(options.key))
                     if name in options.registry:
-                        yield from resume_safe_keys(options.registry.entry(name).options, block, f"{where}.")
+                        yield from resume_safe_keys(
+                            options.registry.entry(name).options, block, f"{where}."
+                        )
                 else:
                     yield from resume_safe_keys(options, block, f"{where}.")
 
 
-def _blocks(value: object, steps: Sequence[str], place: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+def _blocks(
+    value: object, steps: Sequence[str], place: str
+) -> Iterator[tuple[str, Mapping[str, object]]]:
     """Yield the mappings at the end of the steps of `sections_in`, each with its dotted key."""
     if not steps:
         if isinstance(value, Mapping):
@@ -156,7 +171,8 @@ def _blocks(value: object, steps: Sequence[str], place: str) -> Iterator[tuple[s
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """List the changes between two resolved recipes that matter for what is learned: one line a key.
+    """List the changes between two resolved recipes that matter for what is learned: one line a
+    key.
 
     Keys that are marked `ResumeSafe` do not matter.
     """
@@ -165,5 +181,6 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
     return [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(set(old) | set(new))
-        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{above}.") for above in safe)
+        if old.get(key) != new.get(key)
+        and not any(f"{key}.".startswith(f"{above}.") for above in safe)
     ]

@@ -1,7 +1,9 @@
-"""transformers' Trainer with checkpoints that are whole or not there, and runs that go on from them.
+"""transformers' Trainer with checkpoints that are whole or not there, and runs that go on from
+them.
 
-Knows what a run consists of (weights, optimiser, schedule, random numbers, recipe), not what is learned: losses, parts
-and data are its subclass's. Where the files go is `checkpoints`, when they are written is `checkpoint_writer`.
+Knows what a run consists of (weights, optimiser, schedule, random numbers, recipe), not what is
+learned: losses, parts and data are its subclass's. Where the files go is `checkpoints`, when they
+are written is `checkpoint_writer`.
 """
 
 from __future__ import annotations
@@ -65,10 +67,16 @@ class ResumableTrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, *, train_options: TrainOptions,
-        recipe: Mapping[str, Any] | None = None, data_hashes: Mapping[str, str] | None = None,
-        callbacks: Sequence[TrainerCallback] = (), **rest: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        train_options: TrainOptions,
+        recipe: Mapping[str, Any] | None = None,
+        data_hashes: Mapping[str, str] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **rest: Any,
+    ) -> None:
         self.train_options: TrainOptions = train_options
         self.recipe: dict[str, Any] = dict(recipe or {})
         self.data_hashes: dict[str, str] = dict(data_hashes or {})
@@ -81,7 +89,7 @@ class ResumableTrainer(Trainer):
         callbacks = [*callbacks, self.interruption, _Settle(self._commits)]
         super().__init__(model=model, args=args, callbacks=callbacks, **rest)
 
-    # Running ------------------------------------------------------------------------------------------
+    # Running --------------------------------------------------------------------------------------
 
     def fit(self, *, resume: bool = False, locked: bool = False) -> bool:
         """Train to the end, from the start or from the newest whole checkpoint.
@@ -91,7 +99,8 @@ class ResumableTrainer(Trainer):
             locked: the caller holds the lock on the output folder (`lock_on_rank_zero`).
 
         Returns:
-            True when the run is finished; False when a signal stopped it after a checkpoint was written.
+            True when the run is finished; False when a signal stopped it after a checkpoint was
+            written.
 
         Raises:
             RecipeError: the folder holds another run's checkpoints or model, or the recipe changed.
@@ -116,15 +125,20 @@ class ResumableTrainer(Trainer):
             return None
         start = checkpoints.newest_good(output_dir, metadata={"world_size": int, "recipe": dict})
         if start is None:
-            logger.warning("--resume: %s holds no checkpoint yet, so the run starts from the beginning", output_dir)
+            logger.warning(
+                "--resume: %s holds no checkpoint yet, so the run starts from the beginning",
+                output_dir,
+            )
             return None
         manifest = read_manifest(start)
         check_continues(start, manifest, recipe=self.recipe, world_size=self.args.world_size)
         written = manifest.get("data", {})
-        if edited := [file for file, digest in self.data_hashes.items() if written.get(file, digest) != digest]:
+        if edited := [
+            file for file, digest in self.data_hashes.items() if written.get(file, digest) != digest
+        ]:
             raise RecipeError(
-                f"{start}: {', '.join(edited)} changed since it was written; put the old annotations back, or start a "
-                "new run from its weights with init_from"
+                f"{start}: {', '.join(edited)} changed since it was written; put the old "
+                "annotations back, or start a new run from its weights with init_from"
             )
         logger.info("continuing from %s", start)
         return start
@@ -141,13 +155,13 @@ class ResumableTrainer(Trainer):
 
         return checkpoint_classes()
 
-    # Saving -------------------------------------------------------------------------------------------
+    # Saving ---------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write aside on every process, agree that all succeeded, then let the first one commit.
 
-        Where the state could be copied, training goes on while the copies are written; in any case while files reach
-        the disk and are hashed.
+        Where the state could be copied, training goes on while the copies are written; in any case
+        while files reach the disk and are hashed.
         """
         step = self.state.global_step
         if self._committed_step == step:
@@ -163,8 +177,9 @@ class ResumableTrainer(Trainer):
         copied: dict[Path, Any] = {}
         run_on_all_ranks(
             lambda: copied.update(self._write_checkpoint(folder, final, neighbours=neighbours)),
-            final=final, cleanup=folder,
-        )  # fmt: skip
+            final=final,
+            cleanup=folder,
+        )
         commit = self._commit(folder, final)
         if not self.train_options.save_in_background:
             with LINK.writing():
@@ -185,7 +200,11 @@ class ResumableTrainer(Trainer):
         on_rank_zero(lambda: self._fresh(folder))
         self._keeps_training_state = False
         try:
-            run_on_all_ranks(lambda: self.save_model(str(folder), _internal_call=True), final=folder, cleanup=folder)
+            run_on_all_ranks(
+                lambda: self.save_model(str(folder), _internal_call=True),
+                final=folder,
+                cleanup=folder,
+            )
         finally:
             self._keeps_training_state = True
 
@@ -198,7 +217,8 @@ class ResumableTrainer(Trainer):
         return checkpoints.staging(output_dir, step)
 
     def _write_checkpoint(self, folder: Path, final: Path, *, neighbours: int) -> dict[Path, Any]:
-        """All files of this process, but for those whose state could be copied: the copies, by file.
+        """All files of this process, but for those whose state could be copied: the copies, by
+        file.
 
         Args:
             folder: where the files go.
@@ -208,8 +228,11 @@ class ResumableTrainer(Trainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # Weights in 4 bits are written as the numbers that they stand for, and FSDP writes by itself.
-        copying = self.train_options.save_in_background and not (self.is_fsdp_enabled or four_bit_weights(model))
+        # Weights in 4 bits are written as the numbers that they stand for, and FSDP writes by
+        # itself.
+        copying = self.train_options.save_in_background and not (
+            self.is_fsdp_enabled or four_bit_weights(model)
+        )
         if copying:
             self._save(str(folder), state_dict={})
         else:
@@ -228,9 +251,11 @@ class ResumableTrainer(Trainer):
         return {}
 
     def _large_state(self, folder: Path, model: nn.Module | None) -> dict[Path, Any]:
-        """What this process writes of the optimiser, and of `model` where that is asked for, by file.
+        """What this process writes of the optimiser, and of `model` where that is asked for, by
+        file.
 
-        The tensors are those that are trained, not copies. The schedule, which is small, is written at once.
+        The tensors are those that are trained, not copies. The schedule, which is small, is written
+        at once.
         """
         files: dict[Path, Any] = {}
         weights: Mapping[str, Tensor] = {}
@@ -260,25 +285,32 @@ class ResumableTrainer(Trainer):
     def _commit(self, folder: Path, final: Path) -> Callable[[], None]:
         """What makes a folder a checkpoint, with the metadata of this moment."""
         metadata = {
-            "step": self.state.global_step, "world_size": self.args.world_size, "recipe": self.recipe,
+            "step": self.state.global_step,
+            "world_size": self.args.world_size,
+            "recipe": self.recipe,
             "data": self.data_hashes,
-        }  # fmt: skip
+        }
         best, keep = self.state.best_model_checkpoint, self.args.save_total_limit
 
         def commit() -> None:
             try:
                 checkpoints.commit(folder, final=final, metadata=metadata)
                 if keep is not None:
-                    checkpoints.prune(final.parent, keep=keep, spare=Path(best) if best else None, newest=final)
+                    checkpoints.prune(
+                        final.parent, keep=keep, spare=Path(best) if best else None, newest=final
+                    )
             except OSError as error:
                 raise CheckpointError(
-                    f"{final} could not be finished ({error}); make room, then continue with --resume"
+                    f"{final} could not be finished ({error}); make room, then continue with "
+                    "--resume"
                 ) from None
 
         return commit
 
     def _estimated_size(self) -> int:
-        """Bytes of a first checkpoint: weights, and for each trained one two moments and a copy in float32."""
+        """Bytes of a first checkpoint: weights, and for each trained one two moments and a copy in
+        float32.
+        """
         total = 0
         for parameter in self._module.parameters():
             numel = int(getattr(parameter, "ds_numel", parameter.numel()))
@@ -292,15 +324,20 @@ class ResumableTrainer(Trainer):
             # Under ZeRO-3 the parameter itself is empty, and this process's share lies beside it.
             # One number that is none makes the sum none, and no mask of the weights' size is made.
             if parameter.requires_grad
-            and not getattr(parameter, "ds_tensor", parameter.data).sum(dtype=torch.float32).isfinite()
+            and not getattr(parameter, "ds_tensor", parameter.data)
+            .sum(dtype=torch.float32)
+            .isfinite()
         ]
         if any_rank(bool(broken), self.args.device):
             raise NonFiniteError(
                 f"step {self.state.global_step}: weights are no numbers any more "
-                f"({', '.join(broken[:3]) or 'on another process'}); nothing was written, earlier ones are untouched"
+                f"({', '.join(broken[:3]) or 'on another process'}); nothing was written, earlier "
+                "ones are untouched"
             )
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Weights in safetensors, config and processor; no pickled arguments."""
         if not self.args.should_save:
             return
@@ -310,7 +347,9 @@ class ResumableTrainer(Trainer):
         if state_dict is None and four_bit_weights(model):
             state_dict = plain_state_dict(model)
         if isinstance(model, MedmModel):
-            model.save_pretrained(folder, state_dict=state_dict, training_state=self._keeps_training_state)
+            model.save_pretrained(
+                folder, state_dict=state_dict, training_state=self._keeps_training_state
+            )
         elif isinstance(model, PreTrainedModel):
             model.save_pretrained(folder, state_dict=state_dict)
         else:
@@ -320,15 +359,21 @@ class ResumableTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    # Loading ------------------------------------------------------------------------------------------
+    # Loading --------------------------------------------------------------------------------------
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Every tensor of the model comes from the checkpoint, and every tensor of the checkpoint is used."""
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Every tensor of the model comes from the checkpoint, and every tensor of the checkpoint
+        is used.
+        """
         folder, model = Path(resume_from_checkpoint), model or self._module
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         files = [SAFE_WEIGHTS_NAME]
         if index.exists():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         given: dict[str, Tensor] = {}
         for name in files:
             given |= load_file(folder / name)
@@ -345,8 +390,9 @@ class ResumableTrainer(Trainer):
         ]
         if missing or result.unexpected_keys:
             raise CheckpointError(
-                f"{folder}: does not hold this model: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "
-                f"{len(result.unexpected_keys)} are unknown ({', '.join(result.unexpected_keys[:3])})"
+                f"{folder}: does not hold this model: {len(missing)} tensors are missing "
+                f"({', '.join(missing[:3])}), {len(result.unexpected_keys)} are unknown "
+                f"({', '.join(result.unexpected_keys[:3])})"
             )
 
     def _load_best_model(self) -> None:
@@ -367,11 +413,14 @@ def _untied(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
     return {
         name: tensor.contiguous()
         for name, tensor in weights.items()
-        if (source := weights.get(tied.get(name, ""))) is None or source.data_ptr() != tensor.data_ptr()
+        if (source := weights.get(tied.get(name, ""))) is None
+        or source.data_ptr() != tensor.data_ptr()
     }
 
 
-def check_continues(start: Path, manifest: Mapping[str, Any], *, recipe: Mapping[str, Any], world_size: int) -> None:
+def check_continues(
+    start: Path, manifest: Mapping[str, Any], *, recipe: Mapping[str, Any], world_size: int
+) -> None:
     """Raise for a checkpoint that this run cannot continue from.
 
     Args:
@@ -386,13 +435,14 @@ def check_continues(start: Path, manifest: Mapping[str, Any], *, recipe: Mapping
     """
     if manifest["world_size"] != world_size:
         raise CheckpointError(
-            f"{start}: written by {manifest['world_size']} processes, and {world_size} are running; continue with the "
-            "same number, or start a new run from its weights with init_from"
+            f"{start}: written by {manifest['world_size']} processes, and {world_size} are "
+            "running; continue with the same number, or start a new run from its weights with "
+            "init_from"
         )
     if changed := differences(manifest["recipe"], recipe):
         raise RecipeError(
-            f"{start}: the recipe changed since it was written; undo the change, or start a new run from its weights "
-            "with init_from\n  " + "\n  ".join(changed)
+            f"{start}: the recipe changed since it was written; undo the change, or start a new "
+            "run from its weights with init_from\n  " + "\n  ".join(changed)
         )
 
 
@@ -400,7 +450,8 @@ def check_continues(start: Path, manifest: Mapping[str, Any], *, recipe: Mapping
 def _no_process_left() -> Iterator[None]:
     """End the workers of loaders that an error left behind.
 
-    They ignore stop signals, which is also how Python would end them when the program exits: it would wait for ever.
+    They ignore stop signals, which is also how Python would end them when the program exits: it
+    would wait for ever.
     """
     before = set(multiprocessing.active_children())
     try:

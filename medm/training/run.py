@@ -1,4 +1,6 @@
-"""Training run of a recipe: build, check the data, train, and write a model folder that opens anywhere."""
+"""Training run of a recipe: build, check the data, train, and write a model folder that opens
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
 
     Args:
         recipe: see `load_recipe`.
-        resume: continue from the newest complete checkpoint of `output_dir`; without one, start from the beginning.
+        resume: continue from the newest complete checkpoint of `output_dir`; without one, start
+            from the beginning.
 
     Returns:
         The outcome. The model is in `output_dir` itself, checkpoints in folders beneath it.
@@ -68,7 +71,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     """
     output_dir = Path(recipe.output_dir)
     transformers_logging.disable_progress_bar()
-    # Fail early: reading weights takes minutes, and recipe, folders and packages can be checked before.
+    # Fail early: reading weights takes minutes, and recipe, folders and packages can be checked
+    # before.
     options, fallback = on_this_machine(recipe.train)
     require_sources(recipe.data)
     require_start(recipe)
@@ -89,8 +93,8 @@ def _require_zero3_support(recipe: Recipe) -> None:
     reason = kind_of(recipe.model).model_class.zero3_refusal
     if reason is not None and zero_stage(recipe.train.deepspeed) == 3:
         raise RecipeError(
-            f"train.deepspeed: models of kind {recipe.model.kind!r} cannot be trained under ZeRO-3: "
-            f"{reason}; use zero2, or train without DeepSpeed"
+            f"train.deepspeed: models of kind {recipe.model.kind!r} cannot be trained under "
+            f"ZeRO-3: {reason}; use zero2, or train without DeepSpeed"
         )
 
 
@@ -102,7 +106,8 @@ def _require_usable(recipe: Recipe, args: TrainingArguments, *, resume: bool) ->
 
     Raises:
         RecipeError: the folder holds another run, or a run of another recipe.
-        CheckpointError: another number of processes wrote the checkpoint, or a model cannot be put in place.
+        CheckpointError: another number of processes wrote the checkpoint, or a model cannot be put
+            in place.
     """
     output_dir = Path(recipe.output_dir)
     if not resume:
@@ -125,8 +130,9 @@ def _finish(folder: Path, recipe: Recipe) -> Outcome:
     output_dir, manifest = Path(recipe.output_dir), checkpoints.finished_manifest(folder)
     if changed := differences(manifest["recipe"], resolved(recipe)):
         raise RecipeError(
-            f"{output_dir}: holds a trained model that could not be put in place ({folder.name}), of another recipe; "
-            "undo the change, or choose another output_dir\n  " + "\n  ".join(changed)
+            f"{output_dir}: holds a trained model that could not be put in place ({folder.name}), "
+            "of another recipe; undo the change, or choose another output_dir\n  "
+            + "\n  ".join(changed)
         )
     publish(folder, output_dir)
     logger.info("the model was trained before; it is now in %s. Not for clinical use.", output_dir)
@@ -134,9 +140,16 @@ def _finish(folder: Path, recipe: Recipe) -> Outcome:
 
 
 def _train(
-    recipe: Recipe, options: TrainOptions, args: TrainingArguments, *, resume: bool, fallback: Mapping[str, str]
+    recipe: Recipe,
+    options: TrainOptions,
+    args: TrainingArguments,
+    *,
+    resume: bool,
+    fallback: Mapping[str, str],
 ) -> Outcome:
-    """Run the training with the options for this machine. The caller holds the lock on the output folder."""
+    """Run the training with the options for this machine. The caller holds the lock on the output
+    folder.
+    """
     output_dir = Path(recipe.output_dir)
     set_seed(options.seed)  # of new connectors and adapters
     with whole_models(args):
@@ -145,19 +158,28 @@ def _train(
     if args.process_index == 0:
         logger.info("what is trained\n%s", table)
     data = TrainingData(
-        recipe.data, options, pipeline_for(kind_of(recipe.model), processor),
-        rank=args.process_index, world=args.world_size,
-        padding_free=recipe.data.packing and any_lengths(model, options, args.device) and model.enable_padding_free(),
-    )  # fmt: skip
+        recipe.data,
+        options,
+        pipeline_for(kind_of(recipe.model), processor),
+        rank=args.process_index,
+        world=args.world_size,
+        padding_free=recipe.data.packing
+        and any_lengths(model, options, args.device)
+        and model.enable_padding_free(),
+    )
     hashes = on_rank_zero(lambda: data_hashes(data.files))
     if recipe.data.cache_features is not None:
         root = Path(recipe.data.cache_features)
         data.use_features(
             cache_features(
-                model, root, data.train.preprocess, data.records,
-                device=args.device, bad_records=recipe.data.bad_records,
+                model,
+                root,
+                data.train.preprocess,
+                data.records,
+                device=args.device,
+                bad_records=recipe.data.bad_records,
             )
-        )  # fmt: skip
+        )
     apply_kernels(model, options)
     terms, callbacks = terms_of(recipe.objective), _callbacks(recipe)
     if recipe.diagnostics is not None:
@@ -167,14 +189,25 @@ def _train(
         terms = recorder
         data.collate = TaskTaggingCollator(data.collate, other=len(tasks))
         every = recipe.diagnostics.every
-        callbacks.append(GradientConflictCallback(recorder, model.parts(), tasks=tasks, every=every))
+        callbacks.append(
+            GradientConflictCallback(recorder, model.parts(), tasks=tasks, every=every)
+        )
     trainer = MedmTrainer(
-        model, args,
-        terms=terms, parts=recipe.parts, train_options=options, train_dataset=data.train,
-        sampler=data.sampler, data_collator=data.collate, eval_dataset=data.evaluation,
-        eval_collator=data.eval_collate, processing_class=processor, callbacks=callbacks,
-        recipe=resolved(recipe), data_hashes=hashes,
-    )  # fmt: skip
+        model,
+        args,
+        terms=terms,
+        parts=recipe.parts,
+        train_options=options,
+        train_dataset=data.train,
+        sampler=data.sampler,
+        data_collator=data.collate,
+        eval_dataset=data.evaluation,
+        eval_collator=data.eval_collate,
+        processing_class=processor,
+        callbacks=callbacks,
+        recipe=resolved(recipe),
+        data_hashes=hashes,
+    )
     with trainer.interruption.listening():
         finished = trainer.fit(resume=resume, locked=True)
         if finished:
@@ -187,15 +220,24 @@ def _callbacks(recipe: Recipe) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [Progress(), LossCurve()]
     if recipe.train.early_stopping_patience is not None:
         callbacks.append(
-            EarlyStoppingCallback(recipe.train.early_stopping_patience, recipe.train.early_stopping_threshold)
+            EarlyStoppingCallback(
+                recipe.train.early_stopping_patience, recipe.train.early_stopping_threshold
+            )
         )
     return callbacks
 
 
 def _save_final(
-    trainer: MedmTrainer, recipe: Recipe, table: PartTable, data: TrainingData, *, fallback: Mapping[str, str]
+    trainer: MedmTrainer,
+    recipe: Recipe,
+    table: PartTable,
+    data: TrainingData,
+    *,
+    fallback: Mapping[str, str],
 ) -> None:
-    """Write the complete model into a staging folder, then move its files into `output_dir`. All ranks call it."""
+    """Write the complete model into a staging folder, then move its files into `output_dir`. All
+    ranks call it.
+    """
     output_dir = Path(recipe.output_dir)
     folder = output_dir / ".tmp-model"
     trainer.save_whole(folder)
@@ -207,9 +249,13 @@ def _save_final(
 
 
 def _finish_folder(
-    folder: Path, trainer: MedmTrainer, recipe: Recipe, table: PartTable, counts: Mapping[str, int],
+    folder: Path,
+    trainer: MedmTrainer,
+    recipe: Recipe,
+    table: PartTable,
+    counts: Mapping[str, int],
     fallback: Mapping[str, str],
-) -> None:  # fmt: skip
+) -> None:
     """Add the records and the manifest to a folder of weights, and publish it.
 
     Raises:
@@ -224,22 +270,29 @@ def _finish_folder(
     }
     try:
         write_record(
-            folder, recipe=resolved(recipe), table=table, hashes=trainer.data_hashes,
-            history=trainer.state.log_history, counts=counts, device=trainer.args.device.type, fallback=fallback,
-        )  # fmt: skip
+            folder,
+            recipe=resolved(recipe),
+            table=table,
+            hashes=trainer.data_hashes,
+            history=trainer.state.log_history,
+            counts=counts,
+            device=trainer.args.device.type,
+            fallback=fallback,
+        )
         write_manifest(folder, metadata)
         finished = output_dir / checkpoints.FINISHED
         replace_directory(folder, finished)
     except OSError as error:
         raise CheckpointError(
-            f"{output_dir}: the trained model could not be written ({error.strerror or error}); make room, then "
-            "continue with --resume"
+            f"{output_dir}: the trained model could not be written ({error.strerror or error}); "
+            "make room, then continue with --resume"
         ) from None
     publish(finished, output_dir)
 
 
 def publish(folder: Path, output_dir: Path) -> None:
-    """Move the files of a finished model into a folder, the config last: a folder without it is no model.
+    """Move the files of a finished model into a folder, the config last: a folder without it is no
+    model.
 
     Called again after an error or a kill, it moves the rest.
 
@@ -253,12 +306,16 @@ def publish(folder: Path, output_dir: Path) -> None:
         if own - {"config.json"}:
             (output_dir / "config.json").unlink(missing_ok=True)
             # transformers would prefer one file of an earlier model to the shards of this one.
-            for old in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]:
+            for old in [
+                *output_dir.glob("*.safetensors"),
+                *output_dir.glob("*.safetensors.index.json"),
+            ]:
                 if old.name not in own or (folder / old.name).exists():
                     old.unlink()
         move_contents(folder, output_dir, last=(MANIFEST, "config.json"))
     except OSError as error:
         raise CheckpointError(
-            f"{output_dir}: the trained model could not be put in place ({error.strerror or error}); it is whole in "
-            f"{folder}: put the folder right, then --resume moves it"
+            f"{output_dir}: the trained model could not be put in place "
+            f"({error.strerror or error}); it is whole in {folder}: put the folder right, then "
+            "--resume moves it"
         ) from None

@@ -1,7 +1,7 @@
 """Loading of torch and DeepSpeed checkpoints without running code in them.
 
-DeepSpeed reads its files with `weights_only=False`, so an untrusted checkpoint could run code. Inside `safe_loading`
-every `torch.load` of the process is weights-only.
+DeepSpeed reads its files with `weights_only=False`, so an untrusted checkpoint could run code.
+Inside `safe_loading` every `torch.load` of the process is weights-only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def _restore_indexed_cpu(storage: Any, location: str) -> Any:
     return storage if location.startswith("cpu:") else None
 
 
-# transformers before 5.24 loads an optimizer to "cpu:0" when several processes train on CPUs; torch knows "cpu" alone.
-# The priority is one that no package of torch has: equal ones cannot be sorted.
+# transformers before 5.24 loads an optimizer to "cpu:0" when several processes train on CPUs; torch
+# knows "cpu" alone. The priority is one that no package of torch has: equal ones cannot be sorted.
 torch.serialization.register_package(15, lambda _storage: None, _restore_indexed_cpu)
 
 _FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -45,8 +45,8 @@ def safe_loading(classes: tuple[type, ...] = ()) -> Iterator[None]:
             yield
     except UnpicklingError as error:
         raise CheckpointError(
-            f"a checkpoint holds more than tensors and plain values, and was not loaded ({_first_line(error)}). It was "
-            "not written by this run, or was tampered with"
+            "a checkpoint holds more than tensors and plain values, and was not loaded "
+            f"({_first_line(error)}). It was not written by this run, or was tampered with"
         ) from None
     finally:
         del os.environ[_FORCE]

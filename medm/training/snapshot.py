@@ -19,8 +19,10 @@ T = TypeVar("T")
 _MEMORY_FRACTION = 0.5
 """Fraction of the free memory that copies may take."""
 _TYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.bool: "BOOL",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
@@ -90,7 +92,9 @@ def _memory_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 def write_files(files: Mapping[Path, Any]) -> None:
-    """Write the state of each file: tensors by name into `.safetensors`, anything else as `torch.save` does."""
+    """Write the state of each file: tensors by name into `.safetensors`, anything else as
+    `torch.save` does.
+    """
     for file, state in files.items():
         if file.suffix == ".safetensors":
             write_safetensors(state, file)
@@ -103,13 +107,15 @@ def check_types(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in _TYPES:
             raise CheckpointError(
-                f"{name}: expected a type that safetensors holds ({', '.join(sorted(_TYPES.values()))}), found "
-                f"{tensor.dtype}; convert it, or register the buffer with persistent=False if it can be computed again"
+                f"{name}: expected a type that safetensors holds "
+                f"({', '.join(sorted(_TYPES.values()))}), found {tensor.dtype}; convert it, or "
+                "register the buffer with persistent=False if it can be computed again"
             )
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file without holding the GIL, which safetensors' own writer holds until the disk is done.
+    """Write a safetensors file without holding the GIL, which safetensors' own writer holds until
+    the disk is done.
 
     Args:
         tensors: contiguous.
@@ -128,7 +134,11 @@ def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     for name in names:
         tensor = tensors[name]
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as opened:

@@ -1,9 +1,9 @@
 """transformers' Trainer under objectives. Blind to what it trains.
 
-Every modality is out of sight: a model says its parts, objectives turn its outputs into losses, a sampler says
-which samples come when. What is added to the Trainer: learning rates per part, losses divided by the items of
-the whole step, the model's own action after a step, and a stop at the first non-finite number. Checkpoints are
-`medm.training.resumable`'s.
+Every modality is out of sight: a model says its parts, objectives turn its outputs into losses, a
+sampler says which samples come when. What is added to the Trainer: learning rates per part, losses
+divided by the items of the whole step, the model's own action after a step, and a stop at the first
+non-finite number. Checkpoints are `medm.training.resumable`'s.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ MAX_OVERFLOWS = 50
 
 
 class BatchSampler(Protocol):
-    """Which samples this process sees, batch by batch; a pure function of seed, epoch and position."""
+    """Which samples this process sees, batch by batch; a pure function of seed, epoch and
+    position.
+    """
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that `__iter__` goes through."""
@@ -92,7 +94,9 @@ class _SetEpoch(TrainerCallback):
 
 
 class _LogLastStep(TrainerCallback):
-    """Logs the last step, and the one that a signal stops after, wherever they fall between two logged ones."""
+    """Logs the last step, and the one that a signal stops after, wherever they fall between two
+    logged ones.
+    """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps or control.should_training_stop:
@@ -112,14 +116,18 @@ class _AfterStep(TrainerCallback):
 
 
 class _Lost:
-    """An error that a batch raised where it was read: a worker, or one rank of several. It travels as a batch."""
+    """An error that a batch raised where it was read: a worker, or one rank of several. It travels
+    as a batch.
+    """
 
     def __init__(self, error: MedmError | OSError) -> None:
         self.error = error
 
 
 class _Reading(Dataset[Any]):
-    """A dataset whose errors are items: raised in a worker they would come out as the text of a traceback."""
+    """A dataset whose errors are items: raised in a worker they would come out as the text of a
+    traceback.
+    """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -166,23 +174,44 @@ class MedmTrainer(ResumableTrainer):
     """
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, *, terms: Terms, parts: Mapping[str, PartOptions],
-        train_options: TrainOptions, train_dataset: Dataset[Any], sampler: BatchSampler,
-        data_collator: Callable[[list[Any]], Batch], eval_dataset: Dataset[Any] | None = None,
-        eval_collator: Callable[[list[Any]], Batch] | None = None, processing_class: Any = None,
-        callbacks: Sequence[TrainerCallback] = (), recipe: Mapping[str, Any] | None = None,
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        terms: Terms,
+        parts: Mapping[str, PartOptions],
+        train_options: TrainOptions,
+        train_dataset: Dataset[Any],
+        sampler: BatchSampler,
+        data_collator: Callable[[list[Any]], Batch],
+        eval_dataset: Dataset[Any] | None = None,
+        eval_collator: Callable[[list[Any]], Batch] | None = None,
+        processing_class: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        recipe: Mapping[str, Any] | None = None,
         data_hashes: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.terms = terms
         self.parts: dict[str, PartOptions] = dict(parts)
         self.epochs = _Epochs(sampler, train_dataset, args.seed)
         self.eval_collator = eval_collator or data_collator
         super().__init__(
-            model, args, train_options=train_options, recipe=recipe, data_hashes=data_hashes,
-            callbacks=[_SetEpoch(self.epochs), _LogLastStep(), _AfterStep(self._after_step), *callbacks],
-            train_dataset=train_dataset, eval_dataset=eval_dataset,
-            data_collator=data_collator, processing_class=processing_class,
-        )  # fmt: skip
+            model,
+            args,
+            train_options=train_options,
+            recipe=recipe,
+            data_hashes=data_hashes,
+            callbacks=[
+                _SetEpoch(self.epochs),
+                _LogLastStep(),
+                _AfterStep(self._after_step),
+                *callbacks,
+            ],
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            processing_class=processing_class,
+        )
         self.remove_callback(PrinterCallback)
         # Terms are divided by the items of the whole step: the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
@@ -196,7 +225,7 @@ class MedmTrainer(ResumableTrainer):
         self._steps_with_items = torch.zeros((), dtype=torch.int64, device=args.device)
         self._loss_sum, self._loss_steps = 0.0, 0
 
-    # Data ---------------------------------------------------------------------------------------------
+    # Data -----------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         workers = self._num_workers
@@ -212,27 +241,35 @@ class MedmTrainer(ResumableTrainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Every held-out sample once: a process that has none left runs a batch that counts nothing."""
+        """Every held-out sample once: a process that has none left runs a batch that counts
+        nothing.
+        """
         dataset = cast("Dataset[Any]", eval_dataset or self.eval_dataset)
         return DataLoader(
             _Reading(dataset),
             batch_sampler=DistributedBatchSampler(
-                Sequential(len(cast(Any, dataset))), batch_size=self.args.eval_batch_size,
-                rank=self.args.process_index, world=self.args.world_size,
+                Sequential(len(cast(Any, dataset))),
+                batch_size=self.args.eval_batch_size,
+                rank=self.args.process_index,
+                world=self.args.world_size,
             ),
             collate_fn=_Collating(self.eval_collator),
             num_workers=self._num_workers,
             worker_init_fn=ignore_stops,
             generator=torch.Generator(),  # the run's own random numbers stay as they are
-        )  # fmt: skip
+        )
 
     @property
     def _num_workers(self) -> int:
-        """Workers of a loader: those of the recipe, but not more than there are processors. Samples are the same."""
+        """Workers of a loader: those of the recipe, but not more than there are processors. Samples
+        are the same.
+        """
         return min(self.args.dataloader_num_workers, max(len(os.sched_getaffinity(0)), 1))
 
     def _prepare_input(self, data: Any) -> Any:
-        """On its way to a GPU while the step before still runs there, where it comes from pinned memory."""
+        """On its way to a GPU while the step before still runs there, where it comes from pinned
+        memory.
+        """
         if isinstance(data, Tensor) and self.args.device.type == "cuda" and data.is_pinned():
             data = data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
@@ -257,14 +294,17 @@ class MedmTrainer(ResumableTrainer):
             if "DataLoader worker" not in str(caught):
                 raise
             error = MedmError(
-                f"a process that reads the data was ended from outside ({caught}): often the machine was out of "
-                "memory. Lower train.dataloader_num_workers or free memory, then continue with --resume"
+                f"a process that reads the data was ended from outside ({caught}): often the "
+                "machine was out of memory. Lower train.dataloader_num_workers or free memory, "
+                "then continue with --resume"
             )
         if not batches and error is None:
             return batches, None
         return batches, self._count_items(batches, error, device)
 
-    def _count_items(self, batches: list[Batch], error: Exception | None, device: torch.device) -> Tensor:
+    def _count_items(
+        self, batches: list[Batch], error: Exception | None, device: torch.device
+    ) -> Tensor:
         """Return the items of a step by objective, (K,), at least 1, over all ranks.
 
         Raises on all of them what went wrong on one, or too many bad records.
@@ -278,17 +318,24 @@ class MedmTrainer(ResumableTrainer):
             bad = int(all_bad)
             if errors:
                 texts = all_gather_objects(None if error is None else str(error))
-                rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+                rank, text = next(
+                    (rank, text) for rank, text in enumerate(texts) if text is not None
+                )
                 error = error or MedmError(f"process {rank}: {text}")
         if error is not None:
-            raise error if isinstance(error, MedmError) else MedmError(f"the data cannot be read: {error}") from error
+            raise (
+                error
+                if isinstance(error, MedmError)
+                else MedmError(f"the data cannot be read: {error}")
+            ) from error
         self._require_few_bad(self.epochs.dataset, bad, what="training")
         self._steps_since_log += 1
         self._steps_with_items += (counts > 0).any()
         return counts.clamp(min=1)
 
     def _require_few_bad(self, dataset: Any, bad: int, *, what: str) -> None:
-        """Stop where more records are bad than the recipe allows. All processes call it with the same number.
+        """Stop where more records are bad than the recipe allows. All processes call it with the
+        same number.
 
         Args:
             dataset: its records are counted.
@@ -302,7 +349,7 @@ class MedmTrainer(ResumableTrainer):
         if limit.exceeded(len(different)):
             raise limit.error(len(different), dataset.place(different[-1]), what=what)
 
-    # Loss ---------------------------------------------------------------------------------------------
+    # Loss -----------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -317,14 +364,25 @@ class MedmTrainer(ResumableTrainer):
             self.optimizer = cls(groups, **settings)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The schedule. Warm-up as a fraction is rounded up, and must not be all there is of a short run."""
-        if self.args.warmup_steps < 1 and self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The schedule. Warm-up as a fraction is rounded up, and must not be all there is of a
+        short run.
+        """
+        if (
+            self.args.warmup_steps < 1
+            and self.args.get_warmup_steps(num_training_steps) >= num_training_steps
+        ):
             self.args.warmup_steps = max(num_training_steps - 1, 0)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         self._hold_frozen_still()
         losses = self.terms(model, inputs, num_items_in_batch)
@@ -337,7 +395,9 @@ class MedmTrainer(ResumableTrainer):
         return losses.total * world_size
 
     def _after_step(self) -> None:
-        """Let the model act on its own state, unless the step was skipped for an overflow of fp16."""
+        """Let the model act on its own state, unless the step was skipped for an overflow of
+        fp16.
+        """
         model = self._module
         if not isinstance(model, MedmModel) or self.accelerator.optimizer_step_was_skipped:
             return
@@ -349,7 +409,9 @@ class MedmTrainer(ResumableTrainer):
             copy_to_optimizer(changed)
 
     def _hold_frozen_still(self) -> None:
-        """Frozen parts drop nothing out and move no running mean; layers that recompute must still say they train."""
+        """Frozen parts drop nothing out and move no running mean; layers that recompute must still
+        say they train.
+        """
         for part in self._frozen:
             part.eval()
             for module in part.modules():
@@ -357,12 +419,20 @@ class MedmTrainer(ResumableTrainer):
                     module.training = True
 
     def evaluation_loop(
-        self, dataloader: DataLoader[Any], description: str, prediction_loss_only: bool | None = None,
-        ignore_keys: Any = None, metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:  # fmt: skip
-        """Measure each term as a mean over its items of the held-out data, in any batches and ranks."""
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Measure each term as a mean over its items of the held-out data, in any batches and
+        ranks.
+        """
         self._held_out = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         sums = torch.stack(self._held_out).sum(dim=0)  # (2, K): of the losses, of the items
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums).view(-1, *sums.shape).sum(dim=0)
@@ -370,7 +440,10 @@ class MedmTrainer(ResumableTrainer):
         self._require_few_bad(self.eval_dataset, bad, what="held-out")
         totals, items = sums.tolist()
         if not any(items):
-            raise DataError("no held-out record could be used, so there is no loss to measure; look at data.eval")
+            raise DataError(
+                "no held-out record could be used, so there is no loss to measure; look at "
+                "data.eval"
+            )
         loss = sum(total / count for total, count in zip(totals, items, strict=True) if count)
         metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": loss}
         return output._replace(metrics=metrics)
@@ -391,7 +464,11 @@ class MedmTrainer(ResumableTrainer):
         """Raise on all processes the error that one of them got in place of a batch."""
         if any_rank(isinstance(batch, _Lost), self.args.device):
             texts = [
-                text for text in all_gather_objects(str(batch.error) if isinstance(batch, _Lost) else None) if text
+                text
+                for text in all_gather_objects(
+                    str(batch.error) if isinstance(batch, _Lost) else None
+                )
+                if text
             ]
             raise MedmError(f"held-out data cannot be read: {texts[0]}")
 
@@ -400,19 +477,23 @@ class MedmTrainer(ResumableTrainer):
         if any_rank(not bool(torch.isfinite(losses.total.detach())), self.args.device):
             terms = "".join(f", {name} {value.item():g}" for name, value in losses.terms.items())
             raise NonFiniteError(
-                f"the loss of step {self.state.global_step + 1} is {losses.total.item():g} on this process{terms}; "
-                "nothing of it was saved. Lower the learning rate, or look for damaged samples in this step's batch"
+                f"the loss of step {self.state.global_step + 1} is {losses.total.item():g} on "
+                f"this process{terms}; nothing of it was saved. Lower the learning rate, or look "
+                "for damaged samples in this step's batch"
             )
 
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any
+    ) -> None:
         norm = None if grad_norm is None else float(grad_norm)
         if norm is not None and not math.isfinite(norm):
             self._overflows += 1
-            # With fp16 a step that overflowed is skipped and the scale lowered; that is how it finds its scale.
+            # With fp16 a step that overflowed is skipped and the scale lowered; that is how it
+            # finds its scale.
             if not self.args.fp16 or self._overflows > MAX_OVERFLOWS:
                 raise NonFiniteError(
-                    f"the gradient norm of step {self.state.global_step} is {norm}; nothing of this step was saved. "
-                    "Lower the learning rate, or use bf16"
+                    f"the gradient norm of step {self.state.global_step} is {norm}; nothing of "
+                    "this step was saved. Lower the learning rate, or use bf16"
                 )
         else:
             self._overflows = 0
@@ -428,7 +509,9 @@ class MedmTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _per_step_with_samples(self, logs: dict[str, float]) -> dict[str, float]:
-        """A log entry with its losses as means over the steps that had samples; without losses where none had."""
+        """A log entry with its losses as means over the steps that had samples; without losses
+        where none had.
+        """
         steps, counted = self._steps_since_log, int(self._steps_with_items)
         self._steps_since_log = 0
         self._steps_with_items.zero_()
@@ -441,7 +524,10 @@ class MedmTrainer(ResumableTrainer):
             rest["steps_without_samples"] = steps - counted
         if not counted:
             return rest
-        self._loss_sum, self._loss_steps = self._loss_sum + losses["loss"], self._loss_steps + counted
+        self._loss_sum, self._loss_steps = (
+            self._loss_sum + losses["loss"],
+            self._loss_steps + counted,
+        )
         return {**{name: value / counted for name, value in losses.items()}, **rest}
 
     def _drain_terms(self) -> dict[str, float]:

@@ -45,50 +45,78 @@ launch eval "$(dirname "$0")/{name}.yaml" --model "$MODEL" --output "$OUTPUT" "$
 
 SUITES = {
     "uni-med": (
-        "The ten tasks that Uni-Med is scored on", "uni-med/small",
-        ("slake-vqa", "path-vqa", "slake-rec", "sa-med2d-rec", "slake-reg", "sa-med2d-reg", "medpix", "mimic-caption",
-         "medmnist-derma", "medmnist-organs"),
+        "The ten tasks that Uni-Med is scored on",
+        "uni-med/small",
+        (
+            "slake-vqa",
+            "path-vqa",
+            "slake-rec",
+            "sa-med2d-rec",
+            "slake-reg",
+            "sa-med2d-reg",
+            "medpix",
+            "mimic-caption",
+            "medmnist-derma",
+            "medmnist-organs",
+        ),
     ),
     "m3d-bench": (
-        "M3D-Bench: reports, questions and boxes", "medm-vl-ct/finetune",
+        "M3D-Bench: reports, questions and boxes",
+        "medm-vl-ct/finetune",
         ("m3d-cap", "m3d-vqa-open", "m3d-vqa-closed", "m3d-rec", "m3d-reg"),
     ),
-}  # fmt: skip
-"""Name to summary, model and tasks. M3D's masks are no answers of a text model and have launchers of their own."""
+}
+"""Name to summary, model and tasks. M3D's masks are no answers of a text model and have launchers
+of their own."""
 
 OF_VOLUMES = ("m3d-", "ct-rate-")
 """Beginnings of the names of benchmarks over volumes."""
 
 FOLDERS = {
-    "slake-": "slake", "sa-med2d-": "sa-med2d", "medmnist-": "medmnist", "mimic-caption": "mimic-cxr", "m3d-": "M3D",
+    "slake-": "slake",
+    "sa-med2d-": "sa-med2d",
+    "medmnist-": "medmnist",
+    "mimic-caption": "mimic-cxr",
+    "m3d-": "M3D",
     "ct-rate-": "CT-RATE",
-}  # fmt: skip
-"""Beginnings of the names of benchmarks that share a folder, which the converters and recipes name as well."""
+}
+"""Beginnings of the names of benchmarks that share a folder, which the converters and recipes name
+as well."""
 
 
 def folder_of(name: str) -> str:
     """The folder of a benchmark below `data/`."""
-    return next((folder for beginning, folder in FOLDERS.items() if name.startswith(beginning)), name)
+    return next(
+        (folder for beginning, folder in FOLDERS.items() if name.startswith(beginning)), name
+    )
 
 
 def launcher(entry: Entry) -> str:
     """The text of one launcher."""
     branch = "ct" if entry.name.startswith(OF_VOLUMES) else "2d"
     template = OF_PREDICTIONS if "masks" in TASKS.get(entry.name).needs else TEMPLATE
-    return template.format(name=entry.name, summary=entry.summary, branch=branch, folder=folder_of(entry.name))
+    return template.format(
+        name=entry.name, summary=entry.summary, branch=branch, folder=folder_of(entry.name)
+    )
 
 
 def launchers() -> dict[str, str]:
     """File name to text; `custom` needs a file and metrics of one's own and has none."""
-    return {f"{entry.name}.sh": launcher(entry) for entry in TASKS.entries() if entry.name != "custom"}
+    return {
+        f"{entry.name}.sh": launcher(entry) for entry in TASKS.entries() if entry.name != "custom"
+    }
 
 
 def suites() -> dict[str, str]:
-    """File name to text of the launchers of several benchmarks, and of the recipes that they run."""
+    """File name to text of the launchers of several benchmarks, and of the recipes that they
+    run.
+    """
     files = {}
     for name, (summary, model, tasks) in SUITES.items():
         blocks = "".join(f"  - {{task: {task}, data: data/{folder_of(task)}}}\n" for task in tasks)
-        files[f"{name}.yaml"] = f"# {summary}. Run by {name}.sh.\noutput_dir: work_dirs/eval\ntasks:\n{blocks}"
+        files[f"{name}.yaml"] = (
+            f"# {summary}. Run by {name}.sh.\noutput_dir: work_dirs/eval\ntasks:\n{blocks}"
+        )
         files[f"{name}.sh"] = SUITE.format(name=name, summary=summary, model=model)
     return files
 

@@ -1,4 +1,5 @@
-"""The benchmarks' own promises: one cell that fails costs no other, time is kept, figures are written as they come."""
+"""The benchmarks' own promises: one cell that fails costs no other, time is kept, figures are
+written as they come."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *given: str) -> dict[str,
     fixed = limits.Limits("a machine", 1, 1e9, 1e9, 1e9)
     monkeypatch.setattr(command, "measure_limits", lambda **_: fixed)
     monkeypatch.setattr(command, "draw", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--output", str(folder), "--rounds", "4", *given])
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks", "--output", str(folder), "--rounds", "4", *given]
+    )
     try:
         command.main()
     except SystemExit as stop:
@@ -70,13 +73,20 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *given: str) -> dict[str,
 
 def test_a_cell_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cells = run(monkeypatch, tmp_path)
-    assert cells["broken"]["status"] == "failed" and cells["broken"]["gate"] == "FAILED: RuntimeError: no such kernel"
-    assert cells["wrong"]["status"] == "gate failed" and math.isnan(float(str(cells["wrong"]["value"])))
+    assert (
+        cells["broken"]["status"] == "failed"
+        and cells["broken"]["gate"] == "FAILED: RuntimeError: no such kernel"
+    )
+    assert cells["wrong"]["status"] == "gate failed" and math.isnan(
+        float(str(cells["wrong"]["value"]))
+    )
     assert cells["even"]["reached"] is True and len(cells["even"]["raw"]) == 4  # type: ignore[arg-type]
     assert "| even |" in (tmp_path / "cpu.md").read_text()
 
 
-def test_time_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cells = run(monkeypatch, tmp_path, "--minutes", "0.00001", "even", "broken")
     assert list(cells) == ["even"], "in the order that was given; the next one is not begun"
     assert len(cells["even"]["raw"]) == 3, "fewest rounds"  # type: ignore[arg-type]

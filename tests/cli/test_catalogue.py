@@ -30,7 +30,9 @@ def test_list_shows_every_part_with_its_line() -> None:
     for kind in REGISTRIES:
         assert kind in lines
         for entry in registry(kind).entries():
-            assert any(line.split()[:1] == [entry.name] and line.endswith(entry.summary) for line in lines), entry.name
+            assert any(
+                line.split()[:1] == [entry.name] and line.endswith(entry.summary) for line in lines
+            ), entry.name
 
 
 @pytest.mark.parametrize(
@@ -42,12 +44,17 @@ def test_list_shows_every_part_with_its_line() -> None:
         (["medm-vl-2d/pretrain", "--train.seed", "3"], "write train.seed=3"),
         (["medm-vl-2d/pretrain", "--max_length", "512"], "write data.max_length=512"),
         (["--config", "r.yaml"], "the recipe comes without an option: medm {command} r.yaml"),
-        (["--cfg-path=r.yaml", "train.seed=3"], "the recipe comes without an option: medm {command} r.yaml"),
+        (
+            ["--cfg-path=r.yaml", "train.seed=3"],
+            "the recipe comes without an option: medm {command} r.yaml",
+        ),
         (["medm-vl-2d/pretrain", "--resum"], "no such option of 'medm {command}'"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "estimate"])
-def test_options_of_other_trainers_are_answered_with_the_key(command: str, words: list[str], answer: str) -> None:
+def test_options_of_other_trainers_are_answered_with_the_key(
+    command: str, words: list[str], answer: str
+) -> None:
     done = medm(command, *words)
     assert done.code == 2
     assert answer.format(command=command) in done.err
@@ -69,11 +76,16 @@ def test_list_of_one_kind_and_of_one_part() -> None:
     [
         (("list", "encodrs"), ["encodrs", "did you mean 'encoders'?"]),
         (("list", "connectors", "mpl"), ["mpl", "did you mean 'mlp'?"]),
-        (("recipes", "show", "medm-vl-2d/pretrian"), ["medm-vl-2d/pretrian", "did you mean 'medm-vl-2d/pretrain'?"]),
+        (
+            ("recipes", "show", "medm-vl-2d/pretrian"),
+            ["medm-vl-2d/pretrian", "did you mean 'medm-vl-2d/pretrain'?"],
+        ),
         (("list", "--plugin", "nowhere.py"), ["nowhere.py", "no such file"]),
     ],
 )
-def test_mistakes_are_answered_without_a_traceback(arguments: tuple[str, ...], words: list[str]) -> None:
+def test_mistakes_are_answered_without_a_traceback(
+    arguments: tuple[str, ...], words: list[str]
+) -> None:
     done = medm(*arguments)
     assert done.code == 2
     assert "Traceback" not in done.err
@@ -92,26 +104,41 @@ def test_plugin_stands_anywhere(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN)
     script = "import sys; from medm.cli import main; main(sys.argv[1:])"
-    for arguments in (["--plugin", str(file), "list", "connectors"], ["list", "connectors", f"--plugin={file}"]):
+    for arguments in (
+        ["--plugin", str(file), "list", "connectors"],
+        ["list", "connectors", f"--plugin={file}"],
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
+            [sys.executable, "-c", script, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
         )
         assert "a connector of my own" in done.stdout
 
 
 def test_plugins_first_keeps_the_rest_in_order() -> None:
     assert plugins_first(["train", "a.yaml", "--plugin", "p.py", "x=1", "--plugin=q.py"]) == [
-        "--plugin", "p.py", "--plugin=q.py", "train", "a.yaml", "x=1",
-    ]  # fmt: skip
+        "--plugin",
+        "p.py",
+        "--plugin=q.py",
+        "train",
+        "a.yaml",
+        "x=1",
+    ]
     assert plugins_first(["train", "--", "--plugin", "p.py"]) == ["train", "--", "--plugin", "p.py"]
     assert plugins_first(["list", "--plugin"]) == ["--plugin", "list"]
 
 
 def test_long_lines_are_not_cut_in_a_pipe() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "medm", "list", "encoders"], capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "medm", "list", "encoders"],
+        capture_output=True,
+        text=True,
+        check=True,
         env={"COLUMNS": "20", "PATH": ""},
-    )  # fmt: skip
+    )
     for entry in registry("encoders").entries():
         assert f"{entry.summary}\n" in done.stdout
 

@@ -29,7 +29,9 @@ from tests.cli.runner import medm
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune", "inference", "pretrain_3d", "finetune_3d", "inference_3d"])
+@pytest.mark.parametrize(
+    "name", ["pretrain", "finetune", "inference", "pretrain_3d", "finetune_3d", "inference_3d"]
+)
 def test_shipped_examples_pass(name: str) -> None:
     flags = ["--inference"] if name.startswith("inference") else []
     done = medm("data", "check", str(DOCS / f"example_{name}.json"), "--decode", *flags)
@@ -58,7 +60,8 @@ def test_bad_records_are_named_and_the_status_says_so(tmp_path: Path) -> None:
         ("none.json", "none.json: no such file"),
         (
             "table.csv",
-            "table.csv: looks like CSV; docs/data-format.md shows how to turn a table into records; expected",
+            "table.csv: looks like CSV; docs/data-format.md shows how to turn a table into "
+            "records; expected",
         ),
         (".", ".: is a folder; name the annotation file in it"),
     ],
@@ -77,16 +80,22 @@ def test_what_is_no_annotation_file_is_one_line(
 def test_a_wrong_root_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
-    (tmp_path / "data.json").write_text(json.dumps([{"image": f"{i}.png", "conversations": turns} for i in range(9)]))
+    (tmp_path / "data.json").write_text(
+        json.dumps([{"image": f"{i}.png", "conversations": turns} for i in range(9)])
+    )
     done = medm("data", "check", "data.json")
     assert done.code == 1
-    assert done.out.startswith(f"data.json: no file of this source exists under its root {tmp_path.resolve()}: ")
+    assert done.out.startswith(
+        f"data.json: no file of this source exists under its root {tmp_path.resolve()}: "
+    )
     assert done.out.count("no such file") == 1 and "9 records, 9 bad" in done.out
 
 
 def test_a_check_says_how_far_it_looked(tmp_path: Path) -> None:
     file = str(DOCS / "example_finetune.json")
-    assert "checked by their headers; --decode reads them in full" in medm("data", "check", file).err
+    assert (
+        "checked by their headers; --decode reads them in full" in medm("data", "check", file).err
+    )
     assert "--decode" not in medm("data", "check", file, "--decode").err
 
 
@@ -105,7 +114,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         yaml.safe_dump(
             {
                 "model": tiny.lvlm_section(llm),
-                "data": {"train": [{"path": str(DOCS / "example_finetune.json")}], "max_length": 200},
+                "data": {
+                    "train": [{"path": str(DOCS / "example_finetune.json")}],
+                    "max_length": 200,
+                },
                 "parts": {"image.connector": "full"},
                 "output_dir": str(folder / "out"),
             }
@@ -127,7 +139,11 @@ def test_a_recipe_adds_lengths_and_a_preview_of_what_is_learned(recipe: Path) ->
 class Words(ModelKind):
     """A kind of model with a way of its own to read records: a token a word."""
 
-    config_class, model_class, processor_class = LVLM.config_class, LVLM.model_class, LVLM.processor_class
+    config_class, model_class, processor_class = (
+        LVLM.config_class,
+        LVLM.model_class,
+        LVLM.processor_class,
+    )
     preprocess: ClassVar[dict[str, Any]] = {"image": ImagePreprocess()}
     pipeline = "words"
 
@@ -185,7 +201,9 @@ def test_any_kind_of_model_says_itself_how_records_are_read(recipe: Path) -> Non
     other = recipe.with_name("words.yaml")
     other.write_text(yaml.safe_dump(text))
     record = json.loads((DOCS / "example_finetune.json").read_text())[0]
-    count = sum(len(turn["value"].replace("<image>", "").split()) for turn in record["conversations"])
+    count = sum(
+        len(turn["value"].replace("<image>", "").split()) for turn in record["conversations"]
+    )
     with MODELS.temporary(), PIPELINES.temporary():
         MODELS.add("words", Words, "for the test", options=WordsOptions)
         PIPELINES.add("words", WordsPipeline, "for the test")
@@ -225,9 +243,17 @@ def test_preview_draws_what_the_model_sees(recipe: Path, tmp_path: Path) -> None
         (["--branch", "volume", "--recipe", "RECIPE"], "the model has image"),
     ],
 )
-def test_preview_refuses_what_does_not_fit(recipe: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_preview_refuses_what_does_not_fit(
+    recipe: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
     given = [str(recipe) if argument == "RECIPE" else argument for argument in arguments]
-    done = medm("data", "preview", str(DOCS / "examples_media" / "bars.jpg"), str(tmp_path / "sheet.png"), *given)
+    done = medm(
+        "data",
+        "preview",
+        str(DOCS / "examples_media" / "bars.jpg"),
+        str(tmp_path / "sheet.png"),
+        *given,
+    )
     assert done.code == 2
     assert words in done.err
     assert not (tmp_path / "sheet.png").exists()

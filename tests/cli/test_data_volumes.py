@@ -1,4 +1,5 @@
-"""`medm data cache`, `preview` and `convert` on the volumes that are shipped, and on a benchmark as it is published."""
+"""`medm data cache`, `preview` and `convert` on the volumes that are shipped, and on a benchmark as
+it is published."""
 
 from __future__ import annotations
 
@@ -28,7 +29,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     section = tiny.lvlm_section(tiny.save_llm("llama-3.2", folder / "llm"), family="llama-3.2")
     section["branches"] = {
-        "volume": {"encoder": TINY_ENCODERS["m3d-clip"].block, "connector": {"name": "spatial-pooling"}}
+        "volume": {
+            "encoder": TINY_ENCODERS["m3d-clip"].block,
+            "connector": {"name": "spatial-pooling"},
+        }
     }
     written: dict[str, Any] = {
         "model": section,
@@ -65,13 +69,22 @@ def test_cache_names_what_is_bad_and_what_is_missing(recipe: Path, tmp_path: Pat
         "conversations": [{"from": "human", "value": "<volume>\n?"}, {"from": "gpt", "value": "A"}],
     }
     (tmp_path / "data.json").write_text(json.dumps([bad]))
-    done = medm("data", "cache", str(recipe), f"data.train=[{{path: {tmp_path / 'data.json'}}}]", "--workers", "0")
+    done = medm(
+        "data",
+        "cache",
+        str(recipe),
+        f"data.train=[{{path: {tmp_path / 'data.json'}}}]",
+        "--workers",
+        "0",
+    )
     assert done.code == 1
     assert done.out.startswith(f"{tmp_path / 'data.json'}, record 0, field 'volume': ")
     assert medm("data", "cache", str(recipe), "data.cache=null").code == 2
 
 
-def test_a_volume_of_which_nothing_is_left_is_neither_cached_nor_drawn_nor_passed(recipe: Path, tmp_path: Path) -> None:
+def test_a_volume_of_which_nothing_is_left_is_neither_cached_nor_drawn_nor_passed(
+    recipe: Path, tmp_path: Path
+) -> None:
     """HU minus 8192: every voxel is below the window of -1000..1000."""
     image = SimpleITK.Cast(SimpleITK.ReadImage(str(BALL)), SimpleITK.sitkInt16) - 8192
     SimpleITK.WriteImage(image, str(tmp_path / "shifted.nii.gz"))
@@ -84,7 +97,9 @@ def test_a_volume_of_which_nothing_is_left_is_neither_cached_nor_drawn_nor_passe
     done = medm("data", "cache", str(recipe), train, convention, "--workers", "0")
     assert (done.code, "1 files, 1 bad" in done.out, reason in done.out) == (1, True, True)
     output = tmp_path / "sheet.png"
-    drawn = medm("data", "preview", str(tmp_path / "shifted.nii.gz"), str(output), "convention=medm-clip")
+    drawn = medm(
+        "data", "preview", str(tmp_path / "shifted.nii.gz"), str(output), "convention=medm-clip"
+    )
     assert (drawn.code, output.exists(), reason in drawn.err) == (1, False, True)
     checked = medm("data", "check", str(data), "--recipe", str(recipe), "--decode")
     assert checked.code == 1
@@ -105,9 +120,22 @@ def test_preview_finds_out_that_a_volume_is_one(recipe: Path, tmp_path: Path) ->
 
 def test_preview_takes_window_for_a_volume_as_for_an_image(recipe: Path, tmp_path: Path) -> None:
     drawn = {}
-    for name, window in {"one": "window=[-160,240]", "pair": "windows=[[-160,240]]", "other": "window=[0,80]"}.items():
+    for name, window in {
+        "one": "window=[-160,240]",
+        "pair": "windows=[[-160,240]]",
+        "other": "window=[0,80]",
+    }.items():
         for arguments in ([], ["--recipe", str(recipe)], ["convention=m3d"]):
-            done = medm("data", "preview", str(BALL), str(tmp_path / "sheet.png"), *arguments, window, "--slices", "2")
+            done = medm(
+                "data",
+                "preview",
+                str(BALL),
+                str(tmp_path / "sheet.png"),
+                *arguments,
+                window,
+                "--slices",
+                "2",
+            )
             assert done.code == 0, done.err
             drawn.setdefault(name, []).append((tmp_path / "sheet.png").read_bytes())
     assert drawn["one"] == drawn["pair"]
@@ -122,18 +150,28 @@ def test_preview_takes_window_for_a_volume_as_for_an_image(recipe: Path, tmp_pat
         (["window=[240,-160]"], "lower < upper"),
     ],
 )
-def test_preview_refuses_windows_that_contradict_each_other(tmp_path: Path, fields: list[str], words: str) -> None:
+def test_preview_refuses_windows_that_contradict_each_other(
+    tmp_path: Path, fields: list[str], words: str
+) -> None:
     done = medm("data", "preview", str(BALL), str(tmp_path / "sheet.png"), *fields)
     assert done.code == 2 and words in " ".join(done.err.split())
 
 
-@pytest.mark.parametrize("name", ["medm-vl-ct/finetune_lora", "medm-vl-ct-chest/pretrain", "medm-vl-2d/finetune"])
-def test_preview_needs_no_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["medm-vl-ct/finetune_lora", "medm-vl-ct-chest/pretrain", "medm-vl-2d/finetune"]
+)
+def test_preview_needs_no_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """Nor the network: the recipe's LLM is gated, and its encoder is not here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("medm.models.lvlm.build._text_config", lambda *_: pytest.fail("asked for the LLM"))
-    monkeypatch.setattr("medm.models.lvlm.build._tokenizer", lambda *_: pytest.fail("asked for the tokenizer"))
+    monkeypatch.setattr(
+        "medm.models.lvlm.build._text_config", lambda *_: pytest.fail("asked for the LLM")
+    )
+    monkeypatch.setattr(
+        "medm.models.lvlm.build._tokenizer", lambda *_: pytest.fail("asked for the tokenizer")
+    )
     file = DOCS / "examples_media" / "disc_left.png" if "2d" in name else BALL
     done = medm("data", "preview", str(file), str(tmp_path / "sheet.png"), "--recipe", name)
     assert done.code == 0, done.err
@@ -144,7 +182,9 @@ def records(file: Path, root: Path) -> Records:
     return Records([SourceOptions(path=str(file), root=str(root))], Conversations())
 
 
-@pytest.mark.parametrize(("task", "answer"), [("m3d-cap", "The heart is enlarged."), ("m3d-vqa-closed", "B. Sagittal")])
+@pytest.mark.parametrize(
+    ("task", "answer"), [("m3d-cap", "The heart is enlarged."), ("m3d-vqa-closed", "B. Sagittal")]
+)
 def test_convert_writes_records_that_training_reads(task: str, answer: str, tmp_path: Path) -> None:
     LAYOUTS[task].build(tmp_path / "M3D")
     for output in (tmp_path / "out.json", tmp_path / "out.jsonl"):
@@ -154,14 +194,28 @@ def test_convert_writes_records_that_training_reads(task: str, answer: str, tmp_
         assert len(read) == LAYOUTS[task].count
         assert read[0].turns[-1].text.startswith(answer)
         assert read.media_path(0, read[0].media[0]).is_file()
-    assert medm("data", "check", str(tmp_path / "out.json"), "--root", str(tmp_path / "M3D"), "--decode").code == 0
+    assert (
+        medm(
+            "data", "check", str(tmp_path / "out.json"), "--root", str(tmp_path / "M3D"), "--decode"
+        ).code
+        == 0
+    )
 
 
 def test_convert_words_questions_anew_with_a_seed_and_keeps_to_the_limit(tmp_path: Path) -> None:
     LAYOUTS["m3d-cap"].build(tmp_path)
     questions = set()
     for seed in range(8):
-        arguments = ("--task", "m3d-cap", "--data", str(tmp_path), "--seed", str(seed), "--limit", "1")
+        arguments = (
+            "--task",
+            "m3d-cap",
+            "--data",
+            str(tmp_path),
+            "--seed",
+            str(seed),
+            "--limit",
+            "1",
+        )
         assert medm("data", "convert", str(tmp_path / "out.json"), *arguments).code == 0
         (sample,) = records(tmp_path / "out.json", tmp_path)
         questions.add(sample.turns[0].text)

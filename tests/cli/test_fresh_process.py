@@ -1,4 +1,5 @@
-"""Every documented command, run as people run it: in a process of its own, where nothing was imported before.
+"""Every documented command, run as people run it: in a process of its own, where nothing was
+imported before.
 
 Commands run in one process with the tests find classes registered that nobody registered for them.
 """
@@ -80,10 +81,13 @@ def test_every_command_is_run() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model of images and volumes, a second stage on it, a benchmark, a published encoder, the docs."""
+    """A saved model of images and volumes, a second stage on it, a benchmark, a published encoder,
+    the docs."""
     folder = tmp_path_factory.mktemp("fresh")
     (folder / "docs").symlink_to(ROOT / "docs")
-    section = tiny.lvlm_section(tiny.save_llm("qwen2.5", folder / "llm", max_position_embeddings=2048))
+    section = tiny.lvlm_section(
+        tiny.save_llm("qwen2.5", folder / "llm", max_position_embeddings=2048)
+    )
     volume = TINY_ENCODERS["m3d-clip"]
     section["branches"]["volume"] = {
         "encoder": {key: value for key, value in volume.block.items() if key != "image_size"},
@@ -101,8 +105,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "second.yaml").write_text(yaml.safe_dump(second))
     volumes = second | {
-        "data": {"train": [{"path": "docs/example_finetune_3d.json"}], "cache": {"dir": "cache"}}, "init_from": None,
-    }  # fmt: skip
+        "data": {"train": [{"path": "docs/example_finetune_3d.json"}], "cache": {"dir": "cache"}},
+        "init_from": None,
+    }
     (folder / "volumes.yaml").write_text(yaml.safe_dump(volumes))
     LAYOUTS["m3d-cap"].build(folder / "benchmark")
     SiglipVisionModel(SiglipVisionConfig(**tiny.VIT)).save_pretrained(folder / "siglip")
@@ -113,24 +118,37 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(world: Path) -> list[subprocess.CompletedProcess[str]]:
     """Every case, two at a time: most of a case is importing torch on one core."""
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "COLUMNS": "120",
         "PYTHONWARNINGS": "default",
-    }  # fmt: skip
+    }
 
     def run(case: tuple[str, list[str]]) -> subprocess.CompletedProcess[str]:
         command, arguments = case
         return subprocess.run(
-            [sys.executable, "-m", "medm", *command.split(), *arguments], cwd=world, env=environment,
-            input=TYPED.get(command, ""), capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
+            [sys.executable, "-m", "medm", *command.split(), *arguments],
+            cwd=world,
+            env=environment,
+            input=TYPED.get(command, ""),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, CASES))
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[" ".join([c, *a])[:60] for c, a in CASES])
-def test_it_works_in_a_process_of_its_own(number: int, done: list[subprocess.CompletedProcess[str]]) -> None:
+@pytest.mark.parametrize(
+    "number", range(len(CASES)), ids=[" ".join([c, *a])[:60] for c, a in CASES]
+)
+def test_it_works_in_a_process_of_its_own(
+    number: int, done: list[subprocess.CompletedProcess[str]]
+) -> None:
     found = done[number]
     told = f"{found.args}\n{found.stdout[-2000:]}\n{found.stderr[-4000:]}"
     assert found.returncode == 0, told
@@ -141,7 +159,10 @@ def test_it_works_in_a_process_of_its_own(number: int, done: list[subprocess.Com
 
 
 def test_they_did_what_they_say(world: Path, done: list[subprocess.CompletedProcess[str]]) -> None:
-    by_case = {" ".join([command, *arguments]): run for (command, arguments), run in zip(CASES, done, strict=True)}
+    by_case = {
+        " ".join([command, *arguments]): run
+        for (command, arguments), run in zip(CASES, done, strict=True)
+    }
     checked = by_case["data check docs/example_finetune.json --model model"].stdout
     assert " 0 bad;" in checked
     assert "tokens" in checked
@@ -150,7 +171,9 @@ def test_they_did_what_they_say(world: Path, done: list[subprocess.CompletedProc
         assert (world / name).stat().st_size > 1000
     assert "3 files, 0 bad" in by_case["data cache volumes.yaml init_from=model --workers 0"].stdout
     assert (world / "trained" / "model.safetensors").is_file()
-    assert len((world / "a.jsonl").read_text().splitlines()) == len((world / "launched.jsonl").read_text().splitlines())
+    assert len((world / "a.jsonl").read_text().splitlines()) == len(
+        (world / "launched.jsonl").read_text().splitlines()
+    )
     assert (world / "scores" / "custom").is_dir()
     assert (world / "merged" / "model.safetensors").is_file()
     assert (world / "imported" / "config.json").is_file()
@@ -158,15 +181,22 @@ def test_they_did_what_they_say(world: Path, done: list[subprocess.CompletedProc
 
 def test_commands_that_need_no_torch_import_none(world: Path) -> None:
     """One process for all of them; each answers at once."""
-    calls = [[*command.split(), *arguments] for command, arguments in CASES if command in FREE_OF_TORCH]
+    calls = [
+        [*command.split(), *arguments] for command, arguments in CASES if command in FREE_OF_TORCH
+    ]
     script = (
-        "import json, sys\nfrom medm.cli import main\n"
-        "for call in json.loads(sys.argv[1]):\n"
-        "    try:\n        main(call)\n    except SystemExit as stop:\n        assert not stop.code, call\n"
-        "    assert 'torch' not in sys.modules, call\n"
+        "import json, sys\nfrom medm.cli import main\nfor call in json.loads(sys.argv[1]):\n    "
+        "try:\n        main(call)\n    except SystemExit as stop:\n        assert not stop.code, "
+        "call\n    assert 'torch' not in sys.modules, call\n"
     )
-    calls = [["again.jsonl" if word == "converted.jsonl" else word for word in call] for call in calls]
+    calls = [
+        ["again.jsonl" if word == "converted.jsonl" else word for word in call] for call in calls
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(calls)], cwd=world, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, json.dumps(calls)],
+        cwd=world,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

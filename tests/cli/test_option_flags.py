@@ -55,15 +55,21 @@ def field_at(key: str, options: type[Options]) -> Any:
     return options.model_fields[last]
 
 
-@pytest.mark.parametrize(("command", "expected"), [(infer, INFER), (evaluate, EVAL)], ids=["infer", "eval"])
-def test_the_flags_are_the_known_ones_and_say_what_their_fields_say(command: Any, expected: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("command", "expected"), [(infer, INFER), (evaluate, EVAL)], ids=["infer", "eval"]
+)
+def test_the_flags_are_the_known_ones_and_say_what_their_fields_say(
+    command: Any, expected: dict[str, Any]
+) -> None:
     flags = {flag.name: flag for flag in command.flags()}
     assert flags.keys() == expected.keys()
     for name, (key, kind, default) in expected.items():
         flag = flags[name]
         assert (flag.key, flag.annotation) == (key, kind), name
         inner = key.removeprefix("tasks.0.")
-        options = EvalTaskOptions if inner != key else (InferOptions if command is infer else EvalOptions)
+        options = (
+            EvalTaskOptions if inner != key else (InferOptions if command is infer else EvalOptions)
+        )
         field = field_at(inner, options)
         text = " ".join(field.description.split()).removesuffix(".")
         assert flag.help.startswith(text), name
@@ -82,7 +88,9 @@ def test_help_prints_flags_and_defaults_without_torch() -> None:
         "print([name for name in ('torch', 'transformers', 'pydantic') if name in sys.modules])"
     )
     for arguments, loaded in ((["--help"], "[]"), (["infer", "--help"], "['pydantic']")):
-        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
+        )
         assert done.stdout.splitlines()[-1] == loaded, arguments
     assert "--max-new-tokens" in done.stdout
     assert "[default: 256]" in done.stdout
@@ -96,7 +104,10 @@ def test_help_prints_flags_and_defaults_without_torch() -> None:
         (["--max-new-tokens", "0"], "--max-new-tokens: expected greater"),
         (["--json", "", "--limit", "-1"], "--limit: expected"),
         (["--top-p", "0.5"], "--top-p: top_p: nothing is sampled at temperature 0"),
-        (["--temperature", "0", "--top-p", "0.5"], "--temperature, --top-p: top_p: nothing is sampled"),
+        (
+            ["--temperature", "0", "--top-p", "0.5"],
+            "--temperature, --top-p: top_p: nothing is sampled",
+        ),
         (["--seed", "-1"], "--seed: expected"),
         (["--dtype", "int8"], "Invalid value for '--dtype'"),
         (["--batch-size", "two"], "Invalid value for '--batch-size'"),
@@ -131,7 +142,11 @@ def test_a_bad_value_of_a_recipe_is_named_by_its_key(tmp_path: Path) -> None:
 def test_flags_replace_single_keys_of_a_block() -> None:
     section = {"generation": {"top_p": 0.5, "temperature": 1.0}, "model": "a"}
     typed = Typed({"generation.temperature": 0.0, "batch_size": 2}, {})
-    assert typed.under(section) == {"generation": {"top_p": 0.5, "temperature": 0.0}, "model": "a", "batch_size": 2}
+    assert typed.under(section) == {
+        "generation": {"top_p": 0.5, "temperature": 0.0},
+        "model": "a",
+        "batch_size": 2,
+    }
     assert section["generation"] == {"top_p": 0.5, "temperature": 1.0}
     with pytest.raises(RecipeError, match="generation: expected a block of keys, found 'greedy'"):
         typed.under({"generation": "greedy"})
@@ -167,7 +182,12 @@ def test_own_fields_come_before_inherited_ones() -> None:
     assert [flag.required for flag in flags_of(Own)] == [True, False, False, False]
     assert not any(flag.required for flag in flags_of(Own, optional=True))
     left = flags_of(Own, leave_out=["inner.rate"], names={"count": "--number"}, place="part.")
-    assert [flag.key for flag in left] == ["part.name", "part.fast", "part.inner.rate", "part.count"]
+    assert [flag.key for flag in left] == [
+        "part.name",
+        "part.fast",
+        "part.inner.rate",
+        "part.count",
+    ]
 
 
 class ListOptions(Options):

@@ -1,4 +1,5 @@
-"""Every command that writes says in one message why a place cannot be written, before long work where it can."""
+"""Every command that writes says in one message why a place cannot be written, before long work
+where it can."""
 
 from __future__ import annotations
 
@@ -37,22 +38,46 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 COMMANDS: dict[str, Callable[[Path, str], tuple[str, ...]]] = {
     "infer": lambda world, out: (
-        "infer", "--model", str(world / "model"), "--data", str(world / "in.json"), "--output", out,
+        "infer",
+        "--model",
+        str(world / "model"),
+        "--data",
+        str(world / "in.json"),
+        "--output",
+        out,
     ),
     "infer --json": lambda world, out: (
-        "infer", "--model", str(world / "model"), "--data", str(world / "in.json"), "--json", out,
-        "--output", str(world / "out.jsonl"),
+        "infer",
+        "--model",
+        str(world / "model"),
+        "--data",
+        str(world / "in.json"),
+        "--json",
+        out,
+        "--output",
+        str(world / "out.jsonl"),
     ),
-    "export": lambda world, out: ("export", out, "--model", str(world / "model"), "--format", "encoder"),
+    "export": lambda world, out: (
+        "export",
+        out,
+        "--model",
+        str(world / "model"),
+        "--format",
+        "encoder",
+    ),
     "import": lambda world, out: ("import", str(world / "llm"), out, "--kind", "clip"),
     "data preview": lambda world, out: ("data", "preview", str(world / "a.png"), out),
     "train": lambda world, out: ("train", str(world / "recipe.yaml"), f"output_dir={out}"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_place_below_a_file_is_an_error_message(name: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint.AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+def test_a_place_below_a_file_is_an_error_message(
+    name: str, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        checkpoint.AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were read")
+    )
     done = medm(*COMMANDS[name](world, str(world / "a.png" / "out.png")))
     assert done.code in (1, 2), done.out + done.err
     assert done.err.count("error: ") == 1
@@ -75,7 +100,8 @@ def test_a_folder_that_cannot_be_made_is_an_error_message(
 
     monkeypatch.setattr(os, "mkdir", refused)
     done = medm(
-        *COMMANDS[name](world, str(world / "refused" / "out")), *(["--device", "cpu"] if "infer" in name else [])
+        *COMMANDS[name](world, str(world / "refused" / "out")),
+        *(["--device", "cpu"] if "infer" in name else []),
     )
     assert done.code == 1, done.out + done.err
     (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,5 @@
-"""What every registered connector must do, on images and volumes, with and without tokens in front of the grid."""
+"""What every registered connector must do, on images and volumes, with and without tokens in front
+of the grid."""
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from tests.connectors.tiny import (
 )
 
 every_connector = pytest.mark.parametrize("name", CONNECTORS.names())
-every_grid = pytest.mark.parametrize(("grid", "prefix"), [((4, 4), 0), ((4, 8), 1), ((2, 4, 4), 0), ((2, 4, 4), 1)])
+every_grid = pytest.mark.parametrize(
+    ("grid", "prefix"), [((4, 4), 0), ((4, 8), 1), ((2, 4, 4), 0), ((2, 4, 4), 1)]
+)
 
 
 def run(connector: Connector, features, tasks=(0, 1, 1, 0)):
@@ -48,7 +51,11 @@ def test_gradient_reaches_every_parameter(name):
     connector, features = build_connector(name, (4, 4)), features_on((4, 4), batch=4)
     output = run(connector, features)
     (output * torch.randn_like(output)).sum().backward()
-    silent = [key for key, value in connector.named_parameters() if value.grad is None or not value.grad.any()]
+    silent = [
+        key
+        for key, value in connector.named_parameters()
+        if value.grad is None or not value.grad.any()
+    ]
     assert silent == []
 
 
@@ -74,9 +81,14 @@ def test_items_of_a_batch_do_not_see_each_other(name):
 def test_bf16_stays_bf16_and_close(name):
     connector, features = build_connector(name, (4, 4)).eval(), features_on((4, 4))
     exact = run(connector, features)
-    rough = run(connector.to(torch.bfloat16), features._replace(tokens=features.tokens.to(torch.bfloat16)))
+    rough = run(
+        connector.to(torch.bfloat16), features._replace(tokens=features.tokens.to(torch.bfloat16))
+    )
     assert rough.dtype == torch.bfloat16
-    assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0) > 0.99
+    assert (
+        torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0)
+        > 0.99
+    )
 
 
 @every_connector
@@ -90,7 +102,8 @@ def test_widths_are_told_and_nowhere_else(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", ["cast", "autocast"])
 def test_half_precision_works_on_a_cpu_forward_and_backward(name, grid, prefix, dtype, weights):
-    """As DeepSpeed casts every weight, and as transformers' Trainer computes; torch lacks some kernels there."""
+    """As DeepSpeed casts every weight, and as transformers' Trainer computes; torch lacks some
+    kernels there."""
     connector, features = build_connector(name, grid, prefix), features_on(grid, prefix)
     exact = run(connector, features)
     connector = connector.to(dtype) if weights == "cast" else connector
@@ -98,5 +111,7 @@ def test_half_precision_works_on_a_cpu_forward_and_backward(name, grid, prefix, 
     with torch.autocast("cpu", dtype, enabled=weights == "autocast"):
         out = run(connector, features._replace(tokens=tokens))
     out.float().square().sum().backward()
-    torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)  # measured 0.01; 8 bits of mantissa
+    torch.testing.assert_close(
+        out.float(), exact, atol=0.05, rtol=0.05
+    )  # measured 0.01; 8 bits of mantissa
     assert tokens.grad.isfinite().all() and tokens.grad.abs().sum() > 0

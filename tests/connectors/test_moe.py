@@ -1,4 +1,5 @@
-"""The mixture of experts against the published formulas, each written out here for one token at a time."""
+"""The mixture of experts against the published formulas, each written out here for one token at a
+time."""
 
 import copy
 import itertools
@@ -45,15 +46,21 @@ def published(connector, tokens, task_ids, gate, route, top_k=2):
                 weights = torch.tensor([1.0 if i == task else 0.0 for i in range(5)])
             else:
                 task_token = connector.router.task_tokens[task] if route != "token" else None
-                seen = {"token": [token], "task": [task_token], "task+token": [task_token, token]}[route]
+                seen = {"token": [token], "task": [task_token], "task+token": [task_token, token]}[
+                    route
+                ]
                 hidden = gelu(affine(connector.router.layers[0], torch.cat(seen)))
                 logits = affine(connector.router.layers[2], hidden)
                 if gate == "soft":
                     weights = torch.sigmoid(logits) / torch.sigmoid(logits).sum()
                 else:
                     kept = set(logits.argsort(descending=True)[:top_k].tolist())
-                    masked = torch.stack([z if i in kept else z - torch.inf for i, z in enumerate(logits)])
-                    weights = torch.exp(masked - masked.max()) / torch.exp(masked - masked.max()).sum()
+                    masked = torch.stack(
+                        [z if i in kept else z - torch.inf for i, z in enumerate(logits)]
+                    )
+                    weights = (
+                        torch.exp(masked - masked.max()) / torch.exp(masked - masked.max()).sum()
+                    )
             parts = []
             for expert in connector.experts:
                 y = affine(expert[0], token)
@@ -70,15 +77,26 @@ def test_published_mode_equals_the_formulas(gate, route, depth):
     tokens = features.tokens.double()
     got = connector(VisionFeatures(tokens, (4, 4)), task_ids)
     # The gate itself is float32 whatever the weights are.
-    torch.testing.assert_close(got, published(connector, tokens, task_ids, gate, route), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        got, published(connector, tokens, task_ids, gate, route), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_published_sizes_of_the_router():
     with torch.device("meta"):
         connector = MoEConnector(
-            in_dim=1408, out_dim=4096, grid=(16, 16), prefix=1, num_experts=5, gate="soft", route_by="task+token",
-            mode="published", resample="projection", window=[1, 4], tasks=TASKS,
-        )  # fmt: skip
+            in_dim=1408,
+            out_dim=4096,
+            grid=(16, 16),
+            prefix=1,
+            num_experts=5,
+            gate="soft",
+            route_by="task+token",
+            mode="published",
+            resample="projection",
+            window=[1, 4],
+            tasks=TASKS,
+        )
 
     def millions(module):
         return sum(parameter.numel() for parameter in module.parameters()) / 1e6
@@ -89,9 +107,19 @@ def test_published_sizes_of_the_router():
     assert millions(connector.experts) == pytest.approx(199.27, abs=0.01)
     assert connector.router.task_tokens.shape == (5, 5632)
     with torch.device("meta"):
-        for route, task_dim, expected in (("token", None, 127.01), ("task", 768, 2.38), ("task+token", 768, 163.99)):
+        for route, task_dim, expected in (
+            ("token", None, 127.01),
+            ("task", 768, 2.38),
+            ("task+token", 768, 163.99),
+        ):
             other = MoEConnector(
-                in_dim=5632, out_dim=4096, grid=(8, 8), route_by=route, mode="published", task_dim=task_dim, tasks=TASKS
+                in_dim=5632,
+                out_dim=4096,
+                grid=(8, 8),
+                route_by=route,
+                mode="published",
+                task_dim=task_dim,
+                tasks=TASKS,
             )
             assert millions(other.router.layers) == pytest.approx(expected, abs=0.01)
 
@@ -124,7 +152,9 @@ def test_sparse_equals_dense_with_zeros_in_value_and_gradient(gate, route):
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         outputs.append(output)
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-6, rtol=1e-6)
-    for (name, one), (_, other) in zip(skipping.named_parameters(), dense.named_parameters(), strict=True):
+    for (name, one), (_, other) in zip(
+        skipping.named_parameters(), dense.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
@@ -133,7 +163,9 @@ def test_experts_that_were_not_chosen_do_no_work(gate, rows):
     connector = moe(gate=gate)
     seen = [0] * 5
     for i, expert in enumerate(connector.experts):
-        expert.register_forward_hook(lambda _m, args, _o, i=i: seen.__setitem__(i, seen[i] + len(args[0])))
+        expert.register_forward_hook(
+            lambda _m, args, _o, i=i: seen.__setitem__(i, seen[i] + len(args[0]))
+        )
     connector(features_on((4, 4), batch=3), torch.tensor([1, 1, 3]))
     assert sum(seen) == 3 * 16 * rows
     if gate == "hard":
@@ -157,14 +189,18 @@ def test_the_task_changes_the_output_where_it_routes_and_only_there():
     for gate, route in itertools.product(GATES, ROUTES):
         connector = moe(gate=gate, route_by=route)
         one, other = (connector(features, torch.tensor(ids)) for ids in ([0, 0], [3, 3]))
-        assert connector.needs_task is (gate == "hard" or (gate in ("soft", "sparse") and route != "token"))
+        assert connector.needs_task is (
+            gate == "hard" or (gate in ("soft", "sparse") and route != "token")
+        )
         assert torch.equal(one, other) is not connector.needs_task
 
 
 @pytest.mark.parametrize("task_ids", [torch.tensor([0, 5]), torch.tensor([9, 0]), None])
 def test_an_unseen_task_is_an_error_unless_the_recipe_says_otherwise(task_ids):
     for gate in ("soft", "hard"):
-        with pytest.raises(ValueError, match=r"of 2 items have a task that the router does not know"):
+        with pytest.raises(
+            ValueError, match=r"of 2 items have a task that the router does not know"
+        ):
             moe(gate=gate, route_by="task")(features_on((4, 4)), task_ids)
 
 
@@ -185,7 +221,10 @@ def test_an_unseen_task_as_the_mean_of_the_known_ones(route):
 
 @pytest.mark.parametrize("gate", ["soft", "sparse", "hard"])
 def test_an_unseen_task_as_the_mean_of_all_experts(gate):
-    connector, features = moe(gate=gate, route_by="task", unseen_task="constant"), features_on((4, 4))
+    connector, features = (
+        moe(gate=gate, route_by="task", unseen_task="constant"),
+        features_on((4, 4)),
+    )
     expected = sum(expert(features.tokens) for expert in connector.experts) / 5
     got = connector(features, torch.tensor([1, 7]))
     torch.testing.assert_close(got[1], expected[1], atol=1e-6, rtol=1e-5)
@@ -203,7 +242,9 @@ def test_an_unseen_task_as_the_mean_of_all_experts(gate):
     ],
 )
 def test_extreme_gates_stay_numbers(gate, mode, route, bias, dtype):
-    connector = moe(gate=gate, mode=mode, route_by=route, router_dim=8, task_dim=4).to(dtype).train()
+    connector = (
+        moe(gate=gate, mode=mode, route_by=route, router_dim=8, task_dim=4).to(dtype).train()
+    )
     with torch.no_grad():
         # All logits at the same extreme: the published quotient would be 0 / 0; then a single one.
         connector.router.layers[2].bias.fill_(bias)
@@ -252,7 +293,9 @@ def test_load_balance_is_one_when_even_and_grows_when_not():
 
 def test_load_balance_by_hand():
     # Two tokens, two experts, top 1: softmax (0.8, 0.2) and (0.6, 0.4): both choose the first.
-    connector = MoEConnector(in_dim=2, out_dim=2, grid=(1, 2), num_experts=2, gate="sparse", top_k=1).train()
+    connector = MoEConnector(
+        in_dim=2, out_dim=2, grid=(1, 2), num_experts=2, gate="sparse", top_k=1
+    ).train()
     connector.router.layers = torch.nn.Sequential(torch.nn.Identity())
     logits = torch.tensor([[[0.8, 0.2], [0.6, 0.4]]]).log()
     _, loss = connector.router(logits, None)
@@ -279,7 +322,10 @@ def test_routing_weights_are_exact_detached_and_do_not_grow():
     features = features_on((4, 4), batch=3)
     for _ in range(4):
         connector(features, torch.tensor([1, 1, 9]))
-    assert connector.routing_weights() == {"refer": [0, 1, 0, 0, 0], "(unseen)": pytest.approx([0.2] * 5)}
+    assert connector.routing_weights() == {
+        "refer": [0, 1, 0, 0, 0],
+        "(unseen)": pytest.approx([0.2] * 5),
+    }
     assert connector._weight_sums.shape == (6, 6)
     assert not connector._weight_sums.requires_grad
     assert connector._weight_sums[1].tolist() == [0, 128, 0, 0, 0, 128]
@@ -308,7 +354,9 @@ def test_weight_sums_of_a_soft_gate_are_the_mean_weights_of_the_task():
 
 
 def test_resampling_before_the_experts_works_on_volumes():
-    connector = MoEConnector(in_dim=16, out_dim=24, grid=(2, 4, 4), prefix=1, resample="projection", window=2)
+    connector = MoEConnector(
+        in_dim=16, out_dim=24, grid=(2, 4, 4), prefix=1, resample="projection", window=2
+    )
     assert connector.num_tokens == 4
     assert connector.experts[0][0].in_features == 128
     assert connector(features_on((2, 4, 4), prefix=1)).shape == (2, 4, 24)
@@ -334,4 +382,7 @@ def test_mixed_precision():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = connector(features_on((4, 4)), torch.tensor([0, 1]))
         exact = connector(features_on((4, 4)), torch.tensor([0, 1]))
-        assert torch.nn.functional.cosine_similarity(output.float().flatten(), exact.flatten(), dim=0) > 0.99
+        assert (
+            torch.nn.functional.cosine_similarity(output.float().flatten(), exact.flatten(), dim=0)
+            > 0.99
+        )

@@ -1,4 +1,5 @@
-"""Spatial and attention pooling: hand-computed averages, torch's own attention, and grids that do not divide."""
+"""Spatial and attention pooling: hand-computed averages, torch's own attention, and grids that do
+not divide."""
 
 from math import ceil, prod
 
@@ -18,7 +19,8 @@ def without_mlp(connector):
 
 
 def test_average_of_two_by_two_by_hand():
-    # grid 2 x 4, one channel: rows 0 1 2 3 and 4 5 6 7; windows (0 1 4 5) and (2 3 6 7); a class token of 99 in front
+    # grid 2 x 4, one channel: rows 0 1 2 3 and 4 5 6 7; windows (0 1 4 5) and (2 3 6 7); a class
+    # token of 99 in front
     tokens = torch.tensor([99.0, 0, 1, 2, 3, 4, 5, 6, 7]).view(1, 9, 1)
     connector = without_mlp(SpatialPoolingConnector(in_dim=1, out_dim=1, grid=(2, 4), prefix=1))
     assert connector(VisionFeatures(tokens, (2, 4), 1)).flatten().tolist() == [2.5, 4.5]
@@ -27,14 +29,24 @@ def test_average_of_two_by_two_by_hand():
 def test_the_last_window_averages_the_cells_that_are_left():
     tokens = torch.tensor([1.0, 2, 3, 10, 20, 30, 100, 200, 300]).view(1, 9, 1)
     connector = without_mlp(SpatialPoolingConnector(in_dim=1, out_dim=1, grid=(3, 3)))
-    assert connector(VisionFeatures(tokens, (3, 3))).flatten().tolist() == [8.25, 16.5, 150.0, 300.0]
+    assert connector(VisionFeatures(tokens, (3, 3))).flatten().tolist() == [
+        8.25,
+        16.5,
+        150.0,
+        300.0,
+    ]
 
 
 def test_the_published_volume_gives_256_tokens_in_place_order():
     grid = (8, 16, 16)
     connector = without_mlp(build_connector("spatial-pooling", grid, prefix=1))
     features = features_on(grid, prefix=1, batch=1)
-    expected = features.tokens[:, 1:].reshape(1, 4, 2, 8, 2, 8, 2, IN_DIM).mean(dim=(2, 4, 6)).reshape(1, 256, IN_DIM)
+    expected = (
+        features.tokens[:, 1:]
+        .reshape(1, 4, 2, 8, 2, 8, 2, IN_DIM)
+        .mean(dim=(2, 4, 6))
+        .reshape(1, 256, IN_DIM)
+    )
     assert connector.num_tokens == 256
     torch.testing.assert_close(connector(features), expected, atol=1e-6, rtol=1e-6)
 
@@ -95,6 +107,13 @@ def test_heads_that_do_not_divide_are_refused_with_numbers():
 def test_published_names_of_the_projector():
     names = set(build_connector("attention-pooling", (4, 4)).state_dict())
     assert names == {
-        "query", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias",
-        "layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias",
-    }  # fmt: skip
+        "query",
+        "attn.in_proj_weight",
+        "attn.in_proj_bias",
+        "attn.out_proj.weight",
+        "attn.out_proj.bias",
+        "layers.0.weight",
+        "layers.0.bias",
+        "layers.2.weight",
+        "layers.2.bias",
+    }

@@ -1,4 +1,5 @@
-"""Windows: Uni-Med's published shapes, computed as its formulas say, and true windows on images and volumes."""
+"""Windows: Uni-Med's published shapes, computed as its formulas say, and true windows on images and
+volumes."""
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def test_published_shapes_and_values():
 
 def test_a_true_window_holds_its_four_neighbours():
     # Cell (row, column) holds 10 * row + column.
-    tokens = torch.tensor([[10.0 * row + column for column in range(4)] for row in range(4)]).view(1, 16, 1)
+    tokens = torch.tensor([[10.0 * row + column for column in range(4)] for row in range(4)]).view(
+        1, 16, 1
+    )
     windows = Windows("projection", 2, (4, 4), connector="resample")
     assert windows(VisionFeatures(tokens, (4, 4)))[0].tolist() == [
         [0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]
@@ -47,11 +50,14 @@ def test_a_true_window_holds_its_four_neighbours():
 
 
 def test_a_window_of_a_volume_holds_its_eight_neighbours():
-    tokens = torch.tensor([100.0 * d + 10 * h + w for d in range(2) for h in range(2) for w in range(4)]).view(1, 16, 1)
+    tokens = torch.tensor(
+        [100.0 * d + 10 * h + w for d in range(2) for h in range(2) for w in range(4)]
+    ).view(1, 16, 1)
     windows = Windows("projection", 2, (2, 2, 4), connector="resample")
     assert windows(VisionFeatures(tokens, (2, 2, 4)))[0].tolist() == [
-        [0, 1, 10, 11, 100, 101, 110, 111], [2, 3, 12, 13, 102, 103, 112, 113]
-    ]  # fmt: skip
+        [0, 1, 10, 11, 100, 101, 110, 111],
+        [2, 3, 12, 13, 102, 103, 112, 113],
+    ]
 
 
 def test_channels_of_a_cell_stay_together():
@@ -61,7 +67,9 @@ def test_channels_of_a_cell_stay_together():
 
 
 def test_projection_needs_whole_windows_and_pooling_does_not():
-    with pytest.raises(ValueError, match=r"resample: windows of \(2, 2\) do not divide the grid \(3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"resample: windows of \(2, 2\) do not divide the grid \(3, 4\)"
+    ):
         build_connector("resample", (3, 4))
     assert build_connector("resample", (3, 4), method="max").num_tokens == 4
 

@@ -1,4 +1,5 @@
-"""Two processes under ZeRO-3 give the losses and weights of one, though they route to different experts."""
+"""Two processes under ZeRO-3 give the losses and weights of one, though they route to different
+experts."""
 
 import json
 
@@ -18,7 +19,9 @@ def test_two_processes_equal_one(tmp_path):
     spread = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for step in range(STEPS):
         losses = [model(*batch(step, rank)) for rank in (0, 1)]
-        assert [loss.item() for loss in losses] == pytest.approx([spread[0][step], spread[1][step]], abs=1e-5)
+        assert [loss.item() for loss in losses] == pytest.approx(
+            [spread[0][step], spread[1][step]], abs=1e-5
+        )
         optimizer.zero_grad()
         (sum(losses) / 2).backward()
         optimizer.step()

@@ -1,4 +1,5 @@
-"""Vision towers and connectors on two processes whose weights are spread over both (ZeRO-3), run by test_zero3.py.
+"""Vision towers and connectors on two processes whose weights are spread over both (ZeRO-3), run by
+test_zero3.py.
 
 The two processes route to different experts, and to none of the same in the last step.
 """
@@ -19,20 +20,28 @@ from medm.encoders.eva_clip import EVACLIPEncoder
 from medm.encoders.volume_vit import M3DCLIPEncoder
 
 STEPS, LR = 3, 1e-2
-SIZES = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 TASKS = ["a", "b", "c"]
 ROUTED = [([0, 0], [1, 1]), ([2, 1], [0, 0]), ([-1, -1], [2, 2])]
 """Tasks of each step: of the first process's items, and of the second's."""
 
 
 class Towers(nn.Module):
-    """Everything that owns weights outside a linear layer, or runs its layers only for some tokens."""
+    """Everything that owns weights outside a linear layer, or runs its layers only for some
+    tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         volume = {"image_size": [8, 16, 16], "patch_size": [4, 8, 8]}
         self.volume = M3DCLIPEncoder(architecture=SIZES | volume, norm="after")
-        self.image = EVACLIPEncoder(architecture=SIZES | {"image_size": 16, "patch_size": 8}, ln_vision="learned")
+        self.image = EVACLIPEncoder(
+            architecture=SIZES | {"image_size": 16, "patch_size": 8}, ln_vision="learned"
+        )
         sizes = {"in_dim": 24, "out_dim": 16, "grid": (2, 2, 2), "tasks": TASKS, "num_experts": 3}
         self.hard = MoEConnector(**sizes, gate="hard")
         self.sparse = MoEConnector(**sizes, gate="sparse", route_by="task+token", mode="published")
@@ -69,10 +78,12 @@ def main(folder: Path) -> None:
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=LR),
         config={
-            "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         },
-    )  # fmt: skip
+    )
     losses = []
     for step in range(STEPS):
         loss = engine(*batch(step, rank))
@@ -82,7 +93,10 @@ def main(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(losses))
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         if rank == 0:
-            torch.save({name: value.detach().clone() for name, value in model.named_parameters()}, folder / "final.pt")
+            torch.save(
+                {name: value.detach().clone() for name, value in model.named_parameters()},
+                folder / "final.pt",
+            )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,13 @@ def source() -> str:
 
 
 def load(folder: Path) -> type[AnyPipeline]:
-    """The pipeline, registered by running that file, once and without noting it as a plug-in of this process."""
+    """The pipeline, registered by running that file, once and without noting it as a plug-in of
+    this process."""
     if "pairs" not in PIPELINES:
         (folder / "pairs.py").write_text(source(), "utf-8")
-        spec = importlib.util.spec_from_file_location("tests_pairs_of_the_page", folder / "pairs.py")
+        spec = importlib.util.spec_from_file_location(
+            "tests_pairs_of_the_page", folder / "pairs.py"
+        )
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
@@ -41,7 +44,8 @@ def pair(image: Any = "a.png", caption: Any = "Clear.", **fields: Any) -> dict[s
 def processor(preprocess: Mapping[str, Preprocess] = PREPROCESS) -> Any:
     """A character a token; it knows no labels, turns or placeholders."""
     tokenizer = SimpleNamespace(
-        encode=lambda text: [ord(c) + 2 for c in text], decode=lambda ids: "".join(chr(token - 2) for token in ids)
+        encode=lambda text: [ord(c) + 2 for c in text],
+        decode=lambda ids: "".join(chr(token - 2) for token in ids),
     )
     return SimpleNamespace(preprocess=dict(preprocess), pad_id=PAD, tokenizer=tokenizer)
 

@@ -1,4 +1,5 @@
-"""A cache is filled once: every file, whatever the order of the records; what is bad is named and passed over."""
+"""A cache is filled once: every file, whatever the order of the records; what is bad is named and
+passed over."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ PREPROCESS: dict[str, Preprocess] = {
 def source(tmp_path: Path) -> SourceOptions:
     """Two volumes of which one comes twice, an image, a broken volume and a broken record."""
     for name, shade in (("a", 0.25), ("b", 0.5)):
-        np.save(tmp_path / f"{name}.npy", np.linspace(0, shade, 4 * 8 * 8, dtype=np.float32).reshape(4, 8, 8))
+        np.save(
+            tmp_path / f"{name}.npy",
+            np.linspace(0, shade, 4 * 8 * 8, dtype=np.float32).reshape(4, 8, 8),
+        )
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY not an array")
     write_image(tmp_path / "c.png")
     records = [
@@ -47,7 +51,11 @@ def test_every_file_is_prepared_once_and_bad_ones_are_named(
     seen: list[tuple[int, int]] = []
     volumes = {"volume": PREPROCESS["volume"]}
     filled = fill(
-        [Records([source], Conversations())], volumes, load, workers=workers, progress=lambda *done: seen.append(done)
+        [Records([source], Conversations())],
+        volumes,
+        load,
+        workers=workers,
+        progress=lambda *done: seen.append(done),
     )
     assert (filled.files, filled.num_bad) == (3, 2)
     assert seen == [(1, 3), (2, 3), (3, 3)]

@@ -29,7 +29,10 @@ def test_a_batch_by_hand() -> None:
     assert batch["pixels"]["image"].shape == (3, 1, 2, 2)
     assert batch["pixels"]["image"][:, 0, 0, 0].tolist() == [1, 2, 5]
     assert batch["pixels"]["volume"].shape == (1, 1, 2, 2, 2)
-    assert {branch: ids.tolist() for branch, ids in batch["task_ids"].items()} == {"image": [3, 3, 1], "volume": [4]}
+    assert {branch: ids.tolist() for branch, ids in batch["task_ids"].items()} == {
+        "image": [3, 3, 1],
+        "volume": [4],
+    }
     for key in ("input_ids", "attention_mask", "labels"):
         assert batch[key].dtype == torch.int64
     assert batch["pixels"]["image"].dtype == torch.float32
@@ -40,7 +43,9 @@ def test_positions_before_labels_by_hand() -> None:
     """The first token of a row is predicted from nothing."""
     batch = Collator(pad_id=0, with_mask=False, with_label_positions=True)([FIRST, SECOND, THIRD])
     assert batch["label_positions"].tolist() == [0, 1, 6]
-    packed = PackingCollator(pad_id=0, capacity=4, with_label_positions=True)([FIRST, SECOND, THIRD])
+    packed = PackingCollator(pad_id=0, capacity=4, with_label_positions=True)(
+        [FIRST, SECOND, THIRD]
+    )
     assert packed["labels"].tolist() == [[-100, 6, 7, -100], [-100, 3] + [-100] * 2]
     assert packed["label_positions"].tolist() == [0, 1, 4]
 
@@ -76,10 +81,18 @@ def test_a_batch_of_nothing_teaches_nothing(examples: list[None]) -> None:
 def test_features_stand_in_the_place_of_pixels() -> None:
     kept = Example([1], [1], features={"image": [item(3, (5, 4)), item(4, (5, 4))]}, task_id=2)
     batch = Collator(pad_id=0)([kept, SECOND])
-    assert batch["features"]["image"].shape == (2, 5, 4) and batch["features"]["image"].dtype == torch.float32
+    assert (
+        batch["features"]["image"].shape == (2, 5, 4)
+        and batch["features"]["image"].dtype == torch.float32
+    )
     assert set(batch["pixels"]) == {"volume"}
-    assert {branch: ids.tolist() for branch, ids in batch["task_ids"].items()} == {"image": [2, 2], "volume": [4]}
-    with pytest.raises(ValueError, match=r"\['image'\]: some items of the batch are pixels and some features"):
+    assert {branch: ids.tolist() for branch, ids in batch["task_ids"].items()} == {
+        "image": [2, 2],
+        "volume": [4],
+    }
+    with pytest.raises(
+        ValueError, match=r"\['image'\]: some items of the batch are pixels and some features"
+    ):
         Collator(pad_id=0)([kept, FIRST])
 
 
@@ -94,8 +107,12 @@ def test_items_of_different_shapes_are_refused_with_numbers() -> None:
     st.sampled_from([None, 1, 8]),
 )
 def test_padding_hides_nothing(rows: list[list[int]], side: str, multiple: int | None) -> None:
-    batch = Collator(pad_id=0, padding_side=side, pad_to_multiple_of=multiple)([Example(row, row) for row in rows])  # type: ignore[arg-type]
+    batch = Collator(pad_id=0, padding_side=side, pad_to_multiple_of=multiple)(
+        [Example(row, row) for row in rows]
+    )  # type: ignore[arg-type]
     mask = batch["attention_mask"].bool()
-    assert [line[keep].tolist() for line, keep in zip(batch["input_ids"], mask, strict=True)] == rows
+    assert [
+        line[keep].tolist() for line, keep in zip(batch["input_ids"], mask, strict=True)
+    ] == rows
     assert (batch["labels"][~mask] == IGNORE_INDEX).all()
     assert batch["input_ids"].shape[1] % (multiple or 1) == 0

@@ -20,7 +20,16 @@ from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MediaError, RecipeError
 from medm.imaging import Augment, load_pixels
 from medm.types import IGNORE_INDEX, Example
-from tests.data.tiny import CONTROL, PAD, conversations, encode, human, record, write_image, write_lines
+from tests.data.tiny import (
+    CONTROL,
+    PAD,
+    conversations,
+    encode,
+    human,
+    record,
+    write_image,
+    write_lines,
+)
 
 
 def build(
@@ -36,7 +45,9 @@ def build(
         write_image(folder / f"{shade}.png", shade)
     Image.linear_gradient("L").save(folder / "grey.png")
     file = write_lines(folder / "a.jsonl", *values)
-    records = Records([SourceOptions(path=str(file))], conversations(encode=encode, inference=inference))
+    records = Records(
+        [SourceOptions(path=str(file))], conversations(encode=encode, inference=inference)
+    )
     return ExampleDataset(records, limit=LengthLimit(max_length, too_long), **settings)
 
 
@@ -44,13 +55,17 @@ IMAGE = record("<image>\nq", "A.", image="grey.png")
 
 
 def test_an_example_with_its_pixels(tmp_path: Path) -> None:
-    dataset = build(tmp_path, record("<image>q<image>", "A", image=["0.png", "255.png"]), record("q", "A"))
+    dataset = build(
+        tmp_path, record("<image>q<image>", "A", image=["0.png", "255.png"]), record("q", "A")
+    )
     example = dataset[0]
     assert example is not None
     assert example.input_ids == [1] * 5 + [ord("q") + 2] + [1] * 5 + [ord("A") + 2]
     assert example.labels == [IGNORE_INDEX] * 11 + [ord("A") + 2]
     assert [float(array.mean()) for array in example.pixels["image"]] == [-1.0, 1.0]
-    assert all(array.shape == (3, 4, 4) and array.dtype == np.float32 for array in example.pixels["image"])
+    assert all(
+        array.shape == (3, 4, 4) and array.dtype == np.float32 for array in example.pixels["image"]
+    )
     assert len(dataset) == 2 and dataset[1].pixels == {}  # type: ignore[union-attr]
 
 
@@ -96,7 +111,10 @@ def test_nothing_is_put_in_the_place_of_a_bad_record(tmp_path: Path) -> None:
 def test_a_record_counts_once_however_often_it_is_drawn(
     tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    values = [{"conversations": []} if i % 4 == 0 else record("q" * (1 + i % 2), str(i % 10)) for i in range(16)]
+    values = [
+        {"conversations": []} if i % 4 == 0 else record("q" * (1 + i % 2), str(i % 10))
+        for i in range(16)
+    ]
     dataset = build(tmp_path, *values, bad_records="skip", max_length=2, too_long="skip")
     loader = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=Collator(PAD))  # type: ignore[arg-type]
     for epoch in range(3):
@@ -140,7 +158,9 @@ def test_a_fault_of_the_machine_is_waited_for_and_never_the_records(
     assert dataset.num_bad == 0
 
 
-def test_a_fault_of_the_file_is_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_file_is_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = build(tmp_path, IMAGE, bad_records="skip")
     calls = failing(monkeypatch, errno.EACCES, 99)
     assert dataset[0] is None and len(calls) == 1 and dataset.num_bad == 1
@@ -153,7 +173,9 @@ def test_a_file_that_the_check_saw_is_lost_and_one_that_it_missed_is_left_out(
     gone = record("<image>\nq", "A.", image="gone.png")
     dataset = build(tmp_path, IMAGE, gone, gone, bad_records="skip", usable=[True, False, True])
     assert dataset[0] is not None and dataset[1] is None
-    with pytest.raises(InputLostError, match=r"record 2: .*gone\.png.*no such file.*there when the run began"):
+    with pytest.raises(
+        InputLostError, match=r"record 2: .*gone\.png.*no such file.*there when the run began"
+    ):
         dataset[2]
     assert dataset.num_bad == 0
 
@@ -178,32 +200,45 @@ def test_an_annotation_file_that_changes_is_no_bad_record(tmp_path: Path, change
     [(0.1, 0, 10, False), (0.1, 0, 11, True), (0.1, 8, 3, True), (5, 0, 5, False), (5, 3, 3, True), (0, 0, 1, True),
      (0, 0, 0, False), (None, 50, 50, False)],
 )  # fmt: skip
-def test_how_many_bad_records_are_too_many(setting: float | None, before: int, bad: int, exceeded: bool) -> None:
+def test_how_many_bad_records_are_too_many(
+    setting: float | None, before: int, bad: int, exceeded: bool
+) -> None:
     """Of 100; below 1 the setting is a fraction."""
     assert BadRecordsLimit(setting, 100, before=before).exceeded(bad) == exceeded
 
 
 def test_a_model_without_the_branch(tmp_path: Path) -> None:
     dataset = build(tmp_path, record("<volume>", "A", volume="0.png"))
-    with pytest.raises(DataError, match="record 0, field 'volume': the model takes no volumes; it takes images"):
+    with pytest.raises(
+        DataError, match="record 0, field 'volume': the model takes no volumes; it takes images"
+    ):
         dataset[0]
 
 
 def test_too_long_stops_whatever_the_policy_for_bad_records(tmp_path: Path) -> None:
     dataset = build(tmp_path, record("qqqq", "AAAA"), max_length=7, bad_records="skip")
-    with pytest.raises(TooLongError, match=r"a\.jsonl, record 0: 8 tokens, .* but data\.max_length is 7"):
+    with pytest.raises(
+        TooLongError, match=r"a\.jsonl, record 0: 8 tokens, .* but data\.max_length is 7"
+    ):
         dataset[0]
     assert build(tmp_path, record("qqqq", "AAA"), max_length=7)[0] is not None
 
 
 def test_too_long_left_out_and_counted(tmp_path: Path) -> None:
-    dataset = build(tmp_path, record("qqqq", "AAAA"), record("q", "A"), max_length=7, too_long="skip")
+    dataset = build(
+        tmp_path, record("qqqq", "AAAA"), record("q", "A"), max_length=7, too_long="skip"
+    )
     assert dataset[0] is None and dataset[1] is not None
     assert dataset.counts == {"bad": 0, "too_long": 1, "truncated": 0}
 
 
 def test_text_is_cut_at_the_end(tmp_path: Path) -> None:
-    dataset = build(tmp_path, record("<image>q", "ABCDEF", image="0.png"), max_length=8, too_long="truncate_text")
+    dataset = build(
+        tmp_path,
+        record("<image>q", "ABCDEF", image="0.png"),
+        max_length=8,
+        too_long="truncate_text",
+    )
     example = dataset[0]
     assert example is not None
     assert example.input_ids == [1] * 5 + [ord("q") + 2, ord("A") + 2, ord("B") + 2]
@@ -215,7 +250,8 @@ def test_text_is_cut_at_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (record("long question<image>", "A", image="0.png"), "which are never cut"),  # in the middle of the run
+        # in the middle of the run
+        (record("long question<image>", "A", image="0.png"), "which are never cut"),
         ({"image": "0.png", "conversations": [human("q"), *record("A", "B")["conversations"][1:],
                                               human("and much later <image>"), *record("", "C")["conversations"][1:]]},
          "5 vision or control tokens stand beyond it"),
@@ -262,10 +298,16 @@ BRIGHTER = {"image": Augment(brightness=0.5, shift=0.3)}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path, num_workers: int) -> None:
+def test_augmentation_depends_on_seed_epoch_and_index_alone(
+    tmp_path: Path, num_workers: int
+) -> None:
     dataset = build(tmp_path, IMAGE, IMAGE, IMAGE, IMAGE, augmentation=BRIGHTER, seed=5)
     loader = DataLoader(
-        dataset, batch_size=2, num_workers=num_workers, persistent_workers=num_workers > 0, collate_fn=Collator(PAD)
+        dataset,
+        batch_size=2,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=Collator(PAD),
     )  # type: ignore[call-overload]
 
     def epoch(number: int) -> np.ndarray:
@@ -305,5 +347,7 @@ def test_a_path_outside_the_root_is_never_opened(tmp_path: Path) -> None:
         raise AssertionError(path)
 
     dataset = build(tmp_path, record("<image>", "A", image="../secret.png"), load=load)
-    with pytest.raises(MediaError, match=r"record 0, field 'image': '../secret\.png': '\.\.' is refused"):
+    with pytest.raises(
+        MediaError, match=r"record 0, field 'image': '../secret\.png': '\.\.' is refused"
+    ):
         dataset[0]

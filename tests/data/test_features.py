@@ -35,7 +35,9 @@ def batch(keys: list[str], features: np.ndarray) -> FeatureBatch:
 def fill(store, files: list[Path]) -> int:
     wanted, bad = missing(store, files)
     assert not bad
-    batches = (batch([key], np.full((1, 2, 3), len(file.read_text()), np.float16)) for key, file in wanted)
+    batches = (
+        batch([key], np.full((1, 2, 3), len(file.read_text()), np.float16)) for key, file in wanted
+    )
     if wanted:
         store.add(batches, most=len(wanted), shape=(2, 3), dtype=np.dtype(np.float16))
     return len(wanted)
@@ -53,7 +55,9 @@ def test_items_are_found_by_content_and_filled_once(tmp_path: Path) -> None:
     assert isinstance(again.get(files["b"]), np.memmap)
 
 
-def test_the_placement_is_stored_with_the_features(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_placement_is_stored_with_the_features(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     files = write(tmp_path, a="x", same_as_a="x", b="xy")
     fill(open_store(tmp_path / "cache", "encoder"), [files["a"]])
     with caplog.at_level(logging.INFO):
@@ -107,8 +111,15 @@ def test_a_shard_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         store.add(dies(), most=2, shape=(2, 3), dtype=np.dtype(np.float16))
     for most, rows in ((2, 1), (1, 2)):
-        with pytest.raises(ValueError, match=f"expected 2 items, at most {most} in all, found {rows}"):
-            store.add([batch(["k", "l"], np.ones((rows, 2, 3)))], most=most, shape=(2, 3), dtype=np.dtype(np.float16))
+        with pytest.raises(
+            ValueError, match=f"expected 2 items, at most {most} in all, found {rows}"
+        ):
+            store.add(
+                [batch(["k", "l"], np.ones((rows, 2, 3)))],
+                most=most,
+                shape=(2, 3),
+                dtype=np.dtype(np.float16),
+            )
     assert list(store.folder.iterdir()) == []
     assert fill(open_store(tmp_path / "cache", "encoder"), list(files.values())) == 2
 
@@ -122,7 +133,9 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_a_shard_may_hold_less_than_was_hoped_for_and_takes_no_more_disk(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cache", "encoder")
-    store.add([batch(["k"], np.ones((1, 1000)))], most=10_000, shape=(1000,), dtype=np.dtype(np.float64))
+    store.add(
+        [batch(["k"], np.ones((1, 1000)))], most=10_000, shape=(1000,), dtype=np.dtype(np.float64)
+    )
     assert "k" in open_store(tmp_path / "cache", "encoder")
     [table] = store.folder.glob("*.npy")
     assert table.stat().st_blocks * 512 < 1_000_000 < table.stat().st_size
@@ -130,7 +143,9 @@ def test_a_shard_may_hold_less_than_was_hoped_for_and_takes_no_more_disk(tmp_pat
 
 def test_what_cannot_be_read_is_named_beside_what_is_missing(tmp_path: Path) -> None:
     files = write(tmp_path, a="x")
-    wanted, bad = missing(open_store(tmp_path / "cache", "encoder"), [tmp_path / "gone", files["a"]])
+    wanted, bad = missing(
+        open_store(tmp_path / "cache", "encoder"), [tmp_path / "gone", files["a"]]
+    )
     assert [file for _, file in wanted] == [files["a"]]
     assert bad == [f"{tmp_path / 'gone'}: no such file or folder"]
 

@@ -22,7 +22,10 @@ def test_a_recipe_section_becomes_options() -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"train": [{"path": "a", "weight": 1.0}, {"path": "b"}]}, r"weights are set for \['a'\] but not for \['b'\]"),
+        (
+            {"train": [{"path": "a", "weight": 1.0}, {"path": "b"}]},
+            r"weights are set for \['a'\] but not for \['b'\]",
+        ),
         ({"train": [{"path": "a", "weight": 0.0}]}, r"train\.0\.weight: expected"),
         ({"train": [{"path": "a", "wieght": 1.0}]}, "did you mean 'weight'"),
         ({"train": [{"path": "a"}], "draws": 5}, "draws: needs a weight"),

@@ -26,7 +26,13 @@ from tests.data.test_sampling import log_normal
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-FAMILIES: list[type[PreTrainedConfig]] = [LlamaConfig, Qwen2Config, Qwen3Config, PhiConfig, Phi3Config]
+FAMILIES: list[type[PreTrainedConfig]] = [
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    PhiConfig,
+    Phi3Config,
+]
 
 
 def item(value: float) -> np.ndarray:
@@ -34,7 +40,8 @@ def item(value: float) -> np.ndarray:
 
 
 def examples(lengths: list[int], seed: int = 0) -> list[Example]:
-    """Random tokens; the first third of each is not learned, and the first token of all is always labelled in one."""
+    """Random tokens; the first third of each is not learned, and the first token of all is always
+    labelled in one."""
     rng = np.random.default_rng(seed)
     made = []
     for number, length in enumerate(lengths):
@@ -44,17 +51,21 @@ def examples(lengths: list[int], seed: int = 0) -> list[Example]:
     return made
 
 
-# -- planning ----------------------------------------------------------------------------------------------------------
+# -- planning --------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 100), max_size=60), st.integers(100, 130))
 def test_every_item_is_in_one_bin_and_no_bin_is_too_full(lengths: list[int], capacity: int) -> None:
     bins = plan_bins(lengths, capacity)
-    assert sorted(i for group in bins for i in group) == [i for i, length in enumerate(lengths) if length]
+    assert sorted(i for group in bins for i in group) == [
+        i for i, length in enumerate(lengths) if length
+    ]
     sums = [sum(lengths[i] for i in group) for group in bins]
     assert all(0 < total <= capacity for total in sums)
     # best fit, longest first, never needs more than 11/9 of the optimum and 4 bins (Johnson 1973)
-    assert len(bins) <= 11 / 9 * math.ceil(sum(lengths) / capacity) + 4 or min(lengths) > capacity // 3
+    assert (
+        len(bins) <= 11 / 9 * math.ceil(sum(lengths) / capacity) + 4 or min(lengths) > capacity // 3
+    )
 
 
 def test_best_fit_by_hand() -> None:
@@ -73,16 +84,20 @@ def test_waste_on_log_normal_lengths(seed: int, capacity: int, vision: int) -> N
 
 def test_the_number_of_bins_does_not_depend_on_the_order() -> None:
     lengths = log_normal(3000)
-    counts = {len(plan_bins(lengths[np.random.default_rng(s).permutation(3000)], 2048)) for s in range(5)}
+    counts = {
+        len(plan_bins(lengths[np.random.default_rng(s).permutation(3000)], 2048)) for s in range(5)
+    }
     assert len(counts) == 1
 
 
 def test_an_item_that_fits_nowhere_is_refused_with_numbers() -> None:
-    with pytest.raises(ValueError, match="item 1 has 11 tokens, more than the 10 of a row; items are never split"):
+    with pytest.raises(
+        ValueError, match="item 1 has 11 tokens, more than the 10 of a row; items are never split"
+    ):
         plan_bins([3, 11], 10)
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def test_rows_by_hand() -> None:
@@ -106,12 +121,17 @@ def test_rows_by_hand() -> None:
 def test_pixels_follow_the_rows_when_best_fit_moves_examples() -> None:
     lengths = [6, 6, 4, 4]  # in order three rows of 10, best fit two
     made = [
-        Example([n + 1] * length, [n + 1] * length, {"image": [item(n)]}, task_id=n) for n, length in enumerate(lengths)
+        Example([n + 1] * length, [n + 1] * length, {"image": [item(n)]}, task_id=n)
+        for n, length in enumerate(lengths)
     ]
     batch = PackingCollator(pad_id=0, capacity=10)(made)
     first_tokens = [row[start].item() - 1 for row in batch["input_ids"] for start in (0, 6)]
     assert batch["input_ids"].shape == (2, 10)
-    assert batch["pixels"]["image"][:, 0, 0, 0].tolist() == first_tokens == batch["task_ids"]["image"].tolist()
+    assert (
+        batch["pixels"]["image"][:, 0, 0, 0].tolist()
+        == first_tokens
+        == batch["task_ids"]["image"].tolist()
+    )
 
 
 def test_flat_is_one_row_without_padding() -> None:
@@ -129,7 +149,7 @@ def test_records_left_out_and_rounded_widths() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 4, 5]]
 
 
-# -- what a model makes of it ------------------------------------------------------------------------------------------
+# -- what a model makes of it ----------------------------------------------------------------------
 
 
 def tiny(config: type[PreTrainedConfig], attention: str) -> PreTrainedModel:
@@ -140,7 +160,9 @@ def tiny(config: type[PreTrainedConfig], attention: str) -> PreTrainedModel:
 def summed_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     labels = batch.pop("labels")
     logits = model(**batch, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
 
 
 @pytest.mark.parametrize("config", FAMILIES)
@@ -168,7 +190,8 @@ def test_packed_rows_give_the_loss_and_gradient_of_padded_ones(
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_no_sample_sees_its_neighbour(attention: str) -> None:
-    """Other tokens in the first sample of a row change nothing in the second, and the other way round."""
+    """Other tokens in the first sample of a row change nothing in the second, and the other way
+    round."""
     model = tiny(LlamaConfig, attention)
     first, second, other = examples([6, 5, 6], seed=1)
     collate = PackingCollator(pad_id=0, capacity=16)
@@ -182,7 +205,8 @@ def test_no_sample_sees_its_neighbour(attention: str) -> None:
 
 
 def test_a_cache_would_let_samples_see_each_other() -> None:
-    """Why the training path has `use_cache=False`: transformers finds packed samples only without a cache."""
+    """Why the training path has `use_cache=False`: transformers finds packed samples only without a
+    cache."""
     model = tiny(LlamaConfig, "sdpa")
     first, second, other = examples([6, 5, 6], seed=1)
     collate = PackingCollator(pad_id=0, capacity=16)
@@ -196,14 +220,22 @@ def without_labels(batch: Batch) -> Batch:
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 def test_an_epoch_of_packed_batches_holds_every_record_once_in_full_rows() -> None:
     lengths = log_normal(2000)
     lengths[[3, 77]] = 0  # left out by the check
     ranks = [
-        PackedBatches(Shuffle(2000), lengths=lengths, capacity=2048, batch_size=2, rank=rank, world=2, accumulation=2)
+        PackedBatches(
+            Shuffle(2000),
+            lengths=lengths,
+            capacity=2048,
+            batch_size=2,
+            rank=rank,
+            world=2,
+            accumulation=2,
+        )
         for rank in range(2)
     ]
     assert len(ranks[0]) == len(ranks[1])
@@ -221,7 +253,9 @@ def test_the_collator_needs_no_more_rows_than_were_planned() -> None:
     batches = PackedBatches(Shuffle(500), lengths=lengths, capacity=2048, batch_size=3)
     collate = PackingCollator(pad_id=0, capacity=2048)
     for batch in batches:
-        rows = collate([Example([1] * int(lengths[i]), [1] * int(lengths[i])) for i in batch])["input_ids"]
+        rows = collate([Example([1] * int(lengths[i]), [1] * int(lengths[i])) for i in batch])[
+            "input_ids"
+        ]
         assert rows.shape[0] <= 3 and rows.shape[1] <= 2048
 
 
@@ -229,7 +263,9 @@ def test_the_collator_needs_no_more_rows_than_were_planned() -> None:
 def test_packed_batches_resume_and_differ_between_epochs(mixed: bool) -> None:
     def fresh() -> PackedBatches:
         order = Mixture([100, 200], [1, 1], seed=1) if mixed else Shuffle(300, seed=1)
-        return PackedBatches(order, lengths=log_normal(300), capacity=2048, batch_size=1, rank=1, world=2)
+        return PackedBatches(
+            order, lengths=log_normal(300), capacity=2048, batch_size=1, rank=1, world=2
+        )
 
     whole = fresh()
     drawn = []

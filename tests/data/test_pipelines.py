@@ -1,4 +1,5 @@
-"""One contract for every pipeline; and a pipeline of another package through dataset, check and collator."""
+"""One contract for every pipeline; and a pipeline of another package through dataset, check and
+collator."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def source(folder: Path, *values: Any, **fields: Any) -> SourceOptions:
     return SourceOptions(path=str(write_lines(folder / "p.jsonl", *values)), **fields)
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PIPELINES.names())
@@ -73,7 +74,7 @@ def test_the_same_pipeline_for_a_processor() -> None:
     assert (bound.inference, bound.needs_mask) == (True, False)
 
 
-# -- masks -------------------------------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 EXAMPLES = [Example([5, 6, 7], [-100, 6, 7]), Example([8, 9], [-100, 9])]
 
@@ -99,10 +100,13 @@ def test_held_out_batches_always_have_the_mask(needs_mask: bool) -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-def test_packing_is_refused_where_a_mask_is_needed_and_where_a_pipeline_cannot_pack(tmp_path: Path) -> None:
+def test_packing_is_refused_where_a_mask_is_needed_and_where_a_pipeline_cannot_pack(
+    tmp_path: Path,
+) -> None:
     packed = DataOptions(packing=True)
     with pytest.raises(
-        RecipeError, match=r"data\.packing: packed rows have position_ids in place of an attention_mask"
+        RecipeError,
+        match=r"data\.packing: packed rows have position_ids in place of an attention_mask",
     ):
         conversations().check_options(packed)
     conversations(needs_mask=False).check_options(packed)
@@ -112,7 +116,7 @@ def test_packing_is_refused_where_a_mask_is_needed_and_where_a_pipeline_cannot_p
         pairs(tmp_path).check_options(packed)
 
 
-# -- a pipeline of another package -------------------------------------------------------------------------------------
+# -- a pipeline of another package -----------------------------------------------------------------
 
 
 def test_a_check_of_pairs(tmp_path: Path) -> None:
@@ -141,12 +145,23 @@ def test_a_check_of_pairs(tmp_path: Path) -> None:
 
 
 def test_the_check_and_the_dataset_find_the_same_records_usable(tmp_path: Path) -> None:
-    data = source(tmp_path, pair(), pair("gone.png"), pair(caption=""), pair(caption="long " * 9), pair("b.png"))
+    data = source(
+        tmp_path,
+        pair(),
+        pair("gone.png"),
+        pair(caption=""),
+        pair(caption="long " * 9),
+        pair("b.png"),
+    )
     limit = LengthLimit(20, "skip")
     report = check([data], pairs(tmp_path), length_limit=limit)
     dataset = ExampleDataset(Records([data], pairs(tmp_path)), limit=limit, bad_records="skip")
     found = [dataset[index] for index in range(5)]
-    assert [0 if one is None else len(one.input_ids) for one in found] == report.lengths == [6, 0, 0, 0, 6]
+    assert (
+        [0 if one is None else len(one.input_ids) for one in found]
+        == report.lengths
+        == [6, 0, 0, 0, 6]
+    )
     assert dataset.counts == {"bad": 2, "too_long": 1, "truncated": 0}
     assert (report.num_bad, report.num_too_long) == (2, 1)
 
@@ -163,7 +178,9 @@ def test_each_pipeline_says_how_a_long_record_is_shortened(tmp_path: Path) -> No
         shorten = Pipeline.shorten
 
     whole = Records([data], Whole(processor()))
-    with pytest.raises(DataError, match=r"record 0: 8 tokens, .* is 3, and records of this kind are never cut"):
+    with pytest.raises(
+        DataError, match=r"record 0: 8 tokens, .* is 3, and records of this kind are never cut"
+    ):
         ExampleDataset(whole, limit=LengthLimit(3, "truncate_text"))[0]
 
 
@@ -176,7 +193,11 @@ def test_pairs_reach_the_model_in_batches(tmp_path: Path, num_workers: int) -> N
     collate: Any = pipeline.training_collator(DataOptions())
     batches = list(DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=collate))
     assert [batch["attention_mask"].sum(1).tolist() for batch in batches] == [[1, 2], [3, 4], []]
-    assert [batch["pixels"]["image"][:, 0, 0, 0].tolist() for batch in batches] == [[-1, 1], [-1, 1], []]
+    assert [batch["pixels"]["image"][:, 0, 0, 0].tolist() for batch in batches] == [
+        [-1, 1],
+        [-1, 1],
+        [],
+    ]
     assert batches[-1]["pixels"]["image"].shape == (0, 3, 4, 4)
     assert all("labels" not in batch for batch in batches)
 
@@ -196,10 +217,17 @@ def test_augmentation_caches_and_features_work_for_every_pipeline(tmp_path: Path
     array = np.full((1, 2, 3), 7, np.float32)
     placement = prepare(tmp_path / "grey.png", records.pipeline.preprocess["image"]).placement
     store.add(
-        [FeatureBatch(keys=[key], placements=[placement], features=array)], most=1, shape=(2, 3), dtype=array.dtype
+        [FeatureBatch(keys=[key], placements=[placement], features=array)],
+        most=1,
+        shape=(2, 3),
+        dtype=array.dtype,
     )
     kept = ExampleDataset(records, features={"image": store})[0]
-    assert kept is not None and not kept.pixels and kept.features["image"][0].tolist() == np.full((2, 3), 7).tolist()
+    assert (
+        kept is not None
+        and not kept.pixels
+        and kept.features["image"][0].tolist() == np.full((2, 3), 7).tolist()
+    )
     batch = records.pipeline.training_collator(DataOptions())([kept])
     assert batch["features"]["image"].shape == (1, 2, 3) and "pixels" not in batch
 
@@ -220,13 +248,17 @@ def test_labels_are_the_conversations_own_business(tmp_path: Path) -> None:
     assert sample.turns[-1].text == "A"
 
 
-# -- views -------------------------------------------------------------------------------------------------------------
+# -- views -----------------------------------------------------------------------------------------
 
-VIEWS = {"image": ImagePreprocess(size=[4, 4]), "image@sam2": ImagePreprocess(size=[8, 6], fit="pad")}
+VIEWS = {
+    "image": ImagePreprocess(size=[4, 4]),
+    "image@sam2": ImagePreprocess(size=[8, 6], fit="pad"),
+}
 
 
 def test_every_view_of_a_kind_of_file_gets_its_pixels(tmp_path: Path) -> None:
-    """One file, two preprocessings: in the dataset, the check, the cache that is filled, and a batch."""
+    """One file, two preprocessings: in the dataset, the check, the cache that is filled, and a
+    batch."""
     data = source(tmp_path, pair("a.png"), pair("b.png"), pair("gone.png"))
     pipeline = load(tmp_path)(processor(VIEWS))
     records = Records([data], pipeline)
@@ -238,13 +270,16 @@ def test_every_view_of_a_kind_of_file_gets_its_pixels(tmp_path: Path) -> None:
             np.testing.assert_array_equal(pixels, prepare(tmp_path / name, preprocess).pixels)
     batch = pipeline.training_collator(DataOptions())(examples)
     assert {view: tuple(pixels.shape) for view, pixels in batch["pixels"].items()} == {
-        "image": (2, 3, 4, 4), "image@sam2": (2, 3, 8, 6),
-    }  # fmt: skip
+        "image": (2, 3, 4, 4),
+        "image@sam2": (2, 3, 8, 6),
+    }
     for decode in (False, True):
         report = check([data], pipeline, decode=decode)
         assert report.num_bad == 1
         assert report.media == {"image": 2}
-    filled = fill([records], VIEWS, loader(CacheOptions(dir=str(tmp_path / "cache"), branches=["image"])))
+    filled = fill(
+        [records], VIEWS, loader(CacheOptions(dir=str(tmp_path / "cache"), branches=["image"]))
+    )
     assert (filled.files, filled.num_bad) == (4, 1)
 
 
@@ -253,8 +288,12 @@ def test_a_view_can_stand_alone_and_other_kinds_are_refused_by_kind(tmp_path: Pa
     data = source(tmp_path, pair("a.png"))
     example = ExampleDataset(Records([data], alone))[0]
     assert example is not None and list(example.pixels) == ["image@sam2"]
-    volumes = load(tmp_path)(processor({"volume": VolumePreprocess(), "volume@coarse": VolumePreprocess()}))
-    with pytest.raises(DataError, match=r"record 0, field 'image': the model takes no images; it takes volumes$"):
+    volumes = load(tmp_path)(
+        processor({"volume": VolumePreprocess(), "volume@coarse": VolumePreprocess()})
+    )
+    with pytest.raises(
+        DataError, match=r"record 0, field 'image': the model takes no images; it takes volumes$"
+    ):
         ExampleDataset(Records([data], volumes))[0]
 
 
@@ -263,7 +302,9 @@ def test_augmentation_of_one_view_leaves_the_other(tmp_path: Path) -> None:
     Image.linear_gradient("L").save(tmp_path / "grey.png")
     records = Records([data], load(tmp_path)(processor(VIEWS)))
     plain = ExampleDataset(records)[0]
-    changed = ExampleDataset(records, augmentation={"image@sam2": Augment(brightness=0.5)}, seed=3)[0]
+    changed = ExampleDataset(records, augmentation={"image@sam2": Augment(brightness=0.5)}, seed=3)[
+        0
+    ]
     assert plain is not None and changed is not None
     np.testing.assert_array_equal(plain.pixels["image"][0], changed.pixels["image"][0])
     assert not np.array_equal(plain.pixels["image@sam2"][0], changed.pixels["image@sam2"][0])

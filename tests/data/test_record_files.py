@@ -18,8 +18,14 @@ from medm.errors import DataError, InputLostError
 from tests.data.tiny import write_json, write_lines
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-9, 9) | st.text('a"\\,[]{}\n\r\t:é中\u2028', max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('k"\\,{', max_size=2), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.text('a"\\,[]{}\n\r\t:é中\u2028', max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text('k"\\,{', max_size=2), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -39,13 +45,19 @@ def read_all(path: Path) -> list[Any]:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    records=st.lists(st.dictionaries(st.text('k"\\', max_size=3), VALUES, max_size=3), min_size=1, max_size=6),
+    records=st.lists(
+        st.dictionaries(st.text('k"\\', max_size=3), VALUES, max_size=3), min_size=1, max_size=6
+    ),
     chunk=st.integers(1, 40),
     indent=st.sampled_from([None, 0, 3]),
     bom=st.booleans(),
 )
 def test_any_array_comes_back_whatever_the_chunk(
-    tmp_path_factory: pytest.TempPathFactory, records: list[Any], chunk: int, indent: int | None, bom: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    records: list[Any],
+    chunk: int,
+    indent: int | None,
+    bom: bool,
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
     text = json.dumps(records, ensure_ascii=False, indent=indent)
@@ -63,7 +75,9 @@ def test_lines_with_bom_crlf_and_blanks(
 ) -> None:
     monkeypatch.setattr(record_files, "_CHUNK", chunk)
     path = tmp_path / "a.jsonl"
-    path.write_bytes(bom + end.join([b'{"a": 1}', b"", b"   ", '{"b": "é,]"}'.encode(), b'{"c": 3}']))
+    path.write_bytes(
+        bom + end.join([b'{"a": 1}', b"", b"   ", '{"b": "é,]"}'.encode(), b'{"c": 3}'])
+    )
     assert read_all(path) == [{"a": 1}, {"b": "é,]"}, {"c": 3}]
     assert RecordFile(path).line(1) == 4
 
@@ -112,20 +126,36 @@ ZIP = b"PK\x03\x04"
         ("a.json.gz", b"\x1f\x8b\x08\0\n{", "packed with gzip"),
         ("a.pkl", b"\x80\x04\x95", "a pickle"),
         ("a.json", b"<!DOCTYPE html>\n<html>", "a web page or XML"),
-        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        (
+            "a.json",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a Git LFS pointer",
+        ),
         ("a.yaml", b"- image: a.png\n", "looks like YAML"),
-        ("dataset_info.json", b'{\n  "mine": {"file_name": "a.json"}\n}', "LLaMA-Factory's list of data sets"),
+        (
+            "dataset_info.json",
+            b'{\n  "mine": {"file_name": "a.json"}\n}',
+            "LLaMA-Factory's list of data sets",
+        ),
         ("instances.json", b'{"info": {},\n"images": [],\n"annotations": []}', "COCO's format"),
-        ("a.json", b'{"train": [\n  "a",\n{"id": 1}\n]}', "one JSON object over several lines: if it holds"),
+        (
+            "a.json",
+            b'{"train": [\n  "a",\n{"id": 1}\n]}',
+            "one JSON object over several lines: if it holds",
+        ),
     ],
 )
-def test_a_file_of_another_format_is_named_once(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_a_file_of_another_format_is_named_once(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}: .*{reason}"):
         RecordFile(tmp_path / name)
 
 
-@pytest.mark.parametrize("first", [b"garbage, and more", b'"id": 1}', b"\x00\xff", b"x" * 5000 + b", y"])
+@pytest.mark.parametrize(
+    "first", [b"garbage, and more", b'"id": 1}', b"\x00\xff", b"x" * 5000 + b", y"]
+)
 def test_a_damaged_first_line_is_one_bad_record(tmp_path: Path, first: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(first + b'\n{"id": 2}\n')
     found = read_all(tmp_path / "a.jsonl")
@@ -153,7 +183,9 @@ def test_what_never_ends_is_not_read(tmp_path: Path, kind: str) -> None:
         ('{"a": [-1e999]}', None, "the number -1e999 is too large"),
     ],
 )
-def test_what_could_not_be_written_again_is_refused(tmp_path: Path, line: str, field: str | None, reason: str) -> None:
+def test_what_could_not_be_written_again_is_refused(
+    tmp_path: Path, line: str, field: str | None, reason: str
+) -> None:
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=reason) as caught:
         RecordFile(tmp_path / "a.jsonl")[0]
@@ -189,7 +221,9 @@ LINES = [
 
 
 @pytest.mark.parametrize(("line", "reason"), LINES)
-def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_a_bad_line_is_named_and_the_others_are_read(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 0}\n' + line + b'\n{"a": 2}')
     found = read_all(path)
@@ -272,9 +306,12 @@ def test_it_travels_to_workers(tmp_path: Path) -> None:
 
 
 def test_five_hundred_mutations_give_named_errors_only(tmp_path: Path) -> None:
-    """Bytes flipped, dropped and doubled: every outcome is a record or a `DataError`, never another exception."""
+    """Bytes flipped, dropped and doubled: every outcome is a record or a `DataError`, never another
+    exception."""
     rng = random.Random(7)
-    text = json.dumps([{"id": str(i), "t": ['a"b', {"c": "\\"}], "n": i} for i in range(6)]).encode()
+    text = json.dumps(
+        [{"id": str(i), "t": ['a"b', {"c": "\\"}], "n": i} for i in range(6)]
+    ).encode()
     path = tmp_path / "a.json"
     named = 0
     for _ in range(500):

@@ -24,7 +24,9 @@ from medm.errors import RecipeError
 
 def log_normal(count: int, seed: int = 0) -> np.ndarray:
     """Token lengths of mean about 218, as measured on instruction data."""
-    return np.clip(np.random.default_rng(seed).lognormal(np.log(218) - 0.245, 0.7, count), 4, 2048).astype(int)
+    return np.clip(
+        np.random.default_rng(seed).lognormal(np.log(218) - 0.245, 0.7, count), 4, 2048
+    ).astype(int)
 
 
 def optimiser_steps(
@@ -32,11 +34,16 @@ def optimiser_steps(
 ) -> list:
     """The samples of every optimiser step, over all ranks and micro-batches."""
     ranks = [
-        DistributedBatchSampler(order, batch_size=batch_size, rank=r, world=world, accumulation=accumulation, **more)  # type: ignore[arg-type]
+        DistributedBatchSampler(
+            order, batch_size=batch_size, rank=r, world=world, accumulation=accumulation, **more
+        )  # type: ignore[arg-type]
         for r in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1
-    micro = [sorted(i for batches in ranks for i in batches.batch(epoch, step)) for step in range(len(ranks[0]))]
+    micro = [
+        sorted(i for batches in ranks for i in batches.batch(epoch, step))
+        for step in range(len(ranks[0]))
+    ]
     return [sorted(chain(*micro[k : k + accumulation])) for k in range(0, len(micro), accumulation)]
 
 
@@ -47,15 +54,28 @@ LENGTHS = log_normal(103)
 @pytest.mark.parametrize(("world", "batch_size", "accumulation"), LAYOUTS[1:])
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(
-    "more", [{}, {"lengths": LENGTHS, "group_by_length": True}, {"lengths": LENGTHS, "balance_ranks": True}]
+    "more",
+    [
+        {},
+        {"lengths": LENGTHS, "group_by_length": True},
+        {"lengths": LENGTHS, "balance_ranks": True},
+    ],
 )
 def test_a_step_holds_the_same_samples_however_it_is_divided(
     world: int, batch_size: int, accumulation: int, drop_last: bool, more: dict[str, object]
 ) -> None:
     order = Shuffle(103, seed=3)
-    one = optimiser_steps(order, 2, world=1, batch_size=8, accumulation=1, drop_last=drop_last, **more)
+    one = optimiser_steps(
+        order, 2, world=1, batch_size=8, accumulation=1, drop_last=drop_last, **more
+    )
     many = optimiser_steps(
-        order, 2, world=world, batch_size=batch_size, accumulation=accumulation, drop_last=drop_last, **more
+        order,
+        2,
+        world=world,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        drop_last=drop_last,
+        **more,
     )
     assert many == one
     seen = sorted(chain(*one))
@@ -64,25 +84,47 @@ def test_a_step_holds_the_same_samples_however_it_is_divided(
 
 def test_two_ranks_of_two_see_the_batch_of_four_in_its_order() -> None:
     one = DistributedBatchSampler(Shuffle(40), batch_size=4)
-    first, second = (DistributedBatchSampler(Shuffle(40), batch_size=2, rank=rank, world=2) for rank in (0, 1))
+    first, second = (
+        DistributedBatchSampler(Shuffle(40), batch_size=2, rank=rank, world=2) for rank in (0, 1)
+    )
     assert len(one) == len(first) == 10
     assert all(one.batch(0, s) == first.batch(0, s) + second.batch(0, s) for s in range(10))
 
 
 def test_the_tail_is_dealt_out_and_no_rank_is_left_behind() -> None:
-    ranks = [DistributedBatchSampler(Sequential(9), batch_size=2, rank=rank, world=4) for rank in range(4)]
-    assert [list(batches) for batches in ranks] == [[[0, 1], [8]], [[2, 3], []], [[4, 5], []], [[6, 7], []]]
+    ranks = [
+        DistributedBatchSampler(Sequential(9), batch_size=2, rank=rank, world=4)
+        for rank in range(4)
+    ]
+    assert [list(batches) for batches in ranks] == [
+        [[0, 1], [8]],
+        [[2, 3], []],
+        [[4, 5], []],
+        [[6, 7], []],
+    ]
     assert [
-        len(DistributedBatchSampler(Sequential(9), batch_size=2, rank=r, world=4, drop_last=True)) for r in range(4)
+        len(DistributedBatchSampler(Sequential(9), batch_size=2, rank=r, world=4, drop_last=True))
+        for r in range(4)
     ] == [1] * 4
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(mixed: bool) -> None:
     def fresh() -> DistributedBatchSampler:
-        order = Mixture([50, 20, 31], [1, 2, 3], min_distance=8, seed=1) if mixed else Shuffle(101, seed=1)
-        return DistributedBatchSampler(order, batch_size=2, rank=1, world=2, accumulation=2, lengths=LENGTHS[:101],
-                             group_by_length=not mixed)  # fmt: skip
+        order = (
+            Mixture([50, 20, 31], [1, 2, 3], min_distance=8, seed=1)
+            if mixed
+            else Shuffle(101, seed=1)
+        )
+        return DistributedBatchSampler(
+            order,
+            batch_size=2,
+            rank=1,
+            world=2,
+            accumulation=2,
+            lengths=LENGTHS[:101],
+            group_by_length=not mixed,
+        )
 
     whole = fresh()
     drawn = []
@@ -135,11 +177,15 @@ def test_grouping_by_length_saves_padding(batch_size: int, plain: float) -> None
     lengths = log_normal(20_000)
     order = Shuffle(len(lengths))
     assert padded(DistributedBatchSampler(order, batch_size=batch_size), lengths) > plain
-    grouped = DistributedBatchSampler(order, batch_size=batch_size, lengths=lengths, group_by_length=True)
+    grouped = DistributedBatchSampler(
+        order, batch_size=batch_size, lengths=lengths, group_by_length=True
+    )
     assert padded(grouped, lengths) < 1.2
 
 
-@pytest.mark.parametrize("lengths", [np.full(50, 7), np.arange(50), np.zeros(50, int), np.asarray([3])])
+@pytest.mark.parametrize(
+    "lengths", [np.full(50, 7), np.arange(50), np.zeros(50, int), np.asarray([3])]
+)
 def test_grouping_takes_any_lengths(lengths: np.ndarray) -> None:
     """Data of one kind or one length is as good as mixed data."""
     order = Shuffle(len(lengths))(0)
@@ -172,11 +218,18 @@ def test_balanced_ranks_have_about_the_same_tokens() -> None:
         """Tokens of the fullest rank over the mean, averaged over the steps."""
         ranks = [
             DistributedBatchSampler(
-                Shuffle(4096), batch_size=16, rank=r, world=4, lengths=lengths, balance_ranks=balance_ranks
+                Shuffle(4096),
+                batch_size=16,
+                rank=r,
+                world=4,
+                lengths=lengths,
+                balance_ranks=balance_ranks,
             )
             for r in range(4)
         ]
-        loads = np.asarray([[lengths[b.batch(0, s)].sum() for b in ranks] for s in range(len(ranks[0]))])
+        loads = np.asarray(
+            [[lengths[b.batch(0, s)].sum() for b in ranks] for s in range(len(ranks[0]))]
+        )
         return float((loads.max(axis=1) / loads.mean(axis=1)).mean())
 
     assert worst(True) < 1.01 < 1.15 < worst(False)
@@ -209,7 +262,9 @@ def test_no_record_comes_twice_in_a_step_on_any_rank_across_rounds_and_epochs() 
     stream = np.concatenate([mixture(epoch) for epoch in range(3)])
     assert max(Counter(stream.tolist()).values()) > 5  # small sources do go round
     assert smallest_gap(stream) >= 64
-    ranks = [DistributedBatchSampler(mixture, batch_size=16, rank=rank, world=4) for rank in range(4)]
+    ranks = [
+        DistributedBatchSampler(mixture, batch_size=16, rank=rank, world=4) for rank in range(4)
+    ]
     for step in range(0, len(ranks[0]), 25):
         drawn = [index for batches in ranks for index in batches.batch(1, step)]
         assert len(set(drawn)) == len(drawn) == 64
@@ -236,15 +291,21 @@ def test_a_source_too_small_for_the_step_is_said(caplog: pytest.LogCaptureFixtur
 
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 9)), min_size=1, max_size=5),
-    st.integers(1, 300), st.integers(1, 8), st.integers(0, 4),
-)  # fmt: skip
+    st.integers(1, 300),
+    st.integers(1, 8),
+    st.integers(0, 4),
+)
 @settings(deadline=None)
-def test_a_mixture_of_anything(sources: list[tuple[int, float]], draws: int, min_distance: int, epoch: int) -> None:
+def test_a_mixture_of_anything(
+    sources: list[tuple[int, float]], draws: int, min_distance: int, epoch: int
+) -> None:
     sizes, weights = zip(*sources, strict=True)
     mixture = Mixture(sizes, weights, draws=draws, min_distance=min_distance)
     stream = mixture(epoch)
     assert len(stream) == len(mixture) == draws
-    assert np.array_equal(stream, Mixture(sizes, weights, draws=draws, min_distance=min_distance)(epoch))
+    assert np.array_equal(
+        stream, Mixture(sizes, weights, draws=draws, min_distance=min_distance)(epoch)
+    )
     ends = np.cumsum(sizes)
     counts = np.bincount(np.searchsorted(ends, stream, side="right"), minlength=len(sizes))
     assert np.array_equal(counts, mixture.counts)

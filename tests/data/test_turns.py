@@ -34,10 +34,24 @@ def test_the_record_of_the_documentation() -> None:
         file="f.json", index=0,
     )  # fmt: skip
     assert sample.turns == (
-        Turn("user", (Media("image", "a.png"), "\n", Media("volume", "ct.nii.gz"), "\nIs there an effusion?")),
+        Turn(
+            "user",
+            (
+                Media("image", "a.png"),
+                "\n",
+                Media("volume", "ct.nii.gz"),
+                "\nIs there an effusion?",
+            ),
+        ),
         Turn("assistant", ("Yes.",)),
     )
-    assert (sample.id, sample.task, sample.answer, sample.file, sample.index) == ("7", "vqa", None, "f.json", 0)
+    assert (sample.id, sample.task, sample.answer, sample.file, sample.index) == (
+        "7",
+        "vqa",
+        None,
+        "f.json",
+        0,
+    )
     assert sample.extra == {"question_type": "closed"}
 
 
@@ -71,7 +85,9 @@ def test_every_format_gives_the_same_sample(same: dict[str, Any]) -> None:
 
 def test_system_prompt_of_the_record_or_as_first_turn() -> None:
     turns = parse_record({"system": "Be brief.", **record()}).turns
-    as_turn = parse_record({"conversations": [{"from": "system", "value": "Be brief."}, *record()["conversations"]]})
+    as_turn = parse_record(
+        {"conversations": [{"from": "system", "value": "Be brief."}, *record()["conversations"]]}
+    )
     assert turns == as_turn.turns
     assert turns[0] == Turn("system", ("Be brief.",))
     assert parse_record({"system": "", **record()}).turns == parse_record(record()).turns
@@ -82,13 +98,22 @@ def test_system_prompt_of_the_record_or_as_first_turn() -> None:
 def test_several_images_turns_and_branches_are_matched_by_order() -> None:
     sample = parse_record(
         {
-            "image": ["a", "b", "c"], "image3d": "v",
+            "image": ["a", "b", "c"],
+            "image3d": "v",
             "conversations": [
-                human("<image><image3d> and <image>?"), gpt("One <image>."), human("And <image>"), gpt("Two."),
+                human("<image><image3d> and <image>?"),
+                gpt("One <image>."),
+                human("And <image>"),
+                gpt("Two."),
             ],
         }
-    )  # fmt: skip
-    assert sample.media == (Media("image", "a"), Media("volume", "v"), Media("image", "b"), Media("image", "c"))
+    )
+    assert sample.media == (
+        Media("image", "a"),
+        Media("volume", "v"),
+        Media("image", "b"),
+        Media("image", "c"),
+    )
     assert sample.turns[1].content == ("One <image>.",)
 
 
@@ -100,7 +125,9 @@ def test_a_placeholder_in_a_reply_is_text() -> None:
 
 def test_typed_parts_hold_no_placeholders() -> None:
     content = [{"type": "text", "text": "The mark <image>: "}, {"type": "image"}]
-    sample = parse_record({"image": "a", "messages": [{"role": "user", "content": content}, gpt("x")]})
+    sample = parse_record(
+        {"image": "a", "messages": [{"role": "user", "content": content}, gpt("x")]}
+    )
     assert sample.turns[0].content == ("The mark <image>: ", Media("image", "a"))
 
 
@@ -117,7 +144,9 @@ def test_a_mask_stands_behind_each_control_token_of_the_replies() -> None:
         {"role": "user", "content": "[SEG]?"},
         {"role": "assistant", "content": [{"type": "text", "text": "[SEG][SEG]"}]},
     ]
-    sample = parse_record({"masks": ["a.png", "b.png", "c.png"], "conversations": turns, "system": "[SEG]"})
+    sample = parse_record(
+        {"masks": ["a.png", "b.png", "c.png"], "conversations": turns, "system": "[SEG]"}
+    )
     first, second, third = (ControlToken(MASK_TOKEN, mask=number) for number in range(3))
     assert [turn.content for turn in sample.turns] == [
         ("[SEG]",), ("Write [SEG] for the liver.",), ("It is ", first, "."), ("[SEG]?",), (second, third),
@@ -129,8 +158,11 @@ def test_a_mask_stands_behind_each_control_token_of_the_replies() -> None:
     for without in ({}, {"masks": None}, {"masks": []}):
         letters = parse_record({"conversations": turns, **without})
         assert [turn.text for turn in letters.turns] == [
-            "Write [SEG] for the liver.", "It is [SEG].", "[SEG]?", "[SEG][SEG]",
-        ]  # fmt: skip
+            "Write [SEG] for the liver.",
+            "It is [SEG].",
+            "[SEG]?",
+            "[SEG][SEG]",
+        ]
         assert letters.masks == ()
 
 
@@ -149,11 +181,19 @@ def test_masks_of_a_reply_that_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("value", "field", "reason"),
     [
-        (record("q", "It is [SEG].", masks=["a.png", "b.png"]), "masks", r"2 mask\(s\), but 1 \[SEG\] in the replies"),
+        (
+            record("q", "It is [SEG].", masks=["a.png", "b.png"]),
+            "masks",
+            r"2 mask\(s\), but 1 \[SEG\] in the replies",
+        ),
         (record("q", "[SEG][SEG]", masks="a.png"), "masks", r"1 mask\(s\), but 2 \[SEG\]"),
         (record("[SEG]", "A", masks="a.png"), "masks", r"1 mask\(s\), but 0 \[SEG\]"),
         (record("q", "[SEG]", masks=["  "]), "masks.0", "expected a path, found empty text"),
-        (record("q", "[SEG]", masks={"a": 1}), "masks", "expected a path or a list of paths, found an object"),
+        (
+            record("q", "[SEG]", masks={"a": 1}),
+            "masks",
+            "expected a path or a list of paths, found an object",
+        ),
         (record("q", "[SEG]", masks=[3]), "masks.0", "expected text, found a number"),
     ],
 )
@@ -172,7 +212,12 @@ def test_inference_records() -> None:
     dialogue = parse_record({"conversations": [human("a"), gpt("b"), human("c")]}, inference=True)
     assert [turn.role for turn in dialogue.turns] == ["user", "assistant", "user"]
     bad(open_ended, "conversations", "the last turn is the user's; training needs a reply")
-    bad({"conversations": [gpt("a")]}, "conversations", "there is no turn of the user", inference=True)
+    bad(
+        {"conversations": [gpt("a")]},
+        "conversations",
+        "there is no turn of the user",
+        inference=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,7 +283,9 @@ def test_inference_records() -> None:
         (record("a\ud800b"), "conversations.0.value", "half of a surrogate pair at character 1"),
     ],
 )  # fmt: skip
-def test_bad_records_are_named_by_file_index_field_and_reason(value: Any, field: str | None, reason: str) -> None:
+def test_bad_records_are_named_by_file_index_field_and_reason(
+    value: Any, field: str | None, reason: str
+) -> None:
     bad(value, field, reason)
 
 
@@ -283,7 +330,9 @@ def test_bad_records_are_named_by_file_index_field_and_reason(value: Any, field:
         ({"train": {"file_name": "a.json"}, "file_name": "a.json"}, None, "name the annotation file that it lists"),
     ],
 )  # fmt: skip
-def test_what_other_programs_write_is_refused_with_what_to_write(value: Any, field: str | None, reason: str) -> None:
+def test_what_other_programs_write_is_refused_with_what_to_write(
+    value: Any, field: str | None, reason: str
+) -> None:
     bad(value, field, reason)
 
 
@@ -293,11 +342,21 @@ def test_what_other_programs_write_is_refused_with_what_to_write(value: Any, fie
         (record("q", "<video> and <image_1> are text in a reply"), "q"),
         (record("Is 3 < 5 and 7 > 6? <b>Yes</b> <image-guided> <imaging>"), None),
         (record("q", videos=[], audio=None, image_id=7, volume_ml=4.5, image_quality="good"), "q"),
-        (record("<image>q", image="a.png", image_path="/original/a.png", video_name="from film 3"), "q"),
+        (
+            record(
+                "<image>q", image="a.png", image_path="/original/a.png", video_name="from film 3"
+            ),
+            "q",
+        ),
         (record("q", chosen="B"), "q"),
         (record("<|im_start|>system"), "<|im_start|>system"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is <video>?"}]}, gpt("a")]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "What is <video>?"}]},
+                    gpt("a"),
+                ]
+            },
             "What is <video>?",
         ),
     ],
@@ -307,14 +366,22 @@ def test_what_only_looks_alike_is_kept(value: Any, question: str | None) -> None
     assert parse_record(value).turns[0].text == wanted
 
 
-def test_the_table_of_the_documentation_becomes_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_the_documentation_becomes_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (Path(__file__).parents[2] / "docs" / "data-format.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "reports.csv").write_text('\ufeffid;file;report\n1;a.nii.gz;"Müller;\nno effusion"\n')
+    (tmp_path / "reports.csv").write_text(
+        '\ufeffid;file;report\n1;a.nii.gz;"Müller;\nno effusion"\n'
+    )
     exec(compile(code, "data-format.md", "exec"), {})
     (sample,) = Records([SourceOptions(path="train.jsonl")], Conversations())
-    assert (sample.id, sample.media[0].path, sample.turns[-1].text) == ("1", "a.nii.gz", "Müller;\nno effusion")
+    assert (sample.id, sample.media[0].path, sample.turns[-1].text) == (
+        "1",
+        "a.nii.gz",
+        "Müller;\nno effusion",
+    )
 
 
 def test_preference_fields_pass_through_inference() -> None:
@@ -343,14 +410,28 @@ def test_messages_never_repeat_what_a_record_says() -> None:
         assert secret not in str(caught.value)
 
 
-@given(st.lists(st.sampled_from([*KIND_OF_PLACEHOLDER, "<image", "image>", "text", "<<image>>", "\n"]), max_size=12))
+@given(
+    st.lists(
+        st.sampled_from([*KIND_OF_PLACEHOLDER, "<image", "image>", "text", "<<image>>", "\n"]),
+        max_size=12,
+    )
+)
 def test_splitting_keeps_every_character(pieces: list[str]) -> None:
     """Media put back as their placeholders give the text, in the order of the files."""
     text = "".join(pieces) + "end"
-    names = {"image": text.count("<image>"), "volume": text.count("<image3d>") + text.count("<volume>")}
-    files = {branch: [f"{branch}{i}" for i in range(count)] for branch, count in names.items() if count}
+    names = {
+        "image": text.count("<image>"),
+        "volume": text.count("<image3d>") + text.count("<volume>"),
+    }
+    files = {
+        branch: [f"{branch}{i}" for i in range(count)] for branch, count in names.items() if count
+    }
     sample = parse_record(record(text, **files))
-    rebuilt = "".join(part if isinstance(part, str) else f"<{part.branch}>" for part in sample.turns[0].content)
+    rebuilt = "".join(
+        part if isinstance(part, str) else f"<{part.branch}>" for part in sample.turns[0].content
+    )
     assert rebuilt == text.replace("<image3d>", "<volume>")
     for branch, count in names.items():
-        assert [m.path for m in sample.media if m.branch == branch] == [f"{branch}{i}" for i in range(count)]
+        assert [m.path for m in sample.media if m.branch == branch] == [
+            f"{branch}{i}" for i in range(count)
+        ]

@@ -1,4 +1,5 @@
-"""The cache gives the same numbers, never a stale or damaged one, and holds nothing of the patient."""
+"""The cache gives the same numbers, never a stale or damaged one, and holds nothing of the
+patient."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def entries(cache: MediaCache) -> list[Path]:
     return sorted(cache.folder.glob("arrays/*/*.npy"))
 
 
-def test_the_same_numbers_and_one_reading(cache: MediaCache, volume: Path, reads: list[Path]) -> None:
+def test_the_same_numbers_and_one_reading(
+    cache: MediaCache, volume: Path, reads: list[Path]
+) -> None:
     expected = load_pixels(volume, PREPROCESS)
     for again in range(3):
         pixels = cache.load(volume, PREPROCESS)
@@ -82,10 +85,15 @@ def test_the_same_numbers_and_one_reading(cache: MediaCache, volume: Path, reads
     assert cache.size() == (1, FILE_BYTES + placement_bytes(volume))
 
 
-def test_the_placement_is_stored_beside_the_numbers(cache: MediaCache, volume: Path, reads: list[Path]) -> None:
+def test_the_placement_is_stored_beside_the_numbers(
+    cache: MediaCache, volume: Path, reads: list[Path]
+) -> None:
     expected = prepare(volume, PREPROCESS)
     for again in range(2):
-        for found in (cache.prepare(volume, PREPROCESS), MediaCache(cache.folder, 10**6).prepare(volume, PREPROCESS)):
+        for found in (
+            cache.prepare(volume, PREPROCESS),
+            MediaCache(cache.folder, 10**6).prepare(volume, PREPROCESS),
+        ):
             np.testing.assert_array_equal(found.pixels, expected.pixels)
             assert found.placement == expected.placement
             assert len(reads) == 1, again
@@ -95,7 +103,9 @@ def forget_placement(entry: Path, pixels: np.ndarray) -> None:
     """Write an entry as earlier versions of medm did: numbers, a mark and their checksum."""
     buffer = io.BytesIO()
     np.save(buffer, pixels)
-    entry.write_bytes(buffer.getvalue() + struct.pack("<8sI", b"medm-v1\0", zlib.crc32(pixels.tobytes())))
+    entry.write_bytes(
+        buffer.getvalue() + struct.pack("<8sI", b"medm-v1\0", zlib.crc32(pixels.tobytes()))
+    )
 
 
 def test_entries_of_an_earlier_version_open_and_get_their_placement_when_it_is_asked_for(
@@ -125,7 +135,9 @@ def test_a_damaged_placement_is_made_again(
     data = bytearray(entry.read_bytes())
     data[place] ^= 1
     entry.write_bytes(data)
-    assert MediaCache(cache.folder, max_bytes=10**6).prepare(volume, PREPROCESS).placement == expected
+    assert (
+        MediaCache(cache.folder, max_bytes=10**6).prepare(volume, PREPROCESS).placement == expected
+    )
     assert "damaged cache entry is made again" in caplog.text
     assert len(reads) == 2
 
@@ -136,10 +148,14 @@ def test_what_is_handed_out_may_be_written_to(cache: MediaCache, volume: Path) -
     np.testing.assert_array_equal(cache.load(volume, PREPROCESS), expected)
 
 
-def test_another_description_is_another_entry(cache: MediaCache, volume: Path, reads: list[Path]) -> None:
+def test_another_description_is_another_entry(
+    cache: MediaCache, volume: Path, reads: list[Path]
+) -> None:
     cache.load(volume, PREPROCESS)
     wider = cache.load(volume, VolumePreprocess(size=[4, 6, 8], windows=[[-200, 200]]))
-    np.testing.assert_array_equal(wider, load_pixels(volume, VolumePreprocess(size=[4, 6, 8], windows=[[-200, 200]])))
+    np.testing.assert_array_equal(
+        wider, load_pixels(volume, VolumePreprocess(size=[4, 6, 8], windows=[[-200, 200]]))
+    )
     assert len(entries(cache)) == 2
 
 
@@ -165,12 +181,16 @@ def test_folders_and_images(cache: MediaCache, tmp_path: Path, reads: list[Path]
         np.testing.assert_array_equal(cache.load(path, PREPROCESS), expected)
     assert len(reads) == 2
     write_series(tmp_path / "ct", phantom() + 100)
-    np.testing.assert_allclose(cache.load(tmp_path / "ct", PREPROCESS).max() - expected.max(), 100 / 2000, atol=0.01)
+    np.testing.assert_allclose(
+        cache.load(tmp_path / "ct", PREPROCESS).max() - expected.max(), 100 / 2000, atol=0.01
+    )
     assert len(reads) == 3
     sitk.WriteImage(sitk.GetImageFromArray(np.eye(5, dtype=np.uint8)), str(tmp_path / "a.png"))
     small = ImagePreprocess(size=[3, 3])
     for _ in range(2):
-        np.testing.assert_array_equal(cache.load(tmp_path / "a.png", small), load_pixels(tmp_path / "a.png", small))
+        np.testing.assert_array_equal(
+            cache.load(tmp_path / "a.png", small), load_pixels(tmp_path / "a.png", small)
+        )
     assert len(reads) == 4
 
 
@@ -187,11 +207,15 @@ def test_a_detached_header_is_known_by_its_voxels(
     data = np.fromfile(tmp_path / voxels, dtype="<i2")
     (data + 100).tofile(tmp_path / voxels)
     os.utime(tmp_path / voxels, (1, 1))
-    np.testing.assert_allclose(cache.load(path, PREPROCESS).max() - first.max(), 100 / 2000, atol=0.01)
+    np.testing.assert_allclose(
+        cache.load(path, PREPROCESS).max() - first.max(), 100 / 2000, atol=0.01
+    )
     assert len(reads) == 2
 
 
-def test_nothing_of_a_folder_is_opened_but_regular_files_inside_it(cache: MediaCache, tmp_path: Path) -> None:
+def test_nothing_of_a_folder_is_opened_but_regular_files_inside_it(
+    cache: MediaCache, tmp_path: Path
+) -> None:
     """A pipe or /dev/zero among the slices would be read for ever."""
     folder = tmp_path / "ct"
     write_series(folder, phantom())
@@ -210,7 +234,9 @@ def test_nothing_of_a_folder_is_opened_but_regular_files_inside_it(cache: MediaC
         identity(folder / "pipe")
 
 
-def test_a_folder_of_too_many_files_is_not_listed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_too_many_files_is_not_listed_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(content, "MAX_FRAMES", 3)
     for number in range(4):
         (tmp_path / f"{number}").write_bytes(b"x")
@@ -220,7 +246,11 @@ def test_a_folder_of_too_many_files_is_not_listed_to_its_end(tmp_path: Path, mon
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "header", "longer"])
 def test_a_damaged_entry_is_made_again(
-    cache: MediaCache, volume: Path, reads: list[Path], damage: str, caplog: pytest.LogCaptureFixture
+    cache: MediaCache,
+    volume: Path,
+    reads: list[Path],
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = cache.load(volume, PREPROCESS).copy()
     entry = entries(cache)[0]
@@ -229,7 +259,9 @@ def test_a_damaged_entry_is_made_again(
         data[-100] ^= 1
     elif damage == "header":
         data[20] ^= 255
-    entry.write_bytes({"truncated": data[:-50], "empty": b"", "longer": data + b"x"}.get(damage, data))
+    entry.write_bytes(
+        {"truncated": data[:-50], "empty": b"", "longer": data + b"x"}.get(damage, data)
+    )
     later = MediaCache(cache.folder, max_bytes=10**6)
     np.testing.assert_array_equal(later.load(volume, PREPROCESS), expected)
     assert "damaged cache entry is made again" in caplog.text
@@ -240,7 +272,8 @@ def test_a_damaged_entry_is_made_again(
 
 @pytest.mark.parametrize("garbage", [bytes(64), b"\xff" * 64, b"Z" * 64, b"", b"0" * 63 + b"\n"])
 def test_a_damaged_index_is_written_anew(tmp_path: Path, reads: list[Path], garbage: bytes) -> None:
-    """Zeros are what a file system leaves after a power failure. Two files with equal garbage stay apart."""
+    """Zeros are what a file system leaves after a power failure. Two files with equal garbage stay
+    apart."""
     paths = make_volumes(tmp_path, 2)
     expected = [load_pixels(path, PREPROCESS) for path in paths]
     cache = MediaCache(tmp_path / "cache", max_bytes=10**6)
@@ -251,7 +284,9 @@ def test_a_damaged_index_is_written_anew(tmp_path: Path, reads: list[Path], garb
     for index in whole:
         index.write_bytes(garbage)
     for path, pixels in zip(paths, expected, strict=True):
-        np.testing.assert_array_equal(MediaCache(tmp_path / "cache", max_bytes=10**6).load(path, PREPROCESS), pixels)
+        np.testing.assert_array_equal(
+            MediaCache(tmp_path / "cache", max_bytes=10**6).load(path, PREPROCESS), pixels
+        )
     assert {index: index.read_bytes() for index in whole} == whole
 
 
@@ -274,12 +309,18 @@ def make_volumes(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def test_the_size_is_bounded_and_a_full_cache_keeps_what_it_has(tmp_path: Path, reads: list[Path]) -> None:
+def test_the_size_is_bounded_and_a_full_cache_keeps_what_it_has(
+    tmp_path: Path, reads: list[Path]
+) -> None:
     paths = make_volumes(tmp_path, 6)
-    cache = MediaCache(tmp_path / "cache", max_bytes=int(3.9 * (FILE_BYTES + placement_bytes(paths[0]))))
+    cache = MediaCache(
+        tmp_path / "cache", max_bytes=int(3.9 * (FILE_BYTES + placement_bytes(paths[0])))
+    )
     for _ in range(2):
         for path in paths:
-            np.testing.assert_array_equal(cache.load(path, PREPROCESS), load_pixels(path, PREPROCESS))
+            np.testing.assert_array_equal(
+                cache.load(path, PREPROCESS), load_pixels(path, PREPROCESS)
+            )
     number, size = cache.size()
     assert number == 3
     assert size <= cache.max_bytes
@@ -310,7 +351,9 @@ def test_a_disk_that_cannot_be_written_does_not_stop_the_run(
     (tmp_path / "file").write_bytes(b"")
     cache = MediaCache(tmp_path / "file", max_bytes=10**6)
     for _ in range(2):
-        np.testing.assert_array_equal(cache.load(volume, PREPROCESS), load_pixels(volume, PREPROCESS))
+        np.testing.assert_array_equal(
+            cache.load(volume, PREPROCESS), load_pixels(volume, PREPROCESS)
+        )
     assert caplog.text.count("nothing more is cached") == 1
 
 
@@ -352,20 +395,31 @@ for count in (20, 200):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's account of private memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's account of private memory"
+)
 def test_memory_is_flat_in_the_number_of_volumes(tmp_path: Path) -> None:
-    """All of 200 volumes are held and read to the last byte; their memory is the page cache's, not the process's."""
+    """All of 200 volumes are held and read to the last byte; their memory is the page cache's, not
+    the process's."""
     paths = [tmp_path / f"{i}.npy" for i in range(200)]
     filling = MediaCache(tmp_path / "cache", max_bytes=10**9)
     for i, path in enumerate(paths):
         np.save(path, np.full((2, 2, 2), i, dtype=np.int16))
         filling.load(path, VolumePreprocess(size=[8, 128, 128]))
     done = subprocess.run(
-        [sys.executable, "-c", _HELD, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", _HELD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
-    (few, before), (many, after) = (tuple(map(int, line.split())) for line in done.stdout.splitlines())
+    (few, before), (many, after) = (
+        tuple(map(int, line.split())) for line in done.stdout.splitlines()
+    )
     assert (few, many) == (20, 200)
-    assert after - before < 8_000, "180 volumes of 512 KiB are 92,000 KiB; allowed are their names and objects"
+    assert after - before < 8_000, (
+        "180 volumes of 512 KiB are 92,000 KiB; allowed are their names and objects"
+    )
 
 
 def _many_loads(cache: MediaCache, paths: list[Path], seed: int, clear: bool) -> None:
@@ -386,7 +440,9 @@ def test_many_processes_share_a_folder_and_its_bound(tmp_path: Path, clear: bool
     cache = pickle.loads(pickle.dumps(MediaCache(tmp_path / "cache", max_bytes=limit)))
     cache.load(paths[0], PREPROCESS)  # imports are paid before the fork
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_many_loads, args=(cache, paths, seed, clear)) for seed in range(4)]
+    workers = [
+        context.Process(target=_many_loads, args=(cache, paths, seed, clear)) for seed in range(4)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -28,7 +28,9 @@ def gpt(value: Any) -> dict[str, Any]:
     return {"from": "gpt", "value": value}
 
 
-def record(question: str = "Is there an effusion?", reply: str = "Yes.", /, **fields: Any) -> dict[str, Any]:
+def record(
+    question: str = "Is there an effusion?", reply: str = "Yes.", /, **fields: Any
+) -> dict[str, Any]:
     return {"conversations": [human(question), gpt(reply)], **fields}
 
 
@@ -38,7 +40,9 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def write_lines(path: Path, *values: Any) -> Path:
-    path.write_text("".join(f"{json.dumps(value, ensure_ascii=False)}\n" for value in values), encoding="utf-8")
+    path.write_text(
+        "".join(f"{json.dumps(value, ensure_ascii=False)}\n" for value in values), encoding="utf-8"
+    )
     return path
 
 
@@ -48,8 +52,11 @@ def write_image(path: Path, shade: int = 0, size: tuple[int, int] = (6, 5)) -> P
     return path
 
 
-def encode(sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False) -> Example:
-    """Every character is its code point plus 2, an item is five placeholders; replies are learned."""
+def encode(
+    sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False
+) -> Example:
+    """Every character is its code point plus 2, an item is five placeholders; replies are
+    learned."""
     ids: list[int] = []
     labels: list[int] = []
     for turn in sample.turns:
@@ -59,7 +66,9 @@ def encode(sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation
             else:
                 new = [CONTROL] if isinstance(part, ControlToken) else [ord(c) + 2 for c in part]
             ids += new
-            labels += new if turn.role == "assistant" and not generation else [IGNORE_INDEX] * len(new)
+            labels += (
+                new if turn.role == "assistant" and not generation else [IGNORE_INDEX] * len(new)
+            )
     assert sum(map(len, pixels.values())) == len(sample.media)
     return Example(ids, labels, {branch: list(items) for branch, items in pixels.items()})
 
@@ -70,7 +79,10 @@ def to_text(ids: list[int]) -> str:
 
 
 def conversations(
-    preprocess: Mapping[str, Preprocess] = PREPROCESS, *, encode: Callable[..., Example] = encode, **settings: Any
+    preprocess: Mapping[str, Preprocess] = PREPROCESS,
+    *,
+    encode: Callable[..., Example] = encode,
+    **settings: Any,
 ) -> Conversations:
     """The pipeline of a model whose processor is `encode`."""
     processor: Any = SimpleNamespace(

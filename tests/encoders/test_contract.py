@@ -1,4 +1,5 @@
-"""What every registered encoder must do. A newcomer is tested by its line in the table and its line in `tiny.py`."""
+"""What every registered encoder must do. A newcomer is tested by its line in the table and its line
+in `tiny.py`."""
 
 import json
 import socket
@@ -20,7 +21,9 @@ def build(name, seed=0):
 
 
 def pixels_for(name, batch=2, seed=1):
-    return torch.randn(batch, *TINY_ENCODERS[name].pixels, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        batch, *TINY_ENCODERS[name].pixels, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def test_building_is_offline_random_and_repeatable(name, monkeypatch):
@@ -48,7 +51,8 @@ def test_shapes_are_the_arithmetic_of_the_grid(name):
 
 
 def test_the_channels_that_it_takes_are_said(name):
-    """A recipe is refused by them before anything runs, so they must be the ones that the forward takes."""
+    """A recipe is refused by them before anything runs, so they must be the ones that the forward
+    takes."""
     encoder, pixels = build(name), pixels_for(name, batch=1)
     assert encoder.channels
     for channels in encoder.channels:
@@ -76,7 +80,11 @@ def test_gradient_reaches_every_parameter(name):
     if features.pooled is not None:
         loss = loss + (features.pooled * torch.randn_like(features.pooled)).sum()
     loss.backward()
-    silent = [key for key, value in encoder.named_parameters() if value.grad is None or not value.grad.any()]
+    silent = [
+        key
+        for key, value in encoder.named_parameters()
+        if value.grad is None or not value.grad.any()
+    ]
     assert silent == []
 
 
@@ -100,12 +108,20 @@ def test_bf16_stays_bf16_and_close(name):
     exact = encoder(pixels).tokens
     rough = encoder.to(torch.bfloat16)(pixels.to(torch.bfloat16)).tokens
     assert rough.dtype == torch.bfloat16
-    assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0) > 0.99
+    assert (
+        torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0)
+        > 0.99
+    )
 
 
 def test_preprocessing_is_plain_data(name):
-    encoder_class, architecture = ENCODERS.get(name), TINY_ENCODERS[name].block.get("architecture", {})
-    described = encoder_class.preprocess_from({}, encoder_class.architecture_from({}) | architecture, None)
+    encoder_class, architecture = (
+        ENCODERS.get(name),
+        TINY_ENCODERS[name].block.get("architecture", {}),
+    )
+    described = encoder_class.preprocess_from(
+        {}, encoder_class.architecture_from({}) | architecture, None
+    )
     assert json.loads(json.dumps(described)) == described
 
 
@@ -137,14 +153,17 @@ def test_recomputed_activations_give_the_same_gradient(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", ["cast", "autocast"])
 def test_half_precision_works_on_a_cpu_forward_and_backward(name, dtype, weights):
-    """As DeepSpeed casts every weight, and as transformers' Trainer computes; torch lacks some kernels there."""
+    """As DeepSpeed casts every weight, and as transformers' Trainer computes; torch lacks some
+    kernels there."""
     encoder, pixels = build(name), pixels_for(name)
     exact = encoder(pixels).tokens
     encoder = encoder.to(dtype) if weights == "cast" else encoder
     with torch.autocast("cpu", dtype, enabled=weights == "autocast"):
         tokens = encoder(pixels.to(dtype) if weights == "cast" else pixels).tokens
     tokens.float().square().sum().backward()
-    similarity = torch.nn.functional.cosine_similarity(tokens.float().flatten(), exact.flatten(), dim=0)
+    similarity = torch.nn.functional.cosine_similarity(
+        tokens.float().flatten(), exact.flatten(), dim=0
+    )
     assert similarity > 0.99
     gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)

@@ -10,9 +10,14 @@ from tests.encoders.published import load_published
 
 DIM, MLP, HEADS, DEPTH = 24, 40, 3, 4
 SIZES = {
-    "image_size": 16, "patch_size": 8, "num_channels": 3, "hidden_size": DIM, "intermediate_size": MLP,
-    "num_hidden_layers": DEPTH, "num_attention_heads": HEADS,
-}  # fmt: skip
+    "image_size": 16,
+    "patch_size": 8,
+    "num_channels": 3,
+    "hidden_size": DIM,
+    "intermediate_size": MLP,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+}
 
 
 def published_shapes(dim=DIM, mlp=MLP, depth=DEPTH, cells=4, patch=8):
@@ -36,14 +41,21 @@ def published_shapes(dim=DIM, mlp=MLP, depth=DEPTH, cells=4, patch=8):
 
 def random_state(**sizes):
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in published_shapes(**sizes).items()}
+    return {
+        name: torch.randn(shape, generator=generator) * 0.3
+        for name, shape in published_shapes(**sizes).items()
+    }
 
 
 def straight_line(state, pixels, blocks):
     def norm(x, name):
         return F.layer_norm(x, (DIM,), state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
 
-    x = F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8).flatten(2).mT
+    x = (
+        F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8)
+        .flatten(2)
+        .mT
+    )
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], dim=1) + state["pos_embed"]
     for i in range(blocks):
         q_bias, v_bias = state[f"blocks.{i}.attn.q_bias"], state[f"blocks.{i}.attn.v_bias"]
@@ -54,7 +66,8 @@ def straight_line(state, pixels, blocks):
         out = out.transpose(1, 2).reshape(x.shape)
         x = x + out @ state[f"blocks.{i}.attn.proj.weight"].T + state[f"blocks.{i}.attn.proj.bias"]
         y = F.gelu(
-            norm(x, f"blocks.{i}.norm2") @ state[f"blocks.{i}.mlp.fc1.weight"].T + state[f"blocks.{i}.mlp.fc1.bias"]
+            norm(x, f"blocks.{i}.norm2") @ state[f"blocks.{i}.mlp.fc1.weight"].T
+            + state[f"blocks.{i}.mlp.fc1.bias"]
         )
         x = x + y @ state[f"blocks.{i}.mlp.fc2.weight"].T + state[f"blocks.{i}.mlp.fc2.bias"]
     return x
@@ -66,7 +79,11 @@ def test_the_block_before_the_last_equals_a_straight_line_computation():
     report = load_published(encoder, state)
     # The last block, the final norm and the classifier are of no use, and said to be so.
     assert {name.split(".")[0] for name in report.ignored} == {"norm", "head", "blocks"}
-    assert all(name.startswith(f"blocks.{DEPTH - 1}.") for name in report.ignored if name.startswith("blocks"))
+    assert all(
+        name.startswith(f"blocks.{DEPTH - 1}.")
+        for name in report.ignored
+        if name.startswith("blocks")
+    )
     expected = straight_line(state, pixels, DEPTH - 1)
     torch.testing.assert_close(encoder(pixels).tokens, expected, atol=1e-5, rtol=1e-5)
 
@@ -89,7 +106,9 @@ def test_the_learned_norm_comes_from_the_file_or_not_at_all():
     plain = EVACLIPEncoder(architecture=SIZES)
     load_published(plain, state | norm)
     pixels = torch.randn(1, 3, 16, 16)
-    torch.testing.assert_close(encoder(pixels).tokens, plain(pixels).tokens * 2 - 1, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        encoder(pixels).tokens, plain(pixels).tokens * 2 - 1, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_published_shapes_load_strict():

@@ -1,4 +1,5 @@
-"""I3D-ResNet: published names, a straight-line computation, and the published CT weights on real chests."""
+"""I3D-ResNet: published names, a straight-line computation, and the published CT weights on real
+chests."""
 
 from pathlib import Path
 
@@ -15,7 +16,8 @@ TINY = {"layers": [1, 2, 1, 1], "width": 4}
 
 
 def published_state(encoder):
-    """The encoder's tensors under the published names, with statistics that are not the initial ones."""
+    """The encoder's tensors under the published names, with statistics that are not the initial
+    ones."""
     state = {}
     for key, value in encoder.state_dict().items():
         name = key.replace("stages.", "layer")
@@ -30,20 +32,36 @@ def published_state(encoder):
 def straight_line(state, volume):
     def norm(x, name):
         shape = (1, -1, 1, 1, 1)
-        mean, var = state[f"{name}.running_mean"].view(shape), state[f"{name}.running_var"].view(shape)
-        return (x - mean) / (var + 1e-5).sqrt() * state[f"{name}.weight"].view(shape) + state[f"{name}.bias"].view(
-            shape
+        mean, var = (
+            state[f"{name}.running_mean"].view(shape),
+            state[f"{name}.running_var"].view(shape),
         )
+        return (x - mean) / (var + 1e-5).sqrt() * state[f"{name}.weight"].view(shape) + state[
+            f"{name}.bias"
+        ].view(shape)
 
     x = torch.cat([volume] * 3, dim=1)
-    x = norm(F.conv3d(x, state["conv1.weight"], stride=(1, 2, 2), padding=(1, 3, 3)), "bn1").clamp(min=0)
+    x = norm(F.conv3d(x, state["conv1.weight"], stride=(1, 2, 2), padding=(1, 3, 3)), "bn1").clamp(
+        min=0
+    )
     x = F.max_pool3d(x, 3, 2, 1)
-    for name, stride in (("layer1.0", 1), ("layer2.0", 2), ("layer2.1", 1), ("layer3.0", 2), ("layer4.0", 2)):
+    for name, stride in (
+        ("layer1.0", 1),
+        ("layer2.0", 2),
+        ("layer2.1", 1),
+        ("layer3.0", 2),
+        ("layer4.0", 2),
+    ):
         y = norm(F.conv3d(x, state[f"{name}.conv1.weight"]), f"{name}.bn1").clamp(min=0)
-        y = norm(F.conv3d(y, state[f"{name}.conv2.weight"], stride=stride, padding=1), f"{name}.bn2").clamp(min=0)
+        y = norm(
+            F.conv3d(y, state[f"{name}.conv2.weight"], stride=stride, padding=1), f"{name}.bn2"
+        ).clamp(min=0)
         y = norm(F.conv3d(y, state[f"{name}.conv3.weight"]), f"{name}.bn3")
         if f"{name}.downsample.0.weight" in state:
-            x = norm(F.conv3d(x, state[f"{name}.downsample.0.weight"], stride=stride), f"{name}.downsample.1")
+            x = norm(
+                F.conv3d(x, state[f"{name}.downsample.0.weight"], stride=stride),
+                f"{name}.downsample.1",
+            )
         x = (x + y).clamp(min=0)
     return x
 
@@ -84,7 +102,8 @@ def test_statistics_are_kept_in_training():
 
 
 @pytest.mark.skipif(
-    not (ASSETS / "astra/astra_encoder.pt").is_file() or not (ASSETS / "pyradiomics/lung1_image.nrrd").is_file(),
+    not (ASSETS / "astra/astra_encoder.pt").is_file()
+    or not (ASSETS / "pyradiomics/lung1_image.nrrd").is_file(),
     reason="the published CT weights and the sample volumes have not been fetched",
 )
 def test_published_weights_see_that_two_chests_are_alike():
@@ -92,14 +111,18 @@ def test_published_weights_see_that_two_chests_are_alike():
     from medm.models.published.weights import PretrainedSource
 
     encoder = I3DResNetEncoder(architecture={}).eval()
-    report = load_published(encoder, PretrainedSource(str(ASSETS / "astra/astra_encoder.pt")).tensors())
+    report = load_published(
+        encoder, PretrainedSource(str(ASSETS / "astra/astra_encoder.pt")).tensors()
+    )
     assert len(report.loaded) == 930
     assert report.ignored == []
     described = VolumePreprocess.model_validate(encoder.preprocess_from({}, {}, [80, 112, 112]))
     magnetic = VolumePreprocess(scale="minmax", orientation="SRA", size=described.size)
     pooled = {}
     for name in ("lung1", "lung2", "brain1"):
-        pixels = load_pixels(ASSETS / f"pyradiomics/{name}_image.nrrd", magnetic if name == "brain1" else described)
+        pixels = load_pixels(
+            ASSETS / f"pyradiomics/{name}_image.nrrd", magnetic if name == "brain1" else described
+        )
         with torch.no_grad():
             pooled[name] = encoder(torch.from_numpy(pixels)[None]).pooled[0]
 

@@ -31,7 +31,11 @@ def test_every_slice_is_the_image_of_the_inner_encoder():
 
 
 def test_a_cnn_can_be_the_inner_encoder():
-    block = {"name": "efficientnet-lite", "stages": [3], "architecture": {"width": 0.1, "depth": 0.3, "stem": 8}}
+    block = {
+        "name": "efficientnet-lite",
+        "stages": [3],
+        "architecture": {"width": 0.1, "depth": 0.3, "stem": 8},
+    }
     encoder = build_encoder({"name": "slices", "encoder": block}).eval()
     volumes = torch.randn(2, 3, 5, 32, 32)
     features = encoder(volumes)
@@ -63,20 +67,40 @@ def test_a_volume_encoder_cannot_be_sliced():
 
 def test_weights_belong_to_the_inner_block():
     with pytest.raises(RecipeError, match="belong in the inner block"):
-        validate(SlicesOptions, {"name": "slices", "path": "x", "encoder": "siglip"}, source="recipe")
-    assert validate(SlicesOptions, {"name": "slices", "encoder": {"name": "siglip", "path": "x"}}, source="recipe")
+        validate(
+            SlicesOptions, {"name": "slices", "path": "x", "encoder": "siglip"}, source="recipe"
+        )
+    assert validate(
+        SlicesOptions,
+        {"name": "slices", "encoder": {"name": "siglip", "path": "x"}},
+        source="recipe",
+    )
 
 
 def test_an_unknown_option_of_the_inner_encoder_is_named():
     with pytest.raises(RecipeError, match="unknown key 'layers': did you mean 'layer'"):
-        validate(SlicesOptions, {"name": "slices", "encoder": {"name": "siglip", "layers": 1}}, source="recipe")
+        validate(
+            SlicesOptions,
+            {"name": "slices", "encoder": {"name": "siglip", "layers": 1}},
+            source="recipe",
+        )
 
 
 def test_preprocessing_is_that_of_the_inner_encoder_for_each_slice():
-    inner = {"size": [256, 256], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2], "channels": 3, "fit": "squash"}
+    inner = {
+        "size": [256, 256],
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.2, 0.2],
+        "channels": 3,
+        "fit": "squash",
+    }
     described = VolumePreprocess.model_validate(SlicesEncoder.preprocess_from(inner, {}))
     assert described.size == [32, 256, 256]
-    assert (described.num_channels, described.mean, described.std) == (3, inner["mean"], inner["std"])
+    assert (described.num_channels, described.mean, described.std) == (
+        3,
+        inner["mean"],
+        inner["std"],
+    )
     assert SlicesEncoder.preprocess_from(inner, {}, [8, 64, 64])["size"] == [8, 64, 64]
 
 
@@ -91,12 +115,13 @@ def test_a_recipe_loads_the_inner_encoder_from_its_published_folder(tmp_path):
     section["branches"] = {
         "volume": {
             "encoder": {
-                "name": "slices", "image_size": [4, 16, 16],
+                "name": "slices",
+                "image_size": [4, 16, 16],
                 "encoder": {"name": "siglip", "path": str(tmp_path / "siglip"), "layer": -2},
             },
             "connector": {"name": "attention-pooling", "heads": 2},
         }
-    }  # fmt: skip
+    }
     model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
     described = processor.preprocess["volume"]
     assert (described.size, described.num_channels, described.mean) == ([4, 16, 16], 3, [0.1] * 3)

@@ -1,4 +1,5 @@
-"""M3D-CLIP and MedM-CLIP: published names and shapes load strict, and equal straight-line computations."""
+"""M3D-CLIP and MedM-CLIP: published names and shapes load strict, and equal straight-line
+computations."""
 
 import logging
 
@@ -50,14 +51,17 @@ def whole_clip(tower):
     """The layout of the full M3D-CLIP file: the tower under its prefix, the text side beside it."""
     return {f"vision_encoder.{name}": value for name, value in tower.items()} | {
         "language_encoder.embeddings.word_embeddings.weight": torch.zeros(30, 8),
-        "mm_vision_proj.weight": torch.zeros(DIM, DIM), "mm_vision_proj.bias": torch.zeros(DIM),
-        "mm_language_proj.weight": torch.zeros(DIM, DIM), "mm_language_proj.bias": torch.zeros(DIM),
+        "mm_vision_proj.weight": torch.zeros(DIM, DIM),
+        "mm_vision_proj.bias": torch.zeros(DIM),
+        "mm_language_proj.weight": torch.zeros(DIM, DIM),
+        "mm_language_proj.bias": torch.zeros(DIM),
         "logit_scale": torch.tensor(2.6592),
-    }  # fmt: skip
+    }
 
 
 def m3d_straight_line(state, volume, blocks, after_norm):
-    """One volume (1, D, H, W), patch by patch and head by head, with nothing but matrix products."""
+    """One volume (1, D, H, W), patch by patch and head by head, with nothing but matrix
+    products."""
 
     def layer_norm(x, name):
         mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
@@ -78,14 +82,21 @@ def m3d_straight_line(state, volume, blocks, after_norm):
         qkv = layer_norm(x, f"blocks.{i}.norm1") @ state[f"blocks.{i}.attn.qkv.weight"].T
         heads = []
         for head in range(HEADS):
-            q, k, v = (qkv[:, part * DIM + head * size : part * DIM + (head + 1) * size] for part in range(3))
+            q, k, v = (
+                qkv[:, part * DIM + head * size : part * DIM + (head + 1) * size]
+                for part in range(3)
+            )
             heads.append((q @ k.T / size**0.5).softmax(-1) @ v)
         out = torch.cat(heads, -1) @ state[f"blocks.{i}.attn.out_proj.weight"].T
         x = x + out + state[f"blocks.{i}.attn.out_proj.bias"]
         y = layer_norm(x, f"blocks.{i}.norm2") @ state[f"blocks.{i}.mlp.linear1.weight"].T
         y = y + state[f"blocks.{i}.mlp.linear1.bias"]
         y = y * 0.5 * (1 + torch.erf(y / 2**0.5))
-        x = x + y @ state[f"blocks.{i}.mlp.linear2.weight"].T + state[f"blocks.{i}.mlp.linear2.bias"]
+        x = (
+            x
+            + y @ state[f"blocks.{i}.mlp.linear2.weight"].T
+            + state[f"blocks.{i}.mlp.linear2.bias"]
+        )
     return layer_norm(x, "norm") if after_norm else x
 
 
@@ -105,9 +116,12 @@ def test_m3d_clip_equals_a_straight_line_computation(layout, options, blocks, af
     load_published(encoder, whole_clip(tower) if layout == "model.safetensors" else tower)
     volumes = torch.rand(2, 1, 8, 16, 16)
     features = encoder(volumes)
-    expected = torch.stack([m3d_straight_line(tower, volume, blocks, after_norm) for volume in volumes])
+    expected = torch.stack(
+        [m3d_straight_line(tower, volume, blocks, after_norm) for volume in volumes]
+    )
     assert features.grid == GRID
-    # Measured worst case 2.6e-6 on values up to 8.5; GELU's tanh form would be 1e-3 away, swapped query and key 0.3.
+    # Measured worst case 2.6e-6 on values up to 8.5; GELU's tanh form would be 1e-3 away, swapped
+    # query and key 0.3.
     torch.testing.assert_close(features.tokens, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -116,7 +130,9 @@ def test_m3d_clip_published_shapes_load_strict():
         encoder = M3DCLIPEncoder(architecture={}, norm="after")
         tower = {
             name: torch.empty(shape)
-            for name, shape in m3d_shapes(dim=768, mlp=3072, depth=12, cells=2048, voxels=1024).items()
+            for name, shape in m3d_shapes(
+                dim=768, mlp=3072, depth=12, cells=2048, voxels=1024
+            ).items()
         }
     report = load_published(encoder, tower)
     assert len(report.loaded) == len(tower) == len(encoder.state_dict())
@@ -145,7 +161,8 @@ def test_a_missing_tensor_of_the_tower_is_an_error():
 def test_another_size_interpolates_positions_and_says_so_once(caplog):
     encoder = M3DCLIPEncoder(architecture=SIZES)
     with torch.no_grad():
-        # A plane over the grid: positions that trilinear interpolation must keep linear in the middle.
+        # A plane over the grid: positions that trilinear interpolation must keep linear in the
+        # middle.
         slices = torch.arange(2.0).view(2, 1, 1).expand(GRID).reshape(1, 8, 1)
         encoder.positions.copy_(slices.expand(-1, -1, DIM))
     with caplog.at_level(logging.WARNING, logger="medm.encoders.plain_vit"):
@@ -169,9 +186,15 @@ def test_an_input_that_is_no_multiple_of_the_patch_is_refused():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layer": -4}, "layer -4 does not exist in a tower of 3 blocks"), ({"layer": 0}, "layer 0 does not exist"),
-     ({"layer": -2, "norm": "after"}, "norm 'after' belongs to the last of the 3 blocks, found layer -2")],
-)  # fmt: skip
+    [
+        ({"layer": -4}, "layer -4 does not exist in a tower of 3 blocks"),
+        ({"layer": 0}, "layer 0 does not exist"),
+        (
+            {"layer": -2, "norm": "after"},
+            "norm 'after' belongs to the last of the 3 blocks, found layer -2",
+        ),
+    ],
+)
 def test_layers_that_mean_nothing_are_refused(options, message):
     with pytest.raises(RecipeError, match=message):
         M3DCLIPEncoder(architecture=SIZES, **options)
@@ -195,7 +218,11 @@ def test_sizes_come_from_the_published_config():
 
 @pytest.mark.parametrize("encoder", [M3DCLIPEncoder, MedMCLIPEncoder])
 def test_preprocessing_fits_the_input(encoder):
-    for wanted, size in ((None, [32, 256, 256]), ([16, 128, 128], [16, 128, 128]), (64, [32, 64, 64])):
+    for wanted, size in (
+        (None, [32, 256, 256]),
+        ([16, 128, 128], [16, 128, 128]),
+        (64, [32, 64, 64]),
+    ):
         assert VolumePreprocess.model_validate(encoder.preprocess_from({}, {}, wanted)).size == size
     assert encoder.preprocess_from({}, SIZES)["size"] == [8, 16, 16]
 
@@ -211,7 +238,9 @@ class PublishedMedMCLIP(nn.Module):
         self.pos_embedding = nn.Parameter(torch.randn(1, 9, DIM))
         self.cls_token = nn.Parameter(torch.randn(1, 1, DIM))
         self.transformer_layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(DIM, HEADS, dim_feedforward=MLP, dropout=0.0, batch_first=True)
+            nn.TransformerEncoderLayer(
+                DIM, HEADS, dim_feedforward=MLP, dropout=0.0, batch_first=True
+            )
             for _ in range(DEPTH)
         )
         self.mlp_head = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, DIM))
@@ -233,12 +262,17 @@ def test_medm_clip_equals_torch_transformer_layers(layer, blocks):
     for parameter in published.parameters():
         nn.init.normal_(parameter, std=0.3)
     tensors = {f"vision_encoder.{name}": value for name, value in published.state_dict().items()}
-    tensors |= {"text_encoder.embeddings.word_embeddings.weight": torch.zeros(3, 2), "logit_scale": torch.zeros(())}
+    tensors |= {
+        "text_encoder.embeddings.word_embeddings.weight": torch.zeros(3, 2),
+        "logit_scale": torch.zeros(()),
+    }
     encoder = MedMCLIPEncoder(architecture=SIZES, layer=layer, tokens="cls_patch")
     report = load_published(encoder, tensors)
     assert not any("transformer_layers.0" in name for name in report.ignored)
     volumes = torch.rand(2, 1, 8, 16, 16)
-    torch.testing.assert_close(encoder(volumes).tokens, published(volumes, blocks), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        encoder(volumes).tokens, published(volumes, blocks), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_medm_clip_gives_a_gradient_to_every_weight():
@@ -246,7 +280,9 @@ def test_medm_clip_gives_a_gradient_to_every_weight():
     encoder = MedMCLIPEncoder(architecture=SIZES)
     tokens = encoder(torch.rand(1, 1, 8, 16, 16)).tokens
     (tokens * torch.randn_like(tokens)).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in encoder.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.any() for parameter in encoder.parameters()
+    )
 
 
 def test_positions_of_the_class_token_are_not_interpolated():

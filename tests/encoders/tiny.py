@@ -1,4 +1,5 @@
-"""A tiny architecture for each registered encoder, as a recipe would write it, and the size of an input that fits."""
+"""A tiny architecture for each registered encoder, as a recipe would write it, and the size of an
+input that fits."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ class Tiny:
 
 
 VIT = {
-    "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 VOLUME_VIT = VIT | {"image_size": [8, 16, 16], "patch_size": [4, 8, 8], "num_channels": 1}
 
 TINY_ENCODERS = {

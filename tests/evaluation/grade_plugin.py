@@ -1,4 +1,5 @@
-"""A benchmark, a kind of model and its source of predictions as another package brings them: in one plug-in file."""
+"""A benchmark, a kind of model and its source of predictions as another package brings them: in one
+plug-in file."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class GradePredictor(Predictor):
     def predict(self, items: Items, *, progress: Progress | None = None) -> Predictions:
         sign = -1 if GradeConfig.from_pretrained(self.source).invert else 1
         return {
-            str(sample.id): Prediction("", scores=[sign * self._mean(items.root, sample)]) for sample in items.scored
+            str(sample.id): Prediction("", scores=[sign * self._mean(items.root, sample)])
+            for sample in items.scored
         }
 
     def _mean(self, root: Path, sample: Sample) -> float:
@@ -78,9 +80,13 @@ class BrightOrDark(Task):
     tag = "grade"
     layout = "labels.json: file to 0 or 1"
 
-    def samples(self, folder: Path, split: str = "test", **_rng: random.Random | None) -> Iterator[Sample]:
+    def samples(
+        self, folder: Path, split: str = "test", **_rng: random.Random | None
+    ) -> Iterator[Sample]:
         for name, label in json.loads((folder / "labels.json").read_text()).items():
-            yield make_sample("Bright?", id=name, tag=self.tag, answer=str(label), media=[Media("image", name)])
+            yield make_sample(
+                "Bright?", id=name, tag=self.tag, answer=str(label), media=[Media("image", name)]
+            )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         scores = [record["scores"][0] if record.get("scores") else 0.0 for record in records]

@@ -1,4 +1,5 @@
-"""Scoring on benchmarks: a model's or any program's answers, compared, reported, and honest about what is missing."""
+"""Scoring on benchmarks: a model's or any program's answers, compared, reported, and honest about
+what is missing."""
 
 from __future__ import annotations
 
@@ -45,7 +46,14 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_picture(folder / f"{index}.png", index)
         text = "<image>\nIs it <b>bold</b> & bad?" if index == 0 else f"<image>\nQuestion {index}?"
         turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
-        records.append({"id": f"i{index}", "image": f"{index}.png", "organ": "ab"[index % 2], "conversations": turns})
+        records.append(
+            {
+                "id": f"i{index}",
+                "image": f"{index}.png",
+                "organ": "ab"[index % 2],
+                "conversations": turns,
+            }
+        )
     write_records(folder, records, "test.json")
     return folder
 
@@ -58,7 +66,11 @@ def section(benchmark: Path, out: Path, **task: Any) -> dict[str, Any]:
         "group_by": ["organ"],
         "rounds": 50,
     }
-    return {"tasks": [{"task": settings, "data": str(benchmark), **task}], "output_dir": str(out), "cases": 2}
+    return {
+        "tasks": [{"task": settings, "data": str(benchmark), **task}],
+        "output_dir": str(out),
+        "cases": 2,
+    }
 
 
 def run(content: dict[str, Any]) -> TaskReport:
@@ -76,7 +88,9 @@ def without_weights(folder: Path) -> str:
 
 
 def write_predictions(file: Path, texts: list[str]) -> Path:
-    file.write_text("".join(json.dumps({"id": f"i{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
+    file.write_text(
+        "".join(json.dumps({"id": f"i{i}", "text": text}) + "\n" for i, text in enumerate(texts))
+    )
     return file
 
 
@@ -88,8 +102,9 @@ def test_predictions_of_another_program(benchmark: Path, tmp_path: Path) -> None
     assert by_name["exact-match"].value == pytest.approx(3 / 6)
     groups = report.scores.groups["organ"]
     assert {value: results[0].value for value, results in groups.items()} == {
-        "a": pytest.approx(2 / 3), "b": pytest.approx(1 / 3),
-    }  # fmt: skip
+        "a": pytest.approx(2 / 3),
+        "b": pytest.approx(1 / 3),
+    }
     assert "1 of 6 items have no answer" in report.scores.notes[0]
     assert [case.score for case in report.worst] == [0.0, 0.0]
     assert not {case.id for case in report.worst} & {case.id for case in report.random}
@@ -112,8 +127,12 @@ def test_predictions_of_another_program(benchmark: Path, tmp_path: Path) -> None
     assert "[custom](custom/report.md)" in (tmp_path / "out" / "summary.md").read_text()
 
 
-def test_questions_about_one_scan_are_drawn_and_compared_together(benchmark: Path, tmp_path: Path) -> None:
-    good = write_predictions(tmp_path / "good.jsonl", ["left lung", "x", "heart", "x", "yes", "x"])  # right on organ a
+def test_questions_about_one_scan_are_drawn_and_compared_together(
+    benchmark: Path, tmp_path: Path
+) -> None:
+    good = write_predictions(
+        tmp_path / "good.jsonl", ["left lung", "x", "heart", "x", "yes", "x"]
+    )  # right on organ a
     bad = write_predictions(tmp_path / "bad.jsonl", ["x"] * 6)
     content = section(benchmark, tmp_path / "out", predictions=str(good), against=str(bad))
     content["tasks"][0]["task"] |= {"cluster_by": "organ", "group_by": ["organ"]}
@@ -122,7 +141,9 @@ def test_questions_about_one_scan_are_drawn_and_compared_together(benchmark: Pat
     assert "|cluster:organ" in exact.signature
     assert (exact.low, exact.high) == (0, 1)  # two groups: one is all right, the other all wrong
     assert any("2 groups of 6 items" in note for note in report.scores.notes)
-    assert report.comparisons[0].p_value == 1  # exchanging two whole groups cannot tell chance from skill
+    assert (
+        report.comparisons[0].p_value == 1
+    )  # exchanging two whole groups cannot tell chance from skill
     assert report.comparisons[0].clusters == 2
     results = json.loads((tmp_path / "out" / "custom" / "results.json").read_text())
     assert (results["scores"][0]["cluster_by"], results["scores"][0]["clusters"]) == ("organ", 2)
@@ -155,14 +176,21 @@ def test_two_systems_are_compared_on_the_same_items(benchmark: Path, tmp_path: P
     assert {c.name for c in report.comparisons} == defined == {"exact-match", "bleu-1", "bleu-2"}
     assert "## Comparison" in (tmp_path / "b" / "custom" / "report.md").read_text()
     with pytest.raises(DataError, match="no predictions to compare with"):
-        run(section(benchmark, tmp_path / "b", predictions=str(good), against=str(tmp_path / "nowhere")))
+        run(
+            section(
+                benchmark, tmp_path / "b", predictions=str(good), against=str(tmp_path / "nowhere")
+            )
+        )
 
 
 def test_a_model_answers_and_a_second_run_goes_on(benchmark: Path, tmp_path: Path) -> None:
     model = save_tiny(tmp_path)
     content = section(benchmark, tmp_path / "out") | {
-        "model": str(model), "generation": {"max_new_tokens": 4}, "device": "cpu", "workers": 0,
-    }  # fmt: skip
+        "model": str(model),
+        "generation": {"max_new_tokens": 4},
+        "device": "cpu",
+        "workers": 0,
+    }
     report = run(content)
     folder = tmp_path / "out" / "custom"
     replies = {line["id"]: line["reply"] for line in read_output(folder / "predictions.jsonl")}
@@ -178,7 +206,9 @@ def test_a_model_answers_and_a_second_run_goes_on(benchmark: Path, tmp_path: Pat
 
     recipe = tmp_path / "eval.yaml"
     recipe.write_text(yaml.safe_dump(content))
-    done = medm("eval", str(recipe), "tasks.0.limit=4", "--output", str(tmp_path / "cli"), "--cases", "1")
+    done = medm(
+        "eval", str(recipe), "tasks.0.limit=4", "--output", str(tmp_path / "cli"), "--cases", "1"
+    )
     assert done.code == 0, done.err
     assert "custom: 4 items" in done.out
     assert "exact-match" in done.out
@@ -242,24 +272,38 @@ def test_an_object_of_texts_may_use_any_id(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_text('{"text": "A", "answer": "B"}')
     samples = [Sample((Turn("user", ("?",)),), id=name, answer="a") for name in ("text", "answer")]
-    assert {name: given.text for name, given in read_predictions(file, samples).items()} == {"text": "A", "answer": "B"}
+    assert {name: given.text for name, given in read_predictions(file, samples).items()} == {
+        "text": "A",
+        "answer": "B",
+    }
 
 
-def test_a_limit_takes_files_of_all_answers_or_of_the_first(benchmark: Path, tmp_path: Path) -> None:
+def test_a_limit_takes_files_of_all_answers_or_of_the_first(
+    benchmark: Path, tmp_path: Path
+) -> None:
     full = write_predictions(tmp_path / "full.jsonl", ANSWERS)
-    report = run(section(benchmark, tmp_path / "a", predictions=str(full), against=str(full), limit=2))
+    report = run(
+        section(benchmark, tmp_path / "a", predictions=str(full), against=str(full), limit=2)
+    )
     assert (report.n, report.scores.results[0].value, report.comparisons[0].n) == (2, 1.0, 2)
     assert "only the first 2 items" in report.scores.notes[-1]
     for count in (2, 6):
         bare = tmp_path / f"{count}.json"
         bare.write_text(json.dumps(ANSWERS[:count]))
-        assert run(section(benchmark, tmp_path / "b", predictions=str(bare), limit=2)).scores.results[0].value == 1
+        assert (
+            run(section(benchmark, tmp_path / "b", predictions=str(bare), limit=2))
+            .scores.results[0]
+            .value
+            == 1
+        )
     (tmp_path / "4.json").write_text(json.dumps(ANSWERS[:4]))
     with pytest.raises(DataError, match="4 answers without ids for 6 items"):
         run(section(benchmark, tmp_path / "b", predictions=str(tmp_path / "4.json"), limit=2))
 
 
-def test_a_missing_image_is_named_before_anything_is_answered(benchmark: Path, tmp_path: Path) -> None:
+def test_a_missing_image_is_named_before_anything_is_answered(
+    benchmark: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(benchmark, copy)
     (copy / "1.png").unlink()
@@ -268,7 +312,9 @@ def test_a_missing_image_is_named_before_anything_is_answered(benchmark: Path, t
     with pytest.raises(DataError, match=r"2 of 6 images and volumes .* the first is '1\.png'"):
         run(content)
     assert not (tmp_path / "out").exists()
-    file = write_predictions(tmp_path / "p.jsonl", ANSWERS)  # answers of another program need no image
+    file = write_predictions(
+        tmp_path / "p.jsonl", ANSWERS
+    )  # answers of another program need no image
     assert run(section(copy, tmp_path / "out", predictions=str(file))).scores.results[0].value == 1
 
 
@@ -290,10 +336,13 @@ def test_masks_come_as_files_and_a_model_is_refused(tmp_path: Path) -> None:
     layouts.m3d_seg(tmp_path / "data")
     content: dict[str, Any] = {
         "tasks": [{"task": {"name": "m3d-seg", "rounds": 5}, "data": str(tmp_path / "data")}],
-        "output_dir": str(tmp_path / "out"), "cases": 0,
-    }  # fmt: skip
+        "output_dir": str(tmp_path / "out"),
+        "cases": 0,
+    }
     model = without_weights(tmp_path / "model")
-    with pytest.raises(RecipeError, match=r"m3d-seg: needs masks; model \S+/model gives text. Give --predictions"):
+    with pytest.raises(
+        RecipeError, match=r"m3d-seg: needs masks; model \S+/model gives text. Give --predictions"
+    ):
         run(content | {"model": model})
     shutil.move(tmp_path / "data", tmp_path / "away")  # the benchmark is not even looked at
     with pytest.raises(RecipeError, match="m3d-seg: needs masks"):
@@ -306,7 +355,10 @@ def test_masks_come_as_files_and_a_model_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "right.npy", truth)
     np.save(tmp_path / "half.npy", half)
     file = tmp_path / "p.jsonl"
-    lines = [{"id": ids[0], "mask": "right.npy"}, {"id": ids[1], "reply": "It is [SEG].", "mask": "half.npy"}]
+    lines = [
+        {"id": ids[0], "mask": "right.npy"},
+        {"id": ids[1], "reply": "It is [SEG].", "mask": "half.npy"},
+    ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     content["tasks"][0]["predictions"] = str(file)
     report = run(content)
@@ -314,7 +366,9 @@ def test_masks_come_as_files_and_a_model_is_refused(tmp_path: Path) -> None:
     assert by_name["dice"].per_item == [1, pytest.approx(2 / 3), 0]
     assert report.scores.empty == 1  # the item that no mask came for
     np.save(tmp_path / "half.npy", half[:2])
-    with pytest.raises(DataError, match=r"half\.npy.*the mask is \(2, 16, 16\), the reference \(8, 16, 16\)"):
+    with pytest.raises(
+        DataError, match=r"half\.npy.*the mask is \(2, 16, 16\), the reference \(8, 16, 16\)"
+    ):
         run(content)
 
 
@@ -336,7 +390,9 @@ def test_nothing_answered_is_a_failure(benchmark: Path, tmp_path: Path) -> None:
         file = tmp_path / "p.jsonl"
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         recipe = tmp_path / "eval.yaml"
-        recipe.write_text(yaml.safe_dump(section(benchmark, tmp_path / "out", predictions=str(file))))
+        recipe.write_text(
+            yaml.safe_dump(section(benchmark, tmp_path / "out", predictions=str(file)))
+        )
         done = medm("eval", str(recipe), "--cases", "0")
         return done.code, done.err
 
@@ -344,22 +400,37 @@ def test_nothing_answered_is_a_failure(benchmark: Path, tmp_path: Path) -> None:
     code, said = status(errors)
     assert code == 1
     assert "nothing was answered in custom (6 items)" in said
-    results = json.loads((tmp_path / "out" / "custom" / "results.json").read_text())  # written all the same
-    assert (results["answered"], results["inference_errors"], results["scores"][0]["value"]) == (0, 6, 0.0)
+    results = json.loads(
+        (tmp_path / "out" / "custom" / "results.json").read_text()
+    )  # written all the same
+    assert (results["answered"], results["inference_errors"], results["scores"][0]["value"]) == (
+        0,
+        6,
+        0.0,
+    )
     assert "nothing was answered" in (tmp_path / "out" / "summary.md").read_text()
     assert status(errors[:2])[0] == 1  # four items without a line, two with an error
     assert status([*errors[:5], {"id": "i5", "reply": "liver"}])[0] == 0
-    assert status([{"id": f"i{i}", "reply": ""} for i in range(6)])[0] == 0  # a model that says nothing has answered
-    assert json.loads((tmp_path / "out" / "custom" / "results.json").read_text())["scores"][0]["value"] == 0
+    assert (
+        status([{"id": f"i{i}", "reply": ""} for i in range(6)])[0] == 0
+    )  # a model that says nothing has answered
+    assert (
+        json.loads((tmp_path / "out" / "custom" / "results.json").read_text())["scores"][0]["value"]
+        == 0
+    )
 
 
-def test_a_number_that_is_not_defined_is_explained_everywhere(benchmark: Path, tmp_path: Path) -> None:
+def test_a_number_that_is_not_defined_is_explained_everywhere(
+    benchmark: Path, tmp_path: Path
+) -> None:
     file = write_predictions(tmp_path / "p.jsonl", ANSWERS)
     content = section(benchmark, tmp_path / "out", predictions=str(file), limit=1)
     content["tasks"][0]["task"] |= {"metrics": ["cider-d", "bleu"], "group_by": []}
     report = run(content)
     assert math.isnan(report.scores.results[0].value)
-    reason = "cider-d: undefined for one item: words are weighted by the number of items without them"
+    reason = (
+        "cider-d: undefined for one item: words are weighted by the number of items without them"
+    )
     folder = tmp_path / "out" / "custom"
     results = json.loads((folder / "results.json").read_text())
     assert reason in results["notes"]
@@ -386,28 +457,55 @@ def with_records(folder: Path, change: dict[int, dict[str, Any]]) -> Path:
 @pytest.mark.parametrize(
     ("change", "task", "words"),
     [
-        ({2: {"id": "i0"}}, {}, r"1 ids stand for several items of custom, the first is 'i0' \(2 items\)"),
+        (
+            {2: {"id": "i0"}},
+            {},
+            r"1 ids stand for several items of custom, the first is 'i0' \(2 items\)",
+        ),
         ({}, {"cluster_by": "patient"}, "has no 'patient', by which cluster_by groups"),
-        ({0: {"organ": "a"}}, {"group_by": ["organn"]}, r"group_by: no record has 'organn'; the records have .*organ"),
-        ({}, {"metrics": [{"name": "bertscore", "path": "/no/encoder"}]}, "no encoder at /no/encoder"),
+        (
+            {0: {"organ": "a"}},
+            {"group_by": ["organn"]},
+            r"group_by: no record has 'organn'; the records have .*organ",
+        ),
+        (
+            {},
+            {"metrics": [{"name": "bertscore", "path": "/no/encoder"}]},
+            "no encoder at /no/encoder",
+        ),
         ({}, {"metrics": ["box-iou"]}, "item 0: no box can be read from the reference 'lung'"),
-        ({1: {"answer_text": "B"}}, {"metrics": ["choice-accuracy"]}, "item 0: no choice can be read"),
+        (
+            {1: {"answer_text": "B"}},
+            {"metrics": ["choice-accuracy"]},
+            "item 0: no choice can be read",
+        ),
         (
             {},
             {"metrics": ["auroc"]},
             r"custom: needs scores; model \S+/model gives text. Give --predictions with lines",
         ),
-        ({}, {"metrics": ["auroc", "exact-match"]}, r"custom: needs text and scores; model \S+/model gives text"),
+        (
+            {},
+            {"metrics": ["auroc", "exact-match"]},
+            r"custom: needs text and scores; model \S+/model gives text",
+        ),
     ],
 )
 def test_what_stops_the_scoring_is_found_before_the_weights_are_looked_at(
     change: dict[int, dict[str, Any]], task: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    settings = {"name": "custom", "path": "test.json", "metrics": ["exact-match"], "rounds": 5, **task}
+    settings = {
+        "name": "custom",
+        "path": "test.json",
+        "metrics": ["exact-match"],
+        "rounds": 5,
+        **task,
+    }
     content = {
-        "tasks": [{"task": settings, "data": str(with_records(tmp_path, change))}], "output_dir": str(tmp_path / "out"),
+        "tasks": [{"task": settings, "data": str(with_records(tmp_path, change))}],
+        "output_dir": str(tmp_path / "out"),
         "model": without_weights(tmp_path / "model"),
-    }  # fmt: skip
+    }
     with pytest.raises(MedmError, match=words):
         run(content)
     assert not (tmp_path / "out").exists()
@@ -418,12 +516,16 @@ def test_model_device_and_output_are_looked_at_before_anything_is_answered(tmp_p
     data = str(with_records(tmp_path, {}))
     model = tmp_path / "model"
     content: dict[str, Any] = {
-        "tasks": [{"task": settings, "data": data}], "output_dir": str(tmp_path / "out"), "model": str(model)
-    }  # fmt: skip
+        "tasks": [{"task": settings, "data": data}],
+        "output_dir": str(tmp_path / "out"),
+        "model": str(model),
+    }
     with pytest.raises(CheckpointError, match="model: no such model folder"):
         run(content)
     model.mkdir()
-    with pytest.raises(CheckpointError, match=r"no config\.json in it; expected a model folder that medm saved"):
+    with pytest.raises(
+        CheckpointError, match=r"no config\.json in it; expected a model folder that medm saved"
+    ):
         run(content)
     without_weights(model)
     with pytest.raises(DeviceError, match="expected auto, cpu, cuda or cuda:N"):
@@ -461,11 +563,21 @@ def test_all_of_m3d_may_be_in_one_tree(tmp_path: Path) -> None:
     layouts.m3d_vqa(tmp_path / "M3D-VQA")
     layouts.m3d_seg(tmp_path / "M3D_Seg_npy")
     layouts.m3d_refseg(tmp_path / "M3D_RefSeg_npy")
-    for path in (tmp_path / "M3D-VQA" / "ct_case").rglob("*.npy"):  # volumes of the questions are those of the reports
+    for path in (tmp_path / "M3D-VQA" / "ct_case").rglob(
+        "*.npy"
+    ):  # volumes of the questions are those of the reports
         target = tmp_path / "M3D_Cap_npy" / path.relative_to(tmp_path / "M3D-VQA")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(path, target)
-    for name in ("m3d-cap", "m3d-vqa-open", "m3d-vqa-closed", "m3d-rec", "m3d-reg", "m3d-seg", "m3d-refseg"):
+    for name in (
+        "m3d-cap",
+        "m3d-vqa-open",
+        "m3d-vqa-closed",
+        "m3d-rec",
+        "m3d-reg",
+        "m3d-seg",
+        "m3d-refseg",
+    ):
         samples = list(TASKS.get(name)(rounds=0).samples(tmp_path, "test"))
         assert len(samples) == layouts.LAYOUTS[name].count, name
         for sample in samples:
@@ -507,10 +619,18 @@ def test_every_benchmark_has_its_launcher() -> None:
     suites = module.suites()
     for name, text in suites.items():
         assert (folder / name).read_text() == text, f"{name}: run scripts/eval/write_launchers.py"
-    sections = {name: yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("uni-med", "m3d-bench")}
-    checked = {name: validate(EvalOptions, part | {"model": "m"}, source=name) for name, part in sections.items()}
+    sections = {
+        name: yaml.safe_load((folder / f"{name}.yaml").read_text())
+        for name in ("uni-med", "m3d-bench")
+    }
+    checked = {
+        name: validate(EvalOptions, part | {"model": "m"}, source=name)
+        for name, part in sections.items()
+    }
     assert len(checked["uni-med"].tasks) == 10
-    assert {block.task.name: block.data for block in checked["uni-med"].tasks}["mimic-caption"] == "data/mimic-cxr"
+    assert {block.task.name: block.data for block in checked["uni-med"].tasks}[
+        "mimic-caption"
+    ] == "data/mimic-cxr"
     shared = {"M3D": "m3d-", "CT-RATE": "ct-rate-", "slake": "slake-", "medmnist": "medmnist-"}
     for place, beginning in shared.items():  # one folder for each data set
         for name, text in written.items():
@@ -531,7 +651,9 @@ def test_folders_are_those_that_the_converter_reads() -> None:
         assert f"DATA=${{DATA:-{folders[variable]}}}" in launcher, task
 
 
-def test_a_recipe_of_several_tasks_is_compared_with_another_run(benchmark: Path, tmp_path: Path) -> None:
+def test_a_recipe_of_several_tasks_is_compared_with_another_run(
+    benchmark: Path, tmp_path: Path
+) -> None:
     file = write_predictions(tmp_path / "p.jsonl", ANSWERS)
     recipe = tmp_path / "eval.yaml"
     recipe.write_text(yaml.safe_dump(section(benchmark, tmp_path / "out", predictions=str(file))))
@@ -546,7 +668,9 @@ def test_equally_bad_items_are_chosen_by_the_seed() -> None:
     scores = Scores([MetricResult("m", 0, 40, 0, 0, "s", [0.0] * 40)])
 
     def worst(seed: int) -> list[str]:
-        cases, _ = choose_cases(scores, records, samples, Custom(path="x", metrics=[]), count=4, seed=seed)
+        cases, _ = choose_cases(
+            scores, records, samples, Custom(path="x", metrics=[]), count=4, seed=seed
+        )
         return [case.id for case in cases]
 
     assert worst(0) == worst(0)
@@ -556,7 +680,11 @@ def test_equally_bad_items_are_chosen_by_the_seed() -> None:
 def test_thumbnails_of_volumes_and_of_files_that_are_gone(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.random.default_rng(0).random((8, 20, 20), dtype=np.float32))
     here = Sample((Turn("user", (Media("volume", "v.npy"), "?")),), id="a", answer="x")
-    gone = Sample((Turn("user", (Media("image", "none.png"), Media("volume", "v.npy"), "?")),), id="b", answer="x")
+    gone = Sample(
+        (Turn("user", (Media("image", "none.png"), Media("volume", "v.npy"), "?")),),
+        id="b",
+        answer="x",
+    )
     cases = [Case(str(s.id), "?", "x", "y", None, None, s) for s in (here, gone)]
     render_thumbnails(cases, tmp_path, tmp_path / "out")
     assert cases[0].images == cases[1].images == ["cases/000.png"]

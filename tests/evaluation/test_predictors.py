@@ -69,24 +69,41 @@ def run(task: str, data: Path, out: Path, **content: Any) -> Any:
     return reports[0]
 
 
-def test_scores_of_a_plugin_go_through_the_runner(plugin: None, images: Path, tmp_path: Path) -> None:
+def test_scores_of_a_plugin_go_through_the_runner(
+    plugin: None, images: Path, tmp_path: Path
+) -> None:
     report = run("bright-or-dark", images, tmp_path / "a", model=grade_model(tmp_path / "m"))
     assert (report.scores.results[0].name, report.scores.results[0].value) == ("auroc", 1.0)
     assert report.answered == 4
     assert report.facts["model"] == str(tmp_path / "m")
-    report = run("bright-or-dark", images, tmp_path / "b", model=grade_model(tmp_path / "n", invert=True))
+    report = run(
+        "bright-or-dark", images, tmp_path / "b", model=grade_model(tmp_path / "n", invert=True)
+    )
     assert report.scores.results[0].value == 0.0
     results = json.loads((tmp_path / "b" / "bright-or-dark" / "results.json").read_text())
     assert results["scores"][0]["value"] == 0.0
     assert [case.images for case in report.random] == [["cases/000.png"]]
 
 
-def test_the_command_line_needs_nothing_but_the_plugin(plugin: None, images: Path, tmp_path: Path) -> None:
+def test_the_command_line_needs_nothing_but_the_plugin(
+    plugin: None, images: Path, tmp_path: Path
+) -> None:
     model = grade_model(tmp_path / "m")
     done = medm(
-        "--plugin", str(PLUGIN), "eval", "--task", "bright-or-dark", "--data", str(images), "--model", model,
-        "--output", str(tmp_path / "out"), "--cases", "0",
-    )  # fmt: skip
+        "--plugin",
+        str(PLUGIN),
+        "eval",
+        "--task",
+        "bright-or-dark",
+        "--data",
+        str(images),
+        "--model",
+        model,
+        "--output",
+        str(tmp_path / "out"),
+        "--cases",
+        "0",
+    )
     assert done.code == 0, done.err
     assert "auroc" in done.out
 
@@ -95,17 +112,24 @@ def test_a_plugin_without_scores_is_refused_before_its_images_are_read(
     plugin: None, images: Path, tmp_path: Path
 ) -> None:
     model = grade_model(tmp_path / "m", confident=False)
-    with pytest.raises(RecipeError, match=r"bright-or-dark: needs scores; model \S+/m gives embeddings\. Give"):
+    with pytest.raises(
+        RecipeError, match=r"bright-or-dark: needs scores; model \S+/m gives embeddings\. Give"
+    ):
         run("bright-or-dark", tmp_path / "no-such-folder", tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
 
 
-def test_infer_refuses_a_model_that_writes_no_text(plugin: None, images: Path, tmp_path: Path) -> None:
+def test_infer_refuses_a_model_that_writes_no_text(
+    plugin: None, images: Path, tmp_path: Path
+) -> None:
     records = tmp_path / "in.json"
     records.write_text('[{"conversations": [{"from": "human", "value": "?"}]}]')
     content = {
-        "model": grade_model(tmp_path / "m"), "data": str(records), "output": str(tmp_path / "out.jsonl"), "device": "cpu",
-    }  # fmt: skip
+        "model": grade_model(tmp_path / "m"),
+        "data": str(records),
+        "output": str(tmp_path / "out.jsonl"),
+        "device": "cpu",
+    }
     with pytest.raises(RecipeError, match=r"medm infer writes text; model \S+/m gives scores"):
         infer(validate(InferOptions, content, source="test"))
     assert not (tmp_path / "out.jsonl").exists()
@@ -150,9 +174,17 @@ def test_fields_of_a_file_say_what_it_gives(content: str, given: set[str], tmp_p
 @pytest.mark.parametrize(
     ("metrics", "content", "words"),
     [
-        (["auroc"], TEXT, "custom: needs scores; predictions FILE gives text. Give --predictions with lines with"),
+        (
+            ["auroc"],
+            TEXT,
+            "custom: needs scores; predictions FILE gives text. Give --predictions with lines with",
+        ),
         (["exact-match"], SCORES, "custom: needs text; predictions FILE gives scores"),
-        (["exact-match", "auroc"], MASK, "custom: needs text and scores; predictions FILE gives masks"),
+        (
+            ["exact-match", "auroc"],
+            MASK,
+            "custom: needs text and scores; predictions FILE gives masks",
+        ),
     ],
 )
 @pytest.mark.parametrize("place", ["predictions", "against"])
@@ -165,7 +197,11 @@ def test_a_file_that_lacks_a_field_is_refused_by_name(
     block = {"name": "custom", "path": "none.json", "metrics": metrics}
     tasks = [{"task": block, "data": str(tmp_path), "predictions": str(whole), place: str(file)}]
     with pytest.raises(RecipeError) as caught:
-        evaluate(validate(EvalOptions, {"tasks": tasks, "output_dir": str(tmp_path / "out")}, source="test"))
+        evaluate(
+            validate(
+                EvalOptions, {"tasks": tasks, "output_dir": str(tmp_path / "out")}, source="test"
+            )
+        )
     assert str(caught.value).replace(str(file), "FILE").startswith(words)
 
 
@@ -180,7 +216,9 @@ def test_masks_are_not_scored_from_texts(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_says_where(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"id": "a", "text": "x"}\n{"id": "b", "score": 1}\n')
-    options = validate(EvalOptions, {"tasks": [{"task": "slake", "data": "d", "predictions": "p"}]}, source="test")
+    options = validate(
+        EvalOptions, {"tasks": [{"task": "slake", "data": "d", "predictions": "p"}]}, source="test"
+    )
     with pytest.raises(DataError, match=r"p\.jsonl.*record 1.*no answer in it"):
         PredictionsFile(str(file), options)
 

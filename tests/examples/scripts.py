@@ -12,7 +12,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @contextmanager
 def scripts(*folders: str) -> Iterator[None]:
-    """The scripts of these folders import each other, as they do when one is run; afterwards they are forgotten."""
+    """The scripts of these folders import each other, as they do when one is run; afterwards they
+    are forgotten."""
     places = [str(EXAMPLES / folder) for folder in folders]
     sys.path[:0] = places
     try:

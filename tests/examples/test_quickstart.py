@@ -1,4 +1,5 @@
-"""The quickstart's data: true answers, no mirrored anatomy, a split by volume; and its scoring, by hand."""
+"""The quickstart's data: true answers, no mirrored anatomy, a split by volume; and its scoring, by
+hand."""
 
 import importlib
 import json
@@ -58,7 +59,9 @@ def records(folder, name):
 def test_every_volume_is_there_with_its_licence_and_masks(volumes):
     for name, about in volumes.read_table().items():
         if about.split == "extra":
-            assert not (volumes.DATA / f"{name}.nii.gz").exists(), "its licence does not allow it to be committed"
+            assert not (volumes.DATA / f"{name}.nii.gz").exists(), (
+                "its licence does not allow it to be committed"
+            )
             continue
         voxels, spacing = volumes.read_voxels(volumes.DATA / f"{name}.nii.gz")
         assert (volumes.DATA / "licences" / about.licence).stat().st_size > 500
@@ -86,7 +89,9 @@ def test_split_has_every_region_and_plane_on_both_sides_and_two_unseen_pairs(vol
     table = volumes.read_table().values()
     sides = {side: [about for about in table if about.split == side] for side in ("train", "test")}
     for field in ("modality", "region"):
-        assert {getattr(a, field) for a in sides["train"]} == {getattr(a, field) for a in sides["test"]}
+        assert {getattr(a, field) for a in sides["train"]} == {
+            getattr(a, field) for a in sides["test"]
+        }
     planes = [{plane for about in side for plane in about.planes} for side in sides.values()]
     assert planes[0] == planes[1] == set(volumes.PLANES)
     pairs = {side: {(a.modality, a.region) for a in members} for side, members in sides.items()}
@@ -105,14 +110,25 @@ def test_lesion_is_on_the_side_where_the_picture_shows_it(prepare, volumes, name
     placed = {
         key: prepare.bounding_box(
             np.asarray(
-                prepare.place(mask[index].astype(np.uint8) * 255, scan.pixel_size("axial"), picture.view, smooth=False)
+                prepare.place(
+                    mask[index].astype(np.uint8) * 255,
+                    scan.pixel_size("axial"),
+                    picture.view,
+                    smooth=False,
+                )
             )
             > 0
         )
-        for key, mask in (("lesion", scan.lesion), ("right lung", scan.lungs == 1), ("left lung", scan.lungs == 2))
+        for key, mask in (
+            ("lesion", scan.lesion),
+            ("right lung", scan.lungs == 1),
+            ("left lung", scan.lungs == 2),
+        )
     }
     centre = {key: (box[0] + box[2]) / 2 for key, box in placed.items()}
-    assert centre["right lung"] < prepare.SIDE / 2 < centre["left lung"], "the patient's right is on the left"
+    assert centre["right lung"] < prepare.SIDE / 2 < centre["left lung"], (
+        "the patient's right is on the left"
+    )
     assert placed[side][0] - 8 <= centre["lesion"] <= placed[side][2] + 8
 
 
@@ -120,11 +136,23 @@ def test_lesion_is_on_the_side_where_the_picture_shows_it(prepare, volumes, name
 
 
 def test_level_is_the_third_of_the_organ_and_borders_are_left_out(prepare, volumes):
-    about = volumes.read_table()["chest-ct-1"].model_copy(update={"level": [10, 39]})  # thirds end at 20 and 30
+    about = volumes.read_table()["chest-ct-1"].model_copy(
+        update={"level": [10, 39]}
+    )  # thirds end at 20 and 30
     scan = prepare.Scan("x", about, np.zeros((48, 4, 4)), np.ones(3), None, None)
     assert [scan.level(index) for index in (9, 10, 18, 19, 20, 21, 25, 28, 31, 39, 40)] == [
-        None, "lower", "lower", None, None, "middle", "middle", "middle", "upper", "upper", None,
-    ]  # fmt: skip
+        None,
+        "lower",
+        "lower",
+        None,
+        None,
+        "middle",
+        "middle",
+        "middle",
+        "upper",
+        "upper",
+        None,
+    ]
 
 
 def test_lesion_is_asked_only_where_the_answer_is_sure(prepare, volumes):
@@ -133,19 +161,32 @@ def test_lesion_is_asked_only_where_the_answer_is_sure(prepare, volumes):
     lesion[2, :5, :5] = True  # 25 pixels of 1 mm2
     lesion[3, 0, 0] = True
     scan = prepare.Scan("x", about, np.zeros((6, 10, 10)), np.ones(3), lesion, None)
-    assert [scan.lesion_answer("axial", index) for index in range(6)] == ["no", None, "yes", None, None, "no"]
+    assert [scan.lesion_answer("axial", index) for index in range(6)] == [
+        "no",
+        None,
+        "yes",
+        None,
+        None,
+        "no",
+    ]
     assert scan.lesion_answer("coronal", 2) is None
 
 
 def test_place_keeps_proportions_turns_clockwise_and_moves(prepare):
     pixels = np.zeros((10, 20), dtype=np.uint8)
-    pixels[:, 15:] = 255  # the right quarter; pixels are 2 mm high and 1 mm wide, so the slice is square
+    pixels[:, 15:] = (
+        255  # the right quarter; pixels are 2 mm high and 1 mm wide, so the slice is square
+    )
     upright = np.asarray(prepare.place(pixels, (2.0, 1.0), prepare.View((0, 1)), smooth=False))
     assert upright.shape == (224, 224)
     assert (upright[:, 168:] == 255).all() and (upright[:, :168] == 0).all()
-    moved = np.asarray(prepare.place(pixels, (2.0, 1.0), prepare.View((0, 1), shift=(0.25, 0)), smooth=False))
+    moved = np.asarray(
+        prepare.place(pixels, (2.0, 1.0), prepare.View((0, 1), shift=(0.25, 0)), smooth=False)
+    )
     assert (moved == 0).all(), "what was the right quarter is outside now"
-    turned = np.asarray(prepare.place(pixels, (2.0, 1.0), prepare.View((0, 1), angle=90), smooth=False))
+    turned = np.asarray(
+        prepare.place(pixels, (2.0, 1.0), prepare.View((0, 1), angle=90), smooth=False)
+    )
     assert (turned[168:] == 255).mean() > 0.95 and (turned[:160] == 0).all()
 
 
@@ -174,7 +215,9 @@ def test_records_are_valid_and_split_by_volume(prepare, volumes, folder):
             assert read.media_path(index, sample.media[0]).is_file()
             assert table[sample.extra["source_volume"]].split == side
             assert sample.answer if side == "test" else sample.answer is None
-    of_volume = {side: {r["source_volume"] for r in records(folder, side)} for side in ("finetune", "test")}
+    of_volume = {
+        side: {r["source_volume"] for r in records(folder, side)} for side in ("finetune", "test")
+    }
     assert not of_volume["finetune"] & of_volume["test"]
     test = records(folder, "test")
     assert len({record["id"] for record in test}) == len(test)
@@ -186,8 +229,10 @@ def test_answers_are_what_the_volume_says(volumes, folder):
     for picture in records(folder, "pictures"):
         about, answers = table[picture["volume"]], picture["answers"]
         assert (answers["modality"], answers["region"], answers["plane"]) == (
-            about.modality, about.region, picture["plane"],
-        )  # fmt: skip
+            about.modality,
+            about.region,
+            picture["plane"],
+        )
         if "level" in answers:
             low, high = about.level
             third = (picture["index"] + 0.5 - low) / (high + 1 - low) * 3
@@ -195,7 +240,10 @@ def test_answers_are_what_the_volume_says(volumes, folder):
 
 
 def test_conversations_ask_each_type_first_sometimes(prepare, folder):
-    first = {r["conversations"][0]["value"].removeprefix("<image>\n") for r in records(folder, "finetune")}
+    first = {
+        r["conversations"][0]["value"].removeprefix("<image>\n")
+        for r in records(folder, "finetune")
+    }
     assert first == {question for question, _ in prepare.QUESTIONS.values()}
 
 
@@ -206,17 +254,28 @@ def test_boxes_lie_in_the_picture_and_round_trip_through_their_text(prepare, fol
     for record in boxed:
         box = by_file[record["image"][0]]["boxes"][record["question_type"]]
         parsed = prepare.BinnedBoxes().parse(record["answer"]).first
-        assert all(abs(f * prepare.SIDE - pixel) <= prepare.SIDE / 100 for f, pixel in zip(parsed, box, strict=True))
+        assert all(
+            abs(f * prepare.SIDE - pixel) <= prepare.SIDE / 100
+            for f, pixel in zip(parsed, box, strict=True)
+        )
 
 
-def test_second_run_does_nothing_and_another_is_the_same(prepare, folder, tmp_path, monkeypatch, capsys):
+def test_second_run_does_nothing_and_another_is_the_same(
+    prepare, folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(prepare, "ASSETS", Path("/nowhere"))
     before = (folder / "test.json").stat().st_mtime_ns
     assert prepare.main([str(folder)]) == 0
     assert "here already" in capsys.readouterr().out
     assert (folder / "test.json").stat().st_mtime_ns == before
     assert prepare.main([str(tmp_path / "again")]) == 0
-    for name in ("pretrain.json", "finetune.json", "test.json", "pictures.json", "images/chest-ct-2_axial_03.png"):
+    for name in (
+        "pretrain.json",
+        "finetune.json",
+        "test.json",
+        "pictures.json",
+        "images/chest-ct-2_axial_03.png",
+    ):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -243,7 +302,13 @@ def test_reply_counts_when_it_names_one_answer(report, options, reply, answer):
 
 
 def answered(report, truth_and_reply, *, volume="v1", before="I do not know"):
-    asked = {"kind": "modality", "question": "?", "options": ["CT", "MR"], "volume": volume, "split": "test"}
+    asked = {
+        "kind": "modality",
+        "question": "?",
+        "options": ["CT", "MR"],
+        "volume": volume,
+        "split": "test",
+    }
     return [
         report.Answered(**asked, picture="x.png", truth=truth, before=before, after=reply)
         for truth, reply in truth_and_reply
@@ -274,8 +339,14 @@ def test_most_frequent_counts_training_answers(report):
     turns = [("<image>\nIs this image CT or MR?", "CT"), ("Is a lesion visible: yes or no?", "no")]
     record = {"conversations": [{"value": text} for pair in turns for text in pair]}
     other = {"conversations": [{"value": "<image>\nIs this image CT or MR?"}, {"value": "MR"}]}
-    questions = {"modality": ("Is this image CT or MR?", []), "lesion": ("Is a lesion visible: yes or no?", [])}
-    assert report.most_frequent([record, other, other], questions) == {"modality": "MR", "lesion": "no"}
+    questions = {
+        "modality": ("Is this image CT or MR?", []),
+        "lesion": ("Is a lesion visible: yes or no?", []),
+    }
+    assert report.most_frequent([record, other, other], questions) == {
+        "modality": "MR",
+        "lesion": "no",
+    }
 
 
 def test_report_is_written_whole_from_replies(report, folder, tmp_path, capsys):
@@ -322,12 +393,20 @@ def test_report_asks_for_missing_replies(report, folder, tmp_path):
 
 
 def test_recipes_train_on_what_prepare_writes_and_stages_follow_each_other(folder):
-    pretrain, finetune = (load_recipe(ROOT / "recipes" / "quickstart" / f"{s}.yaml") for s in ("pretrain", "finetune"))
+    pretrain, finetune = (
+        load_recipe(ROOT / "recipes" / "quickstart" / f"{s}.yaml") for s in ("pretrain", "finetune")
+    )
     assert finetune.init_from == pretrain.output_dir
     assert finetune.model == pretrain.model
     for recipe in (pretrain, finetune):
         (source,) = recipe.data.train
         assert (folder / Path(source.path).name).is_file()
-        assert Path(source.path).parent == Path(source.root).parent == Path("work_dirs/quickstart/data")
+        assert (
+            Path(source.path).parent
+            == Path(source.root).parent
+            == Path("work_dirs/quickstart/data")
+        )
         steps = recipe.train.max_steps
-        assert steps * recipe.train.per_device_train_batch_size <= len(records(folder, Path(source.path).stem))
+        assert steps * recipe.train.per_device_train_batch_size <= len(
+            records(folder, Path(source.path).stem)
+        )

@@ -1,4 +1,5 @@
-"""Blocks of CT: what is asked is where they were cut, left is the patient's left, and medm reads what is written."""
+"""Blocks of CT: what is asked is where they were cut, left is the patient's left, and medm reads
+what is written."""
 
 import importlib
 import json
@@ -27,12 +28,15 @@ def blocks():
 
 @pytest.fixture
 def scan(blocks):
-    """24 slices of a body that is 40 columns wide; the patient's left half is 100 HU, the right 50 HU."""
+    """24 slices of a body that is 40 columns wide; the patient's left half is 100 HU, the right 50
+    HU."""
     prepare = sys.modules["prepare"]
     voxels = np.full((24, 30, 60), -1024)
     voxels[:, 5:25, 10:30] = 50
     voxels[:, 5:25, 30:50] = 100
-    about = blocks.read_table()["chest-ct-1"].model_copy(update={"level": [0, 23], "lesion": False, "lungs": False})
+    about = blocks.read_table()["chest-ct-1"].model_copy(
+        update={"level": [0, 23], "lesion": False, "lungs": False}
+    )
     return prepare.Scan("chest-ct-1", about, voxels, np.array([5.0, 2.0, 1.0]), None, None)
 
 
@@ -110,4 +114,6 @@ def test_records_fit_the_recipe_and_are_split_by_volume(blocks, tmp_path, monkey
 
     recipe = load_recipe(ROOT / "recipes" / "quickstart-3d" / "finetune.yaml")
     (source,) = recipe.data.train
-    assert Path(source.path).parent == Path(source.root).parent == Path("work_dirs/quickstart_3d/data")
+    assert (
+        Path(source.path).parent == Path(source.root).parent == Path("work_dirs/quickstart_3d/data")
+    )

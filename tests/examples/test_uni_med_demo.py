@@ -33,17 +33,29 @@ esac
 
 
 def test_held_out_records_are_one_file_a_task_without_what_is_fetched(tmp_path):
-    common = {"image": ["a.png"], "answer": "x", "conversations": [], "question_type": "lesion", "source_volume": "v"}
+    common = {
+        "image": ["a.png"],
+        "answer": "x",
+        "conversations": [],
+        "question_type": "lesion",
+        "source_volume": "v",
+    }
     records = [
         {"id": str(i), "task": task, "split": split, **common}
         for i, (task, split) in enumerate([("rec", "test"), ("rec", "extra"), ("vqa", "test")])
     ]
     dump(tmp_path / "tasks_test.json", records)
-    dump(tmp_path / "tasks_train.json", [{"id": f"{task} {n}", "task": task} for task in TASKS for n in range(130)])
+    dump(
+        tmp_path / "tasks_train.json",
+        [{"id": f"{task} {n}", "task": task} for task in TASKS for n in range(130)],
+    )
     dump(tmp_path / "pictures.json", [{"file": "a.png", "boxes": {"lesion": [56, 112, 57, 224]}}])
     command = [sys.executable, str(DEMO / "split.py"), str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
-    assert sorted(path.name for path in tmp_path.glob("test_*")) == ["test_rec.json", "test_vqa.json"]
+    assert sorted(path.name for path in tmp_path.glob("test_*")) == [
+        "test_rec.json",
+        "test_vqa.json",
+    ]
     (record,) = read(tmp_path / "test_rec.json")
     assert record["id"] == "0"
     assert record["image"] == ["images/a.png"]
@@ -64,7 +76,10 @@ def test_every_task_is_scored_with_metrics_that_exist():
     recipe = load_recipe(ROOT / "recipes" / "uni-med-demo" / "experts.yaml")
     assert set(jobs) == set(recipe.model.tasks)
     assert all(name in METRICS for names in jobs.values() for name in names.split(","))
-    options = {key: parse_value(value.strip('"')) for key, value in re.findall(r"--option (\w+_by)=(\S+)", script)}
+    options = {
+        key: parse_value(value.strip('"'))
+        for key, value in re.findall(r"--option (\w+_by)=(\S+)", script)
+    }
     options |= {"name": "custom", "path": "test_vqa.json", "metrics": jobs["vqa"].split(",")}
     block = EvalTaskOptions.model_validate({"task": options, "data": "."})
     assert build_task(block).cluster_by == "source_volume"
@@ -72,14 +87,16 @@ def test_every_task_is_scored_with_metrics_that_exist():
 
 def test_the_baseline_differs_in_the_gate_alone():
     experts, dense = (
-        resolved(load_recipe(ROOT / "recipes" / "uni-med-demo" / f"{name}.yaml")) for name in ("experts", "dense")
+        resolved(load_recipe(ROOT / "recipes" / "uni-med-demo" / f"{name}.yaml"))
+        for name in ("experts", "dense")
     )
     changed = [line.partition(":")[0] for line in differences(experts, dense)]
     assert changed == ["model.branches.image.connector.gate"]
 
 
 class Demo:
-    """run.sh in a folder of its own, with a `medm` that only says what it was asked, and a `python` that does nothing."""
+    """run.sh in a folder of its own, with a `medm` that only says what it was asked, and a `python`
+    that does nothing."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -100,14 +117,21 @@ class Demo:
         (self.folder / "calls.txt").write_text("")
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         command = ["bash", str(self.folder / "examples/uni_med_demo/run.sh")]
-        done = subprocess.run(command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True
+        )
         self.status, self.errors = done.returncode, done.stderr
         calls = [line.split() for line in (self.folder / "calls.txt").read_text().splitlines()]
-        return [" ".join([Path(words[1]).stem, *words[2:]]) for words in calls if words[0] == "train"]
+        return [
+            " ".join([Path(words[1]).stem, *words[2:]]) for words in calls if words[0] == "train"
+        ]
 
     def asked(self, model, task):
-        """How often a model was asked the questions of a task since its answers were last removed."""
-        file = self.folder / f"work_dirs/uni_med_demo/scores/{model}/{task}/custom/predictions.jsonl"
+        """How often a model was asked the questions of a task since its answers were last
+        removed."""
+        file = (
+            self.folder / f"work_dirs/uni_med_demo/scores/{model}/{task}/custom/predictions.jsonl"
+        )
         return file.read_text().count("asked")
 
 
@@ -124,7 +148,10 @@ def test_a_second_run_trains_nothing_and_keeps_the_answers(demo):
 
 
 def test_a_try_of_two_steps_is_not_taken_for_the_model(demo):
-    assert demo.run(TRAIN="train.max_steps=2") == ["dense train.max_steps=2", "experts train.max_steps=2"]
+    assert demo.run(TRAIN="train.max_steps=2") == [
+        "dense train.max_steps=2",
+        "experts train.max_steps=2",
+    ]
     assert demo.run() == ["dense", "experts"]
     assert demo.asked("dense", "rec") == 1
 
@@ -153,8 +180,18 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(demo):
 
 
 QUESTIONS = {
-    "vqa": [("a", "plane", "axial"), ("a", "plane", "coronal"), ("b", "plane", "coronal"), ("b", "plane", "sagittal")],
-    "cls": [("a", "region", "head"), ("a", "region", "head"), ("b", "region", "chest"), ("b", "region", "chest")],
+    "vqa": [
+        ("a", "plane", "axial"),
+        ("a", "plane", "coronal"),
+        ("b", "plane", "coronal"),
+        ("b", "plane", "sagittal"),
+    ],
+    "cls": [
+        ("a", "region", "head"),
+        ("a", "region", "head"),
+        ("b", "region", "chest"),
+        ("b", "region", "chest"),
+    ],
     "rec": [("a", "lesion", ""), ("b", "lesion", ""), ("a", "left lung", "")],
     "reg": [("a", "lesion", "lesion"), ("b", "left lung", "left lung")],
     "caption": [("a", "caption", "Axial CT."), ("b", "caption", "Axial CT.")],
@@ -193,7 +230,9 @@ def report():
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(DEMO)  # the scripts of the folder import each other, as they do when one is run
+        patch.syspath_prepend(
+            DEMO
+        )  # the scripts of the folder import each other, as they do when one is run
         spec.loader.exec_module(module)
     yield module
     for name in (spec.name, "split"):
@@ -210,16 +249,24 @@ def results(report, tmp_path_factory):
             {"task": task, "source_volume": volume, "question_type": kind, "answer": answer}
             for volume, kind, answer in asked
         ]
-        dump(folder / f"test_{task}.json", [{**r, "box": next(boxes)} if task == "rec" else r for r in records])
+        dump(
+            folder / f"test_{task}.json",
+            [{**r, "box": next(boxes)} if task == "rec" else r for r in records],
+        )
         for model in SAID:
             scores = folder / "scores" / model / task / "custom"
             scores.mkdir(parents=True)
-            lines = [json.dumps({"index": i, "reply": reply}) for i, reply in enumerate(SAID[model][task])]
+            lines = [
+                json.dumps({"index": i, "reply": reply})
+                for i, reply in enumerate(SAID[model][task])
+            ]
             (scores / "predictions.jsonl").write_text("\n".join(reversed(lines)), encoding="utf-8")
     for model in SAID:
         (folder / model).mkdir()
         losses = [{"loss": 4.0, "step": 1}, {"loss": 0.25, "step": 7}]
-        (folder / model / "loss.jsonl").write_text("\n".join(map(json.dumps, losses)), encoding="utf-8")
+        (folder / model / "loss.jsonl").write_text(
+            "\n".join(map(json.dumps, losses)), encoding="utf-8"
+        )
     training = [
         {"task": task, "question_type": kind, "conversations": [{"value": "?"}, {"value": reply}]}
         for (task, kind), replies in TRAINED_ON.items()
@@ -231,7 +278,11 @@ def results(report, tmp_path_factory):
 
 
 def row(results, task, measure):
-    (found,) = [r for r in read(results / "results.json")["rows"] if (r["task"], r["measure"]) == (task, measure)]
+    (found,) = [
+        r
+        for r in read(results / "results.json")["rows"]
+        if (r["task"], r["measure"]) == (task, measure)
+    ]
     return found
 
 
@@ -240,14 +291,26 @@ def test_intervals_and_tests_draw_volumes(results):
     bounds = {model: [vqa[model][key] for key in ("value", "low", "high")] for model in SAID}
     assert bounds["dense"] == [0.25, 0.0, 0.5]  # 1 of 2 about a, 0 of 2 about b
     assert bounds["experts"] == [0.75, 0.5, 1.0]
-    assert [vqa["difference"][key] for key in ("difference", "low", "high")] == [0.5, 0.5, 0.5]  # in each volume
-    assert vqa["difference"]["p_value"] == pytest.approx(0.5, abs=0.06)  # two of the four exchanges of whole volumes
-    assert (vqa["constant"], vqa["n"], vqa["volumes"]) == (0.25, 4, 2)  # "axial" was most frequent in training
+    assert [vqa["difference"][key] for key in ("difference", "low", "high")] == [
+        0.5,
+        0.5,
+        0.5,
+    ]  # in each volume
+    assert vqa["difference"]["p_value"] == pytest.approx(
+        0.5, abs=0.06
+    )  # two of the four exchanges of whole volumes
+    assert (vqa["constant"], vqa["n"], vqa["volumes"]) == (
+        0.25,
+        4,
+        2,
+    )  # "axial" was most frequent in training
 
 
 def test_classes_count_alike(results):
     macro = row(results, "cls", "macro-F1")
-    assert macro["dense"]["value"] == pytest.approx(1 / 3)  # head: 2 * 2 / (2 * 2 + 2 false), chest: none found
+    assert macro["dense"]["value"] == pytest.approx(
+        1 / 3
+    )  # head: 2 * 2 / (2 * 2 + 2 false), chest: none found
     assert macro["experts"]["value"] == 1.0
     assert macro["constant"] == pytest.approx(1 / 3)
     assert row(results, "cls", "accuracy")["dense"]["value"] == 0.5
@@ -258,7 +321,9 @@ def test_boxes_are_scored_against_the_exact_box_and_the_best_constant_one(result
     half = 0.496 * 0.25 / (0.5 * 0.25 + 0.5 * 0.5 - 0.496 * 0.25)
     assert overlap["dense"]["value"] == pytest.approx(half / 2)
     assert overlap["experts"]["value"] == pytest.approx((0.496 / 0.504 + 0.25) / 2)
-    assert overlap["constant"] == pytest.approx(0.496 / 0.504 / 2)  # {<0><0><50><50>} fits the other two best
+    assert overlap["constant"] == pytest.approx(
+        0.496 / 0.504 / 2
+    )  # {<0><0><50><50>} fits the other two best
     assert hits["dense"]["value"] == 0.0  # 0.494; exactly a half of the box in steps of a hundredth
     assert hits["experts"]["value"] == 0.5
 
@@ -272,7 +337,10 @@ def test_a_constant_answer_is_not_told_the_answer(results):
 def test_a_single_volume_has_neither_interval_nor_test(results):
     lungs = row(results, "rec lungs", "IoU")
     assert (lungs["dense"]["value"], lungs["dense"]["low"], lungs["volumes"]) == (0.5, None, 1)
-    table = [re.split(r" *\| *", line)[1:-1] for line in (results / "results.md").read_text().splitlines()]
+    table = [
+        re.split(r" *\| *", line)[1:-1]
+        for line in (results / "results.md").read_text().splitlines()
+    ]
     (cells,) = [cells[2:] for cells in table if cells[:2] == ["rec lungs", "IoU"]]
     assert cells == ["0.50 (-)", "1.00 (-)", "+0.50 (-)", "-", "0.25", "1", "1"]
 

@@ -19,7 +19,8 @@ def png(samples: np.ndarray, color: int, *, bits: int = 16, before: bytes = b"")
 
     Args:
         samples: numbers of 0 to 2**bits - 1.
-        color: color type of the PNG standard: 0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGB and alpha.
+        color: color type of the PNG standard: 0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGB and
+            alpha.
         bits: of a sample.
         before: chunks that stand before the pixels.
     """
@@ -53,7 +54,8 @@ def tiff(
 
     Args:
         samples: of any type of 8 bits or more; it decides bits and sample format.
-        photometric: interpretation: 0 MinIsWhite, 1 MinIsBlack, 2 RGB, 3 palette, 5 CMYK, 6 YCbCr, 8 CIELAB.
+        photometric: interpretation: 0 MinIsWhite, 1 MinIsBlack, 2 RGB, 3 palette, 5 CMYK, 6 YCbCr,
+            8 CIELAB.
         order: "<" or ">".
         planar: 1 for interleaved samples, 2 for a plane each.
         extra: meaning of the last sample: 0 unspecified, 1 premultiplied alpha, 2 alpha.
@@ -63,7 +65,9 @@ def tiff(
     height, width = samples.shape[:2]
     channels = samples.shape[2] if samples.ndim == 3 else 1
     stored = samples.astype(samples.dtype.newbyteorder(order))
-    planes = [stored[..., i].tobytes() for i in range(channels)] if planar == 2 else [stored.tobytes()]
+    planes = (
+        [stored[..., i].tobytes() for i in range(channels)] if planar == 2 else [stored.tobytes()]
+    )
     if deflate:
         planes = [zlib.compress(plane) for plane in planes]
     entries: dict[int, tuple[str, tuple[int, ...]]] = {
@@ -83,7 +87,11 @@ def tiff(
         entries[338] = ("H", (extra,))
     entries.update({tag: ("H", values) for tag, values in (tags or {}).items()})
     start = 8 + 2 + 12 * len(entries) + 4
-    longer = sum(size for form, values in entries.values() if (size := struct.calcsize(form) * len(values)) > 4)
+    longer = sum(
+        size
+        for form, values in entries.values()
+        if (size := struct.calcsize(form) * len(values)) > 4
+    )
     places = np.cumsum([start + longer, *(len(plane) for plane in planes[:-1])])
     entries[273] = ("I", tuple(int(place) for place in places))
     directory, values_behind = b"", b""
@@ -98,7 +106,15 @@ def tiff(
             directory += data.ljust(4, b"\0")
     mark = b"II*\0" if order == "<" else b"MM\0*"
     count = struct.pack(f"{order}H", len(entries))
-    return mark + struct.pack(f"{order}I", 8) + count + directory + bytes(4) + values_behind + b"".join(planes)
+    return (
+        mark
+        + struct.pack(f"{order}I", 8)
+        + count
+        + directory
+        + bytes(4)
+        + values_behind
+        + b"".join(planes)
+    )
 
 
 def written(path: Path, data: bytes) -> Path:

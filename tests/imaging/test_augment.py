@@ -31,7 +31,8 @@ class Drawn:
 
 def changed(options: dict[str, Any], pixels: np.ndarray, *draws: float) -> np.ndarray:
     generator: Any = Drawn(*draws)
-    # Without validation: the arithmetic is shown best on quarter turns, which a recipe may not ask for.
+    # Without validation: the arithmetic is shown best on quarter turns, which a recipe may not ask
+    # for.
     return augment(Augment.model_construct(**options), pixels, generator)
 
 
@@ -43,13 +44,23 @@ GRID = np.arange(24, dtype=np.float32).reshape(1, 4, 6)
     [
         # rotate, scale, shift of each axis
         ({"rotate": 180}, [180, 0, 0, 0], GRID[:, ::-1, ::-1]),
-        ({"shift": 0.5}, [0, 0, 0.25, 0], np.concatenate([np.zeros((1, 1, 6)), GRID[:, :3]], axis=1)),
-        ({"shift": 0.5}, [0, 0, 0, -1 / 6], np.concatenate([GRID[:, :, 1:], np.zeros((1, 4, 1))], axis=2)),
+        (
+            {"shift": 0.5},
+            [0, 0, 0.25, 0],
+            np.concatenate([np.zeros((1, 1, 6)), GRID[:, :3]], axis=1),
+        ),
+        (
+            {"shift": 0.5},
+            [0, 0, 0, -1 / 6],
+            np.concatenate([GRID[:, :, 1:], np.zeros((1, 4, 1))], axis=2),
+        ),
         ({"mirror": True}, [0, 0, 0, 0, 0.1], GRID[:, :, ::-1]),
         ({"mirror": True}, [0, 0, 0, 0, 0.9], GRID),
     ],
 )
-def test_points_move_where_they_should(options: dict[str, Any], draws: list[float], expected: np.ndarray) -> None:
+def test_points_move_where_they_should(
+    options: dict[str, Any], draws: list[float], expected: np.ndarray
+) -> None:
     np.testing.assert_allclose(changed(options, GRID, *draws), expected, atol=1e-4)
 
 
@@ -76,7 +87,9 @@ def test_intensities_by_hand() -> None:
 @pytest.mark.parametrize("shape", [(3, 16, 20), (2, 6, 16, 20)])
 def test_same_seed_same_change_and_any_number_of_axes(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    first, second, other = (augment(Augment(**ALL), pixels, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, second, other = (
+        augment(Augment(**ALL), pixels, np.random.default_rng(seed)) for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, second)
     assert np.abs(first - other).mean() > 0.01
     assert first.shape == shape
@@ -91,7 +104,8 @@ def test_all_off_changes_nothing() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (1, 8, 32, 32)])
 def test_left_stays_left(shape: tuple[int, ...]) -> None:
-    """A bright spot far on one side never changes sides, in 200 draws of everything but mirroring."""
+    """A bright spot far on one side never changes sides, in 200 draws of everything but
+    mirroring."""
     pixels = np.zeros(shape, dtype=np.float32)
     pixels[..., 14:18, 26:29] = 1
     generator = np.random.default_rng(3)
@@ -118,4 +132,6 @@ def test_mirroring_is_off_and_warns(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_constant_array_stays_constant() -> None:
     pixels = np.full((1, 4, 4), 3.0, dtype=np.float32)
-    np.testing.assert_allclose(augment(Augment(**ALL), pixels, np.random.default_rng(0)), pixels, atol=1e-5)
+    np.testing.assert_allclose(
+        augment(Augment(**ALL), pixels, np.random.default_rng(0)), pixels, atol=1e-5
+    )

@@ -1,4 +1,5 @@
-"""Damaged, lying and hostile volumes: each a `MediaError` that names the file and the reason, and never the patient."""
+"""Damaged, lying and hostile volumes: each a `MediaError` that names the file and the reason, and
+never the patient."""
 
 from __future__ import annotations
 
@@ -27,7 +28,15 @@ from pydicom.uid import MPEG2MPML, DeflatedExplicitVRLittleEndian, JPEG2000Lossl
 from medm.errors import MediaError
 from medm.imaging import VolumePreprocess, load_pixels
 from medm.imaging.volumes import read_volume
-from tests.imaging.tiny import CANARY, body, dicom_slice, phantom, write_multi_frame, write_report, write_series
+from tests.imaging.tiny import (
+    CANARY,
+    body,
+    dicom_slice,
+    phantom,
+    write_multi_frame,
+    write_report,
+    write_series,
+)
 
 Build = Callable[[Path], Path]
 CASES: dict[str, tuple[Build, str]] = {}
@@ -198,7 +207,9 @@ def nii_nan_intercept(folder: Path) -> Path:
     return patched(folder, 112, "2f", 2.0, float("nan"))
 
 
-@bad(r"scl_slope 1e-30 with scl_inter -1024 turns the stored values -1000\.\.700 into the one value -1024")
+@bad(
+    r"scl_slope 1e-30 with scl_inter -1024 turns the stored values -1000\.\.700 into the one value -1024"
+)
 def nii_slope_that_leaves_one_value(folder: Path) -> Path:
     return patched(folder, 112, "2f", 1e-30, -1024.0)
 
@@ -240,7 +251,9 @@ def nii_nan_direction(folder: Path) -> Path:
 
 @bad("left and right cannot be known")
 def nii_two_directions(folder: Path) -> Path:
-    return patched(folder, 280, "12f", 1.5, 0, 0, 0, 0, 2, 0, 0, 0, 0, 5, 0)  # the qform says x grows to the left
+    return patched(
+        folder, 280, "12f", 1.5, 0, 0, 0, 0, 2, 0, 0, 0, 0, 5, 0
+    )  # the qform says x grows to the left
 
 
 @bad("not a rotation")
@@ -332,12 +345,16 @@ def nrrd_sheared(folder: Path) -> Path:
 
 @bad("outside its folder")
 def nrrd_detached_elsewhere(folder: Path) -> Path:
-    return nrrd_with(folder, "space origin", "data file: /etc/services\nspace origin", suffix=".nhdr")
+    return nrrd_with(
+        folder, "space origin", "data file: /etc/services\nspace origin", suffix=".nhdr"
+    )
 
 
 @bad("outside its folder")
 def nrrd_detached_above(folder: Path) -> Path:
-    return nrrd_with(folder, "space origin", "data file: ../secret.raw\nspace origin", suffix=".nhdr")
+    return nrrd_with(
+        folder, "space origin", "data file: ../secret.raw\nspace origin", suffix=".nhdr"
+    )
 
 
 @bad("link out of it")
@@ -371,7 +388,9 @@ def nrrd_without_byte_order(folder: Path) -> Path:
 def nrrd_over_time(folder: Path) -> Path:
     return written(
         folder / "ct.nrrd",
-        nrrd(folder).replace(b"sizes: 26 20 12", b"sizes: 26 20 6 2").replace(b"sion: 3", b"sion: 4"),
+        nrrd(folder)
+        .replace(b"sizes: 26 20 12", b"sizes: 26 20 6 2")
+        .replace(b"sion: 3", b"sion: 4"),
     )
 
 
@@ -386,7 +405,9 @@ def nrrd_unknown_encoding(folder: Path) -> Path:
 def mha(folder: Path, *, packed: bool = False) -> bytes:
     path = folder / "whole.mha"
     sitk.WriteImage(phantom(), str(path), packed)
-    data = path.read_bytes().replace(b"ElementDataFile", f"PatientName = {CANARY}\nElementDataFile".encode())
+    data = path.read_bytes().replace(
+        b"ElementDataFile", f"PatientName = {CANARY}\nElementDataFile".encode()
+    )
     path.unlink()
     return data
 
@@ -453,7 +474,9 @@ def mha_stretched_direction(folder: Path) -> Path:
 
 @bad("outside its folder")
 def mha_detached_elsewhere(folder: Path) -> Path:
-    return mha_with(folder, "ElementDataFile = LOCAL", "ElementDataFile = ../../etc/passwd", suffix=".mhd")
+    return mha_with(
+        folder, "ElementDataFile = LOCAL", "ElementDataFile = ../../etc/passwd", suffix=".mhd"
+    )
 
 
 @bad(r"voxels are in another file; only \.mhd headers may do that")
@@ -504,7 +527,9 @@ def npy_truncated(folder: Path) -> Path:
 
 @bad("damaged or oversized")
 def npy_huge_header(folder: Path) -> Path:
-    return written(folder / "ct.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b" " * 20_000)
+    return written(
+        folder / "ct.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b" " * 20_000
+    )
 
 
 @bad("more than the .* numbers")
@@ -520,7 +545,9 @@ def npy_complex(folder: Path) -> Path:
 
 @bad("Python objects")
 def npy_of_a_strange_type(folder: Path) -> Path:
-    return written(folder / "ct.npy", npy_header("(2, 2, 2)", "[('a', '<i2'), ('b', 'O')]") + bytes(16))
+    return written(
+        folder / "ct.npy", npy_header("(2, 2, 2)", "[('a', '<i2'), ('b', 'O')]") + bytes(16)
+    )
 
 
 @bad("3 axes, found 2")
@@ -561,7 +588,9 @@ def npz_damaged(folder: Path) -> Path:
     return written(folder / "ct.npz", data)
 
 
-def npz(folder: Path, content: bytes, packing: int = zipfile.ZIP_DEFLATED, name: str = "a.npy") -> Path:
+def npz(
+    folder: Path, content: bytes, packing: int = zipfile.ZIP_DEFLATED, name: str = "a.npy"
+) -> Path:
     with zipfile.ZipFile(folder / "ct.npz", "w", packing) as archive:
         archive.writestr(name, content)
     return folder / "ct.npz"
@@ -859,7 +888,11 @@ def dicom_no_rows(folder: Path) -> Path:
 @bad("3 samples and 16 bits|in color")
 def dicom_colour(folder: Path) -> Path:
     def colour(dataset: Dataset, _: int) -> None:
-        dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PlanarConfiguration = 3, "RGB", 0
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PlanarConfiguration = (
+            3,
+            "RGB",
+            0,
+        )
         dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
         dataset.PixelData = bytes(20 * 26 * 3)
 
@@ -875,7 +908,11 @@ def with_syntax(folder: Path, syntax: str) -> Path:
     def change(dataset: Dataset, _: int) -> None:
         dataset.file_meta.TransferSyntaxUID = syntax
 
-    return series(folder, change) if syntax not in (JPEG2000Lossless, MPEG2MPML) else raw_syntax(folder, syntax)
+    return (
+        series(folder, change)
+        if syntax not in (JPEG2000Lossless, MPEG2MPML)
+        else raw_syntax(folder, syntax)
+    )
 
 
 def raw_syntax(folder: Path, syntax: str) -> Path:
@@ -932,7 +969,9 @@ def dicom_lying_length(folder: Path) -> Path:
 @bad("12 frames without positions")
 def dicom_film_over_time(folder: Path) -> Path:
     whole = phantom()
-    dataset = dicom_slice(whole, body()[0], 0, series=generate_uid(), study=generate_uid(), number=1)
+    dataset = dicom_slice(
+        whole, body()[0], 0, series=generate_uid(), study=generate_uid(), number=1
+    )
     dataset.NumberOfFrames = 12
     dataset.PixelData = bytes(20 * 26 * 2 * 12)
     dataset.save_as(folder / "film.dcm", enforce_file_format=True)
@@ -956,11 +995,15 @@ def dicom_link_out_of_the_folder(folder: Path) -> Path:
 # Stacks of slices, and what is no volume at all
 
 
-def slices(folder: Path, names: list[str], pixels: Callable[[int], np.ndarray] | None = None) -> Path:
+def slices(
+    folder: Path, names: list[str], pixels: Callable[[int], np.ndarray] | None = None
+) -> Path:
     (folder / "ct").mkdir()
     for z, name in enumerate(names):
         array = pixels(z) if pixels else np.full((4, 5), z, dtype=np.uint8)
-        sitk.WriteImage(sitk.GetImageFromArray(array, isVector=array.ndim == 3), str(folder / "ct" / name))
+        sitk.WriteImage(
+            sitk.GetImageFromArray(array, isVector=array.ndim == 3), str(folder / "ct" / name)
+        )
     return folder / "ct"
 
 
@@ -986,7 +1029,9 @@ def slices_of_two_sizes(folder: Path) -> Path:
 
 @bad("in color; expected gray")
 def slices_in_colour(folder: Path) -> Path:
-    return slices(folder, ["1.png", "2.png"], lambda z: np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
+    return slices(
+        folder, ["1.png", "2.png"], lambda z: np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    )
 
 
 @bad("not a volume that is read")
@@ -1021,7 +1066,13 @@ def test_a_bad_volume_is_refused_with_its_reason(
     message = str(caught.value)
     assert path.name.partition("#")[0] in message
     output = capfd.readouterr()
-    for text in (message, caplog.text, output.out, output.err, *(str(warning.message) for warning in warned)):
+    for text in (
+        message,
+        caplog.text,
+        output.out,
+        output.err,
+        *(str(warning.message) for warning in warned),
+    ):
         for word in CANARY.lower().split("^"):
             assert word not in text.lower()
     assert caught.value.__cause__ is None  # what decoders say may quote the header
@@ -1032,7 +1083,8 @@ def test_there_are_enough_cases() -> None:
 
 
 def test_what_simpleitk_reads_without_a_word_is_refused_here(tmp_path: Path) -> None:
-    """The reason why voxels are not read by SimpleITK alone: if this fails, it has become stricter."""
+    """The reason why voxels are not read by SimpleITK alone: if this fails, it has become
+    stricter."""
     for build in (nii_truncated, nii_zero_spacing, nii_nan_intercept, mha_wrong_checksum):
         folder = tmp_path / build.__name__
         folder.mkdir()
@@ -1084,9 +1136,13 @@ def test_a_constant_volume_warns(
     ],
 )
 def test_values_unlike_the_declared_scale_warn_with_numbers(
-    tmp_path: Path, scale: Any, values: list[int], said: str | None, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    scale: Any,
+    values: list[int],
+    said: str | None,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr("medm.imaging.notices._logged", {"no direction"})
     np.save(tmp_path / "a.npy", np.linspace(*values, 27).reshape(3, 3, 3).astype(np.float32))
     load_pixels(tmp_path / "a.npy", VolumePreprocess(scale=scale, size=[2, 2, 2]))
@@ -1122,7 +1178,8 @@ def test_reading_a_stream_of_numbers_needs_no_seek(tmp_path: Path) -> None:
      "mha_of_a_gibibyte_in_few_bytes"],
 )  # fmt: skip
 def test_a_lying_header_takes_no_memory(tmp_path: Path, case: str) -> None:
-    """Refused before anything of the declared size is made: measured below 1 MB, and 64 MB to 1 GiB before."""
+    """Refused before anything of the declared size is made: measured below 1 MB, and 64 MB to 1 GiB
+    before."""
     if case.startswith("npz_bomb"):
         content = npy_header("(1, 2, 3)") + bytes(64_000_000)
         path = npz(tmp_path, content, {"a": zipfile.ZIP_LZMA, "2": zipfile.ZIP_BZIP2}[case[-1]])

@@ -1,4 +1,5 @@
-"""Files of which preprocessing leaves nothing: refused with the step and its ranges, or a warning for each file."""
+"""Files of which preprocessing leaves nothing: refused with the step and its ranges, or a warning
+for each file."""
 
 from __future__ import annotations
 
@@ -90,7 +91,9 @@ def test_a_volume_of_which_nothing_is_left_is_refused(tmp_path: Path, case: str)
 def test_a_centre_without_anything_is_refused(tmp_path: Path) -> None:
     """With `spacing`, `size` crops around the center."""
     path = nifti(tmp_path / "ct.nii", spot())
-    with pytest.raises(MediaError, match=r"resampling to orientation SPL, spacing \[1\.0, 1\.0, 1\.0\] makes -1000"):
+    with pytest.raises(
+        MediaError, match=r"resampling to orientation SPL, spacing \[1\.0, 1\.0, 1\.0\] makes -1000"
+    ):
         load_pixels(path, VolumePreprocess(spacing=[1, 1, 1], size=[3, 3, 3]))
 
 
@@ -100,13 +103,22 @@ def deep(path: Path, values: np.ndarray) -> Path:
 
 
 IMAGES: dict[str, tuple[np.ndarray, dict[str, Any], str]] = {
-    "outside of its window": (np.arange(3000, 3064, dtype=np.uint16).reshape(8, 8), {"window": [0, 1000]},
-                              r"window \[0\.0, 1000\.0\] makes 1 of the values 3000\.\.3063"),
-    "HU shifted": (np.arange(64, dtype=np.int16).reshape(8, 8) - 9192, {"window": [-1000, 1000]},
-                   r"makes 0 of the values -9192\.\.-9129"),
-    "cropped": (np.pad(np.full((8, 1), 255, np.uint8), ((0, 0), (0, 31))), {"fit": "crop"},
-                r"fit crop to 4 x 4 makes 0 of the values 0\.\.1"),
-}  # fmt: skip
+    "outside of its window": (
+        np.arange(3000, 3064, dtype=np.uint16).reshape(8, 8),
+        {"window": [0, 1000]},
+        r"window \[0\.0, 1000\.0\] makes 1 of the values 3000\.\.3063",
+    ),
+    "HU shifted": (
+        np.arange(64, dtype=np.int16).reshape(8, 8) - 9192,
+        {"window": [-1000, 1000]},
+        r"makes 0 of the values -9192\.\.-9129",
+    ),
+    "cropped": (
+        np.pad(np.full((8, 1), 255, np.uint8), ((0, 0), (0, 31))),
+        {"fit": "crop"},
+        r"fit crop to 4 x 4 makes 0 of the values 0\.\.1",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", IMAGES)
@@ -117,12 +129,15 @@ def test_an_image_of_which_nothing_is_left_is_refused(tmp_path: Path, case: str)
 
 
 def test_a_blank_file_is_used_with_a_warning(tmp_path: Path) -> None:
-    """The file itself is constant: preprocessing loses nothing, and a blank control image can be meant."""
+    """The file itself is constant: preprocessing loses nothing, and a blank control image can be
+    meant."""
     Image.new("RGB", (6, 5), (250, 100, 0)).save(tmp_path / "a.png")
     with collected() as notices:
         for fit in ("squash", "crop", "pad"):
             load_pixels(tmp_path / "a.png", ImagePreprocess(size=[4, 4], fit=fit))
-        load_pixels(nifti(tmp_path / "a.nii", np.full((4, 4, 4), 7, np.int16)), VolumePreprocess(size=SIZE))
+        load_pixels(
+            nifti(tmp_path / "a.nii", np.full((4, 4, 4), 7, np.int16)), VolumePreprocess(size=SIZE)
+        )
     assert [(notice.kind, notice.message.partition(": ")[2]) for notice in notices] == [
         ("constant", "all pixels are 250, 100, 0; the file is blank, perhaps from a failed export"),
         ("constant", "all voxels are 7; the file is blank, perhaps from a failed export"),
@@ -159,7 +174,10 @@ def test_a_file_almost_wholly_outside_of_its_windows_warns(tmp_path: Path) -> No
         load_pixels(nifti(tmp_path / "ct.nii", voxels), preprocess)
     said = [notice.message for notice in notices if notice.kind == "outside of the windows"]
     assert len(said) == 1
-    assert "99.95 % of the voxels lie outside of the windows (-1000..1000); the values are -9192..500" in said[0]
+    assert (
+        "99.95 % of the voxels lie outside of the windows (-1000..1000); the values are -9192..500"
+        in said[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,10 +185,15 @@ def test_a_file_almost_wholly_outside_of_its_windows_warns(tmp_path: Path) -> No
     [
         (body(), {"windows": [[-1000, 400], [-160, 240], [-200, 1000]]}),
         (body(), {"windows": [[250, 3000]]}),  # bone alone
-        (np.where(np.arange(1000).reshape(10, 10, 10) == 555, 1, 0), {"scale": "0-1"}),  # sparse by itself
+        (
+            np.where(np.arange(1000).reshape(10, 10, 10) == 555, 1, 0),
+            {"scale": "0-1"},
+        ),  # sparse by itself
     ],
 )
-def test_what_is_meant_gives_no_warning(tmp_path: Path, voxels: np.ndarray, fields: dict[str, Any]) -> None:
+def test_what_is_meant_gives_no_warning(
+    tmp_path: Path, voxels: np.ndarray, fields: dict[str, Any]
+) -> None:
     path = nifti(tmp_path / "ct.nii", voxels.astype(np.int16))
     with collected() as notices:
         load_pixels(path, VolumePreprocess(size=None, **fields))
@@ -180,7 +203,8 @@ def test_what_is_meant_gives_no_warning(tmp_path: Path, voxels: np.ndarray, fiel
 def test_a_single_channel_that_becomes_one_value_warns(tmp_path: Path) -> None:
     with collected() as notices:
         load_pixels(
-            nifti(tmp_path / "ct.nii", body()), VolumePreprocess(size=SIZE, windows=[[-1000, 1000], [2000, 3000]])
+            nifti(tmp_path / "ct.nii", body()),
+            VolumePreprocess(size=SIZE, windows=[[-1000, 1000], [2000, 3000]]),
         )
     assert [notice.message.partition(": ")[2] for notice in notices] == [
         "channel 2 of 2 becomes one value: window 2000..3000 makes 0 of the values -1000..700"
@@ -199,7 +223,9 @@ def test_numbers_beyond_single_precision_are_not_made_one(tmp_path: Path, suffix
         load_pixels(path, VolumePreprocess(scale="minmax", size=SIZE))
 
 
-def test_each_file_is_named_once_and_no_more_than_a_few(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_file_is_named_once_and_no_more_than_a_few(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(MAX_NAMED + 5)]
     for path in paths:
         Image.new("L", (4, 4)).save(path)
@@ -253,7 +279,8 @@ def test_an_entry_of_an_earlier_medm_is_not_used_in_silence(tmp_path: Path, shif
 
 
 def test_warnings_are_counted_and_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The data check and the cache name every file, and log none besides; a filled cache says it once more."""
+    """The data check and the cache name every file, and log none besides; a filled cache says it
+    once more."""
     for name in ("a", "b"):
         np.save(tmp_path / f"{name}.npy", np.full((4, 4, 4), 7, np.int16))
     nifti(tmp_path / "good.nii.gz", body())
@@ -266,6 +293,10 @@ def test_warnings_are_counted_and_shown(tmp_path: Path, caplog: pytest.LogCaptur
         assert f"warning: {tmp_path / 'b.npy'}: all voxels are 7" in text
         assert "2 warnings about files" in text
     for _ in range(2):
-        filled = fill([Records([data], Conversations())], described, MediaCache(tmp_path / "cache", 10**6).load)
+        filled = fill(
+            [Records([data], Conversations())],
+            described,
+            MediaCache(tmp_path / "cache", 10**6).load,
+        )
         assert (filled.num_bad, filled.num_warnings, len(filled.warnings)) == (0, 2, 2)
     assert not [entry for entry in caplog.records if entry.levelno >= logging.WARNING]

@@ -29,14 +29,17 @@ PREPROCESS = VolumePreprocess(size=[4, 4, 4])
 
 
 def strip(path: Path, *, implicit: bool = True, little: bool = True, meta: bool = False) -> None:
-    """Write a file again without preamble and prefix, and without meta information unless `meta`."""
+    """Write a file again without preamble and prefix, and without meta information unless
+    `meta`."""
     dataset = pydicom.dcmread(path)
     buffer = io.BytesIO()
     if meta:
         write_file_meta_info(buffer, dataset.file_meta, enforce_standard=True)
         implicit = False
     if not little:
-        dataset["PixelData"]._value = np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
+        dataset["PixelData"]._value = (
+            np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
+        )
     bare = Dataset(dataset)
     bare.preamble = None  # type: ignore[attr-defined]
     bare.save_as(buffer, implicit_vr=implicit, little_endian=little, enforce_file_format=False)
@@ -60,7 +63,9 @@ def series(folder: Path, names: Callable[[int], str] = "IM{}".format) -> list[Pa
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("names", ["IM{}", "{}.dcm", "1.2.840.{}"])
 @pytest.mark.parametrize("which", ["all", "last"])
-def test_slices_without_file_header_are_read(tmp_path: Path, encoding: str, names: str, which: str) -> None:
+def test_slices_without_file_header_are_read(
+    tmp_path: Path, encoding: str, names: str, which: str
+) -> None:
     paths = series(tmp_path / "ct", names.format)
     for path in paths if which == "all" else paths[3:]:
         strip(path, **ENCODINGS[encoding])
@@ -84,10 +89,14 @@ def test_compressed_pixels_without_file_header(tmp_path: Path) -> None:
     """The meta information names the encoding; without it the pixels cannot be decoded."""
     whole = (FILES / "MR_small_RLE.dcm").read_bytes()
     (tmp_path / "a").write_bytes(whole[132:])
-    np.testing.assert_array_equal(read_image(tmp_path / "a").pixels, read_image(FILES / "MR_small.dcm").pixels)
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "a").pixels, read_image(FILES / "MR_small.dcm").pixels
+    )
     behind_meta = 144 + int.from_bytes(whole[140:144], "little")
     (tmp_path / "b").write_bytes(whole[behind_meta:])
-    with pytest.raises(MediaError, match="b: DICOM without its file header, which would name the encoding"):
+    with pytest.raises(
+        MediaError, match="b: DICOM without its file header, which would name the encoding"
+    ):
         read_image(tmp_path / "b")
 
 
@@ -104,7 +113,9 @@ def test_meta_information_without_transfer_syntax_is_refused(tmp_path: Path) -> 
     path = series(tmp_path)[0]
     strip(path, meta=True)
     path.write_bytes(path.read_bytes().replace(b"\2\0\x10\0UI", b"\2\0\x11\0UI"))
-    with pytest.raises(MediaError, match=r"without its file header .* without TransferSyntaxUID \(0002,0010\)"):
+    with pytest.raises(
+        MediaError, match=r"without its file header .* without TransferSyntaxUID \(0002,0010\)"
+    ):
         read_image(path)
 
 
@@ -135,7 +146,9 @@ def test_a_file_that_could_be_a_slice_is_refused(tmp_path: Path, case: str) -> N
     name, data, what = LOST[case]
     series(tmp_path / "ct", "{}.mr".format if name.endswith(".mr") else "IM{}".format)
     (tmp_path / "ct" / name).write_bytes(data)
-    with pytest.raises(MediaError, match=rf"ct: {name} could be a slice, but is not DICOM \(.*{what}"):
+    with pytest.raises(
+        MediaError, match=rf"ct: {name} could be a slice, but is not DICOM \(.*{what}"
+    ):
         load_pixels(tmp_path / "ct", PREPROCESS)
 
 
@@ -146,7 +159,9 @@ def test_a_slice_cut_before_its_pixels_is_refused(tmp_path: Path, kept: float) -
     data = paths[3].read_bytes()
     end = data.index(b"\xe0\x7f\x10\0OW")
     paths[3].write_bytes(data[: int(end * kept)])
-    with pytest.raises(MediaError, match=r"IM3: .*(without Pixel Data|damaged|declares \d+ bytes|transfer syntax)"):
+    with pytest.raises(
+        MediaError, match=r"IM3: .*(without Pixel Data|damaged|declares \d+ bytes|transfer syntax)"
+    ):
         read_volume(tmp_path / "ct")
 
 
@@ -161,16 +176,23 @@ def test_pixels_of_another_element_are_named(tmp_path: Path, keyword: str) -> No
         read_volume(tmp_path / "ct")
 
 
-def test_other_files_are_passed_over_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_files_are_passed_over_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "ct"
     series(folder)
     for name in ("Thumbs.db", ".DS_Store", "._IM0", "desktop.ini", "report.pdf", "info.xml"):
         (folder / name).write_bytes(b"x")
-    shutil.copy(write_report(tmp_path / "sr", "1.2.840.10008.5.1.4.1.1.88.22", "SR"), folder / "DICOMDIR")
+    shutil.copy(
+        write_report(tmp_path / "sr", "1.2.840.10008.5.1.4.1.1.88.22", "SR"), folder / "DICOMDIR"
+    )
     with caplog.at_level(logging.INFO), collected() as notices:
         assert read_volume(folder).voxels.shape[0] == 4
     assert "6 files are skipped; expected DICOM, found " in caplog.text
-    assert "skipped DICOM without an image (1; structure sets, reports or directories): DICOM" in caplog.text
+    assert (
+        "skipped DICOM without an image (1; structure sets, reports or directories): DICOM"
+        in caplog.text
+    )
     assert not notices
     (folder / "README").write_text("Exported on a CD.")
     Image.new("L", (4, 4)).save(folder / "key.png")
@@ -188,12 +210,22 @@ def test_other_files_beside_slice_images(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("Slices.")
     with collected() as notices:
         assert read_volume(tmp_path).voxels.shape == (3, 4, 5)
-    assert "2 files are skipped; expected slice images, found README, labels.csv" in notices[0].message
+    assert (
+        "2 files are skipped; expected slice images, found README, labels.csv" in notices[0].message
+    )
     for name, data, reason in (
-        ("3.webp", b"RIFF\0\0\0\0WEBP", "3.webp could be a slice, but .webp is not read; convert it"),
+        (
+            "3.webp",
+            b"RIFF\0\0\0\0WEBP",
+            "3.webp could be a slice, but .webp is not read; convert it",
+        ),
         ("3.jp2", b"\0\0\0\x0cjP  ", "3.jp2 could be a slice, but .jp2 is not read"),
         ("0003", bytes(50), "0003 could be a slice, but is not an image that is read"),
-        ("3.dcm", b"", r"3\.dcm could be a slice, but is not an image that is read \(an empty file"),
+        (
+            "3.dcm",
+            b"",
+            r"3\.dcm could be a slice, but is not an image that is read \(an empty file",
+        ),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(MediaError, match=reason):
@@ -214,7 +246,9 @@ def test_a_link_to_a_missing_file_and_a_file_that_cannot_be_opened(
     series(tmp_path / "ct")
     link = tmp_path / "ct" / "IM9"
     link.symlink_to("objects/missing")
-    with pytest.raises(MediaError, match="IM9 could be a slice, but is a link to a file that is missing; fetch"):
+    with pytest.raises(
+        MediaError, match="IM9 could be a slice, but is a link to a file that is missing; fetch"
+    ):
         read_volume(tmp_path / "ct")
     link.unlink()
     link.write_bytes(b"x")
@@ -226,5 +260,7 @@ def test_a_link_to_a_missing_file_and_a_file_that_cannot_be_opened(
         return whole(path, *args, **options)
 
     monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(MediaError, match=r"IM9 could be a slice, but cannot be opened \(Permission denied\)"):
+    with pytest.raises(
+        MediaError, match=r"IM9 could be a slice, but cannot be opened \(Permission denied\)"
+    ):
         read_volume(tmp_path / "ct")

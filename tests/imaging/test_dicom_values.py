@@ -1,4 +1,5 @@
-"""DICOM from stored numbers to shades (PS3.3 C.11, C.7.6.16): known answers, and pydicom's where it has them."""
+"""DICOM from stored numbers to shades (PS3.3 C.11, C.7.6.16): known answers, and pydicom's where it
+has them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
-from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
 
 from medm.errors import MediaError
 from medm.imaging import ImagePreprocess, VolumePreprocess, load_pixels
@@ -24,12 +30,20 @@ from medm.imaging.preview import contact_sheet
 from medm.imaging.volumes import read_volume
 from tests.imaging.tiny import CANARY, body, dicom_slice, phantom, write_multi_frame, write_series
 
-PLAIN: dict[str, Any] = {"size": [2, 4], "channels": 1, "mean": [0.0], "std": [1.0], "interpolation": "nearest"}
+PLAIN: dict[str, Any] = {
+    "size": [2, 4],
+    "channels": 1,
+    "mean": [0.0],
+    "std": [1.0],
+    "interpolation": "nearest",
+}
 RAMP = np.arange(8, dtype=np.uint16).reshape(2, 4)
 FALLING = [700, 600, 500, 400, 300, 200, 100, 0]
 
 
-def table(entries: list[int] | bytes, *, descriptor: list[int] | None = None, kind: str = "US") -> Sequence:
+def table(
+    entries: list[int] | bytes, *, descriptor: list[int] | None = None, kind: str = "US"
+) -> Sequence:
     """A sequence of one lookup table."""
     item = Dataset()
     item.add_new(0x00283002, "US", descriptor or [len(entries), 0, 16])
@@ -40,14 +54,21 @@ def table(entries: list[int] | bytes, *, descriptor: list[int] | None = None, ki
 
 
 def cr(
-    path: Path, change: Callable[[Dataset], None] | None = None, *, pixels: np.ndarray = RAMP, implicit: bool = False,
+    path: Path,
+    change: Callable[[Dataset], None] | None = None,
+    *,
+    pixels: np.ndarray = RAMP,
+    implicit: bool = False,
     rle: bool = False,
-) -> Path:  # fmt: skip
-    """A CR of 2 x 4 pixels, 12 of 16 bits, without rescale and window; each is 8 x 8 in RLE, which GDCM needs."""
+) -> Path:
+    """A CR of 2 x 4 pixels, 12 of 16 bits, without rescale and window; each is 8 x 8 in RLE, which
+    GDCM needs."""
     if rle:
         pixels = np.kron(pixels, np.ones((8, 8), dtype=np.uint16))
     dataset = dicom_slice(phantom(), pixels, 0, series="1.2", study="1.3", number=1)
-    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = (
+        ComputedRadiographyImageStorage
+    )
     dataset.Modality = "CR"
     del dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType
     dataset.BitsStored, dataset.HighBit = 12, 11
@@ -76,7 +97,9 @@ ENCODINGS: list[dict[str, bool]] = [{}, {"implicit": True}, {"rle": True}]
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
-def test_a_modality_table_gives_the_values(tmp_path: Path, encoding: dict[str, bool], photometric: str) -> None:
+def test_a_modality_table_gives_the_values(
+    tmp_path: Path, encoding: dict[str, bool], photometric: str
+) -> None:
     def change(dataset: Dataset) -> None:
         dataset.ModalityLUTSequence = table(FALLING)
         dataset.PhotometricInterpretation = photometric
@@ -86,22 +109,40 @@ def test_a_modality_table_gives_the_values(tmp_path: Path, encoding: dict[str, b
     assert read_image(path).full_range == (0, 65535)
     expected = np.array(FALLING) / 700
     shown = shades(path, [0, 700])
-    np.testing.assert_allclose(shown, expected if photometric == "MONOCHROME2" else 1 - expected, atol=1e-6)
-    assert photometric == "MONOCHROME1" or (shown[0], round(float(shown[3]), 3), shown[7]) == (1, 0.571, 0)
+    np.testing.assert_allclose(
+        shown, expected if photometric == "MONOCHROME2" else 1 - expected, atol=1e-6
+    )
+    assert photometric == "MONOCHROME1" or (shown[0], round(float(shown[3]), 3), shown[7]) == (
+        1,
+        0.571,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
     ("entries", "descriptor", "expected"),
     [
-        ([10, 20, 30], [3, 2, 16], [10, 10, 10, 20, 30, 30, 30, 30]),  # what lies outside takes the nearest entry
-        (bytes([1, 2, 3, 4, 5, 6, 7, 0]), [7, 0, 8], [1, 2, 3, 4, 5, 6, 7, 7]),  # two entries a word
+        (
+            [10, 20, 30],
+            [3, 2, 16],
+            [10, 10, 10, 20, 30, 30, 30, 30],
+        ),  # what lies outside takes the nearest entry
+        (
+            bytes([1, 2, 3, 4, 5, 6, 7, 0]),
+            [7, 0, 8],
+            [1, 2, 3, 4, 5, 6, 7, 7],
+        ),  # two entries a word
         (np.arange(8, dtype="<u2")[::-1].tobytes(), [8, 0, 12], [7, 6, 5, 4, 3, 2, 1, 0]),
         ([5], [1, 0, 16], [5] * 8),
     ],
 )
 @pytest.mark.parametrize("implicit", [False, True])
 def test_layouts_of_tables(
-    tmp_path: Path, entries: list[int] | bytes, descriptor: list[int], expected: list[int], implicit: bool
+    tmp_path: Path,
+    entries: list[int] | bytes,
+    descriptor: list[int],
+    expected: list[int],
+    implicit: bool,
 ) -> None:
     def change(dataset: Dataset) -> None:
         dataset.ModalityLUTSequence = table(entries, descriptor=descriptor)
@@ -127,12 +168,24 @@ def test_a_table_of_65536_entries_and_signed_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "descriptor", "reason"),
     [
-        ([1, 2, 3], [4, 0, 16], r"declares 4 entries of 16 bits, LUTData \(0028,3006\) holds 3 entries"),
-        (bytes(6), [8, 0, 16], r"declares 8 entries of 16 bits, LUTData \(0028,3006\) holds 6 bytes"),
+        (
+            [1, 2, 3],
+            [4, 0, 16],
+            r"declares 4 entries of 16 bits, LUTData \(0028,3006\) holds 3 entries",
+        ),
+        (
+            bytes(6),
+            [8, 0, 16],
+            r"declares 8 entries of 16 bits, LUTData \(0028,3006\) holds 6 bytes",
+        ),
         ([1, 2, 3], [3, 0, 33], "declares entries of 33 bits; expected 8 to 16"),
         ([1, 2, 3], [3, 0, 0], "declares entries of 0 bits"),
         ([1, 2, 3], [3, 0], r"LUTDescriptor \(0028,3002\) does not hold three numbers"),
-        ([1, 2, 5000], [3, 0, 12], r"declares entries of 12 bits, LUTData \(0028,3006\) holds 5000"),
+        (
+            [1, 2, 5000],
+            [3, 0, 12],
+            r"declares entries of 12 bits, LUTData \(0028,3006\) holds 5000",
+        ),
         ([1, 2, 3], [0, 0, 16], "declares 65536 entries of 16 bits"),
     ],
 )
@@ -156,7 +209,9 @@ def test_a_table_beside_slope_and_intercept(tmp_path: Path) -> None:
         return both
 
     np.testing.assert_array_equal(read_image(cr(tmp_path / "a", change(1))).pixels.ravel(), FALLING)
-    with pytest.raises(MediaError, match=r"Modality LUT Sequence \(0028,3000\) beside RescaleSlope 2 and .* 0"):
+    with pytest.raises(
+        MediaError, match=r"Modality LUT Sequence \(0028,3000\) beside RescaleSlope 2 and .* 0"
+    ):
         read_image(cr(tmp_path / "b", change(2)))
 
 
@@ -166,8 +221,9 @@ def test_a_table_on_slices_of_ct(tmp_path: Path, kind: str, unit: str) -> None:
 
     def change(dataset: Dataset, _: int) -> None:
         del dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType
-        dataset.ModalityLUTSequence = table(np.arange(1024, dtype="<u2")[::-1].tobytes(), descriptor=[1024, 0, 16],
-                                            kind=kind)  # fmt: skip
+        dataset.ModalityLUTSequence = table(
+            np.arange(1024, dtype="<u2")[::-1].tobytes(), descriptor=[1024, 0, 16], kind=kind
+        )
 
     write_series(tmp_path / "ct", phantom(), change=change)
     volume = read_volume(tmp_path / "ct")
@@ -191,7 +247,9 @@ def test_a_series_in_which_only_some_slices_have_a_transform_is_refused(tmp_path
             del dataset.RescaleSlope, dataset.RescaleIntercept
 
     write_series(tmp_path / "a", phantom(), change=one_table)
-    with pytest.raises(MediaError, match=r"1 of 12 slices of the series have a Modality LUT Sequence \(0028,3000\)"):
+    with pytest.raises(
+        MediaError, match=r"1 of 12 slices of the series have a Modality LUT Sequence \(0028,3000\)"
+    ):
         read_volume(tmp_path / "a")
     write_series(tmp_path / "b", phantom(), change=one_without)
     with pytest.raises(MediaError, match="some slices of the series have RescaleSlope"):
@@ -214,7 +272,10 @@ def test_windows_and_their_functions(tmp_path: Path, case: str, place: str) -> N
     center, width, function, expected = WINDOWS[case]
 
     def window(target: Dataset) -> None:
-        target.WindowCenter, target.WindowWidth = [center, 99], [width, 99]  # alternatives: the first counts
+        target.WindowCenter, target.WindowWidth = (
+            [center, 99],
+            [width, 99],
+        )  # alternatives: the first counts
         if function:
             target.VOILUTFunction = function
 
@@ -236,7 +297,9 @@ def test_windows_and_their_functions(tmp_path: Path, case: str, place: str) -> N
 
     path = cr(tmp_path / "a.dcm", change)
     np.testing.assert_allclose(shades(path), expected, atol=1e-6)
-    np.testing.assert_allclose(shades(path, [0, 7]), np.arange(8) / 7, atol=1e-6)  # a recipe's window comes first
+    np.testing.assert_allclose(
+        shades(path, [0, 7]), np.arange(8) / 7, atol=1e-6
+    )  # a recipe's window comes first
     if place == "top" and width > 1:
         dataset = pydicom.dcmread(path)
         theirs = apply_voi_lut(dataset.pixel_array, dataset).ravel() / 4095
@@ -246,7 +309,12 @@ def test_windows_and_their_functions(tmp_path: Path, case: str, place: str) -> N
 @pytest.mark.parametrize(
     ("center", "width", "function", "reason"),
     [
-        (4, 0.5, "LINEAR", r"WindowWidth \(0028,1051\) 0.5 with VOILUTFunction LINEAR is not applied"),
+        (
+            4,
+            0.5,
+            "LINEAR",
+            r"WindowWidth \(0028,1051\) 0.5 with VOILUTFunction LINEAR is not applied",
+        ),
         (4, 0, "LINEAR_EXACT", r"WindowWidth \(0028,1051\) 0 with VOILUTFunction LINEAR_EXACT"),
         (4, -3, "SIGMOID", r"WindowWidth \(0028,1051\) -3 with VOILUTFunction SIGMOID"),
         (4, None, "LINEAR", r"WindowWidth \(0028,1051\) without a number"),
@@ -254,15 +322,22 @@ def test_windows_and_their_functions(tmp_path: Path, case: str, place: str) -> N
     ],
 )
 def test_windows_that_cannot_be_applied_are_named(
-    tmp_path: Path, center: float, width: float | None, function: str, reason: str, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    center: float,
+    width: float | None,
+    function: str,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr("medm.imaging.notices._logged", set())
 
     def change(dataset: Dataset) -> None:
         dataset.WindowCenter, dataset.WindowWidth, dataset.VOILUTFunction = center, width, function
 
-    np.testing.assert_allclose(shades(cr(tmp_path / "a.dcm", change)), np.arange(8) / 4095, atol=1e-6)
+    np.testing.assert_allclose(
+        shades(cr(tmp_path / "a.dcm", change)), np.arange(8) / 4095, atol=1e-6
+    )
     assert re.search(reason, caplog.text)
     assert CANARY[:6].upper() not in caplog.text
 
@@ -278,7 +353,9 @@ def test_a_voi_table_gives_the_shades(tmp_path: Path, encoding: dict[str, bool])
         dataset.WindowCenter, dataset.WindowWidth = 0, 2  # an alternative to the table
 
     path = cr(tmp_path / "a.dcm", change, **encoding)
-    expected = np.array([0, 0, 3000, 4095, 4095, 4095, 4095, 4095]) / 4095  # inputs -6, -4, -2, 0 ...
+    expected = (
+        np.array([0, 0, 3000, 4095, 4095, 4095, 4095, 4095]) / 4095
+    )  # inputs -6, -4, -2, 0 ...
     np.testing.assert_allclose(shades(path), expected, atol=1e-6)
     np.testing.assert_allclose(shades(path, [-6, 8]), np.arange(8) / 7, atol=1e-6)
     contact_sheet(path, ImagePreprocess(**PLAIN))
@@ -296,10 +373,17 @@ def test_both_tables_as_pydicom_applies_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
-@pytest.mark.parametrize(("value", "limit", "black"), [(0, None, [0]), (6, 7, [6, 7]), (7, 6, [6, 7]), (99, None, [])])
+@pytest.mark.parametrize(
+    ("value", "limit", "black"), [(0, None, [0]), (6, 7, [6, 7]), (7, 6, [6, 7]), (99, None, [])]
+)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_padding_is_shown_black(
-    tmp_path: Path, photometric: str, value: int, limit: int | None, black: list[int], encoding: dict[str, bool]
+    tmp_path: Path,
+    photometric: str,
+    value: int,
+    limit: int | None,
+    black: list[int],
+    encoding: dict[str, bool],
 ) -> None:
     def change(dataset: Dataset) -> None:
         dataset.PhotometricInterpretation = photometric
@@ -309,7 +393,9 @@ def test_padding_is_shown_black(
 
     expected = np.arange(8) / 7 if photometric == "MONOCHROME2" else 1 - np.arange(8) / 7
     expected[black] = 0
-    np.testing.assert_allclose(shades(cr(tmp_path / "a.dcm", change, **encoding), [0, 7]), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        shades(cr(tmp_path / "a.dcm", change, **encoding), [0, 7]), expected, atol=1e-6
+    )
 
 
 def test_padding_of_a_volume_is_as_dark_as_the_darkest_voxel(tmp_path: Path) -> None:
@@ -372,7 +458,9 @@ def test_what_is_not_applied_is_named(
     assert f"a.dcm: DICOM {element} is not applied" in caplog.text
 
 
-def test_presentation_lut_shape_that_agrees_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_presentation_lut_shape_that_agrees_is_not_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def change(dataset: Dataset) -> None:
         dataset.PhotometricInterpretation, dataset.PresentationLUTShape = "MONOCHROME1", "INVERSE"
 
@@ -384,7 +472,9 @@ def regrouped(path: Path, change: Callable[[Dataset, list[Dataset]], None]) -> P
     """A multi-frame CT whose functional groups are changed."""
     write_multi_frame(path, phantom())
     dataset = pydicom.dcmread(path)
-    change(dataset.SharedFunctionalGroupsSequence[0], list(dataset.PerFrameFunctionalGroupsSequence))
+    change(
+        dataset.SharedFunctionalGroupsSequence[0], list(dataset.PerFrameFunctionalGroupsSequence)
+    )
     dataset.save_as(path, enforce_file_format=True)
     return path
 
@@ -435,7 +525,11 @@ def test_slopes_that_differ_by_frame_are_applied_to_each(tmp_path: Path) -> None
     def differ(shared: Dataset, frames: list[Dataset]) -> None:
         for number, frame in enumerate(frames[:-1]):
             item = Dataset()
-            item.RescaleSlope, item.RescaleIntercept, item.RescaleType = number + 1, -1024 + number, "HU"
+            item.RescaleSlope, item.RescaleIntercept, item.RescaleType = (
+                number + 1,
+                -1024 + number,
+                "HU",
+            )
             frame.PixelValueTransformationSequence = Sequence([item])
 
     def vanish(shared: Dataset, frames: list[Dataset]) -> None:
@@ -447,7 +541,9 @@ def test_slopes_that_differ_by_frame_are_applied_to_each(tmp_path: Path) -> None
     intercepts = np.array([*range(-1024, -1013), -1024])[:, None, None]
     volume = read_volume(regrouped(tmp_path / "a", differ))
     np.testing.assert_array_equal(volume.voxels, stored * slopes + intercepts)
-    with pytest.raises(MediaError, match=r"\(0028,9145\) gives 11 of 12 frames a RescaleSlope that is not 0"):
+    with pytest.raises(
+        MediaError, match=r"\(0028,9145\) gives 11 of 12 frames a RescaleSlope that is not 0"
+    ):
         read_volume(regrouped(tmp_path / "b", vanish))
 
 
@@ -461,7 +557,9 @@ def test_big_endian_bytes(tmp_path: Path, vr: str, photometric: str) -> None:
         dataset.RescaleSlope, dataset.RescaleIntercept = 10, -5
         dataset.PhotometricInterpretation = photometric
         pixels = RAMP.astype(np.uint8).tobytes()
-        dataset.PixelData = np.frombuffer(pixels, "<u2").astype(">u2").tobytes() if vr == "OW" else pixels
+        dataset.PixelData = (
+            np.frombuffer(pixels, "<u2").astype(">u2").tobytes() if vr == "OW" else pixels
+        )
         dataset["PixelData"].VR = vr
         dataset.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
 
@@ -491,7 +589,9 @@ def test_an_inverted_volume_is_named(tmp_path: Path, modality: str) -> None:
 
 
 @pytest.mark.parametrize("implicit", [False, True])
-def test_mutated_tables_and_windows_give_pixels_or_a_media_error(tmp_path: Path, implicit: bool) -> None:
+def test_mutated_tables_and_windows_give_pixels_or_a_media_error(
+    tmp_path: Path, implicit: bool
+) -> None:
     def change(dataset: Dataset) -> None:
         dataset.ModalityLUTSequence = table(FALLING)
         dataset.VOILUTSequence = table(list(range(800)), descriptor=[800, 0, 12], kind="")

@@ -35,16 +35,25 @@ CONTENT = {
     "jpeg 2000 codestream": (b"\xff\x4f\xff\x51" + bytes(30), "JPEG 2000 content under .jpg"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(30), "HEIC content under .jpg"),
     "avif": (b"\0\0\0\x18ftypavif" + bytes(30), "AVIF content under .jpg"),
-    "svg": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG content under .jpg"),
+    "svg": (
+        b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "SVG content under .jpg",
+    ),
     "pdf": (b"%PDF-1.7", "PDF content under .jpg"),
     "pnm": (b"P5 8 8 255\n" + bytes(64), "PNM content under .jpg"),
     "video": (b"\0\0\0\x18ftypisom" + bytes(30), "MP4 or other video content under .jpg"),
     "nifti": (b"\x5c\1\0\0" + bytes(348), "NIfTI volume content under .jpg; give it as a volume"),
     "gzip": (b"\x1f\x8b\x08" + bytes(30), "gzip content under .jpg"),
-    "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", r"Git LFS pointer \(not downloaded\) content"),
+    "git lfs": (
+        b"version https://git-lfs.github.com/spec/v1\n",
+        r"Git LFS pointer \(not downloaded\) content",
+    ),
     "12 bits": (jpeg_with(0xC1, 12), "a JPEG of 12 bits a sample; expected 8 bits"),
     "jpeg-ls": (b"\xff\xd8\xff\xf7\0\x0b\x08" + bytes(30), "a JPEG-LS JPEG of 8 bits a sample"),
-    "bigtiff": (b"II+\0\x08\0\0\0" + bytes(30), "a BigTIFF file that cannot be read|truncated or damaged"),
+    "bigtiff": (
+        b"II+\0\x08\0\0\0" + bytes(30),
+        "a BigTIFF file that cannot be read|truncated or damaged",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""Header fields that are undefined or contradict each other: what the standard says, or a warning with both numbers."""
+"""Header fields that are undefined or contradict each other: what the standard says, or a warning
+with both numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def nifti(path: Path, *, order: str = "<", version: int = 1, **fields: Any) -> P
     header[at : at + 8] = {1: b"n+1\0", 2: b"n+2\0\r\n\x1a\n"}[version].ljust(8, b"\0")
     for name, value in values.items():
         place, form = _FIELDS[version][name]
-        struct.pack_into(order + form, header, place, *(value if isinstance(value, tuple) else (value,)))
+        struct.pack_into(
+            order + form, header, place, *(value if isinstance(value, tuple) else (value,))
+        )
     content = bytes(header) + VOXELS.astype(order + "i2").tobytes()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
@@ -64,7 +67,8 @@ def read(path: Path) -> tuple[Volume, list[str]]:
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
-    ("slope", "inter"), [(NAN, 0), (NAN, NAN), (INF, 0), (-INF, NAN), (0, NAN), (0, INF), (0, 0), (1, 0)]
+    ("slope", "inter"),
+    [(NAN, 0), (NAN, NAN), (INF, 0), (-INF, NAN), (0, NAN), (0, INF), (0, 0), (1, 0)],
 )
 def test_a_slope_that_is_none_means_stored_numbers(
     tmp_path: Path, name: str, order: str, version: int, slope: float, inter: float
@@ -81,18 +85,25 @@ def test_an_intercept_that_is_not_added_is_said(tmp_path: Path, slope: float) ->
     volume, warnings = read(nifti(tmp_path / "a.nii", slope=slope, inter=-1024))
     np.testing.assert_array_equal(volume.voxels, VOXELS)
     assert len(warnings) == 1
-    assert f"scl_slope {slope:g} means that the values are not scaled, so scl_inter -1024 is not added" in warnings[0]
+    assert (
+        f"scl_slope {slope:g} means that the values are not scaled, so scl_inter -1024 is not added"
+        in warnings[0]
+    )
 
 
 @pytest.mark.parametrize(("slope", "inter"), [(2, -1024), (-1, 0), (1, 5), (0.5, 0)])
 def test_a_valid_slope_is_applied(tmp_path: Path, slope: float, inter: float) -> None:
-    volume, warnings = read(nifti(tmp_path / "a.nii.gz", slope=slope, inter=inter, cal=(5, 1)))  # cal: display alone
+    volume, warnings = read(
+        nifti(tmp_path / "a.nii.gz", slope=slope, inter=inter, cal=(5, 1))
+    )  # cal: display alone
     np.testing.assert_array_equal(volume.voxels, VOXELS * slope + inter)
     assert warnings == []
 
 
 @pytest.mark.parametrize("inter", [NAN, INF])
-def test_a_valid_slope_beside_no_intercept_is_refused_from_the_header(tmp_path: Path, inter: float) -> None:
+def test_a_valid_slope_beside_no_intercept_is_refused_from_the_header(
+    tmp_path: Path, inter: float
+) -> None:
     path = nifti(tmp_path / "a.nii", slope=1, inter=inter)
     for decode in (False, True):
         with pytest.raises(MediaError, match=f"scl_slope 1 is valid, but scl_inter is {inter:g}"):
@@ -107,7 +118,14 @@ def spacing(volume: Volume) -> list[float]:
 
 @pytest.mark.parametrize(
     ("units", "factor"),
-    [(3, 1000), (3 + 8, 1000), (1, 0.001), (2, 1), (0, 1), (2 + 16, 1)],  # um, with seconds, m, mm, unknown, with ms
+    [
+        (3, 1000),
+        (3 + 8, 1000),
+        (1, 0.001),
+        (2, 1),
+        (0, 1),
+        (2 + 16, 1),
+    ],  # um, with seconds, m, mm, unknown, with ms
 )
 def test_units_are_converted(tmp_path: Path, units: int, factor: float) -> None:
     rows = tuple(value * factor for value in SFORM)
@@ -124,7 +142,8 @@ def test_an_undefined_unit_warns(tmp_path: Path) -> None:
     assert spacing(volume) == [2, 3, 4]
     assert len(warnings) == 1
     assert (
-        "the unit 5 of xyzt_units is not defined (1 m, 2 mm, 3 um); mm are taken: voxels of 2, 3, 4 mm" in warnings[0]
+        "the unit 5 of xyzt_units is not defined (1 m, 2 mm, 3 um); mm are taken: voxels of 2, "
+        "3, 4 mm" in warnings[0]
     )
 
 
@@ -132,7 +151,10 @@ def test_spacing_of_sform_and_pixdim_that_differ_are_said(tmp_path: Path) -> Non
     volume, warnings = read(nifti(tmp_path / "a.nii", pixdim=(1, 1, 1, 1, 0, 0, 0, 0)))
     assert spacing(volume) == [2, 3, 4]
     assert len(warnings) == 1
-    assert "voxels of 2, 3, 4 mm by the sform, of 1, 1, 1 mm by pixdim; the sform is used" in warnings[0]
+    assert (
+        "voxels of 2, 3, 4 mm by the sform, of 1, 1, 1 mm by pixdim; the sform is used"
+        in warnings[0]
+    )
 
 
 def about_z(degrees: float) -> tuple[float, ...]:
@@ -156,15 +178,25 @@ def test_forms_without_a_code_are_not_used(tmp_path: Path, code: int) -> None:
     assert volume.geometry is not None
     assert round(volume.geometry.tilt) == 10  # of the qform
     assert warnings == []
-    volume, warnings = read(nifti(tmp_path / "b.nii", sform=code, qform=code, quaternion=(9, 9, 9, 0, 0, 0)))
+    volume, warnings = read(
+        nifti(tmp_path / "b.nii", sform=code, qform=code, quaternion=(9, 9, 9, 0, 0, 0))
+    )
     assert volume.geometry is None
     assert warnings == []
 
 
-@pytest.mark.parametrize(("qfac", "axes"), [(1, "SPL"), (0, "SPL"), (-1, "IPL"), (NAN, "SPL"), (-7, "IPL")])
+@pytest.mark.parametrize(
+    ("qfac", "axes"), [(1, "SPL"), (0, "SPL"), (-1, "IPL"), (NAN, "SPL"), (-7, "IPL")]
+)
 def test_qfac_is_a_sign(tmp_path: Path, qfac: float, axes: str) -> None:
     """The standard: -1 turns z round, and 0 counts as 1."""
-    path = nifti(tmp_path / "a.nii", sform=0, qform=1, quaternion=about_z(0), pixdim=(qfac, -2, 3, -4, 0, 0, 0, 0))
+    path = nifti(
+        tmp_path / "a.nii",
+        sform=0,
+        qform=1,
+        quaternion=about_z(0),
+        pixdim=(qfac, -2, 3, -4, 0, 0, 0, 0),
+    )
     volume, warnings = read(path)
     assert volume.geometry is not None
     assert volume.geometry.axes == axes
@@ -173,7 +205,9 @@ def test_qfac_is_a_sign(tmp_path: Path, qfac: float, axes: str) -> None:
 
 
 def test_a_quaternion_rounded_above_unit_length_is_a_rotation(tmp_path: Path) -> None:
-    volume, _ = read(nifti(tmp_path / "a.nii", sform=0, qform=1, quaternion=(0, 0, 1.0004, 5, 6, 7)))
+    volume, _ = read(
+        nifti(tmp_path / "a.nii", sform=0, qform=1, quaternion=(0, 0, 1.0004, 5, 6, 7))
+    )
     assert spacing(volume) == [2, 3, 4]
 
 
@@ -199,7 +233,8 @@ def nrrd(path: Path, **fields: str | None) -> Path:
         ({"space_units": '"um" "um" "um"', "space_directions": "(2000,0,0) (0,3000,0) (0,0,4000)"},
          [0.005, 0.006, 0.007]),
         ({"space_units": '"cm" "mm" "mm"', "space_directions": "(.2,0,0) (0,3,0) (0,0,4)"}, [50, 6, 7]),
-        ({"centers": "cell cell cell"}, [5, 6, 7]),  # the origin is the center of the first voxel in both cases
+        # the origin is the center of the first voxel in both cases
+        ({"centers": "cell cell cell"}, [5, 6, 7]),
         ({"centers": "node node node"}, [5, 6, 7]),
         ({"kinds": None}, [5, 6, 7]),
         ({"kinds": "space space space"}, [5, 6, 7]),
@@ -208,7 +243,9 @@ def nrrd(path: Path, **fields: str | None) -> Path:
         ({"type": "signed short int", "Space": "left-posterior-superior"}, [5, 6, 7]),
     ],
 )  # fmt: skip
-def test_nrrd_fields_by_the_standard(tmp_path: Path, fields: dict[str, str], origin: list[float]) -> None:
+def test_nrrd_fields_by_the_standard(
+    tmp_path: Path, fields: dict[str, str], origin: list[float]
+) -> None:
     volume, warnings = read(nrrd(tmp_path / "a.nrrd", **fields))
     np.testing.assert_array_equal(volume.voxels, VOXELS)
     assert spacing(volume) == [2, 3, 4]
@@ -223,7 +260,9 @@ def test_nrrd_fields_by_the_standard(tmp_path: Path, fields: dict[str, str], ori
                {"space_directions": None, "spacings": "2 3 4"},
                {"space_directions": None, "spacings": "2000 3000 4000", "units": '"um" "um" "um"'}]
 )  # fmt: skip
-def test_nrrd_without_a_space_of_the_patient_has_no_direction(tmp_path: Path, fields: dict[str, str | None]) -> None:
+def test_nrrd_without_a_space_of_the_patient_has_no_direction(
+    tmp_path: Path, fields: dict[str, str | None]
+) -> None:
     volume, warnings = read(nrrd(tmp_path / "a.nrrd", **fields))
     assert volume.geometry is None
     assert warnings == []
@@ -251,7 +290,9 @@ NRRD_REFUSED: dict[str, tuple[dict[str, str | None], str]] = {
 
 
 @pytest.mark.parametrize("case", NRRD_REFUSED)
-def test_nrrd_fields_that_contradict_each_other_are_refused_from_the_header(tmp_path: Path, case: str) -> None:
+def test_nrrd_fields_that_contradict_each_other_are_refused_from_the_header(
+    tmp_path: Path, case: str
+) -> None:
     fields, reason = NRRD_REFUSED[case]
     path = nrrd(tmp_path / "a.nrrd", **fields)
     for decode in (False, True):
@@ -274,7 +315,11 @@ def mha(path: Path, *more: str, **fields: str | None) -> Path:
         **fields,
     }  # fmt: skip
     lines = [f"{key} = {value}" for key, value in values.items() if value is not None]
-    order = ">" if "True" in (fields.get("BinaryDataByteOrderMSB"), fields.get("ElementByteOrderMSB")) else "<"
+    order = (
+        ">"
+        if "True" in (fields.get("BinaryDataByteOrderMSB"), fields.get("ElementByteOrderMSB"))
+        else "<"
+    )
     header = "\n".join([*lines, *more, "ElementDataFile = LOCAL\n"])
     path.write_bytes(header.encode() + VOXELS.astype(order + "i2").tobytes())
     return path
@@ -294,11 +339,16 @@ def mha(path: Path, *more: str, **fields: str | None) -> Path:
         ({"ElementToIntensityFunctionSlope": "1", "ElementToIntensityFunctionOffset": "0"}, None),
         ({"AnatomicalOrientation": "???"}, None),
         ({"AnatomicalOrientation": None}, None),
-        ({"AnatomicalOrientation": "LAI"}, "the axes begin at RAI by TransformMatrix, at LAI by AnatomicalOrientation"),
+        (
+            {"AnatomicalOrientation": "LAI"},
+            "the axes begin at RAI by TransformMatrix, at LAI by AnatomicalOrientation",
+        ),
         ({"DistanceUnits": "mm"}, None),
     ],
 )
-def test_metaimage_fields_by_the_standard(tmp_path: Path, fields: dict[str, str | None], warning: str | None) -> None:
+def test_metaimage_fields_by_the_standard(
+    tmp_path: Path, fields: dict[str, str | None], warning: str | None
+) -> None:
     volume, warnings = read(mha(tmp_path / "a.mha", **fields))
     np.testing.assert_array_equal(volume.voxels, VOXELS)
     assert spacing(volume) == [2, 3, 4]
@@ -310,7 +360,9 @@ def test_metaimage_fields_by_the_standard(tmp_path: Path, fields: dict[str, str 
 
 
 def test_metaimage_units_are_converted(tmp_path: Path) -> None:
-    volume, _ = read(mha(tmp_path / "a.mha", DistanceUnits="cm", ElementSpacing=".2 .3 .4", Offset=".5 .6 .7"))
+    volume, _ = read(
+        mha(tmp_path / "a.mha", DistanceUnits="cm", ElementSpacing=".2 .3 .4", Offset=".5 .6 .7")
+    )
     assert spacing(volume) == [2, 3, 4]
     assert volume.geometry is not None
     np.testing.assert_allclose(volume.geometry.origin, [5, 6, 7])
@@ -319,7 +371,7 @@ def test_metaimage_units_are_converted(tmp_path: Path) -> None:
 METAIMAGE_REFUSED: dict[str, tuple[list[str], dict[str, str | None], str]] = {
     "two byte orders": ([], {"ElementByteOrderMSB": "True"}, "MSB of the MetaImage header contradict each other"),
     "two directions": ([], {"Orientation": "-1 0 0 0 -1 0 0 0 1"},
-                       "TransformMatrix 1, 0, 0, .* and Orientation -1, 0, .* contradict each other"),
+                       "TransformMatrix 1, 0, 0, .* and Orientation -1, 0, .* contradict each " "other"),
     "two origins": ([], {"Position": "5 6 8"}, "Offset 5, 6, 7 and Position 5, 6, 8"),
     "a field twice": (["ElementSpacing = 1 1 1"], {}, "has 'ElementSpacing' twice"),
     "bytes before the voxels": ([], {"HeaderSize": "-1"}, "HeaderSize other than 0"),
@@ -334,7 +386,9 @@ METAIMAGE_REFUSED: dict[str, tuple[list[str], dict[str, str | None], str]] = {
 
 
 @pytest.mark.parametrize("case", METAIMAGE_REFUSED)
-def test_metaimage_fields_that_contradict_each_other_are_refused_from_the_header(tmp_path: Path, case: str) -> None:
+def test_metaimage_fields_that_contradict_each_other_are_refused_from_the_header(
+    tmp_path: Path, case: str
+) -> None:
     more, fields, reason = METAIMAGE_REFUSED[case]
     path = mha(tmp_path / "a.mha", *more, **fields)
     for decode in (False, True):

@@ -1,4 +1,5 @@
-"""2-D images: the numbers that transformers gives, every mode of pixels, and files that must be refused."""
+"""2-D images: the numbers that transformers gives, every mode of pixels, and files that must be
+refused."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ SIZES = [(300, 400), (500, 333), (224, 224), (20, 31), (225, 1000)]
 
 
 def noise(height: int, width: int, mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(height * width).integers(
+        0, 256, (height, width, 3), dtype=np.uint8
+    )
     return Image.fromarray(pixels).convert(mode)
 
 
@@ -48,9 +51,9 @@ def test_equals_the_processors_of_transformers(size: tuple[int, int], mode: str,
     expected = clip(image, return_tensors="np")["pixel_values"][0]
     ours = ImagePreprocess(fit="crop", mean=list(clip.image_mean), std=list(clip.image_std))
     np.testing.assert_allclose(prepare_image(ours, decoded).pixels, expected, atol=1e-5)
-    expected = SiglipImageProcessorPil(size={"height": 64, "width": 48}, resample=Image.Resampling.BILINEAR)(
-        image, return_tensors="np"
-    )["pixel_values"][0]
+    expected = SiglipImageProcessorPil(
+        size={"height": 64, "width": 48}, resample=Image.Resampling.BILINEAR
+    )(image, return_tensors="np")["pixel_values"][0]
     ours = ImagePreprocess(size=[64, 48], interpolation="bilinear")
     np.testing.assert_allclose(prepare_image(ours, decoded).pixels, expected, atol=1e-5)
 
@@ -58,7 +61,8 @@ def test_equals_the_processors_of_transformers(size: tuple[int, int], mode: str,
 def test_pad_keeps_the_aspect_between_bands_of_the_mean() -> None:
     white = Image.new("L", (40, 10), 255)
     pixels = prepare_image(
-        ImagePreprocess(size=[8, 8], fit="pad", mean=[0.25] * 3, std=[0.5] * 3), read_image(saved(white))
+        ImagePreprocess(size=[8, 8], fit="pad", mean=[0.25] * 3, std=[0.5] * 3),
+        read_image(saved(white)),
     ).pixels
     expected = np.zeros((3, 8, 8), dtype=np.float32)  # the mean, normalised
     expected[:, 3:5] = (1 - 0.25) / 0.5
@@ -68,7 +72,9 @@ def test_pad_keeps_the_aspect_between_bands_of_the_mean() -> None:
 @pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 3)])
 def test_any_shape_becomes_the_declared_one(fit: str, size: tuple[int, int]) -> None:
-    pixels = prepare_image(ImagePreprocess(size=[6, 9], fit=fit), read_image(saved(noise(*size)))).pixels
+    pixels = prepare_image(
+        ImagePreprocess(size=[6, 9], fit=fit), read_image(saved(noise(*size)))
+    ).pixels
     assert pixels.shape == (3, 6, 9)
     assert pixels.dtype == np.float32
     assert pixels.flags.c_contiguous
@@ -83,8 +89,12 @@ def test_crop_of_a_hair_is_refused_before_it_fills_memory() -> None:
 
 def test_grey_stays_one_channel() -> None:
     preprocess = ImagePreprocess(size=[5, 5], channels=1, mean=[0.0], std=[1.0])
-    pixels = prepare_image(preprocess, read_image(saved(Image.new("RGB", (5, 5), (10, 20, 30))))).pixels
-    np.testing.assert_allclose(pixels, np.full((1, 5, 5), round(0.299 * 10 + 0.587 * 20 + 0.114 * 30) / 255), atol=1e-6)
+    pixels = prepare_image(
+        preprocess, read_image(saved(Image.new("RGB", (5, 5), (10, 20, 30))))
+    ).pixels
+    np.testing.assert_allclose(
+        pixels, np.full((1, 5, 5), round(0.299 * 10 + 0.587 * 20 + 0.114 * 30) / 255), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
@@ -99,16 +109,24 @@ def test_16_bits_are_windowed_and_not_clipped(form: str) -> None:
     np.testing.assert_allclose(pixels[0], values / 65535, atol=1e-6)
 
 
-def test_a_dark_16_bit_image_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dark_16_bit_image_warns(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("medm.imaging.notices._logged", set())
-    decoded = read_image(saved(Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))), name="x.png")
+    decoded = read_image(
+        saved(Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))), name="x.png"
+    )
     prepare_image(ImagePreprocess(window=[0, 65535.5]), decoded)
     assert "x.png: values 0..4095 are almost one shade in the window 0..65535.5" in caplog.text
 
 
 def test_float_images_need_a_declared_window() -> None:
-    decoded = read_image(saved(Image.fromarray(np.array([[0.5, 2.5]], dtype=np.float32)), "TIFF"), name="f.tif")
-    with pytest.raises(MediaError, match=r"f.tif: float32 pixels in 0.5..2.5 without a declared range; .*`window"):
+    decoded = read_image(
+        saved(Image.fromarray(np.array([[0.5, 2.5]], dtype=np.float32)), "TIFF"), name="f.tif"
+    )
+    with pytest.raises(
+        MediaError, match=r"f.tif: float32 pixels in 0.5..2.5 without a declared range; .*`window"
+    ):
         prepare_image(ImagePreprocess(), decoded)
     assert prepare_image(ImagePreprocess(window=[0.0, 3.0]), decoded).pixels.shape == (3, 224, 224)
 
@@ -126,7 +144,11 @@ def test_exif_orientation_is_applied_and_metadata_dropped() -> None:
 
 
 def test_arrays_as_images(tmp_path: Path) -> None:
-    for array in (np.eye(3, dtype=bool), np.eye(3, dtype=np.uint8), np.zeros((2, 2, 3), dtype=np.uint8)):
+    for array in (
+        np.eye(3, dtype=bool),
+        np.eye(3, dtype=np.uint8),
+        np.zeros((2, 2, 3), dtype=np.uint8),
+    ):
         np.save(tmp_path / "a.npy", array)
         np.testing.assert_array_equal(
             read_image(tmp_path / "a.npy").pixels, array * (255 if array.dtype == bool else 1)
@@ -134,7 +156,9 @@ def test_arrays_as_images(tmp_path: Path) -> None:
 
 
 def dicom(path: Path, change: Callable[[pydicom.Dataset], None] | None = None) -> Path:
-    dataset = dicom_slice(phantom(), body()[6], 0, series=generate_uid(), study=generate_uid(), number=1)
+    dataset = dicom_slice(
+        phantom(), body()[6], 0, series=generate_uid(), study=generate_uid(), number=1
+    )
     if change is not None:
         change(dataset)
     dataset.save_as(path, enforce_file_format=True)
@@ -151,7 +175,9 @@ def test_dicom_uses_the_window_of_the_file_or_of_the_recipe(tmp_path: Path) -> N
     assert decoded.window == (-600.5 - 749.5, -600.5 + 749.5)
     plain = {"size": [20, 26], "channels": 1, "mean": [0.0], "std": [1.0]}
     np.testing.assert_allclose(
-        load_pixels(path, ImagePreprocess(**plain))[0], np.clip((body()[6] + 1350) / 1499, 0, 1), atol=1e-5
+        load_pixels(path, ImagePreprocess(**plain))[0],
+        np.clip((body()[6] + 1350) / 1499, 0, 1),
+        atol=1e-5,
     )
     np.testing.assert_allclose(
         load_pixels(path, ImagePreprocess(**plain, window=[-160, 240]))[0],
@@ -169,9 +195,13 @@ def test_dicom_without_window_uses_its_declared_range(tmp_path: Path) -> None:
     assert read_image(dicom(tmp_path / "a", twelve_bits)).full_range == (-1024, 2 * 4095 - 1024)
 
 
-@pytest.mark.parametrize(("bits", "signed"), [(12, 0), (16, 0), (16, 1)])  # GDCM refuses 12 signed bits
+@pytest.mark.parametrize(
+    ("bits", "signed"), [(12, 0), (16, 0), (16, 1)]
+)  # GDCM refuses 12 signed bits
 @pytest.mark.parametrize("rescaled", [True, False])
-def test_monochrome1_is_shown_with_white_at_the_low_end(tmp_path: Path, bits: int, signed: int, rescaled: bool) -> None:
+def test_monochrome1_is_shown_with_white_at_the_low_end(
+    tmp_path: Path, bits: int, signed: int, rescaled: bool
+) -> None:
     def inverted(dataset: pydicom.Dataset) -> None:
         dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME1", signed
         dataset.BitsStored, dataset.HighBit = bits, bits - 1
@@ -187,13 +217,19 @@ def test_monochrome1_is_shown_with_white_at_the_low_end(tmp_path: Path, bits: in
 
 
 def test_real_dicom_files_of_every_encoding() -> None:
-    """The files that come with pydicom: native, big-endian, RLE, JPEG, JPEG-LS, JPEG 2000, colour, palette."""
+    """The files that come with pydicom: native, big-endian, RLE, JPEG, JPEG-LS, JPEG 2000, colour,
+    palette."""
     folder = Path(pydicom.__file__).parent / "data" / "test_files"
     reference = read_image(folder / "MR_small.dcm").pixels
     assert reference.shape == (64, 64)
     np.testing.assert_array_equal(reference, pydicom.dcmread(folder / "MR_small.dcm").pixel_array)
-    for name in ("MR_small_RLE", "MR_small_bigendian", "MR_small_implicit", "MR_small_jp2klossless",
-                 "MR_small_jpeg_ls_lossless"):  # fmt: skip
+    for name in (
+        "MR_small_RLE",
+        "MR_small_bigendian",
+        "MR_small_implicit",
+        "MR_small_jp2klossless",
+        "MR_small_jpeg_ls_lossless",
+    ):
         np.testing.assert_array_equal(read_image(folder / f"{name}.dcm").pixels, reference)
     for name in (
         "SC_rgb_jpeg_dcmtk",
@@ -211,7 +247,9 @@ def test_real_dicom_files_of_every_encoding() -> None:
 
 def png_header(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -222,7 +260,9 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def animated(form: str) -> bytes:
-    return saved(noise(4, 4), form, save_all=True, append_images=[noise(4, 4, "L").convert("RGB")]).getvalue()
+    return saved(
+        noise(4, 4), form, save_all=True, append_images=[noise(4, 4, "L").convert("RGB")]
+    ).getvalue()
 
 
 def phi(data: bytes) -> bytes:
@@ -250,11 +290,16 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_refused_with_their_reason(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_files_are_refused_with_their_reason(
+    tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
     data, reason = BAD[case]
     path = tmp_path / "scan.png"
     path.write_bytes(data)
-    with caplog.at_level(logging.DEBUG, logger="medm"), pytest.raises(MediaError, match=reason) as caught:
+    with (
+        caplog.at_level(logging.DEBUG, logger="medm"),
+        pytest.raises(MediaError, match=reason) as caught,
+    ):
         read_image(path)
     assert str(path) in str(caught.value)
     assert "anary" not in str(caught.value) + caplog.text
@@ -299,7 +344,9 @@ def test_mutated_files_give_pixels_or_a_media_error(form: str) -> None:
         for at in generator.integers(0, len(data), generator.integers(1, 8)):
             data[at] = generator.integers(0, 256)
         try:
-            prepare_image(ImagePreprocess(size=[4, 4], window=[0.0, 1.0]), read_image(io.BytesIO(data)))
+            prepare_image(
+                ImagePreprocess(size=[4, 4], window=[0.0, 1.0]), read_image(io.BytesIO(data))
+            )
         except MediaError:
             refused += 1
     assert refused > 0
@@ -309,7 +356,9 @@ def test_descriptions_come_back_from_their_dictionary() -> None:
     preprocess = ImagePreprocess(size=[3, 4], fit="crop", window=[-1.0, 2.0])
     assert preprocess_from_dict(preprocess.model_dump()) == preprocess
     assert fingerprint(preprocess) == fingerprint(preprocess_from_dict(preprocess.model_dump()))
-    assert fingerprint(preprocess) != fingerprint(ImagePreprocess(size=[3, 4], fit="crop", window=[-1.0, 2.5]))
+    assert fingerprint(preprocess) != fingerprint(
+        ImagePreprocess(size=[3, 4], fit="crop", window=[-1.0, 2.5])
+    )
     with pytest.raises(RecipeError, match="unknown kind 'imagge': did you mean 'image'"):
         preprocess_from_dict({"kind": "imagge"})
 

@@ -36,17 +36,22 @@ def test_a_child_that_died_is_replaced() -> None:
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     np.testing.assert_array_equal(decode(decoder), EXPECTED)
-    # Of a damaged file only the request fails. More numbers than declared are refused before they are read.
+    # Of a damaged file only the request fails. More numbers than declared are refused before they
+    # are read.
     with pytest.raises(MediaError, match="scan: declares shape"):
         decoder.decode(GOOD, "scan", max_items=64)
-    with pytest.raises(MediaError, match="scan: the DICOM pixels are damaged or encoded in a way that is not read"):
+    with pytest.raises(
+        MediaError, match="scan: the DICOM pixels are damaged or encoded in a way that is not read"
+    ):
         decode(decoder, Path(__file__))
     np.testing.assert_array_equal(decode(decoder), EXPECTED)
     decoder._stop()
 
 
 def test_a_crash_is_a_media_error() -> None:
-    with pytest.raises(MediaError, match="scan: the DICOM pixels are damaged: decoding them crashed"):
+    with pytest.raises(
+        MediaError, match="scan: the DICOM pixels are damaged: decoding them crashed"
+    ):
         decode(Decoder([sys.executable, "-c", "import os; os.read(0, 9); os.abort()"]))
 
 
@@ -74,7 +79,8 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_on_which_gdcm_writes_out_of_bounds(tmp_path: Path) -> None:
-    """Found by changing bytes at random: four of a JPEG lossless stream. In one process it ends it."""
+    """Found by changing bytes at random: four of a JPEG lossless stream. In one process it
+    ends it."""
     data = bytearray((FILES / "SC_rgb_jpeg_gdcm.dcm").read_bytes())
     for at, value in ((402, 217), (626, 143), (1115, 55), (1358, 206)):
         data[at] = value
@@ -85,7 +91,8 @@ def test_a_file_on_which_gdcm_writes_out_of_bounds(tmp_path: Path) -> None:
 
 
 def test_signals_to_the_process_group_spare_the_child() -> None:
-    """Ctrl-C and batch systems reach the whole group, and the run needs its decoder until the checkpoint is written."""
+    """Ctrl-C and batch systems reach the whole group, and the run needs its decoder until the
+    checkpoint is written."""
     decoder = Decoder()
     decode(decoder)
     child = decoder._child

@@ -1,4 +1,5 @@
-"""Files with bytes changed at random, from fixed seeds: pixels or a `MediaError`, quickly, and nothing else."""
+"""Files with bytes changed at random, from fixed seeds: pixels or a `MediaError`, quickly, and
+nothing else."""
 
 from __future__ import annotations
 

@@ -111,12 +111,17 @@ def test_a_name_in_another_unicode_form_is_read(tmp_path: Path, written: str, fi
     target = tmp_path / file.removesuffix("#3")
     target.parent.mkdir(exist_ok=True)
     target.write_bytes(b"x")
-    assert [path.name for path in target.parent.iterdir()] == [target.name]  # the file system keeps the form
+    assert [path.name for path in target.parent.iterdir()] == [
+        target.name
+    ]  # the file system keeps the form
     assert resolve_inside(tmp_path, written) == tmp_path.resolve() / file
 
 
 def test_two_files_in_two_unicode_forms_are_never_chosen_between(tmp_path: Path) -> None:
-    for name in ("a\u0323\u0307.png", "\u1ea1\u0307.png"):  # a, dot below, dot above: decomposed and composed
+    for name in (
+        "a\u0323\u0307.png",
+        "\u1ea1\u0307.png",
+    ):  # a, dot below, dot above: decomposed and composed
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(MissingFileError, match="2 similar names are there"):
         resolve_inside(tmp_path, "\u0227\u0323.png")  # the same letter in a third way
@@ -141,7 +146,9 @@ def test_two_files_in_two_unicode_forms_are_never_chosen_between(tmp_path: Path)
         ("~/a.png", "a.png", "'~' is not expanded"),
     ],
 )
-def test_what_differs_is_said_and_not_read(tmp_path: Path, written: str, file: str, differs: str) -> None:
+def test_what_differs_is_said_and_not_read(
+    tmp_path: Path, written: str, file: str, differs: str
+) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_bytes(b"x")
     with pytest.raises(MissingFileError, match=f"no such file under the data root .*{differs}"):
@@ -155,7 +162,9 @@ def test_what_lies_outside_is_not_described(root: Path) -> None:
 
 
 def test_links_say_what_can_be_done(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match=f"or set root to the folder above both \\({tmp_path.resolve()}\\)"):
+    with pytest.raises(
+        MediaError, match=f"or set root to the folder above both \\({tmp_path.resolve()}\\)"
+    ):
         resolve_inside(root, "outside.png")
     (root / "annex.png").symlink_to(root / ".git" / "annex" / "objects")
     with pytest.raises(MissingFileError, match="a link to a file that does not exist"):
@@ -178,7 +187,21 @@ def test_messages_do_not_repeat_a_whole_image() -> None:
     assert len(str(caught.value)) < 500
 
 
-PARTS = ["..", ".", "deep", "above", "a.png", "secret.png", "", "#", "~", ".#1", "\\", "..\\", "above\\"]
+PARTS = [
+    "..",
+    ".",
+    "deep",
+    "above",
+    "a.png",
+    "secret.png",
+    "",
+    "#",
+    "~",
+    ".#1",
+    "\\",
+    "..\\",
+    "above\\",
+]
 
 
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=6))

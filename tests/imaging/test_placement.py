@@ -1,4 +1,5 @@
-"""Masks and points survive preparation and the way back, in every geometry that preprocessing can make."""
+"""Masks and points survive preparation and the way back, in every geometry that preprocessing can
+make."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ from tests.imaging.tiny import on_grid, phantom, write_series
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
 ORIENTATIONS = [
-    "".join(letters) for axes in itertools.permutations(("RL", "AP", "SI")) for letters in itertools.product(*axes)
+    "".join(letters)
+    for axes in itertools.permutations(("RL", "AP", "SI"))
+    for letters in itertools.product(*axes)
 ]
 
 
@@ -39,7 +42,8 @@ def dice(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def body(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """An ellipsoid near the middle, two thirds of each side wide: touches no face, and is unlike its mirror image."""
+    """An ellipsoid near the middle, two thirds of each side wide: touches no face, and is unlike
+    its mirror image."""
     sides, axes = np.asarray(shape), (slice(None), *[None] * len(shape))
     center, radius = sides * rng.uniform(0.44, 0.56, len(shape)), sides * 0.33
     places = (np.indices(shape) + 0.5 - center[axes]) / radius[axes]
@@ -58,13 +62,24 @@ def rotation(angles: tuple[float, float, float]) -> np.ndarray:
     return matrix
 
 
-def grid(orientation: str, spacing: tuple[float, float, float], angles: tuple[float, float, float]) -> Geometry:
+def grid(
+    orientation: str, spacing: tuple[float, float, float], angles: tuple[float, float, float]
+) -> Geometry:
     """A grid whose axes follow the letters, turned by angles in radians."""
     direction = np.zeros((3, 3))
     for column, letter in enumerate(orientation):
-        axis, sign = {"L": (0, 1), "R": (0, -1), "P": (1, 1), "A": (1, -1), "S": (2, 1), "I": (2, -1)}[letter]
+        axis, sign = {
+            "L": (0, 1),
+            "R": (0, -1),
+            "P": (1, 1),
+            "A": (1, -1),
+            "S": (2, 1),
+            "I": (2, -1),
+        }[letter]
         direction[axis, column] = sign
-    return Geometry(np.asarray(spacing), rotation(angles) @ direction, np.array([-30.0, 12.5, 700.0]))
+    return Geometry(
+        np.asarray(spacing), rotation(angles) @ direction, np.array([-30.0, 12.5, 700.0])
+    )
 
 
 def volume(mask: np.ndarray, geometry: Geometry | None) -> Volume:
@@ -72,7 +87,8 @@ def volume(mask: np.ndarray, geometry: Geometry | None) -> Volume:
 
 
 def shown(prepared: Prepared) -> np.ndarray:
-    """The mask in the prepared pixels of `volume` and of images that are white where the mask is."""
+    """The mask in the prepared pixels of `volume` and of images that are white where the mask
+    is."""
     return prepared.pixels[0] > 0.5
 
 
@@ -82,10 +98,12 @@ PLAIN: dict[str, Any] = {"windows": [[-900, 500]], "size": None}
 @pytest.mark.parametrize("wanted", ["SPL", "RAS", "IAR"])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_reorientation_loses_nothing(orientation: str, wanted: str) -> None:
-    """All 48 orientations: a mask of random voxels is in the pixels, and back in its own grid, to the voxel."""
+    """All 48 orientations: a mask of random voxels is in the pixels, and back in its own grid, to
+    the voxel."""
     mask = np.random.default_rng(0).random((3, 4, 5)) > 0.5
     prepared = prepare_volume(
-        VolumePreprocess(**PLAIN, orientation=wanted), volume(mask, grid(orientation, (1, 2, 3), (0, 0, 0)))
+        VolumePreprocess(**PLAIN, orientation=wanted),
+        volume(mask, grid(orientation, (1, 2, 3), (0, 0, 0))),
     )
     moved = prepared.placement.to_prepared(mask)
     np.testing.assert_array_equal(moved, shown(prepared))
@@ -94,8 +112,14 @@ def test_reorientation_loses_nothing(orientation: str, wanted: str) -> None:
 
 
 @few
-@given(st.integers(0, 2**32 - 1), st.sampled_from([(3, 4, 5), (2, 6, 3)]), st.sampled_from([1, 2, 3, 4]))
-def test_integer_upscaling_and_padding_lose_nothing(seed: int, shape: tuple[int, int, int], factor: int) -> None:
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(3, 4, 5), (2, 6, 3)]),
+    st.sampled_from([1, 2, 3, 4]),
+)
+def test_integer_upscaling_and_padding_lose_nothing(
+    seed: int, shape: tuple[int, int, int], factor: int
+) -> None:
     labels = np.random.default_rng(seed).integers(0, 9, shape).astype(np.uint8)
     placement = Placement.of_source(shape).resized([side * factor for side in shape])
     upscaled = placement.to_prepared(labels)
@@ -140,7 +164,8 @@ def test_masks_survive_preparation_of_volumes(
     angles: tuple[float, float, float],
     fields: dict[str, Any],
 ) -> None:
-    """Oblique and anisotropic grids. The mask agrees with the pixels, which SimpleITK and PyTorch resample."""
+    """Oblique and anisotropic grids. The mask agrees with the pixels, which SimpleITK and PyTorch
+    resample."""
     geometry = grid(orientation, spacing, angles)
     mask = body((20, 26, 24), np.random.default_rng(seed))
     preprocess = VolumePreprocess(**{**PLAIN, **fields})
@@ -165,7 +190,9 @@ IMAGES = list(itertools.product(("squash", "crop", "pad"), ([24, 24], [60, 40], 
     st.sampled_from([(40, 30), (31, 61), (24, 24), (37, 90)]),
     st.sampled_from(IMAGES),
 )
-def test_masks_survive_preparation_of_images(seed: int, shape: tuple[int, int], how: tuple[str, list[int]]) -> None:
+def test_masks_survive_preparation_of_images(
+    seed: int, shape: tuple[int, int], how: tuple[str, list[int]]
+) -> None:
     fit, size = how
     mask = body(shape, np.random.default_rng(seed))
     plain = {"mean": [0.0], "std": [1.0], "channels": 1, "interpolation": "bilinear"}
@@ -185,7 +212,9 @@ def test_masks_survive_preparation_of_images(seed: int, shape: tuple[int, int], 
 
 @few
 @given(st.integers(0, 2**32 - 1), st.sampled_from(ORIENTATIONS), st.sampled_from(VOLUMES))
-def test_points_return_to_where_they_were(seed: int, orientation: str, fields: dict[str, Any]) -> None:
+def test_points_return_to_where_they_were(
+    seed: int, orientation: str, fields: dict[str, Any]
+) -> None:
     """And a bright voxel stands where its center is sent, within half a voxel."""
     rng = np.random.default_rng(seed)
     geometry = grid(orientation, (2.0, 1.0, 0.8), tuple(rng.uniform(-0.5, 0.5, 3)))
@@ -204,14 +233,31 @@ def test_by_hand() -> None:
     labels = np.arange(8, dtype=np.uint8).reshape(4, 1, 2)
     source = Placement.of_source(labels.shape)
     padded = source.boxed([-1, 0, 0], [6, 1, 2])
-    assert padded.to_prepared(labels, fill=9).ravel().tolist() == [9, 9, 0, 1, 2, 3, 4, 5, 6, 7, 9, 9]
+    assert padded.to_prepared(labels, fill=9).ravel().tolist() == [
+        9,
+        9,
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        9,
+        9,
+    ]
     cropped = source.boxed([1, 0, 1], [2, 1, 1])
     assert cropped.to_prepared(labels).ravel().tolist() == [3, 5]
     assert cropped.to_source(np.full((2, 1, 1), 7)).ravel().tolist() == [0, 0, 0, 7, 0, 7, 0, 0]
-    # Half as many slices: the centers of the results lie between two slices, of which the later one is taken.
+    # Half as many slices: the centers of the results lie between two slices, of which the later one
+    # is taken.
     shrunk = source.resized([2, 1, 2])
     assert shrunk.to_prepared(labels).ravel().tolist() == [2, 3, 6, 7]
-    assert shrunk.points_to_source(np.array([[0, 0, 0], [1, 0, 1]])).tolist() == [[0.5, 0, 0], [2.5, 0, 1]]
+    assert shrunk.points_to_source(np.array([[0, 0, 0], [1, 0, 1]])).tolist() == [
+        [0.5, 0, 0],
+        [2.5, 0, 1],
+    ]
     soft = shrunk.to_source(np.array([0.0, 1.0]).repeat(2).reshape(2, 1, 2), interpolation="linear")
     assert soft[:, 0, 0].tolist() == [0, 0.25, 0.75, 1]
     turned = source.permuted([2, 0, 1]).flipped(1)  # axes (columns, depth from the end, rows)
@@ -222,13 +268,18 @@ def test_by_hand() -> None:
 @few
 @given(st.integers(0, 2**32 - 1))
 def test_soft_maps_of_parallel_and_turned_grids_agree(seed: int) -> None:
-    """The two ways of interpolation give one result where a grid is turned by less than a ten thousandth."""
+    """The two ways of interpolation give one result where a grid is turned by less than a ten
+    thousandth."""
     rng = np.random.default_rng(seed)
     values = rng.random((2, 4, 5, 6)).astype(np.float32)
-    straight = Placement.of_source((7, 8, 9)).permuted([2, 0, 1]).flipped(1).boxed([1, -2, 1], [7, 9, 6])
+    straight = (
+        Placement.of_source((7, 8, 9)).permuted([2, 0, 1]).flipped(1).boxed([1, -2, 1], [7, 9, 6])
+    )
     straight = straight.resized((4, 5, 6))
     turned = straight.sampled(rotation((1e-5, 1e-5, 1e-5)), np.zeros(3), (4, 5, 6))
-    one, other = (each.to_source(values, interpolation="linear", fill=-9) for each in (straight, turned))
+    one, other = (
+        each.to_source(values, interpolation="linear", fill=-9) for each in (straight, turned)
+    )
     inside = (one > -1) & (other > -1)
     assert inside.mean() > 0.2
     np.testing.assert_allclose(one[inside], other[inside], atol=1e-3)
@@ -254,7 +305,9 @@ def test_several_masks_at_once_and_other_sizes_are_refused() -> None:
     np.testing.assert_array_equal(turned.to_prepared(masks)[3], turned.to_prepared(masks[3]))
     with pytest.raises(MediaError, match="a mask of 4 x 6 does not fit the file: expected 2 x 3"):
         placement.to_prepared(there[0])
-    with pytest.raises(MediaError, match="a mask of 5 x 2 x 3 does not fit the prepared grid: expected 4 x 6"):
+    with pytest.raises(
+        MediaError, match="a mask of 5 x 2 x 3 does not fit the prepared grid: expected 4 x 6"
+    ):
         placement.to_source(masks)
 
 
@@ -265,7 +318,9 @@ def test_a_placement_is_plain_json_and_equal_after_it(
 ) -> None:
     geometry = grid(orientation, (2.0, 1.0, 0.8), angles)
     mask = body((20, 26, 24), np.random.default_rng(0))
-    placement = prepare_volume(VolumePreprocess(**{**PLAIN, **fields}), volume(mask, geometry)).placement
+    placement = prepare_volume(
+        VolumePreprocess(**{**PLAIN, **fields}), volume(mask, geometry)
+    ).placement
     again = Placement.from_dict(json.loads(json.dumps(placement.to_dict())))
     assert again == placement
     assert hash(again) == hash(placement)
@@ -299,15 +354,20 @@ def test_what_is_no_placement_is_refused(change: dict[str, object], reason: str)
 def oblique(tmp_path: Path) -> Path:
     """A CT in slices of 5 mm, tilted by eleven degrees."""
     path = tmp_path / "ct.nii.gz"
-    sitk.WriteImage(on_grid(phantom(), rotation((0.2, 0.1, 0)), (1.5, 2.0, 5.0), (26, 20, 12)), str(path))
+    sitk.WriteImage(
+        on_grid(phantom(), rotation((0.2, 0.1, 0)), (1.5, 2.0, 5.0), (26, 20, 12)), str(path)
+    )
     return path
 
 
 def test_a_label_map_is_written_on_the_grid_of_its_file(oblique: Path, tmp_path: Path) -> None:
-    """SimpleITK, another reader, finds the same size, spacing, origin and direction in both files."""
+    """SimpleITK, another reader, finds the same size, spacing, origin and direction in both
+    files."""
     prepared = prepare(oblique, VolumePreprocess(windows=[[-1000, 1000]], size=[24, 40, 52]))
     labels = np.where(prepared.pixels[0] > 0.6, 3, 0)
-    write_label_map(tmp_path / "labels.nii.gz", prepared.placement.to_source(labels), prepared.placement)
+    write_label_map(
+        tmp_path / "labels.nii.gz", prepared.placement.to_source(labels), prepared.placement
+    )
     image, written = sitk.ReadImage(str(oblique)), sitk.ReadImage(str(tmp_path / "labels.nii.gz"))
     assert written.GetSize() == image.GetSize()
     for get in ("GetSpacing", "GetOrigin", "GetDirection"):
@@ -336,7 +396,9 @@ def test_a_written_label_map_is_read_on_the_same_grid(orientation: str, tmp_path
 
 def test_a_label_map_of_a_file_without_direction_has_none(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(24).reshape(2, 3, 4))
-    placement = prepare(tmp_path / "a.npy", VolumePreprocess(scale="minmax", size=[4, 4, 4])).placement
+    placement = prepare(
+        tmp_path / "a.npy", VolumePreprocess(scale="minmax", size=[4, 4, 4])
+    ).placement
     write_label_map(tmp_path / "m.nii", np.ones((2, 3, 4), bool), placement)
     found = read_volume(tmp_path / "m.nii")
     assert found.geometry is None
@@ -344,25 +406,42 @@ def test_a_label_map_of_a_file_without_direction_has_none(tmp_path: Path) -> Non
 
 
 def test_a_dicom_series_and_its_label_map(tmp_path: Path) -> None:
-    """The grid is the one that the reader builds, slices sorted by position, whatever the names of the files."""
+    """The grid is the one that the reader builds, slices sorted by position, whatever the names of
+    the files."""
     write_series(tmp_path / "ct", phantom())
     prepared = prepare(tmp_path / "ct", VolumePreprocess(windows=[[-1000, 1000]], size=None))
     bone = read_volume(tmp_path / "ct").voxels > 200
     np.testing.assert_array_equal(prepared.placement.to_prepared(bone), prepared.pixels[0] > 0.6)
     write_label_map(tmp_path / "m.nii.gz", bone, prepared.placement)
-    np.testing.assert_array_equal(read_label_map(tmp_path / "m.nii.gz", prepared.placement).labels, bone)
+    np.testing.assert_array_equal(
+        read_label_map(tmp_path / "m.nii.gz", prepared.placement).labels, bone
+    )
 
 
 @pytest.mark.parametrize(
     ("geometry", "shape", "reason"),
     [
-        (grid("SPL", (5, 2, 1.5), (0, 0, 0)), (4, 5, 6), "a label map of 4 x 5 x 6 voxels for an image of 4 x 5 x 7"),
-        (grid("SPL", (5, 2, 1), (0, 0, 0)), (4, 5, 7), "voxels of 5, 2, 1 mm .* voxels of 5, 2, 1.5 mm"),
+        (
+            grid("SPL", (5, 2, 1.5), (0, 0, 0)),
+            (4, 5, 6),
+            "a label map of 4 x 5 x 6 voxels for an image of 4 x 5 x 7",
+        ),
+        (
+            grid("SPL", (5, 2, 1), (0, 0, 0)),
+            (4, 5, 7),
+            "voxels of 5, 2, 1 mm .* voxels of 5, 2, 1.5 mm",
+        ),
         (grid("IPL", (5, 2, 1.5), (0, 0, 0)), (4, 5, 7), "with axes IPL, .* with axes SPL"),
-        (grid("SPL", (5, 2, 1.5), (0.1, 0, 0)), (4, 5, 7), r"up to .* mm apart, expected at most 0\.15"),
+        (
+            grid("SPL", (5, 2, 1.5), (0.1, 0, 0)),
+            (4, 5, 7),
+            r"up to .* mm apart, expected at most 0\.15",
+        ),
     ],
 )
-def test_a_label_map_of_another_grid_is_refused(geometry: Geometry, shape: tuple[int, ...], reason: str) -> None:
+def test_a_label_map_of_another_grid_is_refused(
+    geometry: Geometry, shape: tuple[int, ...], reason: str
+) -> None:
     placement = Placement.of_source((4, 5, 7), grid("SPL", (5, 2, 1.5), (0, 0, 0)))
     with pytest.raises(MediaError, match=f"m: .*{reason}"):
         check_geometry(LabelMap(np.zeros(shape, np.uint8), "m", geometry), placement)
@@ -402,7 +481,8 @@ def test_a_label_map_of_an_image(tmp_path: Path) -> None:
 @few
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(20, 28), (12, 20, 24)]), st.booleans())
 def test_masks_follow_augmentation(seed: int, shape: tuple[int, ...], mirror: bool) -> None:
-    """The same random numbers give the same pixels as without a placement, and the mask moves with them."""
+    """The same random numbers give the same pixels as without a placement, and the mask moves with
+    them."""
     options = Augment.model_construct(
         rotate=20.0, scale=0.2, shift=0.1, mirror=mirror, brightness=0.1, contrast=0.1, gamma=0.1
     )
@@ -411,7 +491,9 @@ def test_masks_follow_augmentation(seed: int, shape: tuple[int, ...], mirror: bo
     pixels = np.stack([mask, rng.random(shape)]).astype(np.float32)
     source = Prepared(pixels, Placement.of_source(shape))
     moved = augment_prepared(options, source, np.random.default_rng(seed))
-    np.testing.assert_array_equal(moved.pixels, augment(options, pixels, np.random.default_rng(seed)))
+    np.testing.assert_array_equal(
+        moved.pixels, augment(options, pixels, np.random.default_rng(seed))
+    )
     followed = moved.placement.to_prepared(mask)
     middle = (moved.pixels[0].max() + moved.pixels[0].min()) / 2
     spatial = options.model_copy(update={"brightness": 0.0, "contrast": 0.0, "gamma": 0.0})
@@ -422,7 +504,9 @@ def test_masks_follow_augmentation(seed: int, shape: tuple[int, ...], mirror: bo
 
 
 def test_augmentation_of_intensities_keeps_the_placement() -> None:
-    source = Prepared(np.random.default_rng(0).random((1, 4, 5)).astype(np.float32), Placement.of_source((4, 5)))
+    source = Prepared(
+        np.random.default_rng(0).random((1, 4, 5)).astype(np.float32), Placement.of_source((4, 5))
+    )
     moved = augment_prepared(Augment(brightness=0.2), source, np.random.default_rng(0))
     assert moved.placement is source.placement
     assert (moved.pixels != source.pixels).any()

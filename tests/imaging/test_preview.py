@@ -1,4 +1,5 @@
-"""The contact sheet shows what the model gets, and marks the patient's sides where they are known."""
+"""The contact sheet shows what the model gets, and marks the patient's sides where they are
+known."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, int], str]]:
 
 
 @pytest.mark.parametrize(
-    ("orientation", "left", "right", "top", "bottom"), [("SPL", "R", "L", "A", "P"), ("IAR", "L", "R", "P", "A")]
+    ("orientation", "left", "right", "top", "bottom"),
+    [("SPL", "R", "L", "A", "P"), ("IAR", "L", "R", "P", "A")],
 )
 def test_sides_of_the_patient(
     tmp_path: Path, drawn: list[Any], orientation: str, left: str, right: str, top: str, bottom: str
@@ -50,10 +52,17 @@ def test_sides_of_the_patient(
 
 def test_slices_windows_and_numbers_are_said(tmp_path: Path, drawn: list[Any]) -> None:
     sitk.WriteImage(phantom(), str(tmp_path / "ct.nii"))
-    preprocess = VolumePreprocess(size=[8, 20, 26], windows=[[-1000, 1000], [-160, 240]], crop_foreground=0.1)
+    preprocess = VolumePreprocess(
+        size=[8, 20, 26], windows=[[-1000, 1000], [-160, 240]], crop_foreground=0.1
+    )
     save_contact_sheet(tmp_path / "ct.nii", preprocess, tmp_path / "sheet.png", slices=4)
     texts = [text for _, text in drawn]
-    for line in ("ct.nii", "12 x 20 x 26 voxels (raw) to 8 x 20 x 26, axes SPL", "2/8  -1000..1000", "8/8  -160..240"):
+    for line in (
+        "ct.nii",
+        "12 x 20 x 26 voxels (raw) to 8 x 20 x 26, axes SPL",
+        "2/8  -1000..1000",
+        "8/8  -160..240",
+    ):
         assert line in texts
     assert any("Not for clinical use" in text for text in texts)
     sheet = Image.open(tmp_path / "sheet.png")
@@ -73,7 +82,11 @@ def test_an_image_is_shown_as_normalised_and_back(tmp_path: Path, drawn: list[An
     pixels = np.full((10, 20, 3), (250, 100, 0), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     sheet = np.asarray(
-        contact_sheet(tmp_path / "a.png", ImagePreprocess(size=[64, 64], fit="pad", mean=[0.2, 0.4, 0.6]), tile=64)
+        contact_sheet(
+            tmp_path / "a.png",
+            ImagePreprocess(size=[64, 64], fit="pad", mean=[0.2, 0.4, 0.6]),
+            tile=64,
+        )
     )
     middle = sheet[-(8 + 32)]
     assert [250, 100, 0] in middle.tolist()

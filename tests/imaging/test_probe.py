@@ -21,7 +21,9 @@ from tests.imaging.tiny import body, phantom, write_multi_frame, write_series
 @pytest.fixture
 def nifti(tmp_path: Path) -> Path:
     path = tmp_path / "ct.nii"
-    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.arange(60, dtype=np.int16).reshape(3, 4, 5)), str(path))
+    SimpleITK.WriteImage(
+        SimpleITK.GetImageFromArray(np.arange(60, dtype=np.int16).reshape(3, 4, 5)), str(path)
+    )
     return path
 
 
@@ -37,7 +39,9 @@ def test_whole_files_pass(tmp_path: Path, nifti: Path) -> None:
 
 def test_a_volume_cut_short_is_found_from_its_header(nifti: Path) -> None:
     nifti.write_bytes(nifti.read_bytes()[:-1])
-    with pytest.raises(MediaError, match=r"ct\.nii: 471 bytes, but its header declares 472; the file is truncated"):
+    with pytest.raises(
+        MediaError, match=r"ct\.nii: 471 bytes, but its header declares 472; the file is truncated"
+    ):
         probe(nifti, kind="volume")
 
 
@@ -52,7 +56,9 @@ def test_a_volume_cut_short_is_found_from_its_header(nifti: Path) -> None:
         ("a.png", b"<html>", "image", "HTML page"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, kind: str, reason: str) -> None:
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes, kind: str, reason: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MediaError, match=f"{name}: .*{reason}"):
         probe(tmp_path / name, kind=kind)  # type: ignore[arg-type]
@@ -62,7 +68,10 @@ def test_a_folder_passes_only_if_training_would_read_it(tmp_path: Path) -> None:
     write_series(tmp_path / "study", phantom(), number=3, prefix="A")
     write_series(tmp_path / "study", phantom()[:, :, 2:8], number=4, prefix="B")
     for decode in (False, True):
-        with pytest.raises(MediaError, match=r"2 series fit; .*model\.branches\.volume\.preprocess\.series: largest"):
+        with pytest.raises(
+            MediaError,
+            match=r"2 series fit; .*model\.branches\.volume\.preprocess\.series: largest",
+        ):
             probe(tmp_path / "study", kind="volume", decode=decode)
         with pytest.raises(MediaError, match="the series asked for is not among them"):
             probe(tmp_path / "study#5", kind="volume", decode=decode)
@@ -89,13 +98,20 @@ def _no_pixels(*_: object, **__: object) -> None:
 
 @pytest.fixture
 def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A module that is first imported while the readers are replaced would keep the replacements for good.
+    # A module that is first imported while the readers are replaced would keep the replacements for
+    # good.
     for module in ("dicom_image", "images", "volumes", "nifti", "nrrd", "metaimage", "slices"):
         importlib.import_module(f"medm.imaging.{module}")
     for name in (
-        "dicom_series.read_pixels", "dicom_pixels.read_pixels", "text_header.read_voxels",
-        "nifti.read_voxels", "volumes.read_npy", "volumes.read_npz", "slices.read_image", "images.read_image",
-    ):  # fmt: skip
+        "dicom_series.read_pixels",
+        "dicom_pixels.read_pixels",
+        "text_header.read_voxels",
+        "nifti.read_voxels",
+        "volumes.read_npy",
+        "volumes.read_npz",
+        "slices.read_image",
+        "images.read_image",
+    ):
         monkeypatch.setattr(f"medm.imaging.{name}", _no_pixels)
 
 
@@ -134,7 +150,9 @@ def test_a_bad_series_is_found_in_its_headers(
         probe(tmp_path / "series", kind="volume")
 
 
-def test_missing_slices_and_good_series_are_told_apart_by_headers(tmp_path: Path, headers_only: None) -> None:
+def test_missing_slices_and_good_series_are_told_apart_by_headers(
+    tmp_path: Path, headers_only: None
+) -> None:
     paths = write_series(tmp_path / "series", phantom())
     probe(tmp_path / "series", kind="volume")
     for path in paths[4:6]:
@@ -143,11 +161,15 @@ def test_missing_slices_and_good_series_are_told_apart_by_headers(tmp_path: Path
         probe(tmp_path / "series", kind="volume")
 
 
-def test_each_file_of_a_series_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_of_a_series_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = write_series(tmp_path / "series", phantom())
     seen: list[Path] = []
     plain = dicom_series.read_header
-    monkeypatch.setattr(dicom_series, "read_header", lambda path, *rest: seen.append(path) or plain(path, *rest))
+    monkeypatch.setattr(
+        dicom_series, "read_header", lambda path, *rest: seen.append(path) or plain(path, *rest)
+    )
     probe(tmp_path / "series", kind="volume")
     assert sorted(seen) == sorted(paths)
 
@@ -164,7 +186,9 @@ def test_frames_of_one_file_are_checked_by_its_header(tmp_path: Path, headers_on
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha", ".npy", ".npz", ".mhd", ".nhdr"])
-def test_whole_and_truncated_volumes_are_told_apart_by_headers(tmp_path: Path, headers_only: None, suffix: str) -> None:
+def test_whole_and_truncated_volumes_are_told_apart_by_headers(
+    tmp_path: Path, headers_only: None, suffix: str
+) -> None:
     path = tmp_path / f"ct{suffix}"
     if suffix == ".npy":
         np.save(path, body())
@@ -179,7 +203,9 @@ def test_whole_and_truncated_volumes_are_told_apart_by_headers(tmp_path: Path, h
         probe(path, kind="volume")
 
 
-def test_flat_files_are_no_volumes_and_volumes_no_images(tmp_path: Path, headers_only: None) -> None:
+def test_flat_files_are_no_volumes_and_volumes_no_images(
+    tmp_path: Path, headers_only: None
+) -> None:
     Image.new("L", (3, 3)).save(tmp_path / "a.png")
     np.save(tmp_path / "flat.npy", np.zeros((4, 5), np.float32))
     np.save(tmp_path / "deep.npy", np.zeros((3, 4, 5), np.float32))

@@ -1,4 +1,5 @@
-"""Images of every depth, color type and byte order: the stored numbers, or a refusal that names the layout."""
+"""Images of every depth, color type and byte order: the stored numbers, or a refusal that names the
+layout."""
 
 from __future__ import annotations
 
@@ -23,7 +24,13 @@ def shown(data: bytes, *, channels: int = 3, **options: object) -> np.ndarray:
     """Pixels (C, H, W) in 0..1 of an image whose size is kept."""
     decoded = read_image(io.BytesIO(data))
     height, width = decoded.pixels.shape[:2]
-    plain = {"size": [height, width], "channels": channels, "mean": [0.0], "std": [1.0], "interpolation": "nearest"}
+    plain = {
+        "size": [height, width],
+        "channels": channels,
+        "mean": [0.0],
+        "std": [1.0],
+        "interpolation": "nearest",
+    }
     return prepare_image(ImagePreprocess(**plain, **options), decoded).pixels
 
 
@@ -50,14 +57,28 @@ def deep_files(left: int, right: int) -> dict[str, bytes]:
         for deflate in (False, True):
             files |= {
                 f"tiff gray {order} {deflate}": tiff(gray, 1, order=order, deflate=deflate),
-                f"tiff signed {order} {deflate}": tiff(gray.astype(np.int16), 1, order=order, deflate=deflate),
-                f"tiff int32 {order} {deflate}": tiff(gray.astype(np.int32), 1, order=order, deflate=deflate),
-                f"tiff float {order} {deflate}": tiff(gray.astype(np.float32), 1, order=order, deflate=deflate),
+                f"tiff signed {order} {deflate}": tiff(
+                    gray.astype(np.int16), 1, order=order, deflate=deflate
+                ),
+                f"tiff int32 {order} {deflate}": tiff(
+                    gray.astype(np.int32), 1, order=order, deflate=deflate
+                ),
+                f"tiff float {order} {deflate}": tiff(
+                    gray.astype(np.float32), 1, order=order, deflate=deflate
+                ),
                 f"tiff rgb {order} {deflate}": tiff(rgb, 2, order=order, deflate=deflate),
-                f"tiff rgba {order} {deflate}": tiff(rgba, 2, order=order, deflate=deflate, extra=2),
-                f"tiff rgba premultiplied {order} {deflate}": tiff(rgba, 2, order=order, deflate=deflate, extra=1),
-                f"tiff rgb and a fourth {order} {deflate}": tiff(rgba, 2, order=order, deflate=deflate, extra=0),
-                f"tiff rgba undeclared {order} {deflate}": tiff(rgba, 2, order=order, deflate=deflate),
+                f"tiff rgba {order} {deflate}": tiff(
+                    rgba, 2, order=order, deflate=deflate, extra=2
+                ),
+                f"tiff rgba premultiplied {order} {deflate}": tiff(
+                    rgba, 2, order=order, deflate=deflate, extra=1
+                ),
+                f"tiff rgb and a fourth {order} {deflate}": tiff(
+                    rgba, 2, order=order, deflate=deflate, extra=0
+                ),
+                f"tiff rgba undeclared {order} {deflate}": tiff(
+                    rgba, 2, order=order, deflate=deflate
+                ),
             }
     return files
 
@@ -95,23 +116,36 @@ def test_transparent_deep_pixels_show_white() -> None:
     ):
         np.testing.assert_allclose(shown(data)[0], expected, atol=1e-6)
     keyed = png_chunk(b"tRNS", np.array([0], dtype=">u2").tobytes())
-    np.testing.assert_allclose(shown(png(gray, 0, before=keyed))[0], [[1, 1], [30000 / 65535] * 2], atol=1e-6)
+    np.testing.assert_allclose(
+        shown(png(gray, 0, before=keyed))[0], [[1, 1], [30000 / 65535] * 2], atol=1e-6
+    )
     keyed = png_chunk(b"tRNS", np.array([0, 0, 0], dtype=">u2").tobytes())
     color = np.stack([gray] * 3, axis=-1)
-    np.testing.assert_allclose(shown(png(color, 2, before=keyed))[0], [[1, 1], [30000 / 65535] * 2], atol=1e-6)
+    np.testing.assert_allclose(
+        shown(png(color, 2, before=keyed))[0], [[1, 1], [30000 / 65535] * 2], atol=1e-6
+    )
 
 
 def test_premultiplied_deep_color_is_divided_by_its_alpha() -> None:
     samples = np.array([[[10000, 10000, 10000, 32768]]], dtype=np.uint16)
     half = 32768 / 65535
-    np.testing.assert_allclose(shown(tiff(samples, 2, extra=1)), 10000 / 65535 + 1 - half, atol=1e-4)
+    np.testing.assert_allclose(
+        shown(tiff(samples, 2, extra=1)), 10000 / 65535 + 1 - half, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize(("bits", "color"), [(1, 0), (2, 0), (4, 0), (8, 0), (1, 3), (2, 3), (4, 3), (8, 3)])
+@pytest.mark.parametrize(
+    ("bits", "color"), [(1, 0), (2, 0), (4, 0), (8, 0), (1, 3), (2, 3), (4, 3), (8, 3)]
+)
 def test_shallow_gray_and_palettes_of_every_depth(bits: int, color: int) -> None:
     indices = RNG.integers(0, 2**bits, (3, 11))
     palette = RNG.integers(0, 256, (2**bits, 3)).astype(np.uint8)
-    data = png(indices, color, bits=bits, before=png_chunk(b"PLTE", palette.tobytes()) if color == 3 else b"")
+    data = png(
+        indices,
+        color,
+        bits=bits,
+        before=png_chunk(b"PLTE", palette.tobytes()) if color == 3 else b"",
+    )
     expected = palette[indices] if color == 3 else np.round(indices * 255 / (2**bits - 1))
     np.testing.assert_array_equal(read_image(io.BytesIO(data)).pixels, expected)
 
@@ -123,7 +157,9 @@ def test_tiffs_of_8_bits(order: str, deflate: bool) -> None:
     color = RNG.integers(0, 256, (4, 5, 3)).astype(np.uint8)
     palette = RNG.integers(0, 256, (3, 256))
     wide = {320: tuple(int(entry) * 257 for entry in palette.ravel())}
-    narrow = {320: tuple(int(entry) for entry in palette.ravel())}  # 8 bits where 16 belong: some writers do it
+    narrow = {
+        320: tuple(int(entry) for entry in palette.ravel())
+    }  # 8 bits where 16 belong: some writers do it
     for samples, options, expected in (
         (gray, {"photometric": 1}, gray),
         (gray, {"photometric": 0}, 255 - gray),
@@ -140,20 +176,27 @@ def test_tiffs_of_8_bits(order: str, deflate: bool) -> None:
 def test_min_is_white_is_shown_inverted_and_windowed_by_stored_values(tmp_path: Path) -> None:
     values = np.array([[0, 1000], [4095, 2000]], dtype=np.uint16)
     for samples in (values, values.astype(np.float32)):
-        np.testing.assert_allclose(shown(tiff(samples, 0), window=[0, 4095])[0], 1 - values / 4095, atol=1e-6)
+        np.testing.assert_allclose(
+            shown(tiff(samples, 0), window=[0, 4095])[0], 1 - values / 4095, atol=1e-6
+        )
     np.testing.assert_allclose(shown(tiff(values, 0))[0], 1 - values / 65535, atol=1e-6)
     (tmp_path / "stack").mkdir()
     for number in (1, 2):
         written(tmp_path / "stack" / f"{number}.tif", tiff(values, 0))
-    np.testing.assert_array_equal(read_volume(tmp_path / "stack").voxels[1], 65535 - values.astype(np.float32))
+    np.testing.assert_array_equal(
+        read_volume(tmp_path / "stack").voxels[1], 65535 - values.astype(np.float32)
+    )
 
 
 def test_the_declared_range_is_that_of_the_type() -> None:
     zeros = np.zeros((2, 2))
     for dtype, expected in (
-        (np.uint16, (0, 65535)), (np.int16, (-32768, 32767)), (np.int8, (-128, 127)), (np.int32, None),
+        (np.uint16, (0, 65535)),
+        (np.int16, (-32768, 32767)),
+        (np.int8, (-128, 127)),
+        (np.int32, None),
         (np.float32, None),
-    ):  # fmt: skip
+    ):
         assert read_image(io.BytesIO(tiff(zeros.astype(dtype), 1))).full_range == expected
     top = np.array([[2**32 - 1, 2**31]], dtype=np.uint32)
     np.testing.assert_array_equal(read_image(io.BytesIO(tiff(top, 1))).pixels, top)
@@ -162,12 +205,36 @@ def test_the_declared_range_is_that_of_the_type() -> None:
 @pytest.mark.parametrize(
     ("samples", "options", "reason"),
     [
-        (halves(9, 0, 3), {"photometric": 2, "planar": 2}, "RGB, 3 unsigned samples.*separate planes: 16-bit color"),
-        (halves(9, 0, 4), {"photometric": 5}, "CMYK, 4 unsigned samples of 16 bits a pixel: 16-bit color is not read"),
-        (halves(9, 0, 2), {"photometric": 1, "extra": 2}, "MinIsBlack, 2 unsigned samples of 16 bits"),
-        (halves(9, 0, 3).astype(np.float32), {"photometric": 2}, "RGB, 3 floating-point samples of 32 bits"),
-        (halves(9, 0, 1)[..., 0].astype(np.float64), {"photometric": 1}, "1 floating-point samples of 64 bits"),
-        (halves(9, 0, 1)[..., 0].astype(np.float16), {"photometric": 1}, "1 floating-point samples of 16 bits"),
+        (
+            halves(9, 0, 3),
+            {"photometric": 2, "planar": 2},
+            "RGB, 3 unsigned samples.*separate planes: 16-bit color",
+        ),
+        (
+            halves(9, 0, 4),
+            {"photometric": 5},
+            "CMYK, 4 unsigned samples of 16 bits a pixel: 16-bit color is not read",
+        ),
+        (
+            halves(9, 0, 2),
+            {"photometric": 1, "extra": 2},
+            "MinIsBlack, 2 unsigned samples of 16 bits",
+        ),
+        (
+            halves(9, 0, 3).astype(np.float32),
+            {"photometric": 2},
+            "RGB, 3 floating-point samples of 32 bits",
+        ),
+        (
+            halves(9, 0, 1)[..., 0].astype(np.float64),
+            {"photometric": 1},
+            "1 floating-point samples of 64 bits",
+        ),
+        (
+            halves(9, 0, 1)[..., 0].astype(np.float16),
+            {"photometric": 1},
+            "1 floating-point samples of 16 bits",
+        ),
         (halves(9, 0, 3).astype(np.uint8), {"photometric": 8}, "CIELAB"),
         (halves(9, 0, 3).astype(np.uint8), {"photometric": 6}, r"YCbCrSubSampling \(tag 530\)"),
         (
@@ -183,7 +250,11 @@ def test_layouts_that_are_not_read_are_named(
 ) -> None:
     data = tiff(samples, deflate=deflate, **options)
     if deflate and options["photometric"] == 6:
-        assert read_image(io.BytesIO(data)).pixels.shape == (8, 8, 3)  # libtiff knows how to read these
+        assert read_image(io.BytesIO(data)).pixels.shape == (
+            8,
+            8,
+            3,
+        )  # libtiff knows how to read these
         return
     path = written(tmp_path / "a.tif", data)
     for look in (read_image, check_image):  # the header is enough to tell
@@ -202,23 +273,34 @@ def test_uncompressed_full_range_ycbcr_is_read() -> None:
 def test_orientation_of_deep_images(turn: int) -> None:
     samples = RNG.integers(0, 65536, (3, 5, 3)).astype(np.uint16)
     expected = {
-        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-        5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
         8: lambda a: np.rot90(a),
-    }[turn]  # fmt: skip
+    }[turn]
     exif = Image.Exif()
     exif[0x0112] = turn
     chunk = png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
     for color, kept in ((2, samples), (0, samples[..., 0])):
-        for data in (png(kept, color, before=chunk), tiff(kept, 2 if color else 1, tags={274: (turn,)})):
+        for data in (
+            png(kept, color, before=chunk),
+            tiff(kept, 2 if color else 1, tags={274: (turn,)}),
+        ):
             pixels = read_image(io.BytesIO(data)).pixels
-            np.testing.assert_array_equal(pixels.reshape(*pixels.shape[:2], -1),
-                                          expected(kept.reshape(3, 5, -1)))  # fmt: skip
+            np.testing.assert_array_equal(
+                pixels.reshape(*pixels.shape[:2], -1), expected(kept.reshape(3, 5, -1))
+            )
 
 
 def jpeg(mode: str) -> bytes:
     stream = io.BytesIO()
-    Image.new(mode, (16, 16), 0 if mode == "L" else (0, 255, 255, 0)).save(stream, "JPEG", quality=95)
+    Image.new(mode, (16, 16), 0 if mode == "L" else (0, 255, 255, 0)).save(
+        stream, "JPEG", quality=95
+    )
     return stream.getvalue()
 
 

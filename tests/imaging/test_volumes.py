@@ -26,7 +26,12 @@ def rotation(*degrees: float) -> np.ndarray:
     for axis, angle in enumerate(np.deg2rad(degrees)):
         turn = np.eye(3)
         i, j = [k for k in range(3) if k != axis]
-        turn[[i, i, j, j], [i, j, i, j]] = [np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)]
+        turn[[i, i, j, j], [i, j, i, j]] = [
+            np.cos(angle),
+            -np.sin(angle),
+            np.sin(angle),
+            np.cos(angle),
+        ]
         matrix = matrix @ turn
     return matrix
 
@@ -47,10 +52,14 @@ def assert_same_place(volume: Volume, expected: Geometry) -> None:
     np.testing.assert_allclose(volume.geometry.origin, expected.origin, atol=1e-3)
 
 
-@pytest.mark.parametrize("grid", [np.eye(3), rotation(10, -20, 30), np.diag([-1.0, 1, -1]), np.eye(3)[:, [2, 0, 1]]])
+@pytest.mark.parametrize(
+    "grid", [np.eye(3), rotation(10, -20, 30), np.diag([-1.0, 1, -1]), np.eye(3)[:, [2, 0, 1]]]
+)
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_files_agree_with_simpleitk(tmp_path: Path, suffix: str, packed: bool, grid: np.ndarray) -> None:
+def test_files_agree_with_simpleitk(
+    tmp_path: Path, suffix: str, packed: bool, grid: np.ndarray
+) -> None:
     path = tmp_path / f"ct{suffix}"
     sitk.WriteImage(on_grid(phantom(), grid, (1.5, 2.0, 5.0), (26, 20, 12)), str(path), packed)
     voxels, geometry = by_simpleitk(path)
@@ -70,7 +79,9 @@ def test_every_kind_of_number(tmp_path: Path, suffix: str, kind: int) -> None:
     sitk.WriteImage(values, str(path), True)
     volume = read_volume(path)
     np.testing.assert_array_equal(volume.voxels, np.clip(body(), 0, 100))
-    assert volume.voxels.dtype == (np.float32 if kind in (sitk.sitkFloat32, sitk.sitkFloat64) else np.int16)
+    assert volume.voxels.dtype == (
+        np.float32 if kind in (sitk.sitkFloat32, sitk.sitkFloat64) else np.int16
+    )
 
 
 def test_values_beyond_16_bits_are_kept(tmp_path: Path) -> None:
@@ -82,7 +93,8 @@ def test_values_beyond_16_bits_are_kept(tmp_path: Path) -> None:
 
 
 def test_big_endian_and_scaled_nifti(tmp_path: Path) -> None:
-    """A NIfTI-1 header written field by field: big-endian, int16, slope 0.5, intercept -10, qform turned about x."""
+    """A NIfTI-1 header written field by field: big-endian, int16, slope 0.5, intercept -10, qform
+    turned about x."""
     path = tmp_path / "a.nii"
     header = np.zeros(352, dtype=np.uint8)
 
@@ -104,7 +116,8 @@ def test_big_endian_and_scaled_nifti(tmp_path: Path) -> None:
     volume = read_volume(path)
     np.testing.assert_array_equal(volume.voxels, voxels * 0.5 - 10)
     assert volume.geometry is not None
-    # RAS steps: x (1.5,0,0), y (0,-2,0), z (0,0,-3) * qfac; as LPS x is negated, y turned to +, z stays.
+    # RAS steps: x (1.5,0,0), y (0,-2,0), z (0,0,-3) * qfac; as LPS x is negated, y turned to +, z
+    # stays.
     assert volume.geometry.axes == "SPR"
     np.testing.assert_allclose(volume.geometry.spacing, [3, 2, 1.5])
     np.testing.assert_allclose(volume.geometry.origin, [-7, -8, 9])
@@ -115,15 +128,21 @@ def test_dicom_series_is_sorted_by_place_and_in_hounsfield(tmp_path: Path) -> No
     image = on_grid(phantom(), rotation(0, 0, 20), (1.5, 2.0, 5.0), (26, 20, 12))
     write_series(tmp_path / "ct", image)
     volume = read_volume(tmp_path / "ct")
-    np.testing.assert_allclose(volume.voxels, sitk.GetArrayFromImage(image), atol=1)  # slope 2 rounds odd values
+    np.testing.assert_allclose(
+        volume.voxels, sitk.GetArrayFromImage(image), atol=1
+    )  # slope 2 rounds odd values
     assert volume.unit == "HU"
     assert volume.modality == "CT"
     direction = np.asarray(image.GetDirection()).reshape(3, 3)[:, ::-1]
-    assert_same_place(volume, Geometry(np.array([5, 2, 1.5]), direction, np.asarray(image.GetOrigin())))
+    assert_same_place(
+        volume, Geometry(np.array([5, 2, 1.5]), direction, np.asarray(image.GetOrigin()))
+    )
 
 
 def test_multi_frame_dicom_is_sorted_by_place(tmp_path: Path) -> None:
-    path = write_multi_frame(tmp_path / "enhanced.dcm", phantom(), order=[3, 0, 1, 2, 11, 10, 9, 8, 7, 6, 5, 4])
+    path = write_multi_frame(
+        tmp_path / "enhanced.dcm", phantom(), order=[3, 0, 1, 2, 11, 10, 9, 8, 7, 6, 5, 4]
+    )
     volume = read_volume(path)
     np.testing.assert_array_equal(volume.voxels, body())
     assert volume.unit == "HU"
@@ -138,7 +157,9 @@ def test_series_of_a_folder_are_named_or_the_largest_is_taken(tmp_path: Path) ->
     assert read_volume(tmp_path / "study#4").voxels.shape == (6, 20, 26)
     assert read_volume(tmp_path / "study", series="3").voxels.shape == SHAPE
     assert read_volume(tmp_path / "study", several="largest").voxels.shape == SHAPE
-    assert load_pixels(tmp_path / "study", VolumePreprocess(series="largest", size=[4, 4, 4])).shape == (1, 4, 4, 4)
+    assert load_pixels(
+        tmp_path / "study", VolumePreprocess(series="largest", size=[4, 4, 4])
+    ).shape == (1, 4, 4, 4)
 
 
 def test_arrays_and_slices_have_no_place(tmp_path: Path) -> None:
@@ -152,7 +173,9 @@ def test_arrays_and_slices_have_no_place(tmp_path: Path) -> None:
         assert volume.geometry is None
     (tmp_path / "slices").mkdir()
     for z, pixels in enumerate(np.clip(body(), 0, 255).astype(np.uint8)):
-        sitk.WriteImage(sitk.GetImageFromArray(pixels), str(tmp_path / "slices" / f"slice_{z + 1}.png"))
+        sitk.WriteImage(
+            sitk.GetImageFromArray(pixels), str(tmp_path / "slices" / f"slice_{z + 1}.png")
+        )
     volume = read_volume(tmp_path / "slices")  # slice_10 comes after slice_9
     np.testing.assert_array_equal(volume.voxels, np.clip(body(), 0, 255))
     assert volume.geometry is None
@@ -163,13 +186,19 @@ def test_reorienting_moves_every_voxel_to_its_place(orientation: str) -> None:
     """Each voxel of the result lies where it lay, and the axes are those of the letters."""
     generator = np.random.default_rng(0)
     voxels = generator.normal(size=(3, 4, 5))
-    geometry = Geometry(np.array([5.0, 2.0, 1.0]), rotation(5, -3, 8)[:, [1, 2, 0]] * [1, -1, 1], np.array([1.0, 2, 3]))
+    geometry = Geometry(
+        np.array([5.0, 2.0, 1.0]),
+        rotation(5, -3, 8)[:, [1, 2, 0]] * [1, -1, 1],
+        np.array([1.0, 2, 3]),
+    )
     moved, new = reoriented(voxels, geometry, orientation)
     assert new.axes == orientation
 
     def places(array: np.ndarray, where: Geometry) -> dict[float, tuple[float, ...]]:
         return {
-            float(array[index]): tuple(np.round(where.origin + where.direction @ (where.spacing * index), 6))
+            float(array[index]): tuple(
+                np.round(where.origin + where.direction @ (where.spacing * index), 6)
+            )
             for index in np.ndindex(array.shape)
         }
 
@@ -188,8 +217,12 @@ GRIDS = {
 @pytest.mark.parametrize("form", [".nii.gz", ".nrrd", ".mha", "series", "multi-frame"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_same_anatomy_gives_the_same_tensor(tmp_path: Path, grid: str, form: str) -> None:
-    preprocess = VolumePreprocess(spacing=[5.0, 2.0, 1.5], size=[12, 20, 26], windows=[[-1000, 1000]])
-    anatomy = sitk.Cast(sitk.DiscreteGaussian(phantom(), 9.0), sitk.sitkInt16)  # 3 mm: what a scanner resolves
+    preprocess = VolumePreprocess(
+        spacing=[5.0, 2.0, 1.5], size=[12, 20, 26], windows=[[-1000, 1000]]
+    )
+    anatomy = sitk.Cast(
+        sitk.DiscreteGaussian(phantom(), 9.0), sitk.sitkInt16
+    )  # 3 mm: what a scanner resolves
     sitk.WriteImage(anatomy, str(tmp_path / "truth.nii"))
     truth = load_pixels(tmp_path / "truth.nii", preprocess)
     image = on_grid(anatomy, *GRIDS[grid])
@@ -205,14 +238,19 @@ def test_the_same_anatomy_gives_the_same_tensor(tmp_path: Path, grid: str, form:
     assert pixels.shape == truth.shape == (1, 12, 20, 26)
     error = np.abs(pixels - truth)
     if grid in ("axis-aligned", "flipped", "sagittal"):
-        assert error.max() < 2.1 / 2000  # one HU from the rounding of the test's own grid, one from the DICOM slope
+        assert (
+            error.max() < 2.1 / 2000
+        )  # one HU from the rounding of the test's own grid, one from the DICOM slope
     else:
-        # Measured: 0.0066 and 0.043 (finer grid, there and back), 0.0047 and 0.039 (oblique). A shift of half a voxel
-        # along any axis gives at least 0.0106 and 0.08, and a mirrored body 0.16 at the bone.
+        # Measured: 0.0066 and 0.043 (finer grid, there and back), 0.0047 and 0.039 (oblique). A
+        # shift of half a voxel along any axis gives at least 0.0106 and 0.08, and a mirrored body
+        # 0.16 at the bone.
         assert error.mean() < 0.008
         assert error.max() < 0.06
     assert np.abs(pixels - truth[..., ::-1]).max() > 0.1
-    bone = np.unravel_index(pixels[0].argmax(), pixels[0].shape)  # 700 HU, at the patient's left only
+    bone = np.unravel_index(
+        pixels[0].argmax(), pixels[0].shape
+    )  # 700 HU, at the patient's left only
     assert bone[2] > 15
 
 
@@ -226,25 +264,32 @@ STORED = {
 }
 """Name, direction, spacing, and which axis of the body each axis of the file follows."""
 MEAN_ERROR, TAIL_ERROR = 0.004, 0.02
-"""Measured worst, of values in 0..1: 0.0027 on average and 0.015 for one voxel in a thousand, on the turned grid."""
+"""Measured worst, of values in 0..1: 0.0027 on average and 0.015 for one voxel in a thousand, on
+the turned grid."""
 
 
 @pytest.fixture(scope="module", params=["chest-ct-1", "chest-ct-2"])
 def chest(request: pytest.FixtureRequest) -> tuple[sitk.Image, sitk.Image]:
-    """A real chest CT and the mask of its mass, both in 4.5 x 4.5 x 5 mm; the mask is 1000 inside and -1000 outside."""
+    """A real chest CT and the mask of its mass, both in 4.5 x 4.5 x 5 mm; the mask is 1000 inside
+    and -1000 outside."""
     ct = sitk.ReadImage(str(REAL / f"{request.param}.nii.gz"))
     mask = sitk.ReadImage(str(REAL / f"{request.param}.lesion.nii.gz"))
     lesion = sitk.Cast(mask > 0, sitk.sitkFloat32) * 2000 - 1000
-    coarse = [sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), [3, 3, 1]) for image in (ct, lesion)]
+    coarse = [
+        sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), [3, 3, 1]) for image in (ct, lesion)
+    ]
     # Smoothed to what a grid of 5 mm can hold, or the resampling of the test itself would blur it.
-    return sitk.Cast(sitk.DiscreteGaussian(coarse[0], 50.0), sitk.sitkInt16), sitk.Cast(coarse[1], sitk.sitkInt16)
+    return sitk.Cast(sitk.DiscreteGaussian(coarse[0], 50.0), sitk.sitkInt16), sitk.Cast(
+        coarse[1], sitk.sitkInt16
+    )
 
 
 @pytest.mark.parametrize("form", STORED)
 def test_a_real_ct_and_its_lesion_through_every_format(
     tmp_path: Path, chest: tuple[sitk.Image, sitk.Image], form: str
 ) -> None:
-    """The same anatomy in other formats, axes, spacing and slice order is the same tensor; the mass keeps its side."""
+    """The same anatomy in other formats, axes, spacing and slice order is the same tensor; the mass
+    keeps its side."""
     direction, spacing, axes = STORED[form]
     whole = chest[0].GetSize()
     preprocess = VolumePreprocess(spacing=[5.0, 4.5, 4.5], size=list(whole[::-1]))
@@ -269,7 +314,8 @@ def test_a_real_ct_and_its_lesion_through_every_format(
     assert np.quantile(error, 0.999) < TAIL_ERROR
     assert mirrored.mean() > 4 * MEAN_ERROR
     centres = [
-        [float((np.indices(a.shape)[axis] * a).sum() / a.sum()) for axis in range(3)] for a in (found[1], truth[1])
+        [float((np.indices(a.shape)[axis] * a).sum() / a.sum()) for axis in range(3)]
+        for a in (found[1], truth[1])
     ]
     np.testing.assert_allclose(*centres, atol=0.5)
 
@@ -277,14 +323,18 @@ def test_a_real_ct_and_its_lesion_through_every_format(
     lesion = chest[1]
     z, y, x = (axis.mean() for axis in np.nonzero(sitk.GetArrayFromImage(lesion) > 0))
     place = np.asarray(lesion.TransformContinuousIndexToPhysicalPoint((x, y, z)))
-    middle = np.asarray(lesion.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in whole]))
+    middle = np.asarray(
+        lesion.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in whole])
+    )
     towards = (np.asarray(centres[0]) - (np.asarray(whole[::-1]) - 1) / 2)[::-1] * (
         4.5,
         4.5,
         5.0,
     )  # left, back, head in mm
     np.testing.assert_allclose(towards, place - middle, atol=3.0)
-    assert abs(towards[0]) > 20  # the mass is clearly on one side, so this test would see it change sides
+    assert (
+        abs(towards[0]) > 20
+    )  # the mass is clearly on one side, so this test would see it change sides
 
 
 def test_a_compressed_volume_is_the_uncompressed_one(tmp_path: Path) -> None:
@@ -296,7 +346,9 @@ def test_a_compressed_volume_is_the_uncompressed_one(tmp_path: Path) -> None:
         dataset.compress(RLELossless)
 
     write_series(tmp_path / "rle", phantom(), change=compress)
-    frames = write_multi_frame(tmp_path / "frames.dcm", phantom(), order=[3, 0, 1, 2, 11, 10, 9, 8, 7, 6, 5, 4])
+    frames = write_multi_frame(
+        tmp_path / "frames.dcm", phantom(), order=[3, 0, 1, 2, 11, 10, 9, 8, 7, 6, 5, 4]
+    )
     dataset = pydicom.dcmread(frames)
     dataset.compress(RLELossless)
     dataset.save_as(tmp_path / "frames-rle.dcm", enforce_file_format=True)
@@ -309,7 +361,8 @@ def test_a_compressed_volume_is_the_uncompressed_one(tmp_path: Path) -> None:
 
 
 def test_a_packed_volume_may_have_members_and_be_nearly_empty(tmp_path: Path) -> None:
-    """Members as bgzip writes them, zeros behind them, and pieces that unpack to a thousand times their size."""
+    """Members as bgzip writes them, zeros behind them, and pieces that unpack to a thousand times
+    their size."""
     voxels = np.zeros((24, 1024, 700), np.int16)
     voxels[3, 5, 7] = 1234
     nib = tmp_path / "plain.nii"

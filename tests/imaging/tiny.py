@@ -1,4 +1,5 @@
-"""A small body with a landmark in every direction, and its files, with a patient's name where a header has room."""
+"""A small body with a landmark in every direction, and its files, with a patient's name where a
+header has room."""
 
 from __future__ import annotations
 
@@ -39,14 +40,24 @@ def phantom() -> sitk.Image:
     return image
 
 
-def on_grid(image: sitk.Image, direction: np.ndarray, spacing: Sequence[float], size: Sequence[int]) -> sitk.Image:
+def on_grid(
+    image: sitk.Image, direction: np.ndarray, spacing: Sequence[float], size: Sequence[int]
+) -> sitk.Image:
     """The same anatomy on another grid with the same centre."""
-    centre = np.asarray(image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()]))
+    centre = np.asarray(
+        image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()])
+    )
     origin = centre - direction @ ((np.asarray(size) - 1) / 2 * np.asarray(spacing))
     return sitk.Resample(
-        image, list(size), sitk.Transform(), sitk.sitkLinear, origin.tolist(), list(spacing),
-        direction.ravel().tolist(), -1000.0,
-    )  # fmt: skip
+        image,
+        list(size),
+        sitk.Transform(),
+        sitk.sitkLinear,
+        origin.tolist(),
+        list(spacing),
+        direction.ravel().tolist(),
+        -1000.0,
+    )
 
 
 def write_series(
@@ -58,7 +69,8 @@ def write_series(
     number: int = 3,
     prefix: str = "IM",
 ) -> list[Path]:
-    """A CT series of one file a slice, in shuffled names. `change(dataset, z)` edits a slice before it is written."""
+    """A CT series of one file a slice, in shuffled names. `change(dataset, z)` edits a slice before
+    it is written."""
     folder.mkdir(parents=True, exist_ok=True)
     voxels = sitk.GetArrayFromImage(image)
     names = np.random.default_rng(0).permutation(len(voxels)) if shuffle else np.arange(len(voxels))
@@ -73,15 +85,22 @@ def write_series(
     return paths
 
 
-def dicom_slice(image: sitk.Image, pixels: np.ndarray, z: int, *, series: str, study: str, number: int) -> FileDataset:
-    """One CT slice with slope 2 and intercept -1024 (even HU survive exactly), a canary in every text field."""
+def dicom_slice(
+    image: sitk.Image, pixels: np.ndarray, z: int, *, series: str, study: str, number: int
+) -> FileDataset:
+    """One CT slice with slope 2 and intercept -1024 (even HU survive exactly), a canary in every
+    text field."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = CTImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SeriesNumber = study, series, number
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SeriesNumber = (
+        study,
+        series,
+        number,
+    )
     dataset.Modality = "CT"
     add_patient(dataset)
     direction = np.asarray(image.GetDirection()).reshape(3, 3)
@@ -95,9 +114,20 @@ def dicom_slice(image: sitk.Image, pixels: np.ndarray, z: int, *, series: str, s
 
 def add_patient(dataset: Dataset) -> None:
     """What identifies a patient, in the fields that hold it and in those that should not."""
-    for keyword in ("PatientName", "PatientID", "InstitutionName", "StudyDescription", "SeriesDescription",
-                    "ReferringPhysicianName", "PatientComments", "ImageComments", "ProtocolName", "AccessionNumber",
-                    "StationName", "OperatorsName"):  # fmt: skip
+    for keyword in (
+        "PatientName",
+        "PatientID",
+        "InstitutionName",
+        "StudyDescription",
+        "SeriesDescription",
+        "ReferringPhysicianName",
+        "PatientComments",
+        "ImageComments",
+        "ProtocolName",
+        "AccessionNumber",
+        "StationName",
+        "OperatorsName",
+    ):
         setattr(dataset, keyword, CANARY[:16])
     dataset.PatientBirthDate = "19700101"
     dataset.add_new(0x00091001, "LT", CANARY)
@@ -106,7 +136,12 @@ def add_patient(dataset: Dataset) -> None:
 def add_pixels(dataset: Dataset, pixels: np.ndarray) -> None:
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
     dataset.Rows, dataset.Columns = pixels.shape[-2:]
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = (
+        16,
+        16,
+        15,
+        0,
+    )
     dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 2, -1024, "HU"
     dataset.PixelData = np.round((pixels.astype(np.float64) + 1024) / 2).astype("<u2").tobytes()
 
@@ -115,27 +150,44 @@ def write_multi_frame(path: Path, image: sitk.Image, *, order: Sequence[int] | N
     """An Enhanced CT of all slices in one file, its frames in the given order."""
     voxels = sitk.GetArrayFromImage(image)
     order = list(range(len(voxels))) if order is None else list(order)
-    dataset = dicom_slice(image, voxels[0], 0, series=generate_uid(), study=generate_uid(), number=1)
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope",
-                    "RescaleIntercept", "RescaleType"):  # fmt: skip
+    dataset = dicom_slice(
+        image, voxels[0], 0, series=generate_uid(), study=generate_uid(), number=1
+    )
+    for keyword in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "RescaleSlope",
+        "RescaleIntercept",
+        "RescaleType",
+    ):
         delattr(dataset, keyword)
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
     direction = np.asarray(image.GetDirection()).reshape(3, 3)
     shared = Dataset()
-    shared.PlaneOrientationSequence = _one(ImageOrientationPatient=[*direction[:, 0], *direction[:, 1]])
-    shared.PixelMeasuresSequence = _one(
-        PixelSpacing=[image.GetSpacing()[1], image.GetSpacing()[0]], SliceThickness=image.GetSpacing()[2]
+    shared.PlaneOrientationSequence = _one(
+        ImageOrientationPatient=[*direction[:, 0], *direction[:, 1]]
     )
-    shared.PixelValueTransformationSequence = _one(RescaleSlope=2, RescaleIntercept=-1024, RescaleType="HU")
+    shared.PixelMeasuresSequence = _one(
+        PixelSpacing=[image.GetSpacing()[1], image.GetSpacing()[0]],
+        SliceThickness=image.GetSpacing()[2],
+    )
+    shared.PixelValueTransformationSequence = _one(
+        RescaleSlope=2, RescaleIntercept=-1024, RescaleType="HU"
+    )
     dataset.SharedFunctionalGroupsSequence = DicomSequence([shared])
     frames = []
     for z in order:
         frame = Dataset()
-        frame.PlanePositionSequence = _one(ImagePositionPatient=list(image.TransformIndexToPhysicalPoint((0, 0, z))))
+        frame.PlanePositionSequence = _one(
+            ImagePositionPatient=list(image.TransformIndexToPhysicalPoint((0, 0, z)))
+        )
         frames.append(frame)
     dataset.PerFrameFunctionalGroupsSequence = DicomSequence(frames)
     dataset.NumberOfFrames = len(order)
-    dataset.PixelData = np.round((voxels[order].astype(np.float64) + 1024) / 2).astype("<u2").tobytes()
+    dataset.PixelData = (
+        np.round((voxels[order].astype(np.float64) + 1024) / 2).astype("<u2").tobytes()
+    )
     dataset.save_as(path, enforce_file_format=True)
     return path
 
@@ -149,7 +201,9 @@ def _one(**fields: Any) -> DicomSequence:
 
 def write_report(path: Path, sop_class: str, modality: str) -> Path:
     """DICOM without an image."""
-    dataset = dicom_slice(phantom(), body()[0], 0, series=generate_uid(), study=generate_uid(), number=9)
+    dataset = dicom_slice(
+        phantom(), body()[0], 0, series=generate_uid(), study=generate_uid(), number=9
+    )
     del dataset.PixelData
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.UID(sop_class)
     dataset.Modality = modality

@@ -65,9 +65,15 @@ def test_batches_resume_and_processes_answer_like_one_by_one(
     planted = plant(tmp_path)
     monkeypatch.chdir(planted)
     options = InferOptions(
-        model=str(model), data=str(data), output=str(tmp_path / "two.jsonl"), generation=REPLY, device="cpu",
-        workers=0, batch_size=2, processes=2,
-    )  # fmt: skip
+        model=str(model),
+        data=str(data),
+        output=str(tmp_path / "two.jsonl"),
+        generation=REPLY,
+        device="cpu",
+        workers=0,
+        batch_size=2,
+        processes=2,
+    )
     infer(options, progress=lambda *numbers: told.append(numbers))
     assert read_output(tmp_path / "two.jsonl") == one
     assert told[-1] == (11, 11, 0)
@@ -87,7 +93,9 @@ def test_bad_records_become_lines_with_their_error(model: Path, tmp_path: Path) 
     records[3]["image"] = "cut.png"
     records[4]["conversations"] = []
     records.append("no object")
-    records.append({"volume": "a.nii.gz", "conversations": [{"from": "human", "value": "<volume>?"}]})
+    records.append(
+        {"volume": "a.nii.gz", "conversations": [{"from": "human", "value": "<volume>?"}]}
+    )
     records.append({"conversations": [{"from": "human", "value": "long " * 200}]})
     data = write_records(tmp_path, records)
     summary = run(model, data, tmp_path / "out.jsonl", json_output=str(tmp_path / "out.json"))
@@ -95,9 +103,14 @@ def test_bad_records_become_lines_with_their_error(model: Path, tmp_path: Path) 
     assert (summary.answered, summary.errors) == (2, 7)
     assert ["reply" in line for line in lines] == [True, *[False] * 4, True, False, False, False]
     expected = {
-        1: "field 'image.0': 'missing.png': no such file", 2: "'..' is refused", 3: "field 'image'", 4: "empty",
-        6: "expected an object", 7: "field 'volume'", 8: "the model's context",
-    }  # fmt: skip
+        1: "field 'image.0': 'missing.png': no such file",
+        2: "'..' is refused",
+        3: "field 'image'",
+        4: "empty",
+        6: "expected an object",
+        7: "field 'volume'",
+        8: "the model's context",
+    }
     for index, words in expected.items():
         assert words in lines[index]["error"], index
     written = json.loads((tmp_path / "out.json").read_text())
@@ -110,7 +123,9 @@ def test_bad_records_become_lines_with_their_error(model: Path, tmp_path: Path) 
 def test_an_unknown_task_is_the_error_of_its_record_alone(tmp_path: Path) -> None:
     connector = {"name": "moe", "num_experts": 2, "gate": "hard", "router_dim": 8}
     folder = save_tiny(tmp_path, connector=connector, tasks=["vqa", "cls"])
-    records = [record | {"task": "vqa"} for record in questions(tmp_path, 5)]  # the first is text only
+    records = [
+        record | {"task": "vqa"} for record in questions(tmp_path, 5)
+    ]  # the first is text only
     records[2]["task"] = "surgery"
     del records[3]["task"], records[0]["task"]
     summary = run(folder, write_records(tmp_path, records), tmp_path / "out.jsonl")
@@ -119,12 +134,16 @@ def test_an_unknown_task_is_the_error_of_its_record_alone(tmp_path: Path) -> Non
     assert "reply" in lines[0]
     assert "field 'task': the record has the task 'surgery'" in lines[2]["error"]
     assert "expected one of vqa, cls" in lines[3]["error"]
-    asked = medm("chat", "--model", str(folder), "--image", str(tmp_path / "0.png"), "--task", "surgery")
+    asked = medm(
+        "chat", "--model", str(folder), "--image", str(tmp_path / "0.png"), "--task", "surgery"
+    )
     assert asked.code == 1
     assert "task 'surgery': expected one of vqa, cls" in asked.err
 
 
-def test_a_run_of_an_earlier_version_resumes_if_its_options_mean_the_same(model: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_resumes_if_its_options_mean_the_same(
+    model: Path, tmp_path: Path
+) -> None:
     """Its settings name `num_beams` and not `top_k`."""
     data, output = write_records(tmp_path, questions(tmp_path, 3)), tmp_path / "out.jsonl"
     run(model, data, output)
@@ -181,7 +200,9 @@ def test_killed_at_any_moment_each_record_is_answered_once(model: Path, tmp_path
         assert time.monotonic() < deadline
         time.sleep(0.002)
     for changes in ({"overwrite": True}, {"processes": 2}, {"limit": 3}, {}):
-        with pytest.raises(MedmError, match=f"another run is writing to it .process {child.pid} on "):
+        with pytest.raises(
+            MedmError, match=f"another run is writing to it .process {child.pid} on "
+        ):
             run(model, data, output, **changes)
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
@@ -211,7 +232,9 @@ def test_lines_of_another_run_are_never_mixed(model: Path, tmp_path: Path) -> No
         run(model, data, tmp_path / "other.jsonl")
 
 
-def test_the_fingerprint_sees_weights_and_generation_but_no_notes(model: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_sees_weights_and_generation_but_no_notes(
+    model: Path, tmp_path: Path
+) -> None:
     import shutil
 
     copy = tmp_path / "copy"
@@ -226,7 +249,10 @@ def test_the_fingerprint_sees_weights_and_generation_but_no_notes(model: Path, t
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
-    with Appender(tmp_path / "out.jsonl"), pytest.raises(MedmError, match="another process is writing"):
+    with (
+        Appender(tmp_path / "out.jsonl"),
+        pytest.raises(MedmError, match="another process is writing"),
+    ):
         Appender(tmp_path / "out.jsonl")
 
 
@@ -236,7 +262,9 @@ def test_a_merge_that_was_interrupted_is_repeated(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.part-0-of-2").write_text(
         encode({"index": 1, "reply": "b"}) + encode({"index": 0, "reply": "a"})
     )
-    (tmp_path / "out.jsonl.part-1-of-3").write_text(encode({"index": 2, "reply": "c"}) + '{"index": 9')
+    (tmp_path / "out.jsonl.part-1-of-3").write_text(
+        encode({"index": 2, "reply": "c"}) + '{"index": 9'
+    )
     assert sorted(results.finish()) == [0, 1, 2]
     assert [line["reply"] for line in read_output(tmp_path / "out.jsonl")] == ["a", "b", "c"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
@@ -277,20 +305,34 @@ def test_a_process_opens_records_config_and_device_once(
     for name in ("Records", "load_config", "pick_device"):
         original = getattr(batch, name)
 
-        def counted(*given: Any, _name: str = name, _original: Any = original, **keywords: Any) -> Any:
+        def counted(
+            *given: Any, _name: str = name, _original: Any = original, **keywords: Any
+        ) -> Any:
             calls.append(_name)
             return _original(*given, **keywords)
 
         monkeypatch.setattr(batch, name, counted)
     data = write_records(tmp_path, questions(tmp_path, 2))
-    assert run(model, data, tmp_path / "o.jsonl", json_output=str(tmp_path / "o.json")).answered == 2
+    assert (
+        run(model, data, tmp_path / "o.jsonl", json_output=str(tmp_path / "o.json")).answered == 2
+    )
     assert sorted(calls) == ["Records", "load_config", "pick_device"]
 
 
 def test_the_command(model: Path, tmp_path: Path) -> None:
     data = write_records(tmp_path, questions(tmp_path, 3))
-    common = ("infer", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "o.jsonl"))
-    done = medm(*common, "--max-new-tokens", "3", "--json", str(tmp_path / "o.json"), "--device", "cpu")
+    common = (
+        "infer",
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "o.jsonl"),
+    )
+    done = medm(
+        *common, "--max-new-tokens", "3", "--json", str(tmp_path / "o.json"), "--device", "cpu"
+    )
     assert done.code == 0, done.err
     assert "3 records: 3 answered, 0 without a reply" in done.out
     assert "Not for clinical use." in done.err

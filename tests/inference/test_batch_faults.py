@@ -1,4 +1,5 @@
-"""Batch inference on machines that fail: shares that vanish, full disks, limits, two runs at once, broken models."""
+"""Batch inference on machines that fail: shares that vanish, full disks, limits, two runs at once,
+broken models."""
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ from typing import Any
 import pytest
 
 import medm.inference.batch as infer_module
-from medm.errors import CheckpointError, DataError, DeviceError, InputLostError, MedmError, RecipeError
+from medm.errors import (
+    CheckpointError,
+    DataError,
+    DeviceError,
+    InputLostError,
+    MedmError,
+    RecipeError,
+)
 from medm.files import atomic_write_text
 from medm.imaging import images
 from medm.inference import batches
@@ -57,10 +65,16 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(model: Path, data: Path, *, progress: Any = None, **changes: Any) -> InferSummary:
     given: dict[str, Any] = {
-        "output": str(data.parent / "out.jsonl"), "root": str(data.parent / "images"), "generation": SHORT,
-        "device": "cpu", "workers": 0, "batch_size": 1,
-    }  # fmt: skip
-    summary = infer(InferOptions(model=str(model), data=str(data), **(given | changes)), progress=progress)
+        "output": str(data.parent / "out.jsonl"),
+        "root": str(data.parent / "images"),
+        "generation": SHORT,
+        "device": "cpu",
+        "workers": 0,
+        "batch_size": 1,
+    }
+    summary = infer(
+        InferOptions(model=str(model), data=str(data), **(given | changes)), progress=progress
+    )
     assert summary is not None
     return summary
 
@@ -68,9 +82,23 @@ def run(model: Path, data: Path, *, progress: Any = None, **changes: Any) -> Inf
 def command(model: Path, data: Path, *more: str) -> tuple[str, ...]:
     """`medm infer` as `run` runs it."""
     return (
-        "infer", "--model", str(model), "--data", str(data), "--root", str(data.parent / "images"), "--output",
-        str(data.parent / "out.jsonl"), "--max-new-tokens", "3", "--device", "cpu", "--workers", "0", *more,
-    )  # fmt: skip
+        "infer",
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--root",
+        str(data.parent / "images"),
+        "--output",
+        str(data.parent / "out.jsonl"),
+        "--max-new-tokens",
+        "3",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        *more,
+    )
 
 
 def whole(model: Path, data: Path) -> bytes:
@@ -164,7 +192,9 @@ def test_trouble_that_stays_stops_the_run_and_the_next_one_answers_the_rest(
     with monkeypatch.context() as patch:
         patch.setattr(infer_module, "_OUTAGE", 4)
         patch.setattr(images.os, "open", broken)
-        with pytest.raises(InputLostError, match=r"4 records in a row .*Input/output error.*same command again"):
+        with pytest.raises(
+            InputLostError, match=r"4 records in a row .*Input/output error.*same command again"
+        ):
             run(model, data)
     lines = read_output(data.parent / "out.jsonl")
     assert [("reply" in line) for line in lines].count(True) == 3
@@ -174,7 +204,9 @@ def test_trouble_that_stays_stops_the_run_and_the_next_one_answers_the_rest(
 
 
 @pytest.mark.parametrize("how", ["renamed", "not mounted"])
-def test_a_data_root_that_is_gone_stops_the_run(how: str, model: Path, data: Path, no_waiting: None) -> None:
+def test_a_data_root_that_is_gone_stops_the_run(
+    how: str, model: Path, data: Path, no_waiting: None
+) -> None:
     expected = whole(model, data)
     restore: list[Callable[[], None]] = []
 
@@ -182,7 +214,10 @@ def test_a_data_root_that_is_gone_stops_the_run(how: str, model: Path, data: Pat
         if done == 4:
             restore.append(vanish(data.parent / "images", how))
 
-    with pytest.raises(InputLostError, match=r"images: the folder of images and volumes is gone or empty.*out\.jsonl"):
+    with pytest.raises(
+        InputLostError,
+        match=r"images: the folder of images and volumes is gone or empty.*out\.jsonl",
+    ):
         run(model, data, progress=progress)
     restore[0]()
     assert len(read_output(data.parent / "out.jsonl")) == 4, "what could not be read got no line"
@@ -197,14 +232,18 @@ def test_a_data_file_that_changes_stops_the_run_and_says_so_again(model: Path, d
         if done == 4:
             data.write_text(json.dumps(records[::-1], indent=1))
 
-    with pytest.raises(InputLostError, match=r"in\.json: the file changed after it was opened.*answered is kept in"):
+    with pytest.raises(
+        InputLostError, match=r"in\.json: the file changed after it was opened.*answered is kept in"
+    ):
         run(model, data, progress=progress)
     assert len(read_output(data.parent / "out.jsonl")) == 4, "no record is blamed"
     with pytest.raises(RecipeError, match="the data file changed"):
         run(model, data)
 
 
-def test_a_missing_file_is_looked_for_again_at_the_end(model: Path, data: Path, no_waiting: None) -> None:
+def test_a_missing_file_is_looked_for_again_at_the_end(
+    model: Path, data: Path, no_waiting: None
+) -> None:
     expected = whole(model, data)
     file = data.parent / "images" / "scans" / "1.png"
     content = file.read_bytes()
@@ -294,7 +333,9 @@ def test_a_full_disk_is_a_message_and_with_room_the_results_are_the_same(
         patch.setattr(os, "fsync", full)
         done = medm(*command(model, data), *more)
     assert done.code == 1
-    assert f"error: {data.parent / name}: No space left on device; make room on the disk" in done.err
+    assert (
+        f"error: {data.parent / name}: No space left on device; make room on the disk" in done.err
+    )
     assert done.err.count("error:") == 1
     assert "Traceback" not in done.err
     assert medm(*command(model, data), *more).code == 0
@@ -306,7 +347,10 @@ def test_a_line_that_was_cut_by_a_full_disk_is_written_again(tmp_path: Path) -> 
     line = {"index": 0, "reply": "word " * 20}
     with Appender(tmp_path / "out.jsonl") as lines:
         lines.add([line])
-        with file_size_limit(150), pytest.raises(MedmError, match=r"File too large.*resumes after the last complete"):
+        with (
+            file_size_limit(150),
+            pytest.raises(MedmError, match=r"File too large.*resumes after the last complete"),
+        ):
             lines.add([line | {"index": 1}])
     assert (tmp_path / "out.jsonl").stat().st_size == 150
     with Appender(tmp_path / "out.jsonl") as lines:
@@ -344,7 +388,9 @@ def test_a_run_holds_its_output_from_the_start_to_the_end(tmp_path: Path) -> Non
         second.begin()
 
 
-def test_a_lock_that_cannot_be_made_names_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_cannot_be_made_names_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = fcntl.flock
 
     def unsupported(stream: Any, operation: int) -> None:
@@ -353,11 +399,14 @@ def test_a_lock_that_cannot_be_made_names_the_output(tmp_path: Path, monkeypatch
         real(stream, operation)
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(OSError, match=r"No locks available") as caught, Results(tmp_path / "out.jsonl", {}).held():
+    with (
+        pytest.raises(OSError, match=r"No locks available") as caught,
+        Results(tmp_path / "out.jsonl", {}).held(),
+    ):
         pytest.fail("held without a lock")
     assert explain(caught.value) == (
-        f"{tmp_path / 'out.jsonl'}: No locks available; this file system cannot lock files; choose a folder on "
-        "another one"
+        f"{tmp_path / 'out.jsonl'}: No locks available; this file system cannot lock files; "
+        "choose a folder on another one"
     )
 
 
@@ -371,7 +420,9 @@ def test_a_process_that_outlived_its_run_is_waited_for(name: str, tmp_path: Path
         assert (tmp_path / name).exists()
 
 
-def test_a_model_that_is_refused_leaves_nothing_that_blocks_the_right_one(model: Path, data: Path) -> None:
+def test_a_model_that_is_refused_leaves_nothing_that_blocks_the_right_one(
+    model: Path, data: Path
+) -> None:
     stock = data.parent / "stock"
     stock.mkdir()
     shutil.copy(model / "processor_config.json", stock)
@@ -400,31 +451,61 @@ def test_what_can_be_known_is_said_before_weights_are_read(
     file.write_text("x")
     broken = data.parent / "broken"
     shutil.copytree(model, broken)
-    (broken / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}")
+    (broken / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.content }}"
+    )
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (DeviceError, "expected auto, cpu", {"device": "warp"}),
         (DataError, "no such folder", {"root": str(data.parent / "nowhere")}),
         (DataError, "no such file", {"data": str(data.parent / "none.json")}),
         (CheckpointError, "no such model folder", {"model": str(data.parent / "nowhere")}),
         (CheckpointError, "not a model folder", {"model": str(folder)}),
-        (RecipeError, "no room for a prompt", {"generation": GenerationOptions(max_new_tokens=600)}),
-        (RecipeError, r"chat template has an error \(TemplateSyntaxError, line 1", {"model": str(broken)}),
+        (
+            RecipeError,
+            "no room for a prompt",
+            {"generation": GenerationOptions(max_new_tokens=600)},
+        ),
+        (
+            RecipeError,
+            r"chat template has an error \(TemplateSyntaxError, line 1",
+            {"model": str(broken)},
+        ),
         (NotADirectoryError, "a-file", {"output": str(file / "out.jsonl")}),
         (IsADirectoryError, "images", {"output": str(folder)}),
         (OSError, "too long", {"output": str(data.parent / ("n" * 300))}),
         (MedmError, "device, pipe or socket", {"output": os.devnull}),
         (IsADirectoryError, "images", {"json_output": str(folder)}),
         (NotADirectoryError, "a-file", {"json_output": str(file / "all.json")}),
-        (RecipeError, "--data and --output are the same file", {"output": str(data), "overwrite": True}),
-        (RecipeError, "--data and --json are the same file", {"json_output": str(data.parent / "." / data.name)}),
+        (
+            RecipeError,
+            "--data and --output are the same file",
+            {"output": str(data), "overwrite": True},
+        ),
+        (
+            RecipeError,
+            "--data and --json are the same file",
+            {"json_output": str(data.parent / "." / data.name)},
+        ),
         (RecipeError, "--output and --json are", {"json_output": str(data.parent / "out.jsonl")}),
-        (RecipeError, "--output and --json are", {"json_output": str(data.parent / "out.jsonl.run.json")}),
+        (
+            RecipeError,
+            "--output and --json are",
+            {"json_output": str(data.parent / "out.jsonl.run.json")},
+        ),
     ]
-    settings = {"model": str(model), "data": str(data), "output": str(data.parent / "out.jsonl"), "device": "cpu"}
+    settings = {
+        "model": str(model),
+        "data": str(data),
+        "output": str(data.parent / "out.jsonl"),
+        "device": "cpu",
+    }
     for kind, words, changes in cases:
         with pytest.raises(kind, match=words):
             infer(InferOptions(**(settings | changes)))
-    with Results(data.parent / "out.jsonl", {}).held(), pytest.raises(MedmError, match="another run is writing"):
+    with (
+        Results(data.parent / "out.jsonl", {}).held(),
+        pytest.raises(MedmError, match="another run is writing"),
+    ):
         run(model, data)
     assert not list(data.parent.glob("*out.jsonl*"))
     assert data.stat().st_size > 1000
@@ -453,7 +534,13 @@ def test_the_json_is_json_whatever_the_records_hold(model: Path, data: Path) -> 
     assert "half of a surrogate pair" in written[0]["error"]
     assert written[2]["nested"] == deep
     assert "1e999" in written[3]["error"]
-    assert [line.get("id") for line in read_output(data.parent / "out.jsonl")] == [None, None, "q2", None, "7"]
+    assert [line.get("id") for line in read_output(data.parent / "out.jsonl")] == [
+        None,
+        None,
+        "q2",
+        None,
+        "7",
+    ]
 
 
 def test_text_that_utf_8_cannot_hold_is_written_as_json_has_it(tmp_path: Path) -> None:
@@ -465,7 +552,9 @@ def test_text_that_utf_8_cannot_hold_is_written_as_json_has_it(tmp_path: Path) -
     assert read_output(tmp_path / "out.jsonl") == [item]
 
 
-def test_a_killed_worker_is_a_message(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_is_a_message(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parent, real = os.getpid(), os.open
 
     def deadly(file: Any, *arguments: Any, **keywords: Any) -> int:

@@ -44,15 +44,31 @@ def test_a_second_turn_is_the_whole_conversation(tiny: tuple[Any, Any, Path]) ->
     start, end, image = control["<|im_start|>"], control["<|im_end|>"], [control["<image>"]] * 16
 
     def text(words: str) -> list[int]:
-        return processor.tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return processor.tokenizer(words, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
 
     ids = [start, *text("system\nBe brief."), end, *text("\n")]
     ids += [start, *text("user\n"), *image, *text("\nWhat is it?"), end, *text("\n")]
     ids += [start, *text(f"assistant\n{first}"), end, *text("\n")]
-    ids += [start, *text("user\n"), *image, *text("\nAnd <image> this?"), end, *text("\n"), start, *text("assistant\n")]
-    pixels = np.stack([load_pixels(folder / name, processor.preprocess["image"]) for name in ("a.png", "b.png")])
+    ids += [
+        start,
+        *text("user\n"),
+        *image,
+        *text("\nAnd <image> this?"),
+        end,
+        *text("\n"),
+        start,
+        *text("assistant\n"),
+    ]
+    pixels = np.stack(
+        [load_pixels(folder / name, processor.preprocess["image"]) for name in ("a.png", "b.png")]
+    )
     expected = model.generate(
-        input_ids=torch.tensor([ids]), pixels={"image": torch.from_numpy(pixels)}, max_new_tokens=6, do_sample=False
+        input_ids=torch.tensor([ids]),
+        pixels={"image": torch.from_numpy(pixels)},
+        max_new_tokens=6,
+        do_sample=False,
     )
     assert second == processor.text(expected[0, len(ids) :])
 
@@ -63,7 +79,9 @@ def test_a_second_turn_is_the_whole_conversation(tiny: tuple[Any, Any, Path]) ->
 
 def test_what_does_not_fit_is_said_and_the_conversation_stays(tiny: tuple[Any, Any, Path]) -> None:
     model, processor, folder = tiny
-    conversation = Conversation(Engine(model, processor, GenerationOptions(max_new_tokens=2)), processor)
+    conversation = Conversation(
+        Engine(model, processor, GenerationOptions(max_new_tokens=2)), processor
+    )
     with pytest.raises(DataError, match="the model takes no "):
         conversation.show("volume", folder / "a.nii.gz")
     with pytest.raises(DataError, match="cannot be opened"):
@@ -73,7 +91,9 @@ def test_what_does_not_fit_is_said_and_the_conversation_stays(tiny: tuple[Any, A
     assert conversation.turns == []
 
 
-def test_the_command_reads_a_pipe(tiny: tuple[Any, Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reads_a_pipe(
+    tiny: tuple[Any, Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny[2]
     lines = [
         "",

@@ -19,7 +19,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from medm.errors import DataError, DeviceError
 from medm.inference import kv_cache, runners
 from medm.inference.decoding import Decoder, Prompt, TokenEvent
-from medm.inference.runners import MIN_PREFIX, BatchedRunner, SeparateRunner, shared_length, shared_prefixes
+from medm.inference.runners import (
+    MIN_PREFIX,
+    BatchedRunner,
+    SeparateRunner,
+    shared_length,
+    shared_prefixes,
+)
 from medm.inference.sampling import Sampling
 from medm.llms.attention import PER_DOCUMENT
 from tests.tiny import llm_architecture
@@ -32,7 +38,9 @@ def language_model(request: pytest.FixtureRequest) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def prompts(model: torch.nn.Module, seed: int = 0, count: int = 11, shared: int = 40) -> list[Prompt]:
+def prompts(
+    model: torch.nn.Module, seed: int = 0, count: int = 11, shared: int = 40
+) -> list[Prompt]:
     """Some with a shared prefix, some without, of many lengths."""
     rng = np.random.default_rng(seed)
     prefix = rng.integers(1, 300, shared)
@@ -46,34 +54,47 @@ def prompts(model: torch.nn.Module, seed: int = 0, count: int = 11, shared: int 
     return made
 
 
-def alone(model: torch.nn.Module, prompt: Prompt, stops: list[int], suppress: list[int]) -> list[int]:
+def alone(
+    model: torch.nn.Module, prompt: Prompt, stops: list[int], suppress: list[int]
+) -> list[int]:
     out = model.generate(
-        inputs_embeds=prompt.embeds[None], attention_mask=prompt.embeds.new_ones(1, len(prompt.embeds), dtype=torch.long),
-        max_new_tokens=prompt.max_new_tokens, do_sample=False, eos_token_id=stops or None,
-        suppress_tokens=suppress or None, pad_token_id=0,
-    )[0].tolist()  # fmt: skip
+        inputs_embeds=prompt.embeds[None],
+        attention_mask=prompt.embeds.new_ones(1, len(prompt.embeds), dtype=torch.long),
+        max_new_tokens=prompt.max_new_tokens,
+        do_sample=False,
+        eos_token_id=stops or None,
+        suppress_tokens=suppress or None,
+        pad_token_id=0,
+    )[0].tolist()
     end = next((i for i, token in enumerate(out) if token in stops), None)
     return out if end is None else out[: end + 1]
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
-def test_replies_are_those_of_one_prompt_at_a_time(language_model: torch.nn.Module, slots: int) -> None:
+def test_replies_are_those_of_one_prompt_at_a_time(
+    language_model: torch.nn.Module, slots: int
+) -> None:
     given = prompts(language_model)
     free = [alone(language_model, prompt, [], []) for prompt in given]
     stops, suppress = [free[0][0], free[-1][-1]], [free[2][0]]
     decoder = Decoder(language_model, stops=stops, suppress=suppress, slots=slots)
-    assert decoder.decode(given) == [alone(language_model, prompt, stops, suppress) for prompt in given]
+    assert decoder.decode(given) == [
+        alone(language_model, prompt, stops, suppress) for prompt in given
+    ]
 
 
 def test_what_is_shared_runs_once(language_model: torch.nn.Module) -> None:
     given = [prompt for i, prompt in enumerate(prompts(language_model)) if i % 3]
     positions = []
     hook = language_model.base_model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: positions.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+        lambda _module, _args, kwargs: positions.append(kwargs["inputs_embeds"].shape[:2].numel()),
+        with_kwargs=True,
     )
     Decoder(language_model, stops=[], slots=16).decode(given)
     hook.remove()
-    assert positions[:2] == [40, sum(len(prompt.embeds) - 40 for prompt in given)], "and nothing is padded"
+    assert positions[:2] == [40, sum(len(prompt.embeds) - 40 for prompt in given)], (
+        "and nothing is padded"
+    )
 
 
 def test_long_prompts_are_prefilled_in_several_rows(
@@ -83,7 +104,8 @@ def test_long_prompts_are_prefilled_in_several_rows(
     monkeypatch.setitem(runners.MAX_PREFILL_TOKENS, "cpu", 50)
     rows = []
     hook = language_model.base_model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        lambda _module, _args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]),
+        with_kwargs=True,
     )
     replies = Decoder(language_model, stops=[], slots=16).decode(given)
     hook.remove()
@@ -91,7 +113,9 @@ def test_long_prompts_are_prefilled_in_several_rows(
     assert replies == [alone(language_model, prompt, [], []) for prompt in given]
 
 
-def test_rows_attend_in_groups(language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_attend_in_groups(
+    language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As far as the longest of a group has keys."""
     monkeypatch.setattr(kv_cache, "ROWS_PER_GROUP", 2)
     kv_lengths = []
@@ -111,7 +135,9 @@ def test_rows_attend_in_groups(language_model: torch.nn.Module, monkeypatch: pyt
     assert [reach for _, reach in first] == [lengths[0] + 1, lengths[2] + 1, lengths[4] + 1]
 
 
-def test_a_reply_outgrows_the_kv_cache(language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_outgrows_the_kv_cache(
+    language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kv_cache, "BLOCK", 8)
     given = [replace(prompt, max_new_tokens=20) for prompt in prompts(language_model, count=5)]
     replies = Decoder(language_model, stops=[], slots=2).decode(given)
@@ -120,7 +146,9 @@ def test_a_reply_outgrows_the_kv_cache(language_model: torch.nn.Module, monkeypa
 
 def test_compiled_steps_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every slot, used or not; a second call meets the tensors of the first."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, not built
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend="eager")
+    )  # traced, not built
     monkeypatch.setattr(runners, "COMPILE_MODE", None)
     torch.manual_seed(0)
     config = AutoConfig.for_model(**llm_architecture("qwen3", initializer_range=0.3))
@@ -141,7 +169,8 @@ def test_compiled_steps_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu_replies_are_those_of_one_prompt_at_a_time(
     language_model: torch.nn.Module, dtype: torch.dtype, compiled: bool
 ) -> None:
-    """In bfloat16 the order of sums decides between close candidates, so the first tokens are compared."""
+    """In bfloat16 the order of sums decides between close candidates, so the first tokens are
+    compared."""
     model = copy.deepcopy(language_model).to("cuda", dtype)
     given = prompts(model)
     decoder = Decoder(model, stops=[], slots=4, compiled=compiled)
@@ -162,7 +191,9 @@ def test_on_a_gpu_replies_are_those_of_one_prompt_at_a_time(
         ("llama-3.2", {"attn_implementation": "eager"}),
     ],
 )
-def test_rows_with_windows_of_attention_are_decoded_in_the_same_loop(family: str, changes: dict[str, Any]) -> None:
+def test_rows_with_windows_of_attention_are_decoded_in_the_same_loop(
+    family: str, changes: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
     attention = changes.pop("attn_implementation", "sdpa")
     config = AutoConfig.for_model(**llm_architecture(family, initializer_range=0.3, **changes))
@@ -182,13 +213,19 @@ def test_shared_prefixes_leave_the_last_token_and_short_ones_alone() -> None:
     other = np.arange(100, 130)
     same = shared_prefixes([7, 8, 9], [base, base, other])
     assert sorted(same) == [(0, [9]), (29, [7, 8])]
-    assert shared_prefixes([1, 2], [base[: MIN_PREFIX - 1], base]) in ([(0, [1]), (0, [2])], [(0, [2]), (0, [1])])
+    assert shared_prefixes([1, 2], [base[: MIN_PREFIX - 1], base]) in (
+        [(0, [1]), (0, [2])],
+        [(0, [2]), (0, [1])],
+    )
     assert shared_length(base, base[:5]) == 5
     assert shared_length(base, other) == 0
 
 
-def collect(decoder: Decoder, replies: dict[int, list[int]], steps: int = 10**6) -> dict[int, TokenEvent]:
-    """Run steps, append the tokens of each request to `replies`, and return the last event of those that ended."""
+def collect(
+    decoder: Decoder, replies: dict[int, list[int]], steps: int = 10**6
+) -> dict[int, TokenEvent]:
+    """Run steps, append the tokens of each request to `replies`, and return the last event of those
+    that ended."""
     ended = {}
     for _ in range(steps):
         if not decoder.pending:
@@ -204,8 +241,16 @@ def collect(decoder: Decoder, replies: dict[int, list[int]], steps: int = 10**6)
 
 def drawn_prompts(model: torch.nn.Module) -> list[Prompt]:
     """Greedy requests, and some that draw, each under settings of its own."""
-    settings = [None, Sampling(1.3, seed=5), Sampling(0.8, top_k=9, seed=1), Sampling(2.0, top_p=0.7, seed=2)]
-    return [replace(prompt, sampling=settings[i % 4]) for i, prompt in enumerate(prompts(model, count=9))]
+    settings = [
+        None,
+        Sampling(1.3, seed=5),
+        Sampling(0.8, top_k=9, seed=1),
+        Sampling(2.0, top_p=0.7, seed=2),
+    ]
+    return [
+        replace(prompt, sampling=settings[i % 4])
+        for i, prompt in enumerate(prompts(model, count=9))
+    ]
 
 
 def test_requests_join_while_others_are_decoded(language_model: torch.nn.Module) -> None:
@@ -217,12 +262,15 @@ def test_requests_join_while_others_are_decoded(language_model: torch.nn.Module)
         ids.append(decoder.submit(prompt))
     assert 0 < len(replies[ids[0]]) < 10
     ended = collect(decoder, replies)
-    assert [replies[number] for number in ids] == [alone(language_model, prompt, [], []) for prompt in given]
+    assert [replies[number] for number in ids] == [
+        alone(language_model, prompt, [], []) for prompt in given
+    ]
     assert ended[ids[-1]].finish == "length"
 
 
 def test_what_is_cancelled_frees_its_slot_and_others_stay(language_model: torch.nn.Module) -> None:
-    """Cancelled while it waits, when it is prefilled and waits for a slot, and while it is decoded."""
+    """Cancelled while it waits, when it is prefilled and waits for a slot, and while it is
+    decoded."""
     given = [replace(prompt, max_new_tokens=12) for prompt in prompts(language_model, count=7)]
     decoder, replies = Decoder(language_model, stops=[], slots=2), dict[int, list[int]]()
     ids = [decoder.submit(prompt) for prompt in given]
@@ -245,7 +293,9 @@ def test_what_is_cancelled_frees_its_slot_and_others_stay(language_model: torch.
     assert collect(decoder, replies)[ready].finish == "cancelled"
     assert ready not in replies
     survivors = set(ids) - {ids[0], running[0], ready}
-    expected = {number: alone(language_model, given[ids.index(number)], [], []) for number in survivors}
+    expected = {
+        number: alone(language_model, given[ids.index(number)], [], []) for number in survivors
+    }
     assert {number: replies[number] for number in survivors} == expected
     assert len(decoder._runner) == 0
 
@@ -272,13 +322,18 @@ def test_a_drawn_reply_depends_on_its_seed_alone(language_model: torch.nn.Module
     assert len({tuple(reply) for reply in decoder.decode(seeds)}) == 4
 
 
-def test_draws_come_from_the_tokens_that_the_settings_leave(language_model: torch.nn.Module) -> None:
+def test_draws_come_from_the_tokens_that_the_settings_leave(
+    language_model: torch.nn.Module,
+) -> None:
     prompt = replace(prompts(language_model, count=1)[0], max_new_tokens=8)
     greedy = alone(language_model, prompt, [], [])
     decoder = Decoder(language_model, stops=[])
     for sampling in (Sampling(5.0, top_k=1), Sampling(5.0, top_p=1e-6), Sampling(1e-4)):
         assert decoder.decode([replace(prompt, sampling=sampling)]) == [greedy]
-    few = [replace(prompt, max_new_tokens=1, sampling=Sampling(50.0, top_k=3, seed=seed)) for seed in range(40)]
+    few = [
+        replace(prompt, max_new_tokens=1, sampling=Sampling(50.0, top_k=3, seed=seed))
+        for seed in range(40)
+    ]
     with torch.no_grad():
         logits = language_model(inputs_embeds=prompt.embeds[None]).logits[0, -1]
     assert {reply[0] for reply in decoder.decode(few)} == set(logits.topk(3).indices.tolist())
@@ -331,7 +386,9 @@ def test_after_an_error_of_the_whole_batch_requests_continue_as_if_none_had_been
             patch.setattr(decoder, "_report", lambda *_: (_ for _ in ()).throw(error))
             with pytest.raises(type(error)):
                 decoder.step()
-        assert type(language_model.get_output_embeddings()) is torch.nn.Linear, "the head is the model's own again"
+        assert type(language_model.get_output_embeddings()) is torch.nn.Linear, (
+            "the head is the model's own again"
+        )
     collect(decoder, replies)
     assert [replies[number] for number in ids] == expected
     with monkeypatch.context() as patch:
@@ -342,8 +399,11 @@ def test_after_an_error_of_the_whole_batch_requests_continue_as_if_none_had_been
     assert decoder.decode(given) == expected
 
 
-def test_a_batch_beyond_the_memory_is_halved(language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In prefill and in decode steps; what a single request needs beyond the memory is its own error."""
+def test_a_batch_beyond_the_memory_is_halved(
+    language_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In prefill and in decode steps; what a single request needs beyond the memory is its own
+    error."""
     given = [replace(prompt, max_new_tokens=6) for prompt in drawn_prompts(language_model)]
     expected = Decoder(language_model, stops=[], slots=8).decode(given)
     forward, rows = language_model.forward, []
@@ -361,22 +421,37 @@ def test_a_batch_beyond_the_memory_is_halved(language_model: torch.nn.Module, mo
     assert max(rows) == 8
     assert rows.index(8) < rows.index(2)
     long = Prompt(given[0].embeds[:1].repeat(301, 1), np.full(301, 7), 3)
-    ids, replies = [decoder.submit(prompt) for prompt in (given[0], long, given[1])], dict[int, list[int]]()
+    ids, replies = (
+        [decoder.submit(prompt) for prompt in (given[0], long, given[1])],
+        dict[int, list[int]](),
+    )
     ended = collect(decoder, replies)
     assert isinstance(ended[ids[1]].error, DeviceError)
     assert "one prompt of 301 tokens" in str(ended[ids[1]].error)
     assert [replies[ids[0]], replies[ids[2]]] == expected[:2]
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given_values(data=st.data())
 def test_any_order_of_submit_step_and_cancel_gives_the_replies_of_one_alone(
     language_model: torch.nn.Module, data: st.DataObject
 ) -> None:
     given = drawn_prompts(language_model)
     decoder = Decoder(language_model, stops=[7, 8, 9], slots=data.draw(st.integers(1, 4)))
-    replies, ended, asked, cancelled = dict[int, list[int]](), dict[int, TokenEvent](), dict[int, int](), set()
-    for action in data.draw(st.lists(st.sampled_from(["submit", "step", "step", "cancel"]), max_size=24)):
+    replies, ended, asked, cancelled = (
+        dict[int, list[int]](),
+        dict[int, TokenEvent](),
+        dict[int, int](),
+        set(),
+    )
+    for action in data.draw(
+        st.lists(st.sampled_from(["submit", "step", "step", "cancel"]), max_size=24)
+    ):
         if action == "submit":
             position = data.draw(st.integers(0, len(given) - 1))
             asked[decoder.submit(given[position])] = position

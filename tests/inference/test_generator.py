@@ -14,7 +14,15 @@ import torch
 from medm.config import validate
 from medm.errors import DataError, DeviceError, RecipeError
 from medm.inference import runners
-from medm.inference.generator import Engine, FeatureMemory, Item, PromptBatch, content_key, pick_device, prepare
+from medm.inference.generator import (
+    Engine,
+    FeatureMemory,
+    Item,
+    PromptBatch,
+    content_key,
+    pick_device,
+    prepare,
+)
 from medm.inference.options import GenerationOptions, InferOptions
 from medm.types import Example, Media, Sample, Turn, VisionFeatures
 from tests.inference.tiny import build_tiny
@@ -39,7 +47,9 @@ def prompts(tiny: tuple[Any, Any]) -> list[Example]:
     processor = tiny[1]
     return [
         example(processor, "Is there an effusion?", picture(0)),
-        example(processor, "No image at all, and a question that is quite a bit longer than the others."),
+        example(
+            processor, "No image at all, and a question that is quite a bit longer than the others."
+        ),
         example(processor, "Which of the two?", picture(1), picture(0)),
         example(processor, "Why?", picture(0)),
     ]
@@ -65,14 +75,18 @@ def test_batch_and_one_by_one_give_the_same_replies(
     together = ids(Engine(model, processor, options), prepare(prompts))
     alone = [ids(Engine(model, processor, options), prepare([prompt]))[0] for prompt in prompts]
     assert together == alone
-    assert len({tuple(row) for row in alone}) == len(prompts), "the prompts do not tell the model anything"
+    assert len({tuple(row) for row in alone}) == len(prompts), (
+        "the prompts do not tell the model anything"
+    )
 
 
 def test_replies_are_those_of_plain_generate(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
     model, processor = tiny
     ids = torch.tensor([prompts[2].input_ids])
     pixels = torch.from_numpy(np.stack(prompts[2].pixels["image"]))
-    plain = model.generate(input_ids=ids, pixels={"image": pixels}, max_new_tokens=9, do_sample=False)
+    plain = model.generate(
+        input_ids=ids, pixels={"image": pixels}, max_new_tokens=9, do_sample=False
+    )
     engine = Engine(model, processor, GenerationOptions(max_new_tokens=9))
     reply = engine.generate(prepare([prompts[2]]))[0]
     assert reply.text == processor.text(plain[0, ids.shape[1] :])
@@ -82,18 +96,31 @@ def test_replies_are_those_of_plain_generate(tiny: tuple[Any, Any], prompts: lis
 def test_compiled_and_other_requests_stand_in_batches_of_their_own(
     tiny: tuple[Any, Any], prompts: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, not built
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend="eager")
+    )  # traced, not built
     monkeypatch.setattr(runners, "COMPILE_MODE", None)
     engine = Engine(*tiny)
-    assert [engine.decoder(compiled=compiled).compiled for compiled in (False, True)] == [False, True]
-    plain, compiled = (GenerationOptions(max_new_tokens=4, compile=compiled) for compiled in (False, True))
+    assert [engine.decoder(compiled=compiled).compiled for compiled in (False, True)] == [
+        False,
+        True,
+    ]
+    plain, compiled = (
+        GenerationOptions(max_new_tokens=4, compile=compiled) for compiled in (False, True)
+    )
     (request,) = prepare(prompts[:1]).requests()
     numbers = [engine.submit(request, options) for options in (plain, compiled)]
     assert len(set(numbers)) == 2
     replies = {}
     while engine.pending:
-        replies |= {event.request: event.reply for event in engine.step() if event.reply is not None}
-    assert replies[numbers[0]] == replies[numbers[1]] == engine.generate(prepare(prompts[:1]), plain)[0]
+        replies |= {
+            event.request: event.reply for event in engine.step() if event.reply is not None
+        }
+    assert (
+        replies[numbers[0]]
+        == replies[numbers[1]]
+        == engine.generate(prepare(prompts[:1]), plain)[0]
+    )
 
 
 def test_an_image_is_encoded_once_for_all_its_questions(
@@ -103,7 +130,9 @@ def test_an_image_is_encoded_once_for_all_its_questions(
     engine = Engine(model, processor, GenerationOptions(max_new_tokens=2))
     counts: list[int] = []
     encode = model.branch("image").encode
-    monkeypatch.setattr(model.branch("image"), "encode", lambda pixels: counts.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        model.branch("image"), "encode", lambda pixels: counts.append(len(pixels)) or encode(pixels)
+    )
     engine.generate(prepare(prompts))
     engine.generate(prepare(prompts[:1]))
     engine.generate(prepare([example(processor, "New", picture(7))]))
@@ -132,7 +161,9 @@ def test_content_keys_tell_shape_and_values_apart() -> None:
     assert content_key(array) != content_key(array.view(np.int32))
 
 
-def test_streaming_gives_the_same_text_and_can_be_stopped(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
+def test_streaming_gives_the_same_text_and_can_be_stopped(
+    tiny: tuple[Any, Any], prompts: list[Example]
+) -> None:
     model, processor = tiny
     engine = Engine(model, processor, GenerationOptions(max_new_tokens=12))
     batch = prepare(prompts[:1])
@@ -146,8 +177,11 @@ def test_streaming_gives_the_same_text_and_can_be_stopped(tiny: tuple[Any, Any],
     assert engine.pending == engine.decoder(compiled=False).pending == 0
 
 
-def test_a_stream_and_other_requests_advance_together(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
-    """A question in the middle of a stream, from the same thread; and requests of `submit` beside both."""
+def test_a_stream_and_other_requests_advance_together(
+    tiny: tuple[Any, Any], prompts: list[Example]
+) -> None:
+    """A question in the middle of a stream, from the same thread; and requests of `submit` beside
+    both."""
     engine = Engine(*tiny, GenerationOptions(max_new_tokens=12))
     batch = prepare(prompts)
     expected = [reply.text for reply in engine.generate(batch)]
@@ -178,8 +212,12 @@ def test_a_request_that_cannot_be_answered_ends_with_its_own_error(
     bad = {
         "placeholder tokens and 0 items": replace(good[0], items={}),
         "placeholder tokens and 2 items": replace(good[0], items={"image": [item, item]}),
-        "pixels of shape (3, 8, 8)": replace(good[0], items={"image": [Item(b"x", torch.zeros(3, 8, 8))]}),
-        "the model has branches for image": replace(good[0], items={**good[0].items, "volume": [item]}),
+        "pixels of shape (3, 8, 8)": replace(
+            good[0], items={"image": [Item(b"x", torch.zeros(3, 8, 8))]}
+        ),
+        "the model has branches for image": replace(
+            good[0], items={**good[0].items, "volume": [item]}
+        ),
         "token ids from": replace(good[1], input_ids=np.append(good[1].input_ids, 10**6)),
         "at most 150": replace(good[1], input_ids=np.full(151, 3)),
     }
@@ -203,13 +241,22 @@ def test_a_request_that_cannot_be_answered_ends_with_its_own_error(
 
 
 def test_arguments_of_transformers_generate_are_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(RecipeError, match=r"num_beams: not offered.*max_new_tokens, temperature, top_k.*`generate`"):
-        validate(InferOptions, {"model": "m", "data": "d", "output": "o", "generation": {"num_beams": 4}}, source="x")
+    with pytest.raises(
+        RecipeError, match=r"num_beams: not offered.*max_new_tokens, temperature, top_k.*`generate`"
+    ):
+        validate(
+            InferOptions,
+            {"model": "m", "data": "d", "output": "o", "generation": {"num_beams": 4}},
+            source="x",
+        )
     with pytest.raises(RecipeError, match="do_sample, repetition_penalty: not offered"):
         validate(GenerationOptions, {"repetition_penalty": 1.2, "do_sample": True}, source="x")
     with pytest.raises(RecipeError, match="top_k: nothing is sampled at temperature 0"):
         validate(GenerationOptions, {"top_k": 3}, source="x")
-    assert validate(GenerationOptions, {"num_beams": 1}, source="an earlier recipe") == GenerationOptions()
+    assert (
+        validate(GenerationOptions, {"num_beams": 1}, source="an earlier recipe")
+        == GenerationOptions()
+    )
 
 
 def test_sampling_repeats_itself_with_a_seed(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
@@ -231,23 +278,32 @@ def test_what_does_not_fit_the_memory_is_an_error_and_the_engine_goes_on(
     expected = engine.generate(prepare(prompts))
     with monkeypatch.context() as patch:
         patch.setattr(
-            engine.model.language_model, "forward", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
+            engine.model.language_model,
+            "forward",
+            lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")),
         )
         with pytest.raises(DeviceError, match="one prompt of"):
             engine.generate(prepare(prompts))
     assert engine.generate(prepare(prompts)) == expected
 
 
-def test_settings_of_the_published_config_do_not_leak(tiny: tuple[Any, Any], prompts: list[Example]) -> None:
+def test_settings_of_the_published_config_do_not_leak(
+    tiny: tuple[Any, Any], prompts: list[Example]
+) -> None:
     model, processor = tiny
-    expected = Engine(model, processor, GenerationOptions(max_new_tokens=9)).generate(prepare(prompts))
+    expected = Engine(model, processor, GenerationOptions(max_new_tokens=9)).generate(
+        prepare(prompts)
+    )
     published = copy.deepcopy(model.generation_config)
     model.generation_config.update(temperature=0.3, repetition_penalty=1.5, top_k=2, do_sample=True)
     decoder = Engine(model, processor).decoder(compiled=False)
     try:
         assert decoder.stops == set(published.eos_token_id)
         assert decoder._runner._suppress.tolist() == sorted(published.suppress_tokens) != []
-        assert Engine(model, processor, GenerationOptions(max_new_tokens=9)).generate(prepare(prompts)) == expected
+        assert (
+            Engine(model, processor, GenerationOptions(max_new_tokens=9)).generate(prepare(prompts))
+            == expected
+        )
     finally:
         model.generation_config = published
 

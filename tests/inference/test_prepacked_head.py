@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PhiConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedConfig,
+)
 
 from medm.inference.prepacked_head import PrepackedLMHead
 
@@ -12,7 +18,9 @@ SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hid
 
 @pytest.mark.parametrize("config", [LlamaConfig, PhiConfig, Gemma2Config])
 @torch.no_grad()
-def test_it_gives_the_logits_of_the_plain_head_and_leaves_it_as_it_was(config: type[PreTrainedConfig]) -> None:
+def test_it_gives_the_logits_of_the_plain_head_and_leaves_it_as_it_was(
+    config: type[PreTrainedConfig],
+) -> None:
     """Phi has a bias, Gemma caps its logits after the head."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(**SIZES)).eval()
@@ -22,7 +30,9 @@ def test_it_gives_the_logits_of_the_plain_head_and_leaves_it_as_it_was(config: t
     with PrepackedLMHead(model) as packed:
         assert packed
         for part, logits in zip((ids, ids[:1]), expected, strict=True):
-            torch.testing.assert_close(model(input_ids=part, logits_to_keep=1).logits, logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                model(input_ids=part, logits_to_keep=1).logits, logits, atol=1e-5, rtol=1e-5
+            )
     assert model.get_output_embeddings() is own
     assert "forward" not in vars(own)
     assert set(model.state_dict()) == names

@@ -43,11 +43,26 @@ def test_pieces_are_the_reply_whatever_the_bytes(ids: list[int]) -> None:
 
 
 def test_tokenizers_that_look_at_neighbors() -> None:
-    """SentencePiece drops the space before the first word; WordPiece closes the one before a full stop."""
-    words = ["\u2581No", "\u2581effusion", ".", "\u2581Heart", "<0xE2>", "<0x89>", "<0xA5>", "\u25815"]
+    """SentencePiece drops the space before the first word; WordPiece closes the one before a full
+    stop."""
+    words = [
+        "\u2581No",
+        "\u2581effusion",
+        ".",
+        "\u2581Heart",
+        "<0xE2>",
+        "<0x89>",
+        "<0xA5>",
+        "\u25815",
+    ]
     tokenizer = Tokenizer(models.BPE({word: place for place, word in enumerate(words)}, []))
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     ids = list(range(len(words)))
     given = pieces(ReplyText(tokenizer.decode), ids)
@@ -56,7 +71,9 @@ def test_tokenizers_that_look_at_neighbors() -> None:
     assert "No" in given[:2]
 
     words = ["the", "heart", "is", "n", "'", "t", "large", ".", "##r"]
-    tokenizer = Tokenizer(models.WordPiece({word: place for place, word in enumerate(words)}, unk_token="the"))
+    tokenizer = Tokenizer(
+        models.WordPiece({word: place for place, word in enumerate(words)}, unk_token="the")
+    )
     tokenizer.decoder = decoders.WordPiece(cleanup=True)
     ids = [0, 1, 2, 3, 4, 5, 6, 8, 7]
     assert "".join(pieces(ReplyText(tokenizer.decode), ids)) == tokenizer.decode(ids)

@@ -18,11 +18,18 @@ from tests.tiny import lvlm_section, save_llm
 
 
 def build_tiny(
-    folder: Path, *, family: str = "qwen2.5", encoder: str = "siglip", connector: dict[str, Any] | None = None,
-    tasks: Sequence[str] = (), **options: Any,
-) -> tuple[Any, Any]:  # fmt: skip
+    folder: Path,
+    *,
+    family: str = "qwen2.5",
+    encoder: str = "siglip",
+    connector: dict[str, Any] | None = None,
+    tasks: Sequence[str] = (),
+    **options: Any,
+) -> tuple[Any, Any]:
     """A random model with one image branch, and its processor."""
-    section = lvlm_section(save_llm(family, folder / "llm"), family=family, encoder=encoder, **options)
+    section = lvlm_section(
+        save_llm(family, folder / "llm"), family=family, encoder=encoder, **options
+    )
     section["tasks"] = list(tasks)
     if connector is not None:
         section["branches"]["image"]["connector"] = connector
@@ -33,7 +40,8 @@ def build_tiny(
 
 
 def awaken(model: torch.nn.Module) -> None:
-    """Larger weights: a fresh model repeats one token whatever it is asked; this one has to look."""
+    """Larger weights: a fresh model repeats one token whatever it is asked; this one has to
+    look."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:
@@ -69,7 +77,10 @@ def questions(folder: Path, count: int, *, images: int = 3) -> list[dict[str, An
     records: list[dict[str, Any]] = []
     for index in range(count):
         text = "What is seen here" + " exactly" * (index % 7) + "?"
-        record: dict[str, Any] = {"id": f"q{index}", "conversations": [{"from": "human", "value": text}]}
+        record: dict[str, Any] = {
+            "id": f"q{index}",
+            "conversations": [{"from": "human", "value": text}],
+        }
         if index % 5:
             record["image"] = [f"{index % images}.png"]
             record["conversations"][0]["value"] = f"<image>\n{text}"

@@ -34,7 +34,13 @@ SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-FAMILIES: list[type[PreTrainedConfig]] = [LlamaConfig, Qwen2Config, Qwen3Config, PhiConfig, Phi3Config]
+FAMILIES: list[type[PreTrainedConfig]] = [
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    PhiConfig,
+    Phi3Config,
+]
 
 
 def examples(*lengths: int) -> list[Example]:
@@ -72,7 +78,9 @@ def test_one_row_gives_the_loss_and_gradients_of_a_padded_batch(
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     packed = model(**PackingCollator(0, 20, padding_free=True)(data)).loss
     packed.backward()
-    assert [length for length, _ in calls] == [7, 12, 2, 5, 9] * 2, "each sample by itself, in each layer"
+    assert [length for length, _ in calls] == [7, 12, 2, 5, 9] * 2, (
+        "each sample by itself, in each layer"
+    )
     assert all(mask is None for _, mask in calls)
     assert packed.item() == pytest.approx(padded.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
@@ -92,7 +100,9 @@ def test_padding_behind_the_samples_needs_no_mask(config: type[PreTrainedConfig]
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
-        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        )
     (expected, gradients), (found, same) = results
     assert found == pytest.approx(expected, rel=1e-6)
     for name, gradient in gradients.items():
@@ -132,9 +142,18 @@ def test_attention_that_cannot_be_split_is_left_alone(
 
 
 def kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, key_starts: torch.Tensor,
-    longest: int, key_longest: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    longest: int,
+    key_longest: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     """What torch's kernel for packed samples computes, and what it refuses."""
     assert window_size == (-1, 0)
     assert starts.dtype == key_starts.dtype == torch.int32
@@ -143,22 +162,30 @@ def kernel(
     assert enable_gqa or query.shape[1] == key.shape[1]
     attended = [
         torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale=scale, enable_gqa=enable_gqa,
+            q.transpose(0, 1),
+            k.transpose(0, 1),
+            v.transpose(0, 1),
+            scale=scale,
+            enable_gqa=enable_gqa,
             attn_mask=torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q)),
         ).transpose(0, 1)
         for q, k, v in zip(
-            query.split(starts.diff().tolist()), *(t.split(key_starts.diff().tolist()) for t in (key, value)),
+            query.split(starts.diff().tolist()),
+            *(t.split(key_starts.diff().tolist()) for t in (key, value)),
             strict=True,
         )
-    ]  # fmt: skip
+    ]
     return torch.cat(attended)
 
 
-@pytest.mark.parametrize("options", [{"window_size", "scale"}, {"window_size", "scale", "enable_gqa"}])
+@pytest.mark.parametrize(
+    "options", [{"window_size", "scale"}, {"window_size", "scale", "enable_gqa"}]
+)
 def test_mixed_precision_reaches_the_kernel_for_packed_samples(
     options: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained weights stay in float32, and with them the rotary embeddings: the queries arrive in float32."""
+    """Trained weights stay in float32, and with them the rotary embeddings: the queries arrive in
+    float32."""
     model = lvlm(LlamaConfig)
     assert model.enable_padding_free()
     batch = PackingCollator(0, 20, padding_free=True)(examples(7, 12, 2, 5, 9))
@@ -168,11 +195,15 @@ def test_mixed_precision_reaches_the_kernel_for_packed_samples(
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
-        return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return loss.item(), {
+            name: p.grad for name, p in model.named_parameters() if p.grad is not None
+        }
 
     expected, slow = run()
     calls = []
-    fake = SimpleNamespace(varlen_attn=lambda *given, **named: calls.append(named) or kernel(*given, **named))
+    fake = SimpleNamespace(
+        varlen_attn=lambda *given, **named: calls.append(named) or kernel(*given, **named)
+    )
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake)
     monkeypatch.setattr(attention, "_on_gpu", lambda _: True)
     monkeypatch.setattr(attention, "_varlen_options", lambda: frozenset(options))
@@ -180,7 +211,10 @@ def test_mixed_precision_reaches_the_kernel_for_packed_samples(
     assert len(calls) == 2, "once a layer"
     assert loss == pytest.approx(expected, rel=1e-3)
     for name, gradient in fast.items():
-        assert torch.nn.functional.cosine_similarity(gradient.flatten(), slow[name].flatten(), dim=0) > 0.999, name
+        assert (
+            torch.nn.functional.cosine_similarity(gradient.flatten(), slow[name].flatten(), dim=0)
+            > 0.999
+        ), name
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, PhiConfig])
@@ -195,12 +229,16 @@ def test_the_kernel_reads_texts_that_follow_on_others(
     decoder = Decoder(model, stops=[])
     expected = decoder.decode(texts)
     calls = []
-    fake = SimpleNamespace(varlen_attn=lambda *given, **named: calls.append(given[3:7]) or kernel(*given, **named))
+    fake = SimpleNamespace(
+        varlen_attn=lambda *given, **named: calls.append(given[3:7]) or kernel(*given, **named)
+    )
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake)
     monkeypatch.setattr(attention, "_on_gpu", lambda _: True)
     monkeypatch.setattr(attention, "_varlen_options", lambda: frozenset({"window_size", "scale"}))
     assert decoder.decode(texts) == expected
-    assert [longest for *_, longest, _ in calls] == [38, 38, 8, 8], "the beginning, and what follows, in each layer"
+    assert [longest for *_, longest, _ in calls] == [38, 38, 8, 8], (
+        "the beginning, and what follows, in each layer"
+    )
     assert [keys.tolist() for _, keys, *_ in calls[2:]] == [[0, 46, 87, 126]] * 2, "longest first"
 
 
@@ -226,7 +264,9 @@ def test_the_kernel_for_packed_samples_gives_what_the_loop_gives(
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
-        return loss.item(), model.language_model.model.layers[0].self_attn.q_proj.weight.grad.float().flatten()
+        return loss.item(), model.language_model.model.layers[
+            0
+        ].self_attn.q_proj.weight.grad.float().flatten()
 
     calls = []
     varlen = attention._varlen
@@ -239,7 +279,9 @@ def test_the_kernel_for_packed_samples_gives_what_the_loop_gives(
     assert torch.nn.functional.cosine_similarity(fast_gradient, slow_gradient, dim=0) > 0.99
 
 
-def test_one_kernel_is_for_half_precision_on_a_gpu_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_kernel_is_for_half_precision_on_a_gpu_without_dropout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(attention, "_varlen_options", lambda: frozenset({"window_size", "scale"}))
     model, gpu = lvlm(LlamaConfig).language_model, torch.device("cuda")
     assert attention.in_one_kernel(model, device=gpu, dtype=torch.bfloat16)
@@ -257,7 +299,9 @@ def test_compiled_layers_take_rows_of_any_length() -> None:
         PackingCollator(0, 64, padding_free=True)(examples(*lengths))
         for lengths in ((7, 30, 12), (9, 5), (3, 40, 8, 2))
     ]
-    batches = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in rows]
+    batches = [
+        {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in rows
+    ]
     with torch.no_grad():
         plain = [model(**batch).loss.item() for batch in batches]
     compile_layers(model)

@@ -24,7 +24,8 @@ ADVERSARIAL = [
 
 
 BEFORE_THE_REPLY = {"llama-2": " "}
-"""What a template writes between the end of the prompt and the reply: a model has to say it, so it is learned."""
+"""What a template writes between the end of the prompt and the reply: a model has to say it, so it
+is learned."""
 
 
 def chat_format(family: str) -> ChatFormat:
@@ -48,7 +49,9 @@ def targets(chat: ChatFormat, ids: list[int], learned: list[bool]) -> list[list[
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("text", ADVERSARIAL)
-def test_labels_decode_to_exactly_the_assistants_words_and_one_end_token(family: str, text: str) -> None:
+def test_labels_decode_to_exactly_the_assistants_words_and_one_end_token(
+    family: str, text: str
+) -> None:
     chat = chat_format(family)
     messages = [
         Message("user", [text]),
@@ -60,7 +63,10 @@ def test_labels_decode_to_exactly_the_assistants_words_and_one_end_token(family:
     first, second = targets(chat, ids, learned)
     end = chat.end_of_reply()
     lead = BEFORE_THE_REPLY.get(family, "")
-    assert [chat.tokenizer.decode(first[:-1]), chat.tokenizer.decode(second[:-1])] == [lead + text, lead + "B."]
+    assert [chat.tokenizer.decode(first[:-1]), chat.tokenizer.decode(second[:-1])] == [
+        lead + text,
+        lead + "B.",
+    ]
     assert first[-1] == second[-1] == end
     assert first.count(end) == 1, "an end token that was typed must stay text"
 
@@ -68,13 +74,23 @@ def test_labels_decode_to_exactly_the_assistants_words_and_one_end_token(family:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_same_ids_as_the_tokenizer_gives_for_the_rendered_template(family: str) -> None:
     chat = chat_format(family)
-    turns = [("system", "Be brief."), ("user", "Is there a\n\nmass?"), ("assistant", "No."), ("user", "Sure?")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Is there a\n\nmass?"),
+        ("assistant", "No."),
+        ("user", "Sure?"),
+    ]
     for generation, part in ((False, turns[:3]), (True, turns)):
         rendered = chat.tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in part],
-            chat_template=chat.template, tokenize=False, add_generation_prompt=generation, **chat.template_kwargs,
-        )  # fmt: skip
-        ids, learned = chat.encode([Message(role, [text]) for role, text in part], generation=generation)
+            chat_template=chat.template,
+            tokenize=False,
+            add_generation_prompt=generation,
+            **chat.template_kwargs,
+        )
+        ids, learned = chat.encode(
+            [Message(role, [text]) for role, text in part], generation=generation
+        )
         assert ids == chat.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         assert any(learned)
 
@@ -116,7 +132,8 @@ def test_the_prompt_of_generation_is_what_training_saw_before_the_reply() -> Non
 
 
 def test_qwen3_answers_behind_an_empty_thinking_block() -> None:
-    """As its published template does with enable_thinking=False: before the reply to the last question, learned by nobody."""
+    """As its published template does with enable_thinking=False: before the reply to the last
+    question, learned by nobody."""
     chat = chat_format("qwen3")
     turns = [
         Message("user", ["A?"]),
@@ -128,7 +145,10 @@ def test_qwen3_answers_behind_an_empty_thinking_block() -> None:
     start, block = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
     asked = f"<|im_start|>user\nA?<|im_end|>\n{start}B.<|im_end|>\n<|im_start|>user\nC?<|im_end|>\n"
     assert chat.tokenizer.decode(ids) == f"{asked}{start}{block}D.<|im_end|>\n"
-    assert [chat.tokenizer.decode(run) for run in targets(chat, ids, learned)] == ["B.<|im_end|>", "D.<|im_end|>"]
+    assert [chat.tokenizer.decode(run) for run in targets(chat, ids, learned)] == [
+        "B.<|im_end|>",
+        "D.<|im_end|>",
+    ]
     prompt, _ = chat.encode(turns[:3], generation=True)
     assert chat.tokenizer.decode(prompt) == f"{asked}{start}{block}"
     assert chat.tokenizer.convert_tokens_to_ids(["<think>", "</think>"]) == [
@@ -142,7 +162,9 @@ def test_reasoning_that_a_record_holds_is_learned_as_it_stands() -> None:
     reply = "<think>\nhm\n</think>\n\nNo."
     turns = [Message("user", ["A?"]), Message("assistant", [reply])] * 2
     ids, learned = chat.encode(turns)
-    assert [chat.tokenizer.decode(run) for run in targets(chat, ids, learned)] == [f"{reply}<|im_end|>"] * 2
+    assert [chat.tokenizer.decode(run) for run in targets(chat, ids, learned)] == [
+        f"{reply}<|im_end|>"
+    ] * 2
 
 
 def test_ready_ids_stand_where_they_were_put_and_are_not_learned() -> None:
@@ -158,7 +180,9 @@ def test_ready_ids_stand_where_they_were_put_and_are_not_learned() -> None:
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=3))
 def test_any_text_survives(replies: list[str]) -> None:
     chat = chat_format("smollm2")
-    messages = [m for text in replies for m in (Message("user", [text]), Message("assistant", [text]))]
+    messages = [
+        m for text in replies for m in (Message("user", [text]), Message("assistant", [text]))
+    ]
     ids, learned = chat.encode(messages)
     surviving = [text.encode("utf-8", "replace").decode() for text in replies]
     assert [chat.tokenizer.decode(run[:-1]) for run in targets(chat, ids, learned)] == surviving
@@ -166,7 +190,10 @@ def test_any_text_survives(replies: list[str]) -> None:
 
 def test_templates_that_cannot_teach_are_refused() -> None:
     tokenizer = make_tokenizer("qwen2.5")
-    no_end = ChatFormat(tokenizer, template="{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
+    no_end = ChatFormat(
+        tokenizer,
+        template="{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
+    )
     with pytest.raises(RecipeError, match="no end token after a reply"):
         no_end.encode([Message("user", ["a"]), Message("assistant", ["b"])])
     loses = ChatFormat(tokenizer, template="{{ messages[-1].content + eos_token }}")
@@ -180,7 +207,10 @@ def test_templates_that_cannot_teach_are_refused() -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for m in messages %}{{ m.content }}", r"TemplateSyntaxError, line 1: Unexpected end of template"),
+        (
+            "{% for m in messages %}{{ m.content }}",
+            r"TemplateSyntaxError, line 1: Unexpected end of template",
+        ),
         ("{{ messages[0].content }}\n{{ eos_token", r"TemplateSyntaxError, line 2"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
@@ -198,7 +228,8 @@ def test_a_broken_template_is_blamed_and_not_the_conversation(template: str, wor
 
 def test_a_template_that_works_for_a_question_blames_the_conversation_that_it_fails_on() -> None:
     template = (
-        "{% for m in messages %}{{ m.content + eos_token }}{% if loop.index > 1 %}{{ 1 // 0 }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.content + eos_token }}{% if loop.index > 1 %}{{ 1 // 0 }}{% "
+        "endif %}{% endfor %}"
     )
     chat = ChatFormat(make_tokenizer("qwen2.5"), template=template)
     assert chat.encode([Message("user", ["a"])], generation=True)[0]
@@ -211,9 +242,14 @@ def test_vicuna_layout_is_medm_vls() -> None:
     chat = ChatFormat(tokenizer, template=read_template("vicuna"))
     first = [Message("user", ["Q"]), Message("assistant", ["A"])]
     ids, learned = chat.encode(first)
-    assert chat.tokenizer.decode(ids).endswith("polite answers to the user's questions. USER: Q ASSISTANT: A<|im_end|>")
+    assert chat.tokenizer.decode(ids).endswith(
+        "polite answers to the user's questions. USER: Q ASSISTANT: A<|im_end|>"
+    )
     # The prompt ends at the colon, so the space before the reply is the model's to say.
-    assert chat.tokenizer.decode([t for t, said in zip(ids, learned, strict=True) if said]) == " A<|im_end|>"
+    assert (
+        chat.tokenizer.decode([t for t, said in zip(ids, learned, strict=True) if said])
+        == " A<|im_end|>"
+    )
     prompt, _ = chat.encode(first[:1], generation=True)
     assert ids[: learned.index(True)] == prompt
     ids, _ = chat.encode([*first, Message("user", ["R"])], generation=True)
@@ -238,6 +274,8 @@ def test_every_text_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kind, "__call__", noted)
     said = ["first question", "first answer", "second question", "second answer"]
     roles = ["user", "assistant"] * 2
-    _, learned = chat.encode([Message(role, [text]) for role, text in zip(roles, said, strict=True)])
+    _, learned = chat.encode(
+        [Message(role, [text]) for role, text in zip(roles, said, strict=True)]
+    )
     assert any(learned)
     assert [sum(text.count(one) for text in seen) for one in said] == [1, 1, 1, 1]

@@ -1,4 +1,5 @@
-"""A prompt is the same on every day, for every family and every way in which a template asks for the time."""
+"""A prompt is the same on every day, for every family and every way in which a template asks for
+the time."""
 
 from __future__ import annotations
 
@@ -21,14 +22,20 @@ from medm.models.lvlm.options import LVLMOptions
 from tests import tiny
 
 WITH_DATE = (
-    "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + ' at ' + strftime_now('%H:%M:%S') + '<|im_end|>' }}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + ' at ' + "
+    "strftime_now('%H:%M:%S') + '<|im_end|>' }}{% for m in messages %}{{ '<|im_start|>' + m.role "
+    "+ '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n' }}{% endif %}"
 )
-GUARDED = "{% if strftime_now is defined %}{% set date = strftime_now('%Y-%m-%d') %}{% endif %}{{ date }}" + WITH_DATE
+GUARDED = (
+    "{% if strftime_now is defined %}{% set date = strftime_now('%Y-%m-%d') %}{% endif %}{{ date }}"
+    + WITH_DATE
+)
 
 
-@pytest.fixture(params=[datetime.datetime(2031, 1, 2, 3, 4, 5), datetime.datetime(2040, 12, 24, 22, 0, 0)])
+@pytest.fixture(
+    params=[datetime.datetime(2031, 1, 2, 3, 4, 5), datetime.datetime(2040, 12, 24, 22, 0, 0)]
+)
 def another_day(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     class Clock(datetime.datetime):
         @classmethod
@@ -66,7 +73,9 @@ def test_a_saved_processor_gives_the_same_prompt_also_through_transformers(tmp_p
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     _, again = medm.models.load(str(tmp_path / "model"))
-    assert again.chat.template == processor.chat.template, "the clock is stopped once, however often it is saved"
+    assert again.chat.template == processor.chat.template, (
+        "the clock is stopped once, however often it is saved"
+    )
     stock = AutoProcessor.from_pretrained(tmp_path / "model").tokenizer.apply_chat_template(
         [{"role": "user", "content": "?"}], chat_template=again.chat_template, tokenize=False
     )
@@ -96,7 +105,9 @@ def test_every_field_shows_the_fixed_day(form: str, expected: str) -> None:
 def test_the_rest_of_the_template_is_not_changed(start: str) -> None:
     tail = "{% if false %}{{ strftime_now('%d') }}{% endif %}"
     plain, _ = chat_template_utils.render_jinja_template([[]], chat_template=start)
-    fixed, _ = chat_template_utils.render_jinja_template([[]], chat_template=fix_clock(start + tail))
+    fixed, _ = chat_template_utils.render_jinja_template(
+        [[]], chat_template=fix_clock(start + tail)
+    )
     assert fixed == plain
 
 
@@ -104,7 +115,9 @@ def test_a_template_without_a_clock_is_left_alone() -> None:
     assert fix_clock("{{ messages[0].content }}") == "{{ messages[0].content }}"
 
 
-@pytest.mark.parametrize("source", ["{{ ['a', 'b'] | random }}", "{{ ['a', 'b']|random }}", "{{ lipsum(n=1) }}"])
+@pytest.mark.parametrize(
+    "source", ["{{ ['a', 'b'] | random }}", "{{ ['a', 'b']|random }}", "{{ lipsum(n=1) }}"]
+)
 def test_a_template_that_draws_at_random_is_refused(source: str) -> None:
     with pytest.raises(RecipeError, match="draws at random"):
         fix_clock(source)

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from medm.metrics import METRICS
-from medm.metrics.base import Clusters, MetricResult, Resampling, check_lengths, draws, mean_result, summed_result
+from medm.metrics.base import (
+    Clusters,
+    MetricResult,
+    Resampling,
+    check_lengths,
+    draws,
+    mean_result,
+    summed_result,
+)
 from medm.metrics.compare import compare, randomisation_test
 from medm.metrics.match import exact_match
 
@@ -26,7 +34,9 @@ def test_the_interval_is_that_of_a_naive_bootstrap() -> None:
 
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
     scores = np.random.default_rng(0).random(30).tolist()
-    first, again, other = (mean_result("m", scores, "s", Resampling(seed=seed)) for seed in (5, 5, 6))
+    first, again, other = (
+        mean_result("m", scores, "s", Resampling(seed=seed)) for seed in (5, 5, 6)
+    )
     assert (first.low, first.high) == (again.low, again.high) != (other.low, other.high)
 
 
@@ -48,9 +58,14 @@ def test_groups_are_drawn_whole_as_a_naive_bootstrap_of_groups_does() -> None:
     result = mean_result("m", scores, "s", drawn)
     random = np.random.default_rng(99)
     groups = [scores[:4], scores[4:6], scores[6:7], scores[7:]]
-    naive = [np.concatenate([groups[i] for i in random.integers(4, size=4)]).mean() for _ in range(4000)]
+    naive = [
+        np.concatenate([groups[i] for i in random.integers(4, size=4)]).mean() for _ in range(4000)
+    ]
     low, high = np.quantile(naive, [0.025, 0.975])
-    assert (result.low, result.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+    assert (result.low, result.high) == (
+        pytest.approx(low, abs=0.01),
+        pytest.approx(high, abs=0.01),
+    )
     alone = mean_result("m", scores, "s", Resampling(rounds=4000, seed=1))
     assert result.high - result.low > 1.3 * (alone.high - alone.low)
     assert result.signature == "s|cluster:volume"
@@ -60,7 +75,9 @@ def test_groups_are_drawn_whole_as_a_naive_bootstrap_of_groups_does() -> None:
 def test_a_group_of_one_item_each_changes_nothing_but_the_signature() -> None:
     scores = np.random.default_rng(0).random(12)
     alone = mean_result("m", scores, "s", Resampling(rounds=100))
-    each = mean_result("m", scores, "s", Resampling(rounds=100, clusters=Clusters("id", tuple("abcdefghijkl"))))
+    each = mean_result(
+        "m", scores, "s", Resampling(rounds=100, clusters=Clusters("id", tuple("abcdefghijkl")))
+    )
     assert (each.low, each.high) == (alone.low, alone.high)
     with pytest.raises(ValueError, match="signature"):
         compare(alone, each)
@@ -68,14 +85,21 @@ def test_a_group_of_one_item_each_changes_nothing_but_the_signature() -> None:
 
 def test_groups_of_other_items_are_refused() -> None:
     drawn = Resampling(clusters=Clusters("volume", ("a", "b", "b")))
-    with pytest.raises(ValueError, match=r"2 items are scored, but groups by 'volume' are given for 3"):
+    with pytest.raises(
+        ValueError, match=r"2 items are scored, but groups by 'volume' are given for 3"
+    ):
         mean_result("m", [0.0, 1.0], "s", drawn)
-    assert mean_result("m", [0.0, 1.0], "s", drawn.part([0, 2])).clusters == Clusters("volume", ("a", "b"))
+    assert mean_result("m", [0.0, 1.0], "s", drawn.part([0, 2])).clusters == Clusters(
+        "volume", ("a", "b")
+    )
 
 
 def test_a_single_group_has_no_interval_and_no_test() -> None:
     drawn = Resampling(rounds=50, clusters=Clusters("volume", ("a", "a", "a")))
-    first, second = mean_result("m", [1.0, 1, 0], "s", drawn), mean_result("m", [0.0, 1, 0], "s", drawn)
+    first, second = (
+        mean_result("m", [1.0, 1, 0], "s", drawn),
+        mean_result("m", [0.0, 1, 0], "s", drawn),
+    )
     assert math.isnan(first.low)
     found = compare(first, second)
     assert math.isnan(found.low)
@@ -86,7 +110,8 @@ def test_a_single_group_has_no_interval_and_no_test() -> None:
 
 
 def test_signs_are_exchanged_by_whole_groups() -> None:
-    """Twelve items of three scans that all favour the first: by item very surprising, by scan 2 in 8."""
+    """Twelve items of three scans that all favour the first: by item very surprising, by scan 2 in
+    8."""
     first, second = np.ones(12), np.zeros(12)
     members = tuple(np.repeat(["a", "b", "c"], 4).tolist())
     grouped = Resampling(rounds=8000, clusters=Clusters("volume", members))
@@ -95,9 +120,12 @@ def test_signs_are_exchanged_by_whole_groups() -> None:
 
 
 def test_a_corpus_metric_is_resampled_as_a_corpus() -> None:
-    # tp, tp + fp: items of very different size. The mean of item ratios would be 0.5, the corpus value is 10 / 101.
+    # tp, tp + fp: items of very different size. The mean of item ratios would be 0.5, the corpus
+    # value is 10 / 101.
     statistics = np.array([[1.0, 1.0], [0.0, 1.0], [9.0, 99.0]])
-    result = summed_result("p", statistics, lambda sums: sums[:, 0] / sums[:, 1], "s", Resampling(rounds=200))
+    result = summed_result(
+        "p", statistics, lambda sums: sums[:, 0] / sums[:, 1], "s", Resampling(rounds=200)
+    )
     assert result.value == pytest.approx(10 / 101)
     assert result.per_item is None
     assert 0 <= result.low <= result.value <= result.high <= 1
@@ -141,11 +169,14 @@ def test_randomisation_equals_the_exact_permutation_test() -> None:
     deltas = first - second  # 0.5, 0.3, 0.1, -0.1
     signs = np.array(np.meshgrid(*[[1, -1]] * 4)).reshape(4, -1).T
     exact = (abs(signs @ deltas) >= abs(deltas.sum()) - 1e-12).mean()
-    assert randomisation_test(first, second, Resampling(rounds=20000)) == pytest.approx(exact, abs=0.01)
+    assert randomisation_test(first, second, Resampling(rounds=20000)) == pytest.approx(
+        exact, abs=0.01
+    )
 
 
 def test_pairing_matters() -> None:
-    """Two systems with wide but shared scatter: unpaired intervals overlap, the paired one excludes 0."""
+    """Two systems with wide but shared scatter: unpaired intervals overlap, the paired one excludes
+    0."""
     base = np.linspace(0, 1, 30)
     first = mean_result("m", (base + 0.02).tolist(), "s", Resampling())
     second = mean_result("m", base.tolist(), "s", Resampling())
@@ -158,7 +189,8 @@ def test_a_corpus_metric_is_compared_by_the_bootstrap() -> None:
     misses = np.array([[0.0, 1.0]] * 30)
     ratio = lambda sums: sums[:, 0] / sums[:, 1]  # noqa: E731
     found = compare(
-        summed_result("p", hits, ratio, "s", Resampling()), summed_result("p", misses, ratio, "s", Resampling())
+        summed_result("p", hits, ratio, "s", Resampling()),
+        summed_result("p", misses, ratio, "s", Resampling()),
     )
     assert found.test == "bootstrap"
     assert found.difference == 1
@@ -197,10 +229,15 @@ def test_every_metric_of_the_table_exists_and_takes_its_options(name: str) -> No
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in METRICS.names() if METRICS.entry(n).options.takes == "text" and n not in ("bertscore", "radeval")],
+    [
+        n
+        for n in METRICS.names()
+        if METRICS.entry(n).options.takes == "text" and n not in ("bertscore", "radeval")
+    ],
 )
 def test_every_text_metric_knows_right_from_wrong(name: str) -> None:
-    """Contract of every member: equal texts beat unrelated ones, and the order of the items does not matter."""
+    """Contract of every member: equal texts beat unrelated ones, and the order of the items does
+    not matter."""
     if name == "meteor":
         from medm.metrics.meteor import wordnet_available
 

@@ -28,12 +28,19 @@ FAST = Resampling(rounds=20)
 @st.composite
 def boxes(draw: st.DrawFn, axes: int) -> tuple[Box, tuple[int, ...]]:
     extent = tuple(draw(st.integers(1, 4000)) for _ in range(axes))
-    corners = [sorted(draw(st.tuples(*[st.floats(0, size, allow_nan=False)] * 2))) for size in extent]
+    corners = [
+        sorted(draw(st.tuples(*[st.floats(0, size, allow_nan=False)] * 2))) for size in extent
+    ]
     return (*(low for low, _ in corners), *(high for _, high in corners)), extent
 
 
 @settings(max_examples=300, deadline=None)
-@given(boxes(2), st.sampled_from([50, 100, 1000]), st.sampled_from(["floor", "round"]), st.sampled_from(["xy", "yx"]))
+@given(
+    boxes(2),
+    st.sampled_from([50, 100, 1000]),
+    st.sampled_from(["floor", "round"]),
+    st.sampled_from(["xy", "yx"]),
+)
 def test_a_binned_box_comes_back_within_its_bound(
     case: tuple[Box, tuple[int, ...]], bins: int, rounding: str, order: str
 ) -> None:
@@ -41,7 +48,9 @@ def test_a_binned_box_comes_back_within_its_bound(
     codec = BinnedBoxes(bins=bins, rounding=rounding, order=order)  # type: ignore[arg-type]
     parsed = codec.parse(f"It is at {codec.encode(box, extent)}.")
     assert (parsed.malformed, parsed.repaired, len(parsed.boxes)) == (0, 0, 1)
-    for coordinate, back, size in zip(box, scale(parsed.boxes[0], extent), [*extent, *extent], strict=True):
+    for coordinate, back, size in zip(
+        box, scale(parsed.boxes[0], extent), [*extent, *extent], strict=True
+    ):
         bound = size / bins if rounding == "floor" else size / bins / 2
         assert abs(back - coordinate) <= bound * (1 + 1e-9) + 1e-9
         if rounding == "floor":
@@ -57,12 +66,16 @@ def test_a_volume_box_comes_back_within_its_bound(
     codec = FractionBoxes(decimals=decimals, marked=marked)
     parsed = codec.parse(codec.encode(box, extent))
     assert (parsed.malformed, parsed.repaired) == (0, 0)
-    for coordinate, back, size in zip(box, scale(parsed.boxes[0], extent), [*extent, *extent], strict=True):
+    for coordinate, back, size in zip(
+        box, scale(parsed.boxes[0], extent), [*extent, *extent], strict=True
+    ):
         assert abs(back - coordinate) <= size * 0.5 * 10**-decimals * (1 + 1e-9) + 1e-9
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(alphabet="{}<>[],.0123456789 -+abx_start", max_size=60), st.sampled_from(sorted(CODECS)))
+@given(
+    st.text(alphabet="{}<>[],.0123456789 -+abx_start", max_size=60), st.sampled_from(sorted(CODECS))
+)
 def test_no_text_breaks_the_parser(text: str, codec: str) -> None:
     parsed = CODECS[codec].parse(text)
     for box in parsed.boxes:
@@ -133,7 +146,9 @@ def test_a_box_of_the_wrong_kind_is_refused() -> None:
         ((5, 5, 5, 5), (6, 5, 6, 5), 0, 0, 0),
     ],
 )
-def test_overlaps_by_hand(first: Box, second: Box, true: float, inclusive: float, enclosing: float) -> None:
+def test_overlaps_by_hand(
+    first: Box, second: Box, true: float, inclusive: float, enclosing: float
+) -> None:
     assert iou(first, second) == pytest.approx(true)
     assert iou(first, second, inclusive=1) == pytest.approx(inclusive)
     assert enclosing_iou(first, second) == pytest.approx(enclosing, abs=1e-5)
@@ -162,7 +177,9 @@ def test_scores_count_an_unreadable_box_as_zero() -> None:
     mean, unreadable = box_iou(guess, truth, resampling=FAST)
     assert mean.per_item == pytest.approx([1, 0, 1 / 3])
     assert unreadable.value == pytest.approx(1 / 3)
-    assert box_accuracy(guess, truth, threshold=0.3, resampling=FAST)[0].value == pytest.approx(2 / 3)
+    assert box_accuracy(guess, truth, threshold=0.3, resampling=FAST)[0].value == pytest.approx(
+        2 / 3
+    )
     assert box_accuracy(guess, truth, resampling=FAST)[0].name == "box-accuracy@0.5"
     assert box_iou([None, (0, 0, 1, 1)], [(0, 0, 1, 1)] * 2, resampling=FAST)[0].value == 0.5
     with pytest.raises(ValueError, match="item 0: no box can be read"):

@@ -60,7 +60,8 @@ def test_f1_by_hand() -> None:
     references = ["Small pleural effusion. Mild edema.", "No acute disease."]
     predictions = ["Small pleural effusion.", "Mild edema."]
     scores = {r.name: r.value for r in chest_label_f1(predictions, references, resampling=FAST)}
-    # Effusion: hit. Edema: missed in the first, invented in the second. No Finding: missed in the second.
+    # Effusion: hit. Edema: missed in the first, invented in the second. No Finding: missed in the
+    # second.
     assert scores["chest-label-f1-micro-14"] == pytest.approx(2 * 1 / (2 * 1 + 3))
     assert scores["chest-label-f1-macro-14"] == pytest.approx((1 + 0 + 0) / 3)
     assert scores["chest-label-f1-micro-5"] == pytest.approx(2 / (2 + 2))

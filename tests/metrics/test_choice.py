@@ -110,7 +110,9 @@ def test_closed_accuracy_by_hand() -> None:
     references = ["Yes", "No", "no", "left", "left", "yes"]
     accuracy, unparsed = closed_accuracy(predictions, references, resampling=FAST)
     assert accuracy.per_item == [1, 0, 1, 1, 0, 0]
-    assert unparsed.value == pytest.approx(2 / 4)  # "abnormal" and "maybe", of the four yes/no questions
+    assert unparsed.value == pytest.approx(
+        2 / 4
+    )  # "abnormal" and "maybe", of the four yes/no questions
 
 
 def test_a_reference_that_only_begins_like_yes_or_no_is_text() -> None:
@@ -118,7 +120,9 @@ def test_a_reference_that_only_begins_like_yes_or_no_is_text() -> None:
     accuracy, unparsed = closed_accuracy(["true", "no", "no", "yes"], references, resampling=FAST)
     assert accuracy.per_item == [0, 0, 1, 1]
     assert unparsed.n == 2
-    right = closed_accuracy(["True pelvis.", "no contrast", "no", "Yes"], references, resampling=FAST)[0]
+    right = closed_accuracy(
+        ["True pelvis.", "no contrast", "no", "Yes"], references, resampling=FAST
+    )[0]
     assert right.value == 1
 
 
@@ -129,13 +133,17 @@ def test_an_empty_answer_to_an_empty_reference_is_no_hit() -> None:
 def test_choice_accuracy_by_hand() -> None:
     predictions = ["B. left lung", "liver", "the spleen", "C"]
     references = ["B", "A. Liver", "A", "B"]
-    accuracy, unparsed = choice_accuracy(predictions, references, options=[ORGANS] * 4, resampling=FAST)
+    accuracy, unparsed = choice_accuracy(
+        predictions, references, options=[ORGANS] * 4, resampling=FAST
+    )
     assert accuracy.per_item == [1, 1, 0, 0]
     assert unparsed.per_item == [0, 0, 1, 0]
 
 
 def test_without_wordings_only_letters_are_read() -> None:
-    accuracy, unparsed = choice_accuracy(["(b)", "Answer: c", "liver"], ["b", "(c) x", "a."], resampling=FAST)
+    accuracy, unparsed = choice_accuracy(
+        ["(b)", "Answer: c", "liver"], ["b", "(c) x", "a."], resampling=FAST
+    )
     assert accuracy.per_item == [1, 1, 0]
     assert unparsed.per_item == [0, 0, 1]
 

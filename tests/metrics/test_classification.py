@@ -10,19 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medm.metrics.base import Resampling
-from medm.metrics.classification import accuracy, auroc, balanced_accuracy, macro_f1, sensitivity_specificity
+from medm.metrics.classification import (
+    accuracy,
+    auroc,
+    balanced_accuracy,
+    macro_f1,
+    sensitivity_specificity,
+)
 from medm.metrics.retrieval import ranks, recall_at_k
 
 FAST = Resampling(rounds=50)
 TRUE = ["a", "a", "a", "a", "b", "b", "c", "c"]
 GUESS = ["a", "a", "b", "x", "b", "a", "c", "b"]
-# a: tp 2, fp 1, missed 2 -> F1 4/7; b: tp 1, fp 2, missed 1 -> 2/5; c: tp 1, fp 0, missed 1 -> 2/3. x is a miss only.
+# a: tp 2, fp 1, missed 2 -> F1 4/7; b: tp 1, fp 2, missed 1 -> 2/5; c: tp 1, fp 0, missed 1 -> 2/3.
+# x is a miss only.
 
 
 def test_label_metrics_by_hand() -> None:
     assert accuracy(GUESS, TRUE, resampling=FAST)[0].value == pytest.approx(4 / 8)
-    assert balanced_accuracy(GUESS, TRUE, resampling=FAST)[0].value == pytest.approx((2 / 4 + 1 / 2 + 1 / 2) / 3)
-    assert macro_f1(GUESS, TRUE, resampling=FAST)[0].value == pytest.approx((4 / 7 + 2 / 5 + 2 / 3) / 3)
+    assert balanced_accuracy(GUESS, TRUE, resampling=FAST)[0].value == pytest.approx(
+        (2 / 4 + 1 / 2 + 1 / 2) / 3
+    )
+    assert macro_f1(GUESS, TRUE, resampling=FAST)[0].value == pytest.approx(
+        (4 / 7 + 2 / 5 + 2 / 3) / 3
+    )
 
 
 def test_the_majority_answer_has_high_accuracy_and_low_balanced_accuracy() -> None:
@@ -60,7 +71,9 @@ def test_auroc_by_hand(scores: list[float], labels: list[int], area: float) -> N
 def test_auroc_equals_counting_all_pairs(items: list[tuple[int, bool]]) -> None:
     positive = [score for score, label in items if label]
     negative = [score for score, label in items if not label]
-    found = auroc([s for s, _ in items], [int(y) for _, y in items], resampling=Resampling(rounds=0))[0].value
+    found = auroc(
+        [s for s, _ in items], [int(y) for _, y in items], resampling=Resampling(rounds=0)
+    )[0].value
     if not positive or not negative:
         assert math.isnan(found)
         return
@@ -70,9 +83,13 @@ def test_auroc_equals_counting_all_pairs(items: list[tuple[int, bool]]) -> None:
 
 def test_auroc_of_classes_and_their_mean() -> None:
     scores = [[0.9, 0.2, 0.5], [0.8, 0.1, 0.6], [0.1, 0.7, 0.6], [0.2, 0.8, 0.7]]
-    mean, first, second, third = auroc(scores, [0, 0, 1, 1], class_names=["x", "y", "z"], resampling=FAST)
+    mean, first, second, third = auroc(
+        scores, [0, 0, 1, 1], class_names=["x", "y", "z"], resampling=FAST
+    )
     assert (first.name, first.value, second.value) == ("auroc[x]", 1, 1)
-    assert math.isnan(third.value)  # class 2 never occurs: it is left out of the mean and not counted as 0
+    assert math.isnan(
+        third.value
+    )  # class 2 never occurs: it is left out of the mean and not counted as 0
     assert mean.value == 1
     multi_hot = auroc(scores, [[1, 0, 0], [1, 0, 1], [0, 1, 1], [0, 1, 0]], resampling=FAST)
     assert multi_hot[3].value == 0.5  # 0.6 > 0.5 twice, 0.6 < 0.7 twice: 2 of 4 wins

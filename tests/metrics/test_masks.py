@@ -23,7 +23,9 @@ def test_overlap_by_hand() -> None:
     first, second = square(0, 4), square(2, 6)  # 16 and 16 pixels, 4 shared
     assert dice_of(first, second) == pytest.approx(2 * 4 / 32)
     assert iou_of(first, second) == pytest.approx(4 / 28)
-    assert dice([first, second], [second, second], resampling=FAST)[0].per_item == pytest.approx([0.25, 1])
+    assert dice([first, second], [second, second], resampling=FAST)[0].per_item == pytest.approx(
+        [0.25, 1]
+    )
     assert mask_iou([first], [second], resampling=FAST)[0].value == pytest.approx(1 / 7)
 
 
@@ -32,7 +34,9 @@ def test_empty_masks() -> None:
     assert dice_of(empty, empty) == iou_of(empty, empty) == nsd_of(empty, empty, (1, 1), 1) == 1
     assert dice_of(empty, full) == iou_of(full, empty) == nsd_of(empty, full, (1, 1), 1) == 0
     assert hd95_of(empty, empty, (1, 1)) == 0
-    assert hd95_of(full, empty, (3, 4)) == pytest.approx(math.hypot(12, 16))  # the diagonal of the grid, in mm
+    assert hd95_of(full, empty, (3, 4)) == pytest.approx(
+        math.hypot(12, 16)
+    )  # the diagonal of the grid, in mm
 
 
 def test_surface_distances_are_millimetres() -> None:
@@ -53,7 +57,9 @@ def test_surface_dice_counts_what_lies_within_the_tolerance() -> None:
     assert nsd_of(first, second, (1, 1), 1.5) == 1
     strict = nsd_of(first, second, (1, 1), 0.5)
     assert 0 < strict < 1
-    assert nsd_of(first, second, (2, 2), 1.0) == pytest.approx(strict)  # the same picture, twice as large
+    assert nsd_of(first, second, (2, 2), 1.0) == pytest.approx(
+        strict
+    )  # the same picture, twice as large
     assert nsd([first], [second], tolerance=1.5, resampling=FAST)[0].name == "nsd@1.5"
 
 

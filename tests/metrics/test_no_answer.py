@@ -1,4 +1,5 @@
-"""A model that says nothing, or nothing to the point, scores the worst value of every metric in the table."""
+"""A model that says nothing, or nothing to the point, scores the worst value of every metric in the
+table."""
 
 from __future__ import annotations
 
@@ -15,13 +16,17 @@ from medm.metrics.match import exact_match, normalised_match, token_f1
 
 FAST = Resampling(rounds=0)
 MODELS = ("bertscore", "radeval", "meteor", "meteor-java")
-"""Metrics of which the files or packages are not on every machine; their tests stand beside their other tests."""
+"""Metrics of which the files or packages are not on every machine; their tests stand beside their
+other tests."""
 REFERENCES = [
     "No acute cardiopulmonary process. The lungs are clear.",
     "There is a small left pleural effusion. The heart is enlarged.",
 ]
 CLOSED = ["yes", "no"]
-BOXES = {"uni-med": ["{<10><20><30><40>}", "{<0><0><100><50>}"], "m3d": ["[0.1, 0.1, 0.1, 0.5, 0.5, 0.5]"] * 2}
+BOXES = {
+    "uni-med": ["{<10><20><30><40>}", "{<0><0><100><50>}"],
+    "m3d": ["[0.1, 0.1, 0.1, 0.5, 0.5, 0.5]"] * 2,
+}
 MASKS = [np.ones((3, 4, 4), bool), np.pad(np.ones((1, 2, 2), bool), ((1, 1), (1, 1), (1, 1)))]
 DIAGNOSTICS = ("closed-unparsed", "choice-unparsed", "box-unreadable")
 """Shares of replies that could not be read, of which the worst is 1."""
@@ -29,7 +34,9 @@ DIAGNOSTICS = ("closed-unparsed", "choice-unparsed", "box-unreadable")
 
 def worst_of(name: str) -> float:
     if name.startswith("hd95"):
-        return float(np.mean([np.linalg.norm(mask.shape) for mask in MASKS]))  # the diagonals of the grids
+        return float(
+            np.mean([np.linalg.norm(mask.shape) for mask in MASKS])
+        )  # the diagonals of the grids
     return -1.0 if name == "m3d-bench-box-iou" else 0.0
 
 
@@ -66,7 +73,9 @@ def scores(name: str, reply: Any) -> list[MetricResult]:
 @pytest.mark.parametrize("name", [name for name in METRICS.names() if name not in MODELS])
 def test_no_reply_scores_worst(name: str, reply: str) -> None:
     found = [result for result in scores(name, reply) if result.name not in DIAGNOSTICS]
-    found = [result for result in found if not math.isnan(result.value)]  # undefined for these references
+    found = [
+        result for result in found if not math.isnan(result.value)
+    ]  # undefined for these references
     assert found
     for result in found:
         if result.name.endswith("median-rank"):
@@ -87,7 +96,9 @@ def test_no_label_equals_no_label(name: str, nothing: Any) -> None:
      "uni-med-closed-accuracy", "bleu-nltk", "uni-med-bleu"],
 )  # fmt: skip
 @pytest.mark.parametrize("reference", ["the", ".", "?", "A"])
-def test_a_reference_that_normalizes_to_nothing_is_not_hit_by_nothing(name: str, reference: str) -> None:
+def test_a_reference_that_normalizes_to_nothing_is_not_hit_by_nothing(
+    name: str, reference: str
+) -> None:
     for reply in ("", " ", "\t"):
         assert not METRICS.get(name)([reply], [reference], resampling=FAST)[0].value > 0
 

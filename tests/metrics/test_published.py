@@ -1,4 +1,5 @@
-"""The original scoring is repeated with its quirks, and the corrected scoring differs where it should."""
+"""The original scoring is repeated with its quirks, and the corrected scoring differs where it
+should."""
 
 from __future__ import annotations
 
@@ -38,7 +39,10 @@ def test_a_right_word_has_no_bleu_4_only_for_uni_med() -> None:
     assert published[3] == pytest.approx(sys.float_info.min ** (3 / 4))
     assert bleu_nltk(["lung"], ["lung"], resampling=FAST)[0].value == 1
     undefined = bleu_nltk(["lung"], ["lung"], resampling=FAST)[3]
-    assert (math.isnan(undefined.value), undefined.note) == (True, "undefined: no reference has 4 words")
+    assert (math.isnan(undefined.value), undefined.note) == (
+        True,
+        "undefined: no reference has 4 words",
+    )
     assert value(bleu(["lung"], ["lung"], resampling=FAST)) == pytest.approx(1)
 
 
@@ -73,13 +77,17 @@ def test_uni_med_boxes() -> None:
     truth: list[boxes.Box] = [(10, 10, 20, 20)]
     score = lambda text: uni_med.box_iou([text], truth, extents=extent, resampling=FAST)[0].value  # noqa: E731
     assert score("{<10><10><20><20>}") == 1
-    assert score("{<20><10><30><20>}") == pytest.approx(11 / (2 * 121 - 11))  # boxes that only touch share a column
+    assert score("{<20><10><30><20>}") == pytest.approx(
+        11 / (2 * 121 - 11)
+    )  # boxes that only touch share a column
     assert boxes.iou((20, 10, 30, 20), truth[0]) == 0
     assert score("it is {<10><10><20><20>}") == 0  # anchored at the start
     assert score("{ <10> <10> <20> <20> } and more") == 1
     swapped = "{<20><20><10><10>}"
     assert score(swapped) == 0
-    assert boxes.CODECS["uni-med"].parse(swapped).first == pytest.approx((0.1, 0.1, 0.2, 0.2))  # repaired and counted
+    assert boxes.CODECS["uni-med"].parse(swapped).first == pytest.approx(
+        (0.1, 0.1, 0.2, 0.2)
+    )  # repaired and counted
     with pytest.raises(ValueError, match="codec 'uni-med'"):
         uni_med.box_iou(["x"], ["y"], codec="m3d")
 
@@ -116,7 +124,9 @@ def test_m3d_dice_is_soft_and_never_one() -> None:
     one_voxel[0, 0, 0] = 1
     assert value(m3d_bench.dice([one_voxel], [one_voxel], resampling=FAST)) == pytest.approx(2 / 3)
     assert value(masks.dice([one_voxel], [one_voxel], resampling=FAST)) == 1
-    assert value(m3d_bench.dice([one_voxel * 0.6], [one_voxel], resampling=FAST)) == pytest.approx(1.2 / 2.6)
+    assert value(m3d_bench.dice([one_voxel * 0.6], [one_voxel], resampling=FAST)) == pytest.approx(
+        1.2 / 2.6
+    )
 
 
 def test_m3d_text_scores() -> None:
@@ -127,4 +137,6 @@ def test_m3d_text_scores() -> None:
     assert value(m3d_bench.rouge(predictions, references, resampling=FAST)) == value(
         rouge(predictions, references, resampling=FAST)
     )
-    assert m3d_bench.bleu(["liver"], ["liver is big"], resampling=FAST)[0].value == pytest.approx(np.exp(1 - 3))
+    assert m3d_bench.bleu(["liver"], ["liver is big"], resampling=FAST)[0].value == pytest.approx(
+        np.exp(1 - 3)
+    )

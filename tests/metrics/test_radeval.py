@@ -34,7 +34,9 @@ def test_scores_of_reports_become_means_with_intervals(monkeypatch: pytest.Monke
 
     monkeypatch.setitem(sys.modules, "radeval", SimpleNamespace(RadEval=Evaluator))
     monkeypatch.setattr(module, "version", lambda name: "2.2.1")
-    (result,) = radeval(["a", "b", "c", "x"], ["a", "b", "y", "y"], resampling=Resampling(rounds=50))
+    (result,) = radeval(
+        ["a", "b", "c", "x"], ["a", "b", "y", "y"], resampling=Resampling(rounds=50)
+    )
     assert (result.name, result.value, result.n) == ("radeval/radgraph_simple", 0.5, 4)
     assert result.low < 0.5 < result.high
     assert asked == {"metrics": ["radgraph"], "per_sample": True, "show_progress": False}

@@ -1,4 +1,5 @@
-"""BLEU, ROUGE, METEOR, CIDEr-D, BERTScore and matches: parity with the named programs, and numbers by hand."""
+"""BLEU, ROUGE, METEOR, CIDEr-D, BERTScore and matches: parity with the named programs, and numbers
+by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +42,10 @@ TWO_REFERENCES = [[text, "There is no acute disease of the chest."] for text in 
 
 
 def words(generator: random.Random, longest: int = 9) -> list[str]:
-    return [generator.choice(["a", "b", "c", "d", "e", "f"]) for _ in range(generator.randint(0, longest))]
+    return [
+        generator.choice(["a", "b", "c", "d", "e", "f"])
+        for _ in range(generator.randint(0, longest))
+    ]
 
 
 def test_bleu_equals_sacrebleu() -> None:
@@ -69,7 +73,9 @@ def test_bleu_with_an_empty_prediction_equals_sacrebleu() -> None:
 
     predictions = ["", *GENERATED[1:]]
     expected = sacrebleu.BLEU().corpus_score(predictions, [REPORTS]).score
-    assert bleu(predictions, REPORTS, resampling=FAST)[3].value * 100 == pytest.approx(expected, abs=1e-9)
+    assert bleu(predictions, REPORTS, resampling=FAST)[3].value * 100 == pytest.approx(
+        expected, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("smoothing", ["none", "epsilon", "add-one"])
@@ -82,20 +88,31 @@ def test_sentence_bleu_equals_nltk(smoothing: str) -> None:
     method = {"none": "method0", "epsilon": "method1", "add-one": "method2"}[smoothing]
     generator = random.Random(0)
     for _ in range(200):
-        mine, theirs = words(generator), [words(generator) or ["a"] for _ in range(generator.randint(1, 3))]
+        mine, theirs = (
+            words(generator),
+            [words(generator) or ["a"] for _ in range(generator.randint(1, 3))],
+        )
         for order in (1, 2, 3, 4):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 expected = nltk_bleu(
-                    theirs, mine, weights=[1 / order] * order, smoothing_function=getattr(SmoothingFunction(), method)
+                    theirs,
+                    mine,
+                    weights=[1 / order] * order,
+                    smoothing_function=getattr(SmoothingFunction(), method),
                 )
-            assert sentence_bleu(mine, theirs, order, smoothing=smoothing) == pytest.approx(float(expected), rel=1e-9)
+            assert sentence_bleu(mine, theirs, order, smoothing=smoothing) == pytest.approx(
+                float(expected), rel=1e-9
+            )
 
 
 def test_bleu_by_hand() -> None:
-    # "no effusion" for "no pleural effusion": all 2 words match, no bigram does; brevity exp(1 - 3/2).
+    # "no effusion" for "no pleural effusion": all 2 words match, no bigram does; brevity exp(1 -
+    # 3/2).
     penalty = math.exp(-0.5)
-    first, second = (r.value for r in bleu_coco(["no effusion"], ["no pleural effusion"], resampling=FAST)[:2])
+    first, second = (
+        r.value for r in bleu_coco(["no effusion"], ["no pleural effusion"], resampling=FAST)[:2]
+    )
     assert first == pytest.approx(penalty, rel=1e-6)
     assert second == pytest.approx(0, abs=1e-6)
     smoothed = bleu_nltk(["no effusion"], ["no pleural effusion"], resampling=FAST)
@@ -115,21 +132,32 @@ def test_rouge_equals_rouge_score() -> None:
     kinds = ["rouge1", "rouge2", "rougeL"]
     for stem in (False, True):
         scorer = RougeScorer(kinds, use_stemmer=stem)
-        expected = [[scorer.score(r, p)[k].fmeasure for p, r in zip(GENERATED, REPORTS, strict=True)] for k in kinds]
-        for result, scores in zip(rouge(GENERATED, REPORTS, stem=stem, resampling=FAST), expected, strict=True):
+        expected = [
+            [scorer.score(r, p)[k].fmeasure for p, r in zip(GENERATED, REPORTS, strict=True)]
+            for k in kinds
+        ]
+        for result, scores in zip(
+            rouge(GENERATED, REPORTS, stem=stem, resampling=FAST), expected, strict=True
+        ):
             assert result.per_item == pytest.approx(scores)
             assert result.value == pytest.approx(np.mean(scores))
 
 
 def test_rouge_by_hand() -> None:
-    # 2 of 2 and 2 of 3 words: F1 = 2 * 1 * (2/3) / (5/3) = 0.8; no bigram; longest common subsequence 2.
-    values = [result.value for result in rouge(["no effusion"], ["no pleural effusion"], resampling=FAST)]
+    # 2 of 2 and 2 of 3 words: F1 = 2 * 1 * (2/3) / (5/3) = 0.8; no bigram; longest common
+    # subsequence 2.
+    values = [
+        result.value for result in rouge(["no effusion"], ["no pleural effusion"], resampling=FAST)
+    ]
     assert values == pytest.approx([0.8, 0.0, 0.8])
 
 
 def test_cider_d_by_hand() -> None:
-    # Two documents; every word of each occurs in one only: idf = log 2 for all, equal vectors, so 10 an item.
-    assert cider_d_scores([list("abcd"), list("efgh")], [[list("abcd")], [list("efgh")]]) == pytest.approx([10, 10])
+    # Two documents; every word of each occurs in one only: idf = log 2 for all, equal vectors, so
+    # 10 an item.
+    assert cider_d_scores(
+        [list("abcd"), list("efgh")], [[list("abcd")], [list("efgh")]]
+    ) == pytest.approx([10, 10])
     # Words that are in every document weigh nothing.
     assert cider_d_scores([list("ab"), list("ab")], [[list("ab")], [list("ab")]]) == [0, 0]
     # Repeating a rare word is clipped: without clipping the cosine of (3, 0) and (1, 0) would be 1.
@@ -140,7 +168,8 @@ def test_cider_d_by_hand() -> None:
 
 
 def test_meteor_exact_stem_by_hand() -> None:
-    # "lungs clear" for "lung clear": one stem and one exact match in one chunk. P = R = 1, penalty 0.5 * (1/2)^3.
+    # "lungs clear" for "lung clear": one stem and one exact match in one chunk. P = R = 1, penalty
+    # 0.5 * (1/2)^3.
     result = meteor_exact_stem(["lungs clear"], ["lung clear"], resampling=FAST)[0]
     assert result.value == pytest.approx(1 - 0.5 * (1 / 2) ** 3)
     assert result.name == "meteor-exact-stem"
@@ -164,21 +193,27 @@ def test_meteor_with_wordnet_sees_synonyms() -> None:
     if not wordnet_available():
         pytest.skip("the WordNet files are not on this machine (see docs/benchmarks.md)")
     with_synonyms = meteor(["a tumor there"], ["a tumour there"], resampling=FAST)[0]
-    assert with_synonyms.value > meteor_exact_stem(["a tumor there"], ["a tumour there"], resampling=FAST)[0].value
+    assert (
+        with_synonyms.value
+        > meteor_exact_stem(["a tumor there"], ["a tumour there"], resampling=FAST)[0].value
+    )
     assert "wordnet" in with_synonyms.signature
 
 
 @pytest.fixture(scope="module")
 def toolkit() -> None:
     pytest.importorskip(
-        "pycocoevalcap", reason="pycocoevalcap (104 MB) is not installed: pip install pycocoevalcap==1.2"
+        "pycocoevalcap",
+        reason="pycocoevalcap (104 MB) is not installed: pip install pycocoevalcap==1.2",
     )
 
 
 @pytest.fixture(scope="module")
 def java(toolkit: None) -> None:
     if shutil.which("java") is None:
-        pytest.skip("no Java on this machine: METEOR and the PTB tokeniser of the toolkit cannot run")
+        pytest.skip(
+            "no Java on this machine: METEOR and the PTB tokeniser of the toolkit cannot run"
+        )
 
 
 def test_bleu_and_cider_equal_the_coco_toolkit(toolkit: None) -> None:
@@ -188,14 +223,18 @@ def test_bleu_and_cider_equal_the_coco_toolkit(toolkit: None) -> None:
     generator = random.Random(4)
     for _ in range(20):
         mine = [words(generator, 12) or ["a"] for _ in range(6)]
-        theirs = [[words(generator, 12) or ["b"] for _ in range(generator.randint(1, 3))] for _ in range(6)]
+        theirs = [
+            [words(generator, 12) or ["b"] for _ in range(generator.randint(1, 3))]
+            for _ in range(6)
+        ]
         predictions = {i: [" ".join(item)] for i, item in enumerate(mine)}
         targets = {i: [" ".join(text) for text in item] for i, item in enumerate(theirs)}
         expected, _ = Bleu(4).compute_score(targets, predictions, verbose=0)
         results = bleu_coco(
-            [" ".join(item) for item in mine], [[" ".join(t) for t in item] for item in theirs],
+            [" ".join(item) for item in mine],
+            [[" ".join(t) for t in item] for item in theirs],
             resampling=Resampling(rounds=0),
-        )  # fmt: skip
+        )
         assert [result.value for result in results] == pytest.approx(expected, rel=1e-9, abs=1e-12)
         _, each = Cider().compute_score(targets, predictions)
         assert cider_d_scores(mine, theirs) == pytest.approx(each.tolist(), rel=1e-9, abs=1e-12)
@@ -214,7 +253,9 @@ def test_the_whole_caption_scoring_equals_the_coco_toolkit(java: None) -> None:
     assert [predictions[i][0].split() for i in range(5)] == [ptb_tokens(text) for text in GENERATED]
     assert [targets[i][0].split() for i in range(5)] == [ptb_tokens(text) for text in REPORTS]
     expected, _ = Bleu(4).compute_score(targets, predictions, verbose=0)
-    assert [r.value for r in bleu_coco(GENERATED, REPORTS, resampling=FAST)] == pytest.approx(expected, rel=1e-9)
+    assert [r.value for r in bleu_coco(GENERATED, REPORTS, resampling=FAST)] == pytest.approx(
+        expected, rel=1e-9
+    )
     assert cider_d(GENERATED, REPORTS, resampling=FAST)[0].value == pytest.approx(
         Cider().compute_score(targets, predictions)[0], rel=1e-9
     )
@@ -225,7 +266,8 @@ def test_the_whole_caption_scoring_equals_the_coco_toolkit(java: None) -> None:
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [
-        # What Stanford's tokeniser and the toolkit's list of marks made of these texts when they were run once.
+        # What Stanford's tokeniser and the toolkit's list of marks made of these texts when they
+        # were run once.
         ("The heart is enlarged (cardiomegaly), and there's no effusion.",
          "the heart is enlarged -lrb- cardiomegaly -rrb- and there 's no effusion"),
         ("Right/left lower-lobe opacities measuring 3.5 x 2-mm; stable since 1/2/2019.",
@@ -243,7 +285,8 @@ def test_ptb_tokens(text: str, tokens: str) -> None:
 
 
 def original_tokens() -> list[tuple[str, str]]:
-    """Texts, and what pycocoevalcap 1.2 with Stanford's tokenizer (corenlp 3.4.1, Java 17) made of each alone."""
+    """Texts, and what pycocoevalcap 1.2 with Stanford's tokenizer (corenlp 3.4.1, Java 17) made of
+    each alone."""
     lines = Path(__file__).with_name("ptb_tokens.tsv").read_text(encoding="utf-8").splitlines()
     return [(text, tokens) for text, _, tokens in (line.partition("\t") for line in lines)]
 
@@ -260,7 +303,9 @@ def test_the_table_of_tokens_is_that_of_the_original(java: None) -> None:
     # A line of its own between them: the original looks at the beginning of the next caption.
     captions = [text for pair in ((text, "x") for text, _ in table) for text in pair]
     printed = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(captions)})
-    assert [printed[2 * i][0].split() for i in range(len(table))] == [tokens.split() for _, tokens in table]
+    assert [printed[2 * i][0].split() for i in range(len(table))] == [
+        tokens.split() for _, tokens in table
+    ]
 
 
 @pytest.mark.parametrize(
@@ -296,11 +341,16 @@ def test_normalise_answer(text: str, normal: str) -> None:
 
 
 def test_matches_by_hand() -> None:
-    predictions, references = ["The left lung.", "right lung", "Lung"], ["left lung", "left lung", "lung "]
+    predictions, references = (
+        ["The left lung.", "right lung", "Lung"],
+        ["left lung", "left lung", "lung "],
+    )
     assert exact_match(predictions, references, resampling=FAST)[0].per_item == [0, 0, 1]
     assert normalised_match(predictions, references, resampling=FAST)[0].per_item == [1, 0, 1]
     # "right lung" against "left lung": one of two on both sides.
-    assert token_f1(predictions, references, resampling=FAST)[0].per_item == pytest.approx([1, 0.5, 1])
+    assert token_f1(predictions, references, resampling=FAST)[0].per_item == pytest.approx(
+        [1, 0.5, 1]
+    )
 
 
 def test_token_f1_counts_a_repeat_once() -> None:
@@ -330,10 +380,18 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *["no", "small", "pleural", "effusion", "heart", "lung", "clear"],
     ]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizerFast(
+        vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt")
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     BertModel(
-        BertConfig(vocab_size=12, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+        BertConfig(
+            vocab_size=12,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
     ).save_pretrained(folder)
     return folder
 
@@ -343,12 +401,19 @@ def test_bertscore_equals_its_formula(tiny_bert: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     predictions, references = ["no effusion", "heart"], ["small pleural effusion", "heart"]
-    results = bertscore(predictions, references, path=str(tiny_bert), layer=1, batch_size=2, resampling=FAST)
-    tokenizer, model = AutoTokenizer.from_pretrained(tiny_bert), AutoModel.from_pretrained(tiny_bert).eval()
+    results = bertscore(
+        predictions, references, path=str(tiny_bert), layer=1, batch_size=2, resampling=FAST
+    )
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(tiny_bert),
+        AutoModel.from_pretrained(tiny_bert).eval(),
+    )
 
     def vectors(text: str) -> np.ndarray:
         with torch.no_grad():
-            states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0]
+            states = model(
+                **tokenizer(text, return_tensors="pt"), output_hidden_states=True
+            ).hidden_states[1][0]
         return (states / states.norm(dim=1, keepdim=True)).numpy()
 
     for item in range(2):
@@ -356,7 +421,9 @@ def test_bertscore_equals_its_formula(tiny_bert: Path) -> None:
         similarity = mine @ theirs.T
         precision, recall = similarity.max(1)[1:-1].mean(), similarity.max(0)[1:-1].mean()
         f1 = 2 * precision * recall / (precision + recall)
-        assert [result.per_item[item] for result in results] == pytest.approx([precision, recall, f1], abs=1e-5)
+        assert [result.per_item[item] for result in results] == pytest.approx(
+            [precision, recall, f1], abs=1e-5
+        )
     assert results[2].per_item[1] == pytest.approx(1, abs=1e-5)
     assert "layer:1" in results[2].signature
 

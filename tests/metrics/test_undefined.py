@@ -1,4 +1,5 @@
-"""Metrics that are not defined for the data, or cannot read their language, give a reason in place of a number."""
+"""Metrics that are not defined for the data, or cannot read their language, give a reason in place
+of a number."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def test_bleu_of_references_that_are_shorter_than_the_order() -> None:
         assert [math.isnan(result.value) for result in results] == [False, False, True, True]
         assert_undefined(results[2], "no reference has 3 words")
     mixed = bleu_nltk(["a b c d", "liver"], ["b c d e", "liver"], resampling=FAST)
-    assert mixed[3].note == "1 of 2 references have fewer than 4 words: a right reply scores low there"
+    assert (
+        mixed[3].note == "1 of 2 references have fewer than 4 words: a right reply scores low there"
+    )
 
 
 def test_areas_need_both_labels() -> None:
@@ -81,16 +84,24 @@ def test_recall_of_a_class_that_is_not_there() -> None:
     assert sensitivity.note == "undefined: no reference is 1"
     assert (specificity.value, specificity.note) == (0.5, None)
     for metric in (balanced_accuracy, macro_f1):
-        assert "all references are of one class" in str(metric(["a"], ["a"], resampling=FAST)[0].note)
+        assert "all references are of one class" in str(
+            metric(["a"], ["a"], resampling=FAST)[0].note
+        )
 
 
 def test_findings_of_normal_reports_only() -> None:
-    results = chest_label_f1(["", "Effusion."], ["No effusion.", "Lungs are clear."], resampling=FAST)
+    results = chest_label_f1(
+        ["", "Effusion."], ["No effusion.", "Lungs are clear."], resampling=FAST
+    )
     by_name = {result.name: result for result in results}
     assert by_name["chest-label-f1-micro-14"].value == 0
-    assert_undefined(by_name["chest-label-f1-macro-5"], "no reference affirms one of these 5 labels")
+    assert_undefined(
+        by_name["chest-label-f1-macro-5"], "no reference affirms one of these 5 labels"
+    )
     for foreign in (CHINESE, RUSSIAN, GERMAN):
-        assert_undefined(chest_label_f1(foreign, foreign, resampling=FAST)[0], "the rules read English reports")
+        assert_undefined(
+            chest_label_f1(foreign, foreign, resampling=FAST)[0], "the rules read English reports"
+        )
 
 
 def test_a_cutoff_that_every_ranking_reaches() -> None:
@@ -131,9 +142,13 @@ def test_words_of_scripts_without_spaces_are_not_counted(name: str, reports: lis
 def test_other_languages_have_metrics_that_read_them(reports: list[str]) -> None:
     wrong = reports[::-1]
     for name, options in (
-        ("token-f1", {}), ("bleu-nltk", {}), ("normalised-match", {}), ("exact-match", {}),
-        ("rouge", {"words": "unicode"}), ("bleu", {"tokenize": "char"}),
-    ):  # fmt: skip
+        ("token-f1", {}),
+        ("bleu-nltk", {}),
+        ("normalised-match", {}),
+        ("exact-match", {}),
+        ("rouge", {"words": "unicode"}),
+        ("bleu", {"tokenize": "char"}),
+    ):
         metric = METRICS.get(name)
         right = metric(reports, reports, resampling=FAST, **options)[0]
         assert right.value == pytest.approx(1)
@@ -158,11 +173,15 @@ def test_segmented_chinese_is_counted() -> None:
 def test_cyrillic_is_counted_by_words_and_not_by_english_stems() -> None:
     assert bleu_coco(RUSSIAN, RUSSIAN, resampling=FAST)[0].value == pytest.approx(1)
     assert METRICS.get("bleu")(RUSSIAN, RUSSIAN, resampling=FAST)[0].value == pytest.approx(1)
-    assert_undefined(METRICS.get("meteor-exact-stem")(RUSSIAN, RUSSIAN, resampling=FAST)[0], "not Latin")
+    assert_undefined(
+        METRICS.get("meteor-exact-stem")(RUSSIAN, RUSSIAN, resampling=FAST)[0], "not Latin"
+    )
 
 
 def test_rouge_says_what_it_drops() -> None:
-    english = ["The heart is enlarged and there is a small pleural effusion on the left side of the chest"] * 3
+    english = [
+        "The heart is enlarged and there is a small pleural effusion on the left side of the chest"
+    ] * 3
     few = [*english, "A Müller lesion"]
     result = rouge(few, few, resampling=FAST)[0]
     assert result.value == 1
@@ -174,7 +193,8 @@ def test_rouge_says_what_it_drops() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "letter"), [("Ｂ．肺", "B"), ("B、肺", "B"), ("（B）", "B"), ("B。", "B"), ("肺", "B"), ("肝", "A")]
+    ("text", "letter"),
+    [("Ｂ．肺", "B"), ("B、肺", "B"), ("（B）", "B"), ("B。", "B"), ("肺", "B"), ("肝", "A")],
 )
 def test_choices_are_read_with_the_marks_of_other_languages(text: str, letter: str) -> None:
     options = {"A": "肝", "B": "肺"}
@@ -188,14 +208,26 @@ def test_an_encoder_that_does_not_know_the_language_gives_no_score(tmp_path: Pat
 
     from medm.metrics.bertscore import bertscore
 
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "heart", "clear"]))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "heart", "clear"])
+    )
     vocab = str(tmp_path / "vocab.txt")
     BertTokenizerFast(vocab_file=vocab, vocab=vocab).save_pretrained(tmp_path)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    BertModel(BertConfig(vocab_size=7, max_position_embeddings=8, **sizes)).save_pretrained(tmp_path)
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    BertModel(BertConfig(vocab_size=7, max_position_embeddings=8, **sizes)).save_pretrained(
+        tmp_path
+    )
     for result in bertscore(RUSSIAN[::-1], RUSSIAN, path=str(tmp_path), resampling=FAST):
         assert_undefined(result, "unknown to this encoder")
     longer = bertscore(["heart"], ["heart clear " * 6], path=str(tmp_path), resampling=FAST)[2]
-    assert longer.note == "1 references are longer than the encoder reads and are compared by their beginning"
+    assert (
+        longer.note
+        == "1 references are longer than the encoder reads and are compared by their beginning"
+    )
     assert bertscore(["heart"], ["clear"], path=str(tmp_path), resampling=FAST)[2].note is None

@@ -1,4 +1,5 @@
-"""A kind of model as another package brings it: loaded as a plug-in file or by an entry point, never imported."""
+"""A kind of model as another package brings it: loaded as a plug-in file or by an entry point,
+never imported."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ class CountModel(MedmModel):
 
 
 class CountProcessor(ProcessorMixin):
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, unit: str = "cells", **kwargs: Any) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None = None, unit: str = "cells", **kwargs: Any
+    ) -> None:
         super().__init__(tokenizer, **kwargs)
         self.unit = unit
 

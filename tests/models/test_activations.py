@@ -30,7 +30,9 @@ ROWS, LENGTH, LABELS = 3, 160, 100
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llm("qwen2.5", tmp_path_factory.mktemp("llm"), hidden_size=64, intermediate_size=192)
+    return save_llm(
+        "qwen2.5", tmp_path_factory.mktemp("llm"), hidden_size=64, intermediate_size=192
+    )
 
 
 def options_of(llm: Path, family: str = "qwen2.5") -> LVLMOptions:
@@ -42,7 +44,9 @@ def really_saved(llm: Path, parts: dict[str, PartOptions], train: TrainOptions) 
     model, processor = build(options_of(llm))
     apply_parts(model, parts, train)
     model.train()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+    }
     saved: dict[int, Any] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,7 +68,12 @@ def really_saved(llm: Path, parts: dict[str, PartOptions], train: TrainOptions) 
 
 
 def of(
-    llm: Path, train: TrainOptions | None = None, *, family: str = "qwen2.5", half: bool = True, **step: int
+    llm: Path,
+    train: TrainOptions | None = None,
+    *,
+    family: str = "qwen2.5",
+    half: bool = True,
+    **step: int,
 ) -> float:
     model = skeleton(options_of(llm, family))
     apply_parts(model, PARTS["all"], train or TrainOptions(), keep_float32=False)
@@ -91,7 +100,8 @@ def test_every_family_is_estimated(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_the_estimate_is_what_autograd_saves(llm: Path, parts: dict[str, PartOptions]) -> None:
-    """Measured: 2 to 6 % more; the gradient of the logits, which the estimate holds, comes after the forward pass."""
+    """Measured: 2 to 6 % more; the gradient of the logits, which the estimate holds, comes after
+    the forward pass."""
     model = skeleton(options_of(llm))
     apply_parts(model, parts, TrainOptions(), keep_float32=False)
     step = Step(rows=ROWS, length=LENGTH, labels=LABELS, items={"image": ROWS})

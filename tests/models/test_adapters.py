@@ -10,7 +10,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from medm.errors import RecipeError
 from medm.models.adapters import adapted, check_unshared, inject, merge
 
-SPEC: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "up_proj"]}
+SPEC: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "target_modules": ["q_proj", "up_proj"],
+}
 KINDS = {
     "lora": SPEC,
     "rslora": {**SPEC, "use_rslora": True},
@@ -23,9 +28,14 @@ IDS = torch.arange(8)[None]
 def language_model(*, tied: bool = False) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -59,10 +69,13 @@ def test_an_adapter_starts_without_effect_works_and_merges(spec: dict[str, Any])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", r".*(q_proj|lm_head)"])
 def test_adapters_on_weights_that_two_layers_share_are_refused_with_both_names(target: str) -> None:
-    """Merged, the adapter of a tied head would change the embeddings; saved, one of the two would be lost."""
+    """Merged, the adapter of a tied head would change the embeddings; saved, one of the two would
+    be lost."""
     model = language_model(tied=True)
     inject(model, {**SPEC, "target_modules": target if "*" in target else [target]})
-    with pytest.raises(RecipeError, match=r"LoRA in (lm_head|model\.embed_tokens): .*leave this layer out"):
+    with pytest.raises(
+        RecipeError, match=r"LoRA in (lm_head|model\.embed_tokens): .*leave this layer out"
+    ):
         check_unshared(model)
 
 

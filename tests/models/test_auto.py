@@ -1,4 +1,5 @@
-"""`import medm` is enough for transformers' Auto classes: whichever is imported first, whatever is opened first."""
+"""`import medm` is enough for transformers' Auto classes: whichever is imported first, whatever is
+opened first."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ PIPELINE = "type(pipeline('image-text-to-text', model=folder, device='cpu').proc
 
 OWN = "type(load_processor(folder)).__module__"
 WITHOUT_HOOK = (
-    "import medm\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != '_AfterImport']\n"
-    "from medm.models import load, load_processor"
+    "import medm\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "
+    "'_AfterImport']\nfrom medm.models import load, load_processor"
 )
 
 ORDERS = [
@@ -63,7 +64,8 @@ EXPECTED = {
     "type(load(folder)[0]).__module__": "medm.models.lvlm.modeling",
 }
 
-# Each order in a process of its own, where neither medm nor transformers was imported; what is slow to load was.
+# Each order in a process of its own, where neither medm nor transformers was imported; what is slow
+# to load was.
 RUNNER = """
 import json, os, sys
 import torch.distributed.tensor, torch._dynamo.aot_compile, scipy.optimize
@@ -97,8 +99,10 @@ def _found(folder: Path, orders: Orders) -> list[list[str]]:
     """Number of the order and what each of its expressions gives."""
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, str(folder), json.dumps(orders)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Auto classes do not open" not in done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
@@ -131,7 +135,9 @@ KIND_EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def folder_of_another_kind(tmp_path_factory: pytest.TempPathFactory, llms: dict[str, Path]) -> Iterator[Path]:
+def folder_of_another_kind(
+    tmp_path_factory: pytest.TempPathFactory, llms: dict[str, Path]
+) -> Iterator[Path]:
     """Saved by a kind of model that is no part of medm, while that kind is in the table."""
     folder = tmp_path_factory.mktemp("count")
     modules, plugins = set(sys.modules), loaded_plugins()
@@ -202,8 +208,13 @@ def test_a_kind_without_its_classes_is_refused(changes: dict[str, Any], words: s
 
 
 def test_importing_medm_imports_no_tensor_library() -> None:
-    script = "import sys, medm; hasattr(medm, 'nothing'); print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    script = (
+        "import sys, medm; hasattr(medm, 'nothing'); print(sorted({'torch', 'transformers', "
+        "'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -215,7 +226,10 @@ def test_importing_medm_imports_no_tensor_library() -> None:
         ("_teach_configs", SimpleNamespace()),
         ("_teach_processors", SimpleNamespace()),
         ("_teach_processors", SimpleNamespace(PROCESSOR_MAPPING=object())),
-        ("_teach_processors", SimpleNamespace(PROCESSOR_MAPPING=SimpleNamespace(_extra_content=()))),
+        (
+            "_teach_processors",
+            SimpleNamespace(PROCESSOR_MAPPING=SimpleNamespace(_extra_content=())),
+        ),
     ],
 )
 def test_another_transformers_is_imported_all_the_same(

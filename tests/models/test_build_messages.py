@@ -27,12 +27,21 @@ from tests.tiny import lvlm_section, save_llm
 )
 def test_a_language_model_that_is_not_there(source: str, message: str) -> None:
     with pytest.raises((CheckpointError, RecipeError), match=message):
-        build(validate(LVLMOptions, lvlm_section(Path("x")) | {"llm": {"name": "auto", "path": source}}, source="test"))
+        build(
+            validate(
+                LVLMOptions,
+                lvlm_section(Path("x")) | {"llm": {"name": "auto", "path": source}},
+                source="test",
+            )
+        )
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("/no/such", r"^/no/such: no such folder$"), ("someone/not-cached", r"hf download someone/not-cached")],
+    [
+        ("/no/such", r"^/no/such: no such folder$"),
+        ("someone/not-cached", r"hf download someone/not-cached"),
+    ],
 )
 def test_an_encoder_that_is_not_there(tmp_path: Path, source: str, message: str) -> None:
     section = lvlm_section(save_llm("qwen2.5", tmp_path / "llm"), path=source)

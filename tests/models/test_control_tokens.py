@@ -1,4 +1,5 @@
-"""Control tokens of replies: from the record to ids, labels, rows, a saved folder and back to text."""
+"""Control tokens of replies: from the record to ids, labels, rows, a saved folder and back to
+text."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ MASKED: dict[str, Any] = {
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2's: "▁" for spaces, one in front of the text, and single bytes for what is unknown."""
+    """As Llama 2's: "▁" for spaces, one in front of the text, and single bytes for what is
+    unknown."""
     letters = [chr(code) for code in range(33, 127)]
     vocab = {
         "<unk>": 0,
@@ -64,11 +66,16 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<unk>", "<s>", "</s>")])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True) for token in ("<unk>", "<s>", "</s>")]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def processor_for(family: str) -> LVLMProcessor:
@@ -148,7 +155,9 @@ def test_a_model_without_the_token_refuses_the_record_and_reads_the_letters(
     llms: dict[str, Path],
 ) -> None:
     processor = processor_of(section(llms, "phi3"))
-    with pytest.raises(DataError, match=r"'masks': a reply holds \[SEG\].*the model has no control tokens"):
+    with pytest.raises(
+        DataError, match=r"'masks': a reply holds \[SEG\].*the model has no control tokens"
+    ):
         processor.encode(parse_record(MASKED), {})
     letters = processor.encode(parse_record({**MASKED, "masks": []}), {})
     assert processor.tokenizer.decode(letters.input_ids).count(SEG) == 5
@@ -165,7 +174,9 @@ def vocabulary(model: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-def test_rows_start_as_the_mean_and_the_others_are_those_of_before(family: str, llms: dict[str, Path]) -> None:
+def test_rows_start_as_the_mean_and_the_others_are_those_of_before(
+    family: str, llms: dict[str, Path]
+) -> None:
     """320 rows are there already, as published models have rows to spare."""
     torch.manual_seed(0)
     before, _ = build(section(llms, family))
@@ -192,13 +203,17 @@ def test_rows_are_added_where_a_vocabulary_has_none_to_spare(tmp_path: Path) -> 
         torch.testing.assert_close(matrix[seg], matrix[:seg].mean(dim=0))
 
 
-def test_a_saved_folder_without_the_token_gets_it_by_recipe(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_a_saved_folder_without_the_token_gets_it_by_recipe(
+    llms: dict[str, Path], tmp_path: Path
+) -> None:
     """The usual order: a model is trained on reports first, and on masks later."""
     model, processor = build(section(llms, "qwen2.5"))
     model.save_pretrained(tmp_path / "first")
     processor.save_pretrained(tmp_path / "first")
     for name in ("config.json", "processor_config.json"):
-        assert "control_tokens" not in (tmp_path / "first" / name).read_text(), "an older medm opens it"
+        assert "control_tokens" not in (tmp_path / "first" / name).read_text(), (
+            "an older medm opens it"
+        )
     options = section(llms, "qwen2.5", control_tokens=[SEG])
     second, adapted = build(options, init_from=str(tmp_path / "first"))
     seg = adapted.control_token_ids[SEG]
@@ -250,27 +265,41 @@ def test_new_rows_alone_move_and_a_saved_folder_computes_the_same(
     assert torch.equal(opened(input_ids=batch["input_ids"]).logits, logits)
     assert reopened.encode(parse_record(MASKED), {}).input_ids == example.input_ids
     opened.merge_adapters()
-    torch.testing.assert_close(opened(input_ids=batch["input_ids"]).logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        opened(input_ids=batch["input_ids"]).logits, logits, atol=1e-5, rtol=1e-5
+    )
     assert opened.config.new_rows == opened.config.adapters == {}
     assert not any("new_rows" in name for name in opened.state_dict())
     for old, new in zip(before, vocabulary(opened), strict=True):
         assert [i for i in range(len(old)) if not torch.equal(old[i], new[i])] == [seg]
-    names = {name for name, p in opened.named_parameters() if name in others and not torch.equal(p, others[name])}
+    names = {
+        name
+        for name, p in opened.named_parameters()
+        if name in others and not torch.equal(p, others[name])
+    }
     vocabulary_names = {name for name in names if "embed_tokens" in name or "lm_head" in name}
     assert vocabulary_names and (tune != "frozen" or names == vocabulary_names)
     assert tune != "full" or names > vocabulary_names
     opened.save_pretrained(tmp_path / "merged")
     reopened.save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(load(str(tmp_path / "merged"))[0](input_ids=batch["input_ids"]).logits, logits,
-                               atol=1e-5, rtol=1e-5)  # fmt: skip
+    torch.testing.assert_close(
+        load(str(tmp_path / "merged"))[0](input_ids=batch["input_ids"]).logits,
+        logits,
+        atol=1e-5,
+        rtol=1e-5,
+    )
     assert first > 0
 
 
-def train_steps(model: Any, parts: dict[str, PartOptions], batch: dict[str, torch.Tensor], steps: int = 3) -> float:
+def train_steps(
+    model: Any, parts: dict[str, PartOptions], batch: dict[str, torch.Tensor], steps: int = 3
+) -> float:
     from medm.training.parts import parameter_groups
 
     optimizer = torch.optim.AdamW(parameter_groups(model, parts, TRAIN))
-    assert [g["weight_decay"] for g in optimizer.param_groups if g["name"] == "llm.new_tokens"] == [0.0]
+    assert [g["weight_decay"] for g in optimizer.param_groups if g["name"] == "llm.new_tokens"] == [
+        0.0
+    ]
     model.train()
     for _ in range(steps):
         loss = model(**batch).loss
@@ -295,7 +324,9 @@ def trained_rows(llms: dict[str, Path], folder: Path, family: str = "qwen2.5") -
 def test_exports_hold_the_rows_in_the_vocabulary(llms: dict[str, Path], tmp_path: Path) -> None:
     model, seg = trained_rows(llms, tmp_path / "model")
     row = model.get_input_embeddings().new_rows.weight[0].detach().clone()
-    proof = export(str(tmp_path / "model"), str(tmp_path / "merged"), form="merged", max_new_tokens=2)
+    proof = export(
+        str(tmp_path / "model"), str(tmp_path / "merged"), form="merged", max_new_tokens=2
+    )
     assert proof.difference < 1e-4
     merged, processor = load(str(tmp_path / "merged"))
     assert merged.config.new_rows == {}

@@ -37,7 +37,8 @@ def chooser(**parts: PartOptions) -> Any:
 
 
 def test_parameters_by_hand(llm: Path) -> None:
-    """Tiny Qwen2.5: V 320, D 32, F 64, 2 layers, 4 heads of 8, 2 for keys and values, tied, biases on q, k, v."""
+    """Tiny Qwen2.5: V 320, D 32, F 64, 2 layers, 4 heads of 8, 2 for keys and values, tied, biases
+    on q, k, v."""
     result = estimate(options_of(llm), choose=chooser(llm=LORA, image_connector=FULL))
     layer = (32 * 32 + 32) + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32
     lora = 2 * (4 * 32 + 32 * 4)  # A (4, 32) and B (32, 4) in each of two layers
@@ -64,7 +65,8 @@ def test_the_built_model_has_the_same_sizes(llm: Path) -> None:
 
 
 def test_what_a_router_costs_and_that_the_dense_baseline_has_the_same_experts(llm: Path) -> None:
-    """Router of a task token of 4 and a visual token of 24: (28, 8), (8, 3); experts (24, 32), (32, 32), three times."""
+    """Router of a task token of 4 and a visual token of 24: (28, 8), (8, 3); experts (24, 32), (32,
+    32), three times."""
 
     def connector(gate: str) -> PartSize:
         section = lvlm_section(llm) | {"tasks": ["vqa", "cls"]}
@@ -77,7 +79,9 @@ def test_what_a_router_costs_and_that_the_dense_baseline_has_the_same_experts(ll
             "task_dim": 4,
         }
         section["branches"]["image"]["connector"] = block
-        result = estimate(validate(LVLMOptions, section, source="test"), choose=chooser(image_connector=FULL))
+        result = estimate(
+            validate(LVLMOptions, section, source="test"), choose=chooser(image_connector=FULL)
+        )
         return next(part for part in result.parts if part.name == "image.connector")
 
     router = 2 * 4 + (28 * 8 + 8) + (8 * 3 + 3)
@@ -114,15 +118,26 @@ def test_loaded_precision_and_4_bits_count(llm: Path) -> None:
     frozen = plain.parameters - lora
     assert plain.memory[0].weights == 4 * lora + 4 * frozen
     assert half.memory[0].weights == 4 * lora + 2 * frozen
-    small = estimate(options_of(llm, dtype="bfloat16"), choose=chooser(llm=LORA), half=True, quantized=["llm"])
-    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # weights of the two layers; the head stays as it is
+    small = estimate(
+        options_of(llm, dtype="bfloat16"), choose=chooser(llm=LORA), half=True, quantized=["llm"]
+    )
+    linear = 2 * (
+        2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    )  # weights of the two layers; the head stays as it is
     saved = half.memory[0].weights - small.memory[0].weights
     assert saved == linear * (2 - 0.5625)
 
 
 @pytest.mark.parametrize(
     ("total", "gpu"),
-    [(6.4, "8 GB"), (6.6, "12 GB"), (22, "24 GB"), (30, "32 GB"), (78, "80 GB"), (150, "more than 141 GB")],
+    [
+        (6.4, "8 GB"),
+        (6.6, "12 GB"),
+        (22, "24 GB"),
+        (30, "32 GB"),
+        (78, "80 GB"),
+        (150, "more than 141 GB"),
+    ],
 )
 def test_the_smallest_gpu_that_holds_it(total: float, gpu: str) -> None:
     """1.5 GiB are CUDA's."""
@@ -130,7 +145,11 @@ def test_the_smallest_gpu_that_holds_it(total: float, gpu: str) -> None:
 
 
 def test_autocast_keeps_copies_of_float32_weights() -> None:
-    parts = [PartSize("a", 1000, 1000, 0, 0, 0), PartSize("b", 600, 0, 2400, 0, 600), PartSize("c", 50, 0, 100, 0, 50)]
+    parts = [
+        PartSize("a", 1000, 1000, 0, 0, 0),
+        PartSize("b", 600, 0, 2400, 0, 600),
+        PartSize("c", 50, 0, 100, 0, 50),
+    ]
     assert cast_copies(parts) == 2 * 1000 + 2 * 600
 
 
@@ -162,5 +181,8 @@ def test_the_command(llm: Path, tmp_path: Path) -> None:
     assert "fits in" in done.out and "8 GB" in done.out
     short = medm("estimate", str(recipe), "--length", "64")
     assert "8 samples of 64 tokens, 48 of them" in short.out
-    assert "without activations (no length is given)" in medm("estimate", str(recipe), "data.max_length=null").out
+    assert (
+        "without activations (no length is given)"
+        in medm("estimate", str(recipe), "data.max_length=null").out
+    )
     assert not (tmp_path / "out").exists()

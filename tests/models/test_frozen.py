@@ -1,4 +1,5 @@
-"""A frozen encoder keeps nothing for a backward pass, and what is trained learns as it would beside a trained one."""
+"""A frozen encoder keeps nothing for a backward pass, and what is trained learns as it would beside
+a trained one."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def test_a_frozen_encoder_keeps_no_graph_and_the_rest_learns_the_same(llm: Path)
     model, processor = build(llm, family="qwen2.5")
     model.train()
     encoder = model.parts()["image.encoder"]
-    batch = collate(processor, example(processor), example(processor, "A longer question?", images=2))
+    batch = collate(
+        processor, example(processor), example(processor, "A longer question?", images=2)
+    )
     results = []
     for frozen in (False, True):
         encoder.requires_grad_(not frozen)
@@ -36,7 +39,11 @@ def test_a_frozen_encoder_keeps_no_graph_and_the_rest_learns_the_same(llm: Path)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(**batch).loss
         loss.backward()
-        others = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "encoder" not in n}
+        others = {
+            n: p.grad.clone()
+            for n, p in model.named_parameters()
+            if p.grad is not None and "encoder" not in n
+        }
         results.append((loss.item(), others, sum(kept)))
     (with_graph, gradients, much), (without, same, little) = results
     assert without == with_graph

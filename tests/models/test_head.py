@@ -1,4 +1,5 @@
-"""The loss of every language model that `auto` takes is that of the logits which the model itself computes."""
+"""The loss of every language model that `auto` takes is that of the logits which the model itself
+computes."""
 
 from __future__ import annotations
 
@@ -34,15 +35,23 @@ KNOWN: dict[str, dict[str, Any]] = {
 """What medm computes behind the head itself, at the labelled positions alone."""
 UNKNOWN: dict[str, dict[str, Any]] = {
     "hyperclovax": {"logits_scaling": 4.0},  # a factor, and Granite's is a divisor
-    "falcon_h1": {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 4,
-                  "mamba_d_head": 8, "mamba_chunk_size": 8},
-}  # fmt: skip
+    "falcon_h1": {
+        "lm_head_multiplier": 0.5,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_state": 4,
+        "mamba_d_head": 8,
+        "mamba_chunk_size": 8,
+    },
+}
 
 
 def made(kind: str, **fields: Any) -> LVLMForConditionalGeneration:
     torch.manual_seed(0)
     text = AutoConfig.for_model(kind, **(SIZES | fields))
-    model = LVLMForConditionalGeneration(LVLMConfig(text_config=text, llm="auto", branches={})).eval()
+    model = LVLMForConditionalGeneration(
+        LVLMConfig(text_config=text, llm="auto", branches={})
+    ).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)  # logits of the size that trained ones have
     model.probe_lm_head()
@@ -75,9 +84,15 @@ def test_auto_builds_any_causal_model_and_the_choice_is_saved(tmp_path: Path) ->
     tiny.make_tokenizer("qwen2.5").save_pretrained(tmp_path / "tokenizer")
     section = tiny.lvlm_section(tmp_path, family="auto")
     section["llm"] = {
-        "name": "auto", "tokenizer": str(tmp_path / "tokenizer"),
-        "architecture": {"model_type": "hyperclovax", **SIZES, "vocab_size": 320, "logits_scaling": 4.0},
-    }  # fmt: skip
+        "name": "auto",
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "architecture": {
+            "model_type": "hyperclovax",
+            **SIZES,
+            "vocab_size": 320,
+            "logits_scaling": 4.0,
+        },
+    }
     model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
@@ -85,7 +100,9 @@ def test_auto_builds_any_causal_model_and_the_choice_is_saved(tmp_path: Path) ->
     assert model.config.loss_on_full_logits is again.config.loss_on_full_logits is True
 
 
-def test_many_labels_are_computed_in_chunks_with_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_labels_are_computed_in_chunks_with_the_same_loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = made("llama")
     ids = torch.arange(22).view(2, 11)
     labels = ids.masked_fill(ids % 11 < 3, IGNORE_INDEX)
@@ -95,7 +112,9 @@ def test_many_labels_are_computed_in_chunks_with_the_same_loss_and_gradients(mon
     model.zero_grad()
     rows: list[int] = []
     monkeypatch.setattr(token_loss, "HEAD_CHUNK", 5)
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, given: rows.append(len(given[0]))
+    )
     loss = model(input_ids=ids, labels=labels).loss
     assert rows == [5, 5, 5, 1]
     loss.backward()
@@ -108,7 +127,10 @@ def test_many_labels_are_computed_in_chunks_with_the_same_loss_and_gradients(mon
 @pytest.mark.parametrize("kind", ["llama", "hyperclovax"])
 def test_positions_that_the_batch_says_give_the_same_loss_and_gradients(kind: str) -> None:
     model = made(kind, **(KNOWN | UNKNOWN)[kind])
-    data = [Example(list(range(n)), [IGNORE_INDEX] * k + list(range(k, n))) for n, k in ((9, 0), (5, 3), (7, 6))]
+    data = [
+        Example(list(range(n)), [IGNORE_INDEX] * k + list(range(k, n)))
+        for n, k in ((9, 0), (5, 3), (7, 6))
+    ]
     results = []
     for say in (False, True):
         batch = Collator(0, with_mask=not say, with_label_positions=say)(data)

@@ -103,7 +103,11 @@ def test_the_outputs_of_an_lvlm_are_fields_of_its_output() -> None:
 class Towers(ModelKind):
     """A kind whose options class does not repeat the outputs."""
 
-    config_class, model_class, processor_class = LVLM.config_class, LVLM.model_class, LVLM.processor_class
+    config_class, model_class, processor_class = (
+        LVLM.config_class,
+        LVLM.model_class,
+        LVLM.processor_class,
+    )
     outputs: ClassVar[frozenset[str]] = frozenset({"image_embeds", "text_embeds", "logit_scale"})
 
     def build(self, options: Any) -> Any:
@@ -124,13 +128,27 @@ class TowersOptions(ModelOptions):
     ("kind", "objective", "missing"),
     [
         ("towers", "contrastive", ""),
-        ("towers", "language-modeling", "'language-modeling' reads loss.*kind 'towers' gives image_embeds"),
-        ("towers", {"name": "contrastive", "loss": "sigmoid"}, "reads logit_bias.*kind 'towers' gives"),
+        (
+            "towers",
+            "language-modeling",
+            "'language-modeling' reads loss.*kind 'towers' gives image_embeds",
+        ),
+        (
+            "towers",
+            {"name": "contrastive", "loss": "sigmoid"},
+            "reads logit_bias.*kind 'towers' gives",
+        ),
         ("loss-only", "language-modeling", ""),
-        ("loss-only", "contrastive", "reads image_embeds, logit_scale, text_embeds.*kind 'loss-only' gives loss"),
+        (
+            "loss-only",
+            "contrastive",
+            "reads image_embeds, logit_scale, text_embeds.*kind 'loss-only' gives loss",
+        ),
     ],
 )
-def test_an_objective_reads_what_the_kind_gives(kind: str, objective: Any, missing: str, tmp_path: Path) -> None:
+def test_an_objective_reads_what_the_kind_gives(
+    kind: str, objective: Any, missing: str, tmp_path: Path
+) -> None:
     recipe = {
         "model": {"kind": kind}, "data": {"train": [{"path": "a.json"}]}, "parts": {"tower": "full"},
         "output_dir": "out", "objective": objective,
@@ -149,17 +167,22 @@ def test_an_objective_reads_what_the_kind_gives(kind: str, objective: Any, missi
 
 def test_a_recipe_is_checked_against_the_outputs_without_torch() -> None:
     script = (
-        "import sys; from medm.models import outputs_of; from medm.models.lvlm.options import LVLMOptions;"
-        "print(sorted(outputs_of(LVLMOptions.model_construct()))); print('torch' in sys.modules)"
+        "import sys; from medm.models import outputs_of; from medm.models.lvlm.options import "
+        "LVLMOptions;print(sorted(outputs_of(LVLMOptions.model_construct()))); print('torch' in "
+        "sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split("\n")[:2] == ["['loss', 'loss_sum', 'losses']", "False"]
 
 
 def test_a_folder_of_one_kind_is_no_start_for_another(section: dict[str, Any]) -> None:
     section["branches"]["image"]["encoder"]["name"] = "siglip"
     model, _ = medm.models.build(validate(LVLMOptions, section, source="test"))
-    with pytest.raises(RecipeError, match="init_from DIR: holds a model of kind 'lvlm', not 'towers'"):
+    with pytest.raises(
+        RecipeError, match="init_from DIR: holds a model of kind 'lvlm', not 'towers'"
+    ):
         model.check_same_parts(TowersOptions(), source="DIR")
 
 
@@ -183,4 +206,6 @@ def test_a_model_of_another_kind_is_not_exported(form: str, message: str, tmp_pa
         with pytest.raises(ExportError, match=message):
             export(str(tmp_path / "model"), str(tmp_path / "out"), form=form)
     assert not (tmp_path / "out").exists()
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "medm-count"
+    assert (
+        json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "medm-count"
+    )

@@ -1,4 +1,5 @@
-"""`model.llm.attention`: what a recipe names is what runs, or it is refused before weights are read."""
+"""`model.llm.attention`: what a recipe names is what runs, or it is refused before weights are
+read."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def saved(llms: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_it_takes_effect_at_every_level(
     attention: str, start: str, llms: dict[str, Path], saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # for flex_attention, which is not run here
+    monkeypatch.setattr(
+        torch.accelerator, "is_available", lambda: True
+    )  # for flex_attention, which is not run here
     model, _ = build(
         options(llms["qwen2.5"], attention, published=start != "random"),
         init_from=str(saved) if start == "init_from" else None,
@@ -62,8 +65,10 @@ def test_it_is_what_computes(llms: dict[str, Path], monkeypatch: pytest.MonkeyPa
     """The function of that name is called, in each layer, and no other."""
     called: list[str] = []
     for name in ("sdpa", "eager"):
-        monkeypatch.setattr(f"torch.nn.functional.{'scaled_dot_product_attention' if name == 'sdpa' else 'softmax'}",
-                            _counted(called, name, name == "sdpa"))  # fmt: skip
+        monkeypatch.setattr(
+            f"torch.nn.functional.{'scaled_dot_product_attention' if name == 'sdpa' else 'softmax'}",
+            _counted(called, name, name == "sdpa"),
+        )
     for attention in ("eager", "sdpa"):
         model, _ = build(options(llms["qwen2.5"], attention))
         called.clear()
@@ -72,7 +77,9 @@ def test_it_is_what_computes(llms: dict[str, Path], monkeypatch: pytest.MonkeyPa
 
 
 def _counted(called: list[str], name: str, fused: bool) -> Any:
-    function = torch.nn.functional.scaled_dot_product_attention if fused else torch.nn.functional.softmax
+    function = (
+        torch.nn.functional.scaled_dot_product_attention if fused else torch.nn.functional.softmax
+    )
 
     def count(*args: Any, **kwargs: Any) -> Any:
         called.append(name)
@@ -91,7 +98,12 @@ def _counted(called: list[str], name: str, fused: bool) -> Any:
 )
 @pytest.mark.parametrize("start", ["published", "init_from"])
 def test_what_this_machine_cannot_run_is_refused_before_weights_are_read(
-    attention: str, expected: str, start: str, llms: dict[str, Path], saved: Path, monkeypatch: pytest.MonkeyPatch
+    attention: str,
+    expected: str,
+    start: str,
+    llms: dict[str, Path],
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def read(*_args: Any, **_kwargs: Any) -> Any:
         raise AssertionError("weights were read")
@@ -103,28 +115,39 @@ def test_what_this_machine_cannot_run_is_refused_before_weights_are_read(
     monkeypatch.setattr(AutoModel, "from_pretrained", read)
     monkeypatch.setattr(medm.models.lvlm.build, "_language_model", read)
     wanted = options(llms["qwen2.5"], attention)
-    with pytest.raises(RecipeError, match=rf"model\.llm\.attention: '{attention}' needs .*{expected}.*=sdpa"):
+    with pytest.raises(
+        RecipeError, match=rf"model\.llm\.attention: '{attention}' needs .*{expected}.*=sdpa"
+    ):
         build(wanted, init_from=str(saved) if start == "init_from" else None)
     # An estimate and a check of the data are for other machines too.
     assert kind_of(wanted).skeleton(wanted).width == 32
     assert kind_of(wanted).processor(wanted).pad_id >= 0
 
 
-def test_a_language_model_that_lacks_it_is_refused(llms: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_language_model_that_lacks_it_is_refused(
+    llms: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.models.qwen2.modeling_qwen2 import Qwen2PreTrainedModel
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(Qwen2PreTrainedModel, "_supports_flex_attn", False)
-    with pytest.raises(RecipeError, match=r"model\.llm\.attention: 'flex_attention' cannot be used"):
+    with pytest.raises(
+        RecipeError, match=r"model\.llm\.attention: 'flex_attention' cannot be used"
+    ):
         build(options(llms["qwen2.5"], "flex_attention"))
 
 
-def test_a_folder_that_names_a_kernel_of_the_hub_is_opened_without_it(saved: Path, tmp_path: Path) -> None:
+def test_a_folder_that_names_a_kernel_of_the_hub_is_opened_without_it(
+    saved: Path, tmp_path: Path
+) -> None:
     for file in saved.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     for part in (config, config["text_config"]):
-        part |= {"_attn_implementation": "someone/kernel", "_experts_implementation": "someone/other"}
+        part |= {
+            "_attn_implementation": "someone/kernel",
+            "_experts_implementation": "someone/other",
+        }
     (tmp_path / "config.json").write_text(json.dumps(config))
     model, _ = load(str(tmp_path))
     assert levels(model) == {"sdpa"}

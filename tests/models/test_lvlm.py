@@ -38,10 +38,16 @@ def picture(seed: int = 0) -> np.ndarray:
 
 
 def example(
-    processor: LVLMProcessor, text: str = "What?", images: int = 1, answer: str = "No.", seed: int = 0
+    processor: LVLMProcessor,
+    text: str = "What?",
+    images: int = 1,
+    answer: str = "No.",
+    seed: int = 0,
 ) -> Example:
     turns = (Turn("user", (*[Media("image")] * images, text)), Turn("assistant", (answer,)))
-    return processor.encode(Sample(turns), {"image": [picture(seed + i) for i in range(images)]} if images else {})
+    return processor.encode(
+        Sample(turns), {"image": [picture(seed + i) for i in range(images)]} if images else {}
+    )
 
 
 def collate(processor: LVLMProcessor, *examples: Example, side: Any = "right") -> dict[str, Any]:
@@ -49,7 +55,9 @@ def collate(processor: LVLMProcessor, *examples: Example, side: Any = "right") -
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-def test_every_family_trains_saves_reloads_and_answers(family: str, llms: dict[str, Path], tmp_path: Path) -> None:
+def test_every_family_trains_saves_reloads_and_answers(
+    family: str, llms: dict[str, Path], tmp_path: Path
+) -> None:
     model, processor = build(llms[family], family=family)
     batch = collate(processor, example(processor), example(processor, "Longer question?", images=2))
     model.train()
@@ -58,7 +66,9 @@ def test_every_family_trains_saves_reloads_and_answers(family: str, llms: dict[s
     model.eval()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert str(llms[family]) not in (tmp_path / "config.json").read_text(), "where parts came from stays at home"
+    assert str(llms[family]) not in (tmp_path / "config.json").read_text(), (
+        "where parts came from stays at home"
+    )
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(AutoProcessor.from_pretrained(tmp_path)) is LVLMProcessor
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -66,16 +76,24 @@ def test_every_family_trains_saves_reloads_and_answers(family: str, llms: dict[s
         assert torch.equal(model(**inputs).logits, again(**inputs).logits)
     answer = again.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > batch["input_ids"].shape[1]
-    assert processor.placeholder_ids["image"] not in answer[:, batch["input_ids"].shape[1] :].flatten().tolist()
+    assert (
+        processor.placeholder_ids["image"]
+        not in answer[:, batch["input_ids"].shape[1] :].flatten().tolist()
+    )
 
 
-def test_tied_stays_tied_and_untied_stays_untied_after_reload(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_tied_stays_tied_and_untied_stays_untied_after_reload(
+    llms: dict[str, Path], tmp_path: Path
+) -> None:
     for family in ("llama-3.2", "phi3"):
         model, processor = build(llms[family], family=family)
         model.save_pretrained(tmp_path / family)
         processor.save_pretrained(tmp_path / family)
         again, _ = medm.models.load(str(tmp_path / family))
-        head, embedding = again.language_model.lm_head.weight, again.language_model.get_input_embeddings().weight
+        head, embedding = (
+            again.language_model.lm_head.weight,
+            again.language_model.get_input_embeddings().weight,
+        )
         assert (head.data_ptr() == embedding.data_ptr()) is tiny.FAMILIES[family]["tied"]
 
 
@@ -97,7 +115,9 @@ def test_the_image_changes_the_output_and_the_order_of_images_counts(llms: dict[
     turns = (Turn("user", (Media("image"), Media("image"), "Compare.")),)
     logits = []
     for images in ([one, other], [other, one], [one, one]):
-        batch = collate(processor, processor.encode(Sample(turns), {"image": images}, generation=True))
+        batch = collate(
+            processor, processor.encode(Sample(turns), {"image": images}, generation=True)
+        )
         with torch.no_grad():
             logits.append(model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0, -1])
     assert (logits[0] - logits[1]).abs().max() > 1e-5
@@ -115,21 +135,32 @@ def test_images_of_a_batch_reach_their_own_sample(llms: dict[str, Path]) -> None
             assert torch.allclose(together[row, : len(single.input_ids)], expected, atol=1e-5)
 
 
-def test_padding_does_not_change_the_loss_and_neither_does_splitting_the_batch(llms: dict[str, Path]) -> None:
+def test_padding_does_not_change_the_loss_and_neither_does_splitting_the_batch(
+    llms: dict[str, Path],
+) -> None:
     model, processor = build(llms["qwen2.5"])
-    short, long = example(processor, "a"), example(processor, "a much longer question, " * 4, answer="Yes, there is.")
+    short, long = (
+        example(processor, "a"),
+        example(processor, "a much longer question, " * 4, answer="Yes, there is."),
+    )
     labels = sum(sum(label != IGNORE_INDEX for label in e.labels) for e in (short, long))
     with torch.no_grad():
         together = model(**collate(processor, short, long)).loss
-        split = sum(model(**collate(processor, e), num_items_in_batch=labels).loss for e in (short, long))
+        split = sum(
+            model(**collate(processor, e), num_items_in_batch=labels).loss for e in (short, long)
+        )
         logits = model(**collate(processor, short, long) | {"labels": None}).logits
     batch = collate(processor, short, long)
-    full = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    full = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    )
     assert torch.allclose(together, split, atol=1e-6)
     assert torch.allclose(together, full, atol=1e-6)
 
 
-def test_a_text_only_batch_gives_every_trainable_parameter_a_gradient(llms: dict[str, Path]) -> None:
+def test_a_text_only_batch_gives_every_trainable_parameter_a_gradient(
+    llms: dict[str, Path],
+) -> None:
     model, processor = build(llms["qwen2.5"])
     model.train()
     model(**collate(processor, example(processor, images=0))).loss.backward()
@@ -138,7 +169,9 @@ def test_a_text_only_batch_gives_every_trainable_parameter_a_gradient(llms: dict
     assert max(vision) == 0
 
 
-def test_a_batch_without_labels_has_a_loss_of_zero_that_can_be_differentiated(llms: dict[str, Path]) -> None:
+def test_a_batch_without_labels_has_a_loss_of_zero_that_can_be_differentiated(
+    llms: dict[str, Path],
+) -> None:
     model, processor = build(llms["qwen2.5"])
     batch = collate(processor, example(processor))
     batch["labels"].fill_(IGNORE_INDEX)
@@ -151,24 +184,34 @@ def test_a_batch_without_labels_has_a_loss_of_zero_that_can_be_differentiated(ll
 def test_batch_and_one_by_one_greedy_generation_agree(llms: dict[str, Path]) -> None:
     model, processor = build(llms["llama-3.2"], family="llama-3.2")
     model.generation_config.eos_token_id = None
-    questions = [("Short?", 1), ("A longer question about two pictures?", 2), ("No picture at all", 0)]
+    questions = [
+        ("Short?", 1),
+        ("A longer question about two pictures?", 2),
+        ("No picture at all", 0),
+    ]
     prompts = []
     for text, images in questions:
         turns = (Turn("user", (*[Media("image")] * images, text)),)
         pixels = {"image": [picture(len(text) + i) for i in range(images)]} if images else {}
         prompts.append(processor.encode(Sample(turns), pixels, generation=True))
     batch = {k: v for k, v in collate(processor, *prompts, side="left").items() if k != "labels"}
-    together = model.generate(**batch, max_new_tokens=8, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    together = model.generate(**batch, max_new_tokens=8, do_sample=False)[
+        :, batch["input_ids"].shape[1] :
+    ]
     for row, prompt in enumerate(prompts):
         single = {k: v for k, v in collate(processor, prompt).items() if k != "labels"}
-        alone = model.generate(**single, max_new_tokens=8, do_sample=False)[:, len(prompt.input_ids) :]
+        alone = model.generate(**single, max_new_tokens=8, do_sample=False)[
+            :, len(prompt.input_ids) :
+        ]
         assert together[row].tolist() == alone[0].tolist()
 
 
 def test_beams_and_samples_carry_their_images(llms: dict[str, Path]) -> None:
     model, processor = build(llms["qwen2.5"])
     batch = {k: v for k, v in collate(processor, example(processor)).items() if k != "labels"}
-    beams = model.generate(**batch, max_new_tokens=3, num_beams=3, num_return_sequences=2, do_sample=False)
+    beams = model.generate(
+        **batch, max_new_tokens=3, num_beams=3, num_return_sequences=2, do_sample=False
+    )
     samples = model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=4)
     assert (beams.shape[0], samples.shape[0]) == (2, 4)
 
@@ -177,7 +220,9 @@ def test_counts_that_differ_are_refused_with_both_numbers(llms: dict[str, Path])
     model, processor = build(llms["qwen2.5"])
     batch = collate(processor, example(processor, images=2))
     batch["pixels"]["image"] = batch["pixels"]["image"][:1]
-    with pytest.raises(ValueError, match="32 placeholder tokens in the text, but 1 items of 16 tokens = 16"):
+    with pytest.raises(
+        ValueError, match="32 placeholder tokens in the text, but 1 items of 16 tokens = 16"
+    ):
         model(**batch)
     batch.pop("pixels")
     with pytest.raises(ValueError, match="32 placeholder tokens in the text, and no pixels"):
@@ -195,7 +240,9 @@ def test_scatter_puts_tokens_in_order() -> None:
     assert out[..., 0].tolist() == [[0, -1, 1], [2, 3, -1]]
 
 
-def test_adapters_live_in_the_checkpoint_and_fold_away(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_live_in_the_checkpoint_and_fold_away(
+    llms: dict[str, Path], tmp_path: Path
+) -> None:
     model, processor = build(llms["qwen2.5"])
     batch = {k: v for k, v in collate(processor, example(processor)).items() if k != "labels"}
     with torch.no_grad():
@@ -220,18 +267,24 @@ def test_adapters_live_in_the_checkpoint_and_fold_away(llms: dict[str, Path], tm
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_an_adapter_on_a_tied_head_is_refused_before_training(llms: dict[str, Path]) -> None:
     model, _ = build(llms["llama-3.2"], family="llama-3.2")
-    with pytest.raises(RecipeError, match=r"LoRA in language_model\.lm_head: language_model\.model\.embed_tokens"):
+    with pytest.raises(
+        RecipeError, match=r"LoRA in language_model\.lm_head: language_model\.model\.embed_tokens"
+    ):
         model.add_adapter_to_part("llm", {**LORA, "target_modules": ["lm_head"]})
     assert model.config.adapters == {}
 
 
-def test_init_from_keeps_adapters_and_refuses_other_parts(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_init_from_keeps_adapters_and_refuses_other_parts(
+    llms: dict[str, Path], tmp_path: Path
+) -> None:
     model, processor = build(llms["qwen2.5"])
     model.add_adapter_to_part("llm", LORA)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     section = tiny.lvlm_section(llms["qwen2.5"])
-    again, _ = medm.models.build(validate(LVLMOptions, section, source="test"), init_from=str(tmp_path))
+    again, _ = medm.models.build(
+        validate(LVLMOptions, section, source="test"), init_from=str(tmp_path)
+    )
     assert again.config.adapters == {"llm": LORA}
     section["branches"]["image"]["connector"] = {"name": "mlp", "depth": 3}
     with pytest.raises(RecipeError, match=r"image\.connector\.depth 2, not 3"):
@@ -250,7 +303,10 @@ def test_damaged_and_foreign_checkpoints_are_refused(llms: dict[str, Path], tmp_
     for change, message in (
         ({k: v for k, v in good.items() if k != name}, rf"1 missing: {name}"),
         ({**good, "stranger": torch.zeros(1)}, "1 unexpected: stranger"),
-        ({**good, name: torch.zeros(2, 2)}, rf"1 of another shape: {name} \(2, 2\), expected \(32, 24\)"),
+        (
+            {**good, name: torch.zeros(2, 2)},
+            rf"1 of another shape: {name} \(2, 2\), expected \(32, 24\)",
+        ),
     ):
         save_file(change, weights, metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=message):

@@ -22,7 +22,9 @@ from tests import tiny
 from tests.encoders.tiny import TINY_ENCODERS
 
 IMAGE, VOLUME = Media("image"), Media("volume")
-VOLUMES = sorted(name for name, tiny_encoder in TINY_ENCODERS.items() if len(tiny_encoder.pixels) == 4)
+VOLUMES = sorted(
+    name for name, tiny_encoder in TINY_ENCODERS.items() if len(tiny_encoder.pixels) == 4
+)
 BOTH: dict[str, dict[str, Any]] = {
     "spatial-pooling": {"name": "spatial-pooling", "pool": 2},
     "attention-pooling": {"name": "attention-pooling", "heads": 2},
@@ -34,11 +36,14 @@ def build(
 ) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
     torch.manual_seed(1)
     section = tiny.lvlm_section(llm)
-    block = {key: value for key, value in TINY_ENCODERS[encoder].block.items() if key != "image_size"}
+    block = {
+        key: value for key, value in TINY_ENCODERS[encoder].block.items() if key != "image_size"
+    }
     section["branches"]["volume"] = {
-        "encoder": block, "connector": BOTH[connector],
+        "encoder": block,
+        "connector": BOTH[connector],
         "preprocess": {"size": list(TINY_ENCODERS[encoder].pixels[1:])},
-    }  # fmt: skip
+    }
     model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
     assert isinstance(model, LVLMForConditionalGeneration)
     assert isinstance(processor, LVLMProcessor)
@@ -47,7 +52,9 @@ def build(
 
 def example(processor: LVLMProcessor, *turns: tuple[str | Media, ...], seed: int = 0) -> Example:
     """A conversation with drawn pixels; every second turn is the assistant's."""
-    sample = Sample(tuple(Turn("assistant" if i % 2 else "user", content) for i, content in enumerate(turns)))
+    sample = Sample(
+        tuple(Turn("assistant" if i % 2 else "user", content) for i, content in enumerate(turns))
+    )
     random = np.random.default_rng(seed)
     pixels: dict[str, list[np.ndarray]] = {}
     for media in sample.media:
@@ -70,7 +77,14 @@ def logits(model: LVLMForConditionalGeneration, batch: dict[str, Any]) -> torch.
 def test_images_and_volumes_of_a_batch_reach_their_own_sample(llms: dict[str, Path]) -> None:
     model, processor = build(llms["qwen2.5"])
     conversations = [
-        example(processor, (IMAGE, VOLUME, VOLUME, "Compare."), ("No.",), ("And ", IMAGE, "?"), ("Yes.",), seed=1),
+        example(
+            processor,
+            (IMAGE, VOLUME, VOLUME, "Compare."),
+            ("No.",),
+            ("And ", IMAGE, "?"),
+            ("Yes.",),
+            seed=1,
+        ),
         example(processor, ("What is CT?",), ("A scan.",)),
         example(processor, (VOLUME, IMAGE, "Same?"), ("Yes.",), seed=2),
         example(processor, (VOLUME, "?"), ("An effusion.",), seed=3),
@@ -114,15 +128,22 @@ def test_every_weight_gets_a_gradient_and_that_of_an_absent_branch_is_zero(
 
 def test_it_saves_reloads_and_answers(llms: dict[str, Path], tmp_path: Path) -> None:
     model, processor = build(llms["qwen2.5"], encoder="slices", connector="attention-pooling")
-    batch = collate(processor, example(processor, (VOLUME, IMAGE, "?"), ("A",)), example(processor, ("?",), ("A",)))
+    batch = collate(
+        processor,
+        example(processor, (VOLUME, IMAGE, "?"), ("A",)),
+        example(processor, ("?",), ("A",)),
+    )
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, saved = medm.models.load(str(tmp_path))
     assert saved.preprocess == processor.preprocess
     assert saved.branches == processor.branches
     assert torch.equal(logits(again, batch), logits(model, batch))
-    answers = again.generate(**{key: batch[key] for key in ("input_ids", "attention_mask", "pixels", "task_ids")},
-                             max_new_tokens=3, do_sample=False)  # fmt: skip
+    answers = again.generate(
+        **{key: batch[key] for key in ("input_ids", "attention_mask", "pixels", "task_ids")},
+        max_new_tokens=3,
+        do_sample=False,
+    )
     written = answers[:, batch["input_ids"].shape[1] :].flatten().tolist()
     assert written
     assert not set(written) & set(processor.placeholder_ids.values())
@@ -151,17 +172,26 @@ def test_every_volume_encoder_trains_a_step_with_every_pooling_connector(
         optimizer.step()
     assert losses[1] < losses[0]
     for part, tensors in before.items():
-        assert any(not torch.equal(old, new) for old, new in zip(tensors, parts[part].parameters(), strict=True)), part
-    assert (batch["input_ids"] == processor.placeholder_ids["volume"]).sum() == 2 * model.branch("volume").num_tokens
+        assert any(
+            not torch.equal(old, new)
+            for old, new in zip(tensors, parts[part].parameters(), strict=True)
+        ), part
+    assert (batch["input_ids"] == processor.placeholder_ids["volume"]).sum() == 2 * model.branch(
+        "volume"
+    ).num_tokens
 
 
 def test_windows_that_the_encoder_has_no_channels_for_are_refused(llms: dict[str, Path]) -> None:
     section = tiny.lvlm_section(llms["qwen2.5"])
     windows = {"windows": [[-1000, 400], [-160, 240], [-200, 1000]], "size": [8, 16, 16]}
     section["branches"]["volume"] = {
-        "encoder": TINY_ENCODERS["m3d-clip"].block, "connector": {"name": "mlp"}, "preprocess": windows,
-    }  # fmt: skip
-    with pytest.raises(RecipeError, match=r"branches\.volume\.preprocess: gives pixels of 3 channels .* takes 1"):
+        "encoder": TINY_ENCODERS["m3d-clip"].block,
+        "connector": {"name": "mlp"},
+        "preprocess": windows,
+    }
+    with pytest.raises(
+        RecipeError, match=r"branches\.volume\.preprocess: gives pixels of 3 channels .* takes 1"
+    ):
         resolve(validate(LVLMOptions, section, source="test"))
     section["branches"]["volume"]["encoder"] = TINY_ENCODERS["slices"].block
     config, _ = resolve(validate(LVLMOptions, section, source="test"))
@@ -174,8 +204,13 @@ def test_a_volume_where_an_image_belongs_is_refused(llms: dict[str, Path]) -> No
     tokens = {name: model.branch(name).num_tokens for name in ("image", "volume")}
     assert tokens == {"image": 16, "volume": 1}
     batch["pixels"]["volume"] = batch["pixels"]["volume"].repeat(2, 1, 1, 1, 1)
-    with pytest.raises(ValueError, match="branch 'volume': 1 placeholder tokens in the text, but 2 items of 1 tokens"):
+    with pytest.raises(
+        ValueError,
+        match="branch 'volume': 1 placeholder tokens in the text, but 2 items of 1 tokens",
+    ):
         model(**batch)
     del batch["pixels"]["volume"]
-    with pytest.raises(ValueError, match="branch 'volume': 1 placeholder tokens in the text, and no pixels"):
+    with pytest.raises(
+        ValueError, match="branch 'volume': 1 placeholder tokens in the text, and no pixels"
+    ):
         model(**batch)

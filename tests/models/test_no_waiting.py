@@ -1,4 +1,5 @@
-"""A step of training asks the device for no number: on a GPU each would wait for everything before it."""
+"""A step of training asks the device for no number: on a GPU each would wait for everything before
+it."""
 
 from __future__ import annotations
 
@@ -18,8 +19,18 @@ from medm.objectives.terms import Terms
 from tests import tiny
 from tests.models.test_lvlm import build, example
 
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "item"}
-"""Operators whose result, or its size, Python has to know; indexing with a mask becomes one of them."""
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "item",
+}
+"""Operators whose result, or its size, Python has to know; indexing with a mask becomes one of
+them."""
 
 
 class Waits(TorchDispatchMode):
@@ -54,19 +65,29 @@ def test_the_counter_counts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])
-def test_forward_and_backward_wait_for_nothing(kind: str, llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_and_backward_wait_for_nothing(
+    kind: str, llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = build(llm, family="qwen2.5")
     model.train()
-    data = [example(processor), example(processor, "A longer question?", images=2), example(processor, images=0)]
+    data = [
+        example(processor),
+        example(processor, "A longer question?", images=2),
+        example(processor, images=0),
+    ]
     collators = {
         "padded": Collator(processor.pad_id, with_mask=False, with_label_positions=True),
-        "packed": PackingCollator(processor.pad_id, 128, padding_free=True, with_label_positions=True),
+        "packed": PackingCollator(
+            processor.pad_id, 128, padding_free=True, with_label_positions=True
+        ),
     }
     if kind == "packed":
         assert model.enable_padding_free()
     batch = collators[kind](data)
     for module in (modeling, scatter):
-        monkeypatch.setattr(module, "check", lambda condition, message: None)  # asserted on the device itself there
+        monkeypatch.setattr(
+            module, "check", lambda condition, message: None
+        )  # asserted on the device itself there
     with Waits() as waits:
         losses = Terms.of(LanguageModeling())(model, batch, torch.tensor([5]))
         losses.total.backward()

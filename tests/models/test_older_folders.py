@@ -1,4 +1,5 @@
-"""Model folders of an earlier medm, which did not know every field, and of a later one, which knows more."""
+"""Model folders of an earlier medm, which did not know every field, and of a later one, which knows
+more."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ from tests import tiny
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     section = tiny.lvlm_section(tiny.save_llm("smollm2", tmp_path / "llm"), family="smollm2")
-    section["branches"]["image"]["connector"] = {"name": "moe", "route_by": "task", "num_experts": 2, "depth": 1}
+    section["branches"]["image"]["connector"] = {
+        "name": "moe",
+        "route_by": "task",
+        "num_experts": 2,
+        "depth": 1,
+    }
     section["tasks"] = ["vqa", "report"]
     model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
     model.save_pretrained(tmp_path / "model")
@@ -42,7 +48,11 @@ def logits(folder: Path) -> torch.Tensor:
     sample = Sample((Turn("user", (Media("image"), "?")),), task="report")
     with torch.no_grad():
         batch = processor.pad(
-            [processor.encode(sample, {"image": [np.ones((3, 16, 16), np.float32)]}, generation=True)]
+            [
+                processor.encode(
+                    sample, {"image": [np.ones((3, 16, 16), np.float32)]}, generation=True
+                )
+            ]
         )
         return model(**batch).logits
 
@@ -53,8 +63,10 @@ def test_fields_that_have_a_default_may_be_missing(saved: Path) -> None:
     def forget(config: dict[str, Any]) -> None:
         for key in ("adapters", "loss_on_full_logits", "llm"):
             del config[key]
-        for part, kept in (("encoder", {"name", "architecture"}), ("connector", {"name", "route_by", "num_experts",
-                                                                                "depth", "tasks"})):  # fmt: skip
+        for part, kept in (
+            ("encoder", {"name", "architecture"}),
+            ("connector", {"name", "route_by", "num_experts", "depth", "tasks"}),
+        ):
             entry = config["branches"]["image"][part]
             assert entry.keys() - kept
             config["branches"]["image"][part] = {key: entry[key] for key in kept}
@@ -62,18 +74,24 @@ def test_fields_that_have_a_default_may_be_missing(saved: Path) -> None:
     def unlearn(config: dict[str, Any]) -> None:
         del config["template_kwargs"], config["branches"]["image"]["known_tasks_only"]
         preprocess = config["branches"]["image"]["preprocess"]
-        config["branches"]["image"]["preprocess"] = {key: preprocess[key] for key in ("kind", "size")}
+        config["branches"]["image"]["preprocess"] = {
+            key: preprocess[key] for key in ("kind", "size")
+        }
 
     edit(saved, "config.json", forget)
     edit(saved, "processor_config.json", unlearn)
     assert torch.equal(logits(saved), expected)
     _, processor = medm.models.load(str(saved))
     with pytest.raises(DataError, match="expected one of vqa, report"):
-        processor.encode(Sample((Turn("user", (Media("image"),)),), task="other"), {"image": [np.ones(1)]})
+        processor.encode(
+            Sample((Turn("user", (Media("image"),)),), task="other"), {"image": [np.ones(1)]}
+        )
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_the_older_name_of_a_field_is_read(saved: Path, value: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_older_name_of_a_field_is_read(
+    saved: Path, value: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     def rename(config: dict[str, Any]) -> None:
         del config["loss_on_full_logits"]
         config["full_logits"] = value
@@ -95,9 +113,21 @@ def test_the_older_name_of_a_field_is_read(saved: Path, value: bool, caplog: pyt
     ("file", "place", "message"),
     [
         ("config.json", ("branches", "image"), "unknown key 'novel'"),
-        ("config.json", ("branches", "image", "encoder"), r"encoder 'siglip' does not take .*'novel'.*a later medm"),
-        ("config.json", ("branches", "image", "connector"), r"connector 'moe' does not take .*'novel'.*a later medm"),
-        ("processor_config.json", ("branches", "image"), r"branches\.image: 1 problem.*\n.*unknown key 'novel'"),
+        (
+            "config.json",
+            ("branches", "image", "encoder"),
+            r"encoder 'siglip' does not take .*'novel'.*a later medm",
+        ),
+        (
+            "config.json",
+            ("branches", "image", "connector"),
+            r"connector 'moe' does not take .*'novel'.*a later medm",
+        ),
+        (
+            "processor_config.json",
+            ("branches", "image"),
+            r"branches\.image: 1 problem.*\n.*unknown key 'novel'",
+        ),
         ("processor_config.json", ("branches", "image", "preprocess"), "unknown key 'novel'"),
     ],
 )
@@ -121,7 +151,9 @@ def test_what_a_branch_cannot_do_without_is_named(saved: Path, field: str) -> No
         medm.models.load(str(saved))
 
 
-def test_other_fields_that_are_not_known_are_reported(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_fields_that_are_not_known_are_reported(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, logger="medm"):
         medm.models.load(str(saved))
         assert not [line for line in caplog.messages if "no effect" in line]

@@ -30,7 +30,9 @@ def model(llms: dict[str, Path]) -> Any:
 def test_the_fields_are_those_of_transformers_and_the_auxiliary_losses() -> None:
     stock = {field.name for field in fields(CausalLMOutputWithPast)}
     assert {field.name for field in fields(LVLMOutput)} == stock | {"loss_sum", "losses"}
-    assert stock & set(CACHE_ARGUMENTS), "transformers renamed the cache again: medm.llms.cache lists the names"
+    assert stock & set(CACHE_ARGUMENTS), (
+        "transformers renamed the cache again: medm.llms.cache lists the names"
+    )
 
 
 def test_fields_that_only_some_language_models_return_are_left_out() -> None:
@@ -41,7 +43,9 @@ def test_fields_that_only_some_language_models_return_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-def test_decoding_with_the_cache_equals_running_the_whole_text(family: str, llms: dict[str, Path]) -> None:
+def test_decoding_with_the_cache_equals_running_the_whole_text(
+    family: str, llms: dict[str, Path]
+) -> None:
     section = tiny.lvlm_section(llms[family], family=family)
     model = medm.models.build(validate(LVLMOptions, section, source="test"))[0].eval()
     ids = torch.tensor([[5, 9, 7, 11, 6]])
@@ -52,7 +56,9 @@ def test_decoding_with_the_cache_equals_running_the_whole_text(family: str, llms
         cache = DynamicCache(config=model.config.get_text_config())
         first = model(input_ids=ids[:, :3], **{name: cache}, use_cache=True)
         second = model(input_ids=ids[:, 3:], **{name: first[name]}, use_cache=True)
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([first.logits, second.logits], dim=1), whole, atol=2e-5, rtol=1e-4
+    )
 
 
 def test_hidden_states_and_attentions_are_passed_through(llms: dict[str, Path], model: Any) -> None:
@@ -65,7 +71,9 @@ def test_hidden_states_and_attentions_are_passed_through(llms: dict[str, Path], 
     assert learned.logits is None
 
 
-def test_arguments_of_generate_are_merged_into_one_config(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_arguments_of_generate_are_merged_into_one_config(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     ids = torch.tensor([[5, 9, 7]])
     before = model.generation_config.to_dict()
     with warnings.catch_warnings():
@@ -79,5 +87,7 @@ def test_arguments_of_generate_are_merged_into_one_config(model: Any, caplog: py
 def test_a_forward_without_a_cache_is_refused_by_name() -> None:
     def forward(input_ids: Any) -> None: ...
 
-    with pytest.raises(TypeError, match=r"forward takes no KV cache: .*cache, past_key_values.*input_ids"):
+    with pytest.raises(
+        TypeError, match=r"forward takes no KV cache: .*cache, past_key_values.*input_ids"
+    ):
         cache_argument(forward)

@@ -1,4 +1,5 @@
-"""The transformers way: images in memory, stock content parts, prompts as text, `generate` and `pipeline`."""
+"""The transformers way: images in memory, stock content parts, prompts as text, `generate` and
+`pipeline`."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, llms: dict[str, Path]) -> P
     torch.manual_seed(1)
     model, processor = medm.models.build(
         validate(LVLMOptions, tiny.lvlm_section(llms["qwen2.5"]), source="test")
-    )  # fmt: skip
+    )
     awaken(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -55,28 +56,44 @@ def model(folder: Path) -> Any:
 
 
 def ids(inputs: Any) -> list[list[int]]:
-    return [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    return [
+        row[mask.bool()].tolist()
+        for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
 
 
 def sources(file: Path) -> list[Any]:
     """One image in every form in which it may be handed over."""
     pixels = np.asarray(Image.open(file))
     return [
-        str(file), file, f"file://{file}", Image.open(file), pixels, torch.from_numpy(pixels.copy()), file.read_bytes(),
-        file.open("rb"), f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}", [file], [[file]],
-    ]  # fmt: skip
+        str(file),
+        file,
+        f"file://{file}",
+        Image.open(file),
+        pixels,
+        torch.from_numpy(pixels.copy()),
+        file.read_bytes(),
+        file.open("rb"),
+        f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}",
+        [file],
+        [[file]],
+    ]
 
 
 def test_an_image_is_the_same_in_every_form(folder: Path, processor: Any) -> None:
     expected = load_pixels(folder / "a.png", processor.preprocess["image"])
     for source in sources(folder / "a.png"):
         inputs = processor("<image>\nWhat?", images=source)
-        np.testing.assert_array_equal(inputs["pixels"]["image"][0].numpy(), expected, err_msg=str(type(source)))
+        np.testing.assert_array_equal(
+            inputs["pixels"]["image"][0].numpy(), expected, err_msg=str(type(source))
+        )
 
 
 def test_several_questions_take_their_images_in_order(folder: Path, processor: Any) -> None:
     a, b = (Image.open(folder / name) for name in ("a.png", "b.png"))
-    inputs = processor(text=["<image>\nOne?", "No image?", "<image><image>\nTwo?"], images=[[a], [], [b, a]])
+    inputs = processor(
+        text=["<image>\nOne?", "No image?", "<image><image>\nTwo?"], images=[[a], [], [b, a]]
+    )
     first, second, third = inputs["pixels"]["image"]
     assert torch.equal(first, third)
     assert not torch.equal(first, second)
@@ -96,12 +113,22 @@ def text(words: str) -> dict[str, Any]:
     return {"type": "text", "text": words}
 
 
-STOCK: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+STOCK: dict[str, Any] = {
+    "tokenize": True,
+    "return_dict": True,
+    "return_tensors": "pt",
+    "add_generation_prompt": True,
+}
 
 
-@pytest.mark.parametrize("key", ["image", "path", "url", "base64", "image_url", "apart", "processor_kwargs"])
-def test_stock_content_parts_are_the_question_that_medm_asks(key: str, folder: Path, processor: Any) -> None:
-    """The prompt of `medm infer`, with the image in each place where transformers and OpenAI put it."""
+@pytest.mark.parametrize(
+    "key", ["image", "path", "url", "base64", "image_url", "apart", "processor_kwargs"]
+)
+def test_stock_content_parts_are_the_question_that_medm_asks(
+    key: str, folder: Path, processor: Any
+) -> None:
+    """The prompt of `medm infer`, with the image in each place where transformers and OpenAI put
+    it."""
     file = folder / "a.png"
     part, more = image(), {}
     if key == "image_url":
@@ -128,17 +155,25 @@ def test_what_a_user_types_stays_text(folder: Path, processor: Any) -> None:
     bare = ids(processor.apply_chat_template(parts(text("")), **STOCK))[0]
     for messages in (parts(text(words)), [{"role": "user", "content": words}]):
         row = ids(processor.apply_chat_template(messages, **STOCK))[0]
-        assert [token for token in row if token in special] == [token for token in bare if token in special]
-    inputs = processor.apply_chat_template(parts(image(path=str(folder / "a.png")), text(words)), **STOCK)
-    assert (inputs["input_ids"] == processor.image_token_id).sum() == processor.branches["image"]["num_tokens"]
+        assert [token for token in row if token in special] == [
+            token for token in bare if token in special
+        ]
+    inputs = processor.apply_chat_template(
+        parts(image(path=str(folder / "a.png")), text(words)), **STOCK
+    )
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == processor.branches["image"][
+        "num_tokens"
+    ]
 
 
 def test_a_rendered_prompt_is_its_conversation(folder: Path, processor: Any) -> None:
-    """transformers' older way: the prompt as text, then the prompt with its images. No second template around it."""
+    """transformers' older way: the prompt as text, then the prompt with its images. No second
+    template around it."""
     messages = [{"role": "system", "content": "Be brief."}, *parts(image(), text("\n<image>?"))]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert prompt == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\n<image>?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nBe "
+        "brief.<|im_end|>\n<|im_start|>user\n<image>\n<image>?<|im_end|>\n<|im_start|>assistant\n"
     )
     picture = Image.open(folder / "a.png")
     expected = processor.apply_chat_template(messages, images=picture, **STOCK)
@@ -161,15 +196,23 @@ def test_a_chat_template_around_a_question_is_not_taken_for_one(
 def test_batches_endings_and_templates(processor: Any) -> None:
     one, two = parts(text("One?")), parts(text("And two, which is longer?"))
     batch = processor.apply_chat_template([one, two], **STOCK)
-    assert ids(batch) == [ids(processor.apply_chat_template(chat, **STOCK))[0] for chat in (one, two)]
+    assert ids(batch) == [
+        ids(processor.apply_chat_template(chat, **STOCK))[0] for chat in (one, two)
+    ]
     closed = processor.apply_chat_template(one, tokenize=True, return_dict=True)
     assert ids(closed)[0] == ids(batch)[0][: len(ids(closed)[0])]  # without the opening of a reply
     said = [*one, {"role": "assistant", "content": [text("It is")]}]
-    begun = processor.apply_chat_template(said, tokenize=True, return_dict=True, continue_final_message=True)
+    begun = processor.apply_chat_template(
+        said, tokenize=True, return_dict=True, continue_final_message=True
+    )
     assert processor.decode(ids(begun)[0]).endswith("<|im_start|>assistant\nIt is")
-    assert processor.apply_chat_template(said, continue_final_message=True).endswith("assistant\nIt is")
-    assert torch.equal(processor.apply_chat_template(one, tokenize=True, add_generation_prompt=True),
-                       processor.apply_chat_template(one, **STOCK)["input_ids"])  # fmt: skip
+    assert processor.apply_chat_template(said, continue_final_message=True).endswith(
+        "assistant\nIt is"
+    )
+    assert torch.equal(
+        processor.apply_chat_template(one, tokenize=True, add_generation_prompt=True),
+        processor.apply_chat_template(one, **STOCK)["input_ids"],
+    )
     shout = "{% for m in messages %}{{ m.content + shout }}{% endfor %}"
     assert processor.apply_chat_template(one, chat_template=shout, shout="!") == "One?!"
 
@@ -182,7 +225,10 @@ def test_batches_endings_and_templates(processor: Any) -> None:
         ([{"content": "What?"}], r"messages\.0': expected a message with 'role' and 'content'"),
         ([{"role": "tool", "content": "What?"}], r"messages\.0\.role': unknown role 'tool'"),
         ([{"role": "user", "content": "a", "tool_calls": [1]}], "tool_calls: not supported"),
-        (parts({"type": "video", "video": "a.mp4"}), r"content\.0': expected a content part .*found type 'video'"),
+        (
+            parts({"type": "video", "video": "a.mp4"}),
+            r"content\.0': expected a content part .*found type 'video'",
+        ),
         (parts({"text": "What?"}), r"messages\.0\.content\.0': expected a content part"),
         (parts(text("a"), 3), r"content\.1': .*found int"),
         (parts({"type": "text"}), r"content\.0\.text': expected text, found nothing"),
@@ -193,17 +239,24 @@ def test_batches_endings_and_templates(processor: Any) -> None:
         (parts(image(image=3)), "expected an image or volume: a path, .* found int"),
         (parts(image(path="/no/such.png")), r"/no/such\.png: cannot be opened"),
         (parts(image()), "more image placeholders in the text than images given"),
-        (parts({"type": "volume", "path": "a.nii"}), r"the model has \['image'\], and the text holds a 'volume'"),
+        (
+            parts({"type": "volume", "path": "a.nii"}),
+            r"the model has \['image'\], and the text holds a 'volume'",
+        ),
         (parts(image(path="a.png"), role="assistant"), "an image or volume in a reply"),
     ],
 )
-def test_messages_that_are_not_understood_are_refused(messages: Any, message: str, processor: Any) -> None:
+def test_messages_that_are_not_understood_are_refused(
+    messages: Any, message: str, processor: Any
+) -> None:
     with pytest.raises(DataError, match=message):
         processor.apply_chat_template(messages, **STOCK)
 
 
 def test_images_without_a_place_are_refused(folder: Path, processor: Any) -> None:
-    with pytest.raises(DataError, match=r"1 image\(s\) given beyond the placeholders .*write <image> where"):
+    with pytest.raises(
+        DataError, match=r"1 image\(s\) given beyond the placeholders .*write <image> where"
+    ):
         processor("What?", images=folder / "a.png")
     with pytest.raises(DataError, match="the model reads none"):
         processor("What?", volumes=VOLUME)
@@ -227,17 +280,26 @@ def test_generate_and_pipeline_reply_as_medm_does(folder: Path, processor: Any, 
     messages = parts(image(path=str(folder / "a.png")), text("\nWhat?"))
     inputs = processor.apply_chat_template(messages, **STOCK)
     output = model.generate(**inputs, max_new_tokens=6)
-    replied = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    replied = processor.decode(
+        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
     assert (
         replied
-        == processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+        == processor.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )[0].strip()
     )
 
     pipe = pipeline("image-text-to-text", model=str(folder), device="cpu")
     other = parts(image(path=str(folder / "b.png")), text("\nWhat?"))
     alone = pipe(text=messages, max_new_tokens=6, return_full_text=False)
     together = pipe(text=[messages, other], max_new_tokens=6, return_full_text=False, batch_size=2)
-    apart = pipe(images=Image.open(folder / "a.png"), text="<image>\nWhat?", max_new_tokens=6, return_full_text=False)
+    apart = pipe(
+        images=Image.open(folder / "a.png"),
+        text="<image>\nWhat?",
+        max_new_tokens=6,
+        return_full_text=False,
+    )
     assert {one[0]["generated_text"].strip() for one in (alone, together[0], apart)} == {replied}
     assert together[1][0]["generated_text"].strip() != replied
     full = pipe(text=[*messages, {"role": "assistant", "content": [text("It")]}], max_new_tokens=2)
@@ -245,7 +307,9 @@ def test_generate_and_pipeline_reply_as_medm_does(folder: Path, processor: Any, 
 
     own, options = medm.models.load(str(folder))[0], GenerationOptions(max_new_tokens=6)
     pixels = {"image": [load_pixels(folder / "a.png", processor.preprocess["image"])]}
-    example = processor.encode(Sample((Turn("user", (Media("image"), "\nWhat?")),)), pixels, generation=True)
+    example = processor.encode(
+        Sample((Turn("user", (Media("image"), "\nWhat?")),)), pixels, generation=True
+    )
     assert Engine(own, processor, options).generate(prepare([example]))[0].text == replied
 
 
@@ -260,7 +324,9 @@ def test_volumes_in_memory(llms: dict[str, Path], tmp_path: Path) -> None:
     tiny_encoder = TINY_ENCODERS["m3d-clip"]
     section["branches"] = {
         "volume": {
-            "encoder": {key: value for key, value in tiny_encoder.block.items() if key != "image_size"},
+            "encoder": {
+                key: value for key, value in tiny_encoder.block.items() if key != "image_size"
+            },
             "connector": {"name": "mlp"},
             "preprocess": {"size": list(tiny_encoder.pixels[1:]), "scale": "minmax"},
         }
@@ -269,14 +335,20 @@ def test_volumes_in_memory(llms: dict[str, Path], tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", VOLUME)
     expected = processor("<volume>\nWhat?", volumes=tmp_path / "a.npy")["pixels"]["volume"]
     for source in (VOLUME, torch.from_numpy(VOLUME), str(tmp_path / "a.npy")):
-        assert torch.equal(processor("<volume>\nWhat?", volumes=source)["pixels"]["volume"], expected)
+        assert torch.equal(
+            processor("<volume>\nWhat?", volumes=source)["pixels"]["volume"], expected
+        )
         messages = parts({"type": "volume", "volume": source}, text("What?"))
-        assert torch.equal(processor.apply_chat_template(messages, **STOCK)["pixels"]["volume"], expected)
+        assert torch.equal(
+            processor.apply_chat_template(messages, **STOCK)["pixels"]["volume"], expected
+        )
 
 
 def test_a_saved_processor_is_the_same_one(folder: Path, processor: Any, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     opened = AutoProcessor.from_pretrained(tmp_path)
     messages = parts(image(path=str(folder / "a.png")), text("What?"))
-    assert ids(opened.apply_chat_template(messages, **STOCK)) == ids(processor.apply_chat_template(messages, **STOCK))
+    assert ids(opened.apply_chat_template(messages, **STOCK)) == ids(
+        processor.apply_chat_template(messages, **STOCK)
+    )
     assert type(pickle.loads(pickle.dumps(opened))) is type(processor)

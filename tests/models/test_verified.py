@@ -16,7 +16,8 @@ from medm.models.manifest import verify_weights, write_manifest
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Names of the files that were read in full; what is remembered stays in the test's own folder."""
+    """Names of the files that were read in full; what is remembered stays in the test's own
+    folder."""
     names: list[str] = []
     original = manifest._hash
 
@@ -51,7 +52,9 @@ def test_weights_are_read_once_a_folder(tmp_path: Path, read: list[str]) -> None
     assert read == ["model.safetensors"] * 2
 
 
-def test_a_flipped_byte_is_found_after_the_weights_were_verified(tmp_path: Path, read: list[str]) -> None:
+def test_a_flipped_byte_is_found_after_the_weights_were_verified(
+    tmp_path: Path, read: list[str]
+) -> None:
     """Also behind the time of change that copying programs put back."""
     file = model(tmp_path / "model") / "model.safetensors"
     verify_weights(file.parent)
@@ -89,7 +92,9 @@ def test_a_folder_that_is_gone_is_forgotten(tmp_path: Path, read: list[str]) -> 
     verify_weights(first)
     first.rename(tmp_path / "second")
     verify_weights(tmp_path / "second")
-    assert list(json.loads((tmp_path / "cache" / "medm" / "verified.json").read_text())) == [str(tmp_path / "second")]
+    assert list(json.loads((tmp_path / "cache" / "medm" / "verified.json").read_text())) == [
+        str(tmp_path / "second")
+    ]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"x": 1}'])
@@ -103,7 +108,9 @@ def test_a_damaged_memory_knows_nothing(tmp_path: Path, read: list[str], content
     assert read == ["model.safetensors"]
 
 
-def test_nowhere_to_remember_is_no_error(tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nowhere_to_remember_is_no_error(
+    tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     folder = model(tmp_path / "model")

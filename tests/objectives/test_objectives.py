@@ -39,13 +39,22 @@ class Fixed(nn.Module):
         self.scale, self.bias = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(bias))
 
     def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
-        return {"image_embeds": first, "text_embeds": second, "logit_scale": self.scale, "logit_bias": self.bias}
+        return {
+            "image_embeds": first,
+            "text_embeds": second,
+            "logit_scale": self.scale,
+            "logit_bias": self.bias,
+        }
 
 
-LABELS = torch.tensor([[0, -100, 1, 2], [2, 0, -100, -100]])  # learned: 1, 2 and 0; the first column never is
+LABELS = torch.tensor(
+    [[0, -100, 1, 2], [2, 0, -100, -100]]
+)  # learned: 1, 2 and 0; the first column never is
 
 
-def losses_of(objective: Objective, model: nn.Module, batch: Batch, counts: list[int] | None = None) -> Losses:
+def losses_of(
+    objective: Objective, model: nn.Module, batch: Batch, counts: list[int] | None = None
+) -> Losses:
     """The losses of one batch that is the whole step, or a part of a step of `counts` items."""
     terms = Terms.of(objective)
     return terms(model, batch, terms.counts(batch) if counts is None else torch.tensor(counts))
@@ -66,9 +75,19 @@ def test_language_modeling_by_hand() -> None:
 def test_rows_of_language_modeling_by_hand() -> None:
     objective, model, batch = LanguageModeling(), Unigram(), {"labels": LABELS}
     normalizer = math.log(1 + math.e + math.e**2)
-    means = [objective.loss_of_rows(model, batch, torch.tensor(rows)) for rows in ([True, False], [False, True])]
-    assert [mean.item() for mean in means if mean is not None] == pytest.approx([normalizer - 1.5, normalizer])
-    assert objective.loss_of_rows(model, {"labels": torch.full((2, 4), -100)}, torch.tensor([True, True])) is None
+    means = [
+        objective.loss_of_rows(model, batch, torch.tensor(rows))
+        for rows in ([True, False], [False, True])
+    ]
+    assert [mean.item() for mean in means if mean is not None] == pytest.approx(
+        [normalizer - 1.5, normalizer]
+    )
+    assert (
+        objective.loss_of_rows(
+            model, {"labels": torch.full((2, 4), -100)}, torch.tensor([True, True])
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize("cut", [(slice(0, 1), slice(1, 2))])
@@ -82,8 +101,12 @@ def test_micro_batches_add_up_to_the_batch(cut: tuple[slice, slice]) -> None:
     torch.testing.assert_close(model.logits.grad, whole)
 
 
-def contrast(first: Tensor, second: Tensor, counts: list[int] | None = None, **options: Any) -> Tensor:
-    return losses_of(Contrastive(pairs="first", **options), Fixed(), {"first": first, "second": second}, counts).total
+def contrast(
+    first: Tensor, second: Tensor, counts: list[int] | None = None, **options: Any
+) -> Tensor:
+    return losses_of(
+        Contrastive(pairs="first", **options), Fixed(), {"first": first, "second": second}, counts
+    ).total
 
 
 def test_softmax_loss_equals_clip_in_transformers() -> None:
@@ -91,13 +114,16 @@ def test_softmax_loss_equals_clip_in_transformers() -> None:
 
     torch.manual_seed(0)
     first, second = torch.randn(6, 4), torch.randn(6, 4)
-    logits = 5.0 * nn.functional.normalize(second, dim=-1) @ nn.functional.normalize(first, dim=-1).T
+    logits = (
+        5.0 * nn.functional.normalize(second, dim=-1) @ nn.functional.normalize(first, dim=-1).T
+    )
     torch.testing.assert_close(contrast(first, second), reference(logits))
 
 
 def test_sigmoid_loss_by_hand() -> None:
     first = second = torch.eye(2)
-    # Partners score 5 - 3 = 2 and count positive, others score -3 and count negative; two of each, two items.
+    # Partners score 5 - 3 = 2 and count positive, others score -3 and count negative; two of each,
+    # two items.
     expected = math.log1p(math.exp(-2)) + math.log1p(math.exp(-3))
     assert contrast(first, second, loss="sigmoid").item() == pytest.approx(expected, rel=1e-6)
 
@@ -119,7 +145,11 @@ def test_pairs_are_counted_by_the_stated_field_whatever_stands_before_it() -> No
     batch = {"position_ids": torch.zeros(7, 2), "input_ids": torch.zeros(3, 9)}
     assert Contrastive().count(batch) == 3
     assert Contrastive(pairs="position_ids").count(batch) == 7
-    for broken in ({"labels": torch.zeros(3)}, {"input_ids": [1, 2]}, {"input_ids": torch.tensor(5)}):
+    for broken in (
+        {"labels": torch.zeros(3)},
+        {"input_ids": [1, 2]},
+        {"input_ids": torch.tensor(5)},
+    ):
         with pytest.raises(RecipeError, match=r"batch field 'input_ids'.*option pairs"):
             Contrastive().count(broken)
 

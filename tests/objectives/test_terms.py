@@ -61,7 +61,8 @@ def two(auxiliary: dict[str, float] | None = None) -> Terms:
 
 
 def test_two_terms_by_hand_in_one_run_of_the_model() -> None:
-    """(2 + 4 + 8) / 3 items, and half of 6 * 6 / 1 item; derivatives 7 / 3 and half of 2 * 2 * 9."""
+    """(2 + 4 + 8) / 3 items, and half of 6 * 6 / 1 item; derivatives 7 / 3 and half of 2 * 2
+    * 9."""
     model, terms = Scale(), two()
     assert terms.counts(BATCH).tolist() == [3, 1]
     losses = terms(model, BATCH, terms.counts(BATCH))
@@ -78,15 +79,20 @@ def test_two_terms_by_hand_in_one_run_of_the_model() -> None:
 def test_micro_batches_of_different_counts_add_up_to_the_step() -> None:
     """One has items of the second term, the other has none."""
     model, terms = Scale(), two({"balance": 0.1})
-    halves = [{name: value[part] for name, value in BATCH.items()} for part in (slice(0, 2), slice(2, 4))]
+    halves = [
+        {name: value[part] for name, value in BATCH.items()} for part in (slice(0, 2), slice(2, 4))
+    ]
     counts = terms.total_counts(halves, torch.device("cpu"))
     assert counts.tolist() == [3, 1]
     losses = [terms(model, half, counts) for half in halves]
     whole = terms(model, BATCH, counts)
     torch.testing.assert_close(losses[0].total + losses[1].total, whole.total)
     assert losses[0].terms["second"] == 0
-    # A mean over the batch counts by the batch's fraction of the items: two of three, and one of three.
-    assert [part.terms["balance"].item() for part in losses] == pytest.approx([0.6 * 2 / 3, 0.6 / 3])
+    # A mean over the batch counts by the batch's fraction of the items: two of three, and one of
+    # three.
+    assert [part.terms["balance"].item() for part in losses] == pytest.approx(
+        [0.6 * 2 / 3, 0.6 / 3]
+    )
     assert list(whole.terms) == ["first", "balance", "second"]
     assert whole.by_objective.tolist() == pytest.approx([14 / 3 + 0.6, 18])
 
@@ -99,7 +105,9 @@ def test_one_objective_names_no_terms() -> None:
 
 
 def test_a_field_that_the_model_does_not_give_is_named() -> None:
-    terms = Terms({"first": Term(SumOf("y", where="a")), "masks": Term(SumOf("mask_logits", where="b"))})
+    terms = Terms(
+        {"first": Term(SumOf("y", where="a")), "masks": Term(SumOf("mask_logits", where="b"))}
+    )
     words = r"term 'masks' \(SumOf\) reads mask_logits, and the model gives losses, square, y"
     with pytest.raises(RecipeError, match=words):
         terms(Scale(), BATCH, torch.tensor([1, 1]))

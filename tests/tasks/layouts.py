@@ -1,4 +1,5 @@
-"""Tiny copies of the benchmarks, written in their published layouts. One builder a task, a few records each."""
+"""Tiny copies of the benchmarks, written in their published layouts. One builder a task, a few
+records each."""
 
 from __future__ import annotations
 
@@ -56,16 +57,26 @@ def slake_tree(root: Path) -> None:
         root.mkdir(exist_ok=True)
         (root / f"{split}.txt").write_text(f"{image}\n")
         put_image(root / f"imgs/{image}/source.jpg")
-        question = {"img_name": f"{image}/source.jpg", "q_lang": "en", "content_type": "Organ", "modality": "CT"}
+        question = {
+            "img_name": f"{image}/source.jpg",
+            "q_lang": "en",
+            "content_type": "Organ",
+            "modality": "CT",
+        }
         put_json(root / f"imgs/{image}/question.json", [
             {**question, "qid": 1, "question": "Is there a liver?", "answer": "Yes", "answer_type": "CLOSED"},
             {**question, "qid": 2, "question": "Which organ?", "answer": "Left Lung", "answer_type": "OPEN"},
             {**question, "qid": 3, "question": "\u5668\u5b98", "answer": "\u809d", "q_lang": "zh"},
             {**question, "qid": 4, "question": "Empty?", "answer": "", "answer_type": "OPEN"},
         ])  # fmt: skip
-        put_json(root / f"imgs/{image}/detection.json", [
-            {"Liver": [20, 10, 100, 50]}, {"Lung": [0, 0, 30, 30]}, {"Lung": [60, 60, 30, 30]},
-        ])  # fmt: skip
+        put_json(
+            root / f"imgs/{image}/detection.json",
+            [
+                {"Liver": [20, 10, 100, 50]},
+                {"Lung": [0, 0, 30, 30]},
+                {"Lung": [60, 60, 30, 30]},
+            ],
+        )
 
 
 def slake(root: Path) -> None:
@@ -79,12 +90,21 @@ def sa_med2d(root: Path) -> None:
     for split in ("train", "test"):
         for modality, name in (("ct", "a1"), ("mr", "b2")):
             put_image(root / f"images_small_{split}/{modality}/{name}.png")
-            put_json(root / f"regions_small_{split}/{modality}/{name}.json", [{f"{modality} organ": [10, 20, 80, 40]}])
+            put_json(
+                root / f"regions_small_{split}/{modality}/{name}.json",
+                [{f"{modality} organ": [10, 20, 80, 40]}],
+            )
 
 
 def path_vqa_rows(split: str) -> list[dict[str, Any]]:
     return [
-        {"img_id": f"{split}_0", "sent": "is it red?", "question_id": 7, "answer_type": "yes/no", "label": {"no": 1}},
+        {
+            "img_id": f"{split}_0",
+            "sent": "is it red?",
+            "question_id": 7,
+            "answer_type": "yes/no",
+            "label": {"no": 1},
+        },
         {
             "img_id": f"{split}_0",
             "sent": "what is it?",
@@ -107,12 +127,35 @@ def path_vqa(root: Path) -> None:
 def vqa_rad(root: Path) -> None:
     put_image(root / "VQA_RAD Image Folder/s1.jpg")
     row = {"image_name": "s1.jpg", "question_type": "PRES", "image_organ": "CHEST"}
-    put_json(root / "VQA_RAD Dataset Public.json", [
-        {**row, "qid": 1, "question": "Is it big?", "answer": "No", "answer_type": "CLOSED",
-         "phrase_type": "test_para"},
-        {**row, "qid": 2, "question": "How many?", "answer": 2, "answer_type": "OPEN ", "phrase_type": "test_freeform"},
-        {**row, "qid": 3, "question": "Where?", "answer": "lung", "answer_type": "OPEN", "phrase_type": "freeform"},
-    ])  # fmt: skip
+    put_json(
+        root / "VQA_RAD Dataset Public.json",
+        [
+            {
+                **row,
+                "qid": 1,
+                "question": "Is it big?",
+                "answer": "No",
+                "answer_type": "CLOSED",
+                "phrase_type": "test_para",
+            },
+            {
+                **row,
+                "qid": 2,
+                "question": "How many?",
+                "answer": 2,
+                "answer_type": "OPEN ",
+                "phrase_type": "test_freeform",
+            },
+            {
+                **row,
+                "qid": 3,
+                "question": "Where?",
+                "answer": "lung",
+                "answer_type": "OPEN",
+                "phrase_type": "freeform",
+            },
+        ],
+    )
 
 
 def medpix(root: Path) -> None:
@@ -126,12 +169,20 @@ def medpix(root: Path) -> None:
         ])  # fmt: skip
 
 
-REPORTS = ["The heart is enlarged. Small left pleural effusion.", "No acute disease. The lungs are clear."]
+REPORTS = [
+    "The heart is enlarged. Small left pleural effusion.",
+    "No acute disease. The lungs are clear.",
+]
 
 
 def annotated(root: Path, images: str) -> None:
     rows = [
-        {"id": f"s{n}", "report": REPORTS[n], "image_path": [f"s{n}/0.png", f"s{n}/1.png"], "split": "any"}
+        {
+            "id": f"s{n}",
+            "report": REPORTS[n],
+            "image_path": [f"s{n}/0.png", f"s{n}/1.png"],
+            "split": "any",
+        }
         for n in range(2)
     ]
     for row in rows:
@@ -158,16 +209,35 @@ def m3d_cap(root: Path) -> None:
         put_array(root / image, np.zeros((1, 2, 4, 4), dtype=np.float32))
         (root / f"ct_case/00000{n}/text.txt").write_text(REPORTS[n] + "\n")
         rows.append({"image": f"M3D_Cap/{image}", "text": f"M3D_Cap/ct_case/00000{n}/text.txt"})
-    put_json(root / "M3D_Cap.json", {"train": rows, "validation": rows, "test": rows, "test100": rows})
+    put_json(
+        root / "M3D_Cap.json", {"train": rows, "validation": rows, "test": rows, "test100": rows}
+    )
 
 
 def m3d_vqa(root: Path) -> None:
     put_array(root / "ct_case/000000/Axial.npy", np.zeros((1, 2, 4, 4), dtype=np.float32))
     row = {"Image Path": "M3D_Cap/ct_case/000000/Axial.npy", "Text": "t"}
-    choices = {f"Choice {c}": t for c, t in zip("ABCD", ("Axial", "Sagittal", "Coronal", "Oblique"), strict=True)}
+    choices = {
+        f"Choice {c}": t
+        for c, t in zip("ABCD", ("Axial", "Sagittal", "Coronal", "Oblique"), strict=True)
+    }
     rows = [
-        {**row, "Question Type": 1, "Question": "Which plane?", **choices, "Answer": "Sagittal", "Answer Choice": "B"},
-        {**row, "Question Type": 1, "Question": "Plane?", **choices, "Answer": "Axial", "Answer Choice": "A"},
+        {
+            **row,
+            "Question Type": 1,
+            "Question": "Which plane?",
+            **choices,
+            "Answer": "Sagittal",
+            "Answer Choice": "B",
+        },
+        {
+            **row,
+            "Question Type": 1,
+            "Question": "Plane?",
+            **choices,
+            "Answer": "Axial",
+            "Answer Choice": "A",
+        },
         {
             **row,
             "Question Type": 5,
@@ -189,9 +259,15 @@ def m3d_seg(root: Path) -> None:
             mask = np.zeros((1, 8, 16, 16), dtype=bool)
             mask[0, 2 : 4 + index, 4:9, 3] = True
             put_array(root / f"{number}/1/masks/mask_{index}.npy", mask)
-            rows.append({"image": f"{number}/1/image.npy", "label": f"{number}/1/masks/mask_{index}.npy"})
-        put_array(root / f"{number}/1/masks/mask_{len(names)}.npy", np.zeros((1, 1, 1, 1), dtype=bool))
-        rows.append({"image": f"{number}/1/image.npy", "label": f"{number}/1/masks/mask_{len(names)}.npy"})
+            rows.append(
+                {"image": f"{number}/1/image.npy", "label": f"{number}/1/masks/mask_{index}.npy"}
+            )
+        put_array(
+            root / f"{number}/1/masks/mask_{len(names)}.npy", np.zeros((1, 1, 1, 1), dtype=bool)
+        )
+        rows.append(
+            {"image": f"{number}/1/image.npy", "label": f"{number}/1/masks/mask_{len(names)}.npy"}
+        )
         labels = {"0": "background", **{str(i + 1): n for i, n in enumerate([*names, "spleen"])}}
         put_json(root / f"{number}/{number}.json", {"labels": labels, "train": rows, "test": rows})
 
@@ -203,8 +279,20 @@ def m3d_refseg(root: Path) -> None:
     put_array(root / "M3D_RefSeg_npy/s1/mask.npy", mask)
     row = {"Image": "M3D_RefSeg_npy/s1/image.npy", "Mask": "M3D_RefSeg_npy/s1/mask.npy"}
     rows = [
-        {**row, "Mask_ID": 1, "Question_Type": 0, "Question": "Segment the cyst.", "Answer": "It is [SEG]."},
-        {**row, "Mask_ID": 2, "Question_Type": 1, "Question": "What may grow?", "Answer": "The nodule, [SEG]."},
+        {
+            **row,
+            "Mask_ID": 1,
+            "Question_Type": 0,
+            "Question": "Segment the cyst.",
+            "Answer": "It is [SEG].",
+        },
+        {
+            **row,
+            "Mask_ID": 2,
+            "Question_Type": 1,
+            "Question": "What may grow?",
+            "Answer": "The nodule, [SEG].",
+        },
     ]
     put_csv(root / "M3D_RefSeg.csv", rows)
     put_csv(root / "M3D_RefSeg_test.csv", rows)
@@ -217,27 +305,47 @@ def ct_rate(root: Path) -> None:
     turns = [
         ("<image>\nWhat do the lungs show?<long_answer>", REPORTS[0]),
         ("Is there an effusion?<short_answer>", "Yes, on the left."),
-        ("What is enlarged? (a) the heart (b) the liver (c) nothing<multiple_choice>", "(a) the heart"),
+        (
+            "What is enlarged? (a) the heart (b) the liver (c) nothing<multiple_choice>",
+            "(a) the heart",
+        ),
         ("Which side? (a) left, (b) right<multiple_choice>", "(b) right"),
         ("Is the heart big?<short_answer>", "No."),
         ("Write the report.<report_generation>", "Long."),
         ("And the bones?<long_answer>", REPORTS[1]),
     ]
-    spoken = [{"from": who, "value": text} for pair in turns for who, text in zip(("human", "gpt"), pair, strict=True)]
-    report = {"VolumeName": "valid_1_a_1.nii.gz", "ClinicalInformation_EN": "", "Technique_EN": "CT"}
+    spoken = [
+        {"from": who, "value": text}
+        for pair in turns
+        for who, text in zip(("human", "gpt"), pair, strict=True)
+    ]
+    report = {
+        "VolumeName": "valid_1_a_1.nii.gz",
+        "ClinicalInformation_EN": "",
+        "Technique_EN": "CT",
+    }
     for split, long in (("train", "train"), ("valid", "validation")):
-        put_json(root / f"dataset/vqa/{split}_vqa.json", [
-            {"id": "valid_1_a_1", "image": "valid_1_a_1.nii.gz", "conversations": spoken}
-        ])  # fmt: skip
-        put_csv(root / f"dataset/radiology_text_reports/{long}_reports.csv", [
-            {**report, "Findings_EN": REPORTS[0], "Impressions_EN": "Effusion."},
-        ])  # fmt: skip
+        put_json(
+            root / f"dataset/vqa/{split}_vqa.json",
+            [{"id": "valid_1_a_1", "image": "valid_1_a_1.nii.gz", "conversations": spoken}],
+        )
+        put_csv(
+            root / f"dataset/radiology_text_reports/{long}_reports.csv",
+            [
+                {**report, "Findings_EN": REPORTS[0], "Impressions_EN": "Effusion."},
+            ],
+        )
 
 
 def medqa(root: Path) -> None:
     options = {"A": "Aspirin", "B": "Heparin", "C": "Rest"}
     rows = [
-        {"question": "A man has pain. Which drug?", "answer": "Heparin", "options": options, "answer_idx": "B"},
+        {
+            "question": "A man has pain. Which drug?",
+            "answer": "Heparin",
+            "options": options,
+            "answer_idx": "B",
+        },
         {"question": "A woman is tired. What helps?", "answer": "Rest", "options": options},
     ]
     for split in ("train", "dev", "test"):
@@ -248,7 +356,11 @@ def medqa(root: Path) -> None:
 
 def pubmedqa(root: Path) -> None:
     rows = {
-        str(n): {"QUESTION": f"Does it help {n}?", "CONTEXTS": ["We tried.", "It may."], "final_decision": decision}
+        str(n): {
+            "QUESTION": f"Does it help {n}?",
+            "CONTEXTS": ["We tried.", "It may."],
+            "final_decision": decision,
+        }
         for n, decision in enumerate(("yes", "no", "maybe"))
     }
     for split in ("train", "test"):
@@ -258,11 +370,17 @@ def pubmedqa(root: Path) -> None:
 def custom(root: Path) -> None:
     put_image(root / "a.png")
     records = [
-        {"id": str(n), "image": "a.png", "organ": organ, "conversations": [
-            {"from": "human", "value": f"<image>\nQuestion {n}?"}, {"from": "gpt", "value": answer},
-        ]}
+        {
+            "id": str(n),
+            "image": "a.png",
+            "organ": organ,
+            "conversations": [
+                {"from": "human", "value": f"<image>\nQuestion {n}?"},
+                {"from": "gpt", "value": answer},
+            ],
+        }
         for n, (organ, answer) in enumerate([("lung", "yes"), ("liver", "no")])
-    ]  # fmt: skip
+    ]
     put_json(root / "mine.json", records)
 
 

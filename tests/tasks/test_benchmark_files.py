@@ -31,7 +31,9 @@ def test_what_numpy_writes_is_read(tmp_path: Path, packing: int) -> None:
 @pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_packings_without_bound_are_refused(tmp_path: Path, packing: int) -> None:
     archive(tmp_path / "a.npz", packing)
-    with pytest.raises(DataError, match=r"a\.npz:test_images: .* expected 0 \(stored\) or 8 \(deflated\)"):
+    with pytest.raises(
+        DataError, match=r"a\.npz:test_images: .* expected 0 \(stored\) or 8 \(deflated\)"
+    ):
         NumberArchive(tmp_path / "a.npz")["test_images"]
 
 
@@ -61,4 +63,6 @@ def test_a_missing_file_names_its_folder(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError) as caught:
             require(folder, "a.json", "b.json", layout="one of them")
-        assert f"'a.json' or 'b.json' is missing in {folder}{why}; expected one of them" in str(caught.value)
+        assert f"'a.json' or 'b.json' is missing in {folder}{why}; expected one of them" in str(
+            caught.value
+        )

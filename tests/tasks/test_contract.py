@@ -99,7 +99,9 @@ def test_an_unknown_split_is_refused(name: str, folders: dict[str, Path]) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_right_answers_score_best_and_wrong_ones_do_not(name: str, folders: dict[str, Path]) -> None:
+def test_right_answers_score_best_and_wrong_ones_do_not(
+    name: str, folders: dict[str, Path]
+) -> None:
     task = build(name)
     right = task.score(records(task, folders[name], lambda row: row["answer"]))
     wrong = task.score(records(task, folders[name], lambda row: "zebra"))
@@ -114,18 +116,34 @@ def test_right_answers_score_best_and_wrong_ones_do_not(name: str, folders: dict
         assert sum(results[0].n for results in group.values()) == LAYOUTS[name].count
     everything = (*right.results, *right.original)
     groups_said = {
-        result.signature.rpartition("|cluster:")[1] for result in everything if "n/a" not in result.signature
+        result.signature.rpartition("|cluster:")[1]
+        for result in everything
+        if "n/a" not in result.signature
     }
     assert len(groups_said) <= 1  # all numbers of a task are drawn alike
     assert bool(task.cluster_by) == ("|cluster:" in headline.signature)
     for result in right.original:
         other = next(r for r in wrong.original if r.name == result.name)
-        assert result.value > other.value or "unparsed" in result.name or result.value == 0 or "n/a" in result.signature
+        assert (
+            result.value > other.value
+            or "unparsed" in result.name
+            or result.value == 0
+            or "n/a" in result.signature
+        )
 
 
 DIAGNOSTICS = ("unparsed", "unreadable", "malformed", "repaired", "ceiling")
 """Ends of names of results that say how replies could be read, and are no scores."""
-LABELED = ("chest-label", "closed-accuracy", "choice", "accuracy", "macro-f1", "match", "box", "first-word")
+LABELED = (
+    "chest-label",
+    "closed-accuracy",
+    "choice",
+    "accuracy",
+    "macro-f1",
+    "match",
+    "box",
+    "first-word",
+)
 """Parts of names of metrics that read a label, a choice or a box from a reply."""
 
 
@@ -134,9 +152,13 @@ def scored(results: list[MetricResult]) -> list[MetricResult]:
     return [r for r in results if not r.name.endswith(DIAGNOSTICS) and not math.isnan(r.value)]
 
 
-@pytest.mark.parametrize("reply", [None, "", " \n", "error"], ids=["none", "empty", "blank", "error"])
+@pytest.mark.parametrize(
+    "reply", [None, "", " \n", "error"], ids=["none", "empty", "blank", "error"]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_no_answer_scores_worst_and_is_said(name: str, reply: str | None, folders: dict[str, Path]) -> None:
+def test_no_answer_scores_worst_and_is_said(
+    name: str, reply: str | None, folders: dict[str, Path]
+) -> None:
     task = build(name)
     rows = join_predictions(task.samples(folders[name], task.eval_split), {})
     for row in rows:
@@ -150,9 +172,13 @@ def test_no_answer_scores_worst_and_is_said(name: str, reply: str | None, folder
     assert scores.results[0].n == LAYOUTS[name].count
     for result in scored([*scores.results, *scores.original]):
         if result.name == "hd95":
-            assert result.value == pytest.approx(np.mean([diagonal_of(task, folders[name], row) for row in rows]))
+            assert result.value == pytest.approx(
+                np.mean([diagonal_of(task, folders[name], row) for row in rows])
+            )
         else:
-            assert result.value == (-1 if result.name == "m3d-bench-box-iou" else pytest.approx(0)), result.name
+            assert result.value == (
+                -1 if result.name == "m3d-bench-box-iou" else pytest.approx(0)
+            ), result.name
     for group in scores.groups.values():
         for results in group.values():
             assert all(r.value == 0 for r in scored(results) if r.name != "hd95")
@@ -166,7 +192,9 @@ def diagonal_of(task: Task, folder: Path, row: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("reply", ["banana", ".", "ok", "I cannot tell."])
 @pytest.mark.parametrize("name", [n for n in NAMES if "seg" not in n])
-def test_a_reply_beside_the_point_hits_no_label(name: str, reply: str, folders: dict[str, Path]) -> None:
+def test_a_reply_beside_the_point_hits_no_label(
+    name: str, reply: str, folders: dict[str, Path]
+) -> None:
     task = build(name)
     scores = task.score(records(task, folders[name], lambda row: reply))
     labeled = [r for r in scored(scores.results) if any(part in r.name for part in LABELED)]
@@ -181,7 +209,10 @@ def test_numbers_that_are_not_defined_have_a_reason(name: str, folders: dict[str
     for result in [*scores.results, *scores.original]:
         if math.isnan(result.value):
             assert result.note is not None, result.name
-            assert any(result.note in note and (result.name in note or " more: " in note) for note in scores.notes)
+            assert any(
+                result.note in note and (result.name in note or " more: " in note)
+                for note in scores.notes
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,18 +222,25 @@ def test_training_records_read_back_as_the_same_turns(name: str, folders: dict[s
     written = list(task_to_records(task, folders[name], task.eval_split))
     for sample, record in zip(samples, written, strict=True):
         back = parse_record(json.loads(json.dumps(record)), inference=True)
-        assert [(turn.role, turn.content) for turn in back.turns] == [(t.role, t.content) for t in sample.turns]
+        assert [(turn.role, turn.content) for turn in back.turns] == [
+            (t.role, t.content) for t in sample.turns
+        ]
         assert (back.answer, back.id, back.task) == (sample.answer, sample.id, sample.task)
         parse_record(record)  # and as a record to learn from
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("custom", "m3d-refseg")])
-def test_training_draws_its_wording_and_evaluation_does_not(name: str, folders: dict[str, Path]) -> None:
+def test_training_draws_its_wording_and_evaluation_does_not(
+    name: str, folders: dict[str, Path]
+) -> None:
     task = build(name)
 
     def questions(seed: int | None) -> list[str]:
         rng = None if seed is None else random.Random(seed)
-        return [sample.turns[-1].text for sample in task.samples(folders[name], task.eval_split, rng=rng)]
+        return [
+            sample.turns[-1].text
+            for sample in task.samples(folders[name], task.eval_split, rng=rng)
+        ]
 
     drawn = {tuple(questions(seed)) for seed in range(12)}
     assert len(drawn) > 1
@@ -231,7 +269,11 @@ def test_text_that_looks_like_a_placeholder_stays_text(folders: dict[str, Path])
     from medm.types import Media
 
     sample = make_sample(
-        "What does <image> or <volume> mean?", id="1", tag="vqa", answer="x", media=[Media("image", "a.png")]
+        "What does <image> or <volume> mean?",
+        id="1",
+        tag="vqa",
+        answer="x",
+        media=[Media("image", "a.png")],
     )
     back = parse_record(record_of(sample), inference=True)
     assert back.media == sample.media
@@ -244,5 +286,9 @@ def test_the_page_of_benchmarks_names_every_task_and_published_metric() -> None:
     page = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text("utf-8")
     published = [name for name in METRICS.names() if name.startswith(("uni-med-", "m3d-bench-"))]
     same_as_sound = {"m3d-bench-bleu", "m3d-bench-rouge"}
-    missing = [name for name in [*NAMES, *published] if f"`{name}`" not in page and name not in same_as_sound]
+    missing = [
+        name
+        for name in [*NAMES, *published]
+        if f"`{name}`" not in page and name not in same_as_sound
+    ]
     assert not missing

@@ -39,18 +39,25 @@ def test_a_refer_question_in_full(tmp_path: Path) -> None:
     layouts.slake_tree(tmp_path)
     first = next(iter(SlakeREC().samples(tmp_path)))
     assert [getattr(part, "path", part) for part in first.turns[0].content] == [
-        "imgs/xmlab1/source.jpg", "\nWhere in the image is the Liver? Answer with its box.",
-    ]  # fmt: skip
+        "imgs/xmlab1/source.jpg",
+        "\nWhere in the image is the Liver? Answer with its box.",
+    ]
     # [x, y, w, h] = [20, 10, 100, 50] of 200 x 100
     assert first.answer == "{<10><10><60><60>}"
     assert first.extra["box"] == [20, 10, 120, 60]
     assert first.extra["size"] == [200, 100]
-    assert next(iter(SlakeREC(codec="thousand").samples(tmp_path))).answer == "{<100><100><600><600>}"
+    assert (
+        next(iter(SlakeREC(codec="thousand").samples(tmp_path))).answer == "{<100><100><600><600>}"
+    )
 
 
 def test_objects_of_the_same_name_are_told_apart_in_the_tables(tmp_path: Path) -> None:
     layouts.slake_tree(tmp_path)
-    scores = answered(SlakeREC(rounds=20), tmp_path, ["{<10><10><60><60>}", "{<0><0><15><30>}", "{<0><0><15><30>}"])
+    scores = answered(
+        SlakeREC(rounds=20),
+        tmp_path,
+        ["{<10><10><60><60>}", "{<0><0><15><30>}", "{<0><0><15><30>}"],
+    )
     by_name = scores.groups["unique_name"]
     assert by_name["True"][0].value == pytest.approx(1)
     assert by_name["False"][0].value == pytest.approx(0.5)  # two lungs, one box cannot be both
@@ -58,7 +65,9 @@ def test_objects_of_the_same_name_are_told_apart_in_the_tables(tmp_path: Path) -
 
 def test_boxes_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     layouts.slake_tree(tmp_path)
-    scores = answered(SlakeREC(rounds=20), tmp_path, ["{<60><60><10><10>}", "{<0><0><15>}", "no idea"])
+    scores = answered(
+        SlakeREC(rounds=20), tmp_path, ["{<60><60><10><10>}", "{<0><0><15>}", "no idea"]
+    )
     found = values(scores.results)
     assert found["box-iou"] == pytest.approx(1 / 3)  # swapped corners are mended, and counted
     assert found["box-repaired"] == pytest.approx(1 / 3)
@@ -67,14 +76,32 @@ def test_boxes_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     assert values(scores.original)["uni-med-box-iou"] == 0
 
 
-def test_open_and_closed_questions_are_scored_apart_and_beside_the_original_way(tmp_path: Path) -> None:
+def test_open_and_closed_questions_are_scored_apart_and_beside_the_original_way(
+    tmp_path: Path,
+) -> None:
     layouts.slake_tree(tmp_path)
-    (tmp_path / "imgs/xmlab1/question.json").write_text(json.dumps([
-        {"img_name": "xmlab1/source.jpg", "q_lang": "en", "qid": 1, "question": "Is it normal?", "answer": "No",
-         "answer_type": "CLOSED"},
-        {"img_name": "xmlab1/source.jpg", "q_lang": "en", "qid": 2, "question": "Organ?", "answer": "lung",
-         "answer_type": "OPEN"},
-    ]))  # fmt: skip
+    (tmp_path / "imgs/xmlab1/question.json").write_text(
+        json.dumps(
+            [
+                {
+                    "img_name": "xmlab1/source.jpg",
+                    "q_lang": "en",
+                    "qid": 1,
+                    "question": "Is it normal?",
+                    "answer": "No",
+                    "answer_type": "CLOSED",
+                },
+                {
+                    "img_name": "xmlab1/source.jpg",
+                    "q_lang": "en",
+                    "qid": 2,
+                    "question": "Organ?",
+                    "answer": "lung",
+                    "answer_type": "OPEN",
+                },
+            ]
+        )
+    )
     scores = answered(SlakeVQA(rounds=20), tmp_path, ["abnormal", "lung lung lung"])
     corrected, original = values(scores.results), values(scores.original)
     assert corrected["closed/closed-accuracy"] == 0
@@ -89,7 +116,13 @@ def test_the_pickle_is_read_and_a_program_in_it_is_not_run(tmp_path: Path) -> No
 
     rows = layouts.path_vqa_rows("test")
     shared = ["x"]
-    plain = {"rows": rows, "t": (1, 2.5, None, True), "same": [shared, shared], "big": 2**80, "negative": -3}
+    plain = {
+        "rows": rows,
+        "t": (1, 2.5, None, True),
+        "same": [shared, shared],
+        "big": 2**80,
+        "negative": -3,
+    }
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         file = tmp_path / f"plain{protocol}.pkl"
         file.write_bytes(pickle.dumps(plain, protocol=protocol))
@@ -108,7 +141,8 @@ def test_the_pickle_is_read_and_a_program_in_it_is_not_run(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not a pickle", b"\x80\x04", b"\x80\x04K\x01K\x02.", b"\x80\x04a.", b"\x80\x04h\x05."]
+    "content",
+    [b"", b"not a pickle", b"\x80\x04", b"\x80\x04K\x01K\x02.", b"\x80\x04a.", b"\x80\x04h\x05."],
 )
 def test_a_damaged_pickle_is_an_error(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "x.pkl"
@@ -146,16 +180,21 @@ def test_medmnist_images_are_the_pixels(tmp_path: Path) -> None:
 def test_melanoma_and_melanocytic_are_two_classes(tmp_path: Path) -> None:
     layouts.medmnist(tmp_path, "dermamnist", True)
     task = TASKS.get("medmnist-derma")(rounds=5)
-    scores = answered(task, tmp_path, ["It is melanoma.", "This shows Melanoma", "melanoma or dermatofibroma"])
+    scores = answered(
+        task, tmp_path, ["It is melanoma.", "This shows Melanoma", "melanoma or dermatofibroma"]
+    )
     assert values(scores.results)["accuracy"] == pytest.approx(1 / 3)
     assert values(scores.results)["class-unparsed"] == pytest.approx(1 / 3)
 
 
 def test_closed_m3d_questions_by_type_and_the_published_substring(tmp_path: Path) -> None:
     layouts.m3d_vqa(tmp_path)
-    scores = answered(M3DClosedVQA(rounds=20), tmp_path, ["B. Sagittal", "It is the AORTA. C. Coronal", "D"])
+    scores = answered(
+        M3DClosedVQA(rounds=20), tmp_path, ["B. Sagittal", "It is the AORTA. C. Coronal", "D"]
+    )
     corrected, original = values(scores.results), values(scores.original)
-    # corrected: right, wrong (nothing but a stated letter counts: "Coronal" is the one wording in it), right
+    # corrected: right, wrong (nothing but a stated letter counts: "Coronal" is the one wording in
+    # it), right
     assert corrected["choice-accuracy"] == pytest.approx(2 / 3)
     assert corrected["choice-accuracy-macro"] == pytest.approx((1 / 2 + 1) / 2)
     # original: "B." found, "A." found in "AORTA.", "D." missing in "D"
@@ -176,12 +215,18 @@ def test_a_box_of_a_flat_structure_has_an_extent(tmp_path: Path) -> None:
     assert [sample.extra["dataset"] for sample in samples] == ["0000", "0003", "0003"]
     scores = answered(M3DREC(rounds=5), tmp_path, [str(sample.answer) for sample in samples])
     assert values(scores.results)["box-iou"] == 1
-    assert values(scores.original)["m3d-bench-box-iou"] == pytest.approx(0, abs=0.2)  # the flat ones get nothing
+    assert values(scores.original)["m3d-bench-box-iou"] == pytest.approx(
+        0, abs=0.2
+    )  # the flat ones get nothing
 
 
 def test_absent_structures_are_not_asked_for(tmp_path: Path) -> None:
     layouts.m3d_seg(tmp_path)
-    assert [s.turns[0].text.split()[2] for s in M3DSeg().samples(tmp_path)] == ["liver", "liver", "kidney"]
+    assert [s.turns[0].text.split()[2] for s in M3DSeg().samples(tmp_path)] == [
+        "liver",
+        "liver",
+        "kidney",
+    ]
 
 
 def test_masks_are_measured_one_by_one(tmp_path: Path) -> None:
@@ -194,7 +239,9 @@ def test_masks_are_measured_one_by_one(tmp_path: Path) -> None:
     rows[1].update(task.measure_mask(np.zeros(truths[1].shape), truths[1]))
     scores = task.score(rows)
     assert values(scores.results)["dice"] == 0.5
-    assert values(scores.original)["m3d-bench-dice"] == pytest.approx((2 * 3.6 / (3.6 + 4 + 1) + 0) / 2)
+    assert values(scores.original)["m3d-bench-dice"] == pytest.approx(
+        (2 * 3.6 / (3.6 + 4 + 1) + 0) / 2
+    )
     assert scores.groups["question_type"]["descriptive"][0].value == 1
     del rows[1]["hd95"]
     with pytest.raises(DataError, match="hd95"):
@@ -210,7 +257,9 @@ def test_ct_rate_reads_each_turn_of_its_kind(tmp_path: Path) -> None:
     assert "<" not in samples[0].turns[0].text
     scores = answered(task, tmp_path, ["(b) and (a), I am not sure", "b"])
     assert values(scores.results)["choice-accuracy"] == 0.5
-    assert values(scores.original)["medm-vl-choice-accuracy"] == 0.5  # "(a)" is found, "(b)" is not in "b"
+    assert (
+        values(scores.original)["medm-vl-choice-accuracy"] == 0.5
+    )  # "(a)" is found, "(b)" is not in "b"
 
 
 def test_a_report_and_its_negation(tmp_path: Path) -> None:
@@ -263,10 +312,21 @@ def test_a_custom_task_takes_text_metrics_only(tmp_path: Path) -> None:
 
 
 def test_custom_boxes_in_text(tmp_path: Path) -> None:
-    layouts.put_json(tmp_path / "b.json", [
-        {"id": "1", "answer": "{<0><0><10><10>}", "conversations": [{"from": "human", "value": "Where?"}]}
-    ])  # fmt: skip
-    task = Custom(path="b.json", metrics=[{"name": "box-iou"}, {"name": "box-accuracy", "threshold": 0.3}], rounds=5)
+    layouts.put_json(
+        tmp_path / "b.json",
+        [
+            {
+                "id": "1",
+                "answer": "{<0><0><10><10>}",
+                "conversations": [{"from": "human", "value": "Where?"}],
+            }
+        ],
+    )
+    task = Custom(
+        path="b.json",
+        metrics=[{"name": "box-iou"}, {"name": "box-accuracy", "threshold": 0.3}],
+        rounds=5,
+    )
     found = values(answered(task, tmp_path, ["{<5><0><15><10>}"]).results)
     assert found["box-iou"] == pytest.approx(1 / 3)
     assert found["box-accuracy@0.3"] == 1
@@ -275,14 +335,17 @@ def test_custom_boxes_in_text(tmp_path: Path) -> None:
 def custom(folder: Path, answers: list[str], *metrics: str) -> Custom:
     turns = [{"from": "human", "value": "What is it?"}]
     layouts.put_json(
-        folder / "c.json", [{"id": str(i), "answer": a, "conversations": turns} for i, a in enumerate(answers)]
+        folder / "c.json",
+        [{"id": str(i), "answer": a, "conversations": turns} for i, a in enumerate(answers)],
     )
     return Custom(path="c.json", metrics=[{"name": name} for name in metrics], rounds=5)
 
 
 def test_custom_labels_are_read_from_the_answers(tmp_path: Path) -> None:
     task = custom(tmp_path, ["CT", "MRI", "MRI", "US"], "accuracy", "macro-f1")
-    found = values(answered(task, tmp_path, ["CT.", "This is an mri scan", "CT or MRI", "us"]).results)
+    found = values(
+        answered(task, tmp_path, ["CT.", "This is an mri scan", "CT or MRI", "us"]).results
+    )
     assert found["accuracy"] == 0.75
     assert found["macro-f1"] == pytest.approx((1 + 2 / 3 + 1) / 3)
     task = custom(tmp_path, ["yes", "no", "1", "0"], "sensitivity-specificity")
@@ -293,15 +356,22 @@ def test_custom_labels_are_read_from_the_answers(tmp_path: Path) -> None:
 
 
 def test_a_note_is_said_once_for_all_metrics_that_have_it() -> None:
-    results = [MetricResult(name, math.nan, 1, math.nan, math.nan, "s", note="why") for name in "abcdeb"]
+    results = [
+        MetricResult(name, math.nan, 1, math.nan, math.nan, "s", note="why") for name in "abcdeb"
+    ]
     assert metric_notes(results) == ["a, b, c and 2 more: why"]
     other = MetricResult("f", 1, 1, 1, 1, "s", note="few")
-    assert metric_notes([*results[:2], other, MetricResult("g", 1, 1, 1, 1, "s")]) == ["a, b: why", "f: few"]
+    assert metric_notes([*results[:2], other, MetricResult("g", 1, 1, 1, 1, "s")]) == [
+        "a, b: why",
+        "f: few",
+    ]
 
 
 def test_custom_box_metrics_count_what_could_not_be_read(tmp_path: Path) -> None:
     task = custom(tmp_path, ["{<0><0><10><10>}"] * 3, "box-iou", "box-accuracy")
-    results = answered(task, tmp_path, ["{<0><0><10><10>}", "{<10><10><0><0>}", "{<0><0><10>}"]).results
+    results = answered(
+        task, tmp_path, ["{<0><0><10><10>}", "{<10><10><0><0>}", "{<0><0><10>}"]
+    ).results
     found = values(results)
     assert found["box-repaired"] == found["box-malformed"] == pytest.approx(1 / 3)
     assert len(results) == len(found)
@@ -340,7 +410,12 @@ def test_the_table_of_m3d_says_what_is_not_available(tmp_path: Path) -> None:
     layouts.m3d_seg(tmp_path)
     scores = answered(TASKS.get("m3d-reg")(rounds=5), tmp_path, ["liver"] * 3)
     by_name = {result.name: result for result in scores.original}
-    assert list(by_name) == ["m3d-bench-bleu-1", "m3d-bench-rouge-1", "m3d-bench-meteor", "m3d-bench-bertscore-f1"]
+    assert list(by_name) == [
+        "m3d-bench-bleu-1",
+        "m3d-bench-rouge-1",
+        "m3d-bench-meteor",
+        "m3d-bench-bertscore-f1",
+    ]
     assert by_name["m3d-bench-bertscore-f1"].signature == "n/a: no encoder is given as 'bertscore'"
     assert np.isnan(by_name["m3d-bench-bertscore-f1"].value)
 
@@ -356,7 +431,9 @@ def test_long_reports_fit_into_a_csv_field(tmp_path: Path) -> None:
     assert len(next(iter(read_csv(tmp_path / "x.csv", ("name",))))["name"]) == 200_000
 
 
-def test_m3d_training_data_leaves_out_what_it_cannot_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_m3d_training_data_leaves_out_what_it_cannot_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     layouts.m3d_cap(tmp_path)
     layouts.m3d_vqa(tmp_path)
     table = json.loads((tmp_path / "M3D_Cap.json").read_text())
@@ -366,15 +443,24 @@ def test_m3d_training_data_leaves_out_what_it_cannot_use(tmp_path: Path, caplog:
     (tmp_path / "M3D_Cap.json").write_text(json.dumps(table))
     assert len(list(M3DCap().samples(tmp_path, "train"))) == 2
     assert "M3D_Cap.json: 2 of 4 rows left out; the first: " in caplog.text
-    with pytest.raises(DataError, match=r"text\.txt"):  # a test is answered as a whole or not at all
+    with pytest.raises(
+        DataError, match=r"text\.txt"
+    ):  # a test is answered as a whole or not at all
         list(M3DCap().samples(tmp_path, "test"))
 
-    header = "Image Path,Question Type,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer Choice"
-    rows = ["ct_case/000000/Axial.npy,4,Is there gas?,Yes,No,,,Yes,A", "ct_case/000000/Axial.npy,4,Gas?,Yes,No,,,No,E"]
+    header = (
+        "Image Path,Question Type,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer Choice"
+    )
+    rows = [
+        "ct_case/000000/Axial.npy,4,Is there gas?,Yes,No,,,Yes,A",
+        "ct_case/000000/Axial.npy,4,Gas?,Yes,No,,,No,E",
+    ]
     (tmp_path / "M3D_VQA_yn_train.csv").write_text("\n".join([header, *rows]))
     (sample,) = M3DClosedVQA().samples(tmp_path, "yn_train")
     assert sample.answer == "A. Yes"
-    (tmp_path / "M3D_VQA_yn_train.csv").write_text("Image Path,Question,Answer\nct_case/000000/Axial.npy,Gas?,No")
+    (tmp_path / "M3D_VQA_yn_train.csv").write_text(
+        "Image Path,Question,Answer\nct_case/000000/Axial.npy,Gas?,No"
+    )
     (sample,) = M3DOpenVQA().samples(tmp_path, "yn_train")
     assert sample.answer == "No"
     with pytest.raises(DataError, match="none of 1 rows can be used"):

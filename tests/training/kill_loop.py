@@ -1,7 +1,8 @@
-"""A training run that is killed again and again. Started as a script by its test, so that imports are paid once.
+"""A training run that is killed again and again. Started as a script by its test, so that imports
+are paid once.
 
-Every attempt is a forked process. Half of them are killed from outside after a random time, half kill themselves at a
-random file-system call, most of which belong to the writing of a checkpoint.
+Every attempt is a forked process. Half of them are killed from outside after a random time, half
+kill themselves at a random file-system call, most of which belong to the writing of a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,10 +26,18 @@ from medm.training import checkpoints
 from tests.training.toys import trainer, weights
 
 KILLS = 10
-CASE: dict[str, Any] = {"max_steps": 12, "save_steps": 2, "held_out": 4, "eval_strategy": "steps", "eval_steps": 6}
+CASE: dict[str, Any] = {
+    "max_steps": 12,
+    "save_steps": 2,
+    "held_out": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 6,
+}
 
 
-def attempt(output_dir: Path, *, finished: Path, die_at_call: int | None = None, count: Path | None = None) -> int:
+def attempt(
+    output_dir: Path, *, finished: Path, die_at_call: int | None = None, count: Path | None = None
+) -> int:
     """Fork a run; returns its process id."""
     if child := os.fork():
         return child
@@ -36,7 +45,9 @@ def attempt(output_dir: Path, *, finished: Path, die_at_call: int | None = None,
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal calls
-        if event.startswith(("open", "os.", "shutil.")) and any(str(output_dir) in str(value) for value in arguments):
+        if event.startswith(("open", "os.", "shutil.")) and any(
+            str(output_dir) in str(value) for value in arguments
+        ):
             calls += 1
             if calls == die_at_call:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -53,7 +64,9 @@ def attempt(output_dir: Path, *, finished: Path, die_at_call: int | None = None,
 def main(folder: Path) -> None:
     logging.disable(logging.WARNING)
     started = time.monotonic()
-    os.waitpid(attempt(folder / "whole", finished=folder / "whole.safetensors", count=folder / "calls"), 0)
+    os.waitpid(
+        attempt(folder / "whole", finished=folder / "whole.safetensors", count=folder / "calls"), 0
+    )
     seconds, calls = time.monotonic() - started, int((folder / "calls").read_text())
     choose = random.Random(11)
     killed, unreadable, saved = 0, [], []
@@ -76,7 +89,9 @@ def main(folder: Path) -> None:
             except CheckpointError as error:
                 unreadable.append(str(error))
     os.waitpid(attempt(folder / "cut", finished=folder / "cut.safetensors"), 0)
-    (folder / "report.json").write_text(json.dumps({"killed": killed, "unreadable": unreadable, "saved": saved}))
+    (folder / "report.json").write_text(
+        json.dumps({"killed": killed, "unreadable": unreadable, "saved": saved})
+    )
 
 
 if __name__ == "__main__":

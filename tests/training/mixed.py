@@ -1,4 +1,5 @@
-"""A recipe with an image and a volume branch, run by one process or by each of several (see test_mixed.py).
+"""A recipe with an image and a volume branch, run by one process or by each of several (see
+test_mixed.py).
 
 Images, volumes, both and neither come in an order in which processes differ in what they see.
 """
@@ -28,10 +29,12 @@ KINDS: list[dict[str, str]] = [
     {"image": "disc_right.png", "volume": "ball_right.nii.gz"},
 ]  # fmt: skip
 ZERO3 = {
-    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
     # every weight is spread over the processes, however small
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-}  # fmt: skip
+}
 
 
 def write_inputs(folder: Path) -> None:
@@ -41,7 +44,10 @@ def write_inputs(folder: Path) -> None:
     for number in range(2 * STEPS):
         files = KINDS[number % len(KINDS)]
         marks = "".join(f"<{branch}>\n" for branch in files)
-        turns = [{"from": "human", "value": f"{marks}Number {number}?"}, {"from": "gpt", "value": f"It is {number}."}]
+        turns = [
+            {"from": "human", "value": f"{marks}Number {number}?"},
+            {"from": "gpt", "value": f"It is {number}."},
+        ]
         records.append({**files, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records))
     (folder / "zero3.json").write_text(json.dumps(ZERO3))
@@ -50,9 +56,10 @@ def write_inputs(folder: Path) -> None:
 def recipe(folder: Path, output: Path, *, batch: int, deepspeed: bool) -> Recipe:
     section = tiny.lvlm_section(folder / "llm")
     section["branches"]["volume"] = {
-        "encoder": TINY_ENCODERS["slices"].block, "connector": {"name": "attention-pooling", "heads": 2},
+        "encoder": TINY_ENCODERS["slices"].block,
+        "connector": {"name": "attention-pooling", "heads": 2},
         "preprocess": {"size": [3, 16, 16]},
-    }  # fmt: skip
+    }
     parts = ["llm", "image.encoder", "image.connector", "volume.encoder", "volume.connector"]
     value: dict[str, Any] = {
         "model": section,
@@ -71,13 +78,16 @@ def recipe(folder: Path, output: Path, *, batch: int, deepspeed: bool) -> Recipe
 
 
 def watch(seen: list[list[str]], norms: list[dict[str, float]]) -> None:
-    """Note the branches of every forward pass, and before every step the gradient norm of every part."""
+    """Note the branches of every forward pass, and before every step the gradient norm of every
+    part."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.utils import safe_get_full_grad
 
     embed, step = LVLMForConditionalGeneration.embed, DeepSpeedEngine.step
 
-    def noting_embed(self: Any, input_ids: Any, pixels: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def noting_embed(
+        self: Any, input_ids: Any, pixels: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         seen.append(sorted(pixels or {}))
         return embed(self, input_ids, pixels, *args, **kwargs)
 
@@ -86,7 +96,11 @@ def watch(seen: list[list[str]], norms: list[dict[str, float]]) -> None:
         for part, module in self.module.parts().items():
             gradients = [safe_get_full_grad(parameter) for parameter in module.parameters()]
             missing = sum(gradient is None for gradient in gradients)
-            entry[part] = float("nan") if missing else float(torch.stack([g.norm() for g in gradients]).norm())
+            entry[part] = (
+                float("nan")
+                if missing
+                else float(torch.stack([g.norm() for g in gradients]).norm())
+            )
         norms.append(entry)
         return step(self, *args, **kwargs)
 

@@ -21,8 +21,11 @@ def made(tmp_path: Path, **train: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", [member.value for member in OptimizerNames])
-def test_every_optimizer_of_transformers_works_or_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    """Half of them need packages that are not installed; none may fail later, or with a traceback."""
+def test_every_optimizer_of_transformers_works_or_is_refused_by_name(
+    tmp_path: Path, name: str
+) -> None:
+    """Half of them need packages that are not installed; none may fail later, or with a
+    traceback."""
     try:
         assert made(tmp_path, optim=name).optim == name
     except MedmError as error:
@@ -32,14 +35,20 @@ def test_every_optimizer_of_transformers_works_or_is_refused_by_name(tmp_path: P
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 @pytest.mark.parametrize("name", ["adamw_8bit", "lion_32bit", "paged_adamw_8bit"])
 def test_the_extra_of_an_optimizer_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DeviceError, match=rf"train\.optim: {name} needs .*pip install 'medm\[quant\]'"):
+    with pytest.raises(
+        DeviceError, match=rf"train\.optim: {name} needs .*pip install 'medm\[quant\]'"
+    ):
         made(tmp_path, optim=name)
 
 
 @pytest.mark.parametrize("name", [member.value for member in SchedulerType])
-def test_every_schedule_of_transformers_works_or_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_every_schedule_of_transformers_works_or_is_refused_by_name(
+    tmp_path: Path, name: str
+) -> None:
     try:
-        assert made(tmp_path, lr_scheduler_type=name, eval_strategy="steps").lr_scheduler_type == name
+        assert (
+            made(tmp_path, lr_scheduler_type=name, eval_strategy="steps").lr_scheduler_type == name
+        )
     except RecipeError as error:
         assert f"train.lr_scheduler_type: {name} refuses train.lr_scheduler_kwargs" in str(error)
 
@@ -55,14 +64,25 @@ def test_every_tracker_of_transformers_is_there_or_named(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ({"optim": "adamw_torhc"}, r"train\.optim: unknown name 'adamw_torhc': did you mean 'adamw_torch'"),
+        (
+            {"optim": "adamw_torhc"},
+            r"train\.optim: unknown name 'adamw_torhc': did you mean 'adamw_torch'",
+        ),
         ({"lr_scheduler_type": "cosin"}, r"train\.lr_scheduler_type: .*did you mean 'cosine'"),
         ({"report_to": "wandbb"}, r"train\.report_to: no tracker 'wandbb': did you mean 'wandb'"),
-        ({"deepspeed": "zero4"}, r"train\.deepspeed: 'zero4' is neither a preset nor a JSON file: did you mean"),
-        ({"lr_scheduler_kwargs": {"cycles": 3}}, r"cosine refuses train\.lr_scheduler_kwargs = \{'cycles': 3\}"),
+        (
+            {"deepspeed": "zero4"},
+            r"train\.deepspeed: 'zero4' is neither a preset nor a JSON file: did you mean",
+        ),
+        (
+            {"lr_scheduler_kwargs": {"cycles": 3}},
+            r"cosine refuses train\.lr_scheduler_kwargs = \{'cycles': 3\}",
+        ),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path, train: dict[str, Any], message: str) -> None:
+def test_an_unknown_name_is_answered_with_the_nearest(
+    tmp_path: Path, train: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         made(tmp_path, **train)
 
@@ -84,7 +104,11 @@ def test_without_a_gpu_a_recipe_for_gpus_runs_in_float32(
 
 
 def test_the_precision_is_kept_where_the_recipe_means_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = [TrainOptions(bf16=True, use_cpu=True), TrainOptions(bf16=True, require_gpu=True), TrainOptions()]
+    kept = [
+        TrainOptions(bf16=True, use_cpu=True),
+        TrainOptions(bf16=True, require_gpu=True),
+        TrainOptions(),
+    ]
     for found in (False, True):
         monkeypatch.setattr(arguments, "_has_accelerator", lambda found=found: found)
         for options in [*kept, *([TrainOptions(bf16=True)] if found else [])]:

@@ -1,4 +1,5 @@
-"""The stages of a checkpoint that is written beside the training; several processes: `test_two_processes`."""
+"""The stages of a checkpoint that is written beside the training; several processes:
+`test_two_processes`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ class Case:
         self.folder.mkdir()
         self.files = {self.folder / "state.pt": {"a": torch.ones(2)}}
 
-    def begin(self, run: AsyncCheckpointWriter, way: Any, commit: Callable[[], None] | None = None) -> None:
+    def begin(
+        self, run: AsyncCheckpointWriter, way: Any, commit: Callable[[], None] | None = None
+    ) -> None:
         way(run, self.files, commit or self.commit, folder=self.folder, final=self.final)
 
     def commit(self) -> None:
@@ -79,7 +82,10 @@ def test_a_file_that_cannot_be_written_is_said_once_and_nothing_is_left(
     monkeypatch.setattr(checkpoint_writer, "write_files", full)
     with AsyncCheckpointWriter() as run:
         case.begin(run, way)
-        with pytest.raises(CheckpointError, match=r"final failed .*No space left.*earlier checkpoints are untouched"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"final failed .*No space left.*earlier checkpoints are untouched",
+        ):
             run.wait()
     assert not case.folder.exists()
     assert not case.final.exists()
@@ -90,7 +96,10 @@ def test_a_commit_that_fails_is_said(case: Case, way: Any) -> None:
     def fails() -> None:
         raise CheckpointError("could not be finished")
 
-    with pytest.raises(CheckpointError, match="could not be finished"), AsyncCheckpointWriter() as run:
+    with (
+        pytest.raises(CheckpointError, match="could not be finished"),
+        AsyncCheckpointWriter() as run,
+    ):
         case.begin(run, way, commit=fails)
 
 
@@ -119,7 +128,10 @@ def test_shares_are_not_committed_by_a_process_that_stops_alone(case: Case) -> N
 
 @pytest.mark.parametrize("error", [NonFiniteError, KeyError])
 def test_what_ended_a_run_is_not_hidden_by_its_last_checkpoint(
-    case: Case, monkeypatch: pytest.MonkeyPatch, error: type[Exception], caplog: pytest.LogCaptureFixture
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(checkpoint_writer, "write_files", full)
     with pytest.raises(error), AsyncCheckpointWriter() as run:

@@ -91,7 +91,11 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (4, 6, 8):
         newest = write(tmp_path, step)
     checkpoints.prune(tmp_path, keep=2, spare=best, newest=newest)
-    assert [path.name for path in checkpoints.folders(tmp_path)] == ["checkpoint-8", "checkpoint-6", "checkpoint-2"]
+    assert [path.name for path in checkpoints.folders(tmp_path)] == [
+        "checkpoint-8",
+        "checkpoint-6",
+        "checkpoint-2",
+    ]
 
 
 def test_nothing_is_pruned_when_the_new_checkpoint_does_not_verify(tmp_path: Path) -> None:
@@ -103,7 +107,9 @@ def test_nothing_is_pruned_when_the_new_checkpoint_does_not_verify(tmp_path: Pat
     assert len(checkpoints.folders(tmp_path)) == 2
 
 
-def test_a_manifest_that_lacks_what_it_must_say_sends_one_back_to_an_older_checkpoint(tmp_path: Path) -> None:
+def test_a_manifest_that_lacks_what_it_must_say_sends_one_back_to_an_older_checkpoint(
+    tmp_path: Path,
+) -> None:
     metadata = {"step": int}
     older = write(tmp_path, 4)
     manifest = write(tmp_path, 8) / MANIFEST
@@ -149,7 +155,10 @@ def test_space_is_asked_for_before_writing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_one_run_a_folder(tmp_path: Path) -> None:
-    with checkpoints.locked(tmp_path), pytest.raises(MedmError, match="another run is writing here"):
+    with (
+        checkpoints.locked(tmp_path),
+        pytest.raises(MedmError, match="another run is writing here"),
+    ):
         checkpoints.locked(tmp_path).__enter__()
     with checkpoints.locked(tmp_path):
         pass
@@ -161,7 +170,9 @@ def test_a_folder_with_a_model_is_not_for_a_new_run(tmp_path: Path, file: str) -
     checkpoints.check_unused(tmp_path)
     checkpoints.check_unused(tmp_path / "absent")
     (tmp_path / file).write_text("")
-    with pytest.raises(RecipeError, match=rf"finished model \({file}\).*another output_dir.*--resume"):
+    with pytest.raises(
+        RecipeError, match=rf"finished model \({file}\).*another output_dir.*--resume"
+    ):
         checkpoints.check_unused(tmp_path)
     write(tmp_path, 4)
     with pytest.raises(RecipeError, match=r"holds checkpoint-4 of an earlier run.*--resume"):

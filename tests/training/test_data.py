@@ -43,15 +43,21 @@ def test_pairs_are_checked_drawn_and_batched_without_a_label(tmp_path: Path) -> 
     section = options(tmp_path, *values, bad_records="skip", max_length=20, too_long="skip")
     data = TrainingData(section, TRAIN, pairs(tmp_path), rank=0, world=1)
     made = batches(data)
-    assert sorted(length for batch in made for length in batch["attention_mask"].sum(1).tolist()) == [1, 2, 4]
+    assert sorted(
+        length for batch in made for length in batch["attention_mask"].sum(1).tolist()
+    ) == [1, 2, 4]
     assert sum(len(batch["pixels"]["image"]) for batch in made) == 3
     assert data.counts == {"left_out_by_check": 2, "bad": 0, "too_long": 0, "truncated": 0}
-    assert data.evaluation is not None and data.eval_collate([data.evaluation[0]])["input_ids"].shape == (1, 1)
+    assert data.evaluation is not None and data.eval_collate([data.evaluation[0]])[
+        "input_ids"
+    ].shape == (1, 1)
 
 
 def test_a_bad_pair_stops_a_run_with_its_place(tmp_path: Path) -> None:
     section = options(tmp_path, pair(), pair(caption=7))
-    with pytest.raises(DataError, match=r"1 of 2 training records are bad; the first: .*record 1, field 'caption'"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 training records are bad; the first: .*record 1, field 'caption'"
+    ):
         TrainingData(section, TRAIN, pairs(tmp_path), rank=0, world=1)
 
 

@@ -1,4 +1,5 @@
-"""Gradients between tasks: numbers computed by hand, and a run that is measured learns exactly what it would have."""
+"""Gradients between tasks: numbers computed by hand, and a run that is measured learns exactly what
+it would have."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ class Noisy(nn.Module):
         return {"products": x @ self.weight}
 
 
-def recorded(rows: list[list[float]], tasks: list[int], model: nn.Module, batches: int = 4) -> BatchRecorder:
+def recorded(
+    rows: list[list[float]], tasks: list[int], model: nn.Module, batches: int = 4
+) -> BatchRecorder:
     recorder = BatchRecorder(Terms.of(Linear()), batches=batches)
     batch = {"x": torch.tensor(rows).float(), ROW_TASKS: torch.tensor(tasks)}
     recorder(model, batch, recorder.counts(batch))
@@ -94,7 +97,9 @@ def test_means_are_over_the_batches_in_which_a_pair_met() -> None:
     pairs.add(torch.tensor([[1.0, 1.0], [1.0, 4.0]]).double(), [0, 1])  # cosine 1/2, similarity 4/5
     pairs.add(torch.tensor([[4.0, -4.0], [-4.0, 4.0]]).double(), [0, 1])  # cosine -1, similarity 1
     pairs.add(torch.tensor([[9.0]]).double(), [2])
-    pairs.add(torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double(), [0, 2])  # no gradient: no direction, but a norm
+    pairs.add(
+        torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double(), [0, 2]
+    )  # no gradient: no direction, but a norm
     means = pairs.means()
     assert means["cosine"][0] == [1.0, -0.25, None]
     assert means["conflict"][1][0] == 0.5
@@ -117,12 +122,21 @@ def test_measuring_leaves_gradients_buffers_and_random_numbers_alone() -> None:
 
 def test_experts_and_router_are_groups_of_their_own_and_frozen_parts_are_none() -> None:
     connector = nn.Module()
-    connector.router, connector.experts = nn.Linear(2, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    connector.router, connector.experts = (
+        nn.Linear(2, 2),
+        nn.ModuleList(nn.Linear(2, 2) for _ in range(2)),
+    )
     llm = nn.Module()
     llm.model, llm.head = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
     parts = {"llm": llm, "encoder": nn.Linear(2, 2).requires_grad_(False), "connector": connector}
     groups = gradient_groups(parts)
-    assert list(groups) == ["llm", "connector", "connector.router", "connector.experts.0", "connector.experts.1"]
+    assert list(groups) == [
+        "llm",
+        "connector",
+        "connector.router",
+        "connector.experts.0",
+        "connector.experts.1",
+    ]
     assert [len(group) for group in groups.values()] == [2, 6, 2, 2, 2]
 
 
@@ -139,8 +153,15 @@ def test_experts_and_router_are_groups_of_their_own_and_frozen_parts_are_none() 
         ),
     ],
 )
-def test_what_cannot_be_measured_is_refused_at_the_start(changes: dict[str, object], words: str) -> None:
-    given = {"terms": Terms.of(LanguageModeling()), "tasks": ["vqa"], "packing": False, "deepspeed": None} | changes
+def test_what_cannot_be_measured_is_refused_at_the_start(
+    changes: dict[str, object], words: str
+) -> None:
+    given = {
+        "terms": Terms.of(LanguageModeling()),
+        "tasks": ["vqa"],
+        "packing": False,
+        "deepspeed": None,
+    } | changes
     with pytest.raises(RecipeError, match=words):
         require_measurable(given.pop("terms"), given.pop("tasks"), **given)  # type: ignore[arg-type]
 
@@ -151,26 +172,37 @@ def test_a_continued_run_keeps_what_it_measured_before(tmp_path: Path) -> None:
     (tmp_path / "diagnostics" / "tug_of_war.json").write_text(json.dumps(known), encoding="utf-8")
     recorder = BatchRecorder(Terms.of(Linear()), batches=1)
     callback = GradientConflictCallback(recorder, {}, tasks=["a"], every=2)
-    callback.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=4), None)
+    callback.on_train_begin(
+        SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=4), None
+    )
     assert [entry["step"] for entry in callback.measurements] == [2, 4]
 
 
 def test_a_measured_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """Experts, router and adapters, with dropout; and what is written names tasks, parts and experts."""
+    """Experts, router and adapters, with dropout; and what is written names tasks, parts and
+    experts."""
     from safetensors.torch import load_file
 
     from medm.training.run import train
 
     name = "uni-med/small"
     given = [
-        *shrink.overrides(name, tmp_path, steps=3), f'data.train=[{{"path": "{shrink.records(name)}"}}]',
-        "model.tasks=[vqa, report]", "train.save_strategy=no", "train.per_device_train_batch_size=4",
-    ]  # fmt: skip
+        *shrink.overrides(name, tmp_path, steps=3),
+        f'data.train=[{{"path": "{shrink.records(name)}"}}]',
+        "model.tasks=[vqa, report]",
+        "train.save_strategy=no",
+        "train.per_device_train_batch_size=4",
+    ]
     outcomes = []
-    for folder, more in (("plain", []), ("measured", ["diagnostics.every=1", "diagnostics.batches=2"])):
+    for folder, more in (
+        ("plain", []),
+        ("measured", ["diagnostics.every=1", "diagnostics.batches=2"]),
+    ):
         recipe = load_recipe(find(name), [*given, f"output_dir={tmp_path / folder}", *more])
         outcomes.append(train(recipe))
-    plain, measured = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "measured"))
+    plain, measured = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "measured")
+    )
     assert plain.keys() == measured.keys()
     assert all(torch.equal(plain[key], measured[key]) for key in plain)
     assert outcomes[0].loss == outcomes[1].loss
@@ -181,7 +213,9 @@ def test_a_measured_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert [entry["step"] for entry in content["measurements"]] == [1, 2, 3]
     last = content["measurements"][-1]
     assert last["batches"] == 2
-    assert {"llm", "image.connector", "image.connector.router", "image.connector.experts.4"} <= set(last["gradients"])
+    assert {"llm", "image.connector", "image.connector.router", "image.connector.experts.4"} <= set(
+        last["gradients"]
+    )
     llm = last["gradients"]["llm"]
     assert llm["pairs"][0][1] > 0
     assert llm["cosine"][0][0] == pytest.approx(1.0)

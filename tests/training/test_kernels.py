@@ -23,7 +23,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_compiled_layers_give_the_same_loss_and_gradients_under_the_same_names(llm: Path) -> None:
     """Traced and differentiated ahead of time as for "inductor", without its C++."""
     model, processor = build(llm, family="qwen2.5")
-    batch = collate(processor, example(processor), example(processor, "A longer question?", images=2))
+    batch = collate(
+        processor, example(processor), example(processor, "A longer question?", images=2)
+    )
     model.train()
     plain = model(**batch).loss
     plain.backward()
@@ -44,7 +46,14 @@ def test_the_optimiser_in_one_kernel_takes_the_steps_of_the_plain_one(tmp_path: 
     assert TrainOptions().optim == "adamw_torch_fused"
     trained = []
     for optim in ("adamw_torch", "adamw_torch_fused"):
-        run = trainer(tmp_path / optim, parts=FULL, max_steps=4, save_strategy="no", optim=optim, weight_decay=0.1)
+        run = trainer(
+            tmp_path / optim,
+            parts=FULL,
+            max_steps=4,
+            save_strategy="no",
+            optim=optim,
+            weight_decay=0.1,
+        )
         run.fit()
         assert bool(run.optimizer.param_groups[0]["fused"]) is optim.endswith("fused")
         trained.append(weights(run.model))
@@ -67,12 +76,16 @@ def test_liger_is_said_to_be_missing_before_anything_is_trained() -> None:
             use_liger(torch.nn.Linear(2, 2))
 
 
-def test_the_options_of_a_run_choose_the_kernels(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_options_of_a_run_choose_the_kernels(
+    llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = build(llm, family="qwen2.5")
     assert generating_part(model) is model.language_model
     called: list[object] = []
     monkeypatch.setattr("medm.training.kernels.use_liger", lambda part: called.append(part))
-    monkeypatch.setattr("medm.training.kernels.compile_layers", lambda model, deepspeed: called.append(deepspeed))
+    monkeypatch.setattr(
+        "medm.training.kernels.compile_layers", lambda model, deepspeed: called.append(deepspeed)
+    )
     apply_kernels(model, TrainOptions())
     assert called == []
     apply_kernels(model, TrainOptions(liger=True, torch_compile=True, deepspeed="zero2"))
@@ -86,7 +99,9 @@ def test_ligers_kernels_give_the_loss_of_the_plain_layers(llm: Path) -> None:
     model.cuda()
     batch = collate(processor, example(processor))
     on_gpu = {
-        key: value.cuda() if isinstance(value, torch.Tensor) else {name: t.cuda() for name, t in value.items()}
+        key: value.cuda()
+        if isinstance(value, torch.Tensor)
+        else {name: t.cuda() for name, t in value.items()}
         for key, value in batch.items()
     }
     plain = model(**on_gpu).loss.item()

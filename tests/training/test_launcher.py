@@ -46,7 +46,9 @@ def recipe(folder: Path, **train: Any) -> Path:
     turns = [{"from": "human", "value": "Is there a mass?"}, {"from": "gpt", "value": "No."}]
     (folder / "train.json").write_text(json.dumps([{"conversations": turns}] * 8))
     content = {
-        "model": {"llm": {"name": "smollm2", "path": str(tiny.save_llm("smollm2", folder / "llm"))}},
+        "model": {
+            "llm": {"name": "smollm2", "path": str(tiny.save_llm("smollm2", folder / "llm"))}
+        },
         "data": {"train": [{"path": str(folder / "train.json")}]},
         "parts": {"llm": {"tune": "full", "lr": 1e-3}},
         "train": {"use_cpu": True, "per_device_train_batch_size": 2, **train},
@@ -65,17 +67,24 @@ def wait_for(path: Path, process: subprocess.Popen[str], *, size: int = 0) -> No
 
 
 def test_a_script_that_is_stopped_saves_ends_and_continues(tmp_path: Path) -> None:
-    """Two processes with workers, in a folder of planted modules: SIGTERM to the group, then signals while it saves."""
+    """Two processes with workers, in a folder of planted modules: SIGTERM to the group, then
+    signals while it saves."""
     output, planted = tmp_path / "out", plant(tmp_path)
-    file = recipe(tmp_path, max_steps=40, save_strategy="no", logging_steps=1, dataloader_num_workers=1)
+    file = recipe(
+        tmp_path, max_steps=40, save_strategy="no", logging_steps=1, dataloader_num_workers=1
+    )
     (planted / "slow.py").write_text(PLUGIN)
     (tmp_path / "train.sh").write_text(
         f'set -euo pipefail\nsource "{ROOT}/scripts/launch.sh"\nlaunch train {file} --plugin ./slow.py "$@"\n'
     )
     command = ["bash", str(tmp_path / "train.sh")]
     options: dict[str, Any] = {"cwd": planted, "env": environment() | {"GPUS": "2"}, "text": True}
-    run = subprocess.Popen(command, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    wait_for(output / "loss.jsonl", run, size=1)  # before the first step a stop ends the run at once
+    run = subprocess.Popen(
+        command, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for(
+        output / "loss.jsonl", run, size=1
+    )  # before the first step a stop ends the run at once
     os.killpg(run.pid, signal.SIGTERM)
     wait_for(planted / "writing", run)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -110,17 +119,33 @@ def processes_with(folder: Path) -> list[str]:
 @needs_compiler
 def test_the_documented_command_of_deepspeed_trains_in_two_processes(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "training.md").read_text()
-    (line,) = [line for line in text.splitlines() if " deepspeed " in line and line.startswith("PYTHONSAFEPATH=1")]
+    (line,) = [
+        line
+        for line in text.splitlines()
+        if " deepspeed " in line and line.startswith("PYTHONSAFEPATH=1")
+    ]
     variable, program, *words = shlex.split(line, comments=True)
     words[words.index("8")] = "2"
     words[words.index("recipe.yaml")] = str(recipe(tmp_path, deepspeed="zero2", save_strategy="no"))
-    launcher = [str(Path(sys.executable).with_name(program)), "--master_port", str(free_port()), *words]
+    launcher = [
+        str(Path(sys.executable).with_name(program)),
+        "--master_port",
+        str(free_port()),
+        *words,
+    ]
     planted = plant(tmp_path)
     done = subprocess.run(
-        launcher, cwd=planted, env=environment() | dict([variable.split("=")]), capture_output=True, text=True,
-        timeout=600, check=False,
-    )  # fmt: skip
+        launcher,
+        cwd=planted,
+        env=environment() | dict([variable.split("=")]),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["step"] == 2, "8 records, 2 on each of 2"
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["step"] == 2, (
+        "8 records, 2 on each of 2"
+    )
     assert marks(planted) == []
     load(str(tmp_path / "out"))

@@ -1,4 +1,5 @@
-"""Images, volumes and text mixed on two processes under ZeRO-3, which hangs if one of them skips a branch."""
+"""Images, volumes and text mixed on two processes under ZeRO-3, which hangs if one of them skips a
+branch."""
 
 from __future__ import annotations
 
@@ -40,11 +41,15 @@ def test_it_finishes_though_processes_see_different_branches(results: list[dict[
     seen = [result["seen"] for result in results]
     assert len(seen[0]) == len(seen[1]) == STEPS
     for branch in BRANCHES:
-        assert any((branch in one) != (branch in other) for one, other in zip(*seen, strict=True)), branch
+        assert any(
+            (branch in one) != (branch in other) for one, other in zip(*seen, strict=True)
+        ), branch
 
 
 @needs_compiler
-def test_every_part_has_its_gradient_where_one_of_the_processes_sees_its_branch(results: list[dict[str, Any]]) -> None:
+def test_every_part_has_its_gradient_where_one_of_the_processes_sees_its_branch(
+    results: list[dict[str, Any]],
+) -> None:
     assert results[0]["norms"] == results[1]["norms"]
     for step, norms in enumerate(results[0]["norms"]):
         assert norms["llm"] > 0

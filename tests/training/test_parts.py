@@ -27,11 +27,16 @@ def test_the_table_counts(toy: Toy) -> None:
     encoder = 6 * 16 + 16 + 2 * 16
     table = apply_parts(toy, {"image.connector": PartOptions(tune="full", lr=1e-2)}, TRAIN)
     rows = {row.name: row for row in table.rows}
-    assert (rows["image.connector"].parameters, rows["image.connector"].trainable) == (connector, connector)
+    assert (rows["image.connector"].parameters, rows["image.connector"].trainable) == (
+        connector,
+        connector,
+    )
     assert (rows["image.encoder"].parameters, rows["image.encoder"].trainable) == (encoder, 0)
     assert rows["image.connector"].lr == 1e-2
     assert rows["llm"].tune == "frozen"
-    assert table.trainable == connector == sum(p.numel() for p in toy.parameters() if p.requires_grad)
+    assert (
+        table.trainable == connector == sum(p.numel() for p in toy.parameters() if p.requires_grad)
+    )
     assert table.parameters == sum(p.numel() for p in toy.parameters())
     assert f"{connector:,}" in str(table)
 
@@ -43,8 +48,14 @@ def test_lora_trains_adapters_alone_and_skips_the_head(toy: Toy) -> None:
     assert all("lora_" in name for name in trained)
     assert not any("lm_head" in name for name in trained)
     assert {name.split(".")[4] for name in trained} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    }  # fmt: skip
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     assert all(p.requires_grad for p in toy.connector.parameters())
     assert set(toy.config.adapters) == {"llm"}
 
@@ -62,7 +73,9 @@ def test_a_pattern_that_fits_nothing_is_an_error(toy: Toy) -> None:
 
 
 def test_unknown_part(toy: Toy) -> None:
-    with pytest.raises(UnknownNameError, match=r"image\.connecter.*did you mean 'image\.connector'"):
+    with pytest.raises(
+        UnknownNameError, match=r"image\.connecter.*did you mean 'image\.connector'"
+    ):
         apply_parts(toy, {"image.connecter": PartOptions(tune="full")}, TRAIN)
 
 
@@ -89,7 +102,9 @@ def test_new_rows_have_a_rate_of_their_own_and_no_decay(toy: Toy) -> None:
     assert sorted(members) == sorted(id(p) for p in toy.parameters() if p.requires_grad)
     alone = {"llm": PartOptions(tune="frozen", new_tokens="train")}
     table = apply_parts(toy, alone, TRAIN)
-    assert [(row.tune, row.lr) for row in table.rows if row.name == "llm"] == [("frozen, new tokens", 5e-4)]
+    assert [(row.tune, row.lr) for row in table.rows if row.name == "llm"] == [
+        ("frozen, new tokens", 5e-4)
+    ]
 
 
 def test_new_rows_of_an_earlier_stage_are_written_back_first(toy: Toy) -> None:
@@ -101,8 +116,14 @@ def test_new_rows_of_an_earlier_stage_are_written_back_first(toy: Toy) -> None:
         nn.init.zeros_(rows.weight)
     ids = torch.tensor([[1, 60, 5, 3]])
     logits = copied.eval().llm(input_ids=ids).logits
-    assert not torch.allclose(toy.eval().llm(input_ids=ids).logits, logits), "a copy has rows of its own"
-    for parts in ({"llm": PartOptions(tune="full")}, {}, {"llm": PartOptions(tune="frozen", new_tokens="train")}):
+    assert not torch.allclose(toy.eval().llm(input_ids=ids).logits, logits), (
+        "a copy has rows of its own"
+    )
+    for parts in (
+        {"llm": PartOptions(tune="full")},
+        {},
+        {"llm": PartOptions(tune="frozen", new_tokens="train")},
+    ):
         model = copy.deepcopy(copied)
         apply_parts(model, parts, TRAIN)
         assert len(token_rows(model.llm)) == (2 if parts and parts["llm"].new_tokens else 0)
@@ -112,7 +133,9 @@ def test_new_rows_of_an_earlier_stage_are_written_back_first(toy: Toy) -> None:
 
 
 def test_new_tokens_of_a_part_without_any_are_refused(toy: Toy) -> None:
-    with pytest.raises(RecipeError, match=r"parts\.image\.connector\.new_tokens: the part has no new tokens"):
+    with pytest.raises(
+        RecipeError, match=r"parts\.image\.connector\.new_tokens: the part has no new tokens"
+    ):
         apply_parts(toy, {"image.connector": PartOptions(tune="full", new_tokens="train")}, TRAIN)
     for layer in ("lm_head", "embed_tokens"):
         adapter = {"llm": PartOptions(tune="lora", targets=[layer], new_tokens="train")}
@@ -167,7 +190,9 @@ def test_an_adapter_that_weights_bring_is_kept_merged_or_refused(toy: Toy) -> No
     apply_parts(merged, {"llm": PartOptions(tune="full", adapter="merge")}, TRAIN)
     assert not adapted(merged.llm)
     assert merged.config.adapters == {}
-    torch.testing.assert_close(merged.eval().llm(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        merged.eval().llm(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4
+    )
     assert all(p.requires_grad for p in merged.llm.parameters())
 
 
@@ -186,7 +211,9 @@ def test_checkpointing_changes_memory_not_gradients(toy: Toy) -> None:
     ids = torch.randint(0, 64, (2, 8))
     batch = {"input_ids": ids, "labels": ids, "vision": torch.randn(2, 6)}
     apply_parts(toy, FULL, TRAIN)
-    apply_parts(other, {**FULL, "llm": PartOptions(tune="full", gradient_checkpointing=True)}, TRAIN)
+    apply_parts(
+        other, {**FULL, "llm": PartOptions(tune="full", gradient_checkpointing=True)}, TRAIN
+    )
     calls = []
     layer = other.llm.model.layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -197,4 +224,6 @@ def test_checkpointing_changes_memory_not_gradients(toy: Toy) -> None:
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
     with pytest.raises(RecipeError, match="has no layers that support it"):
-        apply_parts(toy, {"image.connector": PartOptions(tune="full", gradient_checkpointing=True)}, TRAIN)
+        apply_parts(
+            toy, {"image.connector": PartOptions(tune="full", gradient_checkpointing=True)}, TRAIN
+        )

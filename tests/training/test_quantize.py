@@ -27,7 +27,10 @@ def test_4bit_base_trains_saves_plain_weights_and_resumes(tmp_path: Path) -> Non
     count = apply_parts(plain, {"llm": PartOptions(tune="lora", r=4)}, TrainOptions()).parameters
     whole = trainer(tmp_path / "whole", parts=PARTS)
     assert type(whole.model.llm.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
-    assert apply_parts(whole.model, {"llm": PartOptions(tune="lora", r=4)}, TrainOptions()).parameters == count
+    assert (
+        apply_parts(whole.model, {"llm": PartOptions(tune="lora", r=4)}, TrainOptions()).parameters
+        == count
+    )
     before = {name: tensor for name, tensor in weights(whole.model).items() if "lora_B" in name}
     whole.fit()
     after = weights(whole.model)

@@ -45,9 +45,13 @@ def test_the_complete_recipe_is_read(file: Path) -> None:
     recipe = load_recipe(file)
     assert recipe.parts["image.encoder"].tune == "frozen"
     assert recipe.parts["llm"].lora() == {
-        "r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "target_modules": None,
-        "use_rslora": False, "use_dora": False,
-    }  # fmt: skip
+        "r": 128,
+        "lora_alpha": 256,
+        "lora_dropout": 0.05,
+        "target_modules": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
     assert recipe.model.kind == "lvlm"
     assert recipe.objective.name == "language-modeling"
     assert recipe.train.num_train_epochs == 1.0
@@ -63,7 +67,13 @@ def test_a_resolved_recipe_reads_back_as_itself(file: Path, tmp_path: Path) -> N
 
 def test_overrides_reach_parts_with_dots_in_their_names(file: Path) -> None:
     recipe = load_recipe(
-        file, ["parts.image.connector.lr=1e-3", "train.max_steps=3", VOLUME, "parts.volume.connector=full"]
+        file,
+        [
+            "parts.image.connector.lr=1e-3",
+            "train.max_steps=3",
+            VOLUME,
+            "parts.volume.connector=full",
+        ],
     )
     assert recipe.parts["image.connector"].lr == 1e-3
     assert recipe.parts["volume.connector"].tune == "full"
@@ -78,15 +88,24 @@ def test_overrides_reach_parts_with_dots_in_their_names(file: Path) -> None:
         ("parts.image.encoder={tune: frozen, lr: 1e-3}", ["lr", "frozen"]),
         ("parts.llm.tune=loar", ["parts.llm", "loar"]),
         ("parts={image.encoder: frozen}", ["nothing to train"]),
-        ("parts={llm: {tune: frozen, new_tokens: train}}", ["parts.llm.new_tokens", "model.control_tokens"]),
-        ("parts={llm: {tune: lora, new_tokens: {lr: 0}}}", ["parts.llm.new_tokens.lr", "greater than 0"]),
+        (
+            "parts={llm: {tune: frozen, new_tokens: train}}",
+            ["parts.llm.new_tokens", "model.control_tokens"],
+        ),
+        (
+            "parts={llm: {tune: lora, new_tokens: {lr: 0}}}",
+            ["parts.llm.new_tokens.lr", "greater than 0"],
+        ),
         ("parts={llm: {tune: lora, new_tokens: all}}", ["parts.llm.new_tokens"]),
         ("model.control_tokens=[SEG]", ["model.control_tokens", "[SEG]"]),
         ("train.fp16=true", ["bf16", "fp16"]),
         ("train.load_best_model_at_end=true", ["load_best_model_at_end", "eval_strategy"]),
         ("train.arguments={learning_rate: 1}", ["learning_rate", "key of its own"]),
         ("objective=contrastiv", ["contrastive"]),
-        ("objective=contrastive", ["'contrastive' reads image_embeds, logit_scale, text_embeds", "'lvlm' gives loss"]),
+        (
+            "objective=contrastive",
+            ["'contrastive' reads image_embeds, logit_scale, text_embeds", "'lvlm' gives loss"],
+        ),
         ("model.kind=lvml", ["lvlm"]),
         ("train.save_steps=many", ["save_steps", "many"]),
     ],
@@ -100,16 +119,23 @@ def test_mistakes_are_named(file: Path, override: str, words: list[str]) -> None
 
 def test_what_matters_for_learning_is_told_from_what_does_not(file: Path) -> None:
     before = resolved(load_recipe(file))
-    assert differences(before, resolved(load_recipe(file, ["train.save_steps=7", "output_dir=other"]))) == []
-    changed = differences(before, resolved(load_recipe(file, ["train.seed=7", "data.train.0.path=b.json"])))
+    assert (
+        differences(before, resolved(load_recipe(file, ["train.save_steps=7", "output_dir=other"])))
+        == []
+    )
+    changed = differences(
+        before, resolved(load_recipe(file, ["train.seed=7", "data.train.0.path=b.json"]))
+    )
     assert changed == ["data.train.0.path: was 'a.json', is 'b.json'", "train.seed: was 42, is 7"]
 
 
 def test_a_key_in_a_short_form_makes_it_a_block(file: Path) -> None:
     overrides = [
-        "parts.image.encoder.tune=lora", "parts.image.encoder.r=8", "model.branches.image.encoder.image_size=224",
+        "parts.image.encoder.tune=lora",
+        "parts.image.encoder.r=8",
+        "model.branches.image.encoder.image_size=224",
         "objective.auxiliary={balance: 0.5}",
-    ]  # fmt: skip
+    ]
     recipe = load_recipe(file, overrides)
     assert (recipe.parts["image.encoder"].tune, recipe.parts["image.encoder"].r) == ("lora", 8)
     encoder = recipe.model.branches["image"].encoder
@@ -122,14 +148,20 @@ def test_a_key_in_a_short_form_makes_it_a_block(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("parts.image.conector.lr=1", "parts: no part 'image.conector': did you mean 'image.connector'?"),
+        (
+            "parts.image.conector.lr=1",
+            "parts: no part 'image.conector': did you mean 'image.connector'?",
+        ),
         ("parts.lm=full", "parts: no part 'lm': did you mean 'llm'?"),
         ("parts.volume.connector=full", "parts: no part 'volume.connector'"),
         ("train.bf16=yes", "train.bf16: expected true or false, found 'yes'"),
         ("train.seed=x", "train.seed: expected a whole number, found 'x'"),
         ("train.learning_rate=fast", "train.learning_rate: expected a number, found 'fast'"),
         ("train.optim=[a]", "train.optim: expected text, found ['a']"),
-        ("model.branches.image.connector={name: gated}", "a part of your own comes with 'medm --plugin FILE'"),
+        (
+            "model.branches.image.connector={name: gated}",
+            "a part of your own comes with 'medm --plugin FILE'",
+        ),
         ("model.llm.name=mine", "a part of your own comes with 'medm --plugin FILE'"),
     ],
 )
@@ -151,7 +183,10 @@ def test_new_tokens_are_something_to_train(file: Path) -> None:
 
 
 def test_recipes_are_checked_without_torch() -> None:
-    code = "import sys, medm.training.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, medm.training.recipe; sys.exit('torch' in sys.modules or 'transformers' in "
+        "sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -165,21 +200,46 @@ def test_names_of_the_train_section_are_those_of_transformers() -> None:
 
     own = {name for name, field in TrainOptions.model_fields.items() if Mark.OWN in field.metadata}
     assert own == {
-        "gradient_checkpointing", "torch_compile", "liger", "save_in_background", "early_stopping_patience",
-        "early_stopping_threshold", "require_gpu", "deepspeed", "arguments",
-    }  # fmt: skip
+        "gradient_checkpointing",
+        "torch_compile",
+        "liger",
+        "save_in_background",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "require_gpu",
+        "deepspeed",
+        "arguments",
+    }
     assert set(TrainOptions.model_fields) - own <= set(TrainingArguments.__dataclass_fields__)
 
 
 RESUME_SAFE = {
-    *(f"train.{name}" for name in (
-        "save_strategy", "save_steps", "save_total_limit", "save_in_background", "logging_steps",
-        "logging_first_step", "report_to", "run_name", "dataloader_num_workers", "dataloader_prefetch_factor",
-        "dataloader_pin_memory", "ddp_timeout", "require_gpu", "per_device_eval_batch_size",
-    )),
-    "output_dir", "data.bad_records_limit", "data.cache", "diagnostics",
-}  # fmt: skip
-"""Every key that may change between a run and its continuation. A new one is a decision, so it is written here too."""
+    *(
+        f"train.{name}"
+        for name in (
+            "save_strategy",
+            "save_steps",
+            "save_total_limit",
+            "save_in_background",
+            "logging_steps",
+            "logging_first_step",
+            "report_to",
+            "run_name",
+            "dataloader_num_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_pin_memory",
+            "ddp_timeout",
+            "require_gpu",
+            "per_device_eval_batch_size",
+        )
+    ),
+    "output_dir",
+    "data.bad_records_limit",
+    "data.cache",
+    "diagnostics",
+}
+"""Every key that may change between a run and its continuation. A new one is a decision, so it is
+written here too."""
 
 WHOLE = {
     "data.cache": "data.cache={dir: kept, max_gb: 3}",
@@ -228,7 +288,9 @@ def test_options_of_a_plug_in_are_marked_like_those_of_medm(file: Path) -> None:
 
         def changed(name: str) -> list[str]:
             block = f"model.branches.image.encoder={{name: {name}, chunk: %d, width: %d}}"
-            return differences(*(resolved(load_recipe(file, [block % values])) for values in ((8, 4), (2, 5))))
+            return differences(
+                *(resolved(load_recipe(file, [block % values])) for values in ((8, 4), (2, 5)))
+            )
 
         place = "model.branches.image.encoder"
         assert changed("chunked") == [f"{place}.width: was 4, is 5"]

@@ -1,4 +1,5 @@
-"""A recipe run from its file to a model folder, with a real data set of a dozen images and tiny parts."""
+"""A recipe run from its file to a model folder, with a real data set of a dozen images and tiny
+parts."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir()
     rng, records = np.random.default_rng(0), []
     for index in range(12):
-        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / "images" / f"{index}.png")
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(
+            folder / "images" / f"{index}.png"
+        )
         turns = [
             {"from": "human", "value": f"<image>\n{QUESTIONS[index % 2]}"},
             {"from": "gpt", "value": ("axial", "no")[index % 2]},
@@ -68,7 +71,9 @@ def recipe(world: Path, output_dir: Path, **changes: Any) -> Any:
         "output_dir": str(output_dir),
     }  # fmt: skip
     for section, values in changes.items():
-        content[section] = content[section] | values if isinstance(content.get(section), dict) else values
+        content[section] = (
+            content[section] | values if isinstance(content.get(section), dict) else values
+        )
     path = output_dir.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(content))
     return load_recipe(path)
@@ -78,7 +83,9 @@ def recipe(world: Path, output_dir: Path, **changes: Any) -> Any:
 def test_a_missing_file_or_folder_is_said_before_weights_are_read(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setattr("medm.training.run.build", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "medm.training.run.build", lambda *_, **__: pytest.fail("weights were read")
+    )
     source = {"path": str(world / "train.json"), "root": str(world / "images"), key: "/no/such"}
     with pytest.raises(RecipeError, match=f"^data.train.0.{key}: /no/such: no such"):
         train(recipe(world, tmp_path / "out", data={"train": [source]}))
@@ -91,9 +98,11 @@ def weighted(world: Path) -> dict[str, Any]:
         (world / f"{name}.json").write_text(json.dumps(part))
     images = str(world / "images")
     return {
-        "train": [{"path": str(world / f"{name}.json"), "root": images, "weight": weight}
-                  for name, weight in (("few", 3), ("many", 1))]
-    }  # fmt: skip
+        "train": [
+            {"path": str(world / f"{name}.json"), "root": images, "weight": weight}
+            for name, weight in (("few", 3), ("many", 1))
+        ]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +135,19 @@ def test_the_folder_opens_and_says_where_it_comes_from(world: Path, trained: Pat
     run = json.loads((trained / "run.json").read_text())
     train_file = world / "few.json"
     assert run["data"][str(train_file)] == hashlib.sha256(train_file.read_bytes()).hexdigest()
-    assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
+    assert (
+        run["versions"]["torch"] == torch.__version__.split("+")[0]
+        or run["versions"]["torch"] == torch.__version__
+    )
     assert run["scores"].keys() == {"training loss", "held-out loss"}
     assert 0 < run["trainable"] < run["parameters"]
 
 
-def test_what_a_run_saved_opens_without_a_warning(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """transformers' Trainer sets fields on the config while it trains; none may look unknown later."""
+def test_what_a_run_saved_opens_without_a_warning(
+    trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers' Trainer sets fields on the config while it trains; none may look unknown
+    later."""
     for folder in (trained, trained / "checkpoint-6"):
         load(str(folder))
         assert "use_cache" not in json.loads((folder / "config.json").read_text())
@@ -142,19 +157,30 @@ def test_what_a_run_saved_opens_without_a_warning(trained: Path, caplog: pytest.
 def test_folders_saved_before_use_cache_was_left_out_open_without_a_warning(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
-             "generation_config.json", "chat_template.jinja")  # fmt: skip
+    names = (
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    )
     for name in names:
         shutil.copy(trained / name, tmp_path / name)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "use_cache": False, "from_the_future": 1}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "use_cache": False, "from_the_future": 1})
+    )
     load(str(tmp_path))
     (warning,) = [record.message for record in caplog.records if "not known here" in record.message]
     assert "from_the_future" in warning
     assert "use_cache" not in warning
 
 
-def test_weights_that_changed_since_they_were_written_are_not_opened(trained: Path, tmp_path: Path) -> None:
+def test_weights_that_changed_since_they_were_written_are_not_opened(
+    trained: Path, tmp_path: Path
+) -> None:
     for folder in (trained, trained / "checkpoint-6"):
         copy = tmp_path / folder.name
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -166,20 +192,20 @@ def test_weights_that_changed_since_they_were_written_are_not_opened(trained: Pa
             load(str(copy))
 
 
-def test_a_stopped_and_continued_run_writes_the_same_model(world: Path, trained: Path, tmp_path: Path) -> None:
-    """Through the command line, in a process of its own that gets SIGTERM: exit status 75, then --resume."""
+def test_a_stopped_and_continued_run_writes_the_same_model(
+    world: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Through the command line, in a process of its own that gets SIGTERM: exit status 75, then
+    --resume."""
     output = tmp_path / "trained"
     recipe(world, output, data=weighted(world))
     script = (
-        "import os, signal, sys, transformers\n"
-        "from medm.cli import main\n"
-        "class Stop(transformers.TrainerCallback):\n"
-        "    def on_step_begin(self, args, state, control, **kwargs):\n"
-        "        if state.global_step == 3 and '--resume' not in sys.argv: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "import medm.training.run as run\n"
-        "known = run._callbacks\n"
-        "run._callbacks = lambda recipe: [*known(recipe), Stop()]\n"
-        "main(sys.argv[1:])\n"
+        "import os, signal, sys, transformers\nfrom medm.cli import main\nclass "
+        "Stop(transformers.TrainerCallback):\n    def on_step_begin(self, args, state, control, "
+        "**kwargs):\n        if state.global_step == 3 and '--resume' not in sys.argv: "
+        "os.kill(os.getpid(), signal.SIGTERM)\nimport medm.training.run as run\nknown = "
+        "run._callbacks\nrun._callbacks = lambda recipe: [*known(recipe), "
+        "Stop()]\nmain(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", script, "train", str(output.with_suffix(".yaml"))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -187,7 +213,9 @@ def test_a_stopped_and_continued_run_writes_the_same_model(world: Path, trained:
     assert stopped.returncode == 75, stopped.stderr
     assert not (output / "config.json").exists()
     assert checkpoints.folders(output)[0].name == "checkpoint-4"
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     whole, again = load_file(trained / "model.safetensors"), load_file(output / "model.safetensors")
     assert whole.keys() == again.keys()
@@ -218,7 +246,9 @@ def test_annotations_that_were_edited_are_not_resumed_with(world: Path, tmp_path
     train(recipe(world, tmp_path / "out", data=data, train=settings))
     records[0]["conversations"][1]["value"] = "sagittal"
     path.write_text(json.dumps(records))
-    with pytest.raises(RecipeError, match=r"checkpoint-2: .*mine\.json changed since it was written"):
+    with pytest.raises(
+        RecipeError, match=r"checkpoint-2: .*mine\.json changed since it was written"
+    ):
         train(recipe(world, tmp_path / "out", data=data, train=settings), resume=True)
 
 
@@ -226,15 +256,34 @@ def test_a_new_run_starts_from_a_lora_result_and_goes_on_with_its_adapter(
     world: Path, trained: Path, tmp_path: Path
 ) -> None:
     before = load_file(trained / "model.safetensors")
-    outcome = train(recipe(world, tmp_path / "kept", init_from=str(trained), train={"max_steps": 1, "warmup_steps": 4}))
+    outcome = train(
+        recipe(
+            world,
+            tmp_path / "kept",
+            init_from=str(trained),
+            train={"max_steps": 1, "warmup_steps": 4},
+        )
+    )
     after = load_file(outcome.output_dir / "model.safetensors")
-    assert after.keys() == before.keys()  # the learning rate of step 1 is 0: what was loaded is what is saved
+    assert (
+        after.keys() == before.keys()
+    )  # the learning rate of step 1 is 0: what was loaded is what is saved
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     parts = {"llm": {"tune": "full", "adapter": "merge"}}
-    merged = train(recipe(world, tmp_path / "merged", init_from=str(trained), parts=parts, train={"max_steps": 1}))
-    assert not [name for name in load_file(merged.output_dir / "model.safetensors") if "lora" in name]
+    merged = train(
+        recipe(
+            world, tmp_path / "merged", init_from=str(trained), parts=parts, train={"max_steps": 1}
+        )
+    )
+    assert not [
+        name for name in load_file(merged.output_dir / "model.safetensors") if "lora" in name
+    ]
     with pytest.raises(RecipeError, match="adapter: merge"):
-        train(recipe(world, tmp_path / "refused", init_from=str(trained), parts={"llm": {"tune": "full"}}))
+        train(
+            recipe(
+                world, tmp_path / "refused", init_from=str(trained), parts={"llm": {"tune": "full"}}
+            )
+        )
 
 
 def test_bad_records_stop_the_run_before_it_begins(world: Path, tmp_path: Path) -> None:
@@ -244,12 +293,18 @@ def test_bad_records_stop_the_run_before_it_begins(world: Path, tmp_path: Path) 
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(records))
     data = {"train": [{"path": str(path), "root": str(world / "images")}]}
-    with pytest.raises(DataError, match=r"2 of 8 training records are bad; the first: .*bad\.json, record 3"):
+    with pytest.raises(
+        DataError, match=r"2 of 8 training records are bad; the first: .*bad\.json, record 3"
+    ):
         train(recipe(world, tmp_path / "out", data=data))
-    with pytest.raises(DataError, match=r"2 of 8 training records are bad \(25\.0%\), more than .*limit = 0\.1"):
+    with pytest.raises(
+        DataError, match=r"2 of 8 training records are bad \(25\.0%\), more than .*limit = 0\.1"
+    ):
         train(recipe(world, tmp_path / "out", data=data | {"bad_records": "skip"}))
     data["bad_records_limit"] = 2
-    skipped = recipe(world, tmp_path / "out", data=data | {"bad_records": "skip"}, train={"max_steps": 2})
+    skipped = recipe(
+        world, tmp_path / "out", data=data | {"bad_records": "skip"}, train={"max_steps": 2}
+    )
     assert train(skipped).finished
     counts = json.loads((tmp_path / "out" / "run.json").read_text())["records"]
     assert counts["left_out_by_check"] == 2
@@ -302,17 +357,25 @@ def damage_images(folder: Path) -> None:
     ids=["images gone", "annotations rewritten", "images damaged"],
 )
 def test_data_lost_during_the_run_stops_it(
-    mine: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    fault: Callable[[Path], object], message: str,
-) -> None:  # fmt: skip
+    mine: dict[str, Any],
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[Path], object],
+    message: str,
+) -> None:
     """Though bad records are skipped; before, the run went on to its end at loss 0."""
     monkeypatch.setattr("medm.data.dataset.RETRY_SECONDS", (0.0,))
     callbacks = run._callbacks
-    monkeypatch.setattr(run, "_callbacks", lambda recipe: [*callbacks(recipe), At(2, lambda: fault(tmp_path))])
+    monkeypatch.setattr(
+        run, "_callbacks", lambda recipe: [*callbacks(recipe), At(2, lambda: fault(tmp_path))]
+    )
     settings = {"max_steps": 40, "eval_strategy": "no", "save_steps": 50}
     with pytest.raises(MedmError, match=message):
         train(recipe(world, tmp_path / "out", data=mine, train=settings))
-    logged = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()
+    ]
     assert logged and all(entry.get("loss") != 0 for entry in logged)
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -337,7 +400,9 @@ def test_publishing_puts_the_config_last(tmp_path: Path, monkeypatch: pytest.Mon
     folder.mkdir(parents=True)
     (output / "config.json").write_text("old")
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
-        (output / name).write_text("of an earlier model, and preferred to one file when a folder is opened")
+        (output / name).write_text(
+            "of an earlier model, and preferred to one file when a folder is opened"
+        )
     for name in ("config.json", "model.safetensors", "processor_config.json"):
         (folder / name).write_text("new")
     moved = []
@@ -352,27 +417,45 @@ def test_publishing_puts_the_config_last(tmp_path: Path, monkeypatch: pytest.Mon
     assert moved[-1] == ("config.json", False)
     assert sorted(moved[:-1]) == [("model.safetensors", False), ("processor_config.json", False)]
     assert (output / "config.json").read_text() == "new"
-    assert {path.name for path in output.iterdir()} == {"config.json", "model.safetensors", "processor_config.json"}
+    assert {path.name for path in output.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+    }
 
 
 class Interrupted(Exception):
     """The power goes."""
 
 
-@pytest.mark.parametrize("after", [0, 3, -2, -1], ids=["first file", "in the middle", "manifest", "config"])
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Interrupted()], ids=["error", "kill"])
+@pytest.mark.parametrize(
+    "after", [0, 3, -2, -1], ids=["first file", "in the middle", "manifest", "config"]
+)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), Interrupted()], ids=["error", "kill"]
+)
 def test_a_model_that_was_not_put_in_place_is_put_there_by_resume(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, error: Exception
 ) -> None:
     """No step is trained again, and no byte of the model is another."""
-    given = recipe(world, tmp_path / "out", train={"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"})
+    given = recipe(
+        world,
+        tmp_path / "out",
+        train={"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"},
+    )
     replace, hashes = Path.replace, {}
 
     def failing(path: Path, target: Path) -> Path:
         if path.parent.name == ".finished-model":
             hashes.setdefault("all", read_manifest(path.parent)["files"] if not hashes else None)
-            order = sorted(path.parent.iterdir(), key=lambda path: ["manifest.json", "config.json"].index(path.name)
-                           if path.name in ("manifest.json", "config.json") else -1)  # fmt: skip
+            order = sorted(
+                path.parent.iterdir(),
+                key=lambda path: (
+                    ["manifest.json", "config.json"].index(path.name)
+                    if path.name in ("manifest.json", "config.json")
+                    else -1
+                ),
+            )
             done = len(hashes["all"]) + 1 - len(order)
             if done == (after if after >= 0 else len(hashes["all"]) + 1 + after):
                 raise error
@@ -384,9 +467,16 @@ def test_a_model_that_was_not_put_in_place_is_put_there_by_resume(
     assert isinstance(caught.value, Interrupted) or "--resume moves it" in str(caught.value)
     monkeypatch.setattr(Path, "replace", replace)
     assert not (tmp_path / "out" / "config.json").exists()
-    with pytest.raises(RecipeError, match=r"could not be put in place \(\.finished-model\); finish that with --resume"):
+    with pytest.raises(
+        RecipeError,
+        match=r"could not be put in place \(\.finished-model\); finish that with --resume",
+    ):
         train(given)
-    other = recipe(world, tmp_path / "other", train={"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"})
+    other = recipe(
+        world,
+        tmp_path / "other",
+        train={"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"},
+    )
     with pytest.raises(RecipeError, match=r"of another recipe.*\n.*train\.max_steps: was 1, is 2"):
         train(other.model_copy(update={"output_dir": str(tmp_path / "out")}), resume=True)
     monkeypatch.setattr(run, "build", lambda *_, **__: pytest.fail("trained again"))
@@ -427,7 +517,9 @@ def test_a_disk_that_is_full_for_the_final_model_is_an_error_and_resume_ends_the
 
     with monkeypatch.context() as patched:
         patched.setattr(run, "write_record", full)
-        with pytest.raises(CheckpointError, match=r"could not be written \(No space left on device\); make room"):
+        with pytest.raises(
+            CheckpointError, match=r"could not be written \(No space left on device\); make room"
+        ):
             train(given)
     assert train(given, resume=True).finished
     load(str(tmp_path / "out"))
@@ -459,15 +551,23 @@ def finished(folder: Path) -> None:
         (None, {"train": {"optim": "galore_adamw"}}, r"train\.optim: galore_adamw"),
         (None, {"train": {"liger": True}}, r"train\.liger"),
         (None, {"train": {"use_cpu": False, "require_gpu": True}}, r"train\.require_gpu"),
-        (None, {"parts": {"llm": {"tune": "lora", "quantize": "4bit"}}}, r"parts\.llm\.quantize: 4bit"),
+        (
+            None,
+            {"parts": {"llm": {"tune": "lora", "quantize": "4bit"}}},
+            r"parts\.llm\.quantize: 4bit",
+        ),
         (None, {"data": {"eval": []}}, r"data\.eval"),
         (None, {"train": {"arguments": {"optim_argz": "x"}}}, r"train\.arguments\.optim_argz"),
     ],
 )
 def test_what_can_be_known_is_said_before_weights_are_read(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    prepare: Callable[[Path], None] | None, changes: dict[str, Any], message: str,
-) -> None:  # fmt: skip
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prepare: Callable[[Path], None] | None,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
     monkeypatch.setattr(run, "build", lambda *_, **__: pytest.fail("weights were read"))
     if torch.cuda.is_available() and ("liger" in message or "gpu" in message):
         pytest.skip("there is a GPU")
@@ -497,18 +597,27 @@ def test_a_recipe_for_gpus_runs_without_one_and_run_json_says_so(
     found = json.loads((tmp_path / "out" / "run.json").read_text())
     assert found["device"] == "cpu"
     assert found["instead_of_the_recipe"].keys() == {"train.bf16", "train.tf32"}
-    assert load_recipe(tmp_path / "out" / "recipe.yaml").train.bf16, "the recipe is kept as it was written"
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").train.bf16, (
+        "the recipe is kept as it was written"
+    )
 
 
-def test_no_epoch_at_all_writes_the_model_as_it_was_put_together(world: Path, tmp_path: Path) -> None:
-    untrained = recipe(world, tmp_path / "untrained", train={"num_train_epochs": 0, "max_steps": -1})
+def test_no_epoch_at_all_writes_the_model_as_it_was_put_together(
+    world: Path, tmp_path: Path
+) -> None:
+    untrained = recipe(
+        world, tmp_path / "untrained", train={"num_train_epochs": 0, "max_steps": -1}
+    )
     outcome = train(untrained)
     assert outcome.finished
     assert (outcome.steps, outcome.loss) == (0, None)
     model, _ = load(str(outcome.output_dir))
     published = load_file(world / "llm" / "model.safetensors")
     written = model.language_model.get_input_embeddings().weight
-    assert torch.equal(written[: len(published["model.embed_tokens.weight"])], published["model.embed_tokens.weight"])
+    assert torch.equal(
+        written[: len(published["model.embed_tokens.weight"])],
+        published["model.embed_tokens.weight"],
+    )
     weights = (outcome.output_dir / "model.safetensors").stat()
     with pytest.raises(RecipeError, match=r"finished model \(config\.json, model\.safetensors\)"):
         train(untrained)

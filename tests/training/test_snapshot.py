@@ -17,7 +17,10 @@ from medm.training.snapshot import _TYPES, Snapshot, tensor_bytes, write_safeten
 
 def test_a_copy_stays_what_it_was_and_its_memory_is_used_again() -> None:
     weight, step = torch.arange(6.0).reshape(2, 3), torch.tensor(3)
-    state = {"model": {"weight": weight}, "optimizer": {"state": {0: {"step": step}}, "groups": [{"lr": 0.1}]}}
+    state = {
+        "model": {"weight": weight},
+        "optimizer": {"state": {0: {"step": step}}, "groups": [{"lr": 0.1}]},
+    }
     snapshot = Snapshot()
     first = snapshot.copy(state)
     weight.zero_()
@@ -27,10 +30,14 @@ def test_a_copy_stays_what_it_was_and_its_memory_is_used_again() -> None:
     assert second["model"]["weight"].data_ptr() == first["model"]["weight"].data_ptr()
     assert not second["model"]["weight"].any()
     snapshot.copy({"other": torch.zeros(2)})
-    assert [tensor.numel() for tensor in snapshot._memory.values()] == [2], "what is not copied any more is given back"
+    assert [tensor.numel() for tensor in snapshot._memory.values()] == [2], (
+        "what is not copied any more is given back"
+    )
 
 
-def test_memory_that_is_held_already_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_held_already_is_not_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     available = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: available._replace(available=1000))
     snapshot = Snapshot()
@@ -48,7 +55,13 @@ def test_what_is_shared_is_copied_once_and_what_is_no_tensor_too() -> None:
     """Tied weights, and the loss scaler of DeepSpeed, whose scale training changes."""
     flat = torch.arange(6.0)
     scaler = SimpleNamespace(scale=2.0)
-    state = {"a": flat[:4], "b": flat[:4], "c": flat[2:], "sizes": (torch.Size([2]), [1]), "scaler": scaler}
+    state = {
+        "a": flat[:4],
+        "b": flat[:4],
+        "c": flat[2:],
+        "sizes": (torch.Size([2]), [1]),
+        "scaler": scaler,
+    }
     assert tensor_bytes(state) == 32
     copied = Snapshot().copy(state)
     flat.zero_()

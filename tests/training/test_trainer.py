@@ -72,7 +72,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, c
     whole = trainer(tmp_path / "whole", **case)
     before = weights(whole.model)
     assert whole.fit()
-    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(whole.model).items())
+    assert any(
+        not torch.equal(before[name], tensor) for name, tensor in weights(whole.model).items()
+    )
     stopped = trainer(tmp_path / "cut", callbacks=[StopAt(whole.state.max_steps * 2 // 3)], **case)
     with pytest.raises(RuntimeError, match="stopped by the test"):
         stopped.fit()
@@ -102,7 +104,9 @@ class Emptied(Pairs):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(index)
-        return {**sample, "labels": torch.full_like(sample["labels"], -100)} if self.empty else sample
+        return (
+            {**sample, "labels": torch.full_like(sample["labels"], -100)} if self.empty else sample
+        )
 
 
 class Empty(TrainerCallback):
@@ -116,32 +120,49 @@ class Empty(TrainerCallback):
 
 
 def emptied(folder: Path, after: int, until: int = 99, **settings: Any) -> list[dict[str, Any]]:
-    """The log of a run whose steps after `after` have no samples, and of the steps before and after them."""
+    """The log of a run whose steps after `after` have no samples, and of the steps before and after
+    them."""
     data = Emptied()
-    run = trainer(folder, callbacks=[LossCurve(), Empty(data, after, until)], save_strategy="no", **settings)
+    run = trainer(
+        folder, callbacks=[LossCurve(), Empty(data, after, until)], save_strategy="no", **settings
+    )
     run.epochs.dataset = data
     run.fit()
     return run.state.log_history
 
 
-def test_a_step_without_samples_has_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_without_samples_has_no_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO", logger="medm"):
         history = emptied(tmp_path, after=4, max_steps=6)
-    assert [("loss" in entry, entry.get("steps_without_samples")) for entry in history[:-1]] == [(True, None)] * 4 + [
-        (False, 1)
-    ] * 2
+    assert [("loss" in entry, entry.get("steps_without_samples")) for entry in history[:-1]] == [
+        (True, None)
+    ] * 4 + [(False, 1)] * 2
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert history[-1]["train_loss"] == pytest.approx(sum(losses) / 4)
-    assert [json.loads(line).get("loss") for line in (tmp_path / "loss.jsonl").read_text().splitlines()][4:6] == [
-        None
-    ] * 2
-    assert not [entry for entry in history if entry.get("loss") == 0 or entry.get("loss/balance") == 0]
+    assert [
+        json.loads(line).get("loss") for line in (tmp_path / "loss.jsonl").read_text().splitlines()
+    ][4:6] == [None] * 2
+    assert not [
+        entry for entry in history if entry.get("loss") == 0 or entry.get("loss/balance") == 0
+    ]
 
 
 def test_the_loss_of_several_steps_is_a_mean_over_those_with_samples(tmp_path: Path) -> None:
     single = emptied(tmp_path / "single", after=2, until=4, max_steps=6)
-    (entry,) = [entry for entry in emptied(tmp_path / "six", after=2, until=4, max_steps=6, logging_steps=6,
-                                           logging_first_step=False) if "loss" in entry]  # fmt: skip
+    (entry,) = [
+        entry
+        for entry in emptied(
+            tmp_path / "six",
+            after=2,
+            until=4,
+            max_steps=6,
+            logging_steps=6,
+            logging_first_step=False,
+        )
+        if "loss" in entry
+    ]
     known = [one["loss"] for one in single if "loss" in one]
     assert len(known) == 4
     assert entry["loss"] == pytest.approx(sum(known) / 4, rel=1e-5)
@@ -160,9 +181,13 @@ def test_held_out_data_without_samples_is_no_loss_of_0(tmp_path: Path) -> None:
 def test_an_error_in_a_worker_is_the_same_error(tmp_path: Path, workers: int) -> None:
     run = trainer(tmp_path, save_strategy="no", dataloader_num_workers=workers)
     run.epochs.dataset = Losing()
-    with pytest.raises(InputLostError, match=r"^the share is away$") as kept:  # its frames hold the loader
+    with pytest.raises(
+        InputLostError, match=r"^the share is away$"
+    ) as kept:  # its frames hold the loader
         run.fit()
-    assert kept.traceback and not multiprocessing.active_children(), "would never end: workers ignore stop signals"
+    assert kept.traceback and not multiprocessing.active_children(), (
+        "would never end: workers ignore stop signals"
+    )
 
 
 def test_no_more_workers_than_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +195,10 @@ def test_no_more_workers_than_processors(tmp_path: Path, monkeypatch: pytest.Mon
     run = trainer(tmp_path, dataloader_num_workers=8, held_out=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert (run.get_train_dataloader().num_workers, run.get_eval_dataloader().num_workers) == (2, 2)
+        assert (run.get_train_dataloader().num_workers, run.get_eval_dataloader().num_workers) == (
+            2,
+            2,
+        )
     assert trainer(tmp_path, dataloader_num_workers=1).get_train_dataloader().num_workers == 1
 
 
@@ -195,10 +223,14 @@ class Losing(Pairs):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EMFILE, "Too many open files"), ValueError("bad font"), ImportError("x")]
+    "error",
+    [OSError(errno.EMFILE, "Too many open files"), ValueError("bad font"), ImportError("x")],
 )
 def test_a_curve_that_cannot_be_drawn_costs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
@@ -224,7 +256,10 @@ def test_a_log_that_cannot_be_written_is_written_again_at_the_end(
     run = trainer(tmp_path, callbacks=[LossCurve()], max_steps=3, save_strategy="no")
     assert run.fit()
     assert len((tmp_path / "loss.jsonl").read_text().splitlines()) == len(run.state.log_history)
-    assert len([line for line in caplog.messages if line.startswith("loss.jsonl cannot be written")]) == 1
+    assert (
+        len([line for line in caplog.messages if line.startswith("loss.jsonl cannot be written")])
+        == 1
+    )
 
 
 def test_the_last_step_is_logged_wherever_it_falls(tmp_path: Path) -> None:
@@ -233,7 +268,9 @@ def test_the_last_step_is_logged_wherever_it_falls(tmp_path: Path) -> None:
     assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == [1, 5]
 
 
-@pytest.mark.parametrize(("steps", "warmup", "first"), [(1, 0.03, 1.0), (2, 0.03, 0.0), (2, 0.99, 0.0), (1, 0, 1.0)])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "first"), [(1, 0.03, 1.0), (2, 0.03, 0.0), (2, 0.99, 0.0), (1, 0, 1.0)]
+)
 def test_warm_up_as_a_fraction_is_not_all_of_a_short_run(
     tmp_path: Path, steps: int, warmup: float, first: float
 ) -> None:
@@ -249,7 +286,9 @@ def test_frozen_parts_do_not_move_at_all(tmp_path: Path) -> None:
     run = trainer(tmp_path, parts=LORA, save_strategy="no")
     before = weights(run.model)
     run.fit()
-    moved = {name for name, tensor in weights(run.model).items() if not torch.equal(tensor, before[name])}
+    moved = {
+        name for name, tensor in weights(run.model).items() if not torch.equal(tensor, before[name])
+    }
     assert moved
     assert all(ADAPTER_PARAMETER in name or name.startswith("connector.") for name in moved)
 
@@ -257,10 +296,18 @@ def test_frozen_parts_do_not_move_at_all(tmp_path: Path) -> None:
 def test_accumulation_and_one_large_batch_give_the_same_weights(tmp_path: Path) -> None:
     """Labels differ in number between micro-batches, so a mean of means would differ."""
     runs = [
-        trainer(tmp_path / str(batch), parts=FULL, dropout=False, balance=0.0, max_steps=4, save_strategy="no",
-                per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch)
+        trainer(
+            tmp_path / str(batch),
+            parts=FULL,
+            dropout=False,
+            balance=0.0,
+            max_steps=4,
+            save_strategy="no",
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=8 // batch,
+        )
         for batch in (8, 2)
-    ]  # fmt: skip
+    ]
     for run in runs:
         run.fit()
     first, second = (weights(run.model) for run in runs)
@@ -272,7 +319,9 @@ def test_the_held_out_loss_is_a_mean_over_tokens_whatever_the_batch(tmp_path: Pa
     """Samples have 4 to 7 labels, so a mean of the batches' means would differ."""
     found = []
     for batch in (7, 3, 1):
-        run = trainer(tmp_path / str(batch), balance=0.0, held_out=7, per_device_eval_batch_size=batch)
+        run = trainer(
+            tmp_path / str(batch), balance=0.0, held_out=7, per_device_eval_batch_size=batch
+        )
         found.append(run.evaluate()["eval_loss"])
     samples = [run.eval_dataset[index] for index in range(7)]
     model, total, count = run.model.eval(), 0.0, 0
@@ -285,17 +334,22 @@ def test_the_held_out_loss_is_a_mean_over_tokens_whatever_the_batch(tmp_path: Pa
 
 
 def test_named_losses_add_up(tmp_path: Path) -> None:
-    run = trainer(tmp_path, save_strategy="no", max_steps=6, logging_steps=2, gradient_accumulation_steps=2)
+    run = trainer(
+        tmp_path, save_strategy="no", max_steps=6, logging_steps=2, gradient_accumulation_steps=2
+    )
     run.fit()
     entries = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(entries) == 4  # the first step, and every second
     for entry in entries:
-        assert entry["loss"] == pytest.approx(entry["loss/language"] + entry["loss/balance"], rel=1e-4)
+        assert entry["loss"] == pytest.approx(
+            entry["loss/language"] + entry["loss/balance"], rel=1e-4
+        )
         assert entry["loss/balance"] > 0
 
 
 def test_a_frozen_llm_recomputes_its_activations_and_drops_nothing_out(tmp_path: Path) -> None:
-    """The connector below it needs them; frozen parts are in eval mode, in which transformers would not recompute."""
+    """The connector below it needs them; frozen parts are in eval mode, in which transformers would
+    not recompute."""
     parts = {
         "image.connector": PartOptions(tune="full"),
         "llm": PartOptions(tune="frozen", gradient_checkpointing=True),
@@ -377,7 +431,9 @@ def test_a_damaged_newest_checkpoint_costs_one_interval_and_not_the_run(tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops_and_the_run_goes_on_later(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_and_stops_and_the_run_goes_on_later(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     whole = trainer(tmp_path / "whole")
     whole.fit()
     stopped = trainer(tmp_path / "cut", callbacks=[StopAt(6, number)], save_strategy="epoch")
@@ -391,7 +447,8 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_later(tmp_path: Path, numb
 
 
 class SignalHelpers(TrainerCallback):
-    """Sends the workers of the DataLoader and this process a signal, as one to the process group does; then another."""
+    """Sends the workers of the DataLoader and this process a signal, as one to the process group
+    does; then another."""
 
     def __init__(self, number: signal.Signals) -> None:
         self.number, self.workers = number, 0
@@ -417,7 +474,10 @@ def test_signals_to_the_process_group_and_signals_again_save_and_stop(
     (checkpoint,) = checkpoints.folders(tmp_path)
     verify(checkpoint)
     said = capfd.readouterr().err
-    assert said.count("again: the run is already stopping and ends when its checkpoint is written") == 3
+    assert (
+        said.count("again: the run is already stopping and ends when its checkpoint is written")
+        == 3
+    )
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -446,17 +506,23 @@ def test_a_disk_that_is_full_only_at_the_end_is_said_with_advice(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "write_manifest", full)
-    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be finished .*No space left.*--resume"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-4 could not be finished .*No space left.*--resume"
+    ):
         trainer(tmp_path, max_steps=4).fit()
 
 
-def test_both_ways_of_writing_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_of_writing_give_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From copies while training goes on, and at once."""
     written: list[bool] = []
     copy = Snapshot.copy
     monkeypatch.setattr(Snapshot, "copy", lambda *args: written.append(True) or copy(*args))
     for background in (True, False):
-        trainer(tmp_path / str(background), parts=FULL, max_steps=4, save_in_background=background).fit()
+        trainer(
+            tmp_path / str(background), parts=FULL, max_steps=4, save_in_background=background
+        ).fit()
         assert written == [True], "copied in the background, and only there"
     first, second = (tmp_path / name / "checkpoint-4" for name in ("True", "False"))
     assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
@@ -468,7 +534,9 @@ def test_both_ways_of_writing_give_the_same_files(tmp_path: Path, monkeypatch: p
     assert states[0]["param_groups"] == states[1]["param_groups"]
 
 
-def test_the_next_checkpoint_is_copied_into_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_checkpoint_is_copied_into_the_same_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     places: list[dict[str, int]] = []
     copy = Snapshot.copy
 
@@ -498,7 +566,10 @@ def test_weights_of_a_type_that_no_file_holds_are_said_before_anything_is_writte
 ) -> None:
     run = trainer(tmp_path, max_steps=4, save_in_background=background)
     run.model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
-    with pytest.raises(CheckpointError, match=r"^phase: expected a type .*found torch\.complex128.*persistent=False"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"^phase: expected a type .*found torch\.complex128.*persistent=False",
+    ):
         run.fit()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
@@ -529,12 +600,23 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) 
 def test_the_best_weights_come_back_and_patience_ends_the_run(tmp_path: Path) -> None:
     """With such a learning rate the held-out loss rises soon."""
     run = trainer(
-        tmp_path, parts=FULL, max_steps=60, held_out=8, learning_rate=0.3, eval_strategy="steps", eval_steps=2,
-        save_steps=2, save_total_limit=1, load_best_model_at_end=True, early_stopping_patience=3,
+        tmp_path,
+        parts=FULL,
+        max_steps=60,
+        held_out=8,
+        learning_rate=0.3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        early_stopping_patience=3,
         callbacks=[EarlyStoppingCallback(3)],
-    )  # fmt: skip
+    )
     assert run.fit()
-    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    losses = {
+        entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry
+    }
     best = min(losses, key=lambda step: losses[step])
     assert run.state.global_step == best + 6 < 60
     assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
@@ -558,7 +640,9 @@ def test_a_checkpoint_opens_as_a_model(tmp_path: Path) -> None:
     run.fit()
     opened = Toy.from_pretrained(tmp_path / "checkpoint-4")
     assert same(run.model, opened)
-    assert not list((tmp_path / "checkpoint-4").glob("*.bin"))  # the pickled arguments that the Trainer would leave
+    assert not list(
+        (tmp_path / "checkpoint-4").glob("*.bin")
+    )  # the pickled arguments that the Trainer would leave
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -581,7 +665,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         ({"deepspeed": "zero4"}, RecipeError, "zero"),
     ],
 )  # fmt: skip
-def test_arguments_are_checked_at_the_start(tmp_path: Path, train: Case, error: type[Exception], words: str) -> None:
+def test_arguments_are_checked_at_the_start(
+    tmp_path: Path, train: Case, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         trainer(tmp_path, **train)
 
@@ -603,6 +689,12 @@ def test_a_tracker_that_is_not_installed_is_said_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else find(name, *a))
-    with pytest.raises(DeviceError, match=r"train\.report_to: tensorboard is not installed.*medm\[log\]"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "tensorboard" else find(name, *a),
+    )
+    with pytest.raises(
+        DeviceError, match=r"train\.report_to: tensorboard is not installed.*medm\[log\]"
+    ):
         training_arguments(TrainOptions(use_cpu=True, report_to="tensorboard"), tmp_path)

@@ -1,4 +1,5 @@
-"""Two processes on the CPU: torch's DDP, and DeepSpeed's ZeRO stages where a C++ compiler can build its parts."""
+"""Two processes on the CPU: torch's DDP, and DeepSpeed's ZeRO stages where a C++ compiler can build
+its parts."""
 
 from __future__ import annotations
 
@@ -34,9 +35,12 @@ STAGES = ("zero1", "zero2", "zero3")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of both processes: started once, since imports and engines are most of the time."""
+    """The results of both processes: started once, since imports and engines are most of the
+    time."""
     path = tmp_path_factory.mktemp("two")
-    on_two_processes("tests.training.two_processes", str(path), *(["--deepspeed"] if COMPILER else []))
+    on_two_processes(
+        "tests.training.two_processes", str(path), *(["--deepspeed"] if COMPILER else [])
+    )
     return path
 
 
@@ -56,11 +60,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     return curves
 
 
-@pytest.mark.parametrize("case", ["ddp", *(pytest.param(stage, marks=needs_compiler) for stage in STAGES)])
+@pytest.mark.parametrize(
+    "case", ["ddp", *(pytest.param(stage, marks=needs_compiler) for stage in STAGES)]
+)
 def test_two_processes_follow_the_curve_of_one(
     case: str, results: list[dict[str, Any]], alone: dict[str, list[float]]
 ) -> None:
-    """Measured worst case 1e-6; a rank that saw other samples, or a mean of means, is off by more than 1e-3."""
+    """Measured worst case 1e-6; a rank that saw other samples, or a mean of means, is off by more
+    than 1e-3."""
     assert len(results[0][case]) == CURVE["max_steps"] + 1
     assert results[0][case] == pytest.approx(alone["toy"], abs=1e-4)
     assert results[0][case] == results[1][case]
@@ -75,7 +82,10 @@ def test_new_rows_follow_the_curve_of_ddp(stage: str, results: list[dict[str, An
 
 ROW_CASES = [
     "rows-ddp",
-    *(pytest.param(case, marks=needs_compiler) for case in ("rows-zero2", "rows-zero3", "tied-zero3")),
+    *(
+        pytest.param(case, marks=needs_compiler)
+        for case in ("rows-zero2", "rows-zero3", "tied-zero3")
+    ),
 ]
 
 
@@ -92,7 +102,9 @@ def test_of_the_vocabulary_new_rows_alone_are_trained(case: str, folder: Path) -
         (model.llm.get_input_embeddings(), before.get_input_embeddings()),
         (model.llm.get_output_embeddings(), before.get_output_embeddings()),
     ):
-        moved = [i for i in range(len(old.weight)) if not torch.equal(layer.weight[i], old.weight[i])]
+        moved = [
+            i for i in range(len(old.weight)) if not torch.equal(layer.weight[i], old.weight[i])
+        ]
         assert moved == NEW_TOKENS
 
 
@@ -105,7 +117,9 @@ def test_two_towers_contrast_over_both_processes(
 
 
 @pytest.mark.parametrize("case", ["contrast", "contrast, uneven", "contrast, one without"])
-def test_the_gathered_loss_has_the_gradient_of_the_whole_batch(case: str, results: list[dict[str, Any]]) -> None:
+def test_the_gathered_loss_has_the_gradient_of_the_whole_batch(
+    case: str, results: list[dict[str, Any]]
+) -> None:
     for difference, size in results[0][case].values():
         assert difference < 1e-6 < 0.1 < size
 
@@ -121,9 +135,13 @@ def test_lora_and_a_full_connector_are_saved_in_full_size(case: str, folder: Pat
     )
     assert tensors.keys() == expected.keys()
     assert any("lora_" in name for name in tensors)
-    assert all(tensors[name].shape == expected[name].shape and tensors[name].numel() for name in tensors)
+    assert all(
+        tensors[name].shape == expected[name].shape and tensors[name].numel() for name in tensors
+    )
     models = [Toy.from_pretrained(path).eval() for path in (final, folder / "ddp" / "final")]
-    batch = collate([{"input_ids": torch.arange(8), "vision": torch.ones(6), "labels": torch.arange(8)}])
+    batch = collate(
+        [{"input_ids": torch.arange(8), "vision": torch.ones(6), "labels": torch.arange(8)}]
+    )
     with torch.no_grad():
         losses = [model(**batch).loss_sum / 7 for model in models]  # of 7 labels
         logits = [model.llm(input_ids=batch["input_ids"]).logits for model in models]
@@ -131,11 +149,14 @@ def test_lora_and_a_full_connector_are_saved_in_full_size(case: str, folder: Pat
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["two terms", pytest.param("two terms-zero3", marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "case", ["two terms", pytest.param("two terms-zero3", marks=needs_compiler)]
+)
 def test_two_objectives_over_two_ranks_are_those_of_one(
     case: str, results: list[dict[str, Any]], tmp_path: Path, folder: Path
 ) -> None:
-    """One process runs the micro-batches of both ranks together, and its first step is worked out by hand."""
+    """One process runs the micro-batches of both ranks together, and its first step is worked out
+    by hand."""
     merged = [first + second for first, second in zip(*UNEVEN.values(), strict=True)]
     run = trainer(tmp_path, batches=Fixed(merged), **BOTH_CURVE)
     sums, counts = torch.zeros(2), torch.zeros(2)
@@ -160,9 +181,15 @@ def test_two_objectives_over_two_ranks_are_those_of_one(
 
 
 @pytest.mark.parametrize(
-    "case", ["clamped-ddp", *(pytest.param(f"clamped-{stage}", marks=needs_compiler) for stage in ("zero2", "zero3"))]
+    "case",
+    [
+        "clamped-ddp",
+        *(pytest.param(f"clamped-{stage}", marks=needs_compiler) for stage in ("zero2", "zero3")),
+    ],
 )
-def test_a_clamp_after_the_step_reaches_the_optimizer(case: str, results: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_clamp_after_the_step_reaches_the_optimizer(
+    case: str, results: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """Without it the optimizer's own copy is below the bound (1.97), and drifts away from it."""
     run = trainer(tmp_path, **SCALED_CURVE)
     run.fit()
@@ -174,23 +201,37 @@ def test_a_clamp_after_the_step_reaches_the_optimizer(case: str, results: list[d
 
 
 @pytest.mark.parametrize(
-    "case", ["resumed-ddp", *(pytest.param(f"resumed-{stage}", marks=needs_compiler) for stage in ("zero2", "zero3"))]
+    "case",
+    [
+        "resumed-ddp",
+        *(pytest.param(f"resumed-{stage}", marks=needs_compiler) for stage in ("zero2", "zero3")),
+    ],
 )
-def test_two_processes_resume_bit_for_bit(case: str, results: list[dict[str, Any]], folder: Path) -> None:
+def test_two_processes_resume_bit_for_bit(
+    case: str, results: list[dict[str, Any]], folder: Path
+) -> None:
     before, after = results[0][case]
     assert before == after
-    whole, cut = (load_file(folder / case / run / "final" / "model.safetensors") for run in ("whole", "cut"))
+    whole, cut = (
+        load_file(folder / case / run / "final" / "model.safetensors") for run in ("whole", "cut")
+    )
     assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
 
 
 @needs_compiler
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_a_share_written_while_training_goes_on_is_the_one_written_in_the_step(stage: str, folder: Path) -> None:
+def test_a_share_written_while_training_goes_on_is_the_one_written_in_the_step(
+    stage: str, folder: Path
+) -> None:
     """Held back until the weights had changed (see `two_processes.resumed`)."""
-    aside, at_once = (folder / f"resumed-{stage}" / run / "checkpoint-4" for run in ("cut", "whole"))
+    aside, at_once = (
+        folder / f"resumed-{stage}" / run / "checkpoint-4" for run in ("cut", "whole")
+    )
     verify(aside)
     files = {path.relative_to(aside).as_posix() for path in aside.rglob("*.*") if path.is_file()}
-    assert files == {path.relative_to(at_once).as_posix() for path in at_once.rglob("*.*") if path.is_file()}
+    assert files == {
+        path.relative_to(at_once).as_posix() for path in at_once.rglob("*.*") if path.is_file()
+    }
     shares = sorted(file for file in files if file.endswith("_states.pt"))
     assert len(shares) == {"zero2": 3, "zero3": 4}[stage]
     with safe_loading(checkpoint_classes()):
@@ -200,7 +241,9 @@ def test_a_share_written_while_training_goes_on_is_the_one_written_in_the_step(s
             assert first.keys() == second.keys()
             for place, value in first.items():
                 other = second[place]
-                assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, place
+                assert (
+                    torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+                ), place
     weights = [load_file(path / "model.safetensors") for path in (aside, at_once)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
@@ -213,7 +256,9 @@ def flat(state: Any, place: str = "") -> dict[str, Any]:
     if not isinstance(state, (Mapping, list, tuple)):
         return {place: state}
     pairs = state.items() if isinstance(state, Mapping) else enumerate(state)
-    return {way: leaf for key, value in pairs for way, leaf in flat(value, f"{place}/{key}").items()}
+    return {
+        way: leaf for key, value in pairs for way, leaf in flat(value, f"{place}/{key}").items()
+    }
 
 
 @needs_compiler
@@ -231,7 +276,9 @@ def test_a_full_disk_of_one_process_stops_all_and_leaves_no_half_checkpoint(
 
 @needs_compiler
 @pytest.mark.parametrize("case", ["planted-model", "planted-optimiser"])
-def test_a_pickle_planted_in_a_shard_does_not_run(case: str, results: list[dict[str, Any]], folder: Path) -> None:
+def test_a_pickle_planted_in_a_shard_does_not_run(
+    case: str, results: list[dict[str, Any]], folder: Path
+) -> None:
     for result in results:
         name, text = result[case]
         assert name == "CheckpointError"
@@ -248,7 +295,10 @@ def test_a_bad_sample_on_one_process_stops_both(results: list[dict[str, Any]]) -
 def test_data_that_one_process_cannot_read_stops_both(results: list[dict[str, Any]]) -> None:
     errors, steps = zip(*(result["lost"] for result in results), strict=True)
     assert sorted(errors) in (
-        [["InputLostError", "the share is away"], ["MedmError", f"process {number}: the share is away"]]
+        [
+            ["InputLostError", "the share is away"],
+            ["MedmError", f"process {number}: the share is away"],
+        ]
         for number in (0, 1)
     )
     assert steps[0] == steps[1]
@@ -259,7 +309,10 @@ def test_bad_records_are_counted_over_both_processes(results: list[dict[str, Any
     (first, steps), (second, other_steps) = (result["too many bad"] for result in results)
     assert first == second
     assert first[0] == "DataError"
-    assert "13 of 48 training records are bad (27.1%), more than data.bad_records_limit = 0.25" in first[1]
+    assert (
+        "13 of 48 training records are bad (27.1%), more than data.bad_records_limit = 0.25"
+        in first[1]
+    )
     assert steps == other_steps
 
 

@@ -48,20 +48,29 @@ NEW_TOKENS = [3, 60, 61]
 
 
 class Toy(MedmModel):
-    """A connector in front of a two-layer Llama, and a frozen batch norm: every kind of part there is."""
+    """A connector in front of a two-layer Llama, and a frozen batch norm: every kind of part there
+    is."""
 
     config_class = ToyConfig
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
         llama = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attention_dropout=0.1, max_position_embeddings=64,
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_dropout=0.1,
+            max_position_embeddings=64,
             tie_word_embeddings=config.tied,
-        )  # fmt: skip
+        )
         self.llm = AutoModelForCausalLM.from_config(llama)
         self.encoder = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.5))
-        self.connector = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 32))
+        self.connector = nn.Sequential(
+            nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 32)
+        )
         self.inject_adapters()
         self.post_init()
 
@@ -77,7 +86,9 @@ class Toy(MedmModel):
         tokens = self.connector(self.encoder(vision)).unsqueeze(1)  # (B, 1, D)
         embeds = torch.cat([tokens, self.llm.get_input_embeddings()(input_ids)[:, 1:]], dim=1)
         logits = self.llm(inputs_embeds=embeds).logits
-        loss_sum = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        loss_sum = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
         return ToyOutput(loss_sum=loss_sum, losses={"balance": 0.01 * tokens.pow(2).mean()})
 
 
@@ -102,7 +113,8 @@ class Towers(nn.Module):
 
 
 class Both(nn.Module):
-    """Two encoders, and a language model of one layer: fields for two objectives, and the calls that gave them."""
+    """Two encoders, and a language model of one layer: fields for two objectives, and the calls
+    that gave them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +126,12 @@ class Both(nn.Module):
         return {**self.towers.parts(), "llm": self.text}
 
     def forward(
-        self, input_ids: Tensor, vision: Tensor, labels: Tensor, *, outputs: frozenset[str] = frozenset()
+        self,
+        input_ids: Tensor,
+        vision: Tensor,
+        labels: Tensor,
+        *,
+        outputs: frozenset[str] = frozenset(),
     ) -> dict[str, Tensor]:
         self.asked.append(outputs)
         logits = self.text(input_ids)[:, :-1]
@@ -157,7 +174,8 @@ class Scaled(MedmModel):
 
 
 class Momentum(Scaled):
-    """Besides, a slow copy of an encoder and a queue of what it last gave, which training alone needs."""
+    """Besides, a slow copy of an encoder and a queue of what it last gave, which training alone
+    needs."""
 
     training_only = ("slow.*", "queue")
     zero3_refusal = "its momentum copy is a mean of whole weights"
@@ -192,7 +210,8 @@ class Momentum(Scaled):
 
 
 class Pairs(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """A vector, and eight tokens that follow from it. `poisoned` makes one sample's vector no number."""
+    """A vector, and eight tokens that follow from it. `poisoned` makes one sample's vector no
+    number."""
 
     def __init__(self, size: int = 48, poisoned: int | None = None) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -233,8 +252,17 @@ class Fixed:
 class Order:
     """Shuffled batches; the global batch of a step is the same for any number of processes."""
 
-    def __init__(self, size: int, batch: int, *, rank: int = 0, world: int = 1, seed: int = 0) -> None:
-        self.size, self.batch, self.rank, self.world, self.seed, self.epoch = size, batch, rank, world, seed, 0
+    def __init__(
+        self, size: int, batch: int, *, rank: int = 0, world: int = 1, seed: int = 0
+    ) -> None:
+        self.size, self.batch, self.rank, self.world, self.seed, self.epoch = (
+            size,
+            batch,
+            rank,
+            world,
+            seed,
+            0,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -256,7 +284,9 @@ LORA = {
 }
 ROWS = {**LORA, "llm": PartOptions(**LORA["llm"].model_dump() | {"new_tokens": {"lr": 2e-2}})}
 FULL = {name: PartOptions(tune="full", lr=3e-3) for name in ("llm", "image.connector")}
-BOTH = {name: PartOptions(tune="full") for name in ("image.encoder", "text.encoder", "scale", "llm")}
+BOTH = {
+    name: PartOptions(tune="full") for name in ("image.encoder", "text.encoder", "scale", "llm")
+}
 TOWERS = {name: PartOptions(tune="full") for name in ("image.encoder", "text.encoder", "scale")}
 
 
@@ -297,9 +327,14 @@ def trainer(
     """A trainer on a toy; the same call gives the same model, data and order."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
-        "use_cpu": True, "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
-        "save_steps": 4, "warmup_steps": 2,
-    }  # fmt: skip
+        "use_cpu": True,
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "warmup_steps": 2,
+    }
     options = TrainOptions(**(settings | train))
     model = MODELS[kind]()
     apply_parts(model, parts, options, keep_float32=options.deepspeed is None)
@@ -312,13 +347,19 @@ def trainer(
     data = Pairs(poisoned=poisoned)
     world, rank = args.world_size, args.process_index
     return MedmTrainer(
-        model, args,
+        model,
+        args,
         terms=terms(kind, balance=balance),
-        parts=parts, train_options=options, train_dataset=data,
-        sampler=batches or Order(len(data), options.per_device_train_batch_size, rank=rank, world=world),
-        data_collator=collate, eval_dataset=Pairs(held_out) if held_out else None,
-        callbacks=callbacks or [], recipe=recipe,
-    )  # fmt: skip
+        parts=parts,
+        train_options=options,
+        train_dataset=data,
+        sampler=batches
+        or Order(len(data), options.per_device_train_batch_size, rank=rank, world=world),
+        data_collator=collate,
+        eval_dataset=Pairs(held_out) if held_out else None,
+        callbacks=callbacks or [],
+        recipe=recipe,
+    )
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""Cases that two processes run together, started once by torchrun from their test, so that imports are paid once."""
+"""Cases that two processes run together, started once by torchrun from their test, so that imports
+are paid once."""
 
 from __future__ import annotations
 
@@ -62,7 +63,12 @@ class Terminate(TrainerCallback):
 
 def losses(run: MedmTrainer) -> list[float]:
     """Of the steps, and of the held-out data where that was measured."""
-    return [entry[key] for key in ("loss", "eval_loss") for entry in run.state.log_history if key in entry]
+    return [
+        entry[key]
+        for key in ("loss", "eval_loss")
+        for entry in run.state.log_history
+        if key in entry
+    ]
 
 
 def curve(folder: Path, **case: Any) -> Any:
@@ -76,10 +82,12 @@ def curve(folder: Path, **case: Any) -> Any:
 def resumed(folder: Path, **case: Any) -> Any:
     """Dropout on, six steps at once and four and two: the final tensors are compared by the test.
 
-    Checkpoints of the whole run are written in the step; those that are continued from are written from copies, after
-    training has gone on.
+    Checkpoints of the whole run are written in the step; those that are continued from are written
+    from copies, after training has gone on.
     """
-    settings = HALF | {"max_steps": 6, "save_steps": 4, "save_total_limit": None, "parts": ROWS} | case
+    settings = (
+        HALF | {"max_steps": 6, "save_steps": 4, "save_total_limit": None, "parts": ROWS} | case
+    )
     whole = trainer(folder / "whole", **settings, save_in_background=False)
     whole.fit()
     whole.save_whole(folder / "whole" / "final")
@@ -100,8 +108,12 @@ def resumed(folder: Path, **case: Any) -> Any:
 
     with replaced(held_back):
         first.fit()
-    assert all(memory) or not (first.is_deepspeed_enabled or first.args.should_save), "nothing was copied"
-    assert not memory or memory[0] == memory[1], "the second checkpoint was copied into other memory"
+    assert all(memory) or not (first.is_deepspeed_enabled or first.args.should_save), (
+        "nothing was copied"
+    )
+    assert not memory or memory[0] == memory[1], (
+        "the second checkpoint was copied into other memory"
+    )
     del first
     release()
     if dist.get_rank() == 0:
@@ -137,7 +149,11 @@ def full_disk(folder: Path, *, background: bool) -> Any:
     run = trainer(folder, **HALF, save_steps=2, save_in_background=background, deepspeed="zero2")
     with replaced(failing, checkpoint_writer if background else resumable):
         error = refusal(run.fit)
-    return [error, run.state.global_step, sorted(path.name for path in folder.iterdir() if path.is_dir())]
+    return [
+        error,
+        run.state.global_step,
+        sorted(path.name for path in folder.iterdir() if path.is_dir()),
+    ]
 
 
 def refusal(action: Callable[[], Any]) -> Any:
@@ -166,7 +182,9 @@ def planted(folder: Path, pattern: str, stage: str) -> Any:
         checkpoint = folder / "checkpoint-2"
         for file in checkpoint.rglob(pattern):  # one a process
             torch.save({"module": Planted(str(folder / "mark"))}, file)
-        metadata = {key: value for key, value in read_manifest(checkpoint).items() if key != "files"}
+        metadata = {
+            key: value for key, value in read_manifest(checkpoint).items() if key != "files"
+        }
         write_manifest(checkpoint, metadata)
     dist.barrier()
     return refusal(lambda: trainer(folder, **(settings | {"max_steps": 4})).fit(resume=True))
@@ -222,7 +240,8 @@ def terminated(folder: Path) -> Any:
 
 
 def contrast(first_rows: int = 3) -> Any:
-    """The gradient of the gathered loss, averaged over processes as DDP does, against the whole batch at once.
+    """The gradient of the gathered loss, averaged over processes as DDP does, against the whole
+    batch at once.
 
     The first process holds `first_rows` of the six pairs, the second one the others.
     """
@@ -236,15 +255,22 @@ def contrast(first_rows: int = 3) -> Any:
             share = slice(first_rows) if dist.get_rank() == 0 else slice(first_rows, None)
             mine = share if spread else slice(None)
             terms = Terms.of(Contrastive(loss=loss, pairs="first", gather=spread))
-            total = terms(model, {"first": inputs[mine], "second": other[mine]}, torch.tensor([6])).total
+            total = terms(
+                model, {"first": inputs[mine], "second": other[mine]}, torch.tensor([6])
+            ).total
             # As the trainer: items of all processes divide, and gradients are averaged.
             (total * (2 if spread else 1)).backward()
-            found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            found = [
+                parameter.grad for parameter in model.parameters() if parameter.grad is not None
+            ]
             for gradient in found if spread else ():
                 dist.all_reduce(gradient)
                 gradient /= 2
             gradients.append(torch.cat([gradient.flatten() for gradient in found]))
-        differences[loss] = [(gradients[0] - gradients[1]).abs().max().item(), gradients[1].abs().max().item()]
+        differences[loss] = [
+            (gradients[0] - gradients[1]).abs().max().item(),
+            gradients[1].abs().max().item(),
+        ]
     return differences
 
 
@@ -257,21 +283,28 @@ class Heads(nn.Module):
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
-            "image_embeds": self.one(first), "text_embeds": self.two(second),
-            "logit_scale": self.scale, "logit_bias": self.bias,
-        }  # fmt: skip
+            "image_embeds": self.one(first),
+            "text_embeds": self.two(second),
+            "logit_scale": self.scale,
+            "logit_bias": self.bias,
+        }
 
 
 UNEVEN = {0: [[0, 1, 2], [3, 4], [10, 11]], 1: [[5, 6], [7, 8, 9], [12]]}
 """Micro-batches of each rank: two make a step, and the last one makes one of its own."""
 BOTH_CURVE: dict[str, Any] = {
-    "kind": "both", "parts": BOTH, "gradient_accumulation_steps": 2, "max_steps": 4, "warmup_steps": 0,
+    "kind": "both",
+    "parts": BOTH,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 4,
+    "warmup_steps": 0,
     "save_strategy": "no",
-}  # fmt: skip
+}
 
 
 def two_terms(folder: Path, **case: Any) -> Any:
-    """Losses by name of each step, and how often the model ran. Ranks hold different numbers of labels and pairs."""
+    """Losses by name of each step, and how often the model ran. Ranks hold different numbers of
+    labels and pairs."""
     run = trainer(folder, batches=Fixed(UNEVEN[int(os.environ["RANK"])]), **(BOTH_CURVE | case))
     calls = run.model.asked
     run.fit()
@@ -285,12 +318,17 @@ def by_name(run: MedmTrainer) -> list[list[float]]:
 
 
 SCALED_CURVE: dict[str, Any] = {
-    "kind": "scaled", "parts": TOWERS, "max_steps": 4, "warmup_steps": 0, "save_strategy": "no",
-}  # fmt: skip
+    "kind": "scaled",
+    "parts": TOWERS,
+    "max_steps": 4,
+    "warmup_steps": 0,
+    "save_strategy": "no",
+}
 
 
 def clamped(folder: Path, **case: Any) -> Any:
-    """The scale of each rank after its last clamp, the optimizer's own copy of it, the calls, and the losses."""
+    """The scale of each rank after its last clamp, the optimizer's own copy of it, the calls, and
+    the losses."""
     run = trainer(folder, **(SCALED_CURVE | HALF | case))
     module = run.model
     run.fit()
@@ -300,7 +338,8 @@ def clamped(folder: Path, **case: Any) -> Any:
 
 
 def release() -> None:
-    """Let the last case's engine and configuration go: transformers keeps both where later models would see them."""
+    """Let the last case's engine and configuration go: transformers keeps both where later models
+    would see them."""
     unset_hf_deepspeed_config()
     gc.collect()
 
@@ -329,19 +368,27 @@ def main(folder: Path) -> None:
             },
             "two terms-zero3": lambda: two_terms(folder / "two-terms-zero3", deepspeed="zero3"),
             **{
-                f"clamped-{stage}": lambda stage=stage: clamped(folder / f"clamped-{stage}", deepspeed=stage)
+                f"clamped-{stage}": lambda stage=stage: clamped(
+                    folder / f"clamped-{stage}", deepspeed=stage
+                )
                 for stage in ("zero2", "zero3")
             },
             "rows-zero2": lambda: curve(folder / "rows-zero2", parts=ROWS, deepspeed="zero2"),
             "rows-zero3": lambda: curve(folder / "rows-zero3", parts=ROWS, deepspeed="zero3"),
-            "tied-zero3": lambda: curve(folder / "tied-zero3", parts=ROWS, kind="tied", deepspeed="zero3"),
-            "towers-zero2": lambda: curve(folder / "towers-zero2", kind="towers", parts=TOWERS, deepspeed="zero2"),
+            "tied-zero3": lambda: curve(
+                folder / "tied-zero3", parts=ROWS, kind="tied", deepspeed="zero3"
+            ),
+            "towers-zero2": lambda: curve(
+                folder / "towers-zero2", kind="towers", parts=TOWERS, deepspeed="zero2"
+            ),
             "resumed-zero2": lambda: resumed(folder / "resumed-zero2", deepspeed="zero2"),
             "resumed-zero3": lambda: resumed(folder / "resumed-zero3", deepspeed="zero3"),
             "full disk, background": lambda: full_disk(folder / "full-background", background=True),
             "full disk, in the step": lambda: full_disk(folder / "full-step", background=False),
             "planted-model": lambda: planted(folder / "planted-model", "*model_states.pt", "zero2"),
-            "planted-optimiser": lambda: planted(folder / "planted-optimiser", "*optim_states.pt", "zero3"),
+            "planted-optimiser": lambda: planted(
+                folder / "planted-optimiser", "*optim_states.pt", "zero3"
+            ),
         }
     results = {}
     for name, case in cases.items():

@@ -1,7 +1,9 @@
-"""Saved models in other forms, each proven before it is handed over: the same logits and the same reply, or nothing.
+"""Saved models in other forms, each proven before it is handed over: the same logits and the same
+reply, or nothing.
 
-`merged` folds adapters into the weights they adapt; `llava` is the layout of transformers' own LLaVA class, run in a
-process that cannot import medm; `encoder` is a vision tower for other recipes.
+`merged` folds adapters into the weights they adapt; `llava` is the layout of transformers' own
+LLaVA class, run in a process that cannot import medm; `encoder` is a vision tower for other
+recipes.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ from medm.types import Media, Sample, Turn
 PROMPT = "Describe the image. Is anything abnormal?"
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Largest difference of a logit, as a share of the largest logit, that the rounding of each precision explains.
+"""Largest difference of a logit, as a share of the largest logit, that the rounding of each
+precision explains.
 
-A stock export runs the same operations on the same pixels (measured in float32 and bfloat16: 0); merging rounds once.
-A norm too many, a wrong layer or a shifted token change logits by more than a tenth."""
+A stock export runs the same operations on the same pixels (measured in float32 and bfloat16: 0);
+merging rounds once. A norm too many, a wrong layer or a shifted token change logits by more than a
+tenth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,10 @@ class Proof:
             return "the same features, bit for bit"
         if not self.reply:
             return f"largest feature difference {self.difference:.2g} (of {self.largest:.3g})"
-        return f"largest logit difference {self.difference:.2g} (of {self.largest:.3g}), same reply: {self.reply!r}"
+        return (
+            f"largest logit difference {self.difference:.2g} (of {self.largest:.3g}), same reply: "
+            f"{self.reply!r}"
+        )
 
 
 def export(
@@ -91,10 +98,14 @@ def export(
         ExportError: the form cannot hold this model, or the proof failed. Nothing is left at `out`.
         CheckpointError: the folder cannot be opened.
     """
-    forms: dict[str, Callable[[Path, LVLMForConditionalGeneration, LVLMProcessor, Question], Proof]] = {
+    forms: dict[
+        str, Callable[[Path, LVLMForConditionalGeneration, LVLMProcessor, Question], Proof]
+    ] = {
         "merged": _merged,
         "llava": _llava,
-        "encoder": lambda target, model, processor, _question: _encoder(target, model, processor, branch),
+        "encoder": lambda target, model, processor, _question: _encoder(
+            target, model, processor, branch
+        ),
     }
     if form not in forms:
         raise ExportError(f"unknown form {form!r}; expected one of {', '.join(forms)}")
@@ -107,7 +118,9 @@ def export(
     model, processor = _load_lvlm(folder)
     with atomic_directory(place) as target, tempfile.TemporaryDirectory() as scratch:
         question = Question(
-            Path(image) if image else draw_test_image(Path(scratch) / "image.png"), prompt, max_new_tokens
+            Path(image) if image else draw_test_image(Path(scratch) / "image.png"),
+            prompt,
+            max_new_tokens,
         )
         proof = forms[form](target, model, processor, question)
         source = Path(folder).expanduser()
@@ -115,7 +128,8 @@ def export(
         describe(
             target,
             title=f"{place.name}: {_TITLES[form]}",
-            text=f"{_USES[form]}\n\nCompared with the model that it was made from, `{made['source']}`: {proof}.",
+            text=f"{_USES[form]}\n\nCompared with the model that it was made from, "
+            f"`{made['source']}`: {proof}.",
             metadata={"export": made},
             source=source,
         )
@@ -125,10 +139,12 @@ def export(
 def _load_lvlm(folder: str) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
     """Raises `ExportError` where the folder holds a model of another kind."""
     model, processor = load(folder)
-    if not isinstance(model, LVLMForConditionalGeneration) or not isinstance(processor, LVLMProcessor):
+    if not isinstance(model, LVLMForConditionalGeneration) or not isinstance(
+        processor, LVLMProcessor
+    ):
         raise ExportError(
-            f"{folder}: expected a vision-language model ('kind: lvlm'), found {type(model).__name__}; "
-            "models of other kinds are not exported"
+            f"{folder}: expected a vision-language model ('kind: lvlm'), found "
+            f"{type(model).__name__}; models of other kinds are not exported"
         )
     return model, processor
 
@@ -150,7 +166,8 @@ _TITLES = {
 }
 _USES = {
     "merged": "Open it with medm: `medm chat --model FOLDER`, or in Python `medm.load(FOLDER)`.",
-    "llava": "Open it with transformers alone, as `LlavaForConditionalGeneration`; medm need not be installed.",
+    "llava": "Open it with transformers alone, as `LlavaForConditionalGeneration`; medm need not "
+    "be installed.",
     "encoder": "Name the folder as `encoder.path` in a recipe of medm.",
 }
 
@@ -165,7 +182,9 @@ class Question:
 
 
 def draw_test_image(file: Path) -> Path:
-    """Draw an image with edges, gradients and color, wider than high, so that resizing and cropping show."""
+    """Draw an image with edges, gradients and color, wider than high, so that resizing and cropping
+    show.
+    """
     rows, columns = np.mgrid[0:180, 0:240]
     pixels = np.stack([rows * 255 // 180, columns * 255 // 240, (rows + columns) % 256], axis=-1)
     pixels[(rows - 90) ** 2 + (columns - 80) ** 2 < 50**2] = (235, 225, 210)
@@ -186,8 +205,12 @@ class _Heard:
 
 
 @torch.no_grad()
-def _ask(model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question) -> _Heard:
-    """The model's own logits (1, T, V) and greedy reply; without an image where the model has no image branch."""
+def _ask(
+    model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question
+) -> _Heard:
+    """The model's own logits (1, T, V) and greedy reply; without an image where the model has no
+    image branch.
+    """
     content: tuple[str | Media, ...] = (question.prompt,)
     pixels: dict[str, list[np.ndarray]] = {}
     if "image" in processor.preprocess:
@@ -211,24 +234,32 @@ def _compare(own: _Heard, other: _Heard, *, dtype: torch.dtype, what: str) -> Pr
     allowed = TOLERANCES[dtype] * max(1.0, largest)
     if not difference <= allowed:  # not: a NaN differs
         raise ExportError(
-            f"{what} computes other logits: they differ by up to {difference:.3g}, and rounding in {dtype} explains "
-            f"{allowed:.3g} at most; nothing was written"
+            f"{what} computes other logits: they differ by up to {difference:.3g}, and rounding "
+            f"in {dtype} explains {allowed:.3g} at most; nothing was written"
         )
     if own.reply != other.reply:
-        raise ExportError(f"{what} replies {other.text!r} instead of {own.text!r}; nothing was written")
+        raise ExportError(
+            f"{what} replies {other.text!r} instead of {own.text!r}; nothing was written"
+        )
     return Proof(difference, largest, own.text)
 
 
-def _merged(target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question) -> Proof:
+def _merged(
+    target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question
+) -> Proof:
     before = _ask(model, processor, question)
     model.merge_adapters()
     model.save_pretrained(target)
     processor.save_pretrained(target)
     merged, reloaded = _load_lvlm(str(target))
-    return _compare(before, _ask(merged, reloaded, question), dtype=model.dtype, what="the merged model")
+    return _compare(
+        before, _ask(merged, reloaded, question), dtype=model.dtype, what="the merged model"
+    )
 
 
-def _llava(target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question) -> Proof:
+def _llava(
+    target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question
+) -> Proof:
     own = _ask(model, processor, question)  # as it was trained: a wrong merge must show
     model.merge_adapters()
     save_llava(model, processor, target)
@@ -237,18 +268,23 @@ def _llava(target: Path, model: LVLMForConditionalGeneration, processor: LVLMPro
     gc.collect()
     stock, notes = run_stock(target, question, own.pixels)
     if notes["problems"] != "{}":
-        raise ExportError(f"the stock class opens the export with {notes['problems']}; nothing was written")
+        raise ExportError(
+            f"the stock class opens the export with {notes['problems']}; nothing was written"
+        )
     if own.input_ids.tolist() != stock.input_ids.tolist():
         raise ExportError(
-            f"the stock processor makes another prompt of {stock.input_ids.shape[1]} tokens, expected "
-            f"{own.input_ids.shape[1]}: the chat template cannot be written without medm; nothing was written"
+            f"the stock processor makes another prompt of {stock.input_ids.shape[1]} tokens, "
+            f"expected {own.input_ids.shape[1]}: the chat template cannot be written without "
+            "medm; nothing was written"
         )
-    if own.pixels.shape != stock.pixels.shape or float((own.pixels - stock.pixels).abs().max()) > _pixel_step(dtype):
+    if own.pixels.shape != stock.pixels.shape or float(
+        (own.pixels - stock.pixels).abs().max()
+    ) > _pixel_step(dtype):
         raise ExportError("the stock image processor makes other pixels; nothing was written")
     if int(notes["num_image_tokens"]) != num_tokens:
         raise ExportError(
-            f"the stock processor counts {notes['num_image_tokens']} tokens an image for servers, expected "
-            f"{num_tokens}; nothing was written"
+            f"the stock processor counts {notes['num_image_tokens']} tokens an image for servers, "
+            f"expected {num_tokens}; nothing was written"
         )
     return _compare(own, stock, dtype=dtype, what="transformers' LlavaForConditionalGeneration")
 
@@ -259,7 +295,8 @@ def _pixel_step(dtype: torch.dtype) -> float:
 
 
 def run_stock(folder: Path, question: Question, pixels: Tensor) -> tuple[_Heard, dict[str, str]]:
-    """Ask a folder in a fresh process that cannot import medm, about the pixels that medm made of the image.
+    """Ask a folder in a fresh process that cannot import medm, about the pixels that medm made of
+    the image.
 
     Raises:
         ExportError: the process failed; with the last lines that it wrote.
@@ -270,31 +307,43 @@ def run_stock(folder: Path, question: Question, pixels: Tensor) -> tuple[_Heard,
         with Image.open(question.image) as image:
             size = [image.height, image.width]
         asked = {
-            "image": str(question.image.resolve()), "image_size": size,
-            "pixels": str(Path(scratch) / "pixels.safetensors"), "prompt": question.prompt,
+            "image": str(question.image.resolve()),
+            "image_size": size,
+            "pixels": str(Path(scratch) / "pixels.safetensors"),
+            "prompt": question.prompt,
             "max_new_tokens": question.max_new_tokens,
-        }  # fmt: skip
+        }
         plan.write_text(json.dumps(asked), encoding="utf-8")
         script = Path(__file__).with_name("stock_check.py")
         done = subprocess.run(
             [sys.executable, "-I", str(script), str(folder.resolve()), str(plan), str(result)],
-            capture_output=True, text=True, check=False, cwd=scratch,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=scratch,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        )
         if done.returncode:
             tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-            raise ExportError(f"transformers alone cannot run the export; nothing was written\n{tail}")
+            raise ExportError(
+                f"transformers alone cannot run the export; nothing was written\n{tail}"
+            )
         with safe_open(result, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
             notes = dict(handle.metadata())
     reply = tensors["reply"][0].tolist()
-    return _Heard(tensors["input_ids"], tensors["pixels"], tensors["logits"], reply, notes["text"].strip()), notes
+    return _Heard(
+        tensors["input_ids"], tensors["pixels"], tensors["logits"], reply, notes["text"].strip()
+    ), notes
 
 
-def _encoder(target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, branch: str | None) -> Proof:
+def _encoder(
+    target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, branch: str | None
+) -> Proof:
     """A bundle that a recipe can name as `encoder.path`, with the preprocessing that belongs to it.
 
-    Of an encoder around another one (slices) it holds the inner one, which is where the weights are.
+    Of an encoder around another one (slices) it holds the inner one, which is where the weights
+    are.
     """
     branch = _branch_of(model.config, branch)
     encoder, entry = model.branch(branch).encoder, model.config.branches[branch]["encoder"]
@@ -304,16 +353,25 @@ def _encoder(target: Path, model: LVLMForConditionalGeneration, processor: LVLMP
         colors = {key: preprocess[key] for key in ("mean", "std")}
         preprocess = {"size": preprocess["size"][1:], "channels": channels, **colors}
     options = {key: value for key, value in entry.items() if key not in ("name", "architecture")}
-    noise = torch.randn(1, channels, *preprocess["size"], generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        1, channels, *preprocess["size"], generator=torch.Generator().manual_seed(0)
+    )
     trained = _features(encoder, noise)
     merged = f"{branch}.encoder" in model.config.adapters
     model.merge_adapters()
     save_bundle(
-        target, encoder, name=entry["name"], architecture=entry["architecture"], options=options, preprocess=preprocess
+        target,
+        encoder,
+        name=entry["name"],
+        architecture=entry["architecture"],
+        options=options,
+        preprocess=preprocess,
     )
     block = {"name": entry["name"], "path": str(target), **options}
     again, _ = build_encoder(encoder_options(block, source="the encoder's own options"))
-    return _compare_features(trained, _features(again.to(encoder.device_and_dtype["dtype"]), noise), merged=merged)
+    return _compare_features(
+        trained, _features(again.to(encoder.device_and_dtype["dtype"]), noise), merged=merged
+    )
 
 
 @torch.no_grad()
@@ -324,12 +382,14 @@ def _features(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
 
 
 def _compare_features(trained: Tensor, exported: Tensor, *, merged: bool) -> Proof:
-    """Raises `ExportError` where an encoder and its export differ by more than the rounding of a merge."""
+    """Raises `ExportError` where an encoder and its export differ by more than the rounding of a
+    merge.
+    """
     difference, largest = float((trained - exported).abs().max()), float(trained.abs().max())
     allowed = TOLERANCES[trained.dtype] * max(1.0, largest) if merged else 0.0
     if not difference <= allowed:
         raise ExportError(
-            f"the exported encoder computes other features than the trained one: they differ by up to "
-            f"{difference:.3g}, expected at most {allowed:.3g}; nothing was written"
+            "the exported encoder computes other features than the trained one: they differ by "
+            f"up to {difference:.3g}, expected at most {allowed:.3g}; nothing was written"
         )
     return Proof(difference, largest, "")

@@ -1,7 +1,7 @@
 """An LVLM as transformers' own `LlavaForConditionalGeneration`, where the two compute the same.
 
-The stock class knows one vision tower (here CLIP or SigLIP), linear - activation - linear, and a language model whose
-head has no bias. Everything else is refused with a reason.
+The stock class knows one vision tower (here CLIP or SigLIP), linear - activation - linear, and a
+language model whose head has no bias. Everything else is refused with a reason.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _FLATTEN = (
     "{%- set medm.turns = medm.turns + [{'role': message['role'], 'content': medm.text}] -%}"
     "{%- endfor -%}{%- set messages = medm.turns -%}"
 )
-"""Content that comes in parts, as servers hand it over, to the text that the model was trained on."""
+"""Content that comes in parts, as servers hand it over, to the text that the model was
+trained on."""
 
 
 def save_llava(model: LVLMForConditionalGeneration, processor: LVLMProcessor, folder: Path) -> None:
@@ -65,7 +66,8 @@ def save_llava(model: LVLMForConditionalGeneration, processor: LVLMProcessor, fo
     encoder, preprocess = branch.encoder, processor.preprocess["image"]
     if not isinstance(encoder, HFViTEncoder) or not isinstance(preprocess, ImagePreprocess):
         raise ExportError(
-            f"expected an image tower of transformers, found {type(encoder).__name__} with {type(preprocess).__name__}"
+            f"expected an image tower of transformers, found {type(encoder).__name__} with "
+            f"{type(preprocess).__name__}"
         )
     strategy: Literal["default", "full"] = (
         "default" if encoder.has_class_token and encoder.tokens == "patch" else "full"
@@ -90,7 +92,9 @@ def save_llava(model: LVLMForConditionalGeneration, processor: LVLMProcessor, fo
     model.generation_config.save_pretrained(folder)
     save_torch_state_dict(_tensors(model, encoder), folder, safe_serialization=True)
     template = stock_template(
-        str(processor.chat_template), processor.template_kwargs, image_token=processor.branches["image"]["placeholder"]
+        str(processor.chat_template),
+        processor.template_kwargs,
+        image_token=processor.branches["image"]["placeholder"],
     )
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = template
@@ -113,7 +117,8 @@ def refuse_what_differs(model: LVLMForConditionalGeneration, processor: LVLMProc
     reasons = []
     if set(model.config.branches) != {"image"}:
         reasons.append(
-            f"it has one image branch and no other; this model has {sorted(model.config.branches) or 'none'}"
+            "it has one image branch and no other; this model has "
+            f"{sorted(model.config.branches) or 'none'}"
         )
     else:
         branch, entry = model.branch("image"), model.config.branch("image")
@@ -121,11 +126,14 @@ def refuse_what_differs(model: LVLMForConditionalGeneration, processor: LVLMProc
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None and float(bias.detach().abs().max()) > 0:
         reasons.append(
-            f"its head has no bias; without the bias of this {model.config.get_text_config().model_type} model the "
-            f"logits would change by up to {float(bias.detach().abs().max()):.3g}"
+            "its head has no bias; without the bias of this "
+            f"{model.config.get_text_config().model_type} model the logits would change by up to "
+            f"{float(bias.detach().abs().max()):.3g}"
         )
     if reasons:
-        raise ExportError("not exportable to transformers' LlavaForConditionalGeneration: " + "; ".join(reasons))
+        raise ExportError(
+            "not exportable to transformers' LlavaForConditionalGeneration: " + "; ".join(reasons)
+        )
 
 
 def _vision_reasons(branch: Branch, entry: BranchEntry, preprocess: Preprocess) -> list[str]:
@@ -136,23 +144,33 @@ def _vision_reasons(branch: Branch, entry: BranchEntry, preprocess: Preprocess) 
     elif branch.encoder.tokens == "cls":
         reasons.append("it hands on patches; this model hands on the class token alone")
     if connector["name"] != "mlp" or connector.get("depth", 2) != 2:
-        found = f"{connector['name']} of depth {connector['depth']}" if "depth" in connector else connector["name"]
-        reasons.append(f"its connector is linear, activation, linear ('mlp' of depth 2); this model has {found}")
+        found = (
+            f"{connector['name']} of depth {connector['depth']}"
+            if "depth" in connector
+            else connector["name"]
+        )
+        reasons.append(
+            "its connector is linear, activation, linear ('mlp' of depth 2); this model has "
+            f"{found}"
+        )
     height, width = branch.spatial
     if height != width:
         reasons.append(f"its images are square; this model takes {height} x {width}")
     if not isinstance(preprocess, ImagePreprocess) or preprocess.channels != 3:
         reasons.append("its images have three channels; this model's have one")
     elif preprocess.fit == "pad":
-        reasons.append("its processor pads before it resizes; with 'fit: pad' images would differ at their borders")
+        reasons.append(
+            "its processor pads before it resizes; with 'fit: pad' images would differ at their "
+            "borders"
+        )
     return reasons
 
 
 def _vision_config(encoder: HFViTEncoder, name: str, side: int) -> Config:
     """The tower's config with one block more than is used.
 
-    The stock class takes the output of the block before the last. In that place every reader, servers included, agrees
-    that no norm comes after it; about the last block they do not.
+    The stock class takes the output of the block before the last. In that place every reader,
+    servers included, agrees that no norm comes after it; about the last block they do not.
     """
     config = encoder.tower.config.to_dict()
     return config | {
@@ -164,7 +182,10 @@ def _vision_config(encoder: HFViTEncoder, name: str, side: int) -> Config:
 
 def _tensors(model: LVLMForConditionalGeneration, encoder: HFViTEncoder) -> dict[str, Tensor]:
     """Every weight by its name in published LLaVA checkpoints."""
-    tensors = {f"language_model.model.{k}": v for k, v in model.language_model.base_model.state_dict().items()}
+    tensors = {
+        f"language_model.model.{k}": v
+        for k, v in model.language_model.base_model.state_dict().items()
+    }
     if not model.config.get_text_config().tie_word_embeddings:
         tensors["language_model.lm_head.weight"] = model.get_output_embeddings().weight
     branch = model.branch("image")
@@ -178,8 +199,12 @@ def _tensors(model: LVLMForConditionalGeneration, encoder: HFViTEncoder) -> dict
 
 
 def _tower_tensors(encoder: HFViTEncoder, side: int) -> dict[str, Tensor]:
-    """The tower's weights, with an unused block at the end, an unused norm, and positions of the size in use."""
-    tensors = {k: v for k, v in encoder.tower.state_dict().items() if not k.endswith("position_ids")}
+    """The tower's weights, with an unused block at the end, an unused norm, and positions of the
+    size in use.
+    """
+    tensors = {
+        k: v for k, v in encoder.tower.state_dict().items() if not k.endswith("position_ids")
+    }
     blocks = encoder.tower.config.num_hidden_layers
     last = f"encoder.layers.{blocks - 1}."
     for name in [name for name in tensors if name.startswith(last)]:
@@ -200,7 +225,9 @@ def _positions(encoder: HFViTEncoder, side: int) -> Tensor:
 
 
 def _image_processor(preprocess: ImagePreprocess, side: int) -> BaseImageProcessor:
-    """Transformers' processor that gives the same pixels. `crop_size` is what servers count tokens with."""
+    """Transformers' processor that gives the same pixels. `crop_size` is what servers count tokens
+    with.
+    """
     common: dict[str, Any] = {
         "resample": _RESAMPLE[preprocess.interpolation],
         "image_mean": per_channel(preprocess.mean),
@@ -209,7 +236,9 @@ def _image_processor(preprocess: ImagePreprocess, side: int) -> BaseImageProcess
     }
     if preprocess.fit == "crop":
         return CLIPImageProcessor(size={"shortest_edge": side}, do_center_crop=True, **common)
-    return SiglipImageProcessor(size={"height": side, "width": side}, do_center_crop=False, **common)
+    return SiglipImageProcessor(
+        size={"height": side, "width": side}, do_center_crop=False, **common
+    )
 
 
 def per_channel(values: list[float]) -> list[float]:
@@ -218,7 +247,9 @@ def per_channel(values: list[float]) -> list[float]:
 
 
 def stock_template(template: str, variables: Mapping[str, object], *, image_token: str) -> str:
-    """A chat template that needs nothing from medm: fixed variables inside, content as text or in parts."""
+    """A chat template that needs nothing from medm: fixed variables inside, content as text or in
+    parts.
+    """
     fixed = "".join(f"{{%- set {name} = {literal(value)} -%}}" for name, value in variables.items())
     return fixed + _FLATTEN.replace("IMAGE", image_token) + template
 

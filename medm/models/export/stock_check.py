@@ -1,9 +1,10 @@
 """Runs a model folder with transformers alone, as a stranger would, and writes down what came out.
 
-Started by path in a fresh process (`python -I stock_check.py FOLDER PLAN RESULT`), in which medm cannot be imported:
-what works here works without it. `PLAN` is JSON with image, prompt, length and the pixels that medm made of the image;
-`RESULT` a safetensors file. Logits and reply come from medm's pixels, so that the two models are compared and not the
-last bits of two image processors; the stock processor's pixels are written beside, to be compared with medm's.
+Started by path in a fresh process (`python -I stock_check.py FOLDER PLAN RESULT`), in which medm
+cannot be imported: what works here works without it. `PLAN` is JSON with image, prompt, length and
+the pixels that medm made of the image; `RESULT` a safetensors file. Logits and reply come from
+medm's pixels, so that the two models are compared and not the last bits of two image processors;
+the stock processor's pixels are written beside, to be compared with medm's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class NoMedm(importlib.abc.MetaPathFinder):
 
 
 def run(folder: str, plan: dict[str, Any], result: Path) -> None:
-    """Open the folder by the Auto classes, ask about one image, and write ids, pixels, logits and the reply."""
+    """Open the folder by the Auto classes, ask about one image, and write ids, pixels, logits and
+    the reply.
+    """
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -38,8 +41,11 @@ def run(folder: str, plan: dict[str, Any], result: Path) -> None:
     content = [{"type": "image", "path": plan["image"]}, {"type": "text", "text": plan["prompt"]}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    ).to(model.dtype)  # fmt: skip
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.dtype)
     pixels = inputs["pixel_values"].float()
     given = load_file(plan["pixels"])["pixels"]
     if given.shape == pixels.shape:
@@ -48,10 +54,14 @@ def run(folder: str, plan: dict[str, Any], result: Path) -> None:
         logits = model(**inputs).logits
         reply = model.generate(**inputs, max_new_tokens=plan["max_new_tokens"], do_sample=False)
     reply = reply[:, inputs["input_ids"].shape[1] :]
-    counted = processor._get_num_multimodal_tokens(image_sizes=[plan["image_size"]])["num_image_tokens"]
+    counted = processor._get_num_multimodal_tokens(image_sizes=[plan["image_size"]])[
+        "num_image_tokens"
+    ]
     notes = {
         "class": type(model).__name__,
-        "problems": json.dumps({k: sorted(map(str, v)) for k, v in report.items() if v and "keys" in k}),
+        "problems": json.dumps(
+            {k: sorted(map(str, v)) for k, v in report.items() if v and "keys" in k}
+        ),
         "num_image_tokens": str(counted[0]),
         "text": processor.batch_decode(reply, skip_special_tokens=True)[0],
     }
@@ -61,7 +71,9 @@ def run(folder: str, plan: dict[str, Any], result: Path) -> None:
         "logits": logits.float(),
         "reply": reply,
     }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, result, metadata=notes)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, result, metadata=notes
+    )
 
 
 if __name__ == "__main__":

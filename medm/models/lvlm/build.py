@@ -1,4 +1,6 @@
-"""From a recipe's `model` section to a model: resolve every size, build, load what was published."""
+"""From a recipe's `model` section to a model: resolve every size, build, load what was
+published.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
         check_usable(options.llm.attention)
 
     def build(self, options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
-        """Return a model with published weights wherever the recipe gives a path, and its processor.
+        """Return a model with published weights wherever the recipe gives a path, and its
+        processor.
 
         Raises:
             RecipeError: parts that do not fit each other or the recipe.
@@ -76,7 +79,9 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
         except (ImportError, ValueError) as error:
             if "ttention" not in str(error):
                 raise
-            raise RecipeError(f"model.llm.attention: {options.llm.attention!r} cannot be used ({error})") from None
+            raise RecipeError(
+                f"model.llm.attention: {options.llm.attention!r} cannot be used ({error})"
+            ) from None
         model.language_model = _language_model(options.llm, config, dtype)
         for name, block in options.branches.items():
             branch = Branch(config.branch(name), out_dim=model.width)
@@ -92,7 +97,8 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
         return model, processor
 
     def skeleton(self, options: LVLMOptions) -> LVLMForConditionalGeneration:
-        # An estimate is for another machine as well: this one may lack the kernel that the recipe names.
+        # An estimate is for another machine as well: this one may lack the kernel that the recipe
+        # names.
         llm = options.llm.model_copy(update={"attention": "sdpa"})
         config, _ = resolve(options.model_copy(update={"llm": llm}))
         with torch.device("meta"):
@@ -118,7 +124,9 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
 
 
 def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
-    """Every size and the processor, from published configs and tokenizers alone; no weights are read."""
+    """Every size and the processor, from published configs and tokenizers alone; no weights are
+    read.
+    """
     text_config = _text_config(options.llm)
     tokenizer = _tokenizer(options.llm)
     tokenizer.add_special_tokens(
@@ -175,20 +183,27 @@ def _text_config(options: LLMOptions) -> PreTrainedConfig:
         try:
             config = AutoConfig.from_pretrained(options.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"model.llm.path: {unavailable(options.path, error, key='model.llm.path')}") from None
+            raise CheckpointError(
+                f"model.llm.path: {unavailable(options.path, error, key='model.llm.path')}"
+            ) from None
         for key, value in options.architecture.items():
             setattr(config, key, value)
     elif "model_type" in options.architecture:
         config = AutoConfig.for_model(**options.architecture)
     else:
-        raise RecipeError("model.llm: expected a path to published weights, or an architecture with a model_type")
+        raise RecipeError(
+            "model.llm: expected a path to published weights, or an architecture with a model_type"
+        )
     expected = LLMS.get(options.name).model_types
     if expected and config.model_type not in expected:
         raise RecipeError(
             f"model.llm: family {options.name!r} is of type {' or '.join(expected)}, but "
-            f"{options.path or 'the architecture'} is {config.model_type!r}; name the right family, or 'auto'"
+            f"{options.path or 'the architecture'} is {config.model_type!r}; name the right "
+            "family, or 'auto'"
         )
-    config._name_or_path = ""  # a checkpoint is complete; where its parts came from is in its recipe
+    config._name_or_path = (
+        ""  # a checkpoint is complete; where its parts came from is in its recipe
+    )
     return config
 
 
@@ -213,21 +228,28 @@ def _described_encoder(name: str, options: BranchOptions) -> tuple[Config, Prepr
 def _spatial(name: str, preprocess: Preprocess) -> list[int]:
     if preprocess.size is None:
         raise RecipeError(
-            f"model.branches.{name}.preprocess: size is null, but the token grid must be known; give sizes"
+            f"model.branches.{name}.preprocess: size is null, but the token grid must be known; "
+            "give sizes"
         )
     return preprocess.size
 
 
 def _num_channels(preprocess: Preprocess) -> int:
-    return preprocess.channels if isinstance(preprocess, ImagePreprocess) else preprocess.num_channels
+    return (
+        preprocess.channels if isinstance(preprocess, ImagePreprocess) else preprocess.num_channels
+    )
 
 
 def _preprocess(name: str, options: BranchOptions) -> Preprocess:
-    """The preprocessing of a branch alone, also where the encoder's published config is out of reach."""
+    """The preprocessing of a branch alone, also where the encoder's published config is out of
+    reach.
+    """
     try:
         return _described_encoder(name, options)[1]
     except CheckpointError as error:
-        logger.warning("%s; size, mean and std are the encoder's usual ones, not those of that file", error)
+        logger.warning(
+            "%s; size, mean and std are the encoder's usual ones, not those of that file", error
+        )
         without = options.model_copy(update={"encoder": _without_path(options.encoder)})
         return _described_encoder(name, without)[1]
 
@@ -243,13 +265,16 @@ def _check_channels(name: str, entry: BranchEntry, encoder: VisionEncoder) -> No
     """Pixels and encoder are described apart; here they meet. Raises `RecipeError`."""
     if encoder.channels and entry.channels not in encoder.channels:
         raise RecipeError(
-            f"model.branches.{name}.preprocess: gives pixels of {entry.channels} channels (one a window, or "
-            f"`channels`), but encoder {entry.encoder['name']!r} takes {' or '.join(map(str, encoder.channels))}"
+            f"model.branches.{name}.preprocess: gives pixels of {entry.channels} channels (one a "
+            f"window, or `channels`), but encoder {entry.encoder['name']!r} takes "
+            f"{' or '.join(map(str, encoder.channels))}"
         )
 
 
 def _encoder_config(options: EncoderOptions) -> tuple[Config, Config]:
-    """Name and keywords of an encoder with every size resolved, and the preprocessing it was published with."""
+    """Name and keywords of an encoder with every size resolved, and the preprocessing it was
+    published with.
+    """
     encoder = ENCODERS.get(options.name)
     entry: Config = {"name": options.name, **_fields(options, _NOT_FOR_THE_ENCODER)}
     image_size = getattr(options, "image_size", None)
@@ -260,17 +285,22 @@ def _encoder_config(options: EncoderOptions) -> tuple[Config, Config]:
     published = PretrainedSource(options.path) if options.path else None
     if published is not None and published.is_bundle():
         return _bundle_config(entry, options, published.config())
-    sizes = encoder.architecture_from(published.config() if published else {}) | options.architecture
+    sizes = (
+        encoder.architecture_from(published.config() if published else {}) | options.architecture
+    )
     entry["architecture"] = sizes
     preprocessor = published.preprocessor() if published else {}
     return entry, encoder.preprocess_from(preprocessor, sizes, image_size)
 
 
-def _bundle_config(entry: Config, options: EncoderOptions, bundle: Mapping[str, Any]) -> tuple[Config, Config]:
+def _bundle_config(
+    entry: Config, options: EncoderOptions, bundle: Mapping[str, Any]
+) -> tuple[Config, Config]:
     """The same, from an encoder that medm exported."""
     if bundle["encoder"] != options.name:
         raise RecipeError(
-            f"{options.path}: holds an encoder {bundle['encoder']!r}, not {options.name!r}; name that one"
+            f"{options.path}: holds an encoder {bundle['encoder']!r}, not {options.name!r}; name "
+            "that one"
         )
     preprocess = dict(bundle["preprocess"])
     if (image_size := getattr(options, "image_size", None)) is not None:
@@ -291,13 +321,15 @@ def encoder_options(block: Mapping[str, object], *, source: str) -> EncoderOptio
     options = validate(ENCODERS.entry(name).options, block, source=source)
     if not isinstance(options, EncoderOptions):
         raise TypeError(
-            f"encoder {name!r}: expected options that derive from EncoderOptions, found {type(options).__name__}"
+            f"encoder {name!r}: expected options that derive from EncoderOptions, found "
+            f"{type(options).__name__}"
         )
     return options
 
 
 def build_encoder(options: EncoderOptions) -> tuple[VisionEncoder, Config]:
-    """An encoder alone, with its weights where the options name some, and the preprocessing that belongs to it.
+    """An encoder alone, with its weights where the options name some, and the preprocessing that
+    belongs to it.
 
     Args:
         options: an encoder block of a recipe.
@@ -318,8 +350,8 @@ def _connector_config(name: str, options: ConnectorOptions, tasks: list[str]) ->
     if "tasks" in entry and entry["tasks"] != tasks:
         if entry["tasks"]:
             raise RecipeError(
-                f"model.branches.{name}.connector.tasks: {entry['tasks']} are not the model's tasks {tasks}; "
-                "write them once, as model.tasks"
+                f"model.branches.{name}.connector.tasks: {entry['tasks']} are not the model's "
+                f"tasks {tasks}; write them once, as model.tasks"
             )
         entry["tasks"] = list(tasks)
     return entry
@@ -335,17 +367,27 @@ def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype)
         return AutoModelForCausalLM.from_config(text_config, dtype=dtype)
     # The published file has the published number of rows; ours may have more, for the placeholders.
     published = copy.deepcopy(text_config)
-    published.vocab_size = AutoConfig.from_pretrained(options.path, trust_remote_code=False).vocab_size
+    published.vocab_size = AutoConfig.from_pretrained(
+        options.path, trust_remote_code=False
+    ).vocab_size
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        options.path, config=published, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        options.path,
+        config=published,
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     model, report = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(what):
-            raise CheckpointError(f"{options.path}: {what.replace('_', ' ')}: {sorted(map(str, report[what]))[:5]}")
+            raise CheckpointError(
+                f"{options.path}: {what.replace('_', ' ')}: {sorted(map(str, report[what]))[:5]}"
+            )
     if text_config.vocab_size != published.vocab_size:
         logger.info(
-            "vocabulary resized from %d to %d for the placeholders", published.vocab_size, text_config.vocab_size
+            "vocabulary resized from %d to %d for the placeholders",
+            published.vocab_size,
+            text_config.vocab_size,
         )
         model.resize_token_embeddings(text_config.vocab_size, mean_resizing=False)
     return model
@@ -378,7 +420,9 @@ def _load_encoder(encoder: VisionEncoder, options: EncoderOptions, part: str) ->
         )
 
 
-def _generation_config(model: LVLMForConditionalGeneration, processor: LVLMProcessor) -> GenerationConfig:
+def _generation_config(
+    model: LVLMForConditionalGeneration, processor: LVLMProcessor
+) -> GenerationConfig:
     """The LLM's own, which also stops at the template's end token and never says a placeholder."""
     generation = model.language_model.generation_config
     generation.eos_token_id = sorted({processor.chat.end_of_reply(), *stop_tokens(generation)})

@@ -12,7 +12,9 @@ from medm.types import Config
 
 
 class BranchEntry(Options):
-    """One branch of a checkpoint. A field that a later medm adds needs a default, so that older folders open."""
+    """One branch of a checkpoint. A field that a later medm adds needs a default, so that older
+    folders open.
+    """
 
     encoder: Config
     """Such as `{"name": "siglip", "architecture": {...}, "layer": -1, "tokens": "patch"}`."""
@@ -29,8 +31,8 @@ class BranchEntry(Options):
 class LVLMConfig(PreTrainedConfig):
     """Config of a checkpoint.
 
-    `branches` maps a branch name to the fields of a `BranchEntry`. Widths, grids and token counts are derived from
-    these when the model is built and stand nowhere twice.
+    `branches` maps a branch name to the fields of a `BranchEntry`. Widths, grids and token counts
+    are derived from these when the model is built and stand nowhere twice.
     """
 
     model_type = "medm-lvlm"
@@ -44,19 +46,21 @@ class LVLMConfig(PreTrainedConfig):
     """Family of the language model, a name of `medm.llms`."""
     branches: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, Config] = field(default_factory=dict)
-    """Part name to the LoRA that sits in it, in peft's field names; the layers are built with the model."""
+    """Part name to the LoRA that sits in it, in peft's field names; the layers are built with the
+    model."""
     control_tokens: dict[str, int] = field(default_factory=dict)
     """Control tokens of replies and their ids (`[SEG]`)."""
     new_rows: dict[str, Config] = field(default_factory=dict)
-    """Part name to `ids` of the tokens whose rows are held apart (`medm.models.token_rows`), and `tied`:
-    whether the LM head shares them."""
+    """Part name to `ids` of the tokens whose rows are held apart (`medm.models.token_rows`), and
+    `tied`: whether the LM head shares them."""
     loss_on_full_logits: bool = False
-    """Train on logits that the language model computes itself, at every position: what it does behind its head is not
-    known here."""
+    """Train on logits that the language model computes itself, at every position: what it does
+    behind its head is not known here."""
     tasks: list[str] = field(default_factory=list)
     """Names of the tasks, in the order of their ids."""
     use_cache: bool = True
-    """Not saved: transformers' Trainer switches it off while it trains, and generation reads `text_config`."""
+    """Not saved: transformers' Trainer switches it off while it trains, and generation reads
+    `text_config`."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):
@@ -75,7 +79,11 @@ class LVLMConfig(PreTrainedConfig):
         content = super().to_dict()
         content.pop("use_cache", None)
         # An earlier medm opens the folders of models that have none.
-        return {key: value for key, value in content.items() if value or key not in ("control_tokens", "new_rows")}
+        return {
+            key: value
+            for key, value in content.items()
+            if value or key not in ("control_tokens", "new_rows")
+        }
 
     def get_text_config(self, *_args: object, **_kwargs: object) -> PreTrainedConfig:
         """The language model's config, which generation reads for its cache."""

@@ -1,7 +1,9 @@
-"""Messages as transformers and OpenAI write them, with content parts, to turns and what is shown in them.
+"""Messages as transformers and OpenAI write them, with content parts, to turns and what is shown in
+them.
 
-`{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": "What is seen?"}]}`. Images and
-volumes are parts; text is text, whatever stands in it. Knows no tokens and decodes no image.
+`{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": "What is
+seen?"}]}`. Images and volumes are parts; text is text, whatever stands in it. Knows no tokens and
+decodes no image.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _KEYS = {
     "image": ("image", "path", "url", "base64"),
     "volume": ("volume", "path", "url"),
 }
-"""Kinds of content parts, and the keys that may hold the item itself. Without one it is handed over apart."""
+"""Kinds of content parts, and the keys that may hold the item itself. Without one it is handed over
+apart."""
 _MESSAGE_KEYS = {"role", "content", "name"}
 
 
@@ -41,16 +44,23 @@ def parse_messages(messages: object) -> ChatInput:
         DataError: a role, part or key that is unknown, with its place.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise DataError(f"expected a list of messages with 'role' and 'content', found {_kind(messages)}")
+        raise DataError(
+            f"expected a list of messages with 'role' and 'content', found {_kind(messages)}"
+        )
     turns: list[Turn] = []
     items: list[object] = []
     for position, message in enumerate(messages):
         place = f"messages.{position}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise DataError(f"expected a message with 'role' and 'content', found {_kind(message)}", field=place)
+            raise DataError(
+                f"expected a message with 'role' and 'content', found {_kind(message)}", field=place
+            )
         unknown = sorted(key for key in set(message) - _MESSAGE_KEYS if message[key] is not None)
         if unknown:
-            raise DataError(f"{', '.join(unknown)}: not supported; messages have 'role' and 'content'", field=place)
+            raise DataError(
+                f"{', '.join(unknown)}: not supported; messages have 'role' and 'content'",
+                field=place,
+            )
         if message["role"] not in _ROLES:
             raise DataError(
                 f"unknown role {str(message['role'])[:40]!r}; expected one of {', '.join(_ROLES)}",
@@ -60,7 +70,9 @@ def parse_messages(messages: object) -> ChatInput:
         for part, item in _parts(message["content"], f"{place}.content"):
             if isinstance(part, Media):
                 if message["role"] == "assistant":
-                    raise DataError("an image or volume in a reply; replies are text", field=f"{place}.content")
+                    raise DataError(
+                        "an image or volume in a reply; replies are text", field=f"{place}.content"
+                    )
                 items.append(item)
             content.append(part)
         turns.append(Turn(_ROLES[message["role"]], tuple(content)))
@@ -72,7 +84,9 @@ def _parts(content: object, field: str) -> Iterator[tuple[str | Media, object]]:
         yield content, None
         return
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise DataError(f"expected text or a list of content parts, found {_kind(content)}", field=field)
+        raise DataError(
+            f"expected text or a list of content parts, found {_kind(content)}", field=field
+        )
     for position, part in enumerate(content):
         place = f"{field}.{position}"
         if isinstance(part, str):
@@ -81,7 +95,9 @@ def _parts(content: object, field: str) -> Iterator[tuple[str | Media, object]]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
             if not isinstance(part.get("text"), str):
-                raise DataError(f"expected text, found {_kind(part.get('text'))}", field=f"{place}.text")
+                raise DataError(
+                    f"expected text, found {_kind(part.get('text'))}", field=f"{place}.text"
+                )
             yield part["text"], None
         elif kind == "image_url":
             value = part.get("image_url")
@@ -95,7 +111,9 @@ def _parts(content: object, field: str) -> Iterator[tuple[str | Media, object]]:
         else:
             known = ", ".join(["text", *_KEYS, "image_url"])
             found_kind = f"type {str(kind)[:40]!r}" if isinstance(part, Mapping) else _kind(part)
-            raise DataError(f"expected a content part of type {known}, found {found_kind}", field=place)
+            raise DataError(
+                f"expected a content part of type {known}, found {found_kind}", field=place
+            )
 
 
 def _bytes(text: object, field: str) -> object:

@@ -1,7 +1,8 @@
 """What an LVLM computes: encode, connect, scatter, decode.
 
-The processor wrote one placeholder token for each vision token; the model puts the vision tokens there and
-checks the counts. Labels, masks and positions are never rebuilt. Knows nothing of files, prompts or DeepSpeed.
+The processor wrote one placeholder token for each vision token; the model puts the vision tokens
+there and checks the counts. Labels, masks and positions are never rebuilt. Knows nothing of files,
+prompts or DeepSpeed.
 """
 
 from __future__ import annotations
@@ -51,19 +52,22 @@ BranchTensors: TypeAlias = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 class LVLMOutput(CausalLMOutputWithPast):
     """`logits` (B, T, V) without labels; `loss` and `loss_sum` with labels.
 
-    With labels the head runs on the labeled positions alone and no full logits exist, unless the config asks for them.
-    Its other fields are those of the installed transformers: a release may rename them (5.24 renamed
-    `past_key_values` to `cache`), so none is named here.
+    With labels the head runs on the labeled positions alone and no full logits exist, unless the
+    config asks for them. Its other fields are those of the installed transformers: a release may
+    rename them (5.24 renamed `past_key_values` to `cache`), so none is named here.
     """
 
     loss_sum: Tensor | None = None
-    """With labels: sum of the cross-entropy over the labeled tokens, of which `loss` is the mean."""
+    """With labels: sum of the cross-entropy over the labeled tokens, of which `loss` is the
+    mean."""
     losses: dict[str, Tensor] | None = None
     """Auxiliary losses by name (load balance of a router), unweighted."""
 
     @classmethod
     def wrap(cls, output: Mapping[str, Any], **own: Any) -> LVLMOutput:
-        """An output with the fields of `own` and those of the language model's output that this class has."""
+        """An output with the fields of `own` and those of the language model's output that this
+        class has.
+        """
         names = {field.name for field in fields(cls)}
         passed = {name: value for name, value in output.items() if name in names}
         return cls(**(passed | own))
@@ -82,7 +86,8 @@ class Branch(nn.Module):
     def __init__(self, config: BranchEntry, *, out_dim: int) -> None:
         super().__init__()
         self.encoder_bypassed = False
-        """Set by a run that hands over cached features on every rank: then no rank may touch the encoder."""
+        """Set by a run that hands over cached features on every rank: then no rank may touch the
+        encoder."""
         self.encoder: VisionEncoder = ENCODERS.constructor(config.encoder)()
         self.spatial, self.channels = tuple(config.spatial), config.channels
         self.placeholder_id = config.placeholder_id
@@ -100,7 +105,9 @@ class Branch(nn.Module):
         return self.connector.num_tokens
 
     def encode(self, pixels: Tensor) -> VisionFeatures:
-        """Vision features of (N, C, *spatial); without gradient book-keeping where the encoder is frozen."""
+        """Vision features of (N, C, *spatial); without gradient book-keeping where the encoder is
+        frozen.
+        """
         frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             return self.encoder(pixels)
@@ -124,7 +131,12 @@ class Branch(nn.Module):
         no_task = torch.full((1,), -1, device=reference["device"])
         if self.encoder_bypassed:
             seen = self.from_cached(
-                torch.zeros(1, self.encoder.prefix + prod(self.connector.grid), self.encoder.dim, **reference)
+                torch.zeros(
+                    1,
+                    self.encoder.prefix + prod(self.connector.grid),
+                    self.encoder.dim,
+                    **reference,
+                )
             )
         else:
             seen = self.encode(torch.zeros(1, self.channels, *self.spatial, **reference))
@@ -140,7 +152,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
     config_class = LVLMConfig
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
-    accepts_loss_kwargs = True  # tells transformers' Trainer that the loss is normalized by num_items_in_batch
+    accepts_loss_kwargs = (
+        True  # tells transformers' Trainer that the loss is normalized by num_items_in_batch
+    )
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -174,7 +188,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         return cast(Branch, self.branches[name])
 
     def parts(self) -> dict[str, nn.Module]:
-        """The units that a recipe freezes, trains or adapts: `llm`, `image.encoder`, `image.connector` ..."""
+        """The units that a recipe freezes, trains or adapts: `llm`, `image.encoder`,
+        `image.connector` ...
+        """
         parts: dict[str, nn.Module] = {"llm": self.language_model}
         for name in self.branches:
             parts[f"{name}.encoder"] = self.branch(name).encoder
@@ -209,7 +225,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
                 "Change the recipe or init_from"
             )
         differences = (
-            [] if options.llm.name == self.config.llm else [f"llm {self.config.llm!r}, not {options.llm.name!r}"]
+            []
+            if options.llm.name == self.config.llm
+            else [f"llm {self.config.llm!r}, not {options.llm.name!r}"]
         )
         if set(options.branches) != set(self.branches):
             differences.append(f"branches {sorted(self.branches)}, not {sorted(options.branches)}")
@@ -217,16 +235,23 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             held = flatten(self.config.branches[name])
             differences += [
                 f"{name}.{key} {held[key]!r}, not {value!r}"
-                for key, value in flatten(options.branches[name].model_dump(include={"encoder", "connector"})).items()
-                if key in held and held[key] != value and "architecture" not in key.split(".")  # sizes are resolved
+                for key, value in flatten(
+                    options.branches[name].model_dump(include={"encoder", "connector"})
+                ).items()
+                if key in held
+                and held[key] != value
+                and "architecture" not in key.split(".")  # sizes are resolved
             ]
         if differences:
             raise RecipeError(
-                f"init_from {source}: holds " + "; ".join(differences) + ". Change the recipe or init_from"
+                f"init_from {source}: holds "
+                + "; ".join(differences)
+                + ". Change the recipe or init_from"
             )
 
     def adapt(self, options: LVLMOptions, processor: LVLMProcessor) -> None:
-        """Apply a recipe over a saved model: control tokens, the chat template's stop token, attention.
+        """Apply a recipe over a saved model: control tokens, the chat template's stop token,
+        attention.
 
         Args:
             options: the recipe's section.
@@ -247,7 +272,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         try:
             self.language_model.set_attn_implementation(attention)
         except (ImportError, ValueError) as error:
-            raise RecipeError(f"model.llm.attention: {attention!r} cannot be used ({error})") from None
+            raise RecipeError(
+                f"model.llm.attention: {attention!r} cannot be used ({error})"
+            ) from None
         found = self.language_model.config._attn_implementation
         if found != attention:
             kind = self.config.get_text_config().model_type
@@ -274,7 +301,8 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         task_ids: Mapping[str, Tensor] | None = None,
         features: Mapping[str, VisionFeatures | Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Token embeddings (B, T, D) with the vision tokens in their places, and the connectors' auxiliary losses.
+        """Token embeddings (B, T, D) with the vision tokens in their places, and the connectors'
+        auxiliary losses.
 
         Args:
             input_ids: (B, T), with one placeholder for each vision token.
@@ -291,10 +319,19 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         for name in self.branches:
             branch = self.branch(name)
             if name in pixels or name in features:
-                seen = branch.from_cached(features[name]) if name in features else branch.encode(pixels[name])
+                seen = (
+                    branch.from_cached(features[name])
+                    if name in features
+                    else branch.encode(pixels[name])
+                )
                 tokens = branch.connector(seen, task_ids.get(name))  # (N, M, D)
-                losses |= {f"{name}.{key}": value for key, value in branch.connector.auxiliary_losses().items()}
-                embeds = scatter(embeds, input_ids, tokens, placeholder_id=branch.placeholder_id, branch=name)
+                losses |= {
+                    f"{name}.{key}": value
+                    for key, value in branch.connector.auxiliary_losses().items()
+                }
+                embeds = scatter(
+                    embeds, input_ids, tokens, placeholder_id=branch.placeholder_id, branch=name
+                )
             else:
                 _check_no_placeholder(input_ids, branch.placeholder_id, branch=name)
                 if self._sync_all_branches():
@@ -324,11 +361,12 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         4. With labels: the loss over labeled positions; without: logits.
 
         Args are those of `medm.types.Batch`, of `embed`, and transformers' own; besides them:
-            labels: (B, T), -100 where nothing is learned. Not shifted: position t is predicted from t - 1.
-            label_positions: (L,), from which of the B * T positions a label is predicted; looked up without it.
-            num_items_in_batch: labeled tokens over all micro-batches and ranks of the step, which transformers'
-                own Trainer gives; `loss` is the sum over this batch divided by it. Without it `loss` is the mean
-                over this batch.
+            labels: (B, T), -100 where nothing is learned. Not shifted: position t is predicted from
+            t - 1. label_positions: (L,), from which of the B * T positions a label is predicted;
+            looked up without it. num_items_in_batch: labeled tokens over all micro-batches and
+            ranks of the step, which transformers'
+                own Trainer gives; `loss` is the sum over this batch divided by it. Without it
+                `loss` is the mean over this batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, found both or none")
@@ -359,7 +397,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
                 language_model=self.language_model,
             )
         mean = loss.mean(num_items_in_batch)
-        return LVLMOutput.wrap(output, loss=mean, loss_sum=loss.sum, logits=None, losses=losses or None)
+        return LVLMOutput.wrap(
+            output, loss=mean, loss_sum=loss.sum, logits=None, losses=losses or None
+        )
 
     def generate(
         self,
@@ -369,16 +409,19 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         features: Mapping[str, VisionFeatures | Tensor] | None = None,
         **kwargs: Any,
     ) -> GenerateOutput | Tensor:
-        """Answers, in the form of transformers' `generate`: (B * sequences, prompt + answer) token ids.
+        """Answers, in the form of transformers' `generate`: (B * sequences, prompt + answer) token
+        ids.
 
-        Vision runs once; the language model's own generation does the rest. Batches are padded on the left.
-        A list of mappings (one for each prompt, as transformers' pipelines collate them) stands for one mapping.
+        Vision runs once; the language model's own generation does the rest. Batches are padded on
+        the left. A list of mappings (one for each prompt, as transformers' pipelines collate them)
+        stands for one mapping.
         """
         pixels, task_ids = _joined(pixels), _joined(task_ids)
         with torch.no_grad():
             embeds, _ = self.embed(input_ids, pixels, task_ids, features)
         if "generation_config" not in kwargs:
-            # One config with the call's arguments merged into it: transformers deprecates handing over both.
+            # One config with the call's arguments merged into it: transformers deprecates handing
+            # over both.
             config = copy.deepcopy(self.generation_config)
             kwargs = {**config.update(**kwargs), "generation_config": config}
         return self.language_model.generate(input_ids=input_ids, inputs_embeds=embeds, **kwargs)
@@ -388,16 +431,16 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         self.config.loss_on_full_logits = not has_known_logits(self.language_model)
         if self.config.loss_on_full_logits:
             logger.warning(
-                "language models of type %r change their logits in a way of their own; training computes them at every "
-                "position, which takes more memory",
+                "language models of type %r change their logits in a way of their own; training "
+                "computes them at every position, which takes more memory",
                 self.config.get_text_config().model_type,
             )
 
     def _sync_all_branches(self) -> bool:
         """Return whether branches without input run a dummy forward.
 
-        In training, and in evaluation on several ranks, every rank must touch the same weights in the same order;
-        otherwise ZeRO-3 waits forever.
+        In training, and in evaluation on several ranks, every rank must touch the same weights in
+        the same order; otherwise ZeRO-3 waits forever.
         """
         return self.training or world_size() > 1
 

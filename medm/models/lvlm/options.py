@@ -23,7 +23,8 @@ class BranchOptions(Options):
     connector: Annotated[ConnectorOptions, NamedBlock(CONNECTORS)]
     """The connector, by name, and its options."""
     preprocess: dict[str, Any] = {}
-    """Fields of the preprocessing that replace what the encoder was published with (size, window, fit ...)."""
+    """Fields of the preprocessing that replace what the encoder was published with (size, window,
+    fit ...)."""
 
 
 class LVLMOptions(ModelOptions):
@@ -36,24 +37,35 @@ class LVLMOptions(ModelOptions):
     llm: Annotated[LLMOptions, NamedBlock(LLMS)]
     """The language model."""
     branches: dict[str, BranchOptions] = {}
-    """Vision branches: `image` reads 2-D images, `volume` reads 3-D volumes. Each has an encoder of its own."""
+    """Vision branches: `image` reads 2-D images, `volume` reads 3-D volumes. Each has an encoder of
+    its own."""
     tasks: list[str] = []
-    """Names of the tasks that records carry, in the order of their ids; needed by connectors that route by task."""
+    """Names of the tasks that records carry, in the order of their ids; needed by connectors that
+    route by task."""
     control_tokens: list[str] | None = None
-    """Tokens that replies hold where a record has masks: `[SEG]` (docs/data-format.md). They are added to
-    the tokenizer, and their rows start as the mean of the others; `parts.llm.new_tokens` trains them."""
+    """Tokens that replies hold where a record has masks: `[SEG]` (docs/data-format.md). They are
+    added to the tokenizer, and their rows start as the mean of the others; `parts.llm.new_tokens`
+    trains them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision in which the weights are held. Mixed precision in training is `train.bf16`, whatever stands here."""
+    """Precision in which the weights are held. Mixed precision in training is `train.bf16`,
+    whatever stands here."""
 
     def part_names(self) -> frozenset[str]:
         """See `ModelOptions`."""
-        return frozenset({"llm", *(f"{name}.{part}" for name in self.branches for part in ("encoder", "connector"))})
+        return frozenset(
+            {
+                "llm",
+                *(f"{name}.{part}" for name in self.branches for part in ("encoder", "connector")),
+            }
+        )
 
     @field_validator("control_tokens")
     @classmethod
     def _known_control_tokens(cls, tokens: list[str] | None) -> list[str] | None:
         if unknown := sorted(set(tokens or []) - {MASK_TOKEN}):
-            raise ValueError(f"expected {MASK_TOKEN}, the control token that records hold, found {unknown}")
+            raise ValueError(
+                f"expected {MASK_TOKEN}, the control token that records hold, found {unknown}"
+            )
         return tokens
 
     @field_validator("branches")

@@ -1,6 +1,8 @@
-"""How a conversation and its pixels become tensors. Saved with the model, the same in training and serving.
+"""How a conversation and its pixels become tensors. Saved with the model, the same in training and
+serving.
 
-Never sees a model: it knows how many tokens an item of each branch takes, and what its pixels must look like.
+Never sees a model: it knows how many tokens an item of each branch takes, and what its pixels must
+look like.
 """
 
 from __future__ import annotations
@@ -24,13 +26,25 @@ from medm.llms.chat import ChatFormat, Message, Part
 from medm.llms.template_clock import fix_clock
 from medm.models.lvlm.messages import ChatInput, flatten, parse_messages
 from medm.models.lvlm.options import LVLMOptions
-from medm.types import IGNORE_INDEX, Config, ControlToken, Example, Media, Sample, Turn, TurnPart, written
+from medm.types import (
+    IGNORE_INDEX,
+    Config,
+    ControlToken,
+    Example,
+    Media,
+    Sample,
+    Turn,
+    TurnPart,
+    written,
+)
 
 logger = logging.getLogger(__name__)
 
 
 class BranchSpec(Options):
-    """What the processor knows of a branch. A field that is added later needs a default, so that older folders open."""
+    """What the processor knows of a branch. A field that is added later needs a default, so that
+    older folders open.
+    """
 
     placeholder: str
     """Text that stands for one vision token."""
@@ -104,7 +118,8 @@ class LVLMProcessor(ProcessorMixin):
         template_kwargs: fixed variables of the chat template.
         tasks: task names, in the order of their ids.
         chat_template: the template; the tokenizer's without it.
-        control_tokens: tokens that parts of a reply stand for (`[SEG]`), added where the tokenizer has none.
+        control_tokens: tokens that parts of a reply stand for (`[SEG]`), added where the tokenizer
+            has none.
     """
 
     def __init__(
@@ -122,7 +137,8 @@ class LVLMProcessor(ProcessorMixin):
         template = chat_template or tokenizer.chat_template
         if not isinstance(template, str):
             raise RecipeError(
-                "the tokenizer brings no chat template; set model.llm.chat_template to 'vicuna', 'plain' or a file"
+                "the tokenizer brings no chat template; set model.llm.chat_template to 'vicuna', "
+                "'plain' or a file"
             )
         template = fix_clock(template)
         super().__init__(tokenizer, chat_template=template, **kwargs)
@@ -131,14 +147,19 @@ class LVLMProcessor(ProcessorMixin):
         self.branches = {name: dict(entry) for name, entry in (branches or {}).items()}
         self.template_kwargs = dict(template_kwargs or {})
         self.tasks = list(tasks or [])
-        self.preprocess = {name: preprocess_from_dict(entry["preprocess"]) for name, entry in self.branches.items()}
+        self.preprocess = {
+            name: preprocess_from_dict(entry["preprocess"]) for name, entry in self.branches.items()
+        }
         self.placeholder_ids = {
-            name: tokenizer.added_tokens_encoder[entry["placeholder"]] for name, entry in self.branches.items()
+            name: tokenizer.added_tokens_encoder[entry["placeholder"]]
+            for name, entry in self.branches.items()
         }
         self.control_tokens = list(control_tokens or [])
         self.untrained_ids = add_tokens(tokenizer, self.control_tokens)
         """Control tokens that the tokenizer did not have, so that their rows hold no values yet."""
-        self.control_token_ids = {token: tokenizer.added_tokens_encoder[token] for token in self.control_tokens}
+        self.control_token_ids = {
+            token: tokenizer.added_tokens_encoder[token] for token in self.control_tokens
+        }
         self.chat = self._chat_format(template, self.template_kwargs)
         own = {*self.control_tokens, *(entry["placeholder"] for entry in self.branches.values())}
         self._template_tokens = sorted(
@@ -147,7 +168,10 @@ class LVLMProcessor(ProcessorMixin):
 
     def _chat_format(self, template: str, variables: Mapping[str, Any]) -> ChatFormat:
         return ChatFormat(
-            self.tokenizer, template=template, template_kwargs=variables, reply_tokens=self.control_tokens
+            self.tokenizer,
+            template=template,
+            template_kwargs=variables,
+            reply_tokens=self.control_tokens,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,12 +181,15 @@ class LVLMProcessor(ProcessorMixin):
         return content
 
     def adapt(self, options: LVLMOptions) -> LVLMProcessor:
-        """Return the processor with the chat template and the preprocessing fields that a recipe sets.
+        """Return the processor with the chat template and the preprocessing fields that a recipe
+        sets.
 
-        What the recipe does not set stays as it was saved. Control tokens are added to those that it has.
+        What the recipe does not set stays as it was saved. Control tokens are added to those that
+        it has.
 
         Raises:
-            RecipeError: an input size other than the one that the model was built for, or a field that is unknown.
+            RecipeError: an input size other than the one that the model was built for, or a field
+                that is unknown.
         """
         branches = {}
         for name, entry in self.branches.items():
@@ -170,8 +197,9 @@ class LVLMProcessor(ProcessorMixin):
             preprocess = changed(entry["preprocess"], fields)
             if list(preprocess["size"]) != list(entry["preprocess"]["size"]):
                 raise RecipeError(
-                    f"model.branches.{name}.preprocess.size: {preprocess['size']}, but the model of init_from takes "
-                    f"{entry['preprocess']['size']}; leave size out, or train from the published parts"
+                    f"model.branches.{name}.preprocess.size: {preprocess['size']}, but the model "
+                    f"of init_from takes {entry['preprocess']['size']}; leave size out, or train "
+                    "from the published parts"
                 )
             branches[name] = {**entry, "preprocess": preprocess_from_dict(preprocess).model_dump()}
         written = options.llm.chat_template
@@ -181,7 +209,9 @@ class LVLMProcessor(ProcessorMixin):
             template_kwargs=self.template_kwargs,
             tasks=self.tasks,
             chat_template=read_template(written) if written else str(self.chat_template),
-            control_tokens=list(dict.fromkeys([*self.control_tokens, *(options.control_tokens or [])])),
+            control_tokens=list(
+                dict.fromkeys([*self.control_tokens, *(options.control_tokens or [])])
+            ),
         )
 
     # Names that servers built on transformers look for.
@@ -207,9 +237,14 @@ class LVLMProcessor(ProcessorMixin):
         return int(pad if pad is not None else end if end is not None else 0)
 
     def encode(
-        self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False,
-        continue_final: bool = False, chat: ChatFormat | None = None,
-    ) -> Example:  # fmt: skip
+        self,
+        sample: Sample,
+        pixels: Mapping[str, list[np.ndarray]],
+        *,
+        generation: bool = False,
+        continue_final: bool = False,
+        chat: ChatFormat | None = None,
+    ) -> Example:
         """A checked sample and its preprocessed pixels as an example (`medm.types.Processor`).
 
         Args:
@@ -220,8 +255,8 @@ class LVLMProcessor(ProcessorMixin):
             chat: another chat template than the processor's.
 
         Raises:
-            DataError: an unknown branch, task or control token, pixels and placeholders that differ in
-                number, or turns that the chat template refuses.
+            DataError: an unknown branch, task or control token, pixels and placeholders that differ
+                in number, or turns that the chat template refuses.
         """
         given = {name: len(items) for name, items in pixels.items() if items}
         wanted: dict[str, int] = {}
@@ -230,26 +265,37 @@ class LVLMProcessor(ProcessorMixin):
         for name in wanted:
             if name not in self.branches:
                 known = sorted(self.branches) or "no vision branch"
-                raise DataError(f"the model has {known}, and the record holds a '{name}'", field=name)
+                raise DataError(
+                    f"the model has {known}, and the record holds a '{name}'", field=name
+                )
             if self.branches[name].get("known_tasks_only") and sample.task not in self.tasks:
                 found = "no task" if sample.task is None else f"the task {sample.task!r}"
                 raise DataError(
-                    f"the record has {found}, and the experts of '{name}' are chosen by the task: expected one of "
-                    f"{', '.join(self.tasks)}; for others the recipe has unseen_task",
+                    f"the record has {found}, and the experts of '{name}' are chosen by the task: "
+                    f"expected one of {', '.join(self.tasks)}; for others the recipe has "
+                    "unseen_task",
                     field="task",
                 )
         if given != wanted:
             raise DataError(f"placeholders {wanted} and loaded files {given} differ in number")
-        messages = [Message(turn.role, [self._part(part) for part in turn.content]) for turn in sample.turns]
-        ids, learned = (chat or self.chat).encode(messages, generation=generation, continue_final=continue_final)
+        messages = [
+            Message(turn.role, [self._part(part) for part in turn.content]) for turn in sample.turns
+        ]
+        ids, learned = (chat or self.chat).encode(
+            messages, generation=generation, continue_final=continue_final
+        )
         labels = [
             token if is_target and not generation else IGNORE_INDEX
             for token, is_target in zip(ids, learned, strict=True)
         ]
-        return Example(ids, labels, {name: list(pixels[name]) for name in given}, task_id=self.task_id(sample))
+        return Example(
+            ids, labels, {name: list(pixels[name]) for name in given}, task_id=self.task_id(sample)
+        )
 
     def task_id(self, sample: Sample) -> int:
-        """Position of the sample's task in `tasks`; the number of tasks where it is none of them."""
+        """Position of the sample's task in `tasks`; the number of tasks where it is none of
+        them.
+        """
         if not self.tasks:
             return 0
         return self.tasks.index(sample.task) if sample.task in self.tasks else len(self.tasks)
@@ -268,8 +314,9 @@ class LVLMProcessor(ProcessorMixin):
         Args:
             text: questions; `<image>` and `<volume>` stand where the pixels go. A prompt that
                 `apply_chat_template` rendered is taken as the conversation that it was made of.
-            images: for all questions in order, one or (nested) lists of them: a path, an image of Pillow, an array
-                or tensor (H, W) or (H, W, 3), or an opened file. They are prepared as files are.
+            images: for all questions in order, one or (nested) lists of them: a path, an image of
+                Pillow, an array or tensor (H, W) or (H, W, 3), or an opened file. They are prepared
+                as files are.
             volumes: likewise: a path, or an array or tensor (D, H, W).
             system: a system turn before each question.
             return_tensors: "pt", as servers built on transformers say; there are no others.
@@ -277,11 +324,15 @@ class LVLMProcessor(ProcessorMixin):
 
         Raises:
             ValueError: another kind of tensors, padding or preprocessing is asked for.
-            DataError: images or volumes and placeholders that differ in number, or an item that cannot be read.
+            DataError: images or volumes and placeholders that differ in number, or an item that
+                cannot be read.
         """
         _check_stock(return_tensors, kwargs)
         texts = [text] if isinstance(text, str) else list(text)
-        prompts = [one.source if isinstance(one, RenderedPrompt) else self._question(one, system) for one in texts]
+        prompts = [
+            one.source if isinstance(one, RenderedPrompt) else self._question(one, system)
+            for one in texts
+        ]
         return self._inputs(prompts, images, volumes)
 
     def apply_chat_template(  # type: ignore[override]  # its own arguments and no others
@@ -302,13 +353,15 @@ class LVLMProcessor(ProcessorMixin):
 
         Args:
             conversation: messages of `role` and `content`, which is text or a list of parts:
-                `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` (or `path`, `url`, `base64`),
-                `{"type": "volume", "volume": ...}`; or a list of such conversations. Items are what
-                `__call__` takes. Text is text: placeholders come from parts alone.
+                `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` (or `path`,
+                `url`, `base64`), `{"type": "volume", "volume": ...}`; or a list of such
+                conversations. Items are what `__call__` takes. Text is text: placeholders come from
+                parts alone.
             chat_template: another template than the model's.
             add_generation_prompt: end where the assistant's reply begins.
             continue_final_message: end with the last message, for the model to go on with it.
-            tokenize: return tensors; without it the prompt as text, which `__call__` takes with the images.
+            tokenize: return tensors; without it the prompt as text, which `__call__` takes with the
+                images.
             return_tensors: "pt"; there are no others.
             return_dict: all inputs of `generate`; without it the token ids alone.
             processor_kwargs: as `kwargs`, for `__call__`.
@@ -326,15 +379,23 @@ class LVLMProcessor(ProcessorMixin):
         extra = dict(processor_kwargs or {})
         images, volumes = extra.pop("images", images), extra.pop("volumes", volumes)
         _check_stock(return_tensors, stock | extra)
-        several = not isinstance(conversation, (str, Mapping)) and len(conversation) > 0 and _is_chat(conversation[0])
-        chats = [getattr(chat, "messages", chat) for chat in (conversation if several else [conversation])]
+        several = (
+            not isinstance(conversation, (str, Mapping))
+            and len(conversation) > 0
+            and _is_chat(conversation[0])
+        )
+        chats = [
+            getattr(chat, "messages", chat)
+            for chat in (conversation if several else [conversation])
+        ]
         template = None
         if chat_template is not None or kwargs:
             variables = self.template_kwargs | kwargs
             text = chat_template or str(self.chat_template)
             template = self._chat_format(text, variables)
         prompts = [
-            Prompt(parse_messages(chat), add_generation_prompt, continue_final_message, template) for chat in chats
+            Prompt(parse_messages(chat), add_generation_prompt, continue_final_message, template)
+            for chat in chats
         ]
         if not tokenize:
             rendered = [self._rendered(prompt) for prompt in prompts]
@@ -345,15 +406,20 @@ class LVLMProcessor(ProcessorMixin):
     def _question(self, text: object, system: str | None) -> Prompt:
         """One user turn, in whose text placeholders stand."""
         if not isinstance(text, str):
-            raise DataError(f"text: expected a question or a list of them, found {type(text).__name__}")
+            raise DataError(
+                f"text: expected a question or a list of them, found {type(text).__name__}"
+            )
         control = [token for token in self._template_tokens if token in text]
         if control:
             logger.warning(
-                "the question holds %s, which is read as plain text: the chat template is applied here. "
-                "Give the messages to apply_chat_template, or the prompt that it returned",
+                "the question holds %s, which is read as plain text: the chat template is "
+                "applied here. Give the messages to apply_chat_template, or the prompt that it "
+                "returned",
                 ", ".join(control),
             )
-        content = split_placeholders(text, {name: entry["placeholder"] for name, entry in self.branches.items()})
+        content = split_placeholders(
+            text, {name: entry["placeholder"] for name, entry in self.branches.items()}
+        )
         turns = [Turn("system", (system,))] if system else []
         items = tuple(None for part in content if isinstance(part, Media))
         return Prompt(ChatInput((*turns, Turn("user", content)), items))
@@ -362,18 +428,28 @@ class LVLMProcessor(ProcessorMixin):
         placeholders = {name: str(entry["placeholder"]) for name, entry in self.branches.items()}
 
         def to_text(part: TurnPart) -> str:
-            return placeholders.get(part.branch, written(part)) if isinstance(part, Media) else written(part)
+            return (
+                placeholders.get(part.branch, written(part))
+                if isinstance(part, Media)
+                else written(part)
+            )
 
-        messages = [Message(turn.role, [to_text(part) for part in turn.content]) for turn in prompt.chat.turns]
+        messages = [
+            Message(turn.role, [to_text(part) for part in turn.content])
+            for turn in prompt.chat.turns
+        ]
         chat = prompt.template or self.chat
-        text = chat.to_text(messages, generation=prompt.generation, continue_final=prompt.continue_final)
+        text = chat.to_text(
+            messages, generation=prompt.generation, continue_final=prompt.continue_final
+        )
         rendered = RenderedPrompt(text)
         rendered.source = prompt
         return rendered
 
     def _inputs(self, prompts: Sequence[Prompt], images: object, volumes: object) -> BatchFeature:
         given = {"image": flatten(images), "volume": flatten(volumes)}
-        # As with transformers' own processors, what is handed over apart is for every place of its kind.
+        # As with transformers' own processors, what is handed over apart is for every place of its
+        # kind.
         apart = {branch for branch, items in given.items() if items}
         examples = []
         for prompt in prompts:
@@ -385,20 +461,30 @@ class LVLMProcessor(ProcessorMixin):
                     raise DataError(f"the model has {known}, and the text holds a '{media.branch}'")
                 if media.branch in apart or item is None:
                     if not given.get(media.branch):
-                        raise DataError(f"more {media.branch} placeholders in the text than {media.branch}s given")
+                        raise DataError(
+                            f"more {media.branch} placeholders in the text than {media.branch}s "
+                            "given"
+                        )
                     item = given[media.branch].pop(0)
                 pixels.setdefault(media.branch, []).append(self._pixels(media.branch, item))
             examples.append(
                 self.encode(
-                    sample, pixels, generation=prompt.generation, continue_final=prompt.continue_final,
+                    sample,
+                    pixels,
+                    generation=prompt.generation,
+                    continue_final=prompt.continue_final,
                     chat=prompt.template,
                 )
-            )  # fmt: skip
+            )
         for branch, items in given.items():
             if items:
                 place = self.branches[branch]["placeholder"] if branch in self.branches else None
-                advice = f"; write {place} where each belongs" if place else "; the model reads none"
-                raise DataError(f"{len(items)} {branch}(s) given beyond the placeholders in the text{advice}")
+                advice = (
+                    f"; write {place} where each belongs" if place else "; the model reads none"
+                )
+                raise DataError(
+                    f"{len(items)} {branch}(s) given beyond the placeholders in the text{advice}"
+                )
         return self.pad(examples)
 
     def pad(self, examples: Sequence[Example]) -> BatchFeature:
@@ -410,7 +496,9 @@ class LVLMProcessor(ProcessorMixin):
             arrays = [array for example in examples for array in example.pixels.get(name, [])]
             if arrays:
                 pixels[name] = torch.from_numpy(np.stack(arrays))
-                tasks[name] = torch.tensor([e.task_id for e in examples for _ in e.pixels.get(name, [])])
+                tasks[name] = torch.tensor(
+                    [e.task_id for e in examples for _ in e.pixels.get(name, [])]
+                )
         data: Config = {
             "input_ids": pad_sequence(rows, padding_value=self.pad_id, **on_the_left),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], **on_the_left),
@@ -422,7 +510,8 @@ class LVLMProcessor(ProcessorMixin):
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def decode_with_control_tokens(self, ids: Sequence[int] | torch.Tensor) -> Reply:
-        """Decode a generated reply and locate its control tokens: the n-th `[SEG]` is of the n-th mask.
+        """Decode a generated reply and locate its control tokens: the n-th `[SEG]` is of the n-th
+        mask.
 
         Args:
             ids: (T,), the reply. Other special tokens (end, padding, vision tokens) are left out.
@@ -434,7 +523,11 @@ class LVLMProcessor(ProcessorMixin):
         kept = [(index, int(token)) for index, token in enumerate(ids) if int(token) not in dropped]
 
         def decode(count: int) -> str:
-            return str(self.tokenizer.decode([token for _, token in kept[:count]], skip_special_tokens=False))
+            return str(
+                self.tokenizer.decode(
+                    [token for _, token in kept[:count]], skip_special_tokens=False
+                )
+            )
 
         text = decode(len(kept))
         leading = len(text) - len(text.lstrip())
@@ -454,8 +547,9 @@ class LVLMProcessor(ProcessorMixin):
             if part.token not in self.control_token_ids:
                 known = ", ".join(self.control_tokens) or "no control tokens"
                 raise DataError(
-                    f"a reply holds {part.token} with a mask behind it, and the model has {known}; list "
-                    "it in model.control_tokens, or leave the masks out, and it is text",
+                    f"a reply holds {part.token} with a mask behind it, and the model has "
+                    f"{known}; list it in model.control_tokens, or leave the masks out, and it is "
+                    "text",
                     field="masks",
                 )
             return [self.control_token_ids[part.token]]
@@ -473,7 +567,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     """Add special tokens to a tokenizer, in place; return the ids of those that it did not have."""
     before = len(tokenizer)
     missing = [token for token in tokens if token not in tokenizer.added_tokens_encoder]
-    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": missing}, replace_extra_special_tokens=False
+    )
     added = [tokenizer.added_tokens_encoder[token] for token in missing]
     return [token_id for token_id in added if token_id >= before]
 
@@ -516,7 +612,8 @@ _STOCK: dict[str, tuple[object, ...]] = {
     "videos": (None,),
     "audio": (None,),
 }
-"""Arguments of transformers' own processors, and the values that ask for what is done here in any case."""
+"""Arguments of transformers' own processors, and the values that ask for what is done here in any
+case."""
 
 
 def _check_stock(return_tensors: str | None, given: Mapping[str, object]) -> None:
@@ -526,8 +623,8 @@ def _check_stock(return_tensors: str | None, given: Mapping[str, object]) -> Non
     for name, value in given.items():
         if name not in _STOCK:
             raise TypeError(
-                f"unexpected keyword argument {name!r}: this processor takes images and volumes, and prepares them as "
-                "was saved with the model"
+                f"unexpected keyword argument {name!r}: this processor takes images and volumes, "
+                "and prepares them as was saved with the model"
             )
         if not any(value is accepted or value == accepted for accepted in _STOCK[name]):
             expected = " or ".join(repr(accepted) for accepted in _STOCK[name])

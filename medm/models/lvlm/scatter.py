@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def scatter(embeds: Tensor, input_ids: Tensor, tokens: Tensor, *, placeholder_id: int, branch: str = "") -> Tensor:
+def scatter(
+    embeds: Tensor, input_ids: Tensor, tokens: Tensor, *, placeholder_id: int, branch: str = ""
+) -> Tensor:
     """Put vision tokens where the placeholders are.
 
     Args:
@@ -29,18 +31,22 @@ def scatter(embeds: Tensor, input_ids: Tensor, tokens: Tensor, *, placeholder_id
     check(
         places.sum() == given,
         lambda: (
-            f"branch '{branch}': {int(places.sum())} placeholder tokens in the text, but {tokens.shape[0]} items of "
-            f"{tokens.shape[1]} tokens = {given}; the processor and the model do not belong together"
+            f"branch '{branch}': {int(places.sum())} placeholder tokens in the text, but "
+            f"{tokens.shape[0]} items of {tokens.shape[1]} tokens = {given}; the processor and "
+            "the model do not belong together"
         ),
     )
-    # Of a size that is known beforehand, so that a GPU is not waited for; the gradients of a masked scatter are.
+    # Of a size that is known beforehand, so that a GPU is not waited for; the gradients of a masked
+    # scatter are.
     positions = places.flatten().nonzero_static(size=given).squeeze(1)  # (N * M,)
     filled = embeds.flatten(0, 1).index_copy(0, positions, tokens.flatten(0, 1).to(embeds.dtype))
     return filled.view_as(embeds)
 
 
 def check(condition: Tensor, message: Any) -> None:
-    """Raise `ValueError` when a tensor condition is false; on an accelerator without waiting for it."""
+    """Raise `ValueError` when a tensor condition is false; on an accelerator without waiting for
+    it.
+    """
     if condition.device.type == "cpu":
         if not bool(condition):
             raise ValueError(message())

@@ -1,7 +1,7 @@
 """The loss over labeled tokens: the LM head runs on the labeled positions alone, in chunks.
 
-The head is the largest matrix of a small LLM, and most positions of a conversation carry no label. Every rank takes
-part even without a label, since the weights may be spread over ranks.
+The head is the largest matrix of a small LLM, and most positions of a conversation carry no label.
+Every rank takes part even without a label, since the weights may be spread over ranks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM
 
 HEAD_CHUNK = 4096
-"""Labeled positions whose logits are in memory at a time; more of them are computed in chunks, and again for
-gradients."""
+"""Labeled positions whose logits are in memory at a time; more of them are computed in chunks, and
+again for gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,9 @@ class TokenLoss:
     """Labeled tokens that have a token before them."""
 
     def mean(self, num_items: Tensor | int | None) -> Tensor:
-        """Return the sum divided by `num_items`, or by the labeled tokens of this batch without it."""
+        """Return the sum divided by `num_items`, or by the labeled tokens of this batch
+        without it.
+        """
         if not self.count:
             return self.sum
         return self.sum / (self.count if num_items is None else num_items)
@@ -46,7 +48,8 @@ def loss_of_logits(logits: Tensor, labels: Tensor, positions: Tensor | None) -> 
     Args:
         logits: (B, T, V).
         labels: (B, T), not shifted.
-        positions: (L,), from which of the B * T positions a label is predicted; a GPU is waited for without it.
+        positions: (L,), from which of the B * T positions a label is predicted; a GPU is waited for
+            without it.
     """
     chosen, targets = _labeled(logits, labels, positions)  # (L, V), (L,)
     return TokenLoss(_cross_entropy(chosen, targets), len(targets))
@@ -54,7 +57,7 @@ def loss_of_logits(logits: Tensor, labels: Tensor, positions: Tensor | None) -> 
 
 def loss_of_hidden_states(
     hidden: Tensor, labels: Tensor, positions: Tensor | None, *, language_model: CausalLM
-) -> TokenLoss:  # fmt: skip
+) -> TokenLoss:
     """Return the cross-entropy at the labeled positions of the decoder's output, (B, T, D).
 
     Args are those of `loss_of_logits`; besides them:
@@ -66,7 +69,9 @@ def loss_of_hidden_states(
         return _cross_entropy(lm_logits(language_model, hidden), targets)
 
     # Under ZeRO-3 each rank has to call the head equally often, however many labels it has.
-    if len(targets) <= HEAD_CHUNK or hasattr(language_model.get_output_embeddings().weight, "ds_id"):
+    if len(targets) <= HEAD_CHUNK or hasattr(
+        language_model.get_output_embeddings().weight, "ds_id"
+    ):
         total = loss_of(chosen, targets)
     else:
         chunks = zip(chosen.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
@@ -77,7 +82,8 @@ def loss_of_hidden_states(
 def _labeled(values: Tensor, labels: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the values (L, ...) from which labels are predicted, and the labels (L,).
 
-    Without any label the values are those of the first position of each sample, so that the head has an input.
+    Without any label the values are those of the first position of each sample, so that the head
+    has an input.
     """
     if positions is None:
         rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
@@ -88,7 +94,9 @@ def _labeled(values: Tensor, labels: Tensor, positions: Tensor | None) -> tuple[
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum over (L, V) and (L,); zero that depends on every logit where nothing is learned."""
+    """Return the sum over (L, V) and (L,); zero that depends on every logit where nothing is
+    learned.
+    """
     if len(targets):
         return F.cross_entropy(logits.float(), targets, reduction="sum")
     return logits.sum() * 0.0

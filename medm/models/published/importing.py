@@ -1,7 +1,9 @@
-"""Published folders to medm checkpoints: MedM-VL of three generations, stock LLaVA, towers, projectors.
+"""Published folders to medm checkpoints: MedM-VL of three generations, stock LLaVA, towers,
+projectors.
 
-Every tensor of the source is loaded or named as ignored with the reason; one that is missing, unexpected or misshaped
-stops the import. What the source does not say (which chat template, whether arrays are 0..1 or HU) is noted.
+Every tensor of the source is loaded or named as ignored with the reason; one that is missing,
+unexpected or misshaped stops the import. What the source does not say (which chat template, whether
+arrays are 0..1 or HU) is noted.
 """
 
 from __future__ import annotations
@@ -38,7 +40,14 @@ from medm.models.published.source_configs import (
     llava_section,
     medm_vl_section,
 )
-from medm.models.published.weights import LoadReport, PretrainedSource, load_module, rename, save_bundle, save_tensors
+from medm.models.published.weights import (
+    LoadReport,
+    PretrainedSource,
+    load_module,
+    rename,
+    save_bundle,
+    save_tensors,
+)
 from medm.types import Config
 
 T = TypeVar("T")
@@ -69,19 +78,30 @@ class ImportReport:
 
     def as_json(self) -> Config:
         """Every tensor by name."""
-        parts = {part.source: {"loaded": part.loaded, "ignored": part.ignored} for part in self.parts}
+        parts = {
+            part.source: {"loaded": part.loaded, "ignored": part.ignored} for part in self.parts
+        }
         return {"source": self.source, "kind": self.kind, "parts": parts, "notes": self.notes}
 
 
 def _families(names: list[str], *, among: list[str]) -> str:
-    """`text_model.*, logit_scale`: names by two words, without those that every name of the part begins with."""
+    """`text_model.*, logit_scale`: names by two words, without those that every name of the part
+    begins with.
+    """
     shared = 0
     for words in zip(*(name.split(".") for name in among), strict=False):
         if len(set(words)) > 1:
             break
         shared += 1
     short = [".".join(name.split(".")[shared:]) for name in names]
-    return ", ".join(sorted({".".join(name.split(".")[:2]) + (".*" if name.count(".") > 1 else "") for name in short}))
+    return ", ".join(
+        sorted(
+            {
+                ".".join(name.split(".")[:2]) + (".*" if name.count(".") > 1 else "")
+                for name in short
+            }
+        )
+    )
 
 
 KINDS: dict[str, str] = {
@@ -98,7 +118,9 @@ KINDS: dict[str, str] = {
 _ENCODER_KINDS = ("clip", "siglip", "m3d-clip", "medm-clip")
 
 
-def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | None = None) -> ImportReport:
+def import_model(
+    source: str, out: str, *, kind: str = "auto", hints: Hints | None = None
+) -> ImportReport:
     """Write a published folder or file as a medm checkpoint, an encoder bundle or a projector file.
 
     Args:
@@ -108,7 +130,8 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
         hints: what the source does not say.
 
     Raises:
-        CheckpointError: of unknown kind, or tensors are missing, unexpected or misshaped. Nothing is left at `out`.
+        CheckpointError: of unknown kind, or tensors are missing, unexpected or misshaped. Nothing
+            is left at `out`.
     """
     place = Path(out).expanduser()
     require_free(place, error=CheckpointError)  # before anything is downloaded or converted
@@ -129,7 +152,8 @@ def import_model(source: str, out: str, *, kind: str = "auto", hints: Hints | No
         describe(
             target,
             title=f"{place.name}: imported by medm",
-            text=f"Made from `{Path(source).name}`: {report.kind}. `import.json` names every tensor.",
+            text=f"Made from `{Path(source).name}`: {report.kind}. `import.json` names every "
+            "tensor.",
             metadata={"import": {"source": source, "kind": report.kind}},
         )
     return report
@@ -147,9 +171,13 @@ def guess(published: PretrainedSource) -> str:
     if generation_of(config) is not None:
         return "medm-vl"
     types = {
-        "m3d_clip": "m3d-clip", "medm-pretrain": "medm-clip", "clip": "clip", "clip_vision_model": "clip",
-        "siglip": "siglip", "siglip_vision_model": "siglip",
-    }  # fmt: skip
+        "m3d_clip": "m3d-clip",
+        "medm-pretrain": "medm-clip",
+        "clip": "clip",
+        "clip_vision_model": "clip",
+        "siglip": "siglip",
+        "siglip_vision_model": "siglip",
+    }
     if config.get("model_type") in types:
         return types[config["model_type"]]
     names = list(published.tensors())
@@ -157,11 +185,14 @@ def guess(published: PretrainedSource) -> str:
         return "m3d-clip"
     if any("to_patch_embedding." in name for name in names):
         return "medm-clip"
-    if all(any(word in name for word in ("connector.", "projector.", "linear_1.", "linear_2.")) for name in names):
+    if all(
+        any(word in name for word in ("connector.", "projector.", "linear_1.", "linear_2."))
+        for name in names
+    ):
         return "projector"
     raise CheckpointError(
-        f"{published.path}: of unknown kind (model_type {config.get('model_type')!r}); say --kind, one of: "
-        + ", ".join(KINDS)
+        f"{published.path}: of unknown kind (model_type {config.get('model_type')!r}); say "
+        "--kind, one of: " + ", ".join(KINDS)
     )
 
 
@@ -219,7 +250,9 @@ class Import:
             "connector_image": r"^connector\.",
         }
         groups = self._groups(renamed, renaming.published, prefixes)
-        section = llava_section(self.published.config(), self.published.preprocessor(), hints=self.hints)
+        section = llava_section(
+            self.published.config(), self.published.preprocessor(), hints=self.hints
+        )
         self._write_lvlm(section, groups)
 
     def encoder(self, kind: str) -> None:
@@ -228,7 +261,9 @@ class Import:
         options = encoder_options(block, source=kind)
         encoder, preprocess = build_encoder(options)
         part = LoadReport(kind)
-        used = rename(self.published.tensors(), key_map=(), ignored=type(encoder).ignored_keys, report=part)
+        used = rename(
+            self.published.tensors(), key_map=(), ignored=type(encoder).ignored_keys, report=part
+        )
         part.loaded = sorted(used)  # the builder has loaded them, all or nothing
         self.report.parts.append(part)
         sizes = type(encoder).architecture_from(self.published.config())
@@ -245,9 +280,13 @@ class Import:
     def projector(self) -> None:
         """An MLP that a recipe can name as `connector.path`."""
         part = LoadReport("projector")
-        renamed = rename(self.published.tensors(), key_map=MLPConnector.key_map, ignored=[], report=part)
+        renamed = rename(
+            self.published.tensors(), key_map=MLPConnector.key_map, ignored=[], report=part
+        )
         layers = sorted(
-            int(name.split(".")[1]) for name in renamed if name.endswith(".weight") and name.startswith("layers.")
+            int(name.split(".")[1])
+            for name in renamed
+            if name.endswith(".weight") and name.startswith("layers.")
         )
         if layers != list(range(0, 2 * len(layers), 2)) or not layers:
             raise CheckpointError(
@@ -269,9 +308,13 @@ class Import:
         text = json.dumps(described, indent=2) + "\n"
         (self.target / "config.json").write_text(text, encoding="utf-8")
 
-    def _groups(self, tensors: Mapping[str, Tensor], names: Mapping[str, str], prefixes: Mapping[str, str]) -> Groups:
+    def _groups(
+        self, tensors: Mapping[str, Tensor], names: Mapping[str, str], prefixes: Mapping[str, str]
+    ) -> Groups:
         source = self.published.path
-        return Groups(group(tensors, prefixes, source=source), group(names, prefixes, source=source))
+        return Groups(
+            group(tensors, prefixes, source=source), group(names, prefixes, source=source)
+        )
 
     def _write_lvlm(self, section: Section, groups: Groups) -> None:
         """Build what the section says, load every group of tensors, and save."""
@@ -295,13 +338,16 @@ class Import:
         unused = [name for name, found in groups.tensors.items() if found and name not in used]
         if unused:
             raise CheckpointError(
-                f"{self.published.path}: the config does not speak of {', '.join(unused)}, which has weights"
+                f"{self.published.path}: the config does not speak of {', '.join(unused)}, which "
+                "has weights"
             )
         model.config.get_text_config()._name_or_path = ""
         model.save_pretrained(self.target)
         processor.save_pretrained(self.target)
 
-    def _load(self, part: str, module: VisionEncoder | Connector, section: Section, groups: Groups) -> None:
+    def _load(
+        self, part: str, module: VisionEncoder | Connector, section: Section, groups: Groups
+    ) -> None:
         """Load the tensors of one part of the source into a part of the model."""
         source = section.sources[part]
         tensors = groups.tensors[source]
@@ -321,31 +367,41 @@ class Import:
         self.report.parts.append(_in_the_files(loaded, groups.names[source]))
 
     def _tokenizer(self, section: Section, scratch: Path) -> Path:
-        """The tokenizer and template that the weights were trained with, in a folder of their own."""
+        """The tokenizer and template that the weights were trained with, in a folder of their
+        own.
+        """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.published.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             if self.hints.llm is None:
                 raise CheckpointError(
-                    f"{self.published.path}: no usable tokenizer ({error}); give the LLM's with --llm"
+                    f"{self.published.path}: no usable tokenizer ({error}); give the LLM's with "
+                    "--llm"
                 ) from None
             tokenizer = AutoTokenizer.from_pretrained(self.hints.llm, trust_remote_code=False)
         end = END_TOKENS.get(str(section.architecture["model_type"]))
         if end is not None and tokenizer.eos_token != end and end in tokenizer.get_vocab():
             self.report.notes.append(
-                f"replies end with {end!r} as in training; the tokenizer said {tokenizer.eos_token!r}"
+                f"replies end with {end!r} as in training; the tokenizer said "
+                f"{tokenizer.eos_token!r}"
             )
             tokenizer.eos_token = end
         template = self._template(tokenizer)
         first = tokenizer("a")["input_ids"][:1]
-        if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] and "bos_token" not in template:
+        if (
+            tokenizer.bos_token_id is not None
+            and first == [tokenizer.bos_token_id]
+            and "bos_token" not in template
+        ):
             template = "{{- bos_token -}}" + template  # published prompts begin with it
         (scratch / "template.jinja").write_text(template, encoding="utf-8")
         tokenizer.save_pretrained(scratch)
         return scratch
 
     def _template(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template of the hint; that of the source where it takes text; else MedM-VL's and LLaVA's own layout."""
+        """The template of the hint; that of the source where it takes text; else MedM-VL's and
+        LLaVA's own layout.
+        """
         hint = self.hints.chat_template
         stock, own = self.report.kind == KINDS["llava"], tokenizer.chat_template
         if hint is not None or not stock or not own:
@@ -354,7 +410,8 @@ class Import:
             ChatFormat(tokenizer, template=str(own)).end_of_reply()
         except (RecipeError, DataError):
             self.report.notes.append(
-                "the source's chat template does not take plain text; prompts have the Vicuna layout instead"
+                "the source's chat template does not take plain text; prompts have the Vicuna "
+                "layout instead"
             )
             return read_template("vicuna")
         return str(own)
@@ -363,16 +420,22 @@ class Import:
         """Use the LM head where it is stored, tie it where it is not; never tie what differs."""
         embeddings, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
         if embeddings is None:
-            raise CheckpointError("the language model has no model.embed_tokens.weight; this family is not imported")
+            raise CheckpointError(
+                "the language model has no model.embed_tokens.weight; this family is not imported"
+            )
         architecture["vocab_size"] = len(embeddings)
         if head is None:
             architecture["tie_word_embeddings"] = True
         elif architecture.get("tie_word_embeddings") and not torch.equal(head, embeddings):
             architecture["tie_word_embeddings"] = False
-            self.report.notes.append("the head differs from the embeddings, so the two are no longer tied")
+            self.report.notes.append(
+                "the head differs from the embeddings, so the two are no longer tied"
+            )
 
 
-def group(tensors: Mapping[str, T], prefixes: Mapping[str, str], *, source: str) -> dict[str, dict[str, T]]:
+def group(
+    tensors: Mapping[str, T], prefixes: Mapping[str, str], *, source: str
+) -> dict[str, dict[str, T]]:
     """Tensors (or what else stands under their names) by part, without their prefix.
 
     Raises:
@@ -388,19 +451,25 @@ def group(tensors: Mapping[str, T], prefixes: Mapping[str, str], *, source: str)
         else:
             unknown.append(name)
     if unknown:
-        raise CheckpointError(f"{source}: {len(unknown)} tensors belong to no known part: {', '.join(unknown[:5])}")
+        raise CheckpointError(
+            f"{source}: {len(unknown)} tensors belong to no known part: {', '.join(unknown[:5])}"
+        )
     return groups
 
 
 def _in_the_files(part: LoadReport, names: Mapping[str, str]) -> LoadReport:
-    """The report under the names of the files, so that each can be ticked off, without a tied head that they lack."""
+    """The report under the names of the files, so that each can be ticked off, without a tied head
+    that they lack.
+    """
     part.loaded = [names[name] for name in part.loaded if name in names]
     part.ignored = [names[name] for name in part.ignored]
     return part
 
 
 def _load_llm(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> LoadReport:
-    """The language model; rows that the placeholders added to its vocabulary stay as they were built."""
+    """The language model; rows that the placeholders added to its vocabulary stay as they were
+    built.
+    """
     own = module.state_dict()
     padded = dict(tensors)
     for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):

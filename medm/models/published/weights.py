@@ -1,7 +1,8 @@
 """Published weights: finding files, renaming tensors, and refusing what does not fit.
 
-The one place that reads model files of other programs. Loading reports every tensor that was used, ignored, missing or
-misshaped, and a partial load is an error: a model that is half random looks alive and scores like noise.
+The one place that reads model files of other programs. Loading reports every tensor that was used,
+ignored, missing or misshaped, and a partial load is an error: a model that is half random looks
+alive and scores like noise.
 """
 
 from __future__ import annotations
@@ -26,10 +27,16 @@ from medm.errors import CheckpointError, unavailable
 logger = logging.getLogger(__name__)
 
 BUNDLE_TYPE = "medm-encoder"
-"""`model_type` in the `config.json` of an encoder that medm exported: sizes, preprocessing and tensors by own names."""
+"""`model_type` in the `config.json` of an encoder that medm exported: sizes, preprocessing and
+tensors by own names."""
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "pretrained_ViT.bin")
+_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "pretrained_ViT.bin",
+)
 
 
 class PretrainedSource:
@@ -59,25 +66,33 @@ class PretrainedSource:
         """Every tensor by its published name.
 
         Raises:
-            CheckpointError: there are no weights, a file is damaged, or it would run code when opened.
+            CheckpointError: there are no weights, a file is damaged, or it would run code when
+                opened.
         """
         if self._local.is_file():
             return read_tensors(self._local)
         for name in _INDEXES:
             if (index := self._find(name)) is not None:
                 shards = _shards(index)
-                return {k: v for shard in shards for k, v in read_tensors(self._require(shard)).items()}
+                return {
+                    k: v for shard in shards for k, v in read_tensors(self._require(shard)).items()
+                }
         for name in _FILES:
             if (file := self._find(name)) is not None:
                 return read_tensors(file)
-        others = sorted(self._local.glob("*.pth")) + sorted(self._local.glob("*.pt")) if self._local.is_dir() else []
+        others = (
+            sorted(self._local.glob("*.pth")) + sorted(self._local.glob("*.pt"))
+            if self._local.is_dir()
+            else []
+        )
         if len(others) == 1:
             return read_tensors(others[0])
         if not self._local.exists():
             missing = FileNotFoundError("nothing of it is in the cache, or it holds no weights")
             raise CheckpointError(unavailable(str(self.path), missing, key="path"))
         raise CheckpointError(
-            f"{self.path}: no weights; expected one of {', '.join(_INDEXES + _FILES)}, or one .pth file"
+            f"{self.path}: no weights; expected one of {', '.join(_INDEXES + _FILES)}, or one "
+            ".pth file"
         )
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -109,9 +124,13 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch or copy it again") from None
+        raise CheckpointError(
+            f"{file}: cannot be read as JSON ({error}); fetch or copy it again"
+        ) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected an object at the top, found {type(content).__name__}")
+        raise CheckpointError(
+            f"{file}: expected an object at the top, found {type(content).__name__}"
+        )
     return content
 
 
@@ -127,7 +146,8 @@ def _shards(index: Path) -> list[str]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of one safetensors or torch file. Torch files are opened without running what they pickle.
+    """Tensors of one safetensors or torch file. Torch files are opened without running what they
+    pickle.
 
     Raises:
         CheckpointError: damaged, or holds objects other than tensors and plain values.
@@ -142,13 +162,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: not opened. It is damaged, or holds pickled objects, which could run any code; "
-            f"ask for a safetensors file ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"{file}: not opened. It is damaged, or holds pickled objects, which could run any "
+            f"code; ask for a safetensors file ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]})"
         ) from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(value, Tensor) for value in content.values()
+    ):
         raise CheckpointError(f"{file}: expected a mapping of names to tensors")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
@@ -172,13 +195,16 @@ class LoadReport:
         problems = [
             f"{len(names)} {what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
             for what, names in (
-                ("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.mismatched),
+                ("missing", self.missing),
+                ("unexpected", self.unexpected),
+                ("of another shape", self.mismatched),
             )
             if names
-        ]  # fmt: skip
+        ]
         if problems:
             raise CheckpointError(
-                f"{self.source}: the tensors do not fit the model; nothing was loaded\n  " + "\n  ".join(problems)
+                f"{self.source}: the tensors do not fit the model; nothing was loaded\n  "
+                + "\n  ".join(problems)
             )
 
     def __str__(self) -> str:
@@ -186,9 +212,15 @@ class LoadReport:
 
 
 def rename(
-    tensors: Mapping[str, Tensor], *, key_map: Iterable[tuple[str, str]], ignored: Iterable[str], report: LoadReport
+    tensors: Mapping[str, Tensor],
+    *,
+    key_map: Iterable[tuple[str, str]],
+    ignored: Iterable[str],
+    report: LoadReport,
 ) -> dict[str, Tensor]:
-    """Published names to own names. What matches `ignored` is left out and noted; other names stay as they are."""
+    """Published names to own names. What matches `ignored` is left out and noted; other names stay
+    as they are.
+    """
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in key_map]
     useless = [re.compile(pattern) for pattern in ignored]
     renamed: dict[str, Tensor] = {}
@@ -203,7 +235,9 @@ def rename(
         else:
             new = name
         if new in renamed:
-            raise CheckpointError(f"{report.source}: two tensors become {new!r}; the second is {name!r}")
+            raise CheckpointError(
+                f"{report.source}: two tensors become {new!r}; the second is {name!r}"
+            )
         renamed[new] = tensor
         report.published[new] = name
     return renamed
@@ -226,7 +260,8 @@ def load_module(
         source: for messages.
         key_map: see `VisionEncoder.key_map`.
         ignored: see `VisionEncoder.ignored_keys`.
-        truncated: patterns of own names that the module does not have on purpose (blocks behind the chosen layer).
+        truncated: patterns of own names that the module does not have on purpose (blocks behind the
+            chosen layer).
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or misshaped.
@@ -237,7 +272,9 @@ def load_module(
     skip = [re.compile(pattern) for pattern in truncated]
     for name, tensor in list(renamed.items()):
         if name in own and own[name].shape != tensor.shape:
-            report.mismatched.append(f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+            report.mismatched.append(
+                f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+            )
         elif name in own:
             report.loaded.append(report.published[name])
         elif any(pattern.search(name) for pattern in skip):
@@ -284,4 +321,8 @@ def save_bundle(
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """One safetensors file."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+        file,
+        metadata={"format": "pt"},
+    )

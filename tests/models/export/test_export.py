@@ -1,4 +1,5 @@
-"""Exports compute what the model computes, with nothing of medm at hand; what cannot be exported is refused."""
+"""Exports compute what the model computes, with nothing of medm at hand; what cannot be exported is
+refused."""
 
 from __future__ import annotations
 
@@ -33,10 +34,20 @@ from tests.tiny import lvlm_section, save_llm
 @pytest.fixture(scope="module")
 def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("llms")
-    return {family: save_llm(family, folder / family) for family in ("qwen2.5", "llama-3.2", "phi3", "phi", "qwen3")}
+    return {
+        family: save_llm(family, folder / family)
+        for family in ("qwen2.5", "llama-3.2", "phi3", "phi", "qwen3")
+    }
 
 
-def make(llm: Path, *, family: str = "qwen2.5", encoder: str = "siglip", changes: Any = None, **options: Any) -> Any:
+def make(
+    llm: Path,
+    *,
+    family: str = "qwen2.5",
+    encoder: str = "siglip",
+    changes: Any = None,
+    **options: Any,
+) -> Any:
     section = lvlm_section(llm, family=family, encoder=encoder, **options)
     section["branches"]["image"] |= changes or {}
     torch.manual_seed(1)
@@ -53,36 +64,54 @@ def save(pair: Any, folder: Path) -> str:
 
 @pytest.mark.parametrize("encoder", ["clip", "siglip"])
 @pytest.mark.parametrize("family", ["qwen2.5", "llama-3.2", "phi3"])
-def test_logits_and_ids_equal_the_stock_class(family: str, encoder: str, llms: dict[str, Path], tmp_path: Path) -> None:
+def test_logits_and_ids_equal_the_stock_class(
+    family: str, encoder: str, llms: dict[str, Path], tmp_path: Path
+) -> None:
     """The measured worst case is 0 on equal pixels: both run the same kernels on the same tensors.
 
-    The two image processors round differently in the last bit; random weights as large as these make 4e-5 of it.
+    The two image processors round differently in the last bit; random weights as large as these
+    make 4e-5 of it.
     """
     layer = -2 if encoder == "clip" else -1
     model, processor = make(llms[family], family=family, encoder=encoder, layer=layer)
     save_llava(model, processor, tmp_path)
-    stock, report = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    stock, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, dtype="auto", output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(stock).__name__ == "LlavaForConditionalGeneration"
     own = _ask(model, processor, Question(draw_test_image(tmp_path / "p.png"), "What is it?", 12))
     inputs = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(
-        [{"role": "user", "content": [
-            {"type": "image", "path": str(tmp_path / "p.png")}, {"type": "text", "text": "What is it?"},
-        ]}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )  # fmt: skip
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "path": str(tmp_path / "p.png")},
+                    {"type": "text", "text": "What is it?"},
+                ],
+            }
+        ],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
     assert inputs["input_ids"].tolist() == own.input_ids.tolist()
     assert (inputs["pixel_values"] - own.pixels).abs().max() < 1e-6
     with torch.no_grad():
         logits = stock(**{**inputs, "pixel_values": own.pixels}).logits
-        ids = stock.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        ids = stock.generate(**inputs, max_new_tokens=12, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
     assert own.logits.abs().max() > 0.5
     assert (logits - own.logits).abs().max() < 1e-5
     assert ids.tolist() == own.reply
     assert len(set(own.reply)) > 1
 
 
-def test_the_proof_runs_where_medm_cannot_be_imported(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_the_proof_runs_where_medm_cannot_be_imported(
+    llms: dict[str, Path], tmp_path: Path
+) -> None:
     pair = make(llms["qwen2.5"], encoder="clip", layer=-2, image_size=24, tokens="cls_patch")
     folder = save(pair, tmp_path / "model")
     proof = export(folder, str(tmp_path / "out"), form="llava")
@@ -94,15 +123,27 @@ def test_the_proof_runs_where_medm_cannot_be_imported(llms: dict[str, Path], tmp
     assert config["vision_config"]["num_hidden_layers"] == 3
     assert config["vision_config"]["image_size"] == 24
     assert config["vision_feature_select_strategy"] == "full"
-    hiding = Path(export_module.__file__).with_name("stock_check.py").read_text().partition("if __name__")[0]
+    hiding = (
+        Path(export_module.__file__)
+        .with_name("stock_check.py")
+        .read_text()
+        .partition("if __name__")[0]
+    )
     script = f"{hiding}\nsys.meta_path.insert(0, NoMedm())\nimport medm"
-    hidden = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)
+    hidden = subprocess.run(
+        [sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False
+    )
     assert "medm is hidden from this process" in hidden.stderr
 
 
-def test_what_the_stock_class_cannot_compute_is_refused(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_what_the_stock_class_cannot_compute_is_refused(
+    llms: dict[str, Path], tmp_path: Path
+) -> None:
     cases: list[tuple[Any, str]] = [
-        (make(llms["qwen2.5"], changes={"connector": {"name": "mlp", "depth": 3}}), "mlp of depth 3"),
+        (
+            make(llms["qwen2.5"], changes={"connector": {"name": "mlp", "depth": 3}}),
+            "mlp of depth 3",
+        ),
         (make(llms["qwen2.5"], changes={"connector": {"name": "linear"}}), "this model has linear"),
         (make(llms["qwen2.5"], encoder="clip", tokens="cls"), "class token alone"),
         (make(llms["qwen2.5"], changes={"preprocess": {"fit": "pad"}}), "pads before it resizes"),
@@ -119,12 +160,17 @@ def test_phi_2_is_refused_with_the_size_of_its_bias(llms: dict[str, Path], tmp_p
     with torch.no_grad():
         model.language_model.lm_head.bias[7] = -0.75
     folder = save((model, processor), tmp_path / "model")
-    with pytest.raises(ExportError, match=r"without the bias of this phi model the logits would change by up to 0\.75"):
+    with pytest.raises(
+        ExportError,
+        match=r"without the bias of this phi model the logits would change by up to 0\.75",
+    ):
         export(folder, str(tmp_path / "out"), form="llava")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_proof_leaves_nothing(llms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_proof_leaves_nothing(
+    llms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save(make(llms["qwen2.5"]), tmp_path / "model")
     original = export_module.save_llava
 
@@ -140,9 +186,13 @@ def test_a_failed_proof_leaves_nothing(llms: dict[str, Path], tmp_path: Path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_merged_folds_the_adapter_and_computes_the_same(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_merged_folds_the_adapter_and_computes_the_same(
+    llms: dict[str, Path], tmp_path: Path
+) -> None:
     model, processor = make(llms["llama-3.2"], family="llama-3.2")
-    model.add_adapter_to_part("llm", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]})
+    model.add_adapter_to_part(
+        "llm", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -169,7 +219,12 @@ def test_merged_folds_the_adapter_and_computes_the_same(llms: dict[str, Path], t
      ("encoder", "image.encoder", "fc1")],
 )  # fmt: skip
 def test_a_wrong_merge_is_found_since_the_trained_model_is_what_exports_are_compared_with(
-    form: str, part: str, layer: str, llms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str,
+    part: str,
+    layer: str,
+    llms: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, processor = make(llms["qwen2.5"])
     model.add_adapter_to_part(part, {"r": 4, "lora_alpha": 8, "target_modules": [layer]})
@@ -180,7 +235,9 @@ def test_a_wrong_merge_is_found_since_the_trained_model_is_what_exports_are_comp
     folder = save((model, processor), tmp_path / "model")
     proof = export(folder, str(tmp_path / "right"), form=form)
     assert 0 < proof.difference < 1e-4 * max(1.0, proof.largest)
-    monkeypatch.setattr(peft.tuners.lora.Linear, "merge", lambda self, safe_merge=False: None)  # the adapter is lost
+    monkeypatch.setattr(
+        peft.tuners.lora.Linear, "merge", lambda self, safe_merge=False: None
+    )  # the adapter is lost
     with pytest.raises(ExportError, match="they differ by up to"):
         export(folder, str(tmp_path / "out"), form=form)
     assert not (tmp_path / "out").exists()
@@ -197,8 +254,18 @@ def test_what_can_be_known_is_said_before_weights_are_read(
         (ExportError, "exists already", str(file), {}),
         (NotADirectoryError, "config.json", str(file / "out"), {}),
         (OSError, "too long", str(tmp_path / ("n" * 300)), {}),
-        (ExportError, "no such file; expected an image", str(tmp_path / "out"), {"image": str(tmp_path / "none.png")}),
-        (ExportError, "say whose encoder", str(tmp_path / "out"), {"form": "encoder", "branch": "volume"}),
+        (
+            ExportError,
+            "no such file; expected an image",
+            str(tmp_path / "out"),
+            {"image": str(tmp_path / "none.png")},
+        ),
+        (
+            ExportError,
+            "say whose encoder",
+            str(tmp_path / "out"),
+            {"form": "encoder", "branch": "volume"},
+        ),
     ]
     for kind, words, out, changes in cases:
         with pytest.raises(kind, match=words):
@@ -212,7 +279,9 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(
     folder = save(make(llms["qwen2.5"]), tmp_path / "model")
 
     def full(*_arguments: Any, **_keywords: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
     done = medm("export", str(tmp_path / "out"), "--model", folder, "--format", "merged")
@@ -224,17 +293,26 @@ def test_a_full_disk_names_the_folder_and_leaves_nothing(
 def test_an_encoder_goes_into_another_recipe(llms: dict[str, Path], tmp_path: Path) -> None:
     model, processor = make(llms["qwen2.5"], encoder="clip", layer=-2, image_size=24)
     folder = save((model, processor), tmp_path / "model")
-    assert str(export(folder, str(tmp_path / "tower"), form="encoder")) == "the same features, bit for bit"
-    options = validate(ViTOptions, {"name": "clip", "path": str(tmp_path / "tower"), "layer": -2}, source="test")
+    assert (
+        str(export(folder, str(tmp_path / "tower"), form="encoder"))
+        == "the same features, bit for bit"
+    )
+    options = validate(
+        ViTOptions, {"name": "clip", "path": str(tmp_path / "tower"), "layer": -2}, source="test"
+    )
     encoder, preprocess = build_encoder(options)
     pixels = torch.rand(2, 3, 24, 24)
     with torch.no_grad():
         assert torch.equal(encoder(pixels).tokens, model.branch("image").encoder(pixels).tokens)
     assert preprocess == processor.preprocess["image"].model_dump()
-    section = lvlm_section(llms["qwen2.5"], encoder="siglip", path=str(tmp_path / "tower"), layer=-2)
+    section = lvlm_section(
+        llms["qwen2.5"], encoder="siglip", path=str(tmp_path / "tower"), layer=-2
+    )
     with pytest.raises(Exception, match="holds an encoder 'clip', not 'siglip'"):
         build(validate(LVLMOptions, section, source="test"))
-    with pytest.raises(CheckpointError, match="missing"):  # the last block was never used, so it is not there
+    with pytest.raises(
+        CheckpointError, match="missing"
+    ):  # the last block was never used, so it is not there
         build_encoder(options.model_copy(update={"layer": -1}))
     with pytest.raises(ExportError, match=r"branches \['image'\]"):
         export(folder, str(tmp_path / "none"), form="encoder", branch="volume")
@@ -252,10 +330,18 @@ def test_templates_carry_their_variables() -> None:
     from jinja2 import Template
 
     template = stock_template(
-        "{{ date }}|{{ on }}|{{ messages[0].content }}", {"date": "it's", "on": False}, image_token="<image>"
+        "{{ date }}|{{ on }}|{{ messages[0].content }}",
+        {"date": "it's", "on": False},
+        image_token="<image>",
     )
     parts = [{"type": "image"}, {"type": "text", "text": "Why?"}]
-    assert Template(template).render(messages=[{"role": "user", "content": parts}]) == "it's|False|<image>\nWhy?"
-    assert Template(template).render(messages=[{"role": "user", "content": "Why?"}]) == "it's|False|Why?"
+    assert (
+        Template(template).render(messages=[{"role": "user", "content": parts}])
+        == "it's|False|<image>\nWhy?"
+    )
+    assert (
+        Template(template).render(messages=[{"role": "user", "content": "Why?"}])
+        == "it's|False|Why?"
+    )
     with pytest.raises(ExportError):
         literal([1])

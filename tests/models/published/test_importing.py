@@ -1,4 +1,5 @@
-"""Published layouts, written here from their facts, import and compute what hand-assembled modules compute."""
+"""Published layouts, written here from their facts, import and compute what hand-assembled modules
+compute."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def write(folder: Path, llm: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """A published folder: config, tensors under MedM-VL's prefixes, the LLM's tokenizer. Returns the LLM."""
+    """A published folder: config, tensors under MedM-VL's prefixes, the LLM's tokenizer. Returns
+    the LLM."""
     folder.mkdir(parents=True)
     model = AutoModelForCausalLM.from_pretrained(llm)
     awaken(model)
@@ -66,7 +68,8 @@ def write(folder: Path, llm: Path, config: dict[str, Any], tensors: dict[str, Te
     if model.config.tie_word_embeddings:
         language.pop("llm.lm_head.weight")
     save_file(
-        {k: v.detach().clone().contiguous() for k, v in (language | tensors).items()}, folder / "model.safetensors"
+        {k: v.detach().clone().contiguous() for k, v in (language | tensors).items()},
+        folder / "model.safetensors",
     )
     for file in llm.iterdir():
         if file.name.startswith("tokenizer"):
@@ -86,14 +89,17 @@ def mlp(prefix: str, in_dim: int, depth: int = 2) -> tuple[nn.Sequential, dict[s
 
 
 def logits_by_hand(llm: Any, ids: list[int], placeholder: int, vision: Tensor) -> Tensor:
-    """Text embeddings with vision features (N, D) in the places of the placeholders, through the language model."""
+    """Text embeddings with vision features (N, D) in the places of the placeholders, through the
+    language model."""
     places = torch.tensor(ids) == placeholder
     embeds = llm.get_input_embeddings()(torch.tensor(ids).where(~places, 0))
     embeds[places] = vision
     return llm(inputs_embeds=embeds[None]).logits[0]
 
 
-def encode(processor: Any, branch: str, pixels: Tensor, question: str = "Is there an effusion?") -> Any:
+def encode(
+    processor: Any, branch: str, pixels: Tensor, question: str = "Is there an effusion?"
+) -> Any:
     turn = Turn("user", (Media(branch), f"\n{question}"))
     return processor.encode(Sample((turn,)), {branch: [pixels.numpy()]}, generation=True)
 
@@ -104,7 +110,9 @@ def own_logits(model: Any, example: Any) -> Tensor:
     return model(input_ids=torch.tensor([example.input_ids]), pixels=pixels).logits[0]
 
 
-def check(model: Any, processor: Any, llm: Any, branch: str, pixels: Tensor, vision: Tensor) -> None:
+def check(
+    model: Any, processor: Any, llm: Any, branch: str, pixels: Tensor, vision: Tensor
+) -> None:
     example = encode(processor, branch, pixels)
     placeholder = processor.placeholder_ids[branch]
     assert example.input_ids.count(placeholder) == len(vision)
@@ -115,7 +123,8 @@ def check(model: Any, processor: Any, llm: Any, branch: str, pixels: Tensor, vis
 
 
 def check_every_tensor_is_listed(source: Path, out: Path) -> None:
-    """`import.json` names each tensor of the files once, as loaded or as ignored, and nothing else."""
+    """`import.json` names each tensor of the files once, as loaded or as ignored, and nothing
+    else."""
     parts = json.loads((out / "import.json").read_text())["parts"]
     listed = [name for part in parts.values() for name in part["loaded"] + part["ignored"]]
     assert sorted(listed) == sorted(read_tensors(source / "model.safetensors"))
@@ -130,7 +139,10 @@ def siglip() -> SiglipVisionModel:
 
 def vision_names(tower: nn.Module) -> dict[str, Tensor]:
     """As transformers 4 wrote them."""
-    return {f"encoder_image.encoder.vision_model.{name}": tensor for name, tensor in tower.state_dict().items()}
+    return {
+        f"encoder_image.encoder.vision_model.{name}": tensor
+        for name, tensor in tower.state_dict().items()
+    }
 
 
 @torch.no_grad()
@@ -155,7 +167,9 @@ def test_generation_c_in_2d(llms: dict[str, Path], tmp_path: Path) -> None:
 
     check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
     listed = json.loads((tmp_path / "out" / "import.json").read_text())["parts"]
-    assert all("post_layernorm" in name or ".head." in name for name in listed["image.encoder"]["ignored"])
+    assert all(
+        "post_layernorm" in name or ".head." in name for name in listed["image.encoder"]["ignored"]
+    )
     text = processor.tokenizer.decode(encode(processor, "image", pixels, "Q").input_ids)
     assert text.startswith("A chat between a curious user")
     assert text.endswith("\nQ ASSISTANT:")
@@ -164,12 +178,16 @@ def test_generation_c_in_2d(llms: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("generation", ["A", "B", "C"])
 @torch.no_grad()
-def test_a_3d_tower_with_spatial_pooling(llms: dict[str, Path], tmp_path: Path, generation: str) -> None:
-    """Nested configs (A), bare keys without a word about the connector (B) and prefixed keys (C); M3D-CLIP with its text
-    side, tied embeddings stored once, a BOS in prompts."""
+def test_a_3d_tower_with_spatial_pooling(
+    llms: dict[str, Path], tmp_path: Path, generation: str
+) -> None:
+    """Nested configs (A), bare keys without a word about the connector (B) and prefixed keys (C);
+    M3D-CLIP with its text side, tied embeddings stored once, a BOS in prompts."""
     tower = random_state(m3d_shapes(), seed=4)
     projector, names = mlp("connector_image3d.connector", 24)
-    whole = {f"encoder_image3d.encoder.{name}": tensor for name, tensor in whole_clip(tower).items()}
+    whole = {
+        f"encoder_image3d.encoder.{name}": tensor for name, tensor in whole_clip(tower).items()
+    }
     nested = json.loads((llms["llama-3.2"] / "config.json").read_text())
     config = {
         "llm_type": "llama3", "llm_name_or_path": "/somewhere/Llama-3.2-3B-Instruct", "llm_config": nested,
@@ -185,11 +203,13 @@ def test_a_3d_tower_with_spatial_pooling(llms: dict[str, Path], tmp_path: Path, 
         (tmp_path / "m3d").mkdir()
         (tmp_path / "m3d" / "config.json").write_text(json.dumps(config["encoder_image3d_config"]))
         config = {
-            f"{prefix}llm_type": "llama3", f"{prefix}llm_name_or_path": str(llms["llama-3.2"]),
-            f"{prefix}encoder_image3d_type": "m3dclip", f"{prefix}encoder_image3d_select_layer": -1,
+            f"{prefix}llm_type": "llama3",
+            f"{prefix}llm_name_or_path": str(llms["llama-3.2"]),
+            f"{prefix}encoder_image3d_type": "m3dclip",
+            f"{prefix}encoder_image3d_select_layer": -1,
             f"{prefix}encoder_image3d_select_feature": "patch",
             f"{prefix}encoder_image3d_name_or_path": str(tmp_path / "m3d"),
-        }  # fmt: skip
+        }
         if generation == "C":
             config["lvlm_connector_image3d_type"] = "spatial_pooling"
     llm = write(tmp_path / "src", llms["llama-3.2"], config, whole | names)
@@ -197,7 +217,9 @@ def test_a_3d_tower_with_spatial_pooling(llms: dict[str, Path], tmp_path: Path, 
     check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
     assert ("generation C" if generation == "C" else "generation A/B") in report.kind
     assert any("arrays of 0..1" in note for note in report.notes) == (generation != "C")
-    assert any("taken to be spatial_pooling" in note for note in report.notes) == (generation == "B")
+    assert any("taken to be spatial_pooling" in note for note in report.notes) == (
+        generation == "B"
+    )
     assert any("language_encoder" in line for line in report.lines())
     model, processor = load(str(tmp_path / "out"))
     volume = torch.rand(1, 8, 16, 16)
@@ -209,11 +231,16 @@ def test_a_3d_tower_with_spatial_pooling(llms: dict[str, Path], tmp_path: Path, 
 
 @pytest.mark.parametrize(("generation", "prefix"), [("B", ""), ("C", "lvlm_")])
 @torch.no_grad()
-def test_medm_clip_with_spatial_pooling(llms: dict[str, Path], tmp_path: Path, generation: str, prefix: str) -> None:
+def test_medm_clip_with_spatial_pooling(
+    llms: dict[str, Path], tmp_path: Path, generation: str, prefix: str
+) -> None:
     torch.manual_seed(6)
     tower = PublishedMedMCLIP().eval()
     projector, names = mlp("connector_image3d.connector", DIM_3D)
-    whole = {f"encoder_image3d.encoder.vision_encoder.{name}": value for name, value in tower.state_dict().items()}
+    whole = {
+        f"encoder_image3d.encoder.vision_encoder.{name}": value
+        for name, value in tower.state_dict().items()
+    }
     whole |= {
         "encoder_image3d.encoder.text_encoder.weight": torch.zeros(2),
         "encoder_image3d.encoder.logit_scale": torch.ones(()),
@@ -225,10 +252,12 @@ def test_medm_clip_with_spatial_pooling(llms: dict[str, Path], tmp_path: Path, g
     (tmp_path / "medm").mkdir()
     (tmp_path / "medm" / "config.json").write_text(json.dumps(published))
     config = {
-        f"{prefix}llm_type": "qwen2", f"{prefix}llm_name_or_path": str(llms["qwen2.5"]),
-        f"{prefix}encoder_image3d_type": "medmclip", f"{prefix}encoder_image3d_name_or_path": str(tmp_path / "medm"),
+        f"{prefix}llm_type": "qwen2",
+        f"{prefix}llm_name_or_path": str(llms["qwen2.5"]),
+        f"{prefix}encoder_image3d_type": "medmclip",
+        f"{prefix}encoder_image3d_name_or_path": str(tmp_path / "medm"),
         f"{prefix}encoder_image3d_select_feature": "patch",
-    }  # fmt: skip
+    }
     llm = write(tmp_path / "src", llms["qwen2.5"], config, whole | names)
     report = import_model(str(tmp_path / "src"), str(tmp_path / "out"))
     check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
@@ -242,35 +271,50 @@ def test_medm_clip_with_spatial_pooling(llms: dict[str, Path], tmp_path: Path, g
 
 @pytest.mark.parametrize(("generation", "prefix"), [("B", ""), ("C", "lvlm_")])
 @torch.no_grad()
-def test_a_2d_tower_over_slices(llms: dict[str, Path], tmp_path: Path, generation: str, prefix: str) -> None:
-    """CT-Chest: a 2-D tower on every slice, learned queries over all of them; Phi-2's head has a bias and is untied."""
+def test_a_2d_tower_over_slices(
+    llms: dict[str, Path], tmp_path: Path, generation: str, prefix: str
+) -> None:
+    """CT-Chest: a 2-D tower on every slice, learned queries over all of them; Phi-2's head has a
+    bias and is untied."""
     tower = siglip()
     projector, names = mlp("connector_image.connector", 24)
     attention, query = nn.MultiheadAttention(24, 8, batch_first=True), torch.randn(16, 24)
-    names |= {f"connector_image.attn.{name}": tensor for name, tensor in attention.state_dict().items()}
+    names |= {
+        f"connector_image.attn.{name}": tensor for name, tensor in attention.state_dict().items()
+    }
     names["connector_image.query"] = query
     config = {
-        f"{prefix}llm_type": "phi", f"{prefix}llm_name_or_path": "/nowhere/phi-2",
-        f"{prefix}encoder_image_type": "siglip", f"{prefix}encoder_image_select_feature": "cls_patch",
+        f"{prefix}llm_type": "phi",
+        f"{prefix}llm_name_or_path": "/nowhere/phi-2",
+        f"{prefix}encoder_image_type": "siglip",
+        f"{prefix}encoder_image_select_feature": "cls_patch",
         f"{prefix}connector_image_type": "attn_pooling",
-    }  # fmt: skip
+    }
     llm = write(tmp_path / "src", llms["phi"], config, vision_names(tower) | names)
     tower.save_pretrained(tmp_path / "siglip")
     with pytest.raises(CheckpointError, match=r"looked up as '/nowhere/phi-2'.*by --llm"):
         import_model(str(tmp_path / "src"), str(tmp_path / "out"))
-    hints = Hints(llm=str(llms["phi"]), encoder=str(tmp_path / "siglip"), preprocess={"volume": {"size": [3, 16, 16]}})
+    hints = Hints(
+        llm=str(llms["phi"]),
+        encoder=str(tmp_path / "siglip"),
+        preprocess={"volume": {"size": [3, 16, 16]}},
+    )
     report = import_model(str(tmp_path / "src"), str(tmp_path / "out"), hints=hints)
     check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
     assert any("arrays of 0..255" in note for note in report.notes) == (generation == "B")
     model, processor = load(str(tmp_path / "out"))
     volume = torch.rand(3, 3, 16, 16)  # channels, slices, rows, columns
-    hidden = tower(volume.transpose(0, 1), output_hidden_states=True).hidden_states[-1]  # (3 slices, 16, 24)
+    hidden = tower(volume.transpose(0, 1), output_hidden_states=True).hidden_states[
+        -1
+    ]  # (3 slices, 16, 24)
     pooled, _ = attention(query[None], hidden.reshape(1, -1, 24), hidden.reshape(1, -1, 24))
     check(model, processor, llm, "volume", volume, projector(pooled)[0])
 
 
 @torch.no_grad()
-def test_generation_b_with_clip_and_a_head_of_its_own(llms: dict[str, Path], tmp_path: Path) -> None:
+def test_generation_b_with_clip_and_a_head_of_its_own(
+    llms: dict[str, Path], tmp_path: Path
+) -> None:
     """A config that says tied, and a stored head that differs: the head wins."""
     torch.manual_seed(3)
     tower = CLIPVisionModel(CLIPVisionConfig(**VIT)).eval()
@@ -302,9 +346,11 @@ def test_nothing_is_skipped_silently(llms: dict[str, Path], tmp_path: Path) -> N
     _, names = mlp("connector_image.connector", 24)
     tower.save_pretrained(tmp_path / "siglip")
     config = {
-        "lvlm_llm_name_or_path": str(llms["qwen2.5"]), "lvlm_encoder_image_type": "siglip",
-        "lvlm_encoder_image_name_or_path": str(tmp_path / "siglip"), "lvlm_connector_image_type": "mlp",
-    }  # fmt: skip
+        "lvlm_llm_name_or_path": str(llms["qwen2.5"]),
+        "lvlm_encoder_image_type": "siglip",
+        "lvlm_encoder_image_name_or_path": str(tmp_path / "siglip"),
+        "lvlm_connector_image_type": "mlp",
+    }
     whole = vision_names(tower) | names
     cases: list[tuple[str, dict[str, Any], dict[str, Tensor], str]] = [
         (
@@ -313,11 +359,31 @@ def test_nothing_is_skipped_silently(llms: dict[str, Path], tmp_path: Path) -> N
             whole | {"adapter.weight": torch.zeros(1)},
             "1 tensors belong to no known part: adapter.weight",
         ),
-        ("missing", {}, {k: v for k, v in whole.items() if "connector.2.bias" not in k}, "1 missing: layers.2.bias"),
-        ("shape", {}, whole | {"connector_image.connector.2.bias": torch.zeros(7)}, r"layers.2.bias \(7,\), expected"),
-        ("feature", {"lvlm_encoder_image_select_feature": "patch"}, whole, "drops its first image patch"),
+        (
+            "missing",
+            {},
+            {k: v for k, v in whole.items() if "connector.2.bias" not in k},
+            "1 missing: layers.2.bias",
+        ),
+        (
+            "shape",
+            {},
+            whole | {"connector_image.connector.2.bias": torch.zeros(7)},
+            r"layers.2.bias \(7,\), expected",
+        ),
+        (
+            "feature",
+            {"lvlm_encoder_image_select_feature": "patch"},
+            whole,
+            "drops its first image patch",
+        ),
         ("tower", {"lvlm_encoder_image_type": "ctclip"}, whole, "encoder 'ctclip' is not imported"),
-        ("connector", {"lvlm_connector_image_type": "qformer"}, whole, "connector 'qformer' is not imported"),
+        (
+            "connector",
+            {"lvlm_connector_image_type": "qformer"},
+            whole,
+            "connector 'qformer' is not imported",
+        ),
     ]
     for name, changes, tensors, words in cases:
         write(tmp_path / name, llms["qwen2.5"], config | changes, tensors)
@@ -359,21 +425,32 @@ def test_m3d_clip_becomes_a_bundle(layout: str, tmp_path: Path) -> None:
                  "hidden_size": 24, "mlp_dim": 40, "num_layers": 3, "num_heads": 3}  # fmt: skip
     (source / "config.json").write_text(json.dumps(published))
     report = import_model(str(path), str(tmp_path / "out"))
-    assert report.parts[0].ignored == ([] if layout.endswith("bin") else sorted(whole_clip({})))[: len(whole_clip({}))]
+    assert (
+        report.parts[0].ignored
+        == ([] if layout.endswith("bin") else sorted(whole_clip({})))[: len(whole_clip({}))]
+    )
     volume = torch.rand(1, 8, 16, 16)
     for norm, after in (("before", False), ("after", True)):
-        block = {"name": "m3d-clip", "path": str(tmp_path / "out"), "norm": norm, "tokens": "cls_patch"}
+        block = {
+            "name": "m3d-clip",
+            "path": str(tmp_path / "out"),
+            "norm": norm,
+            "tokens": "cls_patch",
+        }
         encoder, preprocess = build_encoder(validate(M3DCLIPOptions, block, source="test"))
         expected = m3d_straight_line(tower, volume, 3, after)
         assert (encoder(volume[None]).tokens[0] - expected).abs().max() < 2e-5
         assert preprocess["size"] == M3D_SIZES["image_size"]
 
 
-@pytest.mark.parametrize("prefix", ["mm_projector", "connector._connector", "connector_image.connector"])
+@pytest.mark.parametrize(
+    "prefix", ["mm_projector", "connector._connector", "connector_image.connector"]
+)
 def test_projectors_of_three_systems(prefix: str, tmp_path: Path) -> None:
     module, _ = mlp("x", 24)
     torch.save(
-        {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}, tmp_path / "mm_projector.bin"
+        {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()},
+        tmp_path / "mm_projector.bin",
     )
     import_model(str(tmp_path / "mm_projector.bin"), str(tmp_path / "out"))
     described = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -393,7 +470,10 @@ def test_the_command_says_what_became_of_every_tensor(tmp_path: Path) -> None:
     assert "tensors loaded" in done.out
     assert "ignored" in done.out
     assert "Not for clinical use" in (tmp_path / "out" / "README.md").read_text()
-    assert verify(tmp_path / "out")["import"] == {"source": str(source), "kind": "SigLIP vision towers"}
+    assert verify(tmp_path / "out")["import"] == {
+        "source": str(source),
+        "kind": "SigLIP vision towers",
+    }
     again = medm("import", str(tmp_path / "nowhere"), str(tmp_path / "out"))
     assert again.code == 1
     assert "exists already" in again.err, "said before the source is looked for"

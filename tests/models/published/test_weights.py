@@ -10,31 +10,60 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import medm.models
 from medm.config import validate
 from medm.errors import CheckpointError
 from medm.models.lvlm.options import LVLMOptions
-from medm.models.published.weights import LoadReport, PretrainedSource, load_module, read_tensors, rename
+from medm.models.published.weights import (
+    LoadReport,
+    PretrainedSource,
+    load_module,
+    read_tensors,
+    rename,
+)
 from tests import tiny
 
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50,
-        "max_position_embeddings": 8}  # fmt: skip
-PREPROCESSOR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.6], "resample": 2, "do_center_crop": False}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 8,
+}
+PREPROCESSOR = {
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.5, 0.5, 0.6],
+    "resample": 2,
+    "do_center_crop": False,
+}
 
 
 def published_layout(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The names in the files on the hub, whatever this transformers writes: `vision_model.` in front, once."""
+    """The names in the files on the hub, whatever this transformers writes: `vision_model.` in
+    front, once."""
     known = ("vision_model.", "text_model.", "logit", "text_proj", "visual_proj")
-    return {n if n.startswith(known) else f"vision_model.{n}": tensor for n, tensor in tensors.items()}  # fmt: skip
+    return {
+        n if n.startswith(known) else f"vision_model.{n}": tensor for n, tensor in tensors.items()
+    }
 
 
 def save_tower(kind: str, folder: Path, *, shards: int = 1) -> Any:
     torch.manual_seed(3)
     folder.mkdir()
     if kind == "clip":
-        model: Any = CLIPModel(CLIPConfig(vision_config=dict(tiny.VIT), text_config=dict(TEXT), projection_dim=8))
+        model: Any = CLIPModel(
+            CLIPConfig(vision_config=dict(tiny.VIT), text_config=dict(TEXT), projection_dim=8)
+        )
         tower = model.vision_model
     elif kind == "siglip":
         model = SiglipModel(SiglipConfig(vision_config=dict(tiny.VIT), text_config=dict(TEXT)))
@@ -43,14 +72,23 @@ def save_tower(kind: str, folder: Path, *, shards: int = 1) -> Any:
         model = tower = SiglipVisionModel(SiglipVisionConfig(**tiny.VIT))
     model.config.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-    tensors = {name: tensor.contiguous() for name, tensor in published_layout(model.state_dict()).items()}
+    tensors = {
+        name: tensor.contiguous() for name, tensor in published_layout(model.state_dict()).items()
+    }
     names = sorted(tensors)
     for shard in range(shards):
         part = {name: tensors[name] for name in names[shard::shards]}
-        file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if shards == 1
+            else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        )
         save_file(part, folder / file)
     if shards > 1:
-        files = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+        files = {
+            name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
+            for i, name in enumerate(names)
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return tower.eval()
 
@@ -60,7 +98,9 @@ def test_a_published_tower_loads_and_computes_the_same(
     kind: str, shards: int, llms: dict[str, Path], tmp_path: Path
 ) -> None:
     tower = save_tower(kind, tmp_path / "tower", shards=shards)
-    section = tiny.lvlm_section(llms["qwen2.5"], encoder=kind.partition("-")[0], layer=-2, path=str(tmp_path / "tower"))
+    section = tiny.lvlm_section(
+        llms["qwen2.5"], encoder=kind.partition("-")[0], layer=-2, path=str(tmp_path / "tower")
+    )
     section["branches"]["image"]["encoder"]["architecture"] = {}
     model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
     pixels = torch.randn(2, 3, 16, 16)
@@ -69,7 +109,11 @@ def test_a_published_tower_loads_and_computes_the_same(
         found = model.parts()["image.encoder"](pixels).tokens
     assert torch.allclose(found, expected[:, expected.shape[1] - 16 :], atol=1e-6)
     preprocess = processor.preprocess["image"]
-    assert (preprocess.mean, preprocess.interpolation, preprocess.fit) == ([0.1, 0.2, 0.3], "bilinear", "squash")
+    assert (preprocess.mean, preprocess.interpolation, preprocess.fit) == (
+        [0.1, 0.2, 0.3],
+        "bilinear",
+        "squash",
+    )
 
 
 def test_the_language_model_starts_from_its_published_weights(llms: dict[str, Path]) -> None:
@@ -84,7 +128,9 @@ def test_the_language_model_starts_from_its_published_weights(llms: dict[str, Pa
 
 def test_a_vocabulary_that_is_full_grows_by_the_placeholders(tmp_path: Path) -> None:
     folder = tiny.save_llm("qwen2.5", tmp_path / "full", vocab_size=259)
-    model, processor = medm.models.build(validate(LVLMOptions, tiny.lvlm_section(folder), source="test"))
+    model, processor = medm.models.build(
+        validate(LVLMOptions, tiny.lvlm_section(folder), source="test")
+    )
     assert processor.placeholder_ids["image"] == 259
     assert model.get_input_embeddings().num_embeddings == 320
     assert model.language_model.lm_head.out_features == 320
@@ -107,7 +153,9 @@ def test_pickles_are_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_torch_files_in_common_wrappings_open(tmp_path: Path) -> None:
     weights = {"a": torch.arange(3.0)}
-    for i, content in enumerate((weights, {"state_dict": weights}, {"model": {"module.a": weights["a"]}, "epoch": 3})):
+    for i, content in enumerate(
+        (weights, {"state_dict": weights}, {"model": {"module.a": weights["a"]}, "epoch": 3})
+    ):
         torch.save(content, tmp_path / f"{i}.bin")
         assert read_tensors(tmp_path / f"{i}.bin")["a"].tolist() == [0, 1, 2]
     torch.save({"a": 1}, tmp_path / "numbers.bin")
@@ -122,7 +170,9 @@ def test_damaged_files_and_empty_folders_say_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no weights; expected one of model"):
         PretrainedSource(str(tmp_path / "empty")).tensors()
-    (tmp_path / "empty" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    (tmp_path / "empty" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "gone.safetensors"}}'
+    )
     with pytest.raises(CheckpointError, match=r"names gone\.safetensors, which is missing"):
         PretrainedSource(str(tmp_path / "empty")).tensors()
 
@@ -150,7 +200,10 @@ def test_loading_is_all_or_nothing() -> None:
 def test_two_tensors_under_one_name_are_refused() -> None:
     with pytest.raises(CheckpointError, match="two tensors become 'w'"):
         rename(
-            {"a.w": torch.ones(1), "b.w": torch.ones(1)}, key_map=[(r"^[ab]\.", "")], ignored=[], report=LoadReport("f")
+            {"a.w": torch.ones(1), "b.w": torch.ones(1)},
+            key_map=[(r"^[ab]\.", "")],
+            ignored=[],
+            report=LoadReport("f"),
         )
 
 
@@ -161,10 +214,15 @@ def test_two_tensors_under_one_name_are_refused() -> None:
         ("[]", "expected an object at the top, found list"),
         ("{}", "expected a weight_map"),
         ('{"weight_map": {"a": 1}}', "expected a weight_map"),
-        ('{"weight_map": {"a": "../other/model.safetensors"}}', "expected the name of a file beside it"),
+        (
+            '{"weight_map": {"a": "../other/model.safetensors"}}',
+            "expected the name of a file beside it",
+        ),
     ],
 )
-def test_an_index_of_a_stranger_is_refused_in_words(tmp_path: Path, content: str, words: str) -> None:
+def test_an_index_of_a_stranger_is_refused_in_words(
+    tmp_path: Path, content: str, words: str
+) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=words):
         PretrainedSource(str(tmp_path)).tensors()
@@ -181,7 +239,9 @@ def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_about(
 ) -> None:
     folder = tmp_path / "llm"
     shutil.copytree(llms["qwen2.5"], folder)
-    (folder / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'mark')!r}).touch()\n")
+    (folder / "theirs.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'mark')!r}).touch()\n"
+    )
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is there to answer"))
@@ -189,6 +249,8 @@ def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_about(
     (folder / "config.json").write_text(json.dumps(config))
     medm.models.build(section)  # of a type that transformers knows itself
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "theirs"}))
-    with pytest.raises(CheckpointError, match=r"model\.llm\.path: .*no such folder|no usable config"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.llm\.path: .*no such folder|no usable config"
+    ):
         medm.models.build(section)
     assert not (tmp_path / "mark").exists()
