@@ -11,11 +11,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from medm.metrics.base import DEFAULT, MetricResult, Resampling, check_lengths, mean_result
 
 Box: TypeAlias = tuple[float, ...]
+_Corner = TypeVar("_Corner", int, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +94,11 @@ class BinnedBoxes:
             repaired += changed
         return ParsedBoxes(tuple(boxes), malformed, repaired)
 
-    def _ordered(self, four: Sequence[int] | Sequence[str]) -> list[int] | list[str]:
+    def _ordered(self, four: Sequence[_Corner]) -> list[_Corner]:
         first, second, third, fourth = four
         return (
             [first, second, third, fourth] if self.order == "xy" else [second, first, fourth, third]
-        )  # type: ignore[return-value]
+        )
 
 
 @dataclass(frozen=True, slots=True)
