@@ -24,6 +24,7 @@ VisionTokens: TypeAlias = Literal["patch", "cls_patch", "cls"]
 Statistics: TypeAlias = Literal["running", "batch"]
 LayerNormAfter: TypeAlias = Literal["none", "plain", "learned"]
 NormPlace: TypeAlias = Literal["before", "after"]
+PrefixTokens: TypeAlias = Literal["patch", "cls_patch", "prefix_patch", "cls"]
 
 
 class EncoderOptions(Options):
@@ -46,13 +47,43 @@ class ViTOptions(EncoderOptions):
     """Encoders of the ViT family."""
 
     layer: int = -1
-    """Layer whose output is used: -1 the last, -2 the one before. Always before the final layer
-    norm."""
+    """Layer whose output is used: -1 the last, -2 the one before."""
     tokens: VisionTokens = "patch"
     """Tokens of the output: patches, class token and patches, or the class token alone."""
     image_size: int | None = None
     """Side of the square input in pixels; position embeddings are interpolated when it is not the
     published one."""
+
+
+class TowerOptions(ViTOptions):
+    """CLIP and SigLIP."""
+
+    norm: NormPlace = "before"
+    """Output of layer -1: `before` the final layer norm (LLaVA), or `after` it."""
+    pooled: bool = False
+    """Give the pooled vector of the whole tower as well: CLIP's class token after the final norm,
+    SigLIP's attention pooling head. Needs layer -1."""
+
+
+class HFVisionOptions(EncoderOptions):
+    """Any ViT of transformers."""
+
+    layer: int = -1
+    """Layer whose output is used: -1 the last, -2 the one before."""
+    tokens: PrefixTokens = "patch"
+    """Tokens of the output: `patch` the patches, `cls_patch` class token and patches,
+    `prefix_patch` everything (class token, registers, patches), `cls` the class token alone."""
+    norm: NormPlace = "before"
+    """Output of layer -1: `before` the final layer norm, or `after` it (transformers'
+    `last_hidden_state`)."""
+    pooled: bool = False
+    """Give the pooled vector of the tower as well, where transformers has one. Needs layer -1."""
+    pixel_shuffle: int = Field(default=1, ge=1)
+    """Side of the square of neighboring patches that become one token of its square times the
+    width: InternVL takes 2. Takes patches alone."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square input in pixels. Default: that of the published preprocessing, or of the
+    config."""
 
 
 class EfficientNetLiteOptions(EncoderOptions):
@@ -149,13 +180,19 @@ ENCODERS.add(
     "clip",
     "medm.encoders.clip:CLIPEncoder",
     "CLIP ViT (OpenAI, LAION, and medical CLIPs in its layout)",
-    options=ViTOptions,
+    options=TowerOptions,
 )
 ENCODERS.add(
     "siglip",
     "medm.encoders.siglip:SiglipEncoder",
     "SigLIP ViT, also SigLIP 2 at fixed resolution; has no class token",
-    options=ViTOptions,
+    options=TowerOptions,
+)
+ENCODERS.add(
+    "hf-vision",
+    "medm.encoders.hf_vision:HFVisionEncoder",
+    "any ViT that transformers opens: SigLIP 2, DINOv2, DINOv3, ViT, AIMv2, InternViT",
+    options=HFVisionOptions,
 )
 ENCODERS.add(
     "efficientnet-lite",

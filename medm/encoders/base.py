@@ -94,6 +94,12 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     def forward(self, pixels: Tensor) -> VisionFeatures:
         """pixels: (B, C, *spatial), normalised as `preprocess_from` says."""
 
+    def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Published tensors under the names that `key_map` reads; the same ones unless a class says
+        otherwise.
+        """
+        return tensors
+
     @property
     def device_and_dtype(self) -> DeviceAndDtype:
         """For building inputs beside the weights: `torch.zeros(...,

@@ -15,14 +15,20 @@ from medm.types import Config
 
 
 class CLIPEncoder(HFViTEncoder):
-    """CLIP ViT. Output of the chosen block, before the final layer norm, as LLaVA uses it."""
+    """CLIP ViT. Output of the chosen block, before the final layer norm, as LLaVA uses it.
+
+    The pooled vector is the class token behind the final layer norm; CLIP projects it to its
+    embedding.
+    """
 
     key_map: ClassVar = (
-        (r"^(?:vision_model\.)?(embeddings|pre_layrnorm|encoder)\.", r"tower.\1."),
+        (
+            r"^(?:vision_model\.)?(embeddings|pre_layrnorm|encoder|post_layernorm)\.",
+            r"tower.\1.",
+        ),
     )
     ignored_keys: ClassVar = (
         r"^(text_model|text_projection|visual_projection|logit_scale)",
-        r"^(vision_model\.)?post_layernorm\.",
         r"position_ids$",
     )
     config_class: ClassVar = CLIPVisionConfig
@@ -33,6 +39,9 @@ class CLIPEncoder(HFViTEncoder):
         return self.tower.pre_layrnorm(
             self.tower.embeddings(pixels, interpolate_pos_encoding=interpolate)
         )
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        return self.tower.post_layernorm(hidden[:, 0])
 
     @classmethod
     def preprocess_from(

@@ -10,24 +10,28 @@ from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from medm.encoders.vit import HFViTEncoder
-from medm.types import Config
 
 
 class SiglipEncoder(HFViTEncoder):
-    """SigLIP ViT: every token is a patch. Output of the chosen block, before the final layer
-    norm.
+    """SigLIP ViT: every token is a patch. Output of the chosen block, before the final layer norm.
+
+    The pooled vector is that of the attention pooling head, which is SigLIP's image embedding.
     """
 
-    key_map: ClassVar = ((r"^(?:vision_model\.)?(embeddings|encoder)\.", r"tower.\1."),)
+    key_map: ClassVar = (
+        (r"^(?:vision_model\.)?(embeddings|encoder|post_layernorm|head)\.", r"tower.\1."),
+    )
     ignored_keys: ClassVar = (
         r"^(text_model|logit_scale|logit_bias)",
-        r"^(vision_model\.)?(post_layernorm|head)\.",
         r"position_ids$",
     )
     config_class: ClassVar = SiglipVisionConfig
     tower_class: ClassVar = SiglipVisionModel
-    config_defaults: ClassVar[Config] = {"vision_use_head": False}
     has_class_token: ClassVar[bool] = False
+    head_field: ClassVar[str | None] = "vision_use_head"
 
     def embed(self, pixels: Tensor, *, interpolate: bool) -> Tensor:
         return self.tower.embeddings(pixels, interpolate_pos_encoding=interpolate)
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        return self.tower.head(self.tower.post_layernorm(hidden))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from medm.encoders import VisionTokens
+from medm.encoders import NormPlace, VisionTokens
 from medm.encoders.base import VisionEncoder
 from medm.encoders.sizes import numbers, whole
 from medm.errors import RecipeError
@@ -18,8 +18,42 @@ from medm.types import Config, VisionFeatures
 
 logger = logging.getLogger(__name__)
 
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+PILLOW_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's filter numbers, which `preprocessor_config.json` stores."""
+
+_DUAL_ENCODERS = {"clip", "siglip", "siglip2", "metaclip_2", "aimv2", "chinese_clip", "altclip"}
+"""Types of published models whose other part is a text encoder, not an LLM."""
+
+
+def num_blocks(layer: int, *, depth: int, last: bool) -> int:
+    """Return the number of blocks up to a layer; the first is 1, the last -1.
+
+    Args:
+        layer: as in a recipe.
+        depth: blocks of the whole tower.
+        last: the layer must be the last one, because the final layer norm was trained on its
+            output.
+
+    Raises:
+        RecipeError: the tower has no such layer.
+    """
+    blocks = depth + 1 + layer if layer < 0 else layer
+    if not 1 <= blocks <= depth:
+        raise RecipeError(
+            f"layer {layer}: a tower of {depth} blocks has layers 1 to {depth} and -{depth} to -1"
+        )
+    if last and blocks != depth:
+        raise RecipeError(
+            f"norm 'after' and the pooled vector belong to the last of the {depth} blocks, found "
+            f"layer {layer}; expected layer -1, or norm 'before' and pooled false"
+        )
+    return blocks
+
+
+def is_vlm(published: Mapping[str, object]) -> bool:
+    """Return True for the config of a vision-language model, which holds a tower and an LLM."""
+    kind = str(published.get("model_type", ""))
+    return "vision_config" in published and kind not in _DUAL_ENCODERS
 
 
 class HFViTEncoder(VisionEncoder):
@@ -29,17 +63,27 @@ class HFViTEncoder(VisionEncoder):
     Args:
         architecture: fields of the transformers vision config.
         layer: see `ViTOptions`; a positive number counts blocks from the input.
-        others: see `ViTOptions`.
+        others: see `TowerOptions`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
     tower_class: ClassVar[type[PreTrainedModel]]
-    config_defaults: ClassVar[Config] = {}
     has_class_token: ClassVar[bool]
-    truncated_keys: ClassVar = (r"^tower\.encoder\.layers\.\d+\.",)
+    head_field: ClassVar[str | None] = None
+    """Field of the config that builds the pooling head, for towers that have one."""
+    truncated_keys: ClassVar = (
+        r"^tower\.encoder\.layers\.\d+\.",
+        r"^tower\.(post_layernorm|head)\.",
+    )
 
     def __init__(
-        self, *, architecture: Mapping[str, object], layer: int = -1, tokens: VisionTokens = "patch"
+        self,
+        *,
+        architecture: Mapping[str, object],
+        layer: int = -1,
+        tokens: VisionTokens = "patch",
+        norm: NormPlace = "before",
+        pooled: bool = False,
     ) -> None:
         super().__init__()
         if tokens == "cls" and not self.has_class_token:
@@ -49,24 +93,15 @@ class HFViTEncoder(VisionEncoder):
             )
         default = self.config_class().num_hidden_layers
         depth = whole({"num_hidden_layers": default, **architecture}, "num_hidden_layers")
-        blocks = depth + 1 + layer if layer < 0 else layer
-        if not 1 <= blocks <= depth:
-            raise RecipeError(
-                f"layer {layer}: a tower of {depth} blocks has layers 1 to {depth} and -{depth} "
-                "to -1"
-            )
-        fields: dict[str, Any] = {
-            **architecture,
-            **self.config_defaults,
-            "num_hidden_layers": blocks,
-        }
+        blocks = num_blocks(layer, depth=depth, last=norm == "after" or pooled)
+        fields: dict[str, Any] = {**architecture, "num_hidden_layers": blocks}
+        if self.head_field is not None:
+            fields[self.head_field] = pooled
         config = self.config_class(**fields)
         self.tower: Any = self.tower_class(config)
-        # Of the whole tower only embedding and blocks are used; the rest would be weights without a
-        # gradient.
-        for unused in ("post_layernorm", "head"):
-            if hasattr(self.tower, unused):
-                setattr(self.tower, unused, nn.Identity())
+        # What is not used would be weights without a gradient.
+        if norm == "before" and not pooled:
+            self.tower.post_layernorm = nn.Identity()
         self.tokens, self.patch_size, self.native_size = (
             tokens,
             int(config.patch_size),
@@ -75,10 +110,15 @@ class HFViTEncoder(VisionEncoder):
         self.dim, self.channels = int(config.hidden_size), (int(config.num_channels),)
         self._told_sizes: set[tuple[int, ...]] = set()
         self.prefix = 1 if self.has_class_token and tokens != "patch" else 0
+        self.norm, self.pooled_dim = norm, self.dim if pooled else None
 
     @abstractmethod
     def embed(self, pixels: Tensor, *, interpolate: bool) -> Tensor:
         """Patch and position embeddings, (B, tokens, dim)."""
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """Pooled vector (B, dim) of the last block's output (B, tokens, dim), as published."""
+        raise RecipeError(f"{type(self).__name__} gives no pooled vector; expected pooled false")
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
         if len(spatial) != 2 or min(spatial) < self.patch_size:
@@ -103,16 +143,26 @@ class HFViTEncoder(VisionEncoder):
         hidden = self.tower.encoder(
             inputs_embeds=hidden
         ).last_hidden_state  # (B, cls + patches, dim)
+        pooled = None if self.pooled_dim is None else self.pool(hidden)
+        if self.norm == "after":
+            hidden = self.tower.post_layernorm(hidden)
         if self.tokens == "cls":
             hidden = hidden[:, :1]
         elif self.has_class_token and self.tokens == "patch":
             hidden = hidden[:, 1:]
-        return VisionFeatures(tokens=hidden, grid=self.grid(spatial), prefix=self.prefix)
+        return VisionFeatures(hidden, grid=self.grid(spatial), prefix=self.prefix, pooled=pooled)
 
     @classmethod
     def architecture_from(cls, published: Mapping[str, object]) -> Config:
         inner = published.get("vision_config")
         vision = inner if isinstance(inner, Mapping) else published
+        found = vision.get("model_type", cls.config_class.model_type)
+        if is_vlm(published) and found != cls.config_class.model_type:
+            raise RecipeError(
+                f"its config.json describes a {published.get('model_type')} model with a vision "
+                f"tower of type {found!r}; this encoder takes {cls.config_class.model_type!r}, and "
+                "'hf-vision' takes any ViT of transformers"
+            )
         known = set(cls.config_class().to_dict()) - {
             "model_type",
             "transformers_version",
@@ -132,7 +182,7 @@ class HFViTEncoder(VisionEncoder):
         side = image_size or whole(native, "image_size")
         fields: Config = {"kind": "image", "size": [side, side]}
         if "resample" in published:
-            fields["interpolation"] = _RESAMPLE[whole(published, "resample")]
+            fields["interpolation"] = PILLOW_FILTERS[whole(published, "resample")]
         if "do_center_crop" in published:
             fields["fit"] = "crop" if published["do_center_crop"] else "squash"
         for own, theirs in (("mean", "image_mean"), ("std", "image_std")):

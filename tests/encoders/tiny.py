@@ -33,6 +33,14 @@ TINY_ENCODERS = {
         pixels=(3, 16, 16),
     ),
     "siglip": Tiny({"name": "siglip", "architecture": VIT | {"image_size": 16, "patch_size": 8}}, pixels=(3, 16, 24)),
+    "hf-vision": Tiny(
+        {
+            "name": "hf-vision", "tokens": "prefix_patch", "pooled": True,
+            "architecture": VIT
+            | {"model_type": "dinov2_with_registers", "image_size": 16, "patch_size": 8, "mlp_ratio": 2},
+        },
+        pixels=(3, 16, 24),
+    ),
     "m3d-clip": Tiny({"name": "m3d-clip", "architecture": VOLUME_VIT, "norm": "after"}, pixels=(1, 8, 16, 16)),
     "medm-clip": Tiny({"name": "medm-clip", "architecture": VOLUME_VIT, "tokens": "cls_patch"}, pixels=(1, 8, 16, 24)),
     "eva-clip": Tiny(

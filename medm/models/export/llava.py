@@ -143,6 +143,11 @@ def _vision_reasons(branch: Branch, entry: BranchEntry, preprocess: Preprocess) 
         reasons.append(f"its towers are {' and '.join(_VISION_TYPES)}; this model has {encoder!r}")
     elif branch.encoder.tokens == "cls":
         reasons.append("it hands on patches; this model hands on the class token alone")
+    elif branch.encoder.norm == "after" or branch.encoder.pooled_dim is not None:
+        reasons.append(
+            "it takes tokens before the final layer norm and no pooled vector; this model has "
+            f"norm {branch.encoder.norm!r} and pooled {branch.encoder.pooled_dim is not None}"
+        )
     if connector["name"] != "mlp" or connector.get("depth", 2) != 2:
         found = (
             f"{connector['name']} of depth {connector['depth']}"

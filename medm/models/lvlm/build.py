@@ -412,7 +412,7 @@ def _load_encoder(encoder: VisionEncoder, options: EncoderOptions, part: str) ->
         published = PretrainedSource(options.path)
         load_module(
             encoder,
-            published.tensors(),
+            encoder.rename_published(published.encoder_tensors()),
             source=f"{part} from {options.path}",
             key_map=() if published.is_bundle() else type(encoder).key_map,
             ignored=type(encoder).ignored_keys,

@@ -261,10 +261,13 @@ class Import:
         options = encoder_options(block, source=kind)
         encoder, preprocess = build_encoder(options)
         part = LoadReport(kind)
-        used = rename(
-            self.published.tensors(), key_map=(), ignored=type(encoder).ignored_keys, report=part
+        tower = type(encoder)
+        rename(
+            self.published.tensors(), key_map=tower.key_map, ignored=tower.ignored_keys, report=part
         )
-        part.loaded = sorted(used)  # the builder has loaded them, all or nothing
+        own = encoder.state_dict()  # the builder has loaded it, all or nothing
+        part.loaded = sorted(theirs for name, theirs in part.published.items() if name in own)
+        part.ignored += sorted(theirs for name, theirs in part.published.items() if name not in own)
         self.report.parts.append(part)
         sizes = type(encoder).architecture_from(self.published.config())
         branch = "image" if type(encoder).axes == 2 else "volume"

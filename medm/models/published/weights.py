@@ -30,6 +30,17 @@ BUNDLE_TYPE = "medm-encoder"
 """`model_type` in the `config.json` of an encoder that medm exported: sizes, preprocessing and
 tensors by own names."""
 
+TOWER_PREFIXES = (
+    "model.vision_tower.",
+    "vision_tower.",
+    "model.vision_model.",
+    "vision_model.",
+    "model.visual.",
+    "visual.",
+)
+"""Beginnings of the names of a vision tower's tensors in the published layouts of vision-language
+models: llava-hf, Gemma 3 (MedGemma), InternVL, Idefics and SmolVLM, Qwen-VL (Lingshu)."""
+
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _FILES = (
     "model.safetensors",
@@ -55,8 +66,13 @@ class PretrainedSource:
         return self._json("config.json")
 
     def preprocessor(self) -> dict[str, Any]:
-        """`preprocessor_config.json`, or an empty mapping."""
-        return self._json("preprocessor_config.json")
+        """`preprocessor_config.json`, the image processor of a `processor_config.json`, or an empty
+        mapping.
+        """
+        if alone := self._json("preprocessor_config.json"):
+            return alone
+        inner = self._json("processor_config.json").get("image_processor")
+        return inner if isinstance(inner, dict) else {}
 
     def is_bundle(self) -> bool:
         """Whether medm exported it as an encoder."""
@@ -69,24 +85,59 @@ class PretrainedSource:
             CheckpointError: there are no weights, a file is damaged, or it would run code when
                 opened.
         """
+        return {
+            name: tensor for file in self._files() for name, tensor in read_tensors(file).items()
+        }
+
+    def encoder_tensors(self) -> dict[str, Tensor]:
+        """The tensors of a published encoder; of a vision-language model those of its vision tower,
+        without prefix.
+
+        Of safetensors files no other tensor is read, so that a tower of a model of 27 billion
+        parameters costs what the tower costs.
+
+        Raises:
+            CheckpointError: as `tensors`, or none of the names begins as a vision tower's do.
+        """
+        config = self.config()
+        if not (
+            {"vision_config", "vision_tower"} & config.keys()
+            and {"text_config", "llm_config"} & config.keys()
+        ):
+            return self.tensors()
+        files = self._files()
+        names = [name for file in files for name in tensor_names(file)]
+        prefix = next(
+            (p for p in TOWER_PREFIXES if any(name.startswith(p) for name in names)), None
+        )
+        if prefix is None:
+            raise CheckpointError(
+                f"{self.path}: a {config.get('model_type')} model, none of whose {len(names)} "
+                f"tensors begins with {', '.join(TOWER_PREFIXES)}; found {', '.join(names[:3])}"
+            )
+        return {
+            name.removeprefix(prefix): tensor
+            for file in files
+            for name, tensor in read_tensors(file, prefix=prefix).items()
+        }
+
+    def _files(self) -> list[Path]:
+        """Every file of weights. Raises `CheckpointError` where there are none."""
         if self._local.is_file():
-            return read_tensors(self._local)
+            return [self._local]
         for name in _INDEXES:
             if (index := self._find(name)) is not None:
-                shards = _shards(index)
-                return {
-                    k: v for shard in shards for k, v in read_tensors(self._require(shard)).items()
-                }
+                return [self._require(shard) for shard in _shards(index)]
         for name in _FILES:
             if (file := self._find(name)) is not None:
-                return read_tensors(file)
+                return [file]
         others = (
             sorted(self._local.glob("*.pth")) + sorted(self._local.glob("*.pt"))
             if self._local.is_dir()
             else []
         )
         if len(others) == 1:
-            return read_tensors(others[0])
+            return others
         if not self._local.exists():
             missing = FileNotFoundError("nothing of it is in the cache, or it holds no weights")
             raise CheckpointError(unavailable(str(self.path), missing, key="path"))
@@ -145,9 +196,26 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(shards.values()))
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors of one file; of a safetensors file none is read. Raises
+    `CheckpointError`.
+    """
+    if file.suffix != ".safetensors":
+        return list(read_tensors(file))
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return list(handle.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged safetensors file ({error})") from None
+
+
+def read_tensors(file: Path, *, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of one safetensors or torch file. Torch files are opened without running what they
     pickle.
+
+    Args:
+        file: safetensors or torch.
+        prefix: beginning of the names that are read; every other tensor is left in the file.
 
     Raises:
         CheckpointError: damaged, or holds objects other than tensors and plain values.
@@ -155,7 +223,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as handle:
-                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+                names: list[str] = list(handle.keys())
+                return {name: handle.get_tensor(name) for name in names if name.startswith(prefix)}
         except SafetensorError as error:
             raise CheckpointError(f"{file}: damaged safetensors file ({error})") from None
     try:
@@ -173,7 +242,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         isinstance(value, Tensor) for value in content.values()
     ):
         raise CheckpointError(f"{file}: expected a mapping of names to tensors")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
+    tensors = {str(name).removeprefix("module."): value for name, value in content.items()}
+    return {name: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(slots=True)
