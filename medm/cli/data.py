@@ -109,7 +109,8 @@ def preview(
     """Draw what a model will see of one file: after window, orientation and size. Not for clinical
     use.
 
-    Published preprocessing of volumes goes by name: convention=medm-vl, m3d, medm-clip, astra.
+    Published preprocessing goes by name. Volumes: convention=medm-vl, m3d, medm-clip, astra,
+    merlin. Images: convention=medsiglip-448, medgemma-896, raddino-518.
     """
     from medm.config import apply_overrides
     from medm.errors import RecipeError

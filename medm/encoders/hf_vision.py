@@ -61,7 +61,6 @@ _USUAL: dict[str, Config] = {
     "dinov3_vit": {**_IMAGENET, "interpolation": "bilinear"},
     "internvl_vision": _IMAGENET,
     "clip_vision_model": {**_CLIP, "fit": "crop"},
-    "metaclip_2_vision_model": {**_CLIP, "fit": "crop"},
     "aimv2_vision_model": {**_CLIP, "fit": "crop"},
 }
 """Preprocessing of a family's published folders, for a recipe that names none. Others: mean and std

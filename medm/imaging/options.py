@@ -19,11 +19,46 @@ from medm.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 
+# What the published models were trained or are published with, for folders without a
+# preprocessor_config.json and for other encoders on the same pixels.
+_IMAGE_CONVENTIONS: dict[str, dict[str, Any]] = {
+    # google/medsiglip-448: its model card resizes without regard to the aspect, bilinear, to -1..1.
+    "medsiglip-448": {
+        "size": [448, 448],
+        "fit": "squash",
+        "interpolation": "bilinear",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    },
+    # google/medgemma-4b-it and -27b-it, preprocessor_config.json (Gemma 3), without pan and scan.
+    "medgemma-896": {
+        "size": [896, 896],
+        "fit": "squash",
+        "interpolation": "bilinear",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    },
+    # microsoft/rad-dino, preprocessor_config.json: mean and deviation of its chest radiographs.
+    "raddino-518": {
+        "size": [518, 518],
+        "fit": "crop",
+        "interpolation": "bicubic",
+        "mean": [0.5307, 0.5307, 0.5307],
+        "std": [0.2583, 0.2583, 0.2583],
+    },
+}
+
+
 class ImagePreprocess(Options):
     """A 2-D image to a normalised array (C, height, width) of float32."""
 
     kind: Literal["image"] = "image"
     """2-D."""
+    convention: Literal["medsiglip-448", "medgemma-896", "raddino-518"] | None = Field(
+        default=None, exclude=True
+    )
+    """Published preprocessing by name: fills every field that is not written here. A saved model
+    holds the fields alone."""
     size: list[int] = Field(default=[224, 224], min_length=2, max_length=2)
     """Height and width of the result, in pixels."""
     fit: Literal["squash", "crop", "pad"] = "squash"
@@ -42,6 +77,16 @@ class ImagePreprocess(Options):
     """Lower and upper raw value that become 0 and 1 in images of more than 8 bits, gray or color
     (HU for CT). Without it such an image uses the VOI table or window of its DICOM file, else its
     full declared range."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_convention(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        named = _IMAGE_CONVENTIONS.get(str(value.get("convention")))
+        if named is None:
+            return value
+        return {**named, **{key: item for key, item in value.items() if key != "convention"}}
 
     @model_validator(mode="after")
     def _consistent(self) -> ImagePreprocess:
@@ -79,6 +124,14 @@ _VOLUME_CONVENTIONS: dict[str, dict[str, Any]] = {
         "scale": "hu", "windows": [[-1000.0, 200.0]], "stretch": False, "crop_foreground": 0.0,
         "interpolation": "area", "orientation": "SRA", "size": [160, 224, 224],
     },
+    # Merlin's for abdominal CT (StanfordMIMI/Merlin, merlin/data/monai_transforms.py): RAS, 1.5 x
+    # 1.5 x 3 mm, HU -1000..1000, padded or cropped around the centre to 224 x 224 x 160. As with
+    # Astra the slices stand in front.
+    "merlin": {
+        "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": False, "crop_foreground": None,
+        "interpolation": "trilinear", "orientation": "SRA", "spacing": [3.0, 1.5, 1.5],
+        "size": [160, 224, 224],
+    },
 }  # fmt: skip
 
 
@@ -90,7 +143,7 @@ class VolumePreprocess(Options):
 
     kind: Literal["volume"] = "volume"
     """3-D."""
-    convention: Literal["m3d", "medm-vl", "medm-clip", "astra"] | None = None
+    convention: Literal["m3d", "medm-vl", "medm-clip", "astra", "merlin"] | None = None
     """Published preprocessing by name: fills every field that is not written here."""
     size: list[int] | None = Field(default=[32, 256, 256], min_length=3, max_length=3)
     """Voxels of the result along each axis. Without `spacing` the volume is stretched to it; with
@@ -218,11 +271,10 @@ def changed(described: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     A convention among the changes replaces everything that it speaks of but the size, which belongs
     to the encoder; what the earlier convention said beyond that stays.
     """
+    known = _IMAGE_CONVENTIONS
     if described.get("kind") == "volume":
-        changes = _plural(changes)
-    own, other = (
-        _VOLUME_CONVENTIONS.get(str(given.get("convention")), {}) for given in (described, changes)
-    )
+        changes, known = _plural(changes), _VOLUME_CONVENTIONS
+    own, other = (known.get(str(given.get("convention")), {}) for given in (described, changes))
     return {
         **own,
         **described,

@@ -149,6 +149,16 @@ def test_another_size_gives_another_grid(kind: str, tmp_path: Path) -> None:
     )
 
 
+@torch.no_grad()
+def test_native_aimv2_takes_any_grid() -> None:
+    architecture = {**SIZES, "model_type": "aimv2_vision_model", "is_native": True}
+    encoder, pixels = HFVisionEncoder(architecture=architecture).eval(), torch.rand(1, 3, 32, 24)
+    found = encoder(pixels)
+    assert found.grid == (4, 3)
+    states = encoder.tower(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(found.tokens, states[-1])
+
+
 def test_a_tower_that_does_not_interpolate_says_so(tmp_path: Path) -> None:
     published("aimv2_vision_model", tmp_path)
     with pytest.raises(

@@ -214,7 +214,24 @@ def test_oblique_can_be_kept(tmp_path: Path) -> None:
     assert straight.shape[3] > kept.shape[3] - 1
 
 
-@pytest.mark.parametrize("convention", [None, "m3d", "medm-vl", "medm-clip", "astra"])
+def test_merlin_is_its_published_chain_through_monai(tmp_path: Path) -> None:
+    """On a grid of Merlin's own spacing nothing is interpolated, so that axes, window, padding and
+    cropping show alone; the slices stand in front, as its tower turns them.
+    """
+    voxels = np.random.default_rng(0).uniform(-1500, 1500, (170, 90, 230)).astype(np.float32)
+    image = sitk.GetImageFromArray(voxels)  # stored x, y, z of LPS
+    image.SetSpacing([1.5, 1.5, 3.0])
+    sitk.WriteImage(image, str(tmp_path / "a.nii"))
+    x_y_z = torch.from_numpy(voxels).permute(2, 1, 0).flip(0, 1)[None]  # LPS to RAS
+    scaled = mt.ScaleIntensityRange(-1000, 1000, 0.0, 1.0, clip=True)(x_y_z)
+    padded = mt.SpatialPad([224, 224, 160])(scaled)
+    expected = mt.CenterSpatialCrop([224, 224, 160])(padded).permute(0, 3, 1, 2)
+    found = load_pixels(tmp_path / "a.nii", VolumePreprocess(convention="merlin"))
+    assert found.shape == (1, 160, 224, 224)
+    np.testing.assert_allclose(found, np.asarray(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("convention", [None, "m3d", "medm-vl", "medm-clip", "astra", "merlin"])
 def test_descriptions_come_back_from_their_dictionary(convention: Any) -> None:
     preprocess = VolumePreprocess(convention=convention, series="largest")
     again = preprocess_from_dict(preprocess.model_dump(mode="json"))
