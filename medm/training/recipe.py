@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from medm.config import Mark, Options, ResumeSafe, apply_overrides, flatten, read_yaml, validate
 from medm.data.options import DataOptions
-from medm.errors import suggest
+from medm.errors import MedmError, suggest
 from medm.models import MODELS, outputs_of
 from medm.models.options import ModelOptions
 from medm.objectives import (
@@ -128,6 +134,14 @@ def dump(recipe: Mapping[str, object]) -> str:
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
+def _with_defaults(recipe: Mapping[str, object]) -> Mapping[str, object]:
+    """Return a resolved recipe with the keys of this version; unchanged if it is not valid now."""
+    try:
+        return resolved(Recipe.model_validate(recipe))
+    except (ValidationError, MedmError):
+        return recipe
+
+
 def resume_safe_keys(
     section: type[Options], value: Mapping[str, object], place: str = ""
 ) -> Iterator[str]:
@@ -174,8 +188,10 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
     """List the changes between two resolved recipes that matter for what is learned: one line a
     key.
 
-    Keys that are marked `ResumeSafe` do not matter.
+    Keys that are marked `ResumeSafe` do not matter, nor does a key that an earlier version of medm
+    did not know and that has its default now.
     """
+    before, now = _with_defaults(before), _with_defaults(now)
     safe = {key for recipe in (before, now) for key in resume_safe_keys(Recipe, recipe)}
     old, new = flatten(before), flatten(now)
     return [

@@ -129,6 +129,15 @@ def test_what_matters_for_learning_is_told_from_what_does_not(file: Path) -> Non
     assert changed == ["data.train.0.path: was 'a.json', is 'b.json'", "train.seed: was 42, is 7"]
 
 
+def test_a_key_that_an_earlier_version_did_not_know_is_no_difference(file: Path) -> None:
+    now = resolved(load_recipe(file))
+    before = copy.deepcopy(now)
+    del before["model"]["branches"]["image"]["encoder"]["layer"], before["data"]["packing"]
+    assert differences(before, now) == []
+    changed = resolved(load_recipe(file, ["data.packing=true"]))
+    assert differences(before, changed) == ["data.packing: was False, is True"]
+
+
 def test_a_key_in_a_short_form_makes_it_a_block(file: Path) -> None:
     overrides = [
         "parts.image.encoder.tune=lora",
