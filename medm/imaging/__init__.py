@@ -1,4 +1,4 @@
-"""Files to pixels: images and volumes are read safely and prepared as one saved description says.
+"""Files to pixels: images and volumes, read safely and prepared by one saved description.
 
 Knows nothing of tokens, prompts or models. Importing this package is cheap; readers are loaded when
 used.
@@ -42,8 +42,7 @@ _KINDS: dict[str, type[ImagePreprocess] | type[VolumePreprocess]] = {
 }
 
 _VERSION = 2
-"""Raised whenever the same description would give other pixels, so that old cache entries are not
-used."""
+"""Version of the arithmetic: raised when it changes pixels, so that old cache entries are not used."""
 
 
 def prepare(source: object, preprocess: Preprocess, *, device: str = "cpu") -> Prepared:

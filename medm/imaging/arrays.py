@@ -1,6 +1,4 @@
-"""Untrusted NumPy files: the header is checked before anything is allocated, and no object is ever
-built.
-"""
+"""Untrusted NumPy files, checked by their header before memory is allocated; no object is built."""
 
 from __future__ import annotations
 
@@ -22,8 +20,11 @@ _MAX_HEADER = 10_000
 _MAX_PREFIX = 12 + _MAX_HEADER
 """Most bytes of an NPY file before its numbers."""
 _PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""What numpy.savez and numpy.savez_compressed write. bzip2 and LZMA unpack a million times their
-size, and Python's zipfile unpacks them in pieces of any length."""
+"""Compression methods that numpy.savez and numpy.savez_compressed write.
+
+bzip2 and LZMA expand up to a million times, and Python's zipfile expands them in pieces of any
+length.
+"""
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -36,8 +37,7 @@ def read_npy(
     exact: bool = True,
     length: int | None = None,
 ) -> np.ndarray:
-    """One array of plain numbers from the stream of a .npy file (a file, or a member of an
-    archive).
+    """Return one array of plain numbers from the stream of a .npy file or of an archive member.
 
     Args:
         stream: placed at the start of the array; may be unable to seek.
@@ -71,8 +71,9 @@ def read_npy(
 def check_npy(
     stream: IO[bytes], name: str, *, max_items: int, length: int, max_bytes: int | None = None
 ) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and type of an array from its header, checked against the length of the file. No
-    number is read.
+    """Return the shape and dtype of an array from its header; no number is read.
+
+    The header is checked against the length of the file.
 
     Raises:
         MediaError: as `read_npy`.
@@ -150,8 +151,9 @@ def read_npz(path: Path, name: str, *, max_items: int, max_bytes: int) -> np.nda
 def check_npz(
     path: Path, name: str, *, max_items: int, max_bytes: int
 ) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and type of the one array of an archive; only its header is unpacked. Raises as
-    `read_npz`.
+    """Return the shape and dtype of the one array of an archive; only its header is decompressed.
+
+    Raises as `read_npz`.
     """
     with _open_npz(path, name) as (archive, member):
         _check_member(member, name, max_bytes=max_bytes)
@@ -163,9 +165,7 @@ def check_npz(
 
 @contextmanager
 def _open_npz(path: Path, name: str) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
-    """The archive and its only member; what is raised inside because of damage becomes a
-    `MediaError`.
-    """
+    """Open an archive with one member; errors of damaged files become a `MediaError`."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -185,14 +185,14 @@ def _open_npz(path: Path, name: str) -> Iterator[tuple[zipfile.ZipFile, zipfile.
 def read_npz_member(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, *, max_items: int, max_bytes: int
 ) -> np.ndarray:
-    """One array of an archive.
+    """Return one array of an archive.
 
-    Every length is compared before memory is taken for it: what the directory of the archive
-    declares with the bytes that are allowed and with what so many packed bytes can hold, and the
-    header of the array with the directory.
+    Lengths are compared before memory is allocated: the length in the archive's directory with the
+    allowed bytes and with what the compressed bytes can expand to, and the length in the array's
+    header with the directory's.
 
     Raises:
-        MediaError: another packing than stored or deflated, encryption, or as `read_npy`.
+        MediaError: a compression other than stored or deflated, encryption, or as `read_npy`.
         zipfile.BadZipFile: a checksum that does not fit, or a damaged archive.
     """
     _check_member(member, name, max_bytes=max_bytes)
@@ -221,7 +221,7 @@ def _check_member(member: zipfile.ZipInfo, name: str, *, max_bytes: int) -> None
 
 
 class _Counted:
-    """A stream that counts what is read of it; a member of an archive cannot always tell."""
+    """A stream that counts the bytes read from it; an archive member cannot always tell."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream

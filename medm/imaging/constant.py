@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 1e-6
 """Of values in 0..1: less is the rounding of an interpolation between equal numbers."""
 _MOSTLY = 0.999
-"""Fraction of a file on one side of its windows above which a warning is given: what is left is a
-stray object."""
+"""Fraction of a file outside its windows above which a stray object is suspected and warned of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Step:
     low: float
     high: float
     tolerance: float = _TOLERANCE
-    """Largest difference that is none; 0 for stored values, which have no scale yet."""
+    """Largest difference that counts as none; 0 for stored values, which have no scale yet."""
 
     @classmethod
     def of(cls, name: str, values: np.ndarray | Tensor, *, tolerance: float = _TOLERANCE) -> Step:
@@ -54,7 +53,7 @@ class Step:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the step leaves one value."""
+        """Return true if the step leaves one value."""
         return self.high - self.low <= self.tolerance
 
 
@@ -67,7 +66,7 @@ def check_prepared(
     trace: Callable[[int], Sequence[Step]],
     unit: Literal["voxel", "pixel"] = "voxel",
 ) -> None:
-    """Look whether anything of a file is left, and say what took it away.
+    """Check that a prepared array still varies, and name the step that removed the variation.
 
     Args:
         shown: (C, *spatial), array or tensor: the result before mean and std, in 0..1, without
@@ -111,9 +110,7 @@ def check_prepared(
 def warn_if_constant(
     stored: np.ndarray, name: str, *, unit: Literal["voxel", "pixel"] = "voxel"
 ) -> bool:
-    """Whether the file itself holds one value only, which is a warning: a blank image may be
-    meant.
-    """
+    """Return true, with a warning, if the file itself holds one value: a blank can be meant."""
     first = stored[(0,) * min(stored.ndim, 3 if unit == "voxel" else 2)]
     if (stored != first).any():
         return False
@@ -138,9 +135,7 @@ def refuse_lost_values(before: np.ndarray, after: np.ndarray, name: str, step: s
 
 
 def looks_constant(prepared: np.ndarray) -> bool:
-    """Whether a prepared array, (C, *spatial) after mean and std, deserves a look at how it was
-    made.
-    """
+    """Return true if a prepared array (C, *spatial), after mean and std, needs a closer check."""
     if math.prod(prepared.shape[1:]) < 2:
         return False
     return any(
@@ -160,9 +155,7 @@ def _cause(steps: Sequence[Step]) -> str:
 
 
 def _at_an_end(channel: np.ndarray | Tensor) -> float:
-    """Fraction of a channel that is 0 or that is 1, whichever is more; 0 where the mean tells that
-    neither is most.
-    """
+    """Return the fraction of a channel at 0 or at 1, the larger; 0 if neither is a majority."""
     if 1 - _MOSTLY + _TOLERANCE < float(channel.mean()) < _MOSTLY - _TOLERANCE:
         return 0.0
     count = max(int((channel < _TOLERANCE).sum()), int((channel > 1 - _TOLERANCE).sum()))

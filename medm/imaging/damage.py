@@ -1,4 +1,4 @@
-"""What decoders raise when the bytes of a stranger are damaged."""
+"""Exceptions that decoders raise on damaged, untrusted input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 
 try:
     from lzma import LZMAError
-except ImportError:  # a Python built without it cannot meet the error either
+except ImportError:  # a Python built without it cannot raise the error either
     LZMAError = OSError  # type: ignore[assignment, misc]
 
 DECODE_ERRORS = (
@@ -16,4 +16,4 @@ DECODE_ERRORS = (
     EOFError, RuntimeError,
     MemoryError, AssertionError, struct.error, zlib.error, LZMAError, tokenize.TokenError,
 )  # fmt: skip
-"""Messages built from these tell the type only: the text may quote metadata of a patient."""
+"""Messages built from these name the type only: the text may quote metadata of a patient."""

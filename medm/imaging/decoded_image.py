@@ -10,8 +10,10 @@ import numpy as np
 from medm.imaging.dicom_values import Voi
 
 MAX_PIXELS = 64 * 2**20
-"""Largest image that is decoded. Pillow alone would allow 179 million pixels (a 17 kB PNG can
-declare 144)."""
+"""Largest image that is decoded, in pixels.
+
+Pillow alone would allow 179 million (a 17 kB PNG can declare 144 million).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,7 @@ class DecodedImage:
     window: tuple[float, float] | None = None
     """Lower and upper raw value of the file's own DICOM window."""
     full_range: tuple[float, float] | None = None
-    """Smallest and largest raw value that the file's type can hold; None where it declares none
-    (float, 32 bit)."""
+    """Smallest and largest raw value of the file's type; None for float and 32-bit types."""
     inverted: bool = False
     """The smallest raw value is white (DICOM MONOCHROME1, TIFF MinIsWhite)."""
     alpha: np.ndarray | None = None
@@ -34,18 +35,15 @@ class DecodedImage:
     voi: Voi | None = None
     """VOI LUT or sigmoid window of the file (DICOM), which comes before `window`."""
     padding: np.ndarray | None = None
-    """(H, W), true where a pixel lies outside of the image and is shown black (DICOM Pixel Padding
-    Value)."""
+    """(H, W), true for pixels outside the image, shown black (DICOM Pixel Padding Value)."""
 
     def shown_range(self, window: Sequence[float] | None) -> tuple[float, float] | None:
-        """Values that become black and white: those of a recipe's window, of the file's, or of the
-        file's type.
-        """
+        """Values that become black and white: of the recipe's window, the file or its type."""
         if window is not None:
             return window[0], window[1]
         return self.window or self.full_range
 
     @property
     def is_deep(self) -> bool:
-        """Whether the pixels need a window before they are shown."""
+        """Return true if the pixels need a window before they are shown."""
         return self.pixels.dtype != np.uint8

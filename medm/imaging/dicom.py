@@ -1,9 +1,9 @@
-"""DICOM files: what of their header is needed, checked.
+"""DICOM headers: the elements that are needed, checked.
 
-pydicom reads the few numbers that matter, so that lying lengths, missing pixels and unknown
-encodings are refused before anything is decoded: GDCM (inside SimpleITK) would fill what is missing
-with zeros. Names, dates and free text of the header are never read into an object and never quoted
-in a message.
+pydicom reads the few numbers that matter, so wrong lengths, missing pixels and unknown encodings
+are refused before anything is decoded. GDCM (inside SimpleITK) would fill missing pixels with
+zeros. Names, dates and free text of the header are never read into an object and never quoted in a
+message.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ _NOT_APPLIED = {
         for group in range(0, 0x20, 2)
     },
 }
-"""Elements that change what a viewer shows and are not applied here, each with the name that a
-warning gives it."""
+"""Elements that change how a viewer shows the file and are not applied here, by their names."""
 
 NATIVE = {IMPLICIT, EXPLICIT, BIG_ENDIAN}
 """Transfer syntaxes of uncompressed pixels."""
@@ -86,12 +85,15 @@ _COMPRESSED = {
     "1.2.840.10008.1.2.4.90": 10_000, "1.2.840.10008.1.2.4.91": 10_000,  # JPEG 2000
     "1.2.840.10008.1.2.5": 64,  # run lengths: 128 pixels in two bytes
 }  # fmt: skip
-"""Compressed encodings and how many bytes of pixels a byte of the file can hold at most; more is a
-lie. Deflated files are left out: pydicom would inflate them without a limit."""
+"""Compressed transfer syntaxes and the most bytes of pixels that one byte of the file can hold.
+
+A file that declares more is refused. Deflated files are left out: pydicom would inflate them
+without a limit.
+"""
 
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _OTHER_IMAGES = {"RT Dose Storage", "Segmentation Storage", "Parametric Map Storage"}
-"""Classes with pixels whose name does not say "Image Storage"."""
+"""Storage classes with pixels whose name lacks "Image Storage"."""
 _MODALITIES = {
     "CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "OP", "OPT", "SM",
     "ES", "GM", "IO", "IVUS",
@@ -101,10 +103,10 @@ _MODALITIES = {
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """Where a slice lies, in millimetres of the patient (LPS)."""
+    """Position and orientation of a slice in the patient, in millimeters (LPS)."""
 
     position: np.ndarray
-    """(3,) centre of the first pixel."""
+    """(3,) center of the first pixel."""
     across: np.ndarray
     """(3,) unit vector along which the column index grows."""
     down: np.ndarray
@@ -162,7 +164,7 @@ class Header:
     not_applied: tuple[str, ...]
     """Elements that change what a viewer shows and that are not applied."""
     planes: tuple[Plane, ...]
-    """One a frame; empty where the file does not say where they lie."""
+    """One per frame; empty if the file gives no positions."""
 
     @property
     def value_range(self) -> tuple[float, float]:
@@ -180,7 +182,7 @@ class Header:
 
     @property
     def direct(self) -> bool:
-        """Whether the pixels are gray numbers one after the other."""
+        """Return true if the pixels are uncompressed gray values."""
         return self.syntax in NATIVE and self.samples == 1
 
     @property
@@ -191,7 +193,7 @@ class Header:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a regular file is DICOM by its first bytes, with or without its file header."""
+    """Return true if a regular file is DICOM by its first bytes, with a file header or not."""
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             return False
@@ -202,8 +204,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_header(path: Path, name: str | None = None) -> Header | None:
-    """The header of one file; None for DICOM that holds no image (a structure set, a report, a
-    DICOMDIR).
+    """Return the header of one file; None for DICOM without an image (RTSTRUCT, SR, DICOMDIR).
 
     Raises:
         MediaError: damaged, of an encoding that is not read, or declaring more than the file holds.
@@ -257,7 +258,7 @@ def _pydicom() -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What stands before the pixels."""
+    """Return the elements before the pixels."""
 
     dataset: Dataset
     """The wanted tags."""
@@ -331,9 +332,7 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
 
 
 def _check_no_image(found: _Found, name: str) -> None:
-    """Refuse what is an image by its class and holds no pixels; skipped, it would shorten a
-    volume.
-    """
+    """Refuse an image class without pixels; skipping the file would shorten a volume."""
     uid = _pydicom().uid.UID(found.storage)
     known = uid in _pydicom().uid.UID_dictionary
     if (
@@ -465,7 +464,7 @@ def _check_pixels(header: Header, declared: int, available: int) -> None:
             f"{name}: DICOM HighBit {header.high_bit} and BitsStored {header.bits_stored} do not "
             f"fit together in {header.bits_allocated} bits"
         )
-    # The smallest native layouts of colour: indices of a palette, and YBR_FULL_422, two bytes a
+    # The smallest native layouts of color: indices of a palette, and YBR_FULL_422, two bytes a
     # pixel.
     samples = 1 if header.samples == 1 or header.palette else 2
     needed = header.rows * header.columns * header.frames * samples * header.bits_allocated // 8
@@ -510,8 +509,7 @@ def _rescale(dataset: Dataset) -> tuple[float | None, float | None]:
 def _frame_rescale(
     of_frames: list[list[Dataset]], of_all: list[Dataset], frames: int, name: str
 ) -> tuple[tuple[float, float], ...]:
-    """Slope and intercept of each frame where they differ (PET, some MR), empty where all frames
-    have the same.
+    """Return slope and intercept of each frame if they differ (PET, some MR), else an empty tuple.
 
     Args:
         of_frames: items of the Pixel Value Transformation Sequence of each frame.
@@ -559,8 +557,7 @@ def _voi(
     signed: bool,
     order: str,
 ) -> tuple[Voi | None, tuple[float, float] | None, str]:
-    """The first table, else the first window, of a file of one frame, and what of them cannot be
-    applied.
+    """Return the first VOI table or window of a single-frame file, and what could not be applied.
 
     A frame's own functional group comes before the shared one, and both before the top of the file.
     Where a table and a window stand side by side, they are alternatives; the table is taken, as

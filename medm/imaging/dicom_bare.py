@@ -1,5 +1,4 @@
-"""DICOM data sets without the file header of PS3.10: no preamble, no "DICM", often no meta
-information.
+"""DICOM data sets without the file header of PS3.10: no preamble, no "DICM", often no meta group.
 
 Some archives and old scanners export them. The header names the encoding of the elements; without
 it the default of DICOM holds (PS3.5 section 10.1: implicit VR, little endian), unless the elements
@@ -49,12 +48,12 @@ _TRANSFER_SYNTAX = 0x00020010
 
 
 def has_file_header(head: bytes) -> bool:
-    """Whether the file begins with the preamble and prefix of DICOM."""
+    """Return true if the file begins with the preamble and prefix of DICOM."""
     return head[128:132] == b"DICM"
 
 
 def is_dicom_head(head: bytes) -> bool:
-    """Whether the first `HEAD` bytes are those of DICOM, with or without its file header."""
+    """Return true if the first `HEAD` bytes are DICOM, with or without its file header."""
     return has_file_header(head) or _encoding(head) is not None
 
 
@@ -99,16 +98,14 @@ def _encoding(head: bytes) -> str | None:
 
 
 def _plausible(head: bytes, order: str, *, explicit: bool) -> bool:
-    """Whether tags rise and the first element is as short as those that begin a data set."""
+    """Return true if the tags ascend and the first element is as short as at a data set's start."""
     found = _elements(head, order, explicit=explicit)
     rising = all(earlier[0] < later[0] for earlier, later in itertools.pairwise(found))
     return bool(found) and rising and found[0][2] <= _MAX_FIRST and found[0][2] % 2 == 0
 
 
 def _elements(data: bytes, order: str, *, explicit: bool) -> list[tuple[int, int, int]]:
-    """Tag, place of the value and its length, of the elements that begin in `data`; empty where a
-    VR is none.
-    """
+    """Return tag, value offset and length of the elements in `data`; empty on an invalid VR."""
     found: list[tuple[int, int, int]] = []
     at = 0
     while at + 12 <= len(data):

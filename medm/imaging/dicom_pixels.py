@@ -22,8 +22,7 @@ from medm.imaging.isolated import DECODER
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _MULTI_FRAME = {8: "1.2.840.10008.5.1.4.1.1.7.2", 16: "1.2.840.10008.5.1.4.1.1.7.3"}
-"""UIDs of the plainest classes: secondary capture of one frame, and of several frames of gray bytes
-or words."""
+"""UIDs of secondary capture classes: single-frame, and multi-frame gray of 8 and 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +30,9 @@ class Pixels:
     """Values of one file."""
 
     values: np.ndarray
-    """(frames, rows, columns) after the modality transform, or (frames, rows, columns, 3) of uint8
-    in color."""
+    """(frames, rows, columns) after the modality transform; color is (..., 3) of uint8."""
     padding: np.ndarray | None
-    """(frames, rows, columns), true where a pixel lies outside of the image; None where the file
-    marks none."""
+    """(frames, rows, columns), true for pixels outside the image; None if the file marks none."""
 
 
 def read_pixels(header: Header) -> Pixels:
@@ -85,8 +82,7 @@ def _decoded(header: Header) -> np.ndarray:
 
 @contextmanager
 def _for_decoder(header: Header) -> Iterator[Path]:
-    """A file for GDCM: the original in color, and in gray a copy with a header of the least that
-    decoding needs.
+    """Write a file for GDCM: color as it is, gray with a minimal header for decoding.
 
     GDCM would apply slope and intercept of some places and classes, and invert MONOCHROME1; the
     copy has neither. Names and dates of the patient are not copied.
@@ -119,9 +115,7 @@ def _meta(header: Header) -> bytes:
 
 
 def _least_header(header: Header) -> bytes:
-    """Elements before the pixels, in explicit VR little endian, as all compressed encodings
-    have.
-    """
+    """Return the elements before the pixels in explicit VR little endian, for compressed data."""
     storage = _SECONDARY_CAPTURE if header.frames == 1 else _MULTI_FRAME[header.bits_allocated]
     numbers = (
         (0x00280010, header.rows), (0x00280011, header.columns),

@@ -1,6 +1,4 @@
-"""Slices or frames of DICOM to one volume: chosen, sorted by position, and checked for gaps,
-doubles and tilt.
-"""
+"""DICOM slices or frames to one volume: selected, sorted, checked for gaps, duplicates and tilt."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from medm.imaging.notices import warn_of_file
 logger = logging.getLogger(__name__)
 
 _GAP_TOLERANCE = 0.1
-"""Largest deviation of a distance between slices from the usual one, as a share of it."""
+"""Largest deviation of a slice distance from the usual one, as a fraction of it."""
 
 
 def read_dicom_file(path: Path, name: str) -> tuple[np.ndarray, Geometry, Header]:
@@ -34,9 +32,7 @@ def read_dicom_file(path: Path, name: str) -> tuple[np.ndarray, Geometry, Header
 
 
 def check_dicom_file(path: Path, name: str) -> None:
-    """Check everything of a multi-frame file but its pixels. Raises `MediaError` as
-    `read_dicom_file`.
-    """
+    """Check all of a multi-frame file but its pixels. Raises `MediaError` as `read_dicom_file`."""
     _frame_order(_multi_frame_header(path, name), name)
 
 
@@ -89,9 +85,7 @@ def check_dicom_folder(
 def _series(
     folder: Path, name: str, *, series: str | None, several: Literal["only", "largest"]
 ) -> tuple[list[Header], list[int], Geometry]:
-    """The headers of the series that is meant, the order of its slices (or of the frames of its one
-    file), geometry.
-    """
+    """Return the headers of the selected series, the order of its slices, and the geometry."""
     headers, others = _headers(folder, name)
     if not headers:
         raise MediaError(
@@ -237,9 +231,7 @@ def _read_frames(header: Header, order: list[int]) -> np.ndarray:
 
 
 def _filled(voxels: np.ndarray, padding: np.ndarray) -> np.ndarray:
-    """Voxels outside of the image (Pixel Padding Value) as dark as the darkest inside: they have no
-    value.
-    """
+    """Set voxels outside the image (Pixel Padding Value) to the darkest value inside."""
     return np.where(padding, voxels[~padding].min(), voxels)
 
 
@@ -257,9 +249,7 @@ def _check_gray(header: Header, name: str) -> None:
 
 
 def _check_transforms(headers: list[Header], name: str) -> None:
-    """Refuse a series of which only some slices have a modality transform; the numbers would not be
-    comparable.
-    """
+    """Refuse a series with a modality transform in some slices only: values must compare."""
     tables = sum(header.table is not None for header in headers)
     if 0 < tables < len(headers):
         raise MediaError(

@@ -1,9 +1,8 @@
-"""From stored numbers of DICOM to values, and from values to shades: PS3.3 C.11.1, C.11.2 and
-C.7.6.16.
+"""Stored DICOM numbers to values, and values to gray levels: PS3.3 C.11.1, C.11.2, C.7.6.16.
 
 The modality transform (a table, or slope and intercept) gives values with a meaning: Hounsfield
-units, optical density. The VOI transform (a table, or a window with its function) gives shades from
-black to white. Descriptors of tables are untrusted input, so they are checked against the data
+units, optical density. The VOI transform (a table, or a window with its function) gives gray levels
+from black to white. Table descriptors are untrusted input, so they are checked against the data
 before use.
 """
 
@@ -37,8 +36,7 @@ class LookupTable:
     """A modality or VOI table."""
 
     first: int
-    """Input that the first entry belongs to; what is below or above the table takes its first or
-    last entry."""
+    """Input of the first entry; inputs outside the table take its first or last entry."""
     entries: np.ndarray
     """(N,) uint16."""
     bits: int
@@ -126,9 +124,7 @@ def read_table(item: Dataset, name: str, *, element: str, signed: bool, order: s
 
 
 def _entries(data: object, count: int, bits: int, order: str) -> np.ndarray | None:
-    """(count,) uint16, or None where the data do not fit. Entries of 8 bits may stand two in a
-    word.
-    """
+    """Return the table (count,) as uint16; None if it does not fit. 8-bit entries may be packed."""
     packed = (count + 1) // 2
     if isinstance(data, bytes):
         if len(data) == 2 * count:
@@ -152,7 +148,7 @@ def _entries(data: object, count: int, bits: int, order: str) -> np.ndarray | No
 
 
 def stored_numbers(dataset: Dataset, tag: int, order: str) -> np.ndarray | None:
-    """Numbers of an element whose VR is US or SS, as int64; None where it is missing or holds none.
+    """Return the numbers of a US or SS element as int64; None if it is missing or empty.
 
     In implicit VR the file does not say which of the two it is, and pydicom leaves the bytes.
     """
@@ -180,8 +176,7 @@ def as_stored(number: int, *, signed: bool) -> int:
 def read_window(
     center: _Number, width: _Number, function: str
 ) -> tuple[tuple[float, float] | Voi | None, str]:
-    """The first window of a file: ends of a linear one, or a sigmoid; None with the reason where
-    there is none.
+    """Return the first window of a file, linear or sigmoid; None with a reason if it has none.
 
     Args:
         center: value of WindowCenter; several windows are alternatives, of which the first is

@@ -1,6 +1,4 @@
-"""Files of a folder that are not part of its volume: named and counted, so that no slice is lost
-silently.
-"""
+"""Files of a folder that are not part of its volume, named and counted: no slice is lost."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ _DICOM_SUFFIXES = {".dcm", ".dicom", ".ima", ".dic"}
 
 
 def is_system_file(path: Path) -> bool:
-    """Whether a file is of a kind that never is a slice: hidden, of the operating system, text, a
-    program.
-    """
+    """Return true for files that are never a slice: hidden, system files, text, programs."""
     name = path.name.lower()
     return name.startswith(".") or name in _SYSTEM_FILES or path.suffix.lower() in _SYSTEM_SUFFIXES
 

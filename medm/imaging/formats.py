@@ -1,5 +1,4 @@
-"""Names for the content of files that are not read as images: formats, and layouts of TIFF and
-JPEG.
+"""Names of formats, and of TIFF and JPEG layouts, that are recognized but not read as images.
 
 A message that says "WebP content under .jpg" is of more use than "unknown content". Nothing is
 decoded here.

@@ -1,4 +1,4 @@
-"""Where voxels lie in the patient, and the limits that every volume keeps to.
+"""Voxel positions in the patient, and the limits of every volume.
 
 Everything here is in the order of the array's axes. Positions are LPS, as in DICOM: x grows to the
 patient's left, y to the back, z to the head; NIfTI's RAS is turned when a file is read.
@@ -47,9 +47,7 @@ class Geometry:
 
     @property
     def steps(self) -> np.ndarray:
-        """(3, 3): column i is the step in mm (LPS) from one voxel to the next along array
-        axis i.
-        """
+        """(3, 3): column i is the step in mm (LPS) between voxels along array axis i."""
         return self.direction * self.spacing
 
     @property
@@ -61,16 +59,12 @@ class Geometry:
         return math.degrees(math.acos(min(1.0, min(cosines))))
 
     def indices_of(self, other: Geometry) -> tuple[np.ndarray, np.ndarray]:
-        """Matrix and offset that make of an index in another grid the index of the same place in
-        this one.
-        """
+        """Return the matrix and offset that map an index in another grid to this one."""
         steps = np.linalg.inv(self.steps)
         return steps @ other.steps, steps @ (other.origin - self.origin)
 
     def nearest_axes(self) -> tuple[int, ...]:
-        """For each array axis the patient axis that it follows, each once: the assignment of
-        largest agreement.
-        """
+        """Return the patient axis of each array axis, each used once, by the best agreement."""
         return max(
             itertools.permutations(range(3)),
             key=lambda order: sum(
@@ -101,9 +95,7 @@ def check_size(shape: Sequence[int], itemsize: int, name: str) -> None:
 
 
 def check_spacing(spacing: Sequence[float], name: str, *, source: str = "") -> None:
-    """Refuse distances that cannot be. `source` says for the message where they come from. Raises
-    `MediaError`.
-    """
+    """Refuse impossible spacings; `source` names their origin. Raises `MediaError`."""
     low, high = SPACING_RANGE
     if not all(math.isfinite(value) and low <= value <= high for value in spacing):
         text = join_numbers(spacing)
@@ -120,7 +112,7 @@ def largest_turn(one: Geometry, other: Geometry) -> float:
 
 
 def spacings_differ(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> bool:
-    """Whether two headers' spacings differ by more than rounding: one part in a hundred."""
+    """Return true if two spacings differ by more than rounding: one percent."""
     return not np.allclose(one, other, rtol=1e-2, atol=0)
 
 

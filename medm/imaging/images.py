@@ -1,5 +1,4 @@
-"""2-D images: PNG, JPEG, TIFF, BMP, NPY and single-frame DICOM to pixels, and pixels to what an
-encoder takes.
+"""2-D images: PNG, JPEG, TIFF, BMP, NPY and single-frame DICOM to pixels, and pixels to inputs.
 
 Files are untrusted input: formats are on a list, sizes are checked before anything is decoded,
 metadata is dropped. Images of more than 8 bits, gray or color, keep their values until a window
@@ -38,8 +37,7 @@ logger = logging.getLogger(__name__)
 _MAX_FRAMES_COUNTED = 100
 """Frames that a message counts; Pillow needs longer for each further directory of a TIFF."""
 _MAX_SCANS = 100
-"""Scans of a progressive JPEG. Encoders write about ten; each costs a pass over all pixels (0.07 s
-at 64 Mpixel)."""
+"""Most scans of a progressive JPEG. Encoders write about ten; each costs 0.07 s at 64 Mpixel."""
 
 _FORMATS = ["PNG", "JPEG", "TIFF", "BMP"]
 _NPY = b"\x93NUMPY"
@@ -158,9 +156,7 @@ def prepare_image(preprocess: ImagePreprocess, image: DecodedImage) -> Prepared:
 
 @contextmanager
 def _regular_file(file: Path, name: str) -> Iterator[BinaryIO]:
-    """Open a regular file. Its kind is asked after it was opened, so that what is checked is what
-    is read.
-    """
+    """Open a regular file. Its type is checked after opening: the checked file is the read one."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
@@ -183,9 +179,7 @@ def _head(stream: BinaryIO, name: str) -> bytes:
 
 
 def _has_end(stream: BinaryIO, head: bytes) -> bool:
-    """Whether the mark that ends a PNG or JPEG stands near the end of the file; true for formats
-    that have none.
-    """
+    """Return true if a PNG or JPEG ends with its end marker; true for other formats."""
     mark = next((end for start, end in _END_MARKS.items() if head.startswith(start)), None)
     if mark is None:
         return True
@@ -209,9 +203,7 @@ def _decode(stream: BinaryIO, name: str, path: Path | None) -> DecodedImage:
 
 
 def _from_pillow(image: Image.Image, name: str) -> DecodedImage:
-    """The same image as of the file, where Pillow has not decoded it yet: Pillow alone would lose
-    16-bit color.
-    """
+    """Return the file's samples if Pillow has not decoded them: it would lose 16-bit color."""
     stream = getattr(image, "fp", None)
     if stream is not None and getattr(image, "tile", None) and image.format in (*_FORMATS, "MPO"):
         stream.seek(0)
@@ -295,9 +287,7 @@ def _count_frames(image: Image.Image) -> int:
 
 
 def _check_scans(stream: BinaryIO, name: str) -> None:
-    """Refuse a JPEG of many scans. Inside a scan the start mark of another one cannot stand (bytes
-    are stuffed).
-    """
+    """Refuse a JPEG of many scans; data inside a scan cannot hold its start marker."""
     at = stream.tell()
     stream.seek(0)
     scans = stream.read().count(b"\xff\xda")
@@ -408,9 +398,7 @@ def _known_range(preprocess: ImagePreprocess, image: DecodedImage) -> tuple[floa
 
 
 def _fitted_size(preprocess: ImagePreprocess, size: Sequence[int], name: str) -> tuple[int, int]:
-    """Height and width after resizing, before the crop or the padding, by the arithmetic of
-    transformers.
-    """
+    """Return height and width after resizing, before crop or padding, as transformers does."""
     (height, width), (own_height, own_width) = preprocess.size, size
     if preprocess.fit == "squash":
         return height, width
@@ -447,8 +435,6 @@ def _fit(image: Image.Image, preprocess: ImagePreprocess, name: str) -> Image.Im
 
 
 def _pad(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """Zeros around: after normalization zero is `mean`. The image begins at row -`top` and column
-    -`left`.
-    """
+    """Pad with zeros (`mean` after normalization); the image begins at (-`top`, -`left`)."""
     below, right = height - pixels.shape[1] + top, width - pixels.shape[2] + left
     return np.pad(pixels, ((0, 0), (-top, below), (-left, right)))

@@ -1,5 +1,4 @@
-"""GDCM in a process of its own: what untrusted compressed DICOM can crash, hang or bloat is not the
-one that trains.
+"""GDCM in a process of its own, so that damaged compressed DICOM cannot crash or hang training.
 
 GDCM's JPEG decoder writes out of bounds on damaged files, and its parser can be made to allocate
 without end. The child has a limit of memory, each request a limit of time; when it dies the request
@@ -35,19 +34,16 @@ from medm.imaging.arrays import read_npy
 from medm.stopping import ignore_stops
 
 _MEMORY, _BYTES_PER_NUMBER = 2**30, 32
-"""Address space of the child (it begins with 0.4 GiB), and more for each number that the header
-declares."""
+"""Address space of the child (0.4 GiB at start), and more for each number the header declares."""
 _SECONDS = 10
 _NUMBERS_PER_SECOND = 5_000_000
-"""A request may take `_SECONDS` of processor time, and as long as its numbers take at this slow
-pace."""
+"""CPU time of a request: `_SECONDS`, and more for its numbers at this slow pace."""
 _PATIENCE = 30
-"""Times as long by the clock, after which the child is taken to hang (a busy machine, a slow
-disk)."""
+"""Factor on that time by the clock; then the child counts as hung (busy machine, slow disk)."""
 _REQUEST = struct.Struct("<IQI")
 """Seconds, bytes of address space, length of the path that follows."""
 _REPLY = struct.Struct("<?")
-"""Whether an array follows."""
+"""True if an array follows."""
 
 
 class Decoder:
@@ -179,9 +175,7 @@ def main() -> None:
 
 
 def _limit(seconds: int, memory: int) -> None:
-    """From now on: time of the processor, which stands still while other programs run, and address
-    space.
-    """
+    """Limit CPU time (it stands still while other programs run) and address space from now on."""
     if resource is not None:
         spent = resource.getrusage(resource.RUSAGE_SELF)
         for what, limit in (

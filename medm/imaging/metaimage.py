@@ -1,6 +1,4 @@
-"""MetaImage, one file (.mha) or a header with the voxels in a file beside it (.mhd); raw or
-zlib.
-"""
+"""MetaImage: one file (.mha), or a header (.mhd) with voxels in a file beside it; raw or zlib."""
 
 from __future__ import annotations
 
@@ -162,9 +160,7 @@ def _geometry(fields: Fields, name: str) -> Geometry | None:
 
 
 def _agreed(fields: Fields, keys: tuple[str, ...], name: str) -> list[float] | None:
-    """The numbers of fields that mean the same; None where there is none of them. Raises
-    `MediaError`.
-    """
+    """Return the numbers of synonymous fields; None if all are absent. Raises `MediaError`."""
     found = {key: _numbers(fields, key, name) for key in keys if key in fields}
     for key, numbers in found.items():
         first = next(iter(found))
@@ -180,9 +176,7 @@ def _agreed(fields: Fields, keys: tuple[str, ...], name: str) -> list[float] | N
 
 
 def _compare_orientation(fields: Fields, geometry: Geometry, name: str) -> None:
-    """Warn of letters that contradict the matrix, which is used: they name the sides where the axes
-    x, y, z begin.
-    """
+    """Warn of axis letters that contradict the matrix; the matrix is used."""
     letters = fields.get("AnatomicalOrientation", "").upper()
     own = "".join(_OPPOSITE[letter] for letter in reversed(geometry.axes))
     if len(letters) == 3 and set(letters) <= set(_OPPOSITE) and letters != own:

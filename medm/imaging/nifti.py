@@ -35,8 +35,7 @@ _TYPES = {
     1280: "u8"
 }  # fmt: skip
 _UNITS = {0: ("mm", 1.0), 1: ("m", 1000.0), 2: ("mm", 1.0), 3: ("um", 0.001)}
-"""Name and length in mm by the spatial part of `xyzt_units`; 0 says nothing, which every reader
-takes to be mm."""
+"""Name and length in mm by the spatial part of `xyzt_units`; 0 is unknown, taken to be mm."""
 _TURN_DEGREES = 1.0
 """Between sform and qform; less is the rounding of quaternions in single precision."""
 _MAX_OFFSET = 2**24
@@ -58,8 +57,7 @@ _LAYOUTS: dict[int, tuple[bytes, int, _Layout]] = {
         "sform_code": ("i", 348), "quaternion": ("6d", 352), "rows": ("12d", 400),
     }),
 }  # fmt: skip
-"""By size of the header: its magic, where it stands, and format and place of the fields that are
-read."""
+"""By size of the header: its magic and the magic's offset, format and offset of the fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +117,7 @@ def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
 
 
 def check_nifti(path: Path, name: str) -> None:
-    """Look at all of the header, and at the size of a file that is not packed. Raises
-    `MediaError`.
-    """
+    """Check the whole header, and the size of an uncompressed file. Raises `MediaError`."""
     with open_binary(path, name) as stream:
         header, packed = _read_header(stream, name)
     shape, dtype = _check(header, name)
@@ -265,8 +261,7 @@ def _check(header: _Header, name: str) -> tuple[tuple[int, int, int], np.dtype]:
 
 
 def _scaling(header: _Header, name: str) -> tuple[float, float] | None:
-    """Slope and intercept; None where the header says that the numbers are meant as they are
-    stored.
+    """Return slope and intercept; None if the stored numbers are the values.
 
     As nifti1_io and nibabel: a slope that is 0 or not finite is no scaling, whatever the intercept
     says. The two disagree about a valid slope beside an intercept that is not finite (0, and an
@@ -309,9 +304,7 @@ def _scaled(voxels: np.ndarray, header: _Header, name: str) -> np.ndarray:
 
 
 def _geometry(header: _Header, name: str) -> Geometry | None:
-    """By the sform where there is one, else by the qform, as nibabel does; None where both codes
-    are 0.
-    """
+    """Return the affine of the sform, else of the qform, as nibabel does; None without both."""
     unit = header.unit[1]
     to_lps = np.diag([-1.0, -1.0, 1.0])
     found = []
@@ -343,9 +336,7 @@ def _geometry(header: _Header, name: str) -> Geometry | None:
 
 
 def _compare(sform: Geometry, qform: Geometry, name: str) -> None:
-    """Two directions in one header: refused where they name other sides, a warning where they are
-    turned.
-    """
+    """Compare sform and qform: refuse different sides, warn of different rotations."""
     if sform.axes != qform.axes:
         raise MediaError(
             f"{name}: sform says the axes are {sform.axes}, qform {qform.axes}: left and right "

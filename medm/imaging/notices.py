@@ -1,6 +1,4 @@
-"""Warnings about files: each is given once, few of a kind are logged, and a check that asks gets
-all of them.
-"""
+"""Warnings about files: each given once, few of a kind logged, all of them returned to a check."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ class Notice:
     """Something unusual about a file that is used all the same."""
 
     kind: str
-    """What it is about, the same for all files: "constant", "scale" ..."""
+    """Subject of the warning, the same for all files: "constant", "scale" ..."""
     file: str
     message: str
     """For people; names the file and the numbers."""
@@ -38,10 +36,9 @@ def warn_once(logger: logging.Logger, topic: str, message: str) -> None:
 
 
 def warn_of_file(logger: logging.Logger, *, kind: str, file: str, message: str) -> None:
-    """Log a warning about a file once, and after `MAX_NAMED` files of a kind only that there are
-    more.
+    """Log a warning about a file once; after `MAX_NAMED` files of a kind, log that more follow.
 
-    Inside `collected` nothing is logged: whoever collects shows the warnings.
+    Nothing is logged inside `collected`: its caller shows the warnings.
     """
     collector = _collector.get()
     if collector is not None:
@@ -65,9 +62,7 @@ def warn_of_file(logger: logging.Logger, *, kind: str, file: str, message: str) 
 
 @contextmanager
 def collected() -> Iterator[list[Notice]]:
-    """Collect the warnings about files that are given inside, one of a kind for each file, instead
-    of logging them.
-    """
+    """Collect the warnings about files that are given inside, one of a kind per file."""
     notices: list[Notice] = []
     token = _collector.set(notices)
     try:

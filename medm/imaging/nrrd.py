@@ -74,8 +74,7 @@ def _data_file(fields: Fields, path: Path, name: str) -> Path | None:
 
 
 def _fields(stream: BinaryIO, name: str) -> Fields:
-    """The fields that describe the array, without comments and key:=value pairs, which may hold a
-    patient's data.
+    """Return the fields that describe the array, without comments and key:=value pairs.
 
     Names are in small letters without spaces: "data file" and "datafile" are the same.
     """
@@ -150,9 +149,7 @@ def _check_kinds(fields: Fields, name: str) -> None:
 
 
 def _geometry(fields: Fields, name: str) -> Geometry | None:
-    """Where the voxels lie. Centers of voxels are meant, whether 'centers' says cell or node
-    (format, section 4).
-    """
+    """Return the geometry of voxel centers, for 'centers' cell and node (format, section 4)."""
     signs = _TO_LPS.get(fields.get("space", "").lower())
     vectors = re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))
     if signs is None or not vectors:

@@ -50,7 +50,7 @@ _IMAGE_CONVENTIONS: dict[str, dict[str, Any]] = {
 
 
 class ImagePreprocess(Options):
-    """A 2-D image to a normalised array (C, height, width) of float32."""
+    """Preprocessing of a 2-D image to a normalized float32 array (C, height, width)."""
 
     kind: Literal["image"] = "image"
     """2-D."""
@@ -62,13 +62,13 @@ class ImagePreprocess(Options):
     size: list[int] = Field(default=[224, 224], min_length=2, max_length=2)
     """Height and width of the result, in pixels."""
     fit: Literal["squash", "crop", "pad"] = "squash"
-    """How an image of another shape is made to fit: resized without regard to its aspect (SigLIP),
-    resized by its shorter side and cropped in the centre (CLIP), or resized by its longer side and
-    padded with `mean` (LLaVA)."""
+    """Fit of an image of another shape: `squash` resizes without regard to aspect (SigLIP), `crop`
+    resizes by the shorter side and crops the center (CLIP), `pad` resizes by the longer side and
+    pads with `mean` (LLaVA)."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     """Resampling filter, Pillow's by name."""
     channels: Literal[1, 3] = 3
-    """1 keeps grey images grey; 3 repeats grey to red, green and blue."""
+    """1 keeps gray images gray; 3 repeats gray to red, green and blue."""
     mean: list[float] = [0.5, 0.5, 0.5]
     """Subtracted from values in 0..1, one a channel."""
     std: list[float] = [0.5, 0.5, 0.5]
@@ -136,7 +136,7 @@ _VOLUME_CONVENTIONS: dict[str, dict[str, Any]] = {
 
 
 class VolumePreprocess(Options):
-    """A 3-D volume to a normalised array (C, *size) of float32.
+    """Preprocessing of a 3-D volume to a normalized float32 array (C, *size).
 
     The order of the work: orientation, spacing, windows, foreground crop, size, mean and std.
     """
@@ -147,23 +147,22 @@ class VolumePreprocess(Options):
     """Published preprocessing by name: fills every field that is not written here."""
     size: list[int] | None = Field(default=[32, 256, 256], min_length=3, max_length=3)
     """Voxels of the result along each axis. Without `spacing` the volume is stretched to it; with
-    `spacing` it is cropped or padded around its centre. None keeps the size that `spacing` gives.
+    `spacing` it is cropped or padded around its center. None keeps the size that `spacing` gives.
     """
     spacing: list[float] | None = Field(default=None, min_length=3, max_length=3)
-    """Millimetres between voxels of the result along each axis; None does not look at
-    millimetres."""
+    """Millimeters between voxels of the result along each axis; None ignores spacing."""
     orientation: str | None = "SPL"
-    """Where the index grows along each axis of the result: one letter an axis, of R/L, A/P and S/I.
-    "SPL" are axial slices from feet to head as radiologists look at them (front up, the patient's
-    left on the right). "LPS" and "RAS" are arrays (x, y, z). None keeps the order of the file.
-    Arrays and slice stacks carry no direction and stay as they are."""
+    """Direction in which the index grows along each axis of the result: one letter an axis, of R/L,
+    A/P and S/I. "SPL" are axial slices from feet to head as radiologists look at them (front up,
+    the patient's left on the right). "LPS" and "RAS" are arrays (x, y, z). None keeps the order of
+    the file. Arrays and slice stacks carry no direction and stay as they are."""
     oblique: Literal["resample", "keep"] = "resample"
     """A grid that is turned against the patient by more than a degree: resampled to the axes of
     `orientation`, or kept with its axes only exchanged and flipped."""
     scale: Literal["hu", "0-255", "0-1", "minmax"] = "hu"
-    """What the stored values are: Hounsfield units, 0..255, 0..1, or anything, stretched per volume
-    between its smallest and largest value. Never guessed; values that do not look like it are
-    reported with numbers."""
+    """Meaning of the stored values: Hounsfield units, 0..255, 0..1, or anything, stretched per
+    volume between its smallest and largest value. Never guessed; implausible values are reported
+    with numbers."""
     windows: list[list[float]] | None = Field(default=None, min_length=1)
     """Lower and upper values that become 0 and 1, one pair a channel, in the unit of `scale` (0..1
     for "minmax"). Without it: -1000..1000 HU, or the whole of the declared scale. `window: [lower,
@@ -178,14 +177,14 @@ class VolumePreprocess(Options):
     the published models use. To a `spacing`, whole voxels are averaged first and the rest is
     linear."""
     channels: Literal[1, 3] | None = None
-    """3 repeats a single window for encoders made for colour; None has one channel a window."""
+    """3 repeats a single window for encoders made for color; None has one channel per window."""
     mean: list[float] = [0.0]
     """Subtracted from values in 0..1: one, or one a channel."""
     std: list[float] = [1.0]
     """Divides after the mean is subtracted."""
     series: Literal["only", "largest"] = "only"
-    """Which series of a DICOM folder is read when it holds several: "only" reports them and stops,
-    "largest" takes the one with most slices. A record can name one as "folder#SeriesNumber"."""
+    """Selection in a DICOM folder of several series: "only" reports them and stops, "largest" takes
+    the one with most slices. A record can name one as "folder#SeriesNumber"."""
 
     @model_validator(mode="before")
     @classmethod
@@ -266,10 +265,10 @@ class Augment(Options):
 
 
 def changed(described: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a description with some of them replaced.
+    """Return the fields of a description with some of them replaced.
 
-    A convention among the changes replaces everything that it speaks of but the size, which belongs
-    to the encoder; what the earlier convention said beyond that stays.
+    A convention among the changes replaces every field it covers but the size, which belongs to the
+    encoder; other fields of the earlier convention stay.
     """
     known = _IMAGE_CONVENTIONS
     if described.get("kind") == "volume":
@@ -284,7 +283,8 @@ def changed(described: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
 
 
 def _plural(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a volume with `window`, as images have it, as the only pair of `windows`.
+    """Return the fields of a volume with `window` as the only pair of `windows`, as images have it.
+
     Raises `RecipeError`.
     """
     fields = dict(fields)

@@ -38,8 +38,7 @@ class MissingFileError(MediaError):
 
 
 def split_series(path: Path) -> tuple[Path, str | None]:
-    """Split "folder#3" into the folder and the DICOM series that the mark names: a SeriesNumber or
-    SeriesInstanceUID.
+    """Split "folder#3" into the folder and its DICOM series: a SeriesNumber or SeriesInstanceUID.
 
     A path without a mark, and one that exists as it is written, comes back whole, with None.
     """
@@ -68,7 +67,7 @@ def resolve_inside(root: Path, relative: str) -> Path:
     shown = _shown(relative)
     _require_relative(root, relative, shown)
     base = Path(root).resolve()
-    root = base if str(root) == "." else root  # "." says nothing to who reads the message elsewhere
+    root = base if str(root) == "." else root  # "." is meaningless in a message read elsewhere
     try:
         target, series = _find(base, relative)
         real = target.resolve(strict=True)
@@ -127,9 +126,7 @@ def _require_relative(root: Path, relative: str, shown: str) -> None:
 
 
 def _find(base: Path, relative: str) -> tuple[Path, str | None]:
-    """The existing file that a name means, and its DICOM series. Raises `FileNotFoundError` where
-    there is none.
-    """
+    """Return the file that a name means, and its DICOM series. Raises `FileNotFoundError`."""
     for parts in _readings(relative):
         exact = base.joinpath(*parts)
         if os.path.lexists(exact):
@@ -139,7 +136,7 @@ def _find(base: Path, relative: str) -> tuple[Path, str | None]:
             found = _in_any_form(base, path.relative_to(base).parts)
             if found is not None:
                 return found, mark
-    base.joinpath(relative).stat()  # says what is wrong with it
+    base.joinpath(relative).stat()  # raises the reason
     raise FileNotFoundError(relative)
 
 
@@ -152,9 +149,7 @@ def _readings(relative: str) -> Iterator[tuple[str, ...]]:
 
 
 def _in_any_form(base: Path, parts: tuple[str, ...]) -> Path | None:
-    """The one path that exists with each part in some Unicode normalization form; None without one,
-    or with two.
-    """
+    """Return the one path that exists in some Unicode normalization form; None if none or two."""
     path = base
     for part in parts:
         exact = path / part
@@ -169,7 +164,7 @@ def _in_any_form(base: Path, parts: tuple[str, ...]) -> Path | None:
 
 
 def _hint(base: Path, relative: str) -> str:
-    """What is there instead, for the message of a missing file."""
+    """Describe what exists instead, for the message about a missing file."""
     windows = PureWindowsPath(relative)
     if windows.anchor:
         return (
@@ -182,7 +177,7 @@ def _hint(base: Path, relative: str) -> str:
     for position, part in enumerate(parts):
         if os.path.lexists(path / part):
             path /= part
-            if not path.resolve().is_relative_to(base):  # what lies outside is not described
+            if not path.resolve().is_relative_to(base):  # files outside the root are not described
                 return ""
             if path.is_symlink() and not path.exists():
                 return (
@@ -220,9 +215,7 @@ def _similar(folder: Path, name: str) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def _names_by_key(folder: Path, _changed: int) -> dict[str, list[str]]:
-    """Names in a folder by `_key`, kept: a wrong path is seldom alone. Empty for folders that are
-    too large.
-    """
+    """Return names in a folder by `_key`, cached for further wrong paths; empty if too large."""
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries):
@@ -238,14 +231,12 @@ def _key(name: str) -> str:
 
 
 def _trimmed(name: str) -> str:
-    """Windows drops spaces and full stops at the end of a name, and tables often add spaces at
-    both.
-    """
+    """Strip spaces and trailing full stops: Windows drops them, and tables often add spaces."""
     return name.strip().rstrip(". ")
 
 
 def _difference(wanted: str, found: str) -> str:
-    """What tells two names with one `_key` apart, in words."""
+    """Describe the difference between two names with the same `_key`."""
     steps = {
         "percent-encoding": unquote,
         "its Unicode characters (composed, decomposed or look-alike)": lambda name: (

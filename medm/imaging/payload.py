@@ -1,5 +1,4 @@
-"""The bytes of voxels behind a header: length and checksum are verified, and never more is unpacked
-than was declared.
+"""Bytes of voxels behind a header: length and checksum verified, expansion limited to the declared.
 
 SimpleITK is not used for NIfTI, NRRD and MetaImage because it fills a truncated NIfTI with zeros,
 replaces its NaN and impossible spacing, and skips the checksum of a MetaImage, each without a word.
@@ -73,8 +72,7 @@ def read_voxels(
 
 
 def check_ratio(packed: int, needed: int, name: str) -> None:
-    """Refuse a header that declares more than so many deflated bytes can hold, before memory is
-    taken for it.
+    """Refuse a header that declares more than its deflated bytes can hold, before allocating.
 
     Raises:
         MediaError: the numbers of bytes do not fit.
@@ -128,8 +126,7 @@ def _refuse_long(needed: int, name: str) -> NoReturn:
 
 
 def _unpack(stream: BinaryIO, needed: int, packing: Packing) -> tuple[bytearray, int]:
-    """The first `needed` bytes, fewer where there are fewer, and how many more there are (at least,
-    if too many).
+    """Return up to the first `needed` bytes, and how many more follow (a lower bound if too many).
 
     zlib verifies the checksum at the end of what it unpacks. A gzip file may have several members,
     as bgzip writes, and zeros behind them. Python's gzip module takes 8 KiB at a time, which for a

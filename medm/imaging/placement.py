@@ -29,7 +29,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a prepared grid lies in the grid of its file.
+    """Placement of a prepared grid in the grid of its file.
 
     Both grids are in the order of the reader's array: (rows, columns) of an image, upright as its
     EXIF orientation says; (slices, rows, columns) of a volume. The axes of NIfTI, NRRD and
@@ -45,8 +45,7 @@ class Placement:
     matrix: Rows
     """Index in the prepared grid to index in the file's grid."""
     affine: Rows | None = None
-    """Index in the file's grid to millimeters of the patient (LPS); None for images and for volumes
-    whose file gives no direction."""
+    """Index in the file's grid to mm of the patient (LPS); None without a direction."""
 
     def __post_init__(self) -> None:
         dims = len(self.source_shape)
@@ -113,7 +112,7 @@ class Placement:
         return self.sampled(matrix, offset, self.shape)
 
     def boxed(self, starts: Sequence[int], shape: Sequence[int]) -> Placement:
-        """Return the placement of a box of this grid: cropped, and padded where it reaches beyond.
+        """Return the placement of a box of this grid: cropped, and padded outside of the grid.
 
         Args:
             starts: the first index of the box along each axis; negative where it is padded.
@@ -234,9 +233,7 @@ def _sample(
     *,
     fill: float,
 ) -> np.ndarray:
-    """Values (..., *grid) at `matrix @ i + offset` for every index i of `shape`, by the nearest
-    voxel.
-    """
+    """Sample (..., *grid) at `matrix @ i + offset` for i in `shape`, by the nearest voxel."""
     lead, sides = values.shape[: -len(shape)], values.shape[-len(shape) :]
     flat = values.reshape(-1, *sides)
     axes = _aligned(matrix, shape)
@@ -264,9 +261,7 @@ def _interpolate(
     *,
     fill: float,
 ) -> np.ndarray:
-    """As `_sample`, linear between centers of voxels; beyond the outer ones their values
-    continue.
-    """
+    """As `_sample`, linear between voxel centers; values continue outside of the outer ones."""
     lead, sides = values.shape[: -len(shape)], values.shape[-len(shape) :]
     table = values.reshape(-1, math.prod(sides)).astype(np.float32)
     axes = _aligned(matrix, shape)
@@ -318,7 +313,7 @@ def _blended(values: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
 def _finished(
     result: np.ndarray, outside: Sequence[np.ndarray], axes: Sequence[int], fill: float
 ) -> np.ndarray:
-    """For parallel grids: `fill` beyond the values, and the axes in the order of the result."""
+    """For parallel grids: `fill` outside of the values, and the axes in the order of the result."""
     for axis, places in enumerate(outside):
         if places.any():
             np.moveaxis(result, 1 + axis, 0)[places] = fill

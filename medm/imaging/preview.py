@@ -1,5 +1,4 @@
-"""A contact sheet of an image or volume as the model will see it: windows, crop, and marks of the
-patient's sides.
+"""Contact sheet of an image or volume as the model sees it: windows, crop, and the patient's sides.
 
 For people who check data; not for clinical use, and the sheet says so.
 """
@@ -37,7 +36,7 @@ class _Tile:
 def contact_sheet(
     path: Path, preprocess: Preprocess, *, slices: int = 12, tile: int = 192
 ) -> Image.Image:
-    """What the model will see, as a image.
+    """Return an image of what the model sees.
 
     Args:
         path: the image or volume.

@@ -36,13 +36,11 @@ class Samples:
     inverted: bool = False
     """The smallest stored value is white."""
     bits: int | None = None
-    """Bits that the file declares for a sample, where they are fewer than those of the array's
-    type."""
+    """Bits that the file declares for a sample, if fewer than those of the array's type."""
 
 
 def read_samples(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> Samples:
-    """Decode an opened image whose header has been checked. Its EXIF or TIFF orientation is
-    applied.
+    """Decode an opened image with a checked header; its EXIF or TIFF orientation is applied.
 
     Raises:
         MediaError: a layout that cannot be decoded without loss.
@@ -136,9 +134,7 @@ def _read_tiff(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
 
 
 def _check_plain_ycbcr(tags: Mapping[int, Sequence[float]], name: str) -> None:
-    """Pillow takes uncompressed YCbCr as three full-range bytes a pixel, by the coefficients of
-    JPEG.
-    """
+    """Convert uncompressed YCbCr (three full-range bytes a pixel) by the coefficients of JPEG."""
     default = {530: (1, 1), 529: (0.299, 0.587, 0.114), 532: (0, 255, 128, 255, 128, 255)}
     for tag, what in (
         (530, "YCbCrSubSampling"),
@@ -155,9 +151,7 @@ def _check_plain_ycbcr(tags: Mapping[int, Sequence[float]], name: str) -> None:
 
 
 def _with_palette(image: Image.Image, colors: tuple[int, ...]) -> Image.Image:
-    """TIFF palettes hold 16 bits an entry; some writers put 8 bits into them, which Pillow shows as
-    black.
-    """
+    """Replace a TIFF palette with 8 instead of 16 bits an entry, which Pillow shows as black."""
     if max(colors) > 255:
         return image
     entries = np.asarray(colors, dtype=np.uint8).reshape(3, -1).T
@@ -172,9 +166,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _deep_color(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
-    """16-bit color: Pillow returns the first or the second byte of each sample, as its raw mode
-    says.
-    """
+    """Return 16-bit color: Pillow keeps one byte of each sample, as its raw mode states."""
     raw, key = _raw_mode(image), image.info.get("transparency")
     if raw.startswith(
         "LA;"

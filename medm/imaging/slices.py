@@ -1,6 +1,4 @@
-"""A folder of numbered slice images (PNG, JPEG, TIFF, BMP, NPY) to one stack, without spacing or
-direction.
-"""
+"""Folder of numbered slice images (PNG, JPEG, TIFF, BMP, NPY) to one stack without geometry."""
 
 from __future__ import annotations
 
@@ -63,9 +61,7 @@ def _numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
 
 
 def check_slices(folder: Path, name: str) -> None:
-    """Check the names of all slices and the header of each. Raises `MediaError` as `read_slices`
-    where they show it.
-    """
+    """Check the names and headers of all slices. Raises `MediaError` as `read_slices`."""
     sizes: dict[tuple[int, int], str] = {}
     for _, path in _numbered(folder, name):
         _require_inside(path)

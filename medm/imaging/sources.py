@@ -1,4 +1,4 @@
-"""What a Python program may hand over as an image or volume, as the readers take it."""
+"""In-memory images and volumes that a Python program may pass, as the readers take them."""
 
 from __future__ import annotations
 

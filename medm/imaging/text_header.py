@@ -17,7 +17,7 @@ Fields: TypeAlias = dict[str, str]
 
 
 class Layout(NamedTuple):
-    """How the voxels are stored."""
+    """Storage of the voxels."""
 
     shape: tuple[int, ...]
     """(z, y, x)."""
@@ -49,9 +49,7 @@ class TextHeaderFormat:
             )
 
     def check(self, path: Path, name: str) -> None:
-        """Check the header, and the length of voxels that are not packed. Raises `MediaError` as
-        `read`.
-        """
+        """Check the header and the length of uncompressed voxels. Raises `MediaError`."""
         with self._at_voxels(path, name) as (stream, fields):
             check_length(stream, *self.layout(fields, name), name)
 
@@ -62,9 +60,7 @@ class TextHeaderFormat:
 
     @contextmanager
     def _at_voxels(self, path: Path, name: str) -> Iterator[tuple[BinaryIO, Fields]]:
-        """The file that holds the voxels, before the first one, and the fields of the header, which
-        were checked.
-        """
+        """Return the voxels' file, the offset of the first voxel, and the checked fields."""
         with open_binary(path, name) as stream:
             fields = self.fields(stream, name)
             self.layout(fields, name)

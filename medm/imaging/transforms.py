@@ -1,6 +1,4 @@
-"""A volume as its description wants it: orientation, spacing, windows, crop, size, normalization;
-in this order.
-"""
+"""Preprocessing of volumes: orientation, spacing, windows, crop, size and scale, in this order."""
 
 from __future__ import annotations
 
@@ -27,12 +25,11 @@ logger = logging.getLogger(__name__)
 
 _OBLIQUE_DEGREES = 1.0
 _GROWTH = 16
-"""Times as many voxels as the file's that straightening may give: a turned cube needs 5, a lying
-header any number."""
+"""Most voxels after straightening, as a multiple of the file's: a rotated cube needs 5."""
 _PATIENT_AXIS = {"L": (0, 1), "R": (0, -1), "P": (1, 1), "A": (1, -1), "S": (2, 1), "I": (2, -1)}
 """Axis of the patient (LPS) and sense of growth by letter."""
 _TRAVELLING = tuple(map(np.dtype, ("i1", "u1", "=i2", "=i4", "=f4")))
-"""What voxels are stored as, where PyTorch knows it too."""
+"""Storage types of voxels that PyTorch knows too."""
 _DEFAULT_WINDOWS = {
     "hu": [-1000.0, 1000.0],
     "0-255": [0.0, 255.0],
@@ -66,9 +63,7 @@ def prepare_volume(
 
 
 def windowed_volume(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
-    """Return the pixels of `prepare_volume` before `mean` and `std`, in 0..1 (what a person can
-    look at).
-    """
+    """Return the pixels of `prepare_volume` before `mean` and `std`, in 0..1, for display."""
     return _checked(preprocess, volume, "cpu")[0].numpy()
 
 
@@ -158,9 +153,7 @@ def _stored_windows(preprocess: VolumePreprocess, low: float, high: float) -> li
 
 
 def _on_device(voxels: np.ndarray, used: Sequence[int] | np.ndarray, device: str) -> Tensor:
-    """Some slices in float32. What is stored goes to a GPU as it is: that is half the bytes and no
-    work here.
-    """
+    """Return some slices in float32; stored values go to a GPU unconverted: half the bytes."""
     import torch
 
     kept = voxels.dtype if device != "cpu" and voxels.dtype in _TRAVELLING else np.float32
@@ -173,7 +166,7 @@ def _on_device(voxels: np.ndarray, used: Sequence[int] | np.ndarray, device: str
 
 
 def default_window(scale: str) -> list[float]:
-    """What becomes 0 and 1 where a description gives no windows, in the unit of its scale."""
+    """Return the values that become 0 and 1 without windows, in the unit of the scale."""
     return _DEFAULT_WINDOWS[scale]
 
 
@@ -262,9 +255,7 @@ def _directions(orientation: str) -> np.ndarray:
 
 
 def _axis_changes(geometry: Geometry, orientation: str) -> tuple[list[int], list[bool]]:
-    """The order of the axes that follows an orientation, and which of them are reversed
-    afterwards.
-    """
+    """Return the permutation of the axes for an orientation, and the axes reversed after it."""
     nearest = geometry.nearest_axes()
     order, flips = [], []
     for letter in orientation:
@@ -278,9 +269,7 @@ def _axis_changes(geometry: Geometry, orientation: str) -> tuple[list[int], list
 def reoriented(
     voxels: np.ndarray, geometry: Geometry, orientation: str
 ) -> tuple[np.ndarray, Geometry]:
-    """Axes exchanged and flipped, without interpolation, so that each follows its letter as nearly
-    as it can.
-    """
+    """Exchange and flip axes, without interpolation, so that each follows its letter."""
     order, flips = _axis_changes(geometry, orientation)
     spacing, direction = geometry.spacing[order], geometry.direction[:, order].copy()
     voxels = voxels.transpose(order)
@@ -359,9 +348,7 @@ def _resampled(
 
 
 def _check_scale(preprocess: VolumePreprocess, volume: Volume, low: float, high: float) -> None:
-    """Refuse what the file itself disproves, warn of what the range of its values makes
-    unlikely.
-    """
+    """Refuse a scale that the file disproves; warn of one that its values make unlikely."""
     if low == high:
         return  # one value fits any scale; `check_prepared` warns of it
     scale = preprocess.scale
@@ -391,7 +378,7 @@ def _check_scale(preprocess: VolumePreprocess, volume: Volume, low: float, high:
 
 @dataclass(frozen=True, slots=True)
 class _Blend:
-    """A trilinear stretch in two steps: neighbouring slices are mixed, then each slice is resized.
+    """Stretch trilinearly in two steps: neighboring slices are mixed, then each slice is resized.
 
     The numbers are those of the stretch in one, but slices that no result needs are never touched.
     """
@@ -402,7 +389,7 @@ class _Blend:
     above: np.ndarray
     """By result slice, positions in `used`."""
     weight: np.ndarray
-    """By result slice, the share of `above`."""
+    """By result slice, the weight of `above`."""
     plane: tuple[int, int]
     """Rows and columns of the result."""
 
@@ -422,9 +409,7 @@ class _Blend:
 
 
 def _blend(preprocess: VolumePreprocess, depth: int) -> _Blend | None:
-    """For a volume that shrinks in depth and is windowed alone before it is stretched; None for any
-    other.
-    """
+    """Return the blend of a volume that shrinks in depth and is only windowed before; else None."""
     whole = (
         preprocess.stretch or preprocess.crop_foreground is not None or preprocess.scale == "minmax"
     )
@@ -500,9 +485,7 @@ def _start(length: int, wanted: int) -> int:
 
 
 def _stretched(values: Tensor) -> Tensor:
-    """Between the smallest and the largest value; 0 where they are the same, of which
-    `check_prepared` warns.
-    """
+    """Scale between the smallest and the largest value; 0 if equal (`check_prepared` warns)."""
     low, high = values.aminmax()
     if low == high:
         return values - low

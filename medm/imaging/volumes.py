@@ -1,5 +1,4 @@
-"""3-D volumes: NIfTI, NRRD, MetaImage, DICOM files and folders, NPY, NPZ and stacks of slices,
-through one reader.
+"""3-D volumes: NIfTI, NRRD, MetaImage, DICOM, NPY, NPZ and stacks of slices, by one reader.
 
 A volume comes with what its file says of unit, spacing and direction, and without anything else of
 the header. Nothing is repaired or guessed: what is missing is None, what is impossible is refused.
@@ -32,11 +31,9 @@ class Volume:
     name: str
     """The file, for messages."""
     unit: Literal["HU", "raw"] = "raw"
-    """"HU" where the file itself proves it (CT in DICOM with its rescale); other formats cannot
-    say."""
+    """"HU" if the file proves it (CT in DICOM with its rescale); other formats cannot."""
     geometry: Geometry | None = None
-    """Spacing, direction and origin in the order of the array's axes; None where the file has no
-    direction."""
+    """Spacing, direction and origin in array-axis order; None if the file has no direction."""
     modality: str | None = None
     """DICOM modality, where there is one."""
 
@@ -52,7 +49,7 @@ def read_volume(
     Args:
         path: a file, or a folder of DICOM or of numbered slices. "folder#3" names the DICOM series
             with SeriesNumber 3; or an array (D, H, W), as a .npy file holds it.
-        series: the same, said apart: a SeriesNumber or SeriesInstanceUID.
+        series: the same as an argument: a SeriesNumber or SeriesInstanceUID.
         several: what to do with a DICOM folder of several series when none is named.
 
     Raises:
@@ -78,8 +75,7 @@ def read_volume(
 def check_volume(
     path: Path, *, series: str | None = None, several: Literal["only", "largest"] = "only"
 ) -> None:
-    """Check a volume as far as its headers and names show: form, size, slices, positions. No voxel
-    is decoded.
+    """Check a volume by its headers and names: form, size, slices, positions. No voxel is decoded.
 
     Args:
         path: a file or folder, as in `read_volume`.
