@@ -179,7 +179,7 @@ def _head(stream: BinaryIO, name: str) -> bytes:
 
 
 def _has_end(stream: BinaryIO, head: bytes) -> bool:
-    """Return true if a PNG or JPEG ends with its end marker; true for other formats."""
+    """Return true if an end marker is near the end of a PNG or JPEG; true for other formats."""
     mark = next((end for start, end in _END_MARKS.items() if head.startswith(start)), None)
     if mark is None:
         return True
