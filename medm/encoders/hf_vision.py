@@ -304,11 +304,11 @@ class HFVisionEncoder(VisionEncoder):
         config = _completed(published)
         vision = getattr(config, "vision_config", config)
         fields = vision.to_dict()
-        foreign = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
+        foreign = ("transformers_version", "architectures", "dtype", "torch_dtype")
         return {
             key: value
             for key, value in fields.items()
-            if key not in (*foreign, "id2label", "label2id")
+            if key not in (*foreign, "id2label", "label2id") and not key.startswith("_")
         }
 
     @classmethod
