@@ -400,7 +400,10 @@ class Engine:
             # From the prompt as well: a run that was stopped draws what it would have drawn.
             digest = int.from_bytes(blake2b(signature.tobytes(), digest_size=7).digest(), "big")
             sampling = Sampling(
-                options.temperature, top_p=options.top_p, seed=(digest + options.seed) % 2**63
+                options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                seed=(digest + options.seed) % 2**63,
             )
         number = decoder.submit(
             _RequestPrompt(
@@ -570,21 +573,23 @@ def load_engine(
     """The model of a folder on a device, ready to answer, and its processor.
 
     Raises:
-        CheckpointError: see `medm.models.load`; or the model generates no text.
+        CheckpointError: see `medm.models.load`; or the model generates no text, which is known
+            before weights are read.
     """
-    from medm.models import load
+    from medm.models import kind_of_config, load, load_config
     from medm.models.lvlm.modeling import LVLMForConditionalGeneration
     from medm.models.lvlm.processing import LVLMProcessor
 
     transformers_logging.disable_progress_bar()
-    model, processor = load(folder)
-    if not isinstance(model, LVLMForConditionalGeneration) or not isinstance(
-        processor, LVLMProcessor
-    ):
+    model_class = kind_of_config(load_config(folder)).model_class
+    if not issubclass(model_class, LVLMForConditionalGeneration):
         raise CheckpointError(
-            f"{folder}: holds a {type(model).__name__}, which generates no text; expected a model "
+            f"{folder}: holds a {model_class.__name__}, which generates no text; expected a model "
             "with a language model"
         )
+    model, processor = load(folder)
+    assert isinstance(model, LVLMForConditionalGeneration)
+    assert isinstance(processor, LVLMProcessor)
     model.merge_adapters()
     nn.Module.to(model, device=device, dtype=None if dtype == "saved" else getattr(torch, dtype))
     model.requires_grad_(False)

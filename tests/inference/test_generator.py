@@ -271,6 +271,25 @@ def test_sampling_repeats_itself_with_a_seed(tiny: tuple[Any, Any], prompts: lis
     assert replies(1) != replies(2)
 
 
+@pytest.mark.parametrize("setting", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_each_sampling_setting_reaches_the_draw(
+    tiny: tuple[Any, Any], prompts: list[Example], setting: dict[str, float]
+) -> None:
+    """At its narrowest each of them leaves the most probable token alone; together with none of
+    them, at temperature 4, the replies differ from the greedy ones.
+    """
+    model, processor = tiny
+    batch = prepare(prompts)
+
+    def replies(**settings: Any) -> list[list[int]]:
+        options = GenerationOptions(max_new_tokens=8, **settings)
+        return ids(Engine(model, processor, options), batch)
+
+    greedy = replies()
+    assert replies(temperature=4.0) != greedy
+    assert replies(**({"temperature": 4.0} | setting)) == greedy
+
+
 def test_what_does_not_fit_the_memory_is_an_error_and_the_engine_goes_on(
     tiny: tuple[Any, Any], prompts: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
