@@ -9,6 +9,7 @@ The same preprocessing, prompts and decoding as `medm infer` and `medm chat`, wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,47 @@ if TYPE_CHECKING:
     from medm.models.lvlm.modeling import LVLMForConditionalGeneration
     from medm.models.lvlm.processing import LVLMProcessor
 
-_QUESTION = {"question", "image", "volume", "system", "task"}
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """The arguments of `Model.ask`."""
+
+    question: str
+    image: Any = None
+    volume: Any = None
+    system: str | None = None
+    task: str | None = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> _Question:
+        """Return the arguments that a mapping holds. Raises `DataError` for an unknown one."""
+        known = {argument.name for argument in fields(cls)}
+        if unknown := sorted(set(arguments) - known):
+            raise DataError(
+                f"unknown key; expected some of {', '.join(sorted(known))}", field=unknown[0]
+            )
+        return cls(**arguments)
+
+    def sample(self) -> tuple[Sample, list[Any]]:
+        """Return the question as a sample, and the items of its images and volumes."""
+        if not isinstance(self.question, str) or not self.question.strip():
+            raise DataError("expected text that is not empty", field="question")
+        content: list[str | Media] = []
+        items: list[Any] = []
+        for branch, shown in (("image", self.image), ("volume", self.volume)):
+            for item in _listed(shown):
+                content += [Media(branch), "\n"]
+                items.append(item)
+        turns = [Turn("user", (*content, self.question))]
+        if self.system:
+            turns.insert(0, Turn("system", (str(self.system),)))
+        return Sample(tuple(turns), task=self.task), items
+
+
+def _listed(shown: Any) -> list[Any]:
+    if shown is None:
+        return []
+    return list(shown) if isinstance(shown, (list, tuple)) else [shown]
 
 
 def load(folder: str | Path, *, device: str = "auto", dtype: str = "saved") -> Model:
@@ -59,9 +100,9 @@ class Model:
     (D, H, W). Several of them are a list.
 
     Options of every call are the fields of `medm.inference.options.GenerationOptions`:
-    `max_new_tokens`, `temperature`, `top_p`, `seed`, `compile`. Replies are greedy without them.
-    Beam search and other arguments of transformers are those of `model.generate`, see the page on
-    Python.
+    `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `compile`. Replies are greedy without
+    them. Beam search and other arguments of transformers are those of `model.generate`, see the
+    page on Python.
 
     One thread at a time may use a model.
 
@@ -107,14 +148,10 @@ class Model:
                 a prompt that does not fit the model's context.
             RecipeError: an option that is unknown or out of range.
         """
-        asked = {
-            "question": question,
-            "image": image,
-            "volume": volume,
-            "system": system,
-            "task": task,
-        }
-        return self.ask_many([asked], **options)[0]
+        asked = _Question(question, image, volume, system, task)
+        choice = _options(options)
+        example = self._example(asked, Path(), choice)
+        return self.engine.generate(prepare([example]), choice)[0].text
 
     def ask_many(
         self,
@@ -164,24 +201,20 @@ class Model:
         task: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Return the pieces of one reply as they come; see `ask`. Closing the iterator stops the
-        generation.
+        """Return the pieces of one reply as they come, see `ask`.
+
+        Closing the iterator stops the generation.
         """
-        asked = {
-            "question": question,
-            "image": image,
-            "volume": volume,
-            "system": system,
-            "task": task,
-        }
         choice = _options(options)
+        asked = _Question(question, image, volume, system, task)
         return self.engine.stream(Request.of(self._example(asked, Path(), choice)), choice)
 
     def chat(
         self, *, system: str | None = None, task: str | None = None, **options: Any
     ) -> Conversation:
-        """Return a conversation of several turns: `show("image", item)`, then `ask(question)`,
-        which streams.
+        """Return a conversation of several turns.
+
+        `show("image", item)` adds to the next question; `ask(question)` streams its reply.
         """
         return Conversation(
             self.engine, self.processor, system=system, task=task, options=_options(options)
@@ -198,42 +231,34 @@ class Model:
         stream: bool = False,
         **options: Any,
     ) -> int:
-        """Queue one question in `engine` and return its number; `engine.step()` advances it. See
-        `ask`.
+        """Queue one question in `engine` and return its number; `engine.step()` advances it.
 
-        Args:
-            question: as in `ask`, and so are the others.
-            image: see there.
-            volume: see there.
-            system: see there.
-            task: see there.
-            stream: give the reply in pieces, see `medm.inference.generator.Event`.
-            options: see the class.
+        Its arguments are those of `ask`. With `stream`, the events of the request hold the reply in
+        pieces, see `medm.inference.generator.Event`.
         """
-        asked = {
-            "question": question,
-            "image": image,
-            "volume": volume,
-            "system": system,
-            "task": task,
-        }
         choice = _options(options)
+        asked = _Question(question, image, volume, system, task)
         return self.engine.submit(
             Request.of(self._example(asked, Path(), choice)), choice, stream=stream
         )
 
     def _example(
-        self, question: str | Mapping[str, Any], root: Path, options: GenerationOptions
+        self,
+        question: str | Mapping[str, Any] | _Question,
+        root: Path,
+        options: GenerationOptions,
     ) -> Example:
         if isinstance(question, str):
-            question = {"question": question}
-        if not isinstance(question, Mapping):
-            raise DataError(f"expected a question or a record, found {type(question).__name__}")
-        if "question" in question:
-            sample, items = _asked(question)
-        else:
+            question = _Question(question)
+        elif isinstance(question, Mapping) and "question" in question:
+            question = _Question.of(question)
+        if isinstance(question, _Question):
+            sample, items = question.sample()
+        elif isinstance(question, Mapping):
             sample = parse_record(dict(question), inference=True)
             items = [resolve_inside(root, str(media.path)) for media in sample.media]
+        else:
+            raise DataError(f"expected a question or a record, found {type(question).__name__}")
         pixels: dict[str, list[Any]] = {}
         for media, item in zip(sample.media, items, strict=True):
             if media.branch not in self.processor.preprocess:
@@ -255,25 +280,3 @@ class Model:
 
 def _options(options: Mapping[str, Any]) -> GenerationOptions:
     return validate(GenerationOptions, options, source="options of the reply")
-
-
-def _asked(question: Mapping[str, Any]) -> tuple[Sample, list[Any]]:
-    """The arguments of `ask` as a sample, and the items of its images and volumes."""
-    if unknown := sorted(set(question) - _QUESTION):
-        raise DataError(
-            f"unknown key; expected some of {', '.join(sorted(_QUESTION))}", field=unknown[0]
-        )
-    text = question["question"]
-    if not isinstance(text, str) or not text.strip():
-        raise DataError("expected text that is not empty", field="question")
-    content: list[str | Media] = []
-    items: list[Any] = []
-    for branch in ("image", "volume"):
-        shown = question.get(branch)
-        for item in [] if shown is None else shown if isinstance(shown, (list, tuple)) else [shown]:
-            content += [Media(branch), "\n"]
-            items.append(item)
-    turns = [Turn("user", (*content, text))]
-    if question.get("system"):
-        turns.insert(0, Turn("system", (str(question["system"]),)))
-    return Sample(tuple(turns), task=question.get("task")), items

@@ -1,4 +1,4 @@
-"""What travels between the rooms: a record, an encoded example, a batch, vision features.
+"""Data types that packages share: a record, an encoded example, a batch, vision features.
 
 Torch is imported for type checkers only, so that reading and checking annotation files needs none
 of it.

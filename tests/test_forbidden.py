@@ -1,7 +1,7 @@
-"""What may not be written in medm: ways by which a stranger's file runs code, and libraries that
+"""What may not be written in medm: ways by which an untrusted file runs code, and libraries that
 are not there.
 
-Annotation files, images, archives and checkpoints come from strangers. A rule that is only
+Annotation files, images, archives and checkpoints are untrusted input. A rule that is only
 remembered gets forgotten.
 """
 

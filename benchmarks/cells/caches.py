@@ -22,7 +22,7 @@ class FirstStage(Ratio, Cell):
     connector is trained.
     """
 
-    name, title, peer = "P10", "stage-1 samples/s with kept features", "the same without"
+    name, title, peer = "P10", "stage-1 samples/s with a feature cache", "the same without"
     targets: ClassVar = {"cpu": 3.0, "h200": 2.0}
     workloads: ClassVar[dict[str, str]] = {"cpu": "tiny", "h200": "0.5B"}
     slices, tokens, caption, batch = 32, 64, 60, 4

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # From nothing to a table of answers about volumes that were never seen. `make quickstart` calls this.
-# Public commands only; a second run goes on with what the first one left.
+# Public commands only; a second run resumes with what the first one left.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=work_dirs/quickstart
 ask=(--data $out/data/test.json --root $out/data/images --batch-size 32 --max-new-tokens 12)
 newer() { [ -e "$1" ] && [ "$1" -nt "$2" ]; }
-train() { # recipe, folder of the model, overrides; a run that was stopped goes on, an older model is made anew
+train() { # recipe, folder of the model, overrides; a run that was stopped resumes, an older model is made anew
   local resume=() recipe=$1 folder=$2
   shift 2
   if compgen -G "$folder/checkpoint-*" >/dev/null; then resume=(--resume); else rm -rf "$folder"; fi

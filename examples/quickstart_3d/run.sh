@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a table of answers about blocks of CT volumes that were never seen. Public commands only; a second run
-# goes on with what the first one left.
+# resumes with what the first one left.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=work_dirs/quickstart_3d
@@ -10,7 +10,7 @@ answer() { # folder of the model, name of the answers
   newer $out/$2.jsonl $out/$1/config.json || rm -f $out/$2.jsonl*
   medm infer --model $out/$1 "${ask[@]}" --output $out/$2.jsonl
 }
-train() { # folder of the model, overrides; a run that was stopped goes on, an older model is made anew
+train() { # folder of the model, overrides; a run that was stopped resumes, an older model is made anew
   local resume=() folder=$out/$1
   shift
   if compgen -G "$folder/checkpoint-*" >/dev/null; then resume=(--resume); else rm -rf "$folder"; fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several tasks, experts against the dense baseline of equal size, scored on held-out volumes. `make uni-med-demo` calls
-# this. Public commands only; a second run goes on with what the first one left, and what was made from other data, an
+# this. Public commands only; a second run resumes with what the first one left, and what was made from other data, an
 # other recipe or other overrides is made again. TRAIN="train.max_steps=2" for a try.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -20,7 +20,7 @@ keep_if() { # folder, what it has to be made from: a folder that was made from s
   mkdir -p "$1"
   echo "$2" >"$1/made_from.txt"
 }
-train() { # model; a run that was stopped goes on
+train() { # model; a run that was stopped resumes
   local resume=()
   compgen -G "$out/$1/checkpoint-*" >/dev/null && resume=(--resume)
   medm train recipes/uni-med-demo/$1.yaml ${resume[@]+"${resume[@]}"} ${more[@]+"${more[@]}"}

@@ -149,7 +149,7 @@ def cache(
     """Fill the cache of a recipe (data.cache) before training: every volume is read and resampled
     once.
 
-    Started again it goes on. The exit status is 1 when a file or record is bad; the others are
+    Started again, it resumes. The exit status is 1 when a file or record is bad; the others are
     cached all the same.
     """
     import os

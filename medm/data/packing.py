@@ -1,10 +1,10 @@
-"""Several samples in one row, each attending to itself alone, so that little of a batch is padding.
+"""Sequence packing: several samples in one row, each attending to itself alone.
 
 A sample is never split. Attention per sample follows from `position_ids` that begin again at 0:
 transformers (5.17 and later) builds the block mask from them where there is no attention mask and
 no cache (`use_cache=False`, else samples see each other), for "sdpa", "eager" and "flex_attention"
 in any number of rows. Flash attention and the attention of `medm.llms`, which need no mask, take a
-single row and the beginnings of its samples.
+single row and `cu_seq_lens`, the start of each of its samples.
 """
 
 from __future__ import annotations

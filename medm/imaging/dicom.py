@@ -9,10 +9,11 @@ message.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +259,7 @@ def _pydicom() -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Return the elements before the pixels."""
+    """Elements of a file before its pixels."""
 
     dataset: Dataset
     """The wanted tags."""
@@ -346,36 +347,48 @@ def _check_no_image(found: _Found, name: str) -> None:
         )
 
 
-def _header(found: _Found, path: Path, name: str) -> Header:
-    dataset = found.dataset
-    modality = str(dataset.get("Modality", "unknown"))
-    frames = int(_number(dataset, "NumberOfFrames") or 1)
-    slope, intercept = _rescale(dataset)
-    per_frame, shared = _groups(dataset)
-    of_groups = [_items(group, 0x00289145) for group in per_frame] if per_frame else []
-    items = [
-        item
-        for found_items in ([_items(shared, 0x00289145)] if shared is not None else []) + of_groups
-        for item in found_items
-    ]
-    if items and not _items(shared, 0x00289145) and not all(of_groups):
+def _rescale_of_frames(
+    dataset: Dataset,
+    per_frame: Sequence[Dataset],
+    shared: Dataset | None,
+    frames: int,
+    name: str,
+) -> tuple[float | None, float | None, str, tuple[tuple[float, float], ...]]:
+    """Return slope, intercept and type of the rescaling, and slope and intercept of each frame.
+
+    The functional groups of a multi-frame file take precedence over the elements of the file. The
+    frames have none of their own where the tuple is empty.
+    """
+    of_shared = _items(shared, 0x00289145)
+    of_frames = [_items(group, 0x00289145) for group in per_frame]
+    items = [*of_shared, *itertools.chain.from_iterable(of_frames)]
+    if items and not of_shared and not all(of_frames):
         raise MediaError(
             f"{name}: Pixel Value Transformation Sequence (0028,9145) stands in "
-            f"{sum(map(bool, of_groups))} of {len(per_frame)} frames, so the values of the others "
+            f"{sum(map(bool, of_frames))} of {len(per_frame)} frames, so the values of the others "
             "are unknown"
         )
-    frame_rescale: tuple[tuple[float, float], ...] = ()
-    rescale_type = dataset.get("RescaleType", "")
-    if items:
-        slope, intercept = _rescale(items[0])
-        types = {str(item.get("RescaleType", "")) for item in items}
-        rescale_type = types.pop() if len(types) == 1 else "several"
-        frame_rescale = _frame_rescale(of_groups, _items(shared, 0x00289145), frames, name)
+    slope, intercept = _rescale(items[0] if items else dataset)
     for value, keyword in ((slope, "RescaleSlope"), (intercept, "RescaleIntercept")):
         if value is not None and not math.isfinite(value):
             raise MediaError(f"{name}: DICOM {keyword} is not a finite number")
     if slope == 0:
         raise MediaError(f"{name}: DICOM RescaleSlope is 0, which would make all pixels equal")
+    if not items:
+        return slope, intercept, str(dataset.get("RescaleType", "")), ()
+    types = {str(item.get("RescaleType", "")) for item in items}
+    rescale_type = types.pop() if len(types) == 1 else "several"
+    return slope, intercept, rescale_type, _frame_rescale(of_frames, of_shared, frames, name)
+
+
+def _header(found: _Found, path: Path, name: str) -> Header:
+    dataset = found.dataset
+    modality = str(dataset.get("Modality", "unknown"))
+    frames = int(_number(dataset, "NumberOfFrames") or 1)
+    per_frame, shared = _groups(dataset)
+    slope, intercept, rescale_type, frame_rescale = _rescale_of_frames(
+        dataset, per_frame, shared, frames, name
+    )
     rescale = (
         (slope or 1.0, intercept or 0.0) if slope is not None or intercept is not None else None
     )
@@ -391,7 +404,7 @@ def _header(found: _Found, path: Path, name: str) -> Header:
     is_hounsfield = (
         unit == "HU"
         if table is not None
-        else (slope is not None and intercept is not None and str(rescale_type) in ("HU", "US", ""))
+        else (slope is not None and intercept is not None and rescale_type in ("HU", "US", ""))
     )
     voi, window, ignored = None, None, []
     if frames == 1:

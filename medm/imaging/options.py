@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 # What the published models were trained or are published with, for folders without a
-# preprocessor_config.json and for other encoders on the same pixels.
+# preprocessor_config.json and for other encoders on the same pixels. Not compared with the folders:
+# they are gated.
 _IMAGE_CONVENTIONS: dict[str, dict[str, Any]] = {
     # google/medsiglip-448: its model card resizes without regard to the aspect, bilinear, to -1..1.
     "medsiglip-448": {

@@ -1,8 +1,8 @@
 """M3D-Bench's scoring (arXiv 2404.00578, public code), with its quirks, for comparison with
 published numbers.
 
-METEOR and BERTScore of the published table are `meteor` and `bertscore` of this room, on the same
-texts.
+METEOR and BERTScore of the published table are `meteor` and `bertscore` of this package, on the
+same texts.
 """
 
 from __future__ import annotations

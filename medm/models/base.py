@@ -66,12 +66,10 @@ class MedmModel(PreTrainedModel, metaclass=ABCMeta):
         """
 
     def upgrade(self, processor: Processor) -> None:
-        """Add to a processor what the folder of an earlier medm does not say and the model
-        knows.
-        """
+        """Complete a processor that an earlier medm saved with what the model knows."""
 
     def enable_padding_free(self) -> bool:
-        """Prepare for padding-free batches, one row of samples with their beginnings.
+        """Prepare for padding-free batches: one row of samples and the start of each.
 
         Returns:
             False where the model cannot take them.

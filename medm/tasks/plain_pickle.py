@@ -94,8 +94,8 @@ class _Reader:
         elif name not in _IGNORED:
             raise DataError(
                 f"holds the pickle instruction {name}: more than text, numbers, lists and dicts, "
-                "and reading it could run a stranger's code. Convert it to JSON on a machine you "
-                "can afford to lose"
+                "and reading it could run code that the file brings. Convert it to JSON on a "
+                "machine that holds nothing of value"
             )
 
     def since_mark(self) -> list[object]:

@@ -135,7 +135,7 @@ def test_the_pickle_is_read_and_a_program_in_it_is_not_run(tmp_path: Path) -> No
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         file = tmp_path / "program.pkl"
         file.write_bytes(pickle.dumps([Program()], protocol=protocol))
-        with pytest.raises(DataError, match="could run a stranger's code"):
+        with pytest.raises(DataError, match="could run code that the file brings"):
             read_plain_pickle(file)
     assert not (tmp_path / "ran").exists()
 

@@ -1,4 +1,4 @@
-"""Runs a model folder with transformers alone, as a stranger would, and writes down what came out.
+"""Run a model folder with transformers alone, without medm, and write down its outputs.
 
 Started by path in a fresh process (`python -I stock_check.py FOLDER PLAN RESULT`), in which medm
 cannot be imported: what works here works without it. `PLAN` is JSON with image, prompt, length and
