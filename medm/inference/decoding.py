@@ -14,6 +14,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -132,7 +133,8 @@ class Decoder:
         self._runner = pick_runner(
             language_model, suppress=suppress, slots=slots, compiled=compiled
         )
-        self._head = PrepackedLMHead(language_model)
+        self.prepacked_head = PrepackedLMHead(language_model)
+        """Entered by each step; a loop of steps may hold it throughout."""
         self._waiting: deque[_Row] = deque()
         self._ready: deque[tuple[_Row, Prefilled, Tensor]] = deque()
         """Prefilled rows that wait for a slot, with the first token of their reply."""
@@ -201,7 +203,7 @@ class Decoder:
                 tried again or cancelled.
         """
         try:
-            with self._head:
+            with self.prepacked_head:
                 self._step()
         except torch.OutOfMemoryError:
             self._shrink()
@@ -224,12 +226,13 @@ class Decoder:
         order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].signature), row))
         rows = {self.submit(prompts[row]): row for row in order}
         try:
-            while self.pending:
-                for event in self.step():
-                    if event.error is not None:
-                        raise event.error
-                    if event.token is not None:
-                        replies[rows[event.request]].append(event.token)
+            with self.prepacked_head:
+                while self.pending:
+                    for event in self.step():
+                        if event.error is not None:
+                            raise event.error
+                        if event.token is not None:
+                            replies[rows[event.request]].append(event.token)
         finally:
             self._clear()
         return replies
@@ -257,7 +260,8 @@ class Decoder:
         for place, token in reversed(list(enumerate(self._runner.last_tokens()))):
             self._report(place, token)
         if self._active:
-            self._runner.advance(lambda tokens, logits: _choose(self._active, tokens, logits))
+            draws = any(row.sampler is not None for row in self._active)
+            self._runner.advance(partial(_choose, self._active) if draws else None)
 
     def _report(self, place: int, token: int) -> None:
         """Report the newest token of a row, and evict the row if it is the last one of its
@@ -399,12 +403,8 @@ def _choose(rows: Sequence[_Row], tokens: Tensor, logits: Tensor) -> Tensor:
     """Return the next token of each row, (R,): the most probable one, or one that is drawn from its
     logits.
     """
-    drawn = [place for place, row in enumerate(rows) if row.sampler is not None]
-    if not drawn:
-        return tokens
     tokens = tokens.clone()
-    for place in drawn:
-        sampler = rows[place].sampler
-        assert sampler is not None
-        tokens[place : place + 1] = sampler.draw(logits[place : place + 1])
+    for place, row in enumerate(rows):
+        if row.sampler is not None:
+            tokens[place : place + 1] = row.sampler.draw(logits[place : place + 1])
     return tokens

@@ -343,14 +343,16 @@ class Engine:
                 range(len(requests)), key=lambda row: (-len(requests[row].input_ids), row)
             ):
                 rows[self._submit(requests[row], options, inbox=inbox)] = row
-            while len(replies) < len(requests):
-                self._advance()
-                while inbox:
-                    event = inbox.popleft()
-                    if event.error is not None:
-                        raise event.error
-                    if event.reply is not None:
-                        replies[rows[event.request]] = event.reply
+            compiled = (options or self.options).compile
+            with self.decoder(compiled=compiled).prepacked_head:
+                while len(replies) < len(requests):
+                    self._advance()
+                    while inbox:
+                        event = inbox.popleft()
+                        if event.error is not None:
+                            raise event.error
+                        if event.reply is not None:
+                            replies[rows[event.request]] = event.reply
         finally:
             self._abandon(rows)
         return [replies[row] for row in range(len(requests))]

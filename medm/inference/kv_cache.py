@@ -91,8 +91,8 @@ class Slots:
             self._lengths[place] = length
         self._lengths.pop()
 
-    def advance(self, step: Step, choose: Choose) -> None:
-        """Run one decode step: one more token for each row."""
+    def advance(self, step: Step, choose: Choose | None) -> None:
+        """Run one decode step: one more token for each row, without `choose` the most probable."""
         count, kv_length = len(self), max(self._lengths) + 1
         self._reserve(self._kv_cache, rows=count, expected=count, tokens=kv_length)
         if self.static_shapes:
@@ -113,7 +113,9 @@ class Slots:
             tokens, logits = step(
                 self._tokens[:count], self._positions[:count], kv_cache, kv_lengths
             )
-        self._tokens[:count] = choose(tokens[:count], logits[:count])
+        if choose is not None:
+            tokens = choose(tokens[:count], logits[:count])
+        self._tokens[:count] = tokens[:count]
         self._positions += 1
         self._lengths = [length + 1 for length in self._lengths]
 

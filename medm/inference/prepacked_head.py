@@ -21,7 +21,9 @@ class PrepackedLMHead:
     has its own again.
 
     Only a plain float32 layer on a CPU is replaced. Its weight is prepacked at the first use and
-    kept, since a small batch would not pay for it every time. One thread at a time may be inside.
+    kept, since a small batch would not pay for it every time. The context may be entered again
+    inside itself, by one thread: replacing the head takes as long as a small layer, so a loop of
+    decode steps enters it once.
 
     Args:
         language_model: a causal language model of transformers, whose weights do not change any
@@ -32,22 +34,29 @@ class PrepackedLMHead:
         self._language_model = language_model
         self._own: nn.Module | None = None
         self._prepacked: _PrepackedLinear | None = None
+        self._depth = 0
 
     def __enter__(self) -> bool:
         """Return True if the head is prepacked."""
+        if self._depth == 0:
+            self._replace()
+        self._depth += 1
+        return self._own is not None
+
+    def __exit__(self, *_error: object) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._own is not None:
+            self._language_model.set_output_embeddings(self._own)
+            self._own = None
+
+    def _replace(self) -> None:
         head = self._language_model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or not _can_prepack(head):
-            return False
+            return
         if self._prepacked is None or self._prepacked.packed_from is not head.weight:
             self._prepacked = _PrepackedLinear(head)
         self._own = head
         self._language_model.set_output_embeddings(self._prepacked)
-        return True
-
-    def __exit__(self, *_error: object) -> None:
-        if self._own is not None:
-            self._language_model.set_output_embeddings(self._own)
-            self._own = None
 
 
 class _PrepackedLinear(nn.Module):

@@ -85,8 +85,8 @@ class Runner(Protocol):
         """Evict one row."""
         ...
 
-    def advance(self, choose: Choose) -> None:
-        """Run one decode step of every row."""
+    def advance(self, choose: Choose | None) -> None:
+        """See `Slots.advance`."""
         ...
 
     def release(self) -> None:
@@ -209,7 +209,7 @@ class BatchedRunner:
     def evict(self, place: int) -> None:
         self._slots.evict(place)
 
-    def advance(self, choose: Choose) -> None:
+    def advance(self, choose: Choose | None) -> None:
         self._slots.advance(self._run, choose)
 
     def release(self) -> None:
@@ -283,7 +283,7 @@ class SeparateRunner:
         self._caches.pop()
         self._tokens.pop()
 
-    def advance(self, choose: Choose) -> None:
+    def advance(self, choose: Choose | None) -> None:
         steps = []
         for token, cache in zip(self._tokens, self._caches, strict=True):
             output = self.language_model(
@@ -294,7 +294,7 @@ class SeparateRunner:
             )
             steps.append(_most_probable(output.logits[:, -1], self._suppress))
         tokens, logits = (torch.cat(side) for side in zip(*steps, strict=True))
-        self._tokens = list(choose(tokens, logits).split(1))
+        self._tokens = list((choose(tokens, logits) if choose else tokens).split(1))
 
     def release(self) -> None:
         self._caches, self._tokens = [], []

@@ -10,6 +10,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from medm.inference import prepacked_head
 from medm.inference.prepacked_head import PrepackedLMHead
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -50,6 +51,31 @@ def test_the_own_head_is_back_after_an_error_and_new_weights_are_prepacked_anew(
         expected = model(input_ids=ids).logits
         with head:
             torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_context_inside_itself_keeps_the_head_until_the_outer_one_ends() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+    own, head = model.get_output_embeddings(), PrepackedLMHead(model)
+    with head as packed:
+        replaced = model.get_output_embeddings()
+        with head as again:
+            assert packed and again
+        assert model.get_output_embeddings() is replaced is not own
+    assert model.get_output_embeddings() is own
+
+
+def test_a_weight_that_cannot_be_prepacked_leaves_the_head_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+    own, head = model.get_output_embeddings(), PrepackedLMHead(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepacked_head, "_PrepackedLinear", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError), head:
+            pass
+    assert model.get_output_embeddings() is own
+    with head as packed:
+        assert packed
 
 
 def test_other_heads_stay_plain() -> None:
