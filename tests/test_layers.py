@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
         "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed", "files",
         "transformers_hook",
     },
-    {"encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
+    {"encoders", "text_encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
     {"models", "data"},
     {"objectives", "tasks"},
     {"training", "inference"},

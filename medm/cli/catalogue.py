@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 REGISTRIES = {
     "encoders": "medm.encoders:ENCODERS",
+    "text_encoders": "medm.text_encoders:TEXT_ENCODERS",
     "connectors": "medm.connectors:CONNECTORS",
     "llms": "medm.llms:LLMS",
     "models": "medm.models:MODELS",
