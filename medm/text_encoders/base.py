@@ -1,4 +1,4 @@
-"""The interface of text encoders. They know nothing of images, tokenizers, files or learning rates."""
+"""The interface of text encoders. They know nothing of images, files or learning rates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TextEncoder(nn.Module, metaclass=ABCMeta):
 
     @classmethod
     def architecture_from(cls, published: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `architecture` from a published `config.json`, of the encoder or of a dual model."""
+        """Return `architecture` from a published `config.json`, of the encoder or a dual one."""
         text = dict(published.get("text_config", published))
         unused = {"model_type", "transformers_version", "architectures", "dtype"}
         known = set(cls.config_class().to_dict()) - unused

@@ -19,7 +19,9 @@ class CLIPTextEncoder(TextEncoder):
     """
 
     config_class: ClassVar = CLIPTextConfig
-    key_map: ClassVar = ((r"^(?:text_model\.)?(embeddings|encoder|final_layer_norm)\.", r"tower.\1."),)
+    key_map: ClassVar = (
+        (r"^(?:text_model\.)?(embeddings|encoder|final_layer_norm)\.", r"tower.\1."),
+    )
     ignored_keys = (
         r"^(vision_model|visual_projection|text_projection|logit_scale)",
         r"position_ids$",

@@ -23,7 +23,9 @@ class SiglipTextEncoder(TextEncoder):
     """
 
     config_class: ClassVar = SiglipTextConfig
-    key_map: ClassVar = ((r"^(?:text_model\.)?(embeddings|encoder|final_layer_norm|head)\.", r"tower.\1."),)
+    key_map: ClassVar = (
+        (r"^(?:text_model\.)?(embeddings|encoder|final_layer_norm|head)\.", r"tower.\1."),
+    )
     ignored_keys = (r"^(vision_model|logit_scale|logit_bias)", r"position_ids$")
     pads_to_max_length: ClassVar[bool] = True
 

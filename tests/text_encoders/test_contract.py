@@ -71,7 +71,9 @@ def test_the_mean_is_over_the_tokens_of_the_text(batch: tuple[Tensor, Tensor]) -
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "pooler"])
-def test_published_bert_folders_open(pool: str, tmp_path: Path, batch: tuple[Tensor, Tensor]) -> None:
+def test_published_bert_folders_open(
+    pool: str, tmp_path: Path, batch: tuple[Tensor, Tensor]
+) -> None:
     """As BiomedBERT is published: with the head of masked language modeling, under `bert.`."""
     torch.manual_seed(0)
     config = BertConfig(**SIZES)

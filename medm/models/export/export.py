@@ -32,12 +32,12 @@ from medm.files import atomic_directory
 from medm.imaging import load_pixels
 from medm.models import load, load_config
 from medm.models.export.llava import save_llava
-from medm.models.lvlm.build import build_encoder, encoder_options
 from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.models.lvlm.processing import LVLMProcessor
 from medm.models.provenance import describe, require_free
 from medm.models.published.weights import save_bundle, save_tensors
+from medm.models.vision import build_encoder, encoder_options
 from medm.types import Media, Sample, Turn
 
 PROMPT = "Describe the image. Is anything abnormal?"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from medm.config import Options, validate
 from medm.connectors import ConnectorOptions
-from medm.encoders import ENCODERS, EncoderOptions
-from medm.encoders.base import VisionEncoder
 from medm.errors import CheckpointError, RecipeError, unavailable
-from medm.imaging import Preprocess, preprocess_from_dict
-from medm.imaging.options import ImagePreprocess, changed
+from medm.imaging import Preprocess
 from medm.llms import LLMS, LLMOptions
 from medm.llms.attention import check_usable
 from medm.llms.base import read_template
@@ -38,6 +33,15 @@ from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
 from medm.models.lvlm.options import BranchOptions, LVLMOptions
 from medm.models.lvlm.processing import LVLMProcessor, padded_size
 from medm.models.published.weights import PretrainedSource, load_module
+from medm.models.vision import (
+    check_channels,
+    described_encoder,
+    fields_of,
+    load_encoder,
+    num_channels,
+    preprocess_of,
+    spatial_of,
+)
 from medm.types import PLACEHOLDERS, Config
 
 if TYPE_CHECKING:
@@ -45,7 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NOT_FOR_THE_ENCODER = {"name", "path", "architecture", "image_size"}
 _NOT_FOR_THE_CONNECTOR = {"name", "path"}
 
 
@@ -108,7 +111,12 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
         return resolve(options)[1]
 
     def preprocess(self, options: LVLMOptions) -> dict[str, Preprocess]:
-        return {name: _preprocess(name, branch) for name, branch in options.branches.items()}
+        return {
+            name: preprocess_of(
+                name, branch.encoder, branch.preprocess, place=f"model.branches.{name}.preprocess"
+            )
+            for name, branch in options.branches.items()
+        }
 
     def adapt(
         self,
@@ -136,17 +144,18 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
     branches: dict[str, BranchEntry] = {}
     specs: dict[str, Config] = {}
     for name, block in options.branches.items():
-        encoder, preprocess = _described_encoder(name, block)
+        place = f"model.branches.{name}.preprocess"
+        encoder, preprocess = described_encoder(name, block.encoder, block.preprocess, place=place)
         branches[name] = BranchEntry(
             encoder=encoder,
             connector=_connector_config(name, block.connector, options.tasks),
-            channels=_num_channels(preprocess),
-            spatial=_spatial(name, preprocess),
+            channels=num_channels(preprocess),
+            spatial=spatial_of(preprocess, place=place),
             placeholder_id=tokenizer.added_tokens_encoder[PLACEHOLDERS[name]],
         )
         with torch.device("meta"):
             branch = Branch(branches[name], out_dim=text_config.hidden_size)
-        _check_channels(name, branches[name], branch.encoder)
+        check_channels(block.encoder.name, preprocess, branch.encoder, place=place)
         specs[name] = {
             "placeholder": PLACEHOLDERS[name],
             "num_tokens": branch.num_tokens,
@@ -217,136 +226,12 @@ def _tokenizer(options: LLMOptions) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"model.llm: no usable tokenizer at {source!r} ({error})") from None
 
 
-def _described_encoder(name: str, options: BranchOptions) -> tuple[Config, Preprocess]:
-    """The config of a branch's encoder, and what is done to its pixels."""
-    encoder, published = _encoder_config(options.encoder)
-    preprocess = preprocess_from_dict(changed({"kind": name, **published}, options.preprocess))
-    _spatial(name, preprocess)
-    return encoder, preprocess
-
-
-def _spatial(name: str, preprocess: Preprocess) -> list[int]:
-    if preprocess.size is None:
-        raise RecipeError(
-            f"model.branches.{name}.preprocess: size is null, but the token grid must be known; "
-            "give sizes"
-        )
-    return preprocess.size
-
-
-def _num_channels(preprocess: Preprocess) -> int:
-    return (
-        preprocess.channels if isinstance(preprocess, ImagePreprocess) else preprocess.num_channels
-    )
-
-
-def _preprocess(name: str, options: BranchOptions) -> Preprocess:
-    """The preprocessing of a branch alone, also where the encoder's published config is out of
-    reach.
-    """
-    try:
-        return _described_encoder(name, options)[1]
-    except CheckpointError as error:
-        logger.warning(
-            "%s; size, mean and std are the encoder's usual ones, not those of that file", error
-        )
-        without = options.model_copy(update={"encoder": _without_path(options.encoder)})
-        return _described_encoder(name, without)[1]
-
-
-def _without_path(encoder: EncoderOptions) -> EncoderOptions:
-    changes: Config = {"path": None}
-    if (inner := encoder.inner()) is not None:
-        changes["encoder"] = _without_path(inner)
-    return encoder.model_copy(update=changes)
-
-
-def _check_channels(name: str, entry: BranchEntry, encoder: VisionEncoder) -> None:
-    """Pixels and encoder are described apart; here they meet. Raises `RecipeError`."""
-    if encoder.channels and entry.channels not in encoder.channels:
-        raise RecipeError(
-            f"model.branches.{name}.preprocess: gives pixels of {entry.channels} channels (one a "
-            f"window, or `channels`), but encoder {entry.encoder['name']!r} takes "
-            f"{' or '.join(map(str, encoder.channels))}"
-        )
-
-
-def _encoder_config(options: EncoderOptions) -> tuple[Config, Config]:
-    """Name and keywords of an encoder with every size resolved, and the preprocessing it was
-    published with.
-    """
-    encoder = ENCODERS.get(options.name)
-    entry: Config = {"name": options.name, **_fields(options, _NOT_FOR_THE_ENCODER)}
-    image_size = getattr(options, "image_size", None)
-    if (inner := options.inner()) is not None:
-        entry["encoder"], inner_preprocess = _encoder_config(inner)
-        entry["architecture"] = {}
-        return entry, encoder.preprocess_from(inner_preprocess, {}, image_size)
-    published = PretrainedSource(options.path) if options.path else None
-    if published is not None and published.is_bundle():
-        return _bundle_config(entry, options, published.config())
-    sizes = (
-        encoder.architecture_from(published.config() if published else {}) | options.architecture
-    )
-    entry["architecture"] = sizes
-    preprocessor = published.preprocessor() if published else {}
-    return entry, encoder.preprocess_from(preprocessor, sizes, image_size)
-
-
-def _bundle_config(
-    entry: Config, options: EncoderOptions, bundle: Mapping[str, Any]
-) -> tuple[Config, Config]:
-    """The same, from an encoder that medm exported."""
-    if bundle["encoder"] != options.name:
-        raise RecipeError(
-            f"{options.path}: holds an encoder {bundle['encoder']!r}, not {options.name!r}; name "
-            "that one"
-        )
-    preprocess = dict(bundle["preprocess"])
-    if (image_size := getattr(options, "image_size", None)) is not None:
-        sized = ENCODERS.get(options.name).preprocess_from({}, bundle["architecture"], image_size)
-        preprocess["size"] = sized["size"]
-    entry["architecture"] = bundle["architecture"] | options.architecture
-    return entry, preprocess
-
-
-def encoder_options(block: Mapping[str, object], *, source: str) -> EncoderOptions:
-    """Return an encoder block of a recipe, checked.
-
-    Args:
-        block: name and options.
-        source: for messages.
-    """
-    name = str(block["name"])
-    options = validate(ENCODERS.entry(name).options, block, source=source)
-    if not isinstance(options, EncoderOptions):
-        raise TypeError(
-            f"encoder {name!r}: expected options that derive from EncoderOptions, found "
-            f"{type(options).__name__}"
-        )
-    return options
-
-
-def build_encoder(options: EncoderOptions) -> tuple[VisionEncoder, Config]:
-    """An encoder alone, with its weights where the options name some, and the preprocessing that
-    belongs to it.
-
-    Args:
-        options: an encoder block of a recipe.
-    """
-    entry, preprocess = _encoder_config(options)
-    encoder = ENCODERS.constructor(entry)()
-    _load_encoder(encoder, options, options.name)
-    encoder.eval()
-    return encoder, preprocess
-
-
 def _connector_config(name: str, options: ConnectorOptions, tasks: list[str]) -> Config:
     """Name and keywords of a connector.
 
     One that routes by task gets the model's tasks: ids mean positions in one and the same list.
     """
-    entry: Config = {"name": options.name, **_fields(options, _NOT_FOR_THE_CONNECTOR)}
+    entry: Config = {"name": options.name, **fields_of(options, _NOT_FOR_THE_CONNECTOR)}
     if "tasks" in entry and entry["tasks"] != tasks:
         if entry["tasks"]:
             raise RecipeError(
@@ -355,10 +240,6 @@ def _connector_config(name: str, options: ConnectorOptions, tasks: list[str]) ->
             )
         entry["tasks"] = list(tasks)
     return entry
-
-
-def _fields(options: Options, left_out: set[str]) -> Config:
-    return {key: value for key, value in options.model_dump().items() if key not in left_out}
 
 
 def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype) -> CausalLM:
@@ -395,28 +276,13 @@ def _language_model(options: LLMOptions, config: LVLMConfig, dtype: torch.dtype)
 
 def _load_branch(branch: Branch, options: BranchOptions, *, name: str) -> None:
     """Published weights into a branch, wherever its options name some."""
-    _load_encoder(branch.encoder, options.encoder, f"{name}.encoder")
+    load_encoder(branch.encoder, options.encoder, f"{name}.encoder")
     if options.connector.path:
         load_module(
             branch.connector,
             PretrainedSource(options.connector.path).tensors(),
             source=f"{name}.connector from {options.connector.path}",
             key_map=type(branch.connector).key_map,
-        )
-
-
-def _load_encoder(encoder: VisionEncoder, options: EncoderOptions, part: str) -> None:
-    if encoder.inner is not None and (inner := options.inner()) is not None:
-        _load_encoder(encoder.inner, inner, f"{part}.encoder")
-    elif options.path:
-        published = PretrainedSource(options.path)
-        load_module(
-            encoder,
-            encoder.rename_published(published.encoder_tensors()),
-            source=f"{part} from {options.path}",
-            key_map=() if published.is_bundle() else type(encoder).key_map,
-            ignored=type(encoder).ignored_keys,
-            truncated=type(encoder).truncated_keys,
         )
 
 

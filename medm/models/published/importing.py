@@ -28,7 +28,7 @@ from medm.errors import CheckpointError, DataError, RecipeError
 from medm.files import atomic_directory
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
-from medm.models.lvlm.build import LVLM, build_encoder, encoder_options
+from medm.models.lvlm.build import LVLM
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.provenance import describe, require_free
 from medm.models.published.source_configs import (
@@ -48,6 +48,7 @@ from medm.models.published.weights import (
     save_bundle,
     save_tensors,
 )
+from medm.models.vision import build_encoder, encoder_options
 from medm.types import Config
 
 T = TypeVar("T")

@@ -23,9 +23,9 @@ from medm.errors import CheckpointError, ExportError
 from medm.models import build, load
 from medm.models.export.export import Question, _ask, draw_test_image, export
 from medm.models.export.llava import literal, save_llava, stock_template
-from medm.models.lvlm.build import build_encoder
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.manifest import verify
+from medm.models.vision import build_encoder
 from tests.cli.runner import medm
 from tests.inference.tiny import awaken
 from tests.tiny import lvlm_section, save_llm

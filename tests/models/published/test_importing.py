@@ -25,11 +25,11 @@ from medm.encoders import M3DCLIPOptions
 from medm.errors import CheckpointError
 from medm.models import load
 from medm.models.export.export import export
-from medm.models.lvlm.build import build_encoder
 from medm.models.manifest import verify
 from medm.models.published.importing import import_model
 from medm.models.published.source_configs import Hints
 from medm.models.published.weights import read_tensors
+from medm.models.vision import build_encoder
 from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
 from tests.encoders.test_volume_vit import (
