@@ -60,7 +60,17 @@ def import_(
     source: Annotated[str, typer.Argument(help="Published folder, file or Hugging Face id.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     kind: Annotated[
-        Literal["auto", "medm-vl", "llava", "clip", "siglip", "m3d-clip", "medm-clip", "projector"],
+        Literal[
+            "auto",
+            "medm-vl",
+            "llava",
+            "clip",
+            "siglip",
+            "m3d-clip",
+            "medm-clip",
+            "dual-encoder",
+            "projector",
+        ],
         typer.Option(help="What the source is; found out without it."),
     ] = "auto",
     llm: Annotated[
@@ -71,6 +81,10 @@ def import_(
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="Template by name or file, if not the published one.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or id with a dual encoder's tokenizer, if the source has none."),
     ] = None,
     preprocess: Annotated[
         list[str] | None,
@@ -88,7 +102,7 @@ def import_(
     from medm.models.published.importing import import_model
     from medm.models.published.source_configs import Hints
 
-    hints = Hints(llm, encoder, chat_template, apply_overrides({}, preprocess or []))
+    hints = Hints(llm, encoder, chat_template, apply_overrides({}, preprocess or []), tokenizer)
     for line in import_model(source, target, kind=kind, hints=hints).lines():
         out.print(line, markup=False)
     note("Not for clinical use.")

@@ -230,3 +230,9 @@ ENCODERS.add(
     "EVA-CLIP ViT-g/14 as in BLIP-2, MiniGPT-4 and Uni-Med",
     options=EVACLIPOptions,
 )
+ENCODERS.add(
+    "vit",
+    "medm.encoders.image_vit:ViTEncoder",
+    "the original ViT under timm's names (BiomedCLIP)",
+    options=ViTOptions,
+)

@@ -7,16 +7,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from medm.encoders import LayerNormAfter, VisionTokens
-from medm.encoders.plain_vit import PlainViT
-from medm.encoders.sizes import whole
-from medm.types import Config, VisionFeatures
+from medm.encoders.plain_vit import ImageViT, PlainViT
+from medm.types import VisionFeatures
 
 
-class EVACLIPEncoder(PlainViT):
+class EVACLIPEncoder(ImageViT):
     """ViT-g/14 of width 1408. The systems above read the block before the last of 40, which is
     `layer=-2`.
 
@@ -54,9 +52,6 @@ class EVACLIPEncoder(PlainViT):
         "num_attention_heads": 16,
     }
     block_bias: ClassVar = "query-value"
-    eps: ClassVar[float] = 1e-6
-    class_token_has_position: ClassVar[bool] = True
-    interpolation: ClassVar = "bicubic"
 
     def __init__(
         self,
@@ -78,28 +73,3 @@ class EVACLIPEncoder(PlainViT):
         """pixels: (B, C, height, width)."""
         features = super().forward(pixels)
         return features._replace(tokens=self.ln_vision(features.tokens))
-
-    def embedding(self, channels: int) -> nn.Module:
-        """A convolution whose stride is its kernel."""
-        rows, columns = self.patch_size
-        return nn.Sequential(
-            nn.Conv2d(channels, self.dim, (rows, columns), stride=(rows, columns)),
-            Rearrange("b d h w -> b (h w) d"),
-        )
-
-    @classmethod
-    def preprocess_from(
-        cls,
-        published: Mapping[str, object],
-        architecture: Mapping[str, object],
-        image_size: int | None = None,
-    ) -> Config:
-        """Squashed to a square, CLIP's mean and deviation."""
-        side = image_size or whole({**cls.published_sizes, **architecture}, "image_size")
-        return {
-            "size": [side, side],
-            "fit": "squash",
-            "interpolation": "bicubic",
-            "mean": [0.48145466, 0.4578275, 0.40821073],
-            "std": [0.26862954, 0.26130258, 0.27577711],
-        }

@@ -13,6 +13,7 @@ from math import prod
 from typing import ClassVar, Literal
 
 import torch
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
@@ -20,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.encoders import NormPlace, VisionTokens
 from medm.encoders.base import VisionEncoder
-from medm.encoders.sizes import whole, wholes
+from medm.encoders.sizes import numbers, whole, wholes
 from medm.errors import RecipeError
 from medm.types import Config, VisionFeatures
 
@@ -255,3 +256,43 @@ class PlainViT(VisionEncoder):
         )
         placed = table.flatten(2).transpose(1, 2).to(self.positions.dtype)  # (1, cells, dim)
         return torch.cat([self.positions[:, :front], placed], dim=1)
+
+
+class ImageViT(PlainViT):
+    """A plain ViT over images whose patches are cut by a convolution with bias."""
+
+    block_activation: ClassVar[str] = "gelu"
+    eps: ClassVar[float] = 1e-6
+    class_token_has_position: ClassVar[bool] = True
+    interpolation: ClassVar[Literal["bicubic", "trilinear"]] = "bicubic"
+
+    def embedding(self, channels: int) -> nn.Module:
+        """A convolution whose stride is its kernel."""
+        rows, columns = self.patch_size
+        return nn.Sequential(
+            nn.Conv2d(channels, self.dim, (rows, columns), stride=(rows, columns)),
+            Rearrange("b d h w -> b (h w) d"),
+        )
+
+    @classmethod
+    def preprocess_from(
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
+        image_size: int | None = None,
+    ) -> Config:
+        """Squashed to a square, CLIP's mean and deviation; or what the published file says."""
+        side = image_size or whole({**cls.published_sizes, **architecture}, "image_size")
+        fields: Config = {
+            "size": [side, side],
+            "fit": "squash",
+            "interpolation": "bicubic",
+            "mean": [0.48145466, 0.4578275, 0.40821073],
+            "std": [0.26862954, 0.26130258, 0.27577711],
+        }
+        if "do_center_crop" in published:
+            fields["fit"] = "crop" if published["do_center_crop"] else "squash"
+        for own, theirs in (("mean", "image_mean"), ("std", "image_std")):
+            if theirs in published:
+                fields[own] = numbers(published, theirs)
+        return fields

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medm.errors import CheckpointError
+from medm.models.dual_encoder.options import DualEncoderOptions
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.options import ModelOptions
 from medm.registry import Registry
@@ -21,6 +22,12 @@ MODELS.add(
     "medm.models.lvlm.build:LVLM",
     "encoder, connector and LLM: answers in text",
     options=LVLMOptions,
+)
+MODELS.add(
+    "dual-encoder",
+    "medm.models.dual_encoder.build:DualEncoderKind",
+    "image and text encoder with one space (CLIP, SigLIP): vectors and scores",
+    options=DualEncoderOptions,
 )
 
 

@@ -50,6 +50,10 @@ TINY_ENCODERS = {
         },
         pixels=(3, 24, 16),
     ),
+    "vit": Tiny(
+        {"name": "vit", "architecture": VIT | {"image_size": 16, "patch_size": 8}, "tokens": "cls_patch"},
+        pixels=(3, 24, 16),
+    ),
     "i3d-resnet": Tiny(
         {"name": "i3d-resnet", "architecture": {"layers": [1, 1, 2, 1], "width": 4}}, pixels=(1, 20, 40, 33)
     ),

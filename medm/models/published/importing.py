@@ -9,12 +9,10 @@ arrays are 0..1 or HU) is noted.
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +26,10 @@ from medm.errors import CheckpointError, DataError, RecipeError
 from medm.files import atomic_directory
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
+from medm.models.dual_encoder.build import resolve
+from medm.models.dual_encoder.modeling import DualEncoder
+from medm.models.dual_encoder.options import DualEncoderOptions
+from medm.models.dual_encoder.published import load_published, published_section
 from medm.models.lvlm.build import LVLM
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.provenance import describe, require_free
@@ -43,6 +45,7 @@ from medm.models.published.source_configs import (
 from medm.models.published.weights import (
     LoadReport,
     PretrainedSource,
+    group,
     load_module,
     rename,
     save_bundle,
@@ -50,8 +53,6 @@ from medm.models.published.weights import (
 )
 from medm.models.vision import build_encoder, encoder_options
 from medm.types import Config
-
-T = TypeVar("T")
 
 _ROTARY = r"rotary_emb\.inv_freq$"
 
@@ -112,6 +113,7 @@ KINDS: dict[str, str] = {
     "siglip": "SigLIP vision towers",
     "m3d-clip": "M3D-CLIP, or pretrained_ViT.bin",
     "medm-clip": "MedM-CLIP",
+    "dual-encoder": "CLIP and SigLIP whole: image and text tower, projections and scale",
     "projector": "MLP projectors of LLaVA, TinyLLaVA and MedM-VL",
 }
 """What can be imported, and what it is."""
@@ -141,13 +143,23 @@ def import_model(
         kind = guess(published)
     elif kind not in KINDS:
         raise CheckpointError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
+    if hints.tokenizer is not None and kind != "dual-encoder":
+        raise CheckpointError(
+            f"{source}: a tokenizer is given, and a source of kind {kind!r} takes none; leave "
+            "--tokenizer out"
+        )
     report = ImportReport(source, KINDS[kind])
     with atomic_directory(place) as target:
         job = Import(published, target, hints, report)
         if kind in _ENCODER_KINDS:
             job.encoder(kind)
         else:
-            {"medm-vl": job.medm_vl, "llava": job.llava, "projector": job.projector}[kind]()
+            {
+                "medm-vl": job.medm_vl,
+                "llava": job.llava,
+                "dual-encoder": job.dual_encoder,
+                "projector": job.projector,
+            }[kind]()
         text = json.dumps(report.as_json(), indent=2, ensure_ascii=False)
         (target / "import.json").write_text(text + "\n", encoding="utf-8")
         describe(
@@ -182,6 +194,8 @@ def guess(published: PretrainedSource) -> str:
     if config.get("model_type") in types:
         return types[config["model_type"]]
     names = list(published.tensors())
+    if "logit_scale" in names and any(name.startswith("text_model.") for name in names):
+        return "dual-encoder"  # open_clip's layout; stock folders have a config and are towers
     if any("patch_embedding.patch_embeddings.1." in name for name in names):
         return "m3d-clip"
     if any("to_patch_embedding." in name for name in names):
@@ -280,6 +294,25 @@ class Import:
             options=options.model_dump(exclude={"name", "path", "architecture", "image_size"}),
             preprocess={**preprocess, **self.hints.preprocess.get(branch, {})},
         )
+
+    def dual_encoder(self) -> None:
+        """A dual encoder as a medm checkpoint."""
+        section = published_section(
+            self.published,
+            tokenizer=self.hints.tokenizer,
+            preprocess=self.hints.preprocess.get("image"),
+        )
+        options = validate(DualEncoderOptions, section, source="the model that the source is")
+        config, processor = resolve(options)
+        model = DualEncoder(config)
+        self.report.parts += load_published(model, self.published)
+        if not self.published.has_config():
+            self.report.notes.append(
+                "sizes are those of the tensors; heads are 64 wide, and the activation is the "
+                "quick GELU, as in the files of OpenAI, MetaCLIP and UniMed-CLIP"
+            )
+        model.save_pretrained(self.target)
+        processor.save_pretrained(self.target)
 
     def projector(self) -> None:
         """An MLP that a recipe can name as `connector.path`."""
@@ -435,30 +468,6 @@ class Import:
             self.report.notes.append(
                 "the head differs from the embeddings, so the two are no longer tied"
             )
-
-
-def group(
-    tensors: Mapping[str, T], prefixes: Mapping[str, str], *, source: str
-) -> dict[str, dict[str, T]]:
-    """Tensors (or what else stands under their names) by part, without their prefix.
-
-    Raises:
-        CheckpointError: names under none of the prefixes.
-    """
-    groups: dict[str, dict[str, T]] = {name: {} for name in prefixes}
-    unknown = []
-    for name, tensor in tensors.items():
-        for part, prefix in prefixes.items():
-            if found := re.match(prefix, name):
-                groups[part][name[found.end() :]] = tensor
-                break
-        else:
-            unknown.append(name)
-    if unknown:
-        raise CheckpointError(
-            f"{source}: {len(unknown)} tensors belong to no known part: {', '.join(unknown[:5])}"
-        )
-    return groups
 
 
 def _in_the_files(part: LoadReport, names: Mapping[str, str]) -> LoadReport:

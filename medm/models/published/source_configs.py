@@ -48,6 +48,8 @@ class Hints:
     """Template by name or file, where it is not the published one."""
     preprocess: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """By branch, fields of the preprocessing that replace what the kind is known for."""
+    tokenizer: str | None = None
+    """Folder or id with the tokenizer of a dual encoder, where the source has none."""
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +23,16 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from medm.errors import CheckpointError, unavailable
+from medm.models.published.open_clip import (
+    config_of,
+    is_open_clip,
+    preprocessor_of,
+    stock_names,
+)
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BUNDLE_TYPE = "medm-encoder"
 """`model_type` in the `config.json` of an encoder that medm exported: sizes, preprocessing and
@@ -46,6 +54,7 @@ _FILES = (
     "model.safetensors",
     "pytorch_model.bin",
     "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
     "pretrained_ViT.bin",
 )
 
@@ -60,34 +69,52 @@ class PretrainedSource:
     def __init__(self, path: str) -> None:
         self.path = path
         self._local = Path(path).expanduser()
+        self._in_file: dict[str, str] = {}
 
     def config(self) -> dict[str, Any]:
-        """`config.json`, or an empty mapping for a bare weight file or a folder without one."""
-        return self._json("config.json")
+        """`config.json`, or an empty mapping for a bare weight file or a folder without one.
+
+        A dual encoder in open_clip's layout has none that says every size: they are read from its
+        tensors.
+        """
+        return self._json("config.json") or self._open_clip_config()
 
     def preprocessor(self) -> dict[str, Any]:
-        """`preprocessor_config.json`, the image processor of a `processor_config.json`, or an empty
-        mapping.
+        """`preprocessor_config.json`, the image processor of a `processor_config.json`, that of
+        open_clip's config, or an empty mapping.
         """
         if alone := self._json("preprocessor_config.json"):
             return alone
         inner = self._json("processor_config.json").get("image_processor")
-        return inner if isinstance(inner, dict) else {}
+        if isinstance(inner, dict):
+            return inner
+        return preprocessor_of(self._json("open_clip_config.json").get("preprocess_cfg", {}))
+
+    def has_config(self) -> bool:
+        """Whether a file says sizes, be it transformers' or open_clip's."""
+        return bool(self._json("config.json") or self._json("open_clip_config.json"))
+
+    def in_file(self, name: str) -> str:
+        """Return the name in the file of a tensor that `tensors` gave."""
+        return self._in_file.get(name, name)
 
     def is_bundle(self) -> bool:
         """Whether medm exported it as an encoder."""
         return self.config().get("model_type") == BUNDLE_TYPE
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its published name.
+        """Every tensor by its published name; those of a dual encoder by that of transformers.
 
         Raises:
             CheckpointError: there are no weights, a file is damaged, or it would run code when
                 opened.
         """
-        return {
+        tensors = {
             name: tensor for file in self._files() for name, tensor in read_tensors(file).items()
         }
+        if is_open_clip(tensors):
+            tensors, self._in_file = stock_names(tensors)
+        return tensors
 
     def encoder_tensors(self) -> dict[str, Tensor]:
         """The tensors of a published encoder; of a vision-language model those of its vision tower,
@@ -99,7 +126,7 @@ class PretrainedSource:
         Raises:
             CheckpointError: as `tensors`, or none of the names begins as a vision tower's do.
         """
-        config = self.config()
+        config = self._json("config.json")
         if not (
             {"vision_config", "vision_tower"} & config.keys()
             and {"text_config", "llm_config"} & config.keys()
@@ -120,6 +147,14 @@ class PretrainedSource:
             for file in files
             for name, tensor in read_tensors(file, prefix=prefix).items()
         }
+
+    def _open_clip_config(self) -> dict[str, Any]:
+        """Sizes of a dual encoder in open_clip's layout; empty for everything else."""
+        published = self._json("open_clip_config.json")
+        if not published and self._local.suffix != ".pt" and not list(self._local.glob("*.pt")):
+            return {}
+        tensors = self.tensors()
+        return config_of(tensors, published.get("model_cfg", {})) if self._in_file else {}
 
     def _files(self) -> list[Path]:
         """Every file of weights. Raises `CheckpointError` where there are none."""
@@ -357,6 +392,30 @@ def load_module(
     module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in renamed.items()})
     logger.info("%s", report)
     return report
+
+
+def group(
+    tensors: Mapping[str, T], prefixes: Mapping[str, str], *, source: str
+) -> dict[str, dict[str, T]]:
+    """Tensors (or what else stands under their names) by part, without their prefix.
+
+    Raises:
+        CheckpointError: names under none of the prefixes.
+    """
+    groups: dict[str, dict[str, T]] = {name: {} for name in prefixes}
+    unknown = []
+    for name, tensor in tensors.items():
+        for part, prefix in prefixes.items():
+            if found := re.match(prefix, name):
+                groups[part][name[found.end() :]] = tensor
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            f"{source}: {len(unknown)} tensors belong to no known part: {', '.join(unknown[:5])}"
+        )
+    return groups
 
 
 def save_bundle(
