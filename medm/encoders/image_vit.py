@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from medm.encoders.plain_vit import ImageViT
+from medm.types import Config
 
 
 class ViTEncoder(ImageViT):
@@ -38,3 +40,9 @@ class ViTEncoder(ImageViT):
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
     }
+
+    @classmethod
+    def architecture_from(cls, published: Mapping[str, object]) -> Config:
+        """Sizes of the tower, alone or as the `vision_config` of a dual encoder."""
+        vision = published.get("vision_config")
+        return super().architecture_from(vision if isinstance(vision, Mapping) else published)

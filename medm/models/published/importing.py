@@ -33,6 +33,7 @@ from medm.models.dual_encoder.published import load_published, published_section
 from medm.models.lvlm.build import LVLM
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.provenance import describe, require_free
+from medm.models.published.open_clip import OPEN_CLIP
 from medm.models.published.source_configs import (
     END_TOKENS,
     Hints,
@@ -184,6 +185,7 @@ def guess(published: PretrainedSource) -> str:
     if generation_of(config) is not None:
         return "medm-vl"
     types = {
+        OPEN_CLIP: "dual-encoder",
         "m3d_clip": "m3d-clip",
         "medm-pretrain": "medm-clip",
         "clip": "clip",
@@ -194,8 +196,6 @@ def guess(published: PretrainedSource) -> str:
     if config.get("model_type") in types:
         return types[config["model_type"]]
     names = list(published.tensors())
-    if "logit_scale" in names and any(name.startswith("text_model.") for name in names):
-        return "dual-encoder"  # open_clip's layout; stock folders have a config and are towers
     if any("patch_embedding.patch_embeddings.1." in name for name in names):
         return "m3d-clip"
     if any("to_patch_embedding." in name for name in names):

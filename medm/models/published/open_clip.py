@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+OPEN_CLIP = "open-clip"
+"""`model_type` of the config that stands for the layout; no published file has it."""
 _HEAD_WIDTH = 64
 """Of every head of the published towers, unless their config says another width."""
 
@@ -75,7 +77,7 @@ def stock_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def config_of(tensors: Mapping[str, Tensor], model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config that transformers would have for such tensors.
+    """Return a config with the fields that transformers' would have for such tensors.
 
     Args:
         tensors: under transformers' names.
@@ -86,7 +88,7 @@ def config_of(tensors: Mapping[str, Tensor], model_cfg: Mapping[str, Any]) -> di
     activation = "quick_gelu" if quick else "gelu"
     vision, text = dict(model_cfg.get("vision_cfg", {})), dict(model_cfg.get("text_cfg", {}))
     return {
-        "model_type": "clip",
+        "model_type": OPEN_CLIP,
         "vision_config": _vision(tensors, int(vision.get("head_width", _HEAD_WIDTH)), activation),
         "text_config": _text(tensors, text, activation),
     }
@@ -170,6 +172,6 @@ def preprocessor_of(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
     if preprocess_cfg.get("interpolation") in filters:
         found["resample"] = filters[preprocess_cfg["interpolation"]]
-    if "resize_mode" in preprocess_cfg:
-        found["do_center_crop"] = preprocess_cfg["resize_mode"] == "shortest"
+    if preprocess_cfg:
+        found["do_center_crop"] = preprocess_cfg.get("resize_mode", "shortest") == "shortest"
     return found
