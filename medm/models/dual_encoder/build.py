@@ -149,6 +149,7 @@ def resolve(options: DualEncoderOptions) -> tuple[DualEncoderConfig, DualEncoder
         pad_to_max_length=text.pads_to_max_length,
     )
     rows = {"vocab_size": text.config_class().vocab_size, **config.text["encoder"]["architecture"]}
+    config.pad_token_id = processor.pad_id
     if len(processor.tokenizer) > rows["vocab_size"]:
         raise RecipeError(
             f"model.text: the tokenizer has {len(processor.tokenizer)} tokens, and the text "

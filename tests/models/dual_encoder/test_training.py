@@ -1,0 +1,133 @@
+"""A recipe trains a dual encoder; what it saved opens, and a stopped run continues bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from medm.data.pipelines import PIPELINES
+from medm.models.dual_encoder.modeling import MAX_LOG_SCALE, DualEncoder
+from medm.training.recipe import Recipe, load_recipe
+from medm.training.run import train
+from tests.data import pairs as page
+from tests.models.dual_encoder.tiny import save_tokenizer, section
+
+CAPTIONS = ("a chest radiograph", "normal", "effusion of the left", "a mass of the brain")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pairs, a tokenizer, and the pipeline of pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    if "pairs" not in PIPELINES:
+        page.load(folder)
+    save_tokenizer(folder / "tokenizer")
+    for index in range(8):
+        noise = np.random.default_rng(index).integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+    records = [{"image": f"{n}.png", "caption": CAPTIONS[n % 4]} for n in range(8)]
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder
+
+
+def recipe(world: Path, out: Path, *, steps: int = 4, **changes: Any) -> Recipe:
+    content: dict[str, Any] = {
+        "model": section(str(world / "tokenizer"), logit_scale=99.0, chunk=2),
+        "data": {"train": [{"path": str(world / "train.json"), "root": str(world)}]},
+        "objective": {"name": "contrastive"},
+        "parts": {
+            "image.encoder": {"tune": "full", "lr": 1e-3},
+            "image.projection": {"tune": "full"},
+            "text.encoder": {"tune": "lora", "r": 2},
+            "text.projection": {"tune": "full"},
+            "scale": {"tune": "full", "lr": 0.5},
+        },
+        "train": {
+            "use_cpu": True, "max_steps": steps, "per_device_train_batch_size": 4,
+            "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
+        },
+        "output_dir": str(out),
+    }  # fmt: skip
+    for key, value in changes.items():
+        content[key] = content[key] | value
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(content))
+    return load_recipe(file)
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Path:
+    outcome = train(recipe(world, world / "trained"))
+    assert outcome.finished
+    assert outcome.steps == 4
+    assert outcome.loss is not None
+    assert math.isfinite(outcome.loss)
+    return world / "trained"
+
+
+def test_a_trained_model_opens_by_auto_classes(world: Path, trained: Path) -> None:
+    model = AutoModel.from_pretrained(trained).eval()
+    assert isinstance(model, DualEncoder)
+    processor = AutoProcessor.from_pretrained(trained)
+    inputs = processor(["normal", "a mass"], images=[str(world / f"{n}.png") for n in range(2)])
+    with torch.no_grad():
+        output = model(**inputs)
+    assert output.image_embeds.shape == output.text_embeds.shape == (2, 20)
+    assert model.scale.logit_scale.item() <= MAX_LOG_SCALE
+    assert model.config.adapters == {} or "text.encoder" in model.config.adapters
+
+
+def test_every_part_is_trained_and_the_scale_is_held(trained: Path) -> None:
+    first = load_file(next(trained.glob("checkpoint-2/*.safetensors")))
+    last = load_file(next(trained.glob("checkpoint-4/*.safetensors")))
+    parts = ("image.encoder", "image.readout.projection", "text.projection", "lora_B")
+    for part in parts:
+        assert any(not torch.equal(first[k], last[k]) for k in first if part in k), part
+    assert all(0 <= one["scale.logit_scale"] <= MAX_LOG_SCALE + 1e-6 for one in (first, last))
+
+
+def test_a_stopped_run_continues_bit_for_bit(world: Path, trained: Path) -> None:
+    out = world / "resumed"
+    content = yaml.safe_load((world / "trained.yaml").read_text()) | {"output_dir": str(out)}
+    (world / "resumed.yaml").write_text(yaml.safe_dump(content))
+    given = load_recipe(world / "resumed.yaml")
+    assert train(given).finished
+    for path in [*out.glob("*.safetensors"), out / "config.json"]:
+        path.unlink()
+    shutil.rmtree(out / "checkpoint-4")
+    outcome = train(given, resume=True)
+    assert outcome.steps == 4
+    for file in trained.glob("*.safetensors"):
+        expected, found = load_file(file), load_file(out / file.name)
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_another_run_begins_with_the_trained_model(world: Path, trained: Path) -> None:
+    model = section(str(world / "tokenizer"), text={"max_length": 6})
+    content = {
+        **yaml.safe_load((world / "trained.yaml").read_text()),
+        "model": model,
+        "init_from": str(trained),
+        "output_dir": str(world / "second"),
+        "parts": {"text.projection": {"tune": "full"}, "scale": {"tune": "full"}},
+    }
+    (world / "second.yaml").write_text(yaml.safe_dump(content))
+    assert train(load_recipe(world / "second.yaml")).finished
+    before = load_file(next(trained.glob("*.safetensors")))
+    after = load_file(next((world / "second").glob("*.safetensors")))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert {name.split(".")[0] for name in moved} <= {"text", "scale"}
+    assert all(name.startswith(("text.projection", "scale")) for name in moved)
+    assert AutoProcessor.from_pretrained(world / "second").max_length == 6
