@@ -15,7 +15,7 @@ from medm.encoders.clip import CLIPEncoder
 from medm.encoders.hf_vision import HFVisionEncoder, pixel_shuffle
 from medm.encoders.siglip import SiglipEncoder
 from medm.errors import CheckpointError, RecipeError
-from medm.models.lvlm.build import build_encoder, encoder_options
+from medm.models.vision import build_encoder, encoder_options
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24,

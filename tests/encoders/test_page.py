@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from medm.imaging import preprocess_from_dict
-from medm.models.lvlm.build import encoder_options
+from medm.models.vision import encoder_options
 
 PAGE = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)

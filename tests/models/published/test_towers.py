@@ -26,9 +26,9 @@ from medm.config import validate
 from medm.errors import CheckpointError, RecipeError
 from medm.models import build, load
 from medm.models.export.export import export
-from medm.models.lvlm.build import build_encoder, encoder_options
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.published import weights
+from medm.models.vision import build_encoder, encoder_options
 from tests.tiny import lvlm_section, save_llm
 
 VISION: dict[str, Any] = {
