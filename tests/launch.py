@@ -1,4 +1,4 @@
-"""Starts a module of the tests on two processes, as torchrun does for a training."""
+"""Starts a module of the tests on several processes, as torchrun does for a training."""
 
 from __future__ import annotations
 
@@ -38,9 +38,14 @@ def environment() -> dict[str, str]:
 
 def on_two_processes(module: str, *arguments: str) -> None:
     """Run `python -m module arguments` twice, connected; fails with what both printed."""
+    on_processes(2, module, *arguments)
+
+
+def on_processes(count: int, module: str, *arguments: str) -> None:
+    """Run `python -m module arguments` on connected processes; fails with what they printed."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-        "-m", module, *arguments,
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count),
+        "--master_port", str(free_port()), "-m", module, *arguments,
     ]  # fmt: skip
     done = subprocess.run(
         command,

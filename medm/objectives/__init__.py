@@ -8,7 +8,7 @@ torch-free. How several are added up: `medm.objectives.terms`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -17,6 +17,8 @@ from medm.registry import NamedBlock, Registry
 
 if TYPE_CHECKING:
     from medm.objectives.base import Objective
+
+SameLabel: TypeAlias = Literal["negative", "ignore", "positive"]
 
 
 class ObjectiveOptions(Options):
@@ -63,13 +65,18 @@ class ContrastiveOptions(ObjectiveOptions):
     """Compare with the pairs of all ranks; without it each rank sees its own batch alone."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the target that is spread over all pairs (`softmax` alone)."""
+    same_label: SameLabel = "negative"
+    """Other pairs with the same caption or label (batch field `pair_labels`): `negative` pushes
+    them apart like all others, `ignore` leaves them out of the comparison, `positive` pulls them
+    together (`softmax`: the target is spread over all of them)."""
 
     @model_serializer(mode="wrap")
     def _older_form(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """Leave out the default of `pairs`, so that runs from before the field continue."""
+        """Leave out defaults of later fields, so that runs from before them continue."""
         values: dict[str, object] = dump(self)
-        if values["pairs"] == "input_ids":
-            del values["pairs"]
+        for name in ("pairs", "same_label"):
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
         return values
 
     def reads(self) -> frozenset[str]:

@@ -38,7 +38,7 @@ class Fixed(nn.Module):
         super().__init__()
         self.scale, self.bias = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(bias))
 
-    def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    def forward(self, first: Tensor, second: Tensor, **rest: Tensor) -> dict[str, Tensor]:
         return {
             "image_embeds": first,
             "text_embeds": second,
@@ -102,11 +102,16 @@ def test_micro_batches_add_up_to_the_batch(cut: tuple[slice, slice]) -> None:
 
 
 def contrast(
-    first: Tensor, second: Tensor, counts: list[int] | None = None, **options: Any
+    first: Tensor,
+    second: Tensor,
+    counts: list[int] | None = None,
+    labels: list[int] | None = None,
+    **options: Any,
 ) -> Tensor:
-    return losses_of(
-        Contrastive(pairs="first", **options), Fixed(), {"first": first, "second": second}, counts
-    ).total
+    batch: Batch = {"first": first, "second": second}
+    if labels is not None:
+        batch["pair_labels"] = torch.tensor(labels)
+    return losses_of(Contrastive(pairs="first", **options), Fixed(), batch, counts).total
 
 
 def test_softmax_loss_equals_clip_in_transformers() -> None:
@@ -154,10 +159,115 @@ def test_pairs_are_counted_by_the_stated_field_whatever_stands_before_it() -> No
             Contrastive().count(broken)
 
 
-def test_the_default_of_pairs_is_left_out_of_a_resolved_recipe() -> None:
-    """A run from before the field has a recipe without it, and continues."""
-    assert "pairs" not in ContrastiveOptions(name="contrastive").model_dump(mode="json")
-    assert ContrastiveOptions(name="contrastive", pairs="pixels").model_dump()["pairs"] == "pixels"
+def test_defaults_of_later_fields_are_left_out_of_a_resolved_recipe() -> None:
+    """A run from before a field has a recipe without it, and continues."""
+    default = ContrastiveOptions(name="contrastive").model_dump(mode="json")
+    assert not {"pairs", "same_label"} & set(default)
+    set_ = ContrastiveOptions(name="contrastive", pairs="pixels", same_label="ignore").model_dump()
+    assert (set_["pairs"], set_["same_label"]) == ("pixels", "ignore")
+
+
+L, M, P = (math.log(a * math.exp(5) + b) for a, b in ((1, 2), (2, 1), (1, 1)))
+"""Normalizers of rows with the logits 5, 0, 0; 5, 5, 0; and 5, 0."""
+
+
+@pytest.mark.parametrize(
+    ("same_label", "rows", "columns"),
+    [
+        ("negative", [L - 5, L, M - 5], [M - 5, L, L - 5]),
+        ("ignore", [P - 5, math.log(2), M - 5], [P - 5, P, L - 5]),
+        ("positive", [L - 2.5, L - 2.5, M - 5], [M - 5, L, L - 5]),
+    ],
+)
+def test_softmax_loss_of_equal_captions_by_hand(
+    same_label: str, rows: list[float], columns: list[float]
+) -> None:
+    """The first two pairs are of one label; the scores are 5, 0, 0; 5, 0, 0; 0, 5, 5."""
+    axes = torch.eye(2)
+    images, texts = axes[[0, 0, 1]], axes[[0, 1, 1]]
+    loss = contrast(images, texts, labels=[7, 7, 9], same_label=same_label)
+    assert loss.item() == pytest.approx((sum(rows) + sum(columns)) / 2 / 3, rel=1e-6)
+
+
+def softplus(value: float) -> float:
+    return math.log1p(math.exp(value))
+
+
+@pytest.mark.parametrize(
+    ("same_label", "of_one_label"),
+    [
+        ("negative", softplus(-3) + softplus(2)),
+        ("ignore", 0.0),
+        ("positive", softplus(3) + softplus(-2)),
+    ],
+)
+def test_sigmoid_loss_of_equal_captions_by_hand(same_label: str, of_one_label: float) -> None:
+    """Scores are 2 where the vectors are equal, -3 elsewhere; three pairs in every mode."""
+    axes = torch.eye(2)
+    images, texts = axes[[0, 0, 1]], axes[[0, 1, 1]]
+    loss = contrast(images, texts, labels=[7, 7, 9], same_label=same_label, loss="sigmoid")
+    partners = softplus(-2) + softplus(3) + softplus(-2)
+    others = 3 * softplus(-3) + softplus(2)
+    assert loss.item() == pytest.approx((partners + others + of_one_label) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("same_label", ["ignore", "positive"])
+def test_several_positives_an_image_entry_by_entry(same_label: str, smoothing: float) -> None:
+    torch.manual_seed(0)
+    labels = [3, 5, 3, 3, 5, 8]
+    images, texts = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    loss = contrast(images, texts, labels=labels, same_label=same_label, label_smoothing=smoothing)
+    found = torch.autograd.grad(loss, (images, texts))
+    scores = (
+        5.0 * nn.functional.normalize(images, dim=-1) @ nn.functional.normalize(texts, dim=-1).T
+    )
+    total = torch.zeros(())
+    for logits in (scores, scores.T):
+        for row in range(6):
+            equal = [column for column in range(6) if labels[column] == labels[row]]
+            compared = [c for c in range(6) if c == row or c not in equal]
+            if same_label == "positive":
+                compared = list(range(6))
+            wanted = equal if same_label == "positive" else [row]
+            log = logits[row, compared].log_softmax(0)
+            for place, column in enumerate(compared):
+                target = smoothing / len(compared)
+                target += (1 - smoothing) / len(wanted) if column in wanted else 0.0
+                total = total - target * log[place] / 2 / 6
+    torch.testing.assert_close(loss, total)
+    torch.testing.assert_close(found, torch.autograd.grad(total, (images, texts)))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_pairs_without_an_equal_are_compared_as_ever(loss: str) -> None:
+    torch.manual_seed(0)
+    images, texts = torch.randn(5, 4), torch.randn(5, 4)
+    plain = contrast(images, texts, loss=loss)
+    for same_label in ("negative", "ignore", "positive"):
+        options = {"loss": loss, "same_label": same_label}
+        found = contrast(images, texts, labels=[4, 0, 3, 1, 2], **options)
+        torch.testing.assert_close(found, plain)
+
+
+def test_a_batch_of_one_label_alone_has_nothing_to_push_apart() -> None:
+    images, texts = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    loss = contrast(images, texts, labels=[1, 1, 1], same_label="ignore", label_smoothing=0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert images.grad is not None
+    assert images.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("same_label", ["ignore", "positive"])
+def test_labels_of_pairs_are_required_where_they_are_read(same_label: Any) -> None:
+    objective, ids = Contrastive(same_label=same_label), torch.zeros(2, 9)
+    with pytest.raises(RecipeError, match=r"'pair_labels', found the fields input_ids; .*pairs"):
+        objective.count({"input_ids": ids})
+    for broken in (torch.zeros(3, dtype=torch.long), torch.zeros(2, 1).long(), torch.zeros(2)):
+        with pytest.raises(RecipeError, match="one integer for each of 2 pairs, found"):
+            objective.count({"input_ids": ids, "pair_labels": broken})
+    assert objective.count({"input_ids": ids, "pair_labels": torch.zeros(2).long()}) == 2
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
