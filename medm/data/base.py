@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
 
@@ -19,7 +19,7 @@ from medm.types import BaseSample, Batch, MediaExample
 if TYPE_CHECKING:
     import numpy as np
 
-    from medm.data.options import DataOptions
+    from medm.data.options import DataOptions, Format, SourceOptions
     from medm.imaging import Preprocess
 
 
@@ -70,6 +70,8 @@ class Pipeline(ABC, Generic[S, E, P]):
     """Names of what `counts` counts, in the singular and in the order of a report."""
     unit: ClassVar[str] = "tokens"
     """Unit of `length`, for messages."""
+    formats: ClassVar[frozenset[Format]] = frozenset({"json"})
+    """Forms of annotation files that it reads (`medm.data.options.format_of`)."""
 
     def __init__(
         self, processor: P | None = None, *, inference: bool = False, needs_mask: bool = True
@@ -123,6 +125,29 @@ class Pipeline(ABC, Generic[S, E, P]):
         Raises:
             DataError: with field and reason; nothing is dropped or fixed.
         """
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Refuse a table that lacks a column which every record needs. Raises `DataError`.
+
+        Args:
+            columns: the fields that its columns give.
+        """
+
+    def of_source(self, sample: S, source: SourceOptions) -> S:
+        """Return a sample with what its source sets for all records. Raises `DataError`."""
+        if sample.task is None and source.task is not None:
+            return replace(sample, task=source.task)
+        return sample
+
+    def draw(self, sample: S, rng: np.random.Generator) -> S:
+        """Return a sample with what is drawn anew each epoch, such as one of its captions.
+
+        Args:
+            sample: as `read` and `of_source` gave it.
+            rng: a function of seed, epoch and record alone, so that neither a resume nor the number
+                of workers changes the draw.
+        """
+        return sample
 
     @abstractmethod
     def media_field(self, record: object, number: int) -> str:

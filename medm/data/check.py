@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from pathlib import Path
@@ -20,9 +20,10 @@ import numpy as np
 
 from medm.data.base import AnyPipeline, Segment
 from medm.data.limits import LengthLimit
-from medm.data.options import DataOptions, SourceOptions
+from medm.data.options import DataOptions, SourceOptions, format_of
 from medm.data.record_files import check_beginning
 from medm.data.records import Records
+from medm.data.tables import check_header
 from medm.errors import DataError, RecipeError
 from medm.imaging import Preprocess, VolumePreprocess
 from medm.imaging.notices import Notice, collected
@@ -284,8 +285,12 @@ def check(
     return merged([report]) if shard is None else report
 
 
-def require_sources(options: DataOptions) -> None:
+def require_sources(options: DataOptions, formats: Collection[str] = ("json",)) -> None:
     """Check that the annotation files and folders of a recipe exist, before anything is loaded.
+
+    Args:
+        options: the recipe's `data`.
+        formats: forms that the pipeline reads (`Pipeline.formats`).
 
     Raises:
         RecipeError: names the key, and what is wrong with it.
@@ -294,11 +299,19 @@ def require_sources(options: DataOptions) -> None:
         for number, source in enumerate(getattr(options, section)):
             place = f"data.{section}.{number}"
             try:
-                check_beginning(Path(source.path))
+                _check_form(Path(source.path), formats)
             except DataError as error:
                 raise RecipeError(f"{place}.path: {source.path}: {error.reason}") from None
             if source.root is not None and not Path(source.root).is_dir():
                 raise RecipeError(f"{place}.root: {source.root}: no such folder")
+
+
+def _check_form(path: Path, formats: Collection[str]) -> None:
+    """Check that an annotation file exists and begins as its form does. Raises `DataError`."""
+    if format_of(str(path)) == "table" and "table" in formats:
+        check_header(path)
+    else:
+        check_beginning(path)
 
 
 def _note_bad(report: Report, error: DataError, *, position: int) -> None:

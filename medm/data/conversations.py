@@ -33,6 +33,14 @@ class Conversations(Pipeline[Sample, Example, Processor]):
     unit: ClassVar[str] = "tokens, vision tokens included"
 
     def check_options(self, options: DataOptions) -> None:
+        for section in ("train", "eval"):
+            for number, source in enumerate(getattr(options, section)):
+                for key in ("captions", "columns"):
+                    if getattr(source, key) is not None:
+                        raise RecipeError(
+                            f"data.{section}.{number}.{key}: conversations have no {key}; leave it "
+                            "out"
+                        )
         if options.packing and self.needs_mask:
             raise RecipeError(
                 "data.packing: packed rows have position_ids in place of an attention_mask, and "

@@ -1,7 +1,8 @@
 """Records to examples of any data pipeline, one at a time, in the workers of a DataLoader.
 
-Nothing is random but the augmentation, which is drawn from (seed, epoch, index): the same example
-comes out in any worker, on any rank and after a resume.
+Nothing is random but the augmentation and what a pipeline draws (one caption of several). Both are
+functions of (seed, epoch, index): the same example comes out in any worker, on any rank and after a
+resume.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         augmentation: by branch, random changes of the pixels.
         features: by branch, what a frozen encoder made of the files; stands in the place of their
             pixels.
-        seed: of the augmentation.
+        seed: of the augmentation, and of what the pipeline draws.
     """
 
     def __init__(
@@ -170,8 +171,9 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         """The example as it is now: nothing is tried again, left out, cut or counted. Raises
         `DataError`.
         """
-        sample = self.records[index]
-        rng = np.random.default_rng([self.seed, int(self._epoch), index])
+        place = [self.seed, int(self._epoch), index]
+        sample = self.pipeline.draw(self.records[index], np.random.default_rng([*place, 1]))
+        rng = np.random.default_rng(place)
         pixels = self.records.load_media(
             index, sample, lambda file, branch: self._load(file, branch, rng)
         )

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from medm.config import Options, ResumeSafe
 from medm.imaging.options import Augment
+
+Format: TypeAlias = Literal["json", "table"]
+"""Form of an annotation file: JSON or JSONL; or a table of text."""
+CaptionRule: TypeAlias = Literal["random", "first", "concat", "sentinel"]
 
 
 class SourceOptions(Options):
     """One annotation file."""
 
     path: str
-    """A JSON array or JSONL file of records."""
+    """A JSON array or JSONL file of records; for pairs also a table (.csv, .tsv)."""
     root: str | None = None
     """Folder that image and volume paths are relative to; nothing outside it is read. Default: the
     folder of `path`."""
@@ -25,6 +35,22 @@ class SourceOptions(Options):
     """Task of records that name none."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N records."""
+    captions: CaptionRule | None = None
+    """Pairs: which caption of a record with several is learned. `random` draws one each epoch, from
+    seed, epoch and record alone (the default); `first` takes the first; `concat` joins them;
+    `sentinel` splits UniMed-CLIP's captions at their marks and follows the rule of each mark."""
+    columns: dict[str, str] | None = None
+    """Tables: the column that stands for a field, such as {image: filepath, caption: title}. Other
+    columns go by their own names."""
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave out the fields of pairs where they are not set, so that other recipes resolve as
+        before.
+        """
+        values: dict[str, object] = serialize(self)
+        unused = [key for key in ("captions", "columns") if values.get(key) is None]
+        return {key: value for key, value in values.items() if key not in unused}
 
 
 class CacheOptions(Options):
@@ -42,6 +68,11 @@ class CacheOptions(Options):
     branches: list[Literal["image", "volume"]] = Field(default=["volume"], min_length=1)
     """Branches in the cache. Decoding is mostly faster than the cache for a 2-D image, never for a
     volume."""
+
+
+def format_of(path: str) -> Format:
+    """Return the form of an annotation file, by its name."""
+    return "table" if path.lower().endswith((".csv", ".tsv")) else "json"
 
 
 class DataOptions(Options):

@@ -16,6 +16,11 @@ PIPELINES.add(
     "medm.data.conversations:Conversations",
     "turns of user and assistant with images and volumes; replies are learned",
 )
+PIPELINES.add(
+    "pairs",
+    "medm.data.pairs:Pairs",
+    "an image or volume and its captions, for contrastive training",
+)
 
 
 class PipelineUser(Protocol):

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -28,7 +28,7 @@ the memory."""
 _CHUNK = 1024 * 1024
 _HEAD = 4096
 """Bytes at the beginning of a file that show its format."""
-_EXPECTED = "expected a JSON array or one JSON object a line"
+EXPECTED = "expected a JSON array or one JSON object a line"
 _BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA, _OPENING, _CLOSING = range(1, 6)
 _KIND = np.zeros(256, np.uint8)
@@ -59,7 +59,7 @@ class RecordFile:
         with open_regular(self.path) as file:
             try:
                 status = os.fstat(file.fileno())
-                index = _index(file, self.path)
+                index = self._index(file)
             except OSError as error:
                 raise DataError(
                     f"cannot be read ({error.strerror or error})", file=self.path
@@ -68,7 +68,18 @@ class RecordFile:
         self._starts, self._ends, self._damage = index.starts, index.ends, index.damage
         self._stamp = (status.st_size, status.st_mtime_ns)
         if len(self) == 0:
-            raise DataError(f"the file holds no records; {_EXPECTED}", file=self.path)
+            raise DataError(f"the file holds no records; {self._expected}", file=self.path)
+
+    _expected = EXPECTED
+    """The forms that are read, for messages."""
+
+    def _index(self, file: BinaryIO) -> Index:
+        """Find the records. Raises `DataError` for a file of another form."""
+        return _index(file, self.path)
+
+    def _parse(self, text: bytes) -> Any:
+        """Parse the bytes of one record. Raises `DataError` without a place."""
+        return parse_json(text)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -87,7 +98,7 @@ class RecordFile:
         try:
             if self._damage is not None and index == len(self) - 1:
                 raise DataError(self._damage)
-            return parse_json(self._read(index))
+            return self._parse(self._read(index))
         except DataError as error:
             error.reason = f"line {self.line(index)}: {error.reason}"
             raise error.at(file=self.path, index=index) from None
@@ -151,9 +162,9 @@ def open_regular(path: Path) -> BinaryIO:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     if stat.S_ISDIR(mode):
-        raise DataError(f"is a folder; name the annotation file in it: {_EXPECTED}", file=path)
+        raise DataError(f"is a folder; name the annotation file in it: {EXPECTED}", file=path)
     raise DataError(
-        f"is a device or pipe; write its records to a file first: {_EXPECTED}", file=path
+        f"is a device or pipe; write its records to a file first: {EXPECTED}", file=path
     )
 
 
@@ -252,44 +263,84 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
-class _Index:
+class Index:
+    """Byte offsets of the records of a file."""
+
     starts: np.ndarray
     ends: np.ndarray
     damage: str | None
     """Error from the last record on, when the array as a whole is broken."""
 
 
-def _index(file: BinaryIO, path: Path) -> _Index:
+def _index(file: BinaryIO, path: Path) -> Index:
     text, start = _start(file.read(_HEAD), path)
-    file.seek(0)
     scan: _ArrayScan | _LineScan = (
         _ArrayScan(start) if text.lstrip().startswith(b"[") else _LineScan(start)
     )
+    starts, ends, damage = spans(file, scan, start)
+    if (
+        isinstance(scan, _LineScan) or len(starts) == 1
+    ):  # a blank between two commas of an array is a bad record
+        starts, ends = without_blank(file, starts, ends)
+    return Index(starts, ends, damage)
+
+
+class Scan(Protocol):
+    """Finds the borders between records in a stream of bytes."""
+
+    def feed(self, codes: np.ndarray, offset: int) -> None:
+        """Take the next bytes, which begin at an offset of the file."""
+        ...
+
+    def finish(self, size: int) -> tuple[np.ndarray, np.ndarray, str | None]:
+        """Return where records begin and end, and an error from the last one on."""
+        ...
+
+
+def spans(file: BinaryIO, scan: Scan, start: int) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """Pass a file through a scan, from an offset in its first chunk on."""
+    file.seek(0)
     offset = 0
     while chunk := file.read(_CHUNK):
         codes = np.frombuffer(chunk, np.uint8)
         scan.feed(codes[start:] if offset == 0 else codes, offset + (start if offset == 0 else 0))
         offset += len(chunk)
-    starts, ends, damage = scan.finish(offset)
-    if (
-        isinstance(scan, _LineScan) or len(starts) == 1
-    ):  # a blank between two commas of an array is a bad record
-        starts, ends = _without_blank(file, starts, ends)
-    return _Index(starts, ends, damage)
+    return scan.finish(offset)
 
 
 def _start(head: bytes, path: Path) -> tuple[bytes, int]:
     """Return the first bytes without a byte order mark, and their offset. Raises `DataError` for
     forms not read.
     """
+    text, start = decodable(head, path, expected=EXPECTED)
+    _refuse_other_formats(text, path)
+    return text, start
+
+
+def decodable(head: bytes, path: Path, *, expected: str) -> tuple[bytes, int]:
+    """Return the first bytes without a byte order mark, and their offset.
+
+    Raises:
+        DataError: there is nothing, or no text of UTF-8.
+    """
     if not head.strip():
-        raise DataError(f"the file is empty; {_EXPECTED}", file=path)
+        raise DataError(f"the file is empty; {expected}", file=path)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("the file is UTF-16; save it as UTF-8", file=path)
     text = head.removeprefix(_BOM)
-    start = len(head) - len(text)
-    _refuse_other_formats(text, path)
-    return text, start
+    for magic, what in _MAGIC.items():
+        if text.startswith(magic):
+            table = _TO_JSON if what.startswith(("a Parquet", "an Excel")) else ""
+            raise DataError(f"looks like {what}{table}; {expected}", file=path)
+    if text.startswith(b"PK\x03\x04"):
+        excel = (
+            path.suffix.lower().startswith(".xls")
+            or b"xl/" in text
+            or b"[Content_Types].xml" in text
+        )
+        what = f"an Excel file{_TO_JSON}" if excel else "a zip archive: unpack it"
+        raise DataError(f"looks like {what}; {expected}", file=path)
+    return text, len(head) - len(text)
 
 
 _MAGIC: dict[bytes, str] = {
@@ -313,18 +364,6 @@ def _refuse_other_formats(head: bytes, path: Path) -> None:
 
     A file in which a record is visible is never refused here: one damaged line is one bad record.
     """
-    for magic, what in _MAGIC.items():
-        if head.startswith(magic):
-            table = _TO_JSON if what.startswith(("a Parquet", "an Excel")) else ""
-            raise DataError(f"looks like {what}{table}; {_EXPECTED}", file=path)
-    if head.startswith(b"PK\x03\x04"):
-        excel = (
-            path.suffix.lower().startswith(".xls")
-            or b"xl/" in head
-            or b"[Content_Types].xml" in head
-        )
-        what = f"an Excel file{_TO_JSON}" if excel else "a zip archive: unpack it"
-        raise DataError(f"looks like {what}; {_EXPECTED}", file=path)
     lines = [line.strip() for line in head.splitlines() if line.strip()]
     if not lines or lines[0].startswith(b"["):
         return
@@ -333,14 +372,14 @@ def _refuse_other_formats(head: bytes, path: Path) -> None:
         if whole_line and len(lines) > 1 and not lines[1].startswith(b"{") and _is_cut(lines[0]):
             known = _known_object(head, path)
             raise DataError(
-                f"the file is one JSON object over several lines{known}; {_EXPECTED}", file=path
+                f"the file is one JSON object over several lines{known}; {EXPECTED}", file=path
             )
         return
     if any(line.startswith(b"{") for line in lines):
         return
     if lines[0].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(
-            f"looks like a web page or XML, perhaps a failed download; {_EXPECTED}", file=path
+            f"looks like a web page or XML, perhaps a failed download; {EXPECTED}", file=path
         )
     if lines[0].startswith(b"version https://git-lfs"):
         raise DataError(
@@ -348,9 +387,9 @@ def _refuse_other_formats(head: bytes, path: Path) -> None:
         )
     name = _table_name(lines[0], path, whole_line=whole_line)
     if name is not None:
-        raise DataError(f"looks like {name}{_TO_JSON}; {_EXPECTED}", file=path)
+        raise DataError(f"looks like {name}{_TO_JSON}; {EXPECTED}", file=path)
     if lines[0] == b"---" or path.suffix.lower() in (".yaml", ".yml"):
-        raise DataError(f"looks like YAML; {_EXPECTED}", file=path)
+        raise DataError(f"looks like YAML; {EXPECTED}", file=path)
 
 
 def _is_cut(line: bytes) -> bool:
@@ -383,7 +422,7 @@ def _table_name(line: bytes, path: Path, *, whole_line: bool) -> str | None:
     return None
 
 
-def _without_blank(
+def without_blank(
     file: BinaryIO, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Empty lines, and the nothing between the brackets of `[]`, are no records."""

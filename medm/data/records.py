@@ -9,19 +9,33 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self
 
-from medm.data.base import E, HasPreprocess, Pipeline, S, missing_branch
-from medm.data.options import SourceOptions
+from medm.data.base import AnyPipeline, E, HasPreprocess, Pipeline, S, missing_branch
+from medm.data.options import SourceOptions, format_of
 from medm.data.record_files import RecordFile
+from medm.data.tables import TableFile
 from medm.errors import DataError
 from medm.imaging import resolve_inside
 from medm.types import Media, views_of
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+def open_source(source: SourceOptions, pipeline: AnyPipeline) -> RecordFile:
+    """Open an annotation file in the form that its name says.
+
+    Raises:
+        DataError: it cannot be opened, or the pipeline does not read the form.
+    """
+    form = format_of(source.path)
+    if form == "table" and form in pipeline.formats:
+        return TableFile(source.path, source.columns, pipeline.check_columns)
+    if source.columns is not None:
+        raise DataError("`columns` is for tables, and the file is not one", file=source.path)
+    return RecordFile(source.path)  # a table that is not read says so at opening
 
 
 class Records(Sequence[S], Generic[S, E]):
@@ -34,7 +48,7 @@ class Records(Sequence[S], Generic[S, E]):
 
     def __init__(self, sources: Sequence[SourceOptions], pipeline: Pipeline[S, E, Any]) -> None:
         self.sources, self.pipeline = tuple(sources), pipeline
-        self.files = tuple(RecordFile(source.path) for source in self.sources)
+        self.files = tuple(open_source(source, pipeline) for source in self.sources)
         self.sizes = tuple(
             len(file) if source.limit is None else min(len(file), source.limit)
             for file, source in zip(self.files, self.sources, strict=True)
@@ -76,10 +90,7 @@ class Records(Sequence[S], Generic[S, E]):
         file = self.files[source]
         with self.placed(index):
             sample = self.pipeline.read(file[position], file=file.path, index=position)
-        default = self.sources[source].task
-        return (
-            replace(sample, task=default) if sample.task is None and default is not None else sample
-        )
+            return self.pipeline.of_source(sample, self.sources[source])
 
     def root(self, index: int) -> Path:
         """The folder that the paths of record `index` are relative to."""

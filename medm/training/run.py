@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.utils import logging as transformers_logging
 
 from medm.data.check import require_sources
-from medm.data.pipelines import pipeline_for
+from medm.data.pipelines import PIPELINES, pipeline_for
 from medm.distributed import on_rank_zero
 from medm.errors import CheckpointError, RecipeError
 from medm.files import move_contents, replace_directory
@@ -74,7 +74,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     # Fail early: reading weights takes minutes, and recipe, folders and packages can be checked
     # before.
     options, fallback = on_this_machine(recipe.train)
-    require_sources(recipe.data)
+    require_sources(recipe.data, PIPELINES.get(kind_of(recipe.model).pipeline).formats)
     require_start(recipe)
     _require_zero3_support(recipe)
     args = training_arguments(options, output_dir)

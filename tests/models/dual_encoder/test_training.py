@@ -16,11 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from medm.data.pipelines import PIPELINES
 from medm.models.dual_encoder.modeling import MAX_LOG_SCALE, DualEncoder
 from medm.training.recipe import Recipe, load_recipe
 from medm.training.run import train
-from tests.data import pairs as page
 from tests.models.dual_encoder.tiny import save_tokenizer, section
 
 CAPTIONS = ("a chest radiograph", "normal", "effusion of the left", "a mass of the brain")
@@ -28,15 +26,16 @@ CAPTIONS = ("a chest radiograph", "normal", "effusion of the left", "a mass of t
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pairs, a tokenizer, and the pipeline of pairs."""
+    """Eight pairs, each with two captions, and a tokenizer."""
     folder = tmp_path_factory.mktemp("pairs")
-    if "pairs" not in PIPELINES:
-        page.load(folder)
     save_tokenizer(folder / "tokenizer")
     for index in range(8):
         noise = np.random.default_rng(index).integers(0, 255, (16, 16, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"{index}.png")
-    records = [{"image": f"{n}.png", "caption": CAPTIONS[n % 4]} for n in range(8)]
+    records = [
+        {"image": f"{n}.png", "captions": [CAPTIONS[n % 4], CAPTIONS[(n + 1) % 4]]}
+        for n in range(8)
+    ]
     (folder / "train.json").write_text(json.dumps(records))
     return folder
 
