@@ -20,6 +20,7 @@ REGISTRIES = {
     "pipelines": "medm.data.pipelines:PIPELINES",
     "objectives": "medm.objectives:OBJECTIVES",
     "tasks": "medm.tasks:TASKS",
+    "pair_sources": "medm.tasks.pair_sources:PAIR_SOURCES",
     "metrics": "medm.metrics:METRICS",
 }
 """What `medm list` prints: kind, and where its table is."""

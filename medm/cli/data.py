@@ -13,6 +13,7 @@ from medm.cli.console import note, out
 if TYPE_CHECKING:
     from medm.data.base import AnyPipeline
     from medm.data.options import SourceOptions
+    from medm.tasks.pair_sources.base import PairSource
     from medm.training.recipe import Recipe
 
 app = typer.Typer(
@@ -214,9 +215,12 @@ def convert(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json or .jsonl.")],
     task: Annotated[
         str,
-        typer.Option(help="A benchmark that `medm list tasks` prints: m3d-cap, m3d-vqa-closed ..."),
+        typer.Option(
+            help="A benchmark that `medm list tasks` prints (m3d-cap, m3d-vqa-closed ...), or a "
+            "source of image-text pairs that `medm list pair_sources` prints (unimed/chexpert ...)."
+        ),
     ],
-    data: Annotated[Path, typer.Option(help="Folder of the benchmark as it is distributed.")],
+    data: Annotated[Path, typer.Option(help="Folder of the data as it is distributed.")],
     split: Annotated[str, typer.Option(help="Which split.")] = "train",
     seed: Annotated[
         int | None,
@@ -227,17 +231,24 @@ def convert(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
 ) -> None:
-    """Turn a published benchmark folder into conversation records to train on. Files stay where
-    they are.
+    """Turn a published data folder into records to train on: conversations, or image-text pairs.
+    Files stay where they are.
 
     Paths in the records are relative to the folder, which is the `root` of the source in a recipe.
+    Rows of image-text pairs without a file or a caption are counted and left out.
     """
     from itertools import islice
 
     from medm.data.writing import write_records
     from medm.tasks import TASKS
     from medm.tasks.base import task_to_records
+    from medm.tasks.pair_sources import PAIR_SOURCES
 
+    if "/" in task or task in PAIR_SOURCES:
+        if seed is not None:
+            raise typer.BadParameter("--seed is for questions; captions are drawn in training")
+        _convert_pairs(output, PAIR_SOURCES.get(task), data, split, limit)
+        return
     options = TASKS.entry(task).options
     if needed := [
         name
@@ -251,6 +262,24 @@ def convert(
     count = write_records(output, islice(records, limit))
     out.print(f"{output}: {count} records of {task}, {split}", markup=False)
     note(f"look at them: medm data check {output} --root {data}")
+
+
+def _convert_pairs(
+    output: Path, source: PairSource, data: Path, split: str, limit: int | None
+) -> None:
+    """Write a source of pairs, and say which rows were left out."""
+    from itertools import islice
+
+    from medm.data.writing import write_records
+    from medm.tasks.pair_sources.base import LeftOut
+
+    left_out = LeftOut()
+    records = source.records(data, split, left_out=left_out)
+    count = write_records(output, islice(records, limit))
+    out.print(f"{output}: {count} pairs of {source.source}, {split}", markup=False)
+    for line in left_out.lines():
+        out.print(line, markup=False)
+    note(f"name them in a recipe: data.train=[{{path: {output}, root: {data}}}]")
 
 
 def _kind_of(file: Path, known: Mapping[str, Any]) -> Literal["image", "volume"]:

@@ -1,0 +1,196 @@
+"""What a source of pairs must be, and how its rows become records of the pipeline `pairs`."""
+
+from __future__ import annotations
+
+import ast
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from medm.errors import DataError, MediaError
+from medm.imaging import resolve_inside
+from medm.imaging.paths import MissingFileError
+from medm.types import JsonObject
+
+MAX_LITERAL = 2**20
+"""Most characters of a list written as text in a CSV field."""
+_EMPTY = {"", "nan", "none"}
+"""Texts that pandas and others write for a missing value."""
+
+
+@dataclass(slots=True)
+class Pair:
+    """One row of a published annotation file."""
+
+    file: Path
+    """The annotation file."""
+    index: int
+    """Position of the row in it, from 0."""
+    image: str = ""
+    """Path of the image or volume as the row has it."""
+    captions: Sequence[str] = ()
+    label: str | None = None
+    """The class, where captions are derived from one: pairs of one class are no negatives."""
+    problem: str | None = None
+    """Why the row cannot be used, where its reader knows already."""
+    part: str = ""
+    """Tells pairs of one row apart."""
+
+    def fault(self, reason: str) -> DataError:
+        """What is wrong with the row, and where it is."""
+        return DataError(reason, file=self.file, index=self.index)
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Rows that give no record: how many for each reason, and the first of them."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, fault: DataError) -> None:
+        """Count a row.
+
+        Args:
+            reason: the same words for every row of the kind.
+            fault: the row, and what is wrong with it in particular.
+        """
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, str(fault))
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def lines(self) -> list[str]:
+        """One line a reason, with the first row."""
+        return [
+            f"{count} left out: {reason}; the first: {self.first[reason]}"
+            for reason, count in self.counts.items()
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource(ABC):
+    """One set of images and texts as it is distributed."""
+
+    splits: ClassVar[tuple[str, ...]] = ("train",)
+    branch: ClassVar[Literal["image", "volume"]] = "image"
+    source: str
+    """Name of the set in the records."""
+    layout: str
+    """The files it expects, for the message about a missing one."""
+    images: tuple[str, ...] = ("",)
+    """Folders that the paths of the rows may be relative to; the first with such a file counts."""
+    top: str = ""
+    """Name of the set's own folder, which some copies of the rows put in front of the paths."""
+    suffix: str = ""
+    """Ending of the files, where the rows name them without one."""
+
+    @abstractmethod
+    def pairs(self, folder: Path, split: str) -> Iterator[Pair]:
+        """The rows in the order of the files.
+
+        Raises:
+            DataError: an annotation file is missing, or has another layout.
+        """
+
+    def records(
+        self, folder: Path, split: str = "train", *, left_out: LeftOut
+    ) -> Iterator[JsonObject]:
+        """The rows as records; those without an image file or a caption are counted and left out.
+
+        Args:
+            folder: where the set lies; paths in the records are relative to it.
+            split: one of `splits`.
+            left_out: counts the rows that give no record.
+
+        Raises:
+            DataError: as `pairs`, for an unknown split, or if no row can be used.
+        """
+        if split not in self.splits:
+            raise DataError(
+                f"there is no split {split!r}; this source has {', '.join(self.splits)}"
+            )
+        used = False
+        for pair in self.pairs(folder, split):
+            captions = [text for text in map(str.strip, pair.captions) if not is_empty(text)]
+            if pair.problem is not None:
+                left_out.add("rows that cannot be read", pair.fault(pair.problem))
+                continue
+            if not captions:
+                left_out.add("no caption", pair.fault("the row has no caption"))
+                continue
+            try:
+                path = self._find(folder, pair.image)
+            except MissingFileError as error:
+                left_out.add("no image file", pair.fault(error.reason))
+                continue
+            except MediaError as error:
+                left_out.add("unusable path", pair.fault(error.reason))
+                continue
+            used = True
+            name = f"{self.source}:{pair.file.stem}:{pair.index}"
+            record: JsonObject = {
+                "id": f"{name}:{pair.part}" if pair.part else name,
+                "source": self.source,
+                self.branch: path,
+                "captions": captions,
+            }
+            if pair.label is not None:
+                record["label"] = pair.label
+            yield record
+        if not used:
+            reasons = "; ".join(left_out.lines()) or "the annotation files hold no rows"
+            raise DataError(f"no row of {self.source} in {folder} gives a pair: {reasons}")
+
+    def _find(self, folder: Path, image: str) -> str:
+        """The path of a file relative to the folder.
+
+        Raises:
+            MissingFileError: there is no such file in any of the folders of images.
+            MediaError: a path that leads out of the folder.
+        """
+        if is_empty(image.strip()):
+            raise MissingFileError("the row names no image")
+        image = image.removeprefix(f"{self.top}/") + self.suffix
+        paths = [f"{place}/{image}" if place else image for place in self.images]
+        # Looking for similar names lists a folder, so it is kept for names that may be written in
+        # another way (backslashes, letters with accents) or are refused.
+        there = next((path for path in paths if os.path.lexists(folder / path)), None)
+        plain = image.isascii() and "\\" not in image and ".." not in image
+        if there is None and plain:
+            raise MissingFileError(f"no such file in {folder}: {' or '.join(paths)}")
+        for path in paths if there is None else [there]:
+            try:
+                resolve_inside(folder, path)
+            except MissingFileError as error:
+                missing = error
+                continue
+            return path
+        raise missing
+
+
+def is_empty(text: str) -> bool:
+    """Whether a field of a CSV stands for a missing value."""
+    return text.strip().lower() in _EMPTY
+
+
+def read_list(text: str) -> list[str]:
+    """The texts of a list that a CSV field holds as a Python literal (`"['a', 'b']"`).
+
+    Raises:
+        ValueError: it is no list of texts.
+    """
+    if len(text) > MAX_LITERAL:
+        raise ValueError(f"a list of {len(text):,} characters; at most {MAX_LITERAL:,} are read")
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"expected a list of texts, found {text[:60]!r}")
+    return value
