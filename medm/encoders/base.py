@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping
+from math import prod
 from typing import ClassVar, TypedDict
 
 import torch
@@ -54,6 +55,11 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     """Numbers of channels of the pixels that it takes; empty where it takes any."""
     prefix: int = 0
     """Tokens in front of the grid that stand for no place (a class token)."""
+    can_drop_patches: ClassVar[bool] = False
+    """True where the forward calls `sample_patches`."""
+    patch_dropout: float = 0.0
+    """Fraction of the patches that are left out in training. The grid of the features is then
+    (kept patches,)."""
 
     @property
     def inner(self) -> VisionEncoder | None:
@@ -93,6 +99,38 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     @abstractmethod
     def forward(self, pixels: Tensor) -> VisionFeatures:
         """pixels: (B, C, *spatial), normalised as `preprocess_from` says."""
+
+    def sample_patches(self, tokens: Tensor, *, prefix: int) -> Tensor:
+        """Leave out a random part of the patches of each item, in training alone.
+
+        As in FLIP (arXiv 2212.00794) and open_clip: every item keeps the same number, at least one.
+
+        Args:
+            tokens: (B, prefix + patches, D), positions included.
+            prefix: tokens in front that are always kept.
+
+        Returns:
+            (B, prefix + kept, D), in the order of the grid.
+        """
+        if not self.training or not self.patch_dropout:
+            return tokens
+        rows, patches = len(tokens), tokens.shape[1] - prefix
+        kept = max(1, int(patches * (1 - self.patch_dropout)))
+        order = torch.rand(rows, patches, device=tokens.device).argsort(dim=1)
+        chosen = prefix + order[:, :kept].sort(dim=1).values  # (B, kept)
+        front = torch.arange(prefix, device=tokens.device).expand(rows, -1)
+        index = torch.cat([front, chosen], dim=1).unsqueeze(-1)  # (B, prefix + kept, 1)
+        return tokens.gather(1, index.expand(-1, -1, tokens.shape[2]))
+
+    def grid_of(self, spatial: tuple[int, ...], patches: int) -> tuple[int, ...]:
+        """Return the grid of features that were made of some or all patches of an input.
+
+        Args:
+            spatial: size of the input.
+            patches: those that were not left out.
+        """
+        grid = self.grid(spatial)
+        return grid if prod(grid) in (0, patches) else (patches,)
 
     def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Published tensors under the names that `key_map` reads; the same ones unless a class says

@@ -113,6 +113,7 @@ class PlainViT(VisionEncoder):
         others: see `M3DCLIPOptions`.
     """
 
+    can_drop_patches: ClassVar[bool] = True
     truncated_keys: ClassVar[tuple[str, ...]] = (r"^blocks\.\d+\.", r"^norm\.")
 
     published_sizes: ClassVar[Config]
@@ -232,11 +233,13 @@ class PlainViT(VisionEncoder):
             hidden = torch.cat([cls_token, hidden], dim=1) + positions
         else:
             hidden = torch.cat([cls_token, hidden + positions], dim=1)
+        hidden = self.sample_patches(hidden, prefix=1)
+        grid = self.grid_of(spatial, hidden.shape[1] - 1)
         for block in self.blocks:
             hidden = block(hidden)
         hidden = self.norm(hidden)  # (B, 1 + cells, dim)
         chosen = {"patch": hidden[:, 1:], "cls_patch": hidden, "cls": hidden[:, :1]}[self.tokens]
-        return VisionFeatures(tokens=chosen, grid=self.grid(spatial), prefix=self.prefix)
+        return VisionFeatures(tokens=chosen, grid=grid, prefix=self.prefix)
 
     def _positions_for(self, cells: tuple[int, ...]) -> Tensor:
         """The learned positions, resampled where the grid is not the published one."""

@@ -66,6 +66,7 @@ class HFViTEncoder(VisionEncoder):
         others: see `TowerOptions`.
     """
 
+    can_drop_patches: ClassVar[bool] = True
     config_class: ClassVar[type[PreTrainedConfig]]
     tower_class: ClassVar[type[PreTrainedModel]]
     has_class_token: ClassVar[bool]
@@ -140,6 +141,9 @@ class HFViTEncoder(VisionEncoder):
                 "position embeddings of grid %s are interpolated to %s", (cells, cells), wanted
             )
         hidden = self.embed(pixels.to(self.device_and_dtype["dtype"]), interpolate=not native)
+        front = int(self.has_class_token)
+        hidden = self.sample_patches(hidden, prefix=front)
+        grid = self.grid_of(spatial, hidden.shape[1] - front)
         hidden = self.tower.encoder(
             inputs_embeds=hidden
         ).last_hidden_state  # (B, cls + patches, dim)
@@ -150,7 +154,7 @@ class HFViTEncoder(VisionEncoder):
             hidden = hidden[:, :1]
         elif self.has_class_token and self.tokens == "patch":
             hidden = hidden[:, 1:]
-        return VisionFeatures(hidden, grid=self.grid(spatial), prefix=self.prefix, pooled=pooled)
+        return VisionFeatures(hidden, grid=grid, prefix=self.prefix, pooled=pooled)
 
     @classmethod
     def architecture_from(cls, published: Mapping[str, object]) -> Config:

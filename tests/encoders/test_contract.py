@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from medm.encoders import ENCODERS
+from medm.encoders.plain_vit import PlainViT
+from medm.encoders.vit import HFViTEncoder
 from medm.training.parts import _checkpoint_activations
 from tests.encoders.tiny import TINY_ENCODERS, build_encoder
 
@@ -86,6 +88,24 @@ def test_gradient_reaches_every_parameter(name):
         if value.grad is None or not value.grad.any()
     ]
     assert silent == []
+
+
+def test_patch_dropout_keeps_some_patches_and_the_class_token(name):
+    encoder, pixels = build(name), pixels_for(name)
+    if not encoder.can_drop_patches:
+        assert not isinstance(encoder, (HFViTEncoder, PlainViT))
+        return
+    whole = encoder(pixels)
+    encoder.patch_dropout = 0.5
+    assert torch.equal(encoder(pixels).tokens, whole.tokens)  # not in training
+    features = encoder.train()(pixels)
+    kept = int(prod(whole.grid) * 0.5)
+    assert 0 < kept < prod(whole.grid)
+    assert features.grid == (kept,)
+    assert features.tokens.shape == (2, encoder.prefix + kept, encoder.dim)
+    loss = (features.tokens * torch.randn_like(features.tokens)).sum()
+    loss.backward()
+    assert all(weight.grad is not None for weight in encoder.parameters())
 
 
 def test_state_dict_round_trip(name):

@@ -95,7 +95,9 @@ class DualEncoderKind(ModelKind[DualEncoderOptions, DualEncoder, DualEncoderProc
         adapted = processor.adapt(options)
         if model is not None:
             _check_length(adapted.max_length, model.text.encoder.max_length)
-            model.config.chunk = options.chunk
+            model.set_training_options(
+                chunk=options.chunk, patch_dropout=options.image.patch_dropout
+            )
         return adapted
 
 
@@ -127,8 +129,8 @@ def resolve(options: DualEncoderOptions) -> tuple[DualEncoderConfig, DualEncoder
         logit_scale=options.logit_scale,
         logit_bias=options.logit_bias,
     )
-    # After the config is made: it is not among the fields that describe the model.
-    config.chunk = options.chunk
+    # After the config is made: they are not among the fields that describe the model.
+    config.chunk, config.patch_dropout = options.chunk, options.image.patch_dropout
     with torch.device("meta"):
         model = DualEncoder(config)
     tower = model.image.encoder

@@ -58,6 +58,8 @@ class DualEncoderConfig(PreTrainedConfig):
     """Part name to the LoRA that sits in it, in peft's field names."""
     chunk: int | None = None
     """Pairs that are encoded at a time in training. Not saved: a recipe says it."""
+    patch_dropout: float = 0.0
+    """Fraction of the patches that are left out in training. Not saved: a recipe says it."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.tie_word_embeddings = False
@@ -73,5 +75,6 @@ class DualEncoderConfig(PreTrainedConfig):
 
     def to_dict(self) -> Config:
         content = super().to_dict()
-        content.pop("chunk", None)
+        for name in ("chunk", "patch_dropout"):
+            content.pop(name, None)
         return content

@@ -249,6 +249,7 @@ class DualEncoder(MedmModel):
         self.image = ImageTower(config.image_entry(), embed_dim=config.embed_dim)
         self.text = TextTower(config.text_entry(), embed_dim=config.embed_dim)
         self.scale = Scale(config.logit_scale, config.logit_bias)
+        self.set_training_options(chunk=config.chunk, patch_dropout=config.patch_dropout)
         self.inject_adapters()
         self.post_init()
 
@@ -264,6 +265,26 @@ class DualEncoder(MedmModel):
             "scale": self.scale,
         }
         return {name: part for name, part in parts.items() if not isinstance(part, nn.Identity)}
+
+    def set_training_options(self, *, chunk: int | None, patch_dropout: float) -> None:
+        """Set what a recipe says and a checkpoint does not hold.
+
+        Args:
+            chunk: pairs that are encoded at a time.
+            patch_dropout: fraction of the patches that the image encoder leaves out.
+
+        Raises:
+            RecipeError: patches are to be left out by an encoder that reads all of them.
+        """
+        encoder = self.image.encoder
+        if patch_dropout and not encoder.can_drop_patches:
+            able = (n for n in ENCODERS.names() if ENCODERS.get(n).can_drop_patches)
+            raise RecipeError(
+                f"model.image.patch_dropout: {patch_dropout}, but {type(encoder).__name__} reads "
+                f"the whole image; expected 0, or an encoder of {', '.join(able)}"
+            )
+        encoder.patch_dropout = patch_dropout
+        self.config.chunk, self.config.patch_dropout = chunk, patch_dropout
 
     def encoders(self) -> dict[str, ImageTower]:
         return {self.config.branch: self.image}

@@ -32,6 +32,9 @@ class ImageTowerOptions(Options):
     """Layer norm before the pooling, as published towers have after their last block."""
     projection: ImageProjection = "linear"
     """From the vector to `embed_dim`: a matrix without bias, or none where the widths are equal."""
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of an image's patches that a ViT leaves out in training, drawn anew each time (FLIP,
+    arXiv 2212.00794). A frozen encoder sees all of them."""
 
     @model_validator(mode="after")
     def _class_token_is_kept(self) -> ImageTowerOptions:

@@ -25,8 +25,8 @@ from medm.models.dual_encoder.build import DualEncoderKind
 from medm.models.dual_encoder.modeling import MAX_LOG_SCALE, DualEncoder
 from medm.models.estimate import estimate
 from medm.training.options import PartOptions, TrainOptions
-from medm.training.parts import apply_parts
-from medm.types import Sample
+from medm.training.parts import apply_parts, parameter_groups
+from medm.types import Sample, VisionFeatures
 from tests.models.dual_encoder.tiny import (
     IDS,
     MASK,
@@ -187,6 +187,10 @@ def test_a_volume_tower_is_a_tower(tokenizer: str) -> None:
         ({"text": {"projection": "none"}}, "model.text.projection: none, but the encoder"),
         ({"text": {"max_length": 13}}, "model.text.max_length: 13, but the text encoder has 12"),
         ({"text": {"tokenizer": None}}, "model.text.tokenizer: required"),
+        (
+            {"image": EFFICIENT | {"patch_dropout": 0.5}},
+            "model.image.patch_dropout: 0.5, but EfficientNetLiteEncoder reads .*clip, .*vit",
+        ),
         ({"branch": "volume"}, "model.branch: volume, but encoder 'clip' reads images"),
         ({"path": "a", "image": {"encoder": {"name": "clip", "path": "b"}}}, "image.encoder.path"),
         (
@@ -248,7 +252,7 @@ def test_chunks_give_the_gradients_of_the_whole_batch(tokenizer: str, chunk: int
 
 
 def test_with_dropout_the_backward_pass_sees_the_masks_of_the_forward_pass(tokenizer: str) -> None:
-    model, _ = make(section(tokenizer))
+    model, _ = make(section(tokenizer, image={"patch_dropout": 0.5}))
     model.train()
     assert any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
     batch = pairs()
@@ -339,14 +343,79 @@ def test_the_scale_is_held_within_1_and_100(tokenizer: str, held: float, after: 
 def test_gradient_checkpointing_takes_effect_in_each_tower(tokenizer: str, part: str) -> None:
     model, _ = make(section(tokenizer))
     model.train()
-    with Kept(model) as plain:
-        model(**pairs())
     tuned = {name: PartOptions(tune="full") for name in model.parts()}
-    tuned[part] = PartOptions(tune="full", gradient_checkpointing=True)
-    apply_parts(model, tuned, TrainOptions(gradient_checkpointing=False))
-    with Kept(model) as recomputed:
-        model(**pairs())
-    assert recomputed.bytes < 0.75 * plain.bytes
+    kept, found = [], []
+    for recompute in (False, True):
+        tuned[part] = PartOptions(tune="full", gradient_checkpointing=recompute)
+        apply_parts(model, tuned, TrainOptions(gradient_checkpointing=False))
+        torch.manual_seed(2)
+        with Kept(model) as memory:
+            model(**pairs())
+        kept.append(memory.bytes)
+        torch.manual_seed(2)
+        found.append(gradients(model, pairs()))
+    assert kept[1] < 0.75 * kept[0]
+    torch.testing.assert_close(found[1], found[0], atol=1e-7, rtol=1e-6)
+
+
+def test_each_tower_has_a_learning_rate_of_its_own(tokenizer: str) -> None:
+    model, _ = make(section(tokenizer))
+    rates = {"image.encoder": 0.25, "text.encoder": 0.5, "text.projection": 1.0}
+    tuned = {name: PartOptions(tune="full", lr=rate) for name, rate in rates.items()}
+    train = TrainOptions(weight_decay=0.0)
+    apply_parts(model, tuned, train)
+    optimizer = torch.optim.SGD(parameter_groups(model, tuned, train), lr=8.0)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    loss(model.train()(**pairs())).backward()
+    optimizer.step()
+    for name, weight in model.named_parameters():
+        of = {part: rates[part] for part in rates if name.startswith(part)}
+        rate = next(iter(of.values()), rates["image.encoder"] if "pooling" in name else 0.0)
+        moved = before[name] if not rate else before[name] - rate * weight.grad
+        torch.testing.assert_close(weight.detach(), moved, atol=0, rtol=0)
+        assert weight.requires_grad == bool(rate), name  # projection and scale are locked
+
+
+@pytest.mark.parametrize("image", [{}, SIGLIP | {"pool": "mean"}, SIGLIP | {"pool": "attention"}])
+def test_patch_dropout_is_for_training_alone(tokenizer: str, image: dict[str, Any]) -> None:
+    model, _ = make(section(tokenizer, image=image | {"patch_dropout": 0.5}))
+    whole, _ = make(section(tokenizer, image=image))
+    seen: list[VisionFeatures] = []
+    model.image.encoder.register_forward_hook(lambda _module, _args, out: seen.append(out))
+    pixels = pairs()["pixels"]
+    with torch.no_grad():
+        full = model.get_image_features(pixels)
+        torch.testing.assert_close(full, whole.get_image_features(pixels), atol=0, rtol=0)
+        model.train()
+        torch.manual_seed(4)
+        once, other = model.get_image_features(pixels), model.get_image_features(pixels)
+        torch.manual_seed(4)
+        again = model.get_image_features(pixels)
+    front = model.image.encoder.prefix
+    assert [features.tokens.shape[1] - front for features in seen] == [4, 2, 2, 2]
+    assert [features.grid for features in seen] == [(2, 2), (2,), (2,), (2,)]
+    assert torch.equal(once, again)  # of torch's generator, which a checkpoint holds
+    assert not torch.equal(once, other)
+    assert not torch.equal(once, full)
+
+
+def test_a_frozen_encoder_sees_every_patch(tokenizer: str, tmp_path: Path) -> None:
+    """The trainer holds frozen parts in eval mode; a saved model drops nothing out."""
+    model, processor = make(section(tokenizer, image={"patch_dropout": 0.5}))
+    model.train()
+    torch.manual_seed(0)
+    dropped = model.get_image_features(pairs()["pixels"])
+    model.parts()["image.encoder"].eval()
+    torch.manual_seed(0)
+    assert not torch.equal(model.get_image_features(pairs()["pixels"]), dropped)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert "patch_dropout" not in (tmp_path / "config.json").read_text()
+    assert AutoModel.from_pretrained(tmp_path).image.encoder.patch_dropout == 0
+    changed, _ = build(
+        options(section(tokenizer, image={"patch_dropout": 0.25})), init_from=str(tmp_path)
+    )
+    assert changed.image.encoder.patch_dropout == 0.25
 
 
 def test_a_locked_tower_keeps_its_norm_and_pooling(tokenizer: str) -> None:

@@ -42,7 +42,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(world: Path, out: Path, *, steps: int = 4, **changes: Any) -> Recipe:
     content: dict[str, Any] = {
-        "model": section(str(world / "tokenizer"), logit_scale=99.0, chunk=2),
+        "model": section(
+            str(world / "tokenizer"), logit_scale=99.0, chunk=2, image={"patch_dropout": 0.5}
+        ),
         "data": {"train": [{"path": str(world / "train.json"), "root": str(world)}]},
         "objective": {"name": "contrastive"},
         "parts": {
