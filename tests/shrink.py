@@ -12,22 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from medm.cli.recipes import find
+from medm.models.dual_encoder.options import DualEncoderOptions
 from medm.training.recipe import load_recipe
 from tests import tiny
 from tests.encoders.tiny import TINY_ENCODERS
+from tests.models.dual_encoder.tiny import TEXT, save_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
-    """What to append to `medm train NAME`. The tiny language model is saved below `folder`."""
+    """What to append to `medm train NAME`. The tiny language model or tokenizer is saved below
+    `folder`."""
     recipe = load_recipe(find(name))
-    family = recipe.model.llm.name
-    llm = folder / f"tiny-{family}"
-    if not llm.exists():
-        tiny.save_llm(family, llm, max_position_embeddings=2048)
     result = [
-        f"model.llm.path={llm}",
         "train.deepspeed=null",
         "train.bf16=false",
         "train.use_cpu=true",
@@ -36,6 +34,13 @@ def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
         "train.dataloader_num_workers=0",
         f"train.max_steps={steps}",
     ]
+    if recipe.model.kind == "dual-encoder":
+        return result + dual_encoder_overrides(recipe.model, folder)
+    family = recipe.model.llm.name
+    llm = folder / f"tiny-{family}"
+    if not llm.exists():
+        tiny.save_llm(family, llm, max_position_embeddings=2048)
+    result.append(f"model.llm.path={llm}")
     for branch, options in recipe.model.branches.items():
         result.append(
             f"model.branches.{branch}.encoder={json.dumps(tiny_block(options.encoder.model_dump()))}"
@@ -49,6 +54,26 @@ def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
             result.append(
                 f"model.branches.volume.preprocess.size={list(TINY_ENCODERS[options.encoder.name].pixels[1:])}"
             )
+    return result
+
+
+def dual_encoder_overrides(model: DualEncoderOptions, folder: Path) -> list[str]:
+    """Tiny towers in place of the published ones; pooling and projections stay."""
+    tokenizer = folder / "tiny-bert"
+    if not tokenizer.exists():
+        save_tokenizer(tokenizer)
+    image = tiny_block(model.image.encoder.model_dump())
+    text = model.text.encoder.model_dump() | {"path": None, "architecture": TEXT}
+    result = [
+        f"model.image.encoder={json.dumps(image)}",
+        f"model.text.encoder={json.dumps(text)}",
+        f"model.text.tokenizer={tokenizer}",
+        "model.text.max_length=12",
+        "model.embed_dim=20",
+    ]
+    if model.branch == "volume":
+        size = list(TINY_ENCODERS[model.image.encoder.name].pixels[1:])
+        result.append(f"model.image.preprocess.size={size}")
     return result
 
 
@@ -68,8 +93,10 @@ def tiny_block(block: dict[str, Any]) -> dict[str, Any]:
 def records(name: str) -> Path:
     """The example records that fit a shipped recipe: for its stage, with volumes where it reads
     them."""
-    stage = "pretrain" if name.endswith("/pretrain") else "finetune"
-    return (
-        DOCS
-        / f"example_{stage}{'_3d' if 'volume' in load_recipe(find(name)).model.branches else ''}.json"
-    )
+    model = load_recipe(find(name)).model
+    if model.kind == "dual-encoder":
+        stage, branches = "pairs", {model.branch}
+    else:
+        stage = "pretrain" if name.endswith("/pretrain") else "finetune"
+        branches = set(model.branches)
+    return DOCS / f"example_{stage}{'_3d' if 'volume' in branches else ''}.json"

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from medm.cli.recipes import find
+from medm.tasks.pair_sources import PAIR_SOURCES
+from medm.training.recipe import load_recipe
 from tests import shrink
 from tests.cli.runner import medm
 from tests.inference.tiny import questions, read_output, save_tiny, write_records
@@ -102,27 +105,97 @@ CT = {
 }
 """Launchers of volumes, and the recipe that each of them runs; stage 2 takes what stage 1 left."""
 
+PAIRS = {
+    "scripts/train/UniMed-CLIP/vit_b16.sh": "unimed-clip/vit-b16",
+    "scripts/train/UniMed-CLIP/vit_b32.sh": "unimed-clip/vit-b32",
+    "scripts/train/UniMed-CLIP/vit_l14_336.sh": "unimed-clip/vit-l14-336",
+    "scripts/train/UniMed-CLIP/vit_l14_336_large_text.sh": "unimed-clip/vit-l14-336-large-text",
+    "scripts/train/UniMed-CLIP/small.sh": "unimed-clip/small",
+    "scripts/train/M3D-CLIP/pretrain.sh": "m3d-clip/pretrain",
+}
+"""Launchers of dual encoders, and the recipe that each of them runs."""
 
-def test_the_launchers_of_volumes_train(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.fixture
+def stub(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `medm` that appends its words to a file, in place of the command."""
+    file = checkout / "bin" / "medm"
+    file.parent.mkdir()
+    file.write_text(
+        '#!/bin/sh\nfor word in "$@"; do printf \'%s\\0\' "$word"; done >> command.txt\n'
+    )
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{file.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("GPUS", "1")
+    monkeypatch.setenv("NODES", "1")
+    monkeypatch.chdir(checkout)
+    return file
+
+
+def words_of(line: str, checkout: Path) -> list[str]:
+    """The words of the `medm` commands that a line runs."""
+    file = checkout / "command.txt"
+    file.unlink(missing_ok=True)
+    subprocess.run(["bash", "-c", line], check=True, timeout=60)
+    return file.read_text().split("\0")[:-1]
+
+
+def test_every_launcher_of_pairs_runs_its_recipe(checkout: Path, stub: Path) -> None:
+    folders = ("UniMed-CLIP", "M3D-CLIP")
+    launchers = {
+        f"scripts/train/{folder}/{path.name}"
+        for folder in folders
+        for path in (ROOT / "scripts/train" / folder).glob("*.sh")
+    }
+    assert launchers - {"scripts/train/UniMed-CLIP/convert.sh"} == set(PAIRS)
+    for launcher, recipe in PAIRS.items():
+        words = words_of(f"bash {launcher} train.max_steps=3", checkout)
+        assert words[:2] == ["launch", "train"]
+        name, *overrides = words[words.index(recipe) :]
+        loaded = load_recipe(find(name), [word for word in overrides if "=" in word])
+        assert loaded.train.max_steps == 3
+        assert loaded.output_dir == f"work_dirs/{recipe}"
+        # What the launcher writes is what the recipe says.
+        assert loaded.model == load_recipe(find(name)).model
+        assert loaded.data == load_recipe(find(name)).data
+
+
+def test_a_launcher_of_pairs_trains(checkout: Path, stub: Path) -> None:
+    recipe = "unimed-clip/small"
+    data = shrink.records(recipe)
+    tiny = [*shrink.overrides(recipe, checkout, steps=1), f'data.train=[{{"path": "{data}"}}]']
+    line = "bash scripts/train/UniMed-CLIP/small.sh" + "".join(f" '{word}'" for word in tiny)
+    done = medm(*words_of(line, checkout))
+    assert done.code == 0, f"{done.out[-2000:]}\n{done.err[-4000:]}"
+    assert (checkout / "work_dirs" / recipe / "model.safetensors").is_file()
+
+
+def test_the_sources_of_unimed_are_converted_by_one_script(checkout: Path, stub: Path) -> None:
+    words = words_of("bash scripts/train/UniMed-CLIP/convert.sh", checkout)
+    tasks = {words[index + 1] for index, word in enumerate(words) if word == "--task"}
+    published = {name for name in PAIR_SOURCES.names() if name.startswith("unimed/")}
+    assert tasks == {name for name in published if not name.endswith("-labels")}
+    words = words_of("SOURCES='rocov2 pmc-oa' bash scripts/train/UniMed-CLIP/convert.sh", checkout)
+    assert words.count("convert") == 2
+    assert words[2:][:5] == [
+        "data/unimed/pmc-oa.jsonl",
+        "--task",
+        "unimed/pmc-oa",
+        "--data",
+        "data/pmc_oa",
+    ]
+
+
+def test_the_launchers_of_volumes_train(checkout: Path, stub: Path) -> None:
     """As they are, but that the command of `medm` is written down and run in this process, to save
     four starts."""
-    stub = checkout / "bin" / "medm"
-    stub.parent.mkdir()
-    stub.write_text(
-        '#!/bin/sh\nfor word in "$@"; do printf \'%s\\0\' "$word"; done > command.txt\n'
-    )
-    stub.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("GPUS", "1")
-    monkeypatch.chdir(checkout)
     for launcher, recipe in CT.items():
         data = shrink.records(recipe)
         tiny = shrink.overrides(recipe, checkout, steps=1)
         line = f"DATA={data} VOLUMES={data.parent} bash {launcher}" + "".join(
             f" '{override}'" for override in tiny
         )
-        subprocess.run(["bash", "-c", line], check=True, timeout=60)
-        words = (checkout / "command.txt").read_text().split("\0")[:-1]
+        words = words_of(line, checkout)
         assert words[:2] == ["launch", "train"]
         done = medm(*words)
         assert done.code == 0, f"{line}\n{done.out[-2000:]}\n{done.err[-4000:]}"

@@ -37,6 +37,12 @@ def test_the_published_systems_are_there() -> None:
         "uni-med/published",
         "uni-med/small",
         "uni-med/small_dense",
+        "unimed-clip/vit-b16",
+        "unimed-clip/vit-b32",
+        "unimed-clip/vit-l14-336",
+        "unimed-clip/vit-l14-336-large-text",
+        "unimed-clip/small",
+        "m3d-clip/pretrain",
     } <= set(NAMES)
 
 
@@ -123,12 +129,37 @@ def test_parts_are_those_of_the_model(name: str) -> None:
         ("uni-med/published", "train.max_steps", 50000),
         ("uni-med/published", "train.per_device_train_batch_size", 4),
         ("uni-med/published", "data.max_length", 3800),
+        ("unimed-clip/vit-b16", "model.image.encoder.image_size", 224),
+        ("unimed-clip/vit-b16", "model.embed_dim", 512),
+        ("unimed-clip/vit-b16", "model.text.max_length", 256),
+        ("unimed-clip/vit-b16", "train.learning_rate", 5e-4),
+        ("unimed-clip/vit-b16", "train.per_device_train_batch_size", 128),
+        ("unimed-clip/vit-b16", "train.warmup_steps", 2000),
+        ("unimed-clip/vit-b16", "train.num_train_epochs", 10),
+        ("unimed-clip/vit-b16", "train.weight_decay", 0.2),
+        ("unimed-clip/vit-b16", "train.adam_beta2", 0.98),
+        ("unimed-clip/vit-b16", "train.adam_epsilon", 1e-6),
+        ("unimed-clip/vit-b16", "train.max_grad_norm", 0),
+        ("unimed-clip/vit-b32", "train.learning_rate", 5e-4),
+        ("unimed-clip/vit-l14-336", "model.image.encoder.image_size", 336),
+        ("unimed-clip/vit-l14-336", "model.embed_dim", 768),
+        ("unimed-clip/vit-l14-336", "train.learning_rate", 4e-4),
+        ("unimed-clip/vit-l14-336-large-text", "train.learning_rate", 4e-4),
+        ("m3d-clip/pretrain", "model.text.max_length", 128),
+        ("m3d-clip/pretrain", "train.learning_rate", 1e-4),
+        ("m3d-clip/pretrain", "train.weight_decay", 0.1),
+        ("m3d-clip/pretrain", "train.num_train_epochs", 100),
+        ("m3d-clip/pretrain", "train.per_device_train_batch_size", 32),
     ],
 )
 def test_published_values(name: str, key: str, value: object) -> None:
     section, rest = key.split(".", 1)
     block = resolved(load_recipe(shipped()[name]))[section]
     part, _, last = rest.rpartition(".")
+    if section == "model":  # names of parts have dots, keys of nested blocks have none
+        for key in part.split(".") if part else ():
+            block = block[key]
+        part = ""
     assert (block[part] if part else block)[last] == value
 
 
@@ -152,6 +183,37 @@ def test_uni_med_draws_its_sources_in_the_published_ratios(name: str) -> None:
     assert all(task in TASKS for task in weights)
     convert = (ROOT / "scripts/train/Uni-Med/convert.sh").read_text("utf-8")
     assert all(f" {task}=" in convert for task in weights)
+
+
+UNIMED_CLIP = [name for name in NAMES if name.startswith("unimed-clip/")]
+
+
+@pytest.mark.parametrize("name", UNIMED_CLIP)
+def test_unimed_clip_trains_on_its_13_sources_and_never_mirrors(name: str) -> None:
+    from medm.tasks.pair_sources import PAIR_SOURCES
+
+    recipe = load_recipe(find(name))
+    stems = [Path(source.path).stem for source in recipe.data.train]
+    assert len(stems) == len(set(stems)) == 13
+    assert all(f"unimed/{stem}" in PAIR_SOURCES for stem in stems)
+    rules = {stem: source.captions for stem, source in zip(stems, recipe.data.train, strict=True)}
+    assert {stem for stem, rule in rules.items() if rule is not None} == {"openi"}
+    assert rules["openi"] == "first"
+    assert recipe.data.augment is not None
+    assert not recipe.data.augment["image"].mirror
+    convert = (ROOT / "scripts/train/UniMed-CLIP/convert.sh").read_text("utf-8")
+    for source in recipe.data.train:
+        assert f" {Path(source.path).stem}=" in convert
+        assert f":-{source.root}}}" in convert
+
+
+def test_the_published_text_towers_of_unimed_clip_differ_in_size_alone() -> None:
+    base, large = (
+        resolved(load_recipe(find(f"unimed-clip/vit-l14-336{text}")))
+        for text in ("", "-large-text")
+    )
+    changed = [line.partition(":")[0] for line in differences(base, large)]
+    assert changed == ["model.text.encoder.path"]
 
 
 def test_the_published_connector_of_uni_med() -> None:
@@ -278,6 +340,8 @@ def test_recipe_trains(name: str, tiny_parts: Path, tmp_path: Path) -> None:
         else:
             moved = any(not torch.equal(tensor, before[part][key]) for key, tensor in after.items())
             assert moved == (tune == "full"), part
+    if recipe.model.kind != "lvlm":
+        return
     template = recipe.model.llm.chat_template
     if template is not None:
         assert processor.chat_template == read_template(template)

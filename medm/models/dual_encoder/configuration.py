@@ -75,6 +75,7 @@ class DualEncoderConfig(PreTrainedConfig):
 
     def to_dict(self) -> Config:
         content = super().to_dict()
-        for name in ("chunk", "patch_dropout"):
+        # Two are options of a run; transformers' Trainer writes the third into any config.
+        for name in ("chunk", "patch_dropout", "use_cache"):
             content.pop(name, None)
         return content

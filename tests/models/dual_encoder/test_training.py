@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from medm.models import load
 from medm.models.dual_encoder.modeling import MAX_LOG_SCALE, DualEncoder
 from medm.training.recipe import Recipe, load_recipe
 from medm.training.run import train
@@ -75,6 +76,15 @@ def trained(world: Path) -> Path:
     assert outcome.loss is not None
     assert math.isfinite(outcome.loss)
     return world / "trained"
+
+
+def test_a_trained_folder_opens_without_a_warning(
+    trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trainer sets `use_cache` of the config, which a dual encoder does not have."""
+    caplog.set_level("WARNING", logger="medm")
+    load(str(trained))
+    assert not [record.getMessage() for record in caplog.records]
 
 
 def test_a_trained_model_opens_by_auto_classes(world: Path, trained: Path) -> None:

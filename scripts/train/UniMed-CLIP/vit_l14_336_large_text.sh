@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# UniMed-CLIP ViT-L/14 at 336 pixels with the large BERT. Run convert.sh first. Further arguments go to `medm train`: train.max_steps=100, --resume ...
+METACLIP=${METACLIP:-.assets/metaclip/l14_400m.pt}
+OUTPUT=${OUTPUT:-work_dirs/unimed-clip/vit-l14-336-large-text}
+GPUS=${GPUS:-4}    # processes on this machine; published with 16 in all
+NODES=${NODES:-4}  # machines; with more than one, set NODE_RANK and MASTER_ADDR on each
+set -euo pipefail
+source "$(dirname "$0")/../../launch.sh"
+launch train unimed-clip/vit-l14-336-large-text model.image.encoder.path="$METACLIP" output_dir="$OUTPUT" "$@"
