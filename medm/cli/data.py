@@ -25,7 +25,8 @@ app = typer.Typer(
 @app.command()
 def check(
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Annotation files: JSON arrays or JSONL.")
+        list[Path] | None,
+        typer.Argument(help="Annotation files: JSON arrays or JSONL; tables and shards of pairs."),
     ] = None,
     root: Annotated[
         Path | None, typer.Option(help="Folder that image paths are relative to.")
@@ -49,6 +50,14 @@ def check(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Look only at the first N records of each file.")
     ] = None,
+    pipeline_name: Annotated[
+        str,
+        typer.Option(
+            "--pipeline",
+            help="Kind of records, where neither recipe nor model says it: see `medm list "
+            "pipelines`.",
+        ),
+    ] = "conversations",
 ) -> None:
     """Name every bad record with its place and reason; count the good ones.
 
@@ -61,7 +70,7 @@ def check(
 
     loaded = _load(recipe) if recipe else None
     sources = _sources(files or [], root, loaded)
-    pipeline = _pipeline(loaded, model, inference=inference)
+    pipeline = _pipeline(loaded, model, inference=inference, name=pipeline_name)
     report = check_records(
         sources,
         pipeline,
@@ -282,6 +291,59 @@ def _convert_pairs(
     note(f"name them in a recipe: data.train=[{{path: {output}, root: {data}}}]")
 
 
+@app.command()
+def shards(
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Manifest to write: NAME.shards.json.")
+    ],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Annotation files of pairs (JSON, JSONL, CSV); or tar shards."),
+    ],
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Folder that image paths are relative to, or that the shards lie in."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad records out; otherwise stop at one.")
+    ] = False,
+) -> None:
+    """Write image-text pairs into WebDataset tar shards, and their manifest with checksums.
+
+    Where the files are tar shards already, or folders of them, only the manifest and its index
+    are written, and the shards stay as they are. A recipe names the manifest as `path` of a source.
+    The exit status is 1 where a record was left out or a shard is damaged.
+    """
+    from medm.data.options import SourceOptions
+    from medm.data.shard_writing import shards_in, write_manifest, write_shards
+
+    if existing := shards_in(files):
+        written = write_manifest(
+            output,
+            existing,
+            root=root,
+            progress=lambda done, total: note(f"{done} of {total} shards"),
+        )
+    else:
+        written = write_shards(
+            output,
+            [SourceOptions(path=str(file), root=str(root) if root else None) for file in files],
+            samples=samples,
+            bad_records="skip" if skip_bad else "stop",
+            progress=_show_progress,
+        )
+    for error in written.bad:
+        out.print(str(error), markup=False)
+    out.print(
+        f"{output}: shards {written.shards}, samples {written.samples}, bad {written.num_bad}",
+        markup=False,
+    )
+    note(f"check them: medm data check {output} --pipeline pairs --decode")
+    if written.num_bad:
+        raise typer.Exit(1)
+
+
 def _kind_of(file: Path, known: Mapping[str, Any]) -> Literal["image", "volume"]:
     """2-D or 3-D: what the model takes, where it takes one of them; else by the name of the
     file.
@@ -311,9 +373,15 @@ def _sources(files: list[Path], root: Path | None, recipe: Recipe | None) -> lis
     return sources
 
 
-def _pipeline(recipe: Recipe | None, model: Path | None, *, inference: bool = False) -> AnyPipeline:
-    """The data pipeline of a model, with its processor; without one, conversations are read and
-    files looked at.
+def _pipeline(
+    recipe: Recipe | None,
+    model: Path | None,
+    *,
+    inference: bool = False,
+    name: str = "conversations",
+) -> AnyPipeline:
+    """The data pipeline of a model, with its processor; without one, records of the named pipeline
+    are read and files looked at.
     """
     from medm.data.pipelines import PIPELINES, pipeline_for
 
@@ -325,7 +393,7 @@ def _pipeline(recipe: Recipe | None, model: Path | None, *, inference: bool = Fa
             kind_of_config(load_config(folder)), load_processor(folder), inference=inference
         )
     if recipe is None:
-        return PIPELINES.get("conversations")(inference=inference)
+        return PIPELINES.get(name)(inference=inference)
     from medm.models import kind_of, processor_of
 
     processor = processor_of(recipe.model, init_from=_trained(recipe))

@@ -23,6 +23,7 @@ def build_batches(
     drop_last: bool = False,
     lengths: Sequence[int] | np.ndarray | None = None,
     seed: int = 0,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> DistributedBatchSampler:
     """The batch sampler of training.
 
@@ -36,6 +37,8 @@ def build_batches(
         drop_last: whether an incomplete last step is left out.
         lengths: tokens of each record, 0 for those that are left out, as a check gives them.
         seed: of every draw.
+        groups: of each source, the records of each shard (`Records.groups`). An epoch then goes
+            from shard to shard.
 
     Raises:
         DataError: no record can be used.
@@ -47,7 +50,7 @@ def build_batches(
     if not len(chosen):
         raise DataError("no record is left to train on; 'medm data check' says why")
     global_batch = batch_size * world * accumulation
-    order, window = _order(options, sizes, chosen, global_batch, seed)
+    order, window = _order(options, sizes, chosen, global_batch, seed, groups)
     if options.packing:
         if known is None or options.max_length is None:
             raise ValueError("packing needs the lengths of the records and data.max_length")
@@ -78,15 +81,31 @@ def build_batches(
 
 
 def _order(
-    options: DataOptions, sizes: Sequence[int], chosen: np.ndarray, global_batch: int, seed: int
+    options: DataOptions,
+    sizes: Sequence[int],
+    chosen: np.ndarray,
+    global_batch: int,
+    seed: int,
+    groups: Sequence[Sequence[int]] | None,
 ) -> tuple[IndexOrder, int]:
     """The order of an epoch over the chosen records, and how many global batches of it may be
     sorted together.
     """
     weights = [source.weight for source in options.train if source.weight is not None]
-    if not weights:
+    sharded = groups is not None and any(len(of_source) > 1 for of_source in groups)
+    if not weights and not sharded:
         return Subset(Shuffle(len(chosen), seed), chosen), WINDOW
     counts, _ = np.histogram(chosen, bins=np.cumsum([0, *sizes]))
+    kept = _kept_groups(groups, chosen) if groups is not None and sharded else None
+    if not weights:
+        used = np.flatnonzero(counts)
+        mixture = Mixture(
+            counts[used].tolist(),
+            counts[used].tolist(),
+            seed=seed,
+            groups=None if kept is None else [kept[source] for source in used],
+        )
+        return Subset(mixture, chosen), WINDOW
     if not counts.all():
         empty = options.train[int(np.argmin(counts))].path
         raise DataError(
@@ -98,6 +117,19 @@ def _order(
     window = min(WINDOW, max(1, free // global_batch)) if options.order == "length" else 1
     draws = options.draws or len(chosen)
     mixture = Mixture(
-        counts.tolist(), weights, draws=draws, min_distance=window * global_batch, seed=seed
+        counts.tolist(),
+        weights,
+        draws=draws,
+        min_distance=window * global_batch,
+        seed=seed,
+        groups=kept,
     )
     return Subset(mixture, chosen), window
+
+
+def _kept_groups(groups: Sequence[Sequence[int]], chosen: np.ndarray) -> list[list[int]]:
+    """Return of each source the chosen records of each shard."""
+    sizes = [size for of_source in groups for size in of_source]
+    counts, _ = np.histogram(chosen, bins=np.cumsum([0, *sizes]))
+    ends = np.cumsum([len(of_source) for of_source in groups])[:-1]
+    return [part[part > 0].tolist() for part in np.split(counts, ends)]

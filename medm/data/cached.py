@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from medm.children import safe_path
 from medm.data.options import CacheOptions
-from medm.data.records import Records
+from medm.data.records import MediaSource, Records
 from medm.data.volume_cache import MediaCache
 from medm.errors import DataError
 from medm.imaging import Preprocess, load_pixels
@@ -29,7 +29,7 @@ MAX_KEPT = 1000
 
 def loader(
     options: CacheOptions | None, *, device: str = "cpu"
-) -> Callable[[Path, Preprocess], np.ndarray]:
+) -> Callable[[MediaSource, Preprocess], np.ndarray]:
     """How files become prepared arrays: through the cache that a recipe names, or by reading them
     each time.
 
@@ -45,11 +45,11 @@ def loader(
 
 
 def _load_through(
-    cache: MediaCache, kinds: frozenset[str], path: Path, preprocess: Preprocess
+    cache: MediaCache, kinds: frozenset[str], source: MediaSource, preprocess: Preprocess
 ) -> np.ndarray:
-    return (
-        cache.load(path, preprocess) if preprocess.kind in kinds else load_pixels(path, preprocess)
-    )
+    if preprocess.kind in kinds and isinstance(source, Path):
+        return cache.load(source, preprocess)
+    return load_pixels(source, preprocess)
 
 
 @dataclass(slots=True)

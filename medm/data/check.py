@@ -22,7 +22,8 @@ from medm.data.base import AnyPipeline, Segment
 from medm.data.limits import LengthLimit
 from medm.data.options import DataOptions, SourceOptions, format_of
 from medm.data.record_files import check_beginning
-from medm.data.records import Records
+from medm.data.records import MediaSource, Records
+from medm.data.shards import ShardFile, check_shards
 from medm.data.tables import check_header
 from medm.errors import DataError, RecipeError
 from medm.imaging import Preprocess, VolumePreprocess
@@ -196,25 +197,18 @@ class _Checker:
         self.report.media.update("mask" for _ in sample.masks)
         self.report.tasks[sample.task or ""] += 1
 
-    def _blank(self, path: Path, view: str) -> np.ndarray:
+    def _blank(self, file: MediaSource, view: str) -> np.ndarray:
         """Check a file, once for each view that reads it, and return blank pixels in its place."""
         preprocess = self.pipeline.preprocess[view] if self.pipeline.makes_examples else None
         self.report.found_files[self.source] += 1
-        key = path, view
+        if not isinstance(file, Path):
+            self._probe(file, view, preprocess)
+            return blank_pixels(preprocess)
+        key = file, view
         if key not in self.seen_files:
             self.seen_files[key] = None
             try:
-                with collected() as notices:
-                    probe(
-                        path,
-                        kind=parse_view(view).kind if preprocess is None else preprocess.kind,
-                        decode=self.decode,
-                        series=preprocess.series
-                        if isinstance(preprocess, VolumePreprocess)
-                        else "only",
-                        preprocess=preprocess,
-                    )
-                _note_warnings(self.report, notices)
+                self._probe(file, view, preprocess)
             except DataError as error:
                 self.seen_files[key] = error.reason
                 raise
@@ -222,6 +216,17 @@ class _Checker:
         if reason is not None:
             raise DataError(reason)
         return blank_pixels(preprocess)
+
+    def _probe(self, file: MediaSource, view: str, preprocess: Preprocess | None) -> None:
+        with collected() as notices:
+            probe(
+                file,
+                kind=parse_view(view).kind if preprocess is None else preprocess.kind,
+                decode=self.decode,
+                series=preprocess.series if isinstance(preprocess, VolumePreprocess) else "only",
+                preprocess=preprocess,
+            )
+        _note_warnings(self.report, notices)
 
 
 def check(
@@ -269,6 +274,10 @@ def check(
         report.files[file] = report.files.get(file, 0) + total
         report.starts.append((position + 1, file))
         report.roots.append(records.root(0).resolve())
+        if decode and number == 0 and isinstance(file_of := records.files[0], ShardFile):
+            for wrong in file_of.verify():
+                report.num_unreadable += 1
+                _note_bad(report, wrong, position=-1)
         for index in range(total):
             position += 1
             if position % shards != number:
@@ -308,8 +317,11 @@ def require_sources(options: DataOptions, formats: Collection[str] = ("json",)) 
 
 def _check_form(path: Path, formats: Collection[str]) -> None:
     """Check that an annotation file exists and begins as its form does. Raises `DataError`."""
-    if format_of(str(path)) == "table" and "table" in formats:
+    form = format_of(str(path))
+    if form == "table" and form in formats:
         check_header(path)
+    elif form == "shards" and form in formats:
+        check_shards(path)
     else:
         check_beginning(path)
 

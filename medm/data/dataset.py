@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from medm.data.base import E
 from medm.data.features import FeatureStore
 from medm.data.limits import BadRecordsLimit, LengthLimit, TooLongError
-from medm.data.records import Records
+from medm.data.records import MediaSource, Records
 from medm.errors import DataError, InputLostError, RecipeError, machine_fault
 from medm.imaging import Augment, Preprocess, load_pixels
 from medm.imaging.augment import augment
@@ -61,7 +61,7 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         self,
         records: Records[Any, E],
         *,
-        load: Callable[[Path, Preprocess], np.ndarray] = load_pixels,
+        load: Callable[[MediaSource, Preprocess], np.ndarray] = load_pixels,
         limit: LengthLimit | None = None,
         bad_records: Literal["stop", "skip"] = "stop",
         bad_records_limit: BadRecordsLimit | None = None,
@@ -182,9 +182,9 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
             example.features[branch] = example.pixels.pop(branch)
         return example
 
-    def _load(self, file: Path, branch: str, rng: np.random.Generator) -> np.ndarray:
+    def _load(self, file: MediaSource, branch: str, rng: np.random.Generator) -> np.ndarray:
         """The pixels of a file, augmented, or its features in their place."""
-        if branch not in self.features:
+        if branch not in self.features or not isinstance(file, Path):
             array = self.load(file, self.preprocess[branch])
             if branch in self.augmentation:
                 array = augment(self.augmentation[branch], array, rng)

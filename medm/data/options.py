@@ -15,8 +15,8 @@ from pydantic import (
 from medm.config import Options, ResumeSafe
 from medm.imaging.options import Augment
 
-Format: TypeAlias = Literal["json", "table"]
-"""Form of an annotation file: JSON or JSONL; or a table of text."""
+Format: TypeAlias = Literal["json", "table", "shards"]
+"""Form of an annotation file: JSON or JSONL; a table of text; or tar shards."""
 CaptionRule: TypeAlias = Literal["random", "first", "concat", "sentinel"]
 
 
@@ -24,7 +24,8 @@ class SourceOptions(Options):
     """One annotation file."""
 
     path: str
-    """A JSON array or JSONL file of records; for pairs also a table (.csv, .tsv)."""
+    """A JSON array or JSONL file of records; for pairs also a table (.csv, .tsv),
+    a manifest of tar shards (.shards.json) or one shard (.tar)."""
     root: str | None = None
     """Folder that image and volume paths are relative to; nothing outside it is read. Default: the
     folder of `path`."""
@@ -72,7 +73,10 @@ class CacheOptions(Options):
 
 def format_of(path: str) -> Format:
     """Return the form of an annotation file, by its name."""
-    return "table" if path.lower().endswith((".csv", ".tsv")) else "json"
+    name = path.lower()
+    if name.endswith((".shards.json", ".tar")):
+        return "shards"
+    return "table" if name.endswith((".csv", ".tsv")) else "json"
 
 
 class DataOptions(Options):

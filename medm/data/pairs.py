@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 from medm.data.base import Collate, HasPreprocess, Pipeline, Segment
 from medm.data.captions import candidates, same_label
-from medm.data.options import Format
-from medm.errors import DataError
+from medm.data.options import Format, format_of
+from medm.errors import DataError, RecipeError
 from medm.types import BaseSample, Kind, Media
 
 if TYPE_CHECKING:
@@ -92,7 +92,20 @@ class Pairs(Pipeline[Pair, PairExample, PairProcessor]):
     """Pairs of an image or volume and a caption; each pair is one item of a batch."""
 
     nouns: ClassVar[tuple[str, ...]] = ("caption",)
-    formats: ClassVar[frozenset[Format]] = frozenset({"json", "table"})
+    formats: ClassVar[frozenset[Format]] = frozenset({"json", "table", "shards"})
+
+    def check_options(self, options: DataOptions) -> None:
+        super().check_options(options)
+        shards = [
+            source.path
+            for source in (*options.train, *options.eval)
+            if format_of(source.path) == "shards"
+        ]
+        if shards and options.cache_features is not None:
+            raise RecipeError(
+                f"data.cache_features: features are kept by file, and the images of {shards[0]} "
+                "are no files of their own; leave it out"
+            )
 
     def check_columns(self, columns: Collection[str]) -> None:
         required = [tuple(_MEDIA)] + ([] if self.inference else [("caption", "captions")])

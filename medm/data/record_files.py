@@ -43,6 +43,36 @@ for _kind, _bytes in (
     _KIND[list(_bytes)] = _kind
 
 
+class RecordSource(Protocol):
+    """The records of one source, read one at a time."""
+
+    @property
+    def path(self) -> Path:
+        """The file that a recipe names."""
+        ...
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Records that lie together on the disk, in order: those of each shard."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a record as JSON gives it. Raises `DataError`."""
+        ...
+
+    def place(self, index: int) -> str:
+        """Return more about the place of a record than its position, for messages; or nothing."""
+        ...
+
+    def open_media(self, index: int, name: str) -> BinaryIO | None:
+        """Return a file of a record that lies in the source itself; None where files lie under a
+        root.
+        """
+        ...
+
+
 class RecordFile:
     """Sequence of the parsed records of a JSON array or JSONL file, read one at a time.
 
@@ -103,6 +133,19 @@ class RecordFile:
             error.reason = f"line {self.line(index)}: {error.reason}"
             raise error.at(file=self.path, index=index) from None
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """All records: the whole file is at hand."""
+        return (len(self),)
+
+    def place(self, index: int) -> str:
+        """Nothing: a message that needs the line names it."""
+        return ""
+
+    def open_media(self, index: int, name: str) -> BinaryIO | None:
+        """None: files lie under the root."""
+        return None
+
     def line(self, index: int) -> int:
         """The line, from 1, on which a record begins. Counts through the file: for messages
         only.
@@ -162,7 +205,12 @@ def open_regular(path: Path) -> BinaryIO:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     if stat.S_ISDIR(mode):
-        raise DataError(f"is a folder; name the annotation file in it: {EXPECTED}", file=path)
+        shards = any(path.glob("*.tar"))
+        hint = "; for the tar shards in it, write a manifest with 'medm data shards'"
+        raise DataError(
+            f"is a folder; name the annotation file in it: {EXPECTED}{hint if shards else ''}",
+            file=path,
+        )
     raise DataError(
         f"is a device or pipe; write its records to a file first: {EXPECTED}", file=path
     )

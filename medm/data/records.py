@@ -10,11 +10,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, TypeAlias
 
 from medm.data.base import AnyPipeline, E, HasPreprocess, Pipeline, S, missing_branch
 from medm.data.options import SourceOptions, format_of
-from medm.data.record_files import RecordFile
+from medm.data.record_files import RecordFile, RecordSource
+from medm.data.shards import ShardFile
 from medm.data.tables import TableFile
 from medm.errors import DataError
 from medm.imaging import resolve_inside
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def open_source(source: SourceOptions, pipeline: AnyPipeline) -> RecordFile:
+MediaSource: TypeAlias = Path | BinaryIO
+"""An image or volume: a file, or a stream of one that lies in a shard."""
+
+
+def open_source(source: SourceOptions, pipeline: AnyPipeline) -> RecordSource:
     """Open an annotation file in the form that its name says.
 
     Raises:
@@ -33,9 +38,18 @@ def open_source(source: SourceOptions, pipeline: AnyPipeline) -> RecordFile:
     form = format_of(source.path)
     if form == "table" and form in pipeline.formats:
         return TableFile(source.path, source.columns, pipeline.check_columns)
+    if form == "shards" and form in pipeline.formats and source.columns is None:
+        return ShardFile(source.path, source.root)
     if source.columns is not None:
         raise DataError("`columns` is for tables, and the file is not one", file=source.path)
     return RecordFile(source.path)  # a table that is not read says so at opening
+
+
+def _first_groups(groups: Sequence[int], limit: int) -> tuple[int, ...]:
+    """Return the groups of the first `limit` records."""
+    starts = itertools.accumulate(groups, initial=0)
+    sizes = (min(size, limit - start) for start, size in zip(starts, groups, strict=False))
+    return tuple(size for size in sizes if size > 0)
 
 
 class Records(Sequence[S], Generic[S, E]):
@@ -54,6 +68,11 @@ class Records(Sequence[S], Generic[S, E]):
             for file, source in zip(self.files, self.sources, strict=True)
         )
         """Records of each source."""
+        self.groups = tuple(
+            _first_groups(file.groups, size)
+            for file, size in zip(self.files, self.sizes, strict=True)
+        )
+        """Of each source, the records of each shard."""
         self._ends = list(itertools.accumulate(self.sizes))
 
     def __len__(self) -> int:
@@ -81,7 +100,10 @@ class Records(Sequence[S], Generic[S, E]):
             yield
         except DataError as error:
             source, position = self.locate(index)
-            error.at(file=self.files[source].path, index=position)
+            file = self.files[source]
+            if error.index is None and (place := file.place(position)):
+                error.reason = f"{place}: {error.reason}"
+            error.at(file=file.path, index=position)
             raise
 
     def __getitem__(self, index: int) -> S:  # type: ignore[override]  # no slices: they would read the file
@@ -100,11 +122,28 @@ class Records(Sequence[S], Generic[S, E]):
 
     def media_path(self, index: int, media: Media) -> Path:
         """The file of an image or volume. Raises `MediaError` where it would lie outside the
-        root.
+        root, and `DataError` where it lies in a shard.
         """
         if media.path is None:
             raise DataError(f"the {media.branch} has no path")
+        source, _ = self.locate(index)
+        if format_of(self.sources[source].path) == "shards":
+            raise DataError(f"the {media.branch} lies in a shard and is no file of its own")
         return resolve_inside(self.root(index), media.path)
+
+    def media_source(self, index: int, media: Media) -> MediaSource:
+        """The file of an image or volume, or a stream where it lies in a shard.
+
+        Raises:
+            DataError: it lies outside the root, or is missing in its shard.
+        """
+        source, position = self.locate(index)
+        inside = self.files[source].open_media(position, media.path or "")
+        if inside is None:
+            return self.media_path(index, media)
+        if media.branch != "image":
+            raise DataError(f"a {media.branch} in a shard is not read; name its file in JSON")
+        return inside
 
     def mask_paths(self, index: int, sample: S) -> list[Path]:
         """Return the mask files of record `index`.
@@ -129,7 +168,7 @@ class Records(Sequence[S], Generic[S, E]):
         return self.pipeline.media_field(self.files[source][position], media_index)
 
     def load_media(
-        self, index: int, sample: S, load: Callable[[Path, str], np.ndarray]
+        self, index: int, sample: S, load: Callable[[MediaSource, str], np.ndarray]
     ) -> dict[str, list[np.ndarray]]:
         """Load every image and volume of record `index`: by view, in the order of the sample's
         `media`.
@@ -137,7 +176,7 @@ class Records(Sequence[S], Generic[S, E]):
         Args:
             index: the record.
             sample: what it was read to.
-            load: a file and one of the views that read it to an array.
+            load: a file, or a stream of it, and one of the views that read it to an array.
 
         Raises:
             DataError: with file, index and field; also for a kind of file of which the model has no
@@ -148,7 +187,7 @@ class Records(Sequence[S], Generic[S, E]):
             for number, media in enumerate(sample.media):
                 try:
                     for view in self._views(media.branch):
-                        array = load(self.media_path(index, media), view)
+                        array = load(self.media_source(index, media), view)
                         pixels.setdefault(view, []).append(array)
                 except DataError as error:
                     raise error.at(field=self.media_field(index, number)) from None

@@ -25,6 +25,11 @@ WINDOW = 50
 to stay random."""
 
 
+OPEN_SHARDS = 16
+"""Shards of a source whose samples are shuffled together: enough to mix them, few enough that a
+disk reads each in one go."""
+
+
 class IndexOrder(Protocol):
     """The record indices of an epoch, in order."""
 
@@ -93,6 +98,8 @@ class Mixture:
         draws: indices an epoch; as many as there are records by default.
         min_distance: length of the stretches without a repetition, the global batch.
         seed: of the rounds and moments.
+        groups: of each source, the records of each shard; a round goes from shard to shard
+            (`shard_order`). Without it a source is one group.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class Mixture:
         draws: int | None = None,
         min_distance: int = 1,
         seed: int = 0,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if len(sizes) != len(weights) or min(weights, default=0) <= 0 or min(sizes, default=0) <= 0:
             raise RecipeError(
@@ -110,6 +118,7 @@ class Mixture:
                 f"{weights}"
             )
         self.sizes, self.min_distance, self.seed = tuple(sizes), min_distance, seed
+        self.groups = [[size] for size in sizes] if groups is None else groups
         self.fractions = np.asarray(weights, np.float64) / sum(weights)
         self.counts = _apportion(self.fractions, sum(sizes) if draws is None else draws)
         """Draws of each source an epoch: the fractions of all draws, rounded so that they add
@@ -179,7 +188,31 @@ class Mixture:
         return current
 
     def _shuffled(self, source: int, number: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, source, number, 1]).permutation(self.sizes[source])
+        rng = np.random.default_rng([self.seed, source, number, 1])
+        return shard_order(self.groups[source], rng)
+
+
+def shard_order(sizes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Shuffle records so that few shards are read at a time: shards are permuted, and the records
+    of `OPEN_SHARDS` of them in a row are permuted together.
+
+    Args:
+        sizes: records of each shard, in the order of the indices.
+        rng: draws both. One shard draws what a permutation of its records does.
+    """
+    if len(sizes) == 1:
+        return rng.permutation(sizes[0])
+    starts = np.cumsum([0, *sizes])
+    shards = rng.permutation(len(sizes))
+    runs = [shards[start : start + OPEN_SHARDS] for start in range(0, len(shards), OPEN_SHARDS)]
+    return np.concatenate(
+        [
+            rng.permutation(
+                np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in run])
+            )
+            for run in runs
+        ]
+    )
 
 
 def _apportion(fractions: np.ndarray, total: int) -> np.ndarray:

@@ -77,33 +77,45 @@ def read_image(file: Source, *, name: str | None = None) -> DecodedImage:
         return _decode(stream, name, Path(file))
 
 
-def check_image(file: Path) -> tuple[int, int]:
+def check_image(file: Path | BinaryIO) -> tuple[int, int]:
     """Check the beginning and the end of an image, and return its stored height and width.
 
-    It is decoded only where its end mark is missing.
+    It is decoded only where its end mark is missing, and where it is a DICOM file in a stream.
+
+    Args:
+        file: a path, or a seekable stream.
 
     Raises:
         MediaError: as `read_image`, except for damage in the middle.
     """
-    name = str(file)
-    with _regular_file(file, name) as stream:
-        head = _head(stream, name)
-        if is_dicom_head(head):
-            from medm.imaging.dicom_image import read_image_header
+    if not isinstance(file, Path):
+        return _check_stream(file, "image", None)
+    with _regular_file(file, str(file)) as stream:
+        return _check_stream(stream, str(file), file)
 
-            header = read_image_header(file, name)
-            return header.rows, header.columns
-        if head.startswith(_NPY):
-            shape, dtype = check_npy(
-                stream, name, max_items=MAX_PIXELS * 3, length=os.fstat(stream.fileno()).st_size
-            )
-            _check_array(shape, dtype, name)
-            return shape[0], shape[1]
-        with _pillow_image(stream, head, name, file.suffix.lower()) as image:
-            size = image.height, image.width
-        if not _has_end(stream, head):
-            read_image(file)
-        return size
+
+def _check_stream(stream: BinaryIO, name: str, file: Path | None) -> tuple[int, int]:
+    head = _head(stream, name)
+    if is_dicom_head(head):
+        from medm.imaging.dicom_image import read_image_header
+
+        if file is None:
+            height, width = _decode(stream, name, None).pixels.shape[:2]
+            return height, width
+        header = read_image_header(file, name)
+        return header.rows, header.columns
+    if head.startswith(_NPY):
+        length = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        shape, dtype = check_npy(stream, name, max_items=MAX_PIXELS * 3, length=length)
+        _check_array(shape, dtype, name)
+        return shape[0], shape[1]
+    with _pillow_image(stream, head, name, file.suffix.lower() if file else "") as image:
+        size = image.height, image.width
+    if not _has_end(stream, head):
+        stream.seek(0)
+        read_image(file or stream, name=name)
+    return size
 
 
 def prepare_image(preprocess: ImagePreprocess, image: DecodedImage) -> Prepared:

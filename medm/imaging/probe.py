@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
+from medm.errors import MediaError
 from medm.imaging import Preprocess, load_pixels
 from medm.imaging.constant import warn_if_constant
 
 
 def probe(
-    path: Path,
+    path: Path | BinaryIO,
     *,
     kind: Literal["image", "volume"],
     decode: bool = False,
@@ -20,7 +21,7 @@ def probe(
     """Check one image or volume.
 
     Args:
-        path: the file, or the folder of a DICOM series.
+        path: the file, or the folder of a DICOM series; or a seekable stream of an image.
         kind: what it should be.
         decode: read all of it; otherwise only headers and file names, each once: enough to find a
             second series, missing or doubled slices, uneven spacing, a wrong format and most
@@ -39,9 +40,12 @@ def probe(
         from medm.imaging.images import check_image, read_image
 
         if decode:
-            warn_if_constant(read_image(path).pixels, str(path), unit="pixel")
+            name = str(path) if isinstance(path, Path) else "image"
+            warn_if_constant(read_image(path).pixels, name, unit="pixel")
         else:
             check_image(path)
+    elif not isinstance(path, Path):
+        raise MediaError("a volume is read from a file, not from a stream")
     elif decode:
         from medm.imaging.volumes import read_volume
 

@@ -83,6 +83,7 @@ class TrainingData:
             drop_last=train.dataloader_drop_last,
             lengths=lengths,
             seed=train.seed,
+            groups=self.train.records.groups,
         )
         self.collate = pipeline.training_collator(options, padding_free=padding_free)
         self.eval_collate = pipeline.eval_collator()

@@ -267,3 +267,39 @@ def test_checking_files_alone_loads_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_pairs_are_written_into_shards_and_checked(tmp_path: Path) -> None:
+    Image.linear_gradient("L").save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "caption": f"caption {number}"} for number in range(5)]
+    annotations = tmp_path / "pairs.jsonl"
+    annotations.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    manifest = tmp_path / "out" / "set.shards.json"
+    done = medm("data", "shards", str(manifest), str(annotations), "--samples", "2")
+    assert done.code == 0, done.out
+    assert "set.shards.json: shards 3, samples 5, bad 0" in done.out.replace("\n", "")
+    checking = ("data", "check", str(manifest), "--pipeline", "pairs", "--decode")
+    done = medm(*checking)
+    assert done.code == 0, done.out
+    assert "5 records, 0 bad; 5 captions, 5 images" in done.out
+    shard = manifest.with_name("set-000001.tar")
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"caption 2")] ^= 1
+    shard.write_bytes(content)
+    done = medm(*checking)
+    assert done.code == 1
+    assert "its sha256 is not that of the manifest" in done.out.replace("\n", " ")
+    assert medm("data", "shards", str(manifest), str(manifest.parent)).code == 0
+    assert medm(*checking).code == 0
+
+
+def test_bad_pairs_stop_the_writing_of_shards_or_are_named(tmp_path: Path) -> None:
+    Image.linear_gradient("L").save(tmp_path / "a.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\na.png,one\ngone.png,two\n")
+    writing = ("data", "shards", str(tmp_path / "set.shards.json"), str(tmp_path / "pairs.csv"))
+    done = medm(*writing)
+    assert done.code != 0
+    done = medm(*writing, "--skip-bad")
+    assert done.code == 1
+    assert "shards 1, samples 1, bad 1" in done.out.replace("\n", "")
+    assert "record 1, field 'image'" in done.out.replace("\n", "")

@@ -16,6 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from medm.data.options import SourceOptions
+from medm.data.shard_writing import write_shards
+from medm.data.shards import ShardFile
 from medm.models import load
 from medm.models.dual_encoder.modeling import MAX_LOG_SCALE, DualEncoder
 from medm.training.recipe import Recipe, load_recipe
@@ -121,6 +124,50 @@ def test_a_stopped_run_continues_bit_for_bit(world: Path, trained: Path) -> None
     assert outcome.steps == 4
     for file in trained.glob("*.safetensors"):
         expected, found = load_file(file), load_file(out / file.name)
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_a_run_killed_in_the_middle_of_a_shard_continues_bit_for_bit(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten pairs in shards of 3, 3, 3 and 1; batches of 4 end inside of them, and captions are
+    drawn."""
+    monkeypatch.setattr("medm.data.sampling.OPEN_SHARDS", 1)
+    lines = [
+        {"image": f"{n % 8}.png", "captions": [CAPTIONS[(n + k) % 4] for k in range(3)]}
+        for n in range(10)
+    ]
+    (world / "ten.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    manifest = world / "shards" / "ten.shards.json"
+    source = {"path": str(world / "ten.jsonl"), "root": str(world)}
+    write_shards(manifest, [SourceOptions.model_validate(source)], samples=3)
+    data = {"train": [{"path": str(manifest)}]}
+    whole, killed = (world / name for name in ("whole", "killed"))
+    assert train(recipe(world, whole, steps=6, data=data)).finished
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    opened: list[int] = []
+    open_media = ShardFile.open_media
+
+    def until(file: ShardFile, index: int, name: str) -> Any:
+        opened.append(index)
+        return kill() if len(opened) > 28 else open_media(file, index, name)  # 10 by the check
+
+    given = recipe(world, killed, steps=6, data=data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardFile, "open_media", until)
+        with pytest.raises(KeyboardInterrupt):
+            train(given)
+    assert sorted(path.name for path in killed.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    shutil.rmtree(killed / "checkpoint-4")  # 8 of 10 pairs: inside of a shard
+    assert train(given, resume=True).steps == 6
+    for file in whole.glob("*.safetensors"):
+        expected, found = load_file(file), load_file(killed / file.name)
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
