@@ -73,6 +73,10 @@ class DualEncoderConfig(PreTrainedConfig):
         """Return the text tower, checked. Raises `RecipeError` with every problem."""
         return validate(TextEntry, self.text, source="text of config.json")
 
+    def encoder_entries(self) -> dict[str, Config]:
+        """Return name and keywords of the vision encoder by branch."""
+        return {self.branch: self.image["encoder"]}
+
     def to_dict(self) -> Config:
         content = super().to_dict()
         # Two are options of a run; transformers' Trainer writes the third into any config.

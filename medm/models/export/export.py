@@ -15,9 +15,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,14 +31,15 @@ from medm.errors import ExportError
 from medm.files import atomic_directory
 from medm.imaging import load_pixels
 from medm.models import load, load_config
+from medm.models.adapters import adapted
+from medm.models.base import MedmModel
 from medm.models.export.llava import save_llava
-from medm.models.lvlm.configuration import LVLMConfig
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.models.lvlm.processing import LVLMProcessor
 from medm.models.provenance import describe, require_free
 from medm.models.published.weights import save_bundle, save_tensors
 from medm.models.vision import build_encoder, encoder_options
-from medm.types import Media, Sample, Turn
+from medm.types import Media, Processor, Sample, Turn
 
 PROMPT = "Describe the image. Is anything abnormal?"
 
@@ -98,31 +99,27 @@ def export(
         ExportError: the form cannot hold this model, or the proof failed. Nothing is left at `out`.
         CheckpointError: the folder cannot be opened.
     """
-    forms: dict[
-        str, Callable[[Path, LVLMForConditionalGeneration, LVLMProcessor, Question], Proof]
-    ] = {
-        "merged": _merged,
-        "llava": _llava,
-        "encoder": lambda target, model, processor, _question: _encoder(
-            target, model, processor, branch
-        ),
-    }
-    if form not in forms:
-        raise ExportError(f"unknown form {form!r}; expected one of {', '.join(forms)}")
+    if form not in _TITLES:
+        raise ExportError(f"unknown form {form!r}; expected one of {', '.join(_TITLES)}")
     place = Path(out).expanduser()
     require_free(place, error=ExportError)
     if image is not None and not Path(image).is_file():
         raise ExportError(f"{image}: no such file; expected an image to compare with")
     if form == "encoder":
         _branch_of(load_config(folder), branch)
-    model, processor = _load_lvlm(folder)
+        trained = load(folder)
+    else:
+        whole = _load_lvlm(folder)
     with atomic_directory(place) as target, tempfile.TemporaryDirectory() as scratch:
-        question = Question(
-            Path(image) if image else draw_test_image(Path(scratch) / "image.png"),
-            prompt,
-            max_new_tokens,
-        )
-        proof = forms[form](target, model, processor, question)
+        if form == "encoder":
+            proof = _encoder(target, *trained, branch)
+        else:
+            question = Question(
+                Path(image) if image else draw_test_image(Path(scratch) / "image.png"),
+                prompt,
+                max_new_tokens,
+            )
+            proof = (_merged if form == "merged" else _llava)(target, *whole, question)
         source = Path(folder).expanduser()
         made = {"form": form, "source": source.resolve().name, "comparison": str(proof)}
         describe(
@@ -144,19 +141,25 @@ def _load_lvlm(folder: str) -> tuple[LVLMForConditionalGeneration, LVLMProcessor
     ):
         raise ExportError(
             f"{folder}: expected a vision-language model ('kind: lvlm'), found "
-            f"{type(model).__name__}; models of other kinds are not exported"
+            f"{type(model).__name__}; of other kinds, --format encoder alone can be written"
         )
     return model, processor
 
 
 def _branch_of(config: PreTrainedConfig, branch: str | None) -> str:
     """The branch whose encoder is asked for. Raises `ExportError` where that is not clear."""
-    names = sorted(config.branches) if isinstance(config, LVLMConfig) else []
+    names = sorted(_entries_of(config))
     if branch is None and len(names) == 1:
         return names[0]
     if branch is None or branch not in names:
         raise ExportError(f"the model has branches {names}; say whose encoder with --branch")
     return branch
+
+
+def _entries_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """Name and keywords of the vision encoders of a model by branch; none for kinds without."""
+    entries = getattr(config, "encoder_entries", None)
+    return entries() if callable(entries) else {}
 
 
 _TITLES = {
@@ -337,17 +340,17 @@ def run_stock(folder: Path, question: Question, pixels: Tensor) -> tuple[_Heard,
     ), notes
 
 
-def _encoder(
-    target: Path, model: LVLMForConditionalGeneration, processor: LVLMProcessor, branch: str | None
-) -> Proof:
+def _encoder(target: Path, model: MedmModel, processor: Processor, branch: str | None) -> Proof:
     """A bundle that a recipe can name as `encoder.path`, with the preprocessing that belongs to it.
 
     Of an encoder around another one (slices) it holds the inner one, which is where the weights
     are.
     """
     branch = _branch_of(model.config, branch)
-    encoder, entry = model.branch(branch).encoder, model.config.branches[branch]["encoder"]
-    channels, preprocess = model.branch(branch).channels, processor.preprocess[branch].model_dump()
+    vision, entry = model.encoders()[branch], _entries_of(model.config)[branch]
+    encoder, channels = vision.encoder, vision.channels
+    assert isinstance(encoder, VisionEncoder)
+    preprocess = processor.preprocess[branch].model_dump()
     if encoder.inner is not None:
         encoder, entry = encoder.inner, entry["encoder"]
         colors = {key: preprocess[key] for key in ("mean", "std")}
@@ -357,7 +360,7 @@ def _encoder(
         1, channels, *preprocess["size"], generator=torch.Generator().manual_seed(0)
     )
     trained = _features(encoder, noise)
-    merged = f"{branch}.encoder" in model.config.adapters
+    merged = adapted(encoder)
     model.merge_adapters()
     save_bundle(
         target,

@@ -75,6 +75,10 @@ class LVLMConfig(PreTrainedConfig):
         """Return the entry of a branch, checked. Raises `RecipeError` with every problem."""
         return validate(BranchEntry, self.branches[name], source="a branch of config.json")
 
+    def encoder_entries(self) -> dict[str, Config]:
+        """Return name and keywords of the vision encoder of each branch."""
+        return {name: branch["encoder"] for name, branch in self.branches.items()}
+
     def to_dict(self) -> Config:
         content = super().to_dict()
         content.pop("use_cache", None)

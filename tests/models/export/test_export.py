@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import medm.models.export.export as export_module
 from medm.config import validate
-from medm.encoders import ViTOptions
+from medm.encoders import ENCODERS, ViTOptions
 from medm.errors import CheckpointError, ExportError
 from medm.models import build, load
 from medm.models.export.export import Question, _ask, draw_test_image, export
@@ -26,8 +26,13 @@ from medm.models.export.llava import literal, save_llava, stock_template
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.manifest import verify
 from medm.models.vision import build_encoder
+from medm.training.options import PartOptions
 from tests.cli.runner import medm
+from tests.encoders.tiny import TINY_ENCODERS
 from tests.inference.tiny import awaken
+from tests.models.dual_encoder.tiny import make as make_dual
+from tests.models.dual_encoder.tiny import save_tokenizer
+from tests.models.dual_encoder.tiny import section as dual_section
 from tests.tiny import lvlm_section, save_llm
 
 
@@ -345,3 +350,91 @@ def test_templates_carry_their_variables() -> None:
     )
     with pytest.raises(ExportError):
         literal([1])
+
+
+@pytest.fixture(scope="module")
+def dual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a 2-D and a 3-D dual encoder, and of one with an adapter in its image tower."""
+    folder = tmp_path_factory.mktemp("dual")
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    volume = {"name": "m3d-clip", "architecture": TINY_ENCODERS["m3d-clip"].block["architecture"]}
+    sections = {
+        "image": dual_section(tokenizer),
+        "volume": dual_section(
+            tokenizer,
+            branch="volume",
+            image={"encoder": volume, "preprocess": {"size": [8, 16, 16]}},
+        ),
+        "cnn": dual_section(
+            tokenizer,
+            image={
+                "encoder": TINY_ENCODERS["efficientnet-lite"].block,
+                "pool": "encoder",
+                "norm": False,
+            },
+        ),
+    }
+    return {name: save(make_dual(content), folder / name) for name, content in sections.items()}
+
+
+@pytest.mark.parametrize("name", ["image", "volume", "cnn"])
+def test_the_tower_of_a_dual_encoder_goes_into_an_lvlm_recipe(
+    name: str, dual: dict[str, str], llms: dict[str, Path], tmp_path: Path
+) -> None:
+    tower = str(tmp_path / "tower")
+    proof = export(dual[name], tower, form="encoder")
+    assert "same features" in str(proof) or "largest feature difference" in str(proof)
+    assert not proof.difference or name == "cnn"
+    trained, processor = load(dual[name])
+    (branch,) = trained.encoders()
+    block = {"name": trained.config.image["encoder"]["name"], "path": tower}
+    block |= {"stages": [3, 5]} if name == "cnn" else {}  # the recipe chooses feature maps
+    connector = {"name": "mlp", "depth": 2}
+    content = {
+        "llm": {"name": "qwen2.5", "path": str(llms["qwen2.5"])},
+        "branches": {branch: {"encoder": block, "connector": connector}},
+    }
+    model, lvlm_processor = build(validate(LVLMOptions, content, source="test"))
+    own, other = trained.encoders()[branch], model.encoders()[branch]
+    assert lvlm_processor.preprocess[branch] == processor.preprocess[branch]
+    pixels = torch.rand(2, own.channels, *processor.preprocess[branch].size)
+    with torch.no_grad():
+        before, after = own.encoder(pixels), other.encoder(pixels)
+    assert torch.equal(before.tokens[:, before.prefix :], after.tokens[:, after.prefix :])
+
+
+@pytest.mark.parametrize(("name", "target"), [("image", "fc1"), ("volume", "up")])
+def test_an_adapted_tower_of_a_dual_encoder_is_merged(
+    name: str, target: str, dual: dict[str, str], tmp_path: Path
+) -> None:
+    model, processor = load(dual[name])
+    model.add_adapter_to_part(
+        "image.encoder", PartOptions(tune="lora", r=2, targets=[target]).lora()
+    )
+    torch.manual_seed(3)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.5)
+    folder = save((model, processor), tmp_path / "adapted")
+    export(folder, str(tmp_path / "tower"), form="encoder")
+    (vision,) = model.eval().encoders().values()
+    block = {"name": model.config.image["encoder"]["name"], "path": str(tmp_path / "tower")}
+    tower = validate(ENCODERS.entry(block["name"]).options, block, source="test")
+    plain, _ = build_encoder(tower)
+    pixels = torch.rand(1, vision.channels, *vision.spatial)
+    with torch.no_grad():
+        adapted = vision.encoder(pixels).tokens[:, 1:]
+        torch.testing.assert_close(plain(pixels).tokens, adapted, atol=1e-5, rtol=1e-4)
+        before = load(dual[name])[0].image.encoder(pixels).tokens[:, 1:]
+    assert (adapted - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("form", ["merged", "llava"])
+def test_other_forms_of_a_dual_encoder_are_refused(
+    form: str, dual: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="--format encoder alone can be written"):
+        export(dual["image"], str(tmp_path / "out"), form=form)
+    with pytest.raises(ExportError, match=r"branches \['image'\]"):
+        export(dual["image"], str(tmp_path / "out"), form="encoder", branch="volume")
+    assert not (tmp_path / "out").exists()
