@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from medm.data.base import AnyPipeline, Segment
+from medm.data.compact import PlacedTexts, SeenTexts
 from medm.data.limits import LengthLimit
 from medm.data.options import DataOptions, SourceOptions, format_of
 from medm.data.record_files import check_beginning
@@ -34,6 +35,10 @@ from medm.types import parse_view
 
 MAX_KEPT = 1000
 """So many bad records are kept with their place and reason; the rest are counted."""
+
+MAX_BAD_FILES = 10_000
+"""So many bad files are kept with their reason; where there are more, a file is looked at for each
+record that names it."""
 
 
 @dataclass(slots=True)
@@ -86,7 +91,7 @@ class Report:
     """Position of each source's first record, and its file."""
     roots: list[Path] = field(default_factory=list)
     """Folder of each source's images and volumes."""
-    ids: list[tuple[int, str]] = field(default_factory=list)
+    ids: PlacedTexts = field(default_factory=PlacedTexts)
     """Position and id of the records that have one; only in the report of a shard."""
 
     @property
@@ -162,9 +167,10 @@ class _Checker:
     report: Report
     source: int = 0
     """Number of the source that is checked."""
-    seen_files: dict[tuple[Path, str], str | None] = field(default_factory=dict)
-    """Files already checked for a branch, and what is wrong with them: a good volume is no
-    image."""
+    seen_files: SeenTexts = field(default_factory=SeenTexts)
+    """Files already checked for a view: a good volume is no image."""
+    bad_files: dict[tuple[Path, str], str] = field(default_factory=dict)
+    """What is wrong with those that cannot be used, of at most `MAX_BAD_FILES`."""
 
     def record(self, records: Records[Any, Any], index: int, *, position: int) -> None:
         """Check one record and add it to the report. Raises `DataError` when it is bad.
@@ -176,7 +182,7 @@ class _Checker:
         """
         sample = records[index]
         if sample.id is not None:
-            self.report.ids.append((position, sample.id))
+            self.report.ids.append(position, sample.id)
         pixels = records.load_media(index, sample, self._blank)
         records.mask_paths(index, sample)
         if self.pipeline.makes_examples:
@@ -205,16 +211,15 @@ class _Checker:
             self._probe(file, view, preprocess)
             return blank_pixels(preprocess)
         key = file, view
-        if key not in self.seen_files:
-            self.seen_files[key] = None
+        if key in self.bad_files:
+            raise DataError(self.bad_files[key])
+        if self.seen_files.add(f"{view}\0{file}") or len(self.bad_files) == MAX_BAD_FILES:
             try:
                 self._probe(file, view, preprocess)
             except DataError as error:
-                self.seen_files[key] = error.reason
+                if len(self.bad_files) < MAX_BAD_FILES:
+                    self.bad_files[key] = error.reason
                 raise
-        reason = self.seen_files[key]
-        if reason is not None:
-            raise DataError(reason)
         return blank_pixels(preprocess)
 
     def _probe(self, file: MediaSource, view: str, preprocess: Preprocess | None) -> None:
@@ -418,16 +423,15 @@ def _counted(count: int, noun: str) -> str:
 
 def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
     """Ids that an earlier record had. `ids`: with positions, in order."""
-    seen: set[str] = set()
+    seen = SeenTexts()
     for position, name in ids:
-        if name in seen:
+        if not seen.add(name):
             whole.num_duplicate_ids += 1
             if len(whole.duplicate_ids) < MAX_KEPT:
                 start, file = whole.starts[
                     bisect_right(whole.starts, position, key=lambda entry: entry[0]) - 1
                 ]
                 whole.duplicate_ids.append((name, file, position - start))
-        seen.add(name)
 
 
 def blank_pixels(preprocess: Preprocess | None) -> np.ndarray:

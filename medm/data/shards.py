@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -339,7 +339,7 @@ def check_shards(path: Path) -> None:
 def _read_index(path: Path, manifest: Manifest) -> np.ndarray:
     """Return the index of a manifest, memory-mapped. Raises `DataError`."""
     again = "write the manifest again with 'medm data shards'"
-    file = path.with_name(PurePosixPath(manifest.index).name)
+    file = path.with_name(Path(manifest.index).name)
     try:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -354,8 +354,8 @@ def _read_index(path: Path, manifest: Manifest) -> np.ndarray:
 
 def _key(name: str) -> str:
     """Return the part of a member's name that the members of a sample share."""
-    path = PurePosixPath(name)
-    return str(path.with_name(path.name.partition(".")[0] or path.name))
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0] or file}"
 
 
 def _end(member: tarfile.TarInfo) -> int:
@@ -392,7 +392,7 @@ class _Member:
     @property
     def suffix(self) -> str:
         """What follows the first dot, in lower case."""
-        return PurePosixPath(self.name).name.partition(".")[2].lower()
+        return self.name.rpartition("/")[2].partition(".")[2].lower()
 
     def stream(self) -> BinaryIO:
         """Return its content as a seekable stream, read when asked for."""
