@@ -17,7 +17,7 @@ from medm.models.dual_encoder.configuration import DualEncoderConfig, ImageEntry
 from medm.models.dual_encoder.modeling import DualEncoder
 from medm.models.dual_encoder.options import DualEncoderOptions, TextTowerOptions
 from medm.models.dual_encoder.processing import DualEncoderProcessor
-from medm.models.dual_encoder.published import load_published
+from medm.models.dual_encoder.published import load_published, load_readout
 from medm.models.published.weights import PretrainedSource, load_module
 from medm.models.vision import (
     check_channels,
@@ -62,6 +62,8 @@ class DualEncoderKind(ModelKind[DualEncoderOptions, DualEncoder, DualEncoderProc
             load_published(model, PretrainedSource(options.path))
         else:
             load_encoder(model.image.encoder, options.image.encoder, "image.encoder")
+            if options.image.encoder.path is not None:
+                load_readout(model, PretrainedSource(options.image.encoder.path))
             _load_text_encoder(model, options.text.encoder)
         dtype = getattr(torch, options.dtype)
         model.to(dtype)

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +19,8 @@ from medm.types import Config
 
 if TYPE_CHECKING:
     from medm.models.dual_encoder.modeling import DualEncoder
+
+logger = logging.getLogger(__name__)
 
 _BUFFERS = (r"position_ids$", r"^(attn_mask|context_length|vocab_size|input_resolution)$")
 
@@ -98,6 +102,51 @@ def load_published(model: DualEncoder, source: PretrainedSource) -> list[LoadRep
     except CheckpointError:
         model.load_state_dict(before)
         raise
+    return reports
+
+
+def load_readout(model: DualEncoder, source: PretrainedSource) -> list[LoadReport]:
+    """Load what stands behind the image encoder of a published dual encoder, where the recipe names
+    it as the path of that encoder alone: norm, pooling head and projection.
+
+    Parts that the model or the source does not have are left as they are. So are those of other
+    shapes (a projection to another width), which the log says.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+    """
+    if source.is_bundle():
+        return []
+    tensors, readout = source.encoder_tensors(), model.image.readout
+    tensors |= source.tensors_under("visual_projection.")  # it is no part of a tower by itself
+    parts: list[tuple[str, nn.Module | None, str]] = [
+        ("norm", readout.pooling.norm, r"(?:vision_model\.)?(?:post_layernorm|norm)\."),
+        ("head", readout.pooling.head, r"(?:vision_model\.)?head\."),
+        ("projection", readout.projection, r"visual_projection\."),
+    ]
+    reports = []
+    for name, module, pattern in parts:
+        found = {
+            key[match.end() :]: tensor
+            for key, tensor in tensors.items()
+            if (match := re.match(pattern, key))
+        }
+        own = module.state_dict() if module is not None else {}
+        if not found or not own:
+            continue
+        shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
+        if shapes != (expected := {key: tuple(tensor.shape) for key, tensor in own.items()}):
+            logger.info(
+                "%s: image %s of shapes %s, and the recipe's has %s; that of the model starts from "
+                "new weights",
+                source.path,
+                name,
+                shapes,
+                expected,
+            )
+            continue
+        assert module is not None
+        reports.append(load_module(module, found, source=f"image.{name} from {source.path}"))
     return reports
 
 

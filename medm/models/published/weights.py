@@ -116,6 +116,14 @@ class PretrainedSource:
             tensors, self._in_file = stock_names(tensors)
         return tensors
 
+    def tensors_under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names in the files begin so; of safetensors files no other is read."""
+        return {
+            name: tensor
+            for file in self._files()
+            for name, tensor in read_tensors(file, prefix=prefix).items()
+        }
+
     def encoder_tensors(self) -> dict[str, Tensor]:
         """The tensors of a published encoder; of a vision-language model those of its vision tower,
         without prefix.

@@ -307,7 +307,7 @@ def test_stock_folders(tmp_path: Path, tokenizer: str, kind: str) -> None:
 def test_a_recipe_begins_with_an_image_tower_of_metaclip_and_a_bert(
     tmp_path: Path, tokenizer: str
 ) -> None:
-    """As UniMed-CLIP begins: towers of two sources, projections and scale of its own."""
+    """As UniMed-CLIP begins: towers of two sources, a scale of its own."""
     stock, bert = stock_clip(), BertTower()
     state = open_clip_image(stock) | open_clip_text(stock) | {"logit_scale": torch.tensor(3.0)}
     torch.save(clean(state), tmp_path / "metaclip.pt")
@@ -325,6 +325,53 @@ def test_a_recipe_begins_with_an_image_tower_of_metaclip_and_a_bert(
     features = model.text.encoder(IDS, MASK)
     expected = bert.bert(IDS, attention_mask=MASK).last_hidden_state
     torch.testing.assert_close(features.tokens, expected, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["metaclip.pt", "folder"])
+@pytest.mark.parametrize("width", [EMBED, EMBED + 4])
+def test_the_image_tower_of_a_dual_encoder_brings_its_norm_and_a_projection_that_fits(
+    width: int, layout: str, tmp_path: Path, tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """UniMed-CLIP begins with every tensor of MetaCLIP's image tower."""
+    caplog.set_level("INFO", logger="medm")
+    stock = stock_clip()
+    for module in (stock.vision_model.post_layernorm, stock.visual_projection):
+        torch.nn.init.normal_(module.weight)
+    state = open_clip_image(stock) | open_clip_text(stock) | {"logit_scale": torch.tensor(3.0)}
+    torch.save(clean(state), tmp_path / "metaclip.pt")
+    stock.save_pretrained(tmp_path / "folder")
+    image = {"encoder": {"name": "clip", "path": str(tmp_path / layout)}}
+    model: Any = build(options(section(tokenizer, image=image, embed_dim=width)))[0]
+    pixels = pairs()["pixels"]["image"]
+    tower = model.image
+    pooled = stock.vision_model(pixels).pooler_output
+    torch.testing.assert_close(tower.readout.pooling(tower.encode(pixels)), pooled, **CLOSE)
+    said = [line for line in caplog.messages if "starts from new weights" in line]
+    if width == EMBED:
+        projected = stock.visual_projection(pooled)
+        torch.testing.assert_close(model.get_image_features(pixels), projected, **CLOSE)
+        assert not said
+    else:
+        assert len(said) == 1
+        assert f"({EMBED}, {VISION['hidden_size']})" in said[0]
+    assert model.scale.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+
+
+@torch.no_grad()
+def test_the_image_tower_of_siglip_brings_its_pooling_head(tmp_path: Path, tokenizer: str) -> None:
+    torch.manual_seed(2)
+    stock = SiglipModel(SiglipConfig(vision_config=VISION, text_config=TEXT)).eval()
+    stock.save_pretrained(tmp_path / "siglip")
+    image = {
+        "encoder": {"name": "siglip", "path": str(tmp_path / "siglip")},
+        "pool": "attention",
+        "projection": "none",
+    }
+    model: Any = build(options(section(tokenizer, image=image, embed_dim=VISION["hidden_size"])))[0]
+    pixels = pairs()["pixels"]["image"]
+    expected = stock.vision_model(pixels).pooler_output
+    torch.testing.assert_close(model.get_image_features(pixels), expected, **CLOSE)
 
 
 @torch.no_grad()
