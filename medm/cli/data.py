@@ -288,7 +288,7 @@ def _convert_pairs(
     out.print(f"{output}: {count} pairs of {source.source}, {split}", markup=False)
     for line in left_out.lines():
         out.print(line, markup=False)
-    note(f"name them in a recipe: data.train=[{{path: {output}, root: {data}}}]")
+    note(f"look at them: medm data check {output} --pipeline pairs --root {data}")
 
 
 @app.command()

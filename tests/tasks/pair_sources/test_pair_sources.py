@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from medm.data.options import SourceOptions
+from medm.data.pairs import Pairs
+from medm.data.records import Records
+from medm.data.writing import write_records
 from medm.errors import DataError
 from medm.tasks.pair_sources import PAIR_SOURCES
 from medm.tasks.pair_sources.base import MAX_LITERAL, LeftOut, read_list
@@ -132,6 +136,20 @@ def test_no_class_of_chest_findings_shares_a_sentence_with_another() -> None:
     assert len(names) >= 21
     for one in names:
         assert not any(sentences[one] & sentences[other] for other in names if other != one)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_pipeline_of_pairs_reads_the_records(name: str, tmp_path: Path) -> None:
+    LAYOUTS[name].build(tmp_path)
+    source = PAIR_SOURCES.get(name)
+    written = list(source.records(tmp_path, left_out=LeftOut()))
+    write_records(tmp_path / "pairs.jsonl", written)
+    options = SourceOptions(path=str(tmp_path / "pairs.jsonl"), root=str(tmp_path))
+    read = Records([options], Pairs())
+    assert [(pair.id, list(pair.captions), pair.label) for pair in read] == [
+        (row["id"], row["captions"], row.get("label")) for row in written
+    ]
+    assert all(read.media_path(index, pair.item).is_file() for index, pair in enumerate(read))
 
 
 @pytest.mark.parametrize("name", ["unimed/chexpert", "unimed/rocov2", "m3d/cap"])
