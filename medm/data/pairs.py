@@ -146,7 +146,7 @@ class Pairs(Pipeline[Pair, PairExample, PairProcessor]):
         return replace(sample, captions=choices)
 
     def draw(self, sample: Pair, rng: np.random.Generator) -> Pair:
-        if len(sample.captions) < 2:
+        if len(sample.captions) < 2 or self.inference:
             return sample
         return replace(sample, captions=(sample.captions[rng.integers(len(sample.captions))],))
 

@@ -107,7 +107,7 @@ def index_shard(path: Path) -> ShardIndex:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     cast(Any, tar).members.clear()  # it collects every member otherwise
-                    if not member.isfile():
+                    if not _counts(member):
                         continue
                     if (found := _key(member.name)) != key and end:
                         samples.append((start, member.offset - start))
@@ -196,6 +196,9 @@ class ShardFile:
         record: JsonObject = {}
         images = [member for member in members if member.suffix in IMAGE_SUFFIXES]
         by_suffix = {member.suffix: member for member in members}
+        if len(by_suffix) < len(members):
+            names = ", ".join(member.name for member in members)
+            raise DataError(f"expected files of different kinds in a sample, found {names}")
         if "json" in by_suffix:
             fields = parse_json(self._bytes(by_suffix["json"]))
             if not isinstance(fields, dict):
@@ -358,6 +361,11 @@ def _key(name: str) -> str:
     return f"{folder}{slash}{file.partition('.')[0] or file}"
 
 
+def _counts(member: tarfile.TarInfo) -> bool:
+    """Return whether a member is a file of a sample; hidden ones are notes of a file system."""
+    return member.isfile() and not member.name.rpartition("/")[2].startswith(".")
+
+
 def _end(member: tarfile.TarInfo) -> int:
     """Return the offset behind a member and its padding."""
     return member.offset_data + -(-member.size // _BLOCK) * _BLOCK
@@ -405,7 +413,7 @@ def _members_of(shard: _OpenShard, start: int, size: int) -> list[_Member]:
     try:
         with tarfile.open(fileobj=_Member("", shard, start, size).stream(), mode="r:") as tar:
             while (member := tar.next()) is not None:
-                if member.isfile():
+                if _counts(member):
                     offset = start + member.offset_data
                     members.append(_Member(member.name, shard, offset, member.size))
             end = tar.offset

@@ -162,6 +162,14 @@ def test_the_draw_depends_on_seed_epoch_and_record_alone(tmp_path: Path) -> None
     assert every == {f"7 {k}" for k in range(5)}
 
 
+def test_inference_takes_the_first_caption(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    lines = [{"image": "a.png", "captions": ["one", "two", "three"]}] * 8
+    source = SourceOptions(path=str(write_lines(tmp_path / "p.jsonl", *lines)))
+    data = ExampleDataset(Records([source], Pairs(processor(), inference=True)))
+    assert {text_of(data[index]) for index in range(8)} == {"one"}
+
+
 def test_published_marks_reach_the_rule_of_the_source(tmp_path: Path) -> None:
     text = "first._openi_second._openi_"
     data = dataset(tmp_path, {"image": "a.png", "caption": text}, captions="sentinel")

@@ -142,6 +142,22 @@ def test_fields_of_the_members(tmp_path: Path) -> None:
     assert file[2]["label"] == "mass"
 
 
+def test_hidden_files_and_folders_are_no_samples(tmp_path: Path) -> None:
+    """A Mac writes notes beside every file, and tar programs write the folder."""
+    path = tmp_path / "a.tar"
+    members = [("._0.jpg", b"note"), ("0.jpg", png()), ("._0.txt", b"note"), ("0.txt", b"one")]
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("set")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, content in [*members, *samples("two", first=1)]:
+            member = tarfile.TarInfo(f"set/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert [record["caption"] for record in ShardFile(path)] == ["one", "two"]
+    assert bad_of(source(path)) == []
+
+
 def test_published_texts_follow_their_marks(tmp_path: Path) -> None:
     text = "original._openi_rewritten._openi_rewritten again._openi_"
     path = write_tar(tmp_path / "a.tar", samples(text, "plain"))
@@ -167,7 +183,8 @@ def test_bad_samples_are_named_by_shard_key_and_offset(tmp_path: Path) -> None:
         ("000006.jpg", png()), ("000006.json", b"[1]"),
         ("000007.jpg", png()), ("000007.png", png()), ("000007.txt", b"two"),
         ("000008.jpg", b""), ("000008.txt", b"empty"),
-        *samples("also good", first=9),
+        ("000009.jpg", png()), ("000009.txt", b"one"), ("000009.txt", b"two"),
+        *samples("also good", first=10),
     ]  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
     found = [message.removeprefix(f"{path}, ") for message in bad_of(source(path))]
@@ -180,6 +197,7 @@ def test_bad_samples_are_named_by_shard_key_and_offset(tmp_path: Path) -> None:
         ("record 6: ", "'000006'", "expected an object in the .json member, found list"),
         ("record 7, field 'image': ", "'000007'", "found 000007.jpg, 000007.png"),
         ("record 8, field 'image': ", "'000008'", "the file is empty"),
+        ("record 9: ", "'000009'", "expected files of different kinds in a sample, found 000009"),
     ]
     assert len(found) == len(expected)
     for message, (start, key, reason) in zip(found, expected, strict=True):
@@ -188,7 +206,7 @@ def test_bad_samples_are_named_by_shard_key_and_offset(tmp_path: Path) -> None:
     data = pairs_of(source(path), bad_records="skip")
     kept = [data[index] for index in range(len(data))]
     assert [text_of(example) for example in kept if example is not None] == ["good", "also good"]
-    assert data.num_bad == 8
+    assert data.num_bad == 9
 
 
 def test_a_missing_shard_costs_its_samples_alone(tmp_path: Path) -> None:
