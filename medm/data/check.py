@@ -62,6 +62,8 @@ class Report:
     num_bad: int = 0
     num_unreadable: int = 0
     """Annotation files that cannot be read; they count in `num_bad` too."""
+    num_changed_shards: int = 0
+    """Tar shards whose checksum is not that of their manifest; they count in `num_bad` too."""
     found_files: Counter[int] = field(default_factory=Counter)
     """Images and volumes that exist, by source."""
     without_file: Counter[int] = field(default_factory=Counter)
@@ -111,12 +113,14 @@ class Report:
         lines += [f"{file}: {_counted(count, 'record')}" for file, count in self.files.items()]
         if self.num_unreadable:
             lines.append(f"{_counted(self.num_unreadable, 'annotation file')} cannot be read")
+        if self.num_changed_shards:
+            lines.append(f"{_counted(self.num_changed_shards, 'shard')} not as in the manifest")
         if self.files:
             media = [_counted(count, branch) for branch, count in sorted(self.media.items())] or [
                 "no images or volumes"
             ]
             counts = [_counted(count, noun) for noun, count in self.counts.items()]
-            bad = self.num_bad - self.num_unreadable
+            bad = self.num_bad - self.num_unreadable - self.num_changed_shards
             lines.append(
                 f"{_counted(self.records, 'record')}, {bad} bad; "
                 f"{'the good ones have ' if bad else ''}{', '.join([*counts, *media])}, "
@@ -281,7 +285,7 @@ def check(
         report.roots.append(records.root(0).resolve())
         if decode and number == 0 and isinstance(file_of := records.files[0], ShardFile):
             for wrong in file_of.verify():
-                report.num_unreadable += 1
+                report.num_changed_shards += 1
                 _note_bad(report, wrong, position=-1)
         for index in range(total):
             position += 1
@@ -357,6 +361,7 @@ def merged(reports: Sequence[Report]) -> Report:
         whole.tasks.update(report.tasks)
         whole.num_bad += report.num_bad
         whole.num_unreadable += report.num_unreadable
+        whole.num_changed_shards += report.num_changed_shards
         whole.found_files.update(report.found_files)
         whole.without_file.update(report.without_file)
         whole.num_warnings += report.num_warnings

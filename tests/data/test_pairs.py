@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader
 
 from medm.data.build import build_batches
@@ -392,6 +393,16 @@ def test_two_ranks_see_every_pair_once(tmp_path: Path, batch: int) -> None:
 
     found = [list(seen(rank)) for rank in range(2)]
     assert sorted(map(int, found[0] + found[1])) == list(range(21))
+
+
+def test_the_page_shows_what_is_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "image-text-pairs.md").read_text("utf-8")
+    records = page.split("```json\n")[1].split("```")[0].splitlines()
+    assert len([Pairs().read(json.loads(line), file=HERE, index=0) for line in records]) == 3
+    sections = [block.split("```")[0] for block in page.split("```yaml\n")[1:]]
+    assert len(sections) == 2
+    for section in sections:
+        DataOptions.model_validate(yaml.safe_load(section)["data"])
 
 
 # -- a million -------------------------------------------------------------------------------------

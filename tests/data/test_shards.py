@@ -248,8 +248,12 @@ def test_a_shard_that_changed_is_refused_and_its_checksum_told(tmp_path: Path) -
     messages = bad_of(source(manifest))
     assert len(messages) == 2
     assert all("the manifest says" in message for message in messages)
-    messages = bad_of(source(manifest), decode=True)
+    report = check([source(manifest)], Pairs(processor()), decode=True)
+    messages = [str(error) for error in report.bad]
     assert sum("its sha256 is not that of the manifest" in message for message in messages) == 2
+    lines = report.lines()
+    assert "2 shards not as in the manifest" in lines
+    assert any(line.startswith("4 records, 2 bad; ") for line in lines)
 
 
 @pytest.mark.parametrize("where", ["header", "end", "cut data", "cut between"])
