@@ -34,6 +34,7 @@ STARTS: dict[str, str] = {
     "medm/models/export/export.py: subprocess.run": "python -I",
     "medm/training/card.py: subprocess.run": "git",
     "medm/training/trainer.py: DataLoader": "forked, or inside main's safe_path",
+    "benchmarks/cells/contrast.py: DataLoader": "without workers",
     "benchmarks/cells/ranks.py: context.Process": "inside safe_path",
     "benchmarks/cells/ranks.py: get_context": "inside safe_path",
     "benchmarks/cells/startup.py: subprocess.run": "python -P",

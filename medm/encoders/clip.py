@@ -4,14 +4,23 @@ asked for.
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from medm.encoders.vit import HFViTEncoder
 from medm.types import Config
+
+logger = logging.getLogger(__name__)
+
+_POSITIONS = re.compile(r"^(?!text_model\.)(?:\w+\.)?embeddings\.position_embedding\.weight$")
 
 
 class CLIPEncoder(HFViTEncoder):
@@ -42,6 +51,27 @@ class CLIPEncoder(HFViTEncoder):
 
     def pool(self, hidden: Tensor) -> Tensor:
         return self.tower.post_layernorm(hidden[:, 0])
+
+    def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Published tensors, the table of positions resized where the architecture names another
+        `image_size` than the file was trained at.
+
+        As MetaCLIP and UniMed-CLIP begin a tower of 336 pixels with one of 224: bicubic with
+        aligned corners, the class token's position as it is.
+        """
+        rows = (self.native_size // self.patch_size) ** 2 + 1
+        name = next(filter(_POSITIONS.match, tensors), None)
+        if name is None or len(tensors[name]) == rows:
+            return tensors
+        table = tensors[name].float()  # (1 + cells, dim)
+        old, new = math.isqrt(len(table) - 1), math.isqrt(rows - 1)
+        if old * old + 1 != len(table):
+            return tensors  # no square: its shape is refused
+        logger.warning("position embeddings are resized from %s to %s cells a side", old, new)
+        grid = table[1:].T.unflatten(1, (old, old)).unsqueeze(0)
+        grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
+        resized = torch.cat([table[:1], grid[0].flatten(1).T]).to(tensors[name].dtype)
+        return {**tensors, name: resized}
 
     @classmethod
     def preprocess_from(

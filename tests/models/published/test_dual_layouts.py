@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from medm.config import validate
-from medm.encoders import ViTOptions
+from medm.encoders import TowerOptions, ViTOptions
 from medm.errors import CheckpointError
 from medm.models import build, load
 from medm.models.dual_encoder.modeling import DualEncoder
@@ -375,8 +375,44 @@ def test_the_image_tower_of_siglip_brings_its_pooling_head(tmp_path: Path, token
 
 
 @torch.no_grad()
-def test_positions_are_resized_as_published(tmp_path: Path, tokenizer: str) -> None:
-    """Bicubic, the class token's position as it is."""
+@pytest.mark.parametrize("side", [32, 24, 8])
+def test_a_tower_of_another_size_begins_with_resized_positions(
+    tmp_path: Path, tokenizer: str, side: int
+) -> None:
+    """As MetaCLIP's loader makes a table of 24 x 24 from one of 14 x 14; of both layouts."""
+    file = unimed(tmp_path, stock_clip(), BertTower())
+    table = torch.load(file)["state_dict"]["module.visual.positional_embedding"]
+    cells = side // 8
+    grid = F.interpolate(
+        table[1:].T.reshape(1, 128, 2, 2), size=(cells, cells), mode="bicubic", align_corners=True
+    )
+    expected = torch.cat([table[:1], grid.flatten(2)[0].T])
+    stock_clip().save_pretrained(tmp_path / "stock")
+    for path in (file, tmp_path / "stock"):
+        architecture = {"image_size": side}
+        block = {"name": "clip", "path": str(path), "architecture": architecture}
+        encoder, preprocess = build_encoder(validate(TowerOptions, block, source="test"))
+        tower: Any = encoder
+        found = tower.tower.embeddings.position_embedding.weight
+        torch.testing.assert_close(found, expected, **CLOSE)
+        assert preprocess["size"] == [side, side]
+        assert encoder(torch.randn(1, 3, side, side)).grid == (cells, cells)
+    content = section(
+        tokenizer,
+        image={
+            "encoder": {"name": "clip", "path": str(file), "architecture": {"image_size": side}}
+        },
+    )
+    model, processor = build(options(content))
+    assert processor.preprocess["image"].size == [side, side]
+    torch.testing.assert_close(
+        model.image.encoder.tower.embeddings.position_embedding.weight, expected, **CLOSE
+    )
+
+
+@torch.no_grad()
+def test_positions_of_another_input_size_are_interpolated(tmp_path: Path, tokenizer: str) -> None:
+    """Bicubic, the class token's position as it is; the table keeps its grid."""
     file = unimed(tmp_path, stock_clip(), BertTower())
     block = {"name": "clip", "path": str(file), "image_size": 32, "tokens": "cls_patch"}
     encoder, _ = build_encoder(validate(ViTOptions, block, source="test"))
