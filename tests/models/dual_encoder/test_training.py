@@ -191,3 +191,17 @@ def test_another_run_begins_with_the_trained_model(world: Path, trained: Path) -
     assert {name.split(".")[0] for name in moved} <= {"text", "scale"}
     assert all(name.startswith(("text.projection", "scale")) for name in moved)
     assert AutoProcessor.from_pretrained(world / "second").max_length == 6
+
+
+def test_equal_captions_of_a_batch_are_counted_as_the_recipe_says(world: Path) -> None:
+    """Four pairs of two captions: at least two of each batch are equal."""
+    records = [{"image": f"{n}.png", "caption": CAPTIONS[n % 2]} for n in range(8)]
+    (world / "two.json").write_text(json.dumps(records))
+    source = {"train": [{"path": str(world / "two.json"), "root": str(world)}]}
+    found = {}
+    for mode in ("negative", "ignore", "positive"):
+        given = recipe(world, world / mode, steps=1, data=source, objective={"same_label": mode})
+        found[mode] = train(given).loss
+    assert found["negative"] is not None and found["ignore"] is not None
+    assert found["ignore"] < found["negative"] - 0.3
+    assert found["positive"] not in (found["ignore"], found["negative"])
