@@ -44,7 +44,7 @@ the next sample."""
 _BLOCK = tarfile.BLOCKSIZE
 _BUFFER = 64 * 1024
 """Bytes that are read at a time: the whole of most images."""
-_MAX_OPEN = 64
+_MAX_OPEN = 256
 """Shards that a process holds open."""
 
 
