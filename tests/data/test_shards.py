@@ -27,8 +27,10 @@ from medm.data.shard_writing import shards_in, write_manifest, write_shards
 from medm.data.shards import MAX_SAMPLE_BYTES, ShardFile, index_shard
 from medm.errors import DataError, InputLostError, RecipeError
 from medm.imaging.paths import MissingFileError
+from tests.data.shard_ranks import batches
 from tests.data.test_pairs import processor, text_of
 from tests.data.tiny import write_image, write_lines
+from tests.launch import on_processes
 
 
 def png(shade: int = 0, size: int = 6) -> bytes:
@@ -431,6 +433,33 @@ def test_uneven_shards_over_ranks_and_workers_give_every_pair_once(
             assert len(batches) == len(sampler)
             seen += [text for batch in batches for text in batch]
         assert sorted(seen) == expected
+
+
+def test_two_processes_read_together_what_one_reads(tmp_path: Path) -> None:
+    """The check, the order and the batches of a run: shards of 6, 5 and 1 with a bad sample, and a
+    JSON file; each step has the same pairs, and none twice."""
+    manifest = shard_set(tmp_path, 6, 5, 1)
+    write_tar(tmp_path / "dataset-000001.tar", [*samples("1.0", "1.1"), ("9.txt", b"no image")])
+    write_manifest(manifest, shards_in([tmp_path]))
+    write_image(tmp_path / "a.png")
+    records = [
+        {"image": "a.png", "captions": [f"j.{k}", f"j.{k}b"], "id": f"{k}"} for k in range(5)
+    ]
+    lines = write_lines(tmp_path / "p.jsonl", *records)
+    one = batches(str(manifest), str(lines))
+    on_processes(2, "tests.data.shard_ranks", str(manifest), str(lines), str(tmp_path / "rank"))
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert all(found["counts"] == one["counts"] for found in ranks)
+    assert one["counts"]["left_out_by_check"] == 1
+    for epoch in range(2):
+        steps = [found["epochs"][epoch] for found in (*ranks, one)]
+        assert [sorted(a + b) for a, b in zip(*steps[:2], strict=True)] == [
+            sorted(batch) for batch in steps[2]
+        ]
+        seen = sorted(text.rstrip("b") for batch in steps[2] for text in batch)
+        assert seen == sorted(
+            [*(f"0.{k}" for k in range(6)), "1.0", "1.1", "2.0", *(f"j.{k}" for k in range(5))]
+        )
 
 
 def test_a_position_in_the_middle_of_a_shard_is_found_again(tmp_path: Path) -> None:
