@@ -36,8 +36,8 @@ def open_model(folder: str, options: EvalOptions) -> Predictor:
     return PREDICTORS.get(kind.predictor)(folder, options)
 
 
-class GenerationPredictor(Predictor):
-    """Replies in text, by batch inference. A run that was stopped resumes."""
+class SavedModelPredictor(Predictor):
+    """A model folder that medm saved."""
 
     def __init__(self, source: str, options: EvalOptions) -> None:
         super().__init__(source, options)
@@ -67,6 +67,21 @@ class GenerationPredictor(Predictor):
             )
         pick_device(self.options.device)
 
+    def facts(self) -> JsonObject:
+        return {
+            "model": self.source,
+            "model_fingerprint": model_fingerprint(Path(self.source)),
+            "dtype": self.options.dtype,
+        }
+
+    def preprocess(self) -> Mapping[str, Preprocess]:
+        preprocess: dict[str, Preprocess] = load_processor(self.source).preprocess
+        return preprocess
+
+
+class GenerationPredictor(SavedModelPredictor):
+    """Replies in text, by batch inference. A run that was stopped resumes."""
+
     def predict(self, items: Items, *, progress: Progress | None = None) -> Predictions:
         questions, output = items.folder / "questions.jsonl", items.folder / "predictions.jsonl"
         lines = (json.dumps(record_of(sample), ensure_ascii=False) for sample in items.scored)
@@ -87,13 +102,4 @@ class GenerationPredictor(Predictor):
         return read_predictions(output, items.samples, limit=items.limit)
 
     def facts(self) -> JsonObject:
-        return {
-            "model": self.source,
-            "model_fingerprint": model_fingerprint(Path(self.source)),
-            "generation": self.options.generation.model_dump(),
-            "dtype": self.options.dtype,
-        }
-
-    def preprocess(self) -> Mapping[str, Preprocess]:
-        preprocess: dict[str, Preprocess] = load_processor(self.source).preprocess
-        return preprocess
+        return {**super().facts(), "generation": self.options.generation.model_dump()}

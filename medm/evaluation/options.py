@@ -53,7 +53,7 @@ class EvalOptions(InferenceOptions):
                 f"model: needed to answer {', '.join(silent)}; give a model, or predictions for "
                 "each task"
             )
-        names = [block.task.name for block in self.tasks]
+        names = [block.task.label for block in self.tasks]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(

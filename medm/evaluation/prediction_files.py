@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
@@ -78,6 +79,8 @@ def _fields(prediction: Prediction) -> set[PredictionField]:
         found.add("masks")
     if prediction.scores is not None or "scores" in prediction.numbers:
         found.add("scores")
+    if prediction.embedding is not None:
+        found.add("embeddings")
     if prediction.text or not found:  # an empty reply is a reply
         found.add("text")
     return found
@@ -164,18 +167,17 @@ def _prediction(item: object) -> Prediction:
         return Prediction("", numbers, error=str(item["error"]))
     scores = _scores(item.get("scores"))
     mask = item["mask"] if isinstance(item.get("mask"), str) else None
+    made = partial(Prediction, numbers=numbers, scores=scores, mask=mask, **_vectors(item))
     turns = item.get("conversations") or item.get("messages")
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         last = turns[-1]
         if last.get("from", last.get("role")) in ("gpt", "assistant"):
-            return Prediction(
-                str(last.get("value", last.get("content", ""))), numbers, scores, mask=mask
-            )
+            return made(text=str(last.get("value", last.get("content", ""))))
     for key in _TEXT_FIELDS:
         if isinstance(item.get(key), str):
-            return Prediction(item[key], numbers, scores, mask=mask)
-    if mask is not None or scores is not None:
-        return Prediction("", numbers, scores, mask=mask)
+            return made(text=item[key])
+    if mask is not None or scores is not None or item.get("embedding") is not None:
+        return made(text="")
     raise DataError(
         f"no answer in it; expected one of {', '.join(_TEXT_FIELDS)}, or a last turn of the "
         "assistant"
@@ -198,6 +200,20 @@ def _scores(value: object) -> Mapping[str, float] | Sequence[float] | None:
     )
 
 
+def _vectors(item: JsonObject) -> JsonObject:
+    """The vectors of a file and of its captions; None where there are none."""
+    own, texts = item.get("embedding"), item.get("text_embeddings")
+    vectors = ([own] if own is not None else []) + (texts if isinstance(texts, list) else [])
+    numbers = [
+        isinstance(vector, list) and vector and all(map(_is_number, vector)) for vector in vectors
+    ]
+    lists = texts is None or isinstance(texts, list)
+    if not lists or not all(numbers) or len({len(vector) for vector in vectors}) > 1:
+        field = "text_embeddings" if own is None or numbers[0] else "embedding"
+        raise DataError("expected lists of numbers of one length", field=field)
+    return {"embedding": own, "text_embeddings": texts}
+
+
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -218,4 +234,7 @@ def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> li
             record.setdefault(key, value)
         if found.scores is not None:
             record["scores"] = found.scores
+        for name in ("embedding", "text_embeddings"):
+            if getattr(found, name) is not None:
+                record[name] = getattr(found, name)
     return records

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, get_args
 
@@ -35,6 +35,7 @@ _WAYS: dict[PredictionField, str] = {
     "text": 'objects with an "id" and a "text"',
     "masks": 'a JSONL with a line {"id": ..., "mask": "file.npy"} an item',
     "scores": 'lines with "scores": a number, or one for each class',
+    "embeddings": 'lines with "embedding": a vector, and "text_embeddings": one for each caption',
 }
 """How a file of predictions gives each field."""
 
@@ -53,6 +54,10 @@ class Items:
     """Folder of the benchmark, which media paths are relative to."""
     folder: Path
     """Folder for what is written."""
+    needs: frozenset[PredictionField] = frozenset({"text"})
+    """What the benchmark scores."""
+    class_texts: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    """By the field `set` of an item and by class the texts that scores are of."""
 
     @property
     def scored(self) -> Sequence[Sample]:
@@ -118,6 +123,11 @@ PREDICTORS.add(
     "generation",
     "medm.evaluation.model_predictor:GenerationPredictor",
     "a saved model that replies in text",
+)
+PREDICTORS.add(
+    "dual-encoder",
+    "medm.evaluation.dual_predictor:DualEncoderPredictor",
+    "a saved dual encoder: vectors, and scores of texts",
 )
 
 

@@ -114,7 +114,7 @@ def _sources(
         against = PredictionsFile(str(predictions_of(block)), options)
     for source in (predictor, against):
         if source is not None:
-            require_match(block.task.name, task.needs, source)
+            require_match(block.task.label, task.needs, source)
     return block, task, predictor, against
 
 
@@ -127,11 +127,13 @@ def _open(
 ) -> _Run:
     all_items = predictor.beyond_limit or against is not None
     items = Items(
-        task=block.task.name,
+        task=block.task.label,
         samples=samples_of(task, block, limit=None if all_items else block.limit),
         limit=block.limit,
         root=Path(block.data),
-        folder=Path(options.output_dir) / block.task.name,
+        folder=Path(options.output_dir) / block.task.label,
+        needs=task.needs,
+        class_texts=task.class_texts(),
     )
     return _Run(block, task, predictor, against, items)
 
@@ -222,7 +224,7 @@ def _score(options: EvalOptions, run: _Run, predictions: Predictions) -> TaskRep
     records, answered = _records(task, items, predictions)
     entry = TASKS.entry(block.task.name)
     report = TaskReport(
-        task=entry.name,
+        task=block.task.label,
         summary=entry.summary,
         folder=items.folder,
         facts=_facts(block, task) | run.predictor.facts(),
@@ -295,7 +297,7 @@ def predictions_of(block: EvalTaskOptions) -> Path:
     """
     assert block.against is not None
     against = Path(block.against)
-    places = (against / "predictions.jsonl", against / block.task.name / "predictions.jsonl")
+    places = (against / "predictions.jsonl", against / block.task.label / "predictions.jsonl")
     file = next((place for place in places if place.is_file()), against)
     if not file.is_file():
         raise DataError(

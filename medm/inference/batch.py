@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from logging.handlers import QueueHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
@@ -31,16 +31,23 @@ from medm.data.pipelines import pipeline_for
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.files import atomic_write_text
-from medm.inference.batches import Prepared, Prompts, order_by_length, shard_indices
-from medm.inference.generator import Engine, Reply, load_engine, pick_device
-from medm.inference.options import InferOptions
+from medm.inference.batches import (
+    Prepared,
+    Prompts,
+    make_prompts,
+    order_by_length,
+    shard_indices,
+)
+from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
+from medm.inference.generator import load_engine, pick_device
+from medm.inference.options import EmbedOptions, InferOptions
 from medm.inference.predictions import Appender, Results, model_fingerprint
 from medm.launcher import launched_world_size
 from medm.models import kind_of_config, load_config, load_processor
 from medm.os_errors import explain, require_writable
 from medm.registry import load_plugin, loaded_plugins
 from medm.stopping import ignore_stops
-from medm.types import Processor, Sample, Turn
+from medm.types import JsonObject, Processor, Sample, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +66,22 @@ the run."""
 
 _NOTED = {"limit", "batch_size", "processes", "device", "json_output"}
 """Options that replies do not depend on, noted beside the results."""
+
+
+class Answer(Protocol):
+    """What a model gives for one record."""
+
+    def line(self) -> JsonObject:
+        """Return what the output says of it."""
+        ...
+
+
+class Answers(Protocol):
+    """A model that is ready: `Engine` or `EmbeddingEngine`."""
+
+    def generate(self, batch: Any) -> Sequence[Answer]:
+        """Return the answer to each record of a batch."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +133,7 @@ class _Counter:
 class _Job:
     """What a process of a run opens once: everything but the weights."""
 
-    options: InferOptions
+    options: InferOptions | EmbedOptions
     device: torch.device
     processor: Processor
     context: int | None
@@ -118,8 +141,10 @@ class _Job:
     records: Records
 
 
-def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSummary | None:
-    """Generate a reply to every record of an annotation file.
+def infer(
+    options: InferOptions | EmbedOptions, *, progress: Progress | None = None
+) -> InferSummary | None:
+    """Generate a reply to every record of an annotation file, or its vector.
 
     Args:
         options: of the run.
@@ -150,7 +175,7 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
         before = [
             index
             for index, line in results.done().items()
-            if "reply" in line and index < len(records)
+            if "error" not in line and index < len(records)
         ]
         counter = _Counter(len(records) - len(before), progress if rank == 0 else None)
         if world > 1:
@@ -163,12 +188,12 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
         if rank > 0:
             return None
         lines = results.finish()
-        if options.json_output is not None:
+        if isinstance(options, InferOptions) and options.json_output is not None:
             write_conversations(options, records, lines)
     kept = [line for index, line in lines.items() if index < len(records)]
     return InferSummary(
         records=len(records),
-        answered=sum("reply" in line for line in kept),
+        answered=sum("error" not in line for line in kept),
         errors=sum("error" in line for line in kept),
         resumed=len(before),
         unfinished=sum(not line.get("finished", True) for line in kept),
@@ -177,7 +202,7 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
     )
 
 
-def _open_job(options: InferOptions) -> _Job:
+def _open_job(options: InferOptions | EmbedOptions) -> _Job:
     """Open all that a run reads, and refuse what cannot work before any weight is read.
 
     Raises:
@@ -191,22 +216,25 @@ def _open_job(options: InferOptions) -> _Job:
     config = load_config(options.model)
     kind = kind_of_config(config)
     gives = kind.gives(config)
-    if "text" not in gives:
+    command, wanted = "infer writes", "text"
+    if isinstance(options, EmbedOptions):
+        command, wanted = "embed needs", "embeddings"
+    if wanted not in gives:
         raise RecipeError(
-            f"medm infer writes text; model {options.model} gives {' and '.join(sorted(gives))}"
+            f"medm {command} {wanted}; model {options.model} gives {' and '.join(sorted(gives))}"
         )
-    context = _context(config, options)
-    processor = load_processor(options.model)
-    with suppress(
-        DataError
-    ):  # a template may want more than a question; a broken one raises another error
-        processor.encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
+    processor, context = load_processor(options.model), None
+    if isinstance(options, InferOptions):
+        context = _context(config, options)
+        with suppress(DataError):
+            # A template may want more than a question; a broken one raises another error.
+            processor.encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
     source = SourceOptions(path=options.data, root=options.root, limit=options.limit)
     records = Records([source], pipeline_for(kind, inference=True))
     return _Job(options, device, processor, context, records)
 
 
-def check_files(options: InferOptions) -> None:
+def check_files(options: InferOptions | EmbedOptions) -> None:
     """Refuse files that cannot be used.
 
     Raises:
@@ -220,11 +248,11 @@ def check_files(options: InferOptions) -> None:
             f"root {options.root}: no such folder; expected the folder of images and volumes"
         )
     require_writable(Path(options.output))
-    if options.json_output is not None:
+    if isinstance(options, InferOptions) and options.json_output is not None:
         require_writable(Path(options.json_output))
 
 
-def _require_different_files(options: InferOptions) -> None:
+def _require_different_files(options: InferOptions | EmbedOptions) -> None:
     """Raise `RecipeError` where one file would be read and written, or written twice."""
     results = Results(Path(options.output), {})
     named = {
@@ -232,7 +260,7 @@ def _require_different_files(options: InferOptions) -> None:
         "--output": results.output,
         "the settings of --output": results.sidecar,
     }
-    if options.json_output is not None:
+    if isinstance(options, InferOptions) and options.json_output is not None:
         named["--json"] = Path(options.json_output)
     seen: dict[Path, str] = {}
     for name, file in named.items():
@@ -243,20 +271,22 @@ def _require_different_files(options: InferOptions) -> None:
             )
 
 
-def run_settings(options: InferOptions) -> dict[str, Any]:
+def run_settings(options: InferOptions | EmbedOptions) -> dict[str, Any]:
     """What the replies depend on; kept beside them."""
     try:
         with Path(options.data).open("rb") as stream:
             data = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})", file=options.data) from None
-    return {
+    settings = {
         "data_sha256": data,
         "root": str(Path(options.root or Path(options.data).parent).resolve()),
         "model_fingerprint": model_fingerprint(Path(options.model).expanduser()),
-        "generation": options.generation.model_dump(),
         "dtype": options.dtype,
     }
+    if isinstance(options, EmbedOptions):
+        return settings | options.model_dump(include={"captions", "vectors", "class_texts"})
+    return settings | {"generation": options.generation.model_dump()}
 
 
 def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int], None]) -> None:
@@ -268,7 +298,10 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
     _stop_with_parent()
     results = Results(Path(job.options.output), {})
     with results.append(rank=rank, world=world) as appender:
-        order = order_by_length(job.records, job.processor.num_tokens)
+        if isinstance(job.options, EmbedOptions):  # every file costs the same
+            order = list(range(len(job.records)))
+        else:
+            order = order_by_length(job.records, job.processor.num_tokens)
         shard = shard_indices(order, rank=rank, world=world).tolist()
         lines = results.done()
         fresh = [index for index in shard if index not in lines]
@@ -299,7 +332,7 @@ class _Shard:
         self.job, self.options, self.world = job, job.options, world
         self.processor = job.processor
         self.appender, self.note = appender, note
-        self.engine: Engine | None = None
+        self.engine: Answers | None = None
         self._replied: dict[int, bool] = {}
         """Records that were tried, and whether the last try gave a reply."""
         self._unavailable = 0
@@ -308,6 +341,14 @@ class _Shard:
     def load_model(self, device: torch.device) -> None:
         """Read the weights."""
         options = self.options
+        if isinstance(options, EmbedOptions):
+            self.engine = EmbeddingEngine(
+                load_embedder(
+                    options.model, device=device, dtype=options.dtype, batch_size=options.batch_size
+                ),
+                options,
+            )
+            return
         self.engine, self.processor = load_engine(
             options.model,
             options.generation,
@@ -348,7 +389,13 @@ class _Shard:
         if not batches:
             return
         for prepared in _load(
-            Prompts(self.job.records, self.processor, batches, context=self.job.context),
+            Prompts(
+                self.job.records,
+                self.processor,
+                batches,
+                context=self.job.context,
+                make=make_files if isinstance(self.options, EmbedOptions) else make_prompts,
+            ),
             self.options,
             self.world,
         ):
@@ -358,7 +405,7 @@ class _Shard:
                 )
             yield prepared
 
-    def _take(self, prepared: Prepared, replies: Sequence[Reply]) -> None:
+    def _take(self, prepared: Prepared, replies: Sequence[Answer]) -> None:
         """Write the lines of one batch.
 
         Raises:
@@ -382,19 +429,17 @@ class _Shard:
             self._unavailable = 0
 
 
-def output_lines(prepared: Prepared, replies: Sequence[Reply]) -> list[dict[str, Any]]:
+def output_lines(prepared: Prepared, replies: Sequence[Answer]) -> list[dict[str, Any]]:
     """The output lines of one batch."""
     lines = [{**problem.named, "error": problem.reason} for problem in prepared.problems]
     for problem in prepared.problems:
         logger.debug("record %d: no reply: %s", problem.named["index"], problem.reason)
     for named, reply in zip(prepared.named, replies, strict=True):
-        lines.append(
-            {**named, "reply": reply.text, "tokens": reply.tokens, "finished": reply.finished}
-        )
+        lines.append({**named, **reply.line()})
     return lines
 
 
-def _load(prompts: Prompts, options: InferOptions, world: int) -> Iterator[Prepared]:
+def _load(prompts: Prompts, options: InferOptions | EmbedOptions, world: int) -> Iterator[Prepared]:
     """Batches in order, prepared in other processes while the model answers."""
     workers = options.workers
     if workers is None:
@@ -448,7 +493,7 @@ def _wait_for_all(world: int) -> None:
         torch.distributed.barrier()
 
 
-def _generate_in_processes(options: InferOptions, counter: _Counter) -> None:
+def _generate_in_processes(options: InferOptions | EmbedOptions, counter: _Counter) -> None:
     """Generate the shards in processes of our own, on one machine."""
     context = multiprocessing.get_context("spawn")
     with safe_path():  # the queue starts a process too, which tracks semaphores
@@ -499,7 +544,12 @@ def _watch(children: list[Any], news: Any, counter: _Counter) -> None:
 
 
 def _child(
-    options: InferOptions, rank: int, world: int, plugins: list[str], level: int, news: Any
+    options: InferOptions | EmbedOptions,
+    rank: int,
+    world: int,
+    plugins: list[str],
+    level: int,
+    news: Any,
 ) -> None:
     """One process of several. It ends with its parent, which SIGINT from a terminal reaches too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

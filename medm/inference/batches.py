@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from medm.errors import DataError, InputLostError, RecipeError, machine_fault
 from medm.imaging.paths import MissingFileError
 from medm.inference.generator import PromptBatch, prepare
 from medm.os_errors import explain
-from medm.types import Example
+from medm.types import BaseSample, Example
 
 _BYTES_PER_TOKEN = 4
 """Of English text; only the order of work depends on it."""
@@ -58,8 +58,8 @@ class Prepared:
     named: list[dict[str, Any]]
     """`index`, and `id`, `task` and `answer` where there are such, of the record of each row of
     `batch`."""
-    batch: PromptBatch | None
-    """None where every record is bad."""
+    batch: Any
+    """What `Prompts.make` made of them; None where every record is bad."""
     problems: list[Problem]
     lost: str | None = None
     """Why no record can be read any more; the run has to stop."""
@@ -70,6 +70,11 @@ class Prepared:
         return self.batch is not None and bool(self.batch.pixels)
 
 
+def make_prompts(examples: Sequence[Any], samples: Sequence[BaseSample]) -> PromptBatch:
+    """Return the prompts of examples as one batch."""
+    return prepare(examples)
+
+
 class Prompts(Dataset[Prepared]):
     """Batches of prompts. A bad record is an item of `problems`, never an exception.
 
@@ -78,6 +83,7 @@ class Prompts(Dataset[Prepared]):
         processor: of the model that answers.
         batches: the records of each batch.
         context: longest prompt in tokens; None for no limit.
+        make: makes a batch of examples and their samples.
     """
 
     def __init__(
@@ -87,26 +93,28 @@ class Prompts(Dataset[Prepared]):
         batches: Sequence[Sequence[int]],
         *,
         context: int | None = None,
+        make: Callable[[Sequence[Any], Sequence[BaseSample]], Any] = make_prompts,
     ) -> None:
         self.examples = ExampleDataset(records.with_processor(processor))
         self.records = records
-        self.batches, self.context = batches, context
+        self.batches, self.context, self.make = batches, context, make
         self._patience = _FRUITLESS
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, position: int) -> Prepared:
-        named, examples, problems = [], [], []
+        named, examples, samples, problems = [], [], [], []
         for index in self.batches[position]:
             try:
                 examples.append(self._example_with_retries(index))
                 named.append(self._named(index))
+                samples.append(self.records[index])
             except InputLostError as error:
                 return Prepared([], None, [], lost=str(error))
             except (DataError, RecipeError, OSError) as error:
                 problems.append(self._problem(index, error))
-        return Prepared(named, prepare(examples) if examples else None, problems)
+        return Prepared(named, self.make(examples, samples) if examples else None, problems)
 
     def _example_with_retries(self, index: int) -> Example:
         """The example; where the machine does not give a file, it is waited for.
@@ -165,7 +173,8 @@ class Prompts(Dataset[Prepared]):
 
     def _named(self, index: int) -> dict[str, Any]:
         sample = self.records[index]
-        named = {"id": sample.id, "task": sample.task, "answer": sample.answer}
+        answer = getattr(sample, "answer", None)  # of a conversation
+        named = {"id": sample.id, "task": sample.task, "answer": answer}
         return {"index": index} | {key: value for key, value in named.items() if value is not None}
 
     def _problem(self, index: int, error: Exception) -> Problem:

@@ -25,7 +25,7 @@ from medm.inference.decoding import Decoder, Finish, Prompt, TokenEvent
 from medm.inference.options import GenerationOptions
 from medm.inference.sampling import Sampling
 from medm.inference.streaming import ReplyText
-from medm.types import Example, VisionFeatures
+from medm.types import Example, JsonObject, VisionFeatures
 
 if TYPE_CHECKING:
     from medm.models.lvlm.modeling import LVLMForConditionalGeneration
@@ -41,6 +41,10 @@ class Reply:
     """Tokens generated, the end token included."""
     finished: bool
     """False where the reply was cut at `max_new_tokens`."""
+
+    def line(self) -> JsonObject:
+        """Return what an output file says of it."""
+        return {"reply": self.text, "tokens": self.tokens, "finished": self.finished}
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,11 +64,9 @@ class GenerationOptions(Options):
         return self
 
 
-class InferenceOptions(Options):
-    """How a model generates replies to many records."""
+class RunOptions(Options):
+    """How a model goes through many records."""
 
-    generation: GenerationOptions = GenerationOptions()
-    """How the tokens of a reply are chosen."""
     batch_size: int = Field(default=8, ge=1)
     """Prompts decoded at once; a batch that does not fit the memory of a GPU is halved by
     itself."""
@@ -83,6 +81,13 @@ class InferenceOptions(Options):
     """Precision of the weights; `saved` keeps that of the folder."""
     overwrite: bool = False
     """Delete the replies of an earlier run and start over, instead of resuming."""
+
+
+class InferenceOptions(RunOptions):
+    """How a model generates replies to many records."""
+
+    generation: GenerationOptions = GenerationOptions()
+    """How the tokens of a reply are chosen."""
 
 
 class InferOptions(InferenceOptions):
@@ -103,3 +108,28 @@ class InferOptions(InferenceOptions):
     form."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first N records."""
+
+
+class EmbedOptions(RunOptions):
+    """Vectors of images or volumes, and of their captions, over one annotation file."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Files encoded at once."""
+    model: str
+    """Folder of a dual encoder that medm saved."""
+    data: str
+    """Annotation file of pairs (JSON, JSONL, CSV or TSV); captions may be missing."""
+    root: str | None = None
+    """Folder that image and volume paths are relative to. Default: the folder of `data`."""
+    output: str
+    """JSONL file to append to, one line per record once it has its vector. A run that was stopped
+    resumes in it."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take only the first N records."""
+    captions: bool = False
+    """Write the vectors of the captions, too."""
+    vectors: Literal["files", "none"] = "files"
+    """Whether the vectors are written; scores alone need none."""
+    class_texts: dict[str, dict[str, list[str]]] = {}
+    """By task of a record and by class the texts of the class: the scores of the classes are
+    written."""

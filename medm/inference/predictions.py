@@ -101,7 +101,7 @@ class Results:
             self._remove_lines()
         elif self.sidecar.exists():
             changes = self._changes()
-            if changes and any("reply" in line for line in self.done().values()):
+            if changes and any("error" not in line for line in self.done().values()):
                 raise RecipeError(
                     f"{self.output}: holds replies of another run ({'; '.join(changes)}); choose "
                     "another --output, repeat the run as it was, or --overwrite"
@@ -159,7 +159,7 @@ class Results:
         for file in (self.output, *self._parts()):
             for line in read_lines(file):
                 index = int(line["index"])
-                if "reply" not in lines.get(index, {}):
+                if "error" in lines.get(index, {"error": None}):
                     lines[index] = line
         return lines
 

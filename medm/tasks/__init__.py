@@ -33,6 +33,11 @@ class TaskOptions(Options):
     """Record field whose equal values belong together ("patient", "volume"): intervals and paired
     tests draw such groups whole. `id` lets every item stand for itself. Default: the task's own."""
 
+    @property
+    def label(self) -> str:
+        """Name of the task's folder and of its row in a summary."""
+        return self.name
+
 
 class BoxTaskOptions(TaskOptions):
     """Tasks with a box of an image in the answer or the question."""
@@ -59,6 +64,30 @@ class CustomOptions(TaskOptions):
     texts."""
     group_by: list[str] = []
     """Record fields whose values get a row each in the tables."""
+
+
+class ClassTaskOptions(TaskOptions):
+    """Tasks on class-labelled sets."""
+
+    card: str
+    """Name of a card or suite that comes with medm (docs/unimed-clip.md), or the path of one's
+    own."""
+    only: list[str] = []
+    """Cards of a suite that are scored. Default: all."""
+
+    @property
+    def label(self) -> str:
+        """The task and the card."""
+        stem = self.card.replace("\\", "/").rpartition("/")[2]
+        return f"{self.name}-{stem.removesuffix('.yaml').removesuffix('.yml')}"
+
+
+class ZeroShotOptions(ClassTaskOptions):
+    """Classification by the texts of classes."""
+
+    probabilities: bool = False
+    """The scores of predictions are probabilities. Default: they are logits, as models give
+    them."""
 
 
 TASKS: Registry[type[Task]] = Registry("task", group="medm.tasks", options=TaskOptions)
@@ -91,5 +120,6 @@ TASKS.add("ct-rate-short", "medm.tasks.ct_rate:CTRateShort", "CT-RATE VQA, short
 TASKS.add("ct-rate-long", "medm.tasks.ct_rate:CTRateLong", "CT-RATE VQA, long answers", options=ReportTaskOptions)
 TASKS.add("medqa", "medm.tasks.text_qa:MedQA", "MedQA (USMLE), text with options")
 TASKS.add("pubmedqa", "medm.tasks.text_qa:PubMedQA", "PubMedQA, yes / no / maybe with the abstract")
+TASKS.add("zero-shot", "medm.tasks.zero_shot:ZeroShot", "class-labelled sets by card: the class whose texts are nearest", options=ZeroShotOptions)
 TASKS.add("custom", "medm.tasks.custom:Custom", "your own JSON with a list of metrics", options=CustomOptions)
 # fmt: on

@@ -45,6 +45,10 @@ class Prediction:
     scores: Mapping[str, float] | Sequence[float] | None = None
     """A score for each class, by name or in the order of the task's classes; a single one is in
     `numbers`."""
+    embedding: Sequence[float] | None = None
+    """Vector of the item's file."""
+    text_embeddings: Sequence[Sequence[float]] | None = None
+    """Vectors of its captions."""
     error: str | None = None
     """Why there is no prediction; the text is then empty."""
     mask: str | None = None
@@ -90,9 +94,9 @@ class Task(ABC):
     """Splits by medm's names; each task says which file holds one."""
     eval_split: ClassVar[str] = "test"
     """The split that is scored."""
-    layout: ClassVar[str]
+    layout: str
     """The files it expects, for the message about a missing one."""
-    group_by: ClassVar[tuple[str, ...]] = ()
+    group_by: tuple[str, ...] = ()
     """Record fields whose values get a row each in the tables."""
     cluster_by: str | None = None
     """Record field, or kind of file ("image", "volume"), whose equal values are drawn together:
@@ -125,6 +129,12 @@ class Task(ABC):
     @abstractmethod
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         """The corrected numbers of these records."""
+
+    def class_texts(self) -> Mapping[str, Mapping[str, Sequence[str]]]:
+        """Texts whose similarity to an item is its score: by set (the field `set` of an item), then
+        by class. Known after `samples` was read. Nothing for a task without such scores.
+        """
+        return {}
 
     def measure_item(
         self, record: JsonObject, prediction: Prediction | None, folder: Path

@@ -51,7 +51,7 @@ class Custom(Task):
     ) -> None:
         super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
         self.path = path
-        self.fields = tuple(group_by)
+        self.group_by = tuple(group_by)
         self.metrics = [_metric_options(block) for block in metrics]
         for options in self.metrics:
             if options.takes not in _FROM_TEXT:
@@ -62,11 +62,6 @@ class Custom(Task):
         self.needs = frozenset(
             "scores" if options.takes == "score" else "text" for options in self.metrics
         )
-
-    @property
-    def group_by(self) -> tuple[str, ...]:  # type: ignore[override]
-        """As told."""
-        return self.fields
 
     def samples(
         self, folder: Path, split: str = "test", *, rng: random.Random | None = None

@@ -384,6 +384,17 @@ def custom(root: Path) -> None:
     put_json(root / "mine.json", records)
 
 
+def breast_us(root: Path) -> None:
+    for split in ("train", "test"):
+        rows = [
+            {"image": f"images/{split}{n}.png", "label": label}
+            for n, label in enumerate(("benign", "malignant", "1"))
+        ]
+        for row in rows:
+            put_image(root / row["image"], (20, 10))
+        put_csv(root / f"{split}.csv", rows)
+
+
 LAYOUTS: dict[str, Layout] = {
     "slake-vqa": Layout(slake_tree, 2, "imgs/xmlab1/question.json"),
     "slake-rec": Layout(slake_tree, 3, "imgs/xmlab1/detection.json"),
@@ -412,6 +423,7 @@ LAYOUTS: dict[str, Layout] = {
     "ct-rate-long": Layout(ct_rate, 2, "dataset/vqa/valid_vqa.json"),
     "medqa": Layout(medqa, 2, "questions/US/test.jsonl"),
     "pubmedqa": Layout(pubmedqa, 3, "test_set.json"),
+    "zero-shot": Layout(breast_us, 3, "test.csv", {"card": "breast-us"}),
     "custom": Layout(
         custom, 2, "mine.json",
         {"path": "mine.json", "metrics": [{"name": "closed-accuracy"}, {"name": "rouge", "stem": True}],

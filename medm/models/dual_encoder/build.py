@@ -46,6 +46,7 @@ class DualEncoderKind(ModelKind[DualEncoderOptions, DualEncoder, DualEncoderProc
     model_class = DualEncoder
     processor_class = DualEncoderProcessor
     pipeline = "pairs"
+    predictor = "dual-encoder"
     outputs = DualEncoderOptions.outputs
 
     def build(self, options: DualEncoderOptions) -> tuple[DualEncoder, DualEncoderProcessor]:
