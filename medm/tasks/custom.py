@@ -81,7 +81,7 @@ class Custom(Task):
 
     def score(self, records: Iterable[Record]) -> Scores:
         rows = list(records)
-        for name in self.fields:
+        for name in self.group_by:
             if rows and all(row.get(name) is None for row in rows):
                 found = sorted(
                     {key for row in rows for key, value in row.items() if value is not None}

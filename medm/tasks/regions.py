@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from medm.errors import DataError
 from medm.metrics.base import MetricResult
@@ -63,7 +62,7 @@ def read_regions(file: Path, *, image: str, id: str, group: str) -> list[Region]
 class RegionTask(Task):
     """Reads regions; says how they are asked for in a subclass."""
 
-    group_by: ClassVar[tuple[str, ...]] = ("group", "unique_name")
+    group_by = ("group", "unique_name")
     cluster_by = "image"
 
     def __init__(

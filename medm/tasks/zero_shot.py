@@ -26,7 +26,7 @@ from medm.metrics.classification import (
 from medm.metrics.words import normalise_answer
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Prediction, Record, Scores, Task, make_sample, pick_template
-from medm.tasks.class_cards import Card, class_names, labelled_files, read_cards
+from medm.tasks.class_cards import Card, Labelled, class_names, labelled_files, read_cards
 from medm.types import JsonObject, Media, PredictionField, Sample
 
 _SEPARATOR = "|"
@@ -69,6 +69,8 @@ class ClassTask(Task):
                 )
             self.cards = {name: card for name, card in self.cards.items() if name in only}
         self._classes: dict[str, list[str]] = {}
+        if cluster_by is None and any(one.patient for one in self.cards.values()):
+            self.cluster_by = "patient"
         self.layout = f"the files of {next(iter(self.cards.values())).title}"
         if self.suite:
             self.layout = f"a folder for each of {', '.join(self.cards)}"
@@ -107,8 +109,12 @@ class ClassTask(Task):
                 set=name,
                 modality=card.modality,
                 split=split,
-                **({} if item.patient is None else {"patient": f"{name}:{item.patient}"}),
+                **({} if self.cluster_by is None else {"patient": self._patient(name, item)}),
             )
+
+    def _patient(self, name: str, item: Labelled) -> str:
+        """A name of the patient; that of the file where nothing says which belong together."""
+        return f"{name}:{item.path if item.patient is None else item.patient}"
 
     def classes_of(self, name: str, records: Sequence[Record] = ()) -> list[str]:
         """The classes of a set, in the order of its scores."""
@@ -126,7 +132,6 @@ class ZeroShot(ClassTask):
     """
 
     needs: frozenset[PredictionField] = frozenset({"scores"})
-    cluster_by = "patient"
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medm.registry import Entry
-from medm.tasks import TASKS
+from medm.tasks import TASKS, ClassTaskOptions
 
 TEMPLATE = """#!/usr/bin/env bash
 # {summary}. Further arguments go to `medm eval`.
@@ -30,6 +30,18 @@ OUTPUT=${{OUTPUT:-work_dirs/eval}}
 set -euo pipefail
 source "$(dirname "$0")/../launch.sh"
 GPUS=1 launch eval --task {name} --data "$DATA" --predictions "$PREDICTIONS" --output "$OUTPUT" "$@"
+"""
+
+OF_CARD = """#!/usr/bin/env bash
+# {summary}. Further arguments go to `medm eval`.
+MODEL=${{MODEL:-work_dirs/unimed-clip/small}}
+CARD=${{CARD:-{card}}}  # a card or a suite, see docs/unimed-clip.md
+DATA=${{DATA:-data/zero-shot}}  # files of the set, or a folder for each set of a suite
+OUTPUT=${{OUTPUT:-work_dirs/eval}}
+GPUS=${{GPUS:-}}     # processes on this machine; empty: one for each GPU, or one on the CPU
+set -euo pipefail
+source "$(dirname "$0")/../launch.sh"
+launch eval --model "$MODEL" --task {name} --option card="$CARD" --data "$DATA" --output "$OUTPUT" "$@"
 """
 
 SUITE = """#!/usr/bin/env bash
@@ -69,6 +81,9 @@ SUITES = {
 """Name to summary, model and tasks. M3D's masks are no answers of a text model and have launchers
 of their own."""
 
+CARDS = {"zero-shot": "unimed-clip-21"}
+"""Card or suite of the launchers of tasks on cards."""
+
 OF_VOLUMES = ("m3d-", "ct-rate-")
 """Beginnings of the names of benchmarks over volumes."""
 
@@ -93,6 +108,8 @@ def folder_of(name: str) -> str:
 
 def launcher(entry: Entry) -> str:
     """The text of one launcher."""
+    if issubclass(entry.options, ClassTaskOptions):
+        return OF_CARD.format(name=entry.name, summary=entry.summary, card=CARDS[entry.name])
     branch = "ct" if entry.name.startswith(OF_VOLUMES) else "2d"
     template = OF_PREDICTIONS if "masks" in TASKS.get(entry.name).needs else TEMPLATE
     return template.format(
