@@ -39,9 +39,7 @@ class ClassTask(Task):
     """A task on the files and classes of cards.
 
     Args:
-        card: name or path of a card or a suite.
-        only: names of the cards of a suite that are scored; all without it.
-        rounds, seed, cluster_by: see `Task`.
+        options: see `medm.tasks.ClassTaskOptions`.
     """
 
     tag = "cls"
@@ -126,9 +124,7 @@ class ZeroShot(ClassTask):
     """Scores of classes by the texts of a card.
 
     Args:
-        card, only: see `ClassTask`.
-        probabilities: the scores of predictions are probabilities and not logits.
-        rounds, seed, cluster_by: see `Task`.
+        options: see `medm.tasks.ZeroShotOptions`.
     """
 
     needs: frozenset[PredictionField] = frozenset({"scores"})
