@@ -62,7 +62,7 @@ def read_regions(file: Path, *, image: str, id: str, group: str) -> list[Region]
 class RegionTask(Task):
     """Reads regions; says how they are asked for in a subclass."""
 
-    group_by = ("group", "unique_name")
+    group_by: tuple[str, ...] = ("group", "unique_name")
     cluster_by = "image"
 
     def __init__(
