@@ -147,7 +147,8 @@ def test_every_launcher_of_pairs_runs_its_recipe(checkout: Path, stub: Path) -> 
         for folder in folders
         for path in (ROOT / "scripts/train" / folder).glob("*.sh")
     }
-    assert launchers - {"scripts/train/UniMed-CLIP/convert.sh"} == set(PAIRS)
+    others = {f"scripts/train/UniMed-CLIP/{name}.sh" for name in ("convert", "slurm")}
+    assert launchers - others == set(PAIRS)
     for launcher, recipe in PAIRS.items():
         words = words_of(f"bash {launcher} train.max_steps=3", checkout)
         assert words[:2] == ["launch", "train"]
@@ -184,6 +185,31 @@ def test_the_sources_of_unimed_are_converted_by_one_script(checkout: Path, stub:
         "--data",
         "data/pmc_oa",
     ]
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False)])
+def test_a_job_of_slurm_is_queued_again_where_it_stopped_with_a_checkpoint(
+    status: int, requeued: bool, checkout: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`srun` and `scontrol` of a cluster of two machines; this is the second of them."""
+    words = {
+        "medm": f'printf "%s " "$NODES" "$NODE_RANK" "$GPUS" "$MASTER_ADDR" "$@"; exit {status}',
+        "srun": 'SLURM_NODEID=1 exec "$@"',
+        "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "again: $*"; fi',
+    }
+    for name, text in words.items():
+        (stub.parent / name).write_text(f"#!/bin/sh\n{text}\n")
+        (stub.parent / name).chmod(0o755)
+    for name, value in {"JOB_NODELIST": "n[1-2]", "JOB_NUM_NODES": "2", "JOB_ID": "17"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    done = subprocess.run(
+        ["bash", "scripts/train/UniMed-CLIP/slurm.sh", "train.max_steps=3"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert done.stdout.startswith("2 1 1 n1 launch train unimed-clip/vit-b16 "), done.stdout
+    assert "--resume train.max_steps=3" in done.stdout
+    assert ("again: requeue 17" in done.stdout) == requeued
 
 
 def test_the_launchers_of_volumes_train(checkout: Path, stub: Path) -> None:
