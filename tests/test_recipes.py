@@ -3,6 +3,7 @@ hub."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from medm.llms.base import read_template
 from medm.models import preprocess_of
 from medm.training.recipe import differences, dump, load_recipe, resolved
 from tests import shrink
+from tests.models.dual_encoder.tiny import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(shipped())
@@ -205,6 +207,62 @@ def test_unimed_clip_trains_on_its_13_sources_and_never_mirrors(name: str) -> No
     for source in recipe.data.train:
         assert f" {Path(source.path).stem}=" in convert
         assert f":-{source.root}}}" in convert
+
+
+BERT_BASE = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "vocab_size": 30522, "max_position_embeddings": 512,
+}  # fmt: skip
+BERT_LARGE = BERT_BASE | {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}  # fmt: skip
+VIT_B = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 224, "patch_size": 16,
+}  # fmt: skip
+VIT_L = VIT_B | {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "patch_size": 14,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "text", "widths", "grid"),
+    [
+        ("vit-b16", VIT_B, BERT_BASE, [768, 640, 512], (14, 14)),
+        ("vit-b32", VIT_B | {"patch_size": 32}, BERT_BASE, [768, 640, 512], (7, 7)),
+        ("vit-l14-336", VIT_L, BERT_BASE, [768, 768, 768], (24, 24)),
+        ("vit-l14-336-large-text", VIT_L, BERT_LARGE, [1024, 896, 768], (24, 24)),
+    ],
+)
+def test_the_towers_of_unimed_clip_have_the_published_widths(
+    name: str,
+    vision: dict[str, int],
+    text: dict[str, int],
+    widths: list[int],
+    grid: tuple[int, int],
+    tiny_parts: Path,
+) -> None:
+    """With the sizes of the files that the recipe names; nothing is allocated."""
+    from medm.models import kind_of
+
+    tokenizer = tiny_parts / "words"
+    save_tokenizer(tokenizer)
+    towers = {"image": vision, "text": text}
+    overrides = [f"model.text.tokenizer={tokenizer}"]
+    for tower, sizes in towers.items():
+        encoder = f"model.{tower}.encoder"
+        overrides += [f"{encoder}.path=null", f"{encoder}.architecture={json.dumps(sizes)}"]
+    options = load_recipe(find(f"unimed-clip/{name}"), overrides).model
+    model = kind_of(options).skeleton(options)
+    matrices = [part.weight for part in model.text.projection if hasattr(part, "weight")]
+    assert [matrices[0].shape[1], *(matrix.shape[0] for matrix in matrices)] == widths
+    assert not any(getattr(part, "bias", None) is not None for part in model.text.projection)
+    projection = model.image.readout.projection.weight
+    assert tuple(projection.shape) == (widths[-1], vision["hidden_size"])
+    assert model.image.encoder.grid(model.image.spatial) == grid
+    assert model.image.encoder.prefix == 1
 
 
 def test_the_published_text_towers_of_unimed_clip_differ_in_size_alone() -> None:
