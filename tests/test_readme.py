@@ -19,6 +19,8 @@ from medm.training.recipe import load_recipe
 from tests import shrink
 from tests.cli.runner import medm
 from tests.inference.tiny import questions, read_output, save_tiny, write_records
+from tests.models.dual_encoder import tiny as dual_encoder
+from tests.tasks.layouts import put_csv, put_image
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -185,6 +187,31 @@ def test_the_sources_of_unimed_are_converted_by_one_script(checkout: Path, stub:
         "--data",
         "data/pmc_oa",
     ]
+
+
+def test_the_sets_of_unimed_clip_are_scored_by_one_launcher(checkout: Path, stub: Path) -> None:
+    """Two of the 21 here: what is made for one set is made for each."""
+    model = checkout / "model"
+    for part in dual_encoder.make(dual_encoder.section(dual_encoder.save_tokenizer(model / "t"))):
+        part.save_pretrained(model)
+    for name, labels in (("breast-us", ("benign", "malignant")), ("meniscus-mri", ("0", "1"))):
+        folder = checkout / "data" / "zero-shot" / name
+        rows = [{"image": f"{n}.png", "label": label} for n, label in enumerate(labels * 2)]
+        for row in rows:
+            put_image(folder / row["image"], (20, 16))
+        put_csv(folder / "test.csv", rows)
+    line = f"MODEL={model} bash scripts/eval/unimed-clip.sh"
+    words = words_of(line, checkout)
+    refused = medm(*words)
+    assert refused.code != 0
+    assert "chexpert-5x200" in refused.err
+    only = "'tasks.0.task.only=[breast-us,meniscus-mri]'"
+    done = medm(*words_of(f"{line} tasks.0.task.rounds=20 {only}", checkout))
+    assert done.code == 0, done.err
+    assert "accuracy-mean-of-2-sets" in done.out
+    report = next((checkout / "work_dirs" / "eval").rglob("report.html")).read_text()
+    for word in ("breast-us", "meniscus-mri", "ultrasound", "mri"):
+        assert word in report
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False)])

@@ -77,9 +77,14 @@ SUITES = {
         "medm-vl-ct/finetune",
         ("m3d-cap", "m3d-vqa-open", "m3d-vqa-closed", "m3d-rec", "m3d-reg"),
     ),
+    "unimed-clip": (
+        "Zero-shot classification on the 21 sets of UniMed-CLIP, a folder for each",
+        "unimed-clip/small",
+        ("zero-shot card=unimed-clip-21",),
+    ),
 }
-"""Name to summary, model and tasks. M3D's masks are no answers of a text model and have launchers
-of their own."""
+"""Name to summary, model and tasks, with their options. M3D's masks are no answers of a text model
+and have launchers of their own."""
 
 CARDS = {"zero-shot": "unimed-clip-21"}
 """Card or suite of the launchers of tasks on cards."""
@@ -94,6 +99,7 @@ FOLDERS = {
     "mimic-caption": "mimic-cxr",
     "m3d-": "M3D",
     "ct-rate-": "CT-RATE",
+    "zero-shot": "zero-shot",
 }
 """Beginnings of the names of benchmarks that share a folder, which the converters and recipes name
 as well."""
@@ -124,13 +130,22 @@ def launchers() -> dict[str, str]:
     }
 
 
+def block(task: str) -> str:
+    """A task with its options, as a recipe writes it: a name, or `{name: ..., key: value}`."""
+    name, *options = task.split()
+    fields = [f"name: {name}", *(option.replace("=", ": ") for option in options)]
+    return f"{{{', '.join(fields)}}}" if options else name
+
+
 def suites() -> dict[str, str]:
     """File name to text of the launchers of several benchmarks, and of the recipes that they
     run.
     """
     files = {}
     for name, (summary, model, tasks) in SUITES.items():
-        blocks = "".join(f"  - {{task: {task}, data: data/{folder_of(task)}}}\n" for task in tasks)
+        blocks = "".join(
+            f"  - {{task: {block(task)}, data: data/{folder_of(task)}}}\n" for task in tasks
+        )
         files[f"{name}.yaml"] = (
             f"# {summary}. Run by {name}.sh.\noutput_dir: work_dirs/eval\ntasks:\n{blocks}"
         )

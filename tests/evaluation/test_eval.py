@@ -621,13 +621,16 @@ def test_every_benchmark_has_its_launcher() -> None:
         assert (folder / name).read_text() == text, f"{name}: run scripts/eval/write_launchers.py"
     sections = {
         name: yaml.safe_load((folder / f"{name}.yaml").read_text())
-        for name in ("uni-med", "m3d-bench")
+        for name in ("uni-med", "m3d-bench", "unimed-clip")
     }
     checked = {
         name: validate(EvalOptions, part | {"model": "m"}, source=name)
         for name, part in sections.items()
     }
     assert len(checked["uni-med"].tasks) == 10
+    (sets,) = checked["unimed-clip"].tasks
+    assert len(TASKS.get("zero-shot")(card=sets.task.card).cards) == 21
+    assert sets.data == "data/zero-shot"
     assert {block.task.name: block.data for block in checked["uni-med"].tasks}[
         "mimic-caption"
     ] == "data/mimic-cxr"
