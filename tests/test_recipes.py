@@ -143,7 +143,7 @@ def test_parts_are_those_of_the_model(name: str) -> None:
         ("unimed-clip/vit-b16", "train.adam_epsilon", 1e-6),
         ("unimed-clip/vit-b16", "train.max_grad_norm", 0),
         ("unimed-clip/vit-b32", "train.learning_rate", 5e-4),
-        ("unimed-clip/vit-l14-336", "model.image.encoder.image_size", 336),
+        ("unimed-clip/vit-l14-336", "model.image.encoder.architecture", {"image_size": 336}),
         ("unimed-clip/vit-l14-336", "model.embed_dim", 768),
         ("unimed-clip/vit-l14-336", "train.learning_rate", 4e-4),
         ("unimed-clip/vit-l14-336-large-text", "train.learning_rate", 4e-4),
@@ -223,7 +223,7 @@ VIT_B = {
 }  # fmt: skip
 VIT_L = VIT_B | {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "patch_size": 14,
+    "num_attention_heads": 16, "patch_size": 14, "image_size": 336,
 }  # fmt: skip
 
 
