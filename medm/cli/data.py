@@ -239,6 +239,13 @@ def convert(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
+    exclude: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pairs: files that are left out, such as the test images of a benchmark. One path "
+            "a line, or the column Path or image of a CSV."
+        ),
+    ] = None,
 ) -> None:
     """Turn a published data folder into records to train on: conversations, or image-text pairs.
     Files stay where they are.
@@ -256,8 +263,10 @@ def convert(
     if "/" in task or task in PAIR_SOURCES:
         if seed is not None:
             raise typer.BadParameter("--seed is for questions; captions are drawn in training")
-        _convert_pairs(output, PAIR_SOURCES.get(task), data, split, limit)
+        _convert_pairs(output, PAIR_SOURCES.get(task), data, split, limit, exclude)
         return
+    if exclude is not None:
+        raise typer.BadParameter("--exclude is for image-text pairs")
     options = TASKS.entry(task).options
     if needed := [
         name
@@ -274,20 +283,28 @@ def convert(
 
 
 def _convert_pairs(
-    output: Path, source: PairSource, data: Path, split: str, limit: int | None
+    output: Path,
+    source: PairSource,
+    data: Path,
+    split: str,
+    limit: int | None,
+    exclude: Path | None,
 ) -> None:
     """Write a source of pairs, and say which rows were left out."""
     from itertools import islice
 
     from medm.data.writing import write_records
-    from medm.tasks.pair_sources.base import LeftOut
+    from medm.tasks.pair_sources.base import LeftOut, read_paths
 
     left_out = LeftOut()
-    records = source.records(data, split, left_out=left_out)
+    excluded = read_paths(exclude) if exclude is not None else []
+    records = source.records(data, split, left_out=left_out, exclude=excluded)
     count = write_records(output, islice(records, limit))
     out.print(f"{output}: {count} pairs of {source.source}, {split}", markup=False)
     for line in left_out.lines():
         out.print(line, markup=False)
+    if exclude is not None and not left_out.counts.get("excluded"):
+        out.print(f"warning: none of the {len(excluded)} paths of {exclude} is in the set")
     note(f"look at them: medm data check {output} --pipeline pairs --root {data}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 from medm.errors import DataError, MediaError
 from medm.imaging import resolve_inside
 from medm.imaging.paths import MissingFileError
+from medm.tasks.benchmark_files import read_csv, read_text
 from medm.types import JsonObject
 
 MAX_LITERAL = 2**20
@@ -99,7 +100,12 @@ class PairSource(ABC):
         """
 
     def records(
-        self, folder: Path, split: str = "train", *, left_out: LeftOut
+        self,
+        folder: Path,
+        split: str = "train",
+        *,
+        left_out: LeftOut,
+        exclude: Collection[str] = (),
     ) -> Iterator[JsonObject]:
         """The rows as records; those without an image file or a caption are counted and left out.
 
@@ -107,6 +113,8 @@ class PairSource(ABC):
             folder: where the set lies; paths in the records are relative to it.
             split: one of `splits`.
             left_out: counts the rows that give no record.
+            exclude: files that are left out, such as the test images of a benchmark: paths as the
+                rows or as the records have them.
 
         Raises:
             DataError: as `pairs`, for an unknown split, or if no row can be used.
@@ -116,6 +124,7 @@ class PairSource(ABC):
                 f"there is no split {split!r}; this source has {', '.join(self.splits)}"
             )
         used = False
+        excluded = {self._plain(path) for path in exclude}
         for pair in self.pairs(folder, split):
             captions = [text for text in map(str.strip, pair.captions) if not is_empty(text)]
             if pair.problem is not None:
@@ -133,6 +142,9 @@ class PairSource(ABC):
                 left_out.add("unusable path", pair.fault(error.reason))
                 continue
             used = True
+            if excluded and not excluded.isdisjoint((path, self._plain(pair.image))):
+                left_out.add("excluded", pair.fault(f"{pair.image} is on the list"))
+                continue
             name = f"{self.source}:{pair.file.stem}:{pair.index}"
             record: JsonObject = {
                 "id": f"{name}:{pair.part}" if pair.part else name,
@@ -156,7 +168,7 @@ class PairSource(ABC):
         """
         if is_empty(image.strip()):
             raise MissingFileError("the row names no image")
-        image = image.removeprefix(f"{self.top}/") + self.suffix
+        image = self._plain(image) + self.suffix
         paths = [f"{place}/{image}" if place else image for place in self.images]
         # Looking for similar names lists a folder, so it is kept for names that may be written in
         # another way (backslashes, letters with accents) or are refused.
@@ -172,6 +184,33 @@ class PairSource(ABC):
                 continue
             return path
         raise missing
+
+    def _plain(self, path: str) -> str:
+        """A path without the name of the set's own folder in front."""
+        return path.removeprefix(f"{self.top}/") if self.top else path
+
+
+def read_paths(file: Path) -> list[str]:
+    """Paths of a list: one a line, or the column `Path` or `image` of a CSV.
+
+    Raises:
+        DataError: the file cannot be read, or names no path.
+    """
+    if file.suffix.lower() == ".csv":
+        rows = list(read_csv(file, ()))
+        column = next((name for name in ("Path", "image") if rows and name in rows[0]), None)
+        if column is None:
+            raise DataError(
+                f"expected a column Path or image, found {sorted(rows[0]) if rows else 'no rows'}",
+                file=file,
+            )
+        paths = [row[column].strip() for row in rows]
+    else:
+        paths = [line.strip() for line in read_text(file).splitlines()]
+    paths = [path for path in paths if path]
+    if not paths:
+        raise DataError("the list names no file", file=file)
+    return paths
 
 
 def is_empty(text: str) -> bool:

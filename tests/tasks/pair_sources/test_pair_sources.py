@@ -14,7 +14,7 @@ from medm.data.records import Records
 from medm.data.writing import write_records
 from medm.errors import DataError
 from medm.tasks.pair_sources import PAIR_SOURCES
-from medm.tasks.pair_sources.base import MAX_LITERAL, LeftOut, read_list
+from medm.tasks.pair_sources.base import MAX_LITERAL, LeftOut, read_list, read_paths
 from medm.tasks.pair_sources.labels import CAPTIONS, wordings
 from tests.cli.runner import medm
 from tests.tasks.layouts import put_csv
@@ -170,8 +170,50 @@ def test_the_command_writes_records_and_says_what_is_left_out(name: str, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("name", "listed"),
+    [  # as the rows have it, as the records have it, below the name of the set
+        ("unimed/chexpert", "CheXpert-v1.0-small/train/p1/s1/view1_frontal.jpg"),
+        ("unimed/chexpert", "train/p1/s1/view1_frontal.jpg"),
+        ("unimed/chest-xray8", "00000001_000.png"),
+        ("unimed/chest-xray8", "images/00000001_000.png"),
+        ("unimed/openi", "CXR1_1"),
+        ("unimed/chexpert-labels", "CheXpert-v1.0-small/train/p0/s1/view1_frontal.jpg"),
+    ],
+)
+@pytest.mark.parametrize("form", ["txt", "csv"])
+def test_files_of_a_list_are_left_out(name: str, listed: str, form: str, tmp_path: Path) -> None:
+    LAYOUTS[name].build(tmp_path / "data")
+    file = tmp_path / f"test.{form}"
+    if form == "txt":
+        file.write_text(f"{listed}\n\nother.png\n")
+    else:
+        put_csv(file, [{"": 0, "Path": listed, "Edema": 1}, {"": 1, "Path": "x", "Edema": 0}])
+    output = tmp_path / "out.jsonl"
+    arguments = ("--task", name, "--data", str(tmp_path / "data"), "--exclude", str(file))
+    done = medm("data", "convert", str(output), *arguments)
+    assert done.code == 0, done.err
+    rest = [json.loads(line)["image"] for line in output.read_text().splitlines()]
+    assert rest == [path for path, _, _ in LAYOUTS[name].expected[1:]]
+    assert "1 left out: excluded" in " ".join(done.out.split())
+    file.write_text("other.png\n" if form == "txt" else "Path\nother.png\n")
+    done = medm("data", "convert", str(output), *arguments)
+    assert "none of the 1 paths" in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_list_is_refused(text: str, tmp_path: Path) -> None:
+    LAYOUTS["unimed/rocov2"].build(tmp_path)
+    (tmp_path / "list.txt").write_text(text)
+    (tmp_path / "list.csv").write_text("one,two\n1,2\n")
+    for name, words in (("txt", "names no file"), ("csv", "a column Path or image")):
+        with pytest.raises(DataError, match=words):
+            read_paths(tmp_path / f"list.{name}")
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("--task", "m3d-cap", "--exclude", "x"), "--exclude is for image-text pairs"),
         (("--task", "unimed/chexprt"), "did you mean 'unimed/chexpert'"),
         (("--task", "unimed/rocov2", "--split", "test"), "there is no split 'test'"),
         (("--task", "unimed/rocov2", "--seed", "1"), "captions are drawn in training"),
