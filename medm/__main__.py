@@ -1,5 +1,6 @@
-"""`python -m medm`, the form that `medm launch` (with -P), `torchrun -m medm` and `deepspeed
---module medm` start.
+"""Entry point of `python -m medm`.
+
+`medm launch` (with -P), `torchrun -m medm` and `deepspeed --module medm` start this module.
 """
 
 import os

@@ -38,8 +38,9 @@ def child_environment() -> dict[str, str]:
 
 @contextmanager
 def safe_path() -> Iterator[None]:
-    """Start every Python process inside with a safe import path: spawned ones, and helpers of
-    libraries.
+    """Start every Python process inside with a safe import path.
+
+    This covers spawned processes and helpers of libraries.
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"

@@ -21,8 +21,9 @@ from medm.errors import RecipeError, suggest
 
 
 class Options(BaseModel):
-    """A section of a recipe: frozen, every key known, every value of its type, a docstring under
-    each field.
+    """A section of a recipe.
+
+    It is frozen. Every key is known, every value has its type, and every field has a docstring.
     """
 
     model_config = ConfigDict(
@@ -68,8 +69,9 @@ On a section it covers every key below. Options of plug-ins use it too.
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-4` as a number and `no` as text, unlike YAML 1.1, and refuses
-    duplicate keys.
+    """SafeLoader that reads `2e-4` as a number and `no` as text, unlike YAML 1.1.
+
+    It refuses duplicate keys.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -134,8 +136,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Return the value of `key=value`, read as YAML: `1e-3` is a number, `[a, b]` a list, `null` is
-    None.
+    """Return the value of `key=value`, read as YAML.
+
+    `1e-3` is a number, `[a, b]` a list, `null` is None.
     """
     loader = _RecipeLoader(text)
     try:

@@ -1,5 +1,6 @@
-"""Rank, world size and collective operations. With one rank, every function here is the plain
-action.
+"""Rank, world size and collective operations.
+
+With one rank, each function is the plain action.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def rank() -> int:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run an action on rank 0; return its result, or raise its `MedmError` or `OSError`, on all
-    ranks.
+    """Run an action on rank 0; return its result on all ranks.
+
+    A `MedmError` or `OSError` of the action is raised on all ranks.
     """
     if world_size() == 1:
         return action()
@@ -76,8 +78,9 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def any_rank(condition: bool, device: torch.device | str = "cpu") -> bool:
-    """Return whether a condition holds on any rank. `device`: device of the process group's
-    communication.
+    """Return whether a condition holds on any rank.
+
+    `device` is the device of the process group's communication.
     """
     if world_size() == 1:
         return condition
@@ -112,8 +115,9 @@ def end_rank(status: int) -> None:
 
 
 def row_counts(rows: Tensor) -> list[int]:
-    """Return the length of a tensor on every rank, in rank order. The last batch of an epoch may be
-    uneven.
+    """Return the length of a tensor on every rank, in rank order.
+
+    The last batch of an epoch may be uneven.
     """
     if world_size() == 1:
         return [len(rows)]

@@ -45,8 +45,9 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 
 def launched_rank() -> int:
-    """Return the rank that the launcher gave this process; 0 without one. Needs no process group,
-    and no torch.
+    """Return the rank that the launcher gave this process; 0 without a launcher.
+
+    Needs no process group, and no torch.
     """
     return int(os.environ.get("RANK", "0"))
 
@@ -104,9 +105,7 @@ class _Link:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Protect this rank from being killed by the launcher while it writes files that must be
-        complete.
-        """
+        """Protect this rank from the launcher while it writes files that must be complete."""
         self._count(1)
         try:
             yield
@@ -221,9 +220,7 @@ class Launcher:
 
     @contextmanager
     def _wakeup(self) -> Iterator[socket.socket]:
-        """Yield a socket that becomes readable on every signal, with the launcher's handlers
-        installed.
-        """
+        """Install the launcher's handlers; yield a socket that is readable after every signal."""
         reading, writing = socket.socketpair()
         reading.setblocking(False)
         writing.setblocking(False)
@@ -244,8 +241,9 @@ class Launcher:
 
     @contextmanager
     def _reserved_port(self) -> Iterator[int]:
-        """Yield a free port. It stays bound, so that no other program gets it; rank 0 can still
-        listen on it.
+        """Yield a free port that stays bound.
+
+        No other program gets it; rank 0 can still listen on it.
         """
         if self._place.master_port:
             yield self._place.master_port
@@ -355,8 +353,9 @@ class Launcher:
         return 0
 
     def _failed(self, rank: _Rank) -> bool:
-        """Return whether a rank failed by itself: neither finished, nor stopped, nor killed by this
-        launcher.
+        """Return whether a rank failed by itself.
+
+        It has neither finished nor stopped, and this launcher did not kill it.
         """
         if rank.code in (0, RESUMABLE) or rank.killed:
             return False
@@ -379,7 +378,7 @@ class Launcher:
 
 
 def _since(rank: _Rank) -> float:
-    """When a rank failed: its first error, or its end."""
+    """Return the time at which a rank failed: of its first error, or of its end."""
     return float(rank.errors[0]["time"]) if rank.errors else rank.ended
 
 

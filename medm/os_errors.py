@@ -1,5 +1,4 @@
-"""Messages for errors of the operating system: full disks, read-only folders, network drives that
-do not answer.
+"""Messages for errors of the operating system, such as full disks and lost network drives.
 
 Such an error is not a defect of medm. `explain` turns it into a message; `naming` adds the file
 where Python does not know it; `require_writable` finds it before hours of work.
@@ -103,8 +102,9 @@ def explain(error: BaseException) -> str | None:
 
 
 def _is_lost_worker(error: BaseException) -> bool:
-    """Return whether a DataLoader worker ended: PyTorch reports it, or receiving its tensors
-    failed.
+    """Return whether a DataLoader worker ended.
+
+    PyTorch reports it, or receiving the worker's tensors failed.
     """
     if isinstance(error, RuntimeError):
         return _LOADER_WORKER.search(str(error)) is not None
@@ -127,8 +127,9 @@ def as_os_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
-    """Add the file name to errors of the operating system; those of write, sync and close have
-    none.
+    """Add the file name to errors of the operating system.
+
+    Errors of write, sync and close have none.
 
     Args:
         path: file or folder that is being written.

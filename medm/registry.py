@@ -61,8 +61,9 @@ class Registry(Generic[T]):
     def add(
         self, name: str, target: str | T, summary: str, *, options: type[Options] | None = None
     ) -> None:
-        """Add a member. Raises `RecipeError` when the name is taken: silent replacement hides
-        mistakes.
+        """Add a member. Raises `RecipeError` when the name is taken.
+
+        Silent replacement would hide mistakes.
         """
         if name in self._entries:
             raise RecipeError(
@@ -94,8 +95,9 @@ class Registry(Generic[T]):
         return list(self._entries.values())
 
     def entry(self, name: str) -> Entry:
-        """Return the entry of an exact name. Raises `UnknownNameError` with the nearest name and
-        the list.
+        """Return the entry of an exact name.
+
+        Raises `UnknownNameError` with the nearest name and the list.
         """
         self._read_entry_points()
         if name not in self._entries:
@@ -163,8 +165,9 @@ class Registry(Generic[T]):
 
 @dataclass(frozen=True)
 class NamedBlock:
-    """Annotation of a field whose block names a registered part, e.g. `{name: mlp, depth: 2}` or
-    just `mlp`.
+    """Annotation of a field whose block names a registered part.
+
+    Such a block is `{name: mlp, depth: 2}` or just `mlp`.
 
     The field's type is the options class that all members share: `Annotated[ConnectorOptions,
     NamedBlock(CONNECTORS)]`. The block is checked by the options class of the part that it names,
@@ -218,8 +221,9 @@ EACH_ITEM, EACH_VALUE = "[]", "<name>"
 
 
 def sections_in(field: FieldInfo) -> Iterator[tuple[tuple[str, ...], Section]]:
-    """Yield the sections that a field holds, each with the steps (`EACH_ITEM`, `EACH_VALUE`) that
-    lead to it.
+    """Yield the sections that a field holds, each with its path.
+
+    The path consists of the steps (`EACH_ITEM`, `EACH_VALUE`) that lead to the section.
     """
     yield from _sections(field.annotation, list(field.metadata), ())
 
@@ -259,8 +263,9 @@ def loaded_plugins() -> list[Path]:
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a plug-in file, whose `register` calls add parts. A second call with the same file has no
-    effect.
+    """Run a plug-in file, whose `register` calls add parts.
+
+    A second call with the same file has no effect.
 
     Raises:
         RecipeError: there is no such file, or it registers a name that is taken.

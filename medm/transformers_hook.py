@@ -1,5 +1,4 @@
-"""Teaches transformers' Auto classes to open medm's folders, without importing transformers or
-torch.
+"""Hook into transformers' Auto classes for medm's folders, without importing transformers or torch.
 
 `install` waits for two modules of transformers, or takes them as they are where they are loaded
 already:
@@ -47,9 +46,7 @@ def _register() -> None:
 
 
 class _ConfigsOnDemand(dict[str, object]):
-    """transformers' table of registered configs, which asks medm for its own when one is
-    looked up.
-    """
+    """transformers' table of registered configs, with medm's configs on demand."""
 
     _registering = False
 
@@ -73,9 +70,7 @@ class _ConfigsOnDemand(dict[str, object]):
 
 
 class _ProcessorsOnDemand(dict[object, object]):
-    """transformers' table of registered processors, which has medm register its own after the known
-    ones.
-    """
+    """transformers' table of registered processors; medm registers its own after the known ones."""
 
     _registering = False
 

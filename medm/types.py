@@ -69,9 +69,7 @@ class View(NamedTuple):
 
 
 def parse_view(name: str) -> View:
-    """Return the view that a name stands for. Raises `RecipeError` for a name that stands for
-    none.
-    """
+    """Return the view of a name. Raises `RecipeError` for an unknown name."""
     found = _VIEW.fullmatch(name)
     kinds: tuple[Kind, ...] = get_args(Kind)
     kind = next((known for known in kinds if found is not None and found["kind"] == known), None)
@@ -130,8 +128,9 @@ TurnPart: TypeAlias = str | Media | ControlToken
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message. Text parts are text: nothing inside them is ever read as a control token or
-    placeholder.
+    """One message.
+
+    Text parts are text: nothing inside them is ever read as a control token or placeholder.
     """
 
     role: Role
@@ -157,8 +156,9 @@ def written(part: TurnPart) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseSample(ABC):
-    """One record of an annotation file, read and checked. Each data pipeline has a subclass of its
-    own.
+    """One record of an annotation file, read and checked.
+
+    Each data pipeline has a subclass of its own.
     """
 
     id: str | None = None
@@ -194,9 +194,7 @@ class Sample(BaseSample):
 
 
 class MediaExample(Protocol):
-    """Pixels of an example, whatever the pipeline: what the dataset, feature caches and collators
-    read.
-    """
+    """Pixels of an example of any pipeline: the input of dataset, feature caches and collators."""
 
     pixels: dict[str, list[np.ndarray]]
     """Per view the preprocessed arrays (C, *spatial)."""
@@ -258,8 +256,9 @@ class ConversationBatch(TypedDict, total=False):
 
 
 class VisionFeatures(NamedTuple):
-    """What an encoder returns. A tuple, because ZeRO-3 finds the tensors of a module's output only
-    in tuples and dicts.
+    """Output of an encoder.
+
+    It is a tuple, because ZeRO-3 finds the tensors of a module's output only in tuples and dicts.
 
     `tokens` is (B, P + prod(grid), D): first `prefix` tokens that stand for no place (CLS), then
     one token per cell of `grid`, the last axis fastest. Two grid axes for images (rows, columns),
@@ -275,8 +274,9 @@ class VisionFeatures(NamedTuple):
 
 
 class Processor(Protocol):
-    """What a kind of model brings for its records: training, inference and `medm data check` use
-    the same one.
+    """Processor of a kind of model for its records.
+
+    Training, inference and `medm data check` use the same one.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -355,7 +355,8 @@ class VisionBranch(Protocol):
         ...
 
     def from_cached(self, features: VisionFeatures | Tensor) -> VisionFeatures:
-        """Return features that `encode` gave before; tokens alone are of the branch's input
-        size.
+        """Return features from cached output of `encode`.
+
+        Tokens alone have the grid of the branch's input size.
         """
         ...

@@ -1,7 +1,7 @@
-"""What a data pipeline must be: how the records of a kind of model become examples and batches.
+"""Contract of a data pipeline: it turns the records of a kind of model into examples and batches.
 
-Torch-free, as is every pipeline until its collators are asked for: `medm data check` reads
-annotation files without.
+A pipeline needs no torch before its collators are built: `medm data check` reads annotation files
+without it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class HasPreprocess(Protocol):
 
     @property
     def preprocess(self) -> Mapping[str, Preprocess]:
-        """Preprocessing of the pixels by view (`medm.types.View`): "image", "volume",
-        "image@sam2".
-        """
+        """Preprocessing of the pixels by view (`medm.types.View`), e.g. "image", "image@sam2"."""
         ...
 
 
@@ -78,7 +76,7 @@ class Pipeline(ABC, Generic[S, E, P]):
 
     @property
     def makes_examples(self) -> bool:
-        """Whether there is a processor, so that records become examples."""
+        """True if the pipeline has a processor, so that records become examples."""
         return self._processor is not None
 
     @property
@@ -102,9 +100,7 @@ class Pipeline(ABC, Generic[S, E, P]):
         return changed
 
     def check_options(self, options: DataOptions) -> None:
-        """Refuse settings of the `data` section that these records cannot follow. Raises
-        `RecipeError`.
-        """
+        """Raise `RecipeError` for `data` settings that do not fit these records."""
         if options.packing:
             raise RecipeError(
                 f"data.packing: {type(self).__name__} puts one record in a row; set data.packing: "
@@ -126,8 +122,9 @@ class Pipeline(ABC, Generic[S, E, P]):
 
     @abstractmethod
     def media_field(self, record: object, number: int) -> str:
-        """Return the field of a good record that names file `number` of its sample's `media`, for
-        messages.
+        """Return the field that names file `number` of a sample's `media`, for messages.
+
+        The record is a good one.
         """
 
     def counts(self, sample: S) -> Mapping[str, int]:
@@ -149,8 +146,9 @@ class Pipeline(ABC, Generic[S, E, P]):
         """Raise `DataError` for an example that would teach nothing."""
 
     def example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
-        """Return the usable example of a sample. Raises `DataError`, as `make_example` and
-        `require_usable` do.
+        """Return the usable example of a sample.
+
+        Raises `DataError`, as `make_example` and `require_usable` do.
         """
         example = self.make_example(sample, pixels)
         self.require_usable(example)
@@ -158,9 +156,7 @@ class Pipeline(ABC, Generic[S, E, P]):
 
     @abstractmethod
     def length(self, example: E) -> int:
-        """Return the length that `data.max_length` limits and batches of similar length go by; at
-        least 1.
-        """
+        """Return the length, at least 1, for `data.max_length` and `data.order: length`."""
 
     def shorten(self, example: E, max_length: int) -> E:
         """Return an example cut to `max_length`, for `data.too_long: truncate_text`.

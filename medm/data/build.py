@@ -80,8 +80,9 @@ def build_batches(
 def _order(
     options: DataOptions, sizes: Sequence[int], chosen: np.ndarray, global_batch: int, seed: int
 ) -> tuple[IndexOrder, int]:
-    """The order of an epoch over the chosen records, and how many global batches of it may be
-    sorted together.
+    """Return the order of an epoch over the chosen records, and the window of sorting by length.
+
+    The window is the number of global batches that may be sorted together.
     """
     weights = [source.weight for source in options.train if source.weight is not None]
     if not weights:

@@ -1,6 +1,4 @@
-"""The cache that a recipe names: how the data reads through it, and how it is filled before
-training.
-"""
+"""Volume cache of a recipe: reading through it, and filling it before training."""
 
 from __future__ import annotations
 
@@ -30,8 +28,9 @@ MAX_KEPT = 1000
 def loader(
     options: CacheOptions | None, *, device: str = "cpu"
 ) -> Callable[[Path, Preprocess], np.ndarray]:
-    """How files become prepared arrays: through the cache that a recipe names, or by reading them
-    each time.
+    """Return the function that loads a file as a prepared array.
+
+    It reads through the cache that a recipe names; without a cache it reads the file each time.
 
     Args:
         options: `data.cache`.
@@ -54,7 +53,7 @@ def _load_through(
 
 @dataclass(slots=True)
 class Filled:
-    """What came of it."""
+    """Result of filling a cache."""
 
     files: int = 0
     """Different files that were looked at."""
@@ -89,16 +88,14 @@ class _Place:
     media: int
 
     def error(self, reason: str) -> DataError:
-        """What is wrong with the file, with its place."""
+        """Return the error of the file, with annotation file, record and field."""
         source, position = self.records.locate(self.index)
         field = self.records.media_field(self.index, self.media)
         return DataError(reason, file=self.records.files[source].path, index=position, field=field)
 
 
 class _Loading(Dataset[tuple["str | None", list[Notice]]]):
-    """Loads a file in a worker and sends back only what is wrong or unusual about it, not the
-    pixels.
-    """
+    """Dataset that loads files in workers and returns the problems of each, not its pixels."""
 
     def __init__(
         self, files: list[tuple[Path, Preprocess]], load: Callable[[Path, Any], np.ndarray]
@@ -127,8 +124,9 @@ def fill(
     start: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Filled:
-    """Load every file of some branches once. Started again it resumes: entries that exist are only
-    verified.
+    """Load every file of some branches once, through the cache.
+
+    A second call resumes: it only verifies the entries that exist.
 
     Args:
         data: whose files are loaded; a file that several records name is loaded once.

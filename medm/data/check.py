@@ -1,5 +1,4 @@
-"""Check every record of the annotation files, and every file that they name, before training or
-inference.
+"""Check of annotation files and of every file that they name.
 
 Runs the data pipeline that training runs, with blank pixels of the right shapes in place of the
 files' own. Needs no torch where the pipeline has no processor. Reports places and reasons, never
@@ -36,7 +35,7 @@ MAX_KEPT = 1000
 
 @dataclass(slots=True)
 class Report:
-    """What a check found."""
+    """Result of a check."""
 
     files: dict[str, int] = field(default_factory=dict)
     """Records looked at in each annotation file."""
@@ -89,7 +88,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every record can be used."""
+        """True if every record can be used."""
         return self.num_bad == 0
 
     def lines(self) -> list[str]:
@@ -358,9 +357,7 @@ def merged(reports: Sequence[Report]) -> Report:
 
 
 def _fold_wrong_roots(whole: Report) -> None:
-    """Put one error in the place of many where a source's root is wrong: none of its files
-    exists.
-    """
+    """Merge the errors of a source into one where its root is wrong: none of its files exists."""
     for number, (start, file) in enumerate(whole.starts):
         end = whole.starts[number + 1][0] if number + 1 < len(whole.starts) else whole.records
         count = whole.without_file[number]
@@ -406,8 +403,7 @@ def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
 
 
 def blank_pixels(preprocess: Preprocess | None) -> np.ndarray:
-    """Return an array of the shape that a prepared file has, all zero and without memory of its
-    own.
+    """Return zeros of the shape that a prepared file has, without memory of their own.
 
     Empty where no model says which shape that is.
     """

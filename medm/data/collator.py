@@ -72,8 +72,9 @@ def padded(
 
 
 def label_positions(labels: Tensor) -> Tensor:
-    """(B, T) to (L,): from which of the B * T positions a label is predicted. The first of a row is
-    not.
+    """Return the positions (L,) among the B * T from which a label is predicted.
+
+    The first position of a row predicts none.
     """
     rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     return rows * labels.shape[1] + columns
@@ -122,8 +123,9 @@ def stack_media(examples: Sequence[MediaExample]) -> ConversationBatch:
 
 
 def _stacked(by_example: Sequence[Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
-    """Per branch (N, C, *spatial) or (N, tokens, D) in float32; no entry for a branch without
-    items.
+    """Stack the items of each branch: (N, C, *spatial) or (N, tokens, D), in float32.
+
+    A branch without items has no entry.
     """
     arrays: dict[str, list[np.ndarray]] = {}
     for of_example in by_example:

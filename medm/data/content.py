@@ -1,5 +1,4 @@
-"""What a path stands for on disk: the files that reading it depends on, told apart by state and by
-content.
+"""State and content of a path on disk, over all files that reading it depends on.
 
 A path may be a file, a header with its voxels in a file beside it, or a folder of slices, perhaps
 with the series that is meant ("folder#3"). Caches find their entries by these names.
@@ -17,8 +16,9 @@ from medm.imaging.paths import split_series
 
 
 def identity(path: Path) -> str:
-    """Name, size and time of everything that is read, hashed: what changes when a file does,
-    without reading it.
+    """Return a hash of name, size and time of every file that is read.
+
+    It changes when a file changes. No file is opened.
 
     Raises:
         MediaError: a file is missing, a folder holds too many or links out of itself, or something
@@ -71,8 +71,9 @@ def _parts(path: Path) -> tuple[list[Path], str]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Every regular file in a folder; nothing is opened, and the readers pass over pipes and
-    devices too.
+    """Return every regular file in a folder without opening any.
+
+    Pipes and devices are left out, as the readers do.
     """
     root = os.path.realpath(folder)
     found: list[Path] = []

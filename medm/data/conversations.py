@@ -1,6 +1,4 @@
-"""The data pipeline of conversations with images and volumes: records with turns, padded or packed
-into rows.
-"""
+"""Data pipeline of conversations with images and volumes, padded or packed into rows."""
 
 from __future__ import annotations
 
@@ -25,8 +23,9 @@ MIN_REPEATS = 8
 
 
 class Conversations(Pipeline[Sample, Example, Processor]):
-    """Conversations of a vision-language model: the processor writes the tokens, and replies are
-    learned.
+    """Conversations of a vision-language model; the replies are learned.
+
+    The processor writes the tokens.
     """
 
     nouns: ClassVar[tuple[str, ...]] = ("turn",)

@@ -36,8 +36,7 @@ network share that is remounted is back within seconds."""
 
 
 class ExampleDataset(Dataset[E | None], Generic[E]):
-    """A map-style dataset whose items are examples of a pipeline, or None where the policy leaves a
-    record out.
+    """A map-style dataset of a pipeline's examples; None where the policy leaves a record out.
 
     Args:
         records: what is read; their pipeline has a processor.
@@ -95,8 +94,9 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Different records that this process and its workers left out or shortened so far, by
-        `COUNTED`.
+        """Number of different records that were left out or shortened so far, by `COUNTED`.
+
+        The counts are those of this process and its workers.
         """
         return {what: len(self.noted(what)) for what in COUNTED}
 
@@ -106,8 +106,9 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         return int(self._left_out[COUNTED.index("bad")].sum())
 
     def noted(self, what: str) -> list[int]:
-        """Indices of the records that this process and its workers counted under a name of
-        `COUNTED`.
+        """Return the indices of the records counted under a name of `COUNTED`.
+
+        They are those of this process and its workers.
         """
         return torch.nonzero(self._left_out[COUNTED.index(what)]).flatten().tolist()
 
@@ -167,9 +168,7 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         raise AssertionError("unreachable")
 
     def read_once(self, index: int) -> E:
-        """The example as it is now: nothing is tried again, left out, cut or counted. Raises
-        `DataError`.
-        """
+        """Return the example without retries, limits or counting. Raises `DataError`."""
         sample = self.records[index]
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         pixels = self.records.load_media(

@@ -1,5 +1,4 @@
-"""Feature cache on disk: the output of a frozen encoder for each file, so that it runs once and not
-once an epoch.
+"""Feature cache on disk: the output of a frozen encoder, computed once for each file.
 
 A store belongs to one encoder (its weights, its config, its precision) and one preprocessing:
 `name` says which. An item is found by the content of its file or folder, so it may move, and one
@@ -89,8 +88,9 @@ class FeatureStore:
         return self._placements.get(self.key(file))
 
     def key(self, file: Path) -> str:
-        """Name of the content of a file, of a header and its data file, or of a folder of slices
-        ("folder#3" too).
+        """Return the key of the content of a file, of a header and its data file, or of a folder.
+
+        A folder of slices may name a series ("folder#3").
 
         Read again only when a name, size or time in it changed.
 
@@ -155,8 +155,9 @@ class FeatureStore:
 
 
 def open_store(root: Path, name: str) -> FeatureStore:
-    """The store of one encoder and one preprocessing beneath a cache folder, with everything that
-    it holds.
+    """Open the feature store of one encoder and one preprocessing in a cache folder.
+
+    The store knows every item that it holds.
     """
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,9 +174,7 @@ def open_store(root: Path, name: str) -> FeatureStore:
 
 
 def missing(store: FeatureStore, files: Iterable[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
-    """(key, file) of what a store does not hold, each content once; and why the others' content
-    cannot be read.
-    """
+    """Return (key, file) of each content that a store lacks, and errors of unreadable files."""
     found: dict[str, Path] = {}
     bad = []
     for file in files:

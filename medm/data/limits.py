@@ -44,8 +44,9 @@ class LengthLimit:
 
 @dataclass(frozen=True, slots=True)
 class BadRecordsLimit:
-    """The number of bad records of a source of data above which a run stops, though bad records are
-    skipped.
+    """The number of bad records in a data source above which a run stops.
+
+    It applies where bad records are skipped.
     """
 
     setting: float | None
@@ -57,7 +58,7 @@ class BadRecordsLimit:
     """Bad records that were found before, by a check; those found since come on top."""
 
     def exceeded(self, bad: int) -> bool:
-        """Whether so many further bad records are too many."""
+        """Return whether `bad` further bad records exceed the limit."""
         if self.setting is None:
             return False
         most = self.setting * self.records if self.setting < 1 else self.setting

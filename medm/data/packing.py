@@ -22,11 +22,11 @@ from medm.types import IGNORE_INDEX, ConversationBatch, Example
 
 
 def plan_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Positions grouped so that each group's lengths add up to at most `capacity`: best fit,
-    longest first.
+    """Group positions into bins of at most `capacity` by best fit, longest first.
 
-    Takes time in proportion to the number of lengths. How many groups come out depends on the
-    lengths, not on their order. A length of 0 (a record that is left out) is in no group.
+    The lengths of a bin add up to at most the capacity. The time is proportional to the number of
+    lengths. The number of bins depends on the lengths, not on their order. A length of 0 (a record
+    that is left out) is in no bin.
 
     Raises:
         ValueError: a length is above the capacity.
@@ -87,8 +87,9 @@ class PackingCollator:
     """The batch has `label_positions`, as with `Collator`."""
 
     def __call__(self, examples: Sequence[Example | None]) -> ConversationBatch:
-        """Return a batch of one row a bin. Raises `ValueError` for an example longer than the
-        capacity.
+        """Return a batch with one row per bin.
+
+        Raises `ValueError` for an example longer than the capacity.
         """
         kept = [example for example in examples if example is not None]
         kept = kept or [dummy_example(self.pad_id)]
@@ -136,8 +137,9 @@ class PackingCollator:
 
 
 def _boundaries(position_ids: torch.Tensor) -> ConversationBatch:
-    """Return where each sample of a single row begins, so that no layer waits for the device to
-    find out.
+    """Return the arguments of variable-length attention for the samples of a single row.
+
+    They are computed here so that no layer waits for the device.
     """
     starts = torch.nonzero(position_ids[0] == 0).flatten()
     ends = torch.cat([starts, torch.tensor([position_ids.shape[1]])]).to(

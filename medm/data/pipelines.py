@@ -19,7 +19,7 @@ PIPELINES.add(
 
 
 class PipelineUser(Protocol):
-    """What a kind of model says about its data."""
+    """The properties of a kind of model that choose its data pipeline."""
 
     @property
     def pipeline(self) -> str:
@@ -28,7 +28,7 @@ class PipelineUser(Protocol):
 
     @property
     def needs_mask(self) -> bool:
-        """Whether training batches carry an `attention_mask`."""
+        """True if training batches carry an `attention_mask`."""
         ...
 
 

@@ -93,8 +93,9 @@ class RecordFile:
             raise error.at(file=self.path, index=index) from None
 
     def line(self, index: int) -> int:
-        """The line, from 1, on which a record begins. Counts through the file: for messages
-        only.
+        """Return the line, from 1, on which a record begins, for messages.
+
+        Counts the lines of the file up to the record.
         """
         with open_regular(self.path) as file:
             left = int(self._starts[index]) + self._leading_blank(file, index)
@@ -135,8 +136,9 @@ class RecordFile:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The opened annotation file. Raises `DataError` for anything but a regular file: reading it
-    might never end.
+    """Open an annotation file.
+
+    Raises `DataError` for anything but a regular file: reading a pipe might never end.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -168,8 +170,9 @@ def check_beginning(path: Path) -> None:
 
 
 def parse_json(text: bytes) -> Any:
-    """Strict JSON: UTF-8, no key twice, no half surrogate, only finite numbers. Raises `DataError`
-    without a place.
+    """Parse strict JSON: UTF-8, unique keys, whole surrogate pairs, finite numbers.
+
+    Raises `DataError` without a place.
     """
     try:
         record = _DECODER.decode(text.decode("utf-8"))
@@ -220,8 +223,9 @@ def _finite(digits: str) -> float:
 
 
 def _require_unicode(value: Any, place: str) -> None:
-    """Raise `DataError` for half a surrogate pair in a key or text, which could not be written to
-    any result.
+    """Raise `DataError` for half a surrogate pair in a key or text.
+
+    It could not be written to any result.
     """
     if isinstance(value, str) and _printable(value) != value:
         position = next(at for at, letter in enumerate(value) if "\ud800" <= letter <= "\udfff")
@@ -279,8 +283,9 @@ def _index(file: BinaryIO, path: Path) -> _Index:
 
 
 def _start(head: bytes, path: Path) -> tuple[bytes, int]:
-    """Return the first bytes without a byte order mark, and their offset. Raises `DataError` for
-    forms not read.
+    """Return the first bytes without a byte order mark, and their offset.
+
+    Raises `DataError` for unsupported file formats.
     """
     if not head.strip():
         raise DataError(f"the file is empty; {_EXPECTED}", file=path)
@@ -409,8 +414,9 @@ class _LineScan:
 
 
 class _ArrayScan:
-    """Spans between the commas of the outermost array. Strings, escapes and nesting are followed
-    across chunks.
+    """Spans between the commas of the outermost array.
+
+    Strings, escapes and nesting may cross the chunks.
     """
 
     def __init__(self, start: int) -> None:

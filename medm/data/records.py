@@ -1,6 +1,4 @@
-"""Several annotation files as one sequence of samples, each read by a data pipeline when it is
-asked for.
-"""
+"""Several annotation files as one sequence of samples, read on access by a data pipeline."""
 
 from __future__ import annotations
 
@@ -60,9 +58,7 @@ class Records(Sequence[S], Generic[S, E]):
 
     @contextmanager
     def placed(self, index: int) -> Iterator[None]:
-        """Add the annotation file and the position of record `index` to a `DataError` that is
-        raised inside.
-        """
+        """Add annotation file and position of record `index` to a `DataError` raised inside."""
         try:
             yield
         except DataError as error:
@@ -88,8 +84,9 @@ class Records(Sequence[S], Generic[S, E]):
         return Path(root) if root is not None else self.files[source].path.parent
 
     def media_path(self, index: int, media: Media) -> Path:
-        """The file of an image or volume. Raises `MediaError` where it would lie outside the
-        root.
+        """Return the file of an image or volume.
+
+        Raises `MediaError` for a path outside the root.
         """
         if media.path is None:
             raise DataError(f"the {media.branch} has no path")
@@ -111,8 +108,9 @@ class Records(Sequence[S], Generic[S, E]):
         return found
 
     def media_field(self, index: int, media_index: int) -> str:
-        """The field that names the sample's file number `media_index`. Reads the record again: for
-        messages.
+        """Return the field that names file `media_index` of a sample, for messages.
+
+        Reads the record again.
         """
         source, position = self.locate(index)
         return self.pipeline.media_field(self.files[source][position], media_index)
@@ -120,8 +118,7 @@ class Records(Sequence[S], Generic[S, E]):
     def load_media(
         self, index: int, sample: S, load: Callable[[Path, str], np.ndarray]
     ) -> dict[str, list[np.ndarray]]:
-        """Load every image and volume of record `index`: by view, in the order of the sample's
-        `media`.
+        """Load every image and volume of record `index`, by view, in the order of `sample.media`.
 
         Args:
             index: the record.

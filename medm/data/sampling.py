@@ -1,9 +1,9 @@
-"""Which record comes when. A position is (epoch, step) and nothing else: no state to replay, no
-data to read.
+"""Order of records in training, as a function of the position (epoch, step) alone.
 
-The order of an epoch is drawn for all ranks alike and cut into global batches, the samples of one
-optimiser step; a rank takes its shard of each. So the samples of a step depend neither on the
-number of ranks nor on how a step is divided into micro-batches.
+There is no state to replay and no data to read. The order of an epoch is drawn for all ranks alike
+and cut into global batches, the samples of one optimizer step; a rank takes its shard of each. So
+the samples of a step depend neither on the number of ranks nor on how a step is divided into
+micro-batches.
 """
 
 from __future__ import annotations
@@ -127,8 +127,9 @@ class Mixture:
 
     @property
     def unrepeated(self) -> int:
-        """Draws in a row among which no record can come twice, if `min_distance` asks for so
-        many.
+        """The largest number of consecutive draws among which no record can come twice.
+
+        It holds for a mixture with this `min_distance`.
         """
         # A stretch holds at most two draws of a source more than its fraction of it: one interval
         # begun, one ended.
@@ -183,8 +184,9 @@ class Mixture:
 
 
 def _apportion(fractions: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers that add up to `total`, each within one of its fraction of it (largest
-    remainders).
+    """Return integers that add up to `total`, by the method of largest remainders.
+
+    Each is within one of its fraction of the total.
     """
     exact = fractions * total
     counts = np.floor(exact).astype(np.int64)
@@ -193,8 +195,7 @@ def _apportion(fractions: np.ndarray, total: int) -> np.ndarray:
 
 
 class DistributedBatchSampler(Sampler[list[int]]):
-    """A batch sampler for `DataLoader(batch_sampler=...)`: this rank's micro-batches, from any
-    position.
+    """Batch sampler for `DataLoader`: the micro-batches of one rank, from any position.
 
     Every rank makes the same number of steps. With `drop_last` an incomplete global batch at the
     end of an epoch is left out; without, its samples are distributed evenly, and a rank that gets
@@ -260,8 +261,9 @@ class DistributedBatchSampler(Sampler[list[int]]):
         return self.batch_size * self.world * self.accumulation
 
     def start(self, epoch: int, batches_done: int = 0) -> None:
-        """Go to a position: the next iteration gives micro-batch `batches_done` of `epoch`. Reads
-        nothing.
+        """Go to a position: the next iteration yields micro-batch `batches_done` of `epoch`.
+
+        Reads nothing.
         """
         if not 0 <= batches_done <= len(self):
             raise ValueError(f"{batches_done} batches done, but an epoch has {len(self)}")
@@ -324,7 +326,7 @@ def group_by_length(
     epoch: int,
     window: int = WINDOW,
 ) -> np.ndarray:
-    """The same indices, so that each global batch holds similar lengths.
+    """Reorder indices so that each global batch holds similar lengths.
 
     Indices are sorted within windows of the order; whole batches are then shuffled, the longest one
     to the front. An incomplete batch stays at the end.
@@ -344,10 +346,10 @@ def group_by_length(
 
 
 def balance(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Distribute positions to `parts`, with close sums of lengths and numbers that differ by one at
-    most.
+    """Distribute positions to `parts` groups with close sums of lengths.
 
-    The longest goes to the part with the smallest sum that is not full.
+    Their sizes differ by one at most. The longest goes to the group with the smallest
+    sum that is not full.
     """
     order = np.argsort(-lengths, kind="stable")
     sizes = [len(positions) for positions in np.array_split(order, parts)]

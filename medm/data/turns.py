@@ -174,9 +174,7 @@ def _parse(record: Any, *, inference: bool, file: str | None, index: int | None)
 
 
 def _refuse_other_formats(record: Mapping[str, Any], *, inference: bool) -> None:
-    """Raise `DataError` for a record in the format of another program, with what to write
-    instead.
-    """
+    """Raise `DataError` for a record in another program's format, with the fix."""
     preference = next(
         (field for field in _PREFERENCE_FIELDS if record.get(field) is not None), None
     )
@@ -232,8 +230,9 @@ def _refuse_unread_media(record: Mapping[str, Any], turns: Sequence[Turn]) -> No
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in JSON's words: the value itself may be about a patient and stays out of
-    messages.
+    """Return the JSON type of a value.
+
+    Messages name the type: the value itself may be about a patient.
     """
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
@@ -361,8 +360,9 @@ def _turns(record: Mapping[str, Any], files: dict[str, _Files], masks: _Files) -
 
 
 def _role_and_content(entry: Any, field: str) -> tuple[Role, Any, str]:
-    """Role, content and the content's field of one turn, in either form: from/value or
-    role/content.
+    """Return role, content and the content's field of one turn.
+
+    Both forms are read: from/value and role/content.
     """
     if not isinstance(entry, dict):
         raise DataError(
@@ -399,8 +399,9 @@ def _turn(role: Role, content: Any, field: str, files: dict[str, _Files], masks:
 def _split_mask_tokens(
     parts: Sequence[str | Media], masks: _Files
 ) -> Iterator[str | Media | ControlToken]:
-    """Yield the parts of a reply; `[SEG]` in its text is a control token where the record has
-    masks.
+    """Yield the parts of a reply.
+
+    `[SEG]` in its text is a control token where the record has masks.
     """
     for part in parts:
         pieces = part.split(MASK_TOKEN) if isinstance(part, str) and masks.paths else [part]
@@ -440,8 +441,9 @@ def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iter
 
 
 def _plain(text: str, field: str) -> str:
-    """Text between placeholders. Raises `DataError` for a placeholder that would be trained as
-    words.
+    """Return the text between placeholders.
+
+    Raises `DataError` for a placeholder that would be trained as words.
     """
     found = _FOREIGN_PLACEHOLDER.search(text) if "<" in text else None
     if found is None:
@@ -468,8 +470,9 @@ def _next_media(branch: str, what: str, field: str, files: dict[str, _Files]) ->
 
 
 def _part(part: Any, field: str, files: dict[str, _Files]) -> str | Media:
-    """One part of an OpenAI-style content list. Its media are parts, so its text holds no
-    placeholders.
+    """Return one part of an OpenAI-style content list.
+
+    Images and volumes are parts of their own, so the text of a part holds no placeholders.
     """
     if not isinstance(part, dict) or "type" not in part:
         raise DataError(
@@ -510,8 +513,9 @@ def _count_reason(branch: str, media: _Files) -> str:
 
 
 def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference: bool) -> None:
-    """One system turn at most, then user and assistant by turns; the last is the assistant's unless
-    it is asked for.
+    """Check the order of the turns: one system turn at most, then user and assistant alternate.
+
+    For training, the last turn is the assistant's.
     """
     field = _turns_field(record)
     has_system = bool(turns) and turns[0].role == "system"
@@ -540,8 +544,9 @@ def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference:
 
 
 def media_field(record: Any, media_index: int) -> str:
-    """Return the field that names file number `media_index` of a good record. Reads the record
-    again: for messages.
+    """Return the field that names file `media_index` of a good record, for messages.
+
+    Reads the record again.
     """
     # Inference accepts every record that training does, and finds the same files in it.
     media = _parse(record, inference=True, file=None, index=None).media

@@ -115,8 +115,9 @@ class MediaCache:
     def _find(
         self, path: Path, preprocess: Preprocess, *, with_placement: bool
     ) -> Prepared | _Entry:
-        """The entry of a file; what is not stored is prepared, and stored where that is
-        possible.
+        """Return the entry of a file.
+
+        A file that is not in the cache is prepared, and stored if possible.
         """
         path = Path(path)
         try:
@@ -161,17 +162,17 @@ class MediaCache:
         self._reported_old = True
 
     def size(self) -> tuple[int, int]:
-        """How many entries there are, and the bytes of them and of the index."""
+        """Return the number of entries, and the bytes of entries and index together."""
         files = list(self._files())
         return sum(path.suffix == ".npy" for path, _ in files), sum(
             stat.st_size for _, stat in files
         )
 
     def _content(self, path: Path, state: str) -> str | None:
-        """The hash of what the file holds, looked up by name, size and time so that it is read for
-        it only once.
+        """Return the content hash of a file.
 
-        None where it is not known and could not be noted.
+        It is looked up by name, size and time, so that hashing reads the file only once. None if
+        it is unknown and cannot be stored.
         """
         index = self.folder / "index" / state[:2] / state
         try:
@@ -205,8 +206,9 @@ class MediaCache:
         return stored
 
     def _map(self, stream: BinaryIO, name: str) -> _Entry:
-        """Raises `ValueError` where the entry is not whole; its checksum is verified on first use
-        in each process.
+        """Map an entry into memory. Raises `ValueError` if it is incomplete.
+
+        Its checksum is verified on first use in each process.
         """
         if npy.read_magic(stream) != (1, 0):
             raise ValueError("it is of another version")
@@ -242,8 +244,9 @@ class MediaCache:
             self._verify(entry.name, pixels)
 
     def _write(self, target: Path, parts: list[bytes | memoryview]) -> bool:
-        """Write atomically. A disk that is full or read-only gives one warning and does not stop
-        the run.
+        """Write atomically.
+
+        A disk that is full or read-only gives one warning and does not stop the run.
         """
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -302,8 +305,9 @@ class MediaCache:
             raise _FullError
 
     def _let_go(self, needed: int) -> int:
-        """Remove what nobody used since this object was made, the oldest first, until there is
-        room. Bytes left.
+        """Evict the oldest unused files until there is room. Return the bytes still in use.
+
+        Unused are those that nobody read since this object was made.
         """
         files = sorted(self._files(), key=lambda pair: pair[1].st_mtime)
         used = sum(stat.st_size for _, stat in files)

@@ -12,8 +12,7 @@ from medm.files import atomic_file
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write records, one at a time, so that they need not fit into memory. Returns how many there
-    were.
+    """Write records one at a time, so that they need not fit into memory. Return their number.
 
     Args:
         path: a name that ends in .jsonl has one record a line; any other is a JSON array.

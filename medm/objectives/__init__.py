@@ -1,9 +1,8 @@
-"""Objectives: a model's output and a batch in, the sum of a loss out. One line a member in the
-table.
+"""Objectives: the sum of a loss from a model's output and a batch.
 
-An objective knows nothing of optimizers, ranks beside its own gathering, or logging. Adding one is
-a new file with an `Objective` and a line here; options of its own stand above the table,
-torch-free. How several are added up: `medm.objectives.terms`.
+The table has one line per objective. An objective knows nothing of optimizers or logging, and of
+ranks only its own gathering. To add one, write a new file with an `Objective` and a line here;
+options of its own stand above the table, torch-free. `medm.objectives.terms` adds several up.
 """
 
 from __future__ import annotations
@@ -46,8 +45,9 @@ class LanguageModelingOptions(ObjectiveOptions):
 
 
 class ContrastiveOptions(ObjectiveOptions):
-    """Two views of the same item are pulled together, all other pairs of the global batch pushed
-    apart.
+    """Contrastive loss over the global batch.
+
+    It pulls two views of the same item together and pushes all other pairs apart.
     """
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -106,9 +106,7 @@ class TermOptions(Options):
 
 
 class TermsOptions(Options):
-    """Several objectives at once, in place of one: `objective: {terms: {...}}`. The model runs once
-    for all of them.
-    """
+    """Several objectives on one run of the model: `objective: {terms: {...}}`."""
 
     terms: dict[str, TermOptions] = Field(min_length=1)
     """The objectives by a name of your choice; each is logged as `loss/<name>`."""

@@ -15,8 +15,9 @@ Output: TypeAlias = Mapping[str, Any]
 
 
 class Objective(ABC):
-    """A loss that is a sum over items (labeled tokens, pairs). A subclass takes its options by
-    keyword.
+    """A loss that is a sum over items (labeled tokens, pairs).
+
+    A subclass takes its options by keyword.
 
     `medm.objectives.terms` runs the model and divides the sum by the items of the whole optimizer
     step. So accumulation, uneven batches and the number of ranks do not change what is minimized.
@@ -47,13 +48,15 @@ class Objective(ABC):
 
 @runtime_checkable
 class RowLosses(Protocol):
-    """An objective whose loss is a sum over rows, so that diagnostics can measure those of a
-    task.
+    """An objective whose loss is a sum over rows.
+
+    Diagnostics can measure the loss of one task's rows.
     """
 
     def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
-        """Return the mean loss of some rows, without auxiliary losses, which belong to no single
-        row.
+        """Return the mean loss of some rows.
+
+        Auxiliary losses are not part of it: they belong to no single row.
 
         Args:
             model: without wrappers.

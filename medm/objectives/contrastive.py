@@ -13,8 +13,9 @@ from medm.types import Batch
 
 
 class Contrastive(Objective):
-    """Every rank scores its own rows against the pairs of all ranks: the logits are (B, pairs of
-    all).
+    """Contrastive loss of each rank's rows against the pairs of all ranks.
+
+    The logits are (B, pairs of all ranks).
 
     Ranks may hold different numbers of pairs. The model's output has the two views under the names
     `first` and `second`, (B, D) each, a `logit_scale` (a factor, not its logarithm) and, for the

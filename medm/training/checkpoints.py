@@ -57,8 +57,9 @@ def clear_staging(output_dir: Path) -> None:
 
 
 def check_unused(output_dir: Path) -> None:
-    """Raise `RecipeError` when a folder holds another run's checkpoints or model, which a new run
-    would replace.
+    """Raise `RecipeError` for a folder with another run's checkpoints or model.
+
+    A new run would replace them.
     """
     if (output_dir / FINISHED).is_dir():
         raise RecipeError(
@@ -146,8 +147,9 @@ def newest_good(output_dir: Path, *, metadata: Mapping[str, type] | None = None)
 
 
 def finished_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a model in `FINISHED`. It is the last but one of the files to be moved
-    out of it.
+    """Return the manifest of a model in `FINISHED`.
+
+    It is the last but one of the files to be moved out of the folder.
     """
     place = folder if (folder / MANIFEST).exists() else folder.parent
     record = read_manifest(place)
@@ -157,8 +159,9 @@ def finished_manifest(folder: Path) -> dict[str, Any]:
 
 
 def prune(output_dir: Path, *, keep: int, spare: Path | None, newest: Path) -> None:
-    """Remove all but the newest `keep` checkpoints and `spare` (the best), once `newest` has been
-    read back.
+    """Remove all but the newest `keep` checkpoints and `spare` (the best).
+
+    `newest` is verified first.
     """
     doomed = [folder for folder in folders(output_dir)[keep:] if folder not in (spare, newest)]
     if not doomed:

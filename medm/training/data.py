@@ -95,13 +95,14 @@ class TrainingData:
 
     @property
     def records(self) -> list[Records[Any, Any]]:
-        """What is trained and evaluated on."""
+        """The records of the training and of the evaluation data."""
         return [dataset.records for dataset in (self.train, self.evaluation) if dataset is not None]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Records that the check left out, and those that were left out or shortened since. All
-        processes call it.
+        """Number of records that the check left out, and of those left out or shortened since.
+
+        All ranks call it.
         """
         noted = all_gather_objects({what: self.train.noted(what) for what in COUNTED})
         since = {what: len(set().union(*(one[what] for one in noted))) for what in COUNTED}

@@ -1,5 +1,6 @@
-"""Configuration and checkpoints of DeepSpeed. No other file imports it, and only recipes that name
-a stage need it.
+"""Configuration and checkpoints of DeepSpeed.
+
+No other file imports it, and only recipes that name a stage need it.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ PRESETS: dict[str, Mapping[str, object]] = {
 
 
 def configuration(options: TrainOptions) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a recipe, and set the environment that a process
-    without launcher lacks.
+    """Return the DeepSpeed configuration of a recipe.
+
+    Sets the environment variables that a process without launcher lacks.
 
     Raises:
         RecipeError: neither a preset nor a readable JSON file, or a file with settings that belong
@@ -272,8 +274,9 @@ def collected(engine: Any) -> Iterator[dict[Path, Any]]:
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Return the full-size weights by name. All ranks call it; under ZeRO-3 only rank 0 gets
-    them.
+    """Return the full-size weights by name.
+
+    All ranks call it; under ZeRO-3 only rank 0 gets them.
     """
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict() or {}

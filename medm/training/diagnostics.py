@@ -1,10 +1,9 @@
-"""Gradient conflicts between tasks: cosines and sizes of their gradients, and the experts that each
-is routed to.
+"""Gradient conflicts between tasks, and the experts that each task is routed to.
 
-Measured between steps on batches that were just trained on: the weights, their gradients, the
-optimizer, the random numbers and every buffer are afterwards what they were before. Blind to
-modality: the objective says what the loss of some rows is, the model says its parts, and a module
-that routes gives its routing weights.
+The callback measures cosines and sizes of the tasks' gradients between steps, on batches that were
+just trained on. It changes no weights, gradients, optimizer states, random states or buffers.
+Knows no modality: the objective gives the loss of some rows, the model its parts, and a module that
+routes its routing weights.
 
 Definitions (gradient surgery, arXiv 2001.06782), for the gradients g, h of two tasks on the same
 weights and batch: cosine <g, h> / (|g| |h|); a conflict where it is below zero; magnitude
@@ -128,11 +127,11 @@ def without_tasks(batch: Batch) -> Batch:
 
 
 def gradient_groups(parts: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """What is measured: each part with trained weights, and inside it its children where there are
-    several.
+    """Return the groups of weights that are measured.
 
-    The children of a list count one by one: `image.connector`, `image.connector.router`,
-    `image.connector.experts.0`.
+    Each part with trained weights is a group. If several of its children have trained weights, each
+    of them is a group too; the children of a list are one group each: `image.connector`,
+    `image.connector.router`, `image.connector.experts.0`.
     """
     groups: dict[str, list[nn.Parameter]] = {}
     for name, part in parts.items():
@@ -161,8 +160,9 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 class Pairs:
-    """Running sums over batches, for one group of weights: (T, T) each, and the norm of each task's
-    gradient.
+    """Running sums over batches for one group of weights.
+
+    There is one (T, T) sum for each measure, and the norm of each task's gradient.
     """
 
     def __init__(self, tasks: int) -> None:
@@ -199,8 +199,9 @@ class Pairs:
         return [self.count, self.cosine, self.conflict, self.magnitude, self.norm, self.norm_count]
 
     def means(self) -> dict[str, Any]:
-        """JSON-able; None for pairs that never met in a batch. `mean` is over the pairs of two
-        different tasks.
+        """Return the means, JSON-able; None for pairs that never met in a batch.
+
+        `mean` is over the pairs of two different tasks.
         """
         off = ~torch.eye(len(self.count), dtype=torch.bool)
         met = float(self.count[off].sum())
@@ -271,8 +272,9 @@ def _products(gradients: Sequence[Tensor | None]) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random numbers and buffers come out as they went in; `autograd.grad` leaves the weights' own
-    gradients alone.
+    """Restore random states and buffers at the end of the block.
+
+    `autograd.grad` leaves the gradients of the weights alone.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     spread = device.type not in ("cpu", "meta")
@@ -288,8 +290,9 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class GradientConflictCallback(TrainerCallback):
-    """Measures every few steps, and writes JSON, a Markdown table and an image below the output
-    folder.
+    """Measures gradient conflicts every few steps.
+
+    Writes JSON, a Markdown table and an image below the output folder.
 
     Args:
         recorder: the trainer's terms.
@@ -416,8 +419,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
-    """Heat maps of cosines, magnitude similarities and routing; says so and returns False without
-    matplotlib.
+    """Draw heat maps of cosines, magnitude similarities and routing.
+
+    Without matplotlib, log that and return False.
     """
     if find_spec("matplotlib") is None:
         logger.info("no %s: matplotlib is not installed (pip install 'medm[plot]')", path.name)

@@ -1,6 +1,4 @@
-"""Feature caching (`data.cache_features`): frozen encoders run once over the data before
-training.
-"""
+"""Feature caching (`data.cache_features`): frozen encoders run over the data before training."""
 
 from __future__ import annotations
 
@@ -40,8 +38,7 @@ def cache_features(
     device: torch.device,
     bad_records: Literal["stop", "skip"] = "stop",
 ) -> dict[str, FeatureStore]:
-    """Return the feature caches of all branches with a frozen encoder, filled with the features of
-    the data.
+    """Return the feature caches of all branches with a frozen encoder, filled from the data.
 
     Args:
         model: `encoders()` gives each branch's module with `encoder` and `encode(pixels)`; it is
@@ -124,8 +121,9 @@ def _made_by_all(
     wanted: list[tuple[str, Path]],
     device: torch.device,
 ) -> list[str]:
-    """Fill a cache, each rank with its shard of the files. Return the reasons of unreadable files
-    on all ranks.
+    """Fill a cache, each rank with its shard of the files.
+
+    Return the reasons of unreadable files on all ranks.
     """
     bad: list[str] = []
     shard = wanted[rank() :: world_size()]
@@ -167,8 +165,9 @@ def _encoded(
     device: torch.device,
     bad: list[str],
 ) -> Iterator[FeatureBatch]:
-    """Features (n, prefix + prod(grid), D), in float16 where the encoder computes in it, else in
-    float32: exact either way.
+    """Yield batches of features (n, prefix + prod(grid), D).
+
+    They are in float16 where the encoder computes in it, else in float32: exact either way.
     """
     for start in range(0, len(wanted), BATCH):
         prepared: dict[str, Prepared] = {}

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 def compile_layers(
     model: nn.Module, *, deepspeed: str | None = None, backend: str = "inductor"
 ) -> int:
-    """Compile each repeated layer of transformers' towers and decoders; return the number of
-    layers.
+    """Compile each repeated layer of transformers' encoders and decoders. Return their number.
 
     A layer is the largest module without data-dependent control flow: the code around it
     (scattering vision tokens, choosing labeled positions) depends on the values of a batch. Layers
@@ -72,8 +71,9 @@ def apply_kernels(model: MedmModel, options: TrainOptions) -> None:
 
 
 def any_lengths(model: MedmModel, options: TrainOptions, device: torch.device) -> bool:
-    """Return whether padding-free rows may have any lengths: compiled layers need one kernel for
-    all sequences.
+    """Return whether padding-free rows may have any lengths.
+
+    Compiled layers need one kernel for all sequences.
     """
     if not options.torch_compile:
         return True
@@ -83,8 +83,7 @@ def any_lengths(model: MedmModel, options: TrainOptions, device: torch.device) -
 
 
 def use_liger(language_model: nn.Module | None) -> None:
-    """Replace norms, rotary embeddings and gated layers of a language model by liger's (arXiv
-    2410.10989), in place.
+    """Replace norms, rotary embeddings and gated layers by liger's (arXiv 2410.10989), in place.
 
     Its fused cross-entropy is not used: the head runs at labeled positions only.
 

@@ -13,8 +13,9 @@ T = TypeVar("T")
 
 
 class DiagnosticsOptions(Options):
-    """Measurement of gradient conflicts between tasks (`medm.training.diagnostics`), without effect
-    on the training.
+    """Measurement of gradient conflicts between tasks (`medm.training.diagnostics`).
+
+    It has no effect on the training.
     """
 
     every: int = Field(ge=1)
@@ -25,9 +26,7 @@ class DiagnosticsOptions(Options):
 
 
 class NewTokenOptions(Options):
-    """How the rows of new tokens are trained; they have no weight decay. `train` is short for
-    `{}`.
-    """
+    """Training of the rows of new tokens, without weight decay. `train` is short for `{}`."""
 
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the rows; that of their part without it."""
@@ -104,8 +103,9 @@ class PartOptions(Options):
         ]
 
     def lora(self) -> dict[str, Any]:
-        """Return the adapter as fields of `peft.LoraConfig`, JSON-able. None for `target_modules`
-        means the default.
+        """Return the adapter as fields of `peft.LoraConfig`, JSON-able.
+
+        None for `target_modules` means the default.
         """
         return {
             "r": self.r,
@@ -126,8 +126,9 @@ Part = Annotated[PartOptions, BeforeValidator(_short_form)]
 
 
 def flatten_parts(value: object) -> object:
-    """Return `{image: {encoder: frozen}}`, as a dotted override writes a new part, as
-    `{image.encoder: frozen}`.
+    """Return `{image: {encoder: frozen}}` as `{image.encoder: frozen}`.
+
+    A dotted override writes a new part in the first form.
     """
     return _flat_parts(value) if isinstance(value, Mapping) else value
 
@@ -148,9 +149,7 @@ their name."""
 
 
 class TrainOptions(Options):
-    """`transformers.TrainingArguments` by their own names; those not listed here go into
-    `arguments`.
-    """
+    """Fields of `transformers.TrainingArguments`; those not listed here go into `arguments`."""
 
     num_train_epochs: float = Field(default=1.0, ge=0)
     """Passes over the data; 0 writes the untrained model."""

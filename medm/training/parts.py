@@ -1,4 +1,4 @@
-"""What is trained: freezing, adapters and learning rates, part by part. The one place that does it.
+"""Freezing, adapters and learning rates, part by part. No other module does it.
 
 Loading never freezes and freezing never loads. Knows no modality: a model says its parts by name.
 """
@@ -32,7 +32,7 @@ ADAPTER_PARAMETER = "lora_"
 
 
 class HasParts(Protocol):
-    """What the trainer asks of a model, beside being an `nn.Module`."""
+    """The methods of a model that the trainer calls, beside those of `nn.Module`."""
 
     def parts(self) -> dict[str, nn.Module]:
         """Part name -> module. Every parameter of the model lies in a part."""
@@ -53,7 +53,7 @@ class HasParts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PartRow:
-    """What became of one part."""
+    """Training of one part, as a row of `PartTable`."""
 
     name: str
     tune: str
@@ -64,7 +64,7 @@ class PartRow:
 
 @dataclass(frozen=True, slots=True)
 class PartTable:
-    """What is trained; prints as an aligned table."""
+    """Table of the parts and their trained parameters; prints as an aligned table."""
 
     rows: tuple[PartRow, ...]
 
@@ -141,8 +141,9 @@ def apply_parts(
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Parts of which nothing is trained. They stay in eval mode: a frozen batch norm must not move
-    either.
+    """Return the parts of which nothing is trained.
+
+    They stay in eval mode: a frozen batch norm must not move either.
     """
     parts = cast(HasParts, model).parts().values()
     return [
@@ -155,10 +156,10 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 def parameter_groups(
     model: nn.Module, parts: Mapping[str, PartOptions], train: TrainOptions
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of each part: matrices with weight decay; norms, biases and new tokens
-    without.
+    """Return the optimizer groups of each part.
 
-    A tensor that two parts share counts for the first.
+    Matrices have weight decay; norms, biases and new tokens have none. A tensor that two parts
+    share counts for the first.
     """
     groups: list[dict[str, Any]] = []
     seen: set[int] = set()
@@ -264,8 +265,9 @@ def linear_layers(module: nn.Module) -> list[str]:
 
 
 def _checkpoint_activations(module: nn.Module, *, asked: bool, name: str) -> None:
-    """Switch recomputation on in every transformers model inside a part, and in medm's own
-    blocks.
+    """Enable activation checkpointing in a part.
+
+    It covers every transformers model inside the part, and medm's own blocks.
     """
     able = [
         m

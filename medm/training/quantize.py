@@ -1,5 +1,6 @@
-"""Frozen weights in 4 bits (NF4, arXiv 2305.14314) under trained adapters, by bitsandbytes, an
-optional package.
+"""Frozen weights in 4 bits (NF4, arXiv 2305.14314) under trained adapters.
+
+Needs bitsandbytes, an optional package.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ def four_bit_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the same model with plain layers: 4-bit weights as the numbers that they stand
-    for.
+    """Return the state dict of the same model with plain layers.
+
+    4-bit weights are dequantized.
     """
     small = four_bit_weights(model)
     tensors = {

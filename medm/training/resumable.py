@@ -1,9 +1,8 @@
-"""transformers' Trainer with checkpoints that are whole or not there, and runs that go on from
-them.
+"""transformers' Trainer with atomic checkpoints, and runs that resume from them.
 
-Knows what a run consists of (weights, optimiser, schedule, random numbers, recipe), not what is
-learned: losses, parts and data are its subclass's. Where the files go is `checkpoints`, when they
-are written is `checkpoint_writer`.
+Knows what a run consists of (weights, optimizer, schedule, random states, recipe), not what is
+learned: losses, parts and data belong to its subclass. `checkpoints` says where the files are,
+`checkpoint_writer` when they are written.
 """
 
 from __future__ import annotations
@@ -217,8 +216,9 @@ class ResumableTrainer(Trainer):
         return checkpoints.staging(output_dir, step)
 
     def _write_checkpoint(self, folder: Path, final: Path, *, neighbours: int) -> dict[Path, Any]:
-        """All files of this process, but for those whose state could be copied: the copies, by
-        file.
+        """Write the files of this rank. Return the copies of states that are still to be written.
+
+        The copies are by file; there are none if they do not fit into memory.
 
         Args:
             folder: where the files go.
@@ -251,8 +251,7 @@ class ResumableTrainer(Trainer):
         return {}
 
     def _large_state(self, folder: Path, model: nn.Module | None) -> dict[Path, Any]:
-        """What this process writes of the optimiser, and of `model` where that is asked for, by
-        file.
+        """Return the large states that this rank writes, by file: optimizer and, if given, model.
 
         The tensors are those that are trained, not copies. The schedule, which is small, is written
         at once.
@@ -283,7 +282,7 @@ class ResumableTrainer(Trainer):
                 states[type(callback).__name__] = callback.state()
 
     def _commit(self, folder: Path, final: Path) -> Callable[[], None]:
-        """What makes a folder a checkpoint, with the metadata of this moment."""
+        """Return the action that makes a folder a checkpoint, with the metadata of this moment."""
         metadata = {
             "step": self.state.global_step,
             "world_size": self.args.world_size,
@@ -308,8 +307,9 @@ class ResumableTrainer(Trainer):
         return commit
 
     def _estimated_size(self) -> int:
-        """Bytes of a first checkpoint: weights, and for each trained one two moments and a copy in
-        float32.
+        """Return the estimated bytes of a first checkpoint.
+
+        It holds the weights and, for each trained one, two moments and a copy in float32.
         """
         total = 0
         for parameter in self._module.parameters():
@@ -364,9 +364,7 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Every tensor of the model comes from the checkpoint, and every tensor of the checkpoint
-        is used.
-        """
+        """Load the model's tensors from a checkpoint, with none missing and none left over."""
         folder, model = Path(resume_from_checkpoint), model or self._module
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         files = [SAFE_WEIGHTS_NAME]

@@ -92,9 +92,7 @@ def _memory_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 def write_files(files: Mapping[Path, Any]) -> None:
-    """Write the state of each file: tensors by name into `.safetensors`, anything else as
-    `torch.save` does.
-    """
+    """Write the state of each file: tensors by name into `.safetensors`, others by `torch.save`."""
     for file, state in files.items():
         if file.suffix == ".safetensors":
             write_safetensors(state, file)
@@ -114,8 +112,9 @@ def check_types(tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file without holding the GIL, which safetensors' own writer holds until
-    the disk is done.
+    """Write a safetensors file without holding the GIL.
+
+    The writer of safetensors holds it until the disk is done.
 
     Args:
         tensors: contiguous.

@@ -45,9 +45,7 @@ MAX_OVERFLOWS = 50
 
 
 class BatchSampler(Protocol):
-    """Which samples this process sees, batch by batch; a pure function of seed, epoch and
-    position.
-    """
+    """Batches of sample indices of this rank: a pure function of seed, epoch and position."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that `__iter__` goes through."""
@@ -94,9 +92,7 @@ class _SetEpoch(TrainerCallback):
 
 
 class _LogLastStep(TrainerCallback):
-    """Logs the last step, and the one that a signal stops after, wherever they fall between two
-    logged ones.
-    """
+    """Logs the last step, and the step after which a signal stops the run."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps or control.should_training_stop:
@@ -116,8 +112,9 @@ class _AfterStep(TrainerCallback):
 
 
 class _Lost:
-    """An error that a batch raised where it was read: a worker, or one rank of several. It travels
-    as a batch.
+    """An error that was raised where a batch was read: in a worker, or on one of several ranks.
+
+    It travels in place of the batch.
     """
 
     def __init__(self, error: MedmError | OSError) -> None:
@@ -125,8 +122,9 @@ class _Lost:
 
 
 class _Reading(Dataset[Any]):
-    """A dataset whose errors are items: raised in a worker they would come out as the text of a
-    traceback.
+    """A dataset that returns its errors as items.
+
+    An error that is raised in a worker would arrive as the text of a traceback.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -241,8 +239,9 @@ class MedmTrainer(ResumableTrainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Every held-out sample once: a process that has none left runs a batch that counts
-        nothing.
+        """Return a loader of every held-out sample once.
+
+        A rank that has none left runs a batch that counts nothing.
         """
         dataset = cast("Dataset[Any]", eval_dataset or self.eval_dataset)
         return DataLoader(
@@ -261,14 +260,16 @@ class MedmTrainer(ResumableTrainer):
 
     @property
     def _num_workers(self) -> int:
-        """Workers of a loader: those of the recipe, but not more than there are processors. Samples
-        are the same.
+        """Number of workers of a loader: that of the recipe, at most one per processor.
+
+        The samples do not depend on it.
         """
         return min(self.args.dataloader_num_workers, max(len(os.sched_getaffinity(0)), 1))
 
     def _prepare_input(self, data: Any) -> Any:
-        """On its way to a GPU while the step before still runs there, where it comes from pinned
-        memory.
+        """Move inputs to the device.
+
+        Pinned tensors are copied to a GPU while the previous step still runs there.
         """
         if isinstance(data, Tensor) and self.args.device.type == "cuda" and data.is_pinned():
             data = data.to(self.args.device, non_blocking=True)
@@ -334,8 +335,9 @@ class MedmTrainer(ResumableTrainer):
         return counts.clamp(min=1)
 
     def _require_few_bad(self, dataset: Any, bad: int, *, what: str) -> None:
-        """Stop where more records are bad than the recipe allows. All processes call it with the
-        same number.
+        """Stop if more records are bad than the recipe allows.
+
+        All ranks call it with the same number.
 
         Args:
             dataset: its records are counted.
@@ -367,8 +369,9 @@ class MedmTrainer(ResumableTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """The schedule. Warm-up as a fraction is rounded up, and must not be all there is of a
-        short run.
+        """Create the schedule.
+
+        Warm-up as a fraction is rounded up, and must leave steps of a short run.
         """
         if (
             self.args.warmup_steps < 1
@@ -395,9 +398,7 @@ class MedmTrainer(ResumableTrainer):
         return losses.total * world_size
 
     def _after_step(self) -> None:
-        """Let the model act on its own state, unless the step was skipped for an overflow of
-        fp16.
-        """
+        """Call the model's `after_step`, unless an overflow of fp16 skipped the step."""
         model = self._module
         if not isinstance(model, MedmModel) or self.accelerator.optimizer_step_was_skipped:
             return
@@ -409,8 +410,9 @@ class MedmTrainer(ResumableTrainer):
             copy_to_optimizer(changed)
 
     def _hold_frozen_still(self) -> None:
-        """Frozen parts drop nothing out and move no running mean; layers that recompute must still
-        say they train.
+        """Keep frozen parts in eval mode: no dropout, no moving statistics.
+
+        Layers with activation checkpointing keep the flag `training`, which it depends on.
         """
         for part in self._frozen:
             part.eval()
@@ -426,8 +428,9 @@ class MedmTrainer(ResumableTrainer):
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Measure each term as a mean over its items of the held-out data, in any batches and
-        ranks.
+        """Measure each term as a mean over its items of the held-out data.
+
+        The result does not depend on batch size or number of ranks.
         """
         self._held_out = []
         output = super().evaluation_loop(
@@ -509,8 +512,9 @@ class MedmTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _per_step_with_samples(self, logs: dict[str, float]) -> dict[str, float]:
-        """A log entry with its losses as means over the steps that had samples; without losses
-        where none had.
+        """Divide the losses of a log entry by the number of steps that had samples.
+
+        An entry without such a step has no losses.
         """
         steps, counted = self._steps_since_log, int(self._steps_with_items)
         self._steps_since_log = 0
