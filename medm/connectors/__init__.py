@@ -1,5 +1,6 @@
-"""Connectors: vision tokens in, tokens of the LLM's width out. The table at the end has one line
-per member.
+"""Connectors: from vision tokens to tokens of the LLM's width.
+
+The table at the end has one line per member.
 
 To add one, write a file with a `Connector` and a line here. Its options stand above the table and
 are torch-free, so that a recipe can be checked without loading model code. They hold the only
@@ -106,8 +107,9 @@ class ResampleOptions(MLPOptions):
 
 
 class MoEOptions(MLPOptions):
-    """Experts mixed by a router. `depth` and `activation` are those of each expert; depth 1 gives
-    linear experts.
+    """Mixture of experts with a router.
+
+    `depth` and `activation` are those of each expert; depth 1 gives linear experts.
     """
 
     num_experts: int = Field(default=5, ge=1)

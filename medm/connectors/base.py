@@ -37,8 +37,9 @@ class Connector(nn.Module, metaclass=ABCMeta):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the LLM receives for one image or volume; arithmetic, as written in
-        checkpoints.
+        """Number of tokens that the LLM receives per image or volume, by arithmetic only.
+
+        Checkpoints store it.
         """
         return self.prefix + prod(self.grid)
 
@@ -53,7 +54,8 @@ class Connector(nn.Module, metaclass=ABCMeta):
         """
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Losses of the last forward that training adds by name (load balance of a router); usually
-        none.
+        """Return the auxiliary losses of the last forward by name; usually empty.
+
+        Training adds them (load balance of a router).
         """
         return {}

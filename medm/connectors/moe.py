@@ -1,5 +1,6 @@
-"""Connector mixture of experts (Uni-Med, arXiv 2409.17508): several MLPs, and a router that weighs
-them per token.
+"""Mixture-of-experts connector (Uni-Med, arXiv 2409.17508).
+
+Several MLPs, and a router that weighs them per token.
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ class Router(nn.Module):
         )
 
     def forward(self, tokens: Tensor, task_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return routing weights (B, N, experts) in float32 that sum to 1, and the load-balance
-        loss or None.
+        """Return routing weights (B, N, experts) and the load-balance loss or None.
+
+        The weights are float32 and sum to 1 over the experts.
 
         Args:
             tokens: (B, N, dim).
@@ -131,8 +133,9 @@ class Router(nn.Module):
         return known, unseen
 
     def _one_hot(self, known: Tensor, unseen: Tensor) -> Tensor:
-        """Return (B, experts): 1 for the expert of the task; for unseen tasks the mean over the
-        tasks.
+        """Return (B, experts): 1 for the expert of the task.
+
+        An unseen task gets the mean over the tasks.
         """
         table = torch.eye(self.num_tasks, self.num_experts, device=known.device)
         return torch.where(unseen[:, None], table.mean(dim=0), table[known])
@@ -275,8 +278,10 @@ class MoEConnector(Connector):
         return mixed
 
     def _mix_chosen(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Run each expert on the tokens routed to it. An expert without tokens runs on an empty
-        batch, at no cost, so that all ranks call the same modules under ZeRO-3.
+        """Run each expert on the tokens routed to it.
+
+        An expert without tokens runs on an empty batch, at no cost, so that all ranks call the same
+        modules under ZeRO-3.
         """
         flat, weights = tokens.flatten(0, 1), weights.flatten(0, 1)  # (T, width), (T, experts)
         mixed = None
@@ -299,8 +304,9 @@ class MoEConnector(Connector):
 
     @torch.no_grad()
     def _record(self, weights: Tensor, task_ids: Tensor | None) -> None:
-        """Add to the sums (tasks + 1, experts + 1); the last column counts tokens. The size is
-        fixed.
+        """Add to the sums (tasks + 1, experts + 1), whose last column counts tokens.
+
+        The size is fixed.
         """
         if self._weight_sums is None or self._weight_sums.device != weights.device:
             # Long runs add small numbers to large sums. Apple's devices have no float64.
@@ -315,8 +321,9 @@ class MoEConnector(Connector):
         self._weight_sums.index_add_(0, task_ids.clamp(0, len(self.tasks)), sums)
 
     def routing_weights(self) -> dict[str, list[float]]:
-        """Return the mean routing weight of each expert by task since the last reset, for tasks
-        that were seen.
+        """Return the mean routing weight of each expert by task since the last reset.
+
+        Tasks that were not seen are left out.
         """
         if self._weight_sums is None:
             return {}

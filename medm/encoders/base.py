@@ -13,7 +13,7 @@ from medm.types import Config, VisionFeatures
 
 
 class DeviceAndDtype(TypedDict):
-    """Where an encoder's weights are, and in which precision."""
+    """Device and precision of an encoder's weights."""
 
     device: torch.device
     dtype: torch.dtype
@@ -57,16 +57,18 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
 
     @property
     def inner(self) -> VisionEncoder | None:
-        """Encoder that this one runs, kept as `encoder`, which owns the weights; None where it has
-        its own.
+        """Encoder that this one runs, kept as `encoder`, which owns the weights.
+
+        None if this encoder has its own weights.
         """
         encoder = getattr(self, "encoder", None)
         return encoder if isinstance(encoder, VisionEncoder) else None
 
     @classmethod
     def architecture_from(cls, published: Mapping[str, object]) -> Config:
-        """Own `architecture` from the published `config.json` (empty mapping where there is
-        none).
+        """Return own `architecture` from the published `config.json`.
+
+        The mapping is empty if there is none.
         """
         return dict(published)
 
@@ -78,16 +80,18 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
         architecture: Mapping[str, object],
         image_size: int | None = None,
     ) -> Config:
-        """Fields of the preprocessing description (`medm.imaging`) from the published
-        `preprocessor_config.json`.
+        """Return the preprocessing fields (`medm.imaging`) of a published encoder.
+
+        They are read from `preprocessor_config.json`.
         """
         # A recipe is resolved with the class alone, before the check of abstract methods.
         raise NotImplementedError(f"encoder class {cls.__name__} defines no preprocess_from")
 
     @abstractmethod
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        """Token grid of an input of this spatial size; arithmetic only. Raises `ValueError` when it
-        does not fit.
+        """Return the token grid of an input of this spatial size, by arithmetic only.
+
+        Raises `ValueError` when the size does not fit.
         """
 
     @abstractmethod
@@ -95,15 +99,17 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
         """pixels: (B, C, *spatial), normalised as `preprocess_from` says."""
 
     def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Published tensors under the names that `key_map` reads; the same ones unless a class says
-        otherwise.
+        """Rename published tensors to the names that `key_map` reads.
+
+        The default changes nothing.
         """
         return tensors
 
     @property
     def device_and_dtype(self) -> DeviceAndDtype:
-        """For building inputs beside the weights: `torch.zeros(...,
-        **encoder.device_and_dtype)`.
+        """Return keywords for inputs beside the weights.
+
+        For example `torch.zeros(..., **encoder.device_and_dtype)`.
         """
         parameter = next(self.parameters())
         return {"device": parameter.device, "dtype": parameter.dtype}

@@ -10,8 +10,9 @@ from medm.encoders import Statistics
 
 
 class FixedBatchNorm(_BatchNorm):
-    """Batch norm, for any number of axes, that always uses its stored statistics; scale and shift
-    can be learned.
+    """Batch norm on any number of axes that always uses its stored statistics.
+
+    Scale and shift can be learned.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Any ViT-like vision tower that transformers opens by its config: one encoder for many published
-families.
+"""ViT-like vision towers that transformers opens by their config.
+
+One encoder for many published families.
 
 Nothing here is a model of its own: the class is the one that transformers has for the config's
 `model_type`. What the families do not share (the name of the final norm, tokens in front of the
@@ -223,8 +224,9 @@ class HFVisionEncoder(VisionEncoder):
         return VisionFeatures(tokens, grid=grid, prefix=self.prefix, pooled=pooled)
 
     def _run(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """All tokens (B, prefix + patches, D) before or after the final norm, and the pooled
-        vector.
+        """Return all tokens (B, prefix + patches, D) and the pooled vector.
+
+        The tokens are taken before or after the final norm.
         """
         inputs: dict[str, Any] = {"pixel_values": pixels}
         if self._takes_patches:
@@ -242,8 +244,9 @@ class HFVisionEncoder(VisionEncoder):
         return hidden, None if self.pooled_dim is None else outputs.pooler_output
 
     def _patches(self, pixels: Tensor) -> dict[str, Any]:
-        """Inputs of a tower that takes patches of any grid (SigLIP 2 NaFlex): here all of one
-        grid.
+        """Return the inputs of a tower that takes patches of any grid (SigLIP 2 NaFlex).
+
+        Here all patches are of one grid.
         """
         rows, columns = (n // p for n, p in zip(pixels.shape[2:], self.patch_size, strict=True))
         height, width = self.patch_size
@@ -271,8 +274,9 @@ class HFVisionEncoder(VisionEncoder):
         )
 
     def rename_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Published names to those of the installed transformers, which renames modules from time
-        to time.
+        """Map published names to those of the installed transformers.
+
+        transformers renames modules from time to time.
 
         transformers' own loading does it, so that every layout that it opens is opened here.
         """
@@ -339,8 +343,9 @@ class HFVisionEncoder(VisionEncoder):
 
 
 def pixel_shuffle(patches: Tensor, *, rows: int, factor: int) -> Tensor:
-    """Join squares of neighboring patches: (B, rows * columns, D) to (B, cells, factor² * D), as
-    InternVL does.
+    """Join squares of neighboring patches, as InternVL does.
+
+    (B, rows * columns, D) to (B, cells, factor² * D).
 
     Args:
         patches: in the order of the grid, the columns fastest.
@@ -357,8 +362,9 @@ def pixel_shuffle(patches: Tensor, *, rows: int, factor: int) -> Tensor:
 
 
 def _completed(published: Mapping[str, object]) -> PreTrainedConfig:
-    """The config of a published `config.json`. Raises `RecipeError` for types that transformers
-    does not have.
+    """Return the config of a published `config.json`.
+
+    Raises `RecipeError` for types that transformers does not have.
     """
     try:
         fields: dict[str, Any] = dict(published)
@@ -371,8 +377,9 @@ def _completed(published: Mapping[str, object]) -> PreTrainedConfig:
 
 
 def _config(architecture: Mapping[str, object]) -> PreTrainedConfig:
-    """The config of a tower, with the fields that the grid arithmetic needs. Raises
-    `RecipeError`.
+    """Return the config of a tower, with the fields that the grid arithmetic needs.
+
+    Raises `RecipeError`.
     """
     if "model_type" not in architecture:
         raise RecipeError(
@@ -398,8 +405,9 @@ def _config(architecture: Mapping[str, object]) -> PreTrainedConfig:
 
 
 def _tower(config: PreTrainedConfig, *, pooled: bool) -> PreTrainedModel:
-    """The tower with random weights. Raises `RecipeError` for classes that do not take pixels
-    alone.
+    """Return the tower with random weights.
+
+    Raises `RecipeError` for classes that need more than pixels.
     """
     try:
         kind: Any = MODEL_MAPPING[type(config)]
@@ -444,8 +452,9 @@ def _load(
     *,
     pooled: bool,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A tower with published tensors, and what transformers reports of them. Its own messages are
-    held back.
+    """Return a tower with published tensors, and transformers' loading report.
+
+    The messages of transformers are suppressed.
     """
     options: dict[str, Any] = dict(_pooling_layer(kind, pooled))
     level = transformers_logging.get_verbosity()

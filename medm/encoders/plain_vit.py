@@ -60,8 +60,9 @@ class Attention(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Attention and MLP with residuals; the layer norms stand before each ("pre") or after each sum
-    ("post").
+    """Attention and MLP with residuals.
+
+    The layer norms stand before each ("pre") or after each sum ("post").
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class Block(GradientCheckpointingLayer):
 
 
 class PlainViT(VisionEncoder):
-    """A ViT whose blocks after the chosen layer are not built: they would be weights without a
-    gradient.
+    """ViT up to the chosen layer.
+
+    Later blocks are not built: they would be weights without a gradient.
 
     A subclass gives `patches`, a module from pixels to (B, cells, dim) in the order of the grid,
     and says below how it was published.

@@ -231,8 +231,9 @@ class VolumePreprocess(Options):
 
 
 class Augment(Options):
-    """Random changes of preprocessed pixels, 2-D and 3-D alike, drawn anew for each access. All off
-    by default.
+    """Random changes of preprocessed pixels, 2-D and 3-D, drawn anew for each access.
+
+    All are off by default.
 
     Rotation is in the plane of the last two axes. Left and right are kept unless `mirror` is asked
     for.

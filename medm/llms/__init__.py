@@ -1,5 +1,6 @@
-"""LLM families: the differences between causal language models. The models themselves are
-transformers'.
+"""LLM families: the differences between causal language models.
+
+The models are those of transformers.
 
 To add one, write a file with an `LLMFamily` and a line here. Families know nothing of images.
 """

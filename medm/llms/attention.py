@@ -1,5 +1,6 @@
-"""Attention over a row of packed samples, each by itself: no mask over the whole row is made or
-read.
+"""Attention within each sample of a row of packed samples.
+
+No mask over the whole row is made or read.
 
 Registered with transformers under `PER_DOCUMENT`, so that any language model can be switched to it.
 A call that does not say where samples begin (padded batches, steps of decoding) goes to
@@ -50,8 +51,9 @@ def attend_per_document(
     kv_lengths: list[tuple[int, int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sample of one row. Its last query sees all its keys, of which
-    may be more.
+    """Causal attention inside each sample of one row.
+
+    There may be more keys than queries; the last query sees all keys of its sample.
 
     Args:
         module: the attention layer; says how many query heads share a key head.
@@ -132,8 +134,9 @@ def _causal(
 
 
 def enable_padding_free(model: CausalLM) -> bool:
-    """Prepare a language model for padding-free packing; it is switched to `PER_DOCUMENT` where
-    that helps.
+    """Prepare a language model for padding-free packing.
+
+    It is switched to `PER_DOCUMENT` where that helps.
 
     Args:
         model: a causal language model of transformers.
@@ -179,8 +182,9 @@ def check_usable(attention: str) -> None:
 
 
 def attends_to_all(model: CausalLM) -> bool:
-    """Whether each token of a language model attends to all before it, in layers that take their
-    attention by name.
+    """Return whether each token of a language model attends to all tokens before it.
+
+    Only layers that look up their attention by name are considered.
 
     Not so: windows, layers of other kinds, soft caps on the scores, code that calls its attention
     itself.
@@ -196,8 +200,9 @@ def attends_to_all(model: CausalLM) -> bool:
 
 
 def in_one_kernel(model: CausalLM, *, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the samples of a row are attended to in one call, whatever their lengths, which a
-    compiler can follow.
+    """Return whether the samples of a row are attended to in a single kernel call.
+
+    This holds for any lengths, so that the compiler can trace it.
     """
     dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
     return (
@@ -206,7 +211,7 @@ def in_one_kernel(model: CausalLM, *, device: torch.device, dtype: torch.dtype) 
 
 
 def no_mask(model: CausalLM, row: Tensor) -> Tensor | None:
-    """What to pass as attention mask with a row that says where samples begin.
+    """Return the attention mask to pass with a row that holds the starts of its samples.
 
     Four dimensions keep transformers from making a mask of T x T, which nobody would read.
     """
@@ -214,8 +219,9 @@ def no_mask(model: CausalLM, row: Tensor) -> Tensor | None:
 
 
 def _computed_in(query: Tensor) -> torch.dtype:
-    """The precision of the attention. Rotary embeddings in float32 make float32 of what a layer
-    computed in less.
+    """Return the precision of the attention.
+
+    Rotary embeddings in float32 promote the activations of a lower-precision layer to float32.
     """
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
@@ -233,8 +239,9 @@ def _varlen(
     longest: tuple[int, int],
     scaling: float | None,
 ) -> Tensor:
-    """(T, H, D), (S, K, D) twice, to (T, H, D); where samples begin and how long they are, of
-    queries and of keys.
+    """Variable-length attention: (T, H, D), (S, K, D), (S, K, D) to (T, H, D).
+
+    Starts and lengths of the samples are given for queries and for keys.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -251,7 +258,7 @@ def _varlen(
 
 @cache
 def _varlen_options() -> frozenset[str]:
-    """What torch's kernel for packed samples can be told; empty where there is none.
+    """Return the options of torch's kernel for packed samples; empty without such a kernel.
 
     The form that says causal by `window_size` is asked for: torch 2.11 and later.
     """

@@ -1,4 +1,4 @@
-"""What medm must know of an LLM family beyond what its config and tokenizer say."""
+"""Description of an LLM family, beyond its config and tokenizer."""
 
 from __future__ import annotations
 

@@ -207,8 +207,10 @@ class ChatFormat:
         )
 
     def _fault(self, error: Exception, messages: Sequence[Message]) -> DataError | RecipeError:
-        """Blame the conversation where the template refuses it or works for a plain question, else
-        the template.
+        """Return an error about the conversation or the template.
+
+        The conversation is named if the template refuses it or works for a plain question, else the
+        template.
         """
         refused = type(error) is TemplateError  # `raise_exception`, which templates call on purpose
         if refused or self._renders_a_question:
@@ -231,8 +233,9 @@ class ChatFormat:
         return True
 
     def _split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """(text, control token after it) pairs; the last has none. A token that strips its sides
-        does so here.
+        """Split a text into (text, following control token) pairs; the last has no token.
+
+        A token that strips its sides does so here.
         """
         start, strip_left = 0, False
         for match in self._control_pattern.finditer(text):

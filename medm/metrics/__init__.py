@@ -1,5 +1,6 @@
-"""Metrics: predictions and references in, values with intervals out. They know no model and no
-benchmark.
+"""Metrics: functions from predictions and references to values with intervals.
+
+They depend on no model and no benchmark.
 
 The table at the end has one line a metric: a function
 `metric(predictions, references, *, resampling=..., **options) -> list[MetricResult]`. Adding one is
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class MetricOptions(Options):
-    """What every metric block may say."""
+    """Options of every metric."""
 
     name: str
     """Registered name of the metric."""
@@ -190,7 +191,7 @@ METRICS.add("meteor-java", "medm.metrics.meteor:meteor_java", "METEOR 1.5 of the
 METRICS.add("cider-d", "medm.metrics.cider:cider_d", "CIDEr-D (0 to 10) on PTB-like tokens, document frequencies from the references")
 METRICS.add("bertscore", "medm.metrics.bertscore:bertscore", "BERTScore precision, recall and F1 with a local encoder", options=BERTScoreOptions)
 METRICS.add("exact-match", "medm.metrics.match:exact_match", "equal after trimming and case folding")
-METRICS.add("normalised-match", "medm.metrics.match:normalised_match", "equal after removing punctuation, articles and number words")
+METRICS.add("normalised-match", "medm.metrics.match:normalized_match", "equal after removing punctuation, articles and number words")
 METRICS.add("token-f1", "medm.metrics.match:token_f1", "F1 over words, each counted as often as it occurs in both")
 METRICS.add("closed-accuracy", "medm.metrics.choice:closed_accuracy", "yes/no and short closed answers, parsed, never found as a substring")
 METRICS.add("choice-accuracy", "medm.metrics.choice:choice_accuracy", "multiple choice by the parsed letter")

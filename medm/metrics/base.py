@@ -1,4 +1,4 @@
-"""What a metric returns, and the bootstrap behind its interval.
+"""Result of a metric, and the bootstrap of its interval.
 
 Every value is known as a function of how often each item counts. The interval is that function on
 random counts (items drawn with replacement), and two systems are compared under the same counts.
@@ -29,7 +29,7 @@ References: TypeAlias = Sequence[str | Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """Which items depend on each other."""
+    """Groups of items that depend on each other."""
 
     field: str
     """The record field that says it ("volume", "patient")."""
@@ -48,7 +48,7 @@ class Clusters:
 
 @dataclass(frozen=True, slots=True)
 class Resampling:
-    """How the interval is drawn."""
+    """Settings of the bootstrap behind an interval."""
 
     rounds: int = 1000
     """Number of bootstrap samples; 0 leaves the interval out (nan)."""
@@ -60,7 +60,7 @@ class Resampling:
     """Groups that are drawn whole; None where every item stands for itself."""
 
     def part(self, indices: Sequence[int]) -> Resampling:
-        """The same for some of the items, for metrics that score no others."""
+        """Return the resampling of a subset of the items, for metrics that score no others."""
         if self.clusters is None:
             return self
         members = tuple(self.clusters.members[index] for index in indices)
@@ -119,8 +119,9 @@ class Metric(Protocol):
     def __call__(
         self, predictions: Any, references: Any, *, resampling: Resampling = ..., **options: Any
     ) -> list[MetricResult]:
-        """`predictions[i]` is compared with `references[i]`. Raises `ValueError` when the lengths
-        differ.
+        """Compare `predictions[i]` with `references[i]`.
+
+        Raises `ValueError` when the lengths differ.
         """
         ...
 
@@ -165,8 +166,9 @@ def draws(n: int, resampling: Resampling, chunk: int = 64) -> Iterator[np.ndarra
 
 
 def percentile_interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    """Bounds that leave (1 - level) / 2 of the defined values on each side; nan where none is
-    defined.
+    """Return the bounds with (1 - level) / 2 of the defined values on each side.
+
+    Both are nan if no value is defined.
     """
     defined = values[~np.isnan(values)]
     if not len(defined):
@@ -239,8 +241,9 @@ def summed_result(
     signature: str,
     resampling: Resampling,
 ) -> MetricResult:
-    """A corpus metric: a function `(R, k) -> (R,)` of the sums over items of `statistics` (n,
-    k).
+    """Return the result of a corpus metric.
+
+    The metric is a function `(R, k) -> (R,)` of the sums over items of `statistics` (n, k).
     """
     statistics = np.asarray(statistics, dtype=np.float64)
     return result_of(

@@ -1,4 +1,4 @@
-"""Which of 14 chest findings a report affirms, denies or leaves open: rules, offline, English.
+"""Rule-based labeler of 14 chest findings in English reports, offline.
 
 The labels are CheXpert's (Irvin et al. 2019); the rules are medm's own: phrases, then cues of
 negation and doubt within the clause. A measuring aid for comparing generated with written reports,
@@ -178,7 +178,7 @@ def label_report(text: str, *, no_finding: str = "stated") -> dict[str, Status]:
 
 
 def _states_normality(clause: str) -> bool:
-    """Whether a clause says that something is normal, or that something abnormal is absent."""
+    """Return whether a clause calls something normal, or something abnormal absent."""
     return any(
         _status(clause, mention.start(), mention.end()) == wanted
         for pattern, wanted in ((_NORMAL, "positive"), (_GENERIC, "negative"))
@@ -187,7 +187,7 @@ def _states_normality(clause: str) -> bool:
 
 
 def _status(clause: str, start: int, end: int) -> Status:
-    """What a clause says of the phrase at `start:end`."""
+    """Return the status that a clause gives to the phrase at `start:end`."""
     before, after = clause[max(0, start - _REACH) : start], clause[end : end + _REACH]
     if _DOUBT_AFTER.search(after):
         return "uncertain"
@@ -206,8 +206,9 @@ def _status(clause: str, start: int, end: int) -> Status:
 
 
 def _without_pseudo_negation(text: str) -> str:
-    """Blanks out "no change in", "not increased", which say nothing of presence; the other places
-    stay.
+    """Blank out "no change in" and "not increased", which say nothing about presence.
+
+    The other characters keep their positions.
     """
     return _NO_NEGATION.sub(lambda found: " " * len(found.group()), text)
 
@@ -219,8 +220,9 @@ def _last(pattern: re.Pattern[str], text: str) -> int | None:
 
 
 def _stronger(old: Status | None, new: Status) -> Status:
-    """Several mentions: affirmed once is affirmed; else doubt outranks denial (CheXpert's
-    order).
+    """Merge two mentions of a finding.
+
+    Affirmed once is affirmed; otherwise doubt outranks denial (CheXpert's order).
     """
     order: Mapping[Status | None, int] = {None: 0, "negative": 1, "uncertain": 2, "positive": 3}
     return new if order[new] >= order[old] else old or new

@@ -115,8 +115,9 @@ def _all_ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 
 def _clipped_cosine(mine: Vector, theirs: Vector, my_norm: float, their_norm: float) -> float:
-    """Cosine in which a weight never counts for more than the reference holds (repeating a word
-    gains nothing).
+    """Cosine with weights clipped to those of the reference.
+
+    Repeating a word gains nothing.
     """
     dot = sum(
         min(weight, theirs[gram]) * theirs[gram] for gram, weight in mine.items() if gram in theirs

@@ -1,5 +1,6 @@
-"""Binary masks of equal shape, any number of axes. Surface distances are MONAI's (torch is imported
-inside).
+"""Metrics of binary masks of equal shape with any number of axes.
+
+Surface distances are MONAI's (torch is imported inside the functions).
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ def diagonal(shape: Sequence[int], spacing: Sequence[float] | None = None) -> fl
 def nsd_of(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> float:
-    """Fraction of both surfaces that lies within `tolerance` mm of the other; 1 when both are
-    empty, 0 when one is.
+    """Fraction of both surfaces that lies within `tolerance` mm of the other.
+
+    1 when both are empty, 0 when one is.
     """
     mine, theirs = _pair(prediction, reference)
     if not mine.any() or not theirs.any():
@@ -115,8 +117,9 @@ def hd95(
     spacings: Sequence[Sequence[float]] | None = None,
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean 95 % Hausdorff distance. Without `spacings` (mm a step of each axis, per item) the unit
-    is voxels.
+    """Mean 95 % Hausdorff distance.
+
+    Without `spacings` (mm per step of each axis, per item) the unit is voxels.
     """
     steps = _spacings(predictions, references, spacings)
     scores = [
@@ -159,8 +162,9 @@ def _empty_masks(
     both: str,
     one: str | None = None,
 ) -> str | None:
-    """How items count for which the formula has no value: those with two empty masks, and for a
-    distance, with one.
+    """Describe how items with empty masks count, for which the formula has no value.
+
+    These are items with two empty masks, and for a distance, those with one.
     """
     pairs = [
         (bool(np.any(mine)), bool(np.any(theirs)))

@@ -60,8 +60,9 @@ def meteor(
 def meteor_exact_stem(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """NLTK's METEOR with exact and stem matches only; lower than METEOR wherever synonyms would
-    have matched.
+    """NLTK's METEOR with exact and stem matches only.
+
+    It is lower than METEOR wherever synonyms would match.
     """
     return _nltk_meteor(
         "meteor-exact-stem", "exact+stem", _NoSynonyms(), predictions, references, resampling
@@ -134,8 +135,9 @@ def _nltk_meteor(
 
 
 def _in_english(result: MetricResult, references: References) -> list[MetricResult]:
-    """The result; without its number where the references are in another alphabet than METEOR's
-    stems and synonyms.
+    """Return the result, without its number if the references are in another alphabet.
+
+    METEOR's stems and synonyms are English.
     """
     reason = unsegmented(references, "separate the words by blanks and use bleu or rouge")
     foreign = fraction_outside_latin(references)

@@ -1,5 +1,6 @@
-"""Tokens of the COCO caption toolkit: an imitation of Stanford's PTBTokenizer, written from what
-the program prints.
+"""Tokens of the COCO caption toolkit.
+
+An imitation of Stanford's PTBTokenizer, written from the output of the program.
 
 Expected values are in `tests/metrics/ptb_tokens.tsv`: texts and what the program (corenlp 3.4.1,
 `-preserveLines -lowerCase`) and the toolkit's list of marks make of them.

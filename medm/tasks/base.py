@@ -1,4 +1,4 @@
-"""What a task must be, and how its samples become training records.
+"""Interface of a task, and the conversion of its samples into training records.
 
 A task reads a benchmark's files, words the questions and scores the answers. It does not know which
 model answers, and opens no image except to ask for its size.
@@ -37,7 +37,7 @@ FAILED = "inference_error"
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model or another program gives for one item."""
+    """Output of a model or another program for one item."""
 
     text: str
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Prediction:
 
 @dataclass(slots=True)
 class Scores:
-    """What scoring a set of predictions gives."""
+    """Results of scoring a set of predictions."""
 
     results: list[MetricResult]
     """The corrected numbers, the headline first."""
@@ -109,8 +109,9 @@ class Task(ABC):
     def samples(
         self, folder: Path, split: str = "test", *, rng: random.Random | None = None
     ) -> Iterator[Sample]:
-        """The questions of one split in the order of the files, each with `answer`, a unique `id`
-        and scoring fields.
+        """Return the questions of one split in the order of the files.
+
+        Each has an `answer`, a unique `id` and the fields that scoring reads.
 
         Args:
             folder: where the benchmark lies; media paths are relative to it.
@@ -129,8 +130,9 @@ class Task(ABC):
     def measure_item(
         self, record: JsonObject, prediction: Prediction | None, folder: Path
     ) -> JsonObject:
-        """Return the record with the numbers that scoring reads of a prediction too large to be
-        kept (a mask).
+        """Return the record with the numbers that scoring needs from a large prediction.
+
+        For predictions that are too large to be kept, such as masks.
 
         Args:
             record: with the prediction's text, numbers and scores.
@@ -143,8 +145,9 @@ class Task(ABC):
         return record
 
     def without_models(self) -> Task:
-        """Return the same task without intervals and without metrics that load a model or start a
-        program.
+        """Return the task without intervals and without metrics that load a model.
+
+        Metrics that start a program are left out, too.
 
         It scores single items, and records on trial.
         """
@@ -161,8 +164,9 @@ class Task(ABC):
         """
 
     def check(self, records: Sequence[Record]) -> None:
-        """Refuse what would stop the scoring of these records: a trial that takes seconds, before
-        hours of inference.
+        """Refuse records that would stop their scoring.
+
+        A trial that takes seconds, before hours of inference.
 
         Raises:
             DataError: a reference cannot be scored, or a field is missing.
@@ -173,14 +177,16 @@ class Task(ABC):
         self.without_models().score(records)
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The numbers as the benchmark's authors compute them; nothing where that is the same or
-        unknown.
+        """Return the numbers as the benchmark's authors compute them.
+
+        Nothing is returned if they are the same or unknown.
         """
         return []
 
     def resampling_of(self, records: Sequence[Record]) -> Resampling:
-        """How intervals on these records are drawn: by whole groups where the records say which
-        belong together.
+        """Return the resampling of intervals on these records.
+
+        Whole groups are drawn if the records say which items belong together.
 
         Raises:
             DataError: a record lacks the field that `cluster_by` names.
@@ -203,8 +209,9 @@ class Task(ABC):
         )
 
     def score(self, records: Iterable[Record]) -> Scores:
-        """Score one split's records. An item without an answer counts as wrong; it is never left
-        out.
+        """Score the records of one split.
+
+        An item without an answer counts as wrong; it is never left out.
 
         Raises:
             DataError: a record lacks a field that scoring needs, or a metric cannot read it.
@@ -272,8 +279,9 @@ class Task(ABC):
 
 
 def metric_notes(results: Iterable[MetricResult]) -> list[str]:
-    """The notes of results, each once, after the names of the metrics that it is about (the first
-    three of many).
+    """Return the notes of results, each once, after the names of the metrics it is about.
+
+    At most three names are given.
     """
     names: dict[str, list[str]] = {}
     for result in results:
@@ -349,8 +357,9 @@ def _files(sample: Sample) -> dict[str, str]:
 def task_to_records(
     task: Task, folder: Path, split: str, *, seed: int | None = None
 ) -> Iterator[JsonObject]:
-    """The samples of a split as training records (`image` or `volume`, LLaVA conversations, the
-    answer as reply).
+    """Return the samples of a split as training records.
+
+    Records have `image` or `volume`, LLaVA conversations, and the answer as reply.
 
     With a `seed` instructions are drawn from the task's pool, one stream over the split; without,
     all are worded alike.

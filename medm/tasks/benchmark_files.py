@@ -26,8 +26,9 @@ _MAX_FIELD = 16 * 2**20
 
 
 def require(folder: Path, *names: str, layout: str) -> Path:
-    """The first of these files or folders that is there. Raises `DataError` naming it and what
-    belongs beside it.
+    """Return the first of these files or folders that exists.
+
+    Raises `DataError`, which names it and what belongs beside it.
     """
     for name in names:
         path = folder / name
@@ -152,8 +153,9 @@ class NumberArchive:
 
 
 def image_size(folder: Path, relative: str) -> tuple[int, int]:
-    """Width and height in pixels, from the header. Raises `MediaError` for a missing or unreadable
-    file.
+    """Return width and height in pixels, from the header.
+
+    Raises `MediaError` for a missing or unreadable file.
     """
     from PIL import Image, UnidentifiedImageError
 

@@ -23,8 +23,9 @@ _SPLIT_NAMES = {"train": "train", "valid": "validation"}
 
 
 def volume_path(folder: Path, name: str) -> str:
-    """Where the volume lies: beside the files, or in CT-RATE's nested folders
-    (valid_1/valid_1_a/valid_1_a_1.nii.gz).
+    """Return the path of a volume, beside the files or in CT-RATE's nested folders.
+
+    A nested path is valid_1/valid_1_a/valid_1_a_1.nii.gz.
 
     Raises:
         DataError: it lies in none of these places.
@@ -54,8 +55,9 @@ def volume_path(folder: Path, name: str) -> str:
 
 
 def patient_of(volume: str) -> str:
-    """`valid_1` of `valid_1_a_1.nii.gz`: scans and reconstructions of one patient share the
-    beginning of their name.
+    """Return `valid_1` of `valid_1_a_1.nii.gz`.
+
+    The scans and reconstructions of one patient share the beginning of their name.
     """
     return "_".join(Path(volume).name.split(".")[0].split("_")[:2])
 
@@ -103,7 +105,7 @@ class CTRateVQA(Task):
         return pick_template(prompts.VOLUME_VQA, rng).format(question=question)
 
     def fields(self, question: str, answer: str, file: Path, index: int) -> Config:
-        """What scoring needs beside the answer."""
+        """Fields that scoring needs besides the answer."""
         return {}
 
 

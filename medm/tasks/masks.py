@@ -1,6 +1,4 @@
-"""Tasks whose answers are masks: measured item by item, so that a run keeps numbers and not
-volumes.
-"""
+"""Tasks whose answers are masks."""
 
 from __future__ import annotations
 
@@ -23,8 +21,9 @@ WITHOUT_MASK = "without_mask"
 
 
 class MaskTask(Task):
-    """Answers are masks. They are measured one by one (`measure_mask`), so that a run keeps numbers
-    and not volumes.
+    """Task whose answers are masks.
+
+    Masks are measured one by one (`measure_mask`), so that a run keeps numbers and not volumes.
     """
 
     needs = frozenset({"masks"})
@@ -59,8 +58,9 @@ class MaskTask(Task):
         }
 
     def measure_file(self, folder: Path, record: Record, file: Path | None) -> dict[str, float]:
-        """`measure_mask` of a mask on disk; where there is none the worst numbers, also for an
-        empty reference.
+        """Run `measure_mask` on a mask file.
+
+        A missing file gets the worst numbers, also for an empty reference.
 
         Raises:
             DataError: the file is no .npy of the reference's shape with values in 0..1.
@@ -138,8 +138,9 @@ class MaskTask(Task):
 
 
 def _number(record: Record, field: str) -> float:
-    """A record's number; an item for which no mask came has overlap 0, and needs its distance from
-    `measure_mask`.
+    """Return a number of a record.
+
+    An item without a mask has overlap 0, and needs its distance from `measure_mask`.
     """
     if record.get(field) is None:
         if field == "hd95":

@@ -17,8 +17,9 @@ from medm.types import Media, Sample
 
 
 class MedMNISTTask(Task):
-    """An .npz of MedMNIST. Its images are written out once, as PNG files under `medm_png/` in the
-    same folder.
+    """Classification of the images of an .npz file of MedMNIST.
+
+    The images are written once, as PNG files under `medm_png/` in the same folder.
     """
 
     tag = "cls"

@@ -1,5 +1,6 @@
-"""Instruction wordings, medm's own. The first of each pool is the fixed one of evaluation; training
-draws from all.
+"""Instruction templates, written for medm.
+
+Evaluation always uses the first of each pool; training draws from all.
 """
 
 from __future__ import annotations
