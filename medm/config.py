@@ -74,7 +74,9 @@ class _RecipeLoader(yaml.SafeLoader):
     It refuses duplicate keys.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Hashable, object]:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -105,7 +107,7 @@ def _place(node: yaml.Node) -> str:
     return f"{node.start_mark.name}, line {node.start_mark.line + 1}"
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, object]:
     """Read a YAML file as a mapping. Raises `RecipeError` with file and line."""
     file = Path(path)
     try:
@@ -135,7 +137,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str) -> object:
     """Return the value of `key=value`, read as YAML.
 
     `1e-3` is a number, `[a, b]` a list, `null` is None.
@@ -155,7 +157,7 @@ mlp`), or None."""
 
 
 def apply_overrides(
-    recipe: Mapping[str, Any],
+    recipe: Mapping[str, object],
     overrides: Iterable[str],
     *,
     short_form: ShortForm = lambda place: None,

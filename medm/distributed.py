@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from medm.errors import CheckpointError, DataError, DeviceError, MedmError, RecipeError
@@ -72,7 +73,7 @@ def all_gather_objects(value: T) -> list[T]:
     """Return the value of every rank, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -140,9 +141,14 @@ def all_gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
     return _AllGather.apply(rows, list(counts)) if world_size() > 1 else rows
 
 
+class _AllGatherContext(FunctionCtx):
+    counts: list[int]
+    """Rows of every rank."""
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: _AllGatherContext, rows: Tensor, counts: list[int]) -> Tensor:
         ctx.counts = counts
         # Gathering takes tensors of one shape; the padding is cut off again.
         padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))  # (most rows, D)
@@ -151,7 +157,7 @@ class _AllGather(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _AllGatherContext, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.contiguous()
         dist.all_reduce(total)
         return total.split(ctx.counts)[rank()], None

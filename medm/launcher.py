@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from medm.children import child_environment
 from medm.stopping import RESUMABLE, STOPS
@@ -137,6 +137,14 @@ LINK = _Link()
 # The side of the launcher -------------------------------------------------------------------------
 
 
+class _ErrorReport(TypedDict):
+    """Message of a rank about its error."""
+
+    error: str
+    traceback: bool
+    time: float
+
+
 @dataclass(slots=True)
 class _Rank:
     number: int
@@ -144,7 +152,7 @@ class _Rank:
     channel: socket.socket
     unread: bytes = b""
     writers: int = 0
-    errors: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[_ErrorReport] = field(default_factory=list)
     code: int | None = None
     ended: float = 0.0
     deadline: float | None = None
@@ -379,16 +387,16 @@ class Launcher:
 
 def _since(rank: _Rank) -> float:
     """Return the time at which a rank failed: of its first error, or of its end."""
-    return float(rank.errors[0]["time"]) if rank.errors else rank.ended
+    return rank.errors[0]["time"] if rank.errors else rank.ended
 
 
 def _is_traceback(rank: _Rank) -> bool:
-    return bool(rank.errors) and bool(rank.errors[0]["traceback"])
+    return bool(rank.errors) and rank.errors[0]["traceback"]
 
 
 def _reason(rank: _Rank) -> str:
     if rank.errors:
-        return str(rank.errors[0]["error"])
+        return rank.errors[0]["error"]
     code = rank.code or 0
     if code >= 0:
         return f"ended with status {code}"

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -229,7 +229,7 @@ def sections_in(field: FieldInfo) -> Iterator[tuple[tuple[str, ...], Section]]:
 
 
 def _sections(
-    annotation: object, metadata: list[Any], path: tuple[str, ...]
+    annotation: object, metadata: Sequence[object], path: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], Section]]:
     block = next((item for item in metadata if isinstance(item, NamedBlock)), None)
     if block is not None:

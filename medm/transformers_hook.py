@@ -98,7 +98,9 @@ def _teach_processors(module: ModuleType) -> None:
     _replace_table(module, "PROCESSOR_MAPPING", _ProcessorsOnDemand)
 
 
-def _replace_table(module: ModuleType, name: str, on_demand: type[dict[Any, Any]]) -> None:
+def _replace_table(
+    module: ModuleType, name: str, on_demand: Callable[[dict[str, object]], object]
+) -> None:
     """Put a table that asks medm into the place of the one of what was registered."""
     table: Any = getattr(module, name, None)
     known = getattr(table, "_extra_content", None)

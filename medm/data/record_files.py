@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
@@ -73,13 +73,13 @@ class RecordFile:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": None}
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         """Record `index`, parsed. Raises `DataError` with file, index and line."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
@@ -169,7 +169,7 @@ def check_beginning(path: Path) -> None:
         _start(file.read(_HEAD), path)
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes) -> object:
     """Parse strict JSON: UTF-8, unique keys, whole surrogate pairs, finite numbers.
 
     Raises `DataError` without a place.
@@ -195,7 +195,7 @@ def parse_json(text: bytes) -> Any:
         raise DataError(f"not valid JSON: {error}") from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
     if len(record) != len(pairs):
         seen: set[str] = set()
@@ -209,7 +209,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise DataError(f"{name} is not JSON; write null, or leave the field out")
 
 
@@ -222,7 +222,7 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _require_unicode(value: Any, place: str) -> None:
+def _require_unicode(value: object, place: str) -> None:
     """Raise `DataError` for half a surrogate pair in a key or text.
 
     It could not be written to any result.

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from medm.errors import DataError
 from medm.types import (
@@ -117,7 +116,7 @@ _PREFERENCE_FIELDS = ("rejected", "rejected_response", "rejected_messages", "kto
 
 
 def parse_record(
-    record: Any,
+    record: object,
     *,
     inference: bool = False,
     file: str | Path | None = None,
@@ -145,7 +144,7 @@ def parse_record(
         raise error.at(file=file, index=index) from None
 
 
-def _parse(record: Any, *, inference: bool, file: str | None, index: int | None) -> Sample:
+def _parse(record: object, *, inference: bool, file: str | None, index: int | None) -> Sample:
     if not isinstance(record, dict):
         raise DataError(
             f"expected an object with 'conversations' or 'messages', found {_kind(record)}"
@@ -173,7 +172,7 @@ def _parse(record: Any, *, inference: bool, file: str | None, index: int | None)
     )
 
 
-def _refuse_other_formats(record: Mapping[str, Any], *, inference: bool) -> None:
+def _refuse_other_formats(record: Mapping[str, object], *, inference: bool) -> None:
     """Raise `DataError` for a record in another program's format, with the fix."""
     preference = next(
         (field for field in _PREFERENCE_FIELDS if record.get(field) is not None), None
@@ -199,7 +198,7 @@ def _refuse_other_formats(record: Mapping[str, Any], *, inference: bool) -> None
         )
 
 
-def _refuse_unread_media(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
+def _refuse_unread_media(record: Mapping[str, object], turns: Sequence[Turn]) -> None:
     """Raise `DataError` for a field that names files which would not be read.
 
     A record that has a file of its own may also say where that came from ("video_name"): only
@@ -229,7 +228,7 @@ def _refuse_unread_media(record: Mapping[str, Any], turns: Sequence[Turn]) -> No
             )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """Return the JSON type of a value.
 
     Messages name the type: the value itself may be about a patient.
@@ -238,19 +237,19 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _identifier(record: Mapping[str, Any]) -> str | None:
+def _identifier(record: Mapping[str, object]) -> str | None:
     value = record.get("id")
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise DataError(f"expected text or a whole number, found {_kind(value)}", field="id")
     return None if value is None else _text(str(value), "id")
 
 
-def _optional_text(record: Mapping[str, Any], field: str) -> str | None:
+def _optional_text(record: Mapping[str, object], field: str) -> str | None:
     value = record.get(field)
     return None if value is None else _text(value, field)
 
 
-def _text(value: Any, field: str) -> str:
+def _text(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"expected text, found {_kind(value)}", field=field)
     if not value.isascii():
@@ -278,7 +277,7 @@ class _Files:
         return self.paths[self.used - 1] if self.used <= len(self.paths) else None
 
 
-def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
+def _media_files(record: Mapping[str, object]) -> dict[str, _Files]:
     files: dict[str, _Files] = {}
     for field, branch in MEDIA_FIELDS.items():
         value = record.get(field)
@@ -299,7 +298,7 @@ def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
     return files
 
 
-def _paths(value: Any, field: str) -> list[str]:
+def _paths(value: object, field: str) -> list[str]:
     """The paths of a field that names files: one, a list of them, or none."""
     if value is None:
         return []
@@ -313,15 +312,15 @@ def _paths(value: Any, field: str) -> list[str]:
     return paths
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _turns_field(record: Mapping[str, Any]) -> str:
+def _turns_field(record: Mapping[str, object]) -> str:
     return "messages" if "messages" in record else "conversations"
 
 
-def _turns(record: Mapping[str, Any], files: dict[str, _Files], masks: _Files) -> list[Turn]:
+def _turns(record: Mapping[str, object], files: dict[str, _Files], masks: _Files) -> list[Turn]:
     field = _turns_field(record)
     if field not in record:
         raise DataError(
@@ -359,7 +358,7 @@ def _turns(record: Mapping[str, Any], files: dict[str, _Files], masks: _Files) -
     return turns
 
 
-def _role_and_content(entry: Any, field: str) -> tuple[Role, Any, str]:
+def _role_and_content(entry: object, field: str) -> tuple[Role, object, str]:
     """Return role, content and the content's field of one turn.
 
     Both forms are read: from/value and role/content.
@@ -384,7 +383,7 @@ def _role_and_content(entry: Any, field: str) -> tuple[Role, Any, str]:
     return _ROLES[name], entry[content_key], f"{field}.{content_key}"
 
 
-def _turn(role: Role, content: Any, field: str, files: dict[str, _Files], masks: _Files) -> Turn:
+def _turn(role: Role, content: object, field: str, files: dict[str, _Files], masks: _Files) -> Turn:
     if isinstance(content, list):
         parts = [_part(part, f"{field}.{position}", files) for position, part in enumerate(content)]
         if role == "assistant":
@@ -469,7 +468,7 @@ def _next_media(branch: str, what: str, field: str, files: dict[str, _Files]) ->
     return Media(branch, files[branch].take())
 
 
-def _part(part: Any, field: str, files: dict[str, _Files]) -> str | Media:
+def _part(part: object, field: str, files: dict[str, _Files]) -> str | Media:
     """Return one part of an OpenAI-style content list.
 
     Images and volumes are parts of their own, so the text of a part holds no placeholders.
@@ -512,7 +511,7 @@ def _count_reason(branch: str, media: _Files) -> str:
     return f"{reason}; each file needs exactly one"
 
 
-def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference: bool) -> None:
+def _check_order(turns: Sequence[Turn], record: Mapping[str, object], *, inference: bool) -> None:
     """Check the order of the turns: one system turn at most, then user and assistant alternate.
 
     For training, the last turn is the assistant's.
@@ -543,13 +542,14 @@ def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference:
         raise DataError("the last turn is the user's; training needs a reply to learn", field=field)
 
 
-def media_field(record: Any, media_index: int) -> str:
+def media_field(record: object, media_index: int) -> str:
     """Return the field that names file `media_index` of a good record, for messages.
 
     Reads the record again.
     """
     # Inference accepts every record that training does, and finds the same files in it.
     media = _parse(record, inference=True, file=None, index=None).media
+    assert isinstance(record, dict)  # anything else is refused
     branch = media[media_index].branch
     for field, owner in MEDIA_FIELDS.items():
         if owner == branch and record.get(field) is not None:

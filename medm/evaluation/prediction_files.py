@@ -127,7 +127,7 @@ def _mapping(path: Path, samples: Sequence[Sample]) -> dict[str, str] | None:
         value = parse_json(content)
     except DataError as error:
         raise error.at(file=path) from None
-    if not all(isinstance(text, str) for text in value.values()):
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         return None
     ids = {sample.id for sample in samples}
     if any(key in value and key not in ids for key in (*_TEXT_FIELDS, "error", "mask")):

@@ -87,7 +87,7 @@ def on_this_machine(options: TrainOptions) -> tuple[TrainOptions, dict[str, str]
             "train.use_cpu=true",
             " and ".join(f"train.{key}" for key in reduced),
         )
-    changes: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": None}
+    changes: dict[str, object] = {"bf16": False, "fp16": False, "tf32": None}
     return options.model_copy(update=changes), {
         f"train.{key}": "float32 on the CPU, no GPU found" for key in reduced
     }

@@ -13,11 +13,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from medm.errors import CheckpointError, MedmError, RecipeError
 from medm.files import LockedError, lock_file, remove, remove_directory, replace_directory
 from medm.models.manifest import MANIFEST, read_manifest, verify, write_manifest
+from medm.types import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def check_space(output_dir: Path, *, estimate: int) -> None:
         )
 
 
-def commit(folder: Path, *, final: Path, metadata: Mapping[str, Any]) -> None:
+def commit(folder: Path, *, final: Path, metadata: Mapping[str, object]) -> None:
     """Turn a finished staging folder into a checkpoint.
 
     Args:
@@ -146,7 +146,7 @@ def newest_good(output_dir: Path, *, metadata: Mapping[str, type] | None = None)
     return None
 
 
-def finished_manifest(folder: Path) -> dict[str, Any]:
+def finished_manifest(folder: Path) -> JsonObject:
     """Return the manifest of a model in `FINISHED`.
 
     It is the last but one of the files to be moved out of the folder.

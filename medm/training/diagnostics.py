@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Literal, Protocol, TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from medm.distributed import all_gather_objects
 from medm.errors import RecipeError
@@ -39,6 +39,55 @@ ROW_TASKS = "row_tasks"
 OTHER = "(other)"
 """Rows whose task the model does not know."""
 FOLDER = "diagnostics"
+
+_Measure: TypeAlias = Literal["cosine", "magnitude"]
+_TABLES: tuple[tuple[_Measure, str], ...] = (
+    ("cosine", "cosine"),
+    ("magnitude", "magnitude similarity"),
+)
+"""Measures of the Markdown page, with their titles."""
+_MAPS: tuple[tuple[_Measure, float, str], ...] = (
+    ("cosine", -1.0, "RdBu"),
+    ("magnitude", 0.0, "viridis"),
+)
+"""Measures of the image, with the lower end of the scale and the color map."""
+
+
+class GroupMeans(TypedDict):
+    """Means over the batches for one group of weights; None for pairs that never met in a batch."""
+
+    pairs: list[list[int]]
+    """Batches that hold both tasks."""
+    cosine: list[list[float | None]]
+    conflict: list[list[float | None]]
+    magnitude: list[list[float | None]]
+    norm: list[float | None]
+    """By task."""
+    mean: dict[str, float | None]
+    """Of each measure, over the pairs of two different tasks."""
+
+
+class Measurement(TypedDict):
+    """One measurement, as it stands in the JSON file."""
+
+    step: int
+    batches: int
+    gradients: dict[str, GroupMeans]
+    """By group of weights."""
+    routing: dict[str, dict[str, list[float]]]
+    """Routing weight of each expert, by part and task."""
+
+
+class HasRoutingWeights(Protocol):
+    """A part that routes."""
+
+    def routing_weights(self) -> dict[str, list[float]]:
+        """Return the mean routing weight of each expert, by task, since the last reset."""
+        ...
+
+    def reset_routing_weights(self) -> None:
+        """Reset the sums of the routing weights."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,20 +247,22 @@ class Pairs:
         """Every sum, to be added to those of other processes."""
         return [self.count, self.cosine, self.conflict, self.magnitude, self.norm, self.norm_count]
 
-    def means(self) -> dict[str, Any]:
+    def means(self) -> GroupMeans:
         """Return the means, JSON-able; None for pairs that never met in a batch.
 
         `mean` is over the pairs of two different tasks.
         """
         off = ~torch.eye(len(self.count), dtype=torch.bool)
         met = float(self.count[off].sum())
-        names = ("cosine", "conflict", "magnitude")
         return {
             "pairs": [[int(x) for x in row] for row in self.count.tolist()],
-            **{name: _divided(getattr(self, name), self.count) for name in names},
+            "cosine": _divided(self.cosine, self.count),
+            "conflict": _divided(self.conflict, self.count),
+            "magnitude": _divided(self.magnitude, self.count),
             "norm": _divided(self.norm[None], self.norm_count[None])[0],
             "mean": {
-                name: float(getattr(self, name)[off].sum()) / met if met else None for name in names
+                name: float(getattr(self, name)[off].sum()) / met if met else None
+                for name in ("cosine", "conflict", "magnitude")
             },
         }
 
@@ -311,11 +362,17 @@ class GradientConflictCallback(TrainerCallback):
     ) -> None:
         self.recorder, self.parts, self.every = recorder, dict(parts), every
         self.tasks = [*tasks, OTHER]
-        self.measurements: list[dict[str, Any]] = []
+        self.measurements: list[Measurement] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         """Keep, in a resumed run, the measurements up to its checkpoint."""
-        file = Path(args.output_dir) / FOLDER / "tug_of_war.json"
+        file = Path(args.output_dir or "") / FOLDER / "tug_of_war.json"
         if state.global_step and file.is_file():
             known = json.loads(file.read_text(encoding="utf-8"))["measurements"]
             self.measurements = [entry for entry in known if entry["step"] <= state.global_step]
@@ -323,10 +380,16 @@ class GradientConflictCallback(TrainerCallback):
             part.reset_routing_weights()
 
     def on_step_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
         if state.global_step % self.every:
             return
+        assert model is not None  # the Trainer always passes it
         # Before the measurement, whose own forward passes would count too.
         routing = {name: part.routing_weights() for name, part in self._routing().items()}
         sums = measure(model, self.recorder, gradient_groups(self.parts), tasks=len(self.tasks))
@@ -339,7 +402,7 @@ class GradientConflictCallback(TrainerCallback):
         for name, pairs in sums.items():
             for k, total in enumerate(pairs.tensors()):
                 total.copy_(torch.stack([tensors[name][k] for tensors, _ in everywhere]).sum(0))
-        entry = {
+        entry: Measurement = {
             "step": state.global_step,
             "batches": sum(count for _, count in everywhere),
             "gradients": {name: pairs.means() for name, pairs in sums.items()},
@@ -347,11 +410,15 @@ class GradientConflictCallback(TrainerCallback):
         }
         self.measurements.append(entry)
         if state.is_world_process_zero:
-            self._write(Path(args.output_dir) / FOLDER)
+            self._write(Path(args.output_dir or "") / FOLDER)
 
-    def _routing(self) -> dict[str, Any]:
-        """Parts that route."""
-        return {name: part for name, part in self.parts.items() if hasattr(part, "routing_weights")}
+    def _routing(self) -> dict[str, HasRoutingWeights]:
+        """Return the parts that route."""
+        return {
+            name: cast(HasRoutingWeights, part)
+            for name, part in self.parts.items()
+            if hasattr(part, "routing_weights")
+        }
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -364,7 +431,7 @@ class GradientConflictCallback(TrainerCallback):
         draw(self.tasks, self.measurements[-1], folder / "tug_of_war.png")
 
 
-def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) -> str:
+def markdown(tasks: Sequence[str], measurements: Sequence[Measurement]) -> str:
     """The last measurement in full, and the means of all."""
     last = measurements[-1]
     lines = [
@@ -385,7 +452,7 @@ def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) ->
     ]
     for name, found in last["gradients"].items():
         seen = _seen(found["pairs"])
-        for key, title in (("cosine", "cosine"), ("magnitude", "magnitude similarity")):
+        for key, title in _TABLES:
             rows = [[tasks[i], *(_number(found[key][i][j]) for j in seen)] for i in seen]
             lines += [
                 "",
@@ -393,9 +460,9 @@ def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) ->
                 "",
                 *_table(["task", *(tasks[j] for j in seen)], rows),
             ]
-    for name, shares in last["routing"].items():
-        experts = [f"expert {k}" for k in range(len(next(iter(shares.values()))))]
-        rows = [[task, *map(_number, row)] for task, row in shares.items()]
+    for name, weights in last["routing"].items():
+        experts = [f"expert {k}" for k in range(len(next(iter(weights.values()))))]
+        rows = [[task, *map(_number, row)] for task, row in weights.items()]
         lines += [
             "",
             f"## {name}: routing weights since the last measurement",
@@ -418,7 +485,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
+def draw(tasks: Sequence[str], entry: Measurement, path: Path) -> bool:
     """Draw heat maps of cosines, magnitude similarities and routing.
 
     Without matplotlib, log that and return False.
@@ -433,7 +500,7 @@ def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
     for name, found in entry["gradients"].items():
         seen = _seen(found["pairs"])
         names = [tasks[i] for i in seen]
-        for key, low, colours in (("cosine", -1.0, "RdBu"), ("magnitude", 0.0, "viridis")):
+        for key, low, colors in _MAPS:
             maps.append(
                 (
                     f"{name}: {key}",
@@ -441,23 +508,23 @@ def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
                     names,
                     names,
                     low,
-                    colours,
+                    colors,
                 )
             )
-    for name, shares in entry["routing"].items():
-        rows = list(shares.values())
+    for name, weights in entry["routing"].items():
+        rows = list(weights.values())
         experts = [str(k) for k in range(len(rows[0]))]
-        maps.append((f"{name}: routing", rows, list(shares), experts, 0.0, "viridis"))
+        maps.append((f"{name}: routing", rows, list(weights), experts, 0.0, "viridis"))
     columns, lines = 2, -(-len(maps) // 2)
     figure = Figure(figsize=(9, 3.4 * max(lines, 1)), layout="constrained")
     FigureCanvasAgg(figure)
-    for number, (title, values, down, across, low, colours) in enumerate(maps):
+    for number, (title, values, down, across, low, colors) in enumerate(maps):
         axes = figure.add_subplot(lines, columns, number + 1)
         if not values:
             axes.set_axis_off()
             continue
         grid = [[float("nan") if value is None else value for value in row] for row in values]
-        image = axes.imshow(grid, vmin=low, vmax=1.0, cmap=colours)
+        image = axes.imshow(grid, vmin=low, vmax=1.0, cmap=colors)
         axes.set_title(title, fontsize=9)
         axes.set_xticks(range(len(across)), across, fontsize=7)
         axes.set_yticks(range(len(down)), down, fontsize=7)

@@ -32,7 +32,7 @@ class NewTokenOptions(Options):
     """Peak learning rate of the rows; that of their part without it."""
 
 
-def _train(value: Any) -> Any:
+def _train(value: object) -> object:
     return {} if value == "train" else value
 
 
@@ -102,7 +102,7 @@ class PartOptions(Options):
             name for name in names if getattr(self, name) != type(self).model_fields[name].default
         ]
 
-    def lora(self) -> dict[str, Any]:
+    def lora(self) -> dict[str, object]:
         """Return the adapter as fields of `peft.LoraConfig`, JSON-able.
 
         None for `target_modules` means the default.
@@ -265,7 +265,7 @@ class TrainOptions(Options):
 
     @field_validator("arguments")
     @classmethod
-    def _not_twice(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _not_twice(cls, arguments: dict[str, object]) -> dict[str, object]:
         twice = sorted((set(cls.model_fields) | {"output_dir"}) & set(arguments))
         if twice:
             raise ValueError(

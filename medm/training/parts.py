@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from medm.models.adapters import adapted, merge
 from medm.models.token_rows import token_rows, vocabulary
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.quantize import to_4bit
+from medm.types import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +32,26 @@ ADAPTER_PARAMETER = "lora_"
 ...)."""
 
 
+class HasAdapters(Protocol):
+    """Config of a model with adapters."""
+
+    adapters: dict[str, JsonObject]
+    """Fields of `peft.LoraConfig` by part."""
+
+
 class HasParts(Protocol):
     """The methods of a model that the trainer calls, beside those of `nn.Module`."""
+
+    @property
+    def config(self) -> HasAdapters:
+        """The model's config."""
+        ...
 
     def parts(self) -> dict[str, nn.Module]:
         """Part name -> module. Every parameter of the model lies in a part."""
         ...
 
-    def add_adapter_to_part(self, part: str, spec: Mapping[str, Any]) -> None:
+    def add_adapter_to_part(self, part: str, spec: Mapping[str, object]) -> None:
         """Put LoRA layers into a part and note them in the config."""
         ...
 
@@ -49,6 +62,15 @@ class HasParts(Protocol):
     def merge_new_rows(self, part: str) -> None:
         """Write the rows of a part's new tokens into its vocabulary."""
         ...
+
+
+class ParameterGroup(TypedDict):
+    """Group of an optimizer."""
+
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +177,13 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 def parameter_groups(
     model: nn.Module, parts: Mapping[str, PartOptions], train: TrainOptions
-) -> list[dict[str, Any]]:
+) -> list[ParameterGroup]:
     """Return the optimizer groups of each part.
 
     Matrices have weight decay; norms, biases and new tokens have none. A tensor that two parts
     share counts for the first.
     """
-    groups: list[dict[str, Any]] = []
+    groups: list[ParameterGroup] = []
     seen: set[int] = set()
     for name, module in cast(HasParts, model).parts().items():
         options = parts.get(name)
@@ -198,7 +220,7 @@ def _apply(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
         model.merge_new_rows(name)
     if adapted(module) and options.adapter == "merge":
         merge(module)
-        config = cast(Any, model).config
+        config = model.config
         config.adapters = {part: spec for part, spec in config.adapters.items() if part != name}
     if options.tune == "full":
         if adapted(module):
@@ -222,7 +244,7 @@ def _apply(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
 def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) -> None:
     spec = options.lora()
     if adapted(module):
-        present = dict(cast(Any, model).config.adapters[name])
+        present = dict(model.config.adapters[name])
         changed = [
             f"{key} is {present[key]!r}, the recipe says {value!r}"
             for key, value in spec.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import (
@@ -124,7 +124,7 @@ def short_form(place: Sequence[str]) -> str | None:
     return "name" if place[-1] in ("encoder", "connector", "llm", "objective") else None
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
+def resolved(recipe: Recipe) -> dict[str, object]:
     """Return the recipe with all defaults, as plain values."""
     return recipe.model_dump(mode="json")
 

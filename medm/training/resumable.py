@@ -19,7 +19,15 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -38,6 +46,7 @@ from medm.training.quantize import four_bit_weights, plain_state_dict
 from medm.training.recipe import differences
 from medm.training.safe_load import safe_loading
 from medm.training.snapshot import Snapshot, check_types, tensor_bytes, write_files
+from medm.types import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +57,13 @@ class _Settle(TrainerCallback):
     def __init__(self, commits: AsyncCheckpointWriter) -> None:
         self.commits = commits
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         self.commits.poll()
 
 
@@ -71,13 +86,13 @@ class ResumableTrainer(Trainer):
         args: TrainingArguments,
         *,
         train_options: TrainOptions,
-        recipe: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, object] | None = None,
         data_hashes: Mapping[str, str] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **rest: Any,
     ) -> None:
         self.train_options: TrainOptions = train_options
-        self.recipe: dict[str, Any] = dict(recipe or {})
+        self.recipe: dict[str, object] = dict(recipe or {})
         self.data_hashes: dict[str, str] = dict(data_hashes or {})
         self.output_dir = Path(args.output_dir or "")
         self.interruption = Interruption()
@@ -147,7 +162,7 @@ class ResumableTrainer(Trainer):
         """The model without wrappers."""
         return cast(nn.Module, self.model)
 
-    def _checkpoint_classes(self) -> tuple[Any, ...]:
+    def _checkpoint_classes(self) -> tuple[type, ...]:
         if not self.is_deepspeed_enabled:
             return ()
         from medm.training.deepspeed import checkpoint_classes
@@ -156,7 +171,7 @@ class ResumableTrainer(Trainer):
 
     # Saving ---------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Write aside on every process, agree that all succeeded, then let the first one commit.
 
         Where the state could be copied, training goes on while the copies are written; in any case
@@ -173,7 +188,7 @@ class ResumableTrainer(Trainer):
         folder = on_rank_zero(lambda: self._make_staging(self.output_dir, step))
         host = socket.gethostname()
         neighbours = all_gather_objects(host).count(host) if self.is_deepspeed_enabled else 1
-        copied: dict[Path, Any] = {}
+        copied: dict[Path, object] = {}
         run_on_all_ranks(
             lambda: copied.update(self._write_checkpoint(folder, final, neighbours=neighbours)),
             final=final,
@@ -215,7 +230,9 @@ class ResumableTrainer(Trainer):
         checkpoints.check_space(output_dir, estimate=self._estimated_size())
         return checkpoints.staging(output_dir, step)
 
-    def _write_checkpoint(self, folder: Path, final: Path, *, neighbours: int) -> dict[Path, Any]:
+    def _write_checkpoint(
+        self, folder: Path, final: Path, *, neighbours: int
+    ) -> dict[Path, object]:
         """Write the files of this rank. Return the copies of states that are still to be written.
 
         The copies are by file; there are none if they do not fit into memory.
@@ -250,13 +267,13 @@ class ResumableTrainer(Trainer):
         write_files(files)
         return {}
 
-    def _large_state(self, folder: Path, model: nn.Module | None) -> dict[Path, Any]:
+    def _large_state(self, folder: Path, model: nn.Module | None) -> dict[Path, object]:
         """Return the large states that this rank writes, by file: optimizer and, if given, model.
 
         The tensors are those that are trained, not copies. The schedule, which is small, is written
         at once.
         """
-        files: dict[Path, Any] = {}
+        files: dict[Path, object] = {}
         weights: Mapping[str, Tensor] = {}
         if self.is_deepspeed_enabled:
             from medm.training.deepspeed import collected, full_weights
@@ -267,8 +284,10 @@ class ResumableTrainer(Trainer):
         elif self.is_fsdp_enabled:
             self._save_optimizer_and_scheduler(str(folder))
         elif self.args.should_save:
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
-            files[folder / OPTIMIZER_NAME] = cast(Any, self.optimizer).state_dict()
+            torch.save(cast(LRScheduler, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
+            files[folder / OPTIMIZER_NAME] = cast(
+                torch.optim.Optimizer, self.optimizer
+            ).state_dict()
             weights = {} if model is None else model.state_dict()
         if weights and self.args.should_save:
             files[folder / SAFE_WEIGHTS_NAME] = _untied(self._module, weights)
@@ -276,7 +295,7 @@ class ResumableTrainer(Trainer):
 
     def _note_callbacks(self) -> None:
         """Put the state of stateful callbacks (early stopping) where `TrainerState` saves it."""
-        states = cast(dict[str, Any], self.state.stateful_callbacks)
+        states = cast(dict[str, object], self.state.stateful_callbacks)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states[type(callback).__name__] = callback.state()
@@ -417,7 +436,7 @@ def _untied(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def check_continues(
-    start: Path, manifest: Mapping[str, Any], *, recipe: Mapping[str, Any], world_size: int
+    start: Path, manifest: JsonObject, *, recipe: Mapping[str, object], world_size: int
 ) -> None:
     """Raise for a checkpoint that this run cannot continue from.
 

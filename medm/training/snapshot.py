@@ -51,7 +51,7 @@ class Snapshot:
     def copy(self, state: T) -> T:
         """Return a deep copy of nested dicts and lists; shared tensors stay shared."""
         copies: dict[tuple[object, ...], Tensor] = {}
-        known: dict[int, Any] = {}
+        known: dict[int, object] = {}
         before, self._memory = self._memory, {}
         for place, tensor in _tensors(state):
             memory = _memory_of(tensor)

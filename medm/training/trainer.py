@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
@@ -41,7 +42,11 @@ from medm.types import Batch
 logger = logging.getLogger(__name__)
 
 MAX_OVERFLOWS = 50
-"""Optimiser steps in a row that fp16 loss scaling may skip before the run counts as broken."""
+"""Optimizer steps in a row that fp16 loss scaling may skip before the run counts as broken."""
+
+Collate: TypeAlias = Callable[[list[Any]], Batch]
+"""Function from samples to a batch. The data pipeline chooses the type of a sample; the trainer
+does not look into one."""
 
 
 class BatchSampler(Protocol):
@@ -63,7 +68,7 @@ class BatchSampler(Protocol):
 class _Epochs:
     """A batch sampler whose epoch also seeds the loader's workers and reaches the dataset."""
 
-    def __init__(self, sampler: BatchSampler, dataset: Dataset[Any], seed: int) -> None:
+    def __init__(self, sampler: BatchSampler, dataset: Dataset[object], seed: int) -> None:
         self.sampler, self.dataset, self.seed = sampler, dataset, seed
         self.generator = torch.Generator()
         self.set_epoch(0)
@@ -87,14 +92,26 @@ class _SetEpoch(TrainerCallback):
     def __init__(self, epochs: _Epochs) -> None:
         self.epochs = epochs
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         self.epochs.set_epoch(int(state.epoch or 0))
 
 
 class _LogLastStep(TrainerCallback):
     """Logs the last step, and the step after which a signal stops the run."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_log = True
 
@@ -106,7 +123,11 @@ class _AfterStep(TrainerCallback):
         self.act = act
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         self.act()
 
@@ -121,19 +142,19 @@ class _Lost:
         self.error = error
 
 
-class _Reading(Dataset[Any]):
+class _Reading(Dataset[object]):
     """A dataset that returns its errors as items.
 
     An error that is raised in a worker would arrive as the text of a traceback.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[object]) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(cast(Any, self.dataset))
+        return len(cast(Sized, self.dataset))
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         try:
             return self.dataset[index]
         except (MedmError, OSError) as error:
@@ -143,10 +164,10 @@ class _Reading(Dataset[Any]):
 class _Collating:
     """A collator that hands on the first error among its samples in place of a batch."""
 
-    def __init__(self, collate: Callable[[list[Any]], Batch]) -> None:
+    def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
-    def __call__(self, samples: list[Any]) -> Batch | _Lost:
+    def __call__(self, samples: list[object]) -> Batch | _Lost:
         lost = next((sample for sample in samples if isinstance(sample, _Lost)), None)
         return self.collate(samples) if lost is None else lost
 
@@ -179,14 +200,14 @@ class MedmTrainer(ResumableTrainer):
         terms: Terms,
         parts: Mapping[str, PartOptions],
         train_options: TrainOptions,
-        train_dataset: Dataset[Any],
+        train_dataset: Dataset[object],
         sampler: BatchSampler,
-        data_collator: Callable[[list[Any]], Batch],
-        eval_dataset: Dataset[Any] | None = None,
-        eval_collator: Callable[[list[Any]], Batch] | None = None,
-        processing_class: Any = None,
+        data_collator: Collate,
+        eval_dataset: Dataset[object] | None = None,
+        eval_collator: Collate | None = None,
+        processing_class: object = None,
         callbacks: Sequence[TrainerCallback] = (),
-        recipe: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, object] | None = None,
         data_hashes: Mapping[str, str] | None = None,
     ) -> None:
         self.terms = terms
@@ -225,7 +246,7 @@ class MedmTrainer(ResumableTrainer):
 
     # Data -----------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> DataLoader[object]:
         workers = self._num_workers
         return DataLoader(
             _Reading(self.epochs.dataset),
@@ -238,16 +259,18 @@ class MedmTrainer(ResumableTrainer):
             generator=self.epochs.generator,
         )
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+    def get_eval_dataloader(
+        self, eval_dataset: str | Dataset[object] | None = None
+    ) -> DataLoader[object]:
         """Return a loader of every held-out sample once.
 
         A rank that has none left runs a batch that counts nothing.
         """
-        dataset = cast("Dataset[Any]", eval_dataset or self.eval_dataset)
+        dataset = cast("Dataset[object]", eval_dataset or self.eval_dataset)
         return DataLoader(
             _Reading(dataset),
             batch_sampler=DistributedBatchSampler(
-                Sequential(len(cast(Any, dataset))),
+                Sequential(len(cast(Sized, dataset))),
                 batch_size=self.args.eval_batch_size,
                 rank=self.args.process_index,
                 world=self.args.world_size,
@@ -266,7 +289,7 @@ class MedmTrainer(ResumableTrainer):
         """
         return min(self.args.dataloader_num_workers, max(len(os.sched_getaffinity(0)), 1))
 
-    def _prepare_input(self, data: Any) -> Any:
+    def _prepare_input(self, data: object) -> object:
         """Move inputs to the device.
 
         Pinned tensors are copied to a GPU while the previous step still runs there.
@@ -276,7 +299,7 @@ class MedmTrainer(ResumableTrainer):
         return super()._prepare_input(data)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Batch | _Lost], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
         """Return the micro-batches of a step, and its items by objective, (K,), over all ranks.
 
@@ -353,7 +376,7 @@ class MedmTrainer(ResumableTrainer):
 
     # Loss -----------------------------------------------------------------------------------------
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = parameter_groups(self._module, self.parts, self.train_options)
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
@@ -368,7 +391,7 @@ class MedmTrainer(ResumableTrainer):
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> Any:
+    ) -> LRScheduler:
         """Create the schedule.
 
         Warm-up as a fraction is rounded up, and must leave steps of a short run.
@@ -385,10 +408,10 @@ class MedmTrainer(ResumableTrainer):
         model: nn.Module,
         inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
         self._hold_frozen_still()
-        losses = self.terms(model, inputs, num_items_in_batch)
+        losses = self.terms(model, inputs, cast(Tensor, num_items_in_batch))
         self._require_finite(losses)
         # Gradients are averaged over ranks, while the items are counted over all of them.
         world_size = self.accelerator.num_processes
@@ -422,10 +445,10 @@ class MedmTrainer(ResumableTrainer):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader[Any],
+        dataloader: DataLoader[object],
         description: str,
         prediction_loss_only: bool | None = None,
-        ignore_keys: Any = None,
+        ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Measure each term as a mean over its items of the held-out data.
@@ -452,7 +475,11 @@ class MedmTrainer(ResumableTrainer):
         return output._replace(metrics=metrics)
 
     def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
         self._raise_together(inputs)
         inputs = self._prepare_inputs(dict(inputs))
@@ -486,7 +513,7 @@ class MedmTrainer(ResumableTrainer):
             )
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any
+        self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: Any, **kwargs: Any
     ) -> None:
         norm = None if grad_norm is None else float(grad_norm)
         if norm is not None and not math.isfinite(norm):
