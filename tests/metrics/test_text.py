@@ -335,7 +335,7 @@ def test_the_table_of_tokens_is_that_of_the_original(java: None) -> None:
         ("", ""),
     ],
 )
-def test_normalise_answer(text: str, normal: str) -> None:
+def test_normalize_answer(text: str, normal: str) -> None:
     assert normalize_answer(text) == normal
     assert normalize_answer(normalize_answer(text)) == normalize_answer(text)
 
