@@ -8,7 +8,7 @@ from typing import Any
 
 
 def table(content: dict[str, Any]) -> str:
-    """Every cell, the ones that fall short included."""
+    """Table of all cells, missed targets included."""
     limits, versions = content["limits"], content["versions"]
     lines = [
         f"Profile `{content['profile']}`: {limits['device']}, {limits['threads']} threads; "

@@ -1,4 +1,4 @@
-"""The interface of connectors. Connectors do not know which encoder or LLM stands beside them."""
+"""Interface of connectors. Connectors do not depend on the encoder or the LLM."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Connector(nn.Module, metaclass=ABCMeta):
 
     A subclass without `forward` raises `TypeError` when it is constructed.
 
-    A subclass takes `in_dim`, `out_dim`, `grid` and `prefix` (what the composition derives: width
-    in, width out, the token grid, tokens in front of it) and, by keyword, the fields of its options
-    class other than `name` and `path`.
+    A subclass takes `in_dim`, `out_dim`, `grid` and `prefix` (derived by the composition: input
+    width, output width, token grid, tokens in front of it) and, by keyword, the fields of its
+    options class other than `name` and `path`.
     """
 
     key_map: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -27,7 +27,7 @@ class Connector(nn.Module, metaclass=ABCMeta):
 
     needs_task: bool = False
     refuses_unseen_tasks: bool = False
-    """True where the forward reads `task_ids` (a router that is told the task)."""
+    """True if the forward reads `task_ids` (a router that uses the task)."""
 
     def __init__(
         self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0

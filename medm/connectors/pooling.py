@@ -63,7 +63,7 @@ class SpatialPoolingConnector(Connector):
 class CrossAttention(nn.Module):
     """Multi-head attention with the tensors of `torch.nn.MultiheadAttention`, by the same names.
 
-    Torch's own reads the weights of `out_proj` without calling the module. Under ZeRO-3, which
+    Torch's module reads the weights of `out_proj` without calling the module. Under ZeRO-3, which
     gathers the sharded weights when a module is called, they would be missing.
     """
 

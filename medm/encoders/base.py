@@ -1,4 +1,4 @@
-"""The interface of encoders. Encoders know nothing of LLMs, prompts, files or learning rates."""
+"""Interface of encoders. Encoders do not depend on LLMs, prompts, files or learning rates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     A subclass is built from plain values alone: `architecture`, a JSON-able mapping of sizes, and
     the fields of its options class other than `name`, `path`, `architecture` and `image_size`.
     Building is offline and random; reading published files is `medm.models.published.weights`,
-    which asks the class for the three translations below.
+    which calls the three translations below.
     """
 
     axes: ClassVar[int] = 2
@@ -39,7 +39,7 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     matches wins."""
 
     ignored_keys: ClassVar[tuple[str, ...]] = ()
-    """Regular expressions of published tensors that this encoder has no use for (a text tower, a
+    """Regular expressions of published tensors that this encoder does not use (a text tower, a
     pooling head)."""
 
     truncated_keys: ClassVar[tuple[str, ...]] = ()
@@ -49,11 +49,11 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     dim: int
     """Width of a token."""
     pooled_dim: int | None = None
-    """Width of the pooled vector, where there is one."""
+    """Width of the pooled vector; None without one."""
     channels: tuple[int, ...] = ()
-    """Numbers of channels of the pixels that it takes; empty where it takes any."""
+    """Accepted numbers of input channels; empty if any number is accepted."""
     prefix: int = 0
-    """Tokens in front of the grid that stand for no place (a class token)."""
+    """Number of tokens in front of the grid that have no position (a class token)."""
 
     @property
     def inner(self) -> VisionEncoder | None:
@@ -96,7 +96,7 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
 
     @abstractmethod
     def forward(self, pixels: Tensor) -> VisionFeatures:
-        """pixels: (B, C, *spatial), normalised as `preprocess_from` says."""
+        """pixels: (B, C, *spatial), normalized as `preprocess_from` says."""
 
     def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Rename published tensors to the names that `key_map` reads.

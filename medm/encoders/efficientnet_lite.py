@@ -85,7 +85,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, and ReLU6 where asked."""
+    """Convolution without bias, batch norm, and optional ReLU6."""
 
     def __init__(
         self,

@@ -3,9 +3,8 @@
 One encoder for many published families.
 
 Nothing here is a model of its own: the class is the one that transformers has for the config's
-`model_type`. What the families do not share (the name of the final norm, tokens in front of the
-patches, how positions become those of another grid) is read from the built tower. Remote code is
-never run.
+`model_type`. Properties that differ between families (the name of the final norm, tokens in front
+of the patches, interpolation of positions) are read from the built tower. Remote code is never run.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ _USUAL: dict[str, Config] = {
 
 
 class HFVisionEncoder(VisionEncoder):
-    """A tower of transformers up to the layer that is asked for.
+    """A tower of transformers up to the requested layer.
 
     Args:
         architecture: `config.json` of the tower, `model_type` included.
@@ -148,8 +147,8 @@ class HFVisionEncoder(VisionEncoder):
         """Weights that the output does not depend on would get no gradient."""
         embeddings = self.tower.embeddings
         if isinstance(mask := getattr(embeddings, "mask_token", None), nn.Parameter):
-            # Read in pretraining alone. A buffer, because transformers' initialization of the
-            # module sets it.
+            # Read in pretraining only. A buffer, because transformers' initialization of the module
+            # sets it.
             del embeddings.mask_token
             embeddings.register_buffer("mask_token", mask.detach(), persistent=False)
         name = next((name for name in _NORMS if hasattr(self.tower, name)), None)
@@ -288,7 +287,7 @@ class HFVisionEncoder(VisionEncoder):
         )
         missing = set(report["missing_keys"])
         own = {name: value for name, value in loaded.state_dict().items() if name not in missing}
-        # What does not fit is judged by `load_module`, which looks at names and shapes alone.
+        # `load_module` checks names and shapes.
         for name, found, _ in report["mismatched_keys"]:
             own[name] = torch.empty(found, device="meta")
         base = f"{type(self.tower).base_model_prefix}."

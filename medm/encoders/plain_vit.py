@@ -1,8 +1,8 @@
 """A ViT over patches of images or volumes, for published towers that transformers does not have.
 
-Patches, class token, learned positions, blocks, and perhaps a last layer norm. What differs between
-the published towers (how a patch becomes a token, where the norms stand, whether the class token
-has a position) is told by them.
+Patches, class token, learned positions, blocks, and perhaps a last layer norm. Subclasses define
+the differences between the published towers: patch embedding, place of the norms, position of the
+class token.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ class PlainViT(VisionEncoder):
     Later blocks are not built: they would be weights without a gradient.
 
     A subclass gives `patches`, a module from pixels to (B, cells, dim) in the order of the grid,
-    and says below how it was published.
+    and sets the class attributes below as published.
 
     Args:
-        architecture: `image_size` and `patch_size` (one number an axis), `num_channels`,
+        architecture: `image_size` and `patch_size` (one number per axis), `num_channels`,
             `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`; what is
             left out is the published size.
         layer: see `VolumeViTOptions`; a positive number counts blocks from the input.
@@ -250,7 +250,7 @@ class PlainViT(VisionEncoder):
             )
         front = int(self.class_token_has_position)
         table = self.positions[:, front:].transpose(1, 2).unflatten(2, self.native_grid)
-        # In float32: half precision has no cubic kernel on every device, and this runs once a
+        # In float32: half precision has no cubic kernel on every device, and this runs once per
         # batch.
         table = F.interpolate(
             table.float(), size=cells, mode=self.interpolation, align_corners=False

@@ -84,7 +84,7 @@ class SlicesEncoder(VisionEncoder):
         }
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        """One layer of the grid a slice."""
+        """One layer of the grid per slice."""
         if len(spatial) != 3:
             raise ValueError(
                 f"slices: expected an input of (slices, rows, columns), found {spatial}"

@@ -1,4 +1,4 @@
-"""Common ground of ViT towers that are transformers' own modules."""
+"""Base class of ViT towers that are modules of transformers."""
 
 from __future__ import annotations
 

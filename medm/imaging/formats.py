@@ -127,7 +127,7 @@ def _describe_jpeg(stream: BinaryIO) -> str:
             bits = stream.read(1)
             process = {0xC3: "lossless ", 0xF7: "JPEG-LS "}.get(code, "")
             return (
-                f"a {process}JPEG of {bits[0] if bits else '?'} bits a sample; expected 8 bits, "
+                f"a {process}JPEG of {bits[0] if bits else '?'} bits per sample; expected 8 bits, "
                 "not lossless"
             )
         if code == 0xDA or length < 2:

@@ -20,7 +20,7 @@ MAX_VOXELS = 2**29
 MAX_BYTES = 2**31
 """Most bytes of voxels, as stored."""
 SPACING_RANGE = (0.01, 50.0)
-"""Millimeters between voxels that are believed."""
+"""Plausible range of millimeters between voxels."""
 
 _LETTERS = ("LR", "PA", "SI")
 """Growing and falling along x, y, z of the patient."""
@@ -39,7 +39,7 @@ class Geometry:
 
     @property
     def axes(self) -> str:
-        """One letter an array axis: the direction of the patient that is nearest to it ("SPL")."""
+        """One letter per array axis: the direction of the patient that is nearest to it ("SPL")."""
         return "".join(
             _LETTERS[axis][int(self.direction[axis, column] < 0)]
             for column, axis in enumerate(self.nearest_axes())

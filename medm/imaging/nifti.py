@@ -221,7 +221,7 @@ def _parse(data: bytes, name: str) -> _Header:
 
 
 def _check(header: _Header, name: str) -> tuple[tuple[int, int, int], np.dtype]:
-    """Shape (z, y, x) and type, once every number in the header is believable."""
+    """Shape (z, y, x) and type, after every number in the header is checked."""
     count = header.dim[0]
     if not 1 <= count <= 7:
         raise MediaError(f"{name}: declares {count} dimensions; expected 3")

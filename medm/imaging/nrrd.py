@@ -64,7 +64,7 @@ _OTHER_KINDS = {
     "2d-masked-matrix",
     "3d-symmetric-matrix", "3d-masked-symmetric-matrix", "3d-matrix", "3d-masked-matrix",
 }  # fmt: skip
-"""Named in messages; any other text may be a patient's."""
+"""Fields that messages may quote; any other text may be patient data."""
 _PACKINGS: dict[str, Packing] = {"raw": "raw", "gzip": "gzip", "gz": "gzip"}
 
 

@@ -1,8 +1,8 @@
 """Bytes of voxels behind a header: length and checksum verified, expansion limited to the declared.
 
 SimpleITK is not used for NIfTI, NRRD and MetaImage because it fills a truncated NIfTI with zeros,
-replaces its NaN and impossible spacing, and skips the checksum of a MetaImage, each without a word.
-Tests compare the two readers.
+replaces its NaN and impossible spacing, and skips the checksum of a MetaImage, each silently. Tests
+compare the two readers.
 """
 
 from __future__ import annotations

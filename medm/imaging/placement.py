@@ -190,7 +190,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """An image or volume as a model takes it, and where it lies in its file."""
+    """An image or volume as a model takes it, and its placement in the file."""
 
     pixels: np.ndarray
     """(C, *spatial) float32 in host memory."""

@@ -44,7 +44,7 @@ def prepare_volume(
     """Return the volume as an encoder takes it, (C, *size) float32, and its placement.
 
     Args:
-        preprocess: what is wanted.
+        preprocess: the preprocessing.
         volume: as it was read.
         device: where windows, stretching and normalization are computed; the result is in host
             memory.
@@ -87,9 +87,9 @@ def _checked(preprocess: VolumePreprocess, volume: Volume, device: str) -> tuple
 def _shown(
     preprocess: VolumePreprocess, volume: Volume, device: str, seen: list[list[Step]] | None = None
 ) -> tuple[Tensor, Placement]:
-    """[windows, *size] in 0..1, before mean and std, and where they lie.
+    """[windows, *size] in 0..1, before mean and std, and their geometry.
 
-    `seen` gets the ranges after each step, one list a window.
+    `seen` gets the ranges after each step, one list per window.
     """
     import torch
 
@@ -138,7 +138,7 @@ def _shown(
 
 
 def _trace(preprocess: VolumePreprocess, volume: Volume, device: str) -> list[list[Step]]:
-    """The ranges after each step, by window: the work done once more, for a message."""
+    """The ranges after each step, by window: recomputed for a message."""
     seen: list[list[Step]] = []
     _shown(preprocess, volume, device, seen)
     return seen
@@ -322,7 +322,7 @@ def _resampled(
 
     Args:
         voxels: along the axes of `geometry`.
-        geometry: where they lie.
+        geometry: of the voxels.
         target: where the voxels of the result lie.
         size: voxels of the result.
         nearest: take the nearest voxel; otherwise linear.

@@ -1,7 +1,7 @@
 """3-D volumes: NIfTI, NRRD, MetaImage, DICOM, NPY, NPZ and stacks of slices, by one reader.
 
-A volume comes with what its file says of unit, spacing and direction, and without anything else of
-the header. Nothing is repaired or guessed: what is missing is None, what is impossible is refused.
+A volume comes with what its file says of unit, spacing and direction, and no other field of the
+header. Nothing is repaired or guessed: missing fields are None, impossible fields are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from medm.imaging.payload import open_binary
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """Voxels and where they lie."""
+    """Voxels and their geometry."""
 
     voxels: np.ndarray
     """(D, H, W) int16 or float32, all finite."""

@@ -32,7 +32,7 @@ _FLASH = {
     "flash_attention_2": ("flash-attn", "is_flash_attn_2_available"),
     "flash_attention_3": ("flash-attn-3", "is_flash_attn_3_available"),
 }
-"""The package that each needs, and transformers' test of package and device."""
+"""Required package of each implementation, and transformers' test of package and device."""
 _KERNEL_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -69,7 +69,7 @@ def attend_per_document(
         max_length_k: keys of the sample that has most.
         kv_lengths: in a decode step, for each group of consecutive rows the number of rows and the
             most keys of one of them; keys beyond are not read.
-        kwargs: for "sdpa", where that is asked.
+        kwargs: for "sdpa", if a call goes there.
 
     Returns:
         (1, T, H, D), and no weights.
@@ -213,7 +213,7 @@ def in_one_kernel(model: CausalLM, *, device: torch.device, dtype: torch.dtype) 
 def no_mask(model: CausalLM, row: Tensor) -> Tensor | None:
     """Return the attention mask to pass with a row that holds the starts of its samples.
 
-    Four dimensions keep transformers from making a mask of T x T, which nobody would read.
+    Four dimensions keep transformers from making a mask of T x T, which is never read.
     """
     return row.new_zeros(1, 1, 1, 1) if model.config._attn_implementation == PER_DOCUMENT else None
 
@@ -260,7 +260,7 @@ def _varlen(
 def _varlen_options() -> frozenset[str]:
     """Return the options of torch's kernel for packed samples; empty without such a kernel.
 
-    The form that says causal by `window_size` is asked for: torch 2.11 and later.
+    Causal attention is requested through `window_size`: torch 2.11 and later.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -1,10 +1,9 @@
 """Turns to token ids and a label mask of the replies, in one pass through a chat template.
 
-The template is rendered with a mark in the place of each message. Only what the template itself
-wrote may become control tokens; what people wrote is encoded with control tokens switched off, so
-that a user who types `<|im_end|>` or `<image>` gets those letters and nothing else. The text
-between two control tokens is encoded as one piece, which gives the same ids as the tokenizer gives
-for the rendered string.
+The template is rendered with a mark in the place of each message. Only text of the template itself
+may become control tokens; user text is encoded with control tokens disabled, so that `<|im_end|>`
+or `<image>` typed by a user stays plain text. The text between two control tokens is encoded as one
+piece, which gives the same ids as the tokenizer gives for the rendered string.
 
 A control token of a reply (`[SEG]`) is a part of ids. It is learned as the words around it are.
 """
@@ -27,7 +26,7 @@ from medm.types import Role
 Part: TypeAlias = "str | list[int]"
 """Text, or token ids: the placeholders of an image, or a control token of a reply."""
 
-# Private-use characters: no template tests for them, no template trims them.
+# Private-use characters: templates neither test for them nor trim them.
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 
@@ -141,7 +140,7 @@ class ChatFormat:
     def to_text(
         self, messages: Sequence[Message], *, generation: bool = False, continue_final: bool = False
     ) -> str:
-        """The conversation as the template writes it, for people. All parts are text."""
+        """Return the conversation as rendered by the template, for display. All parts are text."""
         pieces = self._pieces(messages, generation, continue_final)
         return "".join(str(part) for piece in pieces for part in piece.parts)
 

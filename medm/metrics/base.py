@@ -1,9 +1,8 @@
 """Result of a metric, and the bootstrap of its interval.
 
-Every value is known as a function of how often each item counts. The interval is that function on
-random counts (items drawn with replacement), and two systems are compared under the same counts.
-Items that depend on each other (questions about one volume) are drawn together, as the group that
-they are.
+Every value is a function of the counts of the items. The interval is that function on random counts
+(items drawn with replacement), and two systems are compared under the same counts. Items that
+depend on each other (questions about one volume) are drawn together, as the group that they are.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Clusters:
     """Groups of items that depend on each other."""
 
     field: str
-    """The record field that says it ("volume", "patient")."""
+    """Record field that names the group ("volume", "patient")."""
     members: tuple[str, ...]
     """Its value for each item; equal values are one group."""
 
@@ -57,7 +56,7 @@ class Resampling:
     level: float = 0.95
     """Fraction of the bootstrap values inside the interval."""
     clusters: Clusters | None = None
-    """Groups that are drawn whole; None where every item stands for itself."""
+    """Groups that are drawn whole; None where every item is independent."""
 
     def part(self, indices: Sequence[int]) -> Resampling:
         """Return the resampling of a subset of the items, for metrics that score no others."""
@@ -72,7 +71,7 @@ DEFAULT = Resampling()
 
 @dataclass(frozen=True, slots=True)
 class MetricResult:
-    """One number and what one needs to trust it."""
+    """A number with its interval, signature and caveats."""
 
     name: str
     value: float
@@ -84,7 +83,7 @@ class MetricResult:
     """Bounds of the percentile bootstrap interval (95 % or as the signature says). nan for a single
     group."""
     signature: str
-    """Variant, tokeniser, normalisation, version: results with different signatures are not
+    """Variant, tokenizer, normalization, version: results with different signatures are not
     comparable."""
     per_item: list[float] | None = None
     """Score of each item, only where `value` is exactly their mean."""
@@ -93,7 +92,7 @@ class MetricResult:
     clusters: Clusters | None = field(default=None, repr=False, compare=False)
     """Groups of items that were drawn whole; their number is stored."""
     note: str | None = None
-    """What a reader has to know of this number, or why there is none."""
+    """Caveat of this number, or the reason why it is undefined."""
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: undefined numbers are None, the function is left out."""
@@ -148,8 +147,8 @@ def as_references(references: References) -> list[tuple[str, ...]]:
 def draws(n: int, resampling: Resampling, chunk: int = 64) -> Iterator[np.ndarray]:
     """Bootstrap counts, (chunk, n) at a time. The same seed, n and groups give the same rows.
 
-    Items that stand for themselves are drawn n times, so that a row sums to n. Groups are drawn as
-    often as there are groups, and every item of one counts as often as its group came.
+    Independent items are drawn n times, so that a row sums to n. Groups are drawn as often as there
+    are groups, and every item of one counts as often as its group came.
     """
     random = np.random.default_rng(resampling.seed)
     group_of = None if resampling.clusters is None else resampling.clusters.numbers()

@@ -107,7 +107,7 @@ def greedy_match(
 
 
 def require_encoder(path: str) -> None:
-    """Look for an encoder without loading its weights.
+    """Check that an encoder exists, without loading its weights.
 
     Raises:
         CheckpointError: there is none at `path`.

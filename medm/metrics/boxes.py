@@ -68,7 +68,7 @@ class BinnedBoxes:
     rounding: Literal["floor", "round"] = "floor"
     """Uni-Med floors, which pulls every box towards the origin by half a step on average."""
     order: Literal["xy", "yx"] = "xy"
-    """Which coordinate of a corner is written first."""
+    """Coordinate of a corner that is written first."""
     axes: int = 2
 
     _CANDIDATE = re.compile(r"\{\s*<[^{}]{0,200}\}?")

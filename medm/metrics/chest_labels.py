@@ -12,8 +12,8 @@ repeats that).
 Known limits: misspellings and phrases outside of the tables are not seen; a cue reaches over a list
 of findings but not over a full stop or a verb, so long-winded negation is missed; history
 ("previous pneumonia") counts as present unless it is called resolved; comparison ("no change in the
-effusion") counts as present; laterality and severity are not judged. Tuned on no test set. Scores
-compare with each other, and not with CheXbert's or the CheXpert labeller's.
+effusion") counts as present; laterality and severity are not judged. Not tuned on any test set.
+Scores compare with each other, and not with CheXbert's or the CheXpert labeler's.
 """
 
 from __future__ import annotations

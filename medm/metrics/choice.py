@@ -161,7 +161,7 @@ def closed_accuracy(
     """Accuracy on closed questions.
 
     Where the reference is yes or no, alone or before a comma, the prediction is parsed for one;
-    otherwise ("left", "MRI", "true pelvis") it has to equal the reference after normalisation.
+    otherwise ("left", "MRI", "true pelvis") it has to equal the reference after normalization.
     `closed-unparsed` is the fraction of yes/no questions whose answer says neither.
     """
     check_lengths(predictions, references)

@@ -32,8 +32,8 @@ class Comparison:
     metric is undefined."""
     signature: str
     clusters: int | None = None
-    """Number of groups that were drawn and exchanged whole; None where every item stands for
-    itself."""
+    """Number of groups that were drawn and exchanged whole; None where every item is
+    independent."""
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: undefined numbers are None."""

@@ -42,7 +42,7 @@ def hd95_of(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[flo
     """95th percentile of surface distances in mm, the larger of both directions.
 
     0 when both masks are empty; where only one is, the diagonal of the whole grid, so that a missed
-    structure costs.
+    structure is penalized.
     """
     mine, theirs = _pair(prediction, reference)
     if not mine.any() or not theirs.any():
@@ -142,7 +142,7 @@ def nsd(
     spacings: Sequence[Sequence[float]] | None = None,
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean normalised surface Dice. Without `spacings` tolerance and distances are in voxels."""
+    """Mean normalized surface Dice. Without `spacings` tolerance and distances are in voxels."""
     steps = _spacings(predictions, references, spacings)
     scores = [
         nsd_of(a, b, step, tolerance)
@@ -191,7 +191,7 @@ def _each(
 
 
 def _pair(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as booleans. Probabilities are refused: where to cut them is the model's affair."""
+    """Both as booleans. Probabilities are refused: their threshold is the caller's choice."""
     masks = []
     for side, mask in (
         ("prediction", np.asarray(prediction)),

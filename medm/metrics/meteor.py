@@ -1,4 +1,4 @@
-"""METEOR (Banerjee and Lavie 2005), by which of its programs the name of the result says."""
+"""METEOR (Banerjee and Lavie 2005); the name of the result says which program computed it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from medm.metrics.words import fraction_outside_latin, unsegmented
 
 
 class _NoSynonyms:
-    """Stands where NLTK expects WordNet, and knows no synonyms: exact and stem matches remain."""
+    """WordNet without synonyms for NLTK: exact and stem matches remain."""
 
     @staticmethod
     def synsets(word: str) -> list[Any]:
@@ -86,7 +86,7 @@ def meteor_java(
         )
     scores: list[float] = []
     if predictions:
-        # The Java side reads line by line and waits for ever on a text with a line break: only
+        # The Java side reads line by line and waits forever on a text with a line break: only
         # tokens go in.
         texts = {index: [" ".join(ptb_tokens(text))] for index, text in enumerate(predictions)}
         targets = {

@@ -81,7 +81,7 @@ def ptb_tokens(text: str) -> list[str]:
 
 @cache
 def _pattern() -> re.Pattern[str]:
-    """One alternative a kind of token, longer kinds first."""
+    """One alternative per kind of token, longer kinds first."""
     # The original knows the basic plane only: it drops emoji, and so are letters beyond.
     letter, word = f"[{characters('L', 'M')}]", f"[{characters('L', 'M', 'Nd')}]"
     joined = f"{word}+(?:(?:[-‐‑]|_(?!_)){word}+)*"
@@ -144,7 +144,7 @@ def _kept() -> frozenset[int]:
 
 
 def _is_printed(token: str) -> bool:
-    """False for a single symbol that the original cannot tokenize and drops."""
+    """Return False for a single symbol that the original cannot tokenize and drops."""
     if len(token) > 1 or token.isascii():
         return True
     category = unicodedata.category(token)

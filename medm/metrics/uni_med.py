@@ -3,8 +3,8 @@
 For comparison with published numbers.
 
 Not for anything else: each function says what is wrong with it and which metric is the corrected
-one. In one thing they differ from the published code: a blank reply never scores, also where the
-reference is nothing but an article or marks.
+one. They differ from the published code in one point: a blank reply never scores, even where the
+reference consists of articles or punctuation alone.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ _SHORT_FORMS = _short_forms()
 
 
 def normalise(text: str) -> str:
-    """The VQA-v2 normaliser as Uni-Med runs it.
+    """The VQA-v2 normalizer as Uni-Med runs it.
 
-    Wrong: "none" becomes "0"; whether a mark is deleted or becomes a blank depends on the rest of
-    the text ("t2-w" and "t2 - w" differ from "t2-w, flair"); at most 32 full stops go. Corrected:
-    `medm.metrics.words.normalize_answer`.
+    Known flaws: "none" becomes "0"; whether a mark is deleted or becomes a blank depends on the
+    rest of the text ("t2-w" and "t2 - w" differ from "t2-w, flair"); at most 32 full stops go.
+    Corrected: `medm.metrics.words.normalize_answer`.
     """
     groups_digits = _DIGIT_COMMA.search(text) is not None
     result = text
@@ -153,9 +153,9 @@ def bleu(
 def token_f1(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Token F1. Wrong: every repeat of a shared word is a hit ("lung lung lung" for "lung" is 1).
+    """Token F1 in which every repetition of a shared word is a hit.
 
-    Corrected: `token-f1`.
+    Known flaw: "lung lung lung" for "lung" is 1. Corrected: `token-f1`.
     """
     scores = best_of(predictions, references, _repeating_f1)
     result = mean_result("uni-med-token-f1", scores, SIGNATURE, resampling)
@@ -217,8 +217,8 @@ def box_iou(
 
     Corrected: `box-iou`, `box-accuracy`.
 
-    Wrong: one pixel is added to coordinates that are not pixel numbers, which favours small boxes;
-    swapped corners are scored as they stand; a box anywhere but at the start is not seen.
+    Known flaws: one pixel is added to coordinates that are not pixel numbers, which favors small
+    boxes; swapped corners are scored as they stand; a box anywhere but at the start is not seen.
 
     `extents` are (width, height) of each image; without them coordinates are those of the 0..100
     grid.
@@ -267,6 +267,6 @@ def first_words(text: str, limit: int = 50) -> str:
 
     This includes the references of the test split.
 
-    Wrong: reports scored against their first 50 words are not comparable with the literature.
+    Known flaw: reports scored against their first 50 words are not comparable with the literature.
     """
     return " ".join(text.split()[:limit])

@@ -1,4 +1,4 @@
-"""From text to the words that are compared, and the texts whose words cannot be counted.
+"""Splitting of texts into comparable words, and detection of texts where this is impossible.
 
 The tokens of the COCO caption toolkit are in `medm.metrics.ptb`.
 """

@@ -41,16 +41,16 @@ class Prediction:
 
     text: str
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """Scores that come with it (overlaps of masks)."""
+    """Scores that come with the prediction (overlaps of masks)."""
     scores: Mapping[str, float] | Sequence[float] | None = None
     """A score for each class, by name or in the order of the task's classes; a single one is in
     `numbers`."""
     error: str | None = None
-    """Why there is no prediction; the text is then empty."""
+    """Reason why there is no prediction; the text is then empty."""
     mask: str | None = None
     """File of a mask, relative to `folder`."""
     folder: Path | None = None
-    """Where `mask` is."""
+    """Folder of `mask`."""
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Scores:
     groups: dict[str, dict[str, list[MetricResult]]] = field(default_factory=dict)
     """Record field -> its value -> the corrected numbers of that part."""
     notes: list[str] = field(default_factory=list)
-    """What a reader has to know: answers that are missing, parts that were left out."""
+    """Caveats for the reader: missing answers, parts that were left out."""
     empty: int = 0
     """Items with an empty reply, or none."""
     failed: int = 0
@@ -81,11 +81,10 @@ class Task(ABC):
     """
 
     needs: frozenset[PredictionField] = frozenset({"text"})
-    """What scoring reads of a prediction. A run whose predictions lack one of these is refused
-    before it begins."""
+    """Parts of a prediction that scoring reads. A run whose predictions lack one of these is
+    refused before it begins."""
     tag: ClassVar[str]
-    """What kind of task its samples are ("vqa", "caption", ...): task tokens and mixtures go
-    by it."""
+    """Kind of task of its samples ("vqa", "caption", ...), for task tokens and mixtures."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     """Splits by medm's names; each task says which file holds one."""
     eval_split: ClassVar[str] = "test"
@@ -96,8 +95,8 @@ class Task(ABC):
     """Record fields whose values get a row each in the tables."""
     cluster_by: str | None = None
     """Record field, or kind of file ("image", "volume"), whose equal values are drawn together:
-    several questions about one scan are no independent items. None where every item stands for
-    itself."""
+    several questions about one scan are no independent items. None where every item is
+    independent."""
 
     def __init__(self, *, rounds: int = 1000, seed: int = 0, cluster_by: str | None = None) -> None:
         self.resampling = Resampling(rounds=rounds, seed=seed)

@@ -1,4 +1,4 @@
-"""Reading a benchmark's files: what is missing or damaged is named, and nothing in them runs."""
+"""Reading of a benchmark's files. Missing or damaged files are named; no code in them runs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def read_json_map(path: Path) -> Config:
 
 
 def read_jsonl(path: Path) -> Iterator[Config]:
-    """One JSON object a line; empty lines are skipped."""
+    """One JSON object per line; empty lines are skipped."""
     for index, line in enumerate(_bytes(path).splitlines()):
         if not line.strip():
             continue

@@ -64,7 +64,7 @@ class Custom(Task):
 
     @property
     def group_by(self) -> tuple[str, ...]:  # type: ignore[override]
-        """As told."""
+        """The options."""
         return self.fields
 
     def samples(
@@ -177,7 +177,7 @@ def _binary_labels(records: Sequence[Record]) -> tuple[list[int], list[int]]:
 def _box_counts(
     records: Sequence[Record], codec: str, resampling: Resampling
 ) -> list[MetricResult]:
-    """Shares of predictions with a malformed, and with a repaired box."""
+    """Fractions of predictions with a malformed, and with a repaired box."""
     parsed = [CODECS[codec].parse(record["prediction"]) for record in records]
     signature = f"share of texts|codec:{codec}"
     return [

@@ -1,6 +1,6 @@
 """M3D-Seg and M3D-RefSeg (Bai et al. 2024): names, boxes and masks in volumes.
 
-Read in the processed form of the published scripts: `image.npy` beside one mask file a class.
+Read in the processed form of the published scripts: `image.npy` beside one mask file per class.
 """
 
 from __future__ import annotations

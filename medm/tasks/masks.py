@@ -17,7 +17,7 @@ from medm.tasks.benchmark_files import read_array
 from medm.types import JsonObject
 
 WITHOUT_MASK = "without_mask"
-"""Field of a record that no mask came for, so that an empty one was measured."""
+"""Field of a record without a mask, for which an empty mask was measured."""
 
 
 class MaskTask(Task):
@@ -39,13 +39,13 @@ class MaskTask(Task):
         reference: np.ndarray,
         spacing: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> dict[str, float]:
-        """The numbers of one item, which belong into its record.
+        """Return the numbers of one item, which are stored in its record.
 
         Args:
             probabilities: (D, H, W) in 0..1, on the grid of the reference; the mask is where they
                 exceed 0.5.
             reference: (D, H, W) of 0 and 1.
-            spacing: millimetres a step; M3D's volumes have lost theirs, so that distances are in
+            spacing: millimeters per step; M3D's volumes have lost theirs, so that distances are in
                 voxels.
         """
         mask = np.asarray(probabilities) > 0.5

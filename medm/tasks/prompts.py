@@ -76,5 +76,5 @@ CONTEXT_QA = (
 
 
 def lettered(options: dict[str, str]) -> str:
-    """Options a line each, "A. liver"."""
+    """Options, one per line, "A. liver"."""
     return "\n".join(f"{letter}. {wording}" for letter, wording in options.items())

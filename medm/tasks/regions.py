@@ -30,7 +30,7 @@ class Region:
     box: Box
     """Corners in pixels."""
     group: str
-    """What the tables are broken down by (modality)."""
+    """Group in the tables (modality)."""
     others: int
     """Objects of the same name in the same image: with any, the question has several right
     answers."""

@@ -155,7 +155,7 @@ def m3d_texts(
 ) -> list[MetricResult]:
     """M3D-Bench's table for texts: BLEU-1, ROUGE-1, METEOR and BERTScore.
 
-    What needs files that are not here is undefined, and its signature says why.
+    A metric whose files are missing is undefined, and its signature gives the reason.
     """
     pair = texts(records)
     results = m3d_bench.bleu(*pair, resampling=resampling) + m3d_bench.rouge(
