@@ -86,7 +86,7 @@ class GenerationPredictor(Predictor):
             return {}
         return read_predictions(output, items.samples, limit=items.limit)
 
-    def facts(self) -> JsonObject:
+    def metadata(self) -> JsonObject:
         return {
             "model": self.source,
             "model_fingerprint": model_fingerprint(Path(self.source)),
