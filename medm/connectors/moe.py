@@ -143,17 +143,17 @@ class Router(nn.Module):
     def _logits(self, tokens: Tensor, known: Tensor | None, unseen: Tensor | None) -> Tensor:
         """Return the logits (B, N, experts), or (B, 1, experts) when routing by task alone."""
         assert self.layers is not None
-        seen = tokens
+        inputs = tokens
         if self.task_tokens is not None and known is not None and unseen is not None:
             task = torch.where(
                 unseen[:, None], self.task_tokens.mean(dim=0), self.task_tokens[known]
             )[:, None]
             # The task token comes first, as in the paper.
             alone = self.route_by == "task"
-            seen = (
+            inputs = (
                 task if alone else torch.cat([task.expand(-1, tokens.shape[1], -1), tokens], dim=-1)
             )
-        return self.layers(seen).float().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+        return self.layers(inputs).float().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 
     def _normalize(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return routing weights from logits, and the load-balance loss of the corrected mode."""

@@ -16,7 +16,7 @@ class FixedBatchNorm(_BatchNorm):
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """As in evaluation, also in training."""
+        """Normalize with the stored statistics, also in training."""
         return F.batch_norm(
             pixels,
             self.running_mean,

@@ -227,9 +227,9 @@ class EfficientNetLiteEncoder(VisionEncoder):
         widths = [*channels, whole(sizes, "head")]
         self.dim = sum(widths[stage - 1] for stage in self.stages)
         self.pooled_dim = widths[max(self.stages) - 1]
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")

@@ -297,7 +297,7 @@ class HFVisionEncoder(VisionEncoder):
 
     @classmethod
     def architecture_from(cls, published: Mapping[str, object]) -> Config:
-        """The tower's own config: `vision_config` of a larger model, or all of it."""
+        """Return the tower's own config: `vision_config` of a larger model, or all of it."""
         if not published:
             return {}
         kind = str(published.get("model_type", ""))

@@ -173,13 +173,13 @@ class PlainViT(VisionEncoder):
             for _ in range(count)
         )
         self.norm = nn.LayerNorm(self.dim, eps=self.eps) if norm == "after" else nn.Identity()
-        self._initialise()
+        self._initialize()
 
     def embedding(self, channels: int) -> nn.Module:
-        """The module from pixels (B, channels, *spatial) to (B, cells, dim)."""
+        """Return the module from pixels (B, channels, *spatial) to (B, cells, dim)."""
         raise NotImplementedError
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for parameter in (self.cls_token, self.positions):
             nn.init.trunc_normal_(parameter, std=0.02)
         for module in self.modules():
@@ -240,7 +240,7 @@ class PlainViT(VisionEncoder):
         return VisionFeatures(tokens=chosen, grid=self.grid(spatial), prefix=self.prefix)
 
     def _positions_for(self, cells: tuple[int, ...]) -> Tensor:
-        """The learned positions, resampled where the grid is not the published one."""
+        """Return the learned positions, resampled where the grid is not the published one."""
         if cells == self.native_grid:
             return self.positions
         if cells not in self._told_grids:

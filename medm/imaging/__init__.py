@@ -83,7 +83,7 @@ def load_pixels(source: object, preprocess: Preprocess, *, device: str = "cpu") 
 
 
 def preprocess_from_dict(value: Mapping[str, Any]) -> Preprocess:
-    """The description that `kind` names, from a checkpoint or a recipe. Raises `RecipeError`."""
+    """Return the preprocessing of a checkpoint or recipe, by `kind`. Raises `RecipeError`."""
     kind = value.get("kind")
     if kind not in _KINDS:
         raise RecipeError(f"preprocess: unknown kind {kind!r}{suggest(str(kind), _KINDS)}")

@@ -1,4 +1,4 @@
-"""Untrusted NumPy files, checked by their header before memory is allocated; no object is built."""
+"""Reading of untrusted NumPy files: headers are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _read_header(
 
 
 def read_npz(path: Path, name: str, *, max_items: int, max_bytes: int) -> np.ndarray:
-    """The one array of an archive that numpy.savez or numpy.savez_compressed wrote.
+    """Return the one array of an archive that numpy.savez or numpy.savez_compressed wrote.
 
     Raises:
         MediaError: several members, or as `read_npz_member`.

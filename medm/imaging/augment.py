@@ -70,7 +70,7 @@ class _Motion:
 def _draw_motion(
     options: Augment, shape: tuple[int, ...], rng: np.random.Generator
 ) -> _Motion | None:
-    """The spatial change; None if no change is enabled; then nothing is drawn."""
+    """Return the spatial change; None if no change is enabled; then nothing is drawn."""
     if not (options.rotate or options.scale or options.shift or options.mirror):
         return None
     sides = np.asarray(shape, dtype=np.float64)

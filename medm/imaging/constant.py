@@ -48,7 +48,7 @@ class Step:
 
     @classmethod
     def of(cls, name: str, values: np.ndarray | Tensor, *, tolerance: float = _TOLERANCE) -> Step:
-        """The range of an array or tensor."""
+        """Return the range of an array or tensor."""
         return cls(name, float(values.min()), float(values.max()), tolerance)
 
     @property
@@ -146,7 +146,7 @@ def looks_constant(prepared: np.ndarray) -> bool:
 
 
 def _cause(steps: Sequence[Step]) -> str:
-    """The first step after which there is one value, with the range before it."""
+    """Return the first step after which there is one value, with the range before it."""
     for before, after in pairwise(steps):
         if after.is_constant:
             return f"{after.name} makes {after.low:g} of the values {before.low:g}..{before.high:g}"

@@ -178,7 +178,7 @@ class Header:
 
     @property
     def byte_order(self) -> str:
-        """Of the pixels, as NumPy writes it."""
+        """Byte order of the pixels, as NumPy writes it."""
         return ">" if self.syntax == BIG_ENDIAN else "<"
 
     @property
@@ -550,7 +550,7 @@ def _frame_rescale(
 def _modality_table(
     dataset: Dataset, name: str, *, signed: bool, order: str
 ) -> tuple[LookupTable | None, str]:
-    """The Modality LUT of a file and the unit of its output ("HU", "OD", "US")."""
+    """Return the Modality LUT of a file and the unit of its output ("HU", "OD", "US")."""
     items = _items(dataset, 0x00283000)
     if not items:
         return None, ""

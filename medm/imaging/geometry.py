@@ -122,7 +122,7 @@ def join_numbers(values: Sequence[float] | np.ndarray) -> str:
 
 
 def geometry_from_steps(steps: np.ndarray, origin: np.ndarray, name: str) -> Geometry:
-    """The geometry of an array whose axes are (z, y, x) from the steps of x, y, z.
+    """Return the geometry of an array whose axes are (z, y, x) from the steps of x, y, z.
 
     Args:
         steps: (3, 3), column i is the step in mm (LPS) from one voxel to the next along x, y, z of

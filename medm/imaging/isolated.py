@@ -61,7 +61,7 @@ class Decoder:
         self._child: subprocess.Popen[bytes] | None = None
 
     def decode(self, path: Path, name: str, *, max_items: int) -> np.ndarray:
-        """The pixels of a DICOM file as SimpleITK gives them: (frames, rows, columns[, samples]).
+        """Return the pixels of a DICOM file from SimpleITK: (frames, rows, columns[, samples]).
 
         Args:
             path: the file; its header has been checked.

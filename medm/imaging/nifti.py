@@ -179,7 +179,7 @@ def write_nifti(path: Path, voxels: np.ndarray, geometry: Geometry | None) -> No
 
 
 def _read_header(stream: BinaryIO, name: str) -> tuple[_Header, bool]:
-    """The header, and whether the file is packed."""
+    """Return the header, and whether the file is packed."""
     packed = stream.read(2) == b"\x1f\x8b"
     stream.seek(0)
     return _parse(_first_bytes(stream, packed, name), name), packed

@@ -185,7 +185,7 @@ def _geometry(fields: Fields, name: str) -> Geometry | None:
 
 
 def _spacings(fields: Fields, name: str) -> list[float]:
-    """The field 'spacings' in mm."""
+    """Return the field 'spacings' in mm."""
     spacings = _numbers(fields["spacings"].split(), "spacings", name)
     if len(spacings) != 3:
         raise MediaError(

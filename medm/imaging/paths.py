@@ -141,7 +141,7 @@ def _find(base: Path, relative: str) -> tuple[Path, str | None]:
 
 
 def _readings(relative: str) -> Iterator[tuple[str, ...]]:
-    """The parts of a path as this system reads it, then as Windows does."""
+    """Return the parts of a path as this system reads it, then as Windows does."""
     yield PurePosixPath(relative).parts
     windows = PureWindowsPath(relative)
     if "\\" in relative and not windows.anchor:

@@ -162,7 +162,7 @@ def _read_folder(
 
 
 def _format(path: Path, name: str) -> Literal["nifti", "nrrd", "metaimage", "dicom", "npy", "npz"]:
-    """The format of a file by its suffix or its first bytes. Raises `MediaError` for any other."""
+    """Return the format of a file by suffix or first bytes. Raises `MediaError` for others."""
     if not path.is_file():
         raise MediaError(f"{name}: expected a file or folder, found a device or pipe")
     with open_binary(path, name) as stream:
@@ -231,7 +231,7 @@ def _three_axes(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _checked(voxels: np.ndarray, name: str) -> np.ndarray:
-    """The voxels as int16 or float32; refuses what is not finite."""
+    """Return the voxels as int16 or float32; refuses what is not finite."""
     check_size(voxels.shape, voxels.dtype.itemsize, name)
     stored, voxels = voxels, np.ascontiguousarray(compact(voxels))
     if voxels.dtype.kind == "f":

@@ -56,7 +56,7 @@ def attend_per_document(
     There may be more keys than queries; the last query sees all keys of its sample.
 
     Args:
-        module: the attention layer; says how many query heads share a key head.
+        module: the attention layer, which holds the number of query heads per key head.
         query: (1, H, T, D).
         key: (1, K, S, D), K dividing H; S is T where no sample has keys of its own.
         value: (1, K, S, D).
@@ -107,12 +107,12 @@ def attend_per_document(
         return _varlen(q, k, v, ends, longest, scaling)[None], None
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    asked = cu_seq_lens_q.diff().tolist()
-    held = asked if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
+    queries = cu_seq_lens_q.diff().tolist()
+    keys = queries if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
     # Split, not sliced: the gradients of slices are added up over the whole row, one sample after
     # another.
     samples = zip(
-        query.split(asked, dim=2), key.split(held, dim=2), value.split(held, dim=2), strict=True
+        query.split(queries, dim=2), key.split(keys, dim=2), value.split(keys, dim=2), strict=True
     )
     attended = [_causal(q, k, v, dropout, scaling) for q, k, v in samples]
     return torch.cat(attended, dim=2).transpose(1, 2), None
@@ -121,13 +121,13 @@ def attend_per_document(
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Of one sample; the last query sees every key."""
-    asked, held = query.shape[2], key.shape[2]
-    if asked == held:
+    """Causal attention of one sample; the last query sees every key."""
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == keys:
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
         )
-    mask = causal_lower_right(asked, held)
+    mask = causal_lower_right(queries, keys)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )

@@ -145,7 +145,7 @@ class ChatFormat:
         return "".join(str(part) for piece in pieces for part in piece.parts)
 
     def end_of_reply(self) -> int:
-        """The token that the template writes after a reply: where generation stops."""
+        """Return the token that the template writes after a reply: where generation stops."""
         ids, learned = self.encode([Message("user", ["?"]), Message("assistant", ["!"])])
         return [token for token, is_target in zip(ids, learned, strict=True) if is_target][-1]
 

@@ -95,7 +95,7 @@ class MetricResult:
     """Caveat of this number, or the reason why it is undefined."""
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: undefined numbers are None, the function is left out."""
+        """Return plain values for JSON: undefined numbers are None, the function is left out."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {
             "name": self.name,
@@ -126,7 +126,7 @@ class Metric(Protocol):
 
 
 def check_lengths(predictions: Sized, references: Sized) -> int:
-    """The number of items; raises `ValueError` when the two sides differ."""
+    """Return the number of items; raises `ValueError` when the two sides differ."""
     if len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references: scoring them "
@@ -185,7 +185,7 @@ def result_of(
     *,
     per_item: Sequence[float] | np.ndarray | None = None,
 ) -> MetricResult:
-    """The metric at one count each, with its bootstrap interval.
+    """Return the metric at one count each, with its bootstrap interval.
 
     Raises:
         ValueError: the groups of `resampling` are those of other items.
@@ -221,7 +221,7 @@ def result_of(
 def mean_result(
     name: str, per_item: Sequence[float] | np.ndarray, signature: str, resampling: Resampling
 ) -> MetricResult:
-    """The mean of item scores."""
+    """Return the mean of item scores."""
     scores = np.asarray(per_item, dtype=np.float64)
     return result_of(
         name,
@@ -251,14 +251,14 @@ def summed_result(
 
 
 def with_note(result: MetricResult, note: str | None) -> MetricResult:
-    """The result with a note, after one that it already has. None changes nothing."""
+    """Return the result with a note, after one that it already has. None changes nothing."""
     if note is None:
         return result
     return replace(result, note=note if result.note is None else f"{result.note}; {note}")
 
 
 def undefined(result: MetricResult, reason: str) -> MetricResult:
-    """The result without its number, where the metric has no meaning for these data."""
+    """Return the result without its number, where the metric has no meaning for these data."""
     return replace(
         result,
         value=math.nan,

@@ -1,4 +1,4 @@
-"""BLEU, three ways that the literature uses under one name. All values are fractions.
+"""Three variants of BLEU that the literature uses under one name. All values are fractions.
 
 Papineni et al. 2002; sacrebleu: Post 2018. The COCO and NLTK variants are written from their
 formulas.

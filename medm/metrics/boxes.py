@@ -35,7 +35,7 @@ class ParsedBoxes:
 
     @property
     def first(self) -> Box | None:
-        """The first box that could be read."""
+        """First box that could be read."""
         return self.boxes[0] if self.boxes else None
 
 
@@ -48,7 +48,7 @@ class BoxCodec(Protocol):
         ...
 
     def encode(self, box: Box, extent: Sequence[float]) -> str:
-        """The text of a box given in pixels; coordinates outside of the extent are clipped."""
+        """Return the text of a box in pixels; coordinates outside of the extent are clipped."""
         ...
 
     def parse(self, text: str) -> ParsedBoxes:

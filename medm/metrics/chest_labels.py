@@ -155,7 +155,7 @@ _VERB = re.compile(
 
 
 def label_report(text: str, *, no_finding: str = "stated") -> dict[str, Status]:
-    """The labels that a report mentions.
+    """Return the labels that a report mentions.
 
     "No Finding" is positive when no pathology is affirmed or left open, and the report says that
     something is normal or absent (`no_finding="stated"`), or whatever else it says

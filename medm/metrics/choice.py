@@ -1,7 +1,6 @@
-"""Closed questions: what a text answers is parsed, never searched for as a substring.
+"""Closed questions: answers are parsed, never searched for as substrings.
 
-"abnormal" contains "no", and "A large mass" begins with an A; neither is an answer to the question
-asked.
+"abnormal" contains "no", and "A large mass" begins with an A; neither is an answer.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Comparison:
     independent."""
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: undefined numbers are None."""
+        """Return plain values for JSON: undefined numbers are None."""
         return {
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self).items()

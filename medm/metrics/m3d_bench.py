@@ -27,7 +27,7 @@ from medm.metrics.base import (
     undefined,
 )
 from medm.metrics.boxes import CODECS, Box, enclosing_iou
-from medm.metrics.rouge import rouge as sound_rouge
+from medm.metrics.rouge import rouge as corrected_rouge
 from medm.metrics.words import ngrams, unsegmented
 
 
@@ -76,7 +76,7 @@ def rouge(
     The number is that of `rouge`.
     """
     check_lengths(predictions, references)
-    found = sound_rouge(predictions, references, resampling=resampling)[0]
+    found = corrected_rouge(predictions, references, resampling=resampling)[0]
     drawn = found.signature.partition("stem:no")[2]  # groups and level of the interval
     signature = f"m3d-bench|rouge-score|rouge1|stem:no|mean{drawn}"
     return [replace(found, name="m3d-bench-rouge-1", signature=signature)]

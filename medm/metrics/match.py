@@ -1,4 +1,4 @@
-"""Short answers compared as a whole, or word by word."""
+"""Metrics of short answers, compared as a whole or word by word."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class _NoSynonyms:
 
 
 def wordnet_available() -> bool:
-    """True where NLTK is installed and finds the WordNet files."""
+    """Return True if NLTK is installed and finds the WordNet files."""
     try:
         _wordnet()
     except DeviceError:

@@ -94,7 +94,7 @@ _SHORT_FORMS = _short_forms()
 
 
 def normalise(text: str) -> str:
-    """The VQA-v2 normalizer as Uni-Med runs it.
+    """Apply the VQA-v2 normalizer as Uni-Med runs it.
 
     Known flaws: "none" becomes "0"; whether a mark is deleted or becomes a blank depends on the
     rest of the text ("t2-w" and "t2 - w" differ from "t2-w, flair"); at most 32 full stops go.
@@ -116,8 +116,8 @@ def clean_prediction(text: str) -> str:
     return text.lower().replace("<unk>", "").strip()
 
 
-def _said(prediction: str) -> str | None:
-    """The normalized prediction; None where nothing is left of it, which equals no reference."""
+def _normalized(prediction: str) -> str | None:
+    """Return the normalized prediction, or None if it is empty, which equals no reference."""
     text = clean_prediction(prediction)
     return None if is_blank(text) else normalise(text)
 
@@ -126,7 +126,7 @@ def match(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
     """Exact match after `normalise`. Corrected: `normalised-match`."""
-    scores = best_of(predictions, references, lambda a, b: float(_said(a) == normalise(b)))
+    scores = best_of(predictions, references, lambda a, b: float(_normalized(a) == normalise(b)))
     return [mean_result("uni-med-match", scores, SIGNATURE, resampling)]
 
 
@@ -184,7 +184,7 @@ def closed_accuracy(
     scores = best_of(
         predictions,
         references,
-        lambda a, b: float((text := _said(a)) is not None and normalise(b) in text),
+        lambda a, b: float((text := _normalized(a)) is not None and normalise(b) in text),
     )
     return [mean_result("uni-med-closed-accuracy", scores, f"{SIGNATURE}|substring", resampling)]
 

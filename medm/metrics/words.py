@@ -60,7 +60,7 @@ def plain_marks(text: str) -> str:
 
 
 def normalize_answer(text: str) -> str:
-    """The form in which short answers are compared.
+    """Return the form in which short answers are compared.
 
     Unicode's compatibility form, case folded, no punctuation, no articles, number words as digits,
     single blanks. Kept: decimal points, the sign of a number, signs of comparison and percent,

@@ -124,7 +124,7 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The corrected numbers of these records."""
+        """Return the corrected numbers of these records."""
 
     def measure_item(
         self, record: JsonObject, prediction: Prediction | None, folder: Path
@@ -311,7 +311,7 @@ def make_sample(
 
 
 def pick_template(pool: Sequence[str], rng: random.Random | None) -> str:
-    """The first instruction, or one of all at random."""
+    """Return the first instruction, or a random one with `rng`."""
     return pool[0] if rng is None else rng.choice(pool)
 
 
@@ -346,7 +346,7 @@ def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) 
 
 
 def _files(sample: Sample) -> dict[str, str]:
-    """The paths of a sample by branch, which say what scan a question is about."""
+    """Return the paths of a sample by branch, which say what scan a question is about."""
     paths: dict[str, list[str]] = {}
     for media in sample.media:
         paths.setdefault(media.branch, []).append(media.path or "")
@@ -360,8 +360,8 @@ def task_to_records(
 
     Records have `image` or `volume`, LLaVA conversations, and the answer as reply.
 
-    With a `seed` instructions are drawn from the task's pool, one stream over the split; without,
-    all are worded alike.
+    With a `seed` instructions are drawn from the task's pool, one stream over the split. Without
+    it, all samples have the same instruction.
     """
     for sample in task.samples(folder, split, rng=None if seed is None else random.Random(seed)):
         yield record_of(sample)

@@ -120,7 +120,7 @@ def read_array(path: Path) -> np.ndarray:
 
 
 class NumberArchive:
-    """The arrays of an .npz by name, each read when asked for; never an object."""
+    """The arrays of an .npz by name, each read on access; never an object."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -82,12 +82,14 @@ class CTRateVQA(Task):
         for index, row in enumerate(read_json_list(file)):
             image = field_of(row, "image", str, file=file, index=index)
             turns = field_of(row, "conversations", list, file=file, index=index)
-            for position, (asked, said) in enumerate(zip(turns[::2], turns[1::2], strict=False)):
-                question = field_of(asked, "value", str, file=file, index=index)
+            for position, (question_turn, answer_turn) in enumerate(
+                zip(turns[::2], turns[1::2], strict=False)
+            ):
+                question = field_of(question_turn, "value", str, file=file, index=index)
                 mark = _MARK.search(question)
                 if (mark.group(1) if mark else "long_answer") != self.mark:
                     continue
-                answer = field_of(said, "value", str, file=file, index=index).strip()
+                answer = field_of(answer_turn, "value", str, file=file, index=index).strip()
                 text = _PLACEHOLDER.sub("", _MARK.sub("", question)).strip()
                 yield make_sample(
                     self.word(text, rng),
@@ -101,11 +103,11 @@ class CTRateVQA(Task):
                 )
 
     def word(self, question: str, rng: random.Random | None) -> str:
-        """The question as it is asked."""
+        """Return the question of a sample."""
         return pick_template(prompts.VOLUME_VQA, rng).format(question=question)
 
     def fields(self, question: str, answer: str, file: Path, index: int) -> Config:
-        """Fields that scoring needs besides the answer."""
+        """Return the fields that scoring needs besides the answer."""
         return {}
 
 

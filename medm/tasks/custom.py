@@ -1,4 +1,4 @@
-"""A user's own records with a list of metrics."""
+"""Task on a user's own records, with a list of metrics."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Custom(Task):
 
     @property
     def group_by(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The options."""
+        """Record fields of the option `group_by`."""
         return self.fields
 
     def samples(
@@ -168,9 +168,10 @@ def _labels(records: Sequence[Record]) -> tuple[list[str | None], list[str]]:
 def _binary_labels(records: Sequence[Record]) -> tuple[list[int], list[int]]:
     """0 and 1; a prediction that says neither is the wrong one."""
     truths = [int(truth or 0) for truth in scoring.binary(records, "answer")]
-    said = scoring.binary(records, "prediction")
+    predicted = scoring.binary(records, "prediction")
     return [
-        1 - truth if guess is None else guess for guess, truth in zip(said, truths, strict=True)
+        1 - truth if guess is None else guess
+        for guess, truth in zip(predicted, truths, strict=True)
     ], truths
 
 

@@ -31,7 +31,7 @@ class MaskTask(Task):
 
     @abstractmethod
     def reference(self, folder: Path, record: Record) -> np.ndarray:
-        """The true mask (D, H, W) of a sample, from its `extra` fields."""
+        """Return the true mask (D, H, W) of a sample, from its `extra` fields."""
 
     def measure_mask(
         self,

@@ -113,7 +113,7 @@ class _Reader:
         return items
 
     def top(self, kind: type[Container]) -> Container:
-        """The container on top."""
+        """Return the container on top."""
         container = self.stack[-1]
         if not isinstance(container, kind):
             raise ValueError(f"expected a {kind.__name__} on the stack")

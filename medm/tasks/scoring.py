@@ -318,14 +318,14 @@ def class_areas(
 
 
 def _has_no_answer(record: Record) -> bool:
-    """True where neither a reply nor scores came for an item, or an error in their place."""
+    """Return True for an item without reply and scores, or with an error in their place."""
     return record.get(FAILED) is not None or (
         record.get("scores") is None and is_blank(record.get("prediction"))
     )
 
 
 def _worst_score(positive: bool) -> float:
-    """The score that puts a positive item below all others and a negative one above."""
+    """Return the score that puts a positive item below all others and a negative one above."""
     return -math.inf if positive else math.inf
 
 
