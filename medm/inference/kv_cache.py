@@ -1,5 +1,4 @@
-"""KV cache of continuous batching: prefilled texts, and the slots in which requests are decoded
-together.
+"""KV cache of continuous batching: prefilled texts, and the slots of requests being decoded.
 
 Knows keys, values and lengths; no prompts and no settings of requests.
 """
@@ -120,7 +119,7 @@ class Slots:
         self._lengths = [length + 1 for length in self._lengths]
 
     def _reserve(self, like: KVCache, *, rows: int, expected: int, tokens: int) -> None:
-        """Allocate more memory where the KV cache has fewer rows or tokens than these."""
+        """Allocate more memory if the KV cache has fewer rows or tokens than these."""
         held_rows, held = (
             (self._kv_cache[0][0].shape[0], self._kv_cache[0][0].shape[2])
             if self._kv_cache

@@ -291,7 +291,7 @@ def test_what_cannot_begin_says_why(model: Path, tmp_path: Path) -> None:
         run(tmp_path / "nowhere", data, tmp_path / "o.jsonl")
     with pytest.raises(DataError, match="no such file"):
         run(model, tmp_path / "none.json", tmp_path / "o.jsonl")
-    with pytest.raises(RecipeError, match="leaves no room for a prompt"):
+    with pytest.raises(RecipeError, match="leaves no tokens for a prompt"):
         run(model, data, tmp_path / "o.jsonl", generation=GenerationOptions(max_new_tokens=600))
     with pytest.raises(ValueError, match="top_p"):
         GenerationOptions(top_p=0.5)

@@ -193,7 +193,7 @@ def test_trouble_that_stays_stops_the_run_and_the_next_one_answers_the_rest(
         patch.setattr(infer_module, "_OUTAGE", 4)
         patch.setattr(images.os, "open", broken)
         with pytest.raises(
-            InputLostError, match=r"4 records in a row .*Input/output error.*same command again"
+            InputLostError, match=r"4 consecutive records .*Input/output error.*same command again"
         ):
             run(model, data)
     lines = read_output(data.parent / "out.jsonl")
@@ -462,7 +462,7 @@ def test_what_can_be_known_is_said_before_weights_are_read(
         (CheckpointError, "not a model folder", {"model": str(folder)}),
         (
             RecipeError,
-            "no room for a prompt",
+            "no tokens for a prompt",
             {"generation": GenerationOptions(max_new_tokens=600)},
         ),
         (
