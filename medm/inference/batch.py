@@ -150,7 +150,7 @@ def infer(options: InferOptions, *, progress: Progress | None = None) -> InferSu
     results = Results(
         Path(options.output), run_settings(options), options.model_dump(include=_NOTED)
     )
-    with _launched() as (rank, world), results.held() if rank == 0 else nullcontext():
+    with _launched() as (rank, world), results.locked() if rank == 0 else nullcontext():
         if rank == 0:
             results.begin(overwrite=options.overwrite)
         _wait_for_all(world)

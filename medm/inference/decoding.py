@@ -161,14 +161,14 @@ class Decoder:
         if not self.pending:
             self._limit = self.slots
         request, length = next(self._ids), len(prompt.signature)
-        room = prompt.max_new_tokens if self.max_tokens is None else self.max_tokens - length
+        left = prompt.max_new_tokens if self.max_tokens is None else self.max_tokens - length
         problem = None
         if length == 0 or prompt.max_new_tokens < 1:
             problem = (
                 f"expected a prompt and a reply of 1 token or more, found {length} and "
                 f"{prompt.max_new_tokens}"
             )
-        elif room < 1:
+        elif left < 1:
             problem = (
                 f"the prompt has {length} tokens, but a prompt and its reply have at most "
                 f"{self.max_tokens}"
@@ -183,7 +183,7 @@ class Decoder:
             else Sampler(prompt.sampling, device=self.language_model.device)
         )
         self._waiting.append(
-            _Row(request, prompt, min(room, prompt.max_new_tokens), stops, sampler)
+            _Row(request, prompt, min(left, prompt.max_new_tokens), stops, sampler)
         )
         return request
 

@@ -57,9 +57,9 @@ class Event:
     finish: Finish | None = None
     """Set in the last event of a request: "stop", "length", "cancelled" or "error"."""
     reply: Reply | None = None
-    """With `finish` "stop" or "length"."""
+    """The whole reply, with `finish` "stop" or "length"."""
     error: Exception | None = None
-    """With `finish` "error"."""
+    """The cause of `finish` "error"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Item:
     """An image or volume of a prompt."""
 
     key: bytes
-    """Of its content, see `content_key`."""
+    """Hash of its content, see `content_key`."""
     pixels: Tensor
     """(C, *spatial)."""
 
@@ -81,7 +81,7 @@ class Request:
     items: dict[str, list[Item]] = field(default_factory=dict)
     """Per branch the item of each placeholder run, in order."""
     task_id: int = 0
-    """As in `Example`."""
+    """Position of the task in the model's task list, as in `Example`."""
 
     @classmethod
     def of(cls, example: Example) -> Request:
@@ -94,9 +94,9 @@ class PromptBatch:
     """Several prompts, and each different image or volume of them once."""
 
     input_ids: list[np.ndarray]
-    """(T,) of each prompt."""
+    """Token ids (T,) of each prompt."""
     task_ids: list[int]
-    """Of each prompt."""
+    """Task of each prompt, as in `Example`."""
     keys: dict[str, list[bytes]] = field(default_factory=dict)
     """Per branch the content key of each item of `pixels`."""
     pixels: dict[str, Tensor] = field(default_factory=dict)

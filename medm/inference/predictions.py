@@ -89,7 +89,7 @@ class Results:
         self.sidecar = output.with_name(f"{output.name}.run.json")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock the output for this run; the lock of a killed run ends with it.
 
         A run that ends before its first line leaves nothing behind.
