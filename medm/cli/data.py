@@ -106,8 +106,9 @@ def preview(
         int, typer.Option(min=1, help="Most slices of a volume that are shown.")
     ] = 12,
 ) -> None:
-    """Draw what a model will see of one file: after window, orientation and size. Not for clinical
-    use.
+    """Draw what a model will see of one file: after window, orientation and size.
+
+    Not for clinical use.
 
     Published preprocessing goes by name. Volumes: convention=medm-vl, m3d, medm-clip, astra,
     merlin. Images: convention=medsiglip-448, medgemma-896, raddino-518.
@@ -146,8 +147,9 @@ def cache(
         ),
     ] = "cpu",
 ) -> None:
-    """Fill the cache of a recipe (data.cache) before training: every volume is read and resampled
-    once.
+    """Fill the cache of a recipe (data.cache) before training.
+
+    Every volume is read and resampled once.
 
     Started again, it resumes. The exit status is 1 when a file or record is bad; the others are
     cached all the same.
@@ -227,8 +229,9 @@ def convert(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
 ) -> None:
-    """Turn a published benchmark folder into conversation records to train on. Files stay where
-    they are.
+    """Turn a published benchmark folder into conversation records to train on.
+
+    Files stay where they are.
 
     Paths in the records are relative to the folder, which is the `root` of the source in a recipe.
     """
@@ -254,9 +257,7 @@ def convert(
 
 
 def _kind_of(file: Path, known: Mapping[str, Any]) -> Literal["image", "volume"]:
-    """2-D or 3-D: what the model takes, where it takes one of them; else by the name of the
-    file.
-    """
+    """Return the kind of a file: the model's if it takes one kind, else by the file's name."""
     if len(known) == 1:
         return known[next(iter(known))].kind
     flat = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
@@ -271,7 +272,7 @@ def _load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _sources(files: list[Path], root: Path | None, recipe: Recipe | None) -> list[SourceOptions]:
-    """What to look at: the files that were named, else the recipe's."""
+    """Return the files that were named as sources, else the sources of the recipe."""
     from medm.data.options import SourceOptions
 
     if files:
@@ -283,8 +284,9 @@ def _sources(files: list[Path], root: Path | None, recipe: Recipe | None) -> lis
 
 
 def _pipeline(recipe: Recipe | None, model: Path | None, *, inference: bool = False) -> AnyPipeline:
-    """The data pipeline of a model, with its processor; without one, conversations are read and
-    files looked at.
+    """Return the data pipeline of a model, with its processor.
+
+    Without a model, conversations are read and files are checked.
     """
     from medm.data.pipelines import PIPELINES, pipeline_for
 

@@ -1,5 +1,6 @@
-"""Flags of a command from the fields of an options class: name, type, default and help text are the
-field's own.
+"""Flags of a command from the fields of an options class.
+
+Name, type, default and help text are the field's own.
 
 A command says which options it takes and receives what was typed as dotted keys of the section. The
 options class is imported when the command itself is used or asked for help: `medm --help` stays as

@@ -1,5 +1,6 @@
-"""What a recipe may say, read from the options classes: `docs/recipe-reference.md` and `medm list
-KIND NAME`.
+"""Recipe reference, read from the options classes.
+
+Source of `docs/recipe-reference.md` and `medm list KIND NAME`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class Field:
 
 
 def fields(options: type[Options], *, beyond: type[Options] | None = None) -> list[Field]:
-    """The keys of a section in their written order; with `beyond`, only those that the other class
-    lacks.
+    """Return the keys of a section in their written order.
+
+    With `beyond`, only those that the other class lacks.
     """
     known = beyond.model_fields if beyond is not None else {}
     return [
@@ -108,8 +110,9 @@ def default_text(info: FieldInfo) -> str:
 
 
 def sections(options: type[Options], path: str = "") -> Iterator[tuple[str, Section]]:
-    """Every section below one, depth first, itself included, and every table of parts: each
-    once.
+    """Yield every section below one, depth first, itself included, and every table of parts.
+
+    Each comes once.
     """
     seen: set[int] = set()
 

@@ -26,8 +26,9 @@ class NoMedm(importlib.abc.MetaPathFinder):
 
 
 def run(folder: str, plan: dict[str, Any], result: Path) -> None:
-    """Open the folder by the Auto classes, ask about one image, and write ids, pixels, logits and
-    the reply.
+    """Open the folder by the Auto classes and ask about one image.
+
+    Writes ids, pixels, logits and the reply.
     """
     import torch
     from safetensors.torch import load_file, save_file

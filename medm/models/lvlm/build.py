@@ -1,6 +1,4 @@
-"""From a recipe's `model` section to a model: resolve every size, build, load what was
-published.
-"""
+"""LVLMs from a recipe's `model` section: resolve every size, build, load published weights."""
 
 from __future__ import annotations
 
@@ -63,8 +61,9 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
         check_usable(options.llm.attention)
 
     def build(self, options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
-        """Return a model with published weights wherever the recipe gives a path, and its
-        processor.
+        """Return a model and its processor.
+
+        The model has published weights wherever the recipe gives a path.
 
         Raises:
             RecipeError: parts that do not fit each other or the recipe.
@@ -124,8 +123,9 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
 
 
 def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
-    """Every size and the processor, from published configs and tokenizers alone; no weights are
-    read.
+    """Resolve every size and the processor from published configs and tokenizers.
+
+    Reads no weights.
     """
     text_config = _text_config(options.llm)
     tokenizer = _tokenizer(options.llm)
@@ -241,8 +241,9 @@ def _num_channels(preprocess: Preprocess) -> int:
 
 
 def _preprocess(name: str, options: BranchOptions) -> Preprocess:
-    """The preprocessing of a branch alone, also where the encoder's published config is out of
-    reach.
+    """Return the preprocessing of a branch alone.
+
+    Works also if the encoder's published config is out of reach.
     """
     try:
         return _described_encoder(name, options)[1]
@@ -272,8 +273,9 @@ def _check_channels(name: str, entry: BranchEntry, encoder: VisionEncoder) -> No
 
 
 def _encoder_config(options: EncoderOptions) -> tuple[Config, Config]:
-    """Name and keywords of an encoder with every size resolved, and the preprocessing it was
-    published with.
+    """Return the config of an encoder and the preprocessing it was published with.
+
+    The config has its name and keywords, with every size resolved.
     """
     encoder = ENCODERS.get(options.name)
     entry: Config = {"name": options.name, **_fields(options, _NOT_FOR_THE_ENCODER)}
@@ -296,7 +298,7 @@ def _encoder_config(options: EncoderOptions) -> tuple[Config, Config]:
 def _bundle_config(
     entry: Config, options: EncoderOptions, bundle: Mapping[str, Any]
 ) -> tuple[Config, Config]:
-    """The same, from an encoder that medm exported."""
+    """Return the config and preprocessing of an encoder that medm exported."""
     if bundle["encoder"] != options.name:
         raise RecipeError(
             f"{options.path}: holds an encoder {bundle['encoder']!r}, not {options.name!r}; name "
@@ -328,8 +330,9 @@ def encoder_options(block: Mapping[str, object], *, source: str) -> EncoderOptio
 
 
 def build_encoder(options: EncoderOptions) -> tuple[VisionEncoder, Config]:
-    """An encoder alone, with its weights where the options name some, and the preprocessing that
-    belongs to it.
+    """Return an encoder alone and the preprocessing that belongs to it.
+
+    It has published weights if the options name some.
 
     Args:
         options: an encoder block of a recipe.

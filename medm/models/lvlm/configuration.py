@@ -1,4 +1,4 @@
-"""What an LVLM is: every size resolved, so that it can be built without asking anyone."""
+"""Config of an LVLM: every size resolved, so that it can be built from the config alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from medm.types import Config
 
 
 class BranchEntry(Options):
-    """One branch of a checkpoint. A field that a later medm adds needs a default, so that older
-    folders open.
+    """One branch of a checkpoint.
+
+    A field that a later medm adds needs a default, so that older folders open.
     """
 
     encoder: Config
@@ -30,8 +31,9 @@ class BranchEntry(Options):
 
 
 def _upgraded(entry: Any) -> Any:
-    """Return the entry of a branch with current option values; anything else unchanged, which
-    `LVLMConfig.branch` refuses.
+    """Return the entry of a branch with current option values.
+
+    Anything else is returned unchanged; `LVLMConfig.branch` refuses it.
     """
     if isinstance(entry, dict) and isinstance(entry.get("connector"), dict):
         return {**entry, "connector": upgrade_config(entry["connector"])}

@@ -1,4 +1,4 @@
-"""What the configs of published models say, as sections of a recipe. Reads no tensor files."""
+"""Sections of a recipe from the configs of published models. Reads no tensor files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CONNECTORS = {
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What a person may know that the source does not say."""
+    """Values that a user may know and the source lacks."""
 
     llm: str | None = None
     """Folder or id with the language model's config (and tokenizer, where the source has none)."""
@@ -74,8 +74,9 @@ class Section:
 
 
 def generation_of(config: Mapping[str, object]) -> str | None:
-    """MedM-VL's generation of a config: "C" has prefixed keys, "A/B" has not; None for other
-    models.
+    """Return MedM-VL's generation of a config, None for other models.
+
+    "C" has prefixed keys, "A/B" has not.
     """
     if any(key.startswith(("lvlm_llm_", "lvlm_encoder_", "lvlm_connector_")) for key in config):
         return "C"
@@ -165,8 +166,9 @@ def medm_vl_section(
 
 
 def _scale(encoder: str, preprocess: Config, notes: list[str]) -> Config:
-    """What volumes are taken to hold where nobody says: generations A and B read the numbers of
-    files as they were.
+    """Return the preprocessing with the scale of volumes, which no config gives.
+
+    Generations A and B read the numbers of files as they were.
     """
     said = "convention" in preprocess or "scale" in preprocess
     if encoder == "m3d-clip":
@@ -271,8 +273,9 @@ def _architecture(
     hints: Hints,
     notes: list[str],
 ) -> Config:
-    """Sizes of the tower: from the hint, the nested config, its own published config, or the
-    tensors' shapes.
+    """Return the sizes of the tower.
+
+    They come from the hint, the nested config, its own published config, or the tensors' shapes.
     """
     encoder = ENCODERS.get(name)
     nested = _nested(config, f"{part}_config")
@@ -303,8 +306,9 @@ def _says_heads(sizes: Mapping[str, object]) -> bool:
 def sizes_from_shapes(
     name: str, tensors: Mapping[str, Tensor], *, part: str, notes: list[str]
 ) -> Config:
-    """Sizes of a CLIP or SigLIP tower. Shapes do not tell the heads: published towers have 64 or 72
-    wide ones.
+    """Return the sizes of a CLIP or SigLIP tower.
+
+    Shapes do not tell the heads: published towers have heads 64 or 72 wide.
     """
     short = {key.removeprefix("vision_model."): tensor for key, tensor in tensors.items()}
     patches, positions = (
@@ -424,8 +428,9 @@ def llava_section(
 
 
 def encoder_block(name: str, path: str, hints: Hints) -> Config:
-    """The options of a tower that is imported whole: every block, so that any layer can be chosen
-    later.
+    """Return the options of a tower that is imported whole.
+
+    It keeps every block, so that any layer can be chosen later.
     """
     block: Config = {"name": name, "path": path}
     if name == "m3d-clip":

@@ -66,8 +66,9 @@ class PretrainedSource:
         return self._json("config.json")
 
     def preprocessor(self) -> dict[str, Any]:
-        """`preprocessor_config.json`, the image processor of a `processor_config.json`, or an empty
-        mapping.
+        """Return the config of the image processor, or an empty mapping.
+
+        It is `preprocessor_config.json`, or the image processor of a `processor_config.json`.
         """
         if alone := self._json("preprocessor_config.json"):
             return alone
@@ -75,7 +76,7 @@ class PretrainedSource:
         return inner if isinstance(inner, dict) else {}
 
     def is_bundle(self) -> bool:
-        """Whether medm exported it as an encoder."""
+        """Return whether medm exported the folder as an encoder."""
         return self.config().get("model_type") == BUNDLE_TYPE
 
     def tensors(self) -> dict[str, Tensor]:
@@ -90,8 +91,9 @@ class PretrainedSource:
         }
 
     def encoder_tensors(self) -> dict[str, Tensor]:
-        """The tensors of a published encoder; of a vision-language model those of its vision tower,
-        without prefix.
+        """Return the tensors of a published encoder.
+
+        Of a vision-language model they are those of its vision tower, without prefix.
 
         Of safetensors files no other tensor is read, so that a tower of a model of 27 billion
         parameters costs what the tower costs.
@@ -197,8 +199,9 @@ def _shards(index: Path) -> list[str]:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors of one file; of a safetensors file none is read. Raises
-    `CheckpointError`.
+    """Return the names of the tensors of one file. Raises `CheckpointError`.
+
+    Of a safetensors file no tensor is read.
     """
     if file.suffix != ".safetensors":
         return list(read_tensors(file))
@@ -210,8 +213,9 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def read_tensors(file: Path, *, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of one safetensors or torch file. Torch files are opened without running what they
-    pickle.
+    """Return the tensors of one safetensors or torch file.
+
+    Torch files are opened without running what they pickle.
 
     Args:
         file: safetensors or torch.
@@ -248,7 +252,7 @@ def read_tensors(file: Path, *, prefix: str = "") -> dict[str, Tensor]:
 
 @dataclass(slots=True)
 class LoadReport:
-    """What became of every tensor of one load."""
+    """Report on every tensor of one load."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -288,8 +292,9 @@ def rename(
     ignored: Iterable[str],
     report: LoadReport,
 ) -> dict[str, Tensor]:
-    """Published names to own names. What matches `ignored` is left out and noted; other names stay
-    as they are.
+    """Map published names to own names.
+
+    A name that matches `ignored` is left out and noted; other names stay as they are.
     """
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in key_map]
     useless = [re.compile(pattern) for pattern in ignored]
