@@ -233,7 +233,7 @@ def _with_flags(function: Callable[..., None], flags: Sequence[Flag]) -> Callabl
     generated = {flag.parameter().name: flag for flag in flags}
     others = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
 
-    def command(**given: Any) -> None:
+    def command(**given: object) -> None:
         found = {flag.key: given.pop(name) for name, flag in generated.items()}
         typed = [
             flag for flag in flags if found[flag.key] is not None and found[flag.key] is not False

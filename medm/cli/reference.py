@@ -65,7 +65,7 @@ def _bound(constraint: object) -> str:
     return ", ".join(found)
 
 
-def _type(annotation: Any, metadata: list[Any]) -> str:
+def _type(annotation: object, metadata: list[object]) -> str:
     block = next((item for item in metadata if isinstance(item, NamedBlock)), None)
     if block is not None:
         return f"{block.registry.kind} block"
@@ -82,7 +82,7 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return "mapping" if arguments[1] is Any else f"mapping of name to {_type(arguments[1], [])}"
     if annotation is type(None):
         return "null"
-    plain: dict[Any, str] = {
+    plain: dict[object, str] = {
         str: "text",
         int: "integer",
         float: "number",

@@ -178,7 +178,7 @@ def start_rows(part: nn.Module, ids: Sequence[int]) -> None:
     """Set the rows of tokens that were just added to the mean of those before them, in place.
 
     A mean row is as probable as an average token. A random row can have the largest logit of all,
-    and a spare row of a published model was never trained.
+    and an unused row of a published model was never trained.
     """
     if not ids:
         return

@@ -44,7 +44,7 @@ from medm.types import Media, Sample, Turn
 PROMPT = "Describe the image. Is anything abnormal?"
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Largest difference of a logit, as a share of the largest logit, that the rounding of each
+"""Largest difference of a logit, as a fraction of the largest logit, that the rounding of each
 precision explains.
 
 A stock export runs the same operations on the same pixels (measured in float32 and bfloat16: 0);

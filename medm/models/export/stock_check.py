@@ -19,7 +19,7 @@ from typing import Any
 class NoMedm(importlib.abc.MetaPathFinder):
     """Makes `import medm` fail, also where it is installed."""
 
-    def find_spec(self, fullname: str, *_arguments: Any) -> None:
+    def find_spec(self, fullname: str, *_arguments: object) -> None:
         """Raises `ImportError` for medm and everything in it."""
         if fullname.partition(".")[0] == "medm":
             raise ImportError("medm is hidden from this process")

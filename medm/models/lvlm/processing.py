@@ -361,7 +361,7 @@ class LVLMProcessor(ProcessorMixin):
                 parts alone.
             chat_template: another template than the model's.
             add_generation_prompt: end where the assistant's reply begins.
-            continue_final_message: end with the last message, for the model to go on with it.
+            continue_final_message: end with the last message, for the model to continue it.
             tokenize: return tensors; without it the prompt as text, which `__call__` takes with the
                 images.
             return_tensors: "pt"; there are no others.

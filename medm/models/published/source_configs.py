@@ -170,16 +170,16 @@ def _scale(encoder: str, preprocess: Config, notes: list[str]) -> Config:
 
     Generations A and B read the numbers of files as they were.
     """
-    said = "convention" in preprocess or "scale" in preprocess
+    is_given = "convention" in preprocess or "scale" in preprocess
     if encoder == "m3d-clip":
-        if not said:
+        if not is_given:
             notes.append(
                 "volumes are expected as M3D prepared them, arrays of 0..1; for files in HU say "
                 "--preprocess volume.convention=medm-vl, for arrays of 0..255 --preprocess "
                 "volume.scale=0-255"
             )
         return preprocess if "convention" in preprocess else {"convention": "m3d", **preprocess}
-    if not said:
+    if not is_given:
         notes.append(
             "volumes are expected in HU, -1000..1000 of which become what the source's own "
             "arrays of 0..255 held; to give such arrays themselves say --preprocess "
