@@ -28,7 +28,7 @@ def import_path() -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment of a Python process that imports what this one can import."""
+    """Return the environment of a Python process with the import path of this one."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(import_path()),

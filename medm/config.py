@@ -272,7 +272,7 @@ _PLAIN = {
     "a valid list": "a list",
     "a valid dictionary": "a block of keys",
 }
-"""Pydantic's names of YAML's types, and the ones of the documentation."""
+"""Names of YAML's types: pydantic's, and those of the documentation."""
 
 
 def _describe(problem: ErrorDetails, shown: Mapping[str, str]) -> str:

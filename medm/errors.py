@@ -167,8 +167,8 @@ def unavailable(source: str, error: Exception, *, key: str) -> str:
     reason = str(error).strip().partition("\n")[0]
     return (
         f"{source}: no such folder here, and it could not be read from the Hugging Face hub "
-        f"({reason}). Without a network: download it where there is one (hf download {source} "
-        f"--local-dir DIR) and set {key}=DIR"
+        f"({reason}). Without a network: download it on a machine with a network "
+        f"(hf download {source} --local-dir DIR) and set {key}=DIR"
     )
 
 

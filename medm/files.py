@@ -34,7 +34,7 @@ def atomic_file(file: Path) -> Iterator[Path]:
         OSError: with the name of `file`, where the system names the temporary path or nothing.
     """
     temporary = _temporary(file)
-    with naming(file, aside=temporary):
+    with naming(file, temporary=temporary):
         try:
             yield temporary
             temporary.replace(file)
@@ -71,7 +71,7 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
-    with naming(folder, aside=temporary):
+    with naming(folder, temporary=temporary):
         temporary.mkdir()
         try:
             yield temporary
@@ -192,7 +192,7 @@ def lock_file(file: Path, *, target: Path) -> Iterator[None]:
     """
     stream = _locked_stream(file, target)
     try:
-        with suppress(OSError):  # a full disk: the name is for people, the lock is held without it
+        with suppress(OSError):  # a full disk: the lock is held without the name in it
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
@@ -203,7 +203,7 @@ def lock_file(file: Path, *, target: Path) -> Iterator[None]:
 
 def _locked_stream(file: Path, target: Path) -> IO[bytes]:
     while True:
-        with naming(target, aside=file):
+        with naming(target, temporary=file):
             stream = file.open("a+b", buffering=0)
         try:
             with naming(target):

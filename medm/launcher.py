@@ -161,7 +161,7 @@ class _Rank:
     def kill(self) -> None:
         """End the process and its helpers, which are in a session of their own."""
         self.killed = True
-        with suppress(ProcessLookupError):  # it ended and is not waited for yet
+        with suppress(ProcessLookupError):  # it ended and was not waited for yet
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def read(self) -> None:

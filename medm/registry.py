@@ -119,12 +119,12 @@ class Registry(Generic[T]):
         """Return the constructor of a part with its arguments bound.
 
         Args:
-            config: name and options, as a checkpoint holds them. What is left out is as the class
-                has it.
+            config: name and options, as a checkpoint holds them. Absent options have the defaults
+                of the class.
             sizes: arguments that the composition derives.
 
         Raises:
-            RecipeError: no such part, or it does not take what the config says.
+            RecipeError: no such part, or it does not accept the config.
         """
         options = dict(config)
         name = str(options.pop("name", ""))
@@ -180,8 +180,7 @@ class NamedBlock:
     default: str | None = None
     """Name of a block that gives none."""
     beside: tuple[tuple[str, type[Options]], ...] = ()
-    """Options of blocks that may stand in its place and name no part, each told by a key that it
-    holds."""
+    """Options of blocks that may replace it and name no part, each recognized by a key."""
 
     def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(

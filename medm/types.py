@@ -57,7 +57,7 @@ class View(NamedTuple):
 
     kind: Kind
     variant: str | None = None
-    """What stands behind the @; None for the usual view of the kind."""
+    """The part after the @; None for the usual view of the kind."""
 
     def __str__(self) -> str:
         return self.kind if self.variant is None else f"{self.kind}@{self.variant}"
@@ -96,7 +96,7 @@ JsonObject: TypeAlias = dict[str, Any]
 """An object of a JSON file: a record, a row of a benchmark, results."""
 
 PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings"]
-"""What a model, or a file of predictions, gives for an item of a benchmark; a benchmark needs
+"""Output of a model, or of a file of predictions, for an item of a benchmark; a benchmark needs
 some."""
 
 
@@ -303,7 +303,7 @@ class Processor(Protocol):
         """Make an example of a checked sample and its preprocessed pixels.
 
         `generation=True`: the prompt ends where the assistant's reply begins, and nothing is
-        labelled.
+        labeled.
         """
         ...
 

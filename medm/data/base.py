@@ -40,8 +40,8 @@ P = TypeVar("P", bound=HasPreprocess)
 """The processor of the models that a pipeline serves."""
 
 Collate: TypeAlias = Callable[[Sequence[E | None]], Batch]
-"""Examples to a batch. None stands for a record that was left out; where all are, the batch teaches
-nothing."""
+"""Examples to a batch. None stands for a record that was left out; if all were, nothing in the
+batch is learned."""
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class Pipeline(ABC, Generic[S, E, P]):
 
     @property
     def processor(self) -> P:
-        """The processor. Raises `ValueError` where there is none."""
+        """The processor. Raises `ValueError` if the pipeline has none."""
         if self._processor is None:
             raise ValueError(
                 f"{type(self).__name__} has no processor: it reads records, but makes no examples"
@@ -135,15 +135,15 @@ class Pipeline(ABC, Generic[S, E, P]):
     def make_example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
         """Make an example of a sample.
 
-        A check hands in blank pixels of the right shapes: nothing but the pixels of the example may
-        depend on their values.
+        A check passes blank pixels of the right shapes: only the pixels of the example may depend
+        on their values.
 
         Raises:
             DataError: the model cannot take the sample.
         """
 
     def require_usable(self, example: E) -> None:
-        """Raise `DataError` for an example that would teach nothing."""
+        """Raise `DataError` for an example without anything to learn."""
 
     def example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
         """Return the usable example of a sample.
@@ -161,7 +161,7 @@ class Pipeline(ABC, Generic[S, E, P]):
     def shorten(self, example: E, max_length: int) -> E:
         """Return an example cut to `max_length`, for `data.too_long: truncate_text`.
 
-        Placeholders and control tokens are never cut. Raises `DataError` where that is impossible.
+        Placeholders and control tokens are never cut. Raises `DataError` if that is impossible.
         """
         raise DataError(
             f"{self.length(example)} {self.unit}, but data.max_length is {max_length}, and "

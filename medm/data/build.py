@@ -24,7 +24,7 @@ def build_batches(
     lengths: Sequence[int] | np.ndarray | None = None,
     seed: int = 0,
 ) -> DistributedBatchSampler:
-    """The batch sampler of training.
+    """Return the batch sampler of training.
 
     Args:
         options: the recipe's `data`.
@@ -32,7 +32,7 @@ def build_batches(
         batch_size: samples of a micro-batch on one rank; with packing, its rows.
         rank: this process.
         world: number of processes.
-        accumulation: micro-batches of an optimiser step.
+        accumulation: micro-batches of an optimizer step.
         drop_last: whether an incomplete last step is left out.
         lengths: tokens of each record, 0 for those that are left out, as a check gives them.
         seed: of every draw.

@@ -2,7 +2,7 @@
 
 Runs the data pipeline that training runs, with blank pixels of the right shapes in place of the
 files' own. Needs no torch where the pipeline has no processor. Reports places and reasons, never
-what a record says, but for the one preview that is asked for.
+the content of a record, except in the preview on request.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from medm.imaging.probe import probe
 from medm.types import parse_view
 
 MAX_KEPT = 1000
-"""So many bad records are kept with their place and reason; the rest are counted."""
+"""Number of bad records that are kept with place and reason; further ones are only counted."""
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Report:
     records: int = 0
     """Records looked at, good and bad."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What the pipeline counts in good records, by noun (`Pipeline.nouns`)."""
+    """Counts of the pipeline in good records, by noun (`Pipeline.nouns`)."""
     text_only: int = 0
     """Good records without image or volume."""
     media: Counter[str] = field(default_factory=Counter)
@@ -92,7 +92,7 @@ class Report:
         return self.num_bad == 0
 
     def lines(self) -> list[str]:
-        """The report for people: bad records first, the totals last."""
+        """Return the report as text: bad records first, the totals last."""
         lines = [f"{error}" for error in self.bad]
         more = self.num_bad - self.num_folded - len(self.bad)
         if more > 0:
@@ -150,7 +150,7 @@ class Report:
 
 @dataclass(slots=True)
 class _Checker:
-    """The settings of one check and what it carries from record to record."""
+    """The settings of one check and its state between records."""
 
     pipeline: AnyPipeline
     decode: bool
@@ -160,8 +160,7 @@ class _Checker:
     source: int = 0
     """Number of the source that is checked."""
     seen_files: dict[tuple[Path, str], str | None] = field(default_factory=dict)
-    """Files already checked for a branch, and what is wrong with them: a good volume is no
-    image."""
+    """Files already checked for a branch, and their errors: a good volume is no image."""
 
     def record(self, records: Records[Any, Any], index: int, *, position: int) -> None:
         """Check one record and add it to the report. Raises `DataError` when it is bad.
@@ -239,13 +238,13 @@ def check(
         sources: the annotation files. One that cannot be opened at all is reported like a bad
             record.
         pipeline: of the kind of model. Without a processor, records and files are checked alone;
-            with one also what the model makes of them, and their lengths.
+            with one also the examples of the model, and their lengths.
         decode: read every image and volume in full; otherwise only as far as their header.
         preview: show the first good record as the model sees it. Needs a processor.
         length_limit: the longest example, and what training will do with a longer one; with "error"
             it is a bad record.
         limit: look only at the first N records of each file.
-        progress: called with (records done, records in all) now and then.
+        progress: called with (records done, all records) at intervals.
         shard: (number, of how many), where several ranks divide the work: the records whose
             position among all leaves this remainder. Their reports are put together by `merged`.
     """
@@ -287,7 +286,7 @@ def require_sources(options: DataOptions) -> None:
     """Check that the annotation files and folders of a recipe exist, before anything is loaded.
 
     Raises:
-        RecipeError: names the key, and what is wrong with it.
+        RecipeError: names the key and the problem.
     """
     for section in ("train", "eval"):
         for number, source in enumerate(getattr(options, section)):
@@ -344,7 +343,7 @@ def merged(reports: Sequence[Report]) -> Report:
         [at for at, _ in bad[:MAX_KEPT]],
         [error for _, error in bad[:MAX_KEPT]],
     )
-    _fold_wrong_roots(whole)
+    _merge_wrong_roots(whole)
     shown = [report for report in reports if report.preview_at is not None]
     if shown:
         first = min(shown, key=lambda report: report.preview_at or 0)
@@ -356,7 +355,7 @@ def merged(reports: Sequence[Report]) -> Report:
     return whole
 
 
-def _fold_wrong_roots(whole: Report) -> None:
+def _merge_wrong_roots(whole: Report) -> None:
     """Merge the errors of a source into one where its root is wrong: none of its files exists."""
     for number, (start, file) in enumerate(whole.starts):
         end = whole.starts[number + 1][0] if number + 1 < len(whole.starts) else whole.records
@@ -389,7 +388,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
-    """Ids that an earlier record had. `ids`: with positions, in order."""
+    """Note the ids that an earlier record had. `ids`: with positions, in order."""
     seen: set[str] = set()
     for position, name in ids:
         if name in seen:
@@ -405,7 +404,7 @@ def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
 def blank_pixels(preprocess: Preprocess | None) -> np.ndarray:
     """Return zeros of the shape that a prepared file has, without memory of their own.
 
-    Empty where no model says which shape that is.
+    The array is empty if no model gives the shape.
     """
     if preprocess is None:
         return np.empty(0, np.float32)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from medm.data.options import DataOptions
 
 MIN_REPEATS = 8
-"""Equal tokens in a row that a preview writes once, with their number."""
+"""Number of equal tokens in a row from which a preview writes the token once, with a count."""
 
 
 class Conversations(Pipeline[Sample, Example, Processor]):

@@ -27,16 +27,16 @@ from medm.imaging.placement import Placement
 logger = logging.getLogger(__name__)
 
 _SLACK = 1.05
-"""Free space that has to be there, as a multiple of what a shard takes."""
+"""Required free space, as a multiple of the size of a shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureBatch:
-    """Some items on their way into a store."""
+    """Items to be written to a store."""
 
     keys: Sequence[str]
     placements: Sequence[Placement]
-    """Of the pixels that the encoder saw, one a key."""
+    """Of the pixels that the encoder saw, one per key."""
     features: np.ndarray
     """(n, *shape)."""
 
@@ -50,14 +50,14 @@ class FeatureStore:
     """
 
     folder: Path
-    """One store; made by `open_store`."""
+    """A store; `open_store` creates it."""
     _rows: dict[str, tuple[np.ndarray, int]] = field(default_factory=dict)
     _placements: dict[str, Placement] = field(default_factory=dict)
     _shards: set[str] = field(default_factory=set)
     _keys: dict[str, str] = field(default_factory=dict)
 
     def refresh(self) -> None:
-        """Take in the shards that were finished since."""
+        """Add the shards that were finished since the last call."""
         for index in sorted(self.folder.glob("*.json")):
             if index.name in self._shards:
                 continue
@@ -76,14 +76,14 @@ class FeatureStore:
         return key in self._rows
 
     def get(self, file: Path) -> np.ndarray | None:
-        """The features of a file, a view of the disk; None where they are not kept."""
+        """Return the features of a file, mapped from disk; None if they are not stored."""
         found = self._rows.get(self.key(file))
         return None if found is None else found[0][found[1]]
 
     def placement(self, file: Path) -> Placement | None:
         """Return where the pixels that the encoder saw lie in a file.
 
-        None where its features are not stored, or were stored by an earlier version of medm.
+        None if its features are not stored, or were stored by an earlier version of medm.
         """
         return self._placements.get(self.key(file))
 
@@ -95,7 +95,7 @@ class FeatureStore:
         Read again only when a name, size or time in it changed.
 
         Raises:
-            MediaError: it is missing, or holds what is not read.
+            MediaError: it is missing, or not a file that medm reads.
         """
         state = identity(file)
         if state not in self._keys:
@@ -109,13 +109,13 @@ class FeatureStore:
 
         Args:
             batches: the items.
-            most: items that may come; fewer are fine.
+            most: maximum number of items.
             shape: of one item.
             dtype: of the items.
 
         Raises:
             MedmError: the disk has no room for it.
-            ValueError: more than `most` items came, or keys, placements and arrays differ in
+            ValueError: there are more than `most` items, or keys, placements and arrays differ in
                 number.
         """
         needed = _SLACK * most * np.prod(shape, dtype=np.int64) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""The table of data pipelines: one line a pipeline, its class imported when it is asked for."""
+"""Table of data pipelines: one line per pipeline, whose class is imported on first use."""
 
 from __future__ import annotations
 

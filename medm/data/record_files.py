@@ -22,13 +22,13 @@ import numpy as np
 from medm.errors import DataError, InputLostError
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
-"""A record of more bytes is bad: conversations are kilobytes, and one runaway line must not fill
-the memory."""
+"""Maximum bytes of a record; a longer one is bad. Conversations are kilobytes, and one endless line
+must not fill the memory."""
 
 _CHUNK = 1024 * 1024
 _HEAD = 4096
 """Bytes at the beginning of a file that show its format."""
-_EXPECTED = "expected a JSON array or one JSON object a line"
+_EXPECTED = "expected a JSON array or one JSON object per line"
 _BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA, _OPENING, _CLOSING = range(1, 6)
 _KIND = np.zeros(256, np.uint8)
@@ -50,8 +50,8 @@ class RecordFile:
     use the same handle. It is not pickled; other processes open their own.
 
     Raises:
-        DataError: at opening, when there is no such file, or it is empty or neither of the two
-            forms; at access, when that record is not valid JSON, with its index and line.
+        DataError: at opening, when there is no such file, or it is empty or of neither format; at
+            access, when that record is not valid JSON, with its index and line.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -80,7 +80,7 @@ class RecordFile:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> object:
-        """Record `index`, parsed. Raises `DataError` with file, index and line."""
+        """Return record `index`, parsed. Raises `DataError` with file, index and line."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
         index %= len(self)
@@ -160,7 +160,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def check_beginning(path: Path) -> None:
-    """Check that an annotation file exists and is of a form that is read, by its first bytes.
+    """Check that an annotation file exists and is of a supported format, by its first bytes.
 
     Raises:
         DataError: as opening a `RecordFile`.
@@ -244,7 +244,7 @@ def _require_unicode(value: object, place: str) -> None:
 
 
 def _printable(key: str) -> str:
-    """A key as a message can show it: half surrogates as escapes."""
+    """Return a key for a message, with half surrogates as escapes."""
     return key.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -391,7 +391,7 @@ def _table_name(line: bytes, path: Path, *, whole_line: bool) -> str | None:
 def _without_blank(
     file: BinaryIO, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Empty lines, and the nothing between the brackets of `[]`, are no records."""
+    """Drop the spans of empty lines and of an empty array, which are no records."""
     keep = np.ones(len(starts), bool)
     for index in np.flatnonzero(ends - starts <= 64):
         file.seek(int(starts[index]))
@@ -421,7 +421,8 @@ class _ArrayScan:
 
     def __init__(self, start: int) -> None:
         self._bounds: list[np.ndarray] = []
-        """Offsets of the opening bracket, of each comma on its level, and of what closes it."""
+        """Offsets of the opening bracket, of each comma on its level, and of the closing
+        bracket."""
         self._depth, self._in_string, self._escaping = 0, False, False
         self._closed, self._damage = False, None
 
@@ -454,7 +455,7 @@ class _ArrayScan:
         self._bounds.append(outside[bound] + offset)
 
     def _structure(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of brackets and commas outside strings, and what each is."""
+        """Positions of brackets and commas outside strings, and their kinds."""
         kinds = _KIND[codes]
         places = np.flatnonzero(kinds)
         kinds = kinds[places]

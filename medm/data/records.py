@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class Records(Sequence[S], Generic[S, E]):
-    """All records of several annotation files, one after the other, read when asked for.
+    """All records of several annotation files in sequence, read on access.
 
     Args:
-        sources: where they are. Files are opened, and their record offsets found, here.
-        pipeline: reads the records, and says which fields name files.
+        sources: annotation files. They are opened, and their record offsets found, here.
+        pipeline: reads the records, and knows which fields name files.
     """
 
     def __init__(self, sources: Sequence[SourceOptions], pipeline: Pipeline[S, E, Any]) -> None:
@@ -50,7 +50,7 @@ class Records(Sequence[S], Generic[S, E]):
         return changed
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Source and position within its file of record `index`."""
+        """Return source and position within its file of record `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         source = bisect_right(self._ends, index)
@@ -67,7 +67,7 @@ class Records(Sequence[S], Generic[S, E]):
             raise
 
     def __getitem__(self, index: int) -> S:  # type: ignore[override]  # no slices: they would read the file
-        """Raises `DataError` with file, index, field and reason."""
+        """Return sample `index`. Raises `DataError` with file, index, field and reason."""
         source, position = self.locate(index)
         file = self.files[source]
         with self.placed(index):
@@ -78,7 +78,7 @@ class Records(Sequence[S], Generic[S, E]):
         )
 
     def root(self, index: int) -> Path:
-        """The folder that the paths of record `index` are relative to."""
+        """Return the folder that the paths of record `index` are relative to."""
         source, _ = self.locate(index)
         root = self.sources[source].root
         return Path(root) if root is not None else self.files[source].path.parent
@@ -122,8 +122,8 @@ class Records(Sequence[S], Generic[S, E]):
 
         Args:
             index: the record.
-            sample: what it was read to.
-            load: a file and one of the views that read it to an array.
+            sample: the record as the pipeline read it.
+            load: function from a file and one of its views to an array.
 
         Raises:
             DataError: with file, index and field; also for a kind of file of which the model has no
@@ -141,7 +141,7 @@ class Records(Sequence[S], Generic[S, E]):
         return pixels
 
     def _views(self, kind: str) -> list[str]:
-        """The views that read a kind of file; the kind itself where no model says more."""
+        """Return the views that read a kind of file; the kind itself without a model."""
         if not self.pipeline.makes_examples:
             return [kind]
         views = views_of(kind, self.pipeline.preprocess)

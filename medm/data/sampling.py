@@ -21,7 +21,7 @@ from medm.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 WINDOW = 50
-"""Global batches within which samples are sorted by length: enough to find neighbours, small enough
+"""Global batches within which samples are sorted by length: enough to find neighbors, small enough
 to stay random."""
 
 
@@ -33,13 +33,13 @@ class IndexOrder(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Indices an epoch, the same for every epoch."""
+        """Number of indices per epoch, the same for every epoch."""
         ...
 
 
 @dataclass(frozen=True)
 class Sequential:
-    """Every record once, as the files have them."""
+    """Every record once, in the order of the files."""
 
     num_records: int
 
@@ -70,7 +70,7 @@ class Subset:
 
     order: IndexOrder
     chosen: np.ndarray
-    """Record indices, rising."""
+    """Record indices, in ascending order."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -84,13 +84,13 @@ class Mixture:
 
     Any stretch of an epoch holds these fractions: draw k of a source falls at a random moment of
     the k-th of equal intervals. Within a source, records come in shuffled rounds, and a record
-    never comes twice within `min_distance` draws (where the source has so many), not even across
+    never comes twice within `min_distance` draws (if the source is large enough), not even across
     two rounds or two epochs.
 
     Args:
         sizes: records of each source; indices count through them in order.
-        weights: one a source, above zero; only their proportions matter.
-        draws: indices an epoch; as many as there are records by default.
+        weights: one per source, above zero; only their proportions matter.
+        draws: indices per epoch; by default the number of records.
         min_distance: length of the stretches without a repetition, the global batch.
         seed: of the rounds and moments.
     """
@@ -112,7 +112,7 @@ class Mixture:
         self.sizes, self.min_distance, self.seed = tuple(sizes), min_distance, seed
         self.fractions = np.asarray(weights, np.float64) / sum(weights)
         self.counts = _apportion(self.fractions, sum(sizes) if draws is None else draws)
-        """Draws of each source an epoch: the fractions of all draws, rounded so that they add
+        """Draws of each source per epoch: the fractions of all draws, rounded so that they add
         up."""
         self._first = np.cumsum([0, *sizes[:-1]])  # index of each source's first record
         for source, (size, fraction) in enumerate(zip(sizes, self.fractions, strict=True)):
@@ -152,7 +152,7 @@ class Mixture:
         return order
 
     def _records(self, source: int, start: int, count: int) -> np.ndarray:
-        """Draws `start` to `start + count` of a source, counted through all epochs."""
+        """Return draws `start` to `start + count` of a source, counted over all epochs."""
         size = self.sizes[source]
         rounds = range(start // size, -(-(start + count) // size))
         drawn = np.concatenate(
@@ -162,7 +162,7 @@ class Mixture:
         return drawn[skip : skip + count] + self._first[source]
 
     def _round(self, source: int, number: int) -> np.ndarray:
-        """One shuffled round, whose beginning shares nothing with the end of the round before."""
+        """Return a shuffled round whose start shares no record with the end of the last one."""
         size = self.sizes[source]
         if size < 3 * self.min_distance:
             # Too few to choose from: the same round again and again keeps the distance.
@@ -199,7 +199,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
     Every rank makes the same number of steps. With `drop_last` an incomplete global batch at the
     end of an epoch is left out; without, its samples are distributed evenly, and a rank that gets
-    none has an empty micro-batch (which the collators turn into one that teaches nothing): no
+    none has an empty micro-batch (which the collators turn into one without labels): no
     record is seen twice or lost.
 
     Args:
@@ -207,7 +207,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
         batch_size: samples of a micro-batch on one rank.
         rank: this process.
         world: number of processes.
-        accumulation: micro-batches of an optimiser step.
+        accumulation: micro-batches of an optimizer step.
         drop_last: whether an incomplete global batch is left out.
         lengths: tokens of each record by index; for the two options below.
         group_by_length: global batches of similar lengths, the longest first in an epoch, so that a
@@ -257,7 +257,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
     @property
     def global_batch(self) -> int:
-        """Samples of an optimiser step, over all ranks and micro-batches."""
+        """Samples of an optimizer step, over all ranks and micro-batches."""
         return self.batch_size * self.world * self.accumulation
 
     def start(self, epoch: int, batches_done: int = 0) -> None:

@@ -29,7 +29,7 @@ MEDIA_FIELDS = {
     "volume": "volume",
     "volumes": "volume",
 }
-"""Record fields that name files, and the model branch that reads them."""
+"""Record fields that name files, and the branch that reads them."""
 
 MASK_FIELD = "masks"
 """Record field that names mask files, one for each `[SEG]` in the replies."""
@@ -62,7 +62,7 @@ _FOREIGN_PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 """Placeholders and marks of other programs, such as <video>, <|image_pad|>, <img> and <image_1>. As
-text they would be trained as words without anything to look at."""
+text they would be trained as words without an image."""
 
 _FOREIGN_FIELD = re.compile(
     r"(?P<kind>image|img|picture|photo|volume|video|audio|pointcloud)s?(?:3d)?"
@@ -108,8 +108,8 @@ _FOREIGN_FORMATS: tuple[tuple[frozenset[str], str, str, str], ...] = (
     ),
     (frozenset({"image", "text"}), "an image and its text", "'<image>' and a request", "text"),
 )
-"""Records of other programs: fields that tell them, their name, and what becomes the question and
-the reply."""
+"""Records of other programs: fields that tell them, their name, and the fields that become question
+and reply."""
 
 _PREFERENCE_FIELDS = ("rejected", "rejected_response", "rejected_messages", "kto_tag")
 """Fields of preference data, whose replies are not all meant to be learned."""
@@ -125,10 +125,10 @@ def parse_record(
     """Check one record and read it.
 
     Args:
-        record: what the JSON parser gave.
+        record: output of the JSON parser.
         inference: the last reply is to be generated: it is missing, or it is taken out of the turns
             and kept as `answer` (where the record has no `answer` of its own).
-        file: where the record stands, for messages and for the sample.
+        file: annotation file of the record, for messages and for the sample.
         index: its position there, from 0.
 
     Raises:
@@ -201,7 +201,7 @@ def _refuse_other_formats(record: Mapping[str, object], *, inference: bool) -> N
 def _refuse_unread_media(record: Mapping[str, object], turns: Sequence[Turn]) -> None:
     """Raise `DataError` for a field that names files which would not be read.
 
-    A record that has a file of its own may also say where that came from ("video_name"): only
+    A record with a file of its own may also name the source of that file ("video_name"): only
     `video` and `audio` themselves are refused then.
     """
     has_media = any(isinstance(part, Media) for turn in turns for part in turn.content)
@@ -299,7 +299,7 @@ def _media_files(record: Mapping[str, object]) -> dict[str, _Files]:
 
 
 def _paths(value: object, field: str) -> list[str]:
-    """The paths of a field that names files: one, a list of them, or none."""
+    """Return the paths of a field that names files: one, a list of them, or none."""
     if value is None:
         return []
     paths = [value] if isinstance(value, str) else value
@@ -390,7 +390,7 @@ def _turn(role: Role, content: object, field: str, files: dict[str, _Files], mas
             return Turn(role, tuple(_split_mask_tokens(parts, masks)))
         return Turn(role, tuple(parts))
     text = _text(content, field)
-    if role == "assistant":  # what looks like a placeholder in a reply is text to be learned
+    if role == "assistant":  # a placeholder in a reply is text to be learned
         return Turn(role, tuple(_split_mask_tokens([text], masks)))
     return Turn(role, tuple(_split_placeholders(text, field, files)))
 
@@ -518,11 +518,11 @@ def _check_order(turns: Sequence[Turn], record: Mapping[str, object], *, inferen
     """
     field = _turns_field(record)
     has_system = bool(turns) and turns[0].role == "system"
-    spoken = turns[1:] if has_system else turns
+    dialog = turns[1:] if has_system else turns
     offset = 1 if has_system and not record.get("system") else 0
-    if not spoken:
+    if not dialog:
         raise DataError("there is no turn of the user", field=field)
-    for position, turn in enumerate(spoken):
+    for position, turn in enumerate(dialog):
         place = f"{field}.{position + offset}"
         expected = "assistant" if position % 2 else "user"
         if turn.role != expected:
@@ -538,7 +538,7 @@ def _check_order(turns: Sequence[Turn], record: Mapping[str, object], *, inferen
             isinstance(part, ControlToken) for part in turn.content
         ):
             raise DataError(f"the {turn.role}'s turn is empty", field=place)
-    if not inference and spoken[-1].role != "assistant":
+    if not inference and dialog[-1].role != "assistant":
         raise DataError("the last turn is the user's; training needs a reply to learn", field=field)
 
 

@@ -51,14 +51,14 @@ class ContrastiveOptions(ObjectiveOptions):
     """
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """`softmax`: symmetric InfoNCE (CLIP, arXiv 2103.00020); `sigmoid`: every pair by itself
-    (SigLIP, 2303.15343)."""
+    """`softmax`: symmetric InfoNCE (CLIP, arXiv 2103.00020); `sigmoid`: each pair separately (SigLIP,
+    2303.15343)."""
     first: str = "image_embeds"
     """Field of the model's output that holds one view, (B, D)."""
     second: str = "text_embeds"
     """Field that holds the other view, (B, D)."""
     pairs: str = "input_ids"
-    """Field of the batch with one row a pair, by which pairs are counted."""
+    """Field of the batch with one row per pair, by which pairs are counted."""
     gather: bool = True
     """Compare with the pairs of all ranks; without it each rank sees its own batch alone."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -84,7 +84,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
 OBJECTIVES.add(
     "language-modeling",
     "medm.objectives.language_modeling:LanguageModeling",
-    "next-token loss over the labelled tokens, and the model's auxiliary losses",
+    "next-token loss over the labeled tokens, and the model's auxiliary losses",
     options=LanguageModelingOptions,
 )
 OBJECTIVES.add(

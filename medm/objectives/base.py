@@ -24,7 +24,7 @@ class Objective(ABC):
     """
 
     term: ClassVar[str]
-    """Name of its loss in logs, where a recipe names no terms."""
+    """Name of its loss in logs, if a recipe names no terms."""
     auxiliary: Mapping[str, float] | None = None
     """Weights of the losses that the model reports by name beside its output (`losses`), 1 for a
     name that is absent; None for an objective that leaves them out."""
@@ -64,6 +64,6 @@ class RowLosses(Protocol):
             rows: (B,) bool.
 
         Returns:
-            A scalar with a graph; None where these rows have no item.
+            A scalar with a graph; None if these rows have no item.
         """
         ...

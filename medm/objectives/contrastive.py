@@ -51,9 +51,9 @@ class Contrastive(Objective):
         field = batch.get(self.pairs)
         if not isinstance(field, Tensor) or not field.dim():
             raise RecipeError(
-                f"contrastive: expected the batch field {self.pairs!r} as a tensor of one row a "
-                f"pair, found the fields {', '.join(sorted(batch))}; set the objective's option "
-                "pairs to one of them"
+                f"contrastive: expected the batch field {self.pairs!r} as a tensor of one row "
+                f"per pair, found the fields {', '.join(sorted(batch))}; set the objective's "
+                "option pairs to one of them"
             )
         return torch.tensor(len(field), device=field.device)
 
@@ -84,9 +84,7 @@ class Contrastive(Objective):
     def _sigmoid(
         self, first: Tensor, second: Tensor, counts: list[int], scale: Tensor, bias: Tensor
     ) -> Tensor:
-        logits = (
-            scale * first @ self._gathered(second, counts).T + bias
-        )  # (B, pairs of all processes)
+        logits = scale * first @ self._gathered(second, counts).T + bias  # (B, pairs of all ranks)
         signs = -torch.ones_like(logits)
         rows = torch.arange(len(first), device=first.device)
         signs[rows, rows + self._offset(counts)] = 1.0

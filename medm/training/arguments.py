@@ -160,7 +160,7 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
     """
     if options.require_gpu and not torch.cuda.is_available():
         raise DeviceError(
-            "train.require_gpu: no CUDA device is there; check the driver, or leave the key out "
+            "train.require_gpu: no CUDA device found; check the driver, or leave the key out "
             "to use the CPU"
         )
     _check_trackers(

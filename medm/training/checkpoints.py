@@ -136,11 +136,11 @@ def newest_good(output_dir: Path, *, metadata: Mapping[str, type] | None = None)
             logger.error("DAMAGED CHECKPOINT, going back to an older one: %s", error)
             continue
         if damaged:
-            logger.error("resuming from %s, the newest checkpoint that is whole", folder)
+            logger.error("resuming from %s, the newest complete checkpoint", folder)
         return folder
     if damaged:
         raise CheckpointError(
-            f"{output_dir}: none of its {len(damaged)} checkpoints is whole; start a new run in "
+            f"{output_dir}: none of its {len(damaged)} checkpoints is complete; start a new run in "
             "another folder\n  " + "\n  ".join(damaged)
         )
     return None
@@ -158,12 +158,12 @@ def finished_manifest(folder: Path) -> JsonObject:
     return record
 
 
-def prune(output_dir: Path, *, keep: int, spare: Path | None, newest: Path) -> None:
-    """Remove all but the newest `keep` checkpoints and `spare` (the best).
+def prune(output_dir: Path, *, keep: int, best: Path | None, newest: Path) -> None:
+    """Remove all but the newest `keep` checkpoints and the best.
 
     `newest` is verified first.
     """
-    doomed = [folder for folder in folders(output_dir)[keep:] if folder not in (spare, newest)]
+    doomed = [folder for folder in folders(output_dir)[keep:] if folder not in (best, newest)]
     if not doomed:
         return
     verify(newest)

@@ -274,7 +274,7 @@ def collected(engine: DeepSpeedEngine) -> Iterator[dict[Path, object]]:
 
     class Collector(TorchCheckpointEngine):
         def __init__(self) -> None:
-            pass  # the base logs how it would write
+            pass  # the base logs its settings
 
         def save(self, state_dict: object, path: str) -> None:
             files[Path(path)] = state_dict

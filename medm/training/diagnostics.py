@@ -92,11 +92,11 @@ class HasRoutingWeights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TaskTaggingCollator:
-    """A collator whose batches also say which task each row is of."""
+    """A collator whose batches also hold the task of each row."""
 
     collate: Callable[[Sequence[Example | None]], Batch]
     other: int
-    """Task of a row that stands in for records that were left out."""
+    """Task of the dummy row of a batch whose records were all left out."""
 
     def __call__(self, examples: Sequence[Example | None]) -> Batch:
         batch = self.collate(examples)
@@ -109,7 +109,7 @@ class BatchRecorder(Terms):
 
     Args:
         terms: those of the run.
-        batches: how many are kept; they stay where they are, on the device of the training.
+        batches: number that is kept, on the device of the training.
     """
 
     def __init__(self, terms: Terms, *, batches: int) -> None:
@@ -125,7 +125,7 @@ class BatchRecorder(Terms):
         return super().__call__(model, without_tasks(batch), counts)
 
     def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
-        """Return the mean loss of some rows of a kept batch (`RowLosses`)."""
+        """Return the mean loss of some rows of a recorded batch (`RowLosses`)."""
         return row_losses(self).loss_of_rows(model, without_tasks(batch), rows)
 
 
@@ -152,10 +152,10 @@ def row_losses(terms: Terms) -> RowLosses:
 def require_measurable(
     terms: Terms, tasks: Sequence[str], *, packing: bool, deepspeed: str | None
 ) -> None:
-    """Refuse at the start what could not be measured at the first measurement.
+    """Raise at the start for a run that cannot be measured.
 
     Raises:
-        RecipeError: with what to change.
+        RecipeError: with the key to change.
     """
     if not tasks:
         raise RecipeError(
@@ -171,7 +171,7 @@ def require_measurable(
 
 
 def without_tasks(batch: Batch) -> Batch:
-    """The batch as models take it."""
+    """Return the batch as models take it."""
     return {key: value for key, value in batch.items() if key != ROW_TASKS}
 
 
@@ -208,7 +208,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-class Pairs:
+class PairSums:
     """Running sums over batches for one group of weights.
 
     There is one (T, T) sum for each measure, and the norm of each task's gradient.
@@ -222,7 +222,7 @@ class Pairs:
         self.norm_count = torch.zeros(tasks, dtype=torch.float64)
 
     def add(self, products: Tensor, present: Sequence[int]) -> None:
-        """One batch.
+        """Add one batch.
 
         Args:
             products: (P, P) scalar products of the gradients of the tasks that the batch holds,
@@ -244,7 +244,7 @@ class Pairs:
                 self.magnitude[i, j] += 2 * norms[k] * norms[m] / (norms[k] ** 2 + norms[m] ** 2)
 
     def tensors(self) -> list[Tensor]:
-        """Every sum, to be added to those of other processes."""
+        """Return every sum, to be added to those of other ranks."""
         return [self.count, self.cosine, self.conflict, self.magnitude, self.norm, self.norm_count]
 
     def means(self) -> GroupMeans:
@@ -280,7 +280,7 @@ def measure(
     groups: Mapping[str, list[nn.Parameter]],
     *,
     tasks: int,
-) -> dict[str, Pairs]:
+) -> dict[str, PairSums]:
     """Return the sums over the recorded batches, under the weights as they are now.
 
     Every task of a batch runs the same rows with the same random numbers; only the labels that
@@ -288,8 +288,8 @@ def measure(
     """
     parameters = list({id(p): p for group in groups.values() for p in group}.values())
     place = {id(parameter): k for k, parameter in enumerate(parameters)}
-    sums = {name: Pairs(tasks) for name in groups}
-    with _undisturbed(model, parameters[0].device):
+    sums = {name: PairSums(tasks) for name in groups}
+    with _restored_state(model, parameters[0].device):
         for number, batch in enumerate(recorder.seen):
             present: list[int] = []
             gradients: list[tuple[Tensor | None, ...]] = []
@@ -311,7 +311,7 @@ def measure(
 
 
 def _products(gradients: Sequence[Tensor | None]) -> Tensor:
-    """(P, P) scalar products of the gradients of one weight, in float64 on the CPU."""
+    """Return the (P, P) scalar products of the gradients of one weight, in float64 on the CPU."""
     size = len(gradients)
     some = [k for k, gradient in enumerate(gradients) if gradient is not None]
     products = torch.zeros(size, size, dtype=torch.float64)
@@ -322,7 +322,7 @@ def _products(gradients: Sequence[Tensor | None]) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _restored_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore random states and buffers at the end of the block.
 
     `autograd.grad` leaves the gradients of the weights alone.
@@ -432,7 +432,7 @@ class GradientConflictCallback(TrainerCallback):
 
 
 def markdown(tasks: Sequence[str], measurements: Sequence[Measurement]) -> str:
-    """The last measurement in full, and the means of all."""
+    """Return the last measurement in full, and the means of all, as Markdown."""
     last = measurements[-1]
     lines = [
         f"# Gradients between tasks, step {last['step']}",
@@ -473,7 +473,7 @@ def markdown(tasks: Sequence[str], measurements: Sequence[Measurement]) -> str:
 
 
 def _seen(pairs: Sequence[Sequence[int]]) -> list[int]:
-    """Tasks that had a gradient."""
+    """Return the tasks that had a gradient."""
     return [i for i in range(len(pairs)) if pairs[i][i]]
 
 

@@ -41,15 +41,14 @@ def cache_features(
     """Return the feature caches of all branches with a frozen encoder, filled from the data.
 
     Args:
-        model: `encoders()` gives each branch's module with `encoder` and `encode(pixels)`; it is
-            told that the encoder stays idle from now on.
-        root: folder of the stores; may serve any number of runs, models and data sets.
+        model: `encoders()` gives each branch's module with `encoder` and `encode(pixels)`; its
+            encoder is bypassed from now on.
+        root: folder of the stores; any number of runs, models and data sets may use it.
         preprocess: by branch.
         data: whose files are needed.
-        device: where the encoders run; they are back where they were afterwards.
-        bad_records: what happens when files cannot be read: stop, with everything kept that could
-            be made; or say which, and leave it to the dataset to leave out and count the records
-            that need them.
+        device: for the encoders; they return to their own device afterwards.
+        bad_records: policy for unreadable files: stop, and keep the features made so far; or log
+            the files. The dataset then leaves out and counts the records that need them.
 
     Raises:
         DataError: files cannot be read, and the policy is to stop.
@@ -72,7 +71,7 @@ def cache_features(
                 len(files),
                 store.folder,
             )
-        bad += _made_by_all(store, branch, preprocess[name], wanted, device)
+        bad += _fill_on_all_ranks(store, branch, preprocess[name], wanted, device)
         if bad and bad_records == "stop":
             raise DataError(
                 f"features of {name}: {len(bad)} of {len(files)} files cannot be read; the first: "
@@ -114,7 +113,7 @@ def _files(records: Records, view: str) -> Iterator[Path]:
             logger.debug("no features for %s", error)
 
 
-def _made_by_all(
+def _fill_on_all_ranks(
     store: FeatureStore,
     branch: VisionBranch,
     preprocess: Preprocess,
@@ -128,7 +127,7 @@ def _made_by_all(
     bad: list[str] = []
     shard = wanted[rank() :: world_size()]
     if problems := failures(lambda: _fill(store, branch, preprocess, shard, device, bad)):
-        raise MedmError(f"features could not be made: {'; '.join(problems)}")
+        raise MedmError(f"features could not be computed: {'; '.join(problems)}")
     return [reason for part in all_gather_objects(bad) for reason in part]
 
 
@@ -144,7 +143,7 @@ def _fill(
     before = next(branch.encoder.parameters()).device
     branch.encoder.to(device).eval()
     try:
-        batches = _encoded(branch, preprocess, wanted, device, bad)
+        batches = _encode(branch, preprocess, wanted, device, bad)
         first = next(batches, None)
         if first is not None:
             tokens = first.features
@@ -158,7 +157,7 @@ def _fill(
         branch.encoder.to(before)
 
 
-def _encoded(
+def _encode(
     branch: VisionBranch,
     preprocess: Preprocess,
     wanted: list[tuple[str, Path]],

@@ -41,8 +41,8 @@ def compile_layers(
     """
     if deepspeed is not None and "zero3" in deepspeed:
         raise RecipeError(
-            "train.torch_compile: does not go with ZeRO-3, which fetches weights by layer; use "
-            "zero2"
+            "train.torch_compile: cannot be combined with ZeRO-3, which fetches weights by layer; "
+            "use zero2"
         )
     layers = [
         module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
@@ -88,7 +88,7 @@ def use_liger(language_model: nn.Module | None) -> None:
     Its fused cross-entropy is not used: the head runs at labeled positions only.
 
     Args:
-        language_model: a causal language model of transformers; None where the model has none.
+        language_model: a causal language model of transformers; None if the model has none.
 
     Raises:
         DeviceError: liger-kernel is not installed, or there is no GPU.
@@ -115,7 +115,7 @@ def use_liger(language_model: nn.Module | None) -> None:
 
 
 def require_liger() -> None:
-    """Raise `DeviceError` where liger-kernel is not installed, or there is no GPU."""
+    """Raise `DeviceError` if liger-kernel is not installed, or there is no GPU."""
     if find_spec("liger_kernel") is None:
         raise DeviceError(
             "train.liger: liger-kernel is not installed; pip install 'medm[liger]', or leave the "
@@ -123,5 +123,5 @@ def require_liger() -> None:
         )
     if not torch.cuda.is_available():
         raise DeviceError(
-            "train.liger: its kernels need a CUDA device, and none is there; leave the key out"
+            "train.liger: its kernels need a CUDA device, found none; leave the key out"
         )

@@ -29,7 +29,7 @@ class NewTokenOptions(Options):
     """Training of the rows of new tokens, without weight decay. `train` is short for `{}`."""
 
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the rows; that of their part without it."""
+    """Peak learning rate of the rows. Default: that of their part."""
 
 
 def _train(value: object) -> object:
@@ -75,9 +75,9 @@ class PartOptions(Options):
     """Handling of an adapter in `init_from`: train it further, or merge it into the weights
     first."""
     new_tokens: Annotated[NewTokenOptions, BeforeValidator(_train)] | None = None
-    """Of the token embeddings and the LM head train the rows of the model's control tokens and no
-    others, whatever `tune` says: `train`, or `{lr: ...}`. Without it `full` trains every row,
-    `frozen` and `lora` none."""
+    """Of the token embeddings and the LM head, train only the rows of the model's control tokens,
+    for any `tune`: `train`, or `{lr: ...}`. Without it `full` trains every row, `frozen` and `lora`
+    none."""
 
     @model_validator(mode="after")
     def _no_idle_option(self) -> PartOptions:
@@ -85,7 +85,7 @@ class PartOptions(Options):
             idle = self._changed(_LORA_FIELDS)
             if idle:
                 raise ValueError(
-                    f"{', '.join(idle)}: has an effect with tune: lora alone, found tune: "
+                    f"{', '.join(idle)}: has an effect only with tune: lora, found tune: "
                     f"{self.tune}"
                 )
         if self.tune == "frozen":
@@ -122,7 +122,7 @@ def _short_form(value: object) -> object:
 
 
 Part = Annotated[PartOptions, BeforeValidator(_short_form)]
-"""A part's block, or just the word that says how it is tuned."""
+"""A part's block, or only its `tune`."""
 
 
 def flatten_parts(value: object) -> object:

@@ -1,6 +1,6 @@
 """Freezing, adapters and learning rates, part by part. No other module does it.
 
-Loading never freezes and freezing never loads. Knows no modality: a model says its parts by name.
+Loading never freezes and freezing never loads. Knows no modality: a model gives its parts by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from medm.types import JsonObject
 logger = logging.getLogger(__name__)
 
 ADAPTER_PARAMETER = "lora_"
-"""What peft's trainable parameters have in their names (`lora_A`, `lora_B`, `lora_magnitude_vector`
+"""Part of the names of peft's trainable parameters (`lora_A`, `lora_B`, `lora_magnitude_vector`
 ...)."""
 
 
@@ -56,7 +56,7 @@ class HasParts(Protocol):
         ...
 
     def add_new_rows(self, part: str) -> None:
-        """Hold the rows of a part's new tokens apart and note it in the config."""
+        """Store the rows of a part's new tokens separately and note it in the config."""
         ...
 
     def merge_new_rows(self, part: str) -> None:
@@ -112,8 +112,8 @@ class PartTable:
             )
             for row in self.rows
         ]
-        share = 100 * self.trainable / max(self.parameters, 1)
-        body.append(("all", f"{share:.2f} %", f"{self.parameters:,}", f"{self.trainable:,}", ""))
+        fraction = 100 * self.trainable / max(self.parameters, 1)
+        body.append(("all", f"{fraction:.2f} %", f"{self.parameters:,}", f"{self.trainable:,}", ""))
         widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -128,7 +128,7 @@ def apply_parts(
     *,
     keep_float32: bool = True,
 ) -> PartTable:
-    """Freeze, adapt and set free the parts of a model, in place.
+    """Freeze, adapt and unfreeze the parts of a model, in place.
 
     Args:
         model: has `parts()`; for LoRA also `add_adapter_to_part` and a `config.adapters`.
@@ -226,7 +226,7 @@ def _apply(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
         if adapted(module):
             raise RecipeError(
                 f"parts.{name}: tune: full, but the weights to start from hold a LoRA adapter for "
-                "this part; fold it in first (adapter: merge) or go on with it (tune: lora)"
+                "this part; merge it first (adapter: merge) or train it further (tune: lora)"
             )
         module.requires_grad_(True)
     elif options.tune == "lora":
@@ -256,12 +256,12 @@ def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
         if changed:
             raise RecipeError(
                 f"parts.{name}: the weights to start from hold another adapter "
-                f"({'; '.join(changed)}); go on with the same one, or fold it in first (adapter: "
+                f"({'; '.join(changed)}); train the same one further, or merge it first (adapter: "
                 "merge)"
             )
         if options.quantize == "4bit":
             raise RecipeError(
-                f"parts.{name}.quantize: 4bit goes with new adapters; fold this one in first "
+                f"parts.{name}.quantize: 4bit works with new adapters only; merge this one first "
                 "(adapter: merge)"
             )
         return
@@ -277,7 +277,7 @@ def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
 
 
 def linear_layers(module: nn.Module) -> list[str]:
-    """Names of every linear layer of a part but its output head."""
+    """Return the names of every linear layer of a part except its output head."""
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     return [
         name
@@ -297,7 +297,7 @@ def _checkpoint_activations(module: nn.Module, *, asked: bool, name: str) -> Non
         if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing
     ]
     for inner in able:
-        # The first name is the one of releases from 2026 on.
+        # The first name is that of releases from 2026 on.
         enable = (
             getattr(inner, "activation_checkpointing_enable", None)
             or inner.gradient_checkpointing_enable
@@ -330,7 +330,7 @@ def _check_covered(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _check_shared(modules: Mapping[str, nn.Module], parts: Mapping[str, PartOptions]) -> None:
-    """A tensor in two parts cannot be trained in one and frozen in the other."""
+    """Raise `RecipeError` for a tensor that is trained in one part and frozen in another."""
     owner: dict[int, str] = {}
     for name, module in modules.items():
         tune = parts[name].tune if name in parts else "frozen"
@@ -378,12 +378,12 @@ def _lr_of(options: PartOptions, train: TrainOptions) -> float:
 
 
 def _rank(parameter: nn.Parameter) -> int:
-    # A parameter that ZeRO-3 has spread over the ranks looks empty; DeepSpeed keeps its shape
-    # aside.
+    # A parameter that ZeRO-3 has partitioned looks empty; DeepSpeed keeps its shape in
+    # `ds_shape`.
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    if (packed := getattr(parameter, "quant_state", None)) is not None:  # two weights a byte
+    if (packed := getattr(parameter, "quant_state", None)) is not None:  # two weights per byte
         return int(packed.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))

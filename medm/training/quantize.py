@@ -16,10 +16,10 @@ from medm.errors import DeviceError
 
 
 def to_4bit(part: nn.Module, *, name: str) -> None:
-    """Replace the linear layers of a part but its output head, in place.
+    """Replace the linear layers of a part except its output head, in place.
 
     Args:
-        part: its weights are read, rounded and given up.
+        part: its weights are replaced by rounded ones.
         name: of the part, for messages.
 
     Raises:
@@ -45,11 +45,11 @@ def to_4bit(part: nn.Module, *, name: str) -> None:
         small.bias = layer.bias
         parent, _, child = layer_name.rpartition(".")
         setattr(part.get_submodule(parent), child, small)
-    part.is_loaded_in_4bit = True  # type: ignore[assignment]  # by this peft knows which adapter layer fits
+    part.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft chooses the adapter layer by it
 
 
 def require_4bit(*, name: str) -> None:
-    """Raise `DeviceError` where bitsandbytes, which holds a part in 4 bits, is not installed."""
+    """Raise `DeviceError` if bitsandbytes, which holds a part in 4 bits, is not installed."""
     if find_spec("bitsandbytes") is None:
         raise DeviceError(
             f"parts.{name}.quantize: 4bit needs bitsandbytes, which is not installed (pip install "

@@ -100,7 +100,7 @@ def _require_usable(recipe: Recipe, args: TrainingArguments, *, resume: bool) ->
     """Check the output folder, and publish a finished model that is not in its place yet.
 
     Returns:
-        The outcome of a run that needed no more than that, else None.
+        The outcome of a run that is complete after that, else None.
 
     Raises:
         RecipeError: the folder holds another run, or a run of another recipe.
@@ -315,6 +315,6 @@ def publish(folder: Path, output_dir: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{output_dir}: the trained model could not be put in place "
-            f"({error.strerror or error}); it is whole in {folder}: put the folder right, then "
+            f"({error.strerror or error}); it is complete in {folder}: fix the output folder, then "
             "--resume moves it"
         ) from None

@@ -1,9 +1,9 @@
-"""transformers' Trainer under objectives. Blind to what it trains.
+"""transformers' Trainer for objectives, independent of modality.
 
-Every modality is out of sight: a model says its parts, objectives turn its outputs into losses, a
-sampler says which samples come when. What is added to the Trainer: learning rates per part, losses
-divided by the items of the whole step, the model's own action after a step, and a stop at the first
-non-finite number. Checkpoints are `medm.training.resumable`'s.
+A model gives its parts, objectives turn its outputs into losses, a sampler gives the order of the
+samples. The trainer adds learning rates per part, losses divided by the items of the whole step,
+the model's own action after a step, and a stop at the first non-finite number.
+`medm.training.resumable` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class BatchSampler(Protocol):
         ...
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Positions in the dataset, one list a micro-batch."""
+        """Positions in the dataset, one list per micro-batch."""
         ...
 
     def __len__(self) -> int:
-        """Micro-batches an epoch; the same on every process."""
+        """Micro-batches per epoch; the same on every rank."""
         ...
 
 
@@ -87,7 +87,7 @@ class _Epochs:
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins, before the loader is asked for its first batch."""
+    """Sets the epoch of the sampler before the loader is asked for its first batch."""
 
     def __init__(self, epochs: _Epochs) -> None:
         self.epochs = epochs
@@ -132,7 +132,7 @@ class _AfterStep(TrainerCallback):
         self.act()
 
 
-class _Lost:
+class _BatchError:
     """An error that was raised where a batch was read: in a worker, or on one of several ranks.
 
     It travels in place of the batch.
@@ -142,7 +142,7 @@ class _Lost:
         self.error = error
 
 
-class _Reading(Dataset[object]):
+class _ErrorReturningDataset(Dataset[object]):
     """A dataset that returns its errors as items.
 
     An error that is raised in a worker would arrive as the text of a traceback.
@@ -158,18 +158,18 @@ class _Reading(Dataset[object]):
         try:
             return self.dataset[index]
         except (MedmError, OSError) as error:
-            return _Lost(error)
+            return _BatchError(error)
 
 
-class _Collating:
-    """A collator that hands on the first error among its samples in place of a batch."""
+class _ErrorReturningCollator:
+    """A collator that returns the first error among its samples in place of a batch."""
 
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
-    def __call__(self, samples: list[object]) -> Batch | _Lost:
-        lost = next((sample for sample in samples if isinstance(sample, _Lost)), None)
-        return self.collate(samples) if lost is None else lost
+    def __call__(self, samples: list[object]) -> Batch | _BatchError:
+        error = next((sample for sample in samples if isinstance(sample, _BatchError)), None)
+        return self.collate(samples) if error is None else error
 
 
 class MedmTrainer(ResumableTrainer):
@@ -179,17 +179,17 @@ class MedmTrainer(ResumableTrainer):
         model: has `parts()`; `medm.training.parts.apply_parts` was called on it.
         args: see `medm.training.arguments`.
         terms: objectives by name, with weights.
-        parts: how each part is trained; gives the optimizer its groups.
+        parts: options of each part, from which the groups of the optimizer follow.
         train_options: the `train` section.
-        train_dataset: map-style; `set_epoch` is called where it has one.
-        sampler: this process's micro-batches.
+        train_dataset: map-style; `set_epoch` is called if it has one.
+        sampler: this rank's micro-batches.
         data_collator: list of samples -> batch.
         eval_dataset: held-out data for the loss during training.
-        eval_collator: list of held-out samples -> batch; `data_collator` without it.
+        eval_collator: list of held-out samples -> batch; default: `data_collator`.
         processing_class: saved beside the weights.
         callbacks: further callbacks.
-        recipe: the resolved recipe; kept with every checkpoint, and compared when a run continues.
-        data_hashes: sha256 of every annotation file; kept and compared likewise.
+        recipe: the resolved recipe; stored in every checkpoint, and compared when a run continues.
+        data_hashes: sha256 of every annotation file; stored and compared likewise.
     """
 
     def __init__(
@@ -249,9 +249,9 @@ class MedmTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader[object]:
         workers = self._num_workers
         return DataLoader(
-            _Reading(self.epochs.dataset),
+            _ErrorReturningDataset(self.epochs.dataset),
             batch_sampler=self.epochs,
-            collate_fn=_Collating(self.data_collator),
+            collate_fn=_ErrorReturningCollator(self.data_collator),
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
@@ -268,14 +268,14 @@ class MedmTrainer(ResumableTrainer):
         """
         dataset = cast("Dataset[object]", eval_dataset or self.eval_dataset)
         return DataLoader(
-            _Reading(dataset),
+            _ErrorReturningDataset(dataset),
             batch_sampler=DistributedBatchSampler(
                 Sequential(len(cast(Sized, dataset))),
                 batch_size=self.args.eval_batch_size,
                 rank=self.args.process_index,
                 world=self.args.world_size,
             ),
-            collate_fn=_Collating(self.eval_collator),
+            collate_fn=_ErrorReturningCollator(self.eval_collator),
             num_workers=self._num_workers,
             worker_init_fn=ignore_stops,
             generator=torch.Generator(),  # the run's own random numbers stay as they are
@@ -299,7 +299,7 @@ class MedmTrainer(ResumableTrainer):
         return super()._prepare_input(data)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch | _Lost], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Batch | _BatchError], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
         """Return the micro-batches of a step, and its items by objective, (K,), over all ranks.
 
@@ -309,7 +309,7 @@ class MedmTrainer(ResumableTrainer):
         error: Exception | None = None
         try:
             for batch in islice(epoch_iterator, num_batches):
-                if isinstance(batch, _Lost):
+                if isinstance(batch, _BatchError):
                     raise batch.error
                 batches.append(batch)
         except (MedmError, OSError, EOFError) as caught:
@@ -331,7 +331,7 @@ class MedmTrainer(ResumableTrainer):
     ) -> Tensor:
         """Return the items of a step by objective, (K,), at least 1, over all ranks.
 
-        Raises on all of them what went wrong on one, or too many bad records.
+        Raises on all ranks the error of one, and for too many bad records.
         """
         bad = getattr(self.epochs.dataset, "num_bad", 0)
         counts = self.terms.total_counts(batches, device)
@@ -364,7 +364,7 @@ class MedmTrainer(ResumableTrainer):
 
         Args:
             dataset: its records are counted.
-            bad: sum over the processes; a record that several of them drew is in it several times.
+            bad: sum over the ranks; a record that several ranks drew counts several times.
             what: name of the data, for the message.
         """
         limit = getattr(dataset, "bad_records_limit", None)
@@ -410,7 +410,7 @@ class MedmTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        self._hold_frozen_still()
+        self._keep_frozen_in_eval()
         losses = self.terms(model, inputs, cast(Tensor, num_items_in_batch))
         self._require_finite(losses)
         # Gradients are averaged over ranks, while the items are counted over all of them.
@@ -432,7 +432,7 @@ class MedmTrainer(ResumableTrainer):
 
             copy_to_optimizer(changed)
 
-    def _hold_frozen_still(self) -> None:
+    def _keep_frozen_in_eval(self) -> None:
         """Keep frozen parts in eval mode: no dropout, no moving statistics.
 
         Layers with activation checkpointing keep the flag `training`, which it depends on.
@@ -481,7 +481,7 @@ class MedmTrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
-        self._raise_together(inputs)
+        self._raise_on_all_ranks(inputs)
         inputs = self._prepare_inputs(dict(inputs))
         items = self.terms.counts(inputs)  # (K,)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -490,20 +490,20 @@ class MedmTrainer(ResumableTrainer):
         self._held_out.append(torch.stack([losses.by_objective.double() * items, items.double()]))
         return None, None, None
 
-    def _raise_together(self, batch: Batch | _Lost) -> None:
-        """Raise on all processes the error that one of them got in place of a batch."""
-        if any_rank(isinstance(batch, _Lost), self.args.device):
+    def _raise_on_all_ranks(self, batch: Batch | _BatchError) -> None:
+        """Raise on all ranks the error that one of them got in place of a batch."""
+        if any_rank(isinstance(batch, _BatchError), self.args.device):
             texts = [
                 text
                 for text in all_gather_objects(
-                    str(batch.error) if isinstance(batch, _Lost) else None
+                    str(batch.error) if isinstance(batch, _BatchError) else None
                 )
                 if text
             ]
             raise MedmError(f"held-out data cannot be read: {texts[0]}")
 
     def _require_finite(self, losses: Losses) -> None:
-        """Stop all ranks together, or the others would wait for the one that stopped."""
+        """Raise `NonFiniteError` on all ranks, so that none waits for another."""
         if any_rank(not bool(torch.isfinite(losses.total.detach())), self.args.device):
             terms = "".join(f", {name} {value.item():g}" for name, value in losses.terms.items())
             raise NonFiniteError(
