@@ -8,9 +8,11 @@ The torch-free options class of a member defines its keys in a recipe.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -272,7 +274,8 @@ def load_plugin(path: str | Path) -> None:
     file = Path(path).resolve()
     if not file.is_file():
         raise RecipeError(f"--plugin {path}: no such file")
-    name = f"medm_plugin_{file.stem}_{abs(hash(str(file))):x}"
+    # The same name in every process, so that objects of its classes can be pickled.
+    name = f"medm_plugin_{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:16]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, file)

@@ -11,7 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    get_args,
+    runtime_checkable,
+)
 
 from medm.errors import RecipeError, suggest
 
@@ -274,14 +284,29 @@ class VisionFeatures(NamedTuple):
 
 
 class Processor(Protocol):
-    """Processor of a kind of model for its records.
+    """Processor of a kind of model: the way from files and texts to its inputs.
 
-    Training, inference and `medm data check` use the same one.
+    Training, inference and `medm data check` use the same one. A data pipeline may need more of it,
+    as `ConversationProcessor` says for conversations.
     """
 
+    @property
+    def preprocess(self) -> Mapping[str, Any]:
+        """Preprocessing of the pixels (`medm.imaging.Preprocess`) by view, e.g. "image@sam2"."""
+        ...
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> object:
+        """See `transformers.ProcessorMixin.save_pretrained`."""
+        ...
+
+
+@runtime_checkable
+class ConversationProcessor(Processor, Protocol):
+    """Processor of a kind of model whose records are conversations."""
+
     tokenizer: PreTrainedTokenizerBase
-    preprocess: dict[str, Any]
-    """Per view what is done to the pixels (`medm.imaging.Preprocess`)."""
     placeholder_ids: dict[str, int]
     """Per branch the token that stands for one vision token."""
     control_token_ids: dict[str, int]
@@ -305,12 +330,6 @@ class Processor(Protocol):
         `generation=True`: the prompt ends where the assistant's reply begins, and nothing is
         labeled.
         """
-        ...
-
-    def save_pretrained(
-        self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> object:
-        """See `transformers.ProcessorMixin.save_pretrained`."""
         ...
 
 

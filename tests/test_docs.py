@@ -161,7 +161,7 @@ def test_the_example_of_the_geometry_page(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_add_a_pipeline(tmp_path: Path) -> None:
     (source,) = blocks("add-a-pipeline.md", "python")
-    plugin = tmp_path / "pairs.py"
+    plugin = tmp_path / "captioned_images.py"
     plugin.write_text(source)
     (listed,) = [line for line in blocks("add-a-pipeline.md", "")[0].splitlines() if line]
     assert "an image and its caption" in run(listed, tmp_path).stdout
@@ -174,7 +174,7 @@ def test_add_a_pipeline(tmp_path: Path) -> None:
         "import sys\nfrom medm.data.check import check\nfrom medm.data.options import "
         "SourceOptions\nfrom medm.data.pipelines import PIPELINES\nreport = "
         "check([SourceOptions(path='a.jsonl')], "
-        "PIPELINES.get('pairs')())\nprint(json.dumps([[error.field for error in report.bad], "
+        "PIPELINES.get('captioned-images')())\nprint(json.dumps([[error.field for error in report.bad], "
         "report.lines()[-1], 'torch' in sys.modules]))",
     )
     assert found == [

@@ -11,10 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from medm.errors import DataError, RecipeError
-from medm.types import BaseSample, Batch, MediaExample
+from medm.types import BaseSample, Batch, MediaExample, Processor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,20 +23,11 @@ if TYPE_CHECKING:
     from medm.imaging import Preprocess
 
 
-class HasPreprocess(Protocol):
-    """The part of a processor that every pipeline needs."""
-
-    @property
-    def preprocess(self) -> Mapping[str, Preprocess]:
-        """Preprocessing of the pixels by view (`medm.types.View`), e.g. "image", "image@sam2"."""
-        ...
-
-
 S = TypeVar("S", bound=BaseSample)
 """A record as a pipeline reads it."""
 E = TypeVar("E", bound=MediaExample)
 """A sample as the model takes it, before batching."""
-P = TypeVar("P", bound=HasPreprocess)
+P = TypeVar("P", bound=Processor)
 """The processor of the models that a pipeline serves."""
 
 Collate: TypeAlias = Callable[[Sequence[E | None]], Batch]

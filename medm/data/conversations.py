@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from medm.data.base import Collate, Pipeline, Segment
 from medm.data.turns import media_field, parse_record
 from medm.errors import DataError, RecipeError
-from medm.types import IGNORE_INDEX, Example, Processor, Sample
+from medm.types import IGNORE_INDEX, ConversationProcessor, Example, Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ MIN_REPEATS = 8
 """Number of equal tokens in a row from which a preview writes the token once, with a count."""
 
 
-class Conversations(Pipeline[Sample, Example, Processor]):
+class Conversations(Pipeline[Sample, Example, ConversationProcessor]):
     """Conversations of a vision-language model; the replies are learned.
 
     The processor writes the tokens.

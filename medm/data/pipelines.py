@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 from medm.registry import Registry
 
 if TYPE_CHECKING:
-    from medm.data.base import AnyPipeline, HasPreprocess
+    from medm.data.base import AnyPipeline
+    from medm.types import Processor
 
 PIPELINES: Registry[type[AnyPipeline]] = Registry("data pipeline", group="medm.pipelines")
 
@@ -33,7 +34,7 @@ class PipelineUser(Protocol):
 
 
 def pipeline_for(
-    kind: PipelineUser, processor: HasPreprocess | None = None, *, inference: bool = False
+    kind: PipelineUser, processor: Processor | None = None, *, inference: bool = False
 ) -> AnyPipeline:
     """Return the pipeline of a kind of model.
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self
 
-from medm.data.base import E, HasPreprocess, Pipeline, S, missing_branch
+from medm.data.base import E, Pipeline, S, missing_branch
 from medm.data.options import SourceOptions
 from medm.data.record_files import RecordFile
 from medm.errors import DataError
 from medm.imaging import resolve_inside
-from medm.types import Media, views_of
+from medm.types import Media, Processor, views_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ class Records(Sequence[S], Generic[S, E]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def with_processor(self, processor: HasPreprocess) -> Self:
+    def with_processor(self, processor: Processor) -> Self:
         """Return the same records, whose pipeline makes examples for a processor."""
         changed = copy.copy(self)
         changed.pipeline = self.pipeline.with_processor(processor)

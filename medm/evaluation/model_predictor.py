@@ -95,5 +95,4 @@ class GenerationPredictor(Predictor):
         }
 
     def preprocess(self) -> Mapping[str, Preprocess]:
-        preprocess: dict[str, Preprocess] = load_processor(self.source).preprocess
-        return preprocess
+        return load_processor(self.source).preprocess

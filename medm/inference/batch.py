@@ -42,7 +42,7 @@ from medm.models import kind_of_config, load_config, load_processor
 from medm.os_errors import explain, require_writable
 from medm.registry import load_plugin, loaded_plugins
 from medm.stopping import ignore_stops
-from medm.types import Config, Example, JsonObject, Processor, Sample, Turn
+from medm.types import Config, ConversationProcessor, Example, JsonObject, Sample, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -119,7 +119,7 @@ class _Job:
 
     options: InferOptions
     device: torch.device
-    processor: Processor
+    processor: ConversationProcessor
     context: int | None
     """Longest prompt in tokens; None for no limit."""
     records: Records[Sample, Example]
@@ -200,10 +200,16 @@ def _open_job(options: InferOptions) -> _Job:
     gives = kind.gives(config)
     if "text" not in gives:
         raise RecipeError(
-            f"medm infer writes text; model {options.model} gives {' and '.join(sorted(gives))}"
+            f"medm infer writes text; model {options.model} gives "
+            f"{' and '.join(sorted(gives)) or 'nothing'}"
         )
     context = _context(config, options)
     processor = load_processor(options.model)
+    if not isinstance(processor, ConversationProcessor):
+        raise RecipeError(
+            f"medm infer asks questions; the {type(processor).__name__} of {options.model} makes "
+            "no prompts of conversations"
+        )
     # A template may require more than a question; a broken one raises another error.
     with suppress(DataError):
         processor.encode(Sample((Turn("user", ("?",)),)), {}, generation=True)

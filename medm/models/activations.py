@@ -64,7 +64,7 @@ def activations(model: MedmModel, step: Step, *, half: bool) -> float:
     """
     language_model = model.parts().get("llm")
     if not is_causal_lm(language_model):
-        raise ValueError("the model has no language model")
+        raise ValueError("they are known for models with a language model alone")
     dtype = torch.bfloat16 if half else torch.float32
     nn.Module.to(model, dtype).train()
     total, begun = 0.0, False

@@ -272,6 +272,7 @@ def _finish_folder(
         write_record(
             folder,
             recipe=resolved(recipe),
+            text=kind_of(recipe.model).card_text(recipe.model),
             table=table,
             hashes=trainer.data_hashes,
             history=trainer.state.log_history,

@@ -25,16 +25,16 @@ def source() -> str:
 def load(folder: Path) -> type[AnyPipeline]:
     """The pipeline, registered by running that file, once and without noting it as a plug-in of
     this process."""
-    if "pairs" not in PIPELINES:
-        (folder / "pairs.py").write_text(source(), "utf-8")
+    if "captioned-images" not in PIPELINES:
+        (folder / "captioned_images.py").write_text(source(), "utf-8")
         spec = importlib.util.spec_from_file_location(
-            "tests_pairs_of_the_page", folder / "pairs.py"
+            "tests_pairs_of_the_page", folder / "captioned_images.py"
         )
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-    return PIPELINES.get("pairs")
+    return PIPELINES.get("captioned-images")
 
 
 def pair(image: Any = "a.png", caption: Any = "Clear.", **fields: Any) -> dict[str, Any]:

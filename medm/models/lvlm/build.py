@@ -30,13 +30,13 @@ from medm.llms import LLMS, LLMOptions
 from medm.llms.attention import check_usable
 from medm.llms.base import read_template
 from medm.llms.lm_head import stop_tokens
-from medm.models.base import ModelKind
+from medm.models.base import CardText, ModelKind
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
 from medm.models.lvlm.options import BranchOptions, LVLMOptions
 from medm.models.lvlm.processing import LVLMProcessor, padded_size
 from medm.models.published.weights import PretrainedSource, load_module
-from medm.types import PLACEHOLDERS, Config
+from medm.types import PLACEHOLDERS, Config, PredictionField
 
 if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM
@@ -45,6 +45,18 @@ logger = logging.getLogger(__name__)
 
 _NOT_FOR_THE_ENCODER = {"name", "path", "architecture", "image_size"}
 _NOT_FOR_THE_CONNECTOR = {"name", "path"}
+
+
+_SUMMARY = (
+    "A medical vision-language model trained with medm. It can be wrong, can invent findings, and "
+    "carries the biases of its\ndata. It was not validated on any clinical task."
+)
+_EXAMPLE = """import medm
+
+model = medm.load("path/to/this/folder")
+print(model.ask("What is seen?"{shown}, max_new_tokens=64))
+"""
+_SHOWN = {"image": ', image="image.png"', "volume": ', volume="volume.nii.gz"'}
 
 
 class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
@@ -59,6 +71,17 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
 
     def check(self, options: LVLMOptions) -> None:
         check_usable(options.llm.attention)
+
+    def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
+        return frozenset({"text"})
+
+    def card_text(self, options: LVLMOptions) -> CardText:
+        shown = [_SHOWN[branch] for branch in _SHOWN if branch in options.branches]
+        return CardText(
+            tags=("medical", "vision-language"),
+            summary=_SUMMARY,
+            example=_EXAMPLE.format(shown=shown[0] if shown else ""),
+        )
 
     def build(self, options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
         """Return a model and its processor.
