@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Measure one cell after another; each is printed and written as soon as it is there."""
+    """Measure the cells in order; each result is printed and written at once."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--profile", choices=["cpu", "h200"], default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measured(cell: Cell, rounds: int, *, seconds: float) -> Result:
-    """One cell. What goes wrong in it is its result, and those of the other cells are not lost."""
+    """One cell. An error becomes its result; the results of the other cells are kept."""
     try:
         return cell.measure(rounds, until=time.monotonic() + seconds)
     except Exception as error:  # noqa: BLE001 (whatever it is, the figures of the other cells are worth having)
@@ -90,9 +90,7 @@ def measured(cell: Cell, rounds: int, *, seconds: float) -> Result:
 
 
 def release_memory() -> None:
-    """Of the last cell. Raises where a kernel has left the device in a state in which nothing can
-    be measured.
-    """
+    """Free the memory of the last cell. Raises if a kernel has left the device unusable."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -100,7 +98,7 @@ def release_memory() -> None:
 
 
 def line(result: Result) -> str:
-    """One cell in words."""
+    """Return one line that describes the result of a cell."""
     if math.isnan(result.value):
         return f"{result.name:5} {result.title}: {result.gate}"
     aim = (
@@ -131,7 +129,7 @@ def write(folder: Path, profile: str, result: Result, limits: dict[str, Any]) ->
 
 
 def quiet() -> None:
-    """The table is the output."""
+    """Print the table."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

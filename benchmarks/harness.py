@@ -1,9 +1,10 @@
-"""Two ways of doing the same thing, measured side by side in one process.
+"""Two implementations of the same work, measured side by side in one process.
 
-The rounds are interleaved (A B B A), so that whatever else the machine does hits both; the ratio of
-a round is formed inside it, and the figure is the median over rounds with a bootstrap interval. The
+The rounds are interleaved (A B B A), so that other load on the machine affects both; the ratio of a
+round is formed inside it, and the figure is the median over rounds with a bootstrap interval. The
 two A's of a round give the ratio of the peer with itself: the noise. A cell is only measured after
-its gate has shown that both ways give the same numbers; a fast way that fails its gate has failed.
+its gate has shown that both implementations give the same numbers. A fast implementation that fails
+its gate has failed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import numpy as np
 
 ROUNDS, WARM_UP = 7, 2
 FEWEST = 3
-"""Rounds that are measured even where time is short."""
+"""Least number of rounds."""
 NOISE = (0.95, 1.05)
-"""Where the median of the peer against itself has to lie for a ratio to count as measured."""
+"""Range of the median of the peer against itself in which a ratio counts as measured."""
 
 
 class Cell(ABC):
@@ -54,7 +55,7 @@ class Cell(ABC):
         """
 
     def failed(self, reason: str) -> Result:
-        """A cell that came to no figure."""
+        """A cell without a result."""
         return Result(
             name=self.name,
             title=self.title,
@@ -88,7 +89,7 @@ class Cell(ABC):
 
 
 class Ratio(Cell):
-    """How many times faster ours is than the peer, both doing the same work."""
+    """Speedup of medm over the peer on the same work."""
 
     @abstractmethod
     def gate(self) -> str:
@@ -96,11 +97,11 @@ class Ratio(Cell):
 
     @abstractmethod
     def run_peer(self) -> float:
-        """Do the work once; returns how many units of it were done."""
+        """Do the work once; returns the number of units."""
 
     @abstractmethod
     def run_ours(self) -> float:
-        """The same, our way."""
+        """Do the same work with medm's implementation."""
 
     def measure(self, rounds: int, *, until: float = math.inf) -> Result:
         try:
@@ -136,14 +137,14 @@ class Ratio(Cell):
 
 
 class Figure(Cell):
-    """A value that is no ratio of two speeds: a share, a limit, a count."""
+    """A value that is not a ratio of two speeds: a fraction, a limit, a count."""
 
     @abstractmethod
     def values(self, rounds: int) -> list[float]:
-        """One value a round."""
+        """One value per round."""
 
     def gate(self) -> str:
-        """What was checked before."""
+        """Result of the gate."""
         return ""
 
     def measure(self, rounds: int, *, until: float = math.inf) -> Result:
@@ -159,12 +160,12 @@ class Figure(Cell):
 
 
 class GateError(AssertionError):
-    """Ours and the peer gave different numbers."""
+    """medm and the peer gave different numbers."""
 
 
 @dataclass(slots=True)
 class Result:
-    """What came out of one cell."""
+    """Result of one cell."""
 
     name: str
     title: str
@@ -188,7 +189,7 @@ class Result:
 
 
 def rate(work: Callable[[], float]) -> float:
-    """Units a second of one run."""
+    """Units per second of one run."""
     synchronize()
     start = time.perf_counter()
     units = work()
@@ -206,7 +207,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def synchronize() -> None:
-    """Wait for the accelerator, where there is one."""
+    """Wait for the accelerator, if there is one."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,6 +1,4 @@
-"""What this machine can do at best, measured in the same run as the cells that are held
-against it.
-"""
+"""Measured peak rates of this machine, in the same run as the cells that are compared with them."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ def _matmul(size: int, device: str, dtype: torch.dtype) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a figure depends on."""
+    """Versions and settings that a result depends on."""
     names = ("torch", "transformers", "peft", "accelerate", "numpy", "monai", "SimpleITK")
     found = {"python": platform.python_version()}
     for name in names:

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, above what was held before it."""
+"""Peak memory of a piece of work, above the memory allocated before it."""
 
 from __future__ import annotations
 

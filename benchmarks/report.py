@@ -8,7 +8,7 @@ from typing import Any
 
 
 def table(content: dict[str, Any]) -> str:
-    """Every cell, the ones that fall short included."""
+    """Table of all cells, missed targets included."""
     limits, versions = content["limits"], content["versions"]
     lines = [
         f"Profile `{content['profile']}`: {limits['device']}, {limits['threads']} threads; "
@@ -53,8 +53,8 @@ def draw(content: dict[str, Any], file: Path) -> None:
     ]
     gains = [c["target"] / c["value"] if c["at_most"] else c["value"] / c["target"] for c in cells]
     figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(cells) + 1.4), layout="constrained")
-    colours = ["#2a7f62" if gain >= 1 else "#b5523b" for gain in gains]
-    axes.barh([f"{c['name']} {c['title']}" for c in cells], gains, color=colours)
+    colors = ["#2a7f62" if gain >= 1 else "#b5523b" for gain in gains]
+    axes.barh([f"{c['name']} {c['title']}" for c in cells], gains, color=colors)
     axes.bar_label(axes.containers[0], labels=[f" {_number(c['value'])}" for c in cells])
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")

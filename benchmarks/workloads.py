@@ -1,8 +1,7 @@
 """Models and data of realistic proportions, the same for medm and its peers.
 
 Random weights. Text lengths are log-normal (sigma 0.7, mean about 220 tokens), 12 % of the text is
-labelled, 10 % of the samples have no image and 5 % have two: what one finds in instruction data of
-medical VLMs.
+labeled, 10 % of the samples have no image and 5 % have two: as in instruction data of medical VLMs.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Sizes:
     text: dict[str, Any]
     mean_text: int = 220
     longest_text: int = 800
-    """Decides whether the peer's padded batch of 16, with logits at every position, fits into a GPU
+    """Determines if the peer's padded batch of 16, with logits at every position, fits into a GPU
     of 139 GiB."""
 
     @property
@@ -176,5 +175,5 @@ def make_examples(
 
 
 def tokens(examples: list[Example]) -> int:
-    """Tokens that are no padding."""
+    """Number of tokens that are not padding."""
     return sum(len(example.input_ids) for example in examples)

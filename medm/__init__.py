@@ -18,7 +18,7 @@ __all__ = ["Model", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`medm.load` and `medm.Model`, imported when they are first used."""
+    """Import `medm.load` and `medm.Model` on first use."""
     if name not in ("load", "Model"):
         raise AttributeError(f"module 'medm' has no attribute {name!r}")
     from medm import api

@@ -1,12 +1,13 @@
-"""`python -m medm`, the form that `medm launch` (with -P), `torchrun -m medm` and `deepspeed
---module medm` start.
+"""Entry point of `python -m medm`.
+
+`medm launch` (with -P), `torchrun -m medm` and `deepspeed --module medm` start this module.
 """
 
 import os
 import sys
 
-# Python puts the working folder first. Nothing is imported from there, unless medm itself lies
-# there; not `pathlib`.
+# Python puts the working folder first on the import path. Nothing is imported from there, not even
+# `pathlib`, unless medm itself lies there.
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
 if not sys.flags.safe_path and os.path.realpath(sys.path[0]) != os.path.realpath(_HOME):
     del sys.path[0]

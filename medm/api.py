@@ -3,7 +3,7 @@
     model = medm.load("work_dirs/finetune")
     reply = model.ask("What is seen?", image="a.png")
 
-The same preprocessing, prompts and decoding as `medm infer` and `medm chat`, whose code runs here.
+Preprocessing, prompts and decoding are those of `medm infer` and `medm chat`, whose code runs here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medm.config import validate
 from medm.data.base import missing_branch
@@ -25,22 +25,24 @@ from medm.inference.options import GenerationOptions
 from medm.types import Example, Media, Sample, Turn
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from medm.models.lvlm.modeling import LVLMForConditionalGeneration
     from medm.models.lvlm.processing import LVLMProcessor
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """The arguments of `Model.ask`."""
+    """The arguments of `Model.ask`, not checked yet."""
 
-    question: str
-    image: Any = None
-    volume: Any = None
-    system: str | None = None
-    task: str | None = None
+    question: object
+    image: object = None
+    volume: object = None
+    system: object = None
+    task: object = None
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> _Question:
+    def of(cls, arguments: Mapping[str, object]) -> _Question:
         """Return the arguments that a mapping holds. Raises `DataError` for an unknown one."""
         known = {argument.name for argument in fields(cls)}
         if unknown := sorted(set(arguments) - known):
@@ -49,12 +51,12 @@ class _Question:
             )
         return cls(**arguments)
 
-    def sample(self) -> tuple[Sample, list[Any]]:
+    def sample(self) -> tuple[Sample, list[object]]:
         """Return the question as a sample, and the items of its images and volumes."""
         if not isinstance(self.question, str) or not self.question.strip():
             raise DataError("expected text that is not empty", field="question")
         content: list[str | Media] = []
-        items: list[Any] = []
+        items: list[object] = []
         for branch, shown in (("image", self.image), ("volume", self.volume)):
             for item in _listed(shown):
                 content += [Media(branch), "\n"]
@@ -62,10 +64,11 @@ class _Question:
         turns = [Turn("user", (*content, self.question))]
         if self.system:
             turns.insert(0, Turn("system", (str(self.system),)))
-        return Sample(tuple(turns), task=self.task), items
+        task = None if self.task is None else str(self.task)
+        return Sample(tuple(turns), task=task), items
 
 
-def _listed(shown: Any) -> list[Any]:
+def _listed(shown: object) -> list[object]:
     if shown is None:
         return []
     return list(shown) if isinstance(shown, (list, tuple)) else [shown]
@@ -76,13 +79,13 @@ def load(folder: str | Path, *, device: str = "auto", dtype: str = "saved") -> M
 
     Args:
         folder: of a final model or a checkpoint.
-        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        device: auto (a GPU, or the CPU without one), cpu, cuda or cuda:N.
         dtype: precision of the weights: saved, float32, bfloat16 or float16.
 
     Raises:
         CheckpointError: no such folder, not a medm model, damaged, or tensors that do not fit.
-        DeviceError: the device is not there.
-        ValueError: another dtype.
+        DeviceError: the device is not available.
+        ValueError: an unknown dtype.
     """
     if dtype not in ("saved", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected saved, float32, bfloat16 or float16, found {dtype!r}")
@@ -127,21 +130,21 @@ class Model:
         self,
         question: str,
         *,
-        image: Any = None,
-        volume: Any = None,
+        image: object = None,
+        volume: object = None,
         system: str | None = None,
         task: str | None = None,
-        **options: Any,
+        **options: object,
     ) -> str:
         """Return the reply to one question.
 
         Args:
-            question: text; placeholders and control tokens in it are letters.
+            question: text; placeholders and control tokens in it are read as plain text.
             image: one or a list, shown before the question in this order.
             volume: likewise, after the images.
             system: a system turn before it.
             task: kind of task, for models whose experts are chosen by it.
-            options: how the reply is chosen, see the class.
+            options: settings of the reply, see the class.
 
         Raises:
             DataError: an image or volume that cannot be read, or that the model has no branch for;
@@ -155,11 +158,11 @@ class Model:
 
     def ask_many(
         self,
-        questions: Sequence[str | Mapping[str, Any]],
+        questions: Sequence[str | Mapping[str, object]],
         *,
         batch_size: int = 8,
         root: str | Path = ".",
-        **options: Any,
+        **options: object,
     ) -> list[str]:
         """Return the reply to each of several questions, answered in batches.
 
@@ -195,11 +198,11 @@ class Model:
         self,
         question: str,
         *,
-        image: Any = None,
-        volume: Any = None,
+        image: object = None,
+        volume: object = None,
         system: str | None = None,
         task: str | None = None,
-        **options: Any,
+        **options: object,
     ) -> Iterator[str]:
         """Return the pieces of one reply as they come, see `ask`.
 
@@ -210,7 +213,7 @@ class Model:
         return self.engine.stream(Request.of(self._example(asked, Path(), choice)), choice)
 
     def chat(
-        self, *, system: str | None = None, task: str | None = None, **options: Any
+        self, *, system: str | None = None, task: str | None = None, **options: object
     ) -> Conversation:
         """Return a conversation of several turns.
 
@@ -224,12 +227,12 @@ class Model:
         self,
         question: str,
         *,
-        image: Any = None,
-        volume: Any = None,
+        image: object = None,
+        volume: object = None,
         system: str | None = None,
         task: str | None = None,
         stream: bool = False,
-        **options: Any,
+        **options: object,
     ) -> int:
         """Queue one question in `engine` and return its number; `engine.step()` advances it.
 
@@ -244,7 +247,7 @@ class Model:
 
     def _example(
         self,
-        question: str | Mapping[str, Any] | _Question,
+        question: str | Mapping[str, object] | _Question,
         root: Path,
         options: GenerationOptions,
     ) -> Example:
@@ -259,7 +262,7 @@ class Model:
             items = [resolve_inside(root, str(media.path)) for media in sample.media]
         else:
             raise DataError(f"expected a question or a record, found {type(question).__name__}")
-        pixels: dict[str, list[Any]] = {}
+        pixels: dict[str, list[np.ndarray]] = {}
         for media, item in zip(sample.media, items, strict=True):
             if media.branch not in self.processor.preprocess:
                 raise DataError(
@@ -267,16 +270,17 @@ class Model:
                 )
             array = load_pixels(item, self.processor.preprocess[media.branch])
             pixels.setdefault(media.branch, []).append(array)
-        example: Example = self.processor.encode(sample, pixels, generation=True)
+        example = self.processor.encode(sample, pixels, generation=True)
         longest = self.engine.max_tokens
         if longest is not None and len(example.input_ids) + options.max_new_tokens > longest:
             raise DataError(
                 f"the prompt has {len(example.input_ids)} tokens, vision tokens included; with a "
                 f"reply of {options.max_new_tokens} tokens it exceeds the model's context of "
-                f"{longest}; shorten the question, show less, or lower max_new_tokens"
+                f"{longest}; shorten the question, show fewer images or volumes, or lower "
+                "max_new_tokens"
             )
         return example
 
 
-def _options(options: Mapping[str, Any]) -> GenerationOptions:
+def _options(options: Mapping[str, object]) -> GenerationOptions:
     return validate(GenerationOptions, options, source="options of the reply")

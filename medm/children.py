@@ -28,7 +28,7 @@ def import_path() -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment of a Python process that imports what this one can import."""
+    """Return the environment of a Python process with the import path of this one."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(import_path()),
@@ -38,8 +38,9 @@ def child_environment() -> dict[str, str]:
 
 @contextmanager
 def safe_path() -> Iterator[None]:
-    """Start every Python process inside with a safe import path: spawned ones, and helpers of
-    libraries.
+    """Start every Python process inside with a safe import path.
+
+    This covers spawned processes and helpers of libraries.
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"

@@ -21,8 +21,9 @@ from medm.errors import RecipeError, suggest
 
 
 class Options(BaseModel):
-    """A section of a recipe: frozen, every key known, every value of its type, a docstring under
-    each field.
+    """A section of a recipe.
+
+    It is frozen. Every key is known, every value has its type, and every field has a docstring.
     """
 
     model_config = ConfigDict(
@@ -68,11 +69,14 @@ On a section it covers every key below. Options of plug-ins use it too.
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-4` as a number and `no` as text, unlike YAML 1.1, and refuses
-    duplicate keys.
+    """SafeLoader that reads `2e-4` as a number and `no` as text, unlike YAML 1.1.
+
+    It refuses duplicate keys.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Hashable, object]:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -103,7 +107,7 @@ def _place(node: yaml.Node) -> str:
     return f"{node.start_mark.name}, line {node.start_mark.line + 1}"
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, object]:
     """Read a YAML file as a mapping. Raises `RecipeError` with file and line."""
     file = Path(path)
     try:
@@ -133,9 +137,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def parse_value(text: str) -> Any:
-    """Return the value of `key=value`, read as YAML: `1e-3` is a number, `[a, b]` a list, `null` is
-    None.
+def parse_value(text: str) -> object:
+    """Return the value of `key=value`, read as YAML.
+
+    `1e-3` is a number, `[a, b]` a list, `null` is None.
     """
     loader = _RecipeLoader(text)
     try:
@@ -152,7 +157,7 @@ mlp`), or None."""
 
 
 def apply_overrides(
-    recipe: Mapping[str, Any],
+    recipe: Mapping[str, object],
     overrides: Iterable[str],
     *,
     short_form: ShortForm = lambda place: None,
@@ -267,7 +272,7 @@ _PLAIN = {
     "a valid list": "a list",
     "a valid dictionary": "a block of keys",
 }
-"""Pydantic's names of YAML's types, and the ones of the documentation."""
+"""Names of YAML's types: pydantic's, and those of the documentation."""
 
 
 def _describe(problem: ErrorDetails, shown: Mapping[str, str]) -> str:

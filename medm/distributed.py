@@ -1,5 +1,6 @@
-"""Rank, world size and collective operations. With one rank, every function here is the plain
-action.
+"""Rank, world size and collective operations.
+
+With one rank, each function is the plain action.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from medm.errors import CheckpointError, DataError, DeviceError, MedmError, RecipeError
@@ -35,8 +37,9 @@ def rank() -> int:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run an action on rank 0; return its result, or raise its `MedmError` or `OSError`, on all
-    ranks.
+    """Run an action on rank 0; return its result on all ranks.
+
+    A `MedmError` or `OSError` of the action is raised on all ranks.
     """
     if world_size() == 1:
         return action()
@@ -70,14 +73,15 @@ def all_gather_objects(value: T) -> list[T]:
     """Return the value of every rank, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def any_rank(condition: bool, device: torch.device | str = "cpu") -> bool:
-    """Return whether a condition holds on any rank. `device`: device of the process group's
-    communication.
+    """Return whether a condition holds on any rank.
+
+    `device` is the device of the process group's communication.
     """
     if world_size() == 1:
         return condition
@@ -112,8 +116,9 @@ def end_rank(status: int) -> None:
 
 
 def row_counts(rows: Tensor) -> list[int]:
-    """Return the length of a tensor on every rank, in rank order. The last batch of an epoch may be
-    uneven.
+    """Return the length of a tensor on every rank, in rank order.
+
+    The last batch of an epoch may be uneven.
     """
     if world_size() == 1:
         return [len(rows)]
@@ -136,9 +141,14 @@ def all_gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
     return _AllGather.apply(rows, list(counts)) if world_size() > 1 else rows
 
 
+class _AllGatherContext(FunctionCtx):
+    counts: list[int]
+    """Rows of every rank."""
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: _AllGatherContext, rows: Tensor, counts: list[int]) -> Tensor:
         ctx.counts = counts
         # Gathering takes tensors of one shape; the padding is cut off again.
         padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))  # (most rows, D)
@@ -147,7 +157,7 @@ class _AllGather(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _AllGatherContext, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.contiguous()
         dist.all_reduce(total)
         return total.split(ctx.counts)[rank()], None

@@ -136,8 +136,7 @@ descriptors."""
 
 
 def machine_fault(error: BaseException) -> OSError | None:
-    """Return the operating system's error behind an error, if it is the machine's fault and not the
-    file's.
+    """Return the operating system's error behind an error that is the machine's fault.
 
     Examples are a full table of descriptors, a network drive that does not answer, a disk that
     cannot be read. The record is not bad, and a retry may succeed. Errors raised `from None` keep
@@ -168,15 +167,13 @@ def unavailable(source: str, error: Exception, *, key: str) -> str:
     reason = str(error).strip().partition("\n")[0]
     return (
         f"{source}: no such folder here, and it could not be read from the Hugging Face hub "
-        f"({reason}). Without a network: download it where there is one (hf download {source} "
-        f"--local-dir DIR) and set {key}=DIR"
+        f"({reason}). Without a network: download it on a machine with a network "
+        f"(hf download {source} --local-dir DIR) and set {key}=DIR"
     )
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `": did you mean 'mlp'? (known: linear, mlp)"`, or only the list when no name is
-    near.
-    """
+    """Return `": did you mean 'mlp'? (known: linear, mlp)"`; the list alone if no name is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     listing = f"known: {', '.join(known)}" if known else "none are registered"

@@ -1,9 +1,8 @@
-"""Atomic files and folders, fsync and locks: one implementation for everything that medm writes.
-Torch-free.
+"""Atomic files and folders, fsync and locks for everything that medm writes. Torch-free.
 
-A file or folder is written under a temporary name beside its own and renamed when it is complete,
-so that a kill at any moment leaves either the old content or the new one. Locks are those of the
-operating system: a killed process lets go.
+A file or folder is written under a temporary name in the same folder and renamed when it is
+complete. A kill at any moment leaves either the old content or the new one. Locks are those of the
+operating system, which releases the locks of a killed process.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ class LockedError(Exception):
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary path beside a file. It replaces the file when the block ends without an
-    error.
+    """Yield a temporary path that replaces a file when the block ends without an error.
 
     A caller that needs the content on the disk before the name calls `sync` on the temporary path.
 
@@ -36,7 +34,7 @@ def atomic_file(file: Path) -> Iterator[Path]:
         OSError: with the name of `file`, where the system names the temporary path or nothing.
     """
     temporary = _temporary(file)
-    with naming(file, aside=temporary):
+    with naming(file, temporary=temporary):
         try:
             yield temporary
             temporary.replace(file)
@@ -66,15 +64,14 @@ def to_bytes(text: str) -> bytes:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder`. It takes the name `folder` when the block ends without an
-    error.
+    """Yield a new folder that takes the name `folder` when the block ends without an error.
 
     Raises:
         OSError: with the name of `folder`; also where it exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
-    with naming(folder, aside=temporary):
+    with naming(folder, temporary=temporary):
         temporary.mkdir()
         try:
             yield temporary
@@ -86,11 +83,10 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
 
 
 def replace_directory(folder: Path, target: Path) -> None:
-    """Give a complete folder its final name, in place of a folder of that name. It is on the disk
-    when this returns.
+    """Give a complete folder its final name, in place of a folder of that name.
 
-    The old folder is renamed to `.tmp-old-NAME` and then removed: no part of either is ever left
-    under the name.
+    The rename is on the disk when this returns. The old folder is renamed to `.tmp-old-NAME` and
+    then removed: no part of either is ever left under the name.
 
     Args:
         folder: every file in it is on the disk; on the same file system as `target`.
@@ -104,8 +100,9 @@ def replace_directory(folder: Path, target: Path) -> None:
 
 
 def remove_directory(folder: Path) -> None:
-    """Remove a folder under another name (`.tmp-old-NAME`), so that a kill leaves no part of it
-    under its own.
+    """Rename a folder to `.tmp-old-NAME` and remove it.
+
+    A kill leaves no part of it under its own name.
     """
     remove(_renamed(folder))
 
@@ -181,8 +178,9 @@ def wait_for_lock(stream: IO[str] | IO[bytes]) -> None:
 
 @contextmanager
 def lock_file(file: Path, *, target: Path) -> Iterator[None]:
-    """Hold a lock through a file of its own. The file names the process, and exists while the lock
-    is held.
+    """Hold a lock through a file of its own.
+
+    The file names the process, and exists while the lock is held.
 
     Args:
         file: the lock's file.
@@ -194,7 +192,7 @@ def lock_file(file: Path, *, target: Path) -> Iterator[None]:
     """
     stream = _locked_stream(file, target)
     try:
-        with suppress(OSError):  # a full disk: the name is for people, the lock is held without it
+        with suppress(OSError):  # a full disk: the lock is held without the name in it
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
@@ -205,7 +203,7 @@ def lock_file(file: Path, *, target: Path) -> Iterator[None]:
 
 def _locked_stream(file: Path, target: Path) -> IO[bytes]:
     while True:
-        with naming(target, aside=file):
+        with naming(target, temporary=file):
             stream = file.open("a+b", buffering=0)
         try:
             with naming(target):

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from medm.children import child_environment
 from medm.stopping import RESUMABLE, STOPS
@@ -45,8 +45,9 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 
 def launched_rank() -> int:
-    """Return the rank that the launcher gave this process; 0 without one. Needs no process group,
-    and no torch.
+    """Return the rank that the launcher gave this process; 0 without a launcher.
+
+    Needs no process group, and no torch.
     """
     return int(os.environ.get("RANK", "0"))
 
@@ -104,9 +105,7 @@ class _Link:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Protect this rank from being killed by the launcher while it writes files that must be
-        complete.
-        """
+        """Protect this rank from the launcher while it writes files that must be complete."""
         self._count(1)
         try:
             yield
@@ -138,6 +137,14 @@ LINK = _Link()
 # The side of the launcher -------------------------------------------------------------------------
 
 
+class _ErrorReport(TypedDict):
+    """Message of a rank about its error."""
+
+    error: str
+    traceback: bool
+    time: float
+
+
 @dataclass(slots=True)
 class _Rank:
     number: int
@@ -145,7 +152,7 @@ class _Rank:
     channel: socket.socket
     unread: bytes = b""
     writers: int = 0
-    errors: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[_ErrorReport] = field(default_factory=list)
     code: int | None = None
     ended: float = 0.0
     deadline: float | None = None
@@ -154,7 +161,7 @@ class _Rank:
     def kill(self) -> None:
         """End the process and its helpers, which are in a session of their own."""
         self.killed = True
-        with suppress(ProcessLookupError):  # it ended and is not waited for yet
+        with suppress(ProcessLookupError):  # it ended and was not waited for yet
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def read(self) -> None:
@@ -221,9 +228,7 @@ class Launcher:
 
     @contextmanager
     def _wakeup(self) -> Iterator[socket.socket]:
-        """Yield a socket that becomes readable on every signal, with the launcher's handlers
-        installed.
-        """
+        """Install the launcher's handlers; yield a socket that is readable after every signal."""
         reading, writing = socket.socketpair()
         reading.setblocking(False)
         writing.setblocking(False)
@@ -244,8 +249,9 @@ class Launcher:
 
     @contextmanager
     def _reserved_port(self) -> Iterator[int]:
-        """Yield a free port. It stays bound, so that no other program gets it; rank 0 can still
-        listen on it.
+        """Yield a free port that stays bound.
+
+        No other program gets it; rank 0 can still listen on it.
         """
         if self._place.master_port:
             yield self._place.master_port
@@ -355,8 +361,9 @@ class Launcher:
         return 0
 
     def _failed(self, rank: _Rank) -> bool:
-        """Return whether a rank failed by itself: neither finished, nor stopped, nor killed by this
-        launcher.
+        """Return whether a rank failed by itself.
+
+        It has neither finished nor stopped, and this launcher did not kill it.
         """
         if rank.code in (0, RESUMABLE) or rank.killed:
             return False
@@ -379,17 +386,17 @@ class Launcher:
 
 
 def _since(rank: _Rank) -> float:
-    """When a rank failed: its first error, or its end."""
-    return float(rank.errors[0]["time"]) if rank.errors else rank.ended
+    """Return the time at which a rank failed: of its first error, or of its end."""
+    return rank.errors[0]["time"] if rank.errors else rank.ended
 
 
 def _is_traceback(rank: _Rank) -> bool:
-    return bool(rank.errors) and bool(rank.errors[0]["traceback"])
+    return bool(rank.errors) and rank.errors[0]["traceback"]
 
 
 def _reason(rank: _Rank) -> str:
     if rank.errors:
-        return str(rank.errors[0]["error"])
+        return rank.errors[0]["error"]
     code = rank.code or 0
     if code >= 0:
         return f"ended with status {code}"

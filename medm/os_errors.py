@@ -1,5 +1,4 @@
-"""Messages for errors of the operating system: full disks, read-only folders, network drives that
-do not answer.
+"""Messages for errors of the operating system, such as full disks and lost network drives.
 
 Such an error is not a defect of medm. `explain` turns it into a message; `naming` adds the file
 where Python does not know it; `require_writable` finds it before hours of work.
@@ -84,8 +83,8 @@ def explain(error: BaseException) -> str | None:
     """Return the message for an error of the operating system; None for any other error."""
     if _is_lost_worker(error):
         return (
-            "a process that prepares data was killed, perhaps for memory (its DataLoader worker "
-            f"ended unexpectedly); use fewer workers or more memory, {_AGAIN}"
+            "a process that prepares data was killed, perhaps for lack of memory (its DataLoader "
+            f"worker ended unexpectedly); use fewer workers or more memory, {_AGAIN}"
         )
     if isinstance(error, RuntimeError) and (match := _SHARED_MEMORY.search(str(error))):
         return (
@@ -103,8 +102,9 @@ def explain(error: BaseException) -> str | None:
 
 
 def _is_lost_worker(error: BaseException) -> bool:
-    """Return whether a DataLoader worker ended: PyTorch reports it, or receiving its tensors
-    failed.
+    """Return whether a DataLoader worker ended.
+
+    PyTorch reports it, or receiving the worker's tensors failed.
     """
     if isinstance(error, RuntimeError):
         return _LOADER_WORKER.search(str(error)) is not None
@@ -126,13 +126,14 @@ def as_os_error(error: BaseException) -> OSError | None:
 
 
 @contextmanager
-def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
-    """Add the file name to errors of the operating system; those of write, sync and close have
-    none.
+def naming(path: Path, *, temporary: Path | None = None) -> Iterator[None]:
+    """Add the file name to errors of the operating system.
+
+    Errors of write, sync and close have none.
 
     Args:
         path: file or folder that is being written.
-        aside: temporary file or folder, whose name is replaced.
+        temporary: temporary file or folder, whose name is replaced.
     """
     try:
         yield
@@ -143,7 +144,9 @@ def naming(path: Path, *, aside: Path | None = None) -> Iterator[None]:
         named = [
             Path(os.fsdecode(name)) for name in (found.filename, found.filename2) if _is_name(name)
         ]
-        if not named or (aside is not None and any(name.is_relative_to(aside) for name in named)):
+        if not named or (
+            temporary is not None and any(name.is_relative_to(temporary) for name in named)
+        ):
             found.filename, found.filename2 = str(path), None
         if found is error:
             raise

@@ -8,11 +8,13 @@ The torch-free options class of a member defines its keys in a recipe.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -61,8 +63,9 @@ class Registry(Generic[T]):
     def add(
         self, name: str, target: str | T, summary: str, *, options: type[Options] | None = None
     ) -> None:
-        """Add a member. Raises `RecipeError` when the name is taken: silent replacement hides
-        mistakes.
+        """Add a member. Raises `RecipeError` when the name is taken.
+
+        Silent replacement would hide mistakes.
         """
         if name in self._entries:
             raise RecipeError(
@@ -94,8 +97,9 @@ class Registry(Generic[T]):
         return list(self._entries.values())
 
     def entry(self, name: str) -> Entry:
-        """Return the entry of an exact name. Raises `UnknownNameError` with the nearest name and
-        the list.
+        """Return the entry of an exact name.
+
+        Raises `UnknownNameError` with the nearest name and the list.
         """
         self._read_entry_points()
         if name not in self._entries:
@@ -117,12 +121,12 @@ class Registry(Generic[T]):
         """Return the constructor of a part with its arguments bound.
 
         Args:
-            config: name and options, as a checkpoint holds them. What is left out is as the class
-                has it.
+            config: name and options, as a checkpoint holds them. Absent options have the defaults
+                of the class.
             sizes: arguments that the composition derives.
 
         Raises:
-            RecipeError: no such part, or it does not take what the config says.
+            RecipeError: no such part, or it does not accept the config.
         """
         options = dict(config)
         name = str(options.pop("name", ""))
@@ -163,8 +167,9 @@ class Registry(Generic[T]):
 
 @dataclass(frozen=True)
 class NamedBlock:
-    """Annotation of a field whose block names a registered part, e.g. `{name: mlp, depth: 2}` or
-    just `mlp`.
+    """Annotation of a field whose block names a registered part.
+
+    Such a block is `{name: mlp, depth: 2}` or just `mlp`.
 
     The field's type is the options class that all members share: `Annotated[ConnectorOptions,
     NamedBlock(CONNECTORS)]`. The block is checked by the options class of the part that it names,
@@ -177,8 +182,7 @@ class NamedBlock:
     default: str | None = None
     """Name of a block that gives none."""
     beside: tuple[tuple[str, type[Options]], ...] = ()
-    """Options of blocks that may stand in its place and name no part, each told by a key that it
-    holds."""
+    """Options of blocks that may replace it and name no part, each recognized by a key."""
 
     def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -218,14 +222,15 @@ EACH_ITEM, EACH_VALUE = "[]", "<name>"
 
 
 def sections_in(field: FieldInfo) -> Iterator[tuple[tuple[str, ...], Section]]:
-    """Yield the sections that a field holds, each with the steps (`EACH_ITEM`, `EACH_VALUE`) that
-    lead to it.
+    """Yield the sections that a field holds, each with its path.
+
+    The path consists of the steps (`EACH_ITEM`, `EACH_VALUE`) that lead to the section.
     """
     yield from _sections(field.annotation, list(field.metadata), ())
 
 
 def _sections(
-    annotation: object, metadata: list[Any], path: tuple[str, ...]
+    annotation: object, metadata: Sequence[object], path: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], Section]]:
     block = next((item for item in metadata if isinstance(item, NamedBlock)), None)
     if block is not None:
@@ -259,8 +264,9 @@ def loaded_plugins() -> list[Path]:
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a plug-in file, whose `register` calls add parts. A second call with the same file has no
-    effect.
+    """Run a plug-in file, whose `register` calls add parts.
+
+    A second call with the same file has no effect.
 
     Raises:
         RecipeError: there is no such file, or it registers a name that is taken.
@@ -268,7 +274,8 @@ def load_plugin(path: str | Path) -> None:
     file = Path(path).resolve()
     if not file.is_file():
         raise RecipeError(f"--plugin {path}: no such file")
-    name = f"medm_plugin_{file.stem}_{abs(hash(str(file))):x}"
+    # The same name in every process, so that objects of its classes can be pickled.
+    name = f"medm_plugin_{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:16]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, file)

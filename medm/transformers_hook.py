@@ -1,16 +1,15 @@
-"""Teaches transformers' Auto classes to open medm's folders, without importing transformers or
-torch.
+"""Hook into transformers' Auto classes for medm's folders, without importing transformers or torch.
 
-`install` waits for two modules of transformers, or takes them as they are where they are loaded
-already:
+`install` waits for two modules of transformers, or uses them directly if they are already
+loaded:
 
 - The table of configs asks medm when a `model_type` of medm is looked up. `AutoConfig`,
   `AutoModel...`, `AutoTokenizer` and `pipeline` pass through it.
 - `AutoProcessor` finds a processor by the name of its class and never reads config.json. Its table
-  asks medm when the name is none of those that are registered already.
+  asks medm for a name that is not registered yet.
 
 Both tables are private attributes of transformers. Every kind of model in `medm.models.kinds` is
-registered then, those of other packages and plug-in files too.
+registered then, including those of other packages and plug-in files.
 
 Registering the classes themselves any earlier would import the models while transformers is half
 imported.
@@ -32,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Teach each module as soon as it is there."""
-    for name, teach in _TEACHERS.items():
+    """Patch each module as soon as it is imported."""
+    for name, patch in _PATCHES.items():
         if name in sys.modules:
-            teach(sys.modules[name])
+            patch(sys.modules[name])
         else:
-            sys.meta_path.insert(0, _AfterImport(name, teach))
+            sys.meta_path.insert(0, _AfterImport(name, patch))
 
 
 def _register() -> None:
@@ -47,9 +46,7 @@ def _register() -> None:
 
 
 class _ConfigsOnDemand(dict[str, object]):
-    """transformers' table of registered configs, which asks medm for its own when one is
-    looked up.
-    """
+    """transformers' table of registered configs, with medm's configs on demand."""
 
     _registering = False
 
@@ -73,9 +70,7 @@ class _ConfigsOnDemand(dict[str, object]):
 
 
 class _ProcessorsOnDemand(dict[object, object]):
-    """transformers' table of registered processors, which has medm register its own after the known
-    ones.
-    """
+    """transformers' table of registered processors; medm registers its own after the known ones."""
 
     _registering = False
 
@@ -95,16 +90,18 @@ class _ProcessorsOnDemand(dict[object, object]):
         yield from list(super().values())[len(known) :]
 
 
-def _teach_configs(module: ModuleType) -> None:
+def _patch_configs(module: ModuleType) -> None:
     _replace_table(module, "CONFIG_MAPPING", _ConfigsOnDemand)
 
 
-def _teach_processors(module: ModuleType) -> None:
+def _patch_processors(module: ModuleType) -> None:
     _replace_table(module, "PROCESSOR_MAPPING", _ProcessorsOnDemand)
 
 
-def _replace_table(module: ModuleType, name: str, on_demand: type[dict[Any, Any]]) -> None:
-    """Put a table that asks medm into the place of the one of what was registered."""
+def _replace_table(
+    module: ModuleType, name: str, on_demand: Callable[[dict[str, object]], object]
+) -> None:
+    """Replace the table of registered classes by one that asks medm."""
     table: Any = getattr(module, name, None)
     known = getattr(table, "_extra_content", None)
     if isinstance(known, dict):
@@ -124,9 +121,9 @@ def _warn(cause: str) -> None:
     )
 
 
-_TEACHERS: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _teach_configs,
-    "transformers.models.auto.processing_auto": _teach_processors,
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.models.auto.configuration_auto": _patch_configs,
+    "transformers.models.auto.processing_auto": _patch_processors,
 }
 
 
@@ -135,11 +132,11 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     Args:
         name: of the module.
-        teach: the function.
+        patch: the function.
     """
 
-    def __init__(self, name: str, teach: Callable[[ModuleType], None]) -> None:
-        self.name, self.teach = name, teach
+    def __init__(self, name: str, patch: Callable[[ModuleType], None]) -> None:
+        self.name, self.patch = name, patch
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -159,4 +156,4 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        self.teach(module)
+        self.patch(module)

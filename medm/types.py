@@ -11,7 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    get_args,
+    runtime_checkable,
+)
 
 from medm.errors import RecipeError, suggest
 
@@ -57,7 +67,7 @@ class View(NamedTuple):
 
     kind: Kind
     variant: str | None = None
-    """What stands behind the @; None for the usual view of the kind."""
+    """The part after the @; None for the usual view of the kind."""
 
     def __str__(self) -> str:
         return self.kind if self.variant is None else f"{self.kind}@{self.variant}"
@@ -69,9 +79,7 @@ class View(NamedTuple):
 
 
 def parse_view(name: str) -> View:
-    """Return the view that a name stands for. Raises `RecipeError` for a name that stands for
-    none.
-    """
+    """Return the view of a name. Raises `RecipeError` for an unknown name."""
     found = _VIEW.fullmatch(name)
     kinds: tuple[Kind, ...] = get_args(Kind)
     kind = next((known for known in kinds if found is not None and found["kind"] == known), None)
@@ -98,7 +106,7 @@ JsonObject: TypeAlias = dict[str, Any]
 """An object of a JSON file: a record, a row of a benchmark, results."""
 
 PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings"]
-"""What a model, or a file of predictions, gives for an item of a benchmark; a benchmark needs
+"""Output of a model, or of a file of predictions, for an item of a benchmark; a benchmark needs
 some."""
 
 
@@ -130,8 +138,9 @@ TurnPart: TypeAlias = str | Media | ControlToken
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message. Text parts are text: nothing inside them is ever read as a control token or
-    placeholder.
+    """One message.
+
+    Text parts are text: nothing inside them is ever read as a control token or placeholder.
     """
 
     role: Role
@@ -157,8 +166,9 @@ def written(part: TurnPart) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseSample(ABC):
-    """One record of an annotation file, read and checked. Each data pipeline has a subclass of its
-    own.
+    """One record of an annotation file, read and checked.
+
+    Each data pipeline has a subclass of its own.
     """
 
     id: str | None = None
@@ -194,9 +204,7 @@ class Sample(BaseSample):
 
 
 class MediaExample(Protocol):
-    """Pixels of an example, whatever the pipeline: what the dataset, feature caches and collators
-    read.
-    """
+    """Pixels of an example of any pipeline: the input of dataset, feature caches and collators."""
 
     pixels: dict[str, list[np.ndarray]]
     """Per view the preprocessed arrays (C, *spatial)."""
@@ -258,8 +266,9 @@ class ConversationBatch(TypedDict, total=False):
 
 
 class VisionFeatures(NamedTuple):
-    """What an encoder returns. A tuple, because ZeRO-3 finds the tensors of a module's output only
-    in tuples and dicts.
+    """Output of an encoder.
+
+    It is a tuple, because ZeRO-3 finds the tensors of a module's output only in tuples and dicts.
 
     `tokens` is (B, P + prod(grid), D): first `prefix` tokens that stand for no place (CLS), then
     one token per cell of `grid`, the last axis fastest. Two grid axes for images (rows, columns),
@@ -275,13 +284,29 @@ class VisionFeatures(NamedTuple):
 
 
 class Processor(Protocol):
-    """What a kind of model brings for its records: training, inference and `medm data check` use
-    the same one.
+    """Processor of a kind of model: the way from files and texts to its inputs.
+
+    Training, inference and `medm data check` use the same one. A data pipeline may need more of it,
+    as `ConversationProcessor` says for conversations.
     """
 
+    @property
+    def preprocess(self) -> Mapping[str, Any]:
+        """Preprocessing of the pixels (`medm.imaging.Preprocess`) by view, e.g. "image@sam2"."""
+        ...
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> object:
+        """See `transformers.ProcessorMixin.save_pretrained`."""
+        ...
+
+
+@runtime_checkable
+class ConversationProcessor(Processor, Protocol):
+    """Processor of a kind of model whose records are conversations."""
+
     tokenizer: PreTrainedTokenizerBase
-    preprocess: dict[str, Any]
-    """Per view what is done to the pixels (`medm.imaging.Preprocess`)."""
     placeholder_ids: dict[str, int]
     """Per branch the token that stands for one vision token."""
     control_token_ids: dict[str, int]
@@ -303,14 +328,8 @@ class Processor(Protocol):
         """Make an example of a checked sample and its preprocessed pixels.
 
         `generation=True`: the prompt ends where the assistant's reply begins, and nothing is
-        labelled.
+        labeled.
         """
-        ...
-
-    def save_pretrained(
-        self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> object:
-        """See `transformers.ProcessorMixin.save_pretrained`."""
         ...
 
 
@@ -355,7 +374,8 @@ class VisionBranch(Protocol):
         ...
 
     def from_cached(self, features: VisionFeatures | Tensor) -> VisionFeatures:
-        """Return features that `encode` gave before; tokens alone are of the branch's input
-        size.
+        """Return features from cached output of `encode`.
+
+        Tokens alone have the grid of the branch's input size.
         """
         ...

@@ -18,6 +18,7 @@ from medm.config import validate
 from medm.errors import CheckpointError, DataError, DeviceError, MediaError, RecipeError
 from medm.inference.batch import infer
 from medm.inference.options import InferOptions
+from medm.models.lvlm.build import LVLM
 from medm.models.lvlm.options import LVLMOptions
 from tests import tiny
 from tests.encoders.tiny import TINY_ENCODERS
@@ -244,14 +245,14 @@ def test_the_examples_of_the_docs_run(
 
 
 def test_a_model_card_shows_how_to_ask(folder: Path) -> None:
-    from medm.training.card import _use
+    def example(*branches: str) -> str:
+        fields: Any = dict.fromkeys(branches)
+        options = LVLMOptions.model_construct(branches=fields)
+        return LVLM().card_text(options).example
 
-    recipe = {"model": {"kind": "lvlm", "branches": {"volume": {}}}}
-    assert 'model.ask("What is seen?", volume="volume.nii.gz", max_new_tokens=64)' in _use(recipe)
-    (block,) = re.findall(
-        r"```python\n(.*?)```", _use({"model": {"kind": "lvlm", "branches": {}}}), re.DOTALL
+    assert 'model.ask("What is seen?", volume="volume.nii.gz", max_new_tokens=64)' in example(
+        "volume"
     )
     names: dict[str, Any] = {}
-    exec(block.replace("path/to/this/folder", str(folder)), names)
+    exec(example().replace("path/to/this/folder", str(folder)), names)
     assert isinstance(names["model"], medm.Model)
-    assert _use({"model": {"kind": "contrastive"}}) == ""

@@ -84,13 +84,13 @@ def test_a_worker_that_ends_while_its_tensors_are_fetched_is_known_by_the_place(
 def test_naming_puts_the_place_of_a_temporary_file_and_keeps_other_errors(tmp_path: Path) -> None:
     with pytest.raises(KeyError), naming(tmp_path):
         raise KeyError("x")
-    out, aside = tmp_path / "out", tmp_path / ".out.7.tmp"
+    out, temporary = tmp_path / "out", tmp_path / ".out.7.tmp"
     for file, named in (
-        (aside / "config.json", out),
-        (aside, out),
+        (temporary / "config.json", out),
+        (temporary, out),
         (tmp_path / "source", tmp_path / "source"),
     ):
-        with pytest.raises(FileNotFoundError) as caught, naming(out, aside=aside):
+        with pytest.raises(FileNotFoundError) as caught, naming(out, temporary=temporary):
             file.read_bytes()
         assert caught.value.filename == str(named)
 
@@ -138,7 +138,7 @@ def test_a_folder_without_permission_is_known_before(
         (
             RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
             1,
-            "was killed, perhaps for memory",
+            "was killed, perhaps for lack of memory",
         ),
     ],
 )

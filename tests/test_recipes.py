@@ -283,7 +283,7 @@ def test_the_published_connector_of_uni_med() -> None:
         for key in ("mode", "num_experts", "gate", "route_by", "resample", "window", "depth")
     }
     assert said == {
-        "mode": "published",
+        "mode": "paper",
         "num_experts": 5,
         "gate": "soft",
         "route_by": "task+token",

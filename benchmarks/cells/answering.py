@@ -1,4 +1,4 @@
-"""Answering: batches of prompts, one token after another, and many questions on one image."""
+"""Generation: batches of prompts, single decode steps, and many questions about one image."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class _AnsweringCell(Cell):
     mean_reply: ClassVar[int] = 40
     peer_batch: ClassVar[int] = 1
     peer_share: ClassVar[dict[str, int]] = {"cpu": 1, "h200": 16}
-    """The peer answers one prompt in so many."""
+    """The peer answers one of this many prompts."""
     slots: ClassVar[dict[str, int]] = {"cpu": 32, "h200": 128}
-    """Prompts that we answer at the same time."""
+    """Prompts that medm decodes together."""
     compiled: ClassVar[dict[str, bool]] = {"cpu": False, "h200": True}
-    """Whether our steps are compiled (`generation.compile`)."""
+    """True if medm's decode steps are compiled (`generation.compile`)."""
 
     @property
     def cuda(self) -> bool:
-        """Whether this profile runs on a GPU."""
+        """True if this profile runs on a GPU."""
         return self.profile == "h200"
 
     @property
     def device(self) -> str:
-        """Where both models are."""
+        """Device of both models."""
         return "cuda" if self.cuda else "cpu"
 
     @cached_property
@@ -49,8 +49,8 @@ class _AnsweringCell(Cell):
 
     @cached_property
     def models(self) -> tuple[Any, Any]:
-        """Ours and the stock one, same weights. Weights are wide enough apart that greedy choices
-        are clear.
+        """Medm's model and the stock one, with the same weights, far enough apart that greedy
+        choices are clear.
         """
         ours = medm_model(
             self.sizes, device=self.device, dtype=torch.bfloat16 if self.cuda else torch.float32
@@ -68,8 +68,8 @@ class _AnsweringCell(Cell):
 
     @cached_property
     def replies(self) -> list[int]:
-        """Tokens of each reply, log-normal like the prompts; no end token, so that every run says
-        as much.
+        """Tokens of each reply, log-normal like the prompts; no end token, so that every run
+        generates as many tokens.
         """
         drawn = np.random.default_rng(2).lognormal(
             np.log(self.mean_reply) - 0.245, 0.7, len(self.questions)
@@ -121,7 +121,9 @@ class _AnsweringCell(Cell):
 
     @cached_property
     def decoder(self) -> Decoder:
-        """Ours; it lives as long as its model, and so does what it packed or compiled."""
+        """Medm's generator. It lives as long as its model, and so do its prepacked weights and
+        compiled steps.
+        """
         language_model, slots = self.models[0].language_model, self.slots[self.profile]
         return Decoder(
             language_model,
@@ -133,7 +135,7 @@ class _AnsweringCell(Cell):
 
     @torch.inference_mode()
     def decode_ours(self, examples: list[Example], replies: list[int]) -> list[list[int]]:
-        """Medm's way."""
+        """Run medm's implementation."""
         return self.decoder.decode(self.prompts(examples, replies))
 
     def decode_stock(
@@ -182,9 +184,7 @@ class _AnsweringCell(Cell):
 
     @property
     def asked(self) -> tuple[list[Example], list[int]]:
-        """What the peer answers: on a GPU some of the prompts, short and long replies alike, since
-        it takes its time.
-        """
+        """Prompts that the peer answers: on a GPU only some, short and long, because it is slow."""
         share = self.peer_share[self.profile]
         order = sorted(range(len(self.questions)), key=lambda number: self.replies[number])[
             share // 2 :: share
@@ -221,8 +221,8 @@ class PaddedBatches(OneByOne):
 
 
 class Decoding(_AnsweringCell, Figure):
-    """P8: bytes of weights and cache that a token needs, over the bytes that could have been read
-    in the time.
+    """P8: bytes of weights and KV cache that a token needs, over the bytes that could be read in
+    the same time.
     """
 
     name, title, peer = "P8", "decode against memory bandwidth", "limit"

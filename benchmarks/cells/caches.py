@@ -1,4 +1,4 @@
-"""The first stage of training, with a frozen encoder that is run every epoch or once."""
+"""The first stage of training, with a frozen encoder that runs every epoch, or once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Checkpoints: how long training waits for one, and what a continued run reads again."""
+"""Checkpoints: the time that training waits for one, and the batches that a resumed run reads
+again.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from medm.types import Example
 
 
 class _Counted(Dataset[Example]):
-    """Examples, and which of them were asked for."""
+    """Examples, and the indices that were read."""
 
     def __init__(self, examples: list[Example]) -> None:
         self.examples, self.asked = examples, []
@@ -79,8 +81,8 @@ class _Run(Figure):
 
 
 class Stall(_Run):
-    """P12: seconds that training stands still for a checkpoint, over those of a plain write of the
-    same state.
+    """P12: seconds that a checkpoint blocks training, over those of a plain write of the same
+    state.
     """
 
     name, title, peer, at_most = "P12", "stall of a checkpoint", "torch.save and fsync", True
@@ -106,7 +108,7 @@ class Stall(_Run):
 
 
 class Replay(_Run):
-    """P13: batches that a continued run reads a second time."""
+    """P13: batches that a resumed run reads a second time."""
 
     name, title, peer, at_most = (
         "P13",

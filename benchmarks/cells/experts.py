@@ -1,4 +1,4 @@
-"""How much faster the sparse gate is for running only the experts that were chosen."""
+"""Speedup of the sparse gate, which runs only the selected experts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EightExperts(Ratio):
 
     @cached_property
     def inputs(self) -> tuple[MoEConnector, VisionFeatures]:
-        """The connector, and what an encoder would give."""
+        """The connector, and features in place of an encoder's output."""
         device, dtype = (
             ("cuda", torch.bfloat16) if self.profile == "h200" else ("cpu", torch.float32)
         )

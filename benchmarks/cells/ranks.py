@@ -1,5 +1,5 @@
-"""Two processes: how much of twice the speed of one is left when each step ends for both with the
-slower one.
+"""Two processes: efficiency relative to twice the speed of one, when every step waits for the
+slower process.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ WORLD = 2
 
 
 class TwoRanks(Figure):
-    """P16: efficiency of two processes with rows of equal tokens, over that of padded batches dealt
-    at random.
+    """P16: efficiency of two processes with rows of equal tokens, over that of padded batches in
+    random order.
 
-    The efficiency of either is the tokens a second of two processes over twice those of one, in
+    The efficiency of either is the tokens per second of two processes over twice those of one, in
     micro-batches of the same size and whole steps; two processes exchange their gradients in each
-    step (DDP). The model is the same on both sides. Each round draws another order.
+    step (DDP). The model is the same on both sides. Each round draws a new order.
     """
 
     name, title, peer = "P16", "two-rank efficiency", "padded batches, DistributedSampler"
@@ -101,7 +101,7 @@ def _rank(rank: int, meeting: str, rounds: int, samples: int, batch: int, found:
 
 
 def _speed(load: _Workload, side: str, number: int, batch: int, *, rank: int, world: int) -> float:
-    """Useful tokens a second of this process."""
+    """Useful tokens per second of this process."""
     model: nn.Module = load.ours.train()
     if world > 1:
         # Gradients are exchanged while the rest of them is computed, as in training.

@@ -1,4 +1,4 @@
-"""What a person waits for before anything happens."""
+"""Start-up time of the command line."""
 
 from __future__ import annotations
 

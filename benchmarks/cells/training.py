@@ -1,6 +1,4 @@
-"""Training: useful tokens a second against transformers' Trainer on stock Llava, and what limits
-it.
-"""
+"""Training: useful tokens per second against transformers' Trainer on stock Llava, and its limits."""
 
 from __future__ import annotations
 
@@ -51,7 +49,7 @@ CAPACITY = {"cpu": 1024, "h200": 4096}
 """Tokens that samples are packed into; a batch is some of these in one row, each sample attending
 to itself."""
 LARGE = {"3B": (4, 2048)}
-"""Samples of a padded batch and tokens of a row where two models of that size and their optimisers
+"""Samples of a padded batch and tokens of a row where two models of that size and their optimizers
 share the GPU."""
 COMPARED = 4
 """Samples that a gate on a GPU compares, in float32 too."""
@@ -69,7 +67,7 @@ class _Examples(Dataset[Example]):
 
 
 def stock_batch(examples: list[Example]) -> dict[str, Any]:
-    """What users of stock Llava collate: padded to the longest of the batch."""
+    """Batches as users of stock Llava collate them: padded to the longest sample."""
     batch = Collator(PAD)(examples)
     pixels = batch.pop("pixels", {})
     batch.pop("task_ids", None)
@@ -238,8 +236,8 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 @lru_cache(maxsize=1)
 def workload(profile: str, name: str, count: int) -> _Workload:
-    """The last one is kept: to build a large model takes long. Training changes its weights, not
-    its sizes.
+    """The last one is kept, because building a large model takes long. Training changes its
+    weights, not its sizes.
     """
     return _Workload(profile, name, count)
 
@@ -299,7 +297,7 @@ class TrainingTokensLarge(TrainingTokens):
 
 
 class Utilisation(_TrainingCell, Figure):
-    """P2: arithmetic that had to be done, over what the machine could have done in the time."""
+    """P2: required FLOPs, over those that the machine could do in the same time."""
 
     name, title, peer = "P2", "MFU against measured matmul peak", "limit"
     targets: ClassVar = {"cpu": 0.45, "h200": 0.45}
@@ -336,9 +334,7 @@ class UtilisationCompiled(Utilisation):
 
 
 def training_flops(load: _Workload) -> float:
-    """6 FLOPs a weight and token for what is trained, the head at labelled positions alone, and
-    attention.
-    """
+    """6 FLOPs per trained weight and token, the LM head at labeled positions only, and attention."""
     text, model = load.sizes.text, load.ours
     head = text["vocab_size"] * text["hidden_size"]
     body = sum(p.numel() for p in model.language_model.base_model.parameters()) - head
@@ -371,8 +367,8 @@ def training_flops(load: _Workload) -> float:
 
 
 class Waste(_TrainingCell, Figure):
-    """P3: share of the processed tokens that are padding, in rows of their own (a batch of one row
-    has none).
+    """P3: fraction of the processed tokens that are padding, in rows of their own (a batch of one
+    row has none).
     """
 
     name, title, peer, at_most = "P3", "processed tokens wasted", "-", True
@@ -415,9 +411,7 @@ class Waste(_TrainingCell, Figure):
 
 
 class _Decoded(Dataset[Example]):
-    """Examples whose pictures are PNG files of 512 x 512, decoded and resized when they are asked
-    for.
-    """
+    """Examples with PNG images of 512 x 512, decoded and resized when they are read."""
 
     def __init__(self, examples: list[Example], folder: Path, side: int) -> None:
         self.examples, self.folder = examples, folder
@@ -443,7 +437,7 @@ class _Decoded(Dataset[Example]):
 
 
 class DataStall(_TrainingCell, Figure):
-    """P6: share of a step that is spent waiting for its batch; one worker reads and decodes."""
+    """P6: fraction of a step that is spent waiting for its batch; one worker reads and decodes."""
 
     name, title, peer, at_most = "P6", "waiting for data in a step", "-", True
     targets: ClassVar = {"cpu": 0.05, "h200": 0.02}

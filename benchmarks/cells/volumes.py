@@ -1,4 +1,4 @@
-"""Volumes: what reading and resampling costs once, and what it costs from the cache."""
+"""Volumes: cost of reading and resampling, with and without the cache."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _ROOT = Path(__file__).parents[2]
 SHIPPED = [
     _ROOT / "examples" / "quickstart" / "data" / f"chest-ct-{number}.nii.gz" for number in (1, 2, 3)
 ]
-"""Real chest CT, coarser than it was taken so that it can be shipped: 1.5 to 2 mm a voxel."""
+"""Real chest CT, coarser than it was taken so that it can be shipped: voxels of 1.5 to 2 mm."""
 FETCHED = [_ROOT / ".assets" / "pyradiomics" / f"lung{number}_image.nrrd" for number in (1, 2)]
-"""Real chest CT as it was taken, 512 x 512 a slice: `python examples/quickstart/fetch.py
+"""Real chest CT as it was taken, 512 x 512 per slice: `python examples/quickstart/fetch.py
 sources`."""
 
 
@@ -100,12 +100,12 @@ class _RealCT(_VolumeCell):
 
     @cached_property
     def folder(self) -> Any:
-        """Where the cache goes."""
+        """Folder of the cache."""
         return tempfile.TemporaryDirectory()
 
     @property
     def files(self) -> list[Path]:
-        """What there is."""
+        """Files that are present."""
         return FETCHED if all(file.exists() for file in FETCHED) else SHIPPED
 
     def read(self, file: Path) -> np.ndarray:
@@ -159,7 +159,7 @@ class CachedReading(_VolumeCell, Ratio):
 
     @cached_property
     def cache(self) -> MediaCache:
-        """Filled when it is first read."""
+        """The cache, filled on first access."""
         return MediaCache(Path(self.folder.name) / "cache", max_bytes=2**30)
 
     def ours(self, file: Path) -> np.ndarray:

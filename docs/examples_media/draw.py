@@ -16,7 +16,7 @@ SIZE = 96
 SHAPE = (20, 32, 32)
 """Slices, rows and columns of a volume."""
 SPACING = (5.0, 8.0, 10.0)
-"""Millimetres along columns, rows and slices."""
+"""Millimeters along columns, rows and slices."""
 AIR, SOFT_TISSUE, BONE = -1000, 40, 700
 """Hounsfield units."""
 FOLDER = Path(__file__).parent
@@ -32,10 +32,10 @@ def picture(*discs: tuple[float, float, float]) -> Image.Image:
     """Bright discs in a dark oval "body" on black."""
     rows, columns = np.mgrid[:SIZE, :SIZE] / SIZE
     body = ((rows - 0.5) / 0.42) ** 2 + ((columns - 0.5) / 0.46) ** 2 < 1
-    grey = np.where(body, 70, 0)
+    gray = np.where(body, 70, 0)
     for each in discs:
-        grey = np.where(disc(*each), 220, grey)
-    return Image.fromarray(grey.astype(np.uint8))
+        gray = np.where(disc(*each), 220, gray)
+    return Image.fromarray(gray.astype(np.uint8))
 
 
 def bars(count: int) -> Image.Image:

@@ -27,9 +27,9 @@ from medm.metrics.bleu import bleu
 from medm.metrics.boxes import CODECS, Box, box_accuracy, box_iou, iou
 from medm.metrics.classification import macro_f1
 from medm.metrics.compare import Comparison, compare
-from medm.metrics.match import normalised_match
+from medm.metrics.match import normalized_match
 from medm.metrics.rouge import rouge
-from medm.metrics.words import normalise_answer
+from medm.metrics.words import normalize_answer
 
 OUT = REPOSITORY / "work_dirs" / "uni_med_demo"
 MODELS = ("dense", "experts")
@@ -133,8 +133,8 @@ def class_f1(
     replies: Sequence[str], records: Sequence[Record], resampling: Resampling
 ) -> MetricResult:
     """Macro-F1 over the classes that occur; a reply that names none of them is a miss."""
-    answers = [normalise_answer(str(record["answer"])) for record in records]
-    return macro_f1([normalise_answer(reply) for reply in replies], answers, resampling=resampling)[
+    answers = [normalize_answer(str(record["answer"])) for record in records]
+    return macro_f1([normalize_answer(reply) for reply in replies], answers, resampling=resampling)[
         0
     ]
 
@@ -146,14 +146,14 @@ def kind_is(*kinds: str) -> Callable[[Record], bool]:
 
 LUNGS = ("left lung", "right lung")
 SCORED: tuple[tuple[str, tuple[str, ...], str, Score], ...] = (
-    ("vqa", (), "accuracy", of_texts(normalised_match)),
-    ("cls", (), "accuracy", of_texts(normalised_match)),
+    ("vqa", (), "accuracy", of_texts(normalized_match)),
+    ("cls", (), "accuracy", of_texts(normalized_match)),
     ("cls", (), "macro-F1", class_f1),
     ("rec", ("lesion",), "IoU", of_boxes(box_iou)),
     ("rec", ("lesion",), "IoU >= 0.5", of_boxes(box_accuracy)),
     ("rec", LUNGS, "IoU", of_boxes(box_iou)),
     ("rec", LUNGS, "IoU >= 0.5", of_boxes(box_accuracy)),
-    ("reg", (), "accuracy", of_texts(normalised_match)),
+    ("reg", (), "accuracy", of_texts(normalized_match)),
     ("caption", (), "ROUGE-L", of_texts(rouge, 2)),
     ("caption", (), "BLEU-4", of_texts(bleu, 3)),
 )

@@ -1,5 +1,6 @@
-"""The command line. Commands parse what a person typed, call the package, and print; nothing is
-decided here.
+"""The command line: commands parse arguments, call the package, and print.
+
+Nothing is decided here.
 
 Exit status: 0 done; 2 wrong usage or recipe; 1 any other failure; 75 `train`, `infer` or `eval` was
 stopped by SIGTERM or SIGINT, and the same command (`train` with `--resume`) continues (sysexits'

@@ -1,5 +1,6 @@
-"""Every command, by name. Command modules load only what `--help` needs; the package is imported
-inside them.
+"""Every command, by name.
+
+Command modules load only what `--help` needs; the package is imported inside them.
 """
 
 from __future__ import annotations

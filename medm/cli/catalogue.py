@@ -1,4 +1,4 @@
-"""What there is: `medm list` and `medm recipes`."""
+"""Lists of parts and recipes: `medm list` and `medm recipes`."""
 
 from __future__ import annotations
 

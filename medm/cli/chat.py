@@ -72,7 +72,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, or comes through a pipe, without empty lines."""
+    """Yield the lines that are typed or come through a pipe, without empty ones."""
     while True:
         if sys.stdin.isatty():
             err.print("> ", end="", style="bold")

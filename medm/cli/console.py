@@ -1,4 +1,4 @@
-"""What is printed, and where: results to standard output, everything else to standard error."""
+"""Console output: results to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def note(message: str) -> None:
 
 
 def rows(items: Iterable[Sequence[str]], *, header: Sequence[str] | None = None) -> None:
-    """Aligned columns, the first one bold. A row stays one line, however narrow the terminal or the
-    pipe is.
+    """Print aligned columns, the first one bold.
+
+    A row stays one line, however narrow the terminal or the pipe is.
     """
     listed = [[Text(cell) for cell in item] for item in ([header] if header else []) + list(items)]
     widths = [max(cell.cell_len for cell in column) for column in zip(*listed, strict=True)]
@@ -47,8 +48,9 @@ def is_rank_zero() -> bool:
 
 
 def start_logging(*, verbose: bool = False) -> None:
-    """Log lines of medm to standard error; other libraries speak from warnings on, other ranks from
-    errors on.
+    """Send log lines of medm to standard error.
+
+    Other libraries log from warnings on, other ranks from errors on.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file name that is no UTF-8 must not end a command when its result is printed.
@@ -72,8 +74,9 @@ def start_logging(*, verbose: bool = False) -> None:
 
 
 class _Lines(logging.Formatter):
-    """`07:36:10  message`, further lines under the first; the level is named where it is not the
-    usual one.
+    """Formatter of log lines: `07:36:10  message`, further lines under the first.
+
+    The level is named where it is not the usual one.
     """
 
     def __init__(self) -> None:

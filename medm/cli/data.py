@@ -116,8 +116,9 @@ def preview(
         int, typer.Option(min=1, help="Most slices of a volume that are shown.")
     ] = 12,
 ) -> None:
-    """Draw what a model will see of one file: after window, orientation and size. Not for clinical
-    use.
+    """Draw what a model will see of one file: after window, orientation and size.
+
+    Not for clinical use.
 
     Published preprocessing goes by name. Volumes: convention=medm-vl, m3d, medm-clip, astra,
     merlin. Images: convention=medsiglip-448, medgemma-896, raddino-518.
@@ -156,8 +157,9 @@ def cache(
         ),
     ] = "cpu",
 ) -> None:
-    """Fill the cache of a recipe (data.cache) before training: every volume is read and resampled
-    once.
+    """Fill the cache of a recipe (data.cache) before training.
+
+    Every volume is read and resampled once.
 
     Started again, it resumes. The exit status is 1 when a file or record is bad; the others are
     cached all the same.
@@ -248,6 +250,7 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a published data folder into records to train on: conversations, or image-text pairs.
+
     Files stay where they are.
 
     Paths in the records are relative to the folder, which is the `root` of the source in a recipe.
@@ -362,9 +365,7 @@ def shards(
 
 
 def _kind_of(file: Path, known: Mapping[str, Any]) -> Literal["image", "volume"]:
-    """2-D or 3-D: what the model takes, where it takes one of them; else by the name of the
-    file.
-    """
+    """Return the kind of a file: the model's if it takes one kind, else by the file's name."""
     if len(known) == 1:
         return known[next(iter(known))].kind
     flat = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
@@ -379,7 +380,7 @@ def _load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _sources(files: list[Path], root: Path | None, recipe: Recipe | None) -> list[SourceOptions]:
-    """What to look at: the files that were named, else the recipe's."""
+    """Return the files that were named as sources, else the sources of the recipe."""
     from medm.data.options import SourceOptions
 
     if files:
@@ -397,8 +398,9 @@ def _pipeline(
     inference: bool = False,
     name: str = "conversations",
 ) -> AnyPipeline:
-    """The data pipeline of a model, with its processor; without one, records of the named pipeline
-    are read and files looked at.
+    """Return the data pipeline of a model, with its processor.
+
+    Without a model, records of the named pipeline are read and files are checked.
     """
     from medm.data.pipelines import PIPELINES, pipeline_for
 

@@ -22,8 +22,9 @@ _TASK = "tasks.0."
 
 
 def flags() -> list[Flag]:
-    """Return the flags that are fields: of the run, and of one task. Nothing is required, as a
-    recipe may say it.
+    """Return the flags that are fields: of the run, and of one task.
+
+    No flag is required, because a recipe may give its value.
     """
     from medm.evaluation.options import EvalOptions, EvalTaskOptions
 
@@ -55,8 +56,9 @@ def evaluate(
         list[str] | None, typer.Option(help="key=value of the task; may be repeated.")
     ] = None,
 ) -> None:
-    """Score a model, or any program's predictions, on benchmarks: numbers with intervals, tables,
-    cases with images.
+    """Score a model, or any program's predictions, on benchmarks.
+
+    Gives numbers with intervals, tables, and examples with images.
 
     One task by --task and --data, or several by a recipe. A run that was stopped resumes with the
     same command. Items without a reply count as wrong; the exit status is 1 where a task has no

@@ -55,8 +55,9 @@ def infer(typed: Typed) -> None:
 
 
 class CalmProgress:
-    """A line now and then: soon at first, every half minute later. On a terminal the line is
-    rewritten in place.
+    """Progress lines: frequent at first, every half minute later.
+
+    On a terminal the line is rewritten in place.
     """
 
     def __init__(self) -> None:

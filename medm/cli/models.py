@@ -34,8 +34,9 @@ def export(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the reply that is compared.")] = 24,
 ) -> None:
-    """Write a model in another form, and verify it: the same logits and the same reply, or nothing
-    is written.
+    """Write a model in another form, and verify it.
+
+    The export gives the same logits and the same reply, or nothing is written.
 
     A llava export runs in a process that cannot import medm. OUT also gets a README and the records
     of the model.
@@ -121,8 +122,9 @@ def estimate(
         ),
     ] = None,
 ) -> None:
-    """Print what a recipe costs: parameters, trainable fraction, vision tokens, and memory under
-    each ZeRO stage.
+    """Print what a recipe costs in parameters, vision tokens and memory.
+
+    Shows the trainable fraction, and the memory under each ZeRO stage.
 
     Memory holds the activations of one step and says on which GPU it fits.
     No weights are read; published configs and tokenizers come from local folders, the cache, or the

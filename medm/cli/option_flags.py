@@ -1,5 +1,6 @@
-"""Flags of a command from the fields of an options class: name, type, default and help text are the
-field's own.
+"""Flags of a command from the fields of an options class.
+
+Name, type, default and help text are the field's own.
 
 A command says which options it takes and receives what was typed as dotted keys of the section. The
 options class is imported when the command itself is used or asked for help: `medm --help` stays as
@@ -232,7 +233,7 @@ def _with_flags(function: Callable[..., None], flags: Sequence[Flag]) -> Callabl
     generated = {flag.parameter().name: flag for flag in flags}
     others = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
 
-    def command(**given: Any) -> None:
+    def command(**given: object) -> None:
         found = {flag.key: given.pop(name) for name, flag in generated.items()}
         typed = [
             flag for flag in flags if found[flag.key] is not None and found[flag.key] is not False

@@ -1,4 +1,4 @@
-"""Where recipes are: files of one's own by path, shipped ones by name (`medm-vl-2d/pretrain`)."""
+"""Lookup of recipes: a user's files by path, shipped ones by name (`medm-vl-2d/pretrain`)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def shipped() -> dict[str, Path]:
 
 
 def find(recipe: str | Path) -> Path:
-    """The file of a recipe given by path or by shipped name. Raises `RecipeError` with the nearest
-    name.
+    """Return the file of a recipe given by path or by shipped name.
+
+    Raises `RecipeError` with the nearest name.
     """
     path = Path(recipe)
     if path.is_file():
@@ -38,8 +39,9 @@ def find(recipe: str | Path) -> Path:
 
 
 def refuse_options(command: str, words: Sequence[str], known: Sequence[str] = ()) -> None:
-    """Raise `RecipeError` for what looks like an option of another program, with what to write in
-    its place.
+    """Raise `RecipeError` for an option of another program.
+
+    The message says what to write in its place.
 
     Args:
         command: of medm, which took options that it does not know as words.

@@ -1,5 +1,6 @@
-"""What a recipe may say, read from the options classes: `docs/recipe-reference.md` and `medm list
-KIND NAME`.
+"""Recipe reference, read from the options classes.
+
+Source of `docs/recipe-reference.md` and `medm list KIND NAME`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class Field:
 
 
 def fields(options: type[Options], *, beyond: type[Options] | None = None) -> list[Field]:
-    """The keys of a section in their written order; with `beyond`, only those that the other class
-    lacks.
+    """Return the keys of a section in their written order.
+
+    With `beyond`, only those that the other class lacks.
     """
     known = beyond.model_fields if beyond is not None else {}
     return [
@@ -63,7 +65,7 @@ def _bound(constraint: object) -> str:
     return ", ".join(found)
 
 
-def _type(annotation: Any, metadata: list[Any]) -> str:
+def _type(annotation: object, metadata: list[object]) -> str:
     block = next((item for item in metadata if isinstance(item, NamedBlock)), None)
     if block is not None:
         return f"{block.registry.kind} block"
@@ -80,7 +82,7 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return "mapping" if arguments[1] is Any else f"mapping of name to {_type(arguments[1], [])}"
     if annotation is type(None):
         return "null"
-    plain: dict[Any, str] = {
+    plain: dict[object, str] = {
         str: "text",
         int: "integer",
         float: "number",
@@ -108,8 +110,9 @@ def default_text(info: FieldInfo) -> str:
 
 
 def sections(options: type[Options], path: str = "") -> Iterator[tuple[str, Section]]:
-    """Every section below one, depth first, itself included, and every table of parts: each
-    once.
+    """Yield every section below one, depth first, itself included, and every table of parts.
+
+    Each comes once.
     """
     seen: set[int] = set()
 

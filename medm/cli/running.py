@@ -1,4 +1,4 @@
-"""What was typed, taken apart, and one command run."""
+"""Parsing of the command line, and the run of one command."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def run(program: Callable[..., object], arguments: Sequence[str]) -> None:
 
 
 def command_of(arguments: Sequence[str]) -> str | None:
-    """Return the name of the command: the first word that is neither an option nor a plug-in
-    file.
-    """
+    """Return the name of the command: the first word that is no option and no plug-in file."""
     words = iter(plugins_first(arguments))
     for word in words:
         if word == "--plugin":
@@ -58,8 +56,9 @@ def command_of(arguments: Sequence[str]) -> str | None:
 
 
 def plugins_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with every `--plugin FILE` in front of the command, where the options of all
-    commands stand.
+    """Return the arguments with every `--plugin FILE` in front of the command.
+
+    There stand the options of all commands.
 
     What follows `launch` is another command with options of its own, and stays as it is.
     """

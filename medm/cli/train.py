@@ -18,7 +18,7 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on from the newest whole checkpoint; start where there is none."
+            "--resume", help="Resume from the newest complete checkpoint; start if there is none."
         ),
     ] = False,
 ) -> None:

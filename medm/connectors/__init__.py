@@ -1,5 +1,6 @@
-"""Connectors: vision tokens in, tokens of the LLM's width out. The table at the end has one line
-per member.
+"""Connectors: from vision tokens to tokens of the LLM's width.
+
+The table at the end has one line per member.
 
 To add one, write a file with a `Connector` and a line here. Its options stand above the table and
 are torch-free, so that a recipe can be checked without loading model code. They hold the only
@@ -9,12 +10,15 @@ over all registries compares the two.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+import functools
+import logging
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from medm.config import Options
 from medm.registry import Registry
+from medm.types import Config
 
 if TYPE_CHECKING:
     from medm.connectors.base import Connector
@@ -24,8 +28,34 @@ Activation: TypeAlias = Literal["gelu", "gelu_pytorch_tanh", "relu", "silu"]
 Method: TypeAlias = Literal["projection", "average", "max"]
 Gate: TypeAlias = Literal["soft", "sparse", "hard", "constant"]
 RouteBy: TypeAlias = Literal["token", "task", "task+token"]
-Mode: TypeAlias = Literal["sound", "published"]
+Mode: TypeAlias = Literal["corrected", "paper"]
 UnseenTask: TypeAlias = Literal["error", "mean", "constant"]
+
+
+_LOG = logging.getLogger(__name__)
+_OLDER_MODES = {"sound": "corrected", "published": "paper"}
+"""Values of `mode` in recipes and model folders of earlier versions to those of this one."""
+
+
+@functools.cache
+def _warn_older_mode(older: str, mode: str) -> None:
+    _LOG.warning("moe: mode %r is now called %r; the older name still works", older, mode)
+
+
+def _current_mode(value: object) -> object:
+    """Return the value of `mode` with an older name replaced, after a warning."""
+    if isinstance(value, str) and value in _OLDER_MODES:
+        _warn_older_mode(value, _OLDER_MODES[value])
+        return _OLDER_MODES[value]
+    return value
+
+
+def upgrade_config(config: Config) -> Config:
+    """Return the config of a connector, as a model folder holds it, with current option values."""
+    older = config.get("mode")
+    if config.get("name") == "moe" and isinstance(older, str):
+        return {**config, "mode": _OLDER_MODES.get(older, older)}
+    return config
 
 
 class ConnectorOptions(Options):
@@ -77,8 +107,9 @@ class ResampleOptions(MLPOptions):
 
 
 class MoEOptions(MLPOptions):
-    """Experts mixed by a router. `depth` and `activation` are those of each expert; depth 1 gives
-    linear experts.
+    """Mixture of experts with a router.
+
+    `depth` and `activation` are those of each expert; depth 1 gives linear experts.
     """
 
     num_experts: int = Field(default=5, ge=1)
@@ -88,9 +119,10 @@ class MoEOptions(MLPOptions):
     position of the task; `constant` averages all (the dense baseline of equal size)."""
     route_by: RouteBy = "token"
     """Input of a learned gate: the visual token, a learned token of the task, or both."""
-    mode: Mode = "sound"
-    """`sound`: softmax, narrow router and load-balance loss. `published`: Uni-Med's formulas:
-    normalized sigmoids, a router four times as wide as its input, no auxiliary loss."""
+    mode: Annotated[Mode, BeforeValidator(_current_mode)] = "corrected"
+    """`corrected`: softmax, narrow router and load-balance loss. `paper`: Uni-Med's formulas:
+    normalized sigmoids, a router four times as wide as its input, no auxiliary loss. The older
+    names `sound` and `published` still work."""
     top_k: int = Field(default=2, ge=1)
     """Experts per token under `gate: sparse`."""
     tasks: list[str] = []
@@ -99,9 +131,11 @@ class MoEOptions(MLPOptions):
     """Handling of an item with another task: an error, the mean of the known tasks, or the mean of
     all experts."""
     task_dim: int | None = Field(default=None, ge=1)
-    """Width of a task token. Default: that of a visual token (published) or 64 (sound)."""
+    """Width of a task token. Default: that of a visual token (`paper`) or 64
+    (`corrected`)."""
     router_dim: int | None = Field(default=None, ge=1)
-    """Hidden width of the router. Default: four times its input (published) or 256 (sound)."""
+    """Hidden width of the router. Default: four times its input (`paper`) or 256
+    (`corrected`)."""
     resample: Literal["none"] | Method = "none"
     """Reduction of windows of tokens to one token each before the experts, as in the `resample`
     connector."""
@@ -116,7 +150,7 @@ CONNECTORS: Registry[type[Connector]] = Registry(
 CONNECTORS.add(
     "linear",
     "medm.connectors.mlp:LinearConnector",
-    "one linear layer a token (LLaVA 1.0, MiniGPT-4)",
+    "one linear layer per token (LLaVA 1.0, MiniGPT-4)",
 )
 CONNECTORS.add(
     "mlp",
@@ -127,7 +161,7 @@ CONNECTORS.add(
 CONNECTORS.add(
     "spatial-pooling",
     "medm.connectors.pooling:SpatialPoolingConnector",
-    "averages of neighbouring tokens, then an MLP (M3D-LaMed, MedM-VL-CT)",
+    "averages of neighboring tokens, then an MLP (M3D-LaMed, MedM-VL-CT)",
     options=SpatialPoolingOptions,
 )
 CONNECTORS.add(

@@ -1,4 +1,4 @@
-"""The interface of connectors. Connectors do not know which encoder or LLM stands beside them."""
+"""Interface of connectors. Connectors do not depend on the encoder or the LLM."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Connector(nn.Module, metaclass=ABCMeta):
 
     A subclass without `forward` raises `TypeError` when it is constructed.
 
-    A subclass takes `in_dim`, `out_dim`, `grid` and `prefix` (what the composition derives: width
-    in, width out, the token grid, tokens in front of it) and, by keyword, the fields of its options
-    class other than `name` and `path`.
+    A subclass takes `in_dim`, `out_dim`, `grid` and `prefix` (derived by the composition: input
+    width, output width, token grid, tokens in front of it) and, by keyword, the fields of its
+    options class other than `name` and `path`.
     """
 
     key_map: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -27,7 +27,7 @@ class Connector(nn.Module, metaclass=ABCMeta):
 
     needs_task: bool = False
     refuses_unseen_tasks: bool = False
-    """True where the forward reads `task_ids` (a router that is told the task)."""
+    """True if the forward reads `task_ids` (a router that uses the task)."""
 
     def __init__(
         self, *, in_dim: int, out_dim: int, grid: tuple[int, ...], prefix: int = 0
@@ -37,8 +37,9 @@ class Connector(nn.Module, metaclass=ABCMeta):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the LLM receives for one image or volume; arithmetic, as written in
-        checkpoints.
+        """Number of tokens that the LLM receives per image or volume, by arithmetic only.
+
+        Checkpoints store it.
         """
         return self.prefix + prod(self.grid)
 
@@ -53,7 +54,8 @@ class Connector(nn.Module, metaclass=ABCMeta):
         """
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Losses of the last forward that training adds by name (load balance of a router); usually
-        none.
+        """Return the auxiliary losses of the last forward by name; usually empty.
+
+        Training adds them (load balance of a router).
         """
         return {}

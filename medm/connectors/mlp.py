@@ -1,6 +1,4 @@
-"""Token-wise connectors: one linear layer, or several with an activation between (LLaVA 1.5, arXiv
-2310.03744).
-"""
+"""Token-wise connectors: one linear layer, or an MLP (LLaVA 1.5, arXiv 2310.03744)."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from medm.types import VisionFeatures
 
 
 def build_mlp(in_dim: int, out_dim: int, *, depth: int, activation: Activation) -> nn.Sequential:
-    """Return `depth` linear layers in_dim -> out_dim -> ... -> out_dim, named 0, 2, 4 ... as in
-    LLaVA's files.
+    """Return `depth` linear layers in_dim -> out_dim -> ... -> out_dim.
+
+    They are named 0, 2, 4 ... as in LLaVA's files.
     """
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise([in_dim] + [out_dim] * depth):

@@ -1,5 +1,6 @@
-"""Connector mixture of experts (Uni-Med, arXiv 2409.17508): several MLPs, and a router that weighs
-them per token.
+"""Mixture-of-experts connector (Uni-Med, arXiv 2409.17508).
+
+Several MLPs, and a router that weighs them per token.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from medm.connectors.windows import Windows
 from medm.errors import RecipeError
 from medm.types import VisionFeatures
 
-PUBLISHED_ROUTER_FACTOR = 4
-"""Hidden width of the published router, as a multiple of its input."""
-SOUND_ROUTER_DIM = 256
-SOUND_TASK_DIM = 64
+PAPER_ROUTER_FACTOR = 4
+"""Hidden width of the paper's router, as a multiple of its input."""
+CORRECTED_ROUTER_DIM = 256
+CORRECTED_TASK_DIM = 64
 LARGEST_LOGIT = 1e4
 """Half precision can overflow to infinity before the gate; beyond this the weights are 0 and 1
 anyway."""
@@ -69,19 +70,20 @@ class Router(nn.Module):
             return
         in_dim = dim if route_by != "task" else 0
         if route_by != "token":
-            task_dim = task_dim or (dim if mode == "published" else SOUND_TASK_DIM)
+            task_dim = task_dim or (dim if mode == "paper" else CORRECTED_TASK_DIM)
             in_dim += task_dim
             self.task_tokens = nn.Parameter(torch.empty(num_tasks, task_dim).normal_(std=0.02))
         hidden = router_dim or (
-            PUBLISHED_ROUTER_FACTOR * in_dim if mode == "published" else SOUND_ROUTER_DIM
+            PAPER_ROUTER_FACTOR * in_dim if mode == "paper" else CORRECTED_ROUTER_DIM
         )
         self.layers = nn.Sequential(
             nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, num_experts)
         )
 
     def forward(self, tokens: Tensor, task_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return routing weights (B, N, experts) in float32 that sum to 1, and the load-balance
-        loss or None.
+        """Return routing weights (B, N, experts) and the load-balance loss or None.
+
+        The weights are float32 and sum to 1 over the experts.
 
         Args:
             tokens: (B, N, dim).
@@ -131,8 +133,9 @@ class Router(nn.Module):
         return known, unseen
 
     def _one_hot(self, known: Tensor, unseen: Tensor) -> Tensor:
-        """Return (B, experts): 1 for the expert of the task; for unseen tasks the mean over the
-        tasks.
+        """Return (B, experts): 1 for the expert of the task.
+
+        An unseen task gets the mean over the tasks.
         """
         table = torch.eye(self.num_tasks, self.num_experts, device=known.device)
         return torch.where(unseen[:, None], table.mean(dim=0), table[known])
@@ -140,36 +143,36 @@ class Router(nn.Module):
     def _logits(self, tokens: Tensor, known: Tensor | None, unseen: Tensor | None) -> Tensor:
         """Return the logits (B, N, experts), or (B, 1, experts) when routing by task alone."""
         assert self.layers is not None
-        seen = tokens
+        inputs = tokens
         if self.task_tokens is not None and known is not None and unseen is not None:
             task = torch.where(
                 unseen[:, None], self.task_tokens.mean(dim=0), self.task_tokens[known]
             )[:, None]
-            # The task token comes first, as published.
+            # The task token comes first, as in the paper.
             alone = self.route_by == "task"
-            seen = (
+            inputs = (
                 task if alone else torch.cat([task.expand(-1, tokens.shape[1], -1), tokens], dim=-1)
             )
-        return self.layers(seen).float().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+        return self.layers(inputs).float().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 
     def _normalize(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return routing weights from logits, and the load-balance loss of the sound mode."""
+        """Return routing weights from logits, and the load-balance loss of the corrected mode."""
         if self.gate == "sparse":
             kept, experts = logits.topk(self.top_k, dim=-1)
             chosen = kept.softmax(dim=-1)
-            if self.top_k == 1 and self.mode == "sound":
+            if self.top_k == 1 and self.mode == "corrected":
                 # The softmax of one number is 1 for any logit, so the router would get no gradient.
                 # The value stays 1, the gradient is that of the probability.
                 best = logits.softmax(dim=-1).gather(-1, experts)
                 chosen = best / best.detach()
             weights = torch.zeros_like(logits).scatter(-1, experts, chosen)
-        elif self.mode == "published":
+        elif self.mode == "paper":
             # sigmoid(z) / sum(sigmoid(z)) through logarithms: the quotient itself is 0/0 once all
             # sigmoids vanish.
             weights = F.logsigmoid(logits).softmax(dim=-1)
         else:
             weights = logits.softmax(dim=-1)
-        if self.mode == "published" or not (self.training and torch.is_grad_enabled()):
+        if self.mode == "paper" or not (self.training and torch.is_grad_enabled()):
             return weights, None
         # Switch Transformer (arXiv 2101.03961), eq. 4: 1 when all experts are used equally, larger
         # otherwise.
@@ -181,7 +184,7 @@ class Router(nn.Module):
 class MoEConnector(Connector):
     """Experts of the same shape, mixed for each token with the routing weights.
 
-    Uni-Med as published: `num_experts=5, gate="soft", route_by="task+token", mode="published",
+    Uni-Med as in the paper: `num_experts=5, gate="soft", route_by="task+token", mode="paper",
     resample="projection", window=[1, 4]` and the tasks vqa, refer, identify, caption, cls.
     A dense baseline of equal size is `gate="constant"`.
 
@@ -200,7 +203,7 @@ class MoEConnector(Connector):
         num_experts: int = 5,
         gate: Gate = "soft",
         route_by: RouteBy = "token",
-        mode: Mode = "sound",
+        mode: Mode = "corrected",
         top_k: int = 2,
         tasks: Sequence[str] = (),
         unseen_task: UnseenTask = "error",
@@ -238,7 +241,7 @@ class MoEConnector(Connector):
             )
         if gate == "hard" and num_experts < len(tasks):
             raise RecipeError(
-                f"moe: gate 'hard' needs an expert a task; {num_experts} experts for tasks "
+                f"moe: gate 'hard' needs one expert per task; {num_experts} experts for tasks "
                 f"{list(tasks)}"
             )
         self.experts = nn.ModuleList(
@@ -275,8 +278,10 @@ class MoEConnector(Connector):
         return mixed
 
     def _mix_chosen(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Run each expert on the tokens routed to it. An expert without tokens runs on an empty
-        batch, at no cost, so that all ranks call the same modules under ZeRO-3.
+        """Run each expert on the tokens routed to it.
+
+        An expert without tokens runs on an empty batch, at no cost, so that all ranks call the same
+        modules under ZeRO-3.
         """
         flat, weights = tokens.flatten(0, 1), weights.flatten(0, 1)  # (T, width), (T, experts)
         mixed = None
@@ -290,16 +295,18 @@ class MoEConnector(Connector):
         return mixed.unflatten(0, tokens.shape[:2])
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Return `load_balance` of the last training forward in sound mode, once, which frees its
-        graph.
+        """Return `load_balance` of the last training forward in corrected mode.
+
+        A second call returns nothing: the first one frees the graph.
         """
         losses, self._losses = self._losses, {}
         return losses
 
     @torch.no_grad()
     def _record(self, weights: Tensor, task_ids: Tensor | None) -> None:
-        """Add to the sums (tasks + 1, experts + 1); the last column counts tokens. The size is
-        fixed.
+        """Add to the sums (tasks + 1, experts + 1), whose last column counts tokens.
+
+        The size is fixed.
         """
         if self._weight_sums is None or self._weight_sums.device != weights.device:
             # Long runs add small numbers to large sums. Apple's devices have no float64.
@@ -314,8 +321,9 @@ class MoEConnector(Connector):
         self._weight_sums.index_add_(0, task_ids.clamp(0, len(self.tasks)), sums)
 
     def routing_weights(self) -> dict[str, list[float]]:
-        """Return the mean routing weight of each expert by task since the last reset, for tasks
-        that were seen.
+        """Return the mean routing weight of each expert by task since the last reset.
+
+        Tasks that were not seen are left out.
         """
         if self._weight_sums is None:
             return {}

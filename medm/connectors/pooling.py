@@ -1,5 +1,4 @@
-"""Connectors that give the LLM fewer tokens than the encoder: averages of neighbors, or learned
-queries.
+"""Connectors that reduce the number of tokens: average pooling, attention pooling.
 
 Both work on grids with any number of axes, so images and volumes run the same code.
 """
@@ -22,8 +21,9 @@ from medm.types import VisionFeatures
 
 
 class SpatialPoolingConnector(Connector):
-    """Averages of windows of neighboring tokens, then an MLP. Tokens outside the grid (CLS) are
-    dropped.
+    """Average pooling over windows of neighboring tokens, then an MLP.
+
+    Tokens outside the grid (CLS) are dropped.
 
     MedM-VL's `spatial_pooling` and M3D-LaMed's `spp` (arXiv 2404.00578) are `pool=2` on a grid of
     (8, 16, 16).
@@ -63,7 +63,7 @@ class SpatialPoolingConnector(Connector):
 class CrossAttention(nn.Module):
     """Multi-head attention with the tensors of `torch.nn.MultiheadAttention`, by the same names.
 
-    Torch's own reads the weights of `out_proj` without calling the module. Under ZeRO-3, which
+    Torch's module reads the weights of `out_proj` without calling the module. Under ZeRO-3, which
     gathers the sharded weights when a module is called, they would be missing.
     """
 
@@ -89,8 +89,9 @@ class CrossAttention(nn.Module):
 
 
 class AttentionPoolingConnector(Connector):
-    """Learned queries attend to all tokens, then an MLP (MedM-VL's `attn_pooling`, with its tensor
-    names and shapes).
+    """Learned queries attend to all tokens, then an MLP.
+
+    MedM-VL's `attn_pooling`, with its tensor names and shapes.
 
     Args:
         in_dim, out_dim, grid, prefix: see `Connector`.

@@ -1,5 +1,6 @@
-"""One token for each window of tokens, then an MLP: Uni-Med's three reductions (arXiv 2409.17508),
-on any grid.
+"""One token per window of tokens, then an MLP.
+
+Uni-Med's three reductions (arXiv 2409.17508), on any grid.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from medm.types import VisionFeatures
 
 
 class ResampleConnector(Connector):
-    """Fewer tokens, each from a window of neighbors; `method="projection"` keeps all channels of
-    the window.
+    """Reduction of windows of neighboring tokens to one token each, then an MLP.
+
+    `method="projection"` keeps all channels of the window.
 
     Uni-Med's "projection" at 224 pixels is `window=[1, 4]` on a 16 x 16 grid (strips of a row, 64
     tokens of four times the width); its "avgpool" and "maxpool" are `window=2`.

@@ -1,5 +1,6 @@
-"""Windows of neighboring cells of a token grid, each reduced to one token: side by side, averaged,
-or their maximum.
+"""Reduction of windows of a token grid to one token each.
+
+The tokens of a window are concatenated, averaged, or replaced by their maximum.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ _POOL: dict[Method, dict[int, Callable[..., Tensor]]] = {
 
 
 class Windows:
-    """One token for each window of a grid, in the order of the grid. Tokens outside the grid (CLS)
-    are dropped.
+    """Reduction of each window of a grid to one token, in the order of the grid.
+
+    Tokens outside the grid (CLS) are dropped.
 
     Args:
         method: "projection" lays the cells of a window side by side on the channel axis (the layer

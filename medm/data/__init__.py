@@ -1,3 +1,4 @@
-"""Annotation files to batches: records, their check, mixtures, batching and packing. Knows no
-model, device or rank.
+"""From annotation files to batches: records, checks, mixtures, batching and packing.
+
+Knows no model, device or rank.
 """

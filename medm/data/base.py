@@ -1,7 +1,7 @@
-"""What a data pipeline must be: how the records of a kind of model become examples and batches.
+"""Contract of a data pipeline: it turns the records of a kind of model into examples and batches.
 
-Torch-free, as is every pipeline until its collators are asked for: `medm data check` reads
-annotation files without.
+A pipeline needs no torch before its collators are built: `medm data check` reads annotation files
+without it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from medm.errors import DataError, RecipeError
-from medm.types import BaseSample, Batch, MediaExample
+from medm.types import BaseSample, Batch, MediaExample, Processor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,27 +23,16 @@ if TYPE_CHECKING:
     from medm.imaging import Preprocess
 
 
-class HasPreprocess(Protocol):
-    """The part of a processor that every pipeline needs."""
-
-    @property
-    def preprocess(self) -> Mapping[str, Preprocess]:
-        """Preprocessing of the pixels by view (`medm.types.View`): "image", "volume",
-        "image@sam2".
-        """
-        ...
-
-
 S = TypeVar("S", bound=BaseSample)
 """A record as a pipeline reads it."""
 E = TypeVar("E", bound=MediaExample)
 """A sample as the model takes it, before batching."""
-P = TypeVar("P", bound=HasPreprocess)
+P = TypeVar("P", bound=Processor)
 """The processor of the models that a pipeline serves."""
 
 Collate: TypeAlias = Callable[[Sequence[E | None]], Batch]
-"""Examples to a batch. None stands for a record that was left out; where all are, the batch teaches
-nothing."""
+"""Examples to a batch. None stands for a record that was left out; if all were, nothing in the
+batch is learned."""
 
 
 @dataclass(slots=True)
@@ -80,12 +69,12 @@ class Pipeline(ABC, Generic[S, E, P]):
 
     @property
     def makes_examples(self) -> bool:
-        """Whether there is a processor, so that records become examples."""
+        """True if the pipeline has a processor, so that records become examples."""
         return self._processor is not None
 
     @property
     def processor(self) -> P:
-        """The processor. Raises `ValueError` where there is none."""
+        """The processor. Raises `ValueError` if the pipeline has none."""
         if self._processor is None:
             raise ValueError(
                 f"{type(self).__name__} has no processor: it reads records, but makes no examples"
@@ -104,9 +93,7 @@ class Pipeline(ABC, Generic[S, E, P]):
         return changed
 
     def check_options(self, options: DataOptions) -> None:
-        """Refuse settings of the `data` section that these records cannot follow. Raises
-        `RecipeError`.
-        """
+        """Raise `RecipeError` for `data` settings that do not fit these records."""
         if options.packing:
             raise RecipeError(
                 f"data.packing: {type(self).__name__} puts one record in a row; set data.packing: "
@@ -151,8 +138,9 @@ class Pipeline(ABC, Generic[S, E, P]):
 
     @abstractmethod
     def media_field(self, record: object, number: int) -> str:
-        """Return the field of a good record that names file `number` of its sample's `media`, for
-        messages.
+        """Return the field that names file `number` of a sample's `media`, for messages.
+
+        The record is a good one.
         """
 
     def counts(self, sample: S) -> Mapping[str, int]:
@@ -163,19 +151,20 @@ class Pipeline(ABC, Generic[S, E, P]):
     def make_example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
         """Make an example of a sample.
 
-        A check hands in blank pixels of the right shapes: nothing but the pixels of the example may
-        depend on their values.
+        A check passes blank pixels of the right shapes: only the pixels of the example may depend
+        on their values.
 
         Raises:
             DataError: the model cannot take the sample.
         """
 
     def require_usable(self, example: E) -> None:
-        """Raise `DataError` for an example that would teach nothing."""
+        """Raise `DataError` for an example without anything to learn."""
 
     def example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
-        """Return the usable example of a sample. Raises `DataError`, as `make_example` and
-        `require_usable` do.
+        """Return the usable example of a sample.
+
+        Raises `DataError`, as `make_example` and `require_usable` do.
         """
         example = self.make_example(sample, pixels)
         self.require_usable(example)
@@ -183,14 +172,12 @@ class Pipeline(ABC, Generic[S, E, P]):
 
     @abstractmethod
     def length(self, example: E) -> int:
-        """Return the length that `data.max_length` limits and batches of similar length go by; at
-        least 1.
-        """
+        """Return the length, at least 1, for `data.max_length` and `data.order: length`."""
 
     def shorten(self, example: E, max_length: int) -> E:
         """Return an example cut to `max_length`, for `data.too_long: truncate_text`.
 
-        Placeholders and control tokens are never cut. Raises `DataError` where that is impossible.
+        Placeholders and control tokens are never cut. Raises `DataError` if that is impossible.
         """
         raise DataError(
             f"{self.length(example)} {self.unit}, but data.max_length is {max_length}, and "

@@ -25,7 +25,7 @@ def build_batches(
     seed: int = 0,
     groups: Sequence[Sequence[int]] | None = None,
 ) -> DistributedBatchSampler:
-    """The batch sampler of training.
+    """Return the batch sampler of training.
 
     Args:
         options: the recipe's `data`.
@@ -33,7 +33,7 @@ def build_batches(
         batch_size: samples of a micro-batch on one rank; with packing, its rows.
         rank: this process.
         world: number of processes.
-        accumulation: micro-batches of an optimiser step.
+        accumulation: micro-batches of an optimizer step.
         drop_last: whether an incomplete last step is left out.
         lengths: tokens of each record, 0 for those that are left out, as a check gives them.
         seed: of every draw.
@@ -88,8 +88,9 @@ def _order(
     seed: int,
     groups: Sequence[Sequence[int]] | None,
 ) -> tuple[IndexOrder, int]:
-    """The order of an epoch over the chosen records, and how many global batches of it may be
-    sorted together.
+    """Return the order of an epoch over the chosen records, and the window of sorting by length.
+
+    The window is the number of global batches that may be sorted together.
     """
     weights = [source.weight for source in options.train if source.weight is not None]
     sharded = groups is not None and any(len(of_source) > 1 for of_source in groups)

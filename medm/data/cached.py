@@ -1,6 +1,4 @@
-"""The cache that a recipe names: how the data reads through it, and how it is filled before
-training.
-"""
+"""Volume cache of a recipe: reading through it, and filling it before training."""
 
 from __future__ import annotations
 
@@ -24,18 +22,19 @@ from medm.stopping import ignore_stops
 from medm.types import views_of
 
 MAX_KEPT = 1000
-"""So many problems are kept with their place and reason; the rest are counted."""
+"""Number of problems that are kept with place and reason; further ones are only counted."""
 
 
 def loader(
     options: CacheOptions | None, *, device: str = "cpu"
 ) -> Callable[[MediaSource, Preprocess], np.ndarray]:
-    """How files become prepared arrays: through the cache that a recipe names, or by reading them
-    each time.
+    """Return the function that loads a file as a prepared array.
+
+    It reads through the cache that a recipe names; without a cache it reads the file each time.
 
     Args:
         options: `data.cache`.
-        device: where volumes that the cache does not hold are prepared; a GPU not in forked
+        device: for the preparation of volumes that are not in the cache; no GPU in forked
             workers.
     """
     if options is None:
@@ -53,8 +52,8 @@ def _load_through(
 
 
 @dataclass(slots=True)
-class Filled:
-    """What came of it."""
+class FillReport:
+    """Result of filling a cache."""
 
     files: int = 0
     """Different files that were looked at."""
@@ -64,7 +63,7 @@ class Filled:
     reason."""
     num_warnings: int = 0
     warnings: list[str] = field(default_factory=list)
-    """The first warnings about files that are used all the same, such as a blank volume."""
+    """The first warnings about files that are used anyway, such as a blank volume."""
 
     def note(self, error: DataError) -> None:
         """Count a problem."""
@@ -89,16 +88,14 @@ class _Place:
     media: int
 
     def error(self, reason: str) -> DataError:
-        """What is wrong with the file, with its place."""
+        """Return the error of the file, with annotation file, record and field."""
         source, position = self.records.locate(self.index)
         field = self.records.media_field(self.index, self.media)
         return DataError(reason, file=self.records.files[source].path, index=position, field=field)
 
 
-class _Loading(Dataset[tuple["str | None", list[Notice]]]):
-    """Loads a file in a worker and sends back only what is wrong or unusual about it, not the
-    pixels.
-    """
+class _FileDataset(Dataset[tuple["str | None", list[Notice]]]):
+    """Dataset that loads files in workers and returns the problems of each, not its pixels."""
 
     def __init__(
         self, files: list[tuple[Path, Preprocess]], load: Callable[[Path, Any], np.ndarray]
@@ -126,24 +123,25 @@ def fill(
     workers: int = 0,
     start: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Filled:
-    """Load every file of some branches once. Started again it resumes: entries that exist are only
-    verified.
+) -> FillReport:
+    """Load every file of some branches once, through the cache.
+
+    A second call resumes: it only verifies the entries that exist.
 
     Args:
         data: whose files are loaded; a file that several records name is loaded once.
         preprocess: the views whose files are loaded, and how they are prepared.
         load: `load` of a cache.
         workers: processes; 0 for this one.
-        start: how they begin ("spawn" where they use a GPU); the system's way without it.
+        start: start method of the processes ("spawn" if they use a GPU); None for the default.
         progress: called with (files done, files in all) after each.
     """
-    filled = Filled()
-    places = list(_places(data, preprocess, filled))
+    report = FillReport()
+    places = list(_places(data, preprocess, report))
     files = [(place.path, preprocess[place.view]) for place in places]
     # batch_size None: one file at a time and in order, so that a reason belongs to its place.
     loading = DataLoader(
-        _Loading(files, load),
+        _FileDataset(files, load),
         batch_size=None,
         num_workers=workers,
         multiprocessing_context=start if workers else None,
@@ -151,19 +149,19 @@ def fill(
     )
     with safe_path():
         for place, (reason, notices) in zip(places, loading, strict=True):
-            filled.files += 1
-            filled.warn(notices)
+            report.files += 1
+            report.warn(notices)
             if reason is not None:
-                filled.note(place.error(reason))
+                report.note(place.error(reason))
             if progress is not None:
-                progress(filled.files, len(places))
-    return filled
+                progress(report.files, len(places))
+    return report
 
 
 def _places(
-    data: Sequence[Records], preprocess: Mapping[str, Preprocess], filled: Filled
+    data: Sequence[Records], preprocess: Mapping[str, Preprocess], report: FillReport
 ) -> Iterator[_Place]:
-    """Each file once, in the order of the records; bad records are noted."""
+    """Yield each file once, in the order of the records; count bad records."""
     seen: set[tuple[str, Path]] = set()
     for records in data:
         for index in range(len(records)):
@@ -176,4 +174,4 @@ def _places(
                                 seen.add((view, path))
                                 yield _Place(path, view, records, index, number)
             except DataError as error:
-                filled.note(error)
+                report.note(error)

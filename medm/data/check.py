@@ -1,9 +1,8 @@
-"""Check every record of the annotation files, and every file that they name, before training or
-inference.
+"""Check of annotation files and of every file that they name.
 
 Runs the data pipeline that training runs, with blank pixels of the right shapes in place of the
 files' own. Needs no torch where the pipeline has no processor. Reports places and reasons, never
-what a record says, but for the one preview that is asked for.
+the content of a record, except in the preview on request.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from medm.imaging.probe import probe
 from medm.types import parse_view
 
 MAX_KEPT = 1000
-"""So many bad records are kept with their place and reason; the rest are counted."""
+"""Number of bad records that are kept with place and reason; further ones are only counted."""
 
 MAX_BAD_FILES = 10_000
 """So many bad files are kept with their reason; where there are more, a file is looked at for each
@@ -43,14 +42,14 @@ record that names it."""
 
 @dataclass(slots=True)
 class Report:
-    """What a check found."""
+    """Result of a check."""
 
     files: dict[str, int] = field(default_factory=dict)
     """Records looked at in each annotation file."""
     records: int = 0
     """Records looked at, good and bad."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What the pipeline counts in good records, by noun (`Pipeline.nouns`)."""
+    """Counts of the pipeline in good records, by noun (`Pipeline.nouns`)."""
     text_only: int = 0
     """Good records without image or volume."""
     media: Counter[str] = field(default_factory=Counter)
@@ -98,11 +97,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every record can be used."""
+        """True if every record can be used."""
         return self.num_bad == 0
 
     def lines(self) -> list[str]:
-        """The report for people: bad records first, the totals last."""
+        """Return the report as text: bad records first, the totals last."""
         lines = [f"{error}" for error in self.bad]
         more = self.num_bad - self.num_folded - len(self.bad)
         if more > 0:
@@ -162,7 +161,7 @@ class Report:
 
 @dataclass(slots=True)
 class _Checker:
-    """The settings of one check and what it carries from record to record."""
+    """The settings of one check and its state between records."""
 
     pipeline: AnyPipeline
     decode: bool
@@ -255,13 +254,13 @@ def check(
         sources: the annotation files. One that cannot be opened at all is reported like a bad
             record.
         pipeline: of the kind of model. Without a processor, records and files are checked alone;
-            with one also what the model makes of them, and their lengths.
+            with one also the examples of the model, and their lengths.
         decode: read every image and volume in full; otherwise only as far as their header.
         preview: show the first good record as the model sees it. Needs a processor.
         length_limit: the longest example, and what training will do with a longer one; with "error"
             it is a bad record.
         limit: look only at the first N records of each file.
-        progress: called with (records done, records in all) now and then.
+        progress: called with (records done, all records) at intervals.
         shard: (number, of how many), where several ranks divide the work: the records whose
             position among all leaves this remainder. Their reports are put together by `merged`.
     """
@@ -311,7 +310,7 @@ def require_sources(options: DataOptions, formats: Collection[str] = ("json",)) 
         formats: forms that the pipeline reads (`Pipeline.formats`).
 
     Raises:
-        RecipeError: names the key, and what is wrong with it.
+        RecipeError: names the key and the problem.
     """
     for section in ("train", "eval"):
         for number, source in enumerate(getattr(options, section)):
@@ -380,7 +379,7 @@ def merged(reports: Sequence[Report]) -> Report:
         [at for at, _ in bad[:MAX_KEPT]],
         [error for _, error in bad[:MAX_KEPT]],
     )
-    _fold_wrong_roots(whole)
+    _merge_wrong_roots(whole)
     shown = [report for report in reports if report.preview_at is not None]
     if shown:
         first = min(shown, key=lambda report: report.preview_at or 0)
@@ -392,10 +391,8 @@ def merged(reports: Sequence[Report]) -> Report:
     return whole
 
 
-def _fold_wrong_roots(whole: Report) -> None:
-    """Put one error in the place of many where a source's root is wrong: none of its files
-    exists.
-    """
+def _merge_wrong_roots(whole: Report) -> None:
+    """Merge the errors of a source into one where its root is wrong: none of its files exists."""
     for number, (start, file) in enumerate(whole.starts):
         end = whole.starts[number + 1][0] if number + 1 < len(whole.starts) else whole.records
         count = whole.without_file[number]
@@ -427,7 +424,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
-    """Ids that an earlier record had. `ids`: with positions, in order."""
+    """Note the ids that an earlier record had. `ids`: with positions, in order."""
     seen = SeenTexts()
     for position, name in ids:
         if not seen.add(name):
@@ -440,10 +437,9 @@ def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
 
 
 def blank_pixels(preprocess: Preprocess | None) -> np.ndarray:
-    """Return an array of the shape that a prepared file has, all zero and without memory of its
-    own.
+    """Return zeros of the shape that a prepared file has, without memory of their own.
 
-    Empty where no model says which shape that is.
+    The array is empty if no model gives the shape.
     """
     if preprocess is None:
         return np.empty(0, np.float32)

@@ -17,8 +17,8 @@ from medm.types import IGNORE_INDEX, ConversationBatch, Example, MediaExample
 class Collator:
     """Pads examples to the longest of them.
 
-    Records that were left out come as None and make the batch smaller. Where none is left, the
-    batch is one row of padding that teaches nothing: every rank has to make the step all the same.
+    Records that were left out come as None and make the batch smaller. If none is left, the batch
+    is one row of padding without labels: every rank has to make the step.
     """
 
     pad_id: int
@@ -41,7 +41,7 @@ class Collator:
             )
 
     def __call__(self, examples: Sequence[Example | None]) -> ConversationBatch:
-        """Return a batch of one row an example."""
+        """Return a batch of one row per example."""
         kept = [example for example in examples if example is not None]
         kept = kept or [dummy_example(self.pad_id)]
         width = round_up(max(len(example.input_ids) for example in kept), self.pad_to_multiple_of)
@@ -72,15 +72,16 @@ def padded(
 
 
 def label_positions(labels: Tensor) -> Tensor:
-    """(B, T) to (L,): from which of the B * T positions a label is predicted. The first of a row is
-    not.
+    """Return the positions (L,) among the B * T from which a label is predicted.
+
+    The first position of a row predicts none.
     """
     rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     return rows * labels.shape[1] + columns
 
 
 def dummy_example(pad_id: int) -> Example:
-    """Return an example that teaches nothing, for a batch whose records were all left out.
+    """Return an example without labels, for a batch whose records were all left out.
 
     Two tokens, so that shifted labels are not of length 0.
     """
@@ -88,7 +89,7 @@ def dummy_example(pad_id: int) -> Example:
 
 
 def round_up(length: int, multiple: int | None) -> int:
-    """The next multiple, or the length itself."""
+    """Return the next multiple, or the length itself."""
     return length if multiple is None else -(-length // multiple) * multiple
 
 
@@ -104,8 +105,8 @@ def stack_media(examples: Sequence[MediaExample]) -> ConversationBatch:
         for branch, items in [*example.pixels.items(), *example.features.items()]:
             if items:
                 tasks.setdefault(branch, []).extend([example.task_id] * len(items))
-    pixels = _stacked([example.pixels for example in examples])
-    features = _stacked([example.features for example in examples])
+    pixels = _stack([example.pixels for example in examples])
+    features = _stack([example.features for example in examples])
     if mixed := sorted(pixels.keys() & features.keys()):
         raise ValueError(
             f"{mixed}: some items of the batch are pixels and some features; a branch has one or "
@@ -121,9 +122,10 @@ def stack_media(examples: Sequence[MediaExample]) -> ConversationBatch:
     return batch
 
 
-def _stacked(by_example: Sequence[Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
-    """Per branch (N, C, *spatial) or (N, tokens, D) in float32; no entry for a branch without
-    items.
+def _stack(by_example: Sequence[Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
+    """Stack the items of each branch: (N, C, *spatial) or (N, tokens, D), in float32.
+
+    A branch without items has no entry.
     """
     arrays: dict[str, list[np.ndarray]] = {}
     for of_example in by_example:

@@ -1,5 +1,4 @@
-"""What a path stands for on disk: the files that reading it depends on, told apart by state and by
-content.
+"""State and content of a path on disk, over all files that reading it depends on.
 
 A path may be a file, a header with its voxels in a file beside it, or a folder of slices, perhaps
 with the series that is meant ("folder#3"). Caches find their entries by these names.
@@ -17,12 +16,13 @@ from medm.imaging.paths import split_series
 
 
 def identity(path: Path) -> str:
-    """Name, size and time of everything that is read, hashed: what changes when a file does,
-    without reading it.
+    """Return a hash of name, size and time of every file that is read.
+
+    It changes when a file changes. No file is opened.
 
     Raises:
         MediaError: a file is missing, a folder holds too many or links out of itself, or something
-            is no regular file.
+            is not a regular file.
     """
     files, series = _parts(path)
     digest = hashlib.sha256(f"{os.path.realpath(path)}\0{series}".encode())
@@ -36,7 +36,7 @@ def identity(path: Path) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """The content of everything that is read, hashed: equal for copies and moved files.
+    """Return a hash of the content of all files: equal for copies and moved files.
 
     Raises:
         MediaError: as `identity`, or a file cannot be read.
@@ -49,7 +49,7 @@ def content_hash(path: Path) -> str:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
             raise MediaError(f"{file}: cannot be read ({error.strerror})") from None
-        # Slices are put in order by their names, and a format is recognised by its suffix.
+        # Slices are put in order by their names, and a format is recognized by its suffix.
         digest.update(
             file.name.encode() if len(files) > 1 else "".join(file.suffixes).lower().encode()
         )
@@ -57,7 +57,7 @@ def content_hash(path: Path) -> str:
 
 
 def _parts(path: Path) -> tuple[list[Path], str]:
-    """The regular files that a path stands for (all of a folder), and the series that it names."""
+    """Return the regular files of a path (all of a folder), and the series that it names."""
     path, named = split_series(path)
     series = named or ""
     if path.is_dir():
@@ -71,8 +71,9 @@ def _parts(path: Path) -> tuple[list[Path], str]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Every regular file in a folder; nothing is opened, and the readers pass over pipes and
-    devices too.
+    """Return every regular file in a folder without opening any.
+
+    Pipes and devices are left out, as the readers do.
     """
     root = os.path.realpath(folder)
     found: list[Path] = []
@@ -98,7 +99,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _voxels_beside(path: Path) -> Path | None:
-    """The data file of a detached header; None for files that hold their own voxels."""
+    """Return the data file of a detached header; None for files that hold their own voxels."""
     suffix = path.suffix.lower()
     if suffix == ".mhd":
         from medm.imaging.metaimage import METAIMAGE

@@ -1,6 +1,4 @@
-"""The data pipeline of conversations with images and volumes: records with turns, padded or packed
-into rows.
-"""
+"""Data pipeline of conversations with images and volumes, padded or packed into rows."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from medm.data.base import Collate, Pipeline, Segment
 from medm.data.turns import media_field, parse_record
 from medm.errors import DataError, RecipeError
-from medm.types import IGNORE_INDEX, Example, Processor, Sample
+from medm.types import IGNORE_INDEX, ConversationProcessor, Example, Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,12 +19,13 @@ if TYPE_CHECKING:
     from medm.data.options import DataOptions
 
 MIN_REPEATS = 8
-"""Equal tokens in a row that a preview writes once, with their number."""
+"""Number of equal tokens in a row from which a preview writes the token once, with a count."""
 
 
-class Conversations(Pipeline[Sample, Example, Processor]):
-    """Conversations of a vision-language model: the processor writes the tokens, and replies are
-    learned.
+class Conversations(Pipeline[Sample, Example, ConversationProcessor]):
+    """Conversations of a vision-language model; the replies are learned.
+
+    The processor writes the tokens.
     """
 
     nouns: ClassVar[tuple[str, ...]] = ("turn",)

@@ -29,31 +29,30 @@ from medm.imaging.paths import MissingFileError
 logger = logging.getLogger(__name__)
 
 COUNTED = ("bad", "too_long", "truncated")
-"""What a dataset counts: records left out as bad, left out as too long, and shortened."""
+"""Counts of a dataset: records left out as bad, left out as too long, and shortened."""
 
 RETRY_SECONDS = (1.0, 3.0, 9.0, 20.0)
-"""Pauses before a file is read again that the machine, not its content, kept from being read: a
-network share that is remounted is back within seconds."""
+"""Seconds of the pauses between attempts to read a file that the machine failed to read. A network
+share that is remounted is back within seconds."""
 
 
 class ExampleDataset(Dataset[E | None], Generic[E]):
-    """A map-style dataset whose items are examples of a pipeline, or None where the policy leaves a
-    record out.
+    """A map-style dataset of a pipeline's examples; None where the policy leaves a record out.
 
     Args:
-        records: what is read; their pipeline has a processor.
-        load: file and description to (C, *spatial) float32; a cache fits in here.
+        records: to read; their pipeline has a processor.
+        load: function from file and preprocessing to (C, *spatial) float32; may read a cache.
         limit: the longest example, and what happens to a longer one; one that cannot be shortened
-            counts as bad. Without it there is none.
+            counts as bad. None for no limit.
         bad_records: stop with the `DataError`, or leave the record out and count it.
-        bad_records_limit: how many may be left out as bad; who reads the counts of all ranks asks
-            it.
-        usable: by record, what a check found. One that was not usable is left out without being
-            read again; one that was had its files, so that a file that is missing now is lost, not
+        bad_records_limit: maximum number of bad records; checked by the reader of the counts of
+            all ranks.
+        usable: result of a check by record. An unusable record is left out without being read
+            again. The files of a usable record existed, so a file that is missing now is lost, not
             the record's fault.
         augmentation: by branch, random changes of the pixels.
-        features: by branch, what a frozen encoder made of the files; stands in the place of their
-            pixels.
+        features: by branch, cached features of a frozen encoder; they replace the pixels of the
+            files.
         seed: of the augmentation, and of what the pipeline draws.
     """
 
@@ -91,38 +90,40 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         return len(self.records)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins, also to workers that are already running."""
+        """Set the epoch, also for workers that are already running."""
         self._epoch.fill_(epoch)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Different records that this process and its workers left out or shortened so far, by
-        `COUNTED`.
+        """Number of different records that were left out or shortened so far, by `COUNTED`.
+
+        The counts are those of this process and its workers.
         """
         return {what: len(self.noted(what)) for what in COUNTED}
 
     @property
     def num_bad(self) -> int:
-        """Different records that this process and its workers left out as bad so far."""
+        """Number of different records that this process and its workers left out as bad so far."""
         return int(self._left_out[COUNTED.index("bad")].sum())
 
     def noted(self, what: str) -> list[int]:
-        """Indices of the records that this process and its workers counted under a name of
-        `COUNTED`.
+        """Return the indices of the records counted under a name of `COUNTED`.
+
+        They are those of this process and its workers.
         """
         return torch.nonzero(self._left_out[COUNTED.index(what)]).flatten().tolist()
 
     def place(self, index: int) -> str:
-        """The annotation file of a record and its position there, for messages."""
+        """Return the annotation file of a record and its position there, for messages."""
         source, position = self.records.locate(index)
         return f"{self.records.files[source].path}, record {position}"
 
     def __getitem__(self, index: int) -> E | None:
-        """The example, or None where the policy leaves the record out.
+        """Return the example, or None if the policy leaves the record out.
 
         Raises:
             DataError: with file, index and field; the policy is to stop.
-            InputLostError: files cannot be read any more, for a reason that is not the record's.
+            InputLostError: files cannot be read any more, and not through a fault of the record.
         """
         if self.usable is not None and not self.usable[index]:
             return None
@@ -141,7 +142,7 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         return fitting
 
     def _read(self, index: int) -> E:
-        """The example; what the machine is at fault for is tried again for a while."""
+        """Return the example; retry for a while after faults of the machine."""
         for seconds in (*RETRY_SECONDS, None):
             try:
                 return self.read_once(index)
@@ -168,9 +169,7 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         raise AssertionError("unreachable")
 
     def read_once(self, index: int) -> E:
-        """The example as it is now: nothing is tried again, left out, cut or counted. Raises
-        `DataError`.
-        """
+        """Return the example without retries, limits or counting. Raises `DataError`."""
         place = [self.seed, int(self._epoch), index]
         sample = self.pipeline.draw(self.records[index], np.random.default_rng([*place, 1]))
         rng = np.random.default_rng(place)
@@ -183,7 +182,7 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         return example
 
     def _load(self, file: MediaSource, branch: str, rng: np.random.Generator) -> np.ndarray:
-        """The pixels of a file, augmented, or its features in their place."""
+        """Return the pixels of a file, augmented, or its cached features."""
         if branch not in self.features or not isinstance(file, Path):
             array = self.load(file, self.preprocess[branch])
             if branch in self.augmentation:
@@ -193,12 +192,12 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         if found is None:
             self.load(file, self.preprocess[branch])  # a file that cannot be read says why
             raise InputLostError(
-                f"{file.name} changed after its features were made; start the run again"
+                f"{file.name} changed after its features were computed; start the run again"
             )
         return found
 
     def _note(self, what: str, index: int) -> bool:
-        """Count a record once, however often it is drawn. Returns whether it was new."""
+        """Count a record once, however often it is drawn. Return whether it was new."""
         noted = self._left_out[COUNTED.index(what)]
         new = not bool(noted[index])
         noted[index] = True

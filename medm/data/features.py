@@ -1,5 +1,4 @@
-"""Feature cache on disk: the output of a frozen encoder for each file, so that it runs once and not
-once an epoch.
+"""Feature cache on disk: the output of a frozen encoder, computed once for each file.
 
 A store belongs to one encoder (its weights, its config, its precision) and one preprocessing:
 `name` says which. An item is found by the content of its file or folder, so it may move, and one
@@ -28,16 +27,16 @@ from medm.imaging.placement import Placement
 logger = logging.getLogger(__name__)
 
 _SLACK = 1.05
-"""Free space that has to be there, as a multiple of what a shard takes."""
+"""Required free space, as a multiple of the size of a shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureBatch:
-    """Some items on their way into a store."""
+    """Items to be written to a store."""
 
     keys: Sequence[str]
     placements: Sequence[Placement]
-    """Of the pixels that the encoder saw, one a key."""
+    """Of the pixels that the encoder saw, one per key."""
     features: np.ndarray
     """(n, *shape)."""
 
@@ -51,14 +50,14 @@ class FeatureStore:
     """
 
     folder: Path
-    """One store; made by `open_store`."""
+    """A store; `open_store` creates it."""
     _rows: dict[str, tuple[np.ndarray, int]] = field(default_factory=dict)
     _placements: dict[str, Placement] = field(default_factory=dict)
     _shards: set[str] = field(default_factory=set)
     _keys: dict[str, str] = field(default_factory=dict)
 
     def refresh(self) -> None:
-        """Take in the shards that were finished since."""
+        """Add the shards that were finished since the last call."""
         for index in sorted(self.folder.glob("*.json")):
             if index.name in self._shards:
                 continue
@@ -77,25 +76,26 @@ class FeatureStore:
         return key in self._rows
 
     def get(self, file: Path) -> np.ndarray | None:
-        """The features of a file, a view of the disk; None where they are not kept."""
+        """Return the features of a file, mapped from disk; None if they are not stored."""
         found = self._rows.get(self.key(file))
         return None if found is None else found[0][found[1]]
 
     def placement(self, file: Path) -> Placement | None:
         """Return where the pixels that the encoder saw lie in a file.
 
-        None where its features are not stored, or were stored by an earlier version of medm.
+        None if its features are not stored, or were stored by an earlier version of medm.
         """
         return self._placements.get(self.key(file))
 
     def key(self, file: Path) -> str:
-        """Name of the content of a file, of a header and its data file, or of a folder of slices
-        ("folder#3" too).
+        """Return the key of the content of a file, of a header and its data file, or of a folder.
+
+        A folder of slices may name a series ("folder#3").
 
         Read again only when a name, size or time in it changed.
 
         Raises:
-            MediaError: it is missing, or holds what is not read.
+            MediaError: it is missing, or not a file that medm reads.
         """
         state = identity(file)
         if state not in self._keys:
@@ -109,13 +109,13 @@ class FeatureStore:
 
         Args:
             batches: the items.
-            most: items that may come; fewer are fine.
+            most: maximum number of items.
             shape: of one item.
             dtype: of the items.
 
         Raises:
             MedmError: the disk has no room for it.
-            ValueError: more than `most` items came, or keys, placements and arrays differ in
+            ValueError: there are more than `most` items, or keys, placements and arrays differ in
                 number.
         """
         needed = _SLACK * most * np.prod(shape, dtype=np.int64) * dtype.itemsize
@@ -155,8 +155,9 @@ class FeatureStore:
 
 
 def open_store(root: Path, name: str) -> FeatureStore:
-    """The store of one encoder and one preprocessing beneath a cache folder, with everything that
-    it holds.
+    """Open the feature store of one encoder and one preprocessing in a cache folder.
+
+    The store knows every item that it holds.
     """
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,9 +174,7 @@ def open_store(root: Path, name: str) -> FeatureStore:
 
 
 def missing(store: FeatureStore, files: Iterable[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
-    """(key, file) of what a store does not hold, each content once; and why the others' content
-    cannot be read.
-    """
+    """Return (key, file) of each content that a store lacks, and errors of unreadable files."""
     found: dict[str, Path] = {}
     bad = []
     for file in files:

@@ -1,4 +1,4 @@
-"""The longest example, and how many bad records are too many. The check and training share both."""
+"""Limits of the length of an example and of the number of bad records, for check and training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TooLongError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class LengthLimit:
-    """The longest example, and what happens to a longer one."""
+    """Maximum length of an example, and the policy for longer ones."""
 
     max_length: int | None = None
     """As the pipeline measures it (`Pipeline.length`); None for no limit."""
@@ -23,7 +23,7 @@ class LengthLimit:
     """Stop; shorten it (`Pipeline.shorten`); or leave the record out."""
 
     def apply(self, example: E, pipeline: Pipeline[Any, E, Any]) -> E | None:
-        """Return the example itself, or shortened; None where it is to be left out.
+        """Return the example itself, or shortened; None if it is to be left out.
 
         Raises:
             TooLongError: it is too long and the policy is "error".
@@ -44,8 +44,9 @@ class LengthLimit:
 
 @dataclass(frozen=True, slots=True)
 class BadRecordsLimit:
-    """The number of bad records of a source of data above which a run stops, though bad records are
-    skipped.
+    """The number of bad records in a data source above which a run stops.
+
+    It applies where bad records are skipped.
     """
 
     setting: float | None
@@ -54,17 +55,17 @@ class BadRecordsLimit:
     records: int
     """Records in all."""
     before: int = 0
-    """Bad records that were found before, by a check; those found since come on top."""
+    """Bad records that were found before, by a check; those found since are added."""
 
     def exceeded(self, bad: int) -> bool:
-        """Whether so many further bad records are too many."""
+        """Return whether `bad` further bad records exceed the limit."""
         if self.setting is None:
             return False
         most = self.setting * self.records if self.setting < 1 else self.setting
         return self.before + bad > most
 
     def error(self, bad: int, example: str, *, what: str = "training") -> DataError:
-        """Return the error that says so.
+        """Return the error of too many bad records.
 
         Args:
             bad: further bad records.

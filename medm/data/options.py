@@ -137,7 +137,7 @@ class DataOptions(Options):
             )
         if self.cache_features is not None and self.augment:
             raise ValueError(
-                "cache_features: what is kept cannot be augmented; leave out cache_features or "
+                "cache_features: cached features cannot be augmented; leave out cache_features or "
                 "augment"
             )
         if self.draws is not None and not weighted:

@@ -1,10 +1,10 @@
 """Sequence packing: several samples in one row, each attending to itself alone.
 
 A sample is never split. Attention per sample follows from `position_ids` that begin again at 0:
-transformers (5.17 and later) builds the block mask from them where there is no attention mask and
-no cache (`use_cache=False`, else samples see each other), for "sdpa", "eager" and "flex_attention"
-in any number of rows. Flash attention and the attention of `medm.llms`, which need no mask, take a
-single row and `cu_seq_lens`, the start of each of its samples.
+transformers (5.17 and later) builds the block mask from them without an attention mask and cache
+(`use_cache=False`, else samples see each other), for "sdpa", "eager" and "flex_attention" in any
+number of rows. Flash attention and the attention of `medm.llms`, which need no mask, take a single
+row and `cu_seq_lens`, the start of each of its samples.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from medm.types import IGNORE_INDEX, ConversationBatch, Example
 
 
 def plan_bins(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Positions grouped so that each group's lengths add up to at most `capacity`: best fit,
-    longest first.
+    """Group positions into bins of at most `capacity` by best fit, longest first.
 
-    Takes time in proportion to the number of lengths. How many groups come out depends on the
-    lengths, not on their order. A length of 0 (a record that is left out) is in no group.
+    The lengths of a bin add up to at most the capacity. The time is proportional to the number of
+    lengths. The number of bins depends on the lengths, not on their order. A length of 0 (a record
+    that is left out) is in no bin.
 
     Raises:
         ValueError: a length is above the capacity.
@@ -67,9 +67,9 @@ class PackingCollator:
     """Packs examples into rows of at most `capacity` tokens.
 
     A batch has `position_ids` instead of an `attention_mask`. The first label of each example is
-    not learned, since it would be predicted from the last token of another. What is left of a row
-    is padding with positions of its own, so no example attends to it. Examples are kept in their
-    order where that takes no more rows than best fit, as with the batches of `PackedBatches`.
+    not learned, since it would be predicted from the last token of another. The rest of a row is
+    padding with positions of its own, so no example attends to it. Examples are kept in their order
+    where that takes no more rows than best fit, as with the batches of `PackedBatches`.
     """
 
     pad_id: int
@@ -87,8 +87,9 @@ class PackingCollator:
     """The batch has `label_positions`, as with `Collator`."""
 
     def __call__(self, examples: Sequence[Example | None]) -> ConversationBatch:
-        """Return a batch of one row a bin. Raises `ValueError` for an example longer than the
-        capacity.
+        """Return a batch with one row per bin.
+
+        Raises `ValueError` for an example longer than the capacity.
         """
         kept = [example for example in examples if example is not None]
         kept = kept or [dummy_example(self.pad_id)]
@@ -136,8 +137,9 @@ class PackingCollator:
 
 
 def _boundaries(position_ids: torch.Tensor) -> ConversationBatch:
-    """Return where each sample of a single row begins, so that no layer waits for the device to
-    find out.
+    """Return the arguments of variable-length attention for the samples of a single row.
+
+    They are computed here so that no layer waits for the device.
     """
     starts = torch.nonzero(position_ids[0] == 0).flatten()
     ends = torch.cat([starts, torch.tensor([position_ids.shape[1]])]).to(
@@ -168,7 +170,7 @@ class _Bins:
         return np.random.default_rng([self.seed, epoch, 3]).permutation(len(self))
 
     def bins(self, epoch: int) -> list[list[int]]:
-        """Record indices of each bin, as many bins as in every epoch.
+        """Return the record indices of each bin, for the same number of bins in every epoch.
 
         The number only varies where an order draws other records each epoch (a mixture): then a few
         bins are left out or empty.
@@ -193,7 +195,7 @@ class _Bins:
 class PackedBatches(DistributedBatchSampler):
     """`DistributedBatchSampler` of bins: a micro-batch holds the samples of `batch_size` rows.
 
-    Goes with `PackingCollator`.
+    Used with `PackingCollator`.
 
     Args:
         order: the indices of each epoch.

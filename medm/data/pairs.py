@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
-from medm.data.base import Collate, HasPreprocess, Pipeline, Segment
+from medm.data.base import Collate, Pipeline, Segment
 from medm.data.captions import candidates, same_label
 from medm.data.options import Format, format_of
 from medm.errors import DataError, RecipeError
-from medm.types import BaseSample, Kind, Media
+from medm.types import BaseSample, Kind, Media, Processor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +73,7 @@ class PairBatch(TypedDict, total=False):
     the encoder."""
 
 
-class PairProcessor(HasPreprocess, Protocol):
+class PairProcessor(Processor, Protocol):
     """What this pipeline needs of a kind's processor."""
 
     tokenizer: PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""The table of data pipelines: one line a pipeline, its class imported when it is asked for."""
+"""Table of data pipelines: one line per pipeline, whose class is imported on first use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 from medm.registry import Registry
 
 if TYPE_CHECKING:
-    from medm.data.base import AnyPipeline, HasPreprocess
+    from medm.data.base import AnyPipeline
+    from medm.types import Processor
 
 PIPELINES: Registry[type[AnyPipeline]] = Registry("data pipeline", group="medm.pipelines")
 
@@ -24,7 +25,7 @@ PIPELINES.add(
 
 
 class PipelineUser(Protocol):
-    """What a kind of model says about its data."""
+    """The properties of a kind of model that choose its data pipeline."""
 
     @property
     def pipeline(self) -> str:
@@ -33,12 +34,12 @@ class PipelineUser(Protocol):
 
     @property
     def needs_mask(self) -> bool:
-        """Whether training batches carry an `attention_mask`."""
+        """True if training batches carry an `attention_mask`."""
         ...
 
 
 def pipeline_for(
-    kind: PipelineUser, processor: HasPreprocess | None = None, *, inference: bool = False
+    kind: PipelineUser, processor: Processor | None = None, *, inference: bool = False
 ) -> AnyPipeline:
     """Return the pipeline of a kind of model.
 

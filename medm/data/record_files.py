@@ -15,20 +15,20 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, NoReturn, Protocol
 
 import numpy as np
 
 from medm.errors import DataError, InputLostError
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
-"""A record of more bytes is bad: conversations are kilobytes, and one runaway line must not fill
-the memory."""
+"""Maximum bytes of a record; a longer one is bad. Conversations are kilobytes, and one endless line
+must not fill the memory."""
 
 _CHUNK = 1024 * 1024
 _HEAD = 4096
 """Bytes at the beginning of a file that show its format."""
-EXPECTED = "expected a JSON array or one JSON object a line"
+EXPECTED = "expected a JSON array or one JSON object per line"
 _BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA, _OPENING, _CLOSING = range(1, 6)
 _KIND = np.zeros(256, np.uint8)
@@ -58,7 +58,7 @@ class RecordSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         """Return a record as JSON gives it. Raises `DataError`."""
         ...
 
@@ -80,8 +80,8 @@ class RecordFile:
     use the same handle. It is not pickled; other processes open their own.
 
     Raises:
-        DataError: at opening, when there is no such file, or it is empty or neither of the two
-            forms; at access, when that record is not valid JSON, with its index and line.
+        DataError: at opening, when there is no such file, or it is empty or of neither format; at
+            access, when that record is not valid JSON, with its index and line.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -107,21 +107,21 @@ class RecordFile:
         """Find the records. Raises `DataError` for a file of another form."""
         return _index(file, self.path)
 
-    def _parse(self, text: bytes) -> Any:
+    def _parse(self, text: bytes) -> object:
         """Parse the bytes of one record. Raises `DataError` without a place."""
         return parse_json(text)
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": None}
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> Any:
-        """Record `index`, parsed. Raises `DataError` with file, index and line."""
+    def __getitem__(self, index: int) -> object:
+        """Return record `index`, parsed. Raises `DataError` with file, index and line."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
         index %= len(self)
@@ -147,8 +147,9 @@ class RecordFile:
         return None
 
     def line(self, index: int) -> int:
-        """The line, from 1, on which a record begins. Counts through the file: for messages
-        only.
+        """Return the line, from 1, on which a record begins, for messages.
+
+        Counts the lines of the file up to the record.
         """
         with open_regular(self.path) as file:
             left = int(self._starts[index]) + self._leading_blank(file, index)
@@ -189,8 +190,9 @@ class RecordFile:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The opened annotation file. Raises `DataError` for anything but a regular file: reading it
-    might never end.
+    """Open an annotation file.
+
+    Raises `DataError` for anything but a regular file: reading a pipe might never end.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -217,7 +219,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def check_beginning(path: Path) -> None:
-    """Check that an annotation file exists and is of a form that is read, by its first bytes.
+    """Check that an annotation file exists and is of a supported format, by its first bytes.
 
     Raises:
         DataError: as opening a `RecordFile`.
@@ -226,9 +228,10 @@ def check_beginning(path: Path) -> None:
         _start(file.read(_HEAD), path)
 
 
-def parse_json(text: bytes) -> Any:
-    """Strict JSON: UTF-8, no key twice, no half surrogate, only finite numbers. Raises `DataError`
-    without a place.
+def parse_json(text: bytes) -> object:
+    """Parse strict JSON: UTF-8, unique keys, whole surrogate pairs, finite numbers.
+
+    Raises `DataError` without a place.
     """
     try:
         record = _DECODER.decode(text.decode("utf-8"))
@@ -251,7 +254,7 @@ def parse_json(text: bytes) -> Any:
         raise DataError(f"not valid JSON: {error}") from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
     if len(record) != len(pairs):
         seen: set[str] = set()
@@ -265,7 +268,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise DataError(f"{name} is not JSON; write null, or leave the field out")
 
 
@@ -278,9 +281,10 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _require_unicode(value: Any, place: str) -> None:
-    """Raise `DataError` for half a surrogate pair in a key or text, which could not be written to
-    any result.
+def _require_unicode(value: object, place: str) -> None:
+    """Raise `DataError` for half a surrogate pair in a key or text.
+
+    It could not be written to any result.
     """
     if isinstance(value, str) and _printable(value) != value:
         position = next(at for at, letter in enumerate(value) if "\ud800" <= letter <= "\udfff")
@@ -299,7 +303,7 @@ def _require_unicode(value: Any, place: str) -> None:
 
 
 def _printable(key: str) -> str:
-    """A key as a message can show it: half surrogates as escapes."""
+    """Return a key for a message, with half surrogates as escapes."""
     return key.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -357,8 +361,9 @@ def spans(file: BinaryIO, scan: Scan, start: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _start(head: bytes, path: Path) -> tuple[bytes, int]:
-    """Return the first bytes without a byte order mark, and their offset. Raises `DataError` for
-    forms not read.
+    """Return the first bytes without a byte order mark, and their offset.
+
+    Raises `DataError` for unsupported file formats.
     """
     text, start = decodable(head, path, expected=EXPECTED)
     _refuse_other_formats(text, path)
@@ -473,7 +478,7 @@ def _table_name(line: bytes, path: Path, *, whole_line: bool) -> str | None:
 def without_blank(
     file: BinaryIO, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Empty lines, and the nothing between the brackets of `[]`, are no records."""
+    """Drop the spans of empty lines and of an empty array, which are no records."""
     keep = np.ones(len(starts), bool)
     for index in np.flatnonzero(ends - starts <= 64):
         file.seek(int(starts[index]))
@@ -496,13 +501,15 @@ class _LineScan:
 
 
 class _ArrayScan:
-    """Spans between the commas of the outermost array. Strings, escapes and nesting are followed
-    across chunks.
+    """Spans between the commas of the outermost array.
+
+    Strings, escapes and nesting may cross the chunks.
     """
 
     def __init__(self, start: int) -> None:
         self._bounds: list[np.ndarray] = []
-        """Offsets of the opening bracket, of each comma on its level, and of what closes it."""
+        """Offsets of the opening bracket, of each comma on its level, and of the closing
+        bracket."""
         self._depth, self._in_string, self._escaping = 0, False, False
         self._closed, self._damage = False, None
 
@@ -535,7 +542,7 @@ class _ArrayScan:
         self._bounds.append(outside[bound] + offset)
 
     def _structure(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of brackets and commas outside strings, and what each is."""
+        """Positions of brackets and commas outside strings, and their kinds."""
         kinds = _KIND[codes]
         places = np.flatnonzero(kinds)
         kinds = kinds[places]

@@ -1,6 +1,4 @@
-"""Several annotation files as one sequence of samples, each read by a data pipeline when it is
-asked for.
-"""
+"""Several annotation files as one sequence of samples, read on access by a data pipeline."""
 
 from __future__ import annotations
 
@@ -12,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, TypeAlias
 
-from medm.data.base import AnyPipeline, E, HasPreprocess, Pipeline, S, missing_branch
+from medm.data.base import AnyPipeline, E, Pipeline, S, missing_branch
 from medm.data.options import SourceOptions, format_of
 from medm.data.record_files import RecordFile, RecordSource
 from medm.data.shards import ShardFile
 from medm.data.tables import TableFile
 from medm.errors import DataError
 from medm.imaging import resolve_inside
-from medm.types import Media, views_of
+from medm.types import Media, Processor, views_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,11 +51,11 @@ def _first_groups(groups: Sequence[int], limit: int) -> tuple[int, ...]:
 
 
 class Records(Sequence[S], Generic[S, E]):
-    """All records of several annotation files, one after the other, read when asked for.
+    """All records of several annotation files in sequence, read on access.
 
     Args:
-        sources: where they are. Files are opened, and their record offsets found, here.
-        pipeline: reads the records, and says which fields name files.
+        sources: annotation files. They are opened, and their record offsets found, here.
+        pipeline: reads the records, and knows which fields name files.
     """
 
     def __init__(self, sources: Sequence[SourceOptions], pipeline: Pipeline[S, E, Any]) -> None:
@@ -78,14 +76,14 @@ class Records(Sequence[S], Generic[S, E]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def with_processor(self, processor: HasPreprocess) -> Self:
+    def with_processor(self, processor: Processor) -> Self:
         """Return the same records, whose pipeline makes examples for a processor."""
         changed = copy.copy(self)
         changed.pipeline = self.pipeline.with_processor(processor)
         return changed
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Source and position within its file of record `index`."""
+        """Return source and position within its file of record `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         source = bisect_right(self._ends, index)
@@ -93,9 +91,7 @@ class Records(Sequence[S], Generic[S, E]):
 
     @contextmanager
     def placed(self, index: int) -> Iterator[None]:
-        """Add the annotation file and the position of record `index` to a `DataError` that is
-        raised inside.
-        """
+        """Add annotation file and position of record `index` to a `DataError` raised inside."""
         try:
             yield
         except DataError as error:
@@ -107,7 +103,7 @@ class Records(Sequence[S], Generic[S, E]):
             raise
 
     def __getitem__(self, index: int) -> S:  # type: ignore[override]  # no slices: they would read the file
-        """Raises `DataError` with file, index, field and reason."""
+        """Return sample `index`. Raises `DataError` with file, index, field and reason."""
         source, position = self.locate(index)
         file = self.files[source]
         with self.placed(index):
@@ -115,14 +111,15 @@ class Records(Sequence[S], Generic[S, E]):
             return self.pipeline.of_source(sample, self.sources[source])
 
     def root(self, index: int) -> Path:
-        """The folder that the paths of record `index` are relative to."""
+        """Return the folder that the paths of record `index` are relative to."""
         source, _ = self.locate(index)
         root = self.sources[source].root
         return Path(root) if root is not None else self.files[source].path.parent
 
     def media_path(self, index: int, media: Media) -> Path:
-        """The file of an image or volume. Raises `MediaError` where it would lie outside the
-        root, and `DataError` where it lies in a shard.
+        """Return the file of an image or volume.
+
+        Raises `MediaError` for a path outside the root, and `DataError` for one in a shard.
         """
         if media.path is None:
             raise DataError(f"the {media.branch} has no path")
@@ -161,8 +158,9 @@ class Records(Sequence[S], Generic[S, E]):
         return found
 
     def media_field(self, index: int, media_index: int) -> str:
-        """The field that names the sample's file number `media_index`. Reads the record again: for
-        messages.
+        """Return the field that names file `media_index` of a sample, for messages.
+
+        Reads the record again.
         """
         source, position = self.locate(index)
         return self.pipeline.media_field(self.files[source][position], media_index)
@@ -170,13 +168,12 @@ class Records(Sequence[S], Generic[S, E]):
     def load_media(
         self, index: int, sample: S, load: Callable[[MediaSource, str], np.ndarray]
     ) -> dict[str, list[np.ndarray]]:
-        """Load every image and volume of record `index`: by view, in the order of the sample's
-        `media`.
+        """Load every image and volume of record `index`, by view, in the order of `sample.media`.
 
         Args:
             index: the record.
-            sample: what it was read to.
-            load: a file, or a stream of it, and one of the views that read it to an array.
+            sample: the record as the pipeline read it.
+            load: function from a file, or a stream of it, and one of its views to an array.
 
         Raises:
             DataError: with file, index and field; also for a kind of file of which the model has no
@@ -194,7 +191,7 @@ class Records(Sequence[S], Generic[S, E]):
         return pixels
 
     def _views(self, kind: str) -> list[str]:
-        """The views that read a kind of file; the kind itself where no model says more."""
+        """Return the views that read a kind of file; the kind itself without a model."""
         if not self.pipeline.makes_examples:
             return [kind]
         views = views_of(kind, self.pipeline.preprocess)

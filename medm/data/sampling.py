@@ -1,9 +1,9 @@
-"""Which record comes when. A position is (epoch, step) and nothing else: no state to replay, no
-data to read.
+"""Order of records in training, as a function of the position (epoch, step) alone.
 
-The order of an epoch is drawn for all ranks alike and cut into global batches, the samples of one
-optimiser step; a rank takes its shard of each. So the samples of a step depend neither on the
-number of ranks nor on how a step is divided into micro-batches.
+There is no state to replay and no data to read. The order of an epoch is drawn for all ranks alike
+and cut into global batches, the samples of one optimizer step; a rank takes its shard of each. So
+the samples of a step depend neither on the number of ranks nor on how a step is divided into
+micro-batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from medm.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 WINDOW = 50
-"""Global batches within which samples are sorted by length: enough to find neighbours, small enough
+"""Global batches within which samples are sorted by length: enough to find neighbors, small enough
 to stay random."""
 
 
@@ -38,13 +38,13 @@ class IndexOrder(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Indices an epoch, the same for every epoch."""
+        """Number of indices per epoch, the same for every epoch."""
         ...
 
 
 @dataclass(frozen=True)
 class Sequential:
-    """Every record once, as the files have them."""
+    """Every record once, in the order of the files."""
 
     num_records: int
 
@@ -75,7 +75,7 @@ class Subset:
 
     order: IndexOrder
     chosen: np.ndarray
-    """Record indices, rising."""
+    """Record indices, in ascending order."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -89,13 +89,13 @@ class Mixture:
 
     Any stretch of an epoch holds these fractions: draw k of a source falls at a random moment of
     the k-th of equal intervals. Within a source, records come in shuffled rounds, and a record
-    never comes twice within `min_distance` draws (where the source has so many), not even across
+    never comes twice within `min_distance` draws (if the source is large enough), not even across
     two rounds or two epochs.
 
     Args:
         sizes: records of each source; indices count through them in order.
-        weights: one a source, above zero; only their proportions matter.
-        draws: indices an epoch; as many as there are records by default.
+        weights: one per source, above zero; only their proportions matter.
+        draws: indices per epoch; by default the number of records.
         min_distance: length of the stretches without a repetition, the global batch.
         seed: of the rounds and moments.
         groups: of each source, the records of each shard; a round goes from shard to shard
@@ -121,7 +121,7 @@ class Mixture:
         self.groups = [[size] for size in sizes] if groups is None else groups
         self.fractions = np.asarray(weights, np.float64) / sum(weights)
         self.counts = _apportion(self.fractions, sum(sizes) if draws is None else draws)
-        """Draws of each source an epoch: the fractions of all draws, rounded so that they add
+        """Draws of each source per epoch: the fractions of all draws, rounded so that they add
         up."""
         self._first = np.cumsum([0, *sizes[:-1]])  # index of each source's first record
         for source, (size, fraction) in enumerate(zip(sizes, self.fractions, strict=True)):
@@ -136,8 +136,9 @@ class Mixture:
 
     @property
     def unrepeated(self) -> int:
-        """Draws in a row among which no record can come twice, if `min_distance` asks for so
-        many.
+        """The largest number of consecutive draws among which no record can come twice.
+
+        It holds for a mixture with this `min_distance`.
         """
         # A stretch holds at most two draws of a source more than its fraction of it: one interval
         # begun, one ended.
@@ -160,7 +161,7 @@ class Mixture:
         return order
 
     def _records(self, source: int, start: int, count: int) -> np.ndarray:
-        """Draws `start` to `start + count` of a source, counted through all epochs."""
+        """Return draws `start` to `start + count` of a source, counted over all epochs."""
         size = self.sizes[source]
         rounds = range(start // size, -(-(start + count) // size))
         drawn = np.concatenate(
@@ -170,7 +171,7 @@ class Mixture:
         return drawn[skip : skip + count] + self._first[source]
 
     def _round(self, source: int, number: int) -> np.ndarray:
-        """One shuffled round, whose beginning shares nothing with the end of the round before."""
+        """Return a shuffled round whose start shares no record with the end of the last one."""
         size = self.sizes[source]
         if size < 3 * self.min_distance:
             # Too few to choose from: the same round again and again keeps the distance.
@@ -216,8 +217,9 @@ def shard_order(sizes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
 
 
 def _apportion(fractions: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers that add up to `total`, each within one of its fraction of it (largest
-    remainders).
+    """Return integers that add up to `total`, by the method of largest remainders.
+
+    Each is within one of its fraction of the total.
     """
     exact = fractions * total
     counts = np.floor(exact).astype(np.int64)
@@ -226,12 +228,11 @@ def _apportion(fractions: np.ndarray, total: int) -> np.ndarray:
 
 
 class DistributedBatchSampler(Sampler[list[int]]):
-    """A batch sampler for `DataLoader(batch_sampler=...)`: this rank's micro-batches, from any
-    position.
+    """Batch sampler for `DataLoader`: the micro-batches of one rank, from any position.
 
     Every rank makes the same number of steps. With `drop_last` an incomplete global batch at the
     end of an epoch is left out; without, its samples are distributed evenly, and a rank that gets
-    none has an empty micro-batch (which the collators turn into one that teaches nothing): no
+    none has an empty micro-batch (which the collators turn into one without labels): no
     record is seen twice or lost.
 
     Args:
@@ -239,7 +240,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
         batch_size: samples of a micro-batch on one rank.
         rank: this process.
         world: number of processes.
-        accumulation: micro-batches of an optimiser step.
+        accumulation: micro-batches of an optimizer step.
         drop_last: whether an incomplete global batch is left out.
         lengths: tokens of each record by index; for the two options below.
         group_by_length: global batches of similar lengths, the longest first in an epoch, so that a
@@ -289,12 +290,13 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
     @property
     def global_batch(self) -> int:
-        """Samples of an optimiser step, over all ranks and micro-batches."""
+        """Samples of an optimizer step, over all ranks and micro-batches."""
         return self.batch_size * self.world * self.accumulation
 
     def start(self, epoch: int, batches_done: int = 0) -> None:
-        """Go to a position: the next iteration gives micro-batch `batches_done` of `epoch`. Reads
-        nothing.
+        """Go to a position: the next iteration yields micro-batch `batches_done` of `epoch`.
+
+        Reads nothing.
         """
         if not 0 <= batches_done <= len(self):
             raise ValueError(f"{batches_done} batches done, but an epoch has {len(self)}")
@@ -357,7 +359,7 @@ def group_by_length(
     epoch: int,
     window: int = WINDOW,
 ) -> np.ndarray:
-    """The same indices, so that each global batch holds similar lengths.
+    """Reorder indices so that each global batch holds similar lengths.
 
     Indices are sorted within windows of the order; whole batches are then shuffled, the longest one
     to the front. An incomplete batch stays at the end.
@@ -377,10 +379,10 @@ def group_by_length(
 
 
 def balance(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Distribute positions to `parts`, with close sums of lengths and numbers that differ by one at
-    most.
+    """Distribute positions to `parts` groups with close sums of lengths.
 
-    The longest goes to the part with the smallest sum that is not full.
+    Their sizes differ by one at most. The longest goes to the group with the smallest
+    sum that is not full.
     """
     order = np.argsort(-lengths, kind="stable")
     sizes = [len(positions) for positions in np.array_split(order, parts)]

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from medm.errors import DataError
 from medm.types import (
@@ -30,7 +29,7 @@ MEDIA_FIELDS = {
     "volume": "volume",
     "volumes": "volume",
 }
-"""Record fields that name files, and the model branch that reads them."""
+"""Record fields that name files, and the branch that reads them."""
 
 MASK_FIELD = "masks"
 """Record field that names mask files, one for each `[SEG]` in the replies."""
@@ -63,7 +62,7 @@ _FOREIGN_PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 """Placeholders and marks of other programs, such as <video>, <|image_pad|>, <img> and <image_1>. As
-text they would be trained as words without anything to look at."""
+text they would be trained as words without an image."""
 
 _FOREIGN_FIELD = re.compile(
     r"(?P<kind>image|img|picture|photo|volume|video|audio|pointcloud)s?(?:3d)?"
@@ -109,15 +108,15 @@ _FOREIGN_FORMATS: tuple[tuple[frozenset[str], str, str, str], ...] = (
     ),
     (frozenset({"image", "text"}), "an image and its text", "'<image>' and a request", "text"),
 )
-"""Records of other programs: fields that tell them, their name, and what becomes the question and
-the reply."""
+"""Records of other programs: fields that tell them, their name, and the fields that become question
+and reply."""
 
 _PREFERENCE_FIELDS = ("rejected", "rejected_response", "rejected_messages", "kto_tag")
 """Fields of preference data, whose replies are not all meant to be learned."""
 
 
 def parse_record(
-    record: Any,
+    record: object,
     *,
     inference: bool = False,
     file: str | Path | None = None,
@@ -126,10 +125,10 @@ def parse_record(
     """Check one record and read it.
 
     Args:
-        record: what the JSON parser gave.
+        record: output of the JSON parser.
         inference: the last reply is to be generated: it is missing, or it is taken out of the turns
             and kept as `answer` (where the record has no `answer` of its own).
-        file: where the record stands, for messages and for the sample.
+        file: annotation file of the record, for messages and for the sample.
         index: its position there, from 0.
 
     Raises:
@@ -145,7 +144,7 @@ def parse_record(
         raise error.at(file=file, index=index) from None
 
 
-def _parse(record: Any, *, inference: bool, file: str | None, index: int | None) -> Sample:
+def _parse(record: object, *, inference: bool, file: str | None, index: int | None) -> Sample:
     if not isinstance(record, dict):
         raise DataError(
             f"expected an object with 'conversations' or 'messages', found {_kind(record)}"
@@ -173,10 +172,8 @@ def _parse(record: Any, *, inference: bool, file: str | None, index: int | None)
     )
 
 
-def _refuse_other_formats(record: Mapping[str, Any], *, inference: bool) -> None:
-    """Raise `DataError` for a record in the format of another program, with what to write
-    instead.
-    """
+def _refuse_other_formats(record: Mapping[str, object], *, inference: bool) -> None:
+    """Raise `DataError` for a record in another program's format, with the fix."""
     preference = next(
         (field for field in _PREFERENCE_FIELDS if record.get(field) is not None), None
     )
@@ -201,10 +198,10 @@ def _refuse_other_formats(record: Mapping[str, Any], *, inference: bool) -> None
         )
 
 
-def _refuse_unread_media(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
+def _refuse_unread_media(record: Mapping[str, object], turns: Sequence[Turn]) -> None:
     """Raise `DataError` for a field that names files which would not be read.
 
-    A record that has a file of its own may also say where that came from ("video_name"): only
+    A record with a file of its own may also name the source of that file ("video_name"): only
     `video` and `audio` themselves are refused then.
     """
     has_media = any(isinstance(part, Media) for turn in turns for part in turn.content)
@@ -231,27 +228,28 @@ def _refuse_unread_media(record: Mapping[str, Any], turns: Sequence[Turn]) -> No
             )
 
 
-def _kind(value: Any) -> str:
-    """What a value is, in JSON's words: the value itself may be about a patient and stays out of
-    messages.
+def _kind(value: object) -> str:
+    """Return the JSON type of a value.
+
+    Messages name the type: the value itself may be about a patient.
     """
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
 
-def _identifier(record: Mapping[str, Any]) -> str | None:
+def _identifier(record: Mapping[str, object]) -> str | None:
     value = record.get("id")
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise DataError(f"expected text or a whole number, found {_kind(value)}", field="id")
     return None if value is None else _text(str(value), "id")
 
 
-def _optional_text(record: Mapping[str, Any], field: str) -> str | None:
+def _optional_text(record: Mapping[str, object], field: str) -> str | None:
     value = record.get(field)
     return None if value is None else _text(value, field)
 
 
-def _text(value: Any, field: str) -> str:
+def _text(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"expected text, found {_kind(value)}", field=field)
     if not value.isascii():
@@ -279,7 +277,7 @@ class _Files:
         return self.paths[self.used - 1] if self.used <= len(self.paths) else None
 
 
-def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
+def _media_files(record: Mapping[str, object]) -> dict[str, _Files]:
     files: dict[str, _Files] = {}
     for field, branch in MEDIA_FIELDS.items():
         value = record.get(field)
@@ -300,8 +298,8 @@ def _media_files(record: Mapping[str, Any]) -> dict[str, _Files]:
     return files
 
 
-def _paths(value: Any, field: str) -> list[str]:
-    """The paths of a field that names files: one, a list of them, or none."""
+def _paths(value: object, field: str) -> list[str]:
+    """Return the paths of a field that names files: one, a list of them, or none."""
     if value is None:
         return []
     paths = [value] if isinstance(value, str) else value
@@ -314,15 +312,15 @@ def _paths(value: Any, field: str) -> list[str]:
     return paths
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _turns_field(record: Mapping[str, Any]) -> str:
+def _turns_field(record: Mapping[str, object]) -> str:
     return "messages" if "messages" in record else "conversations"
 
 
-def _turns(record: Mapping[str, Any], files: dict[str, _Files], masks: _Files) -> list[Turn]:
+def _turns(record: Mapping[str, object], files: dict[str, _Files], masks: _Files) -> list[Turn]:
     field = _turns_field(record)
     if field not in record:
         raise DataError(
@@ -360,9 +358,10 @@ def _turns(record: Mapping[str, Any], files: dict[str, _Files], masks: _Files) -
     return turns
 
 
-def _role_and_content(entry: Any, field: str) -> tuple[Role, Any, str]:
-    """Role, content and the content's field of one turn, in either form: from/value or
-    role/content.
+def _role_and_content(entry: object, field: str) -> tuple[Role, object, str]:
+    """Return role, content and the content's field of one turn.
+
+    Both forms are read: from/value and role/content.
     """
     if not isinstance(entry, dict):
         raise DataError(
@@ -384,14 +383,14 @@ def _role_and_content(entry: Any, field: str) -> tuple[Role, Any, str]:
     return _ROLES[name], entry[content_key], f"{field}.{content_key}"
 
 
-def _turn(role: Role, content: Any, field: str, files: dict[str, _Files], masks: _Files) -> Turn:
+def _turn(role: Role, content: object, field: str, files: dict[str, _Files], masks: _Files) -> Turn:
     if isinstance(content, list):
         parts = [_part(part, f"{field}.{position}", files) for position, part in enumerate(content)]
         if role == "assistant":
             return Turn(role, tuple(_split_mask_tokens(parts, masks)))
         return Turn(role, tuple(parts))
     text = _text(content, field)
-    if role == "assistant":  # what looks like a placeholder in a reply is text to be learned
+    if role == "assistant":  # a placeholder in a reply is text to be learned
         return Turn(role, tuple(_split_mask_tokens([text], masks)))
     return Turn(role, tuple(_split_placeholders(text, field, files)))
 
@@ -399,8 +398,9 @@ def _turn(role: Role, content: Any, field: str, files: dict[str, _Files], masks:
 def _split_mask_tokens(
     parts: Sequence[str | Media], masks: _Files
 ) -> Iterator[str | Media | ControlToken]:
-    """Yield the parts of a reply; `[SEG]` in its text is a control token where the record has
-    masks.
+    """Yield the parts of a reply.
+
+    `[SEG]` in its text is a control token where the record has masks.
     """
     for part in parts:
         pieces = part.split(MASK_TOKEN) if isinstance(part, str) and masks.paths else [part]
@@ -440,8 +440,9 @@ def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iter
 
 
 def _plain(text: str, field: str) -> str:
-    """Text between placeholders. Raises `DataError` for a placeholder that would be trained as
-    words.
+    """Return the text between placeholders.
+
+    Raises `DataError` for a placeholder that would be trained as words.
     """
     found = _FOREIGN_PLACEHOLDER.search(text) if "<" in text else None
     if found is None:
@@ -467,9 +468,10 @@ def _next_media(branch: str, what: str, field: str, files: dict[str, _Files]) ->
     return Media(branch, files[branch].take())
 
 
-def _part(part: Any, field: str, files: dict[str, _Files]) -> str | Media:
-    """One part of an OpenAI-style content list. Its media are parts, so its text holds no
-    placeholders.
+def _part(part: object, field: str, files: dict[str, _Files]) -> str | Media:
+    """Return one part of an OpenAI-style content list.
+
+    Images and volumes are parts of their own, so the text of a part holds no placeholders.
     """
     if not isinstance(part, dict) or "type" not in part:
         raise DataError(
@@ -509,17 +511,18 @@ def _count_reason(branch: str, media: _Files) -> str:
     return f"{reason}; each file needs exactly one"
 
 
-def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference: bool) -> None:
-    """One system turn at most, then user and assistant by turns; the last is the assistant's unless
-    it is asked for.
+def _check_order(turns: Sequence[Turn], record: Mapping[str, object], *, inference: bool) -> None:
+    """Check the order of the turns: one system turn at most, then user and assistant alternate.
+
+    For training, the last turn is the assistant's.
     """
     field = _turns_field(record)
     has_system = bool(turns) and turns[0].role == "system"
-    spoken = turns[1:] if has_system else turns
+    dialog = turns[1:] if has_system else turns
     offset = 1 if has_system and not record.get("system") else 0
-    if not spoken:
+    if not dialog:
         raise DataError("there is no turn of the user", field=field)
-    for position, turn in enumerate(spoken):
+    for position, turn in enumerate(dialog):
         place = f"{field}.{position + offset}"
         expected = "assistant" if position % 2 else "user"
         if turn.role != expected:
@@ -535,16 +538,18 @@ def _check_order(turns: Sequence[Turn], record: Mapping[str, Any], *, inference:
             isinstance(part, ControlToken) for part in turn.content
         ):
             raise DataError(f"the {turn.role}'s turn is empty", field=place)
-    if not inference and spoken[-1].role != "assistant":
+    if not inference and dialog[-1].role != "assistant":
         raise DataError("the last turn is the user's; training needs a reply to learn", field=field)
 
 
-def media_field(record: Any, media_index: int) -> str:
-    """Return the field that names file number `media_index` of a good record. Reads the record
-    again: for messages.
+def media_field(record: object, media_index: int) -> str:
+    """Return the field that names file `media_index` of a good record, for messages.
+
+    Reads the record again.
     """
     # Inference accepts every record that training does, and finds the same files in it.
     media = _parse(record, inference=True, file=None, index=None).media
+    assert isinstance(record, dict)  # anything else is refused
     branch = media[media_index].branch
     for field, owner in MEDIA_FIELDS.items():
         if owner == branch and record.get(field) is not None:

@@ -1,12 +1,12 @@
 """Prepared images and volumes on disk: read and resampled once, then mapped into memory.
 
-An entry is named by what is in the file and how it is prepared, so that moved, copied and changed
-files are all right. It holds the prepared numbers, their shape and their placement in the file's
-grid (sizes and geometry), nothing else of a header. Any number of processes may share a folder:
-each reserves bytes in one ledger before it writes, and writes are atomic. A half-written or damaged
-entry is noticed and made again.
+The name of an entry is a hash of the content of the file and of its preprocessing, so that files
+may be moved, copied and changed. It holds the prepared numbers, their shape and their placement in
+the file's grid (sizes and geometry), nothing else of a header. Any number of processes may share a
+folder: each reserves bytes in one ledger before it writes, and writes are atomic. A half-written or
+damaged entry is detected and written again.
 
-An entry is a .npy file (version 1.0) with the placement as JSON behind the numbers, and a footer
+An entry is a .npy file (version 1.0) with the placement as JSON after the array, and a footer
 with a checksum of both. Entries of earlier versions of medm have no placement: their pixels are
 used, and they are replaced when the placement is asked for.
 """
@@ -44,7 +44,7 @@ _FOOTER = struct.Struct("<8sI")
 _MARK = b"medm-v2\0"
 _MARK_WITHOUT_PLACEMENT = b"medm-v1\0"
 _MAX_PLACEMENT = 2**16
-"""Most bytes of the placement in an entry; it takes less than a thousand."""
+"""Maximum bytes of the placement in an entry; it takes less than a thousand."""
 _ABANDONED = 3600.0
 """Seconds after which a temporary file is taken to be left over from a killed process."""
 _CONTENT = re.compile(rb"[0-9a-f]{64}")
@@ -68,14 +68,14 @@ class MediaCache:
     """Prepared arrays by content.
 
     When the folder is full, entries that nobody used since this object was made (those of other
-    data or of an older description) give way; if there are none, further arrays are simply not
-    stored. Entries are not exchanged within a run, because an epoch visits everything once, and
-    would find nothing of what it pushed out.
+    data or of an older description) are evicted; without such entries, further arrays are not
+    stored. No entry of the present run is evicted: an epoch visits every file once, and each
+    eviction would cost a later hit.
 
     Args:
-        folder: where entries lie; made when the first one is written.
-        max_bytes: most bytes of all files in it, whoever writes them.
-        device: where volumes that are not there yet are prepared.
+        folder: of the entries; created with the first entry.
+        max_bytes: maximum bytes of all files in it, by any writer.
+        device: of the preparation of volumes that are not stored.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, *, device: str = "cpu") -> None:
@@ -85,7 +85,7 @@ class MediaCache:
         self._blank: set[str] = set()
         """Verified entries that look constant."""
         self._blank_files: set[Path] = set()
-        """Files of these that this process prepared itself."""
+        """Files of such entries that this process prepared itself."""
         self._full = self._unwritable = self._reported_old = False
 
     def load(self, path: Path, preprocess: Preprocess) -> np.ndarray:
@@ -115,8 +115,9 @@ class MediaCache:
     def _find(
         self, path: Path, preprocess: Preprocess, *, with_placement: bool
     ) -> Prepared | _Entry:
-        """The entry of a file; what is not stored is prepared, and stored where that is
-        possible.
+        """Return the entry of a file.
+
+        A file that is not in the cache is prepared, and stored if possible.
         """
         path = Path(path)
         try:
@@ -151,7 +152,7 @@ class MediaCache:
         return prepare(path, preprocess, device=self.device)
 
     def _report_old(self) -> None:
-        """Say once that entries of an earlier version are replaced."""
+        """Log once that entries of an earlier version are replaced."""
         if not self._reported_old:
             logger.info(
                 "%s: holds entries of an earlier medm without the placement of their pixels, "
@@ -161,17 +162,17 @@ class MediaCache:
         self._reported_old = True
 
     def size(self) -> tuple[int, int]:
-        """How many entries there are, and the bytes of them and of the index."""
+        """Return the number of entries, and the bytes of entries and index together."""
         files = list(self._files())
         return sum(path.suffix == ".npy" for path, _ in files), sum(
             stat.st_size for _, stat in files
         )
 
     def _content(self, path: Path, state: str) -> str | None:
-        """The hash of what the file holds, looked up by name, size and time so that it is read for
-        it only once.
+        """Return the content hash of a file.
 
-        None where it is not known and could not be noted.
+        It is looked up by name, size and time, so that hashing reads the file only once. None if
+        it is unknown and cannot be stored.
         """
         index = self.folder / "index" / state[:2] / state
         try:
@@ -190,14 +191,14 @@ class MediaCache:
         return content
 
     def _open(self, entry: Path) -> _Entry | None:
-        """The stored array and placement, or None where there is none or it is damaged."""
+        """Return the stored array and placement; None if the entry is missing or damaged."""
         try:
             with entry.open("rb") as stream:
                 stored = self._map(stream, entry.name)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            logger.warning("a damaged cache entry is made again (%s)", error)
+            logger.warning("a damaged cache entry is written again (%s)", error)
             with suppress(OSError):
                 entry.unlink()
             return None
@@ -205,8 +206,9 @@ class MediaCache:
         return stored
 
     def _map(self, stream: BinaryIO, name: str) -> _Entry:
-        """Raises `ValueError` where the entry is not whole; its checksum is verified on first use
-        in each process.
+        """Map an entry into memory. Raises `ValueError` if it is incomplete.
+
+        Its checksum is verified on first use in each process.
         """
         if npy.read_magic(stream) != (1, 0):
             raise ValueError("it is of another version")
@@ -242,8 +244,9 @@ class MediaCache:
             self._verify(entry.name, pixels)
 
     def _write(self, target: Path, parts: list[bytes | memoryview]) -> bool:
-        """Write atomically. A disk that is full or read-only gives one warning and does not stop
-        the run.
+        """Write a file atomically. Return whether it was written.
+
+        A disk that is full or read-only gives one warning and does not stop the run.
         """
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -266,9 +269,9 @@ class MediaCache:
     def _reserve(self, temporary: Path, size: int) -> None:
         """Make a file of its final size, if the folder has room for it or can make some.
 
-        The ledger holds the bytes in use. It may say too much (an entry written twice, a write that
-        failed, files that somebody removed), never too little, and is counted anew before anything
-        is refused.
+        The ledger holds the bytes in use. It may exceed the true size (an entry written twice, a
+        failed write, removed files) but is never below it, and is recounted before an entry is
+        refused.
 
         Raises:
             _FullError: there is no room and none can be made.
@@ -279,20 +282,18 @@ class MediaCache:
             text = ledger.read(32)
             used = int(text) if text.isdigit() else self.size()[1]
             if used + size > self.max_bytes:
-                used = self._let_go(size)
+                used = self._evict(size)
             fits = used + size <= self.max_bytes
             if fits:
                 with temporary.open("xb") as stream:
-                    stream.truncate(
-                        size
-                    )  # counted from now on, also by those who look into the folder
+                    stream.truncate(size)  # counts from now on, also for other processes
                 used += size
             ledger.truncate(0)
             ledger.write(b"%d" % used)
         if not fits and not self._full:
             logger.warning(
                 "%s: full with %.1f GB of the %.1f GB that are allowed; further files are "
-                "prepared anew each time",
+                "prepared each time",
                 self.folder,
                 used / 1e9,
                 self.max_bytes / 1e9,
@@ -301,23 +302,24 @@ class MediaCache:
         if not fits:
             raise _FullError
 
-    def _let_go(self, needed: int) -> int:
-        """Remove what nobody used since this object was made, the oldest first, until there is
-        room. Bytes left.
+    def _evict(self, needed: int) -> int:
+        """Evict the oldest unused files until there is room. Return the bytes still in use.
+
+        Unused are those that nobody read since this object was made.
         """
         files = sorted(self._files(), key=lambda pair: pair[1].st_mtime)
         used = sum(stat.st_size for _, stat in files)
         for path, stat in files:
             if used + needed <= self.max_bytes or stat.st_mtime >= self._started - _FRESH:
                 break
-            if not path.name.startswith("."):  # nobody's but its writer's
+            if not path.name.startswith("."):  # a temporary file belongs to its writer
                 with suppress(OSError):
                     path.unlink()
                 used -= stat.st_size
         return used
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Entries, index, and what is being written; what a killed process left is removed."""
+        """Yield entries, index and temporary files; remove those of killed processes."""
         for pattern in ("arrays/*/*", "index/*/*"):
             for path in self.folder.glob(pattern):
                 with suppress(OSError):
@@ -329,7 +331,7 @@ class MediaCache:
 
 
 def _mark_used(file: Path) -> None:
-    """In use: a full cache lets go of others first."""
+    """Mark an entry as used: a full cache evicts others first."""
     with suppress(OSError):
         if time.time() - file.stat().st_mtime > _FRESH:
             os.utime(file)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from medm.errors import DataError
 from medm.files import atomic_file
 
 
-def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write records, one at a time, so that they need not fit into memory. Returns how many there
-    were.
+def write_records(path: Path, records: Iterable[Mapping[str, object]]) -> int:
+    """Write records one at a time, so that they need not fit into memory. Return their number.
 
     Args:
         path: a name that ends in .jsonl has one record a line; any other is a JSON array.

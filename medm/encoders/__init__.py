@@ -1,4 +1,4 @@
-"""Vision encoders: pixels in, tokens on a grid out. The table at the end has one line per member.
+"""Vision encoders: from pixels to tokens on a grid. The table at the end has one line per member.
 
 To add one, write a file with a `VisionEncoder` and a line here. Its options stand above the table
 and are torch-free, so that a recipe can be checked without loading model code. They hold the only
@@ -61,8 +61,8 @@ class TowerOptions(ViTOptions):
     norm: NormPlace = "before"
     """Output of layer -1: `before` the final layer norm (LLaVA), or `after` it."""
     pooled: bool = False
-    """Give the pooled vector of the whole tower as well: CLIP's class token after the final norm,
-    SigLIP's attention pooling head. Needs layer -1."""
+    """Also return the pooled vector of the tower: CLIP's class token after the final norm, SigLIP's
+    attention pooling head. Needs layer -1."""
 
 
 class HFVisionOptions(EncoderOptions):
@@ -77,10 +77,10 @@ class HFVisionOptions(EncoderOptions):
     """Output of layer -1: `before` the final layer norm, or `after` it (transformers'
     `last_hidden_state`)."""
     pooled: bool = False
-    """Give the pooled vector of the tower as well, where transformers has one. Needs layer -1."""
+    """Also return the pooled vector of the tower, if transformers has one. Needs layer -1."""
     pixel_shuffle: int = Field(default=1, ge=1)
     """Side of the square of neighboring patches that become one token of its square times the
-    width: InternVL takes 2. Takes patches alone."""
+    width: InternVL takes 2. Requires `tokens: patch`."""
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square input in pixels. Default: that of the published preprocessing, or of the
     config."""

@@ -1,4 +1,4 @@
-"""The interface of encoders. Encoders know nothing of LLMs, prompts, files or learning rates."""
+"""Interface of encoders. Encoders do not depend on LLMs, prompts, files or learning rates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from medm.types import Config, VisionFeatures
 
 
 class DeviceAndDtype(TypedDict):
-    """Where an encoder's weights are, and in which precision."""
+    """Device and precision of an encoder's weights."""
 
     device: torch.device
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     A subclass is built from plain values alone: `architecture`, a JSON-able mapping of sizes, and
     the fields of its options class other than `name`, `path`, `architecture` and `image_size`.
     Building is offline and random; reading published files is `medm.models.published.weights`,
-    which asks the class for the three translations below.
+    which calls the three translations below.
     """
 
     axes: ClassVar[int] = 2
@@ -40,7 +40,7 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     matches wins."""
 
     ignored_keys: ClassVar[tuple[str, ...]] = ()
-    """Regular expressions of published tensors that this encoder has no use for (a text tower, a
+    """Regular expressions of published tensors that this encoder does not use (a text tower, a
     pooling head)."""
 
     truncated_keys: ClassVar[tuple[str, ...]] = ()
@@ -50,11 +50,11 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
     dim: int
     """Width of a token."""
     pooled_dim: int | None = None
-    """Width of the pooled vector, where there is one."""
+    """Width of the pooled vector; None without one."""
     channels: tuple[int, ...] = ()
-    """Numbers of channels of the pixels that it takes; empty where it takes any."""
+    """Accepted numbers of input channels; empty if any number is accepted."""
     prefix: int = 0
-    """Tokens in front of the grid that stand for no place (a class token)."""
+    """Number of tokens in front of the grid that have no position (a class token)."""
     can_drop_patches: ClassVar[bool] = False
     """True where the forward calls `sample_patches`."""
     patch_dropout: float = 0.0
@@ -63,16 +63,18 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
 
     @property
     def inner(self) -> VisionEncoder | None:
-        """Encoder that this one runs, kept as `encoder`, which owns the weights; None where it has
-        its own.
+        """Encoder that this one runs, kept as `encoder`, which owns the weights.
+
+        None if this encoder has its own weights.
         """
         encoder = getattr(self, "encoder", None)
         return encoder if isinstance(encoder, VisionEncoder) else None
 
     @classmethod
     def architecture_from(cls, published: Mapping[str, object]) -> Config:
-        """Own `architecture` from the published `config.json` (empty mapping where there is
-        none).
+        """Return own `architecture` from the published `config.json`.
+
+        The mapping is empty if there is none.
         """
         return dict(published)
 
@@ -84,21 +86,23 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
         architecture: Mapping[str, object],
         image_size: int | None = None,
     ) -> Config:
-        """Fields of the preprocessing description (`medm.imaging`) from the published
-        `preprocessor_config.json`.
+        """Return the preprocessing fields (`medm.imaging`) of a published encoder.
+
+        They are read from `preprocessor_config.json`.
         """
         # A recipe is resolved with the class alone, before the check of abstract methods.
         raise NotImplementedError(f"encoder class {cls.__name__} defines no preprocess_from")
 
     @abstractmethod
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        """Token grid of an input of this spatial size; arithmetic only. Raises `ValueError` when it
-        does not fit.
+        """Return the token grid of an input of this spatial size, by arithmetic only.
+
+        Raises `ValueError` when the size does not fit.
         """
 
     @abstractmethod
     def forward(self, pixels: Tensor) -> VisionFeatures:
-        """pixels: (B, C, *spatial), normalised as `preprocess_from` says."""
+        """pixels: (B, C, *spatial), normalized as `preprocess_from` says."""
 
     def sample_patches(self, tokens: Tensor, *, prefix: int) -> Tensor:
         """Leave out a random part of the patches of each item, in training alone.
@@ -133,15 +137,17 @@ class VisionEncoder(nn.Module, metaclass=ABCMeta):
         return grid if prod(grid) in (0, patches) else (patches,)
 
     def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Published tensors under the names that `key_map` reads; the same ones unless a class says
-        otherwise.
+        """Rename published tensors to the names that `key_map` reads.
+
+        The default changes nothing.
         """
         return tensors
 
     @property
     def device_and_dtype(self) -> DeviceAndDtype:
-        """For building inputs beside the weights: `torch.zeros(...,
-        **encoder.device_and_dtype)`.
+        """Return keywords for inputs beside the weights.
+
+        For example `torch.zeros(..., **encoder.device_and_dtype)`.
         """
         parameter = next(self.parameters())
         return {"device": parameter.device, "dtype": parameter.dtype}

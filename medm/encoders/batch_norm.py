@@ -10,12 +10,13 @@ from medm.encoders import Statistics
 
 
 class FixedBatchNorm(_BatchNorm):
-    """Batch norm, for any number of axes, that always uses its stored statistics; scale and shift
-    can be learned.
+    """Batch norm on any number of axes that always uses its stored statistics.
+
+    Scale and shift can be learned.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """As in evaluation, also in training."""
+        """Normalize with the stored statistics, also in training."""
         return F.batch_norm(
             pixels,
             self.running_mean,

@@ -1,5 +1,6 @@
-"""CLIP vision tower (arXiv 2103.00020), the blocks of transformers run up to the layer that is
-asked for.
+"""CLIP vision tower (arXiv 2103.00020).
+
+The blocks of transformers run up to the requested layer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""EfficientNet-Lite 0 to 4: an encoder that is no ViT. Its tokens are pooled cells of one or
-several feature maps.
+"""EfficientNet-Lite 0 to 4, a convolutional encoder.
+
+Its tokens are pooled cells of one or several feature maps.
 
 Inverted residual blocks with ReLU6 and without squeeze-and-excitation, padded as TensorFlow pads
 ("same"), because the published weights were trained there. Tensor names of `efficientnet_pytorch`
@@ -68,8 +69,9 @@ def scaled_channels(channels: int, width: float) -> int:
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's "same" padding: output = ceil(input / stride), an odd row or
-    column at the end.
+    """Convolution with TensorFlow's "same" padding.
+
+    output = ceil(input / stride), an odd row or column at the end.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, and ReLU6 where asked."""
+    """Convolution without bias, batch norm, and optional ReLU6."""
 
     def __init__(
         self,
@@ -108,8 +110,9 @@ class ConvNorm(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Inverted residual: expand, depthwise, project; the input is added where the shape
-    allows it.
+    """Inverted residual: expand, depthwise, project.
+
+    The input is added where the shape allows it.
     """
 
     def __init__(
@@ -224,9 +227,9 @@ class EfficientNetLiteEncoder(VisionEncoder):
         widths = [*channels, whole(sizes, "head")]
         self.dim = sum(widths[stage - 1] for stage in self.stages)
         self.pooled_dim = widths[max(self.stages) - 1]
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -238,8 +241,9 @@ class EfficientNetLiteEncoder(VisionEncoder):
         architecture: Mapping[str, object],
         image_size: int | None = None,
     ) -> Config:
-        """(value - 127) / 128 of 8-bit RGB, as the family was trained; padded to a square, so no
-        margin is lost.
+        """Return (value - 127) / 128 of 8-bit RGB, as the family was trained.
+
+        Images are padded to a square, so that no margin is lost.
         """
         side = image_size or 224
         channels = whole({"in_channels": 3, **architecture}, "in_channels")
@@ -253,8 +257,9 @@ class EfficientNetLiteEncoder(VisionEncoder):
         }
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        """`pool` cells a side, or the coarsest chosen map. Raises `ValueError` when that map is too
-        coarse.
+        """Return `pool` cells per side, or the size of the coarsest chosen map.
+
+        Raises `ValueError` when that map is too coarse.
         """
         if len(spatial) != 2:
             raise ValueError(

@@ -1,5 +1,6 @@
-"""EVA-CLIP ViT-g/14 (arXiv 2211.07636) as BLIP-2, MiniGPT-4 and Uni-Med use it, under the names of
-`eva_vit_g.pth`.
+"""EVA-CLIP ViT-g/14 (arXiv 2211.07636), with the tensor names of `eva_vit_g.pth`.
+
+BLIP-2, MiniGPT-4 and Uni-Med use it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from medm.types import VisionFeatures
 
 
 class EVACLIPEncoder(ImageViT):
-    """ViT-g/14 of width 1408. The systems above read the block before the last of 40, which is
-    `layer=-2`.
+    """ViT-g/14 of width 1408.
+
+    BLIP-2, MiniGPT-4 and Uni-Med read the second to last of 40 blocks, which is `layer=-2`.
 
     Args:
         architecture: see `PlainViT`.

@@ -1,10 +1,10 @@
-"""Any ViT-like vision tower that transformers opens by its config: one encoder for many published
-families.
+"""ViT-like vision towers that transformers opens by their config.
+
+One encoder for many published families.
 
 Nothing here is a model of its own: the class is the one that transformers has for the config's
-`model_type`. What the families do not share (the name of the final norm, tokens in front of the
-patches, how positions become those of another grid) is read from the built tower. Remote code is
-never run.
+`model_type`. Properties that differ between families (the name of the final norm, tokens in front
+of the patches, interpolation of positions) are read from the built tower. Remote code is never run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _USUAL: dict[str, Config] = {
 
 
 class HFVisionEncoder(VisionEncoder):
-    """A tower of transformers up to the layer that is asked for.
+    """A tower of transformers up to the requested layer.
 
     Args:
         architecture: `config.json` of the tower, `model_type` included.
@@ -147,8 +147,8 @@ class HFVisionEncoder(VisionEncoder):
         """Weights that the output does not depend on would get no gradient."""
         embeddings = self.tower.embeddings
         if isinstance(mask := getattr(embeddings, "mask_token", None), nn.Parameter):
-            # Read in pretraining alone. A buffer, because transformers' initialization of the
-            # module sets it.
+            # Read in pretraining only. A buffer, because transformers' initialization of the module
+            # sets it.
             del embeddings.mask_token
             embeddings.register_buffer("mask_token", mask.detach(), persistent=False)
         name = next((name for name in _NORMS if hasattr(self.tower, name)), None)
@@ -223,8 +223,9 @@ class HFVisionEncoder(VisionEncoder):
         return VisionFeatures(tokens, grid=grid, prefix=self.prefix, pooled=pooled)
 
     def _run(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """All tokens (B, prefix + patches, D) before or after the final norm, and the pooled
-        vector.
+        """Return all tokens (B, prefix + patches, D) and the pooled vector.
+
+        The tokens are taken before or after the final norm.
         """
         inputs: dict[str, Any] = {"pixel_values": pixels}
         if self._takes_patches:
@@ -242,8 +243,9 @@ class HFVisionEncoder(VisionEncoder):
         return hidden, None if self.pooled_dim is None else outputs.pooler_output
 
     def _patches(self, pixels: Tensor) -> dict[str, Any]:
-        """Inputs of a tower that takes patches of any grid (SigLIP 2 NaFlex): here all of one
-        grid.
+        """Return the inputs of a tower that takes patches of any grid (SigLIP 2 NaFlex).
+
+        Here all patches are of one grid.
         """
         rows, columns = (n // p for n, p in zip(pixels.shape[2:], self.patch_size, strict=True))
         height, width = self.patch_size
@@ -271,8 +273,9 @@ class HFVisionEncoder(VisionEncoder):
         )
 
     def rename_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Published names to those of the installed transformers, which renames modules from time
-        to time.
+        """Map published names to those of the installed transformers.
+
+        transformers renames modules from time to time.
 
         transformers' own loading does it, so that every layout that it opens is opened here.
         """
@@ -284,7 +287,7 @@ class HFVisionEncoder(VisionEncoder):
         )
         missing = set(report["missing_keys"])
         own = {name: value for name, value in loaded.state_dict().items() if name not in missing}
-        # What does not fit is judged by `load_module`, which looks at names and shapes alone.
+        # `load_module` checks names and shapes.
         for name, found, _ in report["mismatched_keys"]:
             own[name] = torch.empty(found, device="meta")
         base = f"{type(self.tower).base_model_prefix}."
@@ -294,7 +297,7 @@ class HFVisionEncoder(VisionEncoder):
 
     @classmethod
     def architecture_from(cls, published: Mapping[str, object]) -> Config:
-        """The tower's own config: `vision_config` of a larger model, or all of it."""
+        """Return the tower's own config: `vision_config` of a larger model, or all of it."""
         if not published:
             return {}
         kind = str(published.get("model_type", ""))
@@ -339,8 +342,9 @@ class HFVisionEncoder(VisionEncoder):
 
 
 def pixel_shuffle(patches: Tensor, *, rows: int, factor: int) -> Tensor:
-    """Join squares of neighboring patches: (B, rows * columns, D) to (B, cells, factor² * D), as
-    InternVL does.
+    """Join squares of neighboring patches, as InternVL does.
+
+    (B, rows * columns, D) to (B, cells, factor² * D).
 
     Args:
         patches: in the order of the grid, the columns fastest.
@@ -357,8 +361,9 @@ def pixel_shuffle(patches: Tensor, *, rows: int, factor: int) -> Tensor:
 
 
 def _completed(published: Mapping[str, object]) -> PreTrainedConfig:
-    """The config of a published `config.json`. Raises `RecipeError` for types that transformers
-    does not have.
+    """Return the config of a published `config.json`.
+
+    Raises `RecipeError` for types that transformers does not have.
     """
     try:
         fields: dict[str, Any] = dict(published)
@@ -371,8 +376,9 @@ def _completed(published: Mapping[str, object]) -> PreTrainedConfig:
 
 
 def _config(architecture: Mapping[str, object]) -> PreTrainedConfig:
-    """The config of a tower, with the fields that the grid arithmetic needs. Raises
-    `RecipeError`.
+    """Return the config of a tower, with the fields that the grid arithmetic needs.
+
+    Raises `RecipeError`.
     """
     if "model_type" not in architecture:
         raise RecipeError(
@@ -398,8 +404,9 @@ def _config(architecture: Mapping[str, object]) -> PreTrainedConfig:
 
 
 def _tower(config: PreTrainedConfig, *, pooled: bool) -> PreTrainedModel:
-    """The tower with random weights. Raises `RecipeError` for classes that do not take pixels
-    alone.
+    """Return the tower with random weights.
+
+    Raises `RecipeError` for classes that need more than pixels.
     """
     try:
         kind: Any = MODEL_MAPPING[type(config)]
@@ -444,8 +451,9 @@ def _load(
     *,
     pooled: bool,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A tower with published tensors, and what transformers reports of them. Its own messages are
-    held back.
+    """Return a tower with published tensors, and transformers' loading report.
+
+    The messages of transformers are suppressed.
     """
     options: dict[str, Any] = dict(_pooling_layer(kind, pooled))
     level = transformers_logging.get_verbosity()

@@ -1,5 +1,6 @@
-"""ResNet inflated to volumes (I3ResNet): the CT backbone of Merlin (arXiv 2406.06512) and Astra, by
-their tensor names.
+"""ResNet inflated to volumes (I3ResNet), with published tensor names.
+
+CT backbone of Merlin (arXiv 2406.06512) and Astra.
 
 A ResNet-152 whose 3x3 kernels became 3x3x3. Every kernel but the first strides the slices as it
 strides rows.
@@ -56,8 +57,9 @@ class Bottleneck(GradientCheckpointingLayer):
 
 
 class I3DResNetEncoder(VisionEncoder):
-    """One token a cell of the last map (10 x 7 x 7 of width 2048 at 160 x 224 x 224); pooled is
-    their mean.
+    """ResNet with one token per cell of the last map; the pooled vector is their mean.
+
+    The map has 10 x 7 x 7 cells of width 2048 at 160 x 224 x 224.
 
     The published tower takes (X, Y, Z) and turns it to (Z, X, Y) first; here the preprocessing
     hands over the slices in front (orientation SRA), so that the axes of the grid are slices, rows

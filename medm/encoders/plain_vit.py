@@ -1,8 +1,8 @@
 """A ViT over patches of images or volumes, for published towers that transformers does not have.
 
-Patches, class token, learned positions, blocks, and perhaps a last layer norm. What differs between
-the published towers (how a patch becomes a token, where the norms stand, whether the class token
-has a position) is told by them.
+Patches, class token, learned positions, blocks, and perhaps a last layer norm. Subclasses define
+the differences between the published towers: patch embedding, place of the norms, position of the
+class token.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class Attention(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Attention and MLP with residuals; the layer norms stand before each ("pre") or after each sum
-    ("post").
+    """Attention and MLP with residuals.
+
+    The layer norms stand before each ("pre") or after each sum ("post").
     """
 
     def __init__(
@@ -99,14 +100,15 @@ class Block(GradientCheckpointingLayer):
 
 
 class PlainViT(VisionEncoder):
-    """A ViT whose blocks after the chosen layer are not built: they would be weights without a
-    gradient.
+    """ViT up to the chosen layer.
+
+    Later blocks are not built: they would be weights without a gradient.
 
     A subclass gives `patches`, a module from pixels to (B, cells, dim) in the order of the grid,
-    and says below how it was published.
+    and sets the class attributes below as published.
 
     Args:
-        architecture: `image_size` and `patch_size` (one number an axis), `num_channels`,
+        architecture: `image_size` and `patch_size` (one number per axis), `num_channels`,
             `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`; what is
             left out is the published size.
         layer: see `VolumeViTOptions`; a positive number counts blocks from the input.
@@ -173,13 +175,13 @@ class PlainViT(VisionEncoder):
             for _ in range(count)
         )
         self.norm = nn.LayerNorm(self.dim, eps=self.eps) if norm == "after" else nn.Identity()
-        self._initialise()
+        self._initialize()
 
     def embedding(self, channels: int) -> nn.Module:
-        """The module from pixels (B, channels, *spatial) to (B, cells, dim)."""
+        """Return the module from pixels (B, channels, *spatial) to (B, cells, dim)."""
         raise NotImplementedError
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for parameter in (self.cls_token, self.positions):
             nn.init.trunc_normal_(parameter, std=0.02)
         for module in self.modules():
@@ -242,7 +244,7 @@ class PlainViT(VisionEncoder):
         return VisionFeatures(tokens=chosen, grid=grid, prefix=self.prefix)
 
     def _positions_for(self, cells: tuple[int, ...]) -> Tensor:
-        """The learned positions, resampled where the grid is not the published one."""
+        """Return the learned positions, resampled where the grid is not the published one."""
         if cells == self.native_grid:
             return self.positions
         if cells not in self._told_grids:
@@ -252,7 +254,7 @@ class PlainViT(VisionEncoder):
             )
         front = int(self.class_token_has_position)
         table = self.positions[:, front:].transpose(1, 2).unflatten(2, self.native_grid)
-        # In float32: half precision has no cubic kernel on every device, and this runs once a
+        # In float32: half precision has no cubic kernel on every device, and this runs once per
         # batch.
         table = F.interpolate(
             table.float(), size=cells, mode=self.interpolation, align_corners=False

@@ -1,5 +1,6 @@
-"""SigLIP vision tower (arXiv 2303.15343) and fixed-resolution SigLIP 2 (arXiv 2502.14786), which
-shares its layout.
+"""SigLIP vision tower (arXiv 2303.15343) and fixed-resolution SigLIP 2 (arXiv 2502.14786).
+
+Both have the same layout.
 """
 
 from __future__ import annotations

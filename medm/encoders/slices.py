@@ -57,8 +57,9 @@ class SlicesEncoder(VisionEncoder):
         architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
     ) -> Config:
-        """HU -1000..1000 in 0..1, 32 slices of the inner encoder's size, its channels, mean and
-        deviation.
+        """Return HU -1000..1000 to 0..1 and 32 slices of the inner encoder's size.
+
+        Channels, mean and standard deviation are those of the inner encoder.
 
         Args:
             published: preprocessing of the inner encoder, as its own `preprocess_from` gives it.
@@ -83,7 +84,7 @@ class SlicesEncoder(VisionEncoder):
         }
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        """One layer of the grid a slice."""
+        """One layer of the grid per slice."""
         if len(spatial) != 3:
             raise ValueError(
                 f"slices: expected an input of (slices, rows, columns), found {spatial}"

@@ -1,4 +1,4 @@
-"""Common ground of ViT towers that are transformers' own modules."""
+"""Base class of ViT towers that are modules of transformers."""
 
 from __future__ import annotations
 
@@ -57,8 +57,10 @@ def is_vlm(published: Mapping[str, object]) -> bool:
 
 
 class HFViTEncoder(VisionEncoder):
-    """A ViT whose blocks after the chosen layer are not built: they would cost time, memory and
-    idle parameters.
+    """ViT of transformers up to the chosen layer.
+
+    Later blocks are not built: they would cost time and memory, and their parameters would be
+    unused.
 
     Args:
         architecture: fields of the transformers vision config.

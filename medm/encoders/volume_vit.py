@@ -1,5 +1,6 @@
-"""ViTs over CT volumes: M3D-CLIP (arXiv 2404.00578) and MedM-CLIP (MedM-VL, arXiv 2504.04323).
-Vision towers alone.
+"""Vision towers of M3D-CLIP (arXiv 2404.00578) and MedM-CLIP (MedM-VL, arXiv 2504.04323).
+
+ViTs over CT volumes, without the text encoders.
 """
 
 from __future__ import annotations
@@ -74,15 +75,17 @@ class M3DCLIPEncoder(PlainViT):
         architecture: Mapping[str, object],
         image_size: int | Sequence[int] | None = None,
     ) -> Config:
-        """HU -1000..1000 to 0..1 as MedM-VL does; M3D's own 0..1 arrays say `convention: m3d` in
-        the recipe.
+        """Return HU -1000..1000 to 0..1, as in MedM-VL.
+
+        M3D's own arrays of 0..1 need `convention: m3d` in the recipe.
         """
         return {"convention": "medm-vl", "size": volume_size(image_size, architecture)}
 
 
 class MedMCLIPEncoder(PlainViT):
-    """The vision tower of MedM-CLIP: post-norm blocks with ReLU, layer norms around the patch
-    layer.
+    """Vision tower of MedM-CLIP.
+
+    Post-norm blocks with ReLU, layer norms around the patch layer.
     """
 
     axes: ClassVar[int] = 3
@@ -120,8 +123,9 @@ class MedMCLIPEncoder(PlainViT):
         super().__init__(architecture=architecture, layer=layer, tokens=tokens)
 
     def embedding(self, channels: int) -> nn.Module:
-        """Layer norm, linear, layer norm on the voxels of a patch: rows, columns, slices, then
-        channels.
+        """Layer norm, linear layer, layer norm on the voxels of a patch.
+
+        Voxels are in the order rows, columns, slices, then channels.
         """
         depth, height, width = self.patch_size
         voxels = prod(self.patch_size) * channels
@@ -164,8 +168,9 @@ class MedMCLIPEncoder(PlainViT):
 def volume_size(
     image_size: int | Sequence[int] | None, architecture: Mapping[str, object]
 ) -> list[int]:
-    """Slices, rows and columns of the input; a single number is rows and columns of the published
-    slices.
+    """Return slices, rows and columns of the input.
+
+    A single number gives rows and columns; the number of slices is the published one.
     """
     native = wholes({**PUBLISHED_SIZES, **architecture}, "image_size")
     if image_size is None:

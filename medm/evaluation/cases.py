@@ -1,5 +1,6 @@
-"""Which items a report shows, and their thumbnails. Looking at the worst ones is how wrong
-references are found.
+"""Choice of the items that a report shows, and their thumbnails.
+
+A look at the worst items finds wrong references.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from medm.types import JsonObject, Sample
 logger = logging.getLogger(__name__)
 
 _MEASURED_ALONE = 400
-"""Where no metric is a mean over items, so many items are scored one by one to find the worst."""
+"""Most items scored one by one to find the worst, where no metric is a mean over items."""
 
 _SHOWN: dict[str, Preprocess] = {
     "image": ImagePreprocess(fit="pad"),
     "volume": VolumePreprocess(scale="minmax"),
 }
-"""How a file is shown where no model says how it sees it."""
+"""Preprocessing of a file where no model defines it."""
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class Case:
     images: list[str] = field(default_factory=list)
     """Files relative to the report."""
     problem: str | None = None
-    """Why there is no image."""
+    """Reason for a missing image."""
 
 
 def choose_cases(
@@ -54,7 +55,7 @@ def choose_cases(
     count: int,
     seed: int,
 ) -> tuple[list[Case], list[Case]]:
-    """The worst items and random ones.
+    """Return the worst items and random ones.
 
     Args:
         scores: of all records.
@@ -92,8 +93,9 @@ def choose_cases(
 def item_scores(
     scores: Scores, records: Sequence[JsonObject], single: Task, draw: random.Random
 ) -> tuple[str | None, dict[int, float]]:
-    """Name of a metric and its value for items; for a random part of them where each has to be
-    scored alone.
+    """Return the name of a metric and its value by position of the item.
+
+    Where no metric has values by item, a random part of the items is scored one by one.
     """
     for result in scores.results:
         if result.per_item is not None and len(result.per_item) == len(records):
@@ -116,14 +118,15 @@ def render_thumbnails(
     *,
     shown: Mapping[str, Preprocess] | None = None,
 ) -> None:
-    """A PNG for each image and volume of the cases, in `folder/cases`; a file that cannot be shown
-    says why.
+    """Write a PNG for each image and volume of the cases to `folder/cases`.
+
+    A case whose file cannot be rendered gets the reason as its `problem`.
 
     Args:
         cases: the items.
         root: folder that media paths are relative to.
         folder: of the report.
-        shown: preprocessing by view, as the model sees a file; a usual one without it.
+        shown: preprocessing by view, as the model sees a file; a default one without it.
     """
     from medm.imaging.preview import save_contact_sheet
 

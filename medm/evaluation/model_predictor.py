@@ -67,7 +67,7 @@ class SavedModelPredictor(Predictor):
             )
         pick_device(self.options.device)
 
-    def facts(self) -> JsonObject:
+    def metadata(self) -> JsonObject:
         return {
             "model": self.source,
             "model_fingerprint": model_fingerprint(Path(self.source)),
@@ -75,8 +75,7 @@ class SavedModelPredictor(Predictor):
         }
 
     def preprocess(self) -> Mapping[str, Preprocess]:
-        preprocess: dict[str, Preprocess] = load_processor(self.source).preprocess
-        return preprocess
+        return load_processor(self.source).preprocess
 
 
 class GenerationPredictor(SavedModelPredictor):
@@ -101,5 +100,5 @@ class GenerationPredictor(SavedModelPredictor):
             return {}
         return read_predictions(output, items.samples, limit=items.limit)
 
-    def facts(self) -> JsonObject:
-        return {**super().facts(), "generation": self.options.generation.model_dump()}
+    def metadata(self) -> JsonObject:
+        return {**super().metadata(), "generation": self.options.generation.model_dump()}

@@ -1,4 +1,4 @@
-"""What a person may set for evaluation. Torch-free."""
+"""Options of an evaluation. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EvalTaskOptions(Options):
     data: str
     """Folder with the benchmark's files as they are distributed."""
     split: str | None = None
-    """Split to score; the one that the benchmark is scored on without it."""
+    """Split to score. Default: the split that the benchmark is scored on."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N items. The scores are then not those of the benchmark."""
     predictions: str | None = None
@@ -35,28 +35,28 @@ class EvalOptions(InferenceOptions):
     """Scores of a model, or of files of predictions, on benchmarks."""
 
     tasks: list[EvalTaskOptions] = Field(min_length=1)
-    """What is scored."""
+    """Benchmarks to score."""
     model: str | None = None
     """Model folder that medm saved; needed where a task has no `predictions`."""
     output_dir: str = "work_dirs/eval"
     """Folder for questions, predictions, results and reports, one folder a task in it."""
     cases: int = Field(default=8, ge=0)
-    """How many of the worst and of random items the report shows, with their images."""
+    """Number of the worst and of random items that the report shows, with their images."""
     seed: int = Field(default=0, ge=0)
-    """Of the choice of random items."""
+    """Seed of the choice of random items."""
 
     @model_validator(mode="after")
-    def _someone_answers(self) -> EvalOptions:
-        silent = [block.task.name for block in self.tasks if block.predictions is None]
-        if self.model is None and silent:
+    def _require_model_or_predictions(self) -> EvalOptions:
+        unanswered = [block.task.name for block in self.tasks if block.predictions is None]
+        if self.model is None and unanswered:
             raise ValueError(
-                f"model: needed to answer {', '.join(silent)}; give a model, or predictions for "
-                "each task"
+                f"model: needed to answer {', '.join(unanswered)}; give a model, or "
+                "predictions for each task"
             )
         names = [block.task.label for block in self.tasks]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"tasks: {', '.join(twice)} stands twice, and both would be written to one folder"
+                f"tasks: {', '.join(twice)} occurs twice, and both would be written to one folder"
             )
         return self

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from medm.inference.batch import Progress
 
 _TEXT_FIELDS = ("reply", "prediction", "response", "output", "generated", "text", "answer")
-"""Where programs put an answer, the surest first: `answer` is often the reference."""
+"""Fields in which programs write an answer, the most reliable first.
+
+`answer` comes last: it is often the reference."""
 _ID_FIELDS = ("id", "question_id", "qid")
 _MEASURED_MASK = "dice"
-"""Number that stands for a mask which the other program has measured."""
+"""Number in place of a mask that the other program has measured."""
 
 
 class PredictionsFile(Predictor):
@@ -51,9 +53,9 @@ class PredictionsFile(Predictor):
 
 
 def fields_given(path: Path) -> frozenset[PredictionField]:
-    """Return what the predictions of a file hold, each field where one of them has it.
+    """Return the fields that at least one prediction of a file has.
 
-    A file without any prediction, of errors alone, denies nothing: its items are scored as not
+    A file of errors alone, without any prediction, has all fields: its items are scored as not
     answered.
 
     Raises:
@@ -89,15 +91,15 @@ def _fields(prediction: Prediction) -> set[PredictionField]:
 def read_predictions(
     path: Path, samples: Sequence[Sample], *, limit: int | None = None
 ) -> dict[str, Prediction]:
-    """Answers by item id.
+    """Return answers by item id.
 
-    Lines of `medm infer`, objects with an id and a text, MedM-VL's records with the reply as last
-    turn, an object of id to text, or a bare list of texts in the order of the items.
+    The file holds lines of `medm infer`, objects with an id and a text, MedM-VL's records with the
+    reply as last turn, an object of id to text, or a bare list of texts in the order of the items.
 
     Args:
         path: the file.
         samples: every item of the split.
-        limit: only so many of them are scored; answers without ids may be to these alone.
+        limit: only this many of them are scored; answers without ids may be to these alone.
 
     Raises:
         DataError: none of these forms, an id twice, or a list of another length than the items.
@@ -119,7 +121,7 @@ def read_predictions(
 
 
 def _mapping(path: Path, samples: Sequence[Sample]) -> dict[str, str] | None:
-    """The file as one object of id to text; None where it is something else."""
+    """Return the file as one object of id to text, or None for another form."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -130,7 +132,7 @@ def _mapping(path: Path, samples: Sequence[Sample]) -> dict[str, str] | None:
         value = parse_json(content)
     except DataError as error:
         raise error.at(file=path) from None
-    if not all(isinstance(text, str) for text in value.values()):
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         return None
     ids = {sample.id for sample in samples}
     if any(key in value and key not in ids for key in (*_TEXT_FIELDS, "error", "mask")):
@@ -149,8 +151,8 @@ def _identifier(
     by_place = isinstance(item, dict) and "index" in item
     if not by_place and not complete:
         raise DataError(
-            f"{count} answers without ids for {len(samples)} items: which belongs to which is not "
-            "known"
+            f"{count} answers without ids for {len(samples)} items: their items are not "
+            "known; give each answer an id"
         )
     if not isinstance(position, int) or not 0 <= position < len(samples):
         raise DataError(f"an answer to item {position!r} of {len(samples)}")
@@ -185,7 +187,7 @@ def _prediction(item: object) -> Prediction:
 
 
 def _scores(value: object) -> Mapping[str, float] | Sequence[float] | None:
-    """Numbers of classes; None where there are none, or a single one."""
+    """Return the scores of classes; None for no score or a single number."""
     if value is None or _is_number(value):
         return None
     items = list(value.values()) if isinstance(value, dict) else value
@@ -219,7 +221,10 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[JsonObject]:
-    """Scoring records in the order of the items; see `medm.tasks.base.join_predictions`."""
+    """Return scoring records in the order of the items.
+
+    See `medm.tasks.base.join_predictions`.
+    """
     records = join_predictions(
         samples, {name: prediction.text for name, prediction in predictions.items()}
     )
@@ -229,7 +234,7 @@ def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> li
             continue
         if found.error is not None:
             record[FAILED] = found.error
-            continue  # numbers beside an error are none of an answer
+            continue  # numbers beside an error do not belong to an answer
         for key, value in found.numbers.items():
             record.setdefault(key, value)
         if found.scores is not None:

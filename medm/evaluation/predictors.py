@@ -1,9 +1,9 @@
-"""Sources of predictions: what answers the items of a benchmark. Torch-free.
+"""Sources of predictions for the items of a benchmark. Torch-free.
 
-A `Predictor` says what it gives, a `Task` what it needs, and the two are compared before a
-benchmark is read and before a weight is loaded. A file of another program's predictions is one
-source (`medm.evaluation.prediction_files`), a saved model another: the kind of model names the line
-of the table below that opens its folders (`ModelKind.predictor`).
+A `Predictor` names the fields that it gives, a `Task` the fields that it needs, and the two are
+compared before a benchmark is read and before a weight is loaded. A file of another program's
+predictions is one source (`medm.evaluation.prediction_files`), a saved model another: the kind of
+model names the line of the table below that opens its folders (`ModelKind.predictor`).
 
 The contract lives here and not in `medm.inference`, which knows no benchmarks.
 """
@@ -31,18 +31,18 @@ Predictions: TypeAlias = Mapping[str, Prediction]
 
 FIELDS: tuple[PredictionField, ...] = get_args(PredictionField)
 
-_WAYS: dict[PredictionField, str] = {
+_FILE_FORMATS: dict[PredictionField, str] = {
     "text": 'objects with an "id" and a "text"',
     "masks": 'a JSONL with a line {"id": ..., "mask": "file.npy"} an item',
     "scores": 'lines with "scores": a number, or one for each class',
     "embeddings": 'lines with "embedding": a vector, and "text_embeddings": one for each caption',
 }
-"""How a file of predictions gives each field."""
+"""Form of each field in a file of predictions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """The items of one benchmark that are to be predicted."""
+    """The items of one benchmark, to be predicted."""
 
     task: str
     """Name of the benchmark."""
@@ -53,7 +53,7 @@ class Items:
     root: Path
     """Folder of the benchmark, which media paths are relative to."""
     folder: Path
-    """Folder for what is written."""
+    """Output folder."""
     needs: frozenset[PredictionField] = frozenset({"text"})
     """What the benchmark scores."""
     class_texts: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
@@ -87,10 +87,10 @@ class Predictor(ABC):
     @property
     @abstractmethod
     def gives(self) -> frozenset[PredictionField]:
-        """What its predictions hold, known without weights."""
+        """Fields that its predictions hold, known without weights."""
 
     def check(self, items: Items) -> None:  # noqa: B027 (a source without demands needs none)
-        """Refuse what would stop the run later.
+        """Refuse items and settings that would stop the run later.
 
         Raises:
             DataError: a file of the items is missing.
@@ -108,8 +108,8 @@ class Predictor(ABC):
         Every rank of a launch calls it; what ranks other than 0 return is not used.
         """
 
-    def facts(self) -> JsonObject:
-        """Return what the predictions depend on, JSON-able, for the report."""
+    def metadata(self) -> JsonObject:
+        """Return all that the predictions depend on, JSON-able, for the report."""
         return {self.what: self.source}
 
     def preprocess(self) -> Mapping[str, Preprocess]:
@@ -135,14 +135,15 @@ def require_match(task: str, needs: frozenset[PredictionField], predictor: Predi
     """Refuse a source whose predictions lack what a task scores.
 
     Raises:
-        RecipeError: with what is needed, what is given, and how a file gives it.
+        RecipeError: names the fields that are needed and given, and their form in a file.
     """
     lacking = [name for name in FIELDS if name in needs - predictor.gives]
     if lacking:
-        ways = "; ".join(_WAYS[name] for name in lacking if name in _WAYS)
+        formats = "; ".join(_FILE_FORMATS[name] for name in lacking if name in _FILE_FORMATS)
         raise RecipeError(
             f"{task}: needs {_listed(needs)}; {predictor.what} {predictor.source} gives "
-            f"{_listed(predictor.gives)}" + (f". Give --predictions with {ways}" if ways else "")
+            f"{_listed(predictor.gives)}"
+            + (f". Give --predictions with {formats}" if formats else "")
         )
 
 

@@ -1,5 +1,6 @@
-"""Scores as pages: Markdown to read anywhere, HTML with images and without any script or outside
-file.
+"""Reports of scores in Markdown and in HTML.
+
+The HTML page shows images, and needs no script and no file from outside the report.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 
 
 def write_reports(report: TaskReport) -> None:
-    """`report.md` and `report.html` beside the results."""
+    """Write `report.md` and `report.html` beside the results."""
     atomic_write_text(report.folder / "report.md", markdown(report))
     atomic_write_text(report.folder / "report.html", page(report))
 
 
 def number(value: float | None) -> str:
-    """Three decimals; a dash where it is undefined."""
+    """Return a number with three decimals; a dash for an undefined one."""
     return "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def interval(low: float, high: float) -> str:
-    """`0.412 to 0.533`."""
+    """Return an interval as `0.412 to 0.533`; a dash for an undefined one."""
     return "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
 
 
 def results_table(results: Iterable[MetricResult]) -> Table:
-    """One metric a row."""
+    """Return the table of results, one metric a row."""
     rows: list[Sequence[str]] = [
         (r.name, number(r.value), interval(r.low, r.high), _items(r), r.signature) for r in results
     ]
@@ -58,16 +59,15 @@ def results_table(results: Iterable[MetricResult]) -> Table:
 
 
 def _items(result: MetricResult) -> str:
-    """`120`, or `120 in 14` groups where groups were drawn."""
+    """Return `120`, or `120 in 14` where 14 groups were resampled."""
     return str(result.n) if result.clusters is None else f"{result.n} in {result.clusters.count}"
 
 
 def group_table(name: str, groups: dict[str, list[MetricResult]]) -> Table:
-    """One value of a field a row, one metric a column, each with its interval and the items behind
-    it.
+    """Return the table of a field: one value of it a row, one metric a column.
 
-    Metrics that only some rows have leave gaps. The column `n` is the row's items; a metric may
-    score fewer.
+    A cell holds the metric, its interval and its number of items. It is empty where a row lacks the
+    metric. The column `n` is the row's items; a metric may score fewer.
     """
     columns = list(dict.fromkeys(result.name for results in groups.values() for result in results))
     rows: list[Sequence[str]] = []
@@ -79,12 +79,12 @@ def group_table(name: str, groups: dict[str, list[MetricResult]]) -> Table:
 
 
 def _with_interval(result: MetricResult) -> str:
-    """`0.500 (0.412 to 0.533, n 12)`."""
+    """Return `0.500 (0.412 to 0.533, n 12)`."""
     return f"{number(result.value)} ({interval(result.low, result.high)}, n {_items(result)})"
 
 
 def comparison_table(comparisons: Iterable[Comparison]) -> Table:
-    """One metric a row."""
+    """Return the table of comparisons, one metric a row."""
     rows: list[Sequence[str]] = [
         (
             c.name,
@@ -102,7 +102,7 @@ def comparison_table(comparisons: Iterable[Comparison]) -> Table:
 
 
 def tables(report: TaskReport) -> list[tuple[str, str, Table]]:
-    """Every table of a report: title, a sentence, and the table."""
+    """Return the title, a sentence and the table of each section of a report."""
     sections = [("Scores", "", results_table(report.scores.results))]
     if report.scores.original:
         sentence = (
@@ -117,12 +117,13 @@ def tables(report: TaskReport) -> list[tuple[str, str, Table]]:
     return sections
 
 
-def facts(report: TaskReport) -> list[str]:
-    """What the numbers depend on, a line each."""
-    known = {
-        key: value for key, value in report.facts.items() if value is not None and key != "options"
-    }
-    return [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in known.items()]
+def metadata_lines(report: TaskReport) -> list[str]:
+    """Return the metadata of a report, one entry a line, without the options of the task."""
+    return [
+        f"{key.replace('_', ' ')}: {_plain(value)}"
+        for key, value in report.metadata.items()
+        if value is not None and key != "options"
+    ]
 
 
 def _plain(value: object) -> str:
@@ -134,9 +135,9 @@ def _plain(value: object) -> str:
 
 
 def markdown(report: TaskReport) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     lines = [f"# {report.task}", "", f"{report.summary}. {report.n} items.", "", NOT_CLINICAL, ""]
-    lines += [f"- {_md(fact)}" for fact in [*report.scores.notes, *facts(report)]]
+    lines += [f"- {_md(line)}" for line in [*report.scores.notes, *metadata_lines(report)]]
     for title, sentence, table in tables(report):
         lines += [
             "",
@@ -152,19 +153,19 @@ def markdown(report: TaskReport) -> str:
             lines += [f"![{_md(case.id)}]({image})" for image in case.images] + [""] * bool(
                 case.images
             )
-            lines += [f"- {label}: {_md(text)}" for label, text in _said(case)] + [""]
+            lines += [f"- {label}: {_md(text)}" for label, text in _texts(case)] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def page(report: TaskReport) -> str:
-    """The report as one HTML page."""
+    """Return the report as one HTML page."""
     out = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_esc(report.task)}</title>',
         f"<style>{_STYLE}</style><h1>{_esc(report.task)}</h1>",
         f"<p>{_esc(report.summary)}. {report.n} "
         f"items.</p><p><strong>{NOT_CLINICAL}</strong></p><ul>",
         *[f"<li>{_esc(note)}</li>" for note in report.scores.notes],
-        *[f'<li class="s">{_esc(fact)}</li>' for fact in facts(report)],
+        *[f'<li class="s">{_esc(line)}</li>' for line in metadata_lines(report)],
         "</ul>",
     ]
     for title, sentence, table in tables(report):
@@ -180,7 +181,7 @@ def page(report: TaskReport) -> str:
 
 
 def write_summary(folder: Path, reports: Sequence[TaskReport]) -> None:
-    """`summary.md`: the headline of every task, and the notes on its numbers."""
+    """Write `summary.md`: the first metric of every task, and the notes on its numbers."""
     rows: list[Sequence[str]] = []
     for report in reports:
         head = report.scores.results[0] if report.scores.results else None
@@ -213,7 +214,7 @@ def _scored(case: Case) -> str:
     return "" if case.score is None else f" ({case.metric} {number(case.score)})"
 
 
-def _said(case: Case) -> list[tuple[str, str]]:
+def _texts(case: Case) -> list[tuple[str, str]]:
     lines = [
         ("question", case.question),
         ("reference", case.answer),
@@ -224,9 +225,9 @@ def _said(case: Case) -> list[tuple[str, str]]:
 
 def _html_case(case: Case) -> str:
     images = "".join(f'<img src="{_esc(image)}" alt="">' for image in case.images)
-    said = "".join(f"<dt>{_esc(label)}</dt><dd>{_esc(text)}</dd>" for label, text in _said(case))
+    texts = "".join(f"<dt>{_esc(label)}</dt><dd>{_esc(text)}</dd>" for label, text in _texts(case))
     title = f"{_esc(case.id)}<small>{_esc(_scored(case))}</small>"
-    return f'<div class="c"><div>{images}</div><div><h3>{title}</h3><dl>{said}</dl></div></div>'
+    return f'<div class="c"><div>{images}</div><div><h3>{title}</h3><dl>{texts}</dl></div></div>'
 
 
 def _html_table(table: Table) -> str:
@@ -252,7 +253,7 @@ def _markdown_table(table: Table, *, escape: Callable[[str], str] | None = None)
 
 
 def _md(text: str) -> str:
-    """Text in one line of Markdown, with what would be markup escaped."""
+    """Return text as one line of Markdown, with the characters of markup escaped."""
     flat = " ".join(str(text).split())
     for mark in ("\\", "|", "<", "*", "_", "`", "["):
         flat = flat.replace(mark, "\\" + mark)

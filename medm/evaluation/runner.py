@@ -49,15 +49,15 @@ class _Run:
 
 
 def evaluate(options: EvalOptions, *, progress: Progress | None = None) -> list[TaskReport] | None:
-    """Predict and score the items of every task, and write its files into a folder below
-    `output_dir`.
+    """Predict and score the items of every task, and write its files below `output_dir`.
 
-    These are `questions.jsonl`, `predictions.jsonl` (from which a run that was stopped resumes),
-    `results.json`, `report.md` and `report.html`; a summary of all tasks is in `output_dir` itself.
+    The files of a task are `questions.jsonl`, `predictions.jsonl` (from which a stopped run
+    resumes), `results.json`, `report.md` and `report.html`; a summary of all tasks is in
+    `output_dir` itself.
 
     Args:
         options: of the run.
-        progress: told how far the inference of a task is.
+        progress: called with the progress of the inference of a task.
 
     Returns:
         One report a task; None on ranks of a launch other than rank 0.
@@ -106,7 +106,11 @@ def predictor_of(options: EvalOptions, block: EvalTaskOptions) -> Predictor:
 def _sources(
     options: EvalOptions, block: EvalTaskOptions
 ) -> tuple[EvalTaskOptions, Task, Predictor, Predictor | None]:
-    """A task and where its predictions come from; refused where they lack what the task scores."""
+    """Return a task and the sources of its predictions.
+
+    Raises:
+        RecipeError: a source lacks a field that the task scores.
+    """
     task = build_task(block)
     predictor = predictor_of(options, block)
     against = None
@@ -141,19 +145,19 @@ def _open(
 def check_items(
     task: Task, predictor: Predictor, against: Predictor | None, items: Items, *, trial: bool
 ) -> None:
-    """Refuse, before anything is predicted, what would stop the scoring afterwards.
+    """Refuse, before anything is predicted, items that cannot be scored afterwards.
 
     Args:
         task: the task.
-        predictor: where its predictions come from.
+        predictor: the source of its predictions.
         against: predictions to compare with.
         items: the task's items.
-        trial: also score the predictions that exist, and empty ones in place of the others.
+        trial: also score the predictions that exist, with empty ones for the rest.
 
     Raises:
         DataError: two items have one id, an image is missing, a reference cannot be scored, a field
             is missing, or predictions cannot be read or belong to other items.
-        DeviceError: the device is not there, or a metric needs a package or a file that is not.
+        DeviceError: the device is not there, or a package or a file that a metric needs is missing.
     """
     counts = Counter(sample.id for sample in items.samples)
     twice = [name for name, count in counts.items() if count > 1]
@@ -208,7 +212,7 @@ def samples_of(task: Task, block: EvalTaskOptions, *, limit: int | None = None) 
 
 
 def _records(task: Task, items: Items, predictions: Predictions) -> tuple[list[JsonObject], int]:
-    """The items that are scored, each with its prediction, and how many of them have one."""
+    """Return the scored items with their predictions, and the number of those that have one."""
     records = join(items.samples, predictions)[: items.limit]
     replied = {name for name, prediction in predictions.items() if prediction.error is None}
     answered = sum(str(record["id"]) in replied for record in records)
@@ -227,7 +231,7 @@ def _score(options: EvalOptions, run: _Run, predictions: Predictions) -> TaskRep
         task=block.task.label,
         summary=entry.summary,
         folder=items.folder,
-        facts=_facts(block, task) | run.predictor.facts(),
+        metadata=_metadata(block, task) | run.predictor.metadata(),
         n=len(records),
         answered=answered,
         scores=task.score(records),
@@ -258,7 +262,7 @@ def _score(options: EvalOptions, run: _Run, predictions: Predictions) -> TaskRep
 
 
 def defined(value: object) -> object:
-    """Plain values with null in place of NaN, which is not JSON."""
+    """Return plain values with null in place of NaN, which is not JSON."""
     if isinstance(value, dict):
         return {key: defined(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -266,8 +270,8 @@ def defined(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _facts(block: EvalTaskOptions, task: Task) -> JsonObject:
-    """What the numbers depend on, whatever the predictions come from."""
+def _metadata(block: EvalTaskOptions, task: Task) -> JsonObject:
+    """Return the metadata that does not depend on the source of the predictions."""
     return {
         "options": block.task.model_dump(mode="json"),
         "data": block.data,
@@ -278,7 +282,7 @@ def _facts(block: EvalTaskOptions, task: Task) -> JsonObject:
 
 
 def _compare(task: Task, other: Sequence[JsonObject], scores: Scores) -> list[Comparison]:
-    """Every metric of this run against the same metric of the other one, item by item."""
+    """Compare every metric of this run with the same metric of the other one, item by item."""
     by_name = {result.name: result for result in task.score(other).results}
     return [
         compare(result, by_name[result.name], task.resampling)
@@ -290,10 +294,10 @@ def _compare(task: Task, other: Sequence[JsonObject], scores: Scores) -> list[Co
 
 
 def predictions_of(block: EvalTaskOptions) -> Path:
-    """The file of predictions that `against` names, by itself or by its folder.
+    """Return the file of predictions that `against` names, by itself or by its folder.
 
     Raises:
-        DataError: there is none.
+        DataError: no such file.
     """
     assert block.against is not None
     against = Path(block.against)

@@ -1,4 +1,4 @@
-"""The scores of one task, with what they depend on."""
+"""The scores of one task, with the metadata that they depend on."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from medm.types import JsonObject
 
 @dataclass(slots=True)
 class TaskReport:
-    """What scoring one task gave."""
+    """Result of scoring one task."""
 
     task: str
     summary: str
-    """The registry's line on it."""
+    """Its one-line description in the registry."""
     folder: Path
-    """Where its files are."""
-    facts: JsonObject
-    """What the numbers depend on: data, split, model, generation, versions."""
+    """Folder of its files."""
+    metadata: JsonObject
+    """Data, split, model, generation options and versions: all that the numbers depend on."""
     n: int
     answered: int
-    """Items that a reply came for, an empty one included; the others have an error, or no line."""
+    """Items with a reply, an empty one included; the others have an error, or no line."""
     scores: Scores
     comparisons: list[Comparison] = field(default_factory=list)
     against: str | None = None
@@ -33,10 +33,10 @@ class TaskReport:
     random: list[Case] = field(default_factory=list)
 
     def as_json(self) -> JsonObject:
-        """Everything but the cases, which hold texts and images."""
+        """Return everything but the cases, which hold texts and images."""
         return {
             "task": self.task,
-            **self.facts,
+            **self.metadata,
             "n": self.n,
             "answered": self.answered,
             "scores": [result.as_dict() for result in self.scores.results],

@@ -1,3 +1,4 @@
-"""Heads: mask decoders, classification, projection. They know no data set and no loss. None is
-registered yet.
+"""Heads: mask decoders, classification, projection.
+
+They depend on no data set and no loss. None is registered yet.
 """

@@ -52,7 +52,7 @@ def prepare(source: object, preprocess: Preprocess, *, device: str = "cpu") -> P
         source: a path; for an image also a stream, an image of Pillow or an array (H, W) or (H, W,
             3), for a volume an array (D, H, W); see `medm.imaging.sources`. Arrays are taken as a
             .npy file of them would be.
-        preprocess: what is done to it.
+        preprocess: the preprocessing.
         device: where a volume is computed.
 
     Raises:
@@ -83,7 +83,7 @@ def load_pixels(source: object, preprocess: Preprocess, *, device: str = "cpu") 
 
 
 def preprocess_from_dict(value: Mapping[str, Any]) -> Preprocess:
-    """The description that `kind` names, from a checkpoint or a recipe. Raises `RecipeError`."""
+    """Return the preprocessing of a checkpoint or recipe, by `kind`. Raises `RecipeError`."""
     kind = value.get("kind")
     if kind not in _KINDS:
         raise RecipeError(f"preprocess: unknown kind {kind!r}{suggest(str(kind), _KINDS)}")
@@ -91,6 +91,6 @@ def preprocess_from_dict(value: Mapping[str, Any]) -> Preprocess:
 
 
 def fingerprint(preprocess: Preprocess) -> str:
-    """A stable short name of a description: equal descriptions and only they have the same one."""
+    """Return a stable short name of a description, equal for equal descriptions only."""
     text = json.dumps({"version": _VERSION, **preprocess.model_dump(mode="json")}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Untrusted NumPy files, checked by their header before memory is allocated; no object is built."""
+"""Reading of untrusted NumPy files: headers are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def _read_header(
     length: int | None,
     exact: bool,
 ) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether the first axis is fastest, and type; all believable."""
+    """Shape, whether the first axis is fastest, and type; all plausible."""
     counted = _Counted(stream)
-    header = cast(IO[bytes], counted)  # all that is asked of it is `read`
+    header = cast(IO[bytes], counted)  # only `read` is used
     try:
         version = npy.read_magic(header)
         if version not in _HEADERS:
@@ -139,7 +139,7 @@ def _read_header(
 
 
 def read_npz(path: Path, name: str, *, max_items: int, max_bytes: int) -> np.ndarray:
-    """The one array of an archive that numpy.savez or numpy.savez_compressed wrote.
+    """Return the one array of an archive that numpy.savez or numpy.savez_compressed wrote.
 
     Raises:
         MediaError: several members, or as `read_npz_member`.
@@ -243,13 +243,13 @@ def _wrong_length(
 
 
 def _text(shape: tuple[int, ...]) -> str:
-    """A shape for a message: it may have thousands of digits."""
+    """Return a shape for a message, shortened: it may have thousands of digits."""
     text = str(shape)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def compact(array: np.ndarray) -> np.ndarray:
-    """Numbers as int16 where that holds every one of them, as float32 otherwise."""
+    """Numbers as int16 if it can represent all of them, as float32 otherwise."""
     if array.dtype.kind == "b" or (array.dtype.kind in "iu" and array.dtype.itemsize < 2):
         return array.astype(np.int16)
     whole = array.dtype.kind in "iu" and array.size > 0

@@ -19,8 +19,8 @@ from medm.imaging.placement import Prepared
 def augment(options: Augment, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return a changed copy of (C, *spatial) float32; `pixels` itself where every option is off.
 
-    All channels get the same change. What comes in from outside is the smallest value of its
-    channel (air, black).
+    All channels get the same change. Voxels from outside get the smallest value of its channel
+    (air, black).
 
     Args:
         options: how far each change may go.
@@ -70,7 +70,7 @@ class _Motion:
 def _draw_motion(
     options: Augment, shape: tuple[int, ...], rng: np.random.Generator
 ) -> _Motion | None:
-    """The spatial change; None where none is asked for, which draws nothing."""
+    """Return the spatial change; None if no change is enabled; then nothing is drawn."""
     if not (options.rotate or options.scale or options.shift or options.mirror):
         return None
     sides = np.asarray(shape, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Files of which preprocessing leaves nothing: every voxel or pixel becomes one value.
+"""Detection of files that preprocessing makes constant: every voxel or pixel becomes one value.
 
 The model would be trained on, or asked about, an empty image. The one implementation for images and
 volumes, so that training, the data check, the preview, the caches and inference agree:
@@ -7,7 +7,7 @@ volumes, so that training, the data check, the preview, the caches and inference
   and its ranges;
 - a file that holds one value only, a single channel that becomes one value, and a file that lies
   almost wholly outside of its windows are used with a warning for each file: blank images and
-  narrow windows can be meant.
+  narrow windows can be intended.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Step:
     low: float
     high: float
     tolerance: float = _TOLERANCE
-    """Largest difference that counts as none; 0 for stored values, which have no scale yet."""
+    """Largest difference that counts as zero; 0 for stored values, which have no scale yet."""
 
     @classmethod
     def of(cls, name: str, values: np.ndarray | Tensor, *, tolerance: float = _TOLERANCE) -> Step:
-        """The range of an array or tensor."""
+        """Return the range of an array or tensor."""
         return cls(name, float(values.min()), float(values.max()), tolerance)
 
     @property
@@ -73,8 +73,7 @@ def check_prepared(
             padding.
         stored: the values of the file.
         name: the file, for messages.
-        windows: lower and upper stored values that become 0 and 1, one pair a channel; empty where
-            there are none.
+        windows: lower and upper stored values that become 0 and 1, one pair per channel, or empty.
         trace: the steps of a channel, from the stored values on; called only where something is
             wrong.
         unit: what one value is called.
@@ -110,7 +109,7 @@ def check_prepared(
 def warn_if_constant(
     stored: np.ndarray, name: str, *, unit: Literal["voxel", "pixel"] = "voxel"
 ) -> bool:
-    """Return true, with a warning, if the file itself holds one value: a blank can be meant."""
+    """Return true, with a warning, if the file itself holds one value: it may be blank."""
     first = stored[(0,) * min(stored.ndim, 3 if unit == "voxel" else 2)]
     if (stored != first).any():
         return False
@@ -147,7 +146,7 @@ def looks_constant(prepared: np.ndarray) -> bool:
 
 
 def _cause(steps: Sequence[Step]) -> str:
-    """The first step after which there is one value, with the range before it."""
+    """Return the first step after which there is one value, with the range before it."""
     for before, after in pairwise(steps):
         if after.is_constant:
             return f"{after.name} makes {after.low:g} of the values {before.low:g}..{before.high:g}"

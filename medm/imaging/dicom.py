@@ -81,7 +81,7 @@ NATIVE = {IMPLICIT, EXPLICIT, BIG_ENDIAN}
 _COMPRESSED = {
     # JPEG baseline and extended: 8 x 8 in some bits
     "1.2.840.10008.1.2.4.50": 300, "1.2.840.10008.1.2.4.51": 300,
-    "1.2.840.10008.1.2.4.57": 64, "1.2.840.10008.1.2.4.70": 64,  # JPEG lossless: a bit a pixel
+    "1.2.840.10008.1.2.4.57": 64, "1.2.840.10008.1.2.4.70": 64,  # JPEG lossless: one bit per pixel
     "1.2.840.10008.1.2.4.80": 10_000, "1.2.840.10008.1.2.4.81": 10_000,  # JPEG-LS
     "1.2.840.10008.1.2.4.90": 10_000, "1.2.840.10008.1.2.4.91": 10_000,  # JPEG 2000
     "1.2.840.10008.1.2.5": 64,  # run lengths: 128 pixels in two bytes
@@ -126,7 +126,7 @@ class Header:
     modality: str
     """A known modality, or "unknown": never free text."""
     series_uid: str
-    """For grouping only; it belongs to a patient and is never shown."""
+    """For grouping only; patient data, never shown."""
     series_number: int | None
     rows: int
     columns: int
@@ -178,7 +178,7 @@ class Header:
 
     @property
     def byte_order(self) -> str:
-        """Of the pixels, as NumPy writes it."""
+        """Byte order of the pixels, as NumPy writes it."""
         return ">" if self.syntax == BIG_ENDIAN else "<"
 
     @property
@@ -196,7 +196,7 @@ class Header:
 def is_dicom(path: Path) -> bool:
     """Return true if a regular file is DICOM by its first bytes, with a file header or not."""
     try:
-        if not path.is_file():  # opening a pipe would wait for ever
+        if not path.is_file():  # opening a pipe would wait forever
             return False
         with path.open("rb") as stream:
             return is_dicom_head(stream.read(HEAD))
@@ -477,7 +477,7 @@ def _check_pixels(header: Header, declared: int, available: int) -> None:
             f"{name}: DICOM HighBit {header.high_bit} and BitsStored {header.bits_stored} do not "
             f"fit together in {header.bits_allocated} bits"
         )
-    # The smallest native layouts of color: indices of a palette, and YBR_FULL_422, two bytes a
+    # The smallest native layouts of color: indices of a palette, and YBR_FULL_422, two bytes per
     # pixel.
     samples = 1 if header.samples == 1 or header.palette else 2
     needed = header.rows * header.columns * header.frames * samples * header.bits_allocated // 8
@@ -550,7 +550,7 @@ def _frame_rescale(
 def _modality_table(
     dataset: Dataset, name: str, *, signed: bool, order: str
 ) -> tuple[LookupTable | None, str]:
-    """The Modality LUT of a file and the unit of its output ("HU", "OD", "US")."""
+    """Return the Modality LUT of a file and the unit of its output ("HU", "OD", "US")."""
     items = _items(dataset, 0x00283000)
     if not items:
         return None, ""

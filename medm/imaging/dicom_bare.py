@@ -41,7 +41,7 @@ _LONG_VRS = {
 }
 """Value representations with a length of four bytes behind two that are reserved."""
 _MAX_FIRST = 1024
-"""Longest first element that is believed: a group length, a character set, a date or a UID."""
+"""Largest plausible first element: a group length, a character set, a date or a UID."""
 _MAX_META = 4096
 """Bytes at the start of a file in which its meta information is looked for."""
 _TRANSFER_SYNTAX = 0x00020010

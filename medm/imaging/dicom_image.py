@@ -16,7 +16,7 @@ from medm.imaging.dicom_pixels import read_pixels
 
 
 def read_image_header(file: Path, name: str) -> Header:
-    """The header of a file that holds one image.
+    """Return the header of a file that holds one image.
 
     Raises:
         MediaError: as `read_header`, or the file holds several frames or no image.

@@ -1,4 +1,4 @@
-"""The pixels behind a checked DICOM header.
+"""Decoding of the pixels of a DICOM file with a checked header.
 
 Uncompressed gray pixels, which most CT and MR are, are read directly; everything else is decoded by
 GDCM in another process.
@@ -142,7 +142,7 @@ def _element(tag: int, vr: bytes, value: str | bytes) -> bytes:
 
 
 def _stored(header: Header) -> np.ndarray:
-    """The stored numbers, without what may stand in unused bits."""
+    """Return the stored numbers, without what may stand in unused bits."""
     dtype = np.dtype(header.byte_order + ("u1" if header.bits_allocated == 8 else "u2"))
     shape = (header.frames, header.rows, header.columns)
     count = math.prod(shape)

@@ -1,4 +1,6 @@
-"""DICOM slices or frames to one volume: selected, sorted, checked for gaps, duplicates and tilt."""
+"""DICOM slices or frames to one volume: selection, sorting, checks for gaps, duplicates and
+tilt.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,7 @@ def _series(
 
 
 def _headers(folder: Path, name: str) -> tuple[list[Header], int]:
-    """The headers of all images in a folder, and the number of DICOM files without an image."""
+    """Return the headers of all images in a folder, and the number of other DICOM files."""
     headers: list[Header] = []
     without_image: list[Path] = []
     foreign: list[Path] = []
@@ -266,7 +268,7 @@ def _check_transforms(headers: list[Header], name: str) -> None:
 
 
 def arrange(planes: Sequence[Plane], name: str) -> tuple[list[int], Geometry]:
-    """The order of slices along their normal, and the geometry of the sorted stack.
+    """Return the order of slices along their normal, and the geometry of the sorted stack.
 
     Raises:
         MediaError: different orientations or pixel sizes, two slices at one place, gaps, uneven

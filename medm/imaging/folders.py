@@ -1,4 +1,4 @@
-"""Files of a folder that are not part of its volume, named and counted: no slice is lost."""
+"""Reports of the files of a folder that are not part of its volume: no slice is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of formats, and of TIFF and JPEG layouts, that are recognized but not read as images.
+"""Names of formats, and of TIFF and JPEG layouts, that are recognized but not supported.
 
 A message that says "WebP content under .jpg" is of more use than "unknown content". Nothing is
 decoded here.
@@ -119,7 +119,7 @@ def _describe_tiff(head: bytes, stream: BinaryIO) -> str:
 
 
 def _describe_jpeg(stream: BinaryIO) -> str:
-    """By the frame header: precision and process."""
+    """Describe a JPEG by its frame header: precision and process."""
     stream.seek(2)
     while len(mark := stream.read(4)) == 4 and mark[0] == 0xFF:
         code, length = struct.unpack(">xBH", mark)
@@ -127,7 +127,7 @@ def _describe_jpeg(stream: BinaryIO) -> str:
             bits = stream.read(1)
             process = {0xC3: "lossless ", 0xF7: "JPEG-LS "}.get(code, "")
             return (
-                f"a {process}JPEG of {bits[0] if bits else '?'} bits a sample; expected 8 bits, "
+                f"a {process}JPEG of {bits[0] if bits else '?'} bits per sample; expected 8 bits, "
                 "not lossless"
             )
         if code == 0xDA or length < 2:

@@ -20,7 +20,7 @@ MAX_VOXELS = 2**29
 MAX_BYTES = 2**31
 """Most bytes of voxels, as stored."""
 SPACING_RANGE = (0.01, 50.0)
-"""Millimeters between voxels that are believed."""
+"""Plausible range of millimeters between voxels."""
 
 _LETTERS = ("LR", "PA", "SI")
 """Growing and falling along x, y, z of the patient."""
@@ -39,7 +39,7 @@ class Geometry:
 
     @property
     def axes(self) -> str:
-        """One letter an array axis: the direction of the patient that is nearest to it ("SPL")."""
+        """One letter per array axis: the direction of the patient that is nearest to it ("SPL")."""
         return "".join(
             _LETTERS[axis][int(self.direction[axis, column] < 0)]
             for column, axis in enumerate(self.nearest_axes())
@@ -122,7 +122,7 @@ def join_numbers(values: Sequence[float] | np.ndarray) -> str:
 
 
 def geometry_from_steps(steps: np.ndarray, origin: np.ndarray, name: str) -> Geometry:
-    """The geometry of an array whose axes are (z, y, x) from the steps of x, y, z.
+    """Return the geometry of an array whose axes are (z, y, x) from the steps of x, y, z.
 
     Args:
         steps: (3, 3), column i is the step in mm (LPS) from one voxel to the next along x, y, z of

@@ -358,7 +358,7 @@ def _shallow(preprocess: ImagePreprocess, image: DecodedImage) -> Image.Image:
 
 
 def _windowed(preprocess: ImagePreprocess, image: DecodedImage) -> list[Image.Image]:
-    """One floating-point image a channel, 0..255; one for gray."""
+    """One floating-point image per channel, 0..255; one for gray."""
     if image.voi is not None and preprocess.window is None:
         values = image.voi.apply(image.pixels)
         range_text = str(image.voi)

@@ -1,4 +1,4 @@
-"""GDCM in a process of its own, so that damaged compressed DICOM cannot crash or hang training.
+"""GDCM in a separate process, so that damaged compressed DICOM cannot crash or hang training.
 
 GDCM's JPEG decoder writes out of bounds on damaged files, and its parser can be made to allocate
 without end. The child has a limit of memory, each request a limit of time; when it dies the request
@@ -22,7 +22,7 @@ from typing import IO, cast
 
 try:
     import resource
-except ImportError:  # not on every system; crashes are kept apart all the same
+except ImportError:  # not on every system; crashes are isolated even without it
     resource = None  # type: ignore[assignment]
 
 import numpy as np
@@ -47,7 +47,7 @@ _REPLY = struct.Struct("<?")
 
 
 class Decoder:
-    """One child, started when first asked and again after it died. Threads take turns.
+    """One child, started on the first request and again after it died. Threads take turns.
 
     Args:
         command: the program that answers requests; this module by default.
@@ -61,7 +61,7 @@ class Decoder:
         self._child: subprocess.Popen[bytes] | None = None
 
     def decode(self, path: Path, name: str, *, max_items: int) -> np.ndarray:
-        """The pixels of a DICOM file as SimpleITK gives them: (frames, rows, columns[, samples]).
+        """Return the pixels of a DICOM file from SimpleITK: (frames, rows, columns[, samples]).
 
         Args:
             path: the file; its header has been checked.
@@ -87,7 +87,7 @@ class Decoder:
                     "much time or memory"
                 ) from None
             except MediaError:
-                self._stop()  # what is left in the pipe belongs to this request
+                self._stop()  # remaining bytes in the pipe belong to this request
                 raise
             finally:
                 timer.cancel()
@@ -98,7 +98,7 @@ class Decoder:
         return pixels
 
     def forget(self) -> None:
-        """Start afresh in a forked process, which must not talk into the pipes of its parent."""
+        """Start anew in a forked process, which must not write to the pipes of its parent."""
         self._lock, self._child = threading.Lock(), None
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -187,7 +187,7 @@ def _limit(seconds: int, memory: int) -> None:
 
 
 DECODER = Decoder()
-"""The one of this process."""
+"""The decoder of this process."""
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=DECODER.forget)
 

@@ -23,7 +23,7 @@ _TOLERANCE = 0.1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelMap:
-    """Labels and where they lie."""
+    """Labels and their placement."""
 
     labels: np.ndarray
     """(H, W) or (D, H, W), whole numbers."""
@@ -122,7 +122,7 @@ def _single_channel(pixels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _whole_numbers(labels: np.ndarray, name: str) -> np.ndarray:
-    """Labels in the smallest unsigned type that holds them. Raises `MediaError` for others."""
+    """Return labels in the smallest unsigned type. Raises `MediaError` for other numbers."""
     low, high = labels.min(), labels.max()
     fractions = labels.dtype.kind == "f" and (labels != np.floor(labels)).any()
     if low < 0 or high >= 2**32 or fractions:

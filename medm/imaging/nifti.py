@@ -179,7 +179,7 @@ def write_nifti(path: Path, voxels: np.ndarray, geometry: Geometry | None) -> No
 
 
 def _read_header(stream: BinaryIO, name: str) -> tuple[_Header, bool]:
-    """The header, and whether the file is packed."""
+    """Return the header, and whether the file is packed."""
     packed = stream.read(2) == b"\x1f\x8b"
     stream.seek(0)
     return _parse(_first_bytes(stream, packed, name), name), packed
@@ -221,7 +221,7 @@ def _parse(data: bytes, name: str) -> _Header:
 
 
 def _check(header: _Header, name: str) -> tuple[tuple[int, int, int], np.dtype]:
-    """Shape (z, y, x) and type, once every number in the header is believable."""
+    """Shape (z, y, x) and type, after every number in the header is checked."""
     count = header.dim[0]
     if not 1 <= count <= 7:
         raise MediaError(f"{name}: declares {count} dimensions; expected 3")

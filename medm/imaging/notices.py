@@ -1,4 +1,4 @@
-"""Warnings about files: each given once, few of a kind logged, all of them returned to a check."""
+"""Warnings about files: each issued once, a few of each kind logged, all returned to a check."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MAX_NAMED = 20
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something unusual about a file that is used all the same."""
+    """Warning about a file that is used nevertheless."""
 
     kind: str
     """Subject of the warning, the same for all files: "constant", "scale" ..."""
     file: str
     message: str
-    """For people; names the file and the numbers."""
+    """Message for the user; names the file and the numbers."""
 
 
 _logged: set[str] = set()

@@ -64,7 +64,7 @@ _OTHER_KINDS = {
     "2d-masked-matrix",
     "3d-symmetric-matrix", "3d-masked-symmetric-matrix", "3d-matrix", "3d-masked-matrix",
 }  # fmt: skip
-"""Named in messages; any other text may be a patient's."""
+"""Fields that messages may quote; any other text may be patient data."""
 _PACKINGS: dict[str, Packing] = {"raw": "raw", "gzip": "gzip", "gz": "gzip"}
 
 
@@ -185,7 +185,7 @@ def _geometry(fields: Fields, name: str) -> Geometry | None:
 
 
 def _spacings(fields: Fields, name: str) -> list[float]:
-    """The field 'spacings' in mm."""
+    """Return the field 'spacings' in mm."""
     spacings = _numbers(fields["spacings"].split(), "spacings", name)
     if len(spacings) != 3:
         raise MediaError(

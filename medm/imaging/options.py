@@ -1,4 +1,4 @@
-"""Preprocessing as data: what is done to the pixels of one branch, saved in every checkpoint.
+"""Preprocessing as data: the description of one branch, saved in every checkpoint.
 
 The same object serves training, inference and serving. Torch-free; the work is done in
 `medm.imaging`.
@@ -19,9 +19,8 @@ from medm.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 
-# What the published models were trained or are published with, for folders without a
-# preprocessor_config.json and for other encoders on the same pixels. Not compared with the folders:
-# they are gated.
+# Published preprocessing, for folders without a preprocessor_config.json and for other encoders on
+# the same pixels. Not compared with the folders: they are gated.
 _IMAGE_CONVENTIONS: dict[str, dict[str, Any]] = {
     # google/medsiglip-448: its model card resizes without regard to the aspect, bilinear, to -1..1.
     "medsiglip-448": {
@@ -71,7 +70,7 @@ class ImagePreprocess(Options):
     channels: Literal[1, 3] = 3
     """1 keeps gray images gray; 3 repeats gray to red, green and blue."""
     mean: list[float] = [0.5, 0.5, 0.5]
-    """Subtracted from values in 0..1, one a channel."""
+    """Subtracted from values in 0..1, one per channel."""
     std: list[float] = [0.5, 0.5, 0.5]
     """Divides after the mean is subtracted."""
     window: list[float] | None = None
@@ -126,7 +125,7 @@ _VOLUME_CONVENTIONS: dict[str, dict[str, Any]] = {
         "interpolation": "area", "orientation": "SRA", "size": [160, 224, 224],
     },
     # Merlin's for abdominal CT (StanfordMIMI/Merlin, merlin/data/monai_transforms.py): RAS, 1.5 x
-    # 1.5 x 3 mm, HU -1000..1000, padded or cropped around the centre to 224 x 224 x 160. As with
+    # 1.5 x 3 mm, HU -1000..1000, padded or cropped around the center to 224 x 224 x 160. As with
     # Astra the slices stand in front.
     "merlin": {
         "scale": "hu", "windows": [[-1000.0, 1000.0]], "stretch": False, "crop_foreground": None,
@@ -153,10 +152,10 @@ class VolumePreprocess(Options):
     spacing: list[float] | None = Field(default=None, min_length=3, max_length=3)
     """Millimeters between voxels of the result along each axis; None ignores spacing."""
     orientation: str | None = "SPL"
-    """Direction in which the index grows along each axis of the result: one letter an axis, of R/L,
-    A/P and S/I. "SPL" are axial slices from feet to head as radiologists look at them (front up,
-    the patient's left on the right). "LPS" and "RAS" are arrays (x, y, z). None keeps the order of
-    the file. Arrays and slice stacks carry no direction and stay as they are."""
+    """Direction in which the index grows along each axis of the result: one letter per axis, of
+    R/L, A/P and S/I. "SPL" are axial slices from feet to head as radiologists look at them (front
+    up, the patient's left on the right). "LPS" and "RAS" are arrays (x, y, z). None keeps the order
+    of the file. Arrays and slice stacks carry no direction and stay as they are."""
     oblique: Literal["resample", "keep"] = "resample"
     """A grid that is turned against the patient by more than a degree: resampled to the axes of
     `orientation`, or kept with its axes only exchanged and flipped."""
@@ -165,22 +164,22 @@ class VolumePreprocess(Options):
     volume between its smallest and largest value. Never guessed; implausible values are reported
     with numbers."""
     windows: list[list[float]] | None = Field(default=None, min_length=1)
-    """Lower and upper values that become 0 and 1, one pair a channel, in the unit of `scale` (0..1
-    for "minmax"). Without it: -1000..1000 HU, or the whole of the declared scale. `window: [lower,
-    upper]` is a single pair."""
+    """Lower and upper values that become 0 and 1, one pair per channel, in the unit of `scale`
+    (0..1 for "minmax"). Without it: -1000..1000 HU, or the whole of the declared scale. `window:
+    [lower, upper]` is a single pair."""
     stretch: bool = False
     """Stretch each windowed channel again to exactly 0..1 (M3D and MedM-VL do)."""
     crop_foreground: float | None = Field(default=None, ge=0, lt=1)
     """Keep the smallest box that holds all voxels whose first channel is above this value in 0..1;
     None keeps all."""
     interpolation: Literal["trilinear", "nearest", "area"] = "trilinear"
-    """Resampling: "area" averages what falls together when a volume shrinks; "trilinear" is what
-    the published models use. To a `spacing`, whole voxels are averaged first and the rest is
-    linear."""
+    """Resampling: "area" averages the voxels that fall together when a volume shrinks; "trilinear"
+    is what the published models use. To a `spacing`, whole voxels are averaged first and the rest
+    is linear."""
     channels: Literal[1, 3] | None = None
     """3 repeats a single window for encoders made for color; None has one channel per window."""
     mean: list[float] = [0.0]
-    """Subtracted from values in 0..1: one, or one a channel."""
+    """Subtracted from values in 0..1: one, or one per channel."""
     std: list[float] = [1.0]
     """Divides after the mean is subtracted."""
     series: Literal["only", "largest"] = "only"
@@ -231,8 +230,9 @@ class VolumePreprocess(Options):
 
 
 class Augment(Options):
-    """Random changes of preprocessed pixels, 2-D and 3-D alike, drawn anew for each access. All off
-    by default.
+    """Random changes of preprocessed pixels, 2-D and 3-D, drawn anew for each access.
+
+    All are off by default.
 
     Rotation is in the plane of the last two axes. Left and right are kept unless `mirror` is asked
     for.
@@ -317,6 +317,6 @@ def _per_channel(mean: list[float], std: list[float], channels: int) -> None:
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise ValueError(
-                f"{name}: expected 1 or {channels} values (one a channel), found {len(values)}"
+                f"{name}: expected 1 or {channels} values (one per channel), found {len(values)}"
             )
     _positive(std, "std")

@@ -34,13 +34,13 @@ _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 
 class MissingFileError(MediaError):
-    """A record names a file that does not exist under its root."""
+    """Error for a record that names a file that does not exist under its root."""
 
 
 def split_series(path: Path) -> tuple[Path, str | None]:
     """Split "folder#3" into the folder and its DICOM series: a SeriesNumber or SeriesInstanceUID.
 
-    A path without a mark, and one that exists as it is written, comes back whole, with None.
+    A path without a mark, and one that exists as written, comes back whole, with None.
     """
     name, mark, series = path.name.rpartition("#")
     marked = bool(mark) and name not in ("", ".", "..") and 0 < len(series) <= _MAX_UID
@@ -50,9 +50,9 @@ def split_series(path: Path) -> tuple[Path, str | None]:
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
-    """The file or folder (a DICOM series) that a record names, proven to lie inside `root`.
+    """Return the file or DICOM folder that a record names, verified to lie inside `root`.
 
-    The name is taken as it is written where such a file exists. Otherwise backslashes are read as
+    The name is taken as written where such a file exists. Otherwise backslashes are read as
     separators, and each part in either Unicode normalization form (NFC, NFD), if exactly one of
     them exists. Capital letters are never exchanged: `a.png` and `A.png` may be two patients.
 
@@ -141,7 +141,7 @@ def _find(base: Path, relative: str) -> tuple[Path, str | None]:
 
 
 def _readings(relative: str) -> Iterator[tuple[str, ...]]:
-    """The parts of a path as this system reads it, then as Windows does."""
+    """Return the parts of a path as this system reads it, then as Windows does."""
     yield PurePosixPath(relative).parts
     windows = PureWindowsPath(relative)
     if "\\" in relative and not windows.anchor:
@@ -205,7 +205,7 @@ def _hint(base: Path, relative: str) -> str:
 
 
 def _similar(folder: Path, name: str) -> list[str]:
-    """Names in a folder that are the same but for what operating systems and programs change."""
+    """Return names in a folder that differ only in what operating systems and programs change."""
     try:
         names = _names_by_key(folder, folder.stat().st_mtime_ns)
     except OSError:
@@ -226,7 +226,7 @@ def _names_by_key(folder: Path, _changed: int) -> dict[str, list[str]]:
 
 
 def _key(name: str) -> str:
-    """A name without what `_difference` knows."""
+    """Return a name without the differences that `_difference` describes."""
     return _trimmed(unicodedata.normalize("NFKC", unquote(name))).casefold()
 
 

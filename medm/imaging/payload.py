@@ -1,8 +1,8 @@
 """Bytes of voxels behind a header: length and checksum verified, expansion limited to the declared.
 
 SimpleITK is not used for NIfTI, NRRD and MetaImage because it fills a truncated NIfTI with zeros,
-replaces its NaN and impossible spacing, and skips the checksum of a MetaImage, each without a word.
-Tests compare the two readers.
+replaces its NaN and impossible spacing, and skips the checksum of a MetaImage, each silently. Tests
+compare the two readers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_RATIO = 1032
 
 
 def open_binary(path: Path, name: str) -> BinaryIO:
-    """The opened file. Raises `MediaError`."""
+    """Return the opened file. Raises `MediaError`."""
     try:
         return path.open("rb")
     except OSError as error:
@@ -154,7 +154,7 @@ def _unpack(stream: BinaryIO, needed: int, packing: Packing) -> tuple[bytearray,
 
 
 def sibling(path: Path, file: str, name: str, *, header: str) -> Path:
-    """The data file that a detached header names: a plain name in the same folder.
+    """Return the data file that a detached header names: a plain name in the same folder.
 
     Args:
         path: the header.

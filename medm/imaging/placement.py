@@ -190,7 +190,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """An image or volume as a model takes it, and where it lies in its file."""
+    """An image or volume as a model takes it, and its placement in the file."""
 
     pixels: np.ndarray
     """(C, *spatial) float32 in host memory."""
@@ -218,7 +218,7 @@ def _inverse(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _aligned(matrix: np.ndarray, shape: Sequence[int]) -> list[int] | None:
-    """For each axis of the values the axis of the result along it; None for turned grids."""
+    """Return the axis of the result along each axis of the values; None for turned grids."""
     used = np.abs(matrix) * np.asarray(shape) > _ROUNDING
     if (used.sum(axis=0) == 1).all() and (used.sum(axis=1) == 1).all():
         return used.argmax(axis=1).tolist()
@@ -261,7 +261,7 @@ def _interpolate(
     *,
     fill: float,
 ) -> np.ndarray:
-    """As `_sample`, linear between voxel centers; values continue outside of the outer ones."""
+    """Sample as `_sample`, linear between voxel centers; outer values are extended."""
     lead, sides = values.shape[: -len(shape)], values.shape[-len(shape) :]
     table = values.reshape(-1, math.prod(sides)).astype(np.float32)
     axes = _aligned(matrix, shape)
@@ -291,7 +291,7 @@ def _interpolate(
 def _lines(
     matrix: np.ndarray, offset: np.ndarray, shape: Sequence[int], axes: Sequence[int]
 ) -> list[np.ndarray]:
-    """For parallel grids: by axis of the values the places at which the result takes them."""
+    """Return the sampling positions of parallel grids, by axis of the values."""
     return [
         matrix[axis, along] * np.arange(shape[along]) + offset[axis]
         for axis, along in enumerate(axes)
@@ -313,7 +313,7 @@ def _blended(values: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
 def _finished(
     result: np.ndarray, outside: Sequence[np.ndarray], axes: Sequence[int], fill: float
 ) -> np.ndarray:
-    """For parallel grids: `fill` outside of the values, and the axes in the order of the result."""
+    """Fill the outside with `fill` and order the axes as in the result, for parallel grids."""
     for axis, places in enumerate(outside):
         if places.any():
             np.moveaxis(result, 1 + axis, 0)[places] = fill

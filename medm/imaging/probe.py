@@ -1,4 +1,4 @@
-"""Check a file before it is used: its header and its place among others alone, or all of it."""
+"""Check of a file before it is used: its header and its place in a series, or all of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def probe(
 
     Args:
         path: the file, or the folder of a DICOM series; or a seekable stream of an image.
-        kind: what it should be.
+        kind: expected kind.
         decode: read all of it; otherwise only headers and file names, each once: enough to find a
             second series, missing or doubled slices, uneven spacing, a wrong format and most
             truncated files.

@@ -134,7 +134,7 @@ def _read_tiff(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
 
 
 def _check_plain_ycbcr(tags: Mapping[int, Sequence[float]], name: str) -> None:
-    """Convert uncompressed YCbCr (three full-range bytes a pixel) by the coefficients of JPEG."""
+    """Convert uncompressed YCbCr (three full-range bytes per pixel) by the coefficients of JPEG."""
     default = {530: (1, 1), 529: (0.299, 0.587, 0.114), 532: (0, 255, 128, 255, 128, 255)}
     for tag, what in (
         (530, "YCbCrSubSampling"),
@@ -151,7 +151,7 @@ def _check_plain_ycbcr(tags: Mapping[int, Sequence[float]], name: str) -> None:
 
 
 def _with_palette(image: Image.Image, colors: tuple[int, ...]) -> Image.Image:
-    """Replace a TIFF palette with 8 instead of 16 bits an entry, which Pillow shows as black."""
+    """Replace a TIFF palette with 8 instead of 16 bits per entry, which Pillow shows as black."""
     if max(colors) > 255:
         return image
     entries = np.asarray(colors, dtype=np.uint8).reshape(3, -1).T
@@ -170,7 +170,7 @@ def _deep_color(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
     raw, key = _raw_mode(image), image.info.get("transparency")
     if raw.startswith(
         "LA;"
-    ):  # four bytes a pixel, which are not converted at all as RGBA of 8 bits
+    ):  # four bytes per pixel, which are not converted at all as RGBA of 8 bits
         four = _decode_as(reopen, "RGBA").astype(np.uint16)
         return Samples(four[..., 0] << 8 | four[..., 1], _opacity(four[..., 2] << 8 | four[..., 3]))
     layout, order = raw.split(";16")

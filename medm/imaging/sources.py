@@ -1,4 +1,4 @@
-"""In-memory images and volumes that a Python program may pass, as the readers take them."""
+"""Conversion of in-memory images and volumes of a Python program for the readers."""
 
 from __future__ import annotations
 

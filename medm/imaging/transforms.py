@@ -44,7 +44,7 @@ def prepare_volume(
     """Return the volume as an encoder takes it, (C, *size) float32, and its placement.
 
     Args:
-        preprocess: what is wanted.
+        preprocess: the preprocessing.
         volume: as it was read.
         device: where windows, stretching and normalization are computed; the result is in host
             memory.
@@ -68,7 +68,7 @@ def windowed_volume(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
 
 
 def _checked(preprocess: VolumePreprocess, volume: Volume, device: str) -> tuple[Tensor, Placement]:
-    """The channels before mean and std, once it is known that something is left of the file."""
+    """Return the channels before mean and std, after the check that they are not constant."""
     low, high = float(volume.voxels.min()), float(volume.voxels.max())
     _check_scale(preprocess, volume, low, high)
     shown, placement = _shown(preprocess, volume, device)
@@ -85,11 +85,14 @@ def _checked(preprocess: VolumePreprocess, volume: Volume, device: str) -> tuple
 
 
 def _shown(
-    preprocess: VolumePreprocess, volume: Volume, device: str, seen: list[list[Step]] | None = None
+    preprocess: VolumePreprocess,
+    volume: Volume,
+    device: str,
+    ranges: list[list[Step]] | None = None,
 ) -> tuple[Tensor, Placement]:
-    """[windows, *size] in 0..1, before mean and std, and where they lie.
+    """[windows, *size] in 0..1, before mean and std, and their geometry.
 
-    `seen` gets the ranges after each step, one list a window.
+    `ranges` gets the ranges after each step, one list per window.
     """
     import torch
 
@@ -98,7 +101,7 @@ def _shown(
     used = range(len(voxels)) if blend is None else blend.used
     values = _on_device(voxels, used, device)  # [D, H, W]
     common = []
-    if seen is not None:
+    if ranges is not None:
         common += [
             Step.of("the file", volume.voxels, tolerance=0.0),
             Step.of(
@@ -117,18 +120,18 @@ def _shown(
         steps = list(common)
         own = values if number == len(windows) - 1 else values.clone()
         channel = own.sub_(low).div_(high - low).clamp_(0, 1)
-        if seen is not None:
-            seen.append(steps)
+        if ranges is not None:
+            ranges.append(steps)
             steps.append(Step.of(f"window {low:g}..{high:g}", channel))
         if preprocess.stretch:
             channel = _stretched(channel)
         if preprocess.crop_foreground is not None:
             box = box or _foreground(channel, preprocess.crop_foreground, volume, (low, high))
             channel = channel[box]
-            if seen is not None:
+            if ranges is not None:
                 steps.append(Step.of(f"crop_foreground {preprocess.crop_foreground:g}", channel))
         channel = _sized(preprocess, channel) if blend is None else blend.apply(channel)
-        if seen is not None:
+        if ranges is not None:
             steps.append(Step.of(f"size {preprocess.size}", channel))
         channels.append(channel)
     if box is not None:
@@ -138,14 +141,14 @@ def _shown(
 
 
 def _trace(preprocess: VolumePreprocess, volume: Volume, device: str) -> list[list[Step]]:
-    """The ranges after each step, by window: the work done once more, for a message."""
-    seen: list[list[Step]] = []
-    _shown(preprocess, volume, device, seen)
-    return seen
+    """Recompute the ranges after each step, by window, for a message."""
+    ranges: list[list[Step]] = []
+    _shown(preprocess, volume, device, ranges)
+    return ranges
 
 
 def _stored_windows(preprocess: VolumePreprocess, low: float, high: float) -> list[list[float]]:
-    """The windows in stored values, for a volume of the range `low` to `high`."""
+    """Return the windows in stored values, for a volume of the range `low` to `high`."""
     windows = preprocess.windows or [default_window(preprocess.scale)]
     if preprocess.scale != "minmax":
         return windows
@@ -234,7 +237,7 @@ class _Box:
 
     @classmethod
     def of(cls, voxels: np.ndarray, geometry: Geometry) -> _Box:
-        """The box of voxels on a grid."""
+        """Return the box of voxels on a grid."""
         lengths = np.asarray(voxels.shape)
         center = geometry.origin + geometry.direction @ (geometry.spacing * (lengths - 1) / 2)
         return cls(center, geometry.direction * (lengths * geometry.spacing))
@@ -322,7 +325,7 @@ def _resampled(
 
     Args:
         voxels: along the axes of `geometry`.
-        geometry: where they lie.
+        geometry: of the voxels.
         target: where the voxels of the result lie.
         size: voxels of the result.
         nearest: take the nearest voxel; otherwise linear.
@@ -442,7 +445,7 @@ def _sized(preprocess: VolumePreprocess, channel: Tensor) -> Tensor:
 
 
 def _sized_placement(preprocess: VolumePreprocess, placement: Placement) -> Placement:
-    """The placement after `_sized`."""
+    """Return the placement after `_sized`."""
     if preprocess.size is None:
         return placement
     if preprocess.spacing is None:

@@ -1,7 +1,7 @@
 """3-D volumes: NIfTI, NRRD, MetaImage, DICOM, NPY, NPZ and stacks of slices, by one reader.
 
-A volume comes with what its file says of unit, spacing and direction, and without anything else of
-the header. Nothing is repaired or guessed: what is missing is None, what is impossible is refused.
+A volume comes with what its file says of unit, spacing and direction, and no other field of the
+header. Nothing is repaired or guessed: missing fields are None, impossible fields are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from medm.imaging.payload import open_binary
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """Voxels and where they lie."""
+    """Voxels and their geometry."""
 
     voxels: np.ndarray
     """(D, H, W) int16 or float32, all finite."""
@@ -162,7 +162,7 @@ def _read_folder(
 
 
 def _format(path: Path, name: str) -> Literal["nifti", "nrrd", "metaimage", "dicom", "npy", "npz"]:
-    """The format of a file by its suffix or its first bytes. Raises `MediaError` for any other."""
+    """Return the format of a file by suffix or first bytes. Raises `MediaError` for others."""
     if not path.is_file():
         raise MediaError(f"{name}: expected a file or folder, found a device or pipe")
     with open_binary(path, name) as stream:
@@ -231,7 +231,7 @@ def _three_axes(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _checked(voxels: np.ndarray, name: str) -> np.ndarray:
-    """The voxels as int16 or float32; refuses what is not finite."""
+    """Return the voxels as int16 or float32; refuses what is not finite."""
     check_size(voxels.shape, voxels.dtype.itemsize, name)
     stored, voxels = voxels, np.ascontiguousarray(compact(voxels))
     if voxels.dtype.kind == "f":

@@ -1,3 +1,4 @@
-"""Inference: generation, batch inference over annotation files, and chat. Knows no benchmark and no
-training.
+"""Inference: generation, batch inference over annotation files, and chat.
+
+Knows no benchmark and no training.
 """

@@ -1,4 +1,4 @@
-"""Batch inference: an annotation file in, one line a record out.
+"""Batch inference: an annotation file in, one line per record out.
 
 A run may be stopped at any moment and started again with the same command: each record is answered
 once. A record that cannot be used becomes a line with its error, and the next run tries it again.
@@ -19,8 +19,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from logging.handlers import QueueHandler
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -41,31 +43,36 @@ from medm.inference.batches import (
 from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
 from medm.inference.generator import load_engine, pick_device
 from medm.inference.options import EmbedOptions, InferOptions
-from medm.inference.predictions import Appender, Results, model_fingerprint
+from medm.inference.predictions import Appender, ResultLine, Results, model_fingerprint
 from medm.launcher import launched_world_size
 from medm.models import kind_of_config, load_config, load_processor
 from medm.os_errors import explain, require_writable
 from medm.registry import load_plugin, loaded_plugins
 from medm.stopping import ignore_stops
-from medm.types import JsonObject, Processor, Sample, Turn
+from medm.types import Config, ConversationProcessor, Example, JsonObject, Processor, Sample, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, int], None]
 """Called with (records done by this run, records this run has to do, errors so far)."""
 
+_Message: TypeAlias = logging.LogRecord | MedmError | tuple[int, int, int]
+"""From a child process: a log record, the error that ends it, or (rank, records done, errors)."""
+
 _LONGEST_WAIT = timedelta(days=7)
-"""Ranks wait for each other at the end, however long the slowest takes."""
+"""Longest wait of the ranks for the slowest one at the end."""
 
 _BATCHES_AHEAD = 4
 """Batches that are decoded together; their lines are written when the last of them is answered."""
 
 _OUTAGE = 32
-"""So many records in a row that the machine does not give, and not one that it gives, stop
-the run."""
+"""Consecutive records with unavailable files that stop the run."""
 
 _NOTED = {"limit", "batch_size", "processes", "device", "json_output"}
-"""Options that replies do not depend on, noted beside the results."""
+"""Options that replies do not depend on, kept with the results for the reader."""
 
 
 class Answer(Protocol):
@@ -86,22 +93,22 @@ class Answers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InferSummary:
-    """What became of a run."""
+    """Outcome of a run."""
 
     records: int
-    """Records asked for."""
+    """Records of the run."""
     answered: int
-    """Of them with a reply, from this run and earlier ones."""
+    """Records with a reply, from this run and earlier ones."""
     errors: int
-    """Of them without a reply, with the reason in the output."""
+    """Records without a reply, with the reason in the output."""
     resumed: int
-    """Of them answered by earlier runs."""
+    """Records answered by earlier runs."""
     unfinished: int
     """Replies cut at the longest length."""
     tokens: int
     """Tokens of all replies."""
     seconds: float
-    """Of this run, loading included."""
+    """Duration of this run, loading included."""
 
     @property
     def new(self) -> int:
@@ -116,7 +123,7 @@ class InferSummary:
 
 @dataclass(slots=True)
 class _Counter:
-    """How far the processes of a run are."""
+    """Progress of the processes of a run."""
 
     total: int
     report: Progress | None
@@ -131,14 +138,14 @@ class _Counter:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What a process of a run opens once: everything but the weights."""
+    """Inputs of a run, opened once in each process: everything but the weights."""
 
     options: InferOptions | EmbedOptions
     device: torch.device
     processor: Processor
     context: int | None
     """Longest prompt in tokens; None for no limit."""
-    records: Records
+    records: Records[Any, Any]
 
 
 def infer(
@@ -148,17 +155,17 @@ def infer(
 
     Args:
         options: of the run.
-        progress: told how far the run is.
+        progress: called with the progress of the run.
 
     Returns:
         The summary; None on ranks of a launch other than rank 0.
 
     Raises:
-        DeviceError: the device that was asked for is not there.
+        DeviceError: the device is not available.
         CheckpointError: the model cannot be opened.
         RecipeError: the output holds lines of another run.
         DataError: the annotation file as a whole cannot be read.
-        InputLostError: the files of the records are gone, or the machine does not give them.
+        InputLostError: the files of the records are gone or unavailable.
         MedmError: another run writes to the output, or a process ended before its work was done.
     """
     started = time.monotonic()
@@ -168,7 +175,7 @@ def infer(
     results = Results(
         Path(options.output), run_settings(options), options.model_dump(include=_NOTED)
     )
-    with _launched() as (rank, world), results.held() if rank == 0 else nullcontext():
+    with _launched() as (rank, world), results.locked() if rank == 0 else nullcontext():
         if rank == 0:
             results.begin(overwrite=options.overwrite)
         _wait_for_all(world)
@@ -203,13 +210,13 @@ def infer(
 
 
 def _open_job(options: InferOptions | EmbedOptions) -> _Job:
-    """Open all that a run reads, and refuse what cannot work before any weight is read.
+    """Open all inputs of a run, and refuse what cannot work before any weight is read.
 
     Raises:
-        DeviceError: the device is not there.
-        CheckpointError: there is no model that medm saved.
-        RecipeError: it gives no text, its chat template is broken, or its context leaves no room
-            for a prompt.
+        DeviceError: the device is not available.
+        CheckpointError: the folder holds no model that medm saved.
+        RecipeError: the model gives no text, its chat template is broken, or its context leaves no
+            tokens for a prompt.
         DataError: the annotation file as a whole cannot be read.
     """
     device = pick_device(options.device)
@@ -221,13 +228,19 @@ def _open_job(options: InferOptions | EmbedOptions) -> _Job:
         command, wanted = "embed needs", "embeddings"
     if wanted not in gives:
         raise RecipeError(
-            f"medm {command} {wanted}; model {options.model} gives {' and '.join(sorted(gives))}"
+            f"medm {command} {wanted}; model {options.model} gives "
+            f"{' and '.join(sorted(gives)) or 'nothing'}"
         )
     processor, context = load_processor(options.model), None
     if isinstance(options, InferOptions):
         context = _context(config, options)
+        if not isinstance(processor, ConversationProcessor):
+            raise RecipeError(
+                f"medm infer asks questions; the {type(processor).__name__} of {options.model} "
+                "makes no prompts of conversations"
+            )
+        # A template may require more than a question; a broken one raises another error.
         with suppress(DataError):
-            # A template may want more than a question; a broken one raises another error.
             processor.encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
     source = SourceOptions(path=options.data, root=options.root, limit=options.limit)
     records = Records([source], pipeline_for(kind, inference=True))
@@ -238,8 +251,8 @@ def check_files(options: InferOptions | EmbedOptions) -> None:
     """Refuse files that cannot be used.
 
     Raises:
-        RecipeError: two of them are one.
-        DataError: the folder of images and volumes is not there.
+        RecipeError: two of them are the same file.
+        DataError: the folder of images and volumes does not exist.
         OSError: the output or the JSON cannot be written.
     """
     _require_different_files(options)
@@ -253,7 +266,7 @@ def check_files(options: InferOptions | EmbedOptions) -> None:
 
 
 def _require_different_files(options: InferOptions | EmbedOptions) -> None:
-    """Raise `RecipeError` where one file would be read and written, or written twice."""
+    """Raise `RecipeError` if one file would be read and written, or written twice."""
     results = Results(Path(options.output), {})
     named = {
         "--data": Path(options.data),
@@ -267,12 +280,12 @@ def _require_different_files(options: InferOptions | EmbedOptions) -> None:
         other = seen.setdefault(file.resolve(), name)
         if other != name:
             raise RecipeError(
-                f"{file}: {other} and {name} are the same file; choose a file of its own for {name}"
+                f"{file}: {other} and {name} are the same file; choose another file for {name}"
             )
 
 
-def run_settings(options: InferOptions | EmbedOptions) -> dict[str, Any]:
-    """What the replies depend on; kept beside them."""
+def run_settings(options: InferOptions | EmbedOptions) -> Config:
+    """Return the settings that the replies depend on; they are kept with the output."""
     try:
         with Path(options.data).open("rb") as stream:
             data = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -293,7 +306,7 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
     """Generate replies to this rank's shard of the records that have none yet.
 
     Records that were never tried come first. Those that failed, in this run or earlier ones, are
-    tried at the end: their files may be there again.
+    tried at the end, when their files may be available again.
     """
     _stop_with_parent()
     results = Results(Path(job.options.output), {})
@@ -301,6 +314,7 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
         if isinstance(job.options, EmbedOptions):  # every file costs the same
             order = list(range(len(job.records)))
         else:
+            assert isinstance(job.processor, ConversationProcessor)
             order = order_by_length(job.records, job.processor.num_tokens)
         shard = shard_indices(order, rank=rank, world=world).tolist()
         lines = results.done()
@@ -310,7 +324,7 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
             "process %d of %d: %d records to answer", rank, world, len(fresh) + len(failed)
         )
         work = _Shard(job, world, appender, note)
-        if fresh or (failed and work.can_any_be_answered(failed)):
+        if fresh or (failed and work.any_answerable(failed)):
             work.load_model(_device_of_rank(job.device, rank))
             again = work.generate(fresh)
             work.generate([*failed, *again])
@@ -320,10 +334,11 @@ class _Shard:
     """The shard of one rank.
 
     Args:
-        job: what the process has opened.
-        world: processes of the run.
-        appender: takes the lines.
-        note: told how many records were tried by this process, and how many of them have no reply.
+        job: inputs of the run.
+        world: number of processes of the run.
+        appender: writes the lines.
+        note: called with the number of records that this process tried, and of those without a
+            reply.
     """
 
     def __init__(
@@ -336,7 +351,7 @@ class _Shard:
         self._replied: dict[int, bool] = {}
         """Records that were tried, and whether the last try gave a reply."""
         self._unavailable = 0
-        """Records in a row that the machine did not give."""
+        """Consecutive records whose files were unavailable."""
 
     def load_model(self, device: torch.device) -> None:
         """Read the weights."""
@@ -357,10 +372,10 @@ class _Shard:
             slots=options.batch_size,
         )
 
-    def can_any_be_answered(self, indexes: Sequence[int]) -> bool:
-        """Whether one of the records that failed before is good now; needs no weights.
+    def any_answerable(self, indexes: Sequence[int]) -> bool:
+        """Return True if one of the records that failed before is good now; needs no weights.
 
-        Where none is, their lines get the reasons of today.
+        If none is, their lines get the current reasons.
         """
         tried = []
         for prepared in self._prepare(indexes, size=1):
@@ -409,7 +424,7 @@ class _Shard:
         """Write the lines of one batch.
 
         Raises:
-            InputLostError: the machine gave none of the last many files.
+            InputLostError: the files of the last `_OUTAGE` records are unavailable.
         """
         self.appender.add(output_lines(prepared, replies))
         self._replied |= {named["index"]: True for named in prepared.named}
@@ -420,8 +435,8 @@ class _Shard:
                 self._unavailable += 1
                 if self._unavailable >= _OUTAGE:
                     raise InputLostError(
-                        f"{self._unavailable} records in a row could not be read, and not by "
-                        f"their own fault ({problem.reason}); what was answered is kept in "
+                        f"{self._unavailable} consecutive records could not be read, for a cause "
+                        f"outside the records ({problem.reason}); what was answered is kept in "
                         f"{self.options.output}. Run the same command again when the files are "
                         "available: it tries every record that has no reply"
                     )
@@ -429,31 +444,40 @@ class _Shard:
             self._unavailable = 0
 
 
-def output_lines(prepared: Prepared, replies: Sequence[Answer]) -> list[dict[str, Any]]:
-    """The output lines of one batch."""
-    lines = [{**problem.named, "error": problem.reason} for problem in prepared.problems]
+def output_lines(prepared: Prepared, replies: Sequence[Answer]) -> list[ResultLine]:
+    """Return the output lines of one batch."""
+    lines: list[ResultLine] = [
+        {**problem.named, "error": problem.reason} for problem in prepared.problems
+    ]
     for problem in prepared.problems:
         logger.debug("record %d: no reply: %s", problem.named["index"], problem.reason)
     for named, reply in zip(prepared.named, replies, strict=True):
-        lines.append({**named, **reply.line()})
+        lines.append(cast(ResultLine, {**named, **reply.line()}))
     return lines
 
 
 def _load(prompts: Prompts, options: InferOptions | EmbedOptions, world: int) -> Iterator[Prepared]:
-    """Batches in order, prepared in other processes while the model answers."""
+    """Yield batches in order, prepared in other processes while the model answers."""
     workers = options.workers
     if workers is None:
         # Starting workers costs more than it saves on a handful of batches.
         cores = len(os.sched_getaffinity(0)) // world
         workers = min(8, cores - 1, len(prompts) // 8)
-    extra: dict[str, Any] = {"prefetch_factor": 4} if workers > 0 else {}
     yield from DataLoader(
-        prompts, batch_size=None, num_workers=max(0, workers), worker_init_fn=ignore_stops, **extra
+        prompts,
+        batch_size=None,
+        num_workers=max(0, workers),
+        worker_init_fn=ignore_stops,
+        prefetch_factor=4 if workers > 0 else None,
     )
 
 
-def _context(config: Any, options: InferOptions) -> int | None:
-    """Longest prompt in tokens; None for no limit. Raises `RecipeError` where none fits."""
+def _context(config: PreTrainedConfig, options: InferOptions) -> int | None:
+    """Return the longest prompt in tokens, or None for no limit.
+
+    Raises:
+        RecipeError: no prompt fits.
+    """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is None:
         return None
@@ -461,13 +485,13 @@ def _context(config: Any, options: InferOptions) -> int | None:
     if left < 1:
         raise RecipeError(
             f"max_new_tokens {options.generation.max_new_tokens}: the model's context of "
-            f"{longest} tokens leaves no room for a prompt; ask for shorter replies"
+            f"{longest} tokens leaves no tokens for a prompt; lower max_new_tokens"
         )
     return left
 
 
 def _device_of_rank(device: torch.device, rank: int) -> torch.device:
-    """The device of one of several processes: GPUs are assigned in turn."""
+    """Return the device of one of several processes: GPUs are assigned in turn."""
     if device.type == "cuda" and device.index is None:
         local = int(os.environ.get("LOCAL_RANK", rank))
         return torch.device("cuda", local % torch.cuda.device_count())
@@ -494,15 +518,15 @@ def _wait_for_all(world: int) -> None:
 
 
 def _generate_in_processes(options: InferOptions | EmbedOptions, counter: _Counter) -> None:
-    """Generate the shards in processes of our own, on one machine."""
+    """Generate the shards in several processes on this machine."""
     context = multiprocessing.get_context("spawn")
     with safe_path():  # the queue starts a process too, which tracks semaphores
-        news: Any = context.Queue()
+        messages: Queue[_Message] = context.Queue()
     plugins = [str(path) for path in loaded_plugins()]
     level = logging.getLogger("medm").getEffectiveLevel()
     children = [
         context.Process(
-            target=_child, args=(options, rank, options.processes, plugins, level, news)
+            target=_child, args=(options, rank, options.processes, plugins, level, messages)
         )
         for rank in range(options.processes)
     ]
@@ -510,7 +534,7 @@ def _generate_in_processes(options: InferOptions | EmbedOptions, counter: _Count
         for child in children:
             child.start()
     try:
-        _watch(children, news, counter)
+        _watch(children, messages, counter)
     finally:
         for child in children:
             child.terminate()
@@ -518,11 +542,11 @@ def _generate_in_processes(options: InferOptions | EmbedOptions, counter: _Count
             child.join()
 
 
-def _watch(children: list[Any], news: Any, counter: _Counter) -> None:
-    """Follow the children until all are done. Raises `MedmError` when one fails."""
+def _watch(children: Sequence[BaseProcess], messages: Queue[_Message], counter: _Counter) -> None:
+    """Handle the messages of the children until all are done. Raises `MedmError` if one fails."""
     while True:
         try:
-            message = news.get(timeout=0.5)
+            message = messages.get(timeout=0.5)
         except queue.Empty:
             codes = [child.exitcode for child in children]
             for rank, code in enumerate(codes):
@@ -549,13 +573,16 @@ def _child(
     world: int,
     plugins: list[str],
     level: int,
-    news: Any,
+    messages: Queue[_Message],
 ) -> None:
-    """One process of several. It ends with its parent, which SIGINT from a terminal reaches too."""
+    """Run one process of several.
+
+    It ignores SIGINT and ends with its parent, which SIGINT from a terminal reaches too.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     # Log lines are printed by the parent, in its form; the first process speaks for all.
-    handler = QueueHandler(news)
+    handler = QueueHandler(messages)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(
         level=logging.ERROR if rank else logging.WARNING, handlers=[handler], force=True
@@ -565,31 +592,33 @@ def _child(
         for plugin in plugins:
             load_plugin(plugin)
         _generate_shard(
-            _open_job(options), rank, world, lambda done, errors: news.put((rank, done, errors))
+            _open_job(options),
+            rank,
+            world,
+            lambda done, errors: messages.put((rank, done, errors)),
         )
     except MedmError as error:  # not the error itself: some of them cannot be rebuilt from a pickle
-        news.put((RecipeError if isinstance(error, RecipeError) else MedmError)(str(error)))
+        messages.put((RecipeError if isinstance(error, RecipeError) else MedmError)(str(error)))
     except (OSError, RuntimeError, EOFError) as error:
         text = explain(error)
         if text is None:
             raise
-        news.put(MedmError(text))
+        messages.put(MedmError(text))
 
 
 def _stop_with_parent() -> None:
-    """A child whose parent was killed stops at the next batch, so that a new run finds its file
-    free.
-    """
+    """Exit if the parent of this process was killed, which unlocks its file for a new run."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise SystemExit(1)
 
 
 def write_conversations(
-    options: InferOptions, records: Records, lines: dict[int, dict[str, Any]]
+    options: InferOptions, records: Records[Sample, Example], lines: Mapping[int, ResultLine]
 ) -> None:
-    """The records in MedM-VL's form: without their last reply, which is kept as `answer`, and with
-    the new one.
+    """Write the records in MedM-VL's form, with the new reply as last turn.
+
+    The reply of the annotation file is kept as `answer`.
     """
     assert options.json_output is not None
     items = []
@@ -597,7 +626,7 @@ def write_conversations(
         try:
             record = records.files[0][index]
         except DataError:
-            record = {}  # not JSON: its error is all there is to say
+            record = {}  # invalid JSON: only the error is written
         items.append(
             _indented(with_reply(record if isinstance(record, dict) else {}, lines[index]))
         )
@@ -607,15 +636,15 @@ def write_conversations(
     atomic_write_text(file, f"[\n{text}\n]\n")
 
 
-def _indented(item: Mapping[str, Any]) -> str:
+def _indented(item: JsonObject) -> str:
     try:
         return json.dumps(item, ensure_ascii=False, allow_nan=False, indent=2)
     except RecursionError:  # the writer without indentation goes as deep as the reader did
         return json.dumps(item, ensure_ascii=False, allow_nan=False)
 
 
-def with_reply(record: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
-    """One record with its reply appended in the record's own form, or with its `error`."""
+def with_reply(record: JsonObject, line: ResultLine) -> JsonObject:
+    """Return a record with its reply appended in the record's own form, or with its `error`."""
     if "error" in line:
         return {**record, "error": line["error"]}
     name = "messages" if "messages" in record else "conversations"

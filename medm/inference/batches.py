@@ -1,8 +1,9 @@
-"""Annotation records to batches of prompts, in the workers of a DataLoader. Knows no model and no
-device.
+"""Batches of prompts from annotation records, in the workers of a DataLoader.
 
-A file that cannot be read is not always the record's fault: network shares vanish for a second,
-descriptors run out. Such files are tried again before a record is refused.
+Knows no model and no device.
+
+A file that cannot be read is not always the fault of the record: network shares vanish for a
+second, descriptors run out. Such files are tried again before a record is refused.
 """
 
 from __future__ import annotations
@@ -23,50 +24,49 @@ from medm.data.records import Records
 from medm.errors import DataError, InputLostError, RecipeError, machine_fault
 from medm.imaging.paths import MissingFileError
 from medm.inference.generator import PromptBatch, prepare
+from medm.inference.predictions import RecordName
 from medm.os_errors import explain
-from medm.types import BaseSample, Example
+from medm.types import BaseSample, Example, Processor
 
 _BYTES_PER_TOKEN = 4
-"""Of English text; only the order of work depends on it."""
+"""Bytes of English text per token; only the order of work depends on it."""
 _BUCKET = 32
 """Prompts whose lengths differ by fewer tokens may be put in the order of their images instead."""
 WAITS = (0.1, 0.4, 1.0, 2.0, 4.0)
-"""Seconds before a file that the machine does not give is tried again."""
+"""Seconds before each new try to read a file that is temporarily unavailable."""
 _FRUITLESS = 3
-"""After so many records for which waiting did not help, later ones are not waited for."""
+"""Records for which waiting did not help, after which files are not waited for."""
 _OWN_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Codes that say nothing about a folder: this process has reached a limit."""
+"""Error codes of a limit of this process, which do not concern a folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A record that cannot be answered."""
 
-    named: dict[str, Any]
-    """As in `Prepared`."""
+    named: RecordName
     reason: str
     retry: bool = False
-    """A file was not there or not given. It is tried once more at the end of the run."""
+    """A file was missing or unavailable. The record is tried once more at the end of the run."""
     unavailable: bool = False
     """The machine is at fault, not the record: a disk, a share, memory, descriptors."""
 
 
 @dataclass(slots=True)
 class Prepared:
-    """Some records, ready to be answered or refused."""
+    """Several records, ready to be answered or refused."""
 
-    named: list[dict[str, Any]]
-    """`index`, and `id`, `task` and `answer` where there are such, of the record of each row of
-    `batch`."""
+    named: list[RecordName]
+    """Name of the record of each row of `batch`."""
     batch: Any
-    """What `Prompts.make` made of them; None where every record is bad."""
+    """Result of `Prompts.make`; None if every record is bad."""
     problems: list[Problem]
     lost: str | None = None
-    """Why no record can be read any more; the run has to stop."""
+    """Reason why no record can be read any more; the run has to stop."""
 
     @property
     def read_files(self) -> bool:
-        """Whether an image or a volume could be read."""
+        """True if an image or a volume could be read."""
         return self.batch is not None and bool(self.batch.pixels)
 
 
@@ -88,8 +88,8 @@ class Prompts(Dataset[Prepared]):
 
     def __init__(
         self,
-        records: Records,
-        processor: Any,
+        records: Records[Any, Any],
+        processor: Processor,
         batches: Sequence[Sequence[int]],
         *,
         context: int | None = None,
@@ -117,10 +117,10 @@ class Prompts(Dataset[Prepared]):
         return Prepared(named, self.make(examples, samples) if examples else None, problems)
 
     def _example_with_retries(self, index: int) -> Example:
-        """The example; where the machine does not give a file, it is waited for.
+        """Return the example; a file that is temporarily unavailable is tried several times.
 
         Raises:
-            InputLostError: the data root itself is gone, and did not come back.
+            InputLostError: the data root itself is gone, and does not come back.
         """
         waits = list(WAITS if self._patience else ())
         waited = False
@@ -142,7 +142,7 @@ class Prompts(Dataset[Prepared]):
                 return example
 
     def _is_away(self, index: int, error: Exception) -> bool:
-        """Whether a file is missing together with its whole folder, as when a share is away."""
+        """Return True if a file is missing with its whole folder, as on an unmounted share."""
         if not _is_missing(error):
             return False
         root = self.records.root(index)
@@ -166,22 +166,28 @@ class Prompts(Dataset[Prepared]):
         example = self.examples.read_once(index)
         if self.context is not None and len(example.input_ids) > self.context:
             raise DataError(
-                f"the prompt has {len(example.input_ids)} tokens, vision tokens included; with "
-                f"the room for the reply the model's context leaves {self.context}"
+                f"the prompt has {len(example.input_ids)} tokens, vision tokens included; "
+                f"the model's context leaves {self.context} beside the reply"
             )
         return example
 
-    def _named(self, index: int) -> dict[str, Any]:
+    def _named(self, index: int) -> RecordName:
         sample = self.records[index]
+        named = RecordName(index=index)
+        if sample.id is not None:
+            named["id"] = sample.id
+        if sample.task is not None:
+            named["task"] = sample.task
         answer = getattr(sample, "answer", None)  # of a conversation
-        named = {"id": sample.id, "task": sample.task, "answer": answer}
-        return {"index": index} | {key: value for key, value in named.items() if value is not None}
+        if answer is not None:
+            named["answer"] = answer
+        return named
 
     def _problem(self, index: int, error: Exception) -> Problem:
-        named: dict[str, Any] = {"index": index}
-        with suppress(DataError, InputLostError, OSError):  # a record that is no JSON has no name
+        named = RecordName(index=index)
+        with suppress(DataError, InputLostError, OSError):  # invalid JSON has no name
             source, position = self.records.locate(index)
-            named |= _names(self.records.files[source][position])
+            named = _named_unchecked(index, self.records.files[source][position])
         text = reason(error) if isinstance(error, DataError) else explain(error) or str(error)
         unavailable = machine_fault(error) is not None
         return Problem(
@@ -189,20 +195,20 @@ class Prompts(Dataset[Prepared]):
         )
 
 
-def _names(record: Any) -> dict[str, Any]:
-    """`id` and `task` of a record that may be bad, as lines with replies have them."""
+def _named_unchecked(index: int, record: object) -> RecordName:
+    """Return the name of a record that may be bad."""
+    named = RecordName(index=index)
     if not isinstance(record, dict):
-        return {}
-    names: dict[str, Any] = {}
+        return named
     if isinstance(record.get("id"), (str, int)) and not isinstance(record["id"], bool):
-        names["id"] = str(record["id"])
+        named["id"] = str(record["id"])
     if isinstance(record.get("task"), str):
-        names["task"] = record["task"]
-    return names
+        named["task"] = record["task"]
+    return named
 
 
 def _is_missing(error: BaseException | None) -> bool:
-    """Whether a file was not there, or not to be opened, at the moment it was asked for."""
+    """Return True if an error means that a file was missing or could not be opened."""
     while error is not None:
         if isinstance(
             error, (MissingFileError, FileNotFoundError, NotADirectoryError, PermissionError)
@@ -213,8 +219,9 @@ def _is_missing(error: BaseException | None) -> bool:
 
 
 def _is_gone(folder: Path) -> bool:
-    """Whether a folder is not there, does not answer or is empty: what remains of a share that is
-    not mounted.
+    """Return True if a folder is missing, does not respond or is empty.
+
+    An unmounted share leaves such a folder.
     """
     try:
         return next(folder.iterdir(), None) is None
@@ -225,14 +232,14 @@ def _is_gone(folder: Path) -> bool:
 
 
 def reason(error: DataError) -> str:
-    """What is wrong with a record, without its place."""
+    """Return the reason of an error, without the place of the record."""
     return f"field '{error.field}': {error.reason}" if error.field is not None else error.reason
 
 
 def order_by_length(records: Records, tokens_per_item: Mapping[str, int]) -> list[int]:
     """Return the indices of all records, longest prompts first.
 
-    Prompts on the same image stand beside each other where lengths allow.
+    Prompts on the same image are neighbors if their lengths are similar.
 
     Lengths are estimated from the text, without reading an image. The longest first shows at the
     start whether a batch fits the memory, and makes the estimate of the time left a safe one.
@@ -242,7 +249,7 @@ def order_by_length(records: Records, tokens_per_item: Mapping[str, int]) -> lis
         try:
             sample = records[index]
         except DataError:
-            keys.append((0, "", 0, index))  # refused when its turn comes
+            keys.append((0, "", 0, index))  # refused when it is read
             continue
         text = sum(len(turn.text.encode()) for turn in sample.turns) // _BYTES_PER_TOKEN
         length = text + sum(tokens_per_item.get(media.branch, 0) for media in sample.media)
@@ -258,9 +265,9 @@ def order_by_length(records: Records, tokens_per_item: Mapping[str, int]) -> lis
 
 
 def shard_indices(order: Sequence[int], *, rank: int, world: int) -> np.ndarray:
-    """Return the shard of one rank: the same records whatever has a reply already, so that none is
-    taken twice.
+    """Return the shard of one rank.
 
+    It does not depend on the records that have a reply already, so that none is answered twice.
     Runs of `order` are assigned, not single records: neighbors have images in common.
     """
     run = max(1, min(64, len(order) // (4 * world)))

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """What was said so far, and the images and volumes that were shown.
+    """A conversation with one model: its turns, and the images and volumes that were shown.
 
     Args:
         engine: answers.
         processor: of the engine's model.
         system: a system turn before everything.
-        task: what kind of task it is, for connectors that choose experts by it.
-        options: how replies are chosen; the engine's without them.
+        task: kind of task, for connectors that choose experts by it.
+        options: settings of replies; the engine's without them.
 
     Raises:
-        DataError: the model knows tasks, and this is none of them.
+        DataError: the model knows tasks, and this one is unknown.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was said and shown."""
+        """Forget all turns, images and volumes."""
         self.turns: list[Turn] = [Turn("system", (self.system,))] if self.system else []
         self.pixels: dict[str, list[np.ndarray]] = {}
         self._shown: list[Media] = []
@@ -61,7 +61,7 @@ class Conversation:
 
         Args:
             branch: "image" or "volume".
-            item: a file, or what `medm.imaging.load_pixels` takes beside files.
+            item: a file, or any other source that `medm.imaging.load_pixels` takes.
 
         Raises:
             DataError: the model has no such branch, or the file cannot be read.
@@ -73,7 +73,7 @@ class Conversation:
         self._shown.append(Media(branch, str(item) if isinstance(item, (str, Path)) else None))
 
     def ask(self, question: str) -> Iterator[str]:
-        """The reply in pieces as they come. The turns are kept once the reply is complete.
+        """Yield the reply in pieces as they come. The turns are kept once it is complete.
 
         Raises:
             DataError: the conversation no longer fits the model's context, or the template refuses

@@ -1,5 +1,6 @@
-"""Continuous batching of many requests. Knows embeddings and a causal language model; no text, no
-images.
+"""Continuous batching of many requests.
+
+Knows embeddings and a causal language model; no text, no images.
 
 Beyond `generate` on padded batches: prompts are prefilled in one row without padding; a shared
 prefix (an image, a system turn) is prefilled once; a finished request is evicted and the next one,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled", "error"]
-"""Why a request ends: an end token, its longest length, `cancel`, or an error that is its own."""
+"""Reason for the end of a request: an end token, its longest length, `cancel`, or an error."""
 
 
 @dataclass(slots=True)
@@ -60,13 +61,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """What a step did for one request: one more token, or its end, or both."""
+    """Outcome of a step for one request: one more token, or its end, or both."""
 
     request: int
     token: int | None = None
     finish: Finish | None = None
     error: Exception | None = None
-    """With `finish` "error": why."""
+    """The cause of `finish` "error"."""
 
 
 @dataclass(eq=False, slots=True)
@@ -95,8 +96,9 @@ Embed = Callable[[Sequence[Prompt]], "list[Tensor]"]
 
 
 class Decoder:
-    """Continuous batching on one language model: `submit` requests, then `step` until none is
-    pending.
+    """Continuous batching on one language model.
+
+    `submit` requests, then `step` until none is pending.
 
     One thread at a time may use a decoder.
 
@@ -152,20 +154,21 @@ class Decoder:
         return len(self._waiting) + len(self._ready) + len(self._active) + len(self._events)
 
     def submit(self, prompt: Prompt) -> int:
-        """Queue a request and return its number. A request that can never fit ends with an error in
-        the next step.
+        """Queue a request and return its number.
+
+        A request that can never fit ends with an error in the next step.
         """
         if not self.pending:
             self._limit = self.slots
         request, length = next(self._ids), len(prompt.signature)
-        room = prompt.max_new_tokens if self.max_tokens is None else self.max_tokens - length
+        left = prompt.max_new_tokens if self.max_tokens is None else self.max_tokens - length
         problem = None
         if length == 0 or prompt.max_new_tokens < 1:
             problem = (
                 f"expected a prompt and a reply of 1 token or more, found {length} and "
                 f"{prompt.max_new_tokens}"
             )
-        elif room < 1:
+        elif left < 1:
             problem = (
                 f"the prompt has {length} tokens, but a prompt and its reply have at most "
                 f"{self.max_tokens}"
@@ -180,20 +183,20 @@ class Decoder:
             else Sampler(prompt.sampling, device=self.language_model.device)
         )
         self._waiting.append(
-            _Row(request, prompt, min(room, prompt.max_new_tokens), stops, sampler)
+            _Row(request, prompt, min(left, prompt.max_new_tokens), stops, sampler)
         )
         return request
 
     def cancel(self, request: int) -> None:
-        """End a request at the next step, which frees its slot. Does nothing for a request that is
-        finished.
+        """End a request at the next step, which frees its slot.
+
+        Does nothing for a request that is finished.
         """
         self._cancelled.add(request)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Evict what is cancelled, prefill and admit waiting requests, and run one decode step of
-        the admitted ones.
+        """Evict cancelled requests, prefill and admit waiting ones, and run one decode step.
 
         Returns:
             The tokens that were generated since the last step, and the ends of requests.
@@ -242,7 +245,7 @@ class Decoder:
         self._requeue()
 
     def _clear(self) -> None:
-        """Drop what an interrupted `decode` has left."""
+        """Drop the requests and events of an interrupted `decode`."""
         if self.pending:
             self._requeue()
             self._waiting.clear()
@@ -264,9 +267,7 @@ class Decoder:
             self._runner.advance(partial(_choose, self._active) if draws else None)
 
     def _report(self, place: int, token: int) -> None:
-        """Report the newest token of a row, and evict the row if it is the last one of its
-        reply.
-        """
+        """Report the newest token of a row; evict the row if its reply ends with it."""
         row = self._active[place]
         row.tokens.append(token)
         if row.sampler is not None:
@@ -300,10 +301,10 @@ class Decoder:
                 self._evict(place)
 
     def _prefill_waiting(self) -> None:
-        """Prefill the next requests: one per slot, however many are free, as long as no decode step
-        waits for it.
+        """Prefill the next requests.
 
-        Few tokens take as long to prefill as some hundred.
+        Without a decode step that waits for it, one request per slot is prefilled, however many
+        slots are free: a few tokens take as long to prefill as some hundred.
         """
         rows = self._next()
         try:
@@ -313,8 +314,9 @@ class Decoder:
             raise
 
     def _next(self) -> list[_Row]:
-        """Take the next requests from the queue; those that share a prefix with the first of them
-        precede others.
+        """Take the next requests from the queue.
+
+        Those that share a prefix with the first one precede others.
         """
         rows = list(self._waiting)
         if self._runner.shares_prefixes:
@@ -334,8 +336,9 @@ class Decoder:
         return chosen
 
     def _prefill(self, rows: list[_Row]) -> list[tuple[_Row, Prefilled, Tensor]]:
-        """Prefill rows. Where that fails, they are tried one by one, and only those that fail alone
-        get the error.
+        """Prefill rows.
+
+        If that fails, each is tried by itself, and only those that fail then get the error.
         """
         try:
             texts = [
@@ -380,8 +383,9 @@ class Decoder:
         self._runner.release()
 
     def _shrink(self) -> None:
-        """Continue with half of the rows after the memory ran out; a single row that does not fit
-        gets an error.
+        """Continue with half of the rows after the memory ran out.
+
+        A single row that does not fit gets an error.
         """
         count = max(len(self._active) + len(self._ready), min(self._limit, len(self._waiting)))
         self._requeue()
@@ -400,9 +404,7 @@ class Decoder:
 
 
 def _choose(rows: Sequence[_Row], tokens: Tensor, logits: Tensor) -> Tensor:
-    """Return the next token of each row, (R,): the most probable one, or one that is drawn from its
-    logits.
-    """
+    """Return the next token of each row, (R,): the most probable one, or a sampled one."""
     tokens = tokens.clone()
     for place, row in enumerate(rows):
         if row.sampler is not None:

@@ -1,5 +1,6 @@
-"""Generation: prepared prompts in, replies out. Knows nothing of annotation files, output files or
-processes.
+"""Generation: prepared prompts in, replies out.
+
+Knows nothing of annotation files, output files or processes.
 
 A prompt's pixels come by content: the same image asked about twice is encoded once. `prepare` runs
 in the workers of a DataLoader and makes the tensors of a batch; `Engine` holds the model and the
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the model said to one prompt."""
+    """Reply of the model to one prompt."""
 
     text: str
     tokens: int
@@ -49,7 +50,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a step of the engine did for one request."""
+    """Outcome of a step of the engine for one request."""
 
     request: int
     token: int | None = None
@@ -60,9 +61,9 @@ class Event:
     finish: Finish | None = None
     """Set in the last event of a request: "stop", "length", "cancelled" or "error"."""
     reply: Reply | None = None
-    """With `finish` "stop" or "length"."""
+    """The whole reply, with `finish` "stop" or "length"."""
     error: Exception | None = None
-    """With `finish` "error"."""
+    """The cause of `finish` "error"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Item:
     """An image or volume of a prompt."""
 
     key: bytes
-    """Of its content, see `content_key`."""
+    """Hash of its content, see `content_key`."""
     pixels: Tensor
     """(C, *spatial)."""
 
@@ -84,7 +85,7 @@ class Request:
     items: dict[str, list[Item]] = field(default_factory=dict)
     """Per branch the item of each placeholder run, in order."""
     task_id: int = 0
-    """As in `Example`."""
+    """Position of the task in the model's task list, as in `Example`."""
 
     @classmethod
     def of(cls, example: Example) -> Request:
@@ -97,9 +98,9 @@ class PromptBatch:
     """Several prompts, and each different image or volume of them once."""
 
     input_ids: list[np.ndarray]
-    """(T,) of each prompt."""
+    """Token ids (T,) of each prompt."""
     task_ids: list[int]
-    """Of each prompt."""
+    """Task of each prompt, as in `Example`."""
     keys: dict[str, list[bytes]] = field(default_factory=dict)
     """Per branch the content key of each item of `pixels`."""
     pixels: dict[str, Tensor] = field(default_factory=dict)
@@ -159,14 +160,14 @@ def prepare(examples: Sequence[Example]) -> PromptBatch:
 
 
 def content_key(array: np.ndarray) -> bytes:
-    """A short name of an array's content, type and shape."""
+    """Return a hash of an array's content, type and shape."""
     digest = blake2b(f"{array.dtype}{array.shape}".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(array).data)
     return digest.digest()
 
 
 class FeatureMemory:
-    """Vision features by content, the least used forgotten first.
+    """Cache of vision features by content; the least recently used are dropped first.
 
     Args:
         capacity: bytes that are kept on the model's device.
@@ -177,14 +178,14 @@ class FeatureMemory:
         self._items: OrderedDict[tuple[str, bytes], VisionFeatures] = OrderedDict()
 
     def get(self, branch: str, key: bytes) -> VisionFeatures | None:
-        """Features of one item, (1, N, D), or None."""
+        """Return the features of one item, (1, N, D), or None."""
         found = self._items.get((branch, key))
         if found is not None:
             self._items.move_to_end((branch, key))
         return found
 
     def put(self, branch: str, key: bytes, features: VisionFeatures) -> None:
-        """Keep features of one item; what is larger than the capacity is not kept."""
+        """Keep the features of one item, unless they alone exceed the capacity."""
         if features.tokens.nbytes > self.capacity:
             return
         self._items[branch, key] = features
@@ -226,7 +227,7 @@ class Engine:
     Args:
         model: an LVLM, on its device and in its precision, in eval mode.
         processor: the model's.
-        options: how replies are chosen where a request does not say.
+        options: settings of replies for requests without their own.
         store: bytes of vision features that are kept for later prompts on the same image.
         slots: requests that are decoded at the same time; more may wait.
         max_tokens: most tokens of a prompt and its reply together; the model's context without it.
@@ -260,7 +261,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return torch.device(self.model.device)
 
     @property
@@ -271,13 +272,14 @@ class Engine:
     def decoder(self, *, compiled: bool) -> Decoder:
         """Return the continuous batch of requests with or without `compile`.
 
-        What stops a reply and what is never generated is the model's; how tokens are chosen is the
-        request's alone. Published configs carry sampling settings of their own (temperature, top_k,
-        repetition penalty), which would make "greedy" mean something else for each model.
+        The model gives the ids that end a reply and those that are never generated; the request
+        alone gives the settings of sampling. Configs of published models have sampling settings too
+        (temperature, top_k, repetition penalty), which would make "greedy" mean something else for
+        each model.
         """
         if compiled not in self._decoders:
-            published = self.model.generation_config
-            stops = published.eos_token_id
+            config = self.model.generation_config
+            stops = config.eos_token_id
             self._decoders[compiled] = Decoder(
                 self.model.language_model,
                 stops=[
@@ -285,7 +287,7 @@ class Engine:
                     for stop in (stops if isinstance(stops, list) else [stops])
                     if stop is not None
                 ],
-                suppress=published.suppress_tokens or [],
+                suppress=config.suppress_tokens or [],
                 slots=self._slots,
                 compiled=compiled,
                 max_tokens=self.max_tokens,
@@ -302,7 +304,7 @@ class Engine:
         Args:
             request: the prompt. One that cannot be answered (items that do not match its
                 placeholders, longer than the context) ends with an error in a later step.
-            options: how its reply is chosen; the engine's without them.
+            options: settings of its reply; the engine's without them.
             stream: fill `Event.text`.
         """
         return self._submit(
@@ -310,15 +312,17 @@ class Engine:
         )
 
     def cancel(self, request: int) -> None:
-        """End a request at the next step, which frees its KV cache. Does nothing for a request that
-        is finished.
+        """End a request at the next step, which frees its KV cache.
+
+        Does nothing for a request that is finished.
         """
         if request in self._pending:
             self._pending[request].decoder.cancel(request)
 
     def step(self) -> list[Event]:
-        """Run one step of the continuous batch: evict, prefill, admit, and decode one token of each
-        admitted request.
+        """Run one step of the continuous batch: evict, prefill, admit, decode.
+
+        Each admitted request gets one token.
 
         Returns:
             The events of all requests that were submitted by `submit`.
@@ -362,8 +366,9 @@ class Engine:
         return [replies[row] for row in range(len(requests))]
 
     def stream(self, request: Request, options: GenerationOptions | None = None) -> Iterator[str]:
-        """Yield the reply to one prompt in pieces as they come. Closing the iterator cancels the
-        request.
+        """Yield the reply to one prompt in pieces as they come.
+
+        Closing the iterator cancels the request.
 
         Raises:
             DataError: the prompt cannot be answered.
@@ -420,8 +425,9 @@ class Engine:
         return number
 
     def _problem(self, request: Request) -> str | None:
-        """Return why a request cannot be answered, or None. On a GPU these would end the process of
-        the model.
+        """Return the reason why a request cannot be answered, or None.
+
+        On a GPU such a request would end the process of the model.
         """
         ids, vocabulary = request.input_ids, self.model.get_input_embeddings().num_embeddings
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
@@ -475,17 +481,13 @@ class Engine:
         (self._events if pending.inbox is None else pending.inbox).append(own)
 
     def _abandon(self, requests: Iterable[int]) -> None:
-        """Cancel requests whose events nobody waits for any more; the next step frees their KV
-        cache.
-        """
+        """Cancel requests and drop their events; the next step frees their KV cache."""
         for request in requests:
             self.cancel(request)
             self._pending.pop(request, None)
 
     def _signature(self, request: Request) -> np.ndarray:
-        """Return the token ids, (T,), with a hash of the content and of the task for each vision
-        token.
-        """
+        """Return the token ids, (T,), with a hash of content and task for each vision token."""
         signature = request.input_ids.copy()
         for name, items in request.items.items():
             token, per_item = self._runs[name]
@@ -516,7 +518,7 @@ class Engine:
         return list(embeds[0].split([len(request.input_ids) for request in requests]))
 
     def _features(self, name: str, items: Sequence[Item]) -> VisionFeatures:
-        """Return the features of every item in order; what was seen before is not encoded again."""
+        """Return the features of every item in order; cached ones are not encoded again."""
         found = {item.key: self.store.get(name, item.key) for item in items}
         new = {item.key: item.pixels for item in items if found[item.key] is None}
         if new:
@@ -541,11 +543,10 @@ class Engine:
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name, proven to be there; `auto` is the first GPU, or the CPU where there is
-    none.
+    """Return an available device by name; `auto` is the first GPU, or the CPU without one.
 
     Raises:
-        DeviceError: it is not there, or the name is none.
+        DeviceError: the device is not available, or the name is invalid.
     """
     cuda = torch.cuda.is_available()
     if name == "auto":
@@ -576,7 +577,7 @@ def load_engine(
     dtype: str = "saved",
     slots: int = 16,
 ) -> tuple[Engine, LVLMProcessor]:
-    """The model of a folder on a device, ready to answer, and its processor.
+    """Load the model of a folder onto a device and return its engine and its processor.
 
     Raises:
         CheckpointError: see `medm.models.load`; or the model generates no text, which is known

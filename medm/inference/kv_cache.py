@@ -1,5 +1,4 @@
-"""KV cache of continuous batching: prefilled texts, and the slots in which requests are decoded
-together.
+"""KV cache of continuous batching: prefilled texts, and the slots of requests being decoded.
 
 Knows keys, values and lengths; no prompts and no settings of requests.
 """
@@ -120,28 +119,28 @@ class Slots:
         self._lengths = [length + 1 for length in self._lengths]
 
     def _reserve(self, like: KVCache, *, rows: int, expected: int, tokens: int) -> None:
-        """Allocate more memory where the KV cache has fewer rows or tokens than these."""
-        held_rows, held = (
+        """Allocate more memory if the KV cache has fewer rows or tokens than these."""
+        allocated, capacity = (
             (self._kv_cache[0][0].shape[0], self._kv_cache[0][0].shape[2])
             if self._kv_cache
             else (0, 0)
         )
-        if held_rows >= rows and held >= tokens:
+        if allocated >= rows and capacity >= tokens:
             return
-        if held < tokens:
+        if capacity < tokens:
             blocks = (tokens - 1) // BLOCK
             # A compiled step is recorded anew for each size, so the capacity doubles.
-            held = BLOCK << blocks.bit_length() if self.static_shapes else (blocks + 1) * BLOCK
-        if held_rows < rows:
-            held_rows = (
-                self.count if self.static_shapes else min(self.count, max(expected, 2 * held_rows))
+            capacity = BLOCK << blocks.bit_length() if self.static_shapes else (blocks + 1) * BLOCK
+        if allocated < rows:
+            allocated = (
+                self.count if self.static_shapes else min(self.count, max(expected, 2 * allocated))
             )
         used = len(self)
         grown: KVCache = []
         for layer, sides in enumerate(like):
             pair = []
             for side, states in enumerate(sides):
-                buffer = states.new_zeros(held_rows, states.shape[1], held, states.shape[3])
+                buffer = states.new_zeros(allocated, states.shape[1], capacity, states.shape[3])
                 if self._kv_cache and used:
                     previous = self._kv_cache[layer][side]
                     buffer[:used, :, : previous.shape[2]] = previous[:used]

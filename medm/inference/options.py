@@ -1,4 +1,4 @@
-"""What a person may set for generation and batch inference. Torch-free."""
+"""Options of generation and batch inference. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ONLY_IN_GENERATE = {
 
 
 class GenerationOptions(Options):
-    """How the tokens of a reply are chosen."""
+    """Options of the generation of a reply."""
 
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest reply in tokens."""
@@ -37,9 +37,9 @@ class GenerationOptions(Options):
     @model_validator(mode="before")
     @classmethod
     def _refuse_other_arguments(cls, value: object) -> object:
-        """Refuse what only `generate` of transformers offers.
+        """Refuse arguments that only `generate` of transformers offers.
 
-        Recipes of earlier versions may say `num_beams: 1`.
+        Recipes of earlier versions may contain `num_beams: 1`.
         """
         if not isinstance(value, dict):
             return value
@@ -65,18 +65,18 @@ class GenerationOptions(Options):
 
 
 class RunOptions(Options):
-    """How a model goes through many records."""
+    """Options of a run over many records."""
 
     batch_size: int = Field(default=8, ge=1)
-    """Prompts decoded at once; a batch that does not fit the memory of a GPU is halved by
-    itself."""
+    """Prompts decoded at once. A batch that does not fit the memory of a GPU is halved
+    automatically."""
     processes: int = Field(default=1, ge=1)
-    """Processes on this machine, each with the model; on GPUs one each. Under `medm launch`, that
-    says how many."""
+    """Processes on this machine, each with the model and, on GPUs, one GPU. Under `medm launch`,
+    the launch sets their number."""
     workers: int | None = Field(default=None, ge=0)
-    """Processes that read and prepare images for each of them. Default: by the number of cores."""
+    """Processes that read and prepare images for each process. Default: by the number of cores."""
     device: str = "auto"
-    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
+    """`auto` (a GPU, or the CPU without one), `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
     """Precision of the weights; `saved` keeps that of the folder."""
     overwrite: bool = False
@@ -84,10 +84,10 @@ class RunOptions(Options):
 
 
 class InferenceOptions(RunOptions):
-    """How a model generates replies to many records."""
+    """Options of the generation of replies to many records."""
 
     generation: GenerationOptions = GenerationOptions()
-    """How the tokens of a reply are chosen."""
+    """Options of the generation of a reply."""
 
 
 class InferOptions(InferenceOptions):
@@ -104,8 +104,8 @@ class InferOptions(InferenceOptions):
     """JSONL file to append to, one line per record once it has its reply. A run that was stopped
     resumes in it."""
     json_output: str | None = None
-    """Where the records with their replies are written at the end, as one JSON array in MedM-VL's
-    form."""
+    """File to which the records with their replies are written at the end, as one JSON array in
+    MedM-VL's form."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first N records."""
 

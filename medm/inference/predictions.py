@@ -1,9 +1,8 @@
-"""The output of batch inference: lines that are appended as they come, survive a kill, and are
-never written twice.
+"""Output of batch inference: lines that survive a kill and are never written twice.
 
-Beside `out.jsonl` stands `out.jsonl.run.json`, which says what the lines are replies to: a run
-resumes only with the same data, model and settings. Several processes write a part each, which are
-merged at the end. One run at a time holds the output as a whole.
+The file `out.jsonl.run.json` beside `out.jsonl` holds the settings of its replies: a run resumes
+only with the same data, model and settings. Several processes write a part each, and the parts are
+merged at the end. One run at a time locks the output.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 from pydantic import ValidationError
 
@@ -25,6 +24,7 @@ from medm.errors import MedmError, RecipeError
 from medm.files import LockedError, atomic_write_text, lock, lock_file, to_bytes
 from medm.inference.options import GenerationOptions
 from medm.os_errors import explain, naming, require_writable
+from medm.types import Config
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,35 @@ _SMALL_FILES = (
 )
 """Beginnings of the names of files, other than weights, that a reply depends on."""
 _NOTES = "last_run"
-"""Key of the settings file under which the options stand that replies do not depend on."""
-_IN_WORDS = {
+"""Key of the settings file for the options that replies do not depend on."""
+_CHANGES = {
     "data_sha256": "the data file changed",
     "model_fingerprint": "the model is another one, or its files changed",
 }
-"""Changes of settings that are hashes."""
+"""Messages for changes of settings that are hashes."""
+
+
+class RecordName(TypedDict):
+    """Fields of an output line that identify its record."""
+
+    index: int
+    """Position of the record in the annotation file."""
+    id: NotRequired[str]
+    task: NotRequired[str]
+    answer: NotRequired[str]
+    """Reference answer."""
+
+
+class ResultLine(RecordName):
+    """A line of the output: a record with its reply, or with its error."""
+
+    reply: NotRequired[str]
+    tokens: NotRequired[int]
+    """Tokens of the reply, the end token included."""
+    finished: NotRequired[bool]
+    """False for a reply that was cut at `max_new_tokens`."""
+    error: NotRequired[str]
+    """Reason for a missing reply."""
 
 
 class Results:
@@ -52,25 +75,28 @@ class Results:
 
     Args:
         output: the JSONL file.
-        settings: what the replies depend on, JSON-able; compared when a run resumes.
+        settings: all that the replies depend on, JSON-able; compared when a run resumes.
         notes: other options, kept beside the settings for the reader and not compared.
     """
 
     def __init__(
-        self, output: Path, settings: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+        self,
+        output: Path,
+        settings: Mapping[str, object],
+        notes: Mapping[str, object] | None = None,
     ) -> None:
         self.output, self.settings, self.notes = output, dict(settings), dict(notes or {})
         self.sidecar = output.with_name(f"{output.name}.run.json")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the output for this run alone; a killed run lets go by itself.
+    def locked(self) -> Iterator[None]:
+        """Lock the output for this run; the lock of a killed run ends with it.
 
         A run that ends before its first line leaves nothing behind.
 
         Raises:
-            MedmError: another run holds it.
-            OSError: nothing can be written there.
+            MedmError: another run has the lock.
+            OSError: the output cannot be written.
         """
         require_writable(self.output)
         if self.output.exists() and not self.output.is_file():
@@ -79,7 +105,7 @@ class Results:
                 "--output"
             )
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(self.output):
+        with _locked(self.output):
             try:
                 yield
             finally:
@@ -88,8 +114,9 @@ class Results:
                         file.unlink(missing_ok=True)
 
     def begin(self, *, overwrite: bool = False) -> None:
-        """Make ready to append; one process does this while it holds the output, before any of them
-        writes.
+        """Prepare the output for lines of this run.
+
+        The process that has the lock calls it once, before any process writes.
 
         Raises:
             RecipeError: the file holds replies of another run.
@@ -110,8 +137,8 @@ class Results:
                 self._remove_lines()
         elif self.output.exists() and self.output.stat().st_size:
             raise RecipeError(
-                f"{self.output}: exists, and no {self.sidecar.name} beside it says what its lines "
-                "are; choose another --output, or --overwrite it"
+                f"{self.output}: exists, but has no {self.sidecar.name} with its settings; choose "
+                "another --output, or --overwrite it"
             )
         content = {**self.settings, _NOTES: self.notes}
         atomic_write_text(
@@ -123,7 +150,7 @@ class Results:
             file.unlink(missing_ok=True)
 
     def _changes(self) -> list[str]:
-        """What differs from the settings of the run that began this output, in words."""
+        """Return a message for each setting that differs from the run that began the output."""
         try:
             before = json.loads(self.sidecar.read_text(encoding="utf-8"))
         except ValueError:
@@ -140,8 +167,8 @@ class Results:
             if old == new:
                 continue
             logger.debug("%s: %s was %r and is now %r", self.sidecar, key, old, new)
-            if key in _IN_WORDS:
-                changes.append(_IN_WORDS[key])
+            if key in _CHANGES:
+                changes.append(_CHANGES[key])
             elif isinstance(old, dict) and isinstance(new, dict):
                 inner = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
                 changes += [
@@ -151,22 +178,24 @@ class Results:
                 changes.append(f"{key} was {old!r} and is now {new!r}")
         return changes
 
-    def done(self) -> dict[int, dict[str, Any]]:
-        """The line of each record, of all files: its reply, or else its last error. Torn last lines
-        are passed over.
+    def done(self) -> dict[int, ResultLine]:
+        """Return the line of each record from all files: its reply, or else its last error.
+
+        Incomplete last lines are skipped.
         """
-        lines: dict[int, dict[str, Any]] = {}
+        lines: dict[int, ResultLine] = {}
         for file in (self.output, *self._parts()):
             for line in read_lines(file):
-                index = int(line["index"])
+                index = line["index"]
                 if "error" in lines.get(index, {"error": None}):
                     lines[index] = line
         return lines
 
     @contextmanager
     def append(self, *, rank: int = 0, world: int = 1) -> Iterator[Appender]:
-        """A file to append to: the output itself, or this process's part of it. It is locked while
-        it is open.
+        """Open a file to append to: the output itself, or this process's part of it.
+
+        The file is locked while it is open.
         """
         file = (
             self.output
@@ -176,7 +205,7 @@ class Results:
         with Appender(file) as appender:
             yield appender
 
-    def finish(self) -> dict[int, dict[str, Any]]:
+    def finish(self) -> dict[int, ResultLine]:
         """Merge the parts, one line a record in the order of the records, and return every line."""
         lines = self.done()
         text = "".join(encode(lines[index]) for index in sorted(lines))
@@ -193,12 +222,12 @@ class Results:
         return [file for file in (self.output, *self._parts()) if file.exists()]
 
 
-def _upgrade(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings that an earlier version wrote with the generation options of this one.
+def _upgrade(settings: Config) -> Config:
+    """Return settings that an earlier version wrote, with the generation options of this one.
 
-    An option that is new has its default, which is what the earlier version did; one that is gone
-    is left out where it said what this version does. Options that this version refuses stay as they
-    are, and count as a change.
+    A new option gets its default, which is the behavior of the earlier version. A removed option is
+    dropped if its value is the behavior of this version. Options that this version refuses stay as
+    they are, and count as a change.
     """
     with suppress(ValidationError, KeyError):
         return {
@@ -209,8 +238,8 @@ def _upgrade(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Hold an output by a lock file beside it. Raises `MedmError` where another run holds it."""
+def _locked(output: Path) -> Iterator[None]:
+    """Lock an output by a file beside it. Raises `MedmError` if another run has the lock."""
     with ExitStack() as stack:
         try:
             stack.enter_context(lock_file(output.with_name(f".{output.name}.lock"), target=output))
@@ -223,7 +252,7 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 def _require_unused(file: Path) -> None:
-    """Raise `MedmError` where a process that outlived its run still writes to a file."""
+    """Raise `MedmError` if a process that outlived its run still writes to a file."""
     with file.open("rb") as stream:
         try:
             lock(stream, shared=True)
@@ -235,7 +264,7 @@ def _require_unused(file: Path) -> None:
 
 
 class Appender:
-    """Appends lines to one file and makes sure that they are on the disk.
+    """Writer that appends lines to one file and syncs them to the disk.
 
     Raises:
         MedmError: another process is writing to the same file.
@@ -248,7 +277,7 @@ class Appender:
         try:
             with naming(file):
                 lock(self._stream)
-            self._drop_torn_line()
+            self._drop_incomplete_line()
         except LockedError:
             self._stream.close()
             raise MedmError(
@@ -276,11 +305,11 @@ class Appender:
                 "%s: closing failed too: %s", self.file, closing
             )  # the first error says what to do
 
-    def add(self, lines: list[dict[str, Any]]) -> None:
-        """Write some lines; when this returns they survive a kill and a power failure.
+    def add(self, lines: Sequence[Mapping[str, object]]) -> None:
+        """Write lines; after it returns they survive a kill and a power failure.
 
         Raises:
-            MedmError: the disk does not take them.
+            MedmError: the lines cannot be written.
         """
         left = memoryview(to_bytes("".join(map(encode, lines))))
         try:
@@ -298,24 +327,24 @@ class Appender:
         )
         return MedmError(f"{reason}. It resumes after the last complete line")
 
-    def _drop_torn_line(self) -> None:
-        """A process that was killed while writing leaves half a line, which is cut off."""
-        whole = 0
+    def _drop_incomplete_line(self) -> None:
+        """Cut off the incomplete last line of a process that was killed while writing."""
+        complete = 0
         with self.file.open("rb") as lines:
             for line in lines:
                 if line.endswith(b"\n"):
-                    whole += len(line)
-        if whole != self.file.stat().st_size:
-            self._stream.truncate(whole)
+                    complete += len(line)
+        if complete != self.file.stat().st_size:
+            self._stream.truncate(complete)
 
 
-def encode(line: Mapping[str, Any]) -> str:
-    """One line of JSONL."""
+def encode(line: Mapping[str, object]) -> str:
+    """Return one line of JSONL."""
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Finished lines of a JSONL file; none where there is no file. A torn last line is passed over.
+def read_lines(file: Path) -> Iterator[ResultLine]:
+    """Yield the complete lines of a JSONL file; none if the file does not exist.
 
     Raises:
         MedmError: a line is not one that inference wrote.
@@ -337,14 +366,13 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
                     f"{file}, line {number}: expected an object with an 'index'; delete it, or "
                     "--overwrite"
                 )
-            yield content
+            yield cast(ResultLine, content)  # the rest is as inference wrote it
 
 
 def model_fingerprint(folder: Path) -> str:
-    """A name of a model folder's content: its small files whole, and samples spread over its
-    weights.
+    """Return a hash of a model folder: its small files in full, and samples of its weights.
 
-    Hashing gigabytes would take longer than many a run; two trainings differ in nearly every block
+    Hashing gigabytes would take longer than many a run. Two trainings differ in nearly every block
     of their weights.
     """
     digest = hashlib.sha256()

@@ -1,8 +1,8 @@
-"""The language model's head on a CPU, its weight laid out once for oneDNN's kernels.
+"""The LM head on a CPU, with its weight prepacked once for oneDNN's kernels.
 
-A few rows times a vocabulary is most of decoding a small model, and the plain product of such a
-shape is several times slower than the machine. It is what torch's compiler does with frozen
-weights; no compiler is needed for it here.
+The product of a few rows and a whole vocabulary is most of the work of decoding a small model, and
+the plain layer computes it several times slower than the machine can. torch's compiler prepacks
+frozen weights too; no compiler is needed here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 
 class PrepackedLMHead:
-    """A context in which the language model has a head with a prepacked weight, and after which it
-    has its own again.
+    """A context in which the weight of the LM head is prepacked; its exit restores the head.
 
     Only a plain float32 layer on a CPU is replaced. Its weight is prepacked at the first use and
     kept, since a small batch would not pay for it every time. The context may be entered again

@@ -1,9 +1,10 @@
-"""Prefill and decode steps of a language model. Knows embeddings and rows; no requests and no
-settings of theirs.
+"""Prefill and decode steps of a language model.
+
+Knows embeddings and rows; no requests and no settings of theirs.
 
 `BatchedRunner` decodes all rows in one call, on a KV cache in slots. `SeparateRunner` serves the
-language models whose cache cannot stand in slots (windows of attention, linear attention): a row at
-a time, on a cache of transformers.
+language models whose cache does not fit slots (sliding-window attention, linear attention): a row
+at a time, on a cache of transformers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Text:
 
 @dataclass(slots=True)
 class Prefilled:
-    """A text whose keys and values are known."""
+    """A text with its KV cache and its next token."""
 
     cache: KVCache | Cache
     token: Tensor
@@ -95,8 +96,9 @@ class Runner(Protocol):
 
 
 class BatchedRunner:
-    """Continuous batching: a decode step runs all rows, and writes one token each to the KV cache
-    in place.
+    """Runner of continuous batching: a decode step runs all rows at once.
+
+    It writes one token of each row to the KV cache in place.
 
     Args:
         language_model: one in which each token attends to all before it; its attention becomes
@@ -161,8 +163,9 @@ class BatchedRunner:
     def _prefill_texts(
         self, texts: list[Tensor], prefixes: list[KVCache] | None
     ) -> Iterator[tuple[KVCache, Tensor, Tensor]]:
-        """Yield KV cache, next token (1,) and its logits (1, V) of each text, (T, D), behind its
-        prefix.
+        """Yield KV cache, next token (1,) and its logits (1, V) of each text (T, D).
+
+        Each text continues its prefix, if it has one.
         """
         capacity = MAX_PREFILL_TOKENS["cuda" if texts and texts[0].is_cuda else "cpu"]
         for chosen in _bins([len(text) for text in texts], capacity):
@@ -222,8 +225,9 @@ class BatchedRunner:
         kv_cache: KVCache,
         kv_lengths: list[tuple[int, int]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the tokens after `tokens` (R,) and their logits, and write keys and values at
-        `lengths`.
+        """Return the tokens after `tokens` (R,) and their logits.
+
+        Keys and values are written to the KV cache at `lengths`.
         """
         kv_length = kv_cache[0][0].shape[2]
         mask = torch.arange(kv_length, device=tokens.device) <= lengths[:, None]
@@ -240,8 +244,9 @@ class BatchedRunner:
 
 
 class SeparateRunner:
-    """Decodes a row at a time, as `generate` decodes a single prompt. Serves every language model
-    with a KV cache.
+    """Runner that decodes a row at a time, as `generate` decodes a single prompt.
+
+    It serves every language model with a KV cache.
 
     Args:
         language_model: a causal language model of transformers.
@@ -303,8 +308,9 @@ class SeparateRunner:
 def pick_runner(
     language_model: CausalLM, *, suppress: Collection[int], slots: int, compiled: bool
 ) -> BatchedRunner | SeparateRunner:
-    """Return the runner for a language model: slots require that each token attends to all before
-    it.
+    """Return the runner for a language model.
+
+    Slots require that each token attends to all before it.
     """
     if attends_to_all(language_model):
         return BatchedRunner(language_model, suppress=suppress, slots=slots, compiled=compiled)
@@ -312,18 +318,14 @@ def pick_runner(
 
 
 def _most_probable(logits: Tensor, suppress: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the most probable token of each row and the logits without suppressed ids: (R, V) to
-    (R,) and (R, V).
-    """
+    """Return the most probable token of each row, (R,), and the logits without suppressed ids."""
     if len(suppress):
         logits = logits.index_fill(1, suppress, -torch.inf)
     return logits.argmax(dim=-1), logits
 
 
 def _bins(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
-    """Yield positions of texts in the given order, as many at a time as fit into `capacity`
-    tokens.
-    """
+    """Yield positions of texts in order, as many at a time as fit into `capacity` tokens."""
     chosen: list[int] = []
     left = capacity
     for place, length in enumerate(lengths):
@@ -346,7 +348,7 @@ def shared_length(one: np.ndarray, other: np.ndarray) -> int:
 def shared_prefixes(
     rows: Sequence[int], signatures: Sequence[np.ndarray]
 ) -> list[tuple[int, list[int]]]:
-    """Return groups of rows with the length of their shared prefix; 0 for rows without one of note.
+    """Return groups of rows with the length of their shared prefix; 0 for rows without one.
 
     The last token of a prompt is never shared: its logits give the first token of the reply.
     """

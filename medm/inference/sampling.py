@@ -1,7 +1,7 @@
-"""Choice of the next token of one request: greedy, or drawn with a random generator of its own.
+"""Sampling of the next token of one request.
 
 A request draws from its own generator, so its reply does not depend on the requests that are
-decoded beside it.
+decoded with it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sampling:
     top_p: float = 1.0
     """Draw only from the most probable tokens that together have this probability."""
     seed: int = 0
-    """Of the request's own generator."""
+    """Seed of the request's own generator."""
 
     def warpers(self) -> LogitsProcessorList:
         """Return the processors of transformers for these settings, in the order of `generate`."""

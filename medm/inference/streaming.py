@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 _INCOMPLETE = "\ufffd"
-"""What a tokenizer writes for the first bytes of a character whose others are still to come."""
+"""Text of the first bytes of a character, until the tokens of its last ones have come."""
 
 
 class ReplyText:
-    """Turns tokens into pieces of text; all pieces together are the decoded reply.
+    """Text of a reply in pieces; all pieces together are the decoded reply.
 
-    The text of a token depends on the ones beside it: a character may be spread over several
+    The text of a token depends on its neighbors: a character may be spread over several
     tokens, a leading space may belong to the first word, and a tokenizer may close the space before
     a full stop. So the whole reply is decoded at each token, and a piece is given once the next
     token has left it as it was.
@@ -30,10 +30,10 @@ class ReplyText:
         """Return the piece, perhaps empty, that is settled by one more token."""
         self._tokens.append(token)
         before, self._latest = self._latest, self._decode(self._tokens)
-        return self._give(_shared(before, self._latest).rstrip(_INCOMPLETE))
+        return self._give(_shared_prefix(before, self._latest).rstrip(_INCOMPLETE))
 
     def end(self) -> str:
-        """Return what is left of the reply."""
+        """Return the rest of the reply."""
         return self._give(self._latest)
 
     def _give(self, settled: str) -> str:
@@ -44,8 +44,8 @@ class ReplyText:
         return piece
 
 
-def _shared(one: str, other: str) -> str:
-    """Return the characters with which both texts begin."""
+def _shared_prefix(one: str, other: str) -> str:
+    """Return the longest text with which both texts begin."""
     if other.startswith(one):
         return one
     length = next(

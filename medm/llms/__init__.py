@@ -1,7 +1,8 @@
-"""LLM families: the differences between causal language models. The models themselves are
-transformers'.
+"""LLM families: the differences between causal language models.
 
-To add one, write a file with an `LLMFamily` and a line here. Families know nothing of images.
+The models are those of transformers.
+
+To add one, write a file with an `LLMFamily` and a line here. Families do not depend on images.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class LLMOptions(Options):
     """Config values that replace the published ones, or all of them (with `model_type`) when there
     is no `path`."""
     tokenizer: str | None = None
-    """Tokenizer folder or id, where it is not the one at `path`."""
+    """Tokenizer folder or id. Default: `path`."""
     chat_template: str | None = None
     """A Jinja file, or one of medm's templates by name (`chatml`, `vicuna`, `plain`); the model's
     own template without it."""

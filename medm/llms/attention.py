@@ -1,5 +1,6 @@
-"""Attention over a row of packed samples, each by itself: no mask over the whole row is made or
-read.
+"""Attention within each sample of a row of packed samples.
+
+No mask over the whole row is made or read.
 
 Registered with transformers under `PER_DOCUMENT`, so that any language model can be switched to it.
 A call that does not say where samples begin (padded batches, steps of decoding) goes to
@@ -31,7 +32,7 @@ _FLASH = {
     "flash_attention_2": ("flash-attn", "is_flash_attn_2_available"),
     "flash_attention_3": ("flash-attn-3", "is_flash_attn_3_available"),
 }
-"""The package that each needs, and transformers' test of package and device."""
+"""Required package of each implementation, and transformers' test of package and device."""
 _KERNEL_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -50,11 +51,12 @@ def attend_per_document(
     kv_lengths: list[tuple[int, int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sample of one row. Its last query sees all its keys, of which
-    may be more.
+    """Causal attention inside each sample of one row.
+
+    There may be more keys than queries; the last query sees all keys of its sample.
 
     Args:
-        module: the attention layer; says how many query heads share a key head.
+        module: the attention layer, which holds the number of query heads per key head.
         query: (1, H, T, D).
         key: (1, K, S, D), K dividing H; S is T where no sample has keys of its own.
         value: (1, K, S, D).
@@ -67,7 +69,7 @@ def attend_per_document(
         max_length_k: keys of the sample that has most.
         kv_lengths: in a decode step, for each group of consecutive rows the number of rows and the
             most keys of one of them; keys beyond are not read.
-        kwargs: for "sdpa", where that is asked.
+        kwargs: for "sdpa", if a call goes there.
 
     Returns:
         (1, T, H, D), and no weights.
@@ -105,12 +107,12 @@ def attend_per_document(
         return _varlen(q, k, v, ends, longest, scaling)[None], None
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    asked = cu_seq_lens_q.diff().tolist()
-    held = asked if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
+    queries = cu_seq_lens_q.diff().tolist()
+    keys = queries if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
     # Split, not sliced: the gradients of slices are added up over the whole row, one sample after
     # another.
     samples = zip(
-        query.split(asked, dim=2), key.split(held, dim=2), value.split(held, dim=2), strict=True
+        query.split(queries, dim=2), key.split(keys, dim=2), value.split(keys, dim=2), strict=True
     )
     attended = [_causal(q, k, v, dropout, scaling) for q, k, v in samples]
     return torch.cat(attended, dim=2).transpose(1, 2), None
@@ -119,21 +121,22 @@ def attend_per_document(
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Of one sample; the last query sees every key."""
-    asked, held = query.shape[2], key.shape[2]
-    if asked == held:
+    """Causal attention of one sample; the last query sees every key."""
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == keys:
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
         )
-    mask = causal_lower_right(asked, held)
+    mask = causal_lower_right(queries, keys)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
 
 
 def enable_padding_free(model: CausalLM) -> bool:
-    """Prepare a language model for padding-free packing; it is switched to `PER_DOCUMENT` where
-    that helps.
+    """Prepare a language model for padding-free packing.
+
+    It is switched to `PER_DOCUMENT` where that helps.
 
     Args:
         model: a causal language model of transformers.
@@ -179,8 +182,9 @@ def check_usable(attention: str) -> None:
 
 
 def attends_to_all(model: CausalLM) -> bool:
-    """Whether each token of a language model attends to all before it, in layers that take their
-    attention by name.
+    """Return whether each token of a language model attends to all tokens before it.
+
+    Only layers that look up their attention by name are considered.
 
     Not so: windows, layers of other kinds, soft caps on the scores, code that calls its attention
     itself.
@@ -196,8 +200,9 @@ def attends_to_all(model: CausalLM) -> bool:
 
 
 def in_one_kernel(model: CausalLM, *, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the samples of a row are attended to in one call, whatever their lengths, which a
-    compiler can follow.
+    """Return whether the samples of a row are attended to in a single kernel call.
+
+    This holds for any lengths, so that the compiler can trace it.
     """
     dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
     return (
@@ -206,16 +211,17 @@ def in_one_kernel(model: CausalLM, *, device: torch.device, dtype: torch.dtype) 
 
 
 def no_mask(model: CausalLM, row: Tensor) -> Tensor | None:
-    """What to pass as attention mask with a row that says where samples begin.
+    """Return the attention mask to pass with a row that holds the starts of its samples.
 
-    Four dimensions keep transformers from making a mask of T x T, which nobody would read.
+    Four dimensions keep transformers from making a mask of T x T, which is never read.
     """
     return row.new_zeros(1, 1, 1, 1) if model.config._attn_implementation == PER_DOCUMENT else None
 
 
 def _computed_in(query: Tensor) -> torch.dtype:
-    """The precision of the attention. Rotary embeddings in float32 make float32 of what a layer
-    computed in less.
+    """Return the precision of the attention.
+
+    Rotary embeddings in float32 promote the activations of a lower-precision layer to float32.
     """
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
@@ -233,8 +239,9 @@ def _varlen(
     longest: tuple[int, int],
     scaling: float | None,
 ) -> Tensor:
-    """(T, H, D), (S, K, D) twice, to (T, H, D); where samples begin and how long they are, of
-    queries and of keys.
+    """Variable-length attention: (T, H, D), (S, K, D), (S, K, D) to (T, H, D).
+
+    Starts and lengths of the samples are given for queries and for keys.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -251,9 +258,9 @@ def _varlen(
 
 @cache
 def _varlen_options() -> frozenset[str]:
-    """What torch's kernel for packed samples can be told; empty where there is none.
+    """Return the options of torch's kernel for packed samples; empty without such a kernel.
 
-    The form that says causal by `window_size` is asked for: torch 2.11 and later.
+    Causal attention is requested through `window_size`: torch 2.11 and later.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

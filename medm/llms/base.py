@@ -1,4 +1,4 @@
-"""What medm must know of an LLM family beyond what its config and tokenizer say."""
+"""Description of an LLM family, beyond its config and tokenizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AUTO = LLMFamily()
 
 
 def read_template(name_or_path: str) -> str:
-    """A chat template of medm by name, or any Jinja file.
+    """Read a chat template of medm by name, or any Jinja file.
 
     Raises:
         RecipeError: neither a file nor a known name.

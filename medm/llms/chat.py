@@ -1,10 +1,9 @@
 """Turns to token ids and a label mask of the replies, in one pass through a chat template.
 
-The template is rendered with a mark in the place of each message. Only what the template itself
-wrote may become control tokens; what people wrote is encoded with control tokens switched off, so
-that a user who types `<|im_end|>` or `<image>` gets those letters and nothing else. The text
-between two control tokens is encoded as one piece, which gives the same ids as the tokenizer gives
-for the rendered string.
+The template is rendered with a mark in the place of each message. Only text of the template itself
+may become control tokens; user text is encoded with control tokens disabled, so that `<|im_end|>`
+or `<image>` typed by a user stays plain text. The text between two control tokens is encoded as one
+piece, which gives the same ids as the tokenizer gives for the rendered string.
 
 A control token of a reply (`[SEG]`) is a part of ids. It is learned as the words around it are.
 """
@@ -27,7 +26,7 @@ from medm.types import Role
 Part: TypeAlias = "str | list[int]"
 """Text, or token ids: the placeholders of an image, or a control token of a reply."""
 
-# Private-use characters: no template tests for them, no template trims them.
+# Private-use characters: templates neither test for them nor trim them.
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 
@@ -141,12 +140,12 @@ class ChatFormat:
     def to_text(
         self, messages: Sequence[Message], *, generation: bool = False, continue_final: bool = False
     ) -> str:
-        """The conversation as the template writes it, for people. All parts are text."""
+        """Return the conversation as rendered by the template, for display. All parts are text."""
         pieces = self._pieces(messages, generation, continue_final)
         return "".join(str(part) for piece in pieces for part in piece.parts)
 
     def end_of_reply(self) -> int:
-        """The token that the template writes after a reply: where generation stops."""
+        """Return the token that the template writes after a reply: where generation stops."""
         ids, learned = self.encode([Message("user", ["?"]), Message("assistant", ["!"])])
         return [token for token, is_target in zip(ids, learned, strict=True) if is_target][-1]
 
@@ -207,8 +206,10 @@ class ChatFormat:
         )
 
     def _fault(self, error: Exception, messages: Sequence[Message]) -> DataError | RecipeError:
-        """Blame the conversation where the template refuses it or works for a plain question, else
-        the template.
+        """Return an error about the conversation or the template.
+
+        The conversation is named if the template refuses it or works for a plain question, else the
+        template.
         """
         refused = type(error) is TemplateError  # `raise_exception`, which templates call on purpose
         if refused or self._renders_a_question:
@@ -231,8 +232,9 @@ class ChatFormat:
         return True
 
     def _split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """(text, control token after it) pairs; the last has none. A token that strips its sides
-        does so here.
+        """Split a text into (text, following control token) pairs; the last has no token.
+
+        A token that strips its sides does so here.
         """
         start, strip_left = 0, False
         for match in self._control_pattern.finditer(text):

@@ -36,7 +36,7 @@ LOGIT_SCALING: dict[str, Callable[[Tensor, float], Tensor]] = {
     "logits_scaling": lambda logits, divisor: logits / divisor,  # Granite
     "logit_scale": lambda logits, factor: logits * factor,  # Cohere
 }
-"""By the field of a config that holds the number, what is done to the logits."""
+"""Scaling of the logits, by the config field that holds the number."""
 
 
 def lm_logits(language_model: CausalLM, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Chat templates without a clock or a dice: a prompt is the same on every day and in every run."""
+"""Deterministic chat templates: a prompt is the same on every day and in every run."""
 
 from __future__ import annotations
 

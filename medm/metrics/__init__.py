@@ -1,12 +1,13 @@
-"""Metrics: predictions and references in, values with intervals out. They know no model and no
-benchmark.
+"""Metrics: functions from predictions and references to values with intervals.
 
-The table at the end has one line a metric: a function
-`metric(predictions, references, *, resampling=..., **options) -> list[MetricResult]`. Adding one is
-a function and a line here. What kind of pair a metric compares stands in `takes` of its options
-class. Values that the literature writes in percent are fractions here (BLEU 0.31, not 31). Names
-that begin with `uni-med-` or `m3d-bench-` repeat a benchmark's original scoring, its quirks
-included, and are reported beside the corrected metrics.
+They depend on no model and no benchmark.
+
+The table at the end has one line per metric: a function `metric(predictions, references, *,
+resampling=..., **options) -> list[MetricResult]`. Adding one is a function and a line here. `takes`
+of its options class is the kind of pair that a metric compares. Values that the literature writes
+in percent are fractions here (BLEU 0.31, not 31). Names that begin with `uni-med-` or `m3d-bench-`
+repeat a benchmark's original scoring, its quirks included, and are reported beside the corrected
+metrics.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class MetricOptions(Options):
-    """What every metric block may say."""
+    """Options of every metric."""
 
     name: str
     """Registered name of the metric."""
     takes: ClassVar[Literal["text", "label", "score", "box", "mask", "similarity"]] = "text"
     external: ClassVar[bool] = False
-    """The metric loads a model or starts another program: it is left out where items are scored one
+    """The metric loads a model or starts another program: it is left out when items are scored one
     by one."""
 
     def require_available(self) -> None:
@@ -66,16 +67,14 @@ class BoxMetricOptions(MetricOptions):
 
     takes: ClassVar[Literal["box"]] = "box"
     codec: Literal["uni-med", "thousand", "m3d"] = "uni-med"
-    """How boxes are written where predictions and references are texts (see
-    `medm.metrics.boxes`)."""
+    """Notation of boxes where predictions and references are texts (see `medm.metrics.boxes`)."""
 
 
 class M3DBoxMetricOptions(BoxMetricOptions):
     """M3D-Bench's own scoring of boxes."""
 
     codec: Literal["uni-med", "thousand", "m3d"] = "m3d"
-    """How boxes are written where predictions and references are texts (see
-    `medm.metrics.boxes`)."""
+    """Notation of boxes where predictions and references are texts (see `medm.metrics.boxes`)."""
 
 
 class BoxAccuracyOptions(BoxMetricOptions):
@@ -120,8 +119,8 @@ class NLTKBleuOptions(MetricOptions):
     """Mean sentence BLEU."""
 
     smoothing: Literal["none", "epsilon", "add-one"] = "epsilon"
-    """What stands in for a count of zero: nothing (the score collapses), 0.1, or one added to
-    counts and totals of orders above 1. NLTK's methods 0, 1 and 2."""
+    """Replacement of a count of zero: nothing (the score collapses), 0.1, or one added to counts
+    and totals of orders above 1. NLTK's methods 0, 1 and 2."""
 
 
 class BERTScoreOptions(ExternalMetricOptions):
@@ -147,9 +146,9 @@ class ChestLabelOptions(MetricOptions):
     """F1 over the 14 CheXpert labels."""
 
     uncertain: Literal["positive", "negative"] = "positive"
-    """What an uncertain mention ("possible pneumonia") counts as."""
+    """Value of an uncertain mention ("possible pneumonia")."""
     no_finding: Literal["stated", "unmentioned"] = "stated"
-    """When a report has the label "No Finding": `stated`, where it says that something is normal or
+    """Condition for the label "No Finding": `stated`, where it says that something is normal or
     absent and affirms no finding; `unmentioned`, where it affirms no finding, whatever else it says
     (CheXpert's rule). A blank text never."""
 
@@ -182,7 +181,7 @@ METRICS: Registry[Metric] = Registry("metric", group="medm.metrics", options=Met
 # fmt: off
 METRICS.add("bleu", "medm.metrics.bleu:bleu", "corpus BLEU-1 to 4 of sacrebleu, with its signature", options=BleuOptions)
 METRICS.add("bleu-coco", "medm.metrics.bleu:bleu_coco", "corpus BLEU-1 to 4 of the COCO caption toolkit on PTB-like tokens (report papers)")
-METRICS.add("bleu-nltk", "medm.metrics.bleu:bleu_nltk", "mean sentence BLEU-1 to 4 as NLTK computes it, on normalised words (VQA papers)", options=NLTKBleuOptions)
+METRICS.add("bleu-nltk", "medm.metrics.bleu:bleu_nltk", "mean sentence BLEU-1 to 4 as NLTK computes it, on normalized words (VQA papers)", options=NLTKBleuOptions)
 METRICS.add("rouge", "medm.metrics.rouge:rouge", "ROUGE-1, 2 and L, F1, of rouge-score", options=RougeOptions)
 METRICS.add("meteor", "medm.metrics.meteor:meteor", "METEOR of NLTK with WordNet; refuses where the WordNet files are missing")
 METRICS.add("meteor-exact-stem", "medm.metrics.meteor:meteor_exact_stem", "METEOR of NLTK without synonyms; needs no data")
@@ -190,7 +189,7 @@ METRICS.add("meteor-java", "medm.metrics.meteor:meteor_java", "METEOR 1.5 of the
 METRICS.add("cider-d", "medm.metrics.cider:cider_d", "CIDEr-D (0 to 10) on PTB-like tokens, document frequencies from the references")
 METRICS.add("bertscore", "medm.metrics.bertscore:bertscore", "BERTScore precision, recall and F1 with a local encoder", options=BERTScoreOptions)
 METRICS.add("exact-match", "medm.metrics.match:exact_match", "equal after trimming and case folding")
-METRICS.add("normalised-match", "medm.metrics.match:normalised_match", "equal after removing punctuation, articles and number words")
+METRICS.add("normalised-match", "medm.metrics.match:normalized_match", "equal after removing punctuation, articles and number words")
 METRICS.add("token-f1", "medm.metrics.match:token_f1", "F1 over words, each counted as often as it occurs in both")
 METRICS.add("closed-accuracy", "medm.metrics.choice:closed_accuracy", "yes/no and short closed answers, parsed, never found as a substring")
 METRICS.add("choice-accuracy", "medm.metrics.choice:choice_accuracy", "multiple choice by the parsed letter")
@@ -206,10 +205,10 @@ METRICS.add("box-accuracy", "medm.metrics.boxes:box_accuracy", "fraction of boxe
 METRICS.add("dice", "medm.metrics.masks:dice", "mean Dice of binary masks", options=MaskMetricOptions)
 METRICS.add("mask-iou", "medm.metrics.masks:mask_iou", "mean IoU of binary masks", options=MaskMetricOptions)
 METRICS.add("hd95", "medm.metrics.masks:hd95", "95th percentile of the Hausdorff distance in mm (MONAI)", options=MaskMetricOptions)
-METRICS.add("nsd", "medm.metrics.masks:nsd", "normalised surface Dice at a tolerance in mm (MONAI)", options=MaskMetricOptions)
+METRICS.add("nsd", "medm.metrics.masks:nsd", "normalized surface Dice at a tolerance in mm (MONAI)", options=MaskMetricOptions)
 METRICS.add("recall-at-k", "medm.metrics.retrieval:recall_at_k", "R@1, 5, 10 and median rank, both directions", options=SimilarityMetricOptions)
-METRICS.add("uni-med-match", "medm.metrics.uni_med:match", "exact match after Uni-Med's normaliser")
-METRICS.add("uni-med-bleu", "medm.metrics.uni_med:bleu", "unsmoothed mean sentence BLEU after Uni-Med's normaliser")
+METRICS.add("uni-med-match", "medm.metrics.uni_med:match", "exact match after Uni-Med's normalizer")
+METRICS.add("uni-med-bleu", "medm.metrics.uni_med:bleu", "unsmoothed mean sentence BLEU after Uni-Med's normalizer")
 METRICS.add("uni-med-token-f1", "medm.metrics.uni_med:token_f1", "token F1 that counts every repeat of a shared word")
 METRICS.add("uni-med-closed-accuracy", "medm.metrics.uni_med:closed_accuracy", "closed accuracy by containment: 'no' is found in 'abnormal'")
 METRICS.add("uni-med-box-iou", "medm.metrics.uni_med:box_iou", "mean IoU with inclusive pixels (+1), and accuracy above 0.5", options=BoxMetricOptions)

@@ -1,9 +1,8 @@
-"""What a metric returns, and the bootstrap behind its interval.
+"""Result of a metric, and the bootstrap of its interval.
 
-Every value is known as a function of how often each item counts. The interval is that function on
-random counts (items drawn with replacement), and two systems are compared under the same counts.
-Items that depend on each other (questions about one volume) are drawn together, as the group that
-they are.
+Every value is a function of the counts of the items. The interval is that function on random counts
+(items drawn with replacement), and two systems are compared under the same counts. Items that
+depend on each other (questions about one volume) are drawn together, as the group that they are.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ References: TypeAlias = Sequence[str | Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """Which items depend on each other."""
+    """Groups of items that depend on each other."""
 
     field: str
-    """The record field that says it ("volume", "patient")."""
+    """Record field that names the group ("volume", "patient")."""
     members: tuple[str, ...]
     """Its value for each item; equal values are one group."""
 
@@ -48,7 +47,7 @@ class Clusters:
 
 @dataclass(frozen=True, slots=True)
 class Resampling:
-    """How the interval is drawn."""
+    """Settings of the bootstrap behind an interval."""
 
     rounds: int = 1000
     """Number of bootstrap samples; 0 leaves the interval out (nan)."""
@@ -57,10 +56,10 @@ class Resampling:
     level: float = 0.95
     """Fraction of the bootstrap values inside the interval."""
     clusters: Clusters | None = None
-    """Groups that are drawn whole; None where every item stands for itself."""
+    """Groups that are drawn whole; None where every item is independent."""
 
     def part(self, indices: Sequence[int]) -> Resampling:
-        """The same for some of the items, for metrics that score no others."""
+        """Return the resampling of a subset of the items, for metrics that score no others."""
         if self.clusters is None:
             return self
         members = tuple(self.clusters.members[index] for index in indices)
@@ -72,7 +71,7 @@ DEFAULT = Resampling()
 
 @dataclass(frozen=True, slots=True)
 class MetricResult:
-    """One number and what one needs to trust it."""
+    """A number with its interval, signature and caveats."""
 
     name: str
     value: float
@@ -84,7 +83,7 @@ class MetricResult:
     """Bounds of the percentile bootstrap interval (95 % or as the signature says). nan for a single
     group."""
     signature: str
-    """Variant, tokeniser, normalisation, version: results with different signatures are not
+    """Variant, tokenizer, normalization, version: results with different signatures are not
     comparable."""
     per_item: list[float] | None = None
     """Score of each item, only where `value` is exactly their mean."""
@@ -93,10 +92,10 @@ class MetricResult:
     clusters: Clusters | None = field(default=None, repr=False, compare=False)
     """Groups of items that were drawn whole; their number is stored."""
     note: str | None = None
-    """What a reader has to know of this number, or why there is none."""
+    """Caveat of this number, or the reason why it is undefined."""
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: undefined numbers are None, the function is left out."""
+        """Return plain values for JSON: undefined numbers are None, the function is left out."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {
             "name": self.name,
@@ -119,14 +118,15 @@ class Metric(Protocol):
     def __call__(
         self, predictions: Any, references: Any, *, resampling: Resampling = ..., **options: Any
     ) -> list[MetricResult]:
-        """`predictions[i]` is compared with `references[i]`. Raises `ValueError` when the lengths
-        differ.
+        """Compare `predictions[i]` with `references[i]`.
+
+        Raises `ValueError` when the lengths differ.
         """
         ...
 
 
 def check_lengths(predictions: Sized, references: Sized) -> int:
-    """The number of items; raises `ValueError` when the two sides differ."""
+    """Return the number of items; raises `ValueError` when the two sides differ."""
     if len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references: scoring them "
@@ -147,8 +147,8 @@ def as_references(references: References) -> list[tuple[str, ...]]:
 def draws(n: int, resampling: Resampling, chunk: int = 64) -> Iterator[np.ndarray]:
     """Bootstrap counts, (chunk, n) at a time. The same seed, n and groups give the same rows.
 
-    Items that stand for themselves are drawn n times, so that a row sums to n. Groups are drawn as
-    often as there are groups, and every item of one counts as often as its group came.
+    Independent items are drawn n times, so that a row sums to n. Groups are drawn as often as there
+    are groups, and every item of one counts as often as its group came.
     """
     random = np.random.default_rng(resampling.seed)
     group_of = None if resampling.clusters is None else resampling.clusters.numbers()
@@ -165,8 +165,9 @@ def draws(n: int, resampling: Resampling, chunk: int = 64) -> Iterator[np.ndarra
 
 
 def percentile_interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    """Bounds that leave (1 - level) / 2 of the defined values on each side; nan where none is
-    defined.
+    """Return the bounds with (1 - level) / 2 of the defined values on each side.
+
+    Both are nan if no value is defined.
     """
     defined = values[~np.isnan(values)]
     if not len(defined):
@@ -184,7 +185,7 @@ def result_of(
     *,
     per_item: Sequence[float] | np.ndarray | None = None,
 ) -> MetricResult:
-    """The metric at one count each, with its bootstrap interval.
+    """Return the metric at one count each, with its bootstrap interval.
 
     Raises:
         ValueError: the groups of `resampling` are those of other items.
@@ -220,7 +221,7 @@ def result_of(
 def mean_result(
     name: str, per_item: Sequence[float] | np.ndarray, signature: str, resampling: Resampling
 ) -> MetricResult:
-    """The mean of item scores."""
+    """Return the mean of item scores."""
     scores = np.asarray(per_item, dtype=np.float64)
     return result_of(
         name,
@@ -239,8 +240,9 @@ def summed_result(
     signature: str,
     resampling: Resampling,
 ) -> MetricResult:
-    """A corpus metric: a function `(R, k) -> (R,)` of the sums over items of `statistics` (n,
-    k).
+    """Return the result of a corpus metric.
+
+    The metric is a function `(R, k) -> (R,)` of the sums over items of `statistics` (n, k).
     """
     statistics = np.asarray(statistics, dtype=np.float64)
     return result_of(
@@ -249,14 +251,14 @@ def summed_result(
 
 
 def with_note(result: MetricResult, note: str | None) -> MetricResult:
-    """The result with a note, after one that it already has. None changes nothing."""
+    """Return the result with a note, after one that it already has. None changes nothing."""
     if note is None:
         return result
     return replace(result, note=note if result.note is None else f"{result.note}; {note}")
 
 
 def undefined(result: MetricResult, reason: str) -> MetricResult:
-    """The result without its number, where the metric has no meaning for these data."""
+    """Return the result without its number, where the metric has no meaning for these data."""
     return replace(
         result,
         value=math.nan,

@@ -1,5 +1,6 @@
-"""BERTScore (Zhang et al. 2020) with an encoder that lies on this machine. Torch is imported
-inside.
+"""BERTScore (Zhang et al. 2020) with a local encoder.
+
+Torch is imported inside the functions.
 
 The one metric that reads files: the encoder's folder, named by the caller. Nothing is downloaded.
 """
@@ -38,8 +39,9 @@ def bertscore(
     device: str = "cpu",
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean precision, recall and F1; no idf weights, no rescaling. With several references the best
-    F1 counts.
+    """Mean precision, recall and F1, without idf weights and without rescaling.
+
+    With several references, the one with the best F1 counts.
 
     Special tokens may be matched but are not averaged, as in bert-score. An empty text scores 0.
     Undefined where the encoder does not know the language of the references: unknown tokens all
@@ -105,7 +107,7 @@ def greedy_match(
 
 
 def require_encoder(path: str) -> None:
-    """Look for an encoder without loading its weights.
+    """Check that an encoder exists, without loading its weights.
 
     Raises:
         CheckpointError: there is none at `path`.
@@ -170,9 +172,7 @@ def _longest(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> in
 
 
 def _unknown_and_cut(references: set[str], path: str) -> tuple[float, int]:
-    """Fraction of unknown tokens in the references, and how many references are longer than the
-    encoder reads.
-    """
+    """Return the fraction of unknown tokens in the references, and the number of truncated ones."""
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""BLEU, three ways that the literature uses under one name. All values are fractions.
+"""Three variants of BLEU that the literature uses under one name. All values are fractions.
 
 Papineni et al. 2002; sacrebleu: Post 2018. The COCO and NLTK variants are written from their
 formulas.
@@ -89,9 +89,7 @@ _OF_SPACES = ("13a", "intl")
 def _long_enough(
     results: Sequence[MetricResult], references: Sequence[Sequence[Sequence[str]]]
 ) -> list[MetricResult]:
-    """Corpus BLEU of order 1, 2, ...: without the numbers of orders for which all references are
-    too short.
-    """
+    """Drop the orders of corpus BLEU for which every reference is too short."""
     longest = max((len(words) for texts in references for words in texts), default=0)
     return [
         undefined(result, f"undefined: no reference has {order} {'words' if order > 1 else 'word'}")
@@ -118,8 +116,9 @@ def _sacrebleu_value(scorer: Any, order: int) -> Callable[[np.ndarray], np.ndarr
 def bleu_coco(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Corpus BLEU-1 to 4 as in the COCO caption toolkit: PTB-like tokens, closest reference length,
-    no smoothing.
+    """Corpus BLEU-1 to BLEU-4 as in the COCO caption toolkit.
+
+    PTB-like tokens, closest reference length, no smoothing.
     """
     check_lengths(predictions, references)
     targets = [[ptb_tokens(text) for text in texts] for texts in as_references(references)]
@@ -146,8 +145,9 @@ def bleu_coco(
 
 
 def coco_value(sums: np.ndarray, order: int) -> np.ndarray:
-    """BLEU of that order from (R, 2 * ORDERS + 2) sums, with the toolkit's guards against division
-    by zero.
+    """Return BLEU of an order from sums (R, 2 * ORDERS + 2).
+
+    The toolkit's guards against division by zero are included.
     """
     tiny, small = 1e-15, 1e-9
     precisions = (sums[:, :order] + tiny) / (sums[:, ORDERS : ORDERS + order] + small)
@@ -157,8 +157,9 @@ def coco_value(sums: np.ndarray, order: int) -> np.ndarray:
 
 
 def overlap(words: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """One item's row of statistics: clipped matches, candidates, length, length of the closest
-    reference.
+    """Return an item's row of statistics.
+
+    Clipped matches, candidates, length, and length of the closest reference.
     """
     matches, candidates = [], []
     for size in range(1, ORDERS + 1):
@@ -201,8 +202,9 @@ def nltk_results(
     *,
     smoothing: str,
 ) -> list[MetricResult]:
-    """Mean sentence BLEU-1 to 4 of tokenized pairs. A note says how many references are shorter
-    than the order.
+    """Mean sentence BLEU-1 to BLEU-4 of tokenized pairs.
+
+    A note gives the number of references that are shorter than the order.
     """
     results = []
     for order in range(1, ORDERS + 1):

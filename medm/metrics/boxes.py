@@ -21,8 +21,9 @@ _Corner = TypeVar("_Corner", int, str)
 
 @dataclass(frozen=True, slots=True)
 class ParsedBoxes:
-    """What a text says in the way of boxes. Nothing readable and nothing malformed: the text names
-    no box.
+    """Boxes that a text names.
+
+    A text without readable and without malformed boxes names no box.
     """
 
     boxes: tuple[Box, ...] = ()
@@ -34,7 +35,7 @@ class ParsedBoxes:
 
     @property
     def first(self) -> Box | None:
-        """The first box that could be read."""
+        """First box that could be read."""
         return self.boxes[0] if self.boxes else None
 
 
@@ -47,7 +48,7 @@ class BoxCodec(Protocol):
         ...
 
     def encode(self, box: Box, extent: Sequence[float]) -> str:
-        """The text of a box given in pixels; coordinates outside of the extent are clipped."""
+        """Return the text of a box in pixels; coordinates outside of the extent are clipped."""
         ...
 
     def parse(self, text: str) -> ParsedBoxes:
@@ -67,7 +68,7 @@ class BinnedBoxes:
     rounding: Literal["floor", "round"] = "floor"
     """Uni-Med floors, which pulls every box towards the origin by half a step on average."""
     order: Literal["xy", "yx"] = "xy"
-    """Which coordinate of a corner is written first."""
+    """Coordinate of a corner that is written first."""
     axes: int = 2
 
     _CANDIDATE = re.compile(r"\{\s*<[^{}]{0,200}\}?")
@@ -103,8 +104,9 @@ class BinnedBoxes:
 
 @dataclass(frozen=True, slots=True)
 class FractionBoxes:
-    """`<bx_start>[d1, h1, w1, d2, h2, w2]<bx_end>`: fractions of depth, height, width (M3D); with
-    or without markers.
+    """`<bx_start>[d1, h1, w1, d2, h2, w2]<bx_end>` in fractions of depth, height, width (M3D).
+
+    The markers are optional.
 
     A coordinate comes back within extent * 0.5 * 10 ** -decimals.
     """
@@ -177,8 +179,9 @@ def iou(first: Box, second: Box, *, inclusive: float = 0.0) -> float:
 
 
 def enclosing_iou(first: Box, second: Box) -> float:
-    """Intersection over the volume of the smallest box around both (M3D-Bench's "IoU"): never above
-    the true one.
+    """Intersection over the volume of the smallest box around both (M3D-Bench's "IoU").
+
+    It is never above the true IoU.
     """
     shared = math.prod(max(0.0, min(a, b) - max(c, d)) for a, b, c, d in _sides(first, second))
     around = math.prod(max(a, b) - min(c, d) for a, b, c, d in _sides(first, second))

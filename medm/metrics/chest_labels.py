@@ -1,4 +1,4 @@
-"""Which of 14 chest findings a report affirms, denies or leaves open: rules, offline, English.
+"""Rule-based labeler of 14 chest findings in English reports, offline.
 
 The labels are CheXpert's (Irvin et al. 2019); the rules are medm's own: phrases, then cues of
 negation and doubt within the clause. A measuring aid for comparing generated with written reports,
@@ -12,8 +12,8 @@ repeats that).
 Known limits: misspellings and phrases outside of the tables are not seen; a cue reaches over a list
 of findings but not over a full stop or a verb, so long-winded negation is missed; history
 ("previous pneumonia") counts as present unless it is called resolved; comparison ("no change in the
-effusion") counts as present; laterality and severity are not judged. Tuned on no test set. Scores
-compare with each other, and not with CheXbert's or the CheXpert labeller's.
+effusion") counts as present; laterality and severity are not judged. Not tuned on any test set.
+Scores compare with each other, and not with CheXbert's or the CheXpert labeler's.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ _VERB = re.compile(
 
 
 def label_report(text: str, *, no_finding: str = "stated") -> dict[str, Status]:
-    """The labels that a report mentions.
+    """Return the labels that a report mentions.
 
     "No Finding" is positive when no pathology is affirmed or left open, and the report says that
     something is normal or absent (`no_finding="stated"`), or whatever else it says
@@ -178,7 +178,7 @@ def label_report(text: str, *, no_finding: str = "stated") -> dict[str, Status]:
 
 
 def _states_normality(clause: str) -> bool:
-    """Whether a clause says that something is normal, or that something abnormal is absent."""
+    """Return whether a clause calls something normal, or something abnormal absent."""
     return any(
         _status(clause, mention.start(), mention.end()) == wanted
         for pattern, wanted in ((_NORMAL, "positive"), (_GENERIC, "negative"))
@@ -187,7 +187,7 @@ def _states_normality(clause: str) -> bool:
 
 
 def _status(clause: str, start: int, end: int) -> Status:
-    """What a clause says of the phrase at `start:end`."""
+    """Return the status that a clause gives to the phrase at `start:end`."""
     before, after = clause[max(0, start - _REACH) : start], clause[end : end + _REACH]
     if _DOUBT_AFTER.search(after):
         return "uncertain"
@@ -206,8 +206,9 @@ def _status(clause: str, start: int, end: int) -> Status:
 
 
 def _without_pseudo_negation(text: str) -> str:
-    """Blanks out "no change in", "not increased", which say nothing of presence; the other places
-    stay.
+    """Blank out "no change in" and "not increased", which say nothing about presence.
+
+    The other characters keep their positions.
     """
     return _NO_NEGATION.sub(lambda found: " " * len(found.group()), text)
 
@@ -219,8 +220,9 @@ def _last(pattern: re.Pattern[str], text: str) -> int | None:
 
 
 def _stronger(old: Status | None, new: Status) -> Status:
-    """Several mentions: affirmed once is affirmed; else doubt outranks denial (CheXpert's
-    order).
+    """Merge two mentions of a finding.
+
+    Affirmed once is affirmed; otherwise doubt outranks denial (CheXpert's order).
     """
     order: Mapping[Status | None, int] = {None: 0, "negative": 1, "uncertain": 2, "positive": 3}
     return new if order[new] >= order[old] else old or new

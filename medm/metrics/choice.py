@@ -1,7 +1,6 @@
-"""Closed questions: what a text answers is parsed, never searched for as a substring.
+"""Closed questions: answers are parsed, never searched for as substrings.
 
-"abnormal" contains "no", and "A large mass" begins with an A; neither is an answer to the question
-asked.
+"abnormal" contains "no", and "A large mass" begins with an A; neither is an answer.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from medm.metrics.base import DEFAULT, MetricResult, Resampling, check_lengths, mean_result
-from medm.metrics.words import ANSWER_SIGNATURE, normalise_answer, plain_marks, same_answer
+from medm.metrics.words import ANSWER_SIGNATURE, normalize_answer, plain_marks, same_answer
 
 _YES = frozenset(("yes", "yeah", "yep", "true", "correct"))
 _NO = frozenset(("no", "nope", "false", "incorrect"))
@@ -42,7 +41,7 @@ _BRACKETED_LETTER = re.compile(r"\(([A-Za-z])\)")
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """What a text answers to a yes/no question; None where it does not say.
+    """Return the yes or no that a text answers, or None if it answers neither.
 
     Read: a first word that is an answer, "the answer is ...", or an answer as the last sentence.
     Not read: a "no" within a sentence ("there is no effusion"), because whether that means yes or
@@ -52,11 +51,12 @@ def parse_yes_no(text: str) -> bool | None:
 
 
 def parse_decision(text: str) -> str | None:
-    """`yes`, `no` or `maybe` as `parse_yes_no` reads them; None where the text says none of them,
-    or several.
+    """Return `yes`, `no` or `maybe`, read as `parse_yes_no` does.
+
+    None if the text says none or several of them.
     """
     text = plain_marks(text)
-    words = normalise_answer(text).split()
+    words = normalize_answer(text).split()
     if not words:
         return None
     leading = _DECISIONS.get(words[0]) if words[:2] != ["no", "doubt"] else None
@@ -68,12 +68,13 @@ def parse_decision(text: str) -> str | None:
     stated = _STATED_DECISION.findall(text)
     if stated:
         return _DECISIONS[stated[-1].lower()]
-    return _DECISIONS.get(normalise_answer(re.split(r"[.!?\n]", text.strip().rstrip(".!?"))[-1]))
+    return _DECISIONS.get(normalize_answer(re.split(r"[.!?\n]", text.strip().rstrip(".!?"))[-1]))
 
 
 def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter that a text chooses among `options` (letter -> text); None where it names none or
-    several.
+    """Return the letter that a text chooses among `options` (letter -> text).
+
+    None if it names none or several.
 
     Read, in this order: a letter at the start ("B", "B.", "(b) liver"), a text that is one option's
     wording, "the answer is B", a single bracketed letter, exactly one option's wording among the
@@ -96,8 +97,9 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def parse_wording(text: str, options: Mapping[str, str]) -> str | None:
-    """The key of the one option whose wording a text is or holds as whole words; None for none or
-    several.
+    """Return the key of the one option whose wording is in a text as whole words.
+
+    None if there is no such option, or several.
 
     "left lung" also holds "lung": an option within another one that is there does not count as a
     second answer. A wording that is negated in its clause ("not the liver") is no answer. Options
@@ -105,12 +107,12 @@ def parse_wording(text: str, options: Mapping[str, str]) -> str | None:
     helps"); see `parse_decision`.
     """
     text = plain_marks(text)
-    answer = normalise_answer(text)
-    wordings = {key: normalise_answer(wording) for key, wording in options.items()}
+    answer = normalize_answer(text)
+    wordings = {key: normalize_answer(wording) for key, wording in options.items()}
     equal = [key for key, wording in wordings.items() if wording and wording == answer]
     if equal:
         return equal[0] if len(equal) == 1 else None
-    clauses = [normalise_answer(clause).split() for clause in _CLAUSE_END.split(text)]
+    clauses = [normalize_answer(clause).split() for clause in _CLAUSE_END.split(text)]
     decision = parse_decision(text)
     inside = {
         key
@@ -133,8 +135,9 @@ def parse_wording(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _affirmed(wording: Sequence[str], clauses: Sequence[Sequence[str]]) -> bool:
-    """Whether the words stand beside each other somewhere without a negation shortly before them in
-    the same clause.
+    """Return whether the words occur in sequence without a negation shortly before them.
+
+    Only a negation in the same clause counts.
     """
     words: list[str] = []
     begins: list[int] = []  # of each word, where its clause begins
@@ -157,7 +160,7 @@ def closed_accuracy(
     """Accuracy on closed questions.
 
     Where the reference is yes or no, alone or before a comma, the prediction is parsed for one;
-    otherwise ("left", "MRI", "true pelvis") it has to equal the reference after normalisation.
+    otherwise ("left", "MRI", "true pelvis") it has to equal the reference after normalization.
     `closed-unparsed` is the fraction of yes/no questions whose answer says neither.
     """
     check_lengths(predictions, references)

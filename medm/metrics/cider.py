@@ -51,7 +51,7 @@ def cider_d(
     reason = unsegmented(references, "separate the words by blanks first")
     if reason is not None:
         return [undefined(result, reason)]
-    # An item whose own reference would score 0 says nothing of its prediction.
+    # An item whose own reference would score 0 carries no information about its prediction.
     best = cider_d_scores([texts[0] for texts in targets], targets)
     silent = sum(score == 0 for score in best)
     if n and silent == n:
@@ -75,7 +75,7 @@ def cider_d(
 def cider_d_scores(
     predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> list[float]:
-    """CIDEr-D of each tokenised item."""
+    """CIDEr-D of each tokenized item."""
     document_frequency: Counter[tuple[str, ...]] = Counter()
     for texts in references:
         document_frequency.update({gram for text in texts for gram in _all_ngrams(text)})
@@ -115,8 +115,9 @@ def _all_ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 
 def _clipped_cosine(mine: Vector, theirs: Vector, my_norm: float, their_norm: float) -> float:
-    """Cosine in which a weight never counts for more than the reference holds (repeating a word
-    gains nothing).
+    """Cosine with weights clipped to those of the reference.
+
+    Repeating a word gains nothing.
     """
     dot = sum(
         min(weight, theirs[gram]) * theirs[gram] for gram, weight in mine.items() if gram in theirs

@@ -1,5 +1,6 @@
-"""Labels and scores against labels. Undefined values (a class that a resample lacks) stay out of
-means.
+"""Labels and scores against labels.
+
+Undefined values (a class that a resample lacks) are left out of means.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def macro_f1(
     *,
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean F1 over the classes of the references. A prediction outside of them is a miss, and no
-    class of its own.
+    """Mean F1 over the classes of the references.
+
+    A prediction outside of these classes is a miss, and adds no class.
     """
     statistics, classes = _confusion(predictions, references)
 
@@ -90,9 +92,7 @@ def _single_class(classes: int) -> str | None:
 def sensitivity_specificity(
     predictions: Sequence[int], references: Sequence[int], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Sensitivity and specificity: the fraction of ones, and of zeros, that are predicted as
-    such.
-    """
+    """Sensitivity and specificity: fractions of ones and of zeros that are predicted as such."""
     check_lengths(predictions, references)
     guessed, true = np.asarray(predictions, dtype=int), np.asarray(references, dtype=int)
     for side, values in (("predictions", guessed), ("references", true)):
@@ -120,8 +120,9 @@ def auroc(
     class_names: Sequence[str] | None = None,
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Area under the ROC curve: the chance that a positive item scores above a negative one, ties
-    counting half.
+    """Area under the ROC curve.
+
+    This is the probability that a positive item scores above a negative one; ties count half.
 
     Args:
         predictions: (n,) or (n, C) scores, higher for positive.
@@ -181,7 +182,7 @@ def auroc(
 
 
 def _one_label(labels: np.ndarray) -> str | None:
-    """Why a class has no area; None where it has one."""
+    """Return the reason why a class has no area under the curve, or None if it has one."""
     found = sorted(set(labels.astype(int).tolist()))
     return f"undefined: all {len(labels)} labels are {found[0]}" if len(found) == 1 else None
 

@@ -1,6 +1,4 @@
-"""Is one system better than another on the same items? Paired tests on two results of one
-metric.
-"""
+"""Paired tests of two systems on the same items, from two results of one metric."""
 
 from __future__ import annotations
 
@@ -34,11 +32,11 @@ class Comparison:
     metric is undefined."""
     signature: str
     clusters: int | None = None
-    """Number of groups that were drawn and exchanged whole; None where every item stands for
-    itself."""
+    """Number of groups that were drawn and exchanged whole; None where every item is
+    independent."""
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: undefined numbers are None."""
+        """Return plain values for JSON: undefined numbers are None."""
         return {
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self).items()
@@ -48,8 +46,7 @@ class Comparison:
 def compare(
     first: MetricResult, second: MetricResult, resampling: Resampling | None = None
 ) -> Comparison:
-    """Paired comparison of two systems scored by the same metric on the same items in the same
-    order.
+    """Compare two systems scored by the same metric on the same items in the same order.
 
     Where the metric is undefined for a side, so are difference, interval and p-value (nan).
     Items that were grouped for the intervals of the results are drawn, and exchanged, as the same
@@ -93,7 +90,7 @@ def compare(
     low, high = percentile_interval(deltas, resampling.level)
     difference = first.value - second.value
     if first.per_item is not None and second.per_item is not None:
-        p_value = randomisation_test(
+        p_value = randomization_test(
             np.asarray(first.per_item), np.asarray(second.per_item), resampling
         )
         test = "randomisation"
@@ -114,9 +111,10 @@ def compare(
     )
 
 
-def randomisation_test(first: np.ndarray, second: np.ndarray, resampling: Resampling) -> float:
-    """Two-sided p-value of the mean difference when each item's two scores are exchanged at random,
-    or each group's.
+def randomization_test(first: np.ndarray, second: np.ndarray, resampling: Resampling) -> float:
+    """Return the two-sided p-value of the mean difference under random exchange.
+
+    The two scores of each item, or of each group, are exchanged.
 
     With `rounds` shuffles the least possible value is 1 / (rounds + 1) (Phipson and Smyth 2010).
     """

@@ -1,5 +1,6 @@
-"""M3D-Bench's scoring (arXiv 2404.00578, public code), with its quirks, for comparison with
-published numbers.
+"""Original scoring of M3D-Bench (arXiv 2404.00578, public code), with its quirks.
+
+For comparison with published numbers.
 
 METEOR and BERTScore of the published table are `meteor` and `bertscore` of this package, on the
 same texts.
@@ -26,15 +27,16 @@ from medm.metrics.base import (
     undefined,
 )
 from medm.metrics.boxes import CODECS, Box, enclosing_iou
-from medm.metrics.rouge import rouge as sound_rouge
+from medm.metrics.rouge import rouge as corrected_rouge
 from medm.metrics.words import ngrams, unsegmented
 
 
 def bleu(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Mean over items of unsmoothed BLEU-1, tokeniser 13a, as the `evaluate` library computes it;
-    an empty text is 0.
+    """Mean over items of unsmoothed BLEU-1 with tokenizer 13a.
+
+    As the `evaluate` library computes it; an empty text scores 0.
 
     Wrong as a corpus measure: a mean of sentence scores is not corpus BLEU. Corrected: `bleu`.
     """
@@ -69,11 +71,12 @@ def _bleu_1(words: list[str], references: list[list[str]]) -> float:
 def rouge(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Mean ROUGE-1 F1, no stemming: the same number as `rouge`, under the name of the published
-    column.
+    """Mean ROUGE-1 F1 without stemming, under the name of the published column.
+
+    The number is that of `rouge`.
     """
     check_lengths(predictions, references)
-    found = sound_rouge(predictions, references, resampling=resampling)[0]
+    found = corrected_rouge(predictions, references, resampling=resampling)[0]
     drawn = found.signature.partition("stem:no")[2]  # groups and level of the interval
     signature = f"m3d-bench|rouge-score|rouge1|stem:no|mean{drawn}"
     return [replace(found, name="m3d-bench-rouge-1", signature=signature)]
@@ -82,8 +85,9 @@ def rouge(
 def choice_accuracy(
     predictions: Sequence[str], references: Sequence[str], *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Is "<letter>." anywhere in the text? Wrong: "the AORTA." answers A, an empty reference is
-    always right.
+    """Fraction of texts that contain "<letter>." anywhere.
+
+    Known flaws: "the AORTA." answers A, and an empty reference is always right.
 
     Corrected: `choice-accuracy`. References are letters, or texts that begin with one.
     """
@@ -107,8 +111,9 @@ def box_iou(
     codec: str = "m3d",
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean of intersection over the enclosing box; -1 for an unreadable box. Corrected: `box-iou`
-    (0 there).
+    """Mean of intersection over the enclosing box; -1 for an unreadable box.
+
+    Corrected: `box-iou`, where an unreadable box scores 0.
     """
     check_lengths(predictions, references)
     scores = []
@@ -139,8 +144,9 @@ def dice(
     *,
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean soft Dice on sigmoid probabilities. Wrong: no threshold, and a perfect mask of one voxel
-    scores 2/3.
+    """Mean soft Dice on sigmoid probabilities.
+
+    Known flaws: no threshold, and a perfect mask of one voxel scores 2/3.
 
     Corrected: `dice`.
     """

@@ -1,5 +1,6 @@
-"""Binary masks of equal shape, any number of axes. Surface distances are MONAI's (torch is imported
-inside).
+"""Metrics of binary masks of equal shape with any number of axes.
+
+Surface distances are MONAI's (torch is imported inside the functions).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def hd95_of(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[flo
     """95th percentile of surface distances in mm, the larger of both directions.
 
     0 when both masks are empty; where only one is, the diagonal of the whole grid, so that a missed
-    structure costs.
+    structure is penalized.
     """
     mine, theirs = _pair(prediction, reference)
     if not mine.any() or not theirs.any():
@@ -65,8 +66,9 @@ def diagonal(shape: Sequence[int], spacing: Sequence[float] | None = None) -> fl
 def nsd_of(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> float:
-    """Fraction of both surfaces that lies within `tolerance` mm of the other; 1 when both are
-    empty, 0 when one is.
+    """Fraction of both surfaces that lies within `tolerance` mm of the other.
+
+    1 when both are empty, 0 when one is.
     """
     mine, theirs = _pair(prediction, reference)
     if not mine.any() or not theirs.any():
@@ -115,8 +117,9 @@ def hd95(
     spacings: Sequence[Sequence[float]] | None = None,
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean 95 % Hausdorff distance. Without `spacings` (mm a step of each axis, per item) the unit
-    is voxels.
+    """Mean 95 % Hausdorff distance.
+
+    Without `spacings` (mm per step of each axis, per item) the unit is voxels.
     """
     steps = _spacings(predictions, references, spacings)
     scores = [
@@ -139,7 +142,7 @@ def nsd(
     spacings: Sequence[Sequence[float]] | None = None,
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean normalised surface Dice. Without `spacings` tolerance and distances are in voxels."""
+    """Mean normalized surface Dice. Without `spacings` tolerance and distances are in voxels."""
     steps = _spacings(predictions, references, spacings)
     scores = [
         nsd_of(a, b, step, tolerance)
@@ -159,8 +162,9 @@ def _empty_masks(
     both: str,
     one: str | None = None,
 ) -> str | None:
-    """How items count for which the formula has no value: those with two empty masks, and for a
-    distance, with one.
+    """Describe how items with empty masks count, for which the formula has no value.
+
+    These are items with two empty masks, and for a distance, those with one.
     """
     pairs = [
         (bool(np.any(mine)), bool(np.any(theirs)))
@@ -187,7 +191,7 @@ def _each(
 
 
 def _pair(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as booleans. Probabilities are refused: where to cut them is the model's affair."""
+    """Both as booleans. Probabilities are refused: their threshold is the caller's choice."""
     masks = []
     for side, mask in (
         ("prediction", np.asarray(prediction)),

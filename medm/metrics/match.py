@@ -1,4 +1,4 @@
-"""Short answers compared as a whole, or word by word."""
+"""Metrics of short answers, compared as a whole or word by word."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from medm.metrics.words import ANSWER_SIGNATURE, answer_words, same_answer
 def best_of(
     predictions: Sequence[str], references: References, score: Callable[[str, str], float]
 ) -> list[float]:
-    """Each item's best score over its references; 0 for a blank prediction, whatever the reference
-    is.
+    """Return each item's best score over its references.
+
+    A blank prediction scores 0, whatever the reference is.
     """
     check_lengths(predictions, references)
     return [
@@ -47,10 +48,10 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text.strip().casefold())
 
 
-def normalised_match(
+def normalized_match(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Fraction of predictions equal to a reference after `normalise_answer` (see `same_answer`)."""
+    """Fraction of predictions equal to a reference after `normalize_answer` (see `same_answer`)."""
     scores = best_of(predictions, references, lambda a, b: float(same_answer(a, b)))
     return [mean_result("normalised-match", scores, f"exact|{ANSWER_SIGNATURE}", resampling)]
 
@@ -58,16 +59,18 @@ def normalised_match(
 def token_f1(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Mean F1 over normalised words, each shared as often as it occurs on both sides (as in
-    SQuAD).
+    """Mean F1 over normalized words.
+
+    A shared word counts as often as it occurs on both sides (as in SQuAD).
     """
     scores = best_of(predictions, references, word_f1)
     return [mean_result("token-f1", scores, f"multiset|{ANSWER_SIGNATURE}|mean", resampling)]
 
 
 def word_f1(prediction: str, reference: str) -> float:
-    """F1 of two texts. Without a word on either side it is 1 for the same answer, else 0; nothing
-    answers nothing.
+    """F1 of the words of two texts.
+
+    If either has no words, it is 1 for the same answer, else 0. An empty prediction scores 0.
     """
     mine, theirs = Counter(answer_words(prediction)), Counter(answer_words(reference))
     if not mine or not theirs:

@@ -1,4 +1,4 @@
-"""METEOR (Banerjee and Lavie 2005), by which of its programs the name of the result says."""
+"""METEOR (Banerjee and Lavie 2005); the name of the result says which program computed it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from medm.metrics.words import fraction_outside_latin, unsegmented
 
 
 class _NoSynonyms:
-    """Stands where NLTK expects WordNet, and knows no synonyms: exact and stem matches remain."""
+    """WordNet without synonyms for NLTK: exact and stem matches remain."""
 
     @staticmethod
     def synsets(word: str) -> list[Any]:
@@ -32,7 +32,7 @@ class _NoSynonyms:
 
 
 def wordnet_available() -> bool:
-    """True where NLTK is installed and finds the WordNet files."""
+    """Return True if NLTK is installed and finds the WordNet files."""
     try:
         _wordnet()
     except DeviceError:
@@ -60,8 +60,9 @@ def meteor(
 def meteor_exact_stem(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """NLTK's METEOR with exact and stem matches only; lower than METEOR wherever synonyms would
-    have matched.
+    """NLTK's METEOR with exact and stem matches only.
+
+    It is lower than METEOR wherever synonyms would match.
     """
     return _nltk_meteor(
         "meteor-exact-stem", "exact+stem", _NoSynonyms(), predictions, references, resampling
@@ -85,7 +86,7 @@ def meteor_java(
         )
     scores: list[float] = []
     if predictions:
-        # The Java side reads line by line and waits for ever on a text with a line break: only
+        # The Java side reads line by line and waits forever on a text with a line break: only
         # tokens go in.
         texts = {index: [" ".join(ptb_tokens(text))] for index, text in enumerate(predictions)}
         targets = {
@@ -134,8 +135,9 @@ def _nltk_meteor(
 
 
 def _in_english(result: MetricResult, references: References) -> list[MetricResult]:
-    """The result; without its number where the references are in another alphabet than METEOR's
-    stems and synonyms.
+    """Return the result, without its number if the references are in another alphabet.
+
+    METEOR's stems and synonyms are English.
     """
     reason = unsegmented(references, "separate the words by blanks and use bleu or rouge")
     foreign = fraction_outside_latin(references)

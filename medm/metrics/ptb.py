@@ -1,5 +1,6 @@
-"""Tokens of the COCO caption toolkit: an imitation of Stanford's PTBTokenizer, written from what
-the program prints.
+"""Tokens of the COCO caption toolkit.
+
+An imitation of Stanford's PTBTokenizer, written from the output of the program.
 
 Expected values are in `tests/metrics/ptb_tokens.tsv`: texts and what the program (corenlp 3.4.1,
 `-preserveLines -lowerCase`) and the toolkit's list of marks make of them.
@@ -80,7 +81,7 @@ def ptb_tokens(text: str) -> list[str]:
 
 @cache
 def _pattern() -> re.Pattern[str]:
-    """One alternative a kind of token, longer kinds first."""
+    """One alternative per kind of token, longer kinds first."""
     # The original knows the basic plane only: it drops emoji, and so are letters beyond.
     letter, word = f"[{characters('L', 'M')}]", f"[{characters('L', 'M', 'Nd')}]"
     joined = f"{word}+(?:(?:[-‐‑]|_(?!_)){word}+)*"
@@ -143,7 +144,7 @@ def _kept() -> frozenset[int]:
 
 
 def _is_printed(token: str) -> bool:
-    """False for a single symbol that the original cannot tokenize and drops."""
+    """Return False for a single symbol that the original cannot tokenize and drops."""
     if len(token) > 1 or token.isascii():
         return True
     category = unicodedata.category(token)

@@ -36,8 +36,9 @@ def recall_at_k(
     cutoffs: Sequence[int] = (1, 5, 10),
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Fraction of queries with a relevant candidate among the first k, and the median rank, in both
-    directions.
+    """Fraction of queries with a relevant candidate among the first k, and the median rank.
+
+    Both are computed in both directions.
 
     Args:
         predictions: (Q, C) similarities, images in rows and texts in columns.
@@ -80,8 +81,9 @@ def recall_at_k(
 
 
 class _WeightedMedian:
-    """Median of values of which each counts several times; the mean of the middle two where their
-    number is even.
+    """Median of values with counts.
+
+    The mean of the middle two if the total count is even.
     """
 
     def __init__(self, values: np.ndarray) -> None:

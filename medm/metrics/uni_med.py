@@ -1,9 +1,10 @@
-"""Uni-Med's scoring (arXiv 2409.17508, public code of 2025-11), with its quirks, for comparison
-with published numbers.
+"""Original scoring of Uni-Med (arXiv 2409.17508, code of 2025-11), with its quirks.
+
+For comparison with published numbers.
 
 Not for anything else: each function says what is wrong with it and which metric is the corrected
-one. In one thing they differ from the published code: a blank reply never scores, also where the
-reference is nothing but an article or marks.
+one. They differ from the published code in one point: a blank reply never scores, even where the
+reference consists of articles or punctuation alone.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ you've
 
 
 def _short_forms() -> dict[str, str]:
-    """Every spelling that lacks one apostrophe -> the full one; and the oddities of the published
-    table.
+    """Return every spelling that lacks one apostrophe -> the full one.
+
+    The oddities of the published table are kept.
     """
     forms = {}
     for full in _CONTRACTIONS.split():
@@ -92,11 +94,11 @@ _SHORT_FORMS = _short_forms()
 
 
 def normalise(text: str) -> str:
-    """The VQA-v2 normaliser as Uni-Med runs it.
+    """Apply the VQA-v2 normalizer as Uni-Med runs it.
 
-    Wrong: "none" becomes "0"; whether a mark is deleted or becomes a blank depends on the rest of
-    the text ("t2-w" and "t2 - w" differ from "t2-w, flair"); at most 32 full stops go. Corrected:
-    `medm.metrics.words.normalise_answer`.
+    Known flaws: "none" becomes "0"; whether a mark is deleted or becomes a blank depends on the
+    rest of the text ("t2-w" and "t2 - w" differ from "t2-w, flair"); at most 32 full stops go.
+    Corrected: `medm.metrics.words.normalize_answer`.
     """
     groups_digits = _DIGIT_COMMA.search(text) is not None
     result = text
@@ -110,12 +112,12 @@ def normalise(text: str) -> str:
 
 
 def clean_prediction(text: str) -> str:
-    """What the published scripts do to a generated text first."""
+    """Clean a generated text as the published scripts do before scoring."""
     return text.lower().replace("<unk>", "").strip()
 
 
-def _said(prediction: str) -> str | None:
-    """The normalized prediction; None where nothing is left of it, which equals no reference."""
+def _normalized(prediction: str) -> str | None:
+    """Return the normalized prediction, or None if it is empty, which equals no reference."""
     text = clean_prediction(prediction)
     return None if is_blank(text) else normalise(text)
 
@@ -124,15 +126,16 @@ def match(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
     """Exact match after `normalise`. Corrected: `normalised-match`."""
-    scores = best_of(predictions, references, lambda a, b: float(_said(a) == normalise(b)))
+    scores = best_of(predictions, references, lambda a, b: float(_normalized(a) == normalise(b)))
     return [mean_result("uni-med-match", scores, SIGNATURE, resampling)]
 
 
 def bleu(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Mean unsmoothed sentence BLEU-1 to 4. Wrong: a right one-word answer has BLEU-4 1e-231.
-    Corrected: `bleu`.
+    """Mean unsmoothed sentence BLEU-1 to BLEU-4.
+
+    Known flaw: a correct one-word answer has a BLEU-4 of 1e-231. Corrected: `bleu`.
     """
     check_lengths(predictions, references)
     pairs = [
@@ -150,9 +153,9 @@ def bleu(
 def token_f1(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Token F1. Wrong: every repeat of a shared word is a hit ("lung lung lung" for "lung" is 1).
+    """Token F1 in which every repetition of a shared word is a hit.
 
-    Corrected: `token-f1`.
+    Known flaw: "lung lung lung" for "lung" is 1. Corrected: `token-f1`.
     """
     scores = best_of(predictions, references, _repeating_f1)
     result = mean_result("uni-med-token-f1", scores, SIGNATURE, resampling)
@@ -174,13 +177,14 @@ def _repeating_f1(prediction: str, reference: str) -> float:
 def closed_accuracy(
     predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
-    """Is the reference anywhere in the prediction? Wrong: "no" is in "abnormal". Corrected:
-    `closed-accuracy`.
+    """Fraction of predictions that contain the reference anywhere.
+
+    Known flaw: "no" is in "abnormal". Corrected: `closed-accuracy`.
     """
     scores = best_of(
         predictions,
         references,
-        lambda a, b: float((text := _said(a)) is not None and normalise(b) in text),
+        lambda a, b: float((text := _normalized(a)) is not None and normalise(b) in text),
     )
     return [mean_result("uni-med-closed-accuracy", scores, f"{SIGNATURE}|substring", resampling)]
 
@@ -189,8 +193,9 @@ _BOX = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
 
 
 def parse_box(text: str, extent: Sequence[float]) -> Box | None:
-    """A box at the very start of the text, in pixels, neither clipped nor put in order; None where
-    there is none.
+    """Return the box at the very start of a text, in pixels, or None.
+
+    It is neither clipped nor put in order.
     """
     found = _BOX.match(clean_prediction(text).replace(" ", ""))
     if not found:
@@ -208,11 +213,12 @@ def box_iou(
     codec: str = "uni-med",
     resampling: Resampling = DEFAULT,
 ) -> list[MetricResult]:
-    """Mean IoU and accuracy above 0.5, with 1 added to every side. Corrected: `box-iou`,
-    `box-accuracy`.
+    """Mean IoU and accuracy above 0.5, with 1 added to every side.
 
-    Wrong: one pixel is added to coordinates that are not pixel numbers, which favours small boxes;
-    swapped corners are scored as they stand; a box anywhere but at the start is not seen.
+    Corrected: `box-iou`, `box-accuracy`.
+
+    Known flaws: one pixel is added to coordinates that are not pixel numbers, which favors small
+    boxes; swapped corners are scored as they stand; a box anywhere but at the start is not seen.
 
     `extents` are (width, height) of each image; without them coordinates are those of the 0..100
     grid.
@@ -240,8 +246,9 @@ def box_iou(
 
 
 def _published_iou(guess: Box, truth: Box) -> float:
-    """As `iou(inclusive=1)`, but swapped corners give negative sides, hence areas of either
-    sign.
+    """IoU as `iou(inclusive=1)`, except that swapped corners give negative sides.
+
+    Areas can therefore have either sign.
     """
     if guess[2] >= guess[0] and guess[3] >= guess[1]:
         return iou(guess, truth, inclusive=1.0)
@@ -256,9 +263,10 @@ def _published_iou(guess: Box, truth: Box) -> float:
 
 
 def first_words(text: str, limit: int = 50) -> str:
-    """Blanks collapsed and cut to 50 words, as Uni-Med does with every text, references of the test
-    split included.
+    """Collapse blanks and cut to 50 words, as Uni-Med does with every text.
 
-    Wrong: reports scored against their first 50 words are not comparable with the literature.
+    This includes the references of the test split.
+
+    Known flaw: reports scored against their first 50 words are not comparable with the literature.
     """
     return " ".join(text.split()[:limit])

@@ -1,4 +1,4 @@
-"""From text to the words that are compared, and the texts whose words cannot be counted.
+"""Splitting of texts into comparable words, and detection of texts where this is impossible.
 
 The tokens of the COCO caption toolkit are in `medm.metrics.ptb`.
 """
@@ -54,15 +54,13 @@ UNSEGMENTED = (
 
 
 def plain_marks(text: str) -> str:
-    """Unicode's compatibility form, with the digits, quotes, dashes and signs of comparison of
-    ASCII.
-    """
+    """Unicode's compatibility form, with ASCII digits, quotes, dashes and comparison signs."""
     text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)
     return _OTHER_DIGIT.sub(lambda found: str(unicodedata.digit(found.group())), text)
 
 
-def normalise_answer(text: str) -> str:
-    """The form in which short answers are compared.
+def normalize_answer(text: str) -> str:
+    """Return the form in which short answers are compared.
 
     Unicode's compatibility form, case folded, no punctuation, no articles, number words as digits,
     single blanks. Kept: decimal points, the sign of a number, signs of comparison and percent,
@@ -78,33 +76,33 @@ def normalise_answer(text: str) -> str:
 
 
 def same_answer(prediction: str, reference: str) -> bool:
-    """Equality after `normalise_answer`; a reference of punctuation alone has to be repeated as it
-    is.
+    """Return whether two texts are equal after `normalize_answer`.
+
+    A reference of punctuation alone has to be repeated exactly.
 
     A text without any word equals nothing else: "." is not "the", and no reply is no answer.
     """
-    mine, theirs = normalise_answer(prediction), normalise_answer(reference)
+    mine, theirs = normalize_answer(prediction), normalize_answer(reference)
     if mine or theirs:
         return mine == theirs
     return prediction.strip() == reference.strip() != ""
 
 
 def answer_words(text: str) -> list[str]:
-    """Words of a normalized answer. In scripts without spaces each character is one (as in CMRC
-    2018).
+    """Return the words of a normalized answer.
+
+    In scripts without spaces each character is a word (as in CMRC 2018).
     """
-    return _CHARACTER.sub(r" \1 ", normalise_answer(text)).split()
+    return _CHARACTER.sub(r" \1 ", normalize_answer(text)).split()
 
 
 def ngrams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
-    """How often each run of `size` words occurs."""
+    """Count the runs of `size` words."""
     return Counter(tuple(words[start : start + size]) for start in range(len(words) - size + 1))
 
 
 def characters(*categories: str) -> str:
-    """Characters of these Unicode categories in the basic plane, as the inside of a class of
-    `re`.
-    """
+    """Return the characters of Unicode categories in the basic plane, for a class of `re`."""
     ranges: list[list[int]] = []
     for code in range(0x10000):
         if not unicodedata.category(chr(code)).startswith(categories):
@@ -117,8 +115,9 @@ def characters(*categories: str) -> str:
 
 
 def unsegmented(references: Sequence[str | Sequence[str]], instead: str) -> str | None:
-    """Why words of these references cannot be counted: they are in a script without spaces. None
-    where they can.
+    """Return the reason why words of these references cannot be counted, or None.
+
+    The reason is a script without spaces.
 
     Texts whose words were separated by blanks beforehand can be counted.
 
@@ -156,7 +155,8 @@ def _fraction(references: Sequence[str | Sequence[str]], count: Callable[[str], 
 
 @cache
 def _punctuation() -> re.Pattern[str]:
-    """All but word characters with their vowel signs and accents, decimal points, percent, signs
-    and hyphens.
+    """Return all characters but word characters, decimal points, percent, signs and hyphens.
+
+    Word characters include their vowel signs and accents.
     """
     return re.compile(rf"[^\w{characters('M')}.%+<>=-]")

@@ -1,5 +1,6 @@
-"""Models: how parts are put together, saved and loaded. Knows nothing of paths, DeepSpeed or task
-names.
+"""Models: how parts are put together, saved and loaded.
+
+Knows nothing of paths, DeepSpeed or task names.
 
 A kind of model (`medm.models.kinds` has the table) turns its section of a recipe into a model and
 its processor (`medm.models.base.ModelKind`); `load` opens what any of them saved.
@@ -60,8 +61,9 @@ def build(options: ModelOptions, *, init_from: str | None = None) -> Built:
 
 
 def processor_of(options: ModelOptions, *, init_from: str | None = None) -> Processor:
-    """The processor that `build` would give, without reading weights where the kind of model can do
-    so.
+    """Return the processor that `build` would give.
+
+    Reads no weights if the kind of model can do without.
 
     Raises:
         RecipeError, CheckpointError: as `build`.
@@ -73,8 +75,9 @@ def processor_of(options: ModelOptions, *, init_from: str | None = None) -> Proc
 
 
 def preprocess_of(options: ModelOptions, *, init_from: str | None = None) -> dict[str, Preprocess]:
-    """The preprocessing of the model that a recipe's section describes, by branch; no language
-    model is looked for.
+    """Return the preprocessing of the model that a recipe's section describes, by branch.
+
+    Needs no language model.
 
     Raises:
         RecipeError, CheckpointError: as `build`.

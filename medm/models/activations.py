@@ -1,5 +1,6 @@
-"""Memory of the activations that a training step keeps for its backward pass, found by running it
-without memory.
+"""Memory of the activations that a training step keeps for its backward pass.
+
+Found by running the step without memory.
 
 Each part runs forward on the meta device, and what autograd would save is added up: adapters,
 frozen weights, gated layers and precisions count as they are. Counted are tensors, each storage
@@ -63,7 +64,7 @@ def activations(model: MedmModel, step: Step, *, half: bool) -> float:
     """
     language_model = model.parts().get("llm")
     if not is_causal_lm(language_model):
-        raise ValueError("the model has no language model")
+        raise ValueError("they are known for models with a language model alone")
     dtype = torch.bfloat16 if half else torch.float32
     nn.Module.to(model, dtype).train()
     total, begun = 0.0, False
@@ -94,7 +95,9 @@ def _through_branch(branch: VisionBranch, items: int, dtype: torch.dtype) -> Non
 
 
 def _through_llm(language_model: CausalLM, step: Step, dtype: torch.dtype, begun: bool) -> None:
-    """`begun`: a gradient has to reach what comes before, so a frozen language model keeps its
+    """Run the forward pass of the language model on the meta device.
+
+    `begun`: a gradient has to reach what comes before, so a frozen language model keeps its
     activations too.
     """
     width = language_model.get_input_embeddings().embedding_dim
@@ -122,7 +125,9 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """On the meta device torch would take the plain attention, which keeps every weight of every
+    """Replace attention by one that keeps what the fused kernels keep.
+
+    On the meta device torch would take the plain attention, which keeps every weight of every
     head.
     """
 
@@ -138,8 +143,9 @@ def _fused_attention() -> Iterator[None]:
 
 
 def _kept(part: nn.Module, forward: Callable[[], None]) -> float:
-    """Bytes that autograd saves in a forward pass of a part; layers that recompute keep their
-    inputs.
+    """Return the bytes that autograd saves in a forward pass of a part.
+
+    Layers that recompute keep their inputs.
     """
     own = {_storage(tensor) for tensor in (*part.parameters(), *part.buffers())}
     saved: dict[int, tuple[int, int | None]] = {}

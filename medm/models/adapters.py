@@ -20,8 +20,9 @@ ADAPTER = "default"
 
 
 def inject(part: nn.Module, spec: Mapping[str, object]) -> None:
-    """Put LoRA layers into a part, in place. B starts at zero, so the part computes what it did
-    before.
+    """Put LoRA layers into a part, in place.
+
+    B starts at zero, so the part computes what it did before.
 
     Raises:
         RecipeError: `target_modules` names nothing in this part, or the part is adapted already.
@@ -35,8 +36,9 @@ def inject(part: nn.Module, spec: Mapping[str, object]) -> None:
 
 
 def check_unshared(model: nn.Module) -> None:
-    """Refuse adapters in layers whose weights another layer uses, too (a head tied to the
-    embeddings).
+    """Refuse adapters in layers whose weights another layer uses, too.
+
+    An example is a head tied to the embeddings.
 
     The other layer would run without the adapter, and merging would change it.
 
@@ -64,7 +66,7 @@ def check_unshared(model: nn.Module) -> None:
 
 
 def adapted(part: nn.Module) -> bool:
-    """Whether any layer of the part is adapted."""
+    """Return whether any layer of the part is adapted."""
     return any(isinstance(module, BaseTunerLayer) for module in part.modules())
 
 

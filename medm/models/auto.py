@@ -1,5 +1,6 @@
-"""medm's classes in transformers' Auto registries, so that no remote code is needed to open a
-checkpoint.
+"""medm's classes in transformers' Auto registries.
+
+With them no remote code is needed to open a checkpoint.
 """
 
 from __future__ import annotations

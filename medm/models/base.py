@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -211,6 +212,21 @@ class AutoClass(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class CardText:
+    """Sentences of the model card (`README.md`) in a folder that a kind of model saves."""
+
+    tags: tuple[str, ...] = ("medical",)
+    """Tags of the Hugging Face Hub."""
+    summary: str = (
+        "A medical model trained with medm. It can be wrong, and carries the biases of its data. "
+        "It was not validated on any\nclinical task."
+    )
+    """Purpose of the model, and its limits."""
+    example: str = ""
+    """Python that uses the folder; empty without one."""
+
+
 class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
     """How a kind of model comes out of a recipe's `model` section; a line of `medm.models.kinds`
     names its class.
@@ -272,8 +288,16 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
         """
 
     def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
-        """Return what a saved model with this config predicts for an item of a benchmark."""
-        return frozenset({"text"})
+        """Return what a saved model with this config predicts for an item of a benchmark.
+
+        By default nothing: such a model is trained, opened and exported, and `medm eval` refuses
+        it.
+        """
+        return frozenset()
+
+    def card_text(self, options: OptionsT) -> CardText:
+        """Return the sentences of the model card that depend on the kind."""
+        return CardText()
 
     def skeleton(self, options: OptionsT) -> ModelT:
         """The model without memory behind its weights, for an estimate; it reads published configs

@@ -1,5 +1,6 @@
-"""Parameters, memory and tokens of a model before anything is downloaded or trained. Runs on the
-meta device.
+"""Parameters, memory and tokens of a model before anything is downloaded or trained.
+
+Runs on the meta device.
 
 Needs published configs and tokenizers (kilobytes), never weights. How activations are counted:
 `activations`.
@@ -81,7 +82,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a recipe costs."""
+    """Cost of a recipe."""
 
     parts: tuple[PartSize, ...]
     tokens: dict[str, int]
@@ -235,8 +236,9 @@ def part_size(
 
 
 def cast_copies(parts: Collection[PartSize]) -> float:
-    """Bytes of the 16-bit copies that autocast makes of weights held in float32, and keeps for the
-    backward pass.
+    """Return the bytes of the 16-bit copies that autocast makes of float32 weights.
+
+    It keeps them for the backward pass.
     """
     total = 0.0
     for part in parts:

@@ -1,5 +1,6 @@
-"""The manifest of a folder: which files belong to it, with size and sha256. Knows files, not
-models.
+"""Manifest of a folder: the files that belong to it, with size and sha256.
+
+Knows files, not models.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def write_manifest(folder: Path, metadata: Mapping[str, object]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder. Raises `CheckpointError` when it is missing, unreadable or no
-    manifest.
+    """Return the manifest of a folder.
+
+    Raises `CheckpointError` when it is missing, unreadable or no manifest.
     """
     try:
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -96,8 +98,9 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def verify_weights(folder: Path) -> None:
-    """Compare the weights alone with the manifest, where there is one: the other files are for
-    people to edit.
+    """Compare the weights alone with the manifest, if there is one.
+
+    The other files are for people to edit.
 
     Names and sizes are compared each time; contents once, and again when `medm.models.verified`
     sees another file.

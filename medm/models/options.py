@@ -1,4 +1,4 @@
-"""What the `model` section of every kind of model says beside its options. Torch-free."""
+"""Keys of the `model` section that every kind of model has beside its options. Torch-free."""
 
 from __future__ import annotations
 

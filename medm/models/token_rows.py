@@ -26,7 +26,7 @@ NAME = "new_rows"
 
 
 class HeldRows(TypedDict):
-    """Which rows of a part are held apart, as its config says."""
+    """Rows of a part that are held apart, as its config says."""
 
     ids: list[int]
     """Tokens of the rows."""
@@ -51,8 +51,9 @@ class TokenRows(nn.Module):
         self._hooks: list[RemovableHandle] = []
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return rows (..., D) of positions in `ids` (...), or logits (..., K) of states
-        (..., D).
+        """Return token rows or logits.
+
+        Rows (..., D) of positions in `ids` (...); logits (..., K) of states (..., D).
         """
         if inputs.is_floating_point():
             return F.linear(inputs, self.weight.to(inputs.dtype))
@@ -122,7 +123,7 @@ def vocabulary(part: nn.Module) -> list[Vocabulary]:
 
 
 def is_tied(part: nn.Module) -> bool:
-    """Whether the LM head of a part uses the matrix of its token embeddings."""
+    """Return whether the LM head of a part uses the matrix of its token embeddings."""
     first, *others = vocabulary(part)
     return any(other.weight is first.weight for other in others)
 
@@ -177,7 +178,7 @@ def start_rows(part: nn.Module, ids: Sequence[int]) -> None:
     """Set the rows of tokens that were just added to the mean of those before them, in place.
 
     A mean row is as probable as an average token. A random row can have the largest logit of all,
-    and a spare row of a published model was never trained.
+    and an unused row of a published model was never trained.
     """
     if not ids:
         return

@@ -1,5 +1,6 @@
-"""Which files were compared with their checksums before, so that gigabytes are not read again at
-every opening.
+"""Record of the folders whose files were compared with their checksums before.
+
+With it gigabytes are not read again at every opening.
 
 A file counts as the same while device, inode, size and both of its times stay: what writing,
 copying or replacing it changes. What none of them shows, a disk that loses bits by itself, is found
@@ -26,8 +27,9 @@ systems count in ticks of milliseconds, some of seconds)."""
 
 
 def state(files: Iterable[Path]) -> str | None:
-    """A short name of the files as they are now; None where one changed just now, so that its times
-    say too little.
+    """Return a short name of the files as they are now.
+
+    None if one changed just now, so that its times say too little.
     """
     digest = hashlib.sha256()
     for file in files:
@@ -42,14 +44,15 @@ def state(files: Iterable[Path]) -> str | None:
 
 
 def is_known(folder: Path, name: str) -> bool:
-    """Whether this state of the folder was noted."""
+    """Return whether this state of the folder was noted."""
     file = _record()
     return file is not None and _read(file).get(os.path.realpath(folder)) == name
 
 
 def note(folder: Path, name: str) -> None:
-    """Note a state as verified; folders that are gone are forgotten. Where nothing can be kept,
-    nothing is.
+    """Note a state as verified; folders that are gone are forgotten.
+
+    If the record cannot be written, nothing is noted.
     """
     if (file := _record()) is None:
         return
@@ -62,8 +65,9 @@ def note(folder: Path, name: str) -> None:
 
 
 def _record() -> Path | None:
-    """One file of the user's, by the convention of the XDG base directories; None for a user
-    without a home.
+    """Return the user's file of verified folders; None for a user without a home.
+
+    It follows the convention of the XDG base directories.
     """
     if place := os.environ.get("XDG_CACHE_HOME"):
         return Path(place) / "medm" / "verified.json"

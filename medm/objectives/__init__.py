@@ -1,9 +1,8 @@
-"""Objectives: a model's output and a batch in, the sum of a loss out. One line a member in the
-table.
+"""Objectives: the sum of a loss from a model's output and a batch.
 
-An objective knows nothing of optimizers, ranks beside its own gathering, or logging. Adding one is
-a new file with an `Objective` and a line here; options of its own stand above the table,
-torch-free. How several are added up: `medm.objectives.terms`.
+The table has one line per objective. An objective knows nothing of optimizers or logging, and of
+ranks only its own gathering. To add one, write a new file with an `Objective` and a line here;
+options of its own stand above the table, torch-free. `medm.objectives.terms` adds several up.
 """
 
 from __future__ import annotations
@@ -48,19 +47,20 @@ class LanguageModelingOptions(ObjectiveOptions):
 
 
 class ContrastiveOptions(ObjectiveOptions):
-    """Two views of the same item are pulled together, all other pairs of the global batch pushed
-    apart.
+    """Contrastive loss over the global batch.
+
+    It pulls two views of the same item together and pushes all other pairs apart.
     """
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """`softmax`: symmetric InfoNCE (CLIP, arXiv 2103.00020); `sigmoid`: every pair by itself
-    (SigLIP, 2303.15343)."""
+    """`softmax`: symmetric InfoNCE (CLIP, arXiv 2103.00020); `sigmoid`: each pair separately (SigLIP,
+    2303.15343)."""
     first: str = "image_embeds"
     """Field of the model's output that holds one view, (B, D)."""
     second: str = "text_embeds"
     """Field that holds the other view, (B, D)."""
     pairs: str = "input_ids"
-    """Field of the batch with one row a pair, by which pairs are counted."""
+    """Field of the batch with one row per pair, by which pairs are counted."""
     gather: bool = True
     """Compare with the pairs of all ranks; without it each rank sees its own batch alone."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -91,7 +91,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
 OBJECTIVES.add(
     "language-modeling",
     "medm.objectives.language_modeling:LanguageModeling",
-    "next-token loss over the labelled tokens, and the model's auxiliary losses",
+    "next-token loss over the labeled tokens, and the model's auxiliary losses",
     options=LanguageModelingOptions,
 )
 OBJECTIVES.add(
@@ -113,9 +113,7 @@ class TermOptions(Options):
 
 
 class TermsOptions(Options):
-    """Several objectives at once, in place of one: `objective: {terms: {...}}`. The model runs once
-    for all of them.
-    """
+    """Several objectives on one run of the model: `objective: {terms: {...}}`."""
 
     terms: dict[str, TermOptions] = Field(min_length=1)
     """The objectives by a name of your choice; each is logged as `loss/<name>`."""

@@ -15,15 +15,16 @@ Output: TypeAlias = Mapping[str, Any]
 
 
 class Objective(ABC):
-    """A loss that is a sum over items (labeled tokens, pairs). A subclass takes its options by
-    keyword.
+    """A loss that is a sum over items (labeled tokens, pairs).
+
+    A subclass takes its options by keyword.
 
     `medm.objectives.terms` runs the model and divides the sum by the items of the whole optimizer
     step. So accumulation, uneven batches and the number of ranks do not change what is minimized.
     """
 
     term: ClassVar[str]
-    """Name of its loss in logs, where a recipe names no terms."""
+    """Name of its loss in logs, if a recipe names no terms."""
     auxiliary: Mapping[str, float] | None = None
     """Weights of the losses that the model reports by name beside its output (`losses`), 1 for a
     name that is absent; None for an objective that leaves them out."""
@@ -47,13 +48,15 @@ class Objective(ABC):
 
 @runtime_checkable
 class RowLosses(Protocol):
-    """An objective whose loss is a sum over rows, so that diagnostics can measure those of a
-    task.
+    """An objective whose loss is a sum over rows.
+
+    Diagnostics can measure the loss of one task's rows.
     """
 
     def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
-        """Return the mean loss of some rows, without auxiliary losses, which belong to no single
-        row.
+        """Return the mean loss of some rows.
+
+        Auxiliary losses are not part of it: they belong to no single row.
 
         Args:
             model: without wrappers.
@@ -61,6 +64,6 @@ class RowLosses(Protocol):
             rows: (B,) bool.
 
         Returns:
-            A scalar with a graph; None where these rows have no item.
+            A scalar with a graph; None if these rows have no item.
         """
         ...

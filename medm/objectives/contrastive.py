@@ -20,8 +20,9 @@ over all ranks."""
 
 
 class Contrastive(Objective):
-    """Every rank scores its own rows against the pairs of all ranks: the logits are (B, pairs of
-    all).
+    """Contrastive loss of each rank's rows against the pairs of all ranks.
+
+    The logits are (B, pairs of all ranks).
 
     Ranks may hold different numbers of pairs. The model's output has the two views under the names
     `first` and `second`, (B, D) each, a `logit_scale` (a factor, not its logarithm) and, for the
@@ -63,9 +64,9 @@ class Contrastive(Objective):
         field = batch.get(self.pairs)
         if not isinstance(field, Tensor) or not field.dim():
             raise RecipeError(
-                f"contrastive: expected the batch field {self.pairs!r} as a tensor of one row a "
-                f"pair, found the fields {', '.join(sorted(batch))}; set the objective's option "
-                "pairs to one of them"
+                f"contrastive: expected the batch field {self.pairs!r} as a tensor of one row "
+                f"per pair, found the fields {', '.join(sorted(batch))}; set the objective's "
+                "option pairs to one of them"
             )
         if self.same_label != "negative":
             self._labels(batch, len(field))

@@ -32,11 +32,12 @@ class Losses:
     by_objective: Tensor
     """(K,) the total by objective, each with its auxiliary losses; detached, weights applied."""
     terms: dict[str, Tensor]
-    """The total by name, auxiliary losses apart; detached, weights applied. Empty for one term."""
+    """The total by name, auxiliary losses separately; detached, weights applied. Empty for one
+    term."""
 
 
 class Terms:
-    """Objectives by name, each with a weight. The model runs once a batch, whatever their number.
+    """Objectives by name, each with a weight. The model runs once per batch, whatever their number.
 
     The total is the sum over all terms of weight * sum / count, with the count of the whole
     optimizer step: all micro-batches of all ranks. An auxiliary loss is a mean over a batch; it
@@ -47,7 +48,7 @@ class Terms:
         terms: by name, in the order in which they are added.
 
     Raises:
-        RecipeError: there is none, or several of them take the auxiliary losses of the model.
+        RecipeError: there is no term, or several of them take the auxiliary losses of the model.
     """
 
     def __init__(self, terms: Mapping[str, Term]) -> None:

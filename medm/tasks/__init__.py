@@ -31,7 +31,7 @@ class TaskOptions(Options):
     """Seed of the bootstrap."""
     cluster_by: str | None = None
     """Record field whose equal values belong together ("patient", "volume"): intervals and paired
-    tests draw such groups whole. `id` lets every item stand for itself. Default: the task's own."""
+    tests draw such groups whole. `id` makes every item independent. Default: the task's own."""
 
     @property
     def label(self) -> str:

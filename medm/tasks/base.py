@@ -1,4 +1,4 @@
-"""What a task must be, and how its samples become training records.
+"""Interface of a task, and the conversion of its samples into training records.
 
 A task reads a benchmark's files, words the questions and scores the answers. It does not know which
 model answers, and opens no image except to ask for its size.
@@ -37,11 +37,11 @@ FAILED = "inference_error"
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model or another program gives for one item."""
+    """Output of a model or another program for one item."""
 
     text: str
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """Scores that come with it (overlaps of masks)."""
+    """Scores that come with the prediction (overlaps of masks)."""
     scores: Mapping[str, float] | Sequence[float] | None = None
     """A score for each class, by name or in the order of the task's classes; a single one is in
     `numbers`."""
@@ -50,16 +50,16 @@ class Prediction:
     text_embeddings: Sequence[Sequence[float]] | None = None
     """Vectors of its captions."""
     error: str | None = None
-    """Why there is no prediction; the text is then empty."""
+    """Reason why there is no prediction; the text is then empty."""
     mask: str | None = None
     """File of a mask, relative to `folder`."""
     folder: Path | None = None
-    """Where `mask` is."""
+    """Folder of `mask`."""
 
 
 @dataclass(slots=True)
 class Scores:
-    """What scoring a set of predictions gives."""
+    """Results of scoring a set of predictions."""
 
     results: list[MetricResult]
     """The corrected numbers, the headline first."""
@@ -68,7 +68,7 @@ class Scores:
     groups: dict[str, dict[str, list[MetricResult]]] = field(default_factory=dict)
     """Record field -> its value -> the corrected numbers of that part."""
     notes: list[str] = field(default_factory=list)
-    """What a reader has to know: answers that are missing, parts that were left out."""
+    """Caveats for the reader: missing answers, parts that were left out."""
     empty: int = 0
     """Items with an empty reply, or none."""
     failed: int = 0
@@ -85,11 +85,10 @@ class Task(ABC):
     """
 
     needs: frozenset[PredictionField] = frozenset({"text"})
-    """What scoring reads of a prediction. A run whose predictions lack one of these is refused
-    before it begins."""
+    """Parts of a prediction that scoring reads. A run whose predictions lack one of these is
+    refused before it begins."""
     tag: ClassVar[str]
-    """What kind of task its samples are ("vqa", "caption", ...): task tokens and mixtures go
-    by it."""
+    """Kind of task of its samples ("vqa", "caption", ...), for task tokens and mixtures."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     """Splits by medm's names; each task says which file holds one."""
     eval_split: ClassVar[str] = "test"
@@ -100,8 +99,8 @@ class Task(ABC):
     """Record fields whose values get a row each in the tables."""
     cluster_by: str | None = None
     """Record field, or kind of file ("image", "volume"), whose equal values are drawn together:
-    several questions about one scan are no independent items. None where every item stands for
-    itself."""
+    several questions about one scan are no independent items. None where every item is
+    independent."""
 
     def __init__(self, *, rounds: int = 1000, seed: int = 0, cluster_by: str | None = None) -> None:
         self.resampling = Resampling(rounds=rounds, seed=seed)
@@ -113,8 +112,9 @@ class Task(ABC):
     def samples(
         self, folder: Path, split: str = "test", *, rng: random.Random | None = None
     ) -> Iterator[Sample]:
-        """The questions of one split in the order of the files, each with `answer`, a unique `id`
-        and scoring fields.
+        """Return the questions of one split in the order of the files.
+
+        Each has an `answer`, a unique `id` and the fields that scoring reads.
 
         Args:
             folder: where the benchmark lies; media paths are relative to it.
@@ -128,7 +128,7 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The corrected numbers of these records."""
+        """Return the corrected numbers of these records."""
 
     def class_texts(self) -> Mapping[str, Mapping[str, Sequence[str]]]:
         """Texts whose similarity to an item is its score: by set (the field `set` of an item), then
@@ -139,8 +139,9 @@ class Task(ABC):
     def measure_item(
         self, record: JsonObject, prediction: Prediction | None, folder: Path
     ) -> JsonObject:
-        """Return the record with the numbers that scoring reads of a prediction too large to be
-        kept (a mask).
+        """Return the record with the numbers that scoring needs from a large prediction.
+
+        For predictions that are too large to be kept, such as masks.
 
         Args:
             record: with the prediction's text, numbers and scores.
@@ -153,8 +154,9 @@ class Task(ABC):
         return record
 
     def without_models(self) -> Task:
-        """Return the same task without intervals and without metrics that load a model or start a
-        program.
+        """Return the task without intervals and without metrics that load a model.
+
+        Metrics that start a program are left out, too.
 
         It scores single items, and records on trial.
         """
@@ -171,8 +173,9 @@ class Task(ABC):
         """
 
     def check(self, records: Sequence[Record]) -> None:
-        """Refuse what would stop the scoring of these records: a trial that takes seconds, before
-        hours of inference.
+        """Refuse records that would stop their scoring.
+
+        A trial that takes seconds, before hours of inference.
 
         Raises:
             DataError: a reference cannot be scored, or a field is missing.
@@ -183,14 +186,16 @@ class Task(ABC):
         self.without_models().score(records)
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The numbers as the benchmark's authors compute them; nothing where that is the same or
-        unknown.
+        """Return the numbers as the benchmark's authors compute them.
+
+        Nothing is returned if they are the same or unknown.
         """
         return []
 
     def resampling_of(self, records: Sequence[Record]) -> Resampling:
-        """How intervals on these records are drawn: by whole groups where the records say which
-        belong together.
+        """Return the resampling of intervals on these records.
+
+        Whole groups are drawn if the records say which items belong together.
 
         Raises:
             DataError: a record lacks the field that `cluster_by` names.
@@ -213,8 +218,9 @@ class Task(ABC):
         )
 
     def score(self, records: Iterable[Record]) -> Scores:
-        """Score one split's records. An item without an answer counts as wrong; it is never left
-        out.
+        """Score the records of one split.
+
+        An item without an answer counts as wrong; it is never left out.
 
         Raises:
             DataError: a record lacks a field that scoring needs, or a metric cannot read it.
@@ -282,8 +288,9 @@ class Task(ABC):
 
 
 def metric_notes(results: Iterable[MetricResult]) -> list[str]:
-    """The notes of results, each once, after the names of the metrics that it is about (the first
-    three of many).
+    """Return the notes of results, each once, after the names of the metrics it is about.
+
+    At most three names are given.
     """
     names: dict[str, list[str]] = {}
     for result in results:
@@ -314,7 +321,7 @@ def make_sample(
 
 
 def pick_template(pool: Sequence[str], rng: random.Random | None) -> str:
-    """The first instruction, or one of all at random."""
+    """Return the first instruction, or a random one with `rng`."""
     return pool[0] if rng is None else rng.choice(pool)
 
 
@@ -349,7 +356,7 @@ def join_predictions(samples: Iterable[Sample], predictions: Mapping[str, str]) 
 
 
 def _files(sample: Sample) -> dict[str, str]:
-    """The paths of a sample by branch, which say what scan a question is about."""
+    """Return the paths of a sample by branch, which say what scan a question is about."""
     paths: dict[str, list[str]] = {}
     for media in sample.media:
         paths.setdefault(media.branch, []).append(media.path or "")
@@ -359,11 +366,12 @@ def _files(sample: Sample) -> dict[str, str]:
 def task_to_records(
     task: Task, folder: Path, split: str, *, seed: int | None = None
 ) -> Iterator[JsonObject]:
-    """The samples of a split as training records (`image` or `volume`, LLaVA conversations, the
-    answer as reply).
+    """Return the samples of a split as training records.
 
-    With a `seed` instructions are drawn from the task's pool, one stream over the split; without,
-    all are worded alike.
+    Records have `image` or `volume`, LLaVA conversations, and the answer as reply.
+
+    With a `seed` instructions are drawn from the task's pool, one stream over the split. Without
+    it, all samples have the same instruction.
     """
     for sample in task.samples(folder, split, rng=None if seed is None else random.Random(seed)):
         yield record_of(sample)

@@ -1,4 +1,4 @@
-"""Reading a benchmark's files: what is missing or damaged is named, and nothing in them runs."""
+"""Reading of a benchmark's files. Missing or damaged files are named; no code in them runs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ _MAX_FIELD = 16 * 2**20
 
 
 def require(folder: Path, *names: str, layout: str) -> Path:
-    """The first of these files or folders that is there. Raises `DataError` naming it and what
-    belongs beside it.
+    """Return the first of these files or folders that exists.
+
+    Raises `DataError`, which names it and what belongs beside it.
     """
     for name in names:
         path = folder / name
@@ -71,7 +72,7 @@ def read_json_map(path: Path) -> Config:
 
 
 def read_jsonl(path: Path) -> Iterator[Config]:
-    """One JSON object a line; empty lines are skipped."""
+    """One JSON object per line; empty lines are skipped."""
     for index, line in enumerate(_bytes(path).splitlines()):
         if not line.strip():
             continue
@@ -119,7 +120,7 @@ def read_array(path: Path) -> np.ndarray:
 
 
 class NumberArchive:
-    """The arrays of an .npz by name, each read when asked for; never an object."""
+    """The arrays of an .npz by name, each read on access; never an object."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -152,8 +153,9 @@ class NumberArchive:
 
 
 def image_size(folder: Path, relative: str) -> tuple[int, int]:
-    """Width and height in pixels, from the header. Raises `MediaError` for a missing or unreadable
-    file.
+    """Return width and height in pixels, from the header.
+
+    Raises `MediaError` for a missing or unreadable file.
     """
     from PIL import Image, UnidentifiedImageError
 

@@ -23,8 +23,9 @@ _SPLIT_NAMES = {"train": "train", "valid": "validation"}
 
 
 def volume_path(folder: Path, name: str) -> str:
-    """Where the volume lies: beside the files, or in CT-RATE's nested folders
-    (valid_1/valid_1_a/valid_1_a_1.nii.gz).
+    """Return the path of a volume, beside the files or in CT-RATE's nested folders.
+
+    A nested path is valid_1/valid_1_a/valid_1_a_1.nii.gz.
 
     Raises:
         DataError: it lies in none of these places.
@@ -54,8 +55,9 @@ def volume_path(folder: Path, name: str) -> str:
 
 
 def patient_of(volume: str) -> str:
-    """`valid_1` of `valid_1_a_1.nii.gz`: scans and reconstructions of one patient share the
-    beginning of their name.
+    """Return `valid_1` of `valid_1_a_1.nii.gz`.
+
+    The scans and reconstructions of one patient share the beginning of their name.
     """
     return "_".join(Path(volume).name.split(".")[0].split("_")[:2])
 
@@ -80,12 +82,14 @@ class CTRateVQA(Task):
         for index, row in enumerate(read_json_list(file)):
             image = field_of(row, "image", str, file=file, index=index)
             turns = field_of(row, "conversations", list, file=file, index=index)
-            for position, (asked, said) in enumerate(zip(turns[::2], turns[1::2], strict=False)):
-                question = field_of(asked, "value", str, file=file, index=index)
+            for position, (question_turn, answer_turn) in enumerate(
+                zip(turns[::2], turns[1::2], strict=False)
+            ):
+                question = field_of(question_turn, "value", str, file=file, index=index)
                 mark = _MARK.search(question)
                 if (mark.group(1) if mark else "long_answer") != self.mark:
                     continue
-                answer = field_of(said, "value", str, file=file, index=index).strip()
+                answer = field_of(answer_turn, "value", str, file=file, index=index).strip()
                 text = _PLACEHOLDER.sub("", _MARK.sub("", question)).strip()
                 yield make_sample(
                     self.word(text, rng),
@@ -99,11 +103,11 @@ class CTRateVQA(Task):
                 )
 
     def word(self, question: str, rng: random.Random | None) -> str:
-        """The question as it is asked."""
+        """Return the question of a sample."""
         return pick_template(prompts.VOLUME_VQA, rng).format(question=question)
 
     def fields(self, question: str, answer: str, file: Path, index: int) -> Config:
-        """What scoring needs beside the answer."""
+        """Return the fields that scoring needs besides the answer."""
         return {}
 
 

@@ -1,4 +1,4 @@
-"""A user's own records with a list of metrics."""
+"""Task on a user's own records, with a list of metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medm.metrics import METRICS, BoxMetricOptions, MetricOptions
 from medm.metrics.base import MetricResult, Resampling, mean_result
 from medm.metrics.boxes import CODECS
 from medm.metrics.choice import parse_wording
-from medm.metrics.words import normalise_answer
+from medm.metrics.words import normalize_answer
 from medm.tasks import scoring
 from medm.tasks.base import Record, Scores, Task
 from medm.tasks.benchmark_files import require
@@ -28,8 +28,7 @@ some."""
 
 
 class Custom(Task):
-    """Questions are worded by the records themselves; the last reply, or `answer`, is the
-    reference.
+    """Questions from your own records; the reference is the last reply, or `answer`.
 
     Args:
         options: see `medm.tasks.CustomOptions`.
@@ -125,8 +124,9 @@ class Custom(Task):
             options.require_available()
 
     def _areas(self, records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-        """AUROC of `scores`, which a predictions file brings: one number an item, or one for each
-        class by name.
+        """AUROC of `scores` from a predictions file.
+
+        An item has one number, or one for each class by name.
         """
         given = [record["scores"] for record in records if record.get("scores") is not None]
         if records and not given:
@@ -150,28 +150,30 @@ def _metric_options(block: Mapping[str, Any]) -> MetricOptions:
 
 
 def _labels(records: Sequence[Record]) -> tuple[list[str | None], list[str]]:
-    """What each prediction says among the labels of all answers, and the answers, both
-    normalised.
+    """Return the label that each prediction affirms, and the answers, both normalized.
+
+    The candidates are the labels of all answers.
     """
     names = records[0][_LABELS] if records else []
-    labels = {normalise_answer(name): name for name in names}
+    labels = {normalize_answer(name): name for name in names}
     guesses = [parse_wording(record["prediction"], labels) for record in records]
-    return guesses, [normalise_answer(str(record["answer"])) for record in records]
+    return guesses, [normalize_answer(str(record["answer"])) for record in records]
 
 
 def _binary_labels(records: Sequence[Record]) -> tuple[list[int], list[int]]:
     """0 and 1; a prediction that says neither is the wrong one."""
     truths = [int(truth or 0) for truth in scoring.binary(records, "answer")]
-    said = scoring.binary(records, "prediction")
+    predicted = scoring.binary(records, "prediction")
     return [
-        1 - truth if guess is None else guess for guess, truth in zip(said, truths, strict=True)
+        1 - truth if guess is None else guess
+        for guess, truth in zip(predicted, truths, strict=True)
     ], truths
 
 
 def _box_counts(
     records: Sequence[Record], codec: str, resampling: Resampling
 ) -> list[MetricResult]:
-    """Shares of predictions with a malformed, and with a repaired box."""
+    """Fractions of predictions with a malformed, and with a repaired box."""
     parsed = [CODECS[codec].parse(record["prediction"]) for record in records]
     signature = f"share of texts|codec:{codec}"
     return [

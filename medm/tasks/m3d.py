@@ -1,5 +1,6 @@
-"""M3D-Cap and M3D-VQA (Bai et al. 2024): reports and questions about volumes of 1 x 32 x 256 x 256,
-0 to 1, as .npy.
+"""M3D-Cap and M3D-VQA (Bai et al. 2024): reports and questions about volumes.
+
+Volumes are 1 x 32 x 256 x 256 arrays with values 0 to 1, as .npy.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from medm.errors import DataError
 from medm.imaging import resolve_inside
 from medm.metrics import m3d_bench
 from medm.metrics.base import MetricResult
-from medm.metrics.match import normalised_match
+from medm.metrics.match import normalized_match
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.benchmark_files import field_of, read_csv, read_json_map, read_text, require
@@ -36,8 +37,9 @@ logger = logging.getLogger(__name__)
 
 
 def npy_path(folder: Path, written: str) -> str:
-    """A volume's path relative to the folder; the published files name it with or without their own
-    top folder.
+    """Return a volume's path relative to the folder.
+
+    The published files name it with or without their own top folder.
     """
     path = written.replace("\\", "/").lstrip("/")
     _, _, below = path.partition("/")
@@ -51,8 +53,9 @@ def npy_path(folder: Path, written: str) -> str:
 def _usable(
     rows: Iterable[T], make: Callable[[int, T], Sample], *, file: Path, split: str
 ) -> Iterator[Sample]:
-    """A sample a row. What cannot be used is counted and left out of training data, and stops a
-    test.
+    """Return one sample per row.
+
+    An unusable row is counted and left out of training data, and stops a test.
 
     Raises:
         DataError: a row of a test that cannot be used, or training data without any row that can.
@@ -165,7 +168,7 @@ class M3DOpenVQA(_M3DVQA, CaptionTask):
         )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        match = normalised_match(*scoring.texts(records), resampling=self.resampling_of(records))
+        match = normalized_match(*scoring.texts(records), resampling=self.resampling_of(records))
         return match + super().measure(records)
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:

@@ -1,6 +1,6 @@
 """M3D-Seg and M3D-RefSeg (Bai et al. 2024): names, boxes and masks in volumes.
 
-Read in the processed form of the published scripts: `image.npy` beside one mask file a class.
+Read in the processed form of the published scripts: `image.npy` beside one mask file per class.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def read_mask(folder: Path, relative: str, value: int | None = None) -> np.ndarr
 
 
 def box_of(mask: np.ndarray) -> Box:
-    """The smallest box around the mask: first voxel and one past the last along each axis."""
+    """Return the smallest box around the mask: first voxel and one past the last per axis."""
     places = np.nonzero(mask)
     return (*(float(axis.min()) for axis in places), *(float(axis.max() + 1) for axis in places))
 

@@ -1,6 +1,4 @@
-"""Tasks whose answers are masks: measured item by item, so that a run keeps numbers and not
-volumes.
-"""
+"""Tasks whose answers are masks."""
 
 from __future__ import annotations
 
@@ -19,12 +17,13 @@ from medm.tasks.benchmark_files import read_array
 from medm.types import JsonObject
 
 WITHOUT_MASK = "without_mask"
-"""Field of a record that no mask came for, so that an empty one was measured."""
+"""Field of a record without a mask, for which an empty mask was measured."""
 
 
 class MaskTask(Task):
-    """Answers are masks. They are measured one by one (`measure_mask`), so that a run keeps numbers
-    and not volumes.
+    """Task whose answers are masks.
+
+    Masks are measured one by one (`measure_mask`), so that a run keeps numbers and not volumes.
     """
 
     needs = frozenset({"masks"})
@@ -32,7 +31,7 @@ class MaskTask(Task):
 
     @abstractmethod
     def reference(self, folder: Path, record: Record) -> np.ndarray:
-        """The true mask (D, H, W) of a sample, from its `extra` fields."""
+        """Return the true mask (D, H, W) of a sample, from its `extra` fields."""
 
     def measure_mask(
         self,
@@ -40,13 +39,13 @@ class MaskTask(Task):
         reference: np.ndarray,
         spacing: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> dict[str, float]:
-        """The numbers of one item, which belong into its record.
+        """Return the numbers of one item, which are stored in its record.
 
         Args:
             probabilities: (D, H, W) in 0..1, on the grid of the reference; the mask is where they
                 exceed 0.5.
             reference: (D, H, W) of 0 and 1.
-            spacing: millimetres a step; M3D's volumes have lost theirs, so that distances are in
+            spacing: millimeters per step; M3D's volumes have lost theirs, so that distances are in
                 voxels.
         """
         mask = np.asarray(probabilities) > 0.5
@@ -59,8 +58,9 @@ class MaskTask(Task):
         }
 
     def measure_file(self, folder: Path, record: Record, file: Path | None) -> dict[str, float]:
-        """`measure_mask` of a mask on disk; where there is none the worst numbers, also for an
-        empty reference.
+        """Run `measure_mask` on a mask file.
+
+        A missing file gets the worst numbers, also for an empty reference.
 
         Raises:
             DataError: the file is no .npy of the reference's shape with values in 0..1.
@@ -138,8 +138,9 @@ class MaskTask(Task):
 
 
 def _number(record: Record, field: str) -> float:
-    """A record's number; an item for which no mask came has overlap 0, and needs its distance from
-    `measure_mask`.
+    """Return a number of a record.
+
+    An item without a mask has overlap 0, and needs its distance from `measure_mask`.
     """
     if record.get(field) is None:
         if field == "hd95":

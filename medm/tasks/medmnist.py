@@ -1,4 +1,4 @@
-"""MedMNIST v2 (Yang et al. 2023) asked in words: dermatoscopy and sagittal CT, as in Uni-Med."""
+"""MedMNIST v2 (Yang et al. 2023) as questions: dermatoscopy and sagittal CT, as in Uni-Med."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from medm.types import Media, Sample
 
 
 class MedMNISTTask(Task):
-    """An .npz of MedMNIST. Its images are written out once, as PNG files under `medm_png/` in the
-    same folder.
+    """Classification of the images of an .npz file of MedMNIST.
+
+    The images are written once, as PNG files under `medm_png/` in the same folder.
     """
 
     tag = "cls"
@@ -31,7 +32,7 @@ class MedMNISTTask(Task):
 
     @property
     def layout(self) -> str:  # type: ignore[override]
-        """The file at 224 pixels, or the small one."""
+        """File at 224 pixels, or the small one."""
         return f"{self.file_name}_224.npz (or {self.file_name}.npz of 28 pixels)"
 
     def samples(

@@ -16,8 +16,9 @@ from medm.types import Media, Sample
 
 
 class PathVQA(Task):
-    """`qas/<split>_vqa.pkl` is read without unpickling; the same list as `.json` is taken first
-    where it is there.
+    """Questions of PathVQA.
+
+    `qas/<split>_vqa.pkl` is read without unpickling; the same list as `.json` has priority.
     """
 
     tag = "vqa"

@@ -27,8 +27,9 @@ _IGNORED = frozenset(("PROTO", "FRAME", "STOP"))
 
 
 def read_plain_pickle(path: Path) -> object:
-    """The value. Raises `DataError` for anything that is not plain data, damaged, or larger than
-    512 MiB.
+    """Return the value of a pickle that contains plain data only.
+
+    Raises `DataError` for anything that is not plain data, damaged, or larger than 512 MiB.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -112,14 +113,14 @@ class _Reader:
         return items
 
     def top(self, kind: type[Container]) -> Container:
-        """The container on top."""
+        """Return the container on top."""
         container = self.stack[-1]
         if not isinstance(container, kind):
             raise ValueError(f"expected a {kind.__name__} on the stack")
         return container
 
     def result(self) -> object:
-        """What is left at the end."""
+        """Return the value that is left at the end."""
         if len(self.stack) != 1 or self.marks:
             raise ValueError(f"{len(self.stack)} values are left where one belongs")
         return self.stack[0]

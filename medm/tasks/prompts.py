@@ -1,5 +1,6 @@
-"""Instruction wordings, medm's own. The first of each pool is the fixed one of evaluation; training
-draws from all.
+"""Instruction templates, written for medm.
+
+Evaluation always uses the first of each pool; training draws from all.
 """
 
 from __future__ import annotations
@@ -75,5 +76,5 @@ CONTEXT_QA = (
 
 
 def lettered(options: dict[str, str]) -> str:
-    """Options a line each, "A. liver"."""
+    """Options, one per line, "A. liver"."""
     return "\n".join(f"{letter}. {wording}" for letter, wording in options.items())

@@ -1,4 +1,4 @@
-"""Objects in images: a name to a box, and a box to a name. Shared by SLAKE and SA-Med2D."""
+"""Questions about objects in images (name to box, box to name) for SLAKE and SA-Med2D."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Region:
     box: Box
     """Corners in pixels."""
     group: str
-    """What the tables are broken down by (modality)."""
+    """Group in the tables (modality)."""
     others: int
     """Objects of the same name in the same image: with any, the question has several right
     answers."""
 
 
 def read_regions(file: Path, *, image: str, id: str, group: str) -> list[Region]:
-    """The objects of one image from a list of one-key maps {name: [x, y, width, height]}."""
+    """Return the objects of one image from a list of one-key maps {name: [x, y, width, height]}."""
     found: list[tuple[str, Box]] = []
     for index, item in enumerate(read_json_list(file)):
         if len(item) != 1:
@@ -60,7 +60,7 @@ def read_regions(file: Path, *, image: str, id: str, group: str) -> list[Region]
 
 
 class RegionTask(Task):
-    """Reads regions; says how they are asked for in a subclass."""
+    """Base class of tasks about regions; subclasses phrase the questions."""
 
     group_by: tuple[str, ...] = ("group", "unique_name")
     cluster_by = "image"
@@ -78,7 +78,7 @@ class RegionTask(Task):
 
     @abstractmethod
     def regions(self, folder: Path, split: str) -> Iterator[Region]:
-        """The objects of a split, in the order of the files."""
+        """Return the objects of a split, in the order of the files."""
 
     @abstractmethod
     def sample(self, region: Region, size: tuple[int, int], rng: random.Random | None) -> Sample:

@@ -1,5 +1,6 @@
-"""Scoring that several benchmarks share. Records in, results out; each function says which fields
-it reads.
+"""Scoring that several benchmarks share.
+
+Records in, results out; each function states the fields that it reads.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from medm.metrics.chest_labels import chest_label_f1
 from medm.metrics.choice import choice_accuracy, closed_accuracy, parse_wording, parse_yes_no
 from medm.metrics.cider import cider_d
 from medm.metrics.classification import accuracy, auroc, balanced_accuracy, macro_f1, mean_defined
-from medm.metrics.match import normalised_match, token_f1
+from medm.metrics.match import normalized_match, token_f1
 from medm.metrics.meteor import meteor, meteor_exact_stem, wordnet_available
 from medm.metrics.rouge import rouge
-from medm.metrics.words import normalise_answer
+from medm.metrics.words import normalize_answer
 from medm.tasks.base import FAILED, Record, scoped
 
 Pair = tuple[list[str], list[str]]
@@ -55,8 +56,9 @@ def require_field(record: Record, name: str) -> Any:
 
 
 def answer_types(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Positions of the records by `answer_type`: "open", "closed"; parts without records are left
-    out.
+    """Return the positions of the records by `answer_type` ("open", "closed").
+
+    A type without records is left out.
     """
     parts: dict[str, list[int]] = {"open": [], "closed": []}
     for index, record in enumerate(records):
@@ -68,14 +70,14 @@ def answer_types(records: Sequence[Record]) -> dict[str, list[int]]:
 
 def vqa(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
     """Short answers: all, open and closed. Reads `answer_type`."""
-    results = normalised_match(*texts(records), resampling=resampling)
+    results = normalized_match(*texts(records), resampling=resampling)
     results += token_f1(*texts(records), resampling=resampling)
     for name, part in answer_types(records).items():
         pair, drawn = texts([records[index] for index in part]), resampling.part(part)
         if name == "closed":
             results += scoped(name, closed_accuracy(*pair, resampling=drawn))
         else:
-            for metric in (normalised_match, token_f1):
+            for metric in (normalized_match, token_f1):
                 results += scoped(name, metric(*pair, resampling=drawn))
             results += scoped(name, bleu_nltk(*pair, resampling=drawn)[:1])
     return results
@@ -100,8 +102,10 @@ def caption(
     bertscore: str | None = None,
     chest: bool = False,
 ) -> list[MetricResult]:
-    """Reports and captions. METEOR is the WordNet one where its files are, else the one that says
-    it is not.
+    """Score reports and captions.
+
+    METEOR uses WordNet if its files are present; otherwise the name of the metric says that it does
+    not.
     """
     pair = texts(records)
     results = chest_label_f1(*pair, resampling=resampling) if chest else []
@@ -119,8 +123,9 @@ def caption(
 
 
 def uni_med_caption(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-    """Uni-Med's table for reports: references cut to 50 words, empty pairs left out (a note says
-    how many).
+    """Score reports as in Uni-Med's table.
+
+    References are cut to 50 words and empty pairs are left out; a note gives their number.
     """
     cut = [
         {
@@ -150,7 +155,7 @@ def m3d_texts(
 ) -> list[MetricResult]:
     """M3D-Bench's table for texts: BLEU-1, ROUGE-1, METEOR and BERTScore.
 
-    What needs files that are not here is undefined, and its signature says why.
+    A metric whose files are missing is undefined, and its signature gives the reason.
     """
     pair = texts(records)
     results = m3d_bench.bleu(*pair, resampling=resampling) + m3d_bench.rouge(
@@ -193,8 +198,9 @@ def refer(
     *,
     corners: Literal["edges", "voxels"] = "edges",
 ) -> list[MetricResult]:
-    """A name to a box. Reads `box` (corners in pixels or voxels, the upper one outside) and `size`
-    (the extent).
+    """Score boxes that answer a name.
+
+    Reads `box` (corners in pixels or voxels, the upper one exclusive) and `size` (the extent).
 
     With `corners="voxels"` texts name the first and the last voxel inside (M3D); else they name the
     edges. The ceiling is what a perfect text scores: writing a box on a grid loses precision.
@@ -246,7 +252,7 @@ def uni_med_refer(records: Sequence[Record], resampling: Resampling) -> list[Met
 def identify(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
     """A box to a name."""
     pair = texts(records)
-    results = normalised_match(*pair, resampling=resampling) + token_f1(
+    results = normalized_match(*pair, resampling=resampling) + token_f1(
         *pair, resampling=resampling
     )
     return results + bleu_nltk(*pair, resampling=resampling)[:1]
@@ -279,8 +285,9 @@ def classes(
 def class_areas(
     records: Sequence[Record], names: Sequence[str], resampling: Resampling
 ) -> list[MetricResult]:
-    """AUROC of each class and their mean, where a predictions file brought `scores`; nothing where
-    it brought none.
+    """AUROC of each class and their mean.
+
+    Nothing is returned if no predictions file gives `scores`.
 
     Reads `scores`: a number for each class, as a map by class name or a list in the order of
     `names`. An item without a reply is ranked as wrong as can be.
@@ -290,8 +297,8 @@ def class_areas(
     """
     if not any(record.get("scores") is not None for record in records):
         return []
-    keys = [normalise_answer(name) for name in names]
-    labels = [keys.index(normalise_answer(str(record["answer"]))) for record in records]
+    keys = [normalize_answer(name) for name in names]
+    labels = [keys.index(normalize_answer(str(record["answer"]))) for record in records]
     rows = []
     for record, label in zip(records, labels, strict=True):
         if _has_no_answer(record):
@@ -299,7 +306,7 @@ def class_areas(
             continue
         given = require_field(record, "scores")
         if isinstance(given, Mapping):
-            by_name = {normalise_answer(str(name)): value for name, value in given.items()}
+            by_name = {normalize_answer(str(name)): value for name, value in given.items()}
             given = [by_name[key] for key in keys] if by_name.keys() == set(keys) else []
         if not isinstance(given, (list, tuple)) or len(given) != len(keys):
             raise DataError(
@@ -311,20 +318,21 @@ def class_areas(
 
 
 def _has_no_answer(record: Record) -> bool:
-    """True where neither a reply nor scores came for an item, or an error in their place."""
+    """Return True for an item without reply and scores, or with an error in their place."""
     return record.get(FAILED) is not None or (
         record.get("scores") is None and is_blank(record.get("prediction"))
     )
 
 
 def _worst_score(positive: bool) -> float:
-    """The score that puts a positive item below all others and a negative one above."""
+    """Return the score that puts a positive item below all others and a negative one above."""
     return -math.inf if positive else math.inf
 
 
 def binary_area(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-    """AUROC of one score an item against answers that read yes or no, 1 or 0. Reads `scores`, a
-    number.
+    """AUROC of one score per item against answers that read yes or no, 1 or 0.
+
+    Reads `scores`, a number.
 
     An item without a reply is ranked as wrong as can be.
     """
@@ -356,8 +364,9 @@ def binary(records: Sequence[Record], field: str) -> list[int | None]:
 
 
 def choices(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
-    """Multiple choice. Reads `options` (letter -> wording) and `answer_choice` (the right
-    letter).
+    """Score multiple choice.
+
+    Reads `options` (letter -> wording) and `answer_choice` (the correct letter).
     """
     predictions = [record["prediction"] for record in records]
     letters = [str(require_field(record, "answer_choice")) for record in records]
@@ -368,8 +377,9 @@ def choices(records: Sequence[Record], resampling: Resampling) -> list[MetricRes
 def mean_over_groups(
     records: Sequence[Record], result: MetricResult, field: str, resampling: Resampling
 ) -> MetricResult:
-    """The mean of a metric over the values of a field, each group counting the same ("macro over
-    question types").
+    """Mean of a metric over the values of a field, each group with the same weight.
+
+    For example "macro over question types".
     """
     values = sorted({str(record.get(field)) for record in records})
     member = np.array(

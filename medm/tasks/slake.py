@@ -70,7 +70,7 @@ class Slake(Task):
 
 
 class SlakeVQA(Slake):
-    """The same questions by Uni-Med's split files."""
+    """The questions of SLAKE in Uni-Med's split files."""
 
     splits = ("train", "test")
     layout = _TREE

@@ -102,8 +102,9 @@ class PubMedQA(Task):
             )
 
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
-        """The decision that the answer names, where it names one alone; beside it the accuracy of
-        its first word.
+        """Score the decision that an answer states, if it states only one.
+
+        The accuracy of the first word is reported beside it.
         """
         results = scoring.classes(records, self.decisions, self.resampling_of(records))
         first_words = [

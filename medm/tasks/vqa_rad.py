@@ -17,8 +17,9 @@ _PUBLIC = "VQA_RAD Dataset Public.json"
 
 
 class VQARAD(Task):
-    """The public file (test questions are those of `phrase_type` test_*), or the split files of
-    MEVF and MOTOR.
+    """VQA-RAD: the public file, or the split files of MEVF and MOTOR.
+
+    Test questions of the public file are those of `phrase_type` test_*.
     """
 
     tag = "vqa"

@@ -23,7 +23,7 @@ from medm.metrics.classification import (
     macro_f1,
     sensitivity_specificity,
 )
-from medm.metrics.words import normalise_answer
+from medm.metrics.words import normalize_answer
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Prediction, Record, Scores, Task, make_sample, pick_template
 from medm.tasks.class_cards import Card, Labelled, class_names, labelled_files, read_cards
@@ -221,7 +221,7 @@ class ZeroShot(ClassTask):
         results += balanced_accuracy(guesses, truths, resampling=resampling)
         results += macro_f1(guesses, truths, resampling=resampling)
         if card.positive is not None:
-            positive = normalise_answer(card.positive)
+            positive = normalize_answer(card.positive)
             # No class at all is a miss on both sides.
             decided = [
                 int(guess == positive if guess else truth != positive)
@@ -285,8 +285,8 @@ def _absent(name: str) -> str:
 
 def _labels(records: Sequence[Record]) -> tuple[list[str], list[str]]:
     """Classes that were predicted and that are right, in the form in which they are compared."""
-    return [normalise_answer(str(record.get("prediction") or "")) for record in records], [
-        normalise_answer(str(record["answer"])) for record in records
+    return [normalize_answer(str(record.get("prediction") or "")) for record in records], [
+        normalize_answer(str(record["answer"])) for record in records
     ]
 
 

@@ -1,1 +1,1 @@
-"""Training: what of a model is trained, the loop, whole checkpoints. Knows no modality."""
+"""Training: trained parts of a model, the loop, atomic checkpoints. Knows no modality."""

@@ -1,5 +1,6 @@
-"""`transformers.TrainingArguments` from the `train` section of a recipe, for every supported 5.x
-release.
+"""`transformers.TrainingArguments` from the `train` section of a recipe.
+
+Every supported 5.x release accepts them.
 """
 
 from __future__ import annotations
@@ -67,10 +68,9 @@ _EXTRAS = {"bitsandbytes": "quant", "tensorboard": "log", "wandb": "log"}
 
 
 def on_this_machine(options: TrainOptions) -> tuple[TrainOptions, dict[str, str]]:
-    """Replace options that need a GPU on a machine without one, so that a recipe for GPUs runs
-    there too, slowly.
+    """Replace options that need a GPU on a machine without one.
 
-    With `use_cpu` the precision of the recipe is kept.
+    A recipe for GPUs then runs on it, slowly. With `use_cpu` the precision of the recipe is kept.
 
     Returns:
         The options to train with, and the replacements by key. The recipe itself does not change.
@@ -87,7 +87,7 @@ def on_this_machine(options: TrainOptions) -> tuple[TrainOptions, dict[str, str]
             "train.use_cpu=true",
             " and ".join(f"train.{key}" for key in reduced),
         )
-    changes: dict[str, Any] = {"bf16": False, "fp16": False, "tf32": None}
+    changes: dict[str, object] = {"bf16": False, "fp16": False, "tf32": None}
     return options.model_copy(update=changes), {
         f"train.{key}": "float32 on the CPU, no GPU found" for key in reduced
     }
@@ -150,8 +150,9 @@ def whole_models(args: TrainingArguments) -> Iterator[None]:
 
 
 def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArguments:
-    """Check every name and value, and build the arguments. Optimizer and schedule are tried on one
-    weight.
+    """Check every name and value, and build the arguments.
+
+    Optimizer and schedule are tried on one weight.
 
     Raises:
         RecipeError: an unknown name, a name without effect, or a value that transformers refuses.
@@ -159,7 +160,7 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
     """
     if options.require_gpu and not torch.cuda.is_available():
         raise DeviceError(
-            "train.require_gpu: no CUDA device is there; check the driver, or leave the key out "
+            "train.require_gpu: no CUDA device found; check the driver, or leave the key out "
             "to use the CPU"
         )
     _check_trackers(
@@ -252,8 +253,9 @@ def _install(package: str) -> str:
 
 
 def _try_optimizer(arguments: TrainingArguments) -> None:
-    """Build optimizer and schedule for one weight, so that their errors appear before the model is
-    loaded.
+    """Build optimizer and schedule for one weight.
+
+    Their errors then appear before the model is loaded.
     """
     name, weight = (
         getattr(arguments.optim, "value", arguments.optim),

@@ -21,11 +21,10 @@ LOSS_LOG, LOSS_CURVE = "loss.jsonl", "loss.png"
 
 
 class Interruption(TrainerCallback):
-    """Stop after SIGTERM or SIGINT: finish the step, write a checkpoint, stop. Further signals have
-    no effect.
+    """Stop after SIGTERM or SIGINT: finish the step, write a checkpoint, stop.
 
-    All ranks of a run stop at the same step, whichever rank got the signal. Before the first step
-    there is nothing to save, and a signal ends the run at once.
+    Further signals have no effect. All ranks of a run stop at the same step, whichever rank got the
+    signal. Before the first step there is nothing to save, and a signal ends the run at once.
     """
 
     def __init__(self) -> None:
@@ -34,9 +33,7 @@ class Interruption(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Defer both signals from the first step inside to the end of the outermost of these
-        contexts.
-        """
+        """Defer both signals from the first step inside to the end of the outermost context."""
         if self._deferred is not None:
             yield
             return
@@ -136,10 +133,10 @@ class Progress(TrainerCallback):
 
 
 class LossCurve(TrainerCallback):
-    """`loss.jsonl`, one line per log step, and at the end `loss.png`. A resumed run rewrites both
-    from its history.
+    """Loss curve: `loss.jsonl`, one line per log step, and at the end `loss.png`.
 
-    An error while writing them is a warning, and training continues.
+    A resumed run rewrites both from its history. An error while writing them is a warning, and
+    training continues.
     """
 
     def __init__(self) -> None:

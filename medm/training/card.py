@@ -14,23 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import medm
+from medm.models.base import CardText
 from medm.models.provenance import CARD, NOT_CLINICAL
 from medm.training.parts import PartTable
 from medm.training.recipe import dump
 
 RECIPE, RUN = "recipe.yaml", "run.json"
-
-_USE = """## Use
-
-```python
-import medm
-
-model = medm.load("path/to/this/folder")
-print(model.ask("What is seen?"{shown}, max_new_tokens=64))
-```
-
-"""
-_SHOWN = {"image": ', image="image.png"', "volume": ', volume="volume.nii.gz"'}
 
 _PACKAGES = (
     "torch",
@@ -71,6 +60,7 @@ def write_record(
     folder: Path,
     *,
     recipe: Mapping[str, Any],
+    text: CardText,
     table: PartTable,
     hashes: Mapping[str, str],
     history: Sequence[Mapping[str, float]],
@@ -83,6 +73,7 @@ def write_record(
     Args:
         folder: folder of the weights.
         recipe: resolved.
+        text: sentences of the kind of model.
         table: trained parts.
         hashes: of the annotation files.
         history: log entries; the card shows the last training and evaluation loss.
@@ -98,10 +89,12 @@ def write_record(
     }  # fmt: skip
     (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
     (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(_card(recipe, table, run), encoding="utf-8")
+    (folder / CARD).write_text(_card(recipe, text, table, run), encoding="utf-8")
 
 
-def _card(recipe: Mapping[str, Any], table: PartTable, run: Mapping[str, Any]) -> str:
+def _card(
+    recipe: Mapping[str, Any], text: CardText, table: PartTable, run: Mapping[str, Any]
+) -> str:
     name = Path(str(recipe["output_dir"])).name
     scores = (
         "\n".join(f"| {key} | {value:.4f} |" for key, value in run["scores"].items())
@@ -115,18 +108,18 @@ def _card(recipe: Mapping[str, Any], table: PartTable, run: Mapping[str, Any]) -
         ", ".join(f"{key} {count}" for key, count in run["records"].items() if count) or "none"
     )
     used = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
+    use = f"## Use\n\n```python\n{text.example}```\n\n" if text.example else ""
     return f"""---
 library_name: medm
-tags: [medical, vision-language]
+tags: [{", ".join(text.tags)}]
 ---
 # {name}
 
 {NOT_CLINICAL}
 
-A medical vision-language model trained with medm. It can be wrong, can invent findings, and carries the biases of its
-data. It was not validated on any clinical task.
+{text.summary}
 
-{_use(recipe)}## Training
+{use}## Training
 
 ```
 {table}
@@ -150,16 +143,6 @@ Records left out or shortened: {left_out}.
 
 {used}
 """
-
-
-def _use(recipe: Mapping[str, Any]) -> str:
-    """Return the Python example of the card; empty for kinds of models that do not answer in
-    text.
-    """
-    if recipe["model"]["kind"] != "lvlm":
-        return ""
-    shown = [_SHOWN[branch] for branch in _SHOWN if branch in recipe["model"]["branches"]]
-    return _USE.format(shown=shown[0] if shown else "")
 
 
 def _last(history: Sequence[Mapping[str, float]]) -> dict[str, float]:

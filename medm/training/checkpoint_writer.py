@@ -50,11 +50,10 @@ class BackgroundWorker:
 
 
 class AsyncCheckpointWriter:
-    """Writer of one checkpoint at a time. Errors are raised by the next `poll` or `wait`, on all
-    ranks.
+    """Writer of one checkpoint at a time.
 
-    As a context manager it finishes the last checkpoint at the end, where the ranks can still
-    agree.
+    Errors are raised by the next `poll` or `wait`, on all ranks. As a context manager it finishes
+    the last checkpoint at the end, where the ranks can still agree.
 
     Args:
         device: device of the process group's communication.
@@ -91,8 +90,9 @@ class AsyncCheckpointWriter:
     def write_on_all_ranks(
         self, files: Mapping[Path, object], commit: Callable[[], None], *, folder: Path, final: Path
     ) -> None:
-        """Write the files of every rank, then commit on rank 0. Arguments as for
-        `write_on_rank_zero`.
+        """Write the files of every rank, then commit on rank 0.
+
+        The arguments are those of `write_on_rank_zero`.
         """
 
         def commit_after_all() -> None:
@@ -111,8 +111,9 @@ class AsyncCheckpointWriter:
         self._background.start(_uninterrupted(action))
 
     def poll(self) -> None:
-        """Advance the checkpoint as far as possible without waiting. All ranks call it at the same
-        step.
+        """Advance the checkpoint as far as possible without waiting.
+
+        All ranks call it at the same step.
         """
         while self._next is not None and not any_rank(self._background.busy, self._device):
             self._advance(self._next)

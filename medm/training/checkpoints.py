@@ -13,11 +13,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from medm.errors import CheckpointError, MedmError, RecipeError
 from medm.files import LockedError, lock_file, remove, remove_directory, replace_directory
 from medm.models.manifest import MANIFEST, read_manifest, verify, write_manifest
+from medm.types import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,9 @@ def clear_staging(output_dir: Path) -> None:
 
 
 def check_unused(output_dir: Path) -> None:
-    """Raise `RecipeError` when a folder holds another run's checkpoints or model, which a new run
-    would replace.
+    """Raise `RecipeError` for a folder with another run's checkpoints or model.
+
+    A new run would replace them.
     """
     if (output_dir / FINISHED).is_dir():
         raise RecipeError(
@@ -96,7 +97,7 @@ def check_space(output_dir: Path, *, estimate: int) -> None:
         )
 
 
-def commit(folder: Path, *, final: Path, metadata: Mapping[str, Any]) -> None:
+def commit(folder: Path, *, final: Path, metadata: Mapping[str, object]) -> None:
     """Turn a finished staging folder into a checkpoint.
 
     Args:
@@ -135,19 +136,20 @@ def newest_good(output_dir: Path, *, metadata: Mapping[str, type] | None = None)
             logger.error("DAMAGED CHECKPOINT, going back to an older one: %s", error)
             continue
         if damaged:
-            logger.error("resuming from %s, the newest checkpoint that is whole", folder)
+            logger.error("resuming from %s, the newest complete checkpoint", folder)
         return folder
     if damaged:
         raise CheckpointError(
-            f"{output_dir}: none of its {len(damaged)} checkpoints is whole; start a new run in "
+            f"{output_dir}: none of its {len(damaged)} checkpoints is complete; start a new run in "
             "another folder\n  " + "\n  ".join(damaged)
         )
     return None
 
 
-def finished_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a model in `FINISHED`. It is the last but one of the files to be moved
-    out of it.
+def finished_manifest(folder: Path) -> JsonObject:
+    """Return the manifest of a model in `FINISHED`.
+
+    It is the last but one of the files to be moved out of the folder.
     """
     place = folder if (folder / MANIFEST).exists() else folder.parent
     record = read_manifest(place)
@@ -156,11 +158,12 @@ def finished_manifest(folder: Path) -> dict[str, Any]:
     return record
 
 
-def prune(output_dir: Path, *, keep: int, spare: Path | None, newest: Path) -> None:
-    """Remove all but the newest `keep` checkpoints and `spare` (the best), once `newest` has been
-    read back.
+def prune(output_dir: Path, *, keep: int, best: Path | None, newest: Path) -> None:
+    """Remove all but the newest `keep` checkpoints and the best.
+
+    `newest` is verified first.
     """
-    doomed = [folder for folder in folders(output_dir)[keep:] if folder not in (spare, newest)]
+    doomed = [folder for folder in folders(output_dir)[keep:] if folder not in (best, newest)]
     if not doomed:
         return
     verify(newest)

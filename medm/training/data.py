@@ -1,4 +1,4 @@
-"""From the `data` section of a recipe to what a trainer takes: datasets, a sampler, collators.
+"""From the `data` section of a recipe to datasets, sampler and collators of a trainer.
 
 The annotation files are checked as a whole before anything is built on them.
 """
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingData:
-    """Everything about the data of a run.
+    """Datasets, sampler and collators of a run.
 
     Args:
         options: the `data` section.
@@ -89,32 +89,33 @@ class TrainingData:
         self.eval_collate = pipeline.eval_collator()
 
     def use_features(self, stores: Mapping[str, FeatureStore]) -> None:
-        """Read these features in the place of their branches' pixels."""
+        """Use cached features in place of the pixels of their branches."""
         for dataset in (self.train, self.evaluation):
             if dataset is not None:
                 dataset.features = dict(stores)
 
     @property
     def records(self) -> list[Records[Any, Any]]:
-        """What is trained and evaluated on."""
+        """The records of the training and of the evaluation data."""
         return [dataset.records for dataset in (self.train, self.evaluation) if dataset is not None]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Records that the check left out, and those that were left out or shortened since. All
-        processes call it.
+        """Number of records that the check left out, and of those left out or shortened since.
+
+        All ranks call it.
         """
         noted = all_gather_objects({what: self.train.noted(what) for what in COUNTED})
         since = {what: len(set().union(*(one[what] for one in noted))) for what in COUNTED}
         return {"left_out_by_check": self._left_out, **since}
 
     def _check(self, what: str, sources: list[SourceOptions]) -> Report:
-        """Check every record, each rank its shard; log and return what was found."""
+        """Check every record, each rank its shard; log and return the report."""
         shard = check(
             sources,
             self.pipeline,
             shard=(rank(), world_size()),
-            # The preview shows what a record says, so it is for those who ask for it.
+            # The preview shows the content of a record, so it is shown on request only.
             preview=logger.isEnabledFor(logging.DEBUG),
             length_limit=self.limit,
             progress=lambda done, total: logger.info(

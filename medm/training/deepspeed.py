@@ -1,5 +1,6 @@
-"""Configuration and checkpoints of DeepSpeed. No other file imports it, and only recipes that name
-a stage need it.
+"""Configuration and checkpoints of DeepSpeed.
+
+No other file imports it, and only recipes that name a stage need it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
@@ -22,6 +23,10 @@ from transformers import TrainingArguments
 from medm.distributed import rank, world_size
 from medm.errors import RecipeError, suggest
 from medm.training.options import TrainOptions
+from medm.types import JsonObject
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +72,10 @@ PRESETS: dict[str, Mapping[str, object]] = {
 """The `zero_optimization` block of each preset."""
 
 
-def configuration(options: TrainOptions) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a recipe, and set the environment that a process
-    without launcher lacks.
+def configuration(options: TrainOptions) -> JsonObject:
+    """Return the DeepSpeed configuration of a recipe.
+
+    Sets the environment variables that a process without launcher lacks.
 
     Raises:
         RecipeError: neither a preset nor a readable JSON file, or a file with settings that belong
@@ -128,11 +134,11 @@ def zero_stage(name: str) -> int:
     return int(config["zero_optimization"].get("stage", 0))
 
 
-def _preset(name: str) -> dict[str, Any]:
+def _preset(name: str) -> JsonObject:
     return {**_COMMON, "zero_optimization": dict(PRESETS[name])}
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str) -> JsonObject:
     path = Path(name)
     if path.suffix != ".json":
         raise RecipeError(
@@ -213,6 +219,15 @@ def offloaded_optimizer(args: TrainingArguments) -> type[torch.optim.Optimizer] 
     return DeepSpeedCPUAdam
 
 
+class _ShardedParameter(Protocol):
+    """Attributes that ZeRO-3 adds to a parameter."""
+
+    ds_numel: int
+    ds_shape: torch.Size
+    ds_tensor: torch.Tensor
+    """This rank's shard; that of the last rank is padded."""
+
+
 def copy_to_optimizer(parameters: Iterable[nn.Parameter]) -> None:
     """Give DeepSpeed's optimizer the values of parameters that were changed outside it.
 
@@ -228,13 +243,13 @@ def copy_to_optimizer(parameters: Iterable[nn.Parameter]) -> None:
         if not hasattr(parameter, "ds_id"):
             safe_set_full_fp32_param(parameter, value)
             continue
-        spread: Any = parameter  # with the attributes that ZeRO-3 adds
+        spread = cast(_ShardedParameter, parameter)
         if value.numel() != spread.ds_numel:
             raise RecipeError(
                 f"train.deepspeed: the model changes a parameter of shape {tuple(spread.ds_shape)} "
                 "after each step, and ZeRO-3 spreads it over ranks; use zero2"
             )
-        shard: torch.Tensor = spread.ds_tensor  # the last one is padded
+        shard = spread.ds_tensor
         padded = F.pad(value.flatten(), (0, shard.numel() * world_size() - value.numel()))
         own = padded.split(shard.numel())[rank()]
         shard.data.copy_(own)
@@ -242,7 +257,7 @@ def copy_to_optimizer(parameters: Iterable[nn.Parameter]) -> None:
 
 
 @contextmanager
-def collected(engine: Any) -> Iterator[dict[Path, Any]]:
+def collected(engine: DeepSpeedEngine) -> Iterator[dict[Path, object]]:
     """Collect the state that `engine.save_checkpoint` would write, by file.
 
     `save_checkpoint` is collective: a rank must not fail there because of its disk.
@@ -255,11 +270,11 @@ def collected(engine: Any) -> Iterator[dict[Path, Any]]:
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    files: dict[Path, Any] = {}
+    files: dict[Path, object] = {}
 
     class Collector(TorchCheckpointEngine):
         def __init__(self) -> None:
-            pass  # the base logs how it would write
+            pass  # the base logs its settings
 
         def save(self, state_dict: object, path: str) -> None:
             files[Path(path)] = state_dict
@@ -271,9 +286,10 @@ def collected(engine: Any) -> Iterator[dict[Path, Any]]:
         engine.checkpoint_engine = before
 
 
-def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Return the full-size weights by name. All ranks call it; under ZeRO-3 only rank 0 gets
-    them.
+def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Return the full-size weights by name.
+
+    All ranks call it; under ZeRO-3 only rank 0 gets them.
     """
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict() or {}

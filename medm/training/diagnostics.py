@@ -1,10 +1,9 @@
-"""Gradient conflicts between tasks: cosines and sizes of their gradients, and the experts that each
-is routed to.
+"""Gradient conflicts between tasks, and the experts that each task is routed to.
 
-Measured between steps on batches that were just trained on: the weights, their gradients, the
-optimizer, the random numbers and every buffer are afterwards what they were before. Blind to
-modality: the objective says what the loss of some rows is, the model says its parts, and a module
-that routes gives its routing weights.
+The callback measures cosines and sizes of the tasks' gradients between steps, on batches that were
+just trained on. It changes no weights, gradients, optimizer states, random states or buffers.
+Knows no modality: the objective gives the loss of some rows, the model its parts, and a module that
+routes its routing weights.
 
 Definitions (gradient surgery, arXiv 2001.06782), for the gradients g, h of two tasks on the same
 weights and batch: cosine <g, h> / (|g| |h|); a conflict where it is below zero; magnitude
@@ -21,11 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Literal, Protocol, TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from medm.distributed import all_gather_objects
 from medm.errors import RecipeError
@@ -41,14 +40,63 @@ OTHER = "(other)"
 """Rows whose task the model does not know."""
 FOLDER = "diagnostics"
 
+_Measure: TypeAlias = Literal["cosine", "magnitude"]
+_TABLES: tuple[tuple[_Measure, str], ...] = (
+    ("cosine", "cosine"),
+    ("magnitude", "magnitude similarity"),
+)
+"""Measures of the Markdown page, with their titles."""
+_MAPS: tuple[tuple[_Measure, float, str], ...] = (
+    ("cosine", -1.0, "RdBu"),
+    ("magnitude", 0.0, "viridis"),
+)
+"""Measures of the image, with the lower end of the scale and the color map."""
+
+
+class GroupMeans(TypedDict):
+    """Means over the batches for one group of weights; None for pairs that never met in a batch."""
+
+    pairs: list[list[int]]
+    """Batches that hold both tasks."""
+    cosine: list[list[float | None]]
+    conflict: list[list[float | None]]
+    magnitude: list[list[float | None]]
+    norm: list[float | None]
+    """By task."""
+    mean: dict[str, float | None]
+    """Of each measure, over the pairs of two different tasks."""
+
+
+class Measurement(TypedDict):
+    """One measurement, as it stands in the JSON file."""
+
+    step: int
+    batches: int
+    gradients: dict[str, GroupMeans]
+    """By group of weights."""
+    routing: dict[str, dict[str, list[float]]]
+    """Routing weight of each expert, by part and task."""
+
+
+class HasRoutingWeights(Protocol):
+    """A part that routes."""
+
+    def routing_weights(self) -> dict[str, list[float]]:
+        """Return the mean routing weight of each expert, by task, since the last reset."""
+        ...
+
+    def reset_routing_weights(self) -> None:
+        """Reset the sums of the routing weights."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class TaskTaggingCollator:
-    """A collator whose batches also say which task each row is of."""
+    """A collator whose batches also hold the task of each row."""
 
     collate: Callable[[Sequence[Example | None]], Batch]
     other: int
-    """Task of a row that stands in for records that were left out."""
+    """Task of the dummy row of a batch whose records were all left out."""
 
     def __call__(self, examples: Sequence[Example | None]) -> Batch:
         batch = self.collate(examples)
@@ -61,7 +109,7 @@ class BatchRecorder(Terms):
 
     Args:
         terms: those of the run.
-        batches: how many are kept; they stay where they are, on the device of the training.
+        batches: number that is kept, on the device of the training.
     """
 
     def __init__(self, terms: Terms, *, batches: int) -> None:
@@ -77,7 +125,7 @@ class BatchRecorder(Terms):
         return super().__call__(model, without_tasks(batch), counts)
 
     def loss_of_rows(self, model: nn.Module, batch: Batch, rows: Tensor) -> Tensor | None:
-        """Return the mean loss of some rows of a kept batch (`RowLosses`)."""
+        """Return the mean loss of some rows of a recorded batch (`RowLosses`)."""
         return row_losses(self).loss_of_rows(model, without_tasks(batch), rows)
 
 
@@ -104,10 +152,10 @@ def row_losses(terms: Terms) -> RowLosses:
 def require_measurable(
     terms: Terms, tasks: Sequence[str], *, packing: bool, deepspeed: str | None
 ) -> None:
-    """Refuse at the start what could not be measured at the first measurement.
+    """Raise at the start for a run that cannot be measured.
 
     Raises:
-        RecipeError: with what to change.
+        RecipeError: with the key to change.
     """
     if not tasks:
         raise RecipeError(
@@ -123,16 +171,16 @@ def require_measurable(
 
 
 def without_tasks(batch: Batch) -> Batch:
-    """The batch as models take it."""
+    """Return the batch as models take it."""
     return {key: value for key, value in batch.items() if key != ROW_TASKS}
 
 
 def gradient_groups(parts: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """What is measured: each part with trained weights, and inside it its children where there are
-    several.
+    """Return the groups of weights that are measured.
 
-    The children of a list count one by one: `image.connector`, `image.connector.router`,
-    `image.connector.experts.0`.
+    Each part with trained weights is a group. If several of its children have trained weights, each
+    of them is a group too; the children of a list are one group each: `image.connector`,
+    `image.connector.router`, `image.connector.experts.0`.
     """
     groups: dict[str, list[nn.Parameter]] = {}
     for name, part in parts.items():
@@ -160,9 +208,10 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-class Pairs:
-    """Running sums over batches, for one group of weights: (T, T) each, and the norm of each task's
-    gradient.
+class PairSums:
+    """Running sums over batches for one group of weights.
+
+    There is one (T, T) sum for each measure, and the norm of each task's gradient.
     """
 
     def __init__(self, tasks: int) -> None:
@@ -173,7 +222,7 @@ class Pairs:
         self.norm_count = torch.zeros(tasks, dtype=torch.float64)
 
     def add(self, products: Tensor, present: Sequence[int]) -> None:
-        """One batch.
+        """Add one batch.
 
         Args:
             products: (P, P) scalar products of the gradients of the tasks that the batch holds,
@@ -195,22 +244,25 @@ class Pairs:
                 self.magnitude[i, j] += 2 * norms[k] * norms[m] / (norms[k] ** 2 + norms[m] ** 2)
 
     def tensors(self) -> list[Tensor]:
-        """Every sum, to be added to those of other processes."""
+        """Return every sum, to be added to those of other ranks."""
         return [self.count, self.cosine, self.conflict, self.magnitude, self.norm, self.norm_count]
 
-    def means(self) -> dict[str, Any]:
-        """JSON-able; None for pairs that never met in a batch. `mean` is over the pairs of two
-        different tasks.
+    def means(self) -> GroupMeans:
+        """Return the means, JSON-able; None for pairs that never met in a batch.
+
+        `mean` is over the pairs of two different tasks.
         """
         off = ~torch.eye(len(self.count), dtype=torch.bool)
         met = float(self.count[off].sum())
-        names = ("cosine", "conflict", "magnitude")
         return {
             "pairs": [[int(x) for x in row] for row in self.count.tolist()],
-            **{name: _divided(getattr(self, name), self.count) for name in names},
+            "cosine": _divided(self.cosine, self.count),
+            "conflict": _divided(self.conflict, self.count),
+            "magnitude": _divided(self.magnitude, self.count),
             "norm": _divided(self.norm[None], self.norm_count[None])[0],
             "mean": {
-                name: float(getattr(self, name)[off].sum()) / met if met else None for name in names
+                name: float(getattr(self, name)[off].sum()) / met if met else None
+                for name in ("cosine", "conflict", "magnitude")
             },
         }
 
@@ -228,7 +280,7 @@ def measure(
     groups: Mapping[str, list[nn.Parameter]],
     *,
     tasks: int,
-) -> dict[str, Pairs]:
+) -> dict[str, PairSums]:
     """Return the sums over the recorded batches, under the weights as they are now.
 
     Every task of a batch runs the same rows with the same random numbers; only the labels that
@@ -236,8 +288,8 @@ def measure(
     """
     parameters = list({id(p): p for group in groups.values() for p in group}.values())
     place = {id(parameter): k for k, parameter in enumerate(parameters)}
-    sums = {name: Pairs(tasks) for name in groups}
-    with _undisturbed(model, parameters[0].device):
+    sums = {name: PairSums(tasks) for name in groups}
+    with _restored_state(model, parameters[0].device):
         for number, batch in enumerate(recorder.seen):
             present: list[int] = []
             gradients: list[tuple[Tensor | None, ...]] = []
@@ -259,7 +311,7 @@ def measure(
 
 
 def _products(gradients: Sequence[Tensor | None]) -> Tensor:
-    """(P, P) scalar products of the gradients of one weight, in float64 on the CPU."""
+    """Return the (P, P) scalar products of the gradients of one weight, in float64 on the CPU."""
     size = len(gradients)
     some = [k for k, gradient in enumerate(gradients) if gradient is not None]
     products = torch.zeros(size, size, dtype=torch.float64)
@@ -270,9 +322,10 @@ def _products(gradients: Sequence[Tensor | None]) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random numbers and buffers come out as they went in; `autograd.grad` leaves the weights' own
-    gradients alone.
+def _restored_state(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore random states and buffers at the end of the block.
+
+    `autograd.grad` leaves the gradients of the weights alone.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     spread = device.type not in ("cpu", "meta")
@@ -288,8 +341,9 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class GradientConflictCallback(TrainerCallback):
-    """Measures every few steps, and writes JSON, a Markdown table and an image below the output
-    folder.
+    """Measures gradient conflicts every few steps.
+
+    Writes JSON, a Markdown table and an image below the output folder.
 
     Args:
         recorder: the trainer's terms.
@@ -308,11 +362,17 @@ class GradientConflictCallback(TrainerCallback):
     ) -> None:
         self.recorder, self.parts, self.every = recorder, dict(parts), every
         self.tasks = [*tasks, OTHER]
-        self.measurements: list[dict[str, Any]] = []
+        self.measurements: list[Measurement] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         """Keep, in a resumed run, the measurements up to its checkpoint."""
-        file = Path(args.output_dir) / FOLDER / "tug_of_war.json"
+        file = Path(args.output_dir or "") / FOLDER / "tug_of_war.json"
         if state.global_step and file.is_file():
             known = json.loads(file.read_text(encoding="utf-8"))["measurements"]
             self.measurements = [entry for entry in known if entry["step"] <= state.global_step]
@@ -320,10 +380,16 @@ class GradientConflictCallback(TrainerCallback):
             part.reset_routing_weights()
 
     def on_step_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
     ) -> None:
         if state.global_step % self.every:
             return
+        assert model is not None  # the Trainer always passes it
         # Before the measurement, whose own forward passes would count too.
         routing = {name: part.routing_weights() for name, part in self._routing().items()}
         sums = measure(model, self.recorder, gradient_groups(self.parts), tasks=len(self.tasks))
@@ -336,7 +402,7 @@ class GradientConflictCallback(TrainerCallback):
         for name, pairs in sums.items():
             for k, total in enumerate(pairs.tensors()):
                 total.copy_(torch.stack([tensors[name][k] for tensors, _ in everywhere]).sum(0))
-        entry = {
+        entry: Measurement = {
             "step": state.global_step,
             "batches": sum(count for _, count in everywhere),
             "gradients": {name: pairs.means() for name, pairs in sums.items()},
@@ -344,11 +410,15 @@ class GradientConflictCallback(TrainerCallback):
         }
         self.measurements.append(entry)
         if state.is_world_process_zero:
-            self._write(Path(args.output_dir) / FOLDER)
+            self._write(Path(args.output_dir or "") / FOLDER)
 
-    def _routing(self) -> dict[str, Any]:
-        """Parts that route."""
-        return {name: part for name, part in self.parts.items() if hasattr(part, "routing_weights")}
+    def _routing(self) -> dict[str, HasRoutingWeights]:
+        """Return the parts that route."""
+        return {
+            name: cast(HasRoutingWeights, part)
+            for name, part in self.parts.items()
+            if hasattr(part, "routing_weights")
+        }
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -361,8 +431,8 @@ class GradientConflictCallback(TrainerCallback):
         draw(self.tasks, self.measurements[-1], folder / "tug_of_war.png")
 
 
-def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) -> str:
-    """The last measurement in full, and the means of all."""
+def markdown(tasks: Sequence[str], measurements: Sequence[Measurement]) -> str:
+    """Return the last measurement in full, and the means of all, as Markdown."""
     last = measurements[-1]
     lines = [
         f"# Gradients between tasks, step {last['step']}",
@@ -382,7 +452,7 @@ def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) ->
     ]
     for name, found in last["gradients"].items():
         seen = _seen(found["pairs"])
-        for key, title in (("cosine", "cosine"), ("magnitude", "magnitude similarity")):
+        for key, title in _TABLES:
             rows = [[tasks[i], *(_number(found[key][i][j]) for j in seen)] for i in seen]
             lines += [
                 "",
@@ -390,9 +460,9 @@ def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) ->
                 "",
                 *_table(["task", *(tasks[j] for j in seen)], rows),
             ]
-    for name, shares in last["routing"].items():
-        experts = [f"expert {k}" for k in range(len(next(iter(shares.values()))))]
-        rows = [[task, *map(_number, row)] for task, row in shares.items()]
+    for name, weights in last["routing"].items():
+        experts = [f"expert {k}" for k in range(len(next(iter(weights.values()))))]
+        rows = [[task, *map(_number, row)] for task, row in weights.items()]
         lines += [
             "",
             f"## {name}: routing weights since the last measurement",
@@ -403,7 +473,7 @@ def markdown(tasks: Sequence[str], measurements: Sequence[Mapping[str, Any]]) ->
 
 
 def _seen(pairs: Sequence[Sequence[int]]) -> list[int]:
-    """Tasks that had a gradient."""
+    """Return the tasks that had a gradient."""
     return [i for i in range(len(pairs)) if pairs[i][i]]
 
 
@@ -415,9 +485,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
-    """Heat maps of cosines, magnitude similarities and routing; says so and returns False without
-    matplotlib.
+def draw(tasks: Sequence[str], entry: Measurement, path: Path) -> bool:
+    """Draw heat maps of cosines, magnitude similarities and routing.
+
+    Without matplotlib, log that and return False.
     """
     if find_spec("matplotlib") is None:
         logger.info("no %s: matplotlib is not installed (pip install 'medm[plot]')", path.name)
@@ -429,7 +500,7 @@ def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
     for name, found in entry["gradients"].items():
         seen = _seen(found["pairs"])
         names = [tasks[i] for i in seen]
-        for key, low, colours in (("cosine", -1.0, "RdBu"), ("magnitude", 0.0, "viridis")):
+        for key, low, colors in _MAPS:
             maps.append(
                 (
                     f"{name}: {key}",
@@ -437,23 +508,23 @@ def draw(tasks: Sequence[str], entry: Mapping[str, Any], path: Path) -> bool:
                     names,
                     names,
                     low,
-                    colours,
+                    colors,
                 )
             )
-    for name, shares in entry["routing"].items():
-        rows = list(shares.values())
+    for name, weights in entry["routing"].items():
+        rows = list(weights.values())
         experts = [str(k) for k in range(len(rows[0]))]
-        maps.append((f"{name}: routing", rows, list(shares), experts, 0.0, "viridis"))
+        maps.append((f"{name}: routing", rows, list(weights), experts, 0.0, "viridis"))
     columns, lines = 2, -(-len(maps) // 2)
     figure = Figure(figsize=(9, 3.4 * max(lines, 1)), layout="constrained")
     FigureCanvasAgg(figure)
-    for number, (title, values, down, across, low, colours) in enumerate(maps):
+    for number, (title, values, down, across, low, colors) in enumerate(maps):
         axes = figure.add_subplot(lines, columns, number + 1)
         if not values:
             axes.set_axis_off()
             continue
         grid = [[float("nan") if value is None else value for value in row] for row in values]
-        image = axes.imshow(grid, vmin=low, vmax=1.0, cmap=colours)
+        image = axes.imshow(grid, vmin=low, vmax=1.0, cmap=colors)
         axes.set_title(title, fontsize=9)
         axes.set_xticks(range(len(across)), across, fontsize=7)
         axes.set_yticks(range(len(down)), down, fontsize=7)

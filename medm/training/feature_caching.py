@@ -1,6 +1,4 @@
-"""Feature caching (`data.cache_features`): frozen encoders run once over the data before
-training.
-"""
+"""Feature caching (`data.cache_features`): frozen encoders run over the data before training."""
 
 from __future__ import annotations
 
@@ -40,19 +38,17 @@ def cache_features(
     device: torch.device,
     bad_records: Literal["stop", "skip"] = "stop",
 ) -> dict[str, FeatureStore]:
-    """Return the feature caches of all branches with a frozen encoder, filled with the features of
-    the data.
+    """Return the feature caches of all branches with a frozen encoder, filled from the data.
 
     Args:
-        model: `encoders()` gives each branch's module with `encoder` and `encode(pixels)`; it is
-            told that the encoder stays idle from now on.
-        root: folder of the stores; may serve any number of runs, models and data sets.
+        model: `encoders()` gives each branch's module with `encoder` and `encode(pixels)`; its
+            encoder is bypassed from now on.
+        root: folder of the stores; any number of runs, models and data sets may use it.
         preprocess: by branch.
         data: whose files are needed.
-        device: where the encoders run; they are back where they were afterwards.
-        bad_records: what happens when files cannot be read: stop, with everything kept that could
-            be made; or say which, and leave it to the dataset to leave out and count the records
-            that need them.
+        device: for the encoders; they return to their own device afterwards.
+        bad_records: policy for unreadable files: stop, and keep the features made so far; or log
+            the files. The dataset then leaves out and counts the records that need them.
 
     Raises:
         DataError: files cannot be read, and the policy is to stop.
@@ -75,7 +71,7 @@ def cache_features(
                 len(files),
                 store.folder,
             )
-        bad += _made_by_all(store, branch, preprocess[name], wanted, device)
+        bad += _fill_on_all_ranks(store, branch, preprocess[name], wanted, device)
         if bad and bad_records == "stop":
             raise DataError(
                 f"features of {name}: {len(bad)} of {len(files)} files cannot be read; the first: "
@@ -117,20 +113,21 @@ def _files(records: Records, view: str) -> Iterator[Path]:
             logger.debug("no features for %s", error)
 
 
-def _made_by_all(
+def _fill_on_all_ranks(
     store: FeatureStore,
     branch: VisionBranch,
     preprocess: Preprocess,
     wanted: list[tuple[str, Path]],
     device: torch.device,
 ) -> list[str]:
-    """Fill a cache, each rank with its shard of the files. Return the reasons of unreadable files
-    on all ranks.
+    """Fill a cache, each rank with its shard of the files.
+
+    Return the reasons of unreadable files on all ranks.
     """
     bad: list[str] = []
     shard = wanted[rank() :: world_size()]
     if problems := failures(lambda: _fill(store, branch, preprocess, shard, device, bad)):
-        raise MedmError(f"features could not be made: {'; '.join(problems)}")
+        raise MedmError(f"features could not be computed: {'; '.join(problems)}")
     return [reason for part in all_gather_objects(bad) for reason in part]
 
 
@@ -146,7 +143,7 @@ def _fill(
     before = next(branch.encoder.parameters()).device
     branch.encoder.to(device).eval()
     try:
-        batches = _encoded(branch, preprocess, wanted, device, bad)
+        batches = _encode(branch, preprocess, wanted, device, bad)
         first = next(batches, None)
         if first is not None:
             tokens = first.features
@@ -160,15 +157,16 @@ def _fill(
         branch.encoder.to(before)
 
 
-def _encoded(
+def _encode(
     branch: VisionBranch,
     preprocess: Preprocess,
     wanted: list[tuple[str, Path]],
     device: torch.device,
     bad: list[str],
 ) -> Iterator[FeatureBatch]:
-    """Features (n, prefix + prod(grid), D), in float16 where the encoder computes in it, else in
-    float32: exact either way.
+    """Yield batches of features (n, prefix + prod(grid), D).
+
+    They are in float16 where the encoder computes in it, else in float32: exact either way.
     """
     for start in range(0, len(wanted), BATCH):
         prepared: dict[str, Prepared] = {}

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 def compile_layers(
     model: nn.Module, *, deepspeed: str | None = None, backend: str = "inductor"
 ) -> int:
-    """Compile each repeated layer of transformers' towers and decoders; return the number of
-    layers.
+    """Compile each repeated layer of transformers' encoders and decoders. Return their number.
 
     A layer is the largest module without data-dependent control flow: the code around it
     (scattering vision tokens, choosing labeled positions) depends on the values of a batch. Layers
@@ -42,8 +41,8 @@ def compile_layers(
     """
     if deepspeed is not None and "zero3" in deepspeed:
         raise RecipeError(
-            "train.torch_compile: does not go with ZeRO-3, which fetches weights by layer; use "
-            "zero2"
+            "train.torch_compile: cannot be combined with ZeRO-3, which fetches weights by layer; "
+            "use zero2"
         )
     layers = [
         module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
@@ -72,8 +71,9 @@ def apply_kernels(model: MedmModel, options: TrainOptions) -> None:
 
 
 def any_lengths(model: MedmModel, options: TrainOptions, device: torch.device) -> bool:
-    """Return whether padding-free rows may have any lengths: compiled layers need one kernel for
-    all sequences.
+    """Return whether padding-free rows may have any lengths.
+
+    Compiled layers need one kernel for all sequences.
     """
     if not options.torch_compile:
         return True
@@ -83,13 +83,12 @@ def any_lengths(model: MedmModel, options: TrainOptions, device: torch.device) -
 
 
 def use_liger(language_model: nn.Module | None) -> None:
-    """Replace norms, rotary embeddings and gated layers of a language model by liger's (arXiv
-    2410.10989), in place.
+    """Replace norms, rotary embeddings and gated layers by liger's (arXiv 2410.10989), in place.
 
     Its fused cross-entropy is not used: the head runs at labeled positions only.
 
     Args:
-        language_model: a causal language model of transformers; None where the model has none.
+        language_model: a causal language model of transformers; None if the model has none.
 
     Raises:
         DeviceError: liger-kernel is not installed, or there is no GPU.
@@ -116,7 +115,7 @@ def use_liger(language_model: nn.Module | None) -> None:
 
 
 def require_liger() -> None:
-    """Raise `DeviceError` where liger-kernel is not installed, or there is no GPU."""
+    """Raise `DeviceError` if liger-kernel is not installed, or there is no GPU."""
     if find_spec("liger_kernel") is None:
         raise DeviceError(
             "train.liger: liger-kernel is not installed; pip install 'medm[liger]', or leave the "
@@ -124,5 +123,5 @@ def require_liger() -> None:
         )
     if not torch.cuda.is_available():
         raise DeviceError(
-            "train.liger: its kernels need a CUDA device, and none is there; leave the key out"
+            "train.liger: its kernels need a CUDA device, found none; leave the key out"
         )

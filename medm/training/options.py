@@ -13,8 +13,9 @@ T = TypeVar("T")
 
 
 class DiagnosticsOptions(Options):
-    """Measurement of gradient conflicts between tasks (`medm.training.diagnostics`), without effect
-    on the training.
+    """Measurement of gradient conflicts between tasks (`medm.training.diagnostics`).
+
+    It has no effect on the training.
     """
 
     every: int = Field(ge=1)
@@ -25,15 +26,13 @@ class DiagnosticsOptions(Options):
 
 
 class NewTokenOptions(Options):
-    """How the rows of new tokens are trained; they have no weight decay. `train` is short for
-    `{}`.
-    """
+    """Training of the rows of new tokens, without weight decay. `train` is short for `{}`."""
 
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the rows; that of their part without it."""
+    """Peak learning rate of the rows. Default: that of their part."""
 
 
-def _train(value: Any) -> Any:
+def _train(value: object) -> object:
     return {} if value == "train" else value
 
 
@@ -76,9 +75,9 @@ class PartOptions(Options):
     """Handling of an adapter in `init_from`: train it further, or merge it into the weights
     first."""
     new_tokens: Annotated[NewTokenOptions, BeforeValidator(_train)] | None = None
-    """Of the token embeddings and the LM head train the rows of the model's control tokens and no
-    others, whatever `tune` says: `train`, or `{lr: ...}`. Without it `full` trains every row,
-    `frozen` and `lora` none."""
+    """Of the token embeddings and the LM head, train only the rows of the model's control tokens,
+    for any `tune`: `train`, or `{lr: ...}`. Without it `full` trains every row, `frozen` and `lora`
+    none."""
 
     @model_validator(mode="after")
     def _no_idle_option(self) -> PartOptions:
@@ -86,7 +85,7 @@ class PartOptions(Options):
             idle = self._changed(_LORA_FIELDS)
             if idle:
                 raise ValueError(
-                    f"{', '.join(idle)}: has an effect with tune: lora alone, found tune: "
+                    f"{', '.join(idle)}: has an effect only with tune: lora, found tune: "
                     f"{self.tune}"
                 )
         if self.tune == "frozen":
@@ -103,9 +102,10 @@ class PartOptions(Options):
             name for name in names if getattr(self, name) != type(self).model_fields[name].default
         ]
 
-    def lora(self) -> dict[str, Any]:
-        """Return the adapter as fields of `peft.LoraConfig`, JSON-able. None for `target_modules`
-        means the default.
+    def lora(self) -> dict[str, object]:
+        """Return the adapter as fields of `peft.LoraConfig`, JSON-able.
+
+        None for `target_modules` means the default.
         """
         return {
             "r": self.r,
@@ -122,12 +122,13 @@ def _short_form(value: object) -> object:
 
 
 Part = Annotated[PartOptions, BeforeValidator(_short_form)]
-"""A part's block, or just the word that says how it is tuned."""
+"""A part's block, or only its `tune`."""
 
 
 def flatten_parts(value: object) -> object:
-    """Return `{image: {encoder: frozen}}`, as a dotted override writes a new part, as
-    `{image.encoder: frozen}`.
+    """Return `{image: {encoder: frozen}}` as `{image.encoder: frozen}`.
+
+    A dotted override writes a new part in the first form.
     """
     return _flat_parts(value) if isinstance(value, Mapping) else value
 
@@ -148,9 +149,7 @@ their name."""
 
 
 class TrainOptions(Options):
-    """`transformers.TrainingArguments` by their own names; those not listed here go into
-    `arguments`.
-    """
+    """Fields of `transformers.TrainingArguments`; those not listed here go into `arguments`."""
 
     num_train_epochs: float = Field(default=1.0, ge=0)
     """Passes over the data; 0 writes the untrained model."""
@@ -266,7 +265,7 @@ class TrainOptions(Options):
 
     @field_validator("arguments")
     @classmethod
-    def _not_twice(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _not_twice(cls, arguments: dict[str, object]) -> dict[str, object]:
         twice = sorted((set(cls.model_fields) | {"output_dir"}) & set(arguments))
         if twice:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""What is trained: freezing, adapters and learning rates, part by part. The one place that does it.
+"""Freezing, adapters and learning rates, part by part. No other module does it.
 
-Loading never freezes and freezing never loads. Knows no modality: a model says its parts by name.
+Loading never freezes and freezing never loads. Knows no modality: a model gives its parts by name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import torch
 from torch import nn
@@ -23,27 +23,40 @@ from medm.models.adapters import adapted, merge
 from medm.models.token_rows import token_rows, vocabulary
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.quantize import to_4bit
+from medm.types import JsonObject
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_PARAMETER = "lora_"
-"""What peft's trainable parameters have in their names (`lora_A`, `lora_B`, `lora_magnitude_vector`
+"""Part of the names of peft's trainable parameters (`lora_A`, `lora_B`, `lora_magnitude_vector`
 ...)."""
 
 
+class HasAdapters(Protocol):
+    """Config of a model with adapters."""
+
+    adapters: dict[str, JsonObject]
+    """Fields of `peft.LoraConfig` by part."""
+
+
 class HasParts(Protocol):
-    """What the trainer asks of a model, beside being an `nn.Module`."""
+    """The methods of a model that the trainer calls, beside those of `nn.Module`."""
+
+    @property
+    def config(self) -> HasAdapters:
+        """The model's config."""
+        ...
 
     def parts(self) -> dict[str, nn.Module]:
         """Part name -> module. Every parameter of the model lies in a part."""
         ...
 
-    def add_adapter_to_part(self, part: str, spec: Mapping[str, Any]) -> None:
+    def add_adapter_to_part(self, part: str, spec: Mapping[str, object]) -> None:
         """Put LoRA layers into a part and note them in the config."""
         ...
 
     def add_new_rows(self, part: str) -> None:
-        """Hold the rows of a part's new tokens apart and note it in the config."""
+        """Store the rows of a part's new tokens separately and note it in the config."""
         ...
 
     def merge_new_rows(self, part: str) -> None:
@@ -51,9 +64,18 @@ class HasParts(Protocol):
         ...
 
 
+class ParameterGroup(TypedDict):
+    """Group of an optimizer."""
+
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+    name: str
+
+
 @dataclass(frozen=True, slots=True)
 class PartRow:
-    """What became of one part."""
+    """Training of one part, as a row of `PartTable`."""
 
     name: str
     tune: str
@@ -64,7 +86,7 @@ class PartRow:
 
 @dataclass(frozen=True, slots=True)
 class PartTable:
-    """What is trained; prints as an aligned table."""
+    """Table of the parts and their trained parameters; prints as an aligned table."""
 
     rows: tuple[PartRow, ...]
 
@@ -90,8 +112,8 @@ class PartTable:
             )
             for row in self.rows
         ]
-        share = 100 * self.trainable / max(self.parameters, 1)
-        body.append(("all", f"{share:.2f} %", f"{self.parameters:,}", f"{self.trainable:,}", ""))
+        fraction = 100 * self.trainable / max(self.parameters, 1)
+        body.append(("all", f"{fraction:.2f} %", f"{self.parameters:,}", f"{self.trainable:,}", ""))
         widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -106,7 +128,7 @@ def apply_parts(
     *,
     keep_float32: bool = True,
 ) -> PartTable:
-    """Freeze, adapt and set free the parts of a model, in place.
+    """Freeze, adapt and unfreeze the parts of a model, in place.
 
     Args:
         model: has `parts()`; for LoRA also `add_adapter_to_part` and a `config.adapters`.
@@ -141,8 +163,9 @@ def apply_parts(
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Parts of which nothing is trained. They stay in eval mode: a frozen batch norm must not move
-    either.
+    """Return the parts of which nothing is trained.
+
+    They stay in eval mode: a frozen batch norm must not move either.
     """
     parts = cast(HasParts, model).parts().values()
     return [
@@ -154,13 +177,13 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 def parameter_groups(
     model: nn.Module, parts: Mapping[str, PartOptions], train: TrainOptions
-) -> list[dict[str, Any]]:
-    """Optimizer groups of each part: matrices with weight decay; norms, biases and new tokens
-    without.
+) -> list[ParameterGroup]:
+    """Return the optimizer groups of each part.
 
-    A tensor that two parts share counts for the first.
+    Matrices have weight decay; norms, biases and new tokens have none. A tensor that two parts
+    share counts for the first.
     """
-    groups: list[dict[str, Any]] = []
+    groups: list[ParameterGroup] = []
     seen: set[int] = set()
     for name, module in cast(HasParts, model).parts().items():
         options = parts.get(name)
@@ -197,13 +220,13 @@ def _apply(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
         model.merge_new_rows(name)
     if adapted(module) and options.adapter == "merge":
         merge(module)
-        config = cast(Any, model).config
+        config = model.config
         config.adapters = {part: spec for part, spec in config.adapters.items() if part != name}
     if options.tune == "full":
         if adapted(module):
             raise RecipeError(
                 f"parts.{name}: tune: full, but the weights to start from hold a LoRA adapter for "
-                "this part; fold it in first (adapter: merge) or go on with it (tune: lora)"
+                "this part; merge it first (adapter: merge) or train it further (tune: lora)"
             )
         module.requires_grad_(True)
     elif options.tune == "lora":
@@ -221,7 +244,7 @@ def _apply(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
 def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) -> None:
     spec = options.lora()
     if adapted(module):
-        present = dict(cast(Any, model).config.adapters[name])
+        present = dict(model.config.adapters[name])
         changed = [
             f"{key} is {present[key]!r}, the recipe says {value!r}"
             for key, value in spec.items()
@@ -233,12 +256,12 @@ def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
         if changed:
             raise RecipeError(
                 f"parts.{name}: the weights to start from hold another adapter "
-                f"({'; '.join(changed)}); go on with the same one, or fold it in first (adapter: "
+                f"({'; '.join(changed)}); train the same one further, or merge it first (adapter: "
                 "merge)"
             )
         if options.quantize == "4bit":
             raise RecipeError(
-                f"parts.{name}.quantize: 4bit goes with new adapters; fold this one in first "
+                f"parts.{name}.quantize: 4bit works with new adapters only; merge this one first "
                 "(adapter: merge)"
             )
         return
@@ -254,7 +277,7 @@ def _adapt(model: HasParts, name: str, module: nn.Module, options: PartOptions) 
 
 
 def linear_layers(module: nn.Module) -> list[str]:
-    """Names of every linear layer of a part but its output head."""
+    """Return the names of every linear layer of a part except its output head."""
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     return [
         name
@@ -264,8 +287,9 @@ def linear_layers(module: nn.Module) -> list[str]:
 
 
 def _checkpoint_activations(module: nn.Module, *, asked: bool, name: str) -> None:
-    """Switch recomputation on in every transformers model inside a part, and in medm's own
-    blocks.
+    """Enable activation checkpointing in a part.
+
+    It covers every transformers model inside the part, and medm's own blocks.
     """
     able = [
         m
@@ -273,7 +297,7 @@ def _checkpoint_activations(module: nn.Module, *, asked: bool, name: str) -> Non
         if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing
     ]
     for inner in able:
-        # The first name is the one of releases from 2026 on.
+        # The first name is that of releases from 2026 on.
         enable = (
             getattr(inner, "activation_checkpointing_enable", None)
             or inner.gradient_checkpointing_enable
@@ -306,7 +330,7 @@ def _check_covered(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _check_shared(modules: Mapping[str, nn.Module], parts: Mapping[str, PartOptions]) -> None:
-    """A tensor in two parts cannot be trained in one and frozen in the other."""
+    """Raise `RecipeError` for a tensor that is trained in one part and frozen in another."""
     owner: dict[int, str] = {}
     for name, module in modules.items():
         tune = parts[name].tune if name in parts else "frozen"
@@ -354,12 +378,12 @@ def _lr_of(options: PartOptions, train: TrainOptions) -> float:
 
 
 def _rank(parameter: nn.Parameter) -> int:
-    # A parameter that ZeRO-3 has spread over the ranks looks empty; DeepSpeed keeps its shape
-    # aside.
+    # A parameter that ZeRO-3 has partitioned looks empty; DeepSpeed keeps its shape in
+    # `ds_shape`.
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    if (packed := getattr(parameter, "quant_state", None)) is not None:  # two weights a byte
+    if (packed := getattr(parameter, "quant_state", None)) is not None:  # two weights per byte
         return int(packed.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,5 +1,6 @@
-"""Frozen weights in 4 bits (NF4, arXiv 2305.14314) under trained adapters, by bitsandbytes, an
-optional package.
+"""Frozen weights in 4 bits (NF4, arXiv 2305.14314) under trained adapters.
+
+Needs bitsandbytes, an optional package.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from medm.errors import DeviceError
 
 
 def to_4bit(part: nn.Module, *, name: str) -> None:
-    """Replace the linear layers of a part but its output head, in place.
+    """Replace the linear layers of a part except its output head, in place.
 
     Args:
-        part: its weights are read, rounded and given up.
+        part: its weights are replaced by rounded ones.
         name: of the part, for messages.
 
     Raises:
@@ -44,11 +45,11 @@ def to_4bit(part: nn.Module, *, name: str) -> None:
         small.bias = layer.bias
         parent, _, child = layer_name.rpartition(".")
         setattr(part.get_submodule(parent), child, small)
-    part.is_loaded_in_4bit = True  # type: ignore[assignment]  # by this peft knows which adapter layer fits
+    part.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft chooses the adapter layer by it
 
 
 def require_4bit(*, name: str) -> None:
-    """Raise `DeviceError` where bitsandbytes, which holds a part in 4 bits, is not installed."""
+    """Raise `DeviceError` if bitsandbytes, which holds a part in 4 bits, is not installed."""
     if find_spec("bitsandbytes") is None:
         raise DeviceError(
             f"parts.{name}.quantize: 4bit needs bitsandbytes, which is not installed (pip install "
@@ -66,8 +67,9 @@ def four_bit_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the same model with plain layers: 4-bit weights as the numbers that they stand
-    for.
+    """Return the state dict of the same model with plain layers.
+
+    4-bit weights are dequantized.
     """
     small = four_bit_weights(model)
     tensors = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import (
@@ -124,7 +124,7 @@ def short_form(place: Sequence[str]) -> str | None:
     return "name" if place[-1] in ("encoder", "connector", "llm", "objective") else None
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
+def resolved(recipe: Recipe) -> dict[str, object]:
     """Return the recipe with all defaults, as plain values."""
     return recipe.model_dump(mode="json")
 
@@ -145,8 +145,7 @@ def _with_defaults(recipe: Mapping[str, object]) -> Mapping[str, object]:
 def resume_safe_keys(
     section: type[Options], value: Mapping[str, object], place: str = ""
 ) -> Iterator[str]:
-    """Yield the dotted keys that are marked `ResumeSafe`, in a section and in the sections below
-    it.
+    """Yield the dotted keys that are marked `ResumeSafe`, in a section and those below it.
 
     Args:
         section: options class of the section.
@@ -185,11 +184,10 @@ def _blocks(
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """List the changes between two resolved recipes that matter for what is learned: one line a
-    key.
+    """List the changes between two resolved recipes that matter for what is learned.
 
-    Keys that are marked `ResumeSafe` do not matter, nor does a key that an earlier version of medm
-    did not know and that has its default now.
+    There is one line per key. Keys that are marked `ResumeSafe` do not matter, nor does a key that
+    an earlier version of medm did not know and that has its default now.
     """
     before, now = _with_defaults(before), _with_defaults(now)
     safe = {key for recipe in (before, now) for key in resume_safe_keys(Recipe, recipe)}

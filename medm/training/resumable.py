@@ -1,9 +1,8 @@
-"""transformers' Trainer with checkpoints that are whole or not there, and runs that go on from
-them.
+"""transformers' Trainer with atomic checkpoints, and runs that resume from them.
 
-Knows what a run consists of (weights, optimiser, schedule, random numbers, recipe), not what is
-learned: losses, parts and data are its subclass's. Where the files go is `checkpoints`, when they
-are written is `checkpoint_writer`.
+Knows what a run consists of (weights, optimizer, schedule, random states, recipe), not what is
+learned: losses, parts and data belong to its subclass. `checkpoints` owns the folders,
+`checkpoint_writer` the writing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,15 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -39,17 +46,24 @@ from medm.training.quantize import four_bit_weights, plain_state_dict
 from medm.training.recipe import differences
 from medm.training.safe_load import safe_loading
 from medm.training.snapshot import Snapshot, check_types, tensor_bytes, write_files
+from medm.types import JsonObject
 
 logger = logging.getLogger(__name__)
 
 
-class _Settle(TrainerCallback):
-    """At the end of every step, looks how far the checkpoint is that is being written."""
+class _PollWriter(TrainerCallback):
+    """Polls the checkpoint writer at the end of every step."""
 
     def __init__(self, commits: AsyncCheckpointWriter) -> None:
         self.commits = commits
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         self.commits.poll()
 
 
@@ -57,7 +71,7 @@ class ResumableTrainer(Trainer):
     """A Trainer whose runs can be stopped at any moment and continued to the same bits.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         args: see `medm.training.arguments`.
         train_options: the `train` section.
         recipe: the resolved recipe; kept with every checkpoint, and compared when a run continues.
@@ -72,13 +86,13 @@ class ResumableTrainer(Trainer):
         args: TrainingArguments,
         *,
         train_options: TrainOptions,
-        recipe: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, object] | None = None,
         data_hashes: Mapping[str, str] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **rest: Any,
     ) -> None:
         self.train_options: TrainOptions = train_options
-        self.recipe: dict[str, Any] = dict(recipe or {})
+        self.recipe: dict[str, object] = dict(recipe or {})
         self.data_hashes: dict[str, str] = dict(data_hashes or {})
         self.output_dir = Path(args.output_dir or "")
         self.interruption = Interruption()
@@ -86,16 +100,16 @@ class ResumableTrainer(Trainer):
         self._commits = AsyncCheckpointWriter(args.device)
         self._committed_step: int | None = None
         self._keeps_training_state = True
-        callbacks = [*callbacks, self.interruption, _Settle(self._commits)]
+        callbacks = [*callbacks, self.interruption, _PollWriter(self._commits)]
         super().__init__(model=model, args=args, callbacks=callbacks, **rest)
 
     # Running --------------------------------------------------------------------------------------
 
     def fit(self, *, resume: bool = False, locked: bool = False) -> bool:
-        """Train to the end, from the start or from the newest whole checkpoint.
+        """Train to the end, from the start or from the newest complete checkpoint.
 
         Args:
-            resume: continue where there is a checkpoint.
+            resume: continue from the newest checkpoint, if there is one.
             locked: the caller holds the lock on the output folder (`lock_on_rank_zero`).
 
         Returns:
@@ -104,8 +118,8 @@ class ResumableTrainer(Trainer):
 
         Raises:
             RecipeError: the folder holds another run's checkpoints or model, or the recipe changed.
-            CheckpointError: no checkpoint is whole, or one cannot be written.
-            NonFiniteError: a loss, gradient or weight is no number.
+            CheckpointError: no checkpoint is complete, or one cannot be written.
+            NonFiniteError: a loss, gradient or weight is not finite.
         """
         with (
             nullcontext() if locked else lock_on_rank_zero(self.output_dir),
@@ -148,7 +162,7 @@ class ResumableTrainer(Trainer):
         """The model without wrappers."""
         return cast(nn.Module, self.model)
 
-    def _checkpoint_classes(self) -> tuple[Any, ...]:
+    def _checkpoint_classes(self) -> tuple[type, ...]:
         if not self.is_deepspeed_enabled:
             return ()
         from medm.training.deepspeed import checkpoint_classes
@@ -157,11 +171,11 @@ class ResumableTrainer(Trainer):
 
     # Saving ---------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write aside on every process, agree that all succeeded, then let the first one commit.
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Write a staging folder on every rank; when all succeeded, rank 0 commits it.
 
-        Where the state could be copied, training goes on while the copies are written; in any case
-        while files reach the disk and are hashed.
+        If the state fits into memory as copies, training continues while the copies are written. In
+        any case it continues while files reach the disk and are hashed.
         """
         step = self.state.global_step
         if self._committed_step == step:
@@ -173,10 +187,10 @@ class ResumableTrainer(Trainer):
         final = self.output_dir / f"checkpoint-{step}"
         folder = on_rank_zero(lambda: self._make_staging(self.output_dir, step))
         host = socket.gethostname()
-        neighbours = all_gather_objects(host).count(host) if self.is_deepspeed_enabled else 1
-        copied: dict[Path, Any] = {}
+        local_ranks = all_gather_objects(host).count(host) if self.is_deepspeed_enabled else 1
+        copied: dict[Path, object] = {}
         run_on_all_ranks(
-            lambda: copied.update(self._write_checkpoint(folder, final, neighbours=neighbours)),
+            lambda: copied.update(self._write_checkpoint(folder, final, local_ranks=local_ranks)),
             final=final,
             cleanup=folder,
         )
@@ -216,20 +230,22 @@ class ResumableTrainer(Trainer):
         checkpoints.check_space(output_dir, estimate=self._estimated_size())
         return checkpoints.staging(output_dir, step)
 
-    def _write_checkpoint(self, folder: Path, final: Path, *, neighbours: int) -> dict[Path, Any]:
-        """All files of this process, but for those whose state could be copied: the copies, by
-        file.
+    def _write_checkpoint(
+        self, folder: Path, final: Path, *, local_ranks: int
+    ) -> dict[Path, object]:
+        """Write the files of this rank. Return the copies of states that are still to be written.
+
+        The copies are by file; there are none if they do not fit into memory.
 
         Args:
-            folder: where the files go.
+            folder: of the files.
             final: the name that the folder will have.
-            neighbours: processes of this machine that copy at the same time.
+            local_ranks: ranks of this machine that copy at the same time.
         """
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # Weights in 4 bits are written as the numbers that they stand for, and FSDP writes by
-        # itself.
+        # Weights in 4 bits are written dequantized, and FSDP writes by itself.
         copying = self.train_options.save_in_background and not (
             self.is_fsdp_enabled or four_bit_weights(model)
         )
@@ -243,21 +259,20 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             self._note_callbacks()
             self.state.save_to_json(str(folder / "trainer_state.json"))
-        if copying and self._snapshot.fits(tensor_bytes(files), processes=neighbours):
-            # By names that are the same in every checkpoint, so that the memory is used again.
+        if copying and self._snapshot.fits(tensor_bytes(files), processes=local_ranks):
+            # By names that are the same in every checkpoint, so that the memory is reused.
             copied = self._snapshot.copy({file.name: state for file, state in files.items()})
             return {file: copied[file.name] for file in files}
         write_files(files)
         return {}
 
-    def _large_state(self, folder: Path, model: nn.Module | None) -> dict[Path, Any]:
-        """What this process writes of the optimiser, and of `model` where that is asked for, by
-        file.
+    def _large_state(self, folder: Path, model: nn.Module | None) -> dict[Path, object]:
+        """Return the large states that this rank writes, by file: optimizer and, if given, model.
 
         The tensors are those that are trained, not copies. The schedule, which is small, is written
         at once.
         """
-        files: dict[Path, Any] = {}
+        files: dict[Path, object] = {}
         weights: Mapping[str, Tensor] = {}
         if self.is_deepspeed_enabled:
             from medm.training.deepspeed import collected, full_weights
@@ -268,8 +283,10 @@ class ResumableTrainer(Trainer):
         elif self.is_fsdp_enabled:
             self._save_optimizer_and_scheduler(str(folder))
         elif self.args.should_save:
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
-            files[folder / OPTIMIZER_NAME] = cast(Any, self.optimizer).state_dict()
+            torch.save(cast(LRScheduler, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
+            files[folder / OPTIMIZER_NAME] = cast(
+                torch.optim.Optimizer, self.optimizer
+            ).state_dict()
             weights = {} if model is None else model.state_dict()
         if weights and self.args.should_save:
             files[folder / SAFE_WEIGHTS_NAME] = _untied(self._module, weights)
@@ -277,13 +294,13 @@ class ResumableTrainer(Trainer):
 
     def _note_callbacks(self) -> None:
         """Put the state of stateful callbacks (early stopping) where `TrainerState` saves it."""
-        states = cast(dict[str, Any], self.state.stateful_callbacks)
+        states = cast(dict[str, object], self.state.stateful_callbacks)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states[type(callback).__name__] = callback.state()
 
     def _commit(self, folder: Path, final: Path) -> Callable[[], None]:
-        """What makes a folder a checkpoint, with the metadata of this moment."""
+        """Return the action that makes a folder a checkpoint, with the metadata of this moment."""
         metadata = {
             "step": self.state.global_step,
             "world_size": self.args.world_size,
@@ -297,7 +314,7 @@ class ResumableTrainer(Trainer):
                 checkpoints.commit(folder, final=final, metadata=metadata)
                 if keep is not None:
                     checkpoints.prune(
-                        final.parent, keep=keep, spare=Path(best) if best else None, newest=final
+                        final.parent, keep=keep, best=Path(best) if best else None, newest=final
                     )
             except OSError as error:
                 raise CheckpointError(
@@ -308,8 +325,9 @@ class ResumableTrainer(Trainer):
         return commit
 
     def _estimated_size(self) -> int:
-        """Bytes of a first checkpoint: weights, and for each trained one two moments and a copy in
-        float32.
+        """Return the estimated bytes of a first checkpoint.
+
+        It holds the weights and, for each trained one, two moments and a copy in float32.
         """
         total = 0
         for parameter in self._module.parameters():
@@ -321,8 +339,8 @@ class ResumableTrainer(Trainer):
         broken = [
             name
             for name, parameter in self._module.named_parameters()
-            # Under ZeRO-3 the parameter itself is empty, and this process's share lies beside it.
-            # One number that is none makes the sum none, and no mask of the weights' size is made.
+            # Under ZeRO-3 the parameter itself is empty, and this rank's shard is `ds_tensor`.
+            # A non-finite number makes the sum non-finite, without a mask of the weights' size.
             if parameter.requires_grad
             and not getattr(parameter, "ds_tensor", parameter.data)
             .sum(dtype=torch.float32)
@@ -330,7 +348,7 @@ class ResumableTrainer(Trainer):
         ]
         if any_rank(bool(broken), self.args.device):
             raise NonFiniteError(
-                f"step {self.state.global_step}: weights are no numbers any more "
+                f"step {self.state.global_step}: weights are not finite "
                 f"({', '.join(broken[:3]) or 'on another process'}); nothing was written, earlier "
                 "ones are untouched"
             )
@@ -338,7 +356,7 @@ class ResumableTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Weights in safetensors, config and processor; no pickled arguments."""
+        """Write weights in safetensors, config and processor; no pickled arguments."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.output_dir)
@@ -364,9 +382,7 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Every tensor of the model comes from the checkpoint, and every tensor of the checkpoint
-        is used.
-        """
+        """Load the model's tensors from a checkpoint, with none missing and none left over."""
         folder, model = Path(resume_from_checkpoint), model or self._module
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         files = [SAFE_WEIGHTS_NAME]
@@ -408,7 +424,7 @@ class ResumableTrainer(Trainer):
 
 
 def _untied(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model by name, those that another name holds too left out."""
+    """Return the weights of a model by name; of tied weights, one name only."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {
         name: tensor.contiguous()
@@ -419,7 +435,7 @@ def _untied(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def check_continues(
-    start: Path, manifest: Mapping[str, Any], *, recipe: Mapping[str, Any], world_size: int
+    start: Path, manifest: JsonObject, *, recipe: Mapping[str, object], world_size: int
 ) -> None:
     """Raise for a checkpoint that this run cannot continue from.
 
@@ -450,8 +466,8 @@ def check_continues(
 def _no_process_left() -> Iterator[None]:
     """End the workers of loaders that an error left behind.
 
-    They ignore stop signals, which is also how Python would end them when the program exits: it
-    would wait for ever.
+    They ignore stop signals, which Python would send them when the program exits: it would wait
+    forever.
     """
     before = set(multiprocessing.active_children())
     try:

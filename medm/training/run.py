@@ -1,6 +1,4 @@
-"""Training run of a recipe: build, check the data, train, and write a model folder that opens
-anywhere.
-"""
+"""Training run of a recipe: build, check the data, train, and write a model folder."""
 
 from __future__ import annotations
 
@@ -102,7 +100,7 @@ def _require_usable(recipe: Recipe, args: TrainingArguments, *, resume: bool) ->
     """Check the output folder, and publish a finished model that is not in its place yet.
 
     Returns:
-        The outcome of a run that needed no more than that, else None.
+        The outcome of a run that is complete after that, else None.
 
     Raises:
         RecipeError: the folder holds another run, or a run of another recipe.
@@ -147,8 +145,9 @@ def _train(
     resume: bool,
     fallback: Mapping[str, str],
 ) -> Outcome:
-    """Run the training with the options for this machine. The caller holds the lock on the output
-    folder.
+    """Run the training with the options for this machine.
+
+    The caller holds the lock on the output folder.
     """
     output_dir = Path(recipe.output_dir)
     set_seed(options.seed)  # of new connectors and adapters
@@ -235,8 +234,9 @@ def _save_final(
     *,
     fallback: Mapping[str, str],
 ) -> None:
-    """Write the complete model into a staging folder, then move its files into `output_dir`. All
-    ranks call it.
+    """Write the complete model into a staging folder, then move its files into `output_dir`.
+
+    All ranks call it.
     """
     output_dir = Path(recipe.output_dir)
     folder = output_dir / ".tmp-model"
@@ -272,6 +272,7 @@ def _finish_folder(
         write_record(
             folder,
             recipe=resolved(recipe),
+            text=kind_of(recipe.model).card_text(recipe.model),
             table=table,
             hashes=trainer.data_hashes,
             history=trainer.state.log_history,
@@ -291,10 +292,9 @@ def _finish_folder(
 
 
 def publish(folder: Path, output_dir: Path) -> None:
-    """Move the files of a finished model into a folder, the config last: a folder without it is no
-    model.
+    """Move the files of a finished model into a folder, the config last.
 
-    Called again after an error or a kill, it moves the rest.
+    A folder without a config is no model. A second call, after an error or a kill, moves the rest.
 
     Raises:
         CheckpointError: the disk does not take them; files that were not moved stay in `folder`.
@@ -316,6 +316,6 @@ def publish(folder: Path, output_dir: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{output_dir}: the trained model could not be put in place "
-            f"({error.strerror or error}); it is whole in {folder}: put the folder right, then "
+            f"({error.strerror or error}); it is complete in {folder}: fix the output folder, then "
             "--resume moves it"
         ) from None

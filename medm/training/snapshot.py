@@ -51,7 +51,7 @@ class Snapshot:
     def copy(self, state: T) -> T:
         """Return a deep copy of nested dicts and lists; shared tensors stay shared."""
         copies: dict[tuple[object, ...], Tensor] = {}
-        known: dict[int, Any] = {}
+        known: dict[int, object] = {}
         before, self._memory = self._memory, {}
         for place, tensor in _tensors(state):
             memory = _memory_of(tensor)
@@ -92,9 +92,7 @@ def _memory_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 def write_files(files: Mapping[Path, Any]) -> None:
-    """Write the state of each file: tensors by name into `.safetensors`, anything else as
-    `torch.save` does.
-    """
+    """Write the state of each file: tensors by name into `.safetensors`, others by `torch.save`."""
     for file, state in files.items():
         if file.suffix == ".safetensors":
             write_safetensors(state, file)
@@ -114,8 +112,9 @@ def check_types(tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file without holding the GIL, which safetensors' own writer holds until
-    the disk is done.
+    """Write a safetensors file without holding the GIL.
+
+    The writer of safetensors holds it until the disk is done.
 
     Args:
         tensors: contiguous.

@@ -1,9 +1,9 @@
-"""transformers' Trainer under objectives. Blind to what it trains.
+"""transformers' Trainer for objectives, independent of modality.
 
-Every modality is out of sight: a model says its parts, objectives turn its outputs into losses, a
-sampler says which samples come when. What is added to the Trainer: learning rates per part, losses
-divided by the items of the whole step, the model's own action after a step, and a stop at the first
-non-finite number. Checkpoints are `medm.training.resumable`'s.
+A model gives its parts, objectives turn its outputs into losses, a sampler gives the order of the
+samples. The trainer adds learning rates per part, losses divided by the items of the whole step,
+the model's own action after a step, and a stop at the first non-finite number.
+`medm.training.resumable` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
@@ -41,31 +42,33 @@ from medm.types import Batch
 logger = logging.getLogger(__name__)
 
 MAX_OVERFLOWS = 50
-"""Optimiser steps in a row that fp16 loss scaling may skip before the run counts as broken."""
+"""Optimizer steps in a row that fp16 loss scaling may skip before the run counts as broken."""
+
+Collate: TypeAlias = Callable[[list[Any]], Batch]
+"""Function from samples to a batch. The data pipeline chooses the type of a sample; the trainer
+does not look into one."""
 
 
 class BatchSampler(Protocol):
-    """Which samples this process sees, batch by batch; a pure function of seed, epoch and
-    position.
-    """
+    """Batches of sample indices of this rank: a pure function of seed, epoch and position."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that `__iter__` goes through."""
         ...
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Positions in the dataset, one list a micro-batch."""
+        """Positions in the dataset, one list per micro-batch."""
         ...
 
     def __len__(self) -> int:
-        """Micro-batches an epoch; the same on every process."""
+        """Micro-batches per epoch; the same on every rank."""
         ...
 
 
 class _Epochs:
     """A batch sampler whose epoch also seeds the loader's workers and reaches the dataset."""
 
-    def __init__(self, sampler: BatchSampler, dataset: Dataset[Any], seed: int) -> None:
+    def __init__(self, sampler: BatchSampler, dataset: Dataset[object], seed: int) -> None:
         self.sampler, self.dataset, self.seed = sampler, dataset, seed
         self.generator = torch.Generator()
         self.set_epoch(0)
@@ -84,21 +87,31 @@ class _Epochs:
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins, before the loader is asked for its first batch."""
+    """Sets the epoch of the sampler before the loader is asked for its first batch."""
 
     def __init__(self, epochs: _Epochs) -> None:
         self.epochs = epochs
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         self.epochs.set_epoch(int(state.epoch or 0))
 
 
 class _LogLastStep(TrainerCallback):
-    """Logs the last step, and the one that a signal stops after, wherever they fall between two
-    logged ones.
-    """
+    """Logs the last step, and the step after which a signal stops the run."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_log = True
 
@@ -110,47 +123,53 @@ class _AfterStep(TrainerCallback):
         self.act = act
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         self.act()
 
 
-class _Lost:
-    """An error that a batch raised where it was read: a worker, or one rank of several. It travels
-    as a batch.
+class _BatchError:
+    """An error that was raised where a batch was read: in a worker, or on one of several ranks.
+
+    It travels in place of the batch.
     """
 
     def __init__(self, error: MedmError | OSError) -> None:
         self.error = error
 
 
-class _Reading(Dataset[Any]):
-    """A dataset whose errors are items: raised in a worker they would come out as the text of a
-    traceback.
+class _ErrorReturningDataset(Dataset[object]):
+    """A dataset that returns its errors as items.
+
+    An error that is raised in a worker would arrive as the text of a traceback.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[object]) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(cast(Any, self.dataset))
+        return len(cast(Sized, self.dataset))
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         try:
             return self.dataset[index]
         except (MedmError, OSError) as error:
-            return _Lost(error)
+            return _BatchError(error)
 
 
-class _Collating:
-    """A collator that hands on the first error among its samples in place of a batch."""
+class _ErrorReturningCollator:
+    """A collator that returns the first error among its samples in place of a batch."""
 
-    def __init__(self, collate: Callable[[list[Any]], Batch]) -> None:
+    def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
-    def __call__(self, samples: list[Any]) -> Batch | _Lost:
-        lost = next((sample for sample in samples if isinstance(sample, _Lost)), None)
-        return self.collate(samples) if lost is None else lost
+    def __call__(self, samples: list[object]) -> Batch | _BatchError:
+        error = next((sample for sample in samples if isinstance(sample, _BatchError)), None)
+        return self.collate(samples) if error is None else error
 
 
 class MedmTrainer(ResumableTrainer):
@@ -160,17 +179,17 @@ class MedmTrainer(ResumableTrainer):
         model: has `parts()`; `medm.training.parts.apply_parts` was called on it.
         args: see `medm.training.arguments`.
         terms: objectives by name, with weights.
-        parts: how each part is trained; gives the optimizer its groups.
+        parts: options of each part, from which the groups of the optimizer follow.
         train_options: the `train` section.
-        train_dataset: map-style; `set_epoch` is called where it has one.
-        sampler: this process's micro-batches.
+        train_dataset: map-style; `set_epoch` is called if it has one.
+        sampler: this rank's micro-batches.
         data_collator: list of samples -> batch.
         eval_dataset: held-out data for the loss during training.
-        eval_collator: list of held-out samples -> batch; `data_collator` without it.
+        eval_collator: list of held-out samples -> batch; default: `data_collator`.
         processing_class: saved beside the weights.
         callbacks: further callbacks.
-        recipe: the resolved recipe; kept with every checkpoint, and compared when a run continues.
-        data_hashes: sha256 of every annotation file; kept and compared likewise.
+        recipe: the resolved recipe; stored in every checkpoint, and compared when a run continues.
+        data_hashes: sha256 of every annotation file; stored and compared likewise.
     """
 
     def __init__(
@@ -181,14 +200,14 @@ class MedmTrainer(ResumableTrainer):
         terms: Terms,
         parts: Mapping[str, PartOptions],
         train_options: TrainOptions,
-        train_dataset: Dataset[Any],
+        train_dataset: Dataset[object],
         sampler: BatchSampler,
-        data_collator: Callable[[list[Any]], Batch],
-        eval_dataset: Dataset[Any] | None = None,
-        eval_collator: Callable[[list[Any]], Batch] | None = None,
-        processing_class: Any = None,
+        data_collator: Collate,
+        eval_dataset: Dataset[object] | None = None,
+        eval_collator: Collate | None = None,
+        processing_class: object = None,
         callbacks: Sequence[TrainerCallback] = (),
-        recipe: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, object] | None = None,
         data_hashes: Mapping[str, str] | None = None,
     ) -> None:
         self.terms = terms
@@ -227,12 +246,12 @@ class MedmTrainer(ResumableTrainer):
 
     # Data -----------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> DataLoader[object]:
         workers = self._num_workers
         return DataLoader(
-            _Reading(self.epochs.dataset),
+            _ErrorReturningDataset(self.epochs.dataset),
             batch_sampler=self.epochs,
-            collate_fn=_Collating(self.data_collator),
+            collate_fn=_ErrorReturningCollator(self.data_collator),
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
@@ -240,20 +259,23 @@ class MedmTrainer(ResumableTrainer):
             generator=self.epochs.generator,
         )
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Every held-out sample once: a process that has none left runs a batch that counts
-        nothing.
+    def get_eval_dataloader(
+        self, eval_dataset: str | Dataset[object] | None = None
+    ) -> DataLoader[object]:
+        """Return a loader of every held-out sample once.
+
+        A rank that has none left runs a batch that counts nothing.
         """
-        dataset = cast("Dataset[Any]", eval_dataset or self.eval_dataset)
+        dataset = cast("Dataset[object]", eval_dataset or self.eval_dataset)
         return DataLoader(
-            _Reading(dataset),
+            _ErrorReturningDataset(dataset),
             batch_sampler=DistributedBatchSampler(
-                Sequential(len(cast(Any, dataset))),
+                Sequential(len(cast(Sized, dataset))),
                 batch_size=self.args.eval_batch_size,
                 rank=self.args.process_index,
                 world=self.args.world_size,
             ),
-            collate_fn=_Collating(self.eval_collator),
+            collate_fn=_ErrorReturningCollator(self.eval_collator),
             num_workers=self._num_workers,
             worker_init_fn=ignore_stops,
             generator=torch.Generator(),  # the run's own random numbers stay as they are
@@ -261,21 +283,23 @@ class MedmTrainer(ResumableTrainer):
 
     @property
     def _num_workers(self) -> int:
-        """Workers of a loader: those of the recipe, but not more than there are processors. Samples
-        are the same.
+        """Number of workers of a loader: that of the recipe, at most one per processor.
+
+        The samples do not depend on it.
         """
         return min(self.args.dataloader_num_workers, max(len(os.sched_getaffinity(0)), 1))
 
-    def _prepare_input(self, data: Any) -> Any:
-        """On its way to a GPU while the step before still runs there, where it comes from pinned
-        memory.
+    def _prepare_input(self, data: object) -> object:
+        """Move inputs to the device.
+
+        Pinned tensors are copied to a GPU while the previous step still runs there.
         """
         if isinstance(data, Tensor) and self.args.device.type == "cuda" and data.is_pinned():
             data = data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Batch | _BatchError], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
         """Return the micro-batches of a step, and its items by objective, (K,), over all ranks.
 
@@ -285,7 +309,7 @@ class MedmTrainer(ResumableTrainer):
         error: Exception | None = None
         try:
             for batch in islice(epoch_iterator, num_batches):
-                if isinstance(batch, _Lost):
+                if isinstance(batch, _BatchError):
                     raise batch.error
                 batches.append(batch)
         except (MedmError, OSError, EOFError) as caught:
@@ -307,7 +331,7 @@ class MedmTrainer(ResumableTrainer):
     ) -> Tensor:
         """Return the items of a step by objective, (K,), at least 1, over all ranks.
 
-        Raises on all of them what went wrong on one, or too many bad records.
+        Raises on all ranks the error of one, and for too many bad records.
         """
         bad = getattr(self.epochs.dataset, "num_bad", 0)
         counts = self.terms.total_counts(batches, device)
@@ -334,12 +358,13 @@ class MedmTrainer(ResumableTrainer):
         return counts.clamp(min=1)
 
     def _require_few_bad(self, dataset: Any, bad: int, *, what: str) -> None:
-        """Stop where more records are bad than the recipe allows. All processes call it with the
-        same number.
+        """Stop if more records are bad than the recipe allows.
+
+        All ranks call it with the same number.
 
         Args:
             dataset: its records are counted.
-            bad: sum over the processes; a record that several of them drew is in it several times.
+            bad: sum over the ranks; a record that several ranks drew counts several times.
             what: name of the data, for the message.
         """
         limit = getattr(dataset, "bad_records_limit", None)
@@ -351,7 +376,7 @@ class MedmTrainer(ResumableTrainer):
 
     # Loss -----------------------------------------------------------------------------------------
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = parameter_groups(self._module, self.parts, self.train_options)
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
@@ -366,9 +391,10 @@ class MedmTrainer(ResumableTrainer):
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> Any:
-        """The schedule. Warm-up as a fraction is rounded up, and must not be all there is of a
-        short run.
+    ) -> LRScheduler:
+        """Create the schedule.
+
+        Warm-up as a fraction is rounded up, and must leave steps of a short run.
         """
         if (
             self.args.warmup_steps < 1
@@ -382,10 +408,10 @@ class MedmTrainer(ResumableTrainer):
         model: nn.Module,
         inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        self._hold_frozen_still()
-        losses = self.terms(model, inputs, num_items_in_batch)
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        self._keep_frozen_in_eval()
+        losses = self.terms(model, inputs, cast(Tensor, num_items_in_batch))
         self._require_finite(losses)
         # Gradients are averaged over ranks, while the items are counted over all of them.
         world_size = self.accelerator.num_processes
@@ -395,9 +421,7 @@ class MedmTrainer(ResumableTrainer):
         return losses.total * world_size
 
     def _after_step(self) -> None:
-        """Let the model act on its own state, unless the step was skipped for an overflow of
-        fp16.
-        """
+        """Call the model's `after_step`, unless an overflow of fp16 skipped the step."""
         model = self._module
         if not isinstance(model, MedmModel) or self.accelerator.optimizer_step_was_skipped:
             return
@@ -408,9 +432,10 @@ class MedmTrainer(ResumableTrainer):
 
             copy_to_optimizer(changed)
 
-    def _hold_frozen_still(self) -> None:
-        """Frozen parts drop nothing out and move no running mean; layers that recompute must still
-        say they train.
+    def _keep_frozen_in_eval(self) -> None:
+        """Keep frozen parts in eval mode: no dropout, no moving statistics.
+
+        Layers with activation checkpointing keep the flag `training`, which it depends on.
         """
         for part in self._frozen:
             part.eval()
@@ -420,14 +445,15 @@ class MedmTrainer(ResumableTrainer):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader[Any],
+        dataloader: DataLoader[object],
         description: str,
         prediction_loss_only: bool | None = None,
-        ignore_keys: Any = None,
+        ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Measure each term as a mean over its items of the held-out data, in any batches and
-        ranks.
+        """Measure each term as a mean over its items of the held-out data.
+
+        The result does not depend on batch size or number of ranks.
         """
         self._held_out = []
         output = super().evaluation_loop(
@@ -449,9 +475,13 @@ class MedmTrainer(ResumableTrainer):
         return output._replace(metrics=metrics)
 
     def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
-        self._raise_together(inputs)
+        self._raise_on_all_ranks(inputs)
         inputs = self._prepare_inputs(dict(inputs))
         items = self.terms.counts(inputs)  # (K,)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -460,20 +490,20 @@ class MedmTrainer(ResumableTrainer):
         self._held_out.append(torch.stack([losses.by_objective.double() * items, items.double()]))
         return None, None, None
 
-    def _raise_together(self, batch: Batch | _Lost) -> None:
-        """Raise on all processes the error that one of them got in place of a batch."""
-        if any_rank(isinstance(batch, _Lost), self.args.device):
+    def _raise_on_all_ranks(self, batch: Batch | _BatchError) -> None:
+        """Raise on all ranks the error that one of them got in place of a batch."""
+        if any_rank(isinstance(batch, _BatchError), self.args.device):
             texts = [
                 text
                 for text in all_gather_objects(
-                    str(batch.error) if isinstance(batch, _Lost) else None
+                    str(batch.error) if isinstance(batch, _BatchError) else None
                 )
                 if text
             ]
             raise MedmError(f"held-out data cannot be read: {texts[0]}")
 
     def _require_finite(self, losses: Losses) -> None:
-        """Stop all ranks together, or the others would wait for the one that stopped."""
+        """Raise `NonFiniteError` on all ranks, so that none waits for another."""
         if any_rank(not bool(torch.isfinite(losses.total.detach())), self.args.device):
             terms = "".join(f", {name} {value.item():g}" for name, value in losses.terms.items())
             raise NonFiniteError(
@@ -483,7 +513,7 @@ class MedmTrainer(ResumableTrainer):
             )
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any
+        self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: Any, **kwargs: Any
     ) -> None:
         norm = None if grad_norm is None else float(grad_norm)
         if norm is not None and not math.isfinite(norm):
@@ -509,8 +539,9 @@ class MedmTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _per_step_with_samples(self, logs: dict[str, float]) -> dict[str, float]:
-        """A log entry with its losses as means over the steps that had samples; without losses
-        where none had.
+        """Divide the losses of a log entry by the number of steps that had samples.
+
+        An entry without such a step has no losses.
         """
         steps, counted = self._steps_since_log, int(self._steps_with_items)
         self._steps_since_log = 0

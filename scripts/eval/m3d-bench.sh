@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# M3D-Bench: reports, questions and boxes, in one go. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
+# M3D-Bench: reports, questions and boxes in one run. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
 MODEL=${MODEL:-work_dirs/medm-vl-ct/finetune}
 OUTPUT=${OUTPUT:-work_dirs/eval}
 GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The ten tasks that Uni-Med is scored on, in one go. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
+# The ten tasks that Uni-Med is scored on in one run. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
 MODEL=${MODEL:-work_dirs/uni-med/small}
 OUTPUT=${OUTPUT:-work_dirs/eval}
 GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU

@@ -1,4 +1,4 @@
-"""Writes one launcher beside this file for each benchmark that `medm list tasks` prints.
+"""Write one launcher beside this file for each benchmark that `medm list tasks` prints.
 
 Run it again when a task is added: `python scripts/eval/write_launchers.py`.
 """
@@ -45,7 +45,7 @@ launch eval --model "$MODEL" --task {name} --option card="$CARD" --data "$DATA" 
 """
 
 SUITE = """#!/usr/bin/env bash
-# {summary}, in one go. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
+# {summary} in one run. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
 MODEL=${{MODEL:-work_dirs/{model}}}
 OUTPUT=${{OUTPUT:-work_dirs/eval}}
 GPUS=${{GPUS:-}}     # processes on this machine; empty: one for each GPU, or one on the CPU

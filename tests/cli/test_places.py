@@ -15,7 +15,7 @@ import yaml
 from medm.models import checkpoint
 from tests import tiny
 from tests.cli.runner import medm
-from tests.inference.tiny import questions, save_picture, save_tiny, write_records
+from tests.inference.tiny import questions, save_image, save_tiny, write_records
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, an image, records, a projector and a recipe."""
     folder = tmp_path_factory.mktemp("places")
     save_tiny(folder)
-    save_picture(folder / "a.png", 1)
+    save_image(folder / "a.png", 1)
     write_records(folder, questions(folder, 2))
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
     (folder / "train.json").write_text(json.dumps([{"conversations": turns}] * 4))

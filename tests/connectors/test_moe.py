@@ -72,7 +72,7 @@ def published(connector, tokens, task_ids, gate, route, top_k=2):
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize(("gate", "route"), list(itertools.product(GATES, ROUTES)))
 def test_published_mode_equals_the_formulas(gate, route, depth):
-    connector = moe(gate=gate, route_by=route, mode="published", depth=depth).double()
+    connector = moe(gate=gate, route_by=route, mode="paper", depth=depth).double()
     features, task_ids = features_on((4, 4), batch=3), torch.tensor([4, 0, 2])
     tokens = features.tokens.double()
     got = connector(VisionFeatures(tokens, (4, 4)), task_ids)
@@ -92,7 +92,7 @@ def test_published_sizes_of_the_router():
             num_experts=5,
             gate="soft",
             route_by="task+token",
-            mode="published",
+            mode="paper",
             resample="projection",
             window=[1, 4],
             tasks=TASKS,
@@ -117,21 +117,21 @@ def test_published_sizes_of_the_router():
                 out_dim=4096,
                 grid=(8, 8),
                 route_by=route,
-                mode="published",
+                mode="paper",
                 task_dim=task_dim,
                 tasks=TASKS,
             )
             assert millions(other.router.layers) == pytest.approx(expected, abs=0.01)
 
 
-def test_the_sound_router_is_narrow():
+def test_the_corrected_router_is_narrow():
     connector = moe(route_by="task+token")
     assert connector.router.layers[0].weight.shape == (256, 64 + 16)
 
 
 def test_hand_computed_gates():
     # Logits (4, 0, 0, 0, 0): normalised sigmoids stay flat, a softmax does not.
-    for mode, expected in (("published", [0.3293, 0.1677]), ("sound", [0.9317, 0.0171])):
+    for mode, expected in (("paper", [0.3293, 0.1677]), ("corrected", [0.9317, 0.0171])):
         connector = moe(mode=mode)
         with torch.no_grad():
             connector.router.layers[2].weight.zero_()
@@ -237,8 +237,8 @@ def test_an_unseen_task_as_the_mean_of_all_experts(gate):
 @pytest.mark.parametrize(
     ("gate", "mode", "route"),
     [
-        *itertools.product(["soft", "sparse"], ["published", "sound"], ["token"]),
-        *itertools.product(["soft"], ["published", "sound"], ["task+token"]),
+        *itertools.product(["soft", "sparse"], ["paper", "corrected"], ["token"]),
+        *itertools.product(["soft"], ["paper", "corrected"], ["task+token"]),
     ],
 )
 def test_extreme_gates_stay_numbers(gate, mode, route, bias, dtype):
@@ -263,7 +263,7 @@ def test_extreme_gates_stay_numbers(gate, mode, route, bias, dtype):
 
 def test_a_router_that_picks_one_expert_learns_from_the_answers():
     # As published it cannot: the softmax over a single kept logit is 1.
-    for mode, learns in (("sound", True), ("published", False)):
+    for mode, learns in (("corrected", True), ("paper", False)):
         connector = moe(gate="sparse", top_k=1, mode=mode)
         output = connector(features_on((4, 4)))
         chosen = connector.router(features_on((4, 4)).tokens, None)[0]
@@ -302,14 +302,14 @@ def test_load_balance_by_hand():
     assert loss.item() == pytest.approx(2 * (1.0 * 0.7 + 0.0 * 0.3), abs=1e-6)
 
 
-def test_auxiliary_losses_belong_to_sound_training_alone():
+def test_auxiliary_losses_belong_to_corrected_training_alone():
     features = features_on((4, 4))
     for options, train, expected in (
-        ({"mode": "published"}, True, set()),
-        ({"mode": "sound"}, False, set()),
-        ({"mode": "sound", "gate": "hard"}, True, set()),
-        ({"mode": "sound", "gate": "constant"}, True, set()),
-        ({"mode": "sound", "gate": "sparse"}, True, {"load_balance"}),
+        ({"mode": "paper"}, True, set()),
+        ({"mode": "corrected"}, False, set()),
+        ({"mode": "corrected", "gate": "hard"}, True, set()),
+        ({"mode": "corrected", "gate": "constant"}, True, set()),
+        ({"mode": "corrected", "gate": "sparse"}, True, {"load_balance"}),
     ):
         connector = moe(**options).train(train)
         connector(features, torch.tensor([0, 1]))

@@ -44,7 +44,7 @@ class Towers(nn.Module):
         )
         sizes = {"in_dim": 24, "out_dim": 16, "grid": (2, 2, 2), "tasks": TASKS, "num_experts": 3}
         self.hard = MoEConnector(**sizes, gate="hard")
-        self.sparse = MoEConnector(**sizes, gate="sparse", route_by="task+token", mode="published")
+        self.sparse = MoEConnector(**sizes, gate="sparse", route_by="task+token", mode="paper")
         self.attention = AttentionPoolingConnector(in_dim=24, out_dim=16, grid=(2, 2), heads=2)
 
     def forward(self, volumes: Tensor, task_ids: Tensor) -> Tensor:

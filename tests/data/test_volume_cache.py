@@ -138,7 +138,7 @@ def test_a_damaged_placement_is_made_again(
     assert (
         MediaCache(cache.folder, max_bytes=10**6).prepare(volume, PREPROCESS).placement == expected
     )
-    assert "damaged cache entry is made again" in caplog.text
+    assert "damaged cache entry is written again" in caplog.text
     assert len(reads) == 2
 
 
@@ -264,7 +264,7 @@ def test_a_damaged_entry_is_made_again(
     )
     later = MediaCache(cache.folder, max_bytes=10**6)
     np.testing.assert_array_equal(later.load(volume, PREPROCESS), expected)
-    assert "damaged cache entry is made again" in caplog.text
+    assert "damaged cache entry is written again" in caplog.text
     assert len(reads) == 2
     np.testing.assert_array_equal(later.load(volume, PREPROCESS), expected)
     assert len(reads) == 2

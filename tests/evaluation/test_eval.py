@@ -30,7 +30,7 @@ from medm.tasks.base import Scores
 from medm.tasks.custom import Custom
 from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
-from tests.inference.tiny import read_output, save_picture, save_tiny, write_records
+from tests.inference.tiny import read_output, save_image, save_tiny, write_records
 from tests.tasks import layouts
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
     records = []
     for index, answer in enumerate(ANSWERS):
-        save_picture(folder / f"{index}.png", index)
+        save_image(folder / f"{index}.png", index)
         text = "<image>\nIs it <b>bold</b> & bad?" if index == 0 else f"<image>\nQuestion {index}?"
         turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
         records.append(
@@ -183,7 +183,7 @@ def test_two_systems_are_compared_on_the_same_items(benchmark: Path, tmp_path: P
         )
 
 
-def test_a_model_answers_and_a_second_run_goes_on(benchmark: Path, tmp_path: Path) -> None:
+def test_a_model_answers_and_a_second_run_resumes(benchmark: Path, tmp_path: Path) -> None:
     model = save_tiny(tmp_path)
     content = section(benchmark, tmp_path / "out") | {
         "model": str(model),

@@ -75,7 +75,7 @@ def test_scores_of_a_plugin_go_through_the_runner(
     report = run("bright-or-dark", images, tmp_path / "a", model=grade_model(tmp_path / "m"))
     assert (report.scores.results[0].name, report.scores.results[0].value) == ("auroc", 1.0)
     assert report.answered == 4
-    assert report.facts["model"] == str(tmp_path / "m")
+    assert report.metadata["model"] == str(tmp_path / "m")
     report = run(
         "bright-or-dark", images, tmp_path / "b", model=grade_model(tmp_path / "n", invert=True)
     )

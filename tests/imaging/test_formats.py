@@ -48,8 +48,8 @@ CONTENT = {
         b"version https://git-lfs.github.com/spec/v1\n",
         r"Git LFS pointer \(not downloaded\) content",
     ),
-    "12 bits": (jpeg_with(0xC1, 12), "a JPEG of 12 bits a sample; expected 8 bits"),
-    "jpeg-ls": (b"\xff\xd8\xff\xf7\0\x0b\x08" + bytes(30), "a JPEG-LS JPEG of 8 bits a sample"),
+    "12 bits": (jpeg_with(0xC1, 12), "a JPEG of 12 bits per sample; expected 8 bits"),
+    "jpeg-ls": (b"\xff\xd8\xff\xf7\0\x0b\x08" + bytes(30), "a JPEG-LS JPEG of 8 bits per sample"),
     "bigtiff": (
         b"II+\0\x08\0\0\0" + bytes(30),
         "a BigTIFF file that cannot be read|truncated or damaged",

@@ -61,7 +61,7 @@ def test_batches_resume_and_processes_answer_like_one_by_one(
     assert read_output(tmp_path / "part.jsonl") == one
     assert run(model, data, tmp_path / "part.jsonl").resumed == 11
 
-    told: list[tuple[int, int, int]] = []
+    reported: list[tuple[int, int, int]] = []
     planted = plant(tmp_path)
     monkeypatch.chdir(planted)
     options = InferOptions(
@@ -74,9 +74,9 @@ def test_batches_resume_and_processes_answer_like_one_by_one(
         batch_size=2,
         processes=2,
     )
-    infer(options, progress=lambda *numbers: told.append(numbers))
+    infer(options, progress=lambda *numbers: reported.append(numbers))
     assert read_output(tmp_path / "two.jsonl") == one
-    assert told[-1] == (11, 11, 0)
+    assert reported[-1] == (11, 11, 0)
     forwarded = [record for record in caplog.records if record.process != os.getpid()]
     assert "process 0 of 2: 6 records to answer" in [record.getMessage() for record in forwarded], (
         "a child's log lines come through its parent, in its form"
@@ -160,7 +160,7 @@ def test_a_run_of_an_earlier_version_resumes_if_its_options_mean_the_same(
                 run(model, data, output)
 
 
-def test_the_json_has_the_published_form(model: Path, tmp_path: Path) -> None:
+def test_the_json_has_the_form_of_medm_vl(model: Path, tmp_path: Path) -> None:
     records = questions(tmp_path, 2)
     records[0]["conversations"].append({"from": "gpt", "value": "参考答案"})
     records[0]["question_type"] = "organ"
@@ -291,7 +291,7 @@ def test_what_cannot_begin_says_why(model: Path, tmp_path: Path) -> None:
         run(tmp_path / "nowhere", data, tmp_path / "o.jsonl")
     with pytest.raises(DataError, match="no such file"):
         run(model, tmp_path / "none.json", tmp_path / "o.jsonl")
-    with pytest.raises(RecipeError, match="leaves no room for a prompt"):
+    with pytest.raises(RecipeError, match="leaves no tokens for a prompt"):
         run(model, data, tmp_path / "o.jsonl", generation=GenerationOptions(max_new_tokens=600))
     with pytest.raises(ValueError, match="top_p"):
         GenerationOptions(top_p=0.5)
@@ -343,7 +343,9 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     assert "--top-p: expected less than or equal to 1" in wrong.err
 
 
-def test_a_full_disk_is_said_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -193,7 +193,7 @@ def test_trouble_that_stays_stops_the_run_and_the_next_one_answers_the_rest(
         patch.setattr(infer_module, "_OUTAGE", 4)
         patch.setattr(images.os, "open", broken)
         with pytest.raises(
-            InputLostError, match=r"4 records in a row .*Input/output error.*same command again"
+            InputLostError, match=r"4 consecutive records .*Input/output error.*same command again"
         ):
             run(model, data)
     lines = read_output(data.parent / "out.jsonl")
@@ -306,7 +306,7 @@ def test_nothing_answered_is_a_failure_and_does_not_block_the_corrected_command(
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes: what a full disk does, on any machine."""
+    """No file may grow beyond this many bytes: what a full disk does, on any machine."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -375,16 +375,16 @@ def test_a_close_that_fails_does_not_hide_the_first_error(tmp_path: Path) -> Non
         pass
 
 
-def test_a_run_holds_its_output_from_the_start_to_the_end(tmp_path: Path) -> None:
+def test_a_run_locks_its_output_from_the_start_to_the_end(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     first, second = Results(output, {"a": 1}), Results(output, {"a": 1})
-    with first.held():
+    with first.locked():
         first.begin()
         output.write_text(encode({"index": 0, "reply": "x"}))
-        with pytest.raises(MedmError, match=f"process {os.getpid()} on "), second.held():
-            pytest.fail("held twice")
+        with pytest.raises(MedmError, match=f"process {os.getpid()} on "), second.locked():
+            pytest.fail("locked twice")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
-    with second.held():  # and is free again
+    with second.locked():  # and is free again
         second.begin()
 
 
@@ -401,7 +401,7 @@ def test_a_lock_that_cannot_be_made_names_the_output(
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with (
         pytest.raises(OSError, match=r"No locks available") as caught,
-        Results(tmp_path / "out.jsonl", {}).held(),
+        Results(tmp_path / "out.jsonl", {}).locked(),
     ):
         pytest.fail("held without a lock")
     assert explain(caught.value) == (
@@ -413,7 +413,7 @@ def test_a_lock_that_cannot_be_made_names_the_output(
 @pytest.mark.parametrize("name", ["out.jsonl.part-1-of-2", "out.jsonl"])
 def test_a_process_that_outlived_its_run_is_waited_for(name: str, tmp_path: Path) -> None:
     results = Results(tmp_path / "out.jsonl", {})
-    with Appender(tmp_path / name) as orphan, results.held():
+    with Appender(tmp_path / name) as orphan, results.locked():
         orphan.add([{"index": 0, "reply": "x"}])
         with pytest.raises(MedmError, match="an earlier run is still writing"):
             results.begin(overwrite=True)
@@ -440,7 +440,7 @@ def test_a_model_that_is_refused_leaves_nothing_that_blocks_the_right_one(
     assert run(model, data).errors == 0
 
 
-def test_what_can_be_known_is_said_before_weights_are_read(
+def test_what_can_be_known_is_reported_before_weights_are_read(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_model(*_arguments: Any, **_keywords: Any) -> None:
@@ -462,7 +462,7 @@ def test_what_can_be_known_is_said_before_weights_are_read(
         (CheckpointError, "not a model folder", {"model": str(folder)}),
         (
             RecipeError,
-            "no room for a prompt",
+            "no tokens for a prompt",
             {"generation": GenerationOptions(max_new_tokens=600)},
         ),
         (
@@ -503,7 +503,7 @@ def test_what_can_be_known_is_said_before_weights_are_read(
         with pytest.raises(kind, match=words):
             infer(InferOptions(**(settings | changes)))
     with (
-        Results(data.parent / "out.jsonl", {}).held(),
+        Results(data.parent / "out.jsonl", {}).locked(),
         pytest.raises(MedmError, match="another run is writing"),
     ):
         run(model, data)

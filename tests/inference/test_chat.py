@@ -16,7 +16,7 @@ from medm.inference.chat import Conversation
 from medm.inference.generator import Engine
 from medm.inference.options import GenerationOptions
 from tests.cli.runner import medm
-from tests.inference.tiny import build_tiny, save_picture
+from tests.inference.tiny import build_tiny, save_image
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     model, processor = build_tiny(folder)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    save_picture(folder / "a.png", 1)
-    save_picture(folder / "b.png", 2)
+    save_image(folder / "a.png", 1)
+    save_image(folder / "b.png", 2)
     return model, processor, folder
 
 
@@ -77,7 +77,9 @@ def test_a_second_turn_is_the_whole_conversation(tiny: tuple[Any, Any, Path]) ->
     assert conversation.pixels == {}
 
 
-def test_what_does_not_fit_is_said_and_the_conversation_stays(tiny: tuple[Any, Any, Path]) -> None:
+def test_what_does_not_fit_is_reported_and_the_conversation_stays(
+    tiny: tuple[Any, Any, Path],
+) -> None:
     model, processor, folder = tiny
     conversation = Conversation(
         Engine(model, processor, GenerationOptions(max_new_tokens=2)), processor

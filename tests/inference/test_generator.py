@@ -38,7 +38,7 @@ def example(processor: Any, text: str, *arrays: np.ndarray) -> Example:
     return processor.encode(sample, {"image": list(arrays)}, generation=True)
 
 
-def picture(seed: int) -> np.ndarray:
+def random_image(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((3, 16, 16)).astype(np.float32)
 
 
@@ -46,12 +46,12 @@ def picture(seed: int) -> np.ndarray:
 def prompts(tiny: tuple[Any, Any]) -> list[Example]:
     processor = tiny[1]
     return [
-        example(processor, "Is there an effusion?", picture(0)),
+        example(processor, "Is there an effusion?", random_image(0)),
         example(
             processor, "No image at all, and a question that is quite a bit longer than the others."
         ),
-        example(processor, "Which of the two?", picture(1), picture(0)),
-        example(processor, "Why?", picture(0)),
+        example(processor, "Which of the two?", random_image(1), random_image(0)),
+        example(processor, "Why?", random_image(0)),
     ]
 
 
@@ -135,7 +135,7 @@ def test_an_image_is_encoded_once_for_all_its_questions(
     )
     engine.generate(prepare(prompts))
     engine.generate(prepare(prompts[:1]))
-    engine.generate(prepare([example(processor, "New", picture(7))]))
+    engine.generate(prepare([example(processor, "New", random_image(7))]))
     assert counts == [2, 1]  # four placeholders of two images; nothing new; one new image
 
 
@@ -290,7 +290,7 @@ def test_each_sampling_setting_reaches_the_draw(
     assert replies(**({"temperature": 4.0} | setting)) == greedy
 
 
-def test_what_does_not_fit_the_memory_is_an_error_and_the_engine_goes_on(
+def test_what_does_not_fit_the_memory_is_an_error_and_the_engine_continues(
     tiny: tuple[Any, Any], prompts: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(*tiny, GenerationOptions(max_new_tokens=6))
@@ -306,7 +306,7 @@ def test_what_does_not_fit_the_memory_is_an_error_and_the_engine_goes_on(
     assert engine.generate(prepare(prompts)) == expected
 
 
-def test_settings_of_the_published_config_do_not_leak(
+def test_sampling_settings_of_the_config_do_not_leak(
     tiny: tuple[Any, Any], prompts: list[Example]
 ) -> None:
     model, processor = tiny

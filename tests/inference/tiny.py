@@ -56,7 +56,7 @@ def save_tiny(folder: Path, **options: Any) -> Path:
     return folder / "model"
 
 
-def save_picture(file: Path, seed: int, *, size: tuple[int, int] = (20, 24)) -> None:
+def save_image(file: Path, seed: int, *, size: tuple[int, int] = (20, 24)) -> None:
     """Noise in colour."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)).save(file)
@@ -71,9 +71,9 @@ def write_records(folder: Path, records: list[Any], name: str = "in.json") -> Pa
 
 
 def questions(folder: Path, count: int, *, images: int = 3) -> list[dict[str, Any]]:
-    """Records of unlike lengths about a few pictures; every fifth is text only."""
+    """Records of unlike lengths about a few images; every fifth is text only."""
     for number in range(images):
-        save_picture(folder / f"{number}.png", number)
+        save_image(folder / f"{number}.png", number)
     records: list[dict[str, Any]] = []
     for index in range(count):
         text = "What is seen here" + " exactly" * (index % 7) + "?"

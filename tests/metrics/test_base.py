@@ -17,7 +17,7 @@ from medm.metrics.base import (
     mean_result,
     summed_result,
 )
-from medm.metrics.compare import compare, randomisation_test
+from medm.metrics.compare import compare, randomization_test
 from medm.metrics.match import exact_match
 
 
@@ -115,8 +115,8 @@ def test_signs_are_exchanged_by_whole_groups() -> None:
     first, second = np.ones(12), np.zeros(12)
     members = tuple(np.repeat(["a", "b", "c"], 4).tolist())
     grouped = Resampling(rounds=8000, clusters=Clusters("volume", members))
-    assert randomisation_test(first, second, Resampling(rounds=8000)) < 0.005
-    assert randomisation_test(first, second, grouped) == pytest.approx(2 / 8, abs=0.02)
+    assert randomization_test(first, second, Resampling(rounds=8000)) < 0.005
+    assert randomization_test(first, second, grouped) == pytest.approx(2 / 8, abs=0.02)
 
 
 def test_a_corpus_metric_is_resampled_as_a_corpus() -> None:
@@ -169,7 +169,7 @@ def test_randomisation_equals_the_exact_permutation_test() -> None:
     deltas = first - second  # 0.5, 0.3, 0.1, -0.1
     signs = np.array(np.meshgrid(*[[1, -1]] * 4)).reshape(4, -1).T
     exact = (abs(signs @ deltas) >= abs(deltas.sum()) - 1e-12).mean()
-    assert randomisation_test(first, second, Resampling(rounds=20000)) == pytest.approx(
+    assert randomization_test(first, second, Resampling(rounds=20000)) == pytest.approx(
         exact, abs=0.01
     )
 

@@ -12,7 +12,7 @@ import pytest
 from medm.metrics import METRICS
 from medm.metrics.base import MetricResult, Resampling
 from medm.metrics.chest_labels import chest_label_f1, label_report
-from medm.metrics.match import exact_match, normalised_match, token_f1
+from medm.metrics.match import exact_match, normalized_match, token_f1
 
 FAST = Resampling(rounds=0)
 MODELS = ("bertscore", "radeval", "meteor", "meteor-java")
@@ -106,7 +106,7 @@ def test_a_reference_that_normalizes_to_nothing_is_not_hit_by_nothing(
 def test_marks_and_articles_are_different_answers() -> None:
     replies, references = [".", "the", "A", "?", "the A"], ["the", "A", "a.", "?", "A"]
     expected = [0.0, 0.0, 1.0, 1.0, 0.0]
-    assert normalised_match(replies, references, resampling=FAST)[0].per_item == expected
+    assert normalized_match(replies, references, resampling=FAST)[0].per_item == expected
     assert token_f1(["."], ["the"], resampling=FAST)[0].value == 0
     assert exact_match(["é"], ["e\u0301"], resampling=FAST)[0].value == 1  # composed and decomposed
 

@@ -69,7 +69,7 @@ def test_the_published_normaliser(text: str, published: str) -> None:
 
 def test_none_equals_zero_only_for_uni_med() -> None:
     assert value(uni_med.match(["none"], ["0"], resampling=FAST)) == 1
-    assert value(match.normalised_match(["none"], ["0"], resampling=FAST)) == 0
+    assert value(match.normalized_match(["none"], ["0"], resampling=FAST)) == 0
 
 
 def test_uni_med_boxes() -> None:

@@ -16,11 +16,11 @@ from medm.metrics.base import Resampling
 from medm.metrics.bertscore import bertscore
 from medm.metrics.bleu import bleu, bleu_coco, bleu_nltk, sentence_bleu
 from medm.metrics.cider import cider_d, cider_d_scores
-from medm.metrics.match import exact_match, normalised_match, token_f1
+from medm.metrics.match import exact_match, normalized_match, token_f1
 from medm.metrics.meteor import meteor, meteor_exact_stem, meteor_java, wordnet_available
 from medm.metrics.ptb import ptb_tokens
 from medm.metrics.rouge import rouge
-from medm.metrics.words import normalise_answer
+from medm.metrics.words import normalize_answer
 
 FAST = Resampling(rounds=50)
 
@@ -335,9 +335,9 @@ def test_the_table_of_tokens_is_that_of_the_original(java: None) -> None:
         ("", ""),
     ],
 )
-def test_normalise_answer(text: str, normal: str) -> None:
-    assert normalise_answer(text) == normal
-    assert normalise_answer(normalise_answer(text)) == normalise_answer(text)
+def test_normalize_answer(text: str, normal: str) -> None:
+    assert normalize_answer(text) == normal
+    assert normalize_answer(normalize_answer(text)) == normalize_answer(text)
 
 
 def test_matches_by_hand() -> None:
@@ -346,7 +346,7 @@ def test_matches_by_hand() -> None:
         ["left lung", "left lung", "lung "],
     )
     assert exact_match(predictions, references, resampling=FAST)[0].per_item == [0, 0, 1]
-    assert normalised_match(predictions, references, resampling=FAST)[0].per_item == [1, 0, 1]
+    assert normalized_match(predictions, references, resampling=FAST)[0].per_item == [1, 0, 1]
     # "right lung" against "left lung": one of two on both sides.
     assert token_f1(predictions, references, resampling=FAST)[0].per_item == pytest.approx(
         [1, 0.5, 1]
@@ -360,9 +360,9 @@ def test_token_f1_counts_a_repeat_once() -> None:
 
 
 def test_the_best_of_several_references_counts() -> None:
-    assert normalised_match(["ct"], [["computed tomography", "CT"]], resampling=FAST)[0].value == 1
+    assert normalized_match(["ct"], [["computed tomography", "CT"]], resampling=FAST)[0].value == 1
     with pytest.raises(ValueError, match="item 0 has no reference"):
-        normalised_match(["ct"], [[]])
+        normalized_match(["ct"], [[]])
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from medm.metrics.choice import choice_accuracy, parse_choice
 from medm.metrics.cider import cider_d
 from medm.metrics.classification import auroc, balanced_accuracy, macro_f1, sensitivity_specificity
 from medm.metrics.compare import compare
-from medm.metrics.match import normalised_match, token_f1
+from medm.metrics.match import normalized_match, token_f1
 from medm.metrics.retrieval import recall_at_k
 from medm.metrics.rouge import rouge
 
@@ -159,7 +159,7 @@ def test_other_languages_have_metrics_that_read_them(reports: list[str]) -> None
 def test_characters_are_the_words_of_chinese() -> None:
     # 左肺 against 右肺: one of two characters on both sides; a whole-run token would give 0.
     assert token_f1(["左肺"], ["右肺"], resampling=FAST)[0].value == 0.5
-    assert normalised_match(["左肺。"], ["左肺"], resampling=FAST)[0].value == 1
+    assert normalized_match(["左肺。"], ["左肺"], resampling=FAST)[0].value == 1
     assert rouge(["左肺"], ["右肺"], words="unicode", resampling=FAST)[0].value == 0.5
     assert bleu(["左肺"], ["左肺"], tokenize="zh", resampling=FAST)[1].value == pytest.approx(1)
 

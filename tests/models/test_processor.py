@@ -24,7 +24,7 @@ from medm.models.lvlm.options import LVLMOptions
 from medm.types import Media, Sample, Turn
 from tests import tiny
 from tests.encoders.tiny import TINY_ENCODERS
-from tests.inference.tiny import awaken, save_picture
+from tests.inference.tiny import awaken, save_image
 
 VOLUME = np.random.default_rng(7).integers(-1000, 1000, (6, 8, 8), np.int16)
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, llms: dict[str, Path]) -> P
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     for seed, name in enumerate(("a.png", "b.png")):
-        save_picture(folder / name, seed)
+        save_image(folder / name, seed)
     return folder
 
 

@@ -76,7 +76,7 @@ def test_only_damaged_checkpoints_are_an_error_and_none_is_not(tmp_path: Path) -
     assert checkpoints.newest_good(tmp_path) is None
     for step in (4, 8):
         flip(write(tmp_path, step))
-    with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints is complete"):
         checkpoints.newest_good(tmp_path)
 
 
@@ -90,7 +90,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     best = write(tmp_path, 2)
     for step in (4, 6, 8):
         newest = write(tmp_path, step)
-    checkpoints.prune(tmp_path, keep=2, spare=best, newest=newest)
+    checkpoints.prune(tmp_path, keep=2, best=best, newest=newest)
     assert [path.name for path in checkpoints.folders(tmp_path)] == [
         "checkpoint-8",
         "checkpoint-6",
@@ -103,7 +103,7 @@ def test_nothing_is_pruned_when_the_new_checkpoint_does_not_verify(tmp_path: Pat
     newest = write(tmp_path, 4)
     flip(newest)
     with pytest.raises(CheckpointError):
-        checkpoints.prune(tmp_path, keep=1, spare=None, newest=newest)
+        checkpoints.prune(tmp_path, keep=1, best=None, newest=newest)
     assert len(checkpoints.folders(tmp_path)) == 2
 
 

@@ -21,7 +21,7 @@ from medm.training.diagnostics import (
     ROW_TASKS,
     BatchRecorder,
     GradientConflictCallback,
-    Pairs,
+    PairSums,
     gradient_groups,
     measure,
     require_measurable,
@@ -93,7 +93,7 @@ def test_gradients_of_three_tasks_by_hand() -> None:
 
 
 def test_means_are_over_the_batches_in_which_a_pair_met() -> None:
-    pairs = Pairs(3)
+    pairs = PairSums(3)
     pairs.add(torch.tensor([[1.0, 1.0], [1.0, 4.0]]).double(), [0, 1])  # cosine 1/2, similarity 4/5
     pairs.add(torch.tensor([[4.0, -4.0], [-4.0, 4.0]]).double(), [0, 1])  # cosine -1, similarity 1
     pairs.add(torch.tensor([[9.0]]).double(), [2])

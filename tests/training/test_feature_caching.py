@@ -154,7 +154,7 @@ def test_a_stage_finds_the_features_of_the_stage_that_it_starts_from(tmp_path: P
 
 
 def test_augmentation_and_kept_features_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="what is kept cannot be augmented"):
+    with pytest.raises(RecipeError, match="cached features cannot be augmented"):
         recipe(
             tmp_path,
             output_dir="x",

@@ -138,6 +138,21 @@ def test_a_key_that_an_earlier_version_did_not_know_is_no_difference(file: Path)
     assert differences(before, changed) == ["data.packing: was False, is True"]
 
 
+@pytest.mark.parametrize(("older", "mode"), [("published", "paper"), ("sound", "corrected")])
+def test_the_older_name_of_a_value_is_no_difference(file: Path, older: str, mode: str) -> None:
+    block = "model.branches.image.connector={name: moe, mode: %s}"
+    before, now = (resolved(load_recipe(file, [block % value])) for value in (mode, mode))
+    connector = before["model"]["branches"]["image"]["connector"]
+    assert connector["mode"] == mode
+    connector["mode"] = older  # as an earlier version wrote it
+    assert differences(before, now) == []
+    assert differences(before, resolved(load_recipe(file, [block % older]))) == []
+    other = "paper" if mode == "corrected" else "corrected"
+    assert differences(before, resolved(load_recipe(file, [block % other]))) == [
+        f"model.branches.image.connector.mode: was {mode!r}, is {other!r}"
+    ]
+
+
 def test_a_key_in_a_short_form_makes_it_a_block(file: Path) -> None:
     overrides = [
         "parts.image.encoder.tune=lora",

@@ -129,7 +129,13 @@ def test_the_folder_opens_and_says_where_it_comes_from(world: Path, trained: Pat
     } <= present
     assert not [name for name in present if name.startswith(".tmp")]
     card = (trained / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: medm\ntags: [medical, vision-language]\n---\n# ")
     assert "Not for clinical use" in card
+    assert (
+        "\n\nA medical vision-language model trained with medm. It can be wrong, can invent "
+        "findings, and carries the biases of its\ndata. It was not validated on any clinical "
+        'task.\n\n## Use\n\n```python\nimport medm\n\nmodel = medm.load("path/to/this/folder")\n'
+    ) in card
     assert 'model.ask("What is seen?", image="image.png"' in card
     assert load_recipe(trained / "recipe.yaml") == recipe(world, trained, data=weighted(world))
     run = json.loads((trained / "run.json").read_text())

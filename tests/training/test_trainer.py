@@ -406,7 +406,7 @@ def test_a_planted_pickle_is_refused_and_does_not_run(tmp_path: Path, file: str)
     trainer(tmp_path / "run", max_steps=4).fit()
     folder = tmp_path / "run" / "checkpoint-4"
     torch.save({"state": Planted(str(tmp_path / "mark"))}, folder / file)
-    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is complete"):
         trainer(tmp_path / "run", max_steps=4).fit(resume=True)
     # An untrusted checkpoint brings a manifest of its own.
     metadata = {key: value for key, value in read_manifest(folder).items() if key != "files"}

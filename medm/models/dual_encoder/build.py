@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from medm.config import Options
 from medm.errors import CheckpointError, RecipeError
 from medm.imaging import Preprocess
-from medm.models.base import ModelKind
+from medm.models.base import CardText, ModelKind
 from medm.models.dual_encoder.configuration import DualEncoderConfig, ImageEntry, TextEntry
 from medm.models.dual_encoder.modeling import DualEncoder
 from medm.models.dual_encoder.options import DualEncoderOptions, TextTowerOptions
@@ -37,6 +37,21 @@ _PLACE = "model.image.preprocess"
 _NOT_FOR_THE_ENCODER = {"name", "path", "architecture"}
 MAX_LENGTH = 256
 """Tokens of a text where neither the recipe nor the encoder says fewer."""
+
+
+_SUMMARY = (
+    "A medical image-text encoder trained with medm: the cosine of two vectors says how well an "
+    "image and a text fit. It can be\nwrong, and carries the biases of its data. It was not "
+    "validated on any clinical task."
+)
+_EXAMPLE = """import torch
+
+from medm.inference.embedder import load_embedder
+
+embedder = load_embedder("path/to/this/folder", device=torch.device("cpu"))
+texts = embedder.texts(["first text", "second text"])
+print(embedder.probabilities(embedder.logits(embedder.images(["{file}"]), texts)))
+"""
 
 
 class DualEncoderKind(ModelKind[DualEncoderOptions, DualEncoder, DualEncoderProcessor]):
@@ -74,6 +89,15 @@ class DualEncoderKind(ModelKind[DualEncoderOptions, DualEncoder, DualEncoderProc
 
     def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
         return frozenset({"embeddings", "scores"})
+
+    def card_text(self, options: DualEncoderOptions) -> CardText:
+        return CardText(
+            tags=("medical", "vision-language", "contrastive"),
+            summary=_SUMMARY,
+            example=_EXAMPLE.format(
+                file="image.png" if options.branch == "image" else "volume.nii.gz"
+            ),
+        )
 
     def skeleton(self, options: DualEncoderOptions) -> DualEncoder:
         config, _ = resolve(options)

@@ -5,7 +5,7 @@ training and serving.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from medm.imaging import Preprocess, load_pixels, preprocess_from_dict
 from medm.imaging.options import changed
 from medm.models.dual_encoder.options import DualEncoderOptions
 from medm.models.lvlm.messages import flatten
-from medm.types import Sample
 
 
 class DualInputs(BatchFeature):
@@ -55,13 +54,6 @@ class DualEncoderProcessor(ProcessorMixin):
         self.preprocess: dict[str, Preprocess] = {
             name: preprocess_from_dict(fields) for name, fields in self.views.items()
         }
-        self.placeholder_ids: dict[str, int] = {}
-        self.control_token_ids: dict[str, int] = {}
-
-    @property
-    def num_tokens(self) -> dict[str, int]:
-        """Per branch one vector an item; no tokens among those of the text."""
-        return dict.fromkeys(self.views, 1)
 
     @property
     def pad_id(self) -> int:
@@ -98,15 +90,6 @@ class DualEncoderProcessor(ProcessorMixin):
         """Return the preprocessed pixels (C, *spatial) of a path, an image or an array."""
         (preprocess,) = self.preprocess.values()
         return load_pixels(item, preprocess)
-
-    def encode(
-        self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False
-    ) -> NoReturn:
-        """Refuse a conversation: a dual encoder learns from pairs. Raises `DataError`."""
-        raise DataError(
-            "a dual encoder reads pairs of an image or volume and a caption, and the record is a "
-            "conversation"
-        )
 
     def __call__(
         self,

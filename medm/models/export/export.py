@@ -1,5 +1,6 @@
-"""Saved models in other forms, each proven before it is handed over: the same logits and the same
-reply, or nothing.
+"""Saved models in other forms, each verified before it is handed over.
+
+An export gives the same logits and the same reply, or nothing is written.
 
 `merged` folds adapters into the weights they adapt; `llava` is the layout of transformers' own
 LLaVA class, run in a process that cannot import medm; `encoder` is a vision tower for other
@@ -44,7 +45,7 @@ from medm.types import Media, Processor, Sample, Turn
 PROMPT = "Describe the image. Is anything abnormal?"
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Largest difference of a logit, as a share of the largest logit, that the rounding of each
+"""Largest difference of a logit, as a fraction of the largest logit, that the rounding of each
 precision explains.
 
 A stock export runs the same operations on the same pixels (measured in float32 and bfloat16: 0);
@@ -54,7 +55,7 @@ tenth."""
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was compared."""
+    """Result of the comparison of a model with its export."""
 
     difference: float
     """Largest difference of a logit between the model and its export."""
@@ -177,7 +178,7 @@ _USES = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What model and export are both asked."""
+    """Question for both the model and its export."""
 
     image: Path
     prompt: str
@@ -185,8 +186,9 @@ class Question:
 
 
 def draw_test_image(file: Path) -> Path:
-    """Draw an image with edges, gradients and color, wider than high, so that resizing and cropping
-    show.
+    """Draw an image with edges, gradients and color.
+
+    It is wider than high, so that resizing and cropping show.
     """
     rows, columns = np.mgrid[0:180, 0:240]
     pixels = np.stack([rows * 255 // 180, columns * 255 // 240, (rows + columns) % 256], axis=-1)
@@ -198,7 +200,7 @@ def draw_test_image(file: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
-    """What a model made of a question."""
+    """Output of a model for a question."""
 
     input_ids: Tensor
     pixels: Tensor
@@ -211,8 +213,9 @@ class _Heard:
 def _ask(
     model: LVLMForConditionalGeneration, processor: LVLMProcessor, question: Question
 ) -> _Heard:
-    """The model's own logits (1, T, V) and greedy reply; without an image where the model has no
-    image branch.
+    """Return the model's own logits (1, T, V) and greedy reply.
+
+    Without an image if the model has no image branch.
     """
     content: tuple[str | Media, ...] = (question.prompt,)
     pixels: dict[str, list[np.ndarray]] = {}
@@ -298,8 +301,9 @@ def _pixel_step(dtype: torch.dtype) -> float:
 
 
 def run_stock(folder: Path, question: Question, pixels: Tensor) -> tuple[_Heard, dict[str, str]]:
-    """Ask a folder in a fresh process that cannot import medm, about the pixels that medm made of
-    the image.
+    """Ask a folder about an image in a fresh process that cannot import medm.
+
+    It gets the pixels that medm made of the image.
 
     Raises:
         ExportError: the process failed; with the last lines that it wrote.
@@ -379,8 +383,9 @@ def _encoder(target: Path, model: MedmModel, processor: Processor, branch: str |
 
 @torch.no_grad()
 def _features(encoder: VisionEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (1, N, D) and the pooled vector (1, D), empty where there is none, of pixels (1, C,
-    *spatial).
+    """Return tokens (1, N, D) and the pooled vector (1, D) of pixels (1, C, *spatial).
+
+    The vector is empty if the encoder has none.
     """
     features = encoder(pixels.to(**encoder.device_and_dtype))
     return features.tokens, torch.zeros(1, 0) if features.pooled is None else features.pooled
@@ -389,8 +394,7 @@ def _features(encoder: VisionEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def _compare_features(
     trained: tuple[Tensor, Tensor], exported: tuple[Tensor, Tensor], *, merged: bool
 ) -> Proof:
-    """Raises `ExportError` where an encoder and its export differ by more than the rounding of a
-    merge.
+    """Raise `ExportError` if an encoder and its export differ by more than a merge's rounding.
 
     The attention of a pooling head rounds by where its weights lie in memory, so that the pooled
     vector is never expected to the last bit.

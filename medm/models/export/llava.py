@@ -204,8 +204,9 @@ def _tensors(model: LVLMForConditionalGeneration, encoder: HFViTEncoder) -> dict
 
 
 def _tower_tensors(encoder: HFViTEncoder, side: int) -> dict[str, Tensor]:
-    """The tower's weights, with an unused block at the end, an unused norm, and positions of the
-    size in use.
+    """Return the tower's weights with an unused block at the end and an unused norm.
+
+    Positions are those of the size in use.
     """
     tensors = {
         k: v for k, v in encoder.tower.state_dict().items() if not k.endswith("position_ids")
@@ -230,8 +231,9 @@ def _positions(encoder: HFViTEncoder, side: int) -> Tensor:
 
 
 def _image_processor(preprocess: ImagePreprocess, side: int) -> BaseImageProcessor:
-    """Transformers' processor that gives the same pixels. `crop_size` is what servers count tokens
-    with.
+    """Return transformers' processor that gives the same pixels.
+
+    Servers count tokens with `crop_size`.
     """
     common: dict[str, Any] = {
         "resample": _RESAMPLE[preprocess.interpolation],
@@ -252,8 +254,9 @@ def per_channel(values: list[float]) -> list[float]:
 
 
 def stock_template(template: str, variables: Mapping[str, object], *, image_token: str) -> str:
-    """A chat template that needs nothing from medm: fixed variables inside, content as text or in
-    parts.
+    """Return a chat template that needs nothing from medm.
+
+    Variables inside it are fixed; content is text or parts.
     """
     fixed = "".join(f"{{%- set {name} = {literal(value)} -%}}" for name, value in variables.items())
     return fixed + _FLATTEN.replace("IMAGE", image_token) + template

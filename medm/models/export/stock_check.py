@@ -19,15 +19,16 @@ from typing import Any
 class NoMedm(importlib.abc.MetaPathFinder):
     """Makes `import medm` fail, also where it is installed."""
 
-    def find_spec(self, fullname: str, *_arguments: Any) -> None:
+    def find_spec(self, fullname: str, *_arguments: object) -> None:
         """Raises `ImportError` for medm and everything in it."""
         if fullname.partition(".")[0] == "medm":
             raise ImportError("medm is hidden from this process")
 
 
 def run(folder: str, plan: dict[str, Any], result: Path) -> None:
-    """Open the folder by the Auto classes, ask about one image, and write ids, pixels, logits and
-    the reply.
+    """Open the folder by the Auto classes and ask about one image.
+
+    Writes ids, pixels, logits and the reply.
     """
     import torch
     from safetensors.torch import load_file, save_file

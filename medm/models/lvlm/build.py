@@ -1,6 +1,4 @@
-"""From a recipe's `model` section to a model: resolve every size, build, load what was
-published.
-"""
+"""LVLMs from a recipe's `model` section: resolve every size, build, load published weights."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from medm.llms import LLMS, LLMOptions
 from medm.llms.attention import check_usable
 from medm.llms.base import read_template
 from medm.llms.lm_head import stop_tokens
-from medm.models.base import ModelKind
+from medm.models.base import CardText, ModelKind
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
 from medm.models.lvlm.options import BranchOptions, LVLMOptions
@@ -42,7 +40,7 @@ from medm.models.vision import (
     preprocess_of,
     spatial_of,
 )
-from medm.types import PLACEHOLDERS, Config
+from medm.types import PLACEHOLDERS, Config, PredictionField
 
 if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM
@@ -50,6 +48,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NOT_FOR_THE_CONNECTOR = {"name", "path"}
+
+
+_SUMMARY = (
+    "A medical vision-language model trained with medm. It can be wrong, can invent findings, and "
+    "carries the biases of its\ndata. It was not validated on any clinical task."
+)
+_EXAMPLE = """import medm
+
+model = medm.load("path/to/this/folder")
+print(model.ask("What is seen?"{shown}, max_new_tokens=64))
+"""
+_SHOWN = {"image": ', image="image.png"', "volume": ', volume="volume.nii.gz"'}
 
 
 class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
@@ -65,9 +75,21 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
     def check(self, options: LVLMOptions) -> None:
         check_usable(options.llm.attention)
 
+    def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
+        return frozenset({"text"})
+
+    def card_text(self, options: LVLMOptions) -> CardText:
+        shown = [_SHOWN[branch] for branch in _SHOWN if branch in options.branches]
+        return CardText(
+            tags=("medical", "vision-language"),
+            summary=_SUMMARY,
+            example=_EXAMPLE.format(shown=shown[0] if shown else ""),
+        )
+
     def build(self, options: LVLMOptions) -> tuple[LVLMForConditionalGeneration, LVLMProcessor]:
-        """Return a model with published weights wherever the recipe gives a path, and its
-        processor.
+        """Return a model and its processor.
+
+        The model has published weights wherever the recipe gives a path.
 
         Raises:
             RecipeError: parts that do not fit each other or the recipe.
@@ -132,8 +154,9 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
 
 
 def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
-    """Every size and the processor, from published configs and tokenizers alone; no weights are
-    read.
+    """Resolve every size and the processor from published configs and tokenizers.
+
+    Reads no weights.
     """
     text_config = _text_config(options.llm)
     tokenizer = _tokenizer(options.llm)

@@ -1,4 +1,4 @@
-"""What an LVLM is: every size resolved, so that it can be built without asking anyone."""
+"""Config of an LVLM: every size resolved, so that it can be built from the config alone."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from medm.config import Options, validate
+from medm.connectors import upgrade_config
 from medm.types import Config
 
 
 class BranchEntry(Options):
-    """One branch of a checkpoint. A field that a later medm adds needs a default, so that older
-    folders open.
+    """One branch of a checkpoint.
+
+    A field that a later medm adds needs a default, so that older folders open.
     """
 
     encoder: Config
@@ -26,6 +28,16 @@ class BranchEntry(Options):
     """Size of the input, (height, width) or (depth, height, width)."""
     placeholder_id: int
     """Token that stands for one vision token in `input_ids`."""
+
+
+def _upgraded(entry: Any) -> Any:
+    """Return the entry of a branch with current option values.
+
+    Anything else is returned unchanged; `LVLMConfig.branch` refuses it.
+    """
+    if isinstance(entry, dict) and isinstance(entry.get("connector"), dict):
+        return {**entry, "connector": upgrade_config(entry["connector"])}
+    return entry
 
 
 class LVLMConfig(PreTrainedConfig):
@@ -67,6 +79,7 @@ class LVLMConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**self.text_config)
         elif self.text_config is None:
             self.text_config = AutoConfig.for_model("llama")
+        self.branches = {name: _upgraded(entry) for name, entry in self.branches.items()}
         # Tying is the language model's own affair: it holds both its embeddings and its head.
         self.tie_word_embeddings = False
         super().__post_init__(**kwargs)

@@ -1,5 +1,4 @@
-"""Messages as transformers and OpenAI write them, with content parts, to turns and what is shown in
-them.
+"""Conversion of messages, as transformers and OpenAI write them, to turns and their media.
 
 `{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": "What is
 seen?"}]}`. Images and volumes are parts; text is text, whatever stands in it. Knows no tokens and

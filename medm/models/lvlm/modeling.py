@@ -1,4 +1,4 @@
-"""What an LVLM computes: encode, connect, scatter, decode.
+"""Forward pass of an LVLM: encode, connect, scatter, decode.
 
 The processor wrote one placeholder token for each vision token; the model puts the vision tokens
 there and checks the counts. Labels, masks and positions are never rebuilt. Knows nothing of files,
@@ -65,8 +65,9 @@ class LVLMOutput(CausalLMOutputWithPast):
 
     @classmethod
     def wrap(cls, output: Mapping[str, Any], **own: Any) -> LVLMOutput:
-        """An output with the fields of `own` and those of the language model's output that this
-        class has.
+        """Return an output with the fields of `own` and those of the language model's output.
+
+        Fields that this class lacks are left out.
         """
         names = {field.name for field in fields(cls)}
         passed = {name: value for name, value in output.items() if name in names}
@@ -105,8 +106,9 @@ class Branch(nn.Module):
         return self.connector.num_tokens
 
     def encode(self, pixels: Tensor) -> VisionFeatures:
-        """Vision features of (N, C, *spatial); without gradient book-keeping where the encoder is
-        frozen.
+        """Return the vision features of (N, C, *spatial).
+
+        Without gradient book-keeping if the encoder is frozen.
         """
         frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -188,8 +190,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         return cast(Branch, self.branches[name])
 
     def parts(self) -> dict[str, nn.Module]:
-        """The units that a recipe freezes, trains or adapts: `llm`, `image.encoder`,
-        `image.connector` ...
+        """Units that a recipe freezes, trains or adapts.
+
+        Their names are `llm`, `image.encoder`, `image.connector` ...
         """
         parts: dict[str, nn.Module] = {"llm": self.language_model}
         for name in self.branches:
@@ -250,8 +253,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             )
 
     def adapt(self, options: LVLMOptions, processor: LVLMProcessor) -> None:
-        """Apply a recipe over a saved model: control tokens, the chat template's stop token,
-        attention.
+        """Apply a recipe over a saved model: control tokens, stop token of the template, attention.
 
         Args:
             options: the recipe's section.
@@ -301,8 +303,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         task_ids: Mapping[str, Tensor] | None = None,
         features: Mapping[str, VisionFeatures | Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Token embeddings (B, T, D) with the vision tokens in their places, and the connectors'
-        auxiliary losses.
+        """Return token embeddings (B, T, D) with the vision tokens in their places.
+
+        Returns the connectors' auxiliary losses, too.
 
         Args:
             input_ids: (B, T), with one placeholder for each vision token.
@@ -409,8 +412,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         features: Mapping[str, VisionFeatures | Tensor] | None = None,
         **kwargs: Any,
     ) -> GenerateOutput | Tensor:
-        """Answers, in the form of transformers' `generate`: (B * sequences, prompt + answer) token
-        ids.
+        """Return answers in the form of transformers' `generate`.
+
+        Token ids are (B * sequences, prompt + answer).
 
         Vision runs once; the language model's own generation does the rest. Batches are padded on
         the left. A list of mappings (one for each prompt, as transformers' pipelines collate them)

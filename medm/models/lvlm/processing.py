@@ -1,5 +1,6 @@
-"""How a conversation and its pixels become tensors. Saved with the model, the same in training and
-serving.
+"""Processor of an LVLM: a conversation and its pixels to tensors.
+
+It is saved with the model, and is the same in training and serving.
 
 Never sees a model: it knows how many tokens an item of each branch takes, and what its pixels must
 look like.
@@ -42,8 +43,9 @@ logger = logging.getLogger(__name__)
 
 
 class BranchSpec(Options):
-    """What the processor knows of a branch. A field that is added later needs a default, so that
-    older folders open.
+    """Properties of a branch that the processor needs.
+
+    A field that is added later needs a default, so that older folders open.
     """
 
     placeholder: str
@@ -181,8 +183,7 @@ class LVLMProcessor(ProcessorMixin):
         return content
 
     def adapt(self, options: LVLMOptions) -> LVLMProcessor:
-        """Return the processor with the chat template and the preprocessing fields that a recipe
-        sets.
+        """Return the processor with the chat template and preprocessing fields that a recipe sets.
 
         What the recipe does not set stays as it was saved. Control tokens are added to those that
         it has.
@@ -293,8 +294,9 @@ class LVLMProcessor(ProcessorMixin):
         )
 
     def task_id(self, sample: Sample) -> int:
-        """Position of the sample's task in `tasks`; the number of tasks where it is none of
-        them.
+        """Return the position of the sample's task in `tasks`.
+
+        For a task that is not among them, the number of tasks.
         """
         if not self.tasks:
             return 0
@@ -359,7 +361,7 @@ class LVLMProcessor(ProcessorMixin):
                 parts alone.
             chat_template: another template than the model's.
             add_generation_prompt: end where the assistant's reply begins.
-            continue_final_message: end with the last message, for the model to go on with it.
+            continue_final_message: end with the last message, for the model to continue it.
             tokenize: return tensors; without it the prompt as text, which `__call__` takes with the
                 images.
             return_tensors: "pt"; there are no others.
@@ -510,8 +512,9 @@ class LVLMProcessor(ProcessorMixin):
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def decode_with_control_tokens(self, ids: Sequence[int] | torch.Tensor) -> Reply:
-        """Decode a generated reply and locate its control tokens: the n-th `[SEG]` is of the n-th
-        mask.
+        """Decode a generated reply and locate its control tokens.
+
+        The n-th `[SEG]` is of the n-th mask.
 
         Args:
             ids: (T,), the reply. Other special tokens (end, padding, vision tokens) are left out.
@@ -632,5 +635,5 @@ def _check_stock(return_tensors: str | None, given: Mapping[str, object]) -> Non
 
 
 def _is_chat(value: object) -> bool:
-    """Whether a value is a conversation, and not a message."""
+    """Return whether a value is a conversation, and not a message."""
     return isinstance(value, (list, tuple)) or hasattr(value, "messages")

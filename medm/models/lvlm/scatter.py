@@ -44,8 +44,9 @@ def scatter(
 
 
 def check(condition: Tensor, message: Any) -> None:
-    """Raise `ValueError` when a tensor condition is false; on an accelerator without waiting for
-    it.
+    """Raise `ValueError` when a tensor condition is false.
+
+    On an accelerator it does not wait for the condition.
     """
     if condition.device.type == "cpu":
         if not bool(condition):

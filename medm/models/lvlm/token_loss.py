@@ -34,8 +34,9 @@ class TokenLoss:
     """Labeled tokens that have a token before them."""
 
     def mean(self, num_items: Tensor | int | None) -> Tensor:
-        """Return the sum divided by `num_items`, or by the labeled tokens of this batch
-        without it.
+        """Return the sum divided by `num_items`.
+
+        Without it, by the labeled tokens of this batch.
         """
         if not self.count:
             return self.sum
@@ -94,8 +95,9 @@ def _labeled(values: Tensor, labels: Tensor, positions: Tensor | None) -> tuple[
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum over (L, V) and (L,); zero that depends on every logit where nothing is
-    learned.
+    """Return the sum over (L, V) and (L,).
+
+    If nothing is learned, it is a zero that depends on every logit.
     """
     if len(targets):
         return F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -1,5 +1,4 @@
-"""Published folders to medm checkpoints: MedM-VL of three generations, stock LLaVA, towers,
-projectors.
+"""Import of published folders: MedM-VL of three generations, stock LLaVA, towers, projectors.
 
 Every tensor of the source is loaded or named as ignored with the reason; one that is missing,
 unexpected or misshaped stops the import. What the source does not say (which chat template, whether
@@ -60,7 +59,7 @@ _ROTARY = r"rotary_emb\.inv_freq$"
 
 @dataclass(slots=True)
 class ImportReport:
-    """What became of a source."""
+    """Report on the import of a source."""
 
     source: str
     kind: str
@@ -88,8 +87,9 @@ class ImportReport:
 
 
 def _families(names: list[str], *, among: list[str]) -> str:
-    """`text_model.*, logit_scale`: names by two words, without those that every name of the part
-    begins with.
+    """Return families of names by their first two words: `text_model.*, logit_scale`.
+
+    Words that every name of the part begins with are left out.
     """
     shared = 0
     for words in zip(*(name.split(".") for name in among), strict=False):
@@ -404,9 +404,7 @@ class Import:
         self.report.parts.append(_in_the_files(loaded, groups.names[source]))
 
     def _tokenizer(self, section: Section, scratch: Path) -> Path:
-        """The tokenizer and template that the weights were trained with, in a folder of their
-        own.
-        """
+        """Return the tokenizer and template of the training, in a folder of their own."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.published.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -436,8 +434,9 @@ class Import:
         return scratch
 
     def _template(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template of the hint; that of the source where it takes text; else MedM-VL's and
-        LLaVA's own layout.
+        """Return the template of the hint, else of the source, else MedM-VL's and LLaVA's layout.
+
+        The template of the source is used only if it takes text.
         """
         hint = self.hints.chat_template
         stock, own = self.report.kind == KINDS["llava"], tokenizer.chat_template
@@ -471,8 +470,9 @@ class Import:
 
 
 def _in_the_files(part: LoadReport, names: Mapping[str, str]) -> LoadReport:
-    """The report under the names of the files, so that each can be ticked off, without a tied head
-    that they lack.
+    """Return the report under the names of the files, so that each can be ticked off.
+
+    A tied head that the files lack is left out.
     """
     part.loaded = [names[name] for name in part.loaded if name in names]
     part.ignored = [names[name] for name in part.ignored]
@@ -480,8 +480,9 @@ def _in_the_files(part: LoadReport, names: Mapping[str, str]) -> LoadReport:
 
 
 def _load_llm(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> LoadReport:
-    """The language model; rows that the placeholders added to its vocabulary stay as they were
-    built.
+    """Load the language model.
+
+    Rows that the placeholders added to its vocabulary stay as they were built.
     """
     own = module.state_dict()
     padded = dict(tensors)

@@ -1,4 +1,4 @@
-"""What the configs of published models say, as sections of a recipe. Reads no tensor files."""
+"""Sections of a recipe from the configs of published models. Reads no tensor files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CONNECTORS = {
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What a person may know that the source does not say."""
+    """Values that a user may know and the source lacks."""
 
     llm: str | None = None
     """Folder or id with the language model's config (and tokenizer, where the source has none)."""
@@ -76,8 +76,9 @@ class Section:
 
 
 def generation_of(config: Mapping[str, object]) -> str | None:
-    """MedM-VL's generation of a config: "C" has prefixed keys, "A/B" has not; None for other
-    models.
+    """Return MedM-VL's generation of a config, None for other models.
+
+    "C" has prefixed keys, "A/B" has not.
     """
     if any(key.startswith(("lvlm_llm_", "lvlm_encoder_", "lvlm_connector_")) for key in config):
         return "C"
@@ -167,19 +168,20 @@ def medm_vl_section(
 
 
 def _scale(encoder: str, preprocess: Config, notes: list[str]) -> Config:
-    """What volumes are taken to hold where nobody says: generations A and B read the numbers of
-    files as they were.
+    """Return the preprocessing with the scale of volumes, which no config gives.
+
+    Generations A and B read the numbers of files as they were.
     """
-    said = "convention" in preprocess or "scale" in preprocess
+    is_given = "convention" in preprocess or "scale" in preprocess
     if encoder == "m3d-clip":
-        if not said:
+        if not is_given:
             notes.append(
                 "volumes are expected as M3D prepared them, arrays of 0..1; for files in HU say "
                 "--preprocess volume.convention=medm-vl, for arrays of 0..255 --preprocess "
                 "volume.scale=0-255"
             )
         return preprocess if "convention" in preprocess else {"convention": "m3d", **preprocess}
-    if not said:
+    if not is_given:
         notes.append(
             "volumes are expected in HU, -1000..1000 of which become what the source's own "
             "arrays of 0..255 held; to give such arrays themselves say --preprocess "
@@ -273,8 +275,9 @@ def _architecture(
     hints: Hints,
     notes: list[str],
 ) -> Config:
-    """Sizes of the tower: from the hint, the nested config, its own published config, or the
-    tensors' shapes.
+    """Return the sizes of the tower.
+
+    They come from the hint, the nested config, its own published config, or the tensors' shapes.
     """
     encoder = ENCODERS.get(name)
     nested = _nested(config, f"{part}_config")
@@ -305,8 +308,9 @@ def _says_heads(sizes: Mapping[str, object]) -> bool:
 def sizes_from_shapes(
     name: str, tensors: Mapping[str, Tensor], *, part: str, notes: list[str]
 ) -> Config:
-    """Sizes of a CLIP or SigLIP tower. Shapes do not tell the heads: published towers have 64 or 72
-    wide ones.
+    """Return the sizes of a CLIP or SigLIP tower.
+
+    Shapes do not tell the heads: published towers have heads 64 or 72 wide.
     """
     short = {key.removeprefix("vision_model."): tensor for key, tensor in tensors.items()}
     patches, positions = (
@@ -426,8 +430,9 @@ def llava_section(
 
 
 def encoder_block(name: str, path: str, hints: Hints) -> Config:
-    """The options of a tower that is imported whole: every block, so that any layer can be chosen
-    later.
+    """Return the options of a tower that is imported whole.
+
+    It keeps every block, so that any layer can be chosen later.
     """
     block: Config = {"name": name, "path": path}
     if name == "m3d-clip":

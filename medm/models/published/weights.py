@@ -80,8 +80,10 @@ class PretrainedSource:
         return self._json("config.json") or self._open_clip_config()
 
     def preprocessor(self) -> dict[str, Any]:
-        """`preprocessor_config.json`, the image processor of a `processor_config.json`, that of
-        open_clip's config, or an empty mapping.
+        """Return the config of the image processor, or an empty mapping.
+
+        It is `preprocessor_config.json`, or the image processor of a `processor_config.json` or
+        of open_clip's config.
         """
         if alone := self._json("preprocessor_config.json"):
             return alone
@@ -99,7 +101,7 @@ class PretrainedSource:
         return self._in_file.get(name, name)
 
     def is_bundle(self) -> bool:
-        """Whether medm exported it as an encoder."""
+        """Return whether medm exported the folder as an encoder."""
         return self.config().get("model_type") == BUNDLE_TYPE
 
     def tensors(self) -> dict[str, Tensor]:
@@ -125,8 +127,9 @@ class PretrainedSource:
         }
 
     def encoder_tensors(self) -> dict[str, Tensor]:
-        """The tensors of a published encoder; of a vision-language model those of its vision tower,
-        without prefix.
+        """Return the tensors of a published encoder.
+
+        Of a vision-language model they are those of its vision tower, without prefix.
 
         Of safetensors files no other tensor is read, so that a tower of a model of 27 billion
         parameters costs what the tower costs.
@@ -240,8 +243,9 @@ def _shards(index: Path) -> list[str]:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors of one file; of a safetensors file none is read. Raises
-    `CheckpointError`.
+    """Return the names of the tensors of one file. Raises `CheckpointError`.
+
+    Of a safetensors file no tensor is read.
     """
     if file.suffix != ".safetensors":
         return list(read_tensors(file))
@@ -253,8 +257,9 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def read_tensors(file: Path, *, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of one safetensors or torch file. Torch files are opened without running what they
-    pickle.
+    """Return the tensors of one safetensors or torch file.
+
+    Torch files are opened without running what they pickle.
 
     Args:
         file: safetensors or torch.
@@ -291,7 +296,7 @@ def read_tensors(file: Path, *, prefix: str = "") -> dict[str, Tensor]:
 
 @dataclass(slots=True)
 class LoadReport:
-    """What became of every tensor of one load."""
+    """Report on every tensor of one load."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -331,8 +336,9 @@ def rename(
     ignored: Iterable[str],
     report: LoadReport,
 ) -> dict[str, Tensor]:
-    """Published names to own names. What matches `ignored` is left out and noted; other names stay
-    as they are.
+    """Map published names to own names.
+
+    A name that matches `ignored` is left out and noted; other names stay as they are.
     """
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in key_map]
     useless = [re.compile(pattern) for pattern in ignored]
