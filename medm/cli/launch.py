@@ -18,7 +18,7 @@ def launch(
     context: typer.Context,
     command: Annotated[
         list[str],
-        typer.Argument(metavar="COMMAND...", help="train, infer or eval, with its arguments."),
+        typer.Argument(metavar="COMMAND...", help="train, infer, eval or embed, with its arguments."),
     ],
     processes: Annotated[
         int | None,
