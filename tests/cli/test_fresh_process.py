@@ -48,6 +48,7 @@ CASES: list[tuple[str, list[str]]] = [
     ("data preview", ["docs/examples_media/ball_left.nii.gz", "of-recipe.png", "--recipe", "second.yaml"]),
     ("data cache", ["volumes.yaml", "init_from=model", "--workers", "0"]),
     ("data convert", ["converted.jsonl", "--task", "m3d-cap", "--data", "benchmark"]),
+    ("data shards", ["pairs.shards.json", "pairs.jsonl", "--root", "docs/examples_media"]),
     ("train", ["second.yaml"]),
     ("launch", ["--processes", "1", "infer", "--model", "model", "--data", "docs/example_inference.json", *SHORT,
                 "--output", "launched.jsonl"]),
@@ -102,6 +103,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
+    (folder / "pairs.jsonl").write_text('{"id": "1", "image": "bars.jpg", "caption": "bars"}\n')
     dual, dual_processor = dual_tiny.make(
         dual_tiny.section(dual_tiny.save_tokenizer(folder / "tokenizer"))
     )
