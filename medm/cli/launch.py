@@ -18,7 +18,9 @@ def launch(
     context: typer.Context,
     command: Annotated[
         list[str],
-        typer.Argument(metavar="COMMAND...", help="train, infer or eval, with its arguments."),
+        typer.Argument(
+            metavar="COMMAND...", help="train, infer, eval or embed, with its arguments."
+        ),
     ],
     processes: Annotated[
         int | None,
@@ -45,7 +47,7 @@ def launch(
         typer.Option(envvar="MASTER_PORT", help="A free port of machine 0; with several machines."),
     ] = 29500,
 ) -> None:
-    """Run train, infer or eval in several processes, on one machine or several.
+    """Run train, infer, eval or embed in several processes, on one machine or several.
 
     A stop (SIGTERM or SIGINT, to this process or to its group) reaches every process. All of them
     end, a checkpoint is written however long it takes, and the exit status is 75. An error is

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 USAGE, FAILURE = 2, 1
 
 LAUNCHER = "launch"
-CONTINUED = ("train", "infer", "eval")
+CONTINUED = ("train", "infer", "eval", "embed")
 """Commands that continue when they are started again; `medm launch` runs these."""
 
 

@@ -6,7 +6,7 @@ For people who check data; not for clinical use, and the sheet says so.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ class _Tile:
     caption: str
     marks: tuple[str, str, str, str] | None = None
     """Side of the patient at the left, right, top and bottom; None where it is not known."""
+    depth: float = 0.0
+    """Place of a slice along the first axis, 0..1."""
 
 
 def contact_sheet(
@@ -47,11 +49,62 @@ def contact_sheet(
     Raises:
         MediaError: as `load_pixels`.
     """
-    if isinstance(preprocess, ImagePreprocess):
-        title, tiles = _image_tiles(path, preprocess)
-    else:
-        title, tiles = _volume_tiles(path, preprocess, slices)
+    title, tiles = _tiles(path, preprocess, slices)
     return _sheet(title, tiles, tile)
+
+
+def similarity_sheet(
+    path: Path,
+    preprocess: Preprocess,
+    similarity: np.ndarray,
+    text: str,
+    *,
+    slices: int = 12,
+    tile: int = 384,
+) -> Image.Image:
+    """Return an image of what the model sees, with a map of similarities over it.
+
+    Args:
+        path: the image or volume.
+        preprocess: the description that training uses.
+        similarity: a number for each cell of the token grid, (rows, columns) or (depth, rows,
+            columns). Blue is the lowest of the map, red the highest.
+        text: what the image is compared with.
+        slices: most slices of a volume that are shown.
+        tile: width of one tile, in pixels.
+
+    Raises:
+        MediaError: as `load_pixels`.
+    """
+    title, tiles = _tiles(path, preprocess, slices)
+    low, high = float(similarity.min()), float(similarity.max())
+    planes = (similarity - low) / max(high - low, 1e-12)
+    planes = planes if planes.ndim == 3 else planes[None]
+    covered = []
+    for one in tiles:
+        plane = planes[min(int(one.depth * len(planes)), len(planes) - 1)]
+        covered.append(replace(one, pixels=_covered(one.pixels, plane)))
+    scale = f"cosine of each patch alone, {low:.3f} (blue) to {high:.3f} (red)"
+    return _sheet([*title, f"text: {text}", scale], covered, tile)
+
+
+def _covered(pixels: np.ndarray, plane: np.ndarray) -> np.ndarray:
+    """(H, W, 3) of pixels with colors for a plane of 0..1 over them."""
+    height, width = pixels.shape[:2]
+    cells = Image.fromarray(plane.astype(np.float32))
+    heat = np.asarray(cells.resize((width, height), Image.Resampling.BILINEAR))[..., None]
+    gray = pixels if pixels.ndim == 3 else pixels[..., None]
+    gray = np.clip(gray, 0, 1).mean(axis=-1, keepdims=True)
+    color = np.concatenate(
+        [np.clip(2 * heat, 0, 1), 1 - np.abs(2 * heat - 1), np.clip(2 - 2 * heat, 0, 1)], axis=-1
+    )
+    return 0.6 * gray + 0.4 * color
+
+
+def _tiles(path: Path, preprocess: Preprocess, slices: int) -> tuple[list[str], list[_Tile]]:
+    if isinstance(preprocess, ImagePreprocess):
+        return _image_tiles(path, preprocess)
+    return _volume_tiles(path, preprocess, slices)
 
 
 def save_contact_sheet(
@@ -94,7 +147,7 @@ def _volume_tiles(
     # Middles of as many equal parts, so that neither end is over-represented.
     picked = [int((i + 0.5) * depth / min(slices, depth)) for i in range(min(slices, depth))]
     tiles = [
-        _Tile(shown[channel, z], f"{z + 1}/{depth}  {low:g}..{high:g}", marks)
+        _Tile(shown[channel, z], f"{z + 1}/{depth}  {low:g}..{high:g}", marks, (z + 0.5) / depth)
         for channel, (low, high) in enumerate(windows)
         for z in picked
     ]

@@ -126,6 +126,8 @@ class EmbedOptions(RunOptions):
     resumes in it."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first N records."""
+    overwrite: bool = False
+    """Delete the vectors of an earlier run and start over, instead of resuming."""
     captions: bool = False
     """Write the vectors of the captions, too."""
     vectors: Literal["files", "none"] = "files"

@@ -322,7 +322,7 @@ def _by_label(card: Card) -> dict[str, str]:
     }
 
 
-def _files_below(folder: Path, media: Kind) -> list[Path]:
+def files_below(folder: Path, media: Kind) -> list[Path]:
     """Images or volumes at any depth, in the order of their paths."""
     if media == "image":
         found = (path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_ENDINGS)
@@ -335,7 +335,7 @@ def _in_folders(card: Card, layout: Folders, folder: Path) -> Iterator[Labelled]
     what = f"the files of {card.title}: a folder for each class"
     root = require(folder, layout.root, layout=what)
     if layout.discover:
-        files = _files_below(root, card.media)
+        files = files_below(root, card.media)
         if not files:
             raise DataError(f"no {card.media}s are missing in {root}; expected {what}", file=root)
         for path in files:
@@ -345,7 +345,7 @@ def _in_folders(card: Card, layout: Folders, folder: Path) -> Iterator[Labelled]
         return
     for name, entry in card.classes.items():
         place = require(root, *(entry.labels or [name]), layout=what)
-        files = _files_below(place, card.media)
+        files = files_below(place, card.media)
         if not files:
             raise DataError(f"expected {card.media}s of class {name!r}, found none", file=place)
         for path in files:
@@ -356,7 +356,7 @@ def _by_name(card: Card, layout: FileNames, folder: Path) -> Iterator[Labelled]:
     what = f"the files of {card.title}, whose names say the class"
     root = require(folder, layout.root, layout=what)
     known, pattern = _by_label(card), re.compile(layout.pattern)
-    files = _files_below(root, card.media)
+    files = files_below(root, card.media)
     if not files:
         raise DataError(f"every {card.media} is missing in {root}; expected {what}", file=root)
     for path in files:

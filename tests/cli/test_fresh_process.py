@@ -28,6 +28,7 @@ from medm.config import validate
 from medm.models.lvlm.options import LVLMOptions
 from tests import tiny
 from tests.encoders.tiny import TINY_ENCODERS
+from tests.models.dual_encoder import tiny as dual_tiny
 from tests.tasks.layouts import LAYOUTS
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,7 @@ CASES: list[tuple[str, list[str]]] = [
     ("data preview", ["docs/examples_media/ball_left.nii.gz", "of-recipe.png", "--recipe", "second.yaml"]),
     ("data cache", ["volumes.yaml", "init_from=model", "--workers", "0"]),
     ("data convert", ["converted.jsonl", "--task", "m3d-cap", "--data", "benchmark"]),
+    ("data shards", ["pairs.shards.json", "pairs.jsonl", "--root", "docs/examples_media"]),
     ("train", ["second.yaml"]),
     ("launch", ["--processes", "1", "infer", "--model", "model", "--data", "docs/example_inference.json", *SHORT,
                 "--output", "launched.jsonl"]),
@@ -55,6 +57,9 @@ CASES: list[tuple[str, list[str]]] = [
               "--option", "metrics=[exact-match]", "--output", "scores", *SHORT]),
     ("chat", ["--model", "model", "--image", "docs/examples_media/disc_left.png", "--device", "cpu",
               "--max-new-tokens", "2"]),
+    ("zero-shot", ["docs/examples_media/bars.jpg", "--model", "dual", "--labels", "knee; brain",
+                   "--heatmap", "maps"]),
+    ("embed", ["docs/examples_media", "--model", "dual", "--output", "vectors.npz"]),
     ("estimate", ["second.yaml"]),
     ("export", ["merged", "--model", "model", "--format", "merged", "--max-new-tokens", "2"]),
     ("import", ["siglip", "imported", "--kind", "siglip"]),
@@ -98,6 +103,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
+    (folder / "pairs.jsonl").write_text('{"id": "1", "image": "bars.jpg", "caption": "bars"}\n')
+    dual, dual_processor = dual_tiny.make(
+        dual_tiny.section(dual_tiny.save_tokenizer(folder / "tokenizer"))
+    )
+    dual.save_pretrained(folder / "dual")
+    dual_processor.save_pretrained(folder / "dual")
     second: dict[str, Any] = {
         "model": section, "init_from": "model", "data": {"train": [{"path": "docs/example_finetune.json"}]},
         "parts": {"image.connector": "full"}, "output_dir": "trained",
