@@ -122,8 +122,9 @@ def _write_parquet(lines: Path, output: Path) -> None:
     parquet = importlib.import_module("pyarrow.parquet")
     vector = pyarrow.list_(pyarrow.float32())
     fields = [("id", pyarrow.string()), ("embedding", vector)]
-    found = next((line for line in read_lines(lines) if "error" not in line), {})
-    if "text_embeddings" in found:
+    first = next((line for line in read_lines(lines) if "error" not in line), None)
+    with_texts = first is not None and "text_embeddings" in first
+    if with_texts:
         fields.append(("text_embeddings", pyarrow.list_(vector)))
     schema = pyarrow.schema(fields)
     with atomic_file(output) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
@@ -131,8 +132,11 @@ def _write_parquet(lines: Path, output: Path) -> None:
         for line in read_lines(lines):
             if "error" in line:
                 continue
-            row = {"id": str(line.get("id", line["index"])), "embedding": line["embedding"]}
-            if "text_embeddings" in found:
+            row: JsonObject = {
+                "id": str(line.get("id", line["index"])),
+                "embedding": line["embedding"],
+            }
+            if with_texts:
                 row["text_embeddings"] = line["text_embeddings"]
             group.append(row)
             if len(group) == _ROWS_PER_GROUP:

@@ -59,13 +59,19 @@ class RecordName(TypedDict):
 
 
 class ResultLine(RecordName):
-    """A line of the output: a record with its reply, or with its error."""
+    """A line of the output: a record with its reply or its vectors, or with its error."""
 
     reply: NotRequired[str]
     tokens: NotRequired[int]
     """Tokens of the reply, the end token included."""
     finished: NotRequired[bool]
     """False for a reply that was cut at `max_new_tokens`."""
+    embedding: NotRequired[list[float]]
+    """Vector of the file, of length 1."""
+    text_embeddings: NotRequired[list[list[float]]]
+    """Vectors of the captions."""
+    scores: NotRequired[dict[str, float]]
+    """By class."""
     error: NotRequired[str]
     """Reason for a missing reply."""
 
