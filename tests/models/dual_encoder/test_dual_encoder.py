@@ -26,7 +26,7 @@ from medm.models.dual_encoder.modeling import MAX_LOG_SCALE, DualEncoder
 from medm.models.estimate import estimate
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import apply_parts, parameter_groups
-from medm.types import Sample, VisionFeatures
+from medm.types import VisionFeatures
 from tests.models.dual_encoder.tiny import (
     IDS,
     MASK,
@@ -512,8 +512,6 @@ def test_the_processor_pads_cuts_and_refuses(tokenizer: str) -> None:
             processor.encode_text(wrong)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="given; the model takes images"):
         processor(volumes=torch.zeros(4, 8, 8).numpy())
-    with pytest.raises(DataError, match="reads pairs"):
-        processor.encode(Sample(()), {})
     inputs = processor("a mass", images=torch.zeros(9, 9, dtype=torch.uint8).numpy())
     assert inputs["pixels"]["image"].shape == (1, 3, 16, 16)
     assert inputs.to(torch.float64)["pixels"]["image"].dtype == torch.float64
