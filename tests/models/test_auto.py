@@ -221,13 +221,13 @@ def test_importing_medm_imports_no_tensor_library() -> None:
 @pytest.mark.parametrize(
     ("teach", "module"),
     [
-        ("_teach_configs", SimpleNamespace(CONFIG_MAPPING=object())),
-        ("_teach_configs", SimpleNamespace(CONFIG_MAPPING=SimpleNamespace(_extra_content=[]))),
-        ("_teach_configs", SimpleNamespace()),
-        ("_teach_processors", SimpleNamespace()),
-        ("_teach_processors", SimpleNamespace(PROCESSOR_MAPPING=object())),
+        ("_patch_configs", SimpleNamespace(CONFIG_MAPPING=object())),
+        ("_patch_configs", SimpleNamespace(CONFIG_MAPPING=SimpleNamespace(_extra_content=[]))),
+        ("_patch_configs", SimpleNamespace()),
+        ("_patch_processors", SimpleNamespace()),
+        ("_patch_processors", SimpleNamespace(PROCESSOR_MAPPING=object())),
         (
-            "_teach_processors",
+            "_patch_processors",
             SimpleNamespace(PROCESSOR_MAPPING=SimpleNamespace(_extra_content=())),
         ),
     ],
