@@ -103,6 +103,13 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _monitors_have_their_moment(self) -> Recipe:
+        labels = [monitor.task.label for monitor in self.monitors]
+        metric = (self.train.metric_for_best_model or "").removeprefix("eval_")
+        if metric.startswith("zero-shot-") and metric.rpartition("_")[0] not in labels:
+            raise ValueError(
+                f"train.metric_for_best_model: {metric} is of no monitor; expected "
+                f"{' or '.join(f'{label}_accuracy' for label in labels) or 'one in monitors'}"
+            )
         if not self.monitors:
             return self
         if not isinstance(self.model, DualEncoderOptions):
@@ -115,7 +122,6 @@ class Recipe(Options):
                 "monitors: scored after each evaluation, and train.eval_strategy is no; set it to "
                 "steps or epoch"
             )
-        labels = [monitor.task.label for monitor in self.monitors]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"monitors: {', '.join(twice)} stands twice; one key would hold both")
         return self

@@ -135,6 +135,8 @@ def test_a_recipe_without_evaluations_or_for_another_kind_is_refused(world: Path
     assert "monitors" in resolved(load_recipe(path))
     with pytest.raises(RecipeError, match=r"train\.eval_strategy is no; set it to steps or epoch"):
         load_recipe(path, ["train.eval_strategy=no"])
+    with pytest.raises(RecipeError, match=r"of no monitor; expected zero-shot-breast-us_accuracy"):
+        load_recipe(path, ["train.metric_for_best_model=zero-shot-pcam_accuracy"])
     content = yaml.safe_load(path.read_text())
     content["monitors"] *= 2
     path.write_text(yaml.safe_dump(content))
