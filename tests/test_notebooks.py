@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cli.runner import medm
 from tests.models.dual_encoder.tiny import make, save_tokenizer, section
 
 NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
@@ -49,6 +52,22 @@ def test_every_cell_runs(
     assert "grid: (2, 2)" in text
     rows = space["probabilities"].sum(dim=1)
     assert rows.tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_commands_of_its_text_run(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(NOTEBOOKS.parents[1])
+    text = "\n".join(cells(name, "markdown"))
+    lines = [line for line in text.splitlines() if re.match("medm (zero-shot|embed) ", line)]
+    assert len(lines) == 2
+    for line in lines:
+        line = line.replace("models/unimed-b16", str(model)).replace("work_dirs", str(tmp_path))
+        done = medm(*shlex.split(line)[1:])
+        assert done.code == 0, done.err
+    assert len(list((tmp_path / "maps").iterdir())) == 4
+    assert (tmp_path / "vectors.npz").is_file()
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -11,7 +11,7 @@ import torch
 
 from medm.errors import MedmError, RecipeError
 from medm.imaging.preview import similarity_sheet
-from medm.inference.embedder import Embedder
+from medm.models.dual_encoder.embedder import Embedder
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,27 +56,43 @@ def recall_at_k(
         ("text-to-image", similarity.T, relevant.T),
     ):
         place = ranks(scores, wanted)
-        signature = f"{direction}|candidates:{scores.shape[1]}|ties:last"
-        for k in cutoffs:
-            result = mean_result(
-                f"{direction}-R@{k}", (place <= k).astype(float), signature, resampling
-            )
-            if len(place) and k >= scores.shape[1]:
-                reason = (
-                    f"undefined: any ranking of {scores.shape[1]} candidates has the right one "
-                    f"among {k}"
-                )
-                result = undefined(result, reason)
-            results.append(result)
-        results.append(
-            result_of(
-                f"{direction}-median-rank",
-                _WeightedMedian(place),
-                len(place),
-                signature,
-                resampling,
-            )
+        results += recall_of_ranks(
+            place, scores.shape[1], direction, cutoffs=cutoffs, resampling=resampling
         )
+    return results
+
+
+def recall_of_ranks(
+    place: np.ndarray,
+    candidates: int,
+    direction: str,
+    *,
+    cutoffs: Sequence[int] = (1, 5, 10),
+    resampling: Resampling = DEFAULT,
+) -> list[MetricResult]:
+    """Fraction of queries whose rank is among the first k, and the median rank.
+
+    Args:
+        place: (Q,) rank from 1 of each query's best relevant candidate.
+        candidates: how many were ranked.
+        direction: beginning of the names of the results.
+        cutoffs: the values of k.
+        resampling: how the interval is drawn.
+    """
+    results = []
+    signature = f"{direction}|candidates:{candidates}|ties:last"
+    for k in cutoffs:
+        result = mean_result(
+            f"{direction}-R@{k}", (place <= k).astype(float), signature, resampling
+        )
+        if len(place) and k >= candidates:
+            reason = (
+                f"undefined: any ranking of {candidates} candidates has the right one among {k}"
+            )
+            result = undefined(result, reason)
+        results.append(result)
+    median = _WeightedMedian(place)
+    results.append(result_of(f"{direction}-median-rank", median, len(place), signature, resampling))
     return results
 
 

@@ -90,6 +90,24 @@ class ZeroShotOptions(ClassTaskOptions):
     them."""
 
 
+class ProbeOptions(ClassTaskOptions):
+    """Classifiers on vectors."""
+
+    shots: list[Annotated[int, Field(ge=1)]] = []
+    """Also classifiers that are trained on so many files of each class."""
+    draws: int = Field(default=3, ge=1)
+    """Random choices of these files; their mean is reported."""
+    l2: float = Field(default=0.01, gt=0)
+    """Weight of half the sum of the squared weights, beside the sum of the cross-entropy."""
+
+
+class RetrievalOptions(TaskOptions):
+    """Images or volumes and their captions."""
+
+    path: str
+    """Annotation file of pairs (JSON, JSONL, CSV, TSV), relative to the data folder."""
+
+
 TASKS: Registry[type[Task]] = Registry("task", group="medm.tasks", options=TaskOptions)
 
 # fmt: off
@@ -121,5 +139,7 @@ TASKS.add("ct-rate-long", "medm.tasks.ct_rate:CTRateLong", "CT-RATE VQA, long an
 TASKS.add("medqa", "medm.tasks.text_qa:MedQA", "MedQA (USMLE), text with options")
 TASKS.add("pubmedqa", "medm.tasks.text_qa:PubMedQA", "PubMedQA, yes / no / maybe with the abstract")
 TASKS.add("zero-shot", "medm.tasks.zero_shot:ZeroShot", "class-labelled sets by card: the class whose texts are nearest", options=ZeroShotOptions)
+TASKS.add("probe", "medm.tasks.probe:Probe", "class-labelled sets by card: linear and few-shot classifiers on vectors", options=ProbeOptions)
+TASKS.add("retrieval", "medm.tasks.retrieval:Retrieval", "image-text retrieval, both ways, on a file of pairs", options=RetrievalOptions)
 TASKS.add("custom", "medm.tasks.custom:Custom", "your own JSON with a list of metrics", options=CustomOptions)
 # fmt: on

@@ -153,6 +153,10 @@ class Task(ABC):
         """
         return record
 
+    def is_empty(self, record: Record) -> bool:
+        """Return whether a prediction holds nothing that is scored."""
+        return not str(record["prediction"]).strip()
+
     def without_models(self) -> Task:
         """Return the task without intervals and without metrics that load a model.
 
@@ -243,7 +247,7 @@ class Task(ABC):
                     for value in values
                 }
         failures = [row[FAILED] for row in rows if row.get(FAILED) is not None]
-        empty = sum(not str(row["prediction"]).strip() for row in rows if row.get(FAILED) is None)
+        empty = sum(self.is_empty(row) for row in rows if row.get(FAILED) is None)
         notes = [f"{empty} of {len(rows)} items have no answer and count as wrong"] if empty else []
         if failures:
             notes.append(

@@ -216,37 +216,7 @@ class ZeroShot(ClassTask):
         card, classes = self.cards[name], self.classes_of(name, records)
         if card.labels == "multi":
             return self._measure_multi(name, records, resampling)
-        guesses, truths = _labels(records)
-        results = accuracy(guesses, truths, resampling=resampling)
-        results += balanced_accuracy(guesses, truths, resampling=resampling)
-        results += macro_f1(guesses, truths, resampling=resampling)
-        if card.positive is not None:
-            positive = normalize_answer(card.positive)
-            # No class at all is a miss on both sides.
-            decided = [
-                int(guess == positive if guess else truth != positive)
-                for guess, truth in zip(guesses, truths, strict=True)
-            ]
-            results += sensitivity_specificity(
-                decided, [int(truth == positive) for truth in truths], resampling=resampling
-            )
-        odds = [self._with_odds(record, classes) for record in records]
-        return results + scoring.class_areas(odds, classes, resampling)
-
-    def _with_odds(self, record: Record, classes: Sequence[str]) -> Record:
-        """The record with log odds of each class against the others in place of its scores.
-
-        Logits of one item are shifted against those of another, so that they are not ranked as they
-        are. Log odds rank as the softmax does, and do not saturate.
-        """
-        if record.get("scores") is None or self.probabilities:
-            return record
-        scores = _by_class(record, classes, classes)
-        values = np.array([scores[one] for one in classes], dtype=np.float64)
-        odds = [
-            float(values[i] - np.logaddexp.reduce(np.delete(values, i))) for i in range(len(values))
-        ]
-        return {**record, "scores": dict(zip(classes, odds, strict=True))}
+        return class_results(card, classes, records, resampling, probabilities=self.probabilities)
 
     def _measure_multi(
         self, name: str, records: Sequence[Record], resampling: Resampling
@@ -276,6 +246,57 @@ class ZeroShot(ClassTask):
                     )
                 ]
         return results
+
+
+def class_results(
+    card: Card,
+    classes: Sequence[str],
+    records: Sequence[Record],
+    resampling: Resampling,
+    *,
+    probabilities: bool = False,
+) -> list[MetricResult]:
+    """Accuracy, balanced accuracy, macro-F1 and AUROC of a set with one class a file.
+
+    Args:
+        card: of the set.
+        classes: in the order of the scores.
+        records: with `prediction`, and `scores` where there are such.
+        resampling: how intervals are drawn.
+        probabilities: the scores are probabilities and not logits.
+    """
+    guesses, truths = _labels(records)
+    results = accuracy(guesses, truths, resampling=resampling)
+    results += balanced_accuracy(guesses, truths, resampling=resampling)
+    results += macro_f1(guesses, truths, resampling=resampling)
+    if card.positive is not None:
+        positive = normalize_answer(card.positive)
+        # No class at all is a miss on both sides.
+        decided = [
+            int(guess == positive if guess else truth != positive)
+            for guess, truth in zip(guesses, truths, strict=True)
+        ]
+        results += sensitivity_specificity(
+            decided, [int(truth == positive) for truth in truths], resampling=resampling
+        )
+    rows = records if probabilities else [_with_odds(record, classes) for record in records]
+    return results + scoring.class_areas(rows, classes, resampling)
+
+
+def _with_odds(record: Record, classes: Sequence[str]) -> Record:
+    """The record with log odds of each class against the others in place of its scores.
+
+    Logits of one item are shifted against those of another, so that they are not ranked as they
+    are. Log odds rank as the softmax does, and do not saturate.
+    """
+    if record.get("scores") is None:
+        return record
+    scores = _by_class(record, classes, classes)
+    values = np.array([scores[one] for one in classes], dtype=np.float64)
+    odds = [
+        float(values[i] - np.logaddexp.reduce(np.delete(values, i))) for i in range(len(values))
+    ]
+    return {**record, "scores": dict(zip(classes, odds, strict=True))}
 
 
 def _absent(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Options of the `parts`, `train` and `diagnostics` sections of a recipe. Torch-free."""
+"""Options of the sections `parts`, `train`, `diagnostics`, `monitors` of a recipe. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from medm.config import Mark, Options, ResumeSafe
+from medm.registry import NamedBlock
+from medm.tasks import TASKS, TaskOptions, ZeroShotOptions
 
 T = TypeVar("T")
 
@@ -23,6 +25,31 @@ class DiagnosticsOptions(Options):
     batches: int = Field(default=4, ge=1)
     """Batches that a measurement is averaged over: the last ones of the training. Each costs one
     forward and backward pass, and memory for one gradient, per task."""
+
+
+class MonitorOptions(Options):
+    """Zero-shot scores of a class-labelled set after each evaluation
+    (`medm.training.zero_shot_monitor`), without effect on the training.
+    """
+
+    task: Annotated[TaskOptions, NamedBlock(TASKS)]
+    """`{name: zero-shot, card: NAME}`: one set, or a suite."""
+    data: str
+    """Folder of the set, or the one that holds a folder for each set of a suite."""
+    split: str | None = None
+    """Split that is scored. Default: test. Choose another one where the best weights are chosen by
+    its score."""
+    limit: int | None = Field(default=None, ge=1)
+    """Score only the first N files."""
+    batch_size: int = Field(default=32, ge=1)
+    """Files that each rank encodes at once."""
+
+    @field_validator("task")
+    @classmethod
+    def _scores_texts(cls, task: TaskOptions) -> TaskOptions:
+        if not isinstance(task, ZeroShotOptions):
+            raise ValueError(f"{task.name!r} is no monitor; expected zero-shot")
+        return task
 
 
 class NewTokenOptions(Options):

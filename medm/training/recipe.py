@@ -19,6 +19,7 @@ from medm.config import Mark, Options, ResumeSafe, apply_overrides, flatten, rea
 from medm.data.options import DataOptions
 from medm.errors import MedmError, suggest
 from medm.models import MODELS, outputs_of
+from medm.models.dual_encoder.options import DualEncoderOptions
 from medm.models.options import ModelOptions
 from medm.objectives import (
     OBJECTIVES,
@@ -27,7 +28,14 @@ from medm.objectives import (
     TermsOptions,
 )
 from medm.registry import EACH_ITEM, EACH_VALUE, NamedBlock, sections_in
-from medm.training.options import DiagnosticsOptions, Part, PartOptions, TrainOptions, flatten_parts
+from medm.training.options import (
+    DiagnosticsOptions,
+    MonitorOptions,
+    Part,
+    PartOptions,
+    TrainOptions,
+    flatten_parts,
+)
 
 
 class Recipe(Options):
@@ -49,6 +57,9 @@ class Recipe(Options):
     weight."""
     diagnostics: ResumeSafe[DiagnosticsOptions | None] = None
     """Measure gradients between tasks and routing weights during the run; null does not."""
+    monitors: ResumeSafe[list[MonitorOptions]] = []
+    """Zero-shot scores of class-labelled sets after each evaluation, on all ranks; for dual
+    encoders."""
     init_from: str | None = None
     """Folder of a trained model to start from. `--resume`, in contrast, continues this run."""
     output_dir: ResumeSafe[str]
@@ -91,6 +102,31 @@ class Recipe(Options):
         return self
 
     @model_validator(mode="after")
+    def _monitors_have_their_moment(self) -> Recipe:
+        labels = [monitor.task.label for monitor in self.monitors]
+        metric = (self.train.metric_for_best_model or "").removeprefix("eval_")
+        if metric.startswith("zero-shot-") and metric.rpartition("_")[0] not in labels:
+            raise ValueError(
+                f"train.metric_for_best_model: {metric} is of no monitor; expected "
+                f"{' or '.join(f'{label}_accuracy' for label in labels) or 'one in monitors'}"
+            )
+        if not self.monitors:
+            return self
+        if not isinstance(self.model, DualEncoderOptions):
+            raise ValueError(
+                f"monitors: need a model of kind 'dual-encoder', and this one is "
+                f"{self.model.kind!r}; leave monitors out"
+            )
+        if self.train.eval_strategy == "no":
+            raise ValueError(
+                "monitors: scored after each evaluation, and train.eval_strategy is no; set it to "
+                "steps or epoch"
+            )
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"monitors: {', '.join(twice)} stands twice; one key would hold both")
+        return self
+
+    @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:
         given = outputs_of(self.model)
         for name, objective in self.objective.objectives().items():
@@ -125,8 +161,9 @@ def short_form(place: Sequence[str]) -> str | None:
 
 
 def resolved(recipe: Recipe) -> dict[str, object]:
-    """Return the recipe with all defaults, as plain values."""
-    return recipe.model_dump(mode="json")
+    """Return the recipe with all defaults, as plain values; `monitors` only if there are some."""
+    content = recipe.model_dump(mode="json")
+    return content if recipe.monitors else {k: v for k, v in content.items() if k != "monitors"}
 
 
 def dump(recipe: Mapping[str, object]) -> str:

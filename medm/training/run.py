@@ -37,6 +37,7 @@ from medm.training.parts import PartTable, apply_parts
 from medm.training.recipe import Recipe, differences, resolved
 from medm.training.resumable import check_continues, lock_on_rank_zero
 from medm.training.trainer import MedmTrainer
+from medm.types import Processor
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ def _train(
         )
     apply_kernels(model, options)
     terms, callbacks = terms_of(recipe.objective), _callbacks(recipe)
+    callbacks += _monitors(recipe, processor)
     if recipe.diagnostics is not None:
         tasks = list(getattr(processor, "tasks", None) or [])
         require_measurable(terms, tasks, packing=recipe.data.packing, deepspeed=options.deepspeed)
@@ -224,6 +226,17 @@ def _callbacks(recipe: Recipe) -> list[TrainerCallback]:
             )
         )
     return callbacks
+
+
+def _monitors(recipe: Recipe, processor: Processor) -> list[TrainerCallback]:
+    """Open the sets that are scored during the run. Raises `DataError` where one is incomplete."""
+    if not recipe.monitors:
+        return []
+    from medm.models.dual_encoder.processing import DualEncoderProcessor
+    from medm.training.zero_shot_monitor import ZeroShotMonitor
+
+    assert isinstance(processor, DualEncoderProcessor)
+    return [ZeroShotMonitor(options, processor) for options in recipe.monitors]
 
 
 def _save_final(

@@ -86,7 +86,10 @@ SUITES = {
 """Name to summary, model and tasks, with their options. M3D's masks are no answers of a text model
 and have launchers of their own."""
 
-CARDS = {"zero-shot": "unimed-clip-21"}
+_OWN = ("custom", "retrieval")
+"""Tasks that need a file of one's own."""
+
+CARDS = {"zero-shot": "unimed-clip-21", "probe": "breast-us"}
 """Card or suite of the launchers of tasks on cards."""
 
 OF_VOLUMES = ("m3d-", "ct-rate-")
@@ -124,9 +127,9 @@ def launcher(entry: Entry) -> str:
 
 
 def launchers() -> dict[str, str]:
-    """File name to text; `custom` needs a file and metrics of one's own and has none."""
+    """File name to text; those of files of one's own have none."""
     return {
-        f"{entry.name}.sh": launcher(entry) for entry in TASKS.entries() if entry.name != "custom"
+        f"{entry.name}.sh": launcher(entry) for entry in TASKS.entries() if entry.name not in _OWN
     }
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from medm.inference.embedder import Embedder, load_embedder
+from medm.inference.embedder import load_embedder
 from medm.inference.zero_shot import class_vectors
+from medm.models.dual_encoder.embedder import Embedder
 from tests.cli.runner import medm
 from tests.models.dual_encoder import tiny
 

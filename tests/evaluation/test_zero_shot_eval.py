@@ -104,3 +104,36 @@ def test_two_cards_stand_in_one_run_and_one_card_twice_does_not(root: Path) -> N
     validate(EvalOptions, section("breast-us", "thyroid-us"), source="test")
     with pytest.raises(RecipeError, match="zero-shot-pcam stands twice"):
         validate(EvalOptions, section("pcam", "my/pcam.yaml"), source="test")
+
+
+def evaluated(root: Path, output: Path, task: dict[str, Any], data: Path) -> Any:
+    section = {
+        "model": str(root / "model"),
+        "tasks": [{"task": {"rounds": 20, **task}, "data": str(data)}],
+        "output_dir": str(output),
+    }
+    (report,) = evaluate(validate(EvalOptions, section, source="test")) or [None]
+    return report
+
+
+def test_retrieval_and_probe_score_the_vectors_of_the_model(root: Path, tmp_path: Path) -> None:
+    captions = ["normal", "effusion", "mass", "left knee", "right brain", "a chest radiograph"]
+    rows = [
+        {"id": str(n), "image": f"{n}.png", "captions": [text]} for n, text in enumerate(captions)
+    ]
+    (root / "data/pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {"name": "retrieval", "path": "pairs.jsonl"}
+    report = evaluated(root, tmp_path, task, root / "data")
+    embedder = load_embedder(str(root / "model"), device=torch.device("cpu"))
+    images = embedder.images([root / f"data/{n}.png" for n in range(6)])
+    cosine = images.double() @ embedder.texts(captions).double().T
+    first = (cosine.argmax(dim=1) == torch.arange(6)).float().mean()
+    found = {result.name: result for result in report.scores.results}
+    assert found["image-to-text-R@1"].value == pytest.approx(float(first))
+    assert found["text-to-image-R@1"].n == 6
+    assert (report.n, report.answered, report.scores.empty) == (6, 6, 0)
+    folder = root / "data"
+    (folder / "train.csv").write_text((folder / "test.csv").read_text())
+    report = evaluated(root, tmp_path, {"name": "probe", "card": "breast-us", "l2": 1e-6}, folder)
+    assert report.scores.results[0].value == 1  # scored on the files that it was trained on
+    assert report.scores.results[0].n == 6

@@ -15,8 +15,9 @@ from torch.nn.functional import normalize
 from medm.config import validate
 from medm.errors import CheckpointError, RecipeError
 from medm.inference.batch import infer
-from medm.inference.embedder import Embedder, load_embedder
+from medm.inference.embedder import load_embedder
 from medm.inference.options import EmbedOptions
+from medm.models.dual_encoder.embedder import Embedder
 from tests.models.dual_encoder import tiny
 
 

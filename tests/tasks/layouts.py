@@ -27,6 +27,8 @@ class Layout:
     """A file without which the split cannot be read."""
     options: dict[str, Any] = field(default_factory=dict)
     train: str = "train"
+    scored: int | None = None
+    """Items that scores are of, where some are for training."""
 
 
 def put_json(path: Path, value: Any) -> None:
@@ -395,6 +397,13 @@ def breast_us(root: Path) -> None:
         put_csv(root / f"{split}.csv", rows)
 
 
+def pairs(root: Path) -> None:
+    rows = [{"id": f"p{n}", "image": f"{n}.png", "captions": [f"finding {n}"]} for n in range(3)]
+    for row in rows:
+        put_image(root / str(row["image"]), (8, 8))
+    put_json(root / "pairs.json", rows)
+
+
 LAYOUTS: dict[str, Layout] = {
     "slake-vqa": Layout(slake_tree, 2, "imgs/xmlab1/question.json"),
     "slake-rec": Layout(slake_tree, 3, "imgs/xmlab1/detection.json"),
@@ -424,6 +433,8 @@ LAYOUTS: dict[str, Layout] = {
     "medqa": Layout(medqa, 2, "questions/US/test.jsonl"),
     "pubmedqa": Layout(pubmedqa, 3, "test_set.json"),
     "zero-shot": Layout(breast_us, 3, "test.csv", {"card": "breast-us"}),
+    "probe": Layout(breast_us, 6, "train.csv", {"card": "breast-us"}, scored=3),
+    "retrieval": Layout(pairs, 3, "pairs.json", {"path": "pairs.json"}),
     "custom": Layout(
         custom, 2, "mine.json",
         {"path": "mine.json", "metrics": [{"name": "closed-accuracy"}, {"name": "rouge", "stem": True}],

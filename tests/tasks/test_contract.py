@@ -38,6 +38,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+VECTORS = {
+    "benign": [1.0, 0.0], "malignant": [0.0, 1.0],
+    "finding 0": [1.0, 0.0, 0.0], "finding 1": [0.0, 1.0, 0.0], "finding 2": [0.0, 0.0, 1.0],
+}  # fmt: skip
+"""A vector for each answer of the tasks that score vectors."""
+
+
 def records(task: Task, folder: Path, answer: Any) -> list[dict[str, Any]]:
     """Scoring records with predictions `answer(sample)`; masks are measured as a run would."""
     rows = join_predictions(task.samples(folder, task.eval_split), {})
@@ -47,6 +54,9 @@ def records(task: Task, folder: Path, answer: Any) -> list[dict[str, Any]]:
             truth = task.reference(folder, row)
             guess = truth if row["prediction"] == row["answer"] else np.zeros_like(truth)
             row.update(task.measure_mask(guess.astype(float), truth))
+        if "embeddings" in task.needs and row["prediction"] == row["answer"]:
+            row["embedding"] = VECTORS[row["answer"]]
+            row["text_embeddings"] = [VECTORS[row["answer"]]]
     return rows
 
 
@@ -111,7 +121,7 @@ def test_right_answers_score_best_and_wrong_ones_do_not(
     assert headline.value == pytest.approx(expected, rel=1e-6)
     assert expected > 0.8
     assert wrong.results[0].value < 0.5
-    assert headline.n == LAYOUTS[name].count
+    assert headline.n == (LAYOUTS[name].scored or LAYOUTS[name].count)
     for group in right.groups.values():
         assert sum(results[0].n for results in group.values()) == LAYOUTS[name].count
     everything = (*right.results, *right.original)
@@ -132,7 +142,7 @@ def test_right_answers_score_best_and_wrong_ones_do_not(
         )
 
 
-DIAGNOSTICS = ("unparsed", "unreadable", "malformed", "repaired", "ceiling")
+DIAGNOSTICS = ("unparsed", "unreadable", "malformed", "repaired", "ceiling", "median-rank")
 """Ends of names of results that say how replies could be read, and are no scores."""
 LABELED = (
     "chest-label",
@@ -169,7 +179,7 @@ def test_no_answer_scores_worst_and_is_said(
             row.update(task.measure_file(folders[name], row, None))
             row[WITHOUT_MASK] = True
     scores = task.score(rows)
-    assert scores.results[0].n == LAYOUTS[name].count
+    assert scores.results[0].n == (LAYOUTS[name].scored or LAYOUTS[name].count)
     for result in scored([*scores.results, *scores.original]):
         if result.name == "hd95":
             assert result.value == pytest.approx(

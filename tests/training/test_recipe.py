@@ -261,6 +261,7 @@ RESUME_SAFE = {
     "data.bad_records_limit",
     "data.cache",
     "diagnostics",
+    "monitors",
 }
 """Every key that may change between a run and its continuation. A new one is a decision, so it is
 written here too."""

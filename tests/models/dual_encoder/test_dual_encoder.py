@@ -523,7 +523,7 @@ def test_a_recipe_is_estimated_without_weights(tokenizer: str) -> None:
     model, _ = make(section(tokenizer))
     assert found.parameters == sum(weight.numel() for weight in model.parameters())
     assert {part.name for part in found.parts} == content.part_names()
-    assert "no language model" in found.unknown
+    assert "a language model alone" in found.unknown
 
 
 def test_the_kind_is_in_the_table() -> None:
