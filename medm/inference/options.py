@@ -122,8 +122,8 @@ class EmbedOptions(RunOptions):
     root: str | None = None
     """Folder that image and volume paths are relative to. Default: the folder of `data`."""
     output: str
-    """JSONL file to append to, one line per record once it has its vector. A run that was stopped
-    resumes in it."""
+    """File for the vectors: .jsonl, or with `medm embed` also .npz or .parquet. A run that was
+    stopped resumes with the same one."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first N records."""
     overwrite: bool = False

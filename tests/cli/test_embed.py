@@ -14,12 +14,13 @@ from medm.inference.embedder import load_embedder
 from medm.inference.zero_shot import class_vectors
 from medm.models.dual_encoder.embedder import Embedder
 from tests.cli.runner import medm
+from tests.encoders.tiny import TINY_ENCODERS
 from tests.models.dual_encoder import tiny
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dual encoder in `model`, one of volumes in `model3d`, and files for both."""
+    """A dual encoder in `model`, and images."""
     root = tmp_path_factory.mktemp("embed")
     tokenizer = tiny.save_tokenizer(root / "tokenizer")
     model, processor = tiny.make(tiny.section(tokenizer))
@@ -175,3 +176,35 @@ def test_outputs_that_cannot_be_written_are_refused_before_any_work(
         str(tmp_path / "x.jsonl"),
     )  # fmt: skip
     assert "expected images at any depth, found none" in " ".join(done.err.split())
+
+
+def test_a_model_of_volumes_takes_volumes(tmp_path: Path) -> None:
+    volume = TINY_ENCODERS["m3d-clip"]
+    section = tiny.section(tiny.save_tokenizer(tmp_path / "tokenizer"), branch="volume")
+    section["image"] = {
+        "encoder": {key: value for key, value in volume.block.items() if key != "image_size"},
+        "pool": "mean",
+        "preprocess": {
+            "size": list(volume.pixels[1:]), "scale": "minmax", "orientation": None,
+        },
+    }  # fmt: skip
+    model, processor = tiny.make(section)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    voxels = np.random.default_rng(0).normal(size=(20, 30, 30)).astype(np.float32)
+    (tmp_path / "scans").mkdir()
+    np.save(tmp_path / "scans/a.npy", voxels)
+    done = medm(
+        "zero-shot", str(tmp_path / "scans/a.npy"), "--model", str(tmp_path / "model"), "--labels",
+        "mass; normal", "--heatmap", str(tmp_path / "maps"),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 2
+    output = tmp_path / "x.npz"
+    done = medm(
+        "embed", str(tmp_path / "scans"), "--model", str(tmp_path / "model"), "--output",
+        str(output),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    with np.load(output) as archive:
+        assert archive["ids"].tolist() == ["a.npy"]
