@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Zero-shot classification on the 21 sets of UniMed-CLIP, a folder for each, in one go. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
+# Zero-shot classification on the 21 sets of UniMed-CLIP, a folder for each in one run. Further arguments go to `medm eval`: --against OTHER_OUTPUT, tasks.0.data=FOLDER ...
 MODEL=${MODEL:-work_dirs/unimed-clip/small}
 OUTPUT=${OUTPUT:-work_dirs/eval}
 GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU

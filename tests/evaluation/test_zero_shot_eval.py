@@ -102,7 +102,7 @@ def test_two_cards_stand_in_one_run_and_one_card_twice_does_not(root: Path) -> N
         return {"model": "m", "tasks": tasks}
 
     validate(EvalOptions, section("breast-us", "thyroid-us"), source="test")
-    with pytest.raises(RecipeError, match="zero-shot-pcam stands twice"):
+    with pytest.raises(RecipeError, match="zero-shot-pcam occurs twice"):
         validate(EvalOptions, section("pcam", "my/pcam.yaml"), source="test")
 
 
