@@ -1,4 +1,4 @@
-"""Which caption of a pair is learned: rules by name, and the marks of UniMed-CLIP's shards.
+"""Choice of the caption that is learned: rules by name, and the marks of UniMed-CLIP's shards.
 
 UniMed-CLIP's shards hold all captions of an image in one text, separated by a mark that names the
 source. The mark says how one of them is chosen; no other rule may see it as text.

@@ -74,7 +74,7 @@ class PairBatch(TypedDict, total=False):
 
 
 class PairProcessor(Processor, Protocol):
-    """What this pipeline needs of a kind's processor."""
+    """Processor of a kind of model whose records are pairs."""
 
     tokenizer: PreTrainedTokenizerBase
 

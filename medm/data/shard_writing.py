@@ -30,7 +30,7 @@ MAX_KEPT = 1000
 
 @dataclass(slots=True)
 class Written:
-    """What was written."""
+    """Counts of a finished writing."""
 
     shards: int = 0
     samples: int = 0

@@ -78,7 +78,7 @@ class Manifest(Options):
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """Where the samples of one shard are."""
+    """Places of the samples of one shard."""
 
     samples: np.ndarray
     """(N,) of `SAMPLE`."""
@@ -399,7 +399,7 @@ class _Member:
 
     @property
     def suffix(self) -> str:
-        """What follows the first dot, in lower case."""
+        """Part of the name behind the first dot, in lower case."""
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
     def stream(self) -> BinaryIO:

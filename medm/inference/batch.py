@@ -76,10 +76,10 @@ _NOTED = {"limit", "batch_size", "processes", "device", "json_output"}
 
 
 class Answer(Protocol):
-    """What a model gives for one record."""
+    """Result of a model for one record."""
 
     def line(self) -> JsonObject:
-        """Return what the output says of it."""
+        """Return its fields of the output line."""
         ...
 
 

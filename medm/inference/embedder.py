@@ -79,7 +79,7 @@ def make_files(examples: Sequence[Any], samples: Sequence[BaseSample]) -> FileBa
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """What a dual encoder gives for one record."""
+    """Vectors and scores of one record."""
 
     vector: list[float] | None = None
     """Of the file, of length 1."""
@@ -89,7 +89,7 @@ class Embedding:
     """By class."""
 
     def line(self) -> JsonObject:
-        """Return what an output file says of it."""
+        """Return its fields of the output line."""
         line: JsonObject = {}
         if self.scores:
             line |= {"scores": dict(self.scores)}

@@ -57,7 +57,7 @@ def embed(options: EmbedOptions, *, progress: Progress | None = None) -> InferSu
 
 
 def _writer(output: Path) -> Callable[[Path, Path], None] | None:
-    """What makes the output of the lines; None where the lines are the output."""
+    """Return the writer of the output; None if the lines themselves are the output."""
     endings: dict[str, Callable[[Path, Path], None] | None] = {
         ".jsonl": None,
         ".npz": _write_npz,

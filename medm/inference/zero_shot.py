@@ -16,7 +16,7 @@ from medm.models.dual_encoder.embedder import Embedder
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a model says of one file."""
+    """Scores of one file."""
 
     file: str
     probabilities: dict[str, float]

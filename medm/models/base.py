@@ -1,4 +1,4 @@
-"""What every model of medm is, whatever it computes: named parts, adapters in them, a config.
+"""Contract of every model: named parts, adapters in them, a config, and its kind.
 
 A model may hold state beside its weights that training alone needs (a momentum copy, a queue), and
 act after a step.
@@ -228,8 +228,9 @@ class CardText:
 
 
 class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
-    """How a kind of model comes out of a recipe's `model` section; a line of `medm.models.kinds`
-    names its class.
+    """Way from a recipe's `model` section to a model and its processor.
+
+    A line of `medm.models.kinds`, or a plug-in, names the class.
 
     `medm.models.auto` registers the three classes of every kind with transformers' Auto classes. A
     subclass without one of them, or without an abstract method, raises `TypeError` when it is
@@ -313,8 +314,9 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
         return self.build(options)[1]
 
     def preprocess(self, options: OptionsT) -> dict[str, Preprocess]:
-        """What is done to the pixels of each branch. Kinds that know it without their language
-        model override this.
+        """Return the preprocessing of each branch.
+
+        Kinds that know it without their language model override this.
         """
         return dict(self.processor(options).preprocess)
 

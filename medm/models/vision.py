@@ -121,7 +121,7 @@ def _encoder_config(options: EncoderOptions) -> tuple[Config, Config]:
 def _bundle_config(
     entry: Config, options: EncoderOptions, bundle: Mapping[str, Any]
 ) -> tuple[Config, Config]:
-    """The same, from an encoder that medm exported."""
+    """Return config and preprocessing of an encoder that medm exported."""
     if bundle["encoder"] != options.name:
         raise RecipeError(
             f"{options.path}: holds an encoder {bundle['encoder']!r}, not {options.name!r}; name "

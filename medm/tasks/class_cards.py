@@ -115,7 +115,7 @@ class ClassEntry(Options):
 
 
 class Leak(Options):
-    """What is known of test files in the pretraining data of UniMed-CLIP."""
+    """Presence of the test files in the pretraining data of UniMed-CLIP."""
 
     flag: Literal["yes", "possible", "none-known"]
     reason: str = Field(min_length=10)

@@ -142,7 +142,7 @@ def _places(
 
 
 def _of_texts(drawn: Resampling, owner: np.ndarray) -> Resampling:
-    """How captions are drawn: with their images, where an image has several."""
+    """Return the resampling of captions: several of one image are drawn with it."""
     if drawn.clusters is not None:
         members = tuple(drawn.clusters.members[row] for row in owner)
         return replace(drawn, clusters=replace(drawn.clusters, members=members))

@@ -158,7 +158,7 @@ class ZeroShot(ClassTask):
         return texts
 
     def _score_names(self, name: str) -> list[str]:
-        """What the scores of a set are of, in their order."""
+        """Return the names that the scores of a set belong to, in their order."""
         entries = self.cards[name].classes.items()
         return [*self.classes_of(name), *(_absent(one) for one, entry in entries if entry.negative)]
 

@@ -1,4 +1,4 @@
-"""What a dual encoder is: every size resolved, so that it can be built without asking anyone."""
+"""Config of a dual encoder: every size resolved, so that it can be built without other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dual encoder computes: a vector for each image and each text, and the scale of scores.
+"""Dual encoder: a vector for each image and each text, and the scale of scores.
 
 Knows nothing of losses: an objective compares the vectors, over all processes.
 """

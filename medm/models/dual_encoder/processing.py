@@ -1,5 +1,6 @@
-"""How images, volumes and texts become tensors of a dual encoder. Saved with the model, the same in
-training and serving.
+"""Processor of a dual encoder: images, volumes and texts to tensors.
+
+It is saved with the model, and the same in training and inference.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class PretrainedSource:
         return preprocessor_of(self._json("open_clip_config.json").get("preprocess_cfg", {}))
 
     def has_config(self) -> bool:
-        """Whether a file says sizes, be it transformers' or open_clip's."""
+        """Return True if a file has the sizes, be it transformers' or open_clip's."""
         return bool(self._json("config.json") or self._json("open_clip_config.json"))
 
     def in_file(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a source of pairs must be, and how its rows become records of the pipeline `pairs`."""
+"""Contract of a source of pairs, and the way from its rows to records of the pipeline `pairs`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Pair:
     """Tells pairs of one row apart."""
 
     def fault(self, reason: str) -> DataError:
-        """What is wrong with the row, and where it is."""
+        """Return the fault of a row, and its place."""
         return DataError(reason, file=self.file, index=self.index)
 
 
@@ -214,7 +214,7 @@ def read_paths(file: Path) -> list[str]:
 
 
 def is_empty(text: str) -> bool:
-    """Whether a field of a CSV stands for a missing value."""
+    """Return True if a field of a CSV stands for a missing value."""
     return text.strip().lower() in _EMPTY
 
 

@@ -22,7 +22,7 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 class Wordings(Options):
-    """How a domain is described: one file of `captions/`."""
+    """Descriptions of a domain: one file of `captions/`."""
 
     sentences: dict[str, list[str]] = {}
     """Class to sentences of its own; the n-th sentences of several classes make the n-th
