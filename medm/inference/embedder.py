@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
+from torch import Tensor
 
-from medm.errors import CheckpointError
+from medm.inference.loading import load_model
 from medm.inference.options import EmbedOptions
 from medm.types import BaseSample, JsonObject
 
@@ -32,25 +31,18 @@ def load_embedder(
         CheckpointError: see `medm.models.load`; or the model is no dual encoder, which is known
             before weights are read.
     """
-    from medm.models import kind_of_config, load, load_config
     from medm.models.dual_encoder.embedder import Embedder
     from medm.models.dual_encoder.modeling import DualEncoder
     from medm.models.dual_encoder.processing import DualEncoderProcessor
 
-    transformers_logging.disable_progress_bar()
-    model_class = kind_of_config(load_config(folder)).model_class
-    if not issubclass(model_class, DualEncoder):
-        raise CheckpointError(
-            f"{folder}: holds a {model_class.__name__}, which gives no vectors; expected a model "
-            "of kind dual-encoder"
-        )
-    model, processor = load(folder)
-    assert isinstance(model, DualEncoder)
+    model, processor = load_model(
+        folder,
+        DualEncoder,
+        refusal="gives no vectors; expected a model of kind dual-encoder",
+        device=device,
+        dtype=dtype,
+    )
     assert isinstance(processor, DualEncoderProcessor)
-    model.merge_adapters()
-    nn.Module.to(model, device=device, dtype=None if dtype == "saved" else getattr(torch, dtype))
-    model.requires_grad_(False)
-    model.eval()
     return Embedder(model, processor, batch_size=batch_size)
 
 

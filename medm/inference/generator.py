@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
+from torch import Tensor
 
-from medm.errors import CheckpointError, DataError, DeviceError
+from medm.errors import DataError, DeviceError
 from medm.inference.decoding import Decoder, Finish, Prompt, TokenEvent
+from medm.inference.loading import load_model
 from medm.inference.options import GenerationOptions
 from medm.inference.sampling import Sampling
 from medm.inference.streaming import ReplyText
@@ -583,22 +583,15 @@ def load_engine(
         CheckpointError: see `medm.models.load`; or the model generates no text, which is known
             before weights are read.
     """
-    from medm.models import kind_of_config, load, load_config
     from medm.models.lvlm.modeling import LVLMForConditionalGeneration
     from medm.models.lvlm.processing import LVLMProcessor
 
-    transformers_logging.disable_progress_bar()
-    model_class = kind_of_config(load_config(folder)).model_class
-    if not issubclass(model_class, LVLMForConditionalGeneration):
-        raise CheckpointError(
-            f"{folder}: holds a {model_class.__name__}, which generates no text; expected a model "
-            "with a language model"
-        )
-    model, processor = load(folder)
-    assert isinstance(model, LVLMForConditionalGeneration)
+    model, processor = load_model(
+        folder,
+        LVLMForConditionalGeneration,
+        refusal="generates no text; expected a model with a language model",
+        device=device,
+        dtype=dtype,
+    )
     assert isinstance(processor, LVLMProcessor)
-    model.merge_adapters()
-    nn.Module.to(model, device=device, dtype=None if dtype == "saved" else getattr(torch, dtype))
-    model.requires_grad_(False)
-    model.eval()
     return Engine(model, processor, options, slots=slots), processor
