@@ -98,7 +98,8 @@ def test_unknown_name_lists_the_known_ones(fetch, capsys):
     assert fetch.main(["smolllm"]) == 1
     message = capsys.readouterr().err
     assert (
-        "unknown smolllm" in message and "quickstart, clip, 3d, sources, SmolLM2-135M-Instruct" in message
+        "unknown smolllm" in message
+        and "quickstart, clip, 3d, sources, SmolLM2-135M-Instruct" in message
     )
 
 
