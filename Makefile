@@ -1,6 +1,6 @@
 # make quickstart   environment, then the main job end to end on the real data that is shipped (7 minutes on 2 cores after the downloads)
 # make quickstart-3d  the same in 3-D: blocks of CT, Astra's encoder (11 minutes on 2 cores after the downloads)
-# make quickstart-clip contrastive pretraining: zero-shot and retrieval on held-out volumes, the tower in an LVLM (7 minutes on 2 cores after the downloads)
+# make quickstart-clip contrastive pretraining: zero-shot and retrieval on held-out volumes, the tower in an LVLM (8 minutes on 2 cores after the downloads)
 # make uni-med-demo several tasks: experts against the dense baseline on held-out volumes, one table (half an hour on 2 busy cores)
 # make test         environment, then the tests
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
