@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import (
@@ -330,6 +330,22 @@ class ConversationProcessor(Processor, Protocol):
         `generation=True`: the prompt ends where the assistant's reply begins, and nothing is
         labeled.
         """
+        ...
+
+
+class Embedder(Protocol):
+    """Model that gives vectors of files and of texts in one space, ready for use."""
+
+    def pixels(self, pixels: Tensor) -> Tensor:
+        """Return vectors (N, D) of length 1 of preprocessed pixels (N, C, *spatial)."""
+        ...
+
+    def ensembles(self, classes: Sequence[Sequence[str]]) -> Tensor:
+        """Return one vector (K, D) of length 1 for the texts of each class."""
+        ...
+
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Return the scores (N, K) of vectors (N, D) and (K, D)."""
         ...
 
 

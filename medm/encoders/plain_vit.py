@@ -8,6 +8,7 @@ class token.
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping
 from math import prod
 from typing import ClassVar, Literal
@@ -177,9 +178,9 @@ class PlainViT(VisionEncoder):
         self.norm = nn.LayerNorm(self.dim, eps=self.eps) if norm == "after" else nn.Identity()
         self._initialize()
 
+    @abstractmethod
     def embedding(self, channels: int) -> nn.Module:
         """Return the module from pixels (B, channels, *spatial) to (B, cells, dim)."""
-        raise NotImplementedError
 
     def _initialize(self) -> None:
         for parameter in (self.cls_token, self.positions):

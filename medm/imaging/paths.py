@@ -17,6 +17,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
 from medm.errors import MediaError
+from medm.types import Kind
+
+_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".npy")
+_VOLUME_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".npy")
 
 _URL = re.compile(r"^([a-z][a-z0-9+.-]*://|data:|file:)", re.IGNORECASE)
 _DRIVE = re.compile(r"^[a-z]:", re.IGNORECASE)
@@ -47,6 +51,13 @@ def split_series(path: Path) -> tuple[Path, str | None]:
     if not marked or os.path.lexists(path):
         return path, None
     return path.with_name(name), series
+
+
+def files_below(folder: Path, media: Kind) -> list[Path]:
+    """Return the images or volumes at any depth of a folder, in the order of their paths."""
+    endings = _IMAGE_ENDINGS if media == "image" else _VOLUME_ENDINGS
+    found = (path for path in folder.rglob("*") if path.name.lower().endswith(endings))
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
 def resolve_inside(root: Path, relative: str) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from medm.inference.loading import load_model
 from medm.inference.options import EmbedOptions
+from medm.models.class_scores import ClassScores
 from medm.types import BaseSample, JsonObject
 
 if TYPE_CHECKING:
@@ -102,10 +103,7 @@ class EmbeddingEngine:
 
     def __init__(self, embedder: Embedder, options: EmbedOptions) -> None:
         self.embedder, self.options = embedder, options
-        self._classes = {
-            name: (list(texts), embedder.ensembles(list(texts.values())))
-            for name, texts in options.class_texts.items()
-        }
+        self._scores = ClassScores(embedder, options.class_texts) if options.class_texts else None
 
     def generate(self, batch: FileBatch) -> list[Embedding]:
         """Return what is asked for of each file, in order."""
@@ -118,13 +116,10 @@ class EmbeddingEngine:
             captions = [[next(rows) for _ in texts] for texts in batch.captions]
         listed = vectors.tolist() if self.options.vectors == "files" else [None] * len(vectors)
         return [
-            Embedding(listed[row], captions[row], self._scores(vectors[row], batch.sets[row]))
+            Embedding(
+                listed[row],
+                captions[row],
+                self._scores.of(vectors[row], batch.sets[row]) if self._scores else {},
+            )
             for row in range(len(vectors))
         ]
-
-    def _scores(self, vector: Tensor, name: str) -> dict[str, float]:
-        if not self._classes:
-            return {}
-        names, texts = self._classes[name]
-        logits = self.embedder.logits(vector[None], texts)[0]
-        return dict(zip(names, logits.tolist(), strict=True))

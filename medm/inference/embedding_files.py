@@ -12,12 +12,12 @@ import numpy as np
 from medm.config import validate
 from medm.errors import DataError, DeviceError, RecipeError
 from medm.files import atomic_file, atomic_write_text
+from medm.imaging.paths import files_below
 from medm.inference.batch import InferSummary, Progress, infer
 from medm.inference.options import EmbedOptions
 from medm.inference.predictions import read_lines
 from medm.models import load_processor
 from medm.os_errors import require_writable
-from medm.tasks.class_cards import files_below
 from medm.types import JsonObject, parse_view
 
 

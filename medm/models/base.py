@@ -21,7 +21,7 @@ from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
 from medm.models.options import ModelOptions
 from medm.models.token_rows import HeldRows, hold_apart, is_tied, merge_rows
-from medm.types import MODEL_TYPE_PREFIX, PredictionField, Processor, VisionBranch
+from medm.types import MODEL_TYPE_PREFIX, Embedder, PredictionField, Processor, VisionBranch
 
 OptionsT = TypeVar("OptionsT", bound=ModelOptions)
 ModelT = TypeVar("ModelT", bound="MedmModel")
@@ -295,6 +295,18 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
         it.
         """
         return frozenset()
+
+    def embedder(self, model: ModelT, processor: ProcessorT, *, batch_size: int) -> Embedder:
+        """Return the access to vectors and scores of a model, in eval mode.
+
+        For kinds whose options say `scores_texts`.
+
+        Args:
+            model: on its device.
+            processor: of the model.
+            batch_size: files or texts that are encoded at once.
+        """
+        raise NotImplementedError(f"model kind {type(self).__name__} scores no texts")
 
     def card_text(self, options: OptionsT) -> CardText:
         """Return the sentences of the model card that depend on the kind."""

@@ -17,6 +17,9 @@ class ModelOptions(Options):
         """Names of the parts that the `parts` section may train; None where a kind does not say."""
         return None
 
+    scores_texts: ClassVar[bool] = False
+    """True if the kind defines `ModelKind.embedder`: its models score texts for an image."""
+
     outputs: ClassVar[frozenset[str] | None] = None
     """`ModelKind.outputs` of the kind, so that a recipe is checked without importing it; None asks
     the kind."""

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from medm.config import Options, read_yaml, validate
 from medm.errors import DataError, RecipeError, suggest
+from medm.imaging.paths import files_below
 from medm.tasks.benchmark_files import read_csv, require
 from medm.types import JsonObject, Kind
 
@@ -28,10 +29,6 @@ Modality = Literal[
     "oct", "pet", "mixed", "other",
 ]  # fmt: skip
 
-_IMAGE_ENDINGS = {
-    ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".npy",
-}  # fmt: skip
-_VOLUME_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".npy")
 SPLITS = ("train", "val", "test")
 
 
@@ -320,15 +317,6 @@ def _by_label(card: Card) -> dict[str, str]:
         for name, entry in card.classes.items()
         for label in entry.labels or [name]
     }
-
-
-def files_below(folder: Path, media: Kind) -> list[Path]:
-    """Images or volumes at any depth, in the order of their paths."""
-    if media == "image":
-        found = (path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_ENDINGS)
-    else:
-        found = (path for path in folder.rglob("*") if path.name.lower().endswith(_VOLUME_ENDINGS))
-    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
 def _in_folders(card: Card, layout: Folders, folder: Path) -> Iterator[Labelled]:

@@ -19,7 +19,6 @@ from medm.config import Mark, Options, ResumeSafe, apply_overrides, flatten, rea
 from medm.data.options import DataOptions
 from medm.errors import MedmError, suggest
 from medm.models import MODELS, outputs_of
-from medm.models.dual_encoder.options import DualEncoderOptions
 from medm.models.options import ModelOptions
 from medm.objectives import (
     OBJECTIVES,
@@ -58,8 +57,8 @@ class Recipe(Options):
     diagnostics: ResumeSafe[DiagnosticsOptions | None] = None
     """Measure gradients between tasks and routing weights during the run; null does not."""
     monitors: ResumeSafe[list[MonitorOptions]] = []
-    """Zero-shot scores of class-labelled sets after each evaluation, on all ranks; for dual
-    encoders."""
+    """Zero-shot scores of class-labelled sets after each evaluation, on all ranks; for models
+    that score texts, such as dual encoders."""
     init_from: str | None = None
     """Folder of a trained model to start from. `--resume`, in contrast, continues this run."""
     output_dir: ResumeSafe[str]
@@ -112,9 +111,9 @@ class Recipe(Options):
             )
         if not self.monitors:
             return self
-        if not isinstance(self.model, DualEncoderOptions):
+        if not self.model.scores_texts:
             raise ValueError(
-                f"monitors: need a model of kind 'dual-encoder', and this one is "
+                f"monitors: need a model that scores texts (kind 'dual-encoder'), and this one is "
                 f"{self.model.kind!r}; leave monitors out"
             )
         if self.train.eval_strategy == "no":
@@ -161,9 +160,8 @@ def short_form(place: Sequence[str]) -> str | None:
 
 
 def resolved(recipe: Recipe) -> dict[str, object]:
-    """Return the recipe with all defaults, as plain values; `monitors` only if there are some."""
-    content = recipe.model_dump(mode="json")
-    return content if recipe.monitors else {k: v for k, v in content.items() if k != "monitors"}
+    """Return the recipe with all defaults, as plain values."""
+    return recipe.model_dump(mode="json")
 
 
 def dump(recipe: Mapping[str, object]) -> str:

@@ -232,11 +232,10 @@ def _monitors(recipe: Recipe, processor: Processor) -> list[TrainerCallback]:
     """Open the sets that are scored during the run. Raises `DataError` where one is incomplete."""
     if not recipe.monitors:
         return []
-    from medm.models.dual_encoder.processing import DualEncoderProcessor
     from medm.training.zero_shot_monitor import ZeroShotMonitor
 
-    assert isinstance(processor, DualEncoderProcessor)
-    return [ZeroShotMonitor(options, processor) for options in recipe.monitors]
+    kind = kind_of(recipe.model)
+    return [ZeroShotMonitor(options, kind, processor) for options in recipe.monitors]
 
 
 def _save_final(

@@ -13,18 +13,17 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from medm.data.check import blank_pixels
 from medm.distributed import all_gather_objects, rank, world_size
 from medm.errors import MedmError
-from medm.imaging import resolve_inside
-from medm.models.dual_encoder.embedder import Embedder
-from medm.models.dual_encoder.modeling import DualEncoder
-from medm.models.dual_encoder.processing import DualEncoderProcessor
-from medm.models.vision import num_channels, spatial_of
+from medm.imaging import load_pixels, resolve_inside
+from medm.models.base import ModelKind
+from medm.models.class_scores import ClassScores
 from medm.tasks import TASKS
 from medm.tasks.base import FAILED, Prediction, join_predictions
 from medm.tasks.zero_shot import ZeroShot
 from medm.training.options import MonitorOptions
-from medm.types import Sample
+from medm.types import Embedder, Processor, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ class ZeroShotMonitor(TrainerCallback):
 
     Args:
         options: of one set, or a suite.
+        kind: of the model; it scores texts.
         processor: of the model.
 
     Raises:
@@ -44,10 +44,12 @@ class ZeroShotMonitor(TrainerCallback):
         MediaError: a file is missing.
     """
 
-    def __init__(self, options: MonitorOptions, processor: DualEncoderProcessor) -> None:
+    def __init__(self, options: MonitorOptions, kind: ModelKind, processor: Processor) -> None:
         task = TASKS.get(options.task.name)(**options.task.model_dump(exclude={"name"}))
         assert isinstance(task, ZeroShot)
-        self.options, self.processor, self.task = options, processor, task
+        self.options, self.kind, self.task = options, kind, task
+        self.processor = processor
+        (self.preprocess,) = processor.preprocess.values()
         task.resampling = task.without_models().resampling  # intervals are those of `medm eval`
         self.root = Path(options.data)
         split = options.split or task.eval_split
@@ -64,10 +66,11 @@ class ZeroShotMonitor(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        assert isinstance(model, DualEncoder)
+        assert model is not None
         assert metrics is not None
         model.eval()
-        found = self.measure(Embedder(model, self.processor, batch_size=self.options.batch_size))
+        size = self.options.batch_size
+        found = self.measure(self.kind.embedder(model, self.processor, batch_size=size))
         metrics.update(found)  # for the choice of the best evaluation
         entry = next((one for one in reversed(state.log_history) if "eval_loss" in one), None)
         if entry is not None:
@@ -81,19 +84,14 @@ class ZeroShotMonitor(TrainerCallback):
     def measure(self, embedder: Embedder) -> dict[str, float]:
         """Return the scores by their keys in the log: `eval_zero-shot-CARD_accuracy`."""
         task = self.task
-        classes = {
-            name: (list(texts), embedder.ensembles(list(texts.values())))
-            for name, texts in task.class_texts().items()
-        }
+        scores_of = ClassScores(embedder, task.class_texts())
         shard: dict[str, Prediction] = {}
         for indexes in self._batches():
             arrays, errors = self._read(indexes)
             vectors = embedder.pixels(torch.from_numpy(arrays))
             for vector, error, index in zip(vectors, errors, indexes, strict=True):
                 sample = self.samples[index % len(self.samples)]
-                names, texts = classes[str(sample.extra["set"])]
-                logits = embedder.logits(vector[None], texts)[0].tolist()
-                by_class = dict(zip(names, logits, strict=True))
+                by_class = scores_of.of(vector, str(sample.extra["set"]))
                 if index < len(self.samples):
                     shard[str(sample.id)] = Prediction("", scores=by_class, error=error)
         predictions = {
@@ -137,18 +135,13 @@ class ZeroShotMonitor(TrainerCallback):
             sample = self.samples[index % len(self.samples)]
             try:
                 path = resolve_inside(self.root, _file(sample))
-                arrays.append(self.processor.load_pixels(path))
+                arrays.append(load_pixels(path, self.preprocess))
                 errors.append(None)
             except (MedmError, OSError) as error:
                 arrays.append(None)
                 errors.append(str(error))
-        blank = self._blank()
+        blank = blank_pixels(self.preprocess)
         return np.stack([blank if array is None else array for array in arrays]), errors
-
-    def _blank(self) -> np.ndarray:
-        (preprocess,) = self.processor.preprocess.values()
-        spatial = spatial_of(preprocess, place="model.image.preprocess")
-        return np.zeros((num_channels(preprocess), *spatial), dtype=np.float32)
 
 
 def _file(sample: Sample) -> str:

@@ -14,6 +14,7 @@ from medm.errors import CheckpointError, RecipeError
 from medm.imaging import Preprocess
 from medm.models.base import CardText, ModelKind
 from medm.models.dual_encoder.configuration import DualEncoderConfig, ImageEntry, TextEntry
+from medm.models.dual_encoder.embedder import Embedder
 from medm.models.dual_encoder.modeling import DualEncoder
 from medm.models.dual_encoder.options import DualEncoderOptions, TextTowerOptions
 from medm.models.dual_encoder.processing import DualEncoderProcessor
@@ -89,6 +90,11 @@ class DualEncoderKind(ModelKind[DualEncoderOptions, DualEncoder, DualEncoderProc
 
     def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
         return frozenset({"embeddings", "scores"})
+
+    def embedder(
+        self, model: DualEncoder, processor: DualEncoderProcessor, *, batch_size: int
+    ) -> Embedder:
+        return Embedder(model, processor, batch_size=batch_size)
 
     def card_text(self, options: DualEncoderOptions) -> CardText:
         return CardText(

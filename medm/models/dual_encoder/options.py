@@ -70,6 +70,8 @@ class DualEncoderOptions(ModelOptions):
         {"image_embeds", "text_embeds", "logit_scale", "logit_bias"}
     )
 
+    scores_texts: ClassVar[bool] = True
+
     kind: Literal["dual-encoder"] = "dual-encoder"
     """Kind of model."""
     branch: Literal["image", "volume"] = "image"

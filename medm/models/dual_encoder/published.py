@@ -35,7 +35,7 @@ class _Part(NamedTuple):
 
 
 def load_published(model: DualEncoder, source: PretrainedSource) -> list[LoadReport]:
-    """Load a published dual encoder into a model, all or nothing.
+    """Load a published dual encoder into a new model.
 
     Returns:
         A report for each part, under the names of the file.
@@ -83,25 +83,20 @@ def load_published(model: DualEncoder, source: PretrainedSource) -> list[LoadRep
     if pooling.head is not None:
         parts["image.head"] = _Part(pooling.head)
     reports = []
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    try:
-        for part, rules in parts.items():
-            report = load_module(
-                rules.module,
-                groups[part],
-                source=f"{part} from {source.path}",
-                key_map=rules.key_map,
-                ignored=rules.ignored,
-                truncated=rules.truncated,
-            )
-            report.source = part
-            in_file = {own: source.in_file(name) for own, name in names[part].items()}
-            report.loaded = sorted({in_file[name] for name in report.loaded})
-            report.ignored = sorted({in_file[name] for name in report.ignored})
-            reports.append(report)
-    except CheckpointError:
-        model.load_state_dict(before)
-        raise
+    for part, rules in parts.items():
+        report = load_module(
+            rules.module,
+            groups[part],
+            source=f"{part} from {source.path}",
+            key_map=rules.key_map,
+            ignored=rules.ignored,
+            truncated=rules.truncated,
+        )
+        report.source = part
+        in_file = {own: source.in_file(name) for own, name in names[part].items()}
+        report.loaded = sorted({in_file[name] for name in report.loaded})
+        report.ignored = sorted({in_file[name] for name in report.ignored})
+        reports.append(report)
     return reports
 
 
