@@ -100,6 +100,13 @@ def views_of(kind: str, names: Iterable[str]) -> list[str]:
 MASK_TOKEN = "[SEG]"
 """Control token that stands for one mask in a reply."""
 
+PHRASE_TOKENS = ("<p>", "</p>")
+"""Marks around the words of a reply that the next mask belongs to: control tokens of models that
+list them in `control_tokens`, text for others."""
+
+MASK_VIEW = "masks"
+"""Variant of the view that a mask head reads: `image@masks`, `volume@masks`."""
+
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -130,7 +137,37 @@ class ControlToken:
     token: str
     """The token as annotation files write it: `[SEG]`."""
     mask: int | None = None
-    """Position in `Sample.masks` of the mask behind it."""
+    """Of a `[SEG]`: its number among those of the record, from 0; see `MaskSource.token`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskSource:
+    """One mask of a record, as it is written: a file, a run-length code, polygons, or absent.
+
+    Several masks may share a `[SEG]`: those of the same finding in the slices of a study.
+    """
+
+    token: int
+    """The `[SEG]` in front of it, by its number among those of the record."""
+    media: int
+    """Image or volume that it belongs to, by its position in `Sample.media`."""
+    field: str
+    """Field of the record, for messages: `masks.0`."""
+    path: str | None = None
+    """File relative to the data root: PNG, .npy, NIfTI or another label map."""
+    value: int | None = None
+    """Label of the target in a label map; None takes every voxel that is not 0."""
+    rle: JsonObject | None = None
+    """COCO run-length code: `size` [rows, columns] and `counts`, a list or compressed text."""
+    polygons: tuple[tuple[float, ...], ...] | None = None
+    """Outlines x1, y1, x2, y2 ... in pixels of the file, whose union is the mask."""
+    phrase: str | None = None
+    """Words of the reply that the mask belongs to."""
+
+    @property
+    def absent(self) -> bool:
+        """The target is not in the image: an empty mask, written as null."""
+        return self.path is None and self.rle is None and self.polygons is None
 
 
 TurnPart: TypeAlias = str | Media | ControlToken
@@ -178,8 +215,8 @@ class BaseSample(ABC):
     """Annotation file and position in it, for messages."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the record, passed through untouched (question type, split ...)."""
-    masks: tuple[str, ...] = ()
-    """Mask files relative to the data root, in the order of their control tokens."""
+    masks: tuple[MaskSource, ...] = ()
+    """Masks in the order of their control tokens."""
 
     @property
     @abstractmethod
@@ -216,6 +253,18 @@ class MediaExample(Protocol):
 
 
 @dataclass(slots=True)
+class MaskTargets:
+    """Masks of an example, on the grid that a mask head is trained on."""
+
+    arrays: list[np.ndarray] = field(default_factory=list)
+    """(*grid) uint8 of 0 and 1, one for each mask."""
+    tokens: list[int] = field(default_factory=list)
+    """Of each mask: its `[SEG]`, by the number among those of the example."""
+    items: list[int] = field(default_factory=list)
+    """Of each mask: position of its image in `pixels` of the mask view."""
+
+
+@dataclass(slots=True)
 class Example:
     """A conversation as the model takes it, before batching; a `MediaExample`."""
 
@@ -226,6 +275,9 @@ class Example:
     """Per view the preprocessed arrays (C, *spatial), in the order of their placeholders."""
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
     task_id: int = 0
+    masks: MaskTargets | None = None
+    """Masks to learn; the mask view in `pixels` then holds the images they belong to, and no
+    others."""
 
 
 Batch: TypeAlias = Mapping[str, Any]
@@ -256,6 +308,13 @@ class ConversationBatch(TypedDict, total=False):
     the encoder."""
     task_ids: dict[str, Tensor]
     """By branch (N,) int64, the task of the sample that each item belongs to."""
+    mask_targets: Tensor
+    """(M, *grid) uint8, the masks of all samples in order."""
+    mask_tokens: Tensor
+    """(M,) int64: of each mask its `[SEG]`, by the number among those of the batch in the order of
+    rows and positions."""
+    mask_items: Tensor
+    """(M,) int64: of each mask the position of its image in `pixels` of the mask view."""
     cu_seq_lens_q: Tensor
     cu_seq_lens_k: Tensor
     """(samples + 1,) int32, in padding-free rows alone: where each sample begins, under

@@ -150,11 +150,13 @@ class Records(Sequence[S], Generic[S, E]):
         """
         found: list[Path] = []
         with self.placed(index):
-            for number, path in enumerate(sample.masks):
+            for mask in sample.masks:
+                if mask.path is None:
+                    continue
                 try:
-                    found.append(resolve_inside(self.root(index), path))
+                    found.append(resolve_inside(self.root(index), mask.path))
                 except DataError as error:
-                    raise error.at(field=f"masks.{number}") from None
+                    raise error.at(field=mask.field) from None
         return found
 
     def media_field(self, index: int, media_index: int) -> str:

@@ -16,6 +16,7 @@ from medm.types import (
     KIND_OF_PLACEHOLDER,
     MASK_TOKEN,
     ControlToken,
+    MaskSource,
     Media,
     Role,
     Sample,
@@ -167,7 +168,10 @@ def _parse(record: object, *, inference: bool, file: str | None, index: int | No
         answer=answer,
         file=file,
         index=index,
-        masks=tuple(masks.paths),
+        masks=tuple(
+            MaskSource(token=number, media=0, field=f"{MASK_FIELD}.{number}", path=path)
+            for number, path in enumerate(masks.paths)
+        ),
         extra={key: value for key, value in record.items() if key not in _OWN_FIELDS},
     )
 

@@ -151,7 +151,7 @@ def test_a_mask_stands_behind_each_control_token_of_the_replies() -> None:
     assert [turn.content for turn in sample.turns] == [
         ("[SEG]",), ("Write [SEG] for the liver.",), ("It is ", first, "."), ("[SEG]?",), (second, third),
     ]  # fmt: skip
-    assert sample.masks == ("a.png", "b.png", "c.png")
+    assert [mask.path for mask in sample.masks] == ["a.png", "b.png", "c.png"]
     assert sample.turns[2].text == "It is ."
     assert sample.turns[2].as_written == "It is [SEG]."
     assert "masks" not in sample.extra
@@ -170,7 +170,7 @@ def test_masks_of_a_reply_that_is_asked_for() -> None:
     earlier = [human("Liver?"), gpt("[SEG]"), human("Kidney?")]
     sample = parse_record({"masks": ["a.png", "b.png"], "conversations": earlier}, inference=True)
     assert sample.turns[1].content == (ControlToken(MASK_TOKEN, mask=0),)
-    assert sample.masks == ("a.png", "b.png")
+    assert [mask.path for mask in sample.masks] == ["a.png", "b.png"]
     with_reply = {"masks": ["a.png", "b.png"], "conversations": [*earlier, gpt("Here: [SEG]")]}
     assert parse_record(with_reply, inference=True).masks == sample.masks
     short = {**with_reply, "masks": "a.png"}

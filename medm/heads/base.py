@@ -1,0 +1,132 @@
+"""Interface of mask heads. Heads depend on no data set, token or loss."""
+
+from __future__ import annotations
+
+from abc import ABCMeta, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from medm.types import Config, Kind
+
+Maps = tuple[Tensor, ...]
+"""Features of N images or volumes, each tensor (N, ...): what a head keeps of its input."""
+
+
+class MaskLogits(NamedTuple):
+    """Output of a head for M prompts. It is a tuple, because ZeRO-3 finds tensors in tuples."""
+
+    logits: Tensor
+    """(M, *grid); the mask is where they are above 0."""
+    quality: Tensor
+    """(M,), predicted IoU of each mask, about 0..1."""
+    presence: Tensor
+    """(M,), logit of the target being in the image at all."""
+
+
+class Points(NamedTuple):
+    """Points beside a language prompt, as SAM takes them."""
+
+    coords: Tensor
+    """(M, P, axes), in voxels of the input (rows, columns) or (depth, rows, columns)."""
+    labels: Tensor
+    """(M, P) int64: 1 inside, 0 outside, 2 and 3 the first and last corner of a box, -1 padding."""
+
+
+class MaskHead(nn.Module, metaclass=ABCMeta):
+    """Pixels (N, C, *spatial) and prompts (M, D) to M masks.
+
+    An image is encoded once, whatever the number of its masks: `items` names the image of each
+    prompt, so that prompts of all images lie on one ragged axis.
+
+    A subclass is built from plain values alone: `architecture`, a JSON-able mapping of sizes, and
+    the fields of its options class other than `name`, `path`, `architecture` and `image_size`.
+    Building is offline and random. A subclass without an abstract method raises `TypeError` when it
+    is constructed.
+
+    Every parameter lies in `encoder` or `decoder`, the two units that a recipe freezes or trains.
+    Work that depends on decoder weights is done in `decode`, so that maps of a frozen encoder can
+    be kept.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"image"})
+    """Kinds of file that it reads."""
+    key_map: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Published tensor names to own names: (regular expression, replacement), the first that
+    matches wins."""
+    ignored_keys: ClassVar[tuple[str, ...]] = ()
+    """Regular expressions of published tensors that this head does not use."""
+
+    dim: int
+    """Width D of a prompt."""
+    channels: tuple[int, ...] = ()
+    """Accepted numbers of input channels; empty if any number is accepted."""
+    encoder: nn.Module
+    decoder: nn.Module
+
+    @classmethod
+    def architecture_from(cls, published: Mapping[str, object]) -> Config:
+        """Return own `architecture` from the published `config.json`; empty if there is none."""
+        return dict(published)
+
+    @classmethod
+    @abstractmethod
+    def preprocess_from(
+        cls,
+        published: Mapping[str, object],
+        architecture: Mapping[str, object],
+        image_size: int | list[int] | None = None,
+    ) -> Config:
+        """Return the preprocessing fields (`medm.imaging`) of a published head, without `kind`.
+
+        Args:
+            published: content of `preprocessor_config.json`, or empty.
+            architecture: own sizes.
+            image_size: option of the recipe.
+        """
+        raise NotImplementedError(f"mask head class {cls.__name__} defines no preprocess_from")
+
+    @abstractmethod
+    def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the grid of the logits for an input of this spatial size, by arithmetic only.
+
+        The faces of both grids coincide. Raises `ValueError` when the size does not fit.
+        """
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Maps:
+        """Return the maps of (N, C, *spatial), by weights of `encoder` alone."""
+
+    @abstractmethod
+    def decode(
+        self, maps: Maps, prompts: Tensor, items: Tensor, points: Points | None = None
+    ) -> MaskLogits:
+        """Return one mask for each prompt.
+
+        Args:
+            maps: of N items.
+            prompts: (M, D), M may be any number from 1 on.
+            items: (M,) int64, the item in `maps` of each prompt.
+            points: beside the prompts, for heads that take them.
+
+        Raises:
+            ValueError: points for a head that takes none.
+        """
+
+    def forward(
+        self, pixels: Tensor, prompts: Tensor, items: Tensor, points: Points | None = None
+    ) -> MaskLogits:
+        """Encode and decode; without gradient book-keeping in a frozen encoder."""
+        frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            maps = self.encode(pixels)
+        return self.decode(maps, prompts, items, points)
+
+    def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Rename published tensors to the names that `key_map` reads.
+
+        The default changes nothing. Raises `CheckpointError` for a file of another model.
+        """
+        return tensors
