@@ -272,7 +272,8 @@ class Example:
     labels: list[int]
     """Same length as `input_ids`; `IGNORE_INDEX` wherever nothing is learned."""
     pixels: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Per view the preprocessed arrays (C, *spatial), in the order of their placeholders."""
+    """Per view the preprocessed arrays (C, *spatial), in the order of their placeholders. An image
+    that is cut into tiles has one for each tile."""
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
     task_id: int = 0
     masks: MaskTargets | None = None

@@ -155,7 +155,9 @@ def estimate(
     _print_parts(result)
     out.print()
     for branch, count in result.tokens.items():
-        out.print(f"one {branch}: {count} tokens")
+        items = result.items.get(branch, 1)
+        tiles = f" at most, in {items} items (tiles and thumbnail)" if items > 1 else ""
+        out.print(f"one {branch}: {count} tokens{tiles}")
     precision = "16 bits" if read.train.bf16 or read.train.fp16 else "32 bits"
     out.print(f"\nmemory on each of {gpus} GPU(s), {precision}, {read.train.optim}")
     if result.step is None:

@@ -29,7 +29,7 @@ from medm.errors import DataError, RecipeError
 from medm.imaging import Preprocess, VolumePreprocess
 from medm.imaging.notices import Notice, collected
 from medm.imaging.paths import MissingFileError
-from medm.imaging.probe import probe
+from medm.imaging.probe import count_items, probe
 from medm.types import parse_view
 
 MAX_KEPT = 1000
@@ -212,7 +212,7 @@ class _Checker:
         self.report.found_files[self.source] += 1
         if not isinstance(file, Path):
             self._probe(file, view, preprocess)
-            return blank_pixels(preprocess)
+            return blank_pixels(preprocess, file)
         key = file, view
         if key in self.bad_files:
             raise DataError(self.bad_files[key])
@@ -223,7 +223,7 @@ class _Checker:
                 if len(self.bad_files) < MAX_BAD_FILES:
                     self.bad_files[key] = error.reason
                 raise
-        return blank_pixels(preprocess)
+        return blank_pixels(preprocess, file)
 
     def _probe(self, file: MediaSource, view: str, preprocess: Preprocess | None) -> None:
         with collected() as notices:
@@ -436,13 +436,23 @@ def _note_duplicates(whole: Report, ids: Iterable[tuple[int, str]]) -> None:
                 whole.duplicate_ids.append((name, file, position - start))
 
 
-def blank_pixels(preprocess: Preprocess | None) -> np.ndarray:
+def blank_pixels(preprocess: Preprocess | None, file: MediaSource | None = None) -> np.ndarray:
     """Return zeros of the shape that a prepared file has, without memory of their own.
 
     The array is empty if no model gives the shape.
+
+    Args:
+        preprocess: of the view that reads the file.
+        file: the file, or a seekable stream. The header of an image that is cut into tiles gives
+            their number; without a file there is one.
+
+    Raises:
+        MediaError: the header cannot be read.
     """
     if preprocess is None:
         return np.empty(0, np.float32)
     channels = preprocess.channels if preprocess.kind == "image" else preprocess.num_channels
-    shape = (channels, *(preprocess.size or (1, 1, 1)))
+    shape: tuple[int, ...] = (channels, *(preprocess.size or (1, 1, 1)))
+    if preprocess.kind == "image" and preprocess.tiles is not None:
+        shape = (1 if file is None else count_items(file, preprocess), *shape)
     return np.broadcast_to(np.float32(0), shape)

@@ -22,7 +22,7 @@ from medm.data.features import FeatureStore
 from medm.data.limits import BadRecordsLimit, LengthLimit, TooLongError
 from medm.data.records import MediaSource, Records
 from medm.errors import DataError, InputLostError, RecipeError, machine_fault
-from medm.imaging import Augment, Preprocess, load_pixels
+from medm.imaging import Augment, ImagePreprocess, Preprocess, load_pixels
 from medm.imaging.augment import augment
 from medm.imaging.paths import MissingFileError
 
@@ -41,7 +41,8 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
 
     Args:
         records: to read; their pipeline has a processor.
-        load: function from file and preprocessing to (C, *spatial) float32; may read a cache.
+        load: function from file and preprocessing to (C, *spatial) float32, or (T, C, *spatial) of
+            an image that is cut into tiles; may read a cache.
         limit: the longest example, and what happens to a longer one; one that cannot be shortened
             counts as bad. None for no limit.
         bad_records: stop with the `DataError`, or leave the record out and count it.
@@ -81,6 +82,14 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
                 f"data.augment: {unknown} are not branches of the model; it has "
                 f"{sorted(self.preprocess)}"
             )
+        for branch in self.augmentation:
+            preprocess = self.preprocess[branch]
+            if isinstance(preprocess, ImagePreprocess) and preprocess.tiles is not None:
+                raise RecipeError(
+                    f"data.augment.{branch}: images are cut into tiles, which would be changed one "
+                    "by one and no longer fit each other; leave augment out, or set "
+                    f"model.branches.{branch}.preprocess.tiles: null"
+                )
         # Shared with the workers, a byte per record and count: written to by one of them at a time,
         # without a lock.
         self._left_out = torch.zeros(len(COUNTED), len(records), dtype=torch.bool).share_memory_()

@@ -9,6 +9,7 @@ the encoder saw. Indices of earlier versions of medm hold the keys alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -39,6 +40,8 @@ class FeatureBatch:
     """Of the pixels that the encoder saw, one per key."""
     features: np.ndarray
     """(n, *shape)."""
+    rows: Sequence[int] | None = None
+    """Of each key the number of rows of `features`, its tiles; None: one, which stands alone."""
 
 
 @dataclass(slots=True)
@@ -51,7 +54,7 @@ class FeatureStore:
 
     folder: Path
     """A store; `open_store` creates it."""
-    _rows: dict[str, tuple[np.ndarray, int]] = field(default_factory=dict)
+    _rows: dict[str, tuple[np.ndarray, int | slice]] = field(default_factory=dict)
     _placements: dict[str, Placement] = field(default_factory=dict)
     _shards: set[str] = field(default_factory=set)
     _keys: dict[str, str] = field(default_factory=dict)
@@ -65,7 +68,8 @@ class FeatureStore:
             array = np.load(index.with_suffix(".npy"), mmap_mode="r")
             listed = json.loads(index.read_text(encoding="utf-8"))
             keys = listed if isinstance(listed, list) else listed["keys"]
-            for row, key in enumerate(keys):
+            counts = None if keys is listed else listed.get("rows")
+            for key, row in zip(keys, _row_indices(len(keys), counts), strict=True):
                 self._rows.setdefault(key, (array, row))
             if keys is not listed:
                 self._placements |= zip(
@@ -76,7 +80,10 @@ class FeatureStore:
         return key in self._rows
 
     def get(self, file: Path) -> np.ndarray | None:
-        """Return the features of a file, mapped from disk; None if they are not stored."""
+        """Return the features of a file, mapped from disk; None if they are not stored.
+
+        They are (*shape), and (T, *shape) of an image that is cut into T tiles.
+        """
         found = self._rows.get(self.key(file))
         return None if found is None else found[0][found[1]]
 
@@ -109,13 +116,13 @@ class FeatureStore:
 
         Args:
             batches: the items.
-            most: maximum number of items.
+            most: maximum number of rows.
             shape: of one item.
             dtype: of the items.
 
         Raises:
             MedmError: the disk has no room for it.
-            ValueError: there are more than `most` items, or keys, placements and arrays differ in
+            ValueError: there are more than `most` rows, or keys, placements and arrays differ in
                 number.
         """
         needed = _SLACK * most * np.prod(shape, dtype=np.int64) * dtype.itemsize
@@ -129,6 +136,8 @@ class FeatureStore:
         name = uuid.uuid4().hex
         keys: list[str] = []
         placements: list[Placement] = []
+        counts: list[int] = []
+        filled = 0
         with atomic_file(self.folder / f"{name}.npy") as temporary:
             # Rows that stay empty are a hole in the file and take no disk.
             table = np.lib.format.open_memmap(
@@ -136,22 +145,41 @@ class FeatureStore:
             )
             for batch in batches:
                 count = len(batch.keys)
-                if {count} != {len(batch.features), len(batch.placements)} or len(
-                    keys
-                ) + count > most:
+                rows = [1] * count if batch.rows is None else list(batch.rows)
+                total = sum(rows)
+                if (
+                    {count} != {len(rows), len(batch.placements)}
+                    or total != len(batch.features)
+                    or filled + total > most
+                ):
                     raise ValueError(
-                        f"expected {count} items, at most {most} in all, found "
-                        f"{len(batch.features)} arrays and {len(batch.placements)} placements"
+                        f"expected {count} items in {total} rows, at most {most} rows in all, "
+                        f"found {len(batch.features)} arrays and {len(batch.placements)} placements"
                     )
-                table[len(keys) : len(keys) + count] = batch.features
+                table[filled : filled + total] = batch.features
+                filled += total
+                counts += [] if batch.rows is None else rows
                 keys += batch.keys
                 placements += batch.placements
             table.flush()
             del table
         # The index comes last: a shard without one is not seen.
-        index = {"keys": keys, "placements": [placement.to_dict() for placement in placements]}
+        index: dict[str, object] = {
+            "keys": keys,
+            "placements": [placement.to_dict() for placement in placements],
+        }
+        if counts:
+            index["rows"] = counts
         atomic_write_text(self.folder / f"{name}.json", json.dumps(index))
         self.refresh()
+
+
+def _row_indices(count: int, rows: Sequence[int] | None) -> Sequence[int | slice]:
+    """Return the place of each item in a shard: a row, or as many rows as it has tiles."""
+    if rows is None:
+        return range(count)
+    ends = list(itertools.accumulate(rows, initial=0))
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def open_store(root: Path, name: str) -> FeatureStore:

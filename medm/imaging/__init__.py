@@ -63,8 +63,10 @@ def prepare(source: object, preprocess: Preprocess, *, device: str = "cpu") -> P
     source = as_source(source)
     if isinstance(preprocess, ImagePreprocess):
         from medm.imaging.images import prepare_image, read_image
+        from medm.imaging.tiles import prepare_tiles
 
-        return prepare_image(preprocess, read_image(source))
+        image = read_image(source)
+        return (prepare_image if preprocess.tiles is None else prepare_tiles)(preprocess, image)
     import numpy as np
 
     from medm.imaging.transforms import prepare_volume
@@ -78,7 +80,10 @@ def prepare(source: object, preprocess: Preprocess, *, device: str = "cpu") -> P
 
 
 def load_pixels(source: object, preprocess: Preprocess, *, device: str = "cpu") -> np.ndarray:
-    """Return the pixels of `prepare`: (C, *spatial) float32 in host memory. Raises as `prepare`."""
+    """Return the pixels of `prepare`, float32 in host memory. Raises as `prepare`.
+
+    They are (C, *spatial), and (T, C, height, width) where an image is cut into T tiles.
+    """
     return prepare(source, preprocess, device=device).pixels
 
 

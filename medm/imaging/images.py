@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from medm.errors import MediaError
 from medm.imaging.arrays import check_npy, read_npy
@@ -41,6 +41,8 @@ _MAX_SCANS = 100
 
 _FORMATS = ["PNG", "JPEG", "TIFF", "BMP"]
 _NPY = b"\x93NUMPY"
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that exchange rows and columns."""
 _END_MARKS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
 _TAIL = 4096
 """Bytes at the end in which the mark may stand: some programs write something behind it."""
@@ -78,7 +80,9 @@ def read_image(file: Source, *, name: str | None = None) -> DecodedImage:
 
 
 def check_image(file: Path | BinaryIO) -> tuple[int, int]:
-    """Check the beginning and the end of an image, and return its stored height and width.
+    """Check the beginning and the end of an image, and return its height and width.
+
+    They are those of the upright image, as its EXIF orientation says.
 
     It is decoded only where its end mark is missing, and where it is a DICOM file in a stream.
 
@@ -112,6 +116,8 @@ def _check_stream(stream: BinaryIO, name: str, file: Path | None) -> tuple[int, 
         return shape[0], shape[1]
     with _pillow_image(stream, head, name, file.suffix.lower() if file else "") as image:
         size = image.height, image.width
+        if image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED:
+            size = image.width, image.height
     if not _has_end(stream, head):
         stream.seek(0)
         read_image(file or stream, name=name)

@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from medm.config import Options
 from medm.errors import RecipeError
@@ -49,6 +55,23 @@ _IMAGE_CONVENTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+class Tiles(Options):
+    """Tiles of an image of any shape, each of the size of the encoder's input (InternVL)."""
+
+    max: int = Field(default=12, ge=1)
+    """Most tiles of an image, the thumbnail not counted."""
+    min: int = Field(default=1, ge=1)
+    """Fewest tiles of an image."""
+    thumbnail: bool = True
+    """Append the whole image at the size of a tile where there is more than one tile."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Tiles:
+        if self.min > self.max:
+            raise ValueError(f"min: expected at most max ({self.max}), found {self.min}")
+        return self
+
+
 class ImagePreprocess(Options):
     """Preprocessing of a 2-D image to a normalized float32 array (C, height, width)."""
 
@@ -60,7 +83,7 @@ class ImagePreprocess(Options):
     """Published preprocessing by name: fills every field that is not written here. A saved model
     holds the fields alone."""
     size: list[int] = Field(default=[224, 224], min_length=2, max_length=2)
-    """Height and width of the result, in pixels."""
+    """Height and width of the result, in pixels; of each tile where there are `tiles`."""
     fit: Literal["squash", "crop", "pad"] = "squash"
     """Fit of an image of another shape: `squash` resizes without regard to aspect (SigLIP), `crop`
     resizes by the shorter side and crops the center (CLIP), `pad` resizes by the longer side and
@@ -77,6 +100,10 @@ class ImagePreprocess(Options):
     """Lower and upper raw value that become 0 and 1 in images of more than 8 bits, gray or color
     (HU for CT). Without it such an image uses the VOI table or window of its DICOM file, else its
     full declared range."""
+    tiles: Tiles | None = None
+    """Cut the image into tiles of `size`, as many as its shape asks for: the grid of the closest
+    aspect ratio, to which the image is resized. Requires `fit: squash`. Each tile takes the vision
+    tokens of an image. None: one image of `size`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +121,28 @@ class ImagePreprocess(Options):
         _per_channel(self.mean, self.std, self.channels)
         if self.window is not None:
             _rising(self.window, "window")
+        if self.tiles is not None and self.fit != "squash":
+            raise ValueError(
+                f"tiles: the image is resized to the grid of tiles; expected fit 'squash', found "
+                f"{self.fit!r}"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_tiles(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Descriptions, and so the names of cache entries, stay those of an earlier medm, which
+        # opens them.
+        fields: dict[str, Any] = handler(self)
+        if self.tiles is None:
+            fields.pop("tiles", None)
+        return fields
+
+    @property
+    def max_items(self) -> int:
+        """Most items of an image: its tiles and the thumbnail; 1 without tiles."""
+        if self.tiles is None:
+            return 1
+        return self.tiles.max + (self.tiles.thumbnail and self.tiles.max > 1)
 
 
 # Each says all of scale, windows, stretch, crop and interpolation, so that it can take the place of
@@ -227,6 +275,11 @@ class VolumePreprocess(Options):
     def num_channels(self) -> int:
         """Channels of the result."""
         return self.channels or len(self.windows or [None])
+
+    @property
+    def max_items(self) -> int:
+        """Most items of a volume: always 1; images may be cut into tiles."""
+        return 1
 
 
 class Augment(Options):

@@ -193,8 +193,11 @@ class Prepared:
     """An image or volume as a model takes it, and its placement in the file."""
 
     pixels: np.ndarray
-    """(C, *spatial) float32 in host memory."""
+    """(C, *spatial) float32 in host memory; (T, C, height, width) of an image that is cut into
+    tiles."""
     placement: Placement
+    """Of tiles that of the whole image, resized to their grid, before it is cut: the thumbnail is
+    beside it."""
 
 
 _ADAPTER = TypeAdapter(Placement)

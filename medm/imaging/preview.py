@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from medm.imaging import Preprocess
 from medm.imaging.images import prepare_image, read_image
 from medm.imaging.options import ImagePreprocess, VolumePreprocess
+from medm.imaging.tiles import num_items, whole_image
 from medm.imaging.transforms import default_window, windowed_volume
 from medm.imaging.volumes import read_volume
 
@@ -116,6 +117,8 @@ def save_contact_sheet(
 
 def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], list[_Tile]]:
     image = read_image(path)
+    shape = image.pixels.shape[:2]
+    preprocess, items = whole_image(preprocess, shape), num_items(preprocess, shape)
     pixels = prepare_image(preprocess, image).pixels
     mean = np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
@@ -128,7 +131,7 @@ def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], li
     title = [
         path.name,
         f"{width} x {height}, {depth}, to {preprocess.size[1]} x {preprocess.size[0]} "
-        f"({preprocess.fit})",
+        f"({preprocess.fit})" + (f", cut into {items} items" if items > 1 else ""),
     ]
     return title, [_Tile(shown[..., 0] if shown.shape[-1] == 1 else shown, "")]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from medm.errors import MediaError
-from medm.imaging import Preprocess, load_pixels
+from medm.imaging import ImagePreprocess, Preprocess, load_pixels
 from medm.imaging.constant import warn_if_constant
 
 
@@ -54,3 +54,23 @@ def probe(
         from medm.imaging.volumes import check_volume
 
         check_volume(path, several=series)
+
+
+def count_items(file: Path | BinaryIO, preprocess: ImagePreprocess) -> int:
+    """Return the items that `prepare` makes of an image, from its header alone.
+
+    Args:
+        file: a path, or a seekable stream.
+        preprocess: says whether the image is cut into tiles.
+
+    Raises:
+        MediaError: the header cannot be read.
+    """
+    if preprocess.tiles is None:
+        return 1
+    from medm.imaging.images import check_image
+    from medm.imaging.tiles import num_items
+
+    if not isinstance(file, Path):
+        file.seek(0)
+    return num_items(preprocess, check_image(file))

@@ -315,7 +315,14 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
             order = list(range(len(job.records)))
         else:
             assert isinstance(job.processor, ConversationProcessor)
-            order = order_by_length(job.records, job.processor.num_tokens)
+            preprocess = job.processor.preprocess
+            order = order_by_length(
+                job.records,
+                {
+                    name: count * preprocess[name].max_items
+                    for name, count in job.processor.num_tokens.items()
+                },
+            )
         shard = shard_indices(order, rank=rank, world=world).tolist()
         lines = results.done()
         fresh = [index for index in shard if index not in lines]

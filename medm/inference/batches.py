@@ -241,8 +241,9 @@ def order_by_length(records: Records, tokens_per_item: Mapping[str, int]) -> lis
 
     Prompts on the same image are neighbors if their lengths are similar.
 
-    Lengths are estimated from the text, without reading an image. The longest first shows at the
-    start whether a batch fits the memory, and makes the estimate of the time left a safe one.
+    Lengths are estimated from the text, without reading an image: one that is cut into tiles counts
+    with the most tiles that it can have, which `tokens_per_item` says. The longest first shows at
+    the start whether a batch fits the memory, and makes the estimate of the time left a safe one.
     """
     keys: list[tuple[int, str, int, int]] = []
     for index in range(len(records)):

@@ -68,7 +68,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image or volume of a prompt."""
+    """An image or volume of a prompt, or a tile of an image."""
 
     key: bytes
     """Hash of its content, see `content_key`."""

@@ -9,7 +9,7 @@ Needs published configs and tokenizers (kilobytes), never weights. How activatio
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from medm.errors import CheckpointError
-from medm.models import kind_of
+from medm.models import kind_of, preprocess_of
 from medm.models.activations import Step, activations
 from medm.models.base import MedmModel
 from medm.models.options import ModelOptions
@@ -86,13 +86,16 @@ class Estimate:
 
     parts: tuple[PartSize, ...]
     tokens: dict[str, int]
-    """Per branch the tokens of one item in the language model's sequence."""
+    """Per branch the tokens of one image or volume in the language model's sequence; the most of an
+    image that is cut into tiles."""
     memory: tuple[Memory, ...]
     gpus: int
     step: Step | None = None
     """What the activations are of; None where they are not known."""
     unknown: str = ""
     """Why they are not known."""
+    items: dict[str, int] = field(default_factory=dict)
+    """Per branch the most items of one image or volume: its tiles and the thumbnail, or 1."""
 
     @property
     def parameters(self) -> int:
@@ -128,7 +131,8 @@ def estimate(
         gpus: processes that share the state.
         quantized: parts whose linear layers are held in 4 bits.
         init_from: model folder whose config is used in place of the published ones.
-        rows: samples of a forward pass on one GPU, each with one item of every branch.
+        rows: samples of a forward pass on one GPU, each with one image or volume of every branch,
+            which has the most tiles that it can have.
         length: tokens of each, vision tokens included; without it no activations are counted.
 
     Raises:
@@ -146,12 +150,23 @@ def estimate(
         part_size(name, part, held=held, in_4bit=name in quantized, with_inner=part in connectors)
         for name, part in model.parts().items()
     )
-    tokens = {name: branch.num_tokens for name, branch in branches.items()}
+    saved = init_from
+    if saved is not None and not (Path(saved) / "processor_config.json").is_file():
+        saved = None  # not trained yet: as the recipe describes it
+    preprocess = preprocess_of(options, init_from=saved)
+    items = {
+        name: preprocess[name].max_items if name in preprocess else 1  # a kind's own encoders
+        for name in branches
+    }
+    tokens = {name: branch.num_tokens * items[name] for name, branch in branches.items()}
     states = [memory(parts, stage, half=half, optimiser=optimiser, gpus=gpus) for stage in STAGES]
     step, kept, unknown = None, 0.0, "no length is given"
     if length is not None:
         step = Step(
-            rows, length, max(length - sum(tokens.values()), 1), dict.fromkeys(tokens, rows)
+            rows,
+            length,
+            max(length - sum(tokens.values()), 1),
+            {name: rows * count for name, count in items.items()},
         )
         try:
             kept = activations(model, step, half=half)
@@ -170,6 +185,7 @@ def estimate(
         gpus=gpus,
         step=step,
         unknown="" if step else unknown,
+        items=items,
     )
 
 

@@ -18,8 +18,9 @@ from medm.data.features import FeatureBatch, FeatureStore, missing, open_store
 from medm.data.records import Records
 from medm.distributed import all_gather_objects, failures, on_rank_zero, rank, world_size
 from medm.errors import DataError, MediaError, MedmError, machine_fault
-from medm.imaging import Preprocess, fingerprint, prepare
+from medm.imaging import ImagePreprocess, Preprocess, fingerprint, prepare
 from medm.imaging.placement import Prepared
+from medm.imaging.probe import count_items
 from medm.models.base import MedmModel
 from medm.types import VisionBranch, parse_view
 
@@ -149,7 +150,7 @@ def _fill(
             tokens = first.features
             store.add(
                 chain([first], batches),
-                most=len(wanted),
+                most=sum(_count_rows(file, preprocess) for _, file in wanted),
                 shape=tokens.shape[1:],
                 dtype=tokens.dtype,
             )
@@ -164,7 +165,7 @@ def _encode(
     device: torch.device,
     bad: list[str],
 ) -> Iterator[FeatureBatch]:
-    """Yield batches of features (n, prefix + prod(grid), D).
+    """Yield batches of features (n, prefix + prod(grid), D), one row for each item.
 
     They are in float16 where the encoder computes in it, else in float32: exact either way.
     """
@@ -181,9 +182,28 @@ def _encode(
                 bad.append(str(error))
         if not prepared:
             continue
-        pixels = np.stack([item.pixels for item in prepared.values()])
+        arrays = [item.pixels for item in prepared.values()]
+        cut = _is_cut(preprocess)
+        pixels = torch.from_numpy(np.concatenate(arrays) if cut else np.stack(arrays))
         with torch.inference_mode():
-            tokens = branch.encode(torch.from_numpy(pixels).to(device)).tokens
+            parts = [branch.encode(part.to(device)).tokens.cpu() for part in pixels.split(BATCH)]
+        tokens = torch.cat(parts)
         tokens = tokens if tokens.dtype == torch.float16 else tokens.float()
         placements = [item.placement for item in prepared.values()]
-        yield FeatureBatch(list(prepared), placements, tokens.cpu().numpy())
+        rows = [len(array) for array in arrays] if cut else None
+        yield FeatureBatch(list(prepared), placements, tokens.numpy(), rows)
+
+
+def _is_cut(preprocess: Preprocess) -> bool:
+    """Return whether images are cut into tiles, each of which is an item of the encoder."""
+    return isinstance(preprocess, ImagePreprocess) and preprocess.tiles is not None
+
+
+def _count_rows(file: Path, preprocess: Preprocess) -> int:
+    """Return the items of a file, or the most that it can have where its header is unreadable."""
+    if not isinstance(preprocess, ImagePreprocess):
+        return 1
+    try:
+        return count_items(file, preprocess)
+    except MediaError:
+        return preprocess.max_items

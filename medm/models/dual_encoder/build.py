@@ -168,6 +168,11 @@ def resolve(options: DualEncoderOptions) -> tuple[DualEncoderConfig, DualEncoder
         model = DualEncoder(config)
     tower = model.image.encoder
     check_channels(block.name, preprocess, tower, place=_PLACE)
+    if preprocess.max_items > 1:
+        raise RecipeError(
+            f"{_PLACE}.tiles: images are cut into up to {preprocess.max_items} tiles, and a dual "
+            "encoder has one vector for an image; set tiles: null"
+        )
     if tower.axes != {"image": 2, "volume": 3}[options.branch]:
         raise RecipeError(
             f"model.branch: {options.branch}, but encoder {block.name!r} reads "

@@ -123,6 +123,11 @@ def refuse_what_differs(model: LVLMForConditionalGeneration, processor: LVLMProc
     else:
         branch, entry = model.branch("image"), model.config.branch("image")
         reasons += _vision_reasons(branch, entry, processor.preprocess["image"])
+        spec = processor.branches["image"]
+        if wrap := [spec[side] for side in ("before", "after") if spec.get(side)]:
+            reasons.append(
+                f"its prompts have nothing around an image; this model's have {' and '.join(wrap)}"
+            )
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None and float(bias.detach().abs().max()) > 0:
         reasons.append(
@@ -163,6 +168,11 @@ def _vision_reasons(branch: Branch, entry: BranchEntry, preprocess: Preprocess) 
         reasons.append(f"its images are square; this model takes {height} x {width}")
     if not isinstance(preprocess, ImagePreprocess) or preprocess.channels != 3:
         reasons.append("its images have three channels; this model's have one")
+    elif preprocess.tiles is not None:
+        reasons.append(
+            "its images are resized to one square; this model's are cut into up to "
+            f"{preprocess.max_items} tiles"
+        )
     elif preprocess.fit == "pad":
         reasons.append(
             "its processor pads before it resizes; with 'fit: pad' images would differ at their "

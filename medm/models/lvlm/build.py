@@ -29,7 +29,7 @@ from medm.models.base import CardText, ModelKind
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
 from medm.models.lvlm.options import BranchOptions, LVLMOptions
-from medm.models.lvlm.processing import LVLMProcessor, padded_size
+from medm.models.lvlm.processing import LVLMProcessor, padded_size, wrap_fields
 from medm.models.published.weights import PretrainedSource, load_module
 from medm.models.vision import (
     check_channels,
@@ -184,6 +184,8 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
             "num_tokens": branch.num_tokens,
             "preprocess": preprocess.model_dump(),
         }
+        if block.wrap is not None:
+            specs[name] |= wrap_fields(block.wrap)
         if branch.connector.refuses_unseen_tasks:
             specs[name]["known_tasks_only"] = True
     family = LLMS.get(options.llm.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from medm.config import Options
 from medm.connectors import CONNECTORS, ConnectorOptions
@@ -25,6 +25,10 @@ class BranchOptions(Options):
     preprocess: dict[str, Any] = {}
     """Fields of the preprocessing that replace what the encoder was published with (size, window,
     fit ...)."""
+    wrap: list[str] | None = Field(default=None, min_length=2, max_length=2)
+    """Texts before and after the vision tokens of an image or volume, all its tiles included:
+    InternVL has ["<img>", "</img>"]. They are special tokens where the tokenizer has them, else
+    plain text. Default: none; of a saved model, what it was saved with."""
 
 
 class LVLMOptions(ModelOptions):

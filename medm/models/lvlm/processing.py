@@ -9,7 +9,7 @@ look like.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from medm.config import Options, validate
 from medm.errors import DataError, RecipeError
-from medm.imaging import load_pixels, preprocess_from_dict
+from medm.imaging import ImagePreprocess, load_pixels, preprocess_from_dict
 from medm.imaging.options import changed
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat, Message, Part
@@ -51,11 +51,14 @@ class BranchSpec(Options):
     placeholder: str
     """Text that stands for one vision token."""
     num_tokens: int
-    """Vision tokens of one item."""
+    """Vision tokens of one item: an image, a volume, or a tile of an image that is cut."""
     preprocess: dict[str, Any]
     """What is done to the pixels, in the fields of `medm.imaging.options`."""
     known_tasks_only: bool = False
     """Its connector refuses tasks that are not among the model's."""
+    before: str = ""
+    after: str = ""
+    """Texts around the vision tokens of an image or volume, all its tiles included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,10 @@ class LVLMProcessor(ProcessorMixin):
             name: tokenizer.added_tokens_encoder[entry["placeholder"]]
             for name, entry in self.branches.items()
         }
+        self._wraps = {
+            name: (self._wrap_ids(entry, "before"), self._wrap_ids(entry, "after"))
+            for name, entry in self.branches.items()
+        }
         self.control_tokens = list(control_tokens or [])
         self.untrained_ids = add_tokens(tokenizer, self.control_tokens)
         """Control tokens that the tokenizer did not have, so that their rows hold no values yet."""
@@ -167,6 +174,10 @@ class LVLMProcessor(ProcessorMixin):
         self._template_tokens = sorted(
             {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - own
         )
+
+    def _wrap_ids(self, entry: Mapping[str, Any], side: str) -> list[int]:
+        text = str(entry.get(side, ""))
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _chat_format(self, template: str, variables: Mapping[str, Any]) -> ChatFormat:
         return ChatFormat(
@@ -203,6 +214,8 @@ class LVLMProcessor(ProcessorMixin):
                     "from the published parts"
                 )
             branches[name] = {**entry, "preprocess": preprocess_from_dict(preprocess).model_dump()}
+            if name in options.branches and (wrap := options.branches[name].wrap) is not None:
+                branches[name] |= wrap_fields(wrap)
         written = options.llm.chat_template
         return LVLMProcessor(
             self.tokenizer,
@@ -228,7 +241,7 @@ class LVLMProcessor(ProcessorMixin):
 
     @property
     def num_tokens(self) -> dict[str, int]:
-        """Per branch the vision tokens of one item."""
+        """Per branch the vision tokens of one item: an image, a volume, or a tile."""
         return {name: int(entry["num_tokens"]) for name, entry in self.branches.items()}
 
     @property
@@ -250,7 +263,8 @@ class LVLMProcessor(ProcessorMixin):
 
         Args:
             sample: the conversation.
-            pixels: per branch, in the order of the placeholders.
+            pixels: per branch, in the order of the placeholders: (C, *spatial), or (T, C, *spatial)
+                of an image that is cut into T tiles. Each tile is an item of the example.
             generation: the prompt ends where the assistant's reply begins, and nothing is labelled.
             continue_final: the prompt ends with the last message.
             chat: another chat template than the processor's.
@@ -259,7 +273,8 @@ class LVLMProcessor(ProcessorMixin):
             DataError: an unknown branch, task or control token, pixels and placeholders that differ
                 in number, or turns that the chat template refuses.
         """
-        given = {name: len(items) for name, items in pixels.items() if items}
+        items = {name: self._items(name, arrays) for name, arrays in pixels.items() if arrays}
+        given = {name: len(found) for name, found in items.items()}
         wanted: dict[str, int] = {}
         for media in sample.media:
             wanted[media.branch] = wanted.get(media.branch, 0) + 1
@@ -279,8 +294,10 @@ class LVLMProcessor(ProcessorMixin):
                 )
         if given != wanted:
             raise DataError(f"placeholders {wanted} and loaded files {given} differ in number")
+        counts = {name: iter([len(own) for own in found]) for name, found in items.items()}
         messages = [
-            Message(turn.role, [self._part(part) for part in turn.content]) for turn in sample.turns
+            Message(turn.role, [self._part(part, counts) for part in turn.content])
+            for turn in sample.turns
         ]
         ids, learned = (chat or self.chat).encode(
             messages, generation=generation, continue_final=continue_final
@@ -290,8 +307,17 @@ class LVLMProcessor(ProcessorMixin):
             for token, is_target in zip(ids, learned, strict=True)
         ]
         return Example(
-            ids, labels, {name: list(pixels[name]) for name in given}, task_id=self.task_id(sample)
+            ids,
+            labels,
+            {name: [item for own in found for item in own] for name, found in items.items()},
+            task_id=self.task_id(sample),
         )
+
+    def _items(self, branch: str, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """Return the items of each image or volume: its tiles, or itself."""
+        preprocess = self.preprocess.get(branch)
+        cut = isinstance(preprocess, ImagePreprocess) and preprocess.tiles is not None
+        return [list(array) if cut else [array] for array in arrays]
 
     def task_id(self, sample: Sample) -> int:
         """Return the position of the sample's task in `tasks`.
@@ -543,7 +569,8 @@ class LVLMProcessor(ProcessorMixin):
                 found.append(LocatedToken(token, index=index, start=start - leading))
         return Reply(text.strip(), tuple(found))
 
-    def _part(self, part: TurnPart) -> Part:
+    def _part(self, part: TurnPart, counts: Mapping[str, Iterator[int]]) -> Part:
+        """Return a part of a turn in tokens. `counts`: items of the next image of each branch."""
         if isinstance(part, str):
             return part
         if isinstance(part, ControlToken):
@@ -556,7 +583,9 @@ class LVLMProcessor(ProcessorMixin):
                     field="masks",
                 )
             return [self.control_token_ids[part.token]]
-        return [self.placeholder_ids[part.branch]] * self.num_tokens[part.branch]
+        vision = self.num_tokens[part.branch] * next(counts[part.branch])
+        before, after = self._wraps[part.branch]
+        return [*before, *[self.placeholder_ids[part.branch]] * vision, *after]
 
     def _pixels(self, branch: str, item: object) -> np.ndarray:
         return load_pixels(item, self.preprocess[branch])
@@ -575,6 +604,12 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     )
     added = [tokenizer.added_tokens_encoder[token] for token in missing]
     return [token_id for token_id in added if token_id >= before]
+
+
+def wrap_fields(wrap: Sequence[str]) -> Config:
+    """Return the fields of a `BranchSpec` that a recipe's `wrap` stands for."""
+    before, after = wrap
+    return {"before": before, "after": after}
 
 
 def padded_size(tokens: int) -> int:
