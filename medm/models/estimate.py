@@ -194,7 +194,7 @@ def skeleton(options: ModelOptions, *, init_from: str | None = None) -> MedmMode
     if init_from is not None and (Path(init_from) / "config.json").is_file():
         config = AutoConfig.from_pretrained(init_from, trust_remote_code=False)
         config.adapters, config.new_rows = {}, {}  # training folds them in
-        if control_tokens := getattr(options, "control_tokens", None):
+        if control_tokens := getattr(options, "reply_tokens", None):
             # Any ids: their number counts.
             config.control_tokens = dict.fromkeys(control_tokens, 0) | config.control_tokens
         with torch.device("meta"):

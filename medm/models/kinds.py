@@ -38,7 +38,8 @@ def kind_of(options: ModelOptions) -> ModelKind:
 
 def outputs_of(options: ModelOptions) -> frozenset[str]:
     """Return the fields that the output of this model has in training (`ModelKind.outputs`)."""
-    return kind_of(options).outputs if options.outputs is None else options.outputs
+    fields = options.output_fields()
+    return kind_of(options).outputs if fields is None else fields
 
 
 def kind_of_config(config: PreTrainedConfig) -> ModelKind:

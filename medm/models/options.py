@@ -17,6 +17,10 @@ class ModelOptions(Options):
         """Names of the parts that the `parts` section may train; None where a kind does not say."""
         return None
 
+    def output_fields(self) -> frozenset[str] | None:
+        """Fields of the output of the model that this section describes; by default `outputs`."""
+        return self.outputs
+
     scores_texts: ClassVar[bool] = False
     """True if the kind defines `ModelKind.embedder`: its models score texts for an image."""
 

@@ -93,7 +93,7 @@ class Recipe(Options):
     @model_validator(mode="after")
     def _new_tokens_exist(self) -> Recipe:
         asked = [name for name, part in self.parts.items() if part.new_tokens is not None]
-        if asked and self.init_from is None and not getattr(self.model, "control_tokens", None):
+        if asked and self.init_from is None and not getattr(self.model, "reply_tokens", None):
             raise ValueError(
                 f"parts.{asked[0]}.new_tokens: the model has no new tokens; list them in "
                 "model.control_tokens, or leave new_tokens out"

@@ -16,7 +16,7 @@ import medm.models
 from medm.config import validate
 from medm.llms.cache import CACHE_ARGUMENTS, cache_argument
 from medm.models.lvlm.modeling import LVLMOutput
-from medm.models.lvlm.options import LVLMOptions
+from medm.models.lvlm.options import MASK_OUTPUTS, LVLMOptions
 from tests import tiny
 
 
@@ -29,7 +29,10 @@ def model(llms: dict[str, Path]) -> Any:
 
 def test_the_fields_are_those_of_transformers_and_the_auxiliary_losses() -> None:
     stock = {field.name for field in fields(CausalLMOutputWithPast)}
-    assert {field.name for field in fields(LVLMOutput)} == stock | {"loss_sum", "losses"}
+    assert {field.name for field in fields(LVLMOutput)} == stock | {
+        "loss_sum",
+        "losses",
+    } | MASK_OUTPUTS
     assert stock & set(CACHE_ARGUMENTS), (
         "transformers renamed the cache again: medm.llms.cache lists the names"
     )

@@ -20,16 +20,19 @@ from transformers import (
 
 from medm.connectors import ConnectorOptions
 from medm.errors import CheckpointError, RecipeError, unavailable
-from medm.imaging import Preprocess
+from medm.heads import HEADS
+from medm.imaging import Preprocess, preprocess_from_dict
 from medm.llms import LLMS, LLMOptions
 from medm.llms.attention import check_usable
 from medm.llms.base import read_template
 from medm.llms.lm_head import stop_tokens
 from medm.models.base import CardText, ModelKind
-from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
+from medm.models.lvlm.configuration import BranchEntry, LVLMConfig, MaskEntry
+from medm.models.lvlm.grounding import MaskBranch
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
-from medm.models.lvlm.options import BranchOptions, LVLMOptions
-from medm.models.lvlm.processing import LVLMProcessor, padded_size, wrap_fields
+from medm.models.lvlm.options import BranchOptions, LVLMOptions, MaskOptions
+from medm.models.lvlm.processing import LVLMProcessor, MaskSpec, padded_size, wrap_fields
+from medm.models.mask_heads import check_pixels, described_head, load_head
 from medm.models.published.weights import PretrainedSource, load_module
 from medm.models.vision import (
     check_channels,
@@ -40,7 +43,7 @@ from medm.models.vision import (
     preprocess_of,
     spatial_of,
 )
-from medm.types import PLACEHOLDERS, Config, PredictionField
+from medm.types import MASK_TOKEN, MASK_VIEW, PLACEHOLDERS, Config, PredictionField
 
 if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM
@@ -76,7 +79,10 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
         check_usable(options.llm.attention)
 
     def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
-        return frozenset({"text"})
+        masks: frozenset[PredictionField] = frozenset(
+            {"masks"} if getattr(config, "masks", None) else ()
+        )
+        return masks | {"text"}
 
     def card_text(self, options: LVLMOptions) -> CardText:
         shown = [_SHOWN[branch] for branch in _SHOWN if branch in options.branches]
@@ -112,6 +118,8 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
             branch = Branch(config.branch(name), out_dim=model.width)
             _load_branch(branch, block, name=name)
             model.branches[name] = branch.to(dtype)
+        if options.masks is not None and (masks := config.mask_entry()) is not None:
+            model.masks = _mask_branch(masks, options.masks, model.width).to(dtype)
         model.add_control_tokens(processor)
         model.config.dtype = dtype
         model.config.pad_token_id = processor.pad_id
@@ -133,12 +141,16 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
         return resolve(options)[1]
 
     def preprocess(self, options: LVLMOptions) -> dict[str, Preprocess]:
-        return {
+        views = {
             name: preprocess_of(
                 name, branch.encoder, branch.preprocess, place=f"model.branches.{name}.preprocess"
             )
             for name, branch in options.branches.items()
         }
+        if options.masks is not None:
+            _, spec = _described_masks(options.masks)
+            views[spec.view] = preprocess_from_dict(spec.preprocess)
+        return views
 
     def adapt(
         self,
@@ -147,7 +159,17 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
         *,
         model: LVLMForConditionalGeneration | None = None,
     ) -> LVLMProcessor:
-        adapted = processor.adapt(options)
+        masks = options.masks
+        if masks is None or processor.masks:
+            adapted = processor.adapt(options)
+        else:
+            head, spec = _described_masks(masks)
+            adapted = processor.adapt(options, masks=spec.model_dump())
+            if model is not None:
+                entry = _mask_entry(masks, head, adapted)
+                branch = _mask_branch(entry, masks, model.width)
+                model.masks = branch.to(model.device, model.dtype)
+                model.config.masks = entry.model_dump()
         if model is not None:
             model.adapt(options, adapted)
         return adapted
@@ -188,6 +210,7 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
             specs[name] |= wrap_fields(block.wrap)
         if branch.connector.refuses_unseen_tasks:
             specs[name]["known_tasks_only"] = True
+    head, spec = _described_masks(options.masks) if options.masks is not None else ({}, None)
     family = LLMS.get(options.llm.name)
     template = options.llm.chat_template or (None if tokenizer.chat_template else family.template)
     processor = LVLMProcessor(
@@ -196,7 +219,8 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
         template_kwargs=family.template_kwargs,
         tasks=options.tasks,
         chat_template=read_template(template) if template else None,
-        control_tokens=options.control_tokens,
+        control_tokens=options.reply_tokens,
+        masks=spec.model_dump() if spec is not None else None,
     )
     if len(tokenizer) > text_config.vocab_size:
         text_config.vocab_size = padded_size(len(tokenizer))
@@ -206,10 +230,57 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
         branches={name: entry.model_dump() for name, entry in branches.items()},
         tasks=list(options.tasks),
         control_tokens=processor.control_token_ids,
+        masks=(
+            _mask_entry(options.masks, head, processor).model_dump()
+            if options.masks is not None
+            else {}
+        ),
     )
     # At the end, since a config hands its own to the configs inside it when it is made.
     config._attn_implementation = options.llm.attention
     return config, processor
+
+
+def _described_masks(options: MaskOptions) -> tuple[Config, MaskSpec]:
+    """Return the config of a mask head, and what the processor needs of it."""
+    place = "model.masks"
+    entry, preprocess = described_head(options.view, options.head, options.preprocess, place=place)
+    spatial = spatial_of(preprocess, place=f"{place}.preprocess")
+    with torch.device("meta"):
+        head = HEADS.constructor(entry)()
+    check_pixels(options.head.name, preprocess, head, place=place)
+    try:
+        grid = head.grid(tuple(spatial))
+    except ValueError as error:
+        raise RecipeError(f"{place}.preprocess.size: {error}") from None
+    return entry, MaskSpec(
+        view=f"{options.view}@{MASK_VIEW}",
+        preprocess=preprocess.model_dump(),
+        logits=list(grid),
+        targets=options.targets,
+    )
+
+
+def _mask_entry(options: MaskOptions, head: Config, processor: LVLMProcessor) -> MaskEntry:
+    """Return the entry of a mask head in the config of a checkpoint."""
+    view = str(processor.mask_view)
+    preprocess = processor.preprocess[view]
+    return MaskEntry(
+        view=view,
+        head=head,
+        projection=options.projection,
+        channels=num_channels(preprocess),
+        spatial=spatial_of(preprocess, place="model.masks.preprocess"),
+        token_id=processor.control_token_ids[MASK_TOKEN],
+        state=options.state,
+    )
+
+
+def _mask_branch(entry: MaskEntry, options: MaskOptions, width: int) -> MaskBranch:
+    """Return a mask head with its published weights, and a new projection."""
+    branch = MaskBranch(entry, in_dim=width)
+    load_head(branch.head, options.head)
+    return branch
 
 
 def _text_config(options: LLMOptions) -> PreTrainedConfig:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from medm.config import Options, validate
 from medm.connectors import upgrade_config
+from medm.models.lvlm.options import MaskProjectionOptions
 from medm.types import Config
 
 
@@ -28,6 +29,28 @@ class BranchEntry(Options):
     """Size of the input, (height, width) or (depth, height, width)."""
     placeholder_id: int
     """Token that stands for one vision token in `input_ids`."""
+
+
+class MaskEntry(Options):
+    """Mask head of a checkpoint.
+
+    A field that a later medm adds needs a default, so that older folders open.
+    """
+
+    view: str
+    """View that it reads: `image@masks` or `volume@masks`."""
+    head: Config
+    """Such as `{"name": "sam2", "architecture": {...}}`."""
+    projection: MaskProjectionOptions
+    """From the state of the language model to the prompt of the head."""
+    channels: int
+    """Channels of the input."""
+    spatial: list[int]
+    """Size of the input."""
+    token_id: int
+    """Token whose state is the prompt."""
+    state: Literal["at", "before"] = "at"
+    """Position of the state: at the token, or before it."""
 
 
 def _upgraded(entry: Any) -> Any:
@@ -62,6 +85,8 @@ class LVLMConfig(PreTrainedConfig):
     model."""
     control_tokens: dict[str, int] = field(default_factory=dict)
     """Control tokens of replies and their ids (`[SEG]`)."""
+    masks: dict[str, Any] = field(default_factory=dict)
+    """Fields of the `MaskEntry` of its mask head; empty without one."""
     new_rows: dict[str, Config] = field(default_factory=dict)
     """Part name to `ids` of the tokens whose rows are held apart (`medm.models.token_rows`), and
     `tied`: whether the LM head shares them."""
@@ -88,6 +113,12 @@ class LVLMConfig(PreTrainedConfig):
         """Return the entry of a branch, checked. Raises `RecipeError` with every problem."""
         return validate(BranchEntry, self.branches[name], source="a branch of config.json")
 
+    def mask_entry(self) -> MaskEntry | None:
+        """Return the entry of the mask head, checked; None without one."""
+        return (
+            validate(MaskEntry, self.masks, source="masks of config.json") if self.masks else None
+        )
+
     def encoder_entries(self) -> dict[str, Config]:
         """Return name and keywords of the vision encoder of each branch."""
         return {name: branch["encoder"] for name, branch in self.branches.items()}
@@ -99,7 +130,7 @@ class LVLMConfig(PreTrainedConfig):
         return {
             key: value
             for key, value in content.items()
-            if value or key not in ("control_tokens", "new_rows")
+            if value or key not in ("control_tokens", "masks", "new_rows")
         }
 
     def get_text_config(self, *_args: object, **_kwargs: object) -> PreTrainedConfig:

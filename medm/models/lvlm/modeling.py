@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -31,13 +31,14 @@ from medm.llms.attention import enable_padding_free, no_mask
 from medm.llms.lm_head import has_known_logits, stop_tokens
 from medm.models.base import MedmModel
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
-from medm.models.lvlm.options import LVLMOptions
+from medm.models.lvlm.grounding import MaskBranch, MaskInputs
+from medm.models.lvlm.options import MASK_OUTPUTS, MASK_PARTS, LVLMOptions, MaskOptions
 from medm.models.lvlm.processing import LVLMProcessor, padded_size
 from medm.models.lvlm.scatter import check, scatter
 from medm.models.lvlm.token_loss import loss_of_hidden_states, loss_of_logits
 from medm.models.options import ModelOptions
 from medm.models.token_rows import start_rows
-from medm.types import Processor, VisionFeatures
+from medm.types import MASK_VIEW, Processor, VisionFeatures
 
 if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM
@@ -62,6 +63,12 @@ class LVLMOutput(CausalLMOutputWithPast):
     mean."""
     losses: dict[str, Tensor] | None = None
     """Auxiliary losses by name (load balance of a router), unweighted."""
+    mask_logits: Tensor | None = None
+    """With labels, of a model with a mask head: (M, *grid), see `medm.heads.base.MaskLogits`."""
+    mask_quality: Tensor | None = None
+    """(M,), predicted IoU of each mask."""
+    mask_presence: Tensor | None = None
+    """(M,), logit of the target being in the image."""
 
     @classmethod
     def wrap(cls, output: Mapping[str, Any], **own: Any) -> LVLMOutput:
@@ -168,6 +175,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         self.branches = nn.ModuleDict(
             {name: Branch(config.branch(name), out_dim=self.width) for name in config.branches}
         )
+        self.masks: MaskBranch | None = None
+        if (entry := config.mask_entry()) is not None:
+            self.masks = MaskBranch(entry, in_dim=self.width)
         self.inject_adapters()
         self.post_init()
 
@@ -192,12 +202,15 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
     def parts(self) -> dict[str, nn.Module]:
         """Units that a recipe freezes, trains or adapts.
 
-        Their names are `llm`, `image.encoder`, `image.connector` ...
+        Their names are `llm`, `image.encoder`, `image.connector` ... `masks.decoder`.
         """
         parts: dict[str, nn.Module] = {"llm": self.language_model}
         for name in self.branches:
             parts[f"{name}.encoder"] = self.branch(name).encoder
             parts[f"{name}.connector"] = self.branch(name).connector
+        if self.masks is not None:
+            modules = (self.masks.head.encoder, self.masks.head.decoder, self.masks.projection)
+            parts |= dict(zip(MASK_PARTS, modules, strict=True))
         return parts
 
     def new_token_ids(self, part: str) -> list[int]:
@@ -245,12 +258,29 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
                 and held[key] != value
                 and "architecture" not in key.split(".")  # sizes are resolved
             ]
+        if self.masks is not None:
+            differences += self._mask_differences(options.masks)
         if differences:
             raise RecipeError(
                 f"init_from {source}: holds "
                 + "; ".join(differences)
                 + ". Change the recipe or init_from"
             )
+
+    def _mask_differences(self, options: MaskOptions | None) -> list[str]:
+        """List what a recipe says otherwise about the mask head; a model without one takes any."""
+        if options is None:
+            return ["a mask head, and the recipe none (model.masks)"]
+        held = flatten(self.config.masks)
+        given = {
+            "view": f"{options.view}@{MASK_VIEW}",
+            **flatten(options.model_dump(include={"head", "projection", "state"})),
+        }
+        return [
+            f"masks.{key} {held[key]!r}, not {value!r}"
+            for key, value in given.items()
+            if key in held and held[key] != value and "architecture" not in key.split(".")
+        ]
 
     def adapt(self, options: LVLMOptions, processor: LVLMProcessor) -> None:
         """Apply a recipe over a saved model: control tokens, stop token of the template, attention.
@@ -354,6 +384,10 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        mask_tokens: Tensor | None = None,
+        mask_items: Tensor | None = None,
+        mask_targets: Tensor | None = None,
+        outputs: Collection[str] | None = None,
         **kwargs: Any,
     ) -> LVLMOutput:
         """Run the model on a batch.
@@ -361,7 +395,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         1. Embed the text.
         2. Encode and connect each branch's pixels, and scatter the result onto its placeholders.
         3. Decode with the language model.
-        4. With labels: the loss over labeled positions; without: logits.
+        4. With labels: the loss over labeled positions, and masks; without: logits.
 
         Args are those of `medm.types.Batch`, of `embed`, and transformers' own; besides them:
             labels: (B, T), -100 where nothing is learned. Not shifted: position t is predicted from
@@ -370,6 +404,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             ranks of the step, which transformers'
                 own Trainer gives; `loss` is the sum over this batch divided by it. Without it
                 `loss` is the mean over this batch.
+            mask_tokens, mask_items: (M,), the `[SEG]` and the image of each mask. mask_targets:
+            read by objectives alone. outputs: fields that are read of the output; masks are left
+            out where none of them is. None for all.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, found both or none")
@@ -388,21 +425,90 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         if labels is None:
             output = self.language_model(**decoding, logits_to_keep=logits_to_keep)
             return LVLMOutput.wrap(output)
+        masks = self.masks
+        if masks is None or input_ids is None or not (outputs is None or MASK_OUTPUTS & {*outputs}):
+            masks = None
         if self.config.loss_on_full_logits:
-            output = self.language_model(**decoding, use_cache=False)
+            states = {} if masks is None else {"output_hidden_states": True}
+            output = self.language_model(**decoding, **states, use_cache=False)
             loss = loss_of_logits(output.logits, labels, label_positions)
+            hidden = None if masks is None else output.hidden_states[-1]
         else:
             output = self.language_model.base_model(**decoding, use_cache=False)
+            hidden = output.last_hidden_state
             loss = loss_of_hidden_states(
-                output.last_hidden_state,
+                hidden,
                 labels,
                 label_positions,
                 language_model=self.language_model,
             )
         mean = loss.mean(num_items_in_batch)
+        found: dict[str, Tensor] = {}
+        if masks is not None and input_ids is not None and hidden is not None:
+            found = self._masks_of(masks, hidden, input_ids, pixels, mask_tokens, mask_items)
         return LVLMOutput.wrap(
-            output, loss=mean, loss_sum=loss.sum, logits=None, losses=losses or None
+            output, loss=mean, loss_sum=loss.sum, logits=None, losses=losses or None, **found
         )
+
+    def _masks_of(
+        self,
+        masks: MaskBranch,
+        hidden: Tensor,
+        input_ids: Tensor,
+        pixels: Mapping[str, Tensor] | None,
+        tokens: Tensor | None,
+        items: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Return the mask fields of the output."""
+        if tokens is None or items is None:
+            made = masks.nothing(hidden, connected=self._sync_all_branches())
+        else:
+            if masks.view not in (pixels or {}):
+                raise ValueError(f"masks in the batch, and no pixels of the view {masks.view!r}")
+            assert pixels is not None
+            made = masks(hidden, input_ids, MaskInputs(pixels[masks.view], tokens, items))
+        return {f"mask_{name}": value for name, value in made._asdict().items()}
+
+    def mask_prompts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixels: Mapping[str, Tensor] | None = None,
+        task_ids: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, VisionFeatures | Tensor] | None = None,
+    ) -> Tensor:
+        """Return the prompt of every `[SEG]` of some texts with their replies, (S, D).
+
+        One teacher-forced pass, so that a reply that was generated in any way, and a token at its
+        very end, have their state.
+
+        Args:
+            input_ids: (B, T), with one placeholder for each vision token.
+            attention_mask: (B, T), where rows are padded on either side.
+            pixels: as in `embed`.
+            task_ids: as in `embed`.
+            features: as in `embed`.
+
+        Returns:
+            In the order of rows and positions.
+
+        Raises:
+            ValueError: the model has no mask head.
+        """
+        if self.masks is None:
+            raise ValueError("the model has no mask head")
+        embeds, _ = self.embed(input_ids, pixels, task_ids, features)
+        positions = None
+        if attention_mask is not None:  # rows may be padded on the left
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        hidden = self.language_model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        count = int((input_ids == self.masks.token_id).sum())
+        return self.masks.prompts(hidden, input_ids, torch.arange(count, device=hidden.device))
 
     def generate(
         self,

@@ -7,12 +7,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from medm.config import Options
-from medm.connectors import CONNECTORS, ConnectorOptions
+from medm.connectors import CONNECTORS, Activation, ConnectorOptions
 from medm.encoders import ENCODERS, EncoderOptions
+from medm.heads import HEADS, HeadOptions
 from medm.llms import LLMS, LLMOptions
 from medm.models.options import ModelOptions
 from medm.registry import NamedBlock
-from medm.types import MASK_TOKEN, parse_view
+from medm.types import MASK_TOKEN, PHRASE_TOKENS, Kind, parse_view
+
+MASK_OUTPUTS = frozenset({"mask_logits", "mask_quality", "mask_presence"})
+"""Fields of the output of a model with a mask head."""
+
+MASK_PARTS = ("masks.encoder", "masks.decoder", "masks.projection")
+"""Parts of a model with a mask head, beside its other ones."""
 
 
 class BranchOptions(Options):
@@ -31,10 +38,39 @@ class BranchOptions(Options):
     plain text. Default: none; of a saved model, what it was saved with."""
 
 
+class MaskProjectionOptions(Options):
+    """From the state of the language model to the prompt of a mask head."""
+
+    depth: int = Field(default=2, ge=1)
+    """Number of linear layers; all but the last keep the width of the language model."""
+    activation: Activation = "relu"
+    """Activation between the layers, by its transformers name."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout after the last layer (M3D-LaMed takes 0.1)."""
+
+
+class MaskOptions(Options):
+    """A mask head: each `[SEG]` of a reply becomes a mask of an image or volume."""
+
+    view: Kind = "image"
+    """Kind of file that the head reads. Its pixels are prepared apart from those of the branch."""
+    head: Annotated[HeadOptions, NamedBlock(HEADS)]
+    """The head, by name, and its options."""
+    preprocess: dict[str, Any] = {}
+    """Fields of the preprocessing that replace what the head was published with."""
+    projection: MaskProjectionOptions = MaskProjectionOptions()
+    """From the state of the language model to the prompt of the head."""
+    state: Literal["at", "before"] = "at"
+    """State of the language model that becomes the prompt: `at` the token (LISA, Sa2VA, UniBiomed),
+    or at the position `before` it, from which it is predicted (M3D-LaMed)."""
+    targets: Literal["head", "full"] = "head"
+    """Grid on which masks are learned: that of the head's logits, or of the prepared pixels."""
+
+
 class LVLMOptions(ModelOptions):
     """A vision-language model, put together from parts by name."""
 
-    outputs: ClassVar[frozenset[str]] = frozenset({"loss", "loss_sum", "losses"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"loss", "loss_sum", "losses"}) | MASK_OUTPUTS
 
     kind: Literal["lvlm"] = "lvlm"
     """Kind of model."""
@@ -43,13 +79,16 @@ class LVLMOptions(ModelOptions):
     branches: dict[str, BranchOptions] = {}
     """Vision branches: `image` reads 2-D images, `volume` reads 3-D volumes. Each has an encoder of
     its own."""
+    masks: MaskOptions | None = None
+    """Mask head, for answers with masks; null for text alone."""
     tasks: list[str] = []
     """Names of the tasks that records carry, in the order of their ids; needed by connectors that
     route by task."""
     control_tokens: list[str] | None = None
-    """Tokens that replies hold where a record has masks: `[SEG]` (docs/data-format.md). They are
-    added to the tokenizer, and their rows start as the mean of the others; `parts.llm.new_tokens`
-    trains them."""
+    """Tokens that replies hold where a record has masks: `[SEG]`, and `<p>`, `</p>` around the
+    words that a mask belongs to (docs/data-format.md). They are added to the tokenizer, and their
+    rows start as the mean of the others; `parts.llm.new_tokens` trains them. A mask head brings
+    its own (`[SEG]`)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the weights are held. Mixed precision in training is `train.bf16`,
     whatever stands here."""
@@ -60,15 +99,26 @@ class LVLMOptions(ModelOptions):
             {
                 "llm",
                 *(f"{name}.{part}" for name in self.branches for part in ("encoder", "connector")),
+                *(MASK_PARTS if self.masks is not None else ()),
             }
         )
+
+    def output_fields(self) -> frozenset[str]:
+        return self.outputs if self.masks is not None else self.outputs - MASK_OUTPUTS
+
+    @property
+    def reply_tokens(self) -> list[str]:
+        """Control tokens of replies: those of `control_tokens`, and those of the mask head."""
+        brought = self.masks.head.control_tokens if self.masks is not None else ()
+        return list(dict.fromkeys([*(self.control_tokens or []), *brought]))
 
     @field_validator("control_tokens")
     @classmethod
     def _known_control_tokens(cls, tokens: list[str] | None) -> list[str] | None:
-        if unknown := sorted(set(tokens or []) - {MASK_TOKEN}):
+        if unknown := sorted(set(tokens or []) - {MASK_TOKEN, *PHRASE_TOKENS}):
             raise ValueError(
-                f"expected {MASK_TOKEN}, the control token that records hold, found {unknown}"
+                f"expected {', '.join((MASK_TOKEN, *PHRASE_TOKENS))}, the control tokens that "
+                f"records hold, found {unknown}"
             )
         return tokens
 

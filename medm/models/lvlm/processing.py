@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,9 +29,11 @@ from medm.models.lvlm.messages import ChatInput, flatten, parse_messages
 from medm.models.lvlm.options import LVLMOptions
 from medm.types import (
     IGNORE_INDEX,
+    PHRASE_TOKENS,
     Config,
     ControlToken,
     Example,
+    MaskTargets,
     Media,
     Sample,
     Turn,
@@ -59,6 +61,22 @@ class BranchSpec(Options):
     before: str = ""
     after: str = ""
     """Texts around the vision tokens of an image or volume, all its tiles included."""
+
+
+class MaskSpec(Options):
+    """Properties of a mask head that the processor needs.
+
+    A field that is added later needs a default, so that older folders open.
+    """
+
+    view: str
+    """View that the head reads: `image@masks` or `volume@masks`."""
+    preprocess: dict[str, Any]
+    """What is done to its pixels, in the fields of `medm.imaging.options`."""
+    logits: list[int]
+    """Grid of the head's logits."""
+    targets: Literal["head", "full"] = "head"
+    """Grid on which masks are learned: that of the logits, or of the prepared pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +143,7 @@ class LVLMProcessor(ProcessorMixin):
         chat_template: the template; the tokenizer's without it.
         control_tokens: tokens that parts of a reply stand for (`[SEG]`), added where the tokenizer
             has none.
+        masks: fields of the `MaskSpec` of the model's mask head; none without one.
     """
 
     def __init__(
@@ -135,6 +154,7 @@ class LVLMProcessor(ProcessorMixin):
         tasks: Sequence[str] | None = None,
         chat_template: str | None = None,
         control_tokens: Sequence[str] | None = None,
+        masks: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if tokenizer is None:
@@ -155,6 +175,17 @@ class LVLMProcessor(ProcessorMixin):
         self.preprocess = {
             name: preprocess_from_dict(entry["preprocess"]) for name, entry in self.branches.items()
         }
+        self.masks = dict(masks or {})
+        self.mask_view: str | None = None
+        """View of the mask head; None without one."""
+        self.mask_grid: tuple[int, ...] | None = None
+        """Grid on which masks are learned."""
+        if self.masks:
+            spec = validate(MaskSpec, self.masks, source="processor_config.json, masks")
+            pixels = preprocess_from_dict(spec.preprocess)
+            self.preprocess[spec.view] = pixels
+            self.mask_view = spec.view
+            self.mask_grid = tuple((spec.targets == "full" and pixels.size) or spec.logits)
         self.placeholder_ids = {
             name: tokenizer.added_tokens_encoder[entry["placeholder"]]
             for name, entry in self.branches.items()
@@ -189,15 +220,22 @@ class LVLMProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         content = super().to_dict()
-        if not self.control_tokens:  # an earlier medm opens the folders of models that have none
-            content.pop("control_tokens", None)
+        for name in ("control_tokens", "masks"):
+            if not content.get(name):  # an earlier medm opens the folders of models that have none
+                content.pop(name, None)
         return content
 
-    def adapt(self, options: LVLMOptions) -> LVLMProcessor:
+    def adapt(
+        self, options: LVLMOptions, *, masks: Mapping[str, Any] | None = None
+    ) -> LVLMProcessor:
         """Return the processor with the chat template and preprocessing fields that a recipe sets.
 
         What the recipe does not set stays as it was saved. Control tokens are added to those that
         it has.
+
+        Args:
+            options: the recipe's section.
+            masks: fields of the `MaskSpec` of a mask head that the model did not have.
 
         Raises:
             RecipeError: an input size other than the one that the model was built for, or a field
@@ -206,16 +244,14 @@ class LVLMProcessor(ProcessorMixin):
         branches = {}
         for name, entry in self.branches.items():
             fields = options.branches[name].preprocess if name in options.branches else {}
-            preprocess = changed(entry["preprocess"], fields)
-            if list(preprocess["size"]) != list(entry["preprocess"]["size"]):
-                raise RecipeError(
-                    f"model.branches.{name}.preprocess.size: {preprocess['size']}, but the model "
-                    f"of init_from takes {entry['preprocess']['size']}; leave size out, or train "
-                    "from the published parts"
-                )
-            branches[name] = {**entry, "preprocess": preprocess_from_dict(preprocess).model_dump()}
+            branches[name] = _adapted(entry, fields, place=f"model.branches.{name}")
             if name in options.branches and (wrap := options.branches[name].wrap) is not None:
                 branches[name] |= wrap_fields(wrap)
+        if self.masks and options.masks is not None:
+            masks = {
+                **_adapted(self.masks, options.masks.preprocess, place="model.masks"),
+                "targets": options.masks.targets,
+            }
         written = options.llm.chat_template
         return LVLMProcessor(
             self.tokenizer,
@@ -223,9 +259,8 @@ class LVLMProcessor(ProcessorMixin):
             template_kwargs=self.template_kwargs,
             tasks=self.tasks,
             chat_template=read_template(written) if written else str(self.chat_template),
-            control_tokens=list(
-                dict.fromkeys([*self.control_tokens, *(options.control_tokens or [])])
-            ),
+            control_tokens=list(dict.fromkeys([*self.control_tokens, *options.reply_tokens])),
+            masks=masks,
         )
 
     # Names that servers built on transformers look for.
@@ -258,22 +293,29 @@ class LVLMProcessor(ProcessorMixin):
         generation: bool = False,
         continue_final: bool = False,
         chat: ChatFormat | None = None,
+        masks: MaskTargets | None = None,
     ) -> Example:
         """A checked sample and its preprocessed pixels as an example (`medm.types.Processor`).
 
         Args:
             sample: the conversation.
             pixels: per branch, in the order of the placeholders: (C, *spatial), or (T, C, *spatial)
-                of an image that is cut into T tiles. Each tile is an item of the example.
+                of an image that is cut into T tiles. Each tile is an item of the example. For the
+                view of the mask head the images that `masks` belong to.
             generation: the prompt ends where the assistant's reply begins, and nothing is labelled.
             continue_final: the prompt ends with the last message.
             chat: another chat template than the processor's.
+            masks: to learn, on `mask_grid`.
 
         Raises:
             DataError: an unknown branch, task or control token, pixels and placeholders that differ
                 in number, or turns that the chat template refuses.
         """
-        items = {name: self._items(name, arrays) for name, arrays in pixels.items() if arrays}
+        items = {
+            name: self._items(name, arrays)
+            for name, arrays in pixels.items()
+            if arrays and name != self.mask_view
+        }
         given = {name: len(found) for name, found in items.items()}
         wanted: dict[str, int] = {}
         for media in sample.media:
@@ -306,12 +348,12 @@ class LVLMProcessor(ProcessorMixin):
             token if is_target and not generation else IGNORE_INDEX
             for token, is_target in zip(ids, learned, strict=True)
         ]
-        return Example(
-            ids,
-            labels,
-            {name: [item for own in found for item in own] for name, found in items.items()},
-            task_id=self.task_id(sample),
-        )
+        taken = {name: [item for own in found for item in own] for name, found in items.items()}
+        if masks is not None and masks.arrays and self.mask_view is not None:
+            taken[self.mask_view] = list(pixels[self.mask_view])
+        else:
+            masks = None
+        return Example(ids, labels, taken, task_id=self.task_id(sample), masks=masks)
 
     def _items(self, branch: str, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """Return the items of each image or volume: its tiles, or itself."""
@@ -575,6 +617,8 @@ class LVLMProcessor(ProcessorMixin):
             return part
         if isinstance(part, ControlToken):
             if part.token not in self.control_token_ids:
+                if part.token in PHRASE_TOKENS:
+                    return part.token
                 known = ", ".join(self.control_tokens) or "no control tokens"
                 raise DataError(
                     f"a reply holds {part.token} with a mask behind it, and the model has "
@@ -593,6 +637,19 @@ class LVLMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixels", "task_ids"]
+
+
+def _adapted(
+    entry: Mapping[str, Any], fields: Mapping[str, object], *, place: str
+) -> dict[str, Any]:
+    """Return what a folder says of a view, with preprocessing fields that a recipe sets."""
+    preprocess = changed(entry["preprocess"], fields)
+    if list(preprocess["size"]) != list(entry["preprocess"]["size"]):
+        raise RecipeError(
+            f"{place}.preprocess.size: {preprocess['size']}, but the model of init_from takes "
+            f"{entry['preprocess']['size']}; leave size out, or train from the published parts"
+        )
+    return {**entry, "preprocess": preprocess_from_dict(preprocess).model_dump()}
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:

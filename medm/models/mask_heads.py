@@ -1,0 +1,69 @@
+"""Mask heads of a `model` section: sizes, preprocessing and published weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from medm.errors import RecipeError
+from medm.heads import HEADS, HeadOptions
+from medm.heads.base import MaskHead
+from medm.imaging import Preprocess, preprocess_from_dict
+from medm.imaging.options import changed
+from medm.models.published.weights import PretrainedSource, load_module
+from medm.models.vision import fields_of, num_channels, spatial_of
+from medm.types import Config, Kind
+
+_NOT_FOR_THE_HEAD = {"name", "path", "architecture", "image_size"}
+
+
+def described_head(
+    kind: Kind, head: HeadOptions, fields: Mapping[str, object], *, place: str
+) -> tuple[Config, Preprocess]:
+    """Return the config of a head with every size resolved, and what is done to its pixels.
+
+    Args:
+        kind: kind of file that it reads.
+        head: its block.
+        fields: of the preprocessing, in place of what the head was published with.
+        place: key of the recipe that holds the block, for messages.
+    """
+    head_class = HEADS.get(head.name)
+    if kind not in head_class.kinds:
+        raise RecipeError(
+            f"{place}.view: head {head.name!r} reads {' or '.join(sorted(head_class.kinds))}, "
+            f"not {kind}; set view, or choose another head"
+        )
+    published = PretrainedSource(head.path) if head.path else None
+    entry: Config = {"name": head.name, **fields_of(head, _NOT_FOR_THE_HEAD)}
+    sizes = head_class.architecture_from(published.config() if published else {})
+    sizes |= head.architecture
+    described = head_class.preprocess_from(
+        published.preprocessor() if published else {}, sizes, getattr(head, "image_size", None)
+    )
+    entry["architecture"] = sizes
+    preprocess = preprocess_from_dict(changed({"kind": kind, **described}, fields))
+    spatial_of(preprocess, place=f"{place}.preprocess")
+    return entry, preprocess
+
+
+def check_pixels(name: str, preprocess: Preprocess, head: MaskHead, *, place: str) -> None:
+    """Raise `RecipeError` for pixels of another number of channels than the head takes."""
+    channels = num_channels(preprocess)
+    if head.channels and channels not in head.channels:
+        raise RecipeError(
+            f"{place}.preprocess: gives pixels of {channels} channels, but mask head {name!r} "
+            f"takes {' or '.join(map(str, head.channels))}"
+        )
+
+
+def load_head(head: MaskHead, options: HeadOptions) -> None:
+    """Load published weights into a head, where its options name some."""
+    if options.path is None:
+        return
+    load_module(
+        head,
+        head.rename_published(PretrainedSource(options.path).tensors()),
+        source=f"mask head from {options.path}",
+        key_map=type(head).key_map,
+        ignored=type(head).ignored_keys,
+    )
