@@ -30,6 +30,7 @@ Gate: TypeAlias = Literal["soft", "sparse", "hard", "constant"]
 RouteBy: TypeAlias = Literal["token", "task", "task+token"]
 Mode: TypeAlias = Literal["corrected", "paper"]
 UnseenTask: TypeAlias = Literal["error", "mean", "constant"]
+PixelShuffleVersion: TypeAlias = Literal["v1", "v2"]
 
 
 _LOG = logging.getLogger(__name__)
@@ -106,6 +107,17 @@ class ResampleOptions(MLPOptions):
     [1, 4]."""
 
 
+class PixelShuffleOptions(MLPOptions):
+    """Squares of tokens side by side on the channel axis, layer norm, then an MLP."""
+
+    window: int | list[int] = 2
+    """Side of a square in cells: one number, or one for each axis. 2 is InternVL's
+    `downsample_ratio` of 0.5."""
+    version: PixelShuffleVersion = "v2"
+    """InternVL's `ps_version`: `v2` keeps the rows of the grid (InternVL 1.2 and later); `v1`
+    exchanges rows and columns of the tokens, as the first release did."""
+
+
 class MoEOptions(MLPOptions):
     """Mixture of experts with a router.
 
@@ -175,6 +187,12 @@ CONNECTORS.add(
     "medm.connectors.resample:ResampleConnector",
     "windows of tokens side by side, averaged or their maximum, then an MLP (MiniGPT-v2, Uni-Med)",
     options=ResampleOptions,
+)
+CONNECTORS.add(
+    "pixel-shuffle",
+    "medm.connectors.pixel_shuffle:PixelShuffleConnector",
+    "squares of tokens side by side, layer norm, then an MLP (InternVL, Sa2VA, UniBiomed)",
+    options=PixelShuffleOptions,
 )
 CONNECTORS.add(
     "moe",

@@ -195,6 +195,12 @@ ENCODERS.add(
     options=HFVisionOptions,
 )
 ENCODERS.add(
+    "internvit",
+    "medm.encoders.internvit:InternViTEncoder",
+    "InternViT in the layout of InternVL or of transformers (InternVL, Sa2VA, UniBiomed)",
+    options=HFVisionOptions,
+)
+ENCODERS.add(
     "efficientnet-lite",
     "medm.encoders.efficientnet_lite:EfficientNetLiteEncoder",
     "EfficientNet-Lite 0 to 4 (ImageNet CNN): pooled cells of several feature maps",

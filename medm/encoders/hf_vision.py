@@ -44,8 +44,8 @@ _NOT_A_GRID = {
     "windows and merges 2 x 2 patches inside the tower",
     "qwen3_vl": "it packs patches of images of any size into one sequence and merges 2 x 2 of them",
     "gemma4": "it takes patches with their positions, not pixels",
-    "internvl_chat": "it is in the layout of InternVL's own code, which is not run; take the "
-    "folder of the same model whose name ends in -hf",
+    "internvl_chat": "it is in the layout of InternVL's own code; name the encoder internvit, "
+    "which reads it",
 }
 """By `model_type` of a whole model, or its beginning, the reason why its tower has no fixed grid of
 patches."""

@@ -22,6 +22,7 @@ TINY_CONNECTORS: dict[str, dict[str, Any]] = {
     "spatial-pooling": {"pool": 2},
     "attention-pooling": {"queries": 3, "heads": 4},
     "resample": {"method": "projection", "window": 2},
+    "pixel-shuffle": {"window": 2},
     "moe": {
         "num_experts": 3,
         "route_by": "task+token",

@@ -248,7 +248,7 @@ def test_what_is_no_vit_is_refused_by_name(architecture: dict[str, Any], message
     ("config", "message"),
     [
         ({"model_type": "qwen2_5_vl", "vision_config": {}}, "qwen2_5_vl: it packs patches"),
-        ({"model_type": "internvl_chat", "vision_config": {}}, "ends in -hf"),
+        ({"model_type": "internvl_chat", "vision_config": {}}, "name the encoder internvit"),
     ],
 )
 def test_towers_without_a_grid_are_refused_with_the_reason(

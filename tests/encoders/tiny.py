@@ -41,6 +41,13 @@ TINY_ENCODERS = {
         },
         pixels=(3, 16, 24),
     ),
+    "internvit": Tiny(
+        {
+            "name": "internvit", "tokens": "prefix_patch",
+            "architecture": VIT | {"image_size": [16, 16], "patch_size": [8, 8], "attention_bias": True},
+        },
+        pixels=(3, 16, 24),
+    ),
     "m3d-clip": Tiny({"name": "m3d-clip", "architecture": VOLUME_VIT, "norm": "after"}, pixels=(1, 8, 16, 16)),
     "medm-clip": Tiny({"name": "medm-clip", "architecture": VOLUME_VIT, "tokens": "cls_patch"}, pixels=(1, 8, 16, 24)),
     "eva-clip": Tiny(
