@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medm.config import Options
 from medm.registry import NamedBlock, Registry
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from medm.objectives.base import Objective
 
 SameLabel: TypeAlias = Literal["negative", "ignore", "positive"]
+AbsentTargets: TypeAlias = Literal["learn", "presence-only"]
 
 
 class ObjectiveOptions(Options):
@@ -84,6 +85,49 @@ class ContrastiveOptions(ObjectiveOptions):
         return frozenset({self.first, self.second, "logit_scale", *bias})
 
 
+class SegmentationOptions(ObjectiveOptions):
+    """Masks of a grounded model: binary cross-entropy and soft Dice, summed over masks.
+
+    The defaults are those of UniBiomed (arXiv 2504.21336).
+    """
+
+    bce: float = Field(default=2.0, ge=0)
+    """Weight of the binary cross-entropy, a mean over the points or voxels of a mask."""
+    dice: float = Field(default=0.5, ge=0)
+    """Weight of the soft Dice loss of a mask, smoothed by 1."""
+    presence: float = Field(default=0.0, ge=0)
+    """Weight of the binary cross-entropy of the presence logit: is the target in the image at
+    all."""
+    quality: float = Field(default=0.0, ge=0)
+    """Weight of the squared error of the predicted IoU against the IoU of the mask, as SAM is
+    trained (arXiv 2304.02643). Published grounded models leave it at 0."""
+    absent: AbsentTargets = "learn"
+    """Targets that are not in the image: `learn` an empty mask, or teach their presence alone
+    (`presence-only`). They count as masks either way."""
+    points: int | None = Field(default=12544, ge=1)
+    """Points of a mask at which it is compared (112 x 112 as published); null compares every voxel.
+    """
+    oversample: int = Field(default=3, ge=1)
+    """Candidates for each point, from which the uncertain ones are chosen."""
+    important: float = Field(default=0.75, ge=0, le=1)
+    """Fraction of the points that are the most uncertain candidates; the others are uniform."""
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> SegmentationOptions:
+        if not (self.bce or self.dice or self.presence):
+            raise ValueError("bce, dice and presence are all 0: expected one of them above 0")
+        if self.absent == "presence-only" and not self.presence:
+            raise ValueError(
+                "absent is presence-only and presence is 0, so absent targets teach nothing; set "
+                "presence above 0"
+            )
+        return self
+
+    def reads(self) -> frozenset[str]:
+        quality = {"mask_quality"} if self.quality else set()
+        return frozenset({"mask_logits", "mask_presence", *quality})
+
+
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective", group="medm.objectives", options=ObjectiveOptions
 )
@@ -99,6 +143,12 @@ OBJECTIVES.add(
     "medm.objectives.contrastive:Contrastive",
     "image-text contrast over the global batch (CLIP or SigLIP loss)",
     options=ContrastiveOptions,
+)
+OBJECTIVES.add(
+    "segmentation",
+    "medm.objectives.segmentation:Segmentation",
+    "masks of a grounded model: cross-entropy and Dice at uncertain points, or at every voxel",
+    options=SegmentationOptions,
 )
 
 
