@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 import yaml
 from packaging.version import Version
 
 from tests import shrink
-from tests.imaging.tiny import phantom
+from tests.imaging.tiny import phantom, write_series
 from tests.test_readme import run
 from tests.test_versions import pins
 
@@ -146,7 +147,7 @@ def test_the_example_of_the_geometry_page(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     sitk.WriteImage(image, "ct.nii.gz")
     sitk.WriteImage(sitk.Cast(image > 200, sitk.sitkUInt8), "organs.nii.gz")
-    (source,) = blocks("geometry.md", "python")
+    source, _ = blocks("geometry.md", "python")
     assert len(source.strip().splitlines()) <= 10
     names: dict[str, Any] = {}
     exec(source, names)
@@ -157,6 +158,25 @@ def test_the_example_of_the_geometry_page(tmp_path: Path, monkeypatch: pytest.Mo
     drawn, bone = sitk.ReadImage("drawn.nii.gz"), sitk.GetArrayFromImage(image) > 200
     assert drawn.GetSpacing() == image.GetSpacing() and drawn.GetOrigin() == image.GetOrigin()
     assert (sitk.GetArrayFromImage(drawn).astype(bool) & bone).sum() > 0.7 * bone.sum()
+
+
+def test_the_dicom_example_of_the_geometry_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("highdicom", reason="highdicom comes with the extra 'dicom'")
+    monkeypatch.chdir(tmp_path)
+    frame = pydicom.uid.generate_uid()
+
+    def complete(dataset: pydicom.Dataset, z: int) -> None:
+        dataset.FrameOfReferenceUID = frame
+
+    write_series(tmp_path / "ct_series", phantom(), change=complete)
+    _, source = blocks("geometry.md", "python")
+    names: dict[str, Any] = {}
+    exec(source, names)
+    seg = pydicom.dcmread("seg.dcm")
+    assert seg.pixel_array.sum() == names["mask"].sum() > 0
+    assert seg.FrameOfReferenceUID == frame
 
 
 def test_add_a_pipeline(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-INSTALLED_EXTRAS = ("text-metrics", "surface-metrics", "plot", "quickstart", "dev")
+INSTALLED_EXTRAS = ("text-metrics", "surface-metrics", "plot", "dicom", "quickstart", "dev")
 
 
 def requirements() -> Iterator[Requirement]:

@@ -214,7 +214,7 @@ def read_header(path: Path, name: str | None = None) -> Header | None:
     pydicom_errors = _pydicom().errors
     try:
         size = path.stat().st_size
-        with path.open("rb") as stream, _quiet():
+        with path.open("rb") as stream, quiet():
             found = _read_until_pixels(stream, size, name)
             if found.declared is None or found.storage == _DIRECTORY:
                 _check_no_image(found, name)
@@ -232,6 +232,36 @@ def read_header(path: Path, name: str | None = None) -> Header | None:
     return header
 
 
+def read_elements(header: Header, keywords: Sequence[str]) -> Dataset:
+    """Return some elements of a file whose header was read; none that is not named.
+
+    Their values are a patient's: a caller copies them into a file, and never into a message.
+
+    Raises:
+        MediaError: the elements are damaged.
+    """
+    pydicom = _pydicom()
+    wanted = [pydicom.tag.Tag(keyword) for keyword in keywords]
+    try:
+        with header.path.open("rb") as stream, quiet():
+            dataset: Dataset = pydicom.filereader.read_partial(
+                stream,
+                stop_when=lambda tag, _vr, _length: tag == 0x7FE00010,
+                specific_tags=wanted,
+                force=header.bare,
+            )
+            dataset.decode()
+    except (
+        *DECODE_ERRORS,
+        pydicom.errors.InvalidDicomError,
+        pydicom.errors.BytesLengthException,
+    ) as error:
+        raise MediaError(
+            f"{header.name}: the DICOM header is damaged ({type(error).__name__})"
+        ) from None
+    return dataset
+
+
 def warn_not_applied(header: Header) -> None:
     """Name what the file holds for viewers and what is not applied here, once for each element."""
     for element in header.not_applied:
@@ -239,7 +269,7 @@ def warn_not_applied(header: Header) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Header values are a patient's, and pydicom quotes them in its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -84,6 +84,30 @@ def check_dicom_folder(
     _series(folder, name, series=series, several=several)
 
 
+def select_series(
+    path: Path, name: str, *, series: str | None, several: Literal["only", "largest"]
+) -> tuple[list[Header], list[int], Geometry]:
+    """Return headers, order of the slices or frames, and geometry of a volume, without its pixels.
+
+    Args:
+        path: a folder as in `read_dicom_folder`, or a multi-frame file.
+        name: the folder or file, for messages.
+        series: SeriesNumber or SeriesInstanceUID of the wanted one of a folder.
+        several: what to do when a folder has several and none is named.
+
+    Returns:
+        One header a slice in the order of the folder, or one of all frames; index of the slice or
+        frame at each place along the normal; geometry of the sorted stack.
+
+    Raises:
+        MediaError: as `read_dicom_folder` and `read_dicom_file`.
+    """
+    if path.is_dir():
+        return _series(path, name, series=series, several=several)
+    header = _multi_frame_header(path, name)
+    return [header], *_frame_order(header, name)
+
+
 def _series(
     folder: Path, name: str, *, series: str | None, several: Literal["only", "largest"]
 ) -> tuple[list[Header], list[int], Geometry]:

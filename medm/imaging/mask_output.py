@@ -46,7 +46,7 @@ class WrittenLabels:
     """Voxels that belong to several masks; each has the label of the last one."""
 
 
-def write_mask(path: Path, mask: np.ndarray, placement: Placement) -> None:
+def write_mask(path: str | Path, mask: np.ndarray, placement: Placement) -> None:
     """Write a mask on the grid of its file.
 
     Args:
@@ -58,6 +58,7 @@ def write_mask(path: Path, mask: np.ndarray, placement: Placement) -> None:
         MediaError: another suffix, another size than the file, or values that are no mask.
         OSError: the file cannot be written.
     """
+    path = Path(path)
     inside = as_mask(mask, placement, name=str(path))
     if len(placement.source_shape) == 3:
         _check_suffix(path, _VOLUME_SUFFIXES, "a volume")
@@ -68,7 +69,7 @@ def write_mask(path: Path, mask: np.ndarray, placement: Placement) -> None:
 
 
 def write_masks(
-    folder: Path, masks: NamedMasks, placement: Placement, *, prefix: str = ""
+    folder: str | Path, masks: NamedMasks, placement: Placement, *, prefix: str = ""
 ) -> list[Path]:
     """Write one file for each mask, named by its number and phrase: `000-left-lung.nii.gz`.
 
@@ -85,6 +86,7 @@ def write_masks(
         MediaError: a mask of another size than the file, or values that are no mask.
         OSError: a file cannot be written.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [
         folder / f"{prefix}{mask_file_name(number, phrase, placement)}"
@@ -106,7 +108,7 @@ def mask_file_name(number: int, phrase: str, placement: Placement) -> str:
     return f"{number:03d}{'-' if words else ''}{words}{suffix}"
 
 
-def write_labels(path: Path, masks: NamedMasks, placement: Placement) -> WrittenLabels:
+def write_labels(path: str | Path, masks: NamedMasks, placement: Placement) -> WrittenLabels:
     """Write all masks as one label map, and their phrases as JSON beside it.
 
     Label 1 is the first mask. A voxel of several masks has the label of the last one; their number
@@ -123,7 +125,7 @@ def write_labels(path: Path, masks: NamedMasks, placement: Placement) -> Written
             that are no mask.
         OSError: a file cannot be written.
     """
-    is_volume = len(placement.source_shape) == 3
+    path, is_volume = Path(path), len(placement.source_shape) == 3
     suffix = _check_suffix(
         path, _VOLUME_SUFFIXES if is_volume else (".png",), "a volume" if is_volume else "an image"
     )
