@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medm.data.field_types import json_type, require_text
+from medm.data.mask_entries import MASK_FIELD, MaskEntry, mask_entries
 from medm.errors import DataError
 from medm.types import (
     KIND_OF_PLACEHOLDER,
     MASK_TOKEN,
+    PHRASE_TOKENS,
     ControlToken,
     MaskSource,
     Media,
@@ -31,9 +34,6 @@ MEDIA_FIELDS = {
     "volumes": "volume",
 }
 """Record fields that name files, and the branch that reads them."""
-
-MASK_FIELD = "masks"
-"""Record field that names mask files, one for each `[SEG]` in the replies."""
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -54,6 +54,8 @@ _OWN_FIELDS = {
     *MEDIA_FIELDS,
 }
 
+_CONTROL = re.compile("|".join(map(re.escape, (MASK_TOKEN, *PHRASE_TOKENS))))
+"""Control tokens in a reply of a record with masks."""
 _PLACEHOLDER = re.compile("|".join(map(re.escape, KIND_OF_PLACEHOLDER)))
 _FOREIGN_PLACEHOLDER = re.compile(
     r"</?\|?(?P<kind>im_patch|image|img|picture|volume|ct|scan|vision|video|audio|speech|point_?cloud)s?"
@@ -148,14 +150,15 @@ def parse_record(
 def _parse(record: object, *, inference: bool, file: str | None, index: int | None) -> Sample:
     if not isinstance(record, dict):
         raise DataError(
-            f"expected an object with 'conversations' or 'messages', found {_kind(record)}"
+            f"expected an object with 'conversations' or 'messages', found {json_type(record)}"
         )
     _refuse_other_formats(record, inference=inference)
     files = _media_files(record)
-    masks = _Files(MASK_FIELD, _paths(record.get(MASK_FIELD), MASK_FIELD))
+    masks = _Masks(mask_entries(record.get(MASK_FIELD)))
     turns = _turns(record, files, masks)
     _check_masks(masks, turns, inference=inference)
     _refuse_unread_media(record, turns)
+    sources = _mask_sources(masks.entries, turns)
     answer = _optional_text(record, "answer")
     if inference and turns[-1].role == "assistant":
         answer = answer if answer is not None else turns[-1].text or None
@@ -168,10 +171,7 @@ def _parse(record: object, *, inference: bool, file: str | None, index: int | No
         answer=answer,
         file=file,
         index=index,
-        masks=tuple(
-            MaskSource(token=number, media=0, field=f"{MASK_FIELD}.{number}", path=path)
-            for number, path in enumerate(masks.paths)
-        ),
+        masks=sources,
         extra={key: value for key, value in record.items() if key not in _OWN_FIELDS},
     )
 
@@ -232,39 +232,16 @@ def _refuse_unread_media(record: Mapping[str, object], turns: Sequence[Turn]) ->
             )
 
 
-def _kind(value: object) -> str:
-    """Return the JSON type of a value.
-
-    Messages name the type: the value itself may be about a patient.
-    """
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
 def _identifier(record: Mapping[str, object]) -> str | None:
     value = record.get("id")
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
-        raise DataError(f"expected text or a whole number, found {_kind(value)}", field="id")
-    return None if value is None else _text(str(value), "id")
+        raise DataError(f"expected text or a whole number, found {json_type(value)}", field="id")
+    return None if value is None else require_text(str(value), "id")
 
 
 def _optional_text(record: Mapping[str, object], field: str) -> str | None:
     value = record.get(field)
-    return None if value is None else _text(value, field)
-
-
-def _text(value: object, field: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"expected text, found {_kind(value)}", field=field)
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"half of a surrogate pair at character {error.start}; save the file as UTF-8",
-                field=field,
-            ) from None
-    return value
+    return None if value is None else require_text(value, field)
 
 
 @dataclass(slots=True)
@@ -279,6 +256,19 @@ class _Files:
     def take(self) -> str | None:
         self.used += 1
         return self.paths[self.used - 1] if self.used <= len(self.paths) else None
+
+
+@dataclass(slots=True)
+class _Masks:
+    """The masks of each `[SEG]`, taken in order by the `[SEG]` of the replies."""
+
+    entries: list[list[MaskEntry]]
+    used: int = 0
+    """`[SEG]` met so far; may run past the number of entries."""
+
+    def take(self) -> ControlToken:
+        self.used += 1
+        return ControlToken(MASK_TOKEN, mask=self.used - 1)
 
 
 def _media_files(record: Mapping[str, object]) -> dict[str, _Files]:
@@ -308,10 +298,12 @@ def _paths(value: object, field: str) -> list[str]:
         return []
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list):
-        raise DataError(f"expected a path or a list of paths, found {_kind(value)}", field=field)
+        raise DataError(
+            f"expected a path or a list of paths, found {json_type(value)}", field=field
+        )
     for position, path in enumerate(paths):
         place = field if isinstance(value, str) else f"{field}.{position}"
-        if not _text(path, place).strip():
+        if not require_text(path, place).strip():
             raise DataError("expected a path, found empty text", field=place)
     return paths
 
@@ -324,7 +316,7 @@ def _turns_field(record: Mapping[str, object]) -> str:
     return "messages" if "messages" in record else "conversations"
 
 
-def _turns(record: Mapping[str, object], files: dict[str, _Files], masks: _Files) -> list[Turn]:
+def _turns(record: Mapping[str, object], files: dict[str, _Files], masks: _Masks) -> list[Turn]:
     field = _turns_field(record)
     if field not in record:
         raise DataError(
@@ -335,7 +327,7 @@ def _turns(record: Mapping[str, object], files: dict[str, _Files], masks: _Files
         raise DataError("'conversations' is given as well; keep one of the two", field=field)
     entries = record[field]
     if not isinstance(entries, list):
-        raise DataError(f"expected a list of turns, found {_kind(entries)}", field=field)
+        raise DataError(f"expected a list of turns, found {json_type(entries)}", field=field)
     if not entries:
         raise DataError(
             "the conversation is empty; expected at least one turn of the user", field=field
@@ -369,7 +361,8 @@ def _role_and_content(entry: object, field: str) -> tuple[Role, object, str]:
     """
     if not isinstance(entry, dict):
         raise DataError(
-            f"expected a turn, an object with 'from' and 'value', found {_kind(entry)}", field=field
+            f"expected a turn, an object with 'from' and 'value', found {json_type(entry)}",
+            field=field,
         )
     role_key, content_key = ("role", "content") if "role" in entry else ("from", "value")
     for key in (role_key, content_key):
@@ -378,7 +371,7 @@ def _role_and_content(entry: object, field: str) -> tuple[Role, object, str]:
                 f"'{key}' is missing; a turn has 'from' and 'value', or 'role' and 'content'",
                 field=field,
             )
-    name = _text(entry[role_key], f"{field}.{role_key}")
+    name = require_text(entry[role_key], f"{field}.{role_key}")
     if name not in _ROLES:
         raise DataError(
             f"unknown role {name[:40]!r}; expected one of {', '.join(_ROLES)}",
@@ -387,48 +380,140 @@ def _role_and_content(entry: object, field: str) -> tuple[Role, object, str]:
     return _ROLES[name], entry[content_key], f"{field}.{content_key}"
 
 
-def _turn(role: Role, content: object, field: str, files: dict[str, _Files], masks: _Files) -> Turn:
+def _turn(role: Role, content: object, field: str, files: dict[str, _Files], masks: _Masks) -> Turn:
     if isinstance(content, list):
         parts = [_part(part, f"{field}.{position}", files) for position, part in enumerate(content)]
         if role == "assistant":
-            return Turn(role, tuple(_split_mask_tokens(parts, masks)))
+            return Turn(role, tuple(_split_control_tokens(parts, masks)))
         return Turn(role, tuple(parts))
-    text = _text(content, field)
+    text = require_text(content, field)
     if role == "assistant":  # a placeholder in a reply is text to be learned
-        return Turn(role, tuple(_split_mask_tokens([text], masks)))
+        return Turn(role, tuple(_split_control_tokens([text], masks)))
     return Turn(role, tuple(_split_placeholders(text, field, files)))
 
 
-def _split_mask_tokens(
-    parts: Sequence[str | Media], masks: _Files
+def _split_control_tokens(
+    parts: Sequence[str | Media], masks: _Masks
 ) -> Iterator[str | Media | ControlToken]:
     """Yield the parts of a reply.
 
-    `[SEG]` in its text is a control token where the record has masks.
+    `[SEG]` and the marks of phrases in its text are control tokens where the record has masks.
     """
     for part in parts:
-        pieces = part.split(MASK_TOKEN) if isinstance(part, str) and masks.paths else [part]
-        for number, piece in enumerate(pieces):
-            if number:
-                yield ControlToken(MASK_TOKEN, mask=masks.used)
-                masks.used += 1
-            if piece:
-                yield piece
+        if not isinstance(part, str) or not masks.entries:
+            yield part
+            continue
+        start = 0
+        for found in _CONTROL.finditer(part):
+            if found.start() > start:
+                yield part[start : found.start()]
+            token = found.group()
+            yield masks.take() if token == MASK_TOKEN else ControlToken(token)
+            start = found.end()
+        if start < len(part):
+            yield part[start:]
 
 
-def _check_masks(masks: _Files, turns: Sequence[Turn], *, inference: bool) -> None:
+def _check_masks(masks: _Masks, turns: Sequence[Turn], *, inference: bool) -> None:
     """Raise `DataError` where `[SEG]` and masks differ in number.
 
     The masks that are left may belong to the reply that is to be generated.
     """
+    count = len(masks.entries)
     to_be_generated = inference and turns[-1].role != "assistant"
-    if masks.used == len(masks.paths) or (to_be_generated and masks.used < len(masks.paths)):
+    if masks.used == count or (to_be_generated and masks.used < count):
         return
     raise DataError(
-        f"{len(masks.paths)} mask(s), but {masks.used} {MASK_TOKEN} in the replies; write one "
+        f"{count} mask(s), but {masks.used} {MASK_TOKEN} in the replies; write one "
         f"{MASK_TOKEN} where each mask belongs, in order",
-        field=masks.field,
+        field=MASK_FIELD,
     )
+
+
+def _mask_sources(
+    entries: Sequence[Sequence[MaskEntry]], turns: Sequence[Turn]
+) -> tuple[MaskSource, ...]:
+    """Return the masks of a record with the file and the words that each belongs to.
+
+    Raises:
+        DataError: a mask of a file that the record does not have, or that stands behind the
+            `[SEG]`; or two masks of one file for the same `[SEG]`.
+    """
+    if not entries:
+        return ()
+    media = [part for turn in turns for part in turn.content if isinstance(part, Media)]
+    before = _before_mask_tokens(turns)
+    sources = []
+    for token, group in enumerate(entries):
+        shown, phrase = before[token] if token < len(before) else (len(media), None)
+        owners: dict[int, str] = {}
+        for entry in group:
+            owner = _owner(entry, media, shown)
+            if owner in owners:
+                raise DataError(
+                    f"a second mask of one {media[owner].branch}, after '{owners[owner]}'; a "
+                    f"{MASK_TOKEN} has one mask in each. Join the two, or name the other file by "
+                    f"'{media[owner].branch}'",
+                    field=entry.field,
+                )
+            owners[owner] = entry.field
+            sources.append(entry.source(token=token, media=owner, phrase=phrase))
+    return tuple(sources)
+
+
+def _before_mask_tokens(turns: Sequence[Turn]) -> list[tuple[int, str | None]]:
+    """Return, for each `[SEG]`, the files before it, and the words between the marks before it."""
+    opening, closing = PHRASE_TOKENS
+    found: list[tuple[int, str | None]] = []
+    shown = 0
+    for turn in turns:
+        phrase: str | None = None
+        words: list[str] | None = None
+        for part in turn.content:
+            if isinstance(part, Media):
+                shown += 1
+            elif isinstance(part, str):
+                if words is not None:
+                    words.append(part)
+            elif part.token == opening:
+                words = []
+            elif part.token == closing:
+                phrase = "".join(words or []).strip() or None
+                words = None
+            else:
+                found.append((shown, phrase))
+                phrase = None
+    return found
+
+
+def _owner(entry: MaskEntry, media: Sequence[Media], shown: int) -> int:
+    """Return the position among all files of the one that a mask belongs to.
+
+    Args:
+        entry: the mask.
+        media: all files of the record.
+        shown: number of those before the `[SEG]`.
+    """
+    if entry.position is None:
+        if not shown:
+            raise DataError(
+                f"a mask, but no image or volume stands before its {MASK_TOKEN}", field=entry.field
+            )
+        return shown - 1
+    of_kind = [number for number, item in enumerate(media) if item.branch == entry.kind]
+    field = f"{entry.field}.{entry.kind}"
+    if entry.position >= len(of_kind):
+        raise DataError(
+            f"{entry.position}, and the record has {len(of_kind)} {entry.kind}(s), counted from 0",
+            field=field,
+        )
+    owner = of_kind[entry.position]
+    if owner >= shown:
+        raise DataError(
+            f"the {entry.kind} stands behind the {MASK_TOKEN}; the model has not seen it there",
+            field=field,
+        )
+    return owner
 
 
 def _split_placeholders(text: str, field: str, files: dict[str, _Files]) -> Iterator[str | Media]:
@@ -479,11 +564,11 @@ def _part(part: object, field: str, files: dict[str, _Files]) -> str | Media:
     """
     if not isinstance(part, dict) or "type" not in part:
         raise DataError(
-            f"expected a content part, an object with 'type', found {_kind(part)}", field=field
+            f"expected a content part, an object with 'type', found {json_type(part)}", field=field
         )
-    kind = _text(part["type"], f"{field}.type")
+    kind = require_text(part["type"], f"{field}.type")
     if kind == "text":
-        return _text(part.get("text"), f"{field}.text")
+        return require_text(part.get("text"), f"{field}.text")
     if kind not in _PART_FIELDS:
         raise DataError(
             f"unknown content part {kind[:40]!r}; expected text, {', '.join(_PART_FIELDS)}",
@@ -495,7 +580,7 @@ def _part(part: object, field: str, files: dict[str, _Files]) -> str | Media:
         if isinstance(value, dict) and key == "image_url":
             key, value = "image_url.url", value.get("url")
         if value is not None:
-            if not _text(value, f"{field}.{key}").strip():
+            if not require_text(value, f"{field}.{key}").strip():
                 raise DataError("expected a path, found empty text", field=f"{field}.{key}")
             return Media(branch, value)
     return _next_media(branch, "the part names no path", field, files)

@@ -116,7 +116,7 @@ def _check_stream(stream: BinaryIO, name: str, file: Path | None) -> tuple[int, 
         return shape[0], shape[1]
     with _pillow_image(stream, head, name, file.suffix.lower() if file else "") as image:
         size = image.height, image.width
-        if image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED:
+        if _is_turned(image, stream):
             size = image.width, image.height
     if not _has_end(stream, head):
         stream.seek(0)
@@ -204,6 +204,21 @@ def _has_end(stream: BinaryIO, head: bytes) -> bool:
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - _TAIL))
     return mark in stream.read(_TAIL)
+
+
+def _is_turned(image: ImageFile.ImageFile, stream: BinaryIO) -> bool:
+    """Return true if the EXIF orientation exchanges rows and columns; no pixel is decoded for it.
+
+    Pillow decodes all of a PNG to look for EXIF data behind its pixels, which few have.
+    """
+    if image.format == "PNG" and "exif" not in image.info:
+        at, size = stream.tell(), stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _TAIL))
+        behind = b"eXIf" in stream.read(_TAIL)
+        stream.seek(at)
+        if not behind:
+            return False
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
 
 
 def _decode(stream: BinaryIO, name: str, path: Path | None) -> DecodedImage:

@@ -75,7 +75,7 @@ def test_a_clean_file(tmp_path: Path) -> None:
 
 def test_masks_exist_inside_the_root_and_are_counted(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
-    masked = record("q", "[SEG] and [SEG]", masks=["a.png", "a.png"])
+    masked = record("<image>", "[SEG] and [SEG]", image="a.png", masks=["a.png", "a.png"])
     report = check(
         [
             source(
@@ -95,8 +95,11 @@ def test_masks_exist_inside_the_root_and_are_counted(tmp_path: Path) -> None:
         ("a.jsonl", 3, "masks"),
     ]
     assert "no such file" in report.bad[0].reason
-    assert dict(report.media) == {"mask": 2}
-    assert "4 records, 3 bad; the good ones have 2 turns, 2 masks, 1 text only" in report.lines()
+    assert dict(report.media) == {"image": 1, "mask": 2}
+    assert (
+        "4 records, 3 bad; the good ones have 2 turns, 1 image, 2 masks, 0 text only"
+        in report.lines()
+    )
     assert "  [x] '[SEG] and [SEG]'" in report.lines()
 
 

@@ -268,12 +268,12 @@ def test_what_cannot_be_cut_is_bad(tmp_path: Path, value: Any, reason: str) -> N
 
 
 def test_a_control_token_is_not_cut(tmp_path: Path) -> None:
-    masked = record("q", "at [SEG] or so", masks=["m.png"])
-    example = build(tmp_path, masked, max_length=5, too_long="truncate_text")[0]
+    masked = record("<image>", "at [SEG] or so", image="0.png", masks=["m.png"])
+    example = build(tmp_path, masked, max_length=9, too_long="truncate_text")[0]
     assert example is not None
     assert example.input_ids[-1] == example.labels[-1] == CONTROL
     with pytest.raises(DataError, match="1 vision or control tokens stand beyond it"):
-        build(tmp_path, masked, max_length=4, too_long="truncate_text")[0]
+        build(tmp_path, masked, max_length=8, too_long="truncate_text")[0]
 
 
 def test_a_record_that_teaches_nothing_is_bad(tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ from medm.data.options import SourceOptions
 from medm.data.records import Records
 from medm.data.turns import parse_record
 from medm.errors import DataError
-from medm.types import KIND_OF_PLACEHOLDER, MASK_TOKEN, ControlToken, Media, Turn
+from medm.types import (
+    KIND_OF_PLACEHOLDER,
+    MASK_TOKEN,
+    PHRASE_TOKENS,
+    ControlToken,
+    MaskSource,
+    Media,
+    Turn,
+)
 from tests.data.tiny import gpt, human, record
 
 
@@ -136,27 +144,30 @@ def test_text_of_any_script_is_kept_to_the_letter() -> None:
     assert parse_record(record(text, text)).turns[0].content == (text,)
 
 
+IMAGE = {"image": "i.png"}
+
+
 def test_a_mask_stands_behind_each_control_token_of_the_replies() -> None:
     """In order over the turns; what others say, and a record without masks, holds letters."""
     turns = [
-        human("Write [SEG] for the liver."),
+        human("<image>Write [SEG] for the liver."),
         gpt("It is [SEG]."),
         {"role": "user", "content": "[SEG]?"},
         {"role": "assistant", "content": [{"type": "text", "text": "[SEG][SEG]"}]},
     ]
     sample = parse_record(
-        {"masks": ["a.png", "b.png", "c.png"], "conversations": turns, "system": "[SEG]"}
+        {"masks": ["a.png", "b.png", "c.png"], "conversations": turns, "system": "[SEG]", **IMAGE}
     )
     first, second, third = (ControlToken(MASK_TOKEN, mask=number) for number in range(3))
     assert [turn.content for turn in sample.turns] == [
-        ("[SEG]",), ("Write [SEG] for the liver.",), ("It is ", first, "."), ("[SEG]?",), (second, third),
+        ("[SEG]",), (Media("image", "i.png"), "Write [SEG] for the liver."), ("It is ", first, "."), ("[SEG]?",), (second, third),
     ]  # fmt: skip
     assert [mask.path for mask in sample.masks] == ["a.png", "b.png", "c.png"]
     assert sample.turns[2].text == "It is ."
     assert sample.turns[2].as_written == "It is [SEG]."
     assert "masks" not in sample.extra
     for without in ({}, {"masks": None}, {"masks": []}):
-        letters = parse_record({"conversations": turns, **without})
+        letters = parse_record({"conversations": turns, **without, **IMAGE})
         assert [turn.text for turn in letters.turns] == [
             "Write [SEG] for the liver.",
             "It is [SEG].",
@@ -167,15 +178,16 @@ def test_a_mask_stands_behind_each_control_token_of_the_replies() -> None:
 
 
 def test_masks_of_a_reply_that_is_asked_for() -> None:
-    earlier = [human("Liver?"), gpt("[SEG]"), human("Kidney?")]
-    sample = parse_record({"masks": ["a.png", "b.png"], "conversations": earlier}, inference=True)
+    earlier = [human("<image>Liver?"), gpt("[SEG]"), human("Kidney?")]
+    asked = {"masks": ["a.png", "b.png"], "conversations": earlier, **IMAGE}
+    sample = parse_record(asked, inference=True)
     assert sample.turns[1].content == (ControlToken(MASK_TOKEN, mask=0),)
     assert [mask.path for mask in sample.masks] == ["a.png", "b.png"]
-    with_reply = {"masks": ["a.png", "b.png"], "conversations": [*earlier, gpt("Here: [SEG]")]}
+    with_reply = {**asked, "conversations": [*earlier, gpt("Here: [SEG]")]}
     assert parse_record(with_reply, inference=True).masks == sample.masks
     short = {**with_reply, "masks": "a.png"}
     bad(short, "masks", r"1 mask\(s\), but 2 \[SEG\] in the replies", inference=True)
-    bad({"masks": ["a.png"] * 3, "conversations": earlier}, "masks", "3 mask.*but 1")
+    bad({**asked, "masks": ["a.png"] * 3}, "masks", "3 mask.*but 1")
 
 
 @pytest.mark.parametrize(
@@ -192,13 +204,135 @@ def test_masks_of_a_reply_that_is_asked_for() -> None:
         (
             record("q", "[SEG]", masks={"a": 1}),
             "masks",
-            "expected a path or a list of paths, found an object",
+            r"expected a path, or a list with one entry for each \[SEG\], found an object",
         ),
-        (record("q", "[SEG]", masks=[3]), "masks.0", "expected text, found a number"),
+        (
+            record("q", "[SEG]", masks=[3]),
+            "masks.0",
+            "expected a path, an object .*or null .*found a number",
+        ),
     ],
 )
 def test_masks_and_control_tokens_agree_in_number(value: Any, field: str, reason: str) -> None:
     bad(value, field, reason)
+
+
+SQUARE = {"polygons": [[0, 0, 4, 0, 4, 4, 0, 4]]}
+
+
+def masks_of(entries: Any, reply: str, **fields: Any) -> tuple[MaskSource, ...]:
+    question = "<volume><image><image>Where?"
+    paths = {"image": ["a.png", "b.png"], "volume": "c.nii"}
+    return parse_record(record(question, reply, masks=entries, **paths, **fields)).masks
+
+
+def test_every_form_of_a_mask_and_the_file_that_it_belongs_to() -> None:
+    """The last file before the [SEG] unless the entry names one, by kind and position."""
+    rle = {"size": [4, 5], "counts": [3, 2, 15]}
+    first, second, third, fourth, fifth = masks_of(
+        [
+            "m.png",
+            {"file": "labels.nii.gz", "value": 3, "volume": 0, "phrase": "left lung"},
+            {"rle": rle, "image": 0},
+            {**SQUARE, "image": 1},
+            None,
+        ],
+        "[SEG][SEG][SEG][SEG][SEG]",
+    )
+    assert first == MaskSource(token=0, media=2, field="masks.0", path="m.png")
+    assert second == MaskSource(
+        token=1, media=0, field="masks.1", path="labels.nii.gz", value=3, phrase="left lung"
+    )
+    assert third == MaskSource(token=2, media=1, field="masks.2", rle=rle)
+    assert fourth.polygons == ((0.0, 0.0, 4.0, 0.0, 4.0, 4.0, 0.0, 4.0),) and fourth.media == 2
+    assert (fifth.absent, fifth.media) == (True, 2)
+    assert not any(mask.absent for mask in (first, second, third, fourth))
+
+
+def test_several_images_share_a_control_token() -> None:
+    shared = [{"file": "m.png", "image": 0}, {"file": None, "image": 1, "phrase": "cyst"}]
+    masks = masks_of([shared, "n.png"], "cyst [SEG], stone [SEG]")
+    assert [(mask.token, mask.media, mask.field, mask.absent) for mask in masks] == [
+        (0, 1, "masks.0.0", False),
+        (0, 2, "masks.0.1", True),
+        (1, 2, "masks.1", False),
+    ]
+
+
+def test_phrases_stand_between_marks_that_are_control_tokens_beside_masks() -> None:
+    reply = "A <p>left kidney</p> [SEG], [SEG] and <p> two <p>cysts </p>[SEG] <p>end</p>"
+    sample = parse_record(
+        record("<image><p>", reply, masks=[None, {"file": "b", "phrase": "own"}, "c"], **IMAGE)
+    )
+    opening, closing = (ControlToken(mark) for mark in PHRASE_TOKENS)
+    assert sample.turns[0].content == (Media("image", "i.png"), "<p>")
+    assert sample.turns[1].content[:5] == (
+        "A ", opening, "left kidney", closing, " ",
+    )  # fmt: skip
+    assert sample.turns[1].as_written == reply
+    assert [mask.phrase for mask in sample.masks] == ["left kidney", "own", "cysts"]
+    alone = parse_record(record("q", reply))
+    assert alone.turns[1].content == (reply,), "text in a record without masks"
+
+
+def test_an_image_of_a_later_turn_is_the_default_of_what_follows_it() -> None:
+    turns = [human("<image>?"), gpt("[SEG]"), human("<image>?"), gpt("[SEG] [SEG]")]
+    fields = {"image": ["a", "b"], "conversations": turns}
+    sample = parse_record({**fields, "masks": ["x", "y", {"file": "z", "image": 0}]})
+    assert [mask.media for mask in sample.masks] == [0, 1, 0]
+    bad(
+        {**fields, "masks": [{"file": "x", "image": 1}, "y", "z"]},
+        "masks.0.image",
+        r"stands behind the \[SEG\]",
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "field", "reason"),
+    [
+        ({"path": "a.png"}, "masks.1.path", "unknown key.*a mask has file, rle, polygons"),
+        ({"image": 0}, "masks.1", "expected one of file, rle, polygons, found none.*write null"),
+        ({"file": "a", "rle": None}, "masks.1", "found file and rle"),
+        ({"file": ["a"]}, "masks.1.file", "expected text, found a list"),
+        ({"file": "a", "value": -1}, "masks.1.value", "whole number from 0 on"),
+        ({"file": "a", "value": "3"}, "masks.1.value", "found text"),
+        ({"file": None, "value": 3}, "masks.1.value", "a label in a 'file'"),
+        ({**SQUARE, "value": 3}, "masks.1.value", "a label in a 'file'"),
+        ({"file": "a", "phrase": " "}, "masks.1.phrase", "empty text"),
+        ({"file": "a", "phrase": ["x"]}, "masks.1.phrase", "expected text, found a list"),
+        ({"file": "a", "image": 2}, "masks.1.image", r"2, and the record has 2 image\(s\)"),
+        ({"file": "a", "volume": 1}, "masks.1.volume", r"1, and the record has 1 volume\(s\)"),
+        ({"file": "a", "image": True}, "masks.1.image", "found a boolean"),
+        ({"file": "a", "image": 0, "volume": 0}, "masks.1", "both given"),
+        ({"rle": [1, 2]}, "masks.1.rle", "'size' and 'counts', found a list"),
+        ({"rle": {"size": [2, 2]}}, "masks.1.rle", "found an object with size"),
+        ({"rle": {"size": [4], "counts": []}}, "masks.1.rle.size", r"\[rows, columns\]"),
+        ({"rle": {"size": [4, 4], "counts": 3}}, "masks.1.rle.counts", "found a number"),
+        ({"polygons": []}, "masks.1.polygons", "list of outlines"),
+        ({"polygons": [3]}, "masks.1.polygons.0", "an outline"),
+        ({"polygons": [[0, 0, 1, 1]]}, "masks.1.polygons.0", "4 numbers"),
+        ({"polygons": [[0, 0, 1, 1, 2]]}, "masks.1.polygons.0", "5 numbers"),
+        (
+            {"polygons": [[0, 0, 1, 1, 2, "3"]]},
+            "masks.1.polygons.0.5",
+            "expected a number, found text",
+        ),
+        ({"polygons": [[0, 0, 1, 1, 2, 1e999]]}, "masks.1.polygons.0.5", "expected a number"),
+        ([], "masks.1", "empty list"),
+        ([["a"]], "masks.1.0", "found a list"),
+        (["a", "b"], "masks.1.1", "a second mask of one image, after 'masks.1.0'"),
+    ],
+)
+def test_a_mask_that_is_not_understood_is_refused_with_its_field(
+    entry: Any, field: str, reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason) as caught:
+        masks_of(["a.png", entry], "[SEG] [SEG]")
+    assert caught.value.field == field
+
+
+def test_a_mask_needs_an_image_or_volume() -> None:
+    bad(record("q", "[SEG]", masks="a.png"), "masks", "no image or volume stands before its")
 
 
 def test_inference_records() -> None:

@@ -3,6 +3,7 @@ text."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from medm.models.lvlm.processing import LVLMProcessor
 from medm.models.token_rows import hold_apart, is_tied, merge_rows, token_rows
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import apply_parts
-from medm.types import IGNORE_INDEX
+from medm.types import IGNORE_INDEX, Sample
 from tests import tiny
 
 SEG = "[SEG]"
@@ -43,6 +44,15 @@ MASKED: dict[str, Any] = {
     ],
 }
 """[SEG] typed by people, in the middle of a reply, two in a row, and at the end of one."""
+
+
+def masked(*, inference: bool = False) -> Sample:
+    """`MASKED` for models of texts alone: masks need an image, which is taken out again."""
+    turns = [{"from": "system", "value": "Write [SEG] for a mask.<image>"}]
+    record = {**MASKED, "image": "a.png", "conversations": turns + MASKED["conversations"][1:]}
+    sample = parse_record(record, inference=inference)
+    first, *others = sample.turns
+    return replace(sample, turns=(replace(first, content=first.content[:1]), *others))
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
@@ -99,7 +109,7 @@ FAMILIES = [*sorted(tiny.FAMILIES), "sentencepiece"]
 def test_a_token_stands_only_where_the_record_says_so_and_is_learned(family: str) -> None:
     processor = processor_for(family)
     seg = processor.control_token_ids[SEG]
-    example = processor.encode(parse_record(MASKED), {})
+    example = processor.encode(masked(), {})
     places = [i for i, token in enumerate(example.input_ids) if token == seg]
     assert [example.labels[i] for i in places] == [seg] * 3
     assert places[2] == places[1] + 1
@@ -111,7 +121,7 @@ def test_a_token_stands_only_where_the_record_says_so_and_is_learned(family: str
     assert seg not in letters.input_ids
     assert processor.tokenizer.decode(letters.input_ids).count(SEG) == 5
     # The prompt of the last reply holds the control token of the first one.
-    prompt = processor.encode(parse_record(MASKED, inference=True), {}, generation=True)
+    prompt = processor.encode(masked(inference=True), {}, generation=True)
     assert prompt.input_ids.count(seg) == 1
     assert set(prompt.labels) == {IGNORE_INDEX}
 
@@ -126,7 +136,7 @@ def test_a_template_that_holds_the_letters_writes_letters(family: str) -> None:
         chat_template=told,
         control_tokens=[SEG],
     )
-    example = other.encode(parse_record(MASKED), {})
+    example = other.encode(masked(), {})
     assert example.input_ids.count(processor.control_token_ids[SEG]) == 3
     assert other.tokenizer.decode(example.input_ids).count(SEG) == 6
 
@@ -158,7 +168,7 @@ def test_a_model_without_the_token_refuses_the_record_and_reads_the_letters(
     with pytest.raises(
         DataError, match=r"'masks': a reply holds \[SEG\].*the model has no control tokens"
     ):
-        processor.encode(parse_record(MASKED), {})
+        processor.encode(masked(), {})
     letters = processor.encode(parse_record({**MASKED, "masks": []}), {})
     assert processor.tokenizer.decode(letters.input_ids).count(SEG) == 5
 
@@ -250,7 +260,7 @@ def test_new_rows_alone_move_and_a_saved_folder_computes_the_same(
     assert table.rows[0].tune == f"{tune}, new tokens"
     assert table.rows[0].lr == (0.1 if tune == "frozen" else 1e-2)
     assert tune != "frozen" or table.trainable == rows
-    example = processor.encode(parse_record(MASKED), {})
+    example = processor.encode(masked(), {})
     batch = {
         "input_ids": torch.tensor([example.input_ids]),
         "labels": torch.tensor([example.labels]),
@@ -263,7 +273,7 @@ def test_new_rows_alone_move_and_a_saved_folder_computes_the_same(
     processor.save_pretrained(tmp_path / "folder")
     opened, reopened = load(str(tmp_path / "folder"))
     assert torch.equal(opened(input_ids=batch["input_ids"]).logits, logits)
-    assert reopened.encode(parse_record(MASKED), {}).input_ids == example.input_ids
+    assert reopened.encode(masked(), {}).input_ids == example.input_ids
     opened.merge_adapters()
     torch.testing.assert_close(
         opened(input_ids=batch["input_ids"]).logits, logits, atol=1e-5, rtol=1e-5
