@@ -106,6 +106,7 @@ class Decoder:
         language_model: a causal language model of transformers, in eval mode. In slots if each of
             its tokens attends to all before it; otherwise its rows are decoded one after another.
         stops: ids that end a reply.
+        end_sequence: ids that end a reply together, one after another; none without them.
         suppress: ids that are never generated.
         slots: requests that are decoded at the same time; as many more may be prefilled.
         compiled: compile decode steps, on a GPU to CUDA graphs. All slots then take part in every
@@ -121,6 +122,7 @@ class Decoder:
         language_model: CausalLM,
         *,
         stops: Collection[int],
+        end_sequence: Sequence[int] = (),
         suppress: Collection[int] = (),
         slots: int = 16,
         compiled: bool = False,
@@ -130,6 +132,7 @@ class Decoder:
     ) -> None:
         self.language_model, self.slots, self.compiled = language_model, slots, compiled
         self.stops, self.max_tokens = frozenset(stops), max_tokens
+        self.end_sequence = list(end_sequence)
         self._embed_prompts = embed
         self._ids = itertools.count() if ids is None else ids
         self._runner = pick_runner(
@@ -273,7 +276,8 @@ class Decoder:
         if row.sampler is not None:
             row.sampler.keep()
         finish: Finish | None = None
-        if token in row.stops:
+        end = self.end_sequence
+        if token in row.stops or (end and row.tokens[-len(end) :] == end):
             finish = "stop"
         elif len(row.tokens) == row.limit:
             finish = "length"

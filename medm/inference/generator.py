@@ -287,6 +287,7 @@ class Engine:
                     for stop in (stops if isinstance(stops, list) else [stops])
                     if stop is not None
                 ],
+                end_sequence=self.processor.chat.end_sequence,
                 suppress=config.suppress_tokens or [],
                 slots=self._slots,
                 compiled=compiled,
@@ -307,9 +308,7 @@ class Engine:
             options: settings of its reply; the engine's without them.
             stream: fill `Event.text`.
         """
-        return self._submit(
-            request, options, text=ReplyText(self.processor.text) if stream else None
-        )
+        return self._submit(request, options, text=self._reply_text() if stream else None)
 
     def cancel(self, request: int) -> None:
         """End a request at the next step, which frees its KV cache.
@@ -375,7 +374,7 @@ class Engine:
             DeviceError: it does not fit the memory.
         """
         inbox = deque[Event]()
-        number = self._submit(request, options, inbox=inbox, text=ReplyText(self.processor.text))
+        number = self._submit(request, options, inbox=inbox, text=self._reply_text())
         try:
             finished = False
             while not finished:
@@ -423,6 +422,9 @@ class Engine:
         )
         self._pending[number] = _Pending(decoder, inbox, text)
         return number
+
+    def _reply_text(self) -> ReplyText:
+        return ReplyText(self.processor.text, end=self.processor.chat.end_text)
 
     def _problem(self, request: Request) -> str | None:
         """Return the reason why a request cannot be answered, or None.

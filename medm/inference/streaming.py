@@ -18,10 +18,13 @@ class ReplyText:
 
     Args:
         decode: makes text of token ids, without control tokens.
+        end: text that ends a reply, which `decode` leaves out once it is complete; its beginning is
+            held back.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], *, end: str = "") -> None:
         self._decode = decode
+        self._end = end
         self._tokens: list[int] = []
         self._latest = ""
         self._given = ""
@@ -30,7 +33,9 @@ class ReplyText:
         """Return the piece, perhaps empty, that is settled by one more token."""
         self._tokens.append(token)
         before, self._latest = self._latest, self._decode(self._tokens)
-        return self._give(_shared_prefix(before, self._latest).rstrip(_INCOMPLETE))
+        settled = _shared_prefix(before, self._latest).rstrip(_INCOMPLETE)
+        held = next((n for n in range(len(self._end), 0, -1) if settled.endswith(self._end[:n])), 0)
+        return self._give(settled[: len(settled) - held])
 
     def end(self) -> str:
         """Return the rest of the reply."""

@@ -30,8 +30,8 @@ class LLMOptions(Options):
     tokenizer: str | None = None
     """Tokenizer folder or id. Default: `path`."""
     chat_template: str | None = None
-    """A Jinja file, or one of medm's templates by name (`chatml`, `vicuna`, `plain`); the model's
-    own template without it."""
+    """A Jinja file, or one of medm's templates by name (`chatml`, `internvl-2.5`, `phi-3`,
+    `vicuna`, `plain` ...); the model's own template without it."""
     attention: Literal[
         "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "sdpa"

@@ -6,10 +6,14 @@ or `<image>` typed by a user stays plain text. The text between two control toke
 piece, which gives the same ids as the tokenizer gives for the rendered string.
 
 A control token of a reply (`[SEG]`) is a part of ids. It is learned as the words around it are.
+
+A template may end a reply with text that the tokenizer has no token for (Phi-3's `<|end|>` around
+Qwen). The text is then learned as the end, in one piece with the words before it.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +95,7 @@ class ChatFormat:
         Raises:
             DataError: the template refuses this conversation (no system turn, roles that do not
                 alternate).
-            RecipeError: the template loses a message, or writes no end token after a reply.
+            RecipeError: the template loses a message, or writes nothing that ends a reply.
         """
         ids: list[int] = []
         learned: list[bool] = []
@@ -108,7 +112,13 @@ class ChatFormat:
         for piece in self._pieces(messages, generation, continue_final):
             if piece.from_assistant:
                 flush()
-            for part in piece.parts:
+            parts = piece.parts
+            if piece.from_template and reply_is_open and self.end_text:
+                end, parts = self._split_end(str(parts[0]))
+                buffer += end
+                flush(is_target=True)
+                reply_is_open = False
+            for part in parts:
                 if not isinstance(part, str):
                     flush(is_target=piece.from_assistant)
                     ids.extend(part)
@@ -132,9 +142,10 @@ class ChatFormat:
                     "with a special token"
                 )
             if piece.from_assistant:
-                flush(is_target=True)
+                if not self.end_text:
+                    flush(is_target=True)
                 reply_is_open = True
-        flush()
+        flush(is_target=reply_is_open)
         return ids, learned
 
     def to_text(
@@ -143,6 +154,34 @@ class ChatFormat:
         """Return the conversation as rendered by the template, for display. All parts are text."""
         pieces = self._pieces(messages, generation, continue_final)
         return "".join(str(part) for piece in pieces for part in piece.parts)
+
+    @cached_property
+    def end_text(self) -> str:
+        """Text that the template writes after a reply where it writes no end token; else empty."""
+        messages = [Message("user", [""]), Message("assistant", [""])]
+        after = _MARKS.split(self._render(messages, False))[-1]
+        return "" if self._control_pattern.search(after) else after.strip()
+
+    @cached_property
+    def end_sequence(self) -> tuple[int, ...]:
+        """Token ids that a reply ends with where the template ends it with text; else empty.
+
+        A tokenizer may merge the beginning of the text with the last word: these are the ids that
+        stay the same.
+        """
+        if not self.end_text:
+            return ()
+        common = self._encode_text(self.end_text)[::-1]
+        for word in ("a", " a", "1", ".", ")", "%", "\n"):
+            found = self._encode_text(word + self.end_text)[::-1]
+            same = (one == other for one, other in zip(common, found, strict=False))
+            common = common[: sum(itertools.takewhile(bool, same))]
+        return tuple(common[::-1])
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Ids of which each ends a reply: the end token; none where text ends it."""
+        return set() if self.end_text else {self.end_of_reply()}
 
     def end_of_reply(self) -> int:
         """Return the token that the template writes after a reply: where generation stops."""
@@ -230,6 +269,17 @@ class ChatFormat:
         except Exception as error:  # noqa: BLE001 (as in `_render`)
             return type(error) is TemplateError
         return True
+
+    def _split_end(self, text: str) -> tuple[str, list[Part]]:
+        """Split what the template writes after a reply behind the text that ends the reply."""
+        before, end, rest = text.partition(self.end_text)
+        if not end or before.strip():
+            raise RecipeError(
+                f"the chat template ends the last reply with {self.end_text!r} and an earlier one "
+                f"with {text[:20]!r}, so a model could not learn to stop; set "
+                "model.llm.chat_template to a template that ends every reply alike"
+            )
+        return before + end, [rest]
 
     def _split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
         """Split a text into (text, following control token) pairs; the last has no token.

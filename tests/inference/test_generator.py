@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from medm.config import validate
-from medm.errors import DataError, DeviceError, RecipeError
+from medm.errors import DataError, DeviceError, ExportError, RecipeError
 from medm.inference import runners
 from medm.inference.generator import (
     Engine,
@@ -24,8 +25,12 @@ from medm.inference.generator import (
     prepare,
 )
 from medm.inference.options import GenerationOptions, InferOptions
+from medm.models import build, load
+from medm.models.export.llava import refuse_what_differs
+from medm.models.lvlm.options import LVLMOptions
 from medm.types import Example, Media, Sample, Turn, VisionFeatures
 from tests.inference.tiny import build_tiny
+from tests.tiny import lvlm_section, save_llm
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +343,40 @@ def test_cuda_asked_for_and_absent() -> None:
     with pytest.raises(DeviceError, match="sees no GPU"):
         pick_device("cuda")
     assert pick_device("auto").type == "cpu"
+
+
+def test_a_sequence_of_tokens_ends_a_reply(
+    tiny: tuple[Any, Any], prompts: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a chat template ends replies with text: no single token of it is an end."""
+    model, processor = tiny
+    options = GenerationOptions(max_new_tokens=12)
+    whole = ids(Engine(model, processor, options), prepare([prompts[0]]))[0]
+    end = whole[4:6]
+    length = next(n for n in range(2, 13) if whole[n - 2 : n] == end)
+    monkeypatch.setitem(vars(processor.chat), "end_sequence", tuple(end))
+    monkeypatch.setattr(model.config, "end_sequence", end)
+    engine = Engine(model, processor, options)
+    assert ids(engine, prepare([prompts[0]]))[0] == whole[:length]
+    reply = engine.generate(prepare([prompts[0]]))[0]
+    assert (reply.finished, reply.tokens) == (True, length)
+    plain = model.generate(
+        **processor.pad([prompts[0]]), max_new_tokens=12, do_sample=False, repetition_penalty=1.0
+    )  # by transformers
+    assert plain[0, len(prompts[0].input_ids) :].tolist() == whole[:length]
+
+
+def test_the_published_template_of_unibiomed_ends_with_text(tmp_path: Path) -> None:
+    section = lvlm_section(save_llm("qwen2.5", tmp_path / "llm"))
+    section["llm"]["chat_template"] = "phi-3"
+    model, processor = build(validate(LVLMOptions, section, source="test"))
+    end = processor.tokenizer("<|end|>", add_special_tokens=False)["input_ids"]
+    assert model.config.end_sequence == list(processor.chat.end_sequence) == end
+    assert processor.text(processor.tokenizer("Yes. <|end|>")["input_ids"]) == "Yes."
+    assert model.generation_config.eos_token_id == [processor.tokenizer.eos_token_id]
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "saved")
+    again, _ = load(str(tmp_path / "saved"))
+    assert again.config.end_sequence == end
+    with pytest.raises(ExportError, match=r"end with the text '<.end.>'"):
+        refuse_what_differs(model, processor)

@@ -77,3 +77,14 @@ def test_tokenizers_that_look_at_neighbors() -> None:
     tokenizer.decoder = decoders.WordPiece(cleanup=True)
     ids = [0, 1, 2, 3, 4, 5, 6, 8, 7]
     assert "".join(pieces(ReplyText(tokenizer.decode), ids)) == tokenizer.decode(ids)
+
+
+def test_the_beginning_of_the_text_that_ends_a_reply_is_held_back() -> None:
+    def decode(tokens: list[int]) -> str:
+        return "".join(map(chr, tokens)).removesuffix("<|end|>")
+
+    for reply, shown in (("a < b<|end|>", "a < b"), ("a<|en", "a<|en"), ("<|end|>", "")):
+        text = ReplyText(decode, end="<|end|>")
+        pieces = [text.add(ord(letter)) for letter in reply]
+        assert not any("<|" in piece for piece in pieces)
+        assert "".join([*pieces, text.end()]) == shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from medm.errors import DataError, RecipeError
 from medm.llms import LLMS
@@ -279,3 +280,80 @@ def test_every_text_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert any(learned)
     assert [sum(text.count(one) for text in seen) for one in said] == [1, 1, 1, 1]
+
+
+def phi3_on_qwen() -> ChatFormat:
+    """UniBiomed's published template: the tokens of Phi-3 are text for Qwen's tokenizer."""
+    return ChatFormat(make_tokenizer("qwen2.5"), template=read_template("phi-3"))
+
+
+def test_text_that_ends_a_reply_is_learned_where_the_tokenizer_has_no_end_token() -> None:
+    chat = phi3_on_qwen()
+    seg = 300
+    messages = [
+        Message("system", ["Be brief."]),
+        Message("user", ["Where <|end|>?"]),
+        Message("assistant", ["It is ", [seg], "."]),
+        Message("user", ["?"]),
+        Message("assistant", [[seg]]),
+    ]
+    ids, learned = chat.encode(messages)
+    assert chat.end_text == "<|end|>"
+    first, second = targets(chat, ids, learned)
+    encode = chat._encode_text
+    assert first == [*encode("It is "), seg, *encode(".<|end|>")]
+    assert second == [seg, *encode("<|end|>")]
+    assert tuple(first[-len(chat.end_sequence) :]) == chat.end_sequence
+    assert chat.stop_ids == set()
+    prompt = encode(
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nWhere <|end|>?<|end|>\n<|assistant|>\n"
+    )
+    assert ids[: len(prompt)] == prompt
+    asked, nothing = chat.encode(messages[:4], generation=True)
+    assert ids[: len(asked)] == asked and sum(nothing) == len(first)
+    begun, _ = chat.encode(messages[:3], continue_final=True)
+    assert begun == [*prompt, *encode("It is "), seg, *encode(".")]
+
+
+def test_the_end_is_what_the_merges_of_the_tokenizer_leave_alone() -> None:
+    """With a merge of ".<" and one of "|>" the ids before "|end" depend on the reply."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate([*alphabet, ".<", "|>", ".<|"])}
+    merges = [(".", "<"), ("|", ">"), (".<", "|")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    chat = ChatFormat(
+        PreTrainedTokenizerFast(tokenizer_object=backend), template=read_template("phi-3")
+    )
+    assert chat.end_sequence == tuple(vocab[char] for char in ("e", "n", "d", "|>"))
+    for reply in ("Yes.", "Yes", "5 %", "."):
+        ids, learned = chat.encode([Message("user", ["?"]), Message("assistant", [reply])])
+        (run,) = targets(chat, ids, learned)
+        assert tuple(run[-4:]) == chat.end_sequence
+
+
+def test_a_control_token_stays_the_end_and_internvl_has_a_system_turn_of_its_own() -> None:
+    chat = ChatFormat(make_tokenizer("qwen2.5"), template=read_template("internvl-2.5"))
+    assert (chat.end_text, chat.end_sequence) == ("", ())
+    assert chat.stop_ids == {chat.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    question = Message("user", ["Q"])
+    own = chat.to_text([question], generation=True)
+    begin, system, rest = own.partition("\u4f60\u662f\u4e66\u751f\u00b7\u4e07\u8c61")
+    assert begin == "<|im_start|>system\n" and system and "InternVL" in rest
+    end = "<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert own.endswith(f"\u3002{end}")
+    given = chat.to_text([Message("system", ["S"]), question], generation=True)
+    assert given == f"<|im_start|>system\nS{end}"
+
+
+def test_a_template_that_ends_replies_in_two_ways_is_refused() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+        "{{ '<|end|>' if loop.last else ' ## ' }}{% endfor %}"
+    )
+    chat = ChatFormat(make_tokenizer("qwen2.5"), template=template)
+    reply = Message("assistant", ["b"])
+    with pytest.raises(RecipeError, match=r"ends the last reply with '<\|end\|>' and an"):
+        chat.encode([Message("user", ["a"]), reply, Message("user", ["c"]), reply])

@@ -128,6 +128,8 @@ def refuse_what_differs(model: LVLMForConditionalGeneration, processor: LVLMProc
             reasons.append(
                 f"its prompts have nothing around an image; this model's have {' and '.join(wrap)}"
             )
+    if end := processor.chat.end_text:
+        reasons.append(f"its replies end with a token; this model's end with the text {end!r}")
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None and float(bias.detach().abs().max()) > 0:
         reasons.append(

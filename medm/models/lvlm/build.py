@@ -230,6 +230,7 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
         branches={name: entry.model_dump() for name, entry in branches.items()},
         tasks=list(options.tasks),
         control_tokens=processor.control_token_ids,
+        end_sequence=list(processor.chat.end_sequence),
         masks=(
             _mask_entry(options.masks, head, processor).model_dump()
             if options.masks is not None
@@ -387,7 +388,7 @@ def _generation_config(
 ) -> GenerationConfig:
     """The LLM's own, which also stops at the template's end token and never says a placeholder."""
     generation = model.language_model.generation_config
-    generation.eos_token_id = sorted({processor.chat.end_of_reply(), *stop_tokens(generation)})
+    generation.eos_token_id = sorted({*processor.chat.stop_ids, *stop_tokens(generation)})
     generation.pad_token_id = processor.pad_id
     if processor.placeholder_ids:
         generation.suppress_tokens = sorted(processor.placeholder_ids.values())

@@ -90,6 +90,8 @@ class LVLMConfig(PreTrainedConfig):
     new_rows: dict[str, Config] = field(default_factory=dict)
     """Part name to `ids` of the tokens whose rows are held apart (`medm.models.token_rows`), and
     `tied`: whether the LM head shares them."""
+    end_sequence: list[int] = field(default_factory=list)
+    """Ids that end a reply together, where the chat template ends it with text and no token."""
     loss_on_full_logits: bool = False
     """Train on logits that the language model computes itself, at every position: what it does
     behind its head is not known here."""
@@ -130,7 +132,7 @@ class LVLMConfig(PreTrainedConfig):
         return {
             key: value
             for key, value in content.items()
-            if value or key not in ("control_tokens", "masks", "new_rows")
+            if value or key not in ("control_tokens", "end_sequence", "masks", "new_rows")
         }
 
     def get_text_config(self, *_args: object, **_kwargs: object) -> PreTrainedConfig:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModelForCausalLM, GenerationMixin, StoppingCriteriaList
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -28,6 +28,7 @@ from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
 from medm.llms.attention import enable_padding_free, no_mask
+from medm.llms.end_sequence import EndSequence
 from medm.llms.lm_head import has_known_logits, stop_tokens
 from medm.models.base import MedmModel
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
@@ -290,7 +291,8 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             processor: the adapted one.
         """
         generation = self.generation_config
-        generation.eos_token_id = sorted({processor.chat.end_of_reply(), *stop_tokens(generation)})
+        generation.eos_token_id = sorted({*processor.chat.stop_ids, *stop_tokens(generation)})
+        self.config.end_sequence = list(processor.chat.end_sequence)
         self.add_control_tokens(processor)
         self.use_attention(options.llm.attention)
         self.probe_lm_head()
@@ -529,6 +531,10 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         pixels, task_ids = _joined(pixels), _joined(task_ids)
         with torch.no_grad():
             embeds, _ = self.embed(input_ids, pixels, task_ids, features)
+        if self.config.end_sequence:
+            own = kwargs.get("stopping_criteria") or []
+            end = EndSequence(self.config.end_sequence)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*own, end])
         if "generation_config" not in kwargs:
             # One config with the call's arguments merged into it: transformers deprecates handing
             # over both.

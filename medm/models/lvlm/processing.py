@@ -576,8 +576,9 @@ class LVLMProcessor(ProcessorMixin):
         return ModelInputs(data | ({"pixels": pixels, "task_ids": tasks} if pixels else {}))
 
     def text(self, ids: torch.Tensor | list[int]) -> str:
-        """The words of generated ids, without control tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        """The words of generated ids, without control tokens and the text that ends a reply."""
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return text.removesuffix(self.chat.end_text).rstrip()
 
     def decode_with_control_tokens(self, ids: Sequence[int] | torch.Tensor) -> Reply:
         """Decode a generated reply and locate its control tokens.
@@ -609,7 +610,7 @@ class LVLMProcessor(ProcessorMixin):
                 # A decoder may write white space between the text before and the token.
                 start = text.index(token, len(decode(count).rstrip()))
                 found.append(LocatedToken(token, index=index, start=start - leading))
-        return Reply(text.strip(), tuple(found))
+        return Reply(text.strip().removesuffix(self.chat.end_text).rstrip(), tuple(found))
 
     def _part(self, part: TurnPart, counts: Mapping[str, Iterator[int]]) -> Part:
         """Return a part of a turn in tokens. `counts`: items of the next image of each branch."""
