@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from medm.models.lvlm.modeling import LVLMForConditionalGeneration
     from medm.models.lvlm.processing import LVLMProcessor
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -42,6 +44,8 @@ class Reply:
     """Tokens generated, the end token included."""
     finished: bool
     """False where the reply was cut at `max_new_tokens`."""
+    ids: tuple[int, ...] = ()
+    """The generated tokens, control tokens and the end token included."""
 
     def line(self) -> JsonObject:
         """Return what an output file says of it."""
@@ -166,33 +170,35 @@ def content_key(array: np.ndarray) -> bytes:
     return digest.digest()
 
 
-class FeatureMemory:
-    """Cache of vision features by content; the least recently used are dropped first.
+class FeatureMemory(Generic[T]):
+    """Cache of what an encoder gave, by content; the least recently used are dropped first.
 
     Args:
         capacity: bytes that are kept on the model's device.
+        nbytes: gives the bytes of the features of one item.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.size = capacity, 0
-        self._items: OrderedDict[tuple[str, bytes], VisionFeatures] = OrderedDict()
+    def __init__(self, capacity: int, nbytes: Callable[[T], int]) -> None:
+        self.capacity, self.size, self.nbytes = capacity, 0, nbytes
+        self._items: OrderedDict[tuple[str, bytes], T] = OrderedDict()
 
-    def get(self, branch: str, key: bytes) -> VisionFeatures | None:
-        """Return the features of one item, (1, N, D), or None."""
-        found = self._items.get((branch, key))
+    def get(self, view: str, key: bytes) -> T | None:
+        """Return the features of one item, or None."""
+        found = self._items.get((view, key))
         if found is not None:
-            self._items.move_to_end((branch, key))
+            self._items.move_to_end((view, key))
         return found
 
-    def put(self, branch: str, key: bytes, features: VisionFeatures) -> None:
+    def put(self, view: str, key: bytes, features: T) -> None:
         """Keep the features of one item, unless they alone exceed the capacity."""
-        if features.tokens.nbytes > self.capacity:
+        size = self.nbytes(features)
+        if size > self.capacity or (view, key) in self._items:
             return
-        self._items[branch, key] = features
-        self.size += features.tokens.nbytes
+        self._items[view, key] = features
+        self.size += size
         while self.size > self.capacity:
             _, dropped = self._items.popitem(last=False)
-            self.size -= dropped.tokens.nbytes
+            self.size -= self.nbytes(dropped)
 
 
 @dataclass(slots=True)
@@ -245,7 +251,7 @@ class Engine:
         max_tokens: int | None = None,
     ) -> None:
         self.model, self.processor, self.options = model, processor, options or GenerationOptions()
-        self.store = FeatureMemory(store)
+        self.store = FeatureMemory[VisionFeatures](store, lambda features: features.tokens.nbytes)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_tokens = context if max_tokens is None else max_tokens
         self._runs = {
@@ -364,10 +370,12 @@ class Engine:
             self._abandon(rows)
         return [replies[row] for row in range(len(requests))]
 
-    def stream(self, request: Request, options: GenerationOptions | None = None) -> Iterator[str]:
-        """Yield the reply to one prompt in pieces as they come.
+    def stream(
+        self, request: Request, options: GenerationOptions | None = None
+    ) -> Generator[str, None, Reply | None]:
+        """Yield the reply to one prompt in pieces as they come, and return it as a whole.
 
-        Closing the iterator cancels the request.
+        None is returned for a request that was cancelled. Closing the iterator cancels it.
 
         Raises:
             DataError: the prompt cannot be answered.
@@ -376,16 +384,17 @@ class Engine:
         inbox = deque[Event]()
         number = self._submit(request, options, inbox=inbox, text=self._reply_text())
         try:
-            finished = False
+            reply, finished = None, False
             while not finished:
                 self._advance()
                 while inbox:
                     event = inbox.popleft()
                     if event.error is not None:
                         raise event.error
-                    finished = event.finish is not None
+                    finished, reply = event.finish is not None, event.reply
                     if event.text:
                         yield event.text
+            return reply
         finally:
             self._abandon([number])
 
@@ -477,8 +486,9 @@ class Engine:
             del self._pending[event.request]
             piece += "" if pending.text is None else pending.text.end()
         if event.finish in ("stop", "length"):
+            ids = tuple(pending.tokens)
             text = self.processor.text(pending.tokens)
-            reply = Reply(text, len(pending.tokens), event.finish == "stop")
+            reply = Reply(text, len(ids), event.finish == "stop", ids)
         own = Event(event.request, event.token, piece, event.finish, reply, event.error)
         (self._events if pending.inbox is None else pending.inbox).append(own)
 
@@ -506,6 +516,17 @@ class Engine:
         row = torch.from_numpy(np.concatenate([request.input_ids for request in requests]))[
             None
         ].to(self.device)
+        features, task_ids = self.vision(requests)
+        embeds, _ = self.model.embed(row, features=features, task_ids=task_ids)  # (1, all T, D)
+        return list(embeds[0].split([len(request.input_ids) for request in requests]))
+
+    def vision(
+        self, requests: Sequence[Request]
+    ) -> tuple[dict[str, VisionFeatures], dict[str, Tensor]]:
+        """Return the features and task ids of the items of some prompts, per branch.
+
+        Features that are cached are not computed again.
+        """
         features, task_ids = {}, {}
         for name in self._runs:
             items = [
@@ -516,8 +537,7 @@ class Engine:
             if items:
                 features[name] = self._features(name, [item for item, _ in items])
                 task_ids[name] = torch.tensor([task for _, task in items], device=self.device)
-        embeds, _ = self.model.embed(row, features=features, task_ids=task_ids)  # (1, all T, D)
-        return list(embeds[0].split([len(request.input_ids) for request in requests]))
+        return features, task_ids
 
     def _features(self, name: str, items: Sequence[Item]) -> VisionFeatures:
         """Return the features of every item in order; cached ones are not encoded again."""

@@ -146,11 +146,12 @@ def test_an_image_is_encoded_once_for_all_its_questions(
 
 def test_feature_memory_forgets_the_least_used() -> None:
     one = VisionFeatures(torch.zeros(1, 4, 8), (2, 2))  # 128 bytes
-    store = FeatureMemory(300)
+    store = FeatureMemory[VisionFeatures](300, lambda features: features.tokens.nbytes)
     for key in (b"a", b"b"):
         store.put("image", key, one)
     store.get("image", b"a")
     store.put("image", b"c", one)
+    store.put("image", b"c", one)  # known: not counted again
     assert store.get("image", b"b") is None
     assert store.get("image", b"a") is not None
     assert store.size == 256
