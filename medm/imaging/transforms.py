@@ -197,11 +197,7 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, 
         return volume.voxels, placement
     voxels, direction = volume.voxels, geometry.direction
     if preprocess.orientation is not None:
-        order, flips = _axis_changes(geometry, preprocess.orientation)
-        placement = placement.permuted(order)
-        for axis in np.flatnonzero(flips):
-            placement = placement.flipped(int(axis))
-        voxels, geometry = reoriented(voxels, geometry, preprocess.orientation)
+        voxels, geometry, placement = oriented(volume, preprocess.orientation)
         oblique = geometry.tilt > _OBLIQUE_DEGREES and preprocess.oblique == "resample"
         direction = _directions(preprocess.orientation) if oblique else geometry.direction
     if direction is geometry.direction and preprocess.spacing is None:
@@ -224,6 +220,28 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, 
         voxels, geometry, target, size, nearest=preprocess.interpolation == "nearest"
     )
     return resampled, placement
+
+
+def oriented(volume: Volume, orientation: str) -> tuple[np.ndarray, Geometry, Placement]:
+    """Return a volume with its axes exchanged and flipped, never resampled, along an orientation.
+
+    Args:
+        volume: with a direction.
+        orientation: as in `VolumePreprocess`; each axis follows the letter that is nearest to it.
+
+    Returns:
+        The voxels, their geometry, and their placement in the file.
+
+    Raises:
+        MediaError: the file has no direction.
+    """
+    if volume.geometry is None:
+        raise MediaError(f"{volume.name}: the file does not say where its voxels lie")
+    order, flips = _axis_changes(volume.geometry, orientation)
+    placement = Placement.of_source(volume.voxels.shape, volume.geometry).permuted(order)
+    for axis in np.flatnonzero(flips):
+        placement = placement.flipped(int(axis))
+    return *reoriented(volume.voxels, volume.geometry, orientation), placement
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ sentence. Models write the marks as control tokens, or `<p>` and `</p>` as lette
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,8 +133,3 @@ def _sentence(text: str, at: int) -> tuple[int, int]:
     words = text[start:end]
     start += len(words) - len(words.lstrip())
     return start, max(start, start + len(words.strip()))
-
-
-def token_positions(ids: Sequence[int], token_id: int) -> list[int]:
-    """Return the positions of a token among ids."""
-    return [place for place, found in enumerate(ids) if found == token_id]

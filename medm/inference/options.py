@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medm.config import Options
 
@@ -64,6 +64,52 @@ class GenerationOptions(Options):
         return self
 
 
+class SegmentationOptions(Options):
+    """Masks of replies, for models with a mask head."""
+
+    presence_threshold: float | None = Field(default=None, ge=0, le=1)
+    """Lowest probability that the target is in the image at all; below it a mask is empty. Default:
+    the presence that the head predicts is not used."""
+    volume_mode: Literal["slices", "memory", "volume"] | None = None
+    """Masks of a volume: `slices` segments each slice by itself, `memory` follows the target from a
+    few slices through the others (SAM 2), `volume` is for heads that read volumes. Default:
+    `volume` for such heads, `slices` for heads that read images."""
+    slices: int = Field(default=5, ge=1)
+    """Slices of a volume that a language model without volumes is shown; in the mode `memory` also
+    those that the target is followed from."""
+    slice_choice: Literal["first", "uniform", "score"] = "uniform"
+    """Choice of these slices: the `first` from the feet (UniBiomed), `uniform` over the volume, or
+    by `score`: the language model is shown uniform ones, and the target is followed from those with
+    the best predicted presence and quality."""
+    slice_window: str | None = None
+    """Lower and upper value that become black and white in slices, as "-160,240" (HU for CT).
+    Default: the window of the model's images; else -1000,1000 where a file says that it holds HU;
+    else the range of each volume."""
+
+    @field_validator("slice_window", mode="before")
+    @classmethod
+    def _two_numbers(cls, value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            value = ",".join(str(item) for item in value)
+        if value is None or not isinstance(value, str):
+            return value
+        try:
+            low, high = (float(number) for number in value.split(","))
+        except ValueError:
+            low = high = 0.0
+        if not low < high < float("inf") or low == -float("inf"):
+            raise ValueError(f"expected two rising numbers such as '-160,240', found {value!r}")
+        return f"{low:g},{high:g}"
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """The two numbers of `slice_window`."""
+        if self.slice_window is None:
+            return None
+        low, high = (float(number) for number in self.slice_window.split(","))
+        return low, high
+
+
 class RunOptions(Options):
     """Options of a run over many records."""
 
@@ -88,6 +134,8 @@ class InferenceOptions(RunOptions):
 
     generation: GenerationOptions = GenerationOptions()
     """Options of the generation of a reply."""
+    segmentation: SegmentationOptions = SegmentationOptions()
+    """Masks of replies, for models with a mask head."""
 
 
 class InferOptions(InferenceOptions):

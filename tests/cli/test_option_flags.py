@@ -28,6 +28,10 @@ RUN = {
     "--processes": ("processes", int, 1), "--workers": ("workers", int, None), "--device": ("device", str, "auto"),
     "--dtype": ("dtype", Literal["saved", "float32", "bfloat16", "float16"], "saved"),
     "--overwrite": ("overwrite", bool, False),
+    "--presence-threshold": ("segmentation.presence_threshold", float, None),
+    "--volume-mode": ("segmentation.volume_mode", Literal["slices", "memory", "volume"], None),
+    "--slices": ("segmentation.slices", int, 5), "--slice-window": ("segmentation.slice_window", str, None),
+    "--slice-choice": ("segmentation.slice_choice", Literal["first", "uniform", "score"], "uniform"),
 }
 INFER = RUN | {
     "--model": ("model", str, ...), "--data": ("data", str, ...), "--output": ("output", str, ...),

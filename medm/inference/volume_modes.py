@@ -1,0 +1,253 @@
+"""Masks of volumes by models that read images. The table at the end has one line per mode.
+
+The volume is cut into axial slices, chosen by its geometry and never resampled. A few of them are
+shown to the language model; the state of `[SEG]` prompts the head on slices. Masks come back on the
+volume's own grid, oblique or flipped as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medm.errors import MediaError, RecipeError
+from medm.heads.base import Maps, MaskLogits
+from medm.imaging import ImagePreprocess, Preprocess, load_pixels, prepare
+from medm.imaging.placement import Placement, Prepared
+from medm.imaging.sources import as_source
+from medm.imaging.transforms import default_window, oriented
+from medm.imaging.volumes import read_volume
+from medm.inference.options import SegmentationOptions
+from medm.types import Example, Kind, Media, Sample, TurnPart
+
+if TYPE_CHECKING:
+    from medm.models.lvlm.processing import LVLMProcessor
+
+NOTHING = -1e4
+"""Logit of voxels that the head did not see: a probability of 0."""
+_ORIENTATION = "SPL"
+"""Axial slices from feet to head, front up, the patient's left on the right."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileMasks:
+    """Masks of one image or volume."""
+
+    logits: Callable[[int], np.ndarray]
+    """(source_shape) float32 of a mask on the grid of the file; `NOTHING` where nothing is seen."""
+    quality: Tensor
+    """(masks,), predicted IoU."""
+    presence: Tensor
+    """(masks,), logit of the target being there at all."""
+    placement: Placement
+    """Of what the head saw in the file."""
+
+
+class SliceHead(Protocol):
+    """A mask head on images, as `Segmenter` uses it."""
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Preprocessing of the images."""
+        ...
+
+    def decode(self, prepared: Prepared, prompts: Tensor) -> MaskLogits:
+        """Return the output for one image, (masks, *grid), in host memory."""
+        ...
+
+    def encode(self, pixels: np.ndarray) -> Maps:
+        """Return the maps of one image, (1, ...) each."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SliceStack:
+    """A volume as axial slices of 8 bits."""
+
+    pixels: np.ndarray
+    """(slices, rows, columns) uint8."""
+    placement: Placement
+    """Of the stack in the file: axes are exchanged and flipped at most."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def prepared(self, index: int, preprocess: Preprocess) -> Prepared:
+        """Return a slice as a head or an encoder takes it."""
+        return prepare(self.pixels[index], preprocess)
+
+
+def require_mode(options: SegmentationOptions, head: Kind) -> str:
+    """Return the mode of a head of images or volumes.
+
+    Raises:
+        RecipeError: the head does not go with `volume_mode`.
+    """
+    mode = options.volume_mode or ("volume" if head == "volume" else "slices")
+    if (mode == "volume") != (head == "volume"):
+        expected = "volume" if head == "volume" else " or ".join(MODES)
+        raise RecipeError(
+            f"segmentation.volume_mode: {mode!r}, and the mask head of the model reads {head}s; "
+            f"expected {expected}"
+        )
+    return mode
+
+
+def open_slices(source: object, options: SegmentationOptions, preprocess: Preprocess) -> SliceStack:
+    """Read a volume as axial slices.
+
+    Args:
+        source: a path, or an array (D, H, W), which is taken to be axial slices already.
+        options: give the window.
+        preprocess: of images, whose window is used where the options give none.
+
+    Raises:
+        MediaError: the volume cannot be read.
+    """
+    opened = as_source(source)
+    if not isinstance(opened, (Path, np.ndarray)):
+        raise MediaError(
+            f"volume: expected a path or an array (D, H, W), found {type(opened).__name__}"
+        )
+    volume = read_volume(opened)
+    if volume.geometry is None:
+        voxels, placement = volume.voxels, Placement.of_source(volume.voxels.shape)
+    else:
+        voxels, _, placement = oriented(volume, _ORIENTATION)
+    window = options.window
+    if window is None and isinstance(preprocess, ImagePreprocess) and preprocess.window:
+        window = (preprocess.window[0], preprocess.window[1])
+    if window is None and volume.unit == "HU":
+        low, high = default_window("hu")
+    else:
+        low, high = window or (float(voxels.min()), float(voxels.max()))
+    values = (voxels.astype(np.float32) - low) / max(high - low, 1e-6)
+    return SliceStack(np.round(values.clip(0, 1) * 255).astype(np.uint8), placement)
+
+
+def choose(count: int, depth: int, choice: str) -> list[int]:
+    """Return the indices of so many slices, rising; all of a shorter volume.
+
+    Args:
+        count: number of slices.
+        depth: slices of the volume.
+        choice: `first`, otherwise uniform: the middles of `count` equal parts.
+    """
+    count = min(count, depth)
+    if choice == "first":
+        return list(range(count))
+    return [int((index + 0.5) * depth / count) for index in range(count)]
+
+
+class SlicedVolumes:
+    """Prompts for models without a branch for volumes: slices are shown in place of a volume.
+
+    Args:
+        processor: of a model with a mask head and a branch of images.
+        options: number, choice and window of the slices.
+    """
+
+    def __init__(self, processor: LVLMProcessor, options: SegmentationOptions) -> None:
+        self.processor, self.options = processor, options
+
+    def needed(self, sample: Sample) -> bool:
+        """Return true if a sample shows a volume, and the model reads images alone."""
+        known = self.processor.branches
+        return (
+            getattr(self.processor, "mask_view", None) is not None
+            and "image" in known
+            and "volume" not in known
+            and any(media.branch == "volume" for media in sample.media)
+        )
+
+    def example(self, sample: Sample, sources: Sequence[object]) -> Example:
+        """Return the prompt of a sample whose volumes are shown as slices.
+
+        Args:
+            sample: the conversation.
+            sources: file or array of each image and volume, in order.
+
+        Raises:
+            MediaError: one of them cannot be read.
+            DataError: as `LVLMProcessor.encode`.
+        """
+        preprocess = self.processor.preprocess["image"]
+        pixels: list[np.ndarray] = []
+        counts: list[int] = []
+        for media, source in zip(sample.media, sources, strict=True):
+            if media.branch == "image":
+                pixels.append(load_pixels(source, preprocess))
+                counts.append(1)
+                continue
+            stack = open_slices(source, self.options, preprocess)
+            chosen = choose(self.options.slices, len(stack), self.options.slice_choice)
+            pixels += [stack.prepared(index, preprocess).pixels for index in chosen]
+            counts.append(len(chosen))
+        left = iter(counts)
+        turns = tuple(
+            replace(turn, content=tuple(p for part in turn.content for p in _shown(part, left)))
+            for turn in sample.turns
+        )
+        shown = replace(sample, turns=turns, masks=())
+        return self.processor.encode(shown, {"image": pixels}, generation=True)
+
+
+def _shown(part: TurnPart, counts: Iterator[int]) -> list[TurnPart]:
+    """Return a part of a turn with images in place of a volume, each on a line of its own."""
+    if not isinstance(part, Media):
+        return [part]
+    parts: list[TurnPart] = []
+    for _ in range(next(counts)):
+        parts += ["\n", Media("image", part.path)] if parts else [Media("image", part.path)]
+    return parts
+
+
+def segment_slices(
+    head: SliceHead, stack: SliceStack, prompts: Tensor, options: SegmentationOptions
+) -> FileMasks:
+    """Segment each slice by itself; the same prompt goes to all."""
+    found = [head.decode(stack.prepared(i, head.preprocess), prompts) for i in range(len(stack))]
+    return _on_file(head, stack, found, options)
+
+
+def _on_file(
+    head: SliceHead,
+    stack: SliceStack,
+    found: Sequence[MaskLogits],
+    options: SegmentationOptions,
+) -> FileMasks:
+    """Return the output for every slice on the grid of the volume.
+
+    A slice whose presence is below the threshold is empty. The presence of a mask is the highest of
+    its slices, its quality the mean over the slices that show it.
+    """
+    logits = torch.stack([one.logits for one in found])  # (slices, masks, *grid)
+    presence = torch.stack([one.presence for one in found])  # (slices, masks)
+    quality = torch.stack([one.quality for one in found])
+    shown = logits.flatten(2).amax(2) > 0
+    if options.presence_threshold is not None:
+        shown &= presence.sigmoid() >= options.presence_threshold
+        logits[~shown] = NOTHING
+    mean = (quality * shown).sum(0) / shown.sum(0)
+    grid = stack.prepared(0, head.preprocess).placement.resized(tuple(logits.shape[2:]))
+
+    def on_file(token: int) -> np.ndarray:
+        values = grid.to_source(logits[:, token].numpy(), interpolation="linear", fill=NOTHING)
+        return stack.placement.to_source(values)
+
+    return FileMasks(
+        on_file, torch.where(shown.any(0), mean, quality.amax(0)), presence.amax(0), stack.placement
+    )
+
+
+VolumeMode: TypeAlias = Callable[[SliceHead, SliceStack, Tensor, SegmentationOptions], FileMasks]
+
+MODES: Mapping[str, VolumeMode] = {
+    "slices": segment_slices,
+}
