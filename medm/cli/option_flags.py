@@ -180,7 +180,8 @@ def _plain(annotation: Annotation, default: object, field: str) -> Annotation:
     if origin in (Union, UnionType):
         kept = [inner for inner in get_args(annotation) if inner is not NoneType]
         annotation = kept[0] if len(kept) == 1 else annotation
-    if annotation not in (str, int, float, bool) and get_origin(annotation) is not Literal:
+        origin = get_origin(annotation)
+    if annotation not in (str, int, float, bool) and origin is not Literal:
         raise TypeError(f"{field}: {annotation} cannot be typed as a flag; leave the field out")
     return annotation
 
