@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 from medm.config import validate
 from medm.data.base import missing_branch
+from medm.data.regions import marked_image, prepare_regions
 from medm.data.turns import parse_record
 from medm.errors import DataError
 from medm.imaging import load_pixels, resolve_inside
+from medm.imaging.images import check_image
 from medm.inference.chat import Conversation
 from medm.inference.generator import Engine, Request, load_engine, pick_device, prepare
 from medm.inference.options import GenerationOptions
@@ -259,7 +261,13 @@ class Model:
             sample, items = question.sample()
         elif isinstance(question, Mapping):
             sample = parse_record(dict(question), inference=True)
-            items = [resolve_inside(root, str(media.path)) for media in sample.media]
+            files = [resolve_inside(root, str(media.path)) for media in sample.media]
+            way = self.processor.regions
+            sample = prepare_regions(sample, way, lambda number: check_image(files[number]))
+            items = [
+                marked_image(file, sample, number) if way == "draw" else file
+                for number, file in enumerate(files)
+            ]
         else:
             raise DataError(f"expected a question or a record, found {type(question).__name__}")
         pixels: dict[str, list[np.ndarray]] = {}

@@ -170,7 +170,40 @@ class MaskSource:
         return self.path is None and self.rle is None and self.polygons is None
 
 
-TurnPart: TypeAlias = str | Media | ControlToken
+REGION_MARK = "<region>"
+"""Text that stands for a region of an image in user turns of records with `regions`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionMark:
+    """A place in a user turn where a region of an image is named.
+
+    The model reads the text `<region>` beside a mark in the image, or the region's coordinates.
+    """
+
+    number: int
+    """Position in `Sample.regions`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionSource:
+    """A region of an image that a user turn asks about: exactly one of a box, point or mask."""
+
+    media: int
+    """Image that it lies in, by its position in `Sample.media`."""
+    field: str
+    """Field of the record, for messages: `regions.0`."""
+    box: tuple[float, ...] | None = None
+    """x1, y1, x2, y2 in pixels of the upright file; the upper corner is one past the last pixel."""
+    point: tuple[float, ...] | None = None
+    """x, y in pixels of the upright file."""
+    contour: MaskSource | None = None
+    """Mask whose outline is the region."""
+    mask: MaskSource | None = None
+    """Mask whose area is the region."""
+
+
+TurnPart: TypeAlias = str | Media | ControlToken | RegionMark
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +231,8 @@ def written(part: TurnPart) -> str:
     """Return a part of a turn as annotation files write it."""
     if isinstance(part, Media):
         return f"<{part.branch}>"
+    if isinstance(part, RegionMark):
+        return REGION_MARK
     return part.token if isinstance(part, ControlToken) else part
 
 
@@ -231,6 +266,8 @@ class Sample(BaseSample):
     turns: tuple[Turn, ...]
     answer: str | None = None
     """Reference answer of an inference record; never shown to the model."""
+    regions: tuple[RegionSource, ...] = ()
+    """Regions that user turns ask about, in the order of their `<region>`."""
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -371,6 +408,8 @@ class ConversationProcessor(Processor, Protocol):
     """Per branch the token that stands for one vision token."""
     control_token_ids: dict[str, int]
     """Ids of the control tokens in replies, by their text (`[SEG]`)."""
+    regions: Literal["draw", "text"] | None
+    """How regions of records are read: marks on the pixels, or coordinates in the text."""
 
     @property
     def num_tokens(self) -> Mapping[str, int]:

@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from medm.errors import DataError, RecipeError
+from medm.imaging.marks import MarkedImage
 from medm.types import BaseSample, Batch, MediaExample, Processor
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from medm.data.options import DataOptions, Format, SourceOptions
     from medm.imaging import Preprocess
 
+
+MediaSource: TypeAlias = Path | BinaryIO | MarkedImage
+"""An image or volume: a file, a stream of one that lies in a shard, or an image with marks."""
 
 S = TypeVar("S", bound=BaseSample)
 """A record as a pipeline reads it."""
@@ -135,6 +139,29 @@ class Pipeline(ABC, Generic[S, E, P]):
                 of workers changes the draw.
         """
         return sample
+
+    def write_regions(self, sample: S, size_of: Callable[[int], tuple[int, int]]) -> S:
+        """Return a sample whose regions are text, where its model reads them so.
+
+        Args:
+            sample: the record.
+            size_of: height and width of the upright image at a position of `sample.media`.
+
+        Raises:
+            DataError: a region that its model cannot read, or that does not lie in its image.
+        """
+        return sample
+
+    def with_marks(self, source: MediaSource, sample: S, media: int, view: str) -> MediaSource:
+        """Return a file with the regions of it that are drawn on its pixels for a view.
+
+        Args:
+            source: the file, or a stream of it.
+            sample: the record.
+            media: position of the file in `sample.media`.
+            view: the view that reads it.
+        """
+        return source
 
     @abstractmethod
     def media_field(self, record: object, number: int) -> str:

@@ -12,8 +12,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from medm.children import safe_path
+from medm.data.base import MediaSource
 from medm.data.options import CacheOptions
-from medm.data.records import MediaSource, Records
+from medm.data.records import Records
 from medm.data.volume_cache import MediaCache
 from medm.errors import DataError
 from medm.imaging import Preprocess, load_pixels

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from medm.data.base import AnyPipeline, Segment
+from medm.data.base import AnyPipeline, MediaSource, Segment
 from medm.data.compact import PlacedTexts, SeenTexts
 from medm.data.limits import LengthLimit
 from medm.data.options import DataOptions, SourceOptions, format_of
 from medm.data.record_files import check_beginning
-from medm.data.records import MediaSource, Records
+from medm.data.records import Records
 from medm.data.shards import ShardFile, check_shards
 from medm.data.tables import check_header
 from medm.errors import DataError, RecipeError
@@ -186,6 +186,7 @@ class _Checker:
         sample = records[index]
         if sample.id is not None:
             self.report.ids.append(position, sample.id)
+        sample = records.write_regions(index, sample)
         pixels = records.load_media(index, sample, self._blank)
         records.mask_paths(index, sample)
         if self.pipeline.makes_examples:
@@ -204,6 +205,7 @@ class _Checker:
         self.report.text_only += not sample.media
         self.report.media.update(media.branch for media in sample.media)
         self.report.media.update("mask" for _ in sample.masks)
+        self.report.media.update("region" for _ in getattr(sample, "regions", ()))
         self.report.tasks[sample.task or ""] += 1
 
     def _blank(self, file: MediaSource, view: str) -> np.ndarray:

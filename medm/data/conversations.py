@@ -8,9 +8,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from medm.data.base import Collate, Pipeline, Segment
+from medm.data.base import Collate, MediaSource, Pipeline, Segment
+from medm.data.regions import is_drawn_on, marked_image, prepare_regions
 from medm.data.turns import media_field, parse_record
 from medm.errors import DataError, RecipeError
+from medm.imaging.marks import MarkedImage
 from medm.types import IGNORE_INDEX, ConversationProcessor, Example, Sample
 
 if TYPE_CHECKING:
@@ -48,6 +50,18 @@ class Conversations(Pipeline[Sample, Example, ConversationProcessor]):
 
     def read(self, record: object, *, file: Path, index: int) -> Sample:
         return parse_record(record, inference=self.inference, file=file, index=index)
+
+    def write_regions(self, sample: Sample, size_of: Callable[[int], tuple[int, int]]) -> Sample:
+        if not sample.regions or not self.makes_examples:
+            return sample
+        return prepare_regions(sample, self.processor.regions, size_of)
+
+    def with_marks(self, source: MediaSource, sample: Sample, media: int, view: str) -> MediaSource:
+        if not sample.regions or not is_drawn_on(view) or isinstance(source, MarkedImage):
+            return source
+        # Without a model the marks are for the check of their places.
+        way = self.processor.regions if self.makes_examples else "draw"
+        return marked_image(source, sample, media) if way == "draw" else source
 
     def media_field(self, record: object, number: int) -> str:
         return media_field(record, number)

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from medm.data.base import E
+from medm.data.base import E, MediaSource
 from medm.data.features import FeatureStore
 from medm.data.limits import BadRecordsLimit, LengthLimit, TooLongError
-from medm.data.records import MediaSource, Records
+from medm.data.records import Records
 from medm.errors import DataError, InputLostError, RecipeError, machine_fault
 from medm.imaging import Augment, ImagePreprocess, Preprocess, load_pixels
 from medm.imaging.augment import augment
+from medm.imaging.marks import MarkedImage
 from medm.imaging.paths import MissingFileError
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         """Return the example without retries, limits or counting. Raises `DataError`."""
         place = [self.seed, int(self._epoch), index]
         sample = self.pipeline.draw(self.records[index], np.random.default_rng([*place, 1]))
+        sample = self.records.write_regions(index, sample)
         rng = np.random.default_rng(place)
         pixels = self.records.load_media(
             index, sample, lambda file, branch: self._load(file, branch, rng)
@@ -192,6 +194,11 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
 
     def _load(self, file: MediaSource, branch: str, rng: np.random.Generator) -> np.ndarray:
         """Return the pixels of a file, augmented, or its cached features."""
+        if branch in self.features and isinstance(file, MarkedImage):
+            raise DataError(
+                "the record has regions, which model.regions: draw marks on the pixels, and cached "
+                "features have no pixels; set data.cache_features: null, or model.regions: text"
+            )
         if branch not in self.features or not isinstance(file, Path):
             array = self.load(file, self.preprocess[branch])
             if branch in self.augmentation:

@@ -8,23 +8,20 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self
 
-from medm.data.base import AnyPipeline, E, Pipeline, S, missing_branch
+from medm.data.base import AnyPipeline, E, MediaSource, Pipeline, S, missing_branch
 from medm.data.options import SourceOptions, format_of
 from medm.data.record_files import RecordFile, RecordSource
 from medm.data.shards import ShardFile
 from medm.data.tables import TableFile
 from medm.errors import DataError
 from medm.imaging import resolve_inside
+from medm.imaging.images import check_image
 from medm.types import Media, Processor, views_of
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-MediaSource: TypeAlias = Path | BinaryIO
-"""An image or volume: a file, or a stream of one that lies in a shard."""
 
 
 def open_source(source: SourceOptions, pipeline: AnyPipeline) -> RecordSource:
@@ -128,7 +125,7 @@ class Records(Sequence[S], Generic[S, E]):
             raise DataError(f"the {media.branch} lies in a shard and is no file of its own")
         return resolve_inside(self.root(index), media.path)
 
-    def media_source(self, index: int, media: Media) -> MediaSource:
+    def media_source(self, index: int, media: Media) -> Path | BinaryIO:
         """The file of an image or volume, or a stream where it lies in a shard.
 
         Raises:
@@ -159,6 +156,19 @@ class Records(Sequence[S], Generic[S, E]):
                     raise error.at(field=mask.field) from None
         return found
 
+    def write_regions(self, index: int, sample: S) -> S:
+        """Return a sample of record `index` whose regions are text, where its model reads them so.
+
+        Raises:
+            DataError: with file, index and field; see `Pipeline.write_regions`.
+        """
+
+        def size_of(media: int) -> tuple[int, int]:
+            return check_image(self.media_source(index, sample.media[media]))
+
+        with self.placed(index):
+            return self.pipeline.write_regions(sample, size_of)
+
     def media_field(self, index: int, media_index: int) -> str:
         """Return the field that names file `media_index` of a sample, for messages.
 
@@ -186,7 +196,8 @@ class Records(Sequence[S], Generic[S, E]):
             for number, media in enumerate(sample.media):
                 try:
                     for view in self._views(media.branch):
-                        array = load(self.media_source(index, media), view)
+                        source = self.media_source(index, media)
+                        array = load(self.pipeline.with_marks(source, sample, number, view), view)
                         pixels.setdefault(view, []).append(array)
                 except DataError as error:
                     raise error.at(field=self.media_field(index, number)) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from medm.data.field_types import json_type, require_text
 from medm.data.mask_entries import MASK_FIELD, MaskEntry, mask_entries
+from medm.data.regions import REGION_FIELD, read_regions
 from medm.errors import DataError
 from medm.types import (
     KIND_OF_PLACEHOLDER,
@@ -51,6 +52,7 @@ _OWN_FIELDS = {
     "conversations",
     "messages",
     MASK_FIELD,
+    REGION_FIELD,
     *MEDIA_FIELDS,
 }
 
@@ -164,6 +166,7 @@ def _parse(record: object, *, inference: bool, file: str | None, index: int | No
         answer = answer if answer is not None else turns[-1].text or None
         turns = turns[:-1]
     _check_order(turns, record, inference=inference)
+    turns, regions = read_regions(record, turns)
     return Sample(
         turns=tuple(turns),
         id=_identifier(record),
@@ -172,6 +175,7 @@ def _parse(record: object, *, inference: bool, file: str | None, index: int | No
         file=file,
         index=index,
         masks=sources,
+        regions=regions,
         extra={key: value for key, value in record.items() if key not in _OWN_FIELDS},
     )
 
@@ -475,6 +479,8 @@ def _before_mask_tokens(turns: Sequence[Turn]) -> list[tuple[int, str | None]]:
             elif isinstance(part, str):
                 if words is not None:
                     words.append(part)
+            elif not isinstance(part, ControlToken):
+                continue
             elif part.token == opening:
                 words = []
             elif part.token == closing:

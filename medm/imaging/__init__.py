@@ -51,21 +51,23 @@ def prepare(source: object, preprocess: Preprocess, *, device: str = "cpu") -> P
     Args:
         source: a path; for an image also a stream, an image of Pillow or an array (H, W) or (H, W,
             3), for a volume an array (D, H, W); see `medm.imaging.sources`. Arrays are taken as a
-            .npy file of them would be.
+            .npy file of them would be. A `MarkedImage` has regions drawn on it.
         preprocess: the preprocessing.
         device: where a volume is computed.
 
     Raises:
         MediaError: the file is missing, damaged, unsafe or not what `preprocess` declares.
     """
+    from medm.imaging.marks import MarkedImage
     from medm.imaging.sources import as_source
 
-    source = as_source(source)
+    marked = source if isinstance(source, MarkedImage) else None
+    source = as_source(source if marked is None else marked.source)
     if isinstance(preprocess, ImagePreprocess):
         from medm.imaging.images import prepare_image, read_image
         from medm.imaging.tiles import prepare_tiles
 
-        image = read_image(source)
+        image = read_image(source) if marked is None else marked.read(preprocess)
         return (prepare_image if preprocess.tiles is None else prepare_tiles)(preprocess, image)
     import numpy as np
 

@@ -218,7 +218,10 @@ def _is_turned(image: ImageFile.ImageFile, stream: BinaryIO) -> bool:
         stream.seek(at)
         if not behind:
             return False
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
+    exif = image.getexif()
+    # Pillow gives the size of a TIFF as it is after the turn.
+    is_applied = image.format == "TIFF" and image.width != exif.get(ExifTags.Base.ImageWidth)
+    return exif.get(ExifTags.Base.Orientation, 1) in _TURNED and not is_applied
 
 
 def _decode(stream: BinaryIO, name: str, path: Path | None) -> DecodedImage:
@@ -370,6 +373,20 @@ def _from_array(array: np.ndarray, name: str) -> DecodedImage:
     return DecodedImage(
         array, name, full_range=(float(limits.min), float(limits.max)) if limits else None
     )
+
+
+def shown(preprocess: ImagePreprocess, image: DecodedImage) -> np.ndarray:
+    """Return an image as it is shown, (H, W, 3) uint8: deep pixels after the window.
+
+    Raises `MediaError` for a deep image without a window or a declared range.
+    """
+    color = preprocess.model_copy(update={"channels": 3})
+    layers = _windowed(color, image) if image.is_deep else [_shallow(color, image).convert("RGB")]
+    if len(layers) == 1 and not image.is_deep:
+        return np.asarray(layers[0])
+    planes = np.stack([np.asarray(layer, np.float32) for layer in layers], axis=-1)
+    planes = np.round(planes).clip(0, 255).astype(np.uint8)  # [H, W, 1 or 3]
+    return np.repeat(planes, 3, axis=-1) if planes.shape[-1] == 1 else planes
 
 
 def _shallow(preprocess: ImagePreprocess, image: DecodedImage) -> Image.Image:

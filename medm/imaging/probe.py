@@ -8,10 +8,11 @@ from typing import BinaryIO, Literal
 from medm.errors import MediaError
 from medm.imaging import ImagePreprocess, Preprocess, load_pixels
 from medm.imaging.constant import warn_if_constant
+from medm.imaging.marks import MarkedImage
 
 
 def probe(
-    path: Path | BinaryIO,
+    path: Path | BinaryIO | MarkedImage,
     *,
     kind: Literal["image", "volume"],
     decode: bool = False,
@@ -21,7 +22,8 @@ def probe(
     """Check one image or volume.
 
     Args:
-        path: the file, or the folder of a DICOM series; or a seekable stream of an image.
+        path: the file, or the folder of a DICOM series; or a seekable stream of an image, or an
+            image and the regions that are drawn on it.
         kind: expected kind.
         decode: read all of it; otherwise only headers and file names, each once: enough to find a
             second series, missing or doubled slices, uneven spacing, a wrong format and most
@@ -36,7 +38,11 @@ def probe(
     """
     if decode and preprocess is not None:
         load_pixels(path, preprocess)
-    elif kind == "image":
+        return
+    if isinstance(path, MarkedImage):
+        path.check()
+        path = path.source
+    if kind == "image":
         from medm.imaging.images import check_image, read_image
 
         if decode:
@@ -56,11 +62,11 @@ def probe(
         check_volume(path, several=series)
 
 
-def count_items(file: Path | BinaryIO, preprocess: ImagePreprocess) -> int:
+def count_items(file: Path | BinaryIO | MarkedImage, preprocess: ImagePreprocess) -> int:
     """Return the items that `prepare` makes of an image, from its header alone.
 
     Args:
-        file: a path, or a seekable stream.
+        file: a path, or a seekable stream; or such an image and its regions.
         preprocess: says whether the image is cut into tiles.
 
     Raises:
@@ -71,6 +77,7 @@ def count_items(file: Path | BinaryIO, preprocess: ImagePreprocess) -> int:
     from medm.imaging.images import check_image
     from medm.imaging.tiles import num_items
 
+    file = file.source if isinstance(file, MarkedImage) else file
     if not isinstance(file, Path):
         file.seek(0)
     return num_items(preprocess, check_image(file))

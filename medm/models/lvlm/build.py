@@ -220,6 +220,7 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
         tasks=options.tasks,
         chat_template=read_template(template) if template else None,
         control_tokens=options.reply_tokens,
+        regions=options.regions,
         masks=spec.model_dump() if spec is not None else None,
     )
     if len(tokenizer) > text_config.vocab_size:

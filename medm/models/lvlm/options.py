@@ -89,6 +89,9 @@ class LVLMOptions(ModelOptions):
     words that a mask belongs to (docs/data-format.md). They are added to the tokenizer, and their
     rows start as the mean of the others; `parts.llm.new_tokens` trains them. A mask head brings
     its own (`[SEG]`)."""
+    regions: Literal["draw", "text"] | None = None
+    """How regions of records are read (docs/data-format.md): `draw` marks them on the image, `text`
+    writes their coordinates. None refuses records with regions."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the weights are held. Mixed precision in training is `train.bf16`,
     whatever stands here."""

@@ -35,6 +35,7 @@ from medm.types import (
     Example,
     MaskTargets,
     Media,
+    RegionMark,
     Sample,
     Turn,
     TurnPart,
@@ -144,6 +145,7 @@ class LVLMProcessor(ProcessorMixin):
         control_tokens: tokens that parts of a reply stand for (`[SEG]`), added where the tokenizer
             has none.
         masks: fields of the `MaskSpec` of the model's mask head; none without one.
+        regions: how regions of records are read: "draw", "text", or not.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class LVLMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         control_tokens: Sequence[str] | None = None,
         masks: Mapping[str, Any] | None = None,
+        regions: Literal["draw", "text"] | None = None,
         **kwargs: Any,
     ) -> None:
         if tokenizer is None:
@@ -195,6 +198,7 @@ class LVLMProcessor(ProcessorMixin):
             for name, entry in self.branches.items()
         }
         self.control_tokens = list(control_tokens or [])
+        self.regions = regions
         self.untrained_ids = add_tokens(tokenizer, self.control_tokens)
         """Control tokens that the tokenizer did not have, so that their rows hold no values yet."""
         self.control_token_ids = {
@@ -220,7 +224,7 @@ class LVLMProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         content = super().to_dict()
-        for name in ("control_tokens", "masks"):
+        for name in ("control_tokens", "masks", "regions"):
             if not content.get(name):  # an earlier medm opens the folders of models that have none
                 content.pop(name, None)
         return content
@@ -261,6 +265,7 @@ class LVLMProcessor(ProcessorMixin):
             chat_template=read_template(written) if written else str(self.chat_template),
             control_tokens=list(dict.fromkeys([*self.control_tokens, *options.reply_tokens])),
             masks=masks,
+            regions=options.regions or self.regions,
         )
 
     # Names that servers built on transformers look for.
@@ -628,6 +633,12 @@ class LVLMProcessor(ProcessorMixin):
                     field="masks",
                 )
             return [self.control_token_ids[part.token]]
+        if isinstance(part, RegionMark):
+            raise DataError(
+                "a region that is neither drawn nor written as coordinates; records are encoded "
+                "after `medm.data.regions.prepare_regions`",
+                field="regions",
+            )
         vision = self.num_tokens[part.branch] * next(counts[part.branch])
         before, after = self._wraps[part.branch]
         return [*before, *[self.placeholder_ids[part.branch]] * vision, *after]
