@@ -29,7 +29,13 @@ from medm.imaging.formats import READ, describe_content
 from medm.imaging.notices import warn_once
 from medm.imaging.options import ImagePreprocess
 from medm.imaging.placement import Placement, Prepared
-from medm.imaging.samples import Samples, check_layout, decoded_samples, read_samples
+from medm.imaging.samples import (
+    Samples,
+    check_layout,
+    decoded_samples,
+    read_labels,
+    read_samples,
+)
 from medm.imaging.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -77,6 +83,25 @@ def read_image(file: Source, *, name: str | None = None) -> DecodedImage:
     name = name or str(file)
     with _regular_file(Path(file), name) as stream:
         return _decode(stream, name, Path(file))
+
+
+def read_label_image(file: Path) -> np.ndarray:
+    """Return the numbers that a label map of an image stores, (H, W) or (H, W, 3), upright.
+
+    Raises:
+        MediaError: as `read_image`, and for what changes labels; see `medm.imaging.samples`.
+    """
+    name = str(file)
+    with _regular_file(file, name) as stream:
+        head = _head(stream, name)
+        if head.startswith(_NPY):
+            array = read_npy(stream, name, max_items=MAX_PIXELS * 3)
+            _check_array(array.shape, array.dtype, name)
+            return array
+        if is_dicom_head(head):
+            return _decode(stream, name, file).pixels
+        with _pillow_image(stream, head, name, file.suffix.lower()) as image:
+            return read_labels(image, lambda: _reopened(stream), name)
 
 
 def check_image(file: Path | BinaryIO) -> tuple[int, int]:

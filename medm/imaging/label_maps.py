@@ -37,25 +37,42 @@ def read_label_map(path: str | Path, placement: Placement) -> LabelMap:
     """Read the label map of an image or volume.
 
     Args:
-        path: an image for an image; a file or folder that `read_volume` reads for a volume.
+        path: an image for an image, whose stored numbers are the labels: the indices of a palette,
+            and 0 and 1 of one bit; a file or folder that `read_volume` reads for a volume. Axes of
+            a volume that are exchanged or reversed against those of its image are put in the order
+            of the image.
         placement: of the image or volume, whose grid the labels have to fit.
 
     Raises:
         MediaError: it cannot be read, its values are no labels, or its grid is not that of its
             image.
     """
-    from medm.imaging.images import read_image
+    from medm.imaging.images import read_label_image
     from medm.imaging.volumes import read_volume
 
+    name = str(path)
     if len(placement.source_shape) == 2:
-        decoded = read_image(path)
-        found = LabelMap(_single_channel(decoded.pixels, decoded.name), decoded.name)
+        found = LabelMap(_single_channel(read_label_image(Path(path)), name), name)
     else:
         volume = read_volume(path)
-        found = LabelMap(volume.voxels, volume.name, volume.geometry)
+        found = _in_order(LabelMap(volume.voxels, name, volume.geometry), placement.geometry)
     labels = LabelMap(_whole_numbers(found.labels, found.name), found.name, found.geometry)
     check_geometry(labels, placement)
     return labels
+
+
+def _in_order(labels: LabelMap, other: Geometry | None) -> LabelMap:
+    """Return a label map whose axes run as those of another grid; no voxel is interpolated.
+
+    Programs that read a DICOM series and write NIfTI often turn axes over.
+    """
+    from medm.imaging.transforms import reoriented
+
+    own = labels.geometry
+    if own is None or other is None or own.axes == other.axes:
+        return labels
+    voxels, geometry = reoriented(labels.labels, own, other.axes)
+    return LabelMap(voxels, labels.name, geometry)
 
 
 def check_geometry(labels: LabelMap, placement: Placement) -> None:

@@ -116,8 +116,11 @@ def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
     return _scaled(voxels, header, name), _geometry(header, name)
 
 
-def check_nifti(path: Path, name: str) -> None:
-    """Check the whole header, and the size of an uncompressed file. Raises `MediaError`."""
+def check_nifti(path: Path, name: str) -> tuple[int, int, int]:
+    """Check the whole header, and the size of an uncompressed file. Return the size (D, H, W).
+
+    Raises `MediaError`.
+    """
     with open_binary(path, name) as stream:
         header, packed = _read_header(stream, name)
     shape, dtype = _check(header, name)
@@ -128,6 +131,7 @@ def check_nifti(path: Path, name: str) -> None:
         raise MediaError(
             f"{name}: {found} bytes, but its header declares {needed}; the file is truncated"
         )
+    return shape
 
 
 def write_nifti(path: Path, voxels: np.ndarray, geometry: Geometry | None) -> None:

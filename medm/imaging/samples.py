@@ -23,6 +23,11 @@ Reopen = Callable[[], AbstractContextManager[ImageFile.ImageFile]]
 
 _NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 """Raw modes of big-endian TIFFs, and the ones for what libtiff returns: native byte order."""
+_JPEG_IN_TIFF = (6, 7)
+"""Compression tags of TIFF that stand for JPEG."""
+_SPREAD = {"L;2": 85, "L;4": 17}
+"""Factors by which Pillow spreads numbers of 2 and 4 bits over 0..255."""
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,54 @@ def read_samples(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> Sampl
     if image.format == "TIFF":
         return _read_tiff(image, reopen)
     return _deep_color(image, reopen) if _is_deep_color(image) else _from_mode(image)
+
+
+def read_labels(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> np.ndarray:
+    """Decode an opened label map to the numbers that it stores, (H, W) or (H, W, 3).
+
+    They are the indices of a palette, not its colors, and the numbers of 1, 2 and 4 bits, which
+    Pillow spreads over 0..255. The EXIF or TIFF orientation is applied.
+
+    Raises:
+        MediaError: a file that was compressed with loss, is transparent in places, or has white for
+            its smallest number.
+    """
+    check_layout(image, name)
+    tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+    if image.format in ("JPEG", "MPO") or tags.get(259) in _JPEG_IN_TIFF:
+        raise MediaError(
+            f"{name}: JPEG changes values, so that labels in it are not exact; write the label map "
+            "as PNG"
+        )
+    if image.format == "TIFF" and tags.get(262, 0) == 0:
+        raise MediaError(
+            f"{name}: a TIFF whose 0 is white (PhotometricInterpretation 0); expected 0 for the "
+            "background. Write the label map as PNG"
+        )
+    image.info.pop(
+        "transparency", None
+    )  # a number that is shown transparent is a label all the same
+    if image.mode == "P":
+        return np.array(_upright(image))
+    if image.mode == "1":
+        return np.array(_upright(image)).astype(np.uint8)
+    if image.mode == "L" and (spread := _SPREAD.get(_raw_mode(image))):
+        return np.array(_upright(image)) // np.uint8(spread)
+    if image.mode in _WITH_ALPHA and not _is_deep_color(image):
+        array = np.array(_upright(image))
+        _require_opaque((array[..., -1] == 255).all(), name)
+        return array[..., 0] if array.shape[-1] == 2 else array[..., :-1]
+    samples = read_samples(image, reopen, name)
+    _require_opaque(samples.alpha is None, name)
+    return samples.pixels
+
+
+def _require_opaque(opaque: bool | np.bool_, name: str) -> None:
+    if not opaque:
+        raise MediaError(
+            f"{name}: a label map with transparent pixels, which are neither background nor "
+            "target; write it without an alpha channel"
+        )
 
 
 def check_layout(image: ImageFile.ImageFile, name: str) -> None:

@@ -48,10 +48,15 @@ class TextHeaderFormat:
                 fields, name
             )
 
-    def check(self, path: Path, name: str) -> None:
-        """Check the header and the length of uncompressed voxels. Raises `MediaError`."""
+    def check(self, path: Path, name: str) -> tuple[int, ...]:
+        """Check the header and the length of uncompressed voxels. Return the size (D, H, W).
+
+        Raises `MediaError`.
+        """
         with self._at_voxels(path, name) as (stream, fields):
-            check_length(stream, *self.layout(fields, name), name)
+            shape, dtype, packing = self.layout(fields, name)
+            check_length(stream, shape, dtype, packing, name)
+        return shape
 
     def data_file(self, path: Path, name: str) -> Path | None:
         """Return where the voxels lie, if not in the file itself. Raises `MediaError` as `read`."""

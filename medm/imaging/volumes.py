@@ -74,13 +74,16 @@ def read_volume(
 
 def check_volume(
     path: Path, *, series: str | None = None, several: Literal["only", "largest"] = "only"
-) -> None:
+) -> tuple[int, ...] | None:
     """Check a volume by its headers and names: form, size, slices, positions. No voxel is decoded.
 
     Args:
         path: a file or folder, as in `read_volume`.
         series: a SeriesNumber or SeriesInstanceUID.
         several: what will be done with a DICOM folder of several series when none is named.
+
+    Returns:
+        The size (D, H, W) that the header of a file declares; None for DICOM and for folders.
 
     Raises:
         MediaError: as `read_volume`, except for damage of the voxels themselves.
@@ -93,8 +96,8 @@ def check_volume(
         raise MediaError(f"{name}: no such file or folder")
     if path.is_dir():
         _check_folder(path, name, series, several)
-    else:
-        _check_file(path, name)
+        return None
+    return _check_file(path, name)
 
 
 def _check_folder(
@@ -112,34 +115,35 @@ def _check_folder(
         check_slices(path, name)
 
 
-def _check_file(path: Path, name: str) -> None:
+def _check_file(path: Path, name: str) -> tuple[int, ...] | None:
     kind = _format(path, name)
     if kind == "nifti":
         from medm.imaging.nifti import check_nifti
 
-        check_nifti(path, name)
-    elif kind == "nrrd":
+        return check_nifti(path, name)
+    if kind == "nrrd":
         from medm.imaging.nrrd import NRRD
 
-        NRRD.check(path, name)
-    elif kind == "metaimage":
+        return NRRD.check(path, name)
+    if kind == "metaimage":
         from medm.imaging.metaimage import METAIMAGE
 
-        METAIMAGE.check(path, name)
-    elif kind == "dicom":
+        return METAIMAGE.check(path, name)
+    if kind == "dicom":
         from medm.imaging.dicom_series import check_dicom_file
 
         check_dicom_file(path, name)
+        return None
+    limits = {"max_items": MAX_VOXELS, "max_bytes": MAX_BYTES}
+    if kind == "npz":
+        shape, dtype = check_npz(path, name, **limits)
     else:
-        limits = {"max_items": MAX_VOXELS, "max_bytes": MAX_BYTES}
-        if kind == "npz":
-            shape, dtype = check_npz(path, name, **limits)
-        else:
-            with open_binary(path, name) as stream:
-                shape, dtype = check_npy(
-                    stream, name, length=os.fstat(stream.fileno()).st_size, **limits
-                )
-        check_size(shape[1:] if len(shape) == 4 and shape[0] == 1 else shape, dtype.itemsize, name)
+        with open_binary(path, name) as stream:
+            length = os.fstat(stream.fileno()).st_size
+            shape, dtype = check_npy(stream, name, length=length, **limits)
+    shape = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
+    check_size(shape, dtype.itemsize, name)
+    return shape
 
 
 def _holds_dicom(path: Path) -> bool:
