@@ -5,35 +5,21 @@ For people who check data; not for clinical use, and the sheet says so.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from medm.imaging import Preprocess
 from medm.imaging.images import prepare_image, read_image
 from medm.imaging.options import ImagePreprocess, VolumePreprocess
+from medm.imaging.sheet import Tile, draw_sheet, marks_of
 from medm.imaging.tiles import num_items, whole_image
 from medm.imaging.transforms import default_window, windowed_volume
 from medm.imaging.volumes import read_volume
 
-_OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
-_TEXT, _MARK, _GROUND = 200, 255, 24
-_CAPTION = 16
-"""Height of a line of text, in pixels."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    pixels: np.ndarray
-    """(H, W) or (H, W, 3), 0..1."""
-    caption: str
-    marks: tuple[str, str, str, str] | None = None
-    """Side of the patient at the left, right, top and bottom; None where it is not known."""
-    depth: float = 0.0
-    """Place of a slice along the first axis, 0..1."""
+_NOTICE = "As the model sees it. Not for clinical use."
 
 
 def contact_sheet(
@@ -51,7 +37,7 @@ def contact_sheet(
         MediaError: as `load_pixels`.
     """
     title, tiles = _tiles(path, preprocess, slices)
-    return _sheet(title, tiles, tile)
+    return draw_sheet([*title, _NOTICE], tiles, tile)
 
 
 def similarity_sheet(
@@ -86,7 +72,7 @@ def similarity_sheet(
         plane = planes[min(int(one.depth * len(planes)), len(planes) - 1)]
         covered.append(replace(one, pixels=_covered(one.pixels, plane)))
     scale = f"cosine of each patch alone, {low:.3f} (blue) to {high:.3f} (red)"
-    return _sheet([*title, f"text: {text}", scale], covered, tile)
+    return draw_sheet([*title, f"text: {text}", scale, _NOTICE], covered, tile)
 
 
 def _covered(pixels: np.ndarray, plane: np.ndarray) -> np.ndarray:
@@ -102,7 +88,7 @@ def _covered(pixels: np.ndarray, plane: np.ndarray) -> np.ndarray:
     return 0.6 * gray + 0.4 * color
 
 
-def _tiles(path: Path, preprocess: Preprocess, slices: int) -> tuple[list[str], list[_Tile]]:
+def _tiles(path: Path, preprocess: Preprocess, slices: int) -> tuple[list[str], list[Tile]]:
     if isinstance(preprocess, ImagePreprocess):
         return _image_tiles(path, preprocess)
     return _volume_tiles(path, preprocess, slices)
@@ -115,7 +101,7 @@ def save_contact_sheet(
     contact_sheet(path, preprocess, slices=slices, tile=tile).save(output, "PNG")
 
 
-def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], list[_Tile]]:
+def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], list[Tile]]:
     image = read_image(path)
     shape = image.pixels.shape[:2]
     preprocess, items = whole_image(preprocess, shape), num_items(preprocess, shape)
@@ -133,24 +119,24 @@ def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], li
         f"{width} x {height}, {depth}, to {preprocess.size[1]} x {preprocess.size[0]} "
         f"({preprocess.fit})" + (f", cut into {items} items" if items > 1 else ""),
     ]
-    return title, [_Tile(shown[..., 0] if shown.shape[-1] == 1 else shown, "")]
+    return title, [Tile(shown[..., 0] if shown.shape[-1] == 1 else shown, "")]
 
 
 def _volume_tiles(
     path: Path, preprocess: VolumePreprocess, slices: int
-) -> tuple[list[str], list[_Tile]]:
+) -> tuple[list[str], list[Tile]]:
     volume = read_volume(path, several=preprocess.series)
     shown = windowed_volume(preprocess, volume)  # [C, D, H, W]
     axes = None
     if volume.geometry is not None:
         axes = preprocess.orientation or volume.geometry.axes
-    marks = None if axes is None else (_OPPOSITE[axes[2]], axes[2], _OPPOSITE[axes[1]], axes[1])
+    marks = None if axes is None else marks_of(axes[2], axes[1])
     windows = preprocess.windows or [default_window(preprocess.scale)]
     depth = shown.shape[1]
     # Middles of as many equal parts, so that neither end is over-represented.
     picked = [int((i + 0.5) * depth / min(slices, depth)) for i in range(min(slices, depth))]
     tiles = [
-        _Tile(shown[channel, z], f"{z + 1}/{depth}  {low:g}..{high:g}", marks, (z + 0.5) / depth)
+        Tile(shown[channel, z], f"{z + 1}/{depth}  {low:g}..{high:g}", marks, (z + 0.5) / depth)
         for channel, (low, high) in enumerate(windows)
         for z in picked
     ]
@@ -160,57 +146,3 @@ def _volume_tiles(
         for shape in (volume.voxels.shape, shown.shape[1:])
     ]
     return [path.name, f"{sizes[0]} voxels ({volume.unit}) to {sizes[1]}, {direction}"], tiles
-
-
-def _sheet(title: list[str], tiles: list[_Tile], width: int) -> Image.Image:
-    font = ImageFont.load_default(size=_CAPTION - 4)
-    thumbnails = [_thumbnail(tile, width, font) for tile in tiles]
-    columns = math.ceil(math.sqrt(len(tiles) * 1.5))
-    cell = max(thumbnail.height for thumbnail in thumbnails)
-    lines = [*title, "As the model sees it. Not for clinical use."]
-    wide = max(columns * (width + 4) + 4, *(int(font.getlength(line)) + 8 for line in lines))
-    rows = math.ceil(len(tiles) / columns)
-    sheet = Image.new("RGB", (wide, len(lines) * _CAPTION + rows * (cell + 4) + 8), (_GROUND,) * 3)
-    draw = ImageDraw.Draw(sheet)
-    for row, line in enumerate(lines):
-        draw.text((4, row * _CAPTION + 2), line, fill=(_TEXT,) * 3, font=font)
-    for index, thumbnail in enumerate(thumbnails):
-        row, column = divmod(index, columns)
-        sheet.paste(
-            thumbnail, (4 + column * (width + 4), len(lines) * _CAPTION + 4 + row * (cell + 4))
-        )
-    return sheet
-
-
-def _thumbnail(
-    tile: _Tile, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> Image.Image:
-    pixels = np.round(np.clip(tile.pixels, 0, 1) * 255).astype(np.uint8)
-    height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
-    caption = _CAPTION if tile.caption else 0
-    thumbnail = Image.new("RGB", (width, height + caption), (_GROUND,) * 3)
-    thumbnail.paste(
-        Image.fromarray(pixels).convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    )
-    draw = ImageDraw.Draw(thumbnail)
-    if tile.caption:
-        draw.text((2, height + 1), tile.caption, fill=(_TEXT,) * 3, font=font)
-    if tile.marks:
-        left, right, top, bottom = tile.marks
-        places = (
-            ((3, height // 2), left, "lm"),
-            ((width - 3, height // 2), right, "rm"),
-            ((width // 2, 2), top, "ma"),
-            ((width // 2, height - 2), bottom, "md"),
-        )
-        for place, letter, anchor in places:
-            draw.text(
-                place,
-                letter,
-                fill=(_MARK, _MARK, 0),
-                font=font,
-                anchor=anchor,
-                stroke_width=2,
-                stroke_fill=(0, 0, 0),
-            )
-    return thumbnail
