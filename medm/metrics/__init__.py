@@ -5,7 +5,7 @@ They depend on no model and no benchmark.
 The table at the end has one line per metric: a function `metric(predictions, references, *,
 resampling=..., **options) -> list[MetricResult]`. Adding one is a function and a line here. `takes`
 of its options class is the kind of pair that a metric compares. Values that the literature writes
-in percent are fractions here (BLEU 0.31, not 31). Names that begin with `uni-med-` or `m3d-bench-`
+in percent are fractions here (BLEU 0.31, not 31). Names that begin with `uni-med-`, `m3d-bench-` or `unibiomed-`
 repeat a benchmark's original scoring, its quirks included, and are reported beside the corrected
 metrics.
 """
@@ -88,6 +88,20 @@ class MaskMetricOptions(MetricOptions):
     """Metrics that compare binary masks of equal shape."""
 
     takes: ClassVar[Literal["mask"]] = "mask"
+
+
+class HitRateOptions(MaskMetricOptions):
+    """Fraction of masks that overlap enough."""
+
+    threshold: float = Field(default=0.1, gt=0, le=1)
+    """Least Dice of a hit."""
+
+
+class InstanceMetricOptions(MaskMetricOptions):
+    """Instances that are found, invented and missed."""
+
+    threshold: float = Field(default=0.2, gt=0, le=1)
+    """Least Dice of an instance that is found."""
 
 
 class SimilarityMetricOptions(MetricOptions):
@@ -206,6 +220,10 @@ METRICS.add("dice", "medm.metrics.masks:dice", "mean Dice of binary masks", opti
 METRICS.add("mask-iou", "medm.metrics.masks:mask_iou", "mean IoU of binary masks", options=MaskMetricOptions)
 METRICS.add("hd95", "medm.metrics.masks:hd95", "95th percentile of the Hausdorff distance in mm (MONAI)", options=MaskMetricOptions)
 METRICS.add("nsd", "medm.metrics.masks:nsd", "normalized surface Dice at a tolerance in mm (MONAI)", options=MaskMetricOptions)
+METRICS.add("false-positive-rate", "medm.metrics.grounded:false_positive_rate", "absent targets with a mask, and present ones without", options=MaskMetricOptions)
+METRICS.add("hit-rate", "medm.metrics.grounded:hit_rate", "fraction of present targets with Dice of at least a threshold", options=HitRateOptions)
+METRICS.add("instance-f1", "medm.metrics.grounded:instance_f1", "precision, recall and F1 of instances paired one to one by Dice", options=InstanceMetricOptions)
+METRICS.add("phrase-match", "medm.metrics.grounded:phrase_match", "phrases 'target in site modality': equal as a whole, and by target and place")
 METRICS.add("recall-at-k", "medm.metrics.retrieval:recall_at_k", "R@1, 5, 10 and median rank, both directions", options=SimilarityMetricOptions)
 METRICS.add("uni-med-match", "medm.metrics.uni_med:match", "exact match after Uni-Med's normalizer")
 METRICS.add("uni-med-bleu", "medm.metrics.uni_med:bleu", "unsmoothed mean sentence BLEU after Uni-Med's normalizer")
@@ -217,4 +235,6 @@ METRICS.add("m3d-bench-rouge", "medm.metrics.m3d_bench:rouge", "mean ROUGE-1 of 
 METRICS.add("m3d-bench-choice-accuracy", "medm.metrics.m3d_bench:choice_accuracy", "letter and full stop found anywhere in the text")
 METRICS.add("m3d-bench-box-iou", "medm.metrics.m3d_bench:box_iou", "intersection over the enclosing box, -1 for an unreadable one", options=M3DBoxMetricOptions)
 METRICS.add("m3d-bench-dice", "medm.metrics.m3d_bench:dice", "soft Dice on probabilities with 1 added to the denominator", options=MaskMetricOptions)
+METRICS.add("unibiomed-phrase", "medm.metrics.unibiomed:phrase", "UniBiomed's diagnosis: the phrase and a full stop anywhere in the reply")
+METRICS.add("unibiomed-region", "medm.metrics.unibiomed:region", "UniBiomed's regions: target equal, sides removed, modality contained")
 # fmt: on

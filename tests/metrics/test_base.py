@@ -251,6 +251,8 @@ def test_every_text_metric_knows_right_from_wrong(name: str) -> None:
         if name == "closed-accuracy"
         else ["A. the heart is enlarged", "B. there is a small pleural effusion"]
     )
+    if name == "unibiomed-phrase":  # lower case and a full stop are part of what it looks for
+        answers = [f"{answer.lower()}." for answer in answers]
     right = metric(answers, answers, resampling=Resampling(rounds=20))[0]
     wrong = metric(answers[::-1], answers, resampling=Resampling(rounds=20))[0]
     assert right.value > wrong.value
