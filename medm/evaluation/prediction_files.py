@@ -12,7 +12,7 @@ from medm.data.record_files import RecordFile, parse_json
 from medm.errors import DataError
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.predictors import FIELDS, Items, Predictions, Predictor
-from medm.tasks.base import FAILED, Prediction, join_predictions
+from medm.tasks.base import FAILED, PredictedMask, Prediction, join_predictions
 from medm.types import JsonObject, PredictionField, Sample
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _fields(prediction: Prediction) -> set[PredictionField]:
     if prediction.error is not None:
         return set()
     found: set[PredictionField] = set()
-    if prediction.mask is not None or _MEASURED_MASK in prediction.numbers:
+    if prediction.masks or _MEASURED_MASK in prediction.numbers:
         found.add("masks")
     if prediction.scores is not None or "scores" in prediction.numbers:
         found.add("scores")
@@ -168,8 +168,8 @@ def _prediction(item: object) -> Prediction:
     if item.get("error") is not None:
         return Prediction("", numbers, error=str(item["error"]))
     scores = _scores(item.get("scores"))
-    mask = item["mask"] if isinstance(item.get("mask"), str) else None
-    made = partial(Prediction, numbers=numbers, scores=scores, mask=mask, **_vectors(item))
+    masks = _masks(item)
+    made = partial(Prediction, numbers=numbers, scores=scores, masks=masks, **_vectors(item))
     turns = item.get("conversations") or item.get("messages")
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         last = turns[-1]
@@ -178,7 +178,7 @@ def _prediction(item: object) -> Prediction:
     for key in _TEXT_FIELDS:
         if isinstance(item.get(key), str):
             return made(text=item[key])
-    if mask is not None or scores is not None or item.get("embedding") is not None:
+    if masks or scores is not None or item.get("embedding") is not None:
         return made(text="")
     raise DataError(
         f"no answer in it; expected one of {', '.join(_TEXT_FIELDS)}, or a last turn of the "
@@ -199,6 +199,49 @@ def _scores(value: object) -> Mapping[str, float] | Sequence[float] | None:
         {str(key): float(score) for key, score in value.items()}
         if isinstance(value, dict)
         else list(map(float, items))
+    )
+
+
+def _masks(item: JsonObject) -> tuple[PredictedMask, ...]:
+    """Return the masks of `mask`, one or a list, or else of `spans`, as `medm infer` writes them.
+
+    A span without a mask names something that is not there, and adds none.
+    """
+    value = item.get("mask")
+    if value is not None:
+        entries = value if isinstance(value, list) else [value]
+        return tuple(_mask(entry, "mask") for entry in entries)
+    found = []
+    spans = item.get("spans")
+    for number, span in enumerate(spans if isinstance(spans, list) else []):
+        field = f"spans.{number}"
+        if not isinstance(span, dict):
+            raise DataError(f"expected an object, found {type(span).__name__}", field=field)
+        entry = span.get("rle") if span.get("mask") is None else span["mask"]
+        if entry is not None:
+            place = span.get("image", 0)
+            known = isinstance(place, int) and not isinstance(place, bool)
+            found.append(replace(_mask(entry, field), media=place if known else 0))
+    return tuple(found)
+
+
+def _mask(entry: object, field: str) -> PredictedMask:
+    """Return one mask, written as a file, an object of a file or a code, or a code alone."""
+    if isinstance(entry, str):
+        return PredictedMask(entry)
+    if isinstance(entry, dict):
+        media, value = entry.get("image", 0), entry.get("value")
+        code = entry if "counts" in entry else entry.get("rle")
+        whole = all(
+            isinstance(one, int) and not isinstance(one, bool) for one in (media, value or 0)
+        )
+        if whole and isinstance(entry.get("file"), str):
+            return PredictedMask(entry["file"], value, media=media)
+        if whole and isinstance(code, dict):
+            return PredictedMask(rle=code, media=media)
+    raise DataError(
+        'expected a file, {"file": ..., "value": ...}, or {"rle": {"size": ..., "counts": ...}}',
+        field=field,
     )
 
 

@@ -33,7 +33,7 @@ FIELDS: tuple[PredictionField, ...] = get_args(PredictionField)
 
 _FILE_FORMATS: dict[PredictionField, str] = {
     "text": 'objects with an "id" and a "text"',
-    "masks": 'a JSONL with a line {"id": ..., "mask": "file.npy"} an item',
+    "masks": 'a JSONL with a line {"id": ..., "mask": FILE} an item (docs/evaluation.md)',
     "scores": 'lines with "scores": a number, or one for each class',
     "embeddings": 'lines with "embedding": a vector, and "text_embeddings": one for each caption',
 }

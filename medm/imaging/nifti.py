@@ -101,19 +101,46 @@ def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
     with open_binary(path, name) as stream:
         header, packed = _read_header(stream, name)
         shape, dtype = _check(header, name)
-        start = int(header.vox_offset)
-        if packed:
-            # Header and voxels are one packed stream: both are unpacked, and the checksum covers
-            # both.
-            stream.seek(0)
-            data = read_voxels(
-                stream, (start + math.prod(shape) * dtype.itemsize,), np.dtype("u1"), "gzip", name
-            )
-            voxels = np.frombuffer(data.data, dtype=dtype, offset=start).reshape(shape)
-        else:
-            stream.seek(start)
-            voxels = read_voxels(stream, shape, dtype, "raw", name)
+        voxels = _voxels(stream, header, packed, shape, dtype, name)
     return _scaled(voxels, header, name), _geometry(header, name)
+
+
+def read_nifti_geometry(path: Path, name: str) -> tuple[tuple[int, ...], Geometry | None]:
+    """Return shape (z, y, x) and geometry by the header alone. Raises `MediaError`."""
+    with open_binary(path, name) as stream:
+        header, _ = _read_header(stream, name)
+    shape, _ = _check(header, name)
+    return shape, _geometry(header, name)
+
+
+def read_nifti_stack(path: Path, name: str) -> np.ndarray:
+    """Return the volumes of a file of four axes, the first of which numbers them: (N, z, y, x).
+
+    Its affine says nothing about the volumes, as their axes are the second to the fourth. A file of
+    three axes is a single volume.
+
+    Raises:
+        MediaError: truncated, damaged, of another number of axes, or with scaled values.
+    """
+    with open_binary(path, name) as stream:
+        header, packed = _read_header(stream, name)
+        count = header.dim[0]
+        lengths = list(header.dim[1 : count + 1]) if 1 <= count <= 7 else []
+        while len(lengths) > 4 and lengths[-1] == 1:
+            lengths.pop()
+        if len(lengths) not in (3, 4):
+            raise MediaError(f"{name}: declares {count} dimensions; expected 4, the volumes first")
+        volumes, *sides = [1, *lengths] if len(lengths) == 3 else lengths
+        dtype = _type_of(header, name)
+        check_size(sides[::-1], dtype.itemsize * max(volumes, 1), name)
+        if volumes < 1:
+            raise MediaError(f"{name}: declares {volumes} volumes; expected at least one")
+        _check_offset(header, name)
+        if _scaling(header, name) is not None:
+            raise MediaError(f"{name}: scaled values; expected label maps")
+        shape = (*sides[::-1], volumes)  # the first axis of NIfTI is the fastest
+        voxels = _voxels(stream, header, packed, shape, dtype, name)
+    return np.moveaxis(voxels, -1, 0)
 
 
 def check_nifti(path: Path, name: str) -> tuple[int, int, int]:
@@ -224,14 +251,28 @@ def _parse(data: bytes, name: str) -> _Header:
     raise MediaError(f"{name}: not a NIfTI file: no header of 348 or 540 bytes with its magic")
 
 
-def _check(header: _Header, name: str) -> tuple[tuple[int, int, int], np.dtype]:
-    """Shape (z, y, x) and type, after every number in the header is checked."""
-    count = header.dim[0]
-    if not 1 <= count <= 7:
-        raise MediaError(f"{name}: declares {count} dimensions; expected 3")
-    lengths = list(header.dim[1 : count + 1])
-    while len(lengths) > 3 and lengths[-1] == 1:
-        lengths.pop()
+def _voxels(
+    stream: BinaryIO,
+    header: _Header,
+    packed: bool,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    name: str,
+) -> np.ndarray:
+    """Return the stored numbers, not scaled."""
+    start = int(header.vox_offset)
+    if not packed:
+        stream.seek(start)
+        return read_voxels(stream, shape, dtype, "raw", name)
+    # Header and voxels are one packed stream: both are unpacked, and the checksum covers both.
+    stream.seek(0)
+    data = read_voxels(
+        stream, (start + math.prod(shape) * dtype.itemsize,), np.dtype("u1"), "gzip", name
+    )
+    return np.frombuffer(data.data, dtype=dtype, offset=start).reshape(shape)
+
+
+def _type_of(header: _Header, name: str) -> np.dtype:
     if header.datatype not in _TYPES:
         raise MediaError(
             f"{name}: NIfTI datatype {header.datatype} (color or complex numbers) is not read"
@@ -242,12 +283,28 @@ def _check(header: _Header, name: str) -> tuple[tuple[int, int, int], np.dtype]:
             f"{name}: datatype {header.datatype} ({dtype.name}) has {dtype.itemsize * 8} bits, "
             f"but bitpix declares {header.bitpix}; the header is damaged"
         )
-    check_size(lengths[::-1], dtype.itemsize, name)
+    return dtype
+
+
+def _check_offset(header: _Header, name: str) -> None:
     offset = header.vox_offset
     if not (
         math.isfinite(offset) and header.size <= offset <= _MAX_OFFSET and offset == int(offset)
     ):
         raise MediaError(f"{name}: voxels begin at byte {offset:g} by the header; it is damaged")
+
+
+def _check(header: _Header, name: str) -> tuple[tuple[int, int, int], np.dtype]:
+    """Shape (z, y, x) and type, after every number in the header is checked."""
+    count = header.dim[0]
+    if not 1 <= count <= 7:
+        raise MediaError(f"{name}: declares {count} dimensions; expected 3")
+    lengths = list(header.dim[1 : count + 1])
+    while len(lengths) > 3 and lengths[-1] == 1:
+        lengths.pop()
+    dtype = _type_of(header, name)
+    check_size(lengths[::-1], dtype.itemsize, name)
+    _check_offset(header, name)
     check_spacing(
         header.spacing,
         name,

@@ -16,7 +16,9 @@ import numpy as np
 from medm.metrics.base import (
     DEFAULT,
     MetricResult,
+    References,
     Resampling,
+    as_references,
     check_lengths,
     mean_result,
     optional,
@@ -34,6 +36,8 @@ HIT, INSTANCE = 0.1, 0.2
 
 _MARKS = re.compile(r"\[SEG\]|</?p>|</?vp>")
 """Control tokens in a reply."""
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+"""Between two sentences."""
 
 
 def absent_rates(
@@ -240,29 +244,34 @@ def paired_dice_of(predictions: Sequence[np.ndarray], references: Sequence[np.nd
     )
 
 
-def statement_of(reply: str) -> str:
-    """Return the words of a grounded reply, without control tokens.
+def without_marks(reply: str) -> str:
+    """Return the words of a grounded reply, without control tokens."""
+    return " ".join(_MARKS.sub(" ", reply).split())
 
-    Where words follow the last `[SEG]`, these are the statement, as in "It is [SEG]. Liver tumor.";
-    otherwise the statement is all of the reply, as in "<p> Liver tumor. </p> [SEG]".
+
+def statement_of(reply: str) -> str:
+    """Return the phrase that a grounded reply ends with, without control tokens.
+
+    Where words follow the last `[SEG]`, these are the statement, as in "It is [SEG]. Liver tumor.".
+    Otherwise it is the last sentence: replies of `medm infer` have lost their `[SEG]`.
     """
     last = reply.rpartition("[SEG]")[2]
-    words = _MARKS.sub(" ", last if re.search(r"\w", last) else reply)
-    return " ".join(words.split()).strip(" .,:;")
+    words = without_marks(last if re.search(r"\w", last) else reply).strip(" .,:;")
+    return _SENTENCE.split(words)[-1].strip(" .,:;")
 
 
 def phrase_match(
-    predictions: Sequence[str], references: Sequence[str], *, resampling: Resampling = DEFAULT
+    predictions: Sequence[str], references: References, *, resampling: Resampling = DEFAULT
 ) -> list[MetricResult]:
     """Phrases "<target> in <site> <modality>": equal as a whole, and by their parts.
 
     `phrase-match` compares the whole phrase, `target-match` the words before the first " in ",
     `place-match` those after it. Sides count: a left kidney is no right kidney. The place has no
-    value where no reference names one.
+    value where no reference names one. Of several references the best one counts.
     """
     check_lengths(predictions, references)
     stated = [statement_of(text or "") for text in predictions]
-    truths = [statement_of(text) for text in references]
+    truths = [[statement_of(text) for text in texts] for texts in as_references(references)]
     signature = f"exact|statement|{ANSWER_SIGNATURE}"
 
     def part(side: int) -> list[float]:
@@ -272,16 +281,14 @@ def phrase_match(
             lambda a, b: float(same_answer(split_phrase(a)[side], split_phrase(b)[side])),
         )
 
+    whole = best_of(stated, truths, lambda a, b: float(same_answer(a, b)))
     results = [
-        mean_result(
-            "phrase-match",
-            best_of(stated, truths, lambda a, b: float(same_answer(a, b))),
-            signature,
-            resampling,
-        ),
+        mean_result("phrase-match", whole, signature, resampling),
         mean_result("target-match", part(0), f"{signature}|target", resampling),
     ]
-    placed = [index for index, text in enumerate(truths) if split_phrase(text)[1]]
+    placed = [
+        index for index, texts in enumerate(truths) if any(split_phrase(text)[1] for text in texts)
+    ]
     places = part(1)
     place = mean_result(
         "place-match",

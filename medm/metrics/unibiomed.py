@@ -39,6 +39,8 @@ def class_means(
     scores: Mapping[str, Sequence[float]],
     phrases: Sequence[str],
     resampling: Resampling = DEFAULT,
+    *,
+    scored: str = f"first:{FIRST} of a set",
 ) -> list[MetricResult]:
     """Means over classes and over samples of Dice and IoU.
 
@@ -48,6 +50,7 @@ def class_means(
         scores: by name of the metric, a number for each annotation that is scored.
         phrases: class of each annotation.
         resampling: of these annotations.
+        scored: what is scored of a set, for the signature.
     """
     names = sorted(set(phrases))
     member = np.array([[phrase == name for name in names] for phrase in phrases], dtype=float)
@@ -69,7 +72,7 @@ def class_means(
                 f"unibiomed-{name}-{kind}-mean",
                 mean,
                 len(numbers),
-                f"unibiomed|first:{FIRST} of a set|empty truth:skipped|{kind} mean|+1e-6",
+                f"unibiomed|{scored}|empty truth:skipped|{kind} mean|+1e-6",
                 resampling,
             )
             if not len(numbers):
@@ -155,7 +158,7 @@ def surfaces_of(prediction: np.ndarray, reference: np.ndarray) -> dict[str, floa
     """Return HD95 and NSD at 2 as published, in voxels of slices resized to 512 x 512.
 
     HD95 is a percentile over the voxels in which the masks differ, by their distance to the other
-    mask, not over surfaces; nan where a mask is empty. Spacing is ignored.
+    mask, not over surfaces; nan where a mask is empty or both are equal. Spacing is ignored.
 
     Args:
         prediction: (slices, rows, columns) of 0 and 1.
@@ -195,7 +198,7 @@ def _resized(mask: np.ndarray) -> np.ndarray:
 def defined_mean(
     name: str, values: Sequence[float], signature: str, resampling: Resampling
 ) -> MetricResult:
-    """Return the mean of the numbers that are defined; a note counts the others."""
+    """Return the mean of the distances that are defined; a note counts the others."""
     numbers = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(numbers)
     filled = np.where(known, numbers, 0.0)
@@ -208,6 +211,6 @@ def defined_mean(
     )
     left_out = int((~known).sum())
     if left_out == len(numbers):
-        return undefined(result, "a mask of every item is empty, and has no distance")
-    note = f"{left_out} of {len(numbers)} items with an empty mask are left out"
+        return undefined(result, "no item has a distance: a mask is empty, or both are equal")
+    note = f"{left_out} of {len(numbers)} items with an empty mask, or equal ones, are left out"
     return with_note(result, note if left_out else None)

@@ -53,6 +53,36 @@ class ReportTaskOptions(TaskOptions):
     """Folder of an encoder on this machine. Default: no BERTScore."""
 
 
+class M3DSegOptions(TaskOptions):
+    """M3D-Seg."""
+
+    absent: bool = False
+    """Also ask for classes that are not in a volume, which published scores leave out."""
+
+
+class SetTaskOptions(TaskOptions):
+    """Tasks on the sets of a folder."""
+
+    only: list[str] = []
+    """Names of the sets that are scored. Default: all of the folder."""
+
+
+class SliceTaskOptions(SetTaskOptions):
+    """Volumes that are kept as slices."""
+
+    media: Literal["volume", "images"] = "volume"
+    """Input of the model: the volume, which needs a folder of its own for its slices (or a file
+    that the annotation names as `volume`), or the slices as images in order."""
+
+
+class ReXGroundingOptions(TaskOptions):
+    """ReXGroundingCT."""
+
+    masks: Literal["stored", "turned"] = "stored"
+    """Rows and columns of the masks: as they are stored, or both reversed. Users report masks that
+    lie turned by half a turn on CT-RATE's volumes; look at one before a run."""
+
+
 class CustomOptions(TaskOptions):
     """A user's own file."""
 
@@ -130,8 +160,16 @@ TASKS.add("m3d-vqa-open", "medm.tasks.m3d:M3DOpenVQA", "M3D-VQA without choices"
 TASKS.add("m3d-vqa-closed", "medm.tasks.m3d:M3DClosedVQA", "M3D-VQA with four choices")
 TASKS.add("m3d-rec", "medm.tasks.m3d_regions:M3DREC", "M3D positioning: name to 3-D box")
 TASKS.add("m3d-reg", "medm.tasks.m3d_regions:M3DREG", "M3D positioning: 3-D box to name")
-TASKS.add("m3d-seg", "medm.tasks.m3d_regions:M3DSeg", "M3D-Seg: name to mask")
+TASKS.add("m3d-seg", "medm.tasks.m3d_regions:M3DSeg", "M3D-Seg: name to mask", options=M3DSegOptions)
 TASKS.add("m3d-refseg", "medm.tasks.m3d_regions:M3DRefSeg", "M3D-RefSeg: description or question to mask")
+TASKS.add("unibiomed-seg2d", "medm.tasks.unibiomed:Segment2D", "UniBiomed's sets of 2-D segmentation: phrase to mask", options=SetTaskOptions)
+TASKS.add("unibiomed-seg3d", "medm.tasks.unibiomed_volumes:Segment3D", "UniBiomed's sets of 3-D segmentation: phrase to the mask of a volume", options=SliceTaskOptions)
+TASKS.add("unibiomed-disease", "medm.tasks.unibiomed:Disease", "UniBiomed's grounded disease recognition: image to diagnosis and mask", options=SetTaskOptions)
+TASKS.add("unibiomed-region", "medm.tasks.unibiomed:Region", "UniBiomed's region understanding: box on an image to its name", options=SetTaskOptions)
+TASKS.add("medtrinity-report", "medm.tasks.unibiomed_reports:MedTrinityReport", "MedTrinity as UniBiomed lays it out: image to caption", options=ReportTaskOptions)
+TASKS.add("radgenome-report", "medm.tasks.unibiomed_reports:RadGenomeReport", "RadGenome chest CT slices as UniBiomed lays them out: report and mask", options=ReportTaskOptions)
+TASKS.add("radgenome-vqa", "medm.tasks.unibiomed_reports:RadGenomeVQA", "RadGenome chest CT slices as UniBiomed lays them out: abnormality of an anatomy and its mask")
+TASKS.add("rexgroundingct", "medm.tasks.rexgroundingct:ReXGroundingCT", "ReXGroundingCT chest CT: free-text finding to the mask of its instances", options=ReXGroundingOptions)
 TASKS.add("ct-rate-report", "medm.tasks.ct_rate:CTRateReport", "CT-RATE chest CT reports (findings and impression)", options=ReportTaskOptions)
 TASKS.add("ct-rate-choice", "medm.tasks.ct_rate:CTRateChoice", "CT-RATE VQA, multiple choice")
 TASKS.add("ct-rate-short", "medm.tasks.ct_rate:CTRateShort", "CT-RATE VQA, short answers", options=ReportTaskOptions)

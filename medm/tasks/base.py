@@ -36,6 +36,20 @@ FAILED = "inference_error"
 
 
 @dataclass(frozen=True, slots=True)
+class PredictedMask:
+    """One mask of a prediction: a file, or a run-length code."""
+
+    file: str | None = None
+    """Relative to `Prediction.folder`."""
+    value: int | None = None
+    """Label of the target in a label map; None takes all that is not 0."""
+    rle: JsonObject | None = None
+    """COCO run-length code (`medm.imaging.rle`), where there is no file."""
+    media: int = 0
+    """Position of its image among the images of the item; only items with several read it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """Output of a model or another program for one item."""
 
@@ -51,10 +65,10 @@ class Prediction:
     """Vectors of its captions."""
     error: str | None = None
     """Reason why there is no prediction; the text is then empty."""
-    mask: str | None = None
-    """File of a mask, relative to `folder`."""
+    masks: tuple[PredictedMask, ...] = ()
+    """Masks, in the order of the reply. A reply without any says that nothing is there."""
     folder: Path | None = None
-    """Folder of `mask`."""
+    """Folder of the files of masks."""
 
 
 @dataclass(slots=True)

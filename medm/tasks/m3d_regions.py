@@ -16,14 +16,14 @@ import numpy as np
 from medm.errors import DataError
 from medm.imaging import resolve_inside
 from medm.metrics import m3d_bench
-from medm.metrics.base import MetricResult
+from medm.metrics.base import MetricResult, mean_result, undefined
 from medm.metrics.boxes import CODECS, Box
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.benchmark_files import field_of, read_array, read_csv, read_json_map, require
 from medm.tasks.m3d import npy_path
-from medm.tasks.masks import MaskTask
-from medm.types import Media, Sample
+from medm.tasks.masks import MaskReference, MaskTask, number, present
+from medm.types import JsonObject, Media, Sample
 
 _LAYOUT = (
     "<set>/<set>.json (labels, train, test: [{image, label}]) for sets 0000 to 0024, with "
@@ -85,6 +85,12 @@ def read_mask(folder: Path, relative: str, value: int | None = None) -> np.ndarr
             f"expected (1, D, H, W) or (D, H, W), found {array.shape}", file=folder / relative
         )
     return array > 0 if value is None else array == value
+
+
+def read_volume_shape(folder: Path, record: Record) -> tuple[int, ...]:
+    """Return the grid (D, H, W) of a record's volume."""
+    volume = read_array(resolve_inside(folder, str(scoring.require_field(record, "volume"))))
+    return volume.shape[-3:]
 
 
 def box_of(mask: np.ndarray) -> Box:
@@ -172,19 +178,60 @@ class M3DREG(_Positioning):
         return scoring.m3d_texts(records, self.resampling_of(records))
 
 
-class M3DSeg(MaskTask):
-    """A name to a mask; classes that are absent from a volume are left out, as published."""
+class _M3DMasks(MaskTask):
+    """Masks on M3D's grids, which have lost their spacing: distances are in voxels."""
+
+    cluster_by = "volume"
+    overlaps = (*MaskTask.overlaps, "soft_dice")
+
+    def measure_masks(
+        self, predictions: Sequence[np.ndarray], reference: MaskReference, record: Record
+    ) -> JsonObject:
+        numbers = super().measure_masks(predictions, reference, record)
+        soft = np.zeros(reference.mask.shape)
+        for prediction in predictions:
+            soft = np.maximum(soft, prediction)
+        return {**numbers, "soft_dice": m3d_bench.soft_dice_of(soft, reference.inside)}
+
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
+        part = present(records)
+        result = mean_result(
+            "m3d-bench-dice",
+            [number(records[index], "soft_dice") for index in part],
+            "m3d-bench|soft|denominator:+1|mean",
+            self.resampling_of(records).part(part),
+        )
+        return [result if part else undefined(result, "no target of these items is present")]
+
+
+class M3DSeg(_M3DMasks):
+    """A name to a mask.
+
+    Args:
+        absent: also ask for classes that are not in a volume; published scores leave them out.
+    """
 
     layout = _LAYOUT
     group_by = ("dataset",)
-    cluster_by = "volume"
+    class_field = "name"
+
+    def __init__(
+        self,
+        *,
+        absent: bool = False,
+        rounds: int = 1000,
+        seed: int = 0,
+        cluster_by: str | None = None,
+    ) -> None:
+        super().__init__(rounds=rounds, seed=seed, cluster_by=cluster_by)
+        self.absent = absent
 
     def samples(
         self, folder: Path, split: str = "test", *, rng: random.Random | None = None
     ) -> Iterator[Sample]:
         folder, split = Path(folder), self._known_split(split)
         for structure in structures(folder, split):
-            if read_mask(folder, structure.mask).any():
+            if self.absent or read_mask(folder, structure.mask).any():
                 yield make_sample(
                     pick_template(prompts.SEGMENT, rng).format(name=structure.name),
                     id=structure.mask,
@@ -192,14 +239,19 @@ class M3DSeg(MaskTask):
                     answer="It is [SEG].",
                     media=[Media("volume", structure.image)],
                     mask=structure.mask,
+                    name=structure.name,
                     dataset=structure.dataset,
                 )
 
-    def reference(self, folder: Path, record: Record) -> np.ndarray:
-        return read_mask(Path(folder), str(scoring.require_field(record, "mask")))
+    def reference(self, folder: Path, record: Record) -> MaskReference:
+        mask = read_mask(Path(folder), str(scoring.require_field(record, "mask")))
+        if not mask.any():
+            # An absent class is written as a single voxel; the volume has the grid.
+            mask = np.zeros(read_volume_shape(Path(folder), record), dtype=bool)
+        return MaskReference(mask)
 
 
-class M3DRefSeg(MaskTask):
+class M3DRefSeg(_M3DMasks):
     """A description, or a question that takes reasoning, to a mask."""
 
     layout = (
@@ -207,7 +259,6 @@ class M3DRefSeg(MaskTask):
         "Answer) and the .npy files"
     )
     group_by = ("question_type",)
-    cluster_by = "volume"
 
     def samples(
         self, folder: Path, split: str = "test", *, rng: random.Random | None = None
@@ -238,9 +289,11 @@ class M3DRefSeg(MaskTask):
                 question_type={"0": "descriptive", "1": "reasoning"}.get(kind, kind),
             )
 
-    def reference(self, folder: Path, record: Record) -> np.ndarray:
-        return read_mask(
-            Path(folder),
-            str(scoring.require_field(record, "mask")),
-            int(scoring.require_field(record, "mask_id")),
+    def reference(self, folder: Path, record: Record) -> MaskReference:
+        return MaskReference(
+            read_mask(
+                Path(folder),
+                str(scoring.require_field(record, "mask")),
+                int(scoring.require_field(record, "mask_id")),
+            )
         )

@@ -69,6 +69,42 @@ SEGMENT = (
     "Draw the mask of the {name}.",
     "Where is the {name}? Answer with a mask.",
 )
+SEGMENT_IMAGE = (
+    "Segment the {phrase}.",
+    "Draw the mask of the {phrase} in this image.",
+    "Where is the {phrase}? Answer with a mask.",
+    "Outline every pixel of the {phrase}.",
+    "Find the {phrase} and return its mask.",
+)
+GROUNDED_DIAGNOSIS = (
+    "Is there anything abnormal in this image? Segment it and name it.",
+    "Name the disease that this image shows, and give its mask.",
+    "Which abnormality do you find? Answer with a mask and a diagnosis.",
+    "Look for a lesion in this image, outline it, and say what it is.",
+)
+REGION = (
+    "What does the image show in <region>?",
+    "Name the structure in <region>.",
+    "What is <region> of this image?",
+    "Say what lies in <region>, where in the body, and in which kind of image.",
+)
+GROUNDED_REPORT = (
+    "Report the findings of this image, and give a mask of what you find.",
+    "Write a short report with masks of the findings.",
+    "Describe what is abnormal in this image and segment it.",
+    "Which findings does this image show? Report them with their mask.",
+)
+GROUNDED_VQA = (
+    "What is abnormal in the {anatomy}? Answer with a mask of it.",
+    "Look at the {anatomy}: name the abnormality and segment it.",
+    "Does the {anatomy} show a finding? Name it and give its mask.",
+    "Which finding do you see in the {anatomy}? Outline it, too.",
+)
+SEGMENT_FINDING = (
+    "Segment this finding in the scan: {finding}",
+    "Give the mask of the finding: {finding}",
+    "Where in this scan is the following? Answer with a mask. {finding}",
+)
 CONTEXT_QA = (
     "Abstract:\n{context}\n\nQuestion: {question}\nAnswer with yes, no or maybe.",
     "Read the abstract and answer with yes, no or maybe.\n{context}\n\n{question}",

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# M3D-Seg: name to mask. Scores the masks of another program: medm models answer with text. Further arguments go to `medm eval`.
-PREDICTIONS=${PREDICTIONS:?the answers are masks, so set it to a JSONL of ids and mask files, see docs/benchmarks.md}
+# M3D-Seg: name to mask. Further arguments go to `medm eval`.
+MODEL=${MODEL:-work_dirs/m3d-lamed/seg}
+PREDICTIONS=${PREDICTIONS:-}  # masks of another program in place of a model: a JSONL, see docs/evaluation.md
 DATA=${DATA:-data/M3D}  # the benchmark's folder as it is distributed
-OUTPUT=${OUTPUT:-work_dirs/eval}
+GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU
 set -euo pipefail
 source "$(dirname "$0")/../launch.sh"
-GPUS=1 launch eval --task m3d-seg --data "$DATA" --predictions "$PREDICTIONS" --output "$OUTPUT" "$@"
+SOURCE=(--model "$MODEL"); [ -z "$PREDICTIONS" ] || { SOURCE=(--predictions "$PREDICTIONS"); GPUS=1; }
+launch eval --task m3d-seg --data "$DATA" "${SOURCE[@]}" --output "${OUTPUT:-work_dirs/eval}" "$@"

@@ -12,7 +12,7 @@ from medm.tasks import TASKS, ClassTaskOptions
 
 TEMPLATE = """#!/usr/bin/env bash
 # {summary}. Further arguments go to `medm eval`.
-MODEL=${{MODEL:-work_dirs/medm-vl-{branch}/finetune}}
+MODEL=${{MODEL:-work_dirs/{model}}}
 DATA=${{DATA:-data/{folder}}}  # the benchmark's folder as it is distributed
 OUTPUT=${{OUTPUT:-work_dirs/eval}}
 GPUS=${{GPUS:-}}     # processes on this machine; empty: one for each GPU, or one on the CPU
@@ -22,14 +22,16 @@ source "$(dirname "$0")/../launch.sh"
 launch eval --model "$MODEL" --task {name} --data "$DATA" --output "$OUTPUT" "$@"
 """
 
-OF_PREDICTIONS = """#!/usr/bin/env bash
-# {summary}. Scores the masks of another program: medm models answer with text. Further arguments go to `medm eval`.
-PREDICTIONS=${{PREDICTIONS:?the answers are masks, so set it to a JSONL of ids and mask files, see docs/benchmarks.md}}
+OF_MASKS = """#!/usr/bin/env bash
+# {summary}. Further arguments go to `medm eval`.
+MODEL=${{MODEL:-work_dirs/{model}}}
+PREDICTIONS=${{PREDICTIONS:-}}  # masks of another program in place of a model: a JSONL, see docs/evaluation.md
 DATA=${{DATA:-data/{folder}}}  # the benchmark's folder as it is distributed
-OUTPUT=${{OUTPUT:-work_dirs/eval}}
+GPUS=${{GPUS:-}}     # processes on this machine; empty: one for each GPU, or one on the CPU
 set -euo pipefail
 source "$(dirname "$0")/../launch.sh"
-GPUS=1 launch eval --task {name} --data "$DATA" --predictions "$PREDICTIONS" --output "$OUTPUT" "$@"
+SOURCE=(--model "$MODEL"); [ -z "$PREDICTIONS" ] || {{ SOURCE=(--predictions "$PREDICTIONS"); GPUS=1; }}
+launch eval --task {name} --data "$DATA" "${{SOURCE[@]}}" --output "${{OUTPUT:-work_dirs/eval}}" "$@"
 """
 
 OF_CARD = """#!/usr/bin/env bash
@@ -82,15 +84,37 @@ SUITES = {
         "unimed-clip/small",
         ("zero-shot card=unimed-clip-21",),
     ),
+    "unibiomed": (
+        "UniBiomed's tasks on its published folders",
+        "unibiomed/small",
+        (
+            "unibiomed-seg2d",
+            "unibiomed-seg3d",
+            "unibiomed-disease",
+            "medtrinity-report",
+            "radgenome-report",
+            "radgenome-vqa",
+        ),
+    ),
 }
-"""Name to summary, model and tasks, with their options. M3D's masks are no answers of a text model
-and have launchers of their own."""
+"""Name to summary, model and tasks, with their options. A suite has one model: M3D's masks need one
+with a mask head, UniBiomed's regions have weights of their own, and both have launchers."""
 
 _OWN = ("custom", "retrieval")
 """Tasks that need a file of one's own."""
 
 CARDS = {"zero-shot": "unimed-clip-21", "probe": "breast-us"}
 """Card or suite of the launchers of tasks on cards."""
+
+GROUNDED = {
+    "unibiomed-region": "unibiomed/region",
+    "unibiomed-": "unibiomed/small",
+    "medtrinity-": "unibiomed/small",
+    "radgenome-": "unibiomed/small",
+    "m3d-": "m3d-lamed/seg",
+    "rexgroundingct": "m3d-lamed/seg",
+}
+"""Beginnings of the names of grounded benchmarks, and the recipe whose model answers them."""
 
 OF_VOLUMES = ("m3d-", "ct-rate-")
 """Beginnings of the names of benchmarks over volumes."""
@@ -102,6 +126,11 @@ FOLDERS = {
     "mimic-caption": "mimic-cxr",
     "m3d-": "M3D",
     "ct-rate-": "CT-RATE",
+    "unibiomed-seg2d": "Biomed",
+    "unibiomed-seg3d": "Biomed",
+    "unibiomed-": "Biomed/Disease",
+    "medtrinity-": "Biomed/MedTrinity",
+    "radgenome-": "Biomed/RadGenome",
     "zero-shot": "zero-shot",
 }
 """Beginnings of the names of benchmarks that share a folder, which the converters and recipes name
@@ -120,9 +149,17 @@ def launcher(entry: Entry) -> str:
     if issubclass(entry.options, ClassTaskOptions):
         return OF_CARD.format(name=entry.name, summary=entry.summary, card=CARDS[entry.name])
     branch = "ct" if entry.name.startswith(OF_VOLUMES) else "2d"
-    template = OF_PREDICTIONS if "masks" in TASKS.get(entry.name).needs else TEMPLATE
-    return template.format(
-        name=entry.name, summary=entry.summary, branch=branch, folder=folder_of(entry.name)
+    model = next(
+        (model for beginning, model in GROUNDED.items() if entry.name.startswith(beginning)), None
+    )
+    if "masks" in TASKS.get(entry.name).needs:
+        return OF_MASKS.format(
+            name=entry.name, summary=entry.summary, model=model, folder=folder_of(entry.name)
+        )
+    if model is None or entry.name.startswith(OF_VOLUMES):
+        model = f"medm-vl-{branch}/finetune"
+    return TEMPLATE.format(
+        name=entry.name, summary=entry.summary, model=model, folder=folder_of(entry.name)
     )
 
 

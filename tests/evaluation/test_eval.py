@@ -585,13 +585,27 @@ def test_all_of_m3d_may_be_in_one_tree(tmp_path: Path) -> None:
                 assert (tmp_path / str(media.path)).is_file()
 
 
-def test_launchers_of_masks_take_predictions_alone() -> None:
-    for name in ("m3d-seg", "m3d-refseg"):
-        file = ROOT / "scripts" / "eval" / f"{name}.sh"
-        assert "MODEL" not in file.read_text()
-        done = subprocess.run(["bash", str(file)], capture_output=True, text=True, check=False)
-        assert done.returncode != 0
-        assert "PREDICTIONS: the answers are masks" in done.stderr
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"MODEL": "m"}, ["--model m"]),
+        ({"PREDICTIONS": "p.jsonl"}, ["--predictions p.jsonl", "GPUS=1"]),
+    ],
+)
+def test_launchers_of_masks_take_a_model_or_predictions(
+    variables: dict[str, str], words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "medm").write_text('#!/bin/sh\necho "$@" GPUS=$GPUS\n')
+    (tmp_path / "medm").chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "eval" / "m3d-seg.sh"), "--limit", "2"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **variables},
+    )
+    for word in ["launch eval --task m3d-seg --data data/M3D", "--limit 2", *words]:
+        assert word in done.stdout
 
 
 def test_groups_with_other_metrics_leave_gaps() -> None:
@@ -621,7 +635,7 @@ def test_every_benchmark_has_its_launcher() -> None:
         assert (folder / name).read_text() == text, f"{name}: run scripts/eval/write_launchers.py"
     sections = {
         name: yaml.safe_load((folder / f"{name}.yaml").read_text())
-        for name in ("uni-med", "m3d-bench", "unimed-clip")
+        for name in ("uni-med", "m3d-bench", "unimed-clip", "unibiomed")
     }
     checked = {
         name: validate(EvalOptions, part | {"model": "m"}, source=name)

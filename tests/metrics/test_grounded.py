@@ -19,6 +19,7 @@ from medm.metrics.grounded import (
     paired_dice_of,
     phrase_match,
     statement_of,
+    without_marks,
 )
 
 FAST = Resampling(rounds=50)
@@ -131,7 +132,8 @@ def test_a_mask_without_partner_costs() -> None:
     ("reply", "statement"),
     [
         ("It is [SEG]. liver tumor in abdomen CT.", "liver tumor in abdomen CT"),
-        ("<p> cardiomegaly. The heart is large. </p> [SEG]", "cardiomegaly. The heart is large"),
+        ("It is. liver tumor in abdomen CT.", "liver tumor in abdomen CT"),
+        ("<p> Cardiomegaly. </p> [SEG]", "Cardiomegaly"),
         ("Lung nodule [SEG].", "Lung nodule"),
         ("polyp in colon endoscopy", "polyp in colon endoscopy"),
         ("[SEG]", ""),
@@ -139,6 +141,16 @@ def test_a_mask_without_partner_costs() -> None:
 )
 def test_the_statement_of_a_reply(reply: str, statement: str) -> None:
     assert statement_of(reply) == statement
+
+
+def test_words_without_marks() -> None:
+    reply = "<p> Cardiomegaly. The heart is large. </p> [SEG]"
+    assert without_marks(reply) == "Cardiomegaly. The heart is large."
+
+
+def test_the_best_of_several_phrases_counts() -> None:
+    found = phrase_match(["cyst"], [["tumor", "cyst"]], resampling=FAST)
+    assert [r.value for r in found[:2]] == [1, 1]
 
 
 def test_phrases_by_their_parts() -> None:

@@ -71,5 +71,5 @@ def test_distances_are_of_mismatched_voxels() -> None:
 def test_undefined_distances_are_left_out_and_counted() -> None:
     result = unibiomed.defined_mean("d", [2.0, math.nan, 4.0], "s", FAST)
     assert (result.value, result.n) == (3, 3)
-    assert result.note == "1 of 3 items with an empty mask are left out"
+    assert result.note == "1 of 3 items with an empty mask, or equal ones, are left out"
     assert math.isnan(unibiomed.defined_mean("d", [math.nan], "s", FAST).value)

@@ -404,6 +404,157 @@ def pairs(root: Path) -> None:
     put_json(root / "pairs.json", rows)
 
 
+def put_mask(
+    path: Path, *boxes: tuple[int, int, int, int], size: tuple[int, int] = (40, 30)
+) -> None:
+    """A mask of boxes x1, y1, x2, y2 in an image of `size`."""
+    mask = np.zeros(size[::-1], dtype=np.uint8)
+    for x1, y1, x2, y2 in boxes:
+        mask[y1:y2, x1:x2] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask).save(path)
+
+
+BOX = (4, 5, 14, 11)
+
+
+def biomed_set(
+    root: Path, targets: list[tuple[str, str, tuple[int, int, int, int] | None]]
+) -> None:
+    """A set in BiomedParse's layout: images, phrases, and boxes of their masks."""
+    for split in ("train", "test"):
+        rows = []
+        for number, (image, phrase, box) in enumerate(targets):
+            put_image(root / split / f"{image}.png", (40, 30))
+            mask = f"{image}_{number}.png"
+            put_mask(root / f"{split}_mask" / mask, *([] if box is None else [box]))
+            rows.append({
+                "id": number + 100, "image_id": 7, "file_name": f"{image}.png", "mask_file": mask,
+                "split": split, "sentences": [{"raw": phrase, "sent": phrase}, {"sent": "other"}],
+            })  # fmt: skip
+        put_json(root / f"{split}.json", {"images": [], "annotations": rows})
+
+
+def unibiomed_seg2d(root: Path) -> None:
+    biomed_set(
+        root / "GlaS",
+        [("a_PATH", "gland in colon pathology", BOX), ("b_PATH", "gland in colon pathology", BOX)],
+    )
+    biomed_set(
+        root / "ACDC",
+        [("c_MRI", "left ventricle in heart MRI", BOX), ("c_MRI", "scar in heart MRI", None)],
+    )
+
+
+def unibiomed_disease(root: Path) -> None:
+    biomed_set(
+        root / "Polyp",
+        [("a", "polyp in colon endoscopy", BOX), ("b", "polyp in colon endoscopy", BOX)],
+    )
+    biomed_set(root / "NoFindings", [("c", "no findings in chest X-Ray", None)])
+
+
+def unibiomed_region(root: Path) -> None:
+    biomed_set(
+        root / "Kidney",
+        [
+            ("a", "left kidney in abdomen CT", BOX),
+            ("a", "right kidney in abdomen CT", (20, 5, 30, 15)),
+        ],
+    )
+    biomed_set(
+        root / "Liver", [("b", "liver in abdomen CT", BOX), ("b", "tumor in liver CT", None)]
+    )
+
+
+def unibiomed_seg3d(root: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("v1", "v2"):
+            slices = [f"{name}/{name}-{number}.png" for number in range(4)]
+            for path in slices:
+                put_image(root / "Spleen" / split / path, (40, 30))
+            masks = [f"{name}-{number}_CT_abdomen_spleen.png" for number in (1, 2)]
+            for path in masks:
+                put_mask(root / "Spleen" / f"{split}_mask" / path, BOX)
+            volume = {
+                "slices": slices,
+                "expressions": {
+                    "0": {
+                        "exp": "spleen in abdomen CT",
+                        "mask_file": masks,
+                        "img_file": slices[1:3],
+                    },
+                    "1": {"exp": "tumor in abdomen CT", "mask_file": [], "img_file": []},
+                },
+            }
+            if name == "v1":
+                volume["spacing"] = [5.0, 0.5, 0.5]
+            file = root / "Spleen" / f"meta_{split}.json"
+            known = json.loads(file.read_text())["volumes"] if file.is_file() else {}
+            put_json(file, {"volumes": {**known, name: volume}})
+
+
+def medtrinity(root: Path) -> None:
+    for split in ("train", "test"):
+        rows = [{"file_name": f"{split}/sub/{n}.png", "caption": REPORTS[n]} for n in range(2)]
+        for row in rows:
+            put_image(root / row["file_name"])
+        put_json(root / f"{split}.json", {"images": [], "annotations": rows})
+
+
+def radgenome(root: Path) -> None:
+    for split in ("train", "test"):
+        rows = {}
+        for n, (abnormality, report) in enumerate(
+            [("pleural effusion", REPORTS[0]), ("No findings", REPORTS[1])]
+        ):
+            put_image(root / split / f"{n}.png", (40, 30))
+            put_mask(root / f"{split}_mask" / f"{n}.png", BOX)
+            rows[str(n)] = {
+                "abnormality": abnormality, "image_file": f"{n}.png", "mask_file": f"{n}.png",
+                "report": report, "anatomy": "lung",
+            }  # fmt: skip
+        put_json(root / f"{split}_parse.json", rows)
+
+
+def rexgroundingct(root: Path) -> None:
+    import SimpleITK as sitk
+
+    splits = {}
+    for split, name in (("train", "train_1_a_1.nii.gz"), ("val", "train_2_a_1.nii.gz")):
+        volume = np.zeros((5, 12, 10), dtype=np.int16)  # [z, y, x]
+        place = root / f"dataset/train_fixed/{name[:7]}/{name[:9]}/{name}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scan = sitk.GetImageFromArray(volume)
+        scan.SetSpacing((0.7, 0.7, 3.0))
+        sitk.WriteImage(scan, str(place))
+        masks = np.zeros((2, 5, 12, 10), dtype=np.uint8)  # [finding, z, y, x]
+        masks[0, 1:3, 2:5, 2:5], masks[0, 1:3, 8:10, 2:5] = 1, 2
+        masks[1, 3, 2:8, 6:9] = 1
+        put_stack(root / "segmentations" / name, masks)
+        splits[split] = [
+            {"name": name, "findings": {"0": "nodules in the right lung", "1": "a left effusion"},
+             "categories": {"0": "2d", "1": "2e"}, "shape": [10, 12, 5]}
+        ]  # fmt: skip
+    put_json(root / "dataset.json", {**splits, "test": []})
+
+
+def put_stack(path: Path, stack: np.ndarray) -> None:
+    """A NIfTI-1 file with the axes (volume, x, y, z) from an array (volume, z, y, x) of bytes."""
+    import gzip
+    import struct
+
+    header = bytearray(352)
+    struct.pack_into("<i", header, 0, 348)
+    struct.pack_into("<8h", header, 40, 4, *(len(stack), *stack.shape[:0:-1]), 1, 1, 1)
+    struct.pack_into("<2h", header, 70, 2, 8)
+    struct.pack_into("<8f", header, 76, *[1.0] * 8)
+    struct.pack_into("<f", header, 108, 352.0)
+    header[344:348] = b"n+1\0"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(bytes(header) + np.moveaxis(stack, 0, -1).tobytes()))
+
+
 LAYOUTS: dict[str, Layout] = {
     "slake-vqa": Layout(slake_tree, 2, "imgs/xmlab1/question.json"),
     "slake-rec": Layout(slake_tree, 3, "imgs/xmlab1/detection.json"),
@@ -426,6 +577,14 @@ LAYOUTS: dict[str, Layout] = {
     "m3d-reg": Layout(m3d_seg, 3, "0000/1/masks/mask_0.npy"),
     "m3d-seg": Layout(m3d_seg, 3, "0003/1/masks/mask_0.npy"),
     "m3d-refseg": Layout(m3d_refseg, 2, "M3D_RefSeg_test.csv"),
+    "unibiomed-seg2d": Layout(unibiomed_seg2d, 4, "GlaS/test_mask", scored=3),
+    "unibiomed-seg3d": Layout(unibiomed_seg3d, 4, "Spleen/test/v1/v1-2.png", scored=2),
+    "unibiomed-disease": Layout(unibiomed_disease, 3, "Polyp/test.json"),
+    "unibiomed-region": Layout(unibiomed_region, 3, "Kidney/test_mask/a_0.png"),
+    "medtrinity-report": Layout(medtrinity, 2, "test.json"),
+    "radgenome-report": Layout(radgenome, 2, "test_parse.json"),
+    "radgenome-vqa": Layout(radgenome, 2, "test_parse.json"),
+    "rexgroundingct": Layout(rexgroundingct, 2, "segmentations/train_2_a_1.nii.gz"),
     "ct-rate-report": Layout(ct_rate, 1, "dataset/radiology_text_reports/validation_reports.csv"),
     "ct-rate-choice": Layout(ct_rate, 2, "dataset/vqa/valid_vqa.json"),
     "ct-rate-short": Layout(ct_rate, 2, "dataset/valid_fixed/valid_1/valid_1_a/valid_1_a_1.nii.gz"),

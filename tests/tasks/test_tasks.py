@@ -14,7 +14,7 @@ import pytest
 from medm.errors import DataError, RecipeError
 from medm.metrics.base import MetricResult
 from medm.tasks import TASKS
-from medm.tasks.base import join_predictions, metric_notes
+from medm.tasks.base import PredictedMask, Prediction, join_predictions, metric_notes
 from medm.tasks.benchmark_files import NumberArchive, read_csv
 from medm.tasks.custom import Custom
 from medm.tasks.m3d import M3DCap, M3DClosedVQA, M3DOpenVQA
@@ -233,10 +233,13 @@ def test_masks_are_measured_one_by_one(tmp_path: Path) -> None:
     layouts.m3d_refseg(tmp_path)
     task = M3DRefSeg(rounds=5)
     rows = join_predictions(task.samples(tmp_path), {})
-    truths = [task.reference(tmp_path, row) for row in rows]
+    truths = [task.reference(tmp_path, row).inside for row in rows]
     assert [int(truth.sum()) for truth in truths] == [4, 1]
-    rows[0].update(task.measure_mask(truths[0] * 0.9, truths[0]))
-    rows[1].update(task.measure_mask(np.zeros(truths[1].shape), truths[1]))
+    np.save(tmp_path / "soft.npy", truths[0] * 0.9)
+    np.save(tmp_path / "empty.npy", np.zeros((1, *truths[1].shape)))
+    for row, name in zip(rows, ("soft.npy", "empty.npy"), strict=True):
+        given = Prediction("", masks=(PredictedMask(name),))
+        row.update(task.measure_item(row, given, tmp_path))
     scores = task.score(rows)
     assert values(scores.results)["dice"] == 0.5
     assert values(scores.original)["m3d-bench-dice"] == pytest.approx(

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# ReXGroundingCT chest CT: free-text finding to the mask of its instances. Further arguments go to `medm eval`.
+MODEL=${MODEL:-work_dirs/m3d-lamed/seg}
+PREDICTIONS=${PREDICTIONS:-}  # masks of another program in place of a model: a JSONL, see docs/evaluation.md
+DATA=${DATA:-data/rexgroundingct}  # the benchmark's folder as it is distributed
+GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU
+set -euo pipefail
+source "$(dirname "$0")/../launch.sh"
+SOURCE=(--model "$MODEL"); [ -z "$PREDICTIONS" ] || { SOURCE=(--predictions "$PREDICTIONS"); GPUS=1; }
+launch eval --task rexgroundingct --data "$DATA" "${SOURCE[@]}" --output "${OUTPUT:-work_dirs/eval}" "$@"
