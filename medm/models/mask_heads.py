@@ -43,6 +43,10 @@ def described_head(
     entry["architecture"] = sizes
     preprocess = preprocess_from_dict(changed({"kind": kind, **described}, fields))
     spatial_of(preprocess, place=f"{place}.preprocess")
+    if preprocess.max_items > 1:
+        raise RecipeError(
+            f"{place}.preprocess.tiles: a mask head reads the whole image; set tiles: null"
+        )
     return entry, preprocess
 
 

@@ -1,4 +1,4 @@
-"""Import of published folders: MedM-VL of three generations, stock LLaVA, towers, projectors.
+"""Import of published folders: MedM-VL, LLaVA, InternVL, Sa2VA and UniBiomed, towers, projectors.
 
 Every tensor of the source is loaded or named as ignored with the reason; one that is missing,
 unexpected or misshaped stops the import. What the source does not say (which chat template, whether
@@ -21,8 +21,10 @@ from medm.config import validate
 from medm.connectors.base import Connector
 from medm.connectors.mlp import MLPConnector
 from medm.encoders.base import VisionEncoder
+from medm.encoders.internvit import InternViTEncoder, stock_names
 from medm.errors import CheckpointError, DataError, RecipeError
 from medm.files import atomic_directory
+from medm.heads.base import MaskHead
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
 from medm.models.dual_encoder.build import resolve
@@ -32,6 +34,7 @@ from medm.models.dual_encoder.published import load_published, published_section
 from medm.models.lvlm.build import LVLM
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.provenance import describe, require_free
+from medm.models.published.internvl import MODEL_TYPES, PREFIXES, internvl_section
 from medm.models.published.open_clip import OPEN_CLIP
 from medm.models.published.source_configs import (
     END_TOKENS,
@@ -110,6 +113,8 @@ def _families(names: list[str], *, among: list[str]) -> str:
 KINDS: dict[str, str] = {
     "medm-vl": "MedM-VL model folders, generations A to C",
     "llava": "transformers' LlavaForConditionalGeneration (llava-hf)",
+    "internvl": "InternVL folders in their own layout (InternVLChatModel)",
+    "sa2va": "Sa2VA and UniBiomed folders on an InternVL base (Sa2VAChatModel)",
     "clip": "CLIP vision towers",
     "siglip": "SigLIP vision towers",
     "m3d-clip": "M3D-CLIP, or pretrained_ViT.bin",
@@ -158,6 +163,8 @@ def import_model(
             {
                 "medm-vl": job.medm_vl,
                 "llava": job.llava,
+                "internvl": job.internvl,
+                "sa2va": job.internvl,
                 "dual-encoder": job.dual_encoder,
                 "projector": job.projector,
             }[kind]()
@@ -182,6 +189,8 @@ def guess(published: PretrainedSource) -> str:
     config = published.config()
     if config.get("model_type") == "llava":
         return "llava"
+    if config.get("model_type") in MODEL_TYPES:
+        return MODEL_TYPES[config["model_type"]]
     if generation_of(config) is not None:
         return "medm-vl"
     types = {
@@ -268,6 +277,13 @@ class Import:
         section = llava_section(
             self.published.config(), self.published.preprocessor(), hints=self.hints
         )
+        self._write_lvlm(section, groups)
+
+    def internvl(self) -> None:
+        """InternVL, and Sa2VA and UniBiomed with their mask head."""
+        config, tensors = self.published.config(), self.published.tensors()
+        groups = self._groups(tensors, {name: name for name in tensors}, PREFIXES)
+        section = internvl_section(config, hints=self.hints, notes=self.report.notes)
         self._write_lvlm(section, groups)
 
     def encoder(self, kind: str) -> None:
@@ -371,6 +387,9 @@ class Import:
         for name, branch in model.encoders().items():
             self._load(f"{name}.encoder", branch.encoder.inner or branch.encoder, section, groups)
             self._load(f"{name}.connector", branch.connector, section, groups)
+        if model.masks is not None:
+            self._load("masks.head", model.masks.head, section, groups)
+            self._load("masks.projection", model.masks.projection, section, groups)
         used = {"llm", *section.sources.values()}
         unused = [name for name, found in groups.tensors.items() if found and name not in used]
         if unused:
@@ -382,26 +401,52 @@ class Import:
         model.save_pretrained(self.target)
         processor.save_pretrained(self.target)
 
-    def _load(
-        self, part: str, module: VisionEncoder | Connector, section: Section, groups: Groups
-    ) -> None:
+    def _load(self, part: str, module: nn.Module, section: Section, groups: Groups) -> None:
         """Load the tensors of one part of the source into a part of the model."""
         source = section.sources[part]
-        tensors = groups.tensors[source]
+        tensors, names = groups.tensors[source], groups.names[source]
         if isinstance(module, Connector):
             if "query" in tensors and tensors["query"].ndim == 3:
                 tensors["query"] = tensors["query"].squeeze(0)
             loaded = load_module(module, tensors, source=part, key_map=type(module).key_map)
-        else:
+        elif isinstance(module, MaskHead):
+            self._load_mask_head(part, module, tensors, names)
+            return
+        elif isinstance(module, VisionEncoder):
+            truncated = type(module).truncated_keys
+            if isinstance(module, InternViTEncoder):
+                tensors, published = stock_names(tensors)
+                names = {new: names[old] for new, old in published.items()}
+                tensors = module.rename_published(tensors)
+                sizes = InternViTEncoder.architecture_from(self.published.config())
+                if module.tower.config.num_hidden_layers == sizes["num_hidden_layers"]:
+                    truncated = ()  # no block behind the last one, so an unknown name is no block
             loaded = load_module(
                 module,
                 tensors,
                 source=part,
                 key_map=type(module).key_map,
                 ignored=type(module).ignored_keys,
-                truncated=type(module).truncated_keys,
+                truncated=truncated,
             )
-        self.report.parts.append(_in_the_files(loaded, groups.names[source]))
+        else:
+            loaded = load_module(module, tensors, source=part)
+        self.report.parts.append(_in_the_files(loaded, names))
+
+    def _load_mask_head(
+        self, part: str, head: MaskHead, tensors: Mapping[str, Tensor], names: Mapping[str, str]
+    ) -> None:
+        """Load a mask head, all or nothing; its tensors may be joined or copied on the way."""
+        loaded = load_module(
+            head,
+            head.rename_published(tensors),
+            source=part,
+            key_map=type(head).key_map,
+            ignored=type(head).ignored_keys,
+        )
+        ignored = {names.get(name, name) for name in loaded.ignored}
+        used = [name for name in names.values() if name not in ignored]
+        self.report.parts.append(LoadReport(part, loaded=used, ignored=sorted(ignored)))
 
     def _tokenizer(self, section: Section, scratch: Path) -> Path:
         """Return the tokenizer and template of the training, in a folder of their own."""
@@ -421,7 +466,7 @@ class Import:
                 f"{tokenizer.eos_token!r}"
             )
             tokenizer.eos_token = end
-        template = self._template(tokenizer)
+        template = self._template(tokenizer, section)
         first = tokenizer("a")["input_ids"][:1]
         if (
             tokenizer.bos_token_id is not None
@@ -433,12 +478,12 @@ class Import:
         tokenizer.save_pretrained(scratch)
         return scratch
 
-    def _template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+    def _template(self, tokenizer: PreTrainedTokenizerBase, section: Section) -> str:
         """Return the template of the hint, else of the source, else MedM-VL's and LLaVA's layout.
 
         The template of the source is used only if it takes text.
         """
-        hint = self.hints.chat_template
+        hint = self.hints.chat_template or section.chat_template
         stock, own = self.report.kind == KINDS["llava"], tokenizer.chat_template
         if hint is not None or not stock or not own:
             return read_template(hint or "vicuna")
@@ -474,8 +519,9 @@ def _in_the_files(part: LoadReport, names: Mapping[str, str]) -> LoadReport:
 
     A tied head that the files lack is left out.
     """
-    part.loaded = [names[name] for name in part.loaded if name in names]
-    part.ignored = [names[name] for name in part.ignored]
+    # A tensor that was cut into several is named once.
+    part.loaded = list(dict.fromkeys(names[name] for name in part.loaded if name in names))
+    part.ignored = list(dict.fromkeys(names[name] for name in part.ignored))
     return part
 
 

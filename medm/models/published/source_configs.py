@@ -63,6 +63,11 @@ class Section:
     branches: dict[str, Config] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     """Part of the model -> part of the source."""
+    chat_template: str | None = None
+    """Template by name or file that the source was trained with; None where it does not say."""
+    masks: Config | None = None
+    """Mask head, where there is one."""
+    control_tokens: list[str] | None = None
 
     def as_recipe(self, *, tokenizer: str, chat_template: str, dtype: str) -> Config:
         """Return the section as a recipe writes it."""
@@ -72,7 +77,13 @@ class Section:
             "tokenizer": tokenizer,
             "chat_template": chat_template,
         }
-        return {"llm": llm, "branches": self.branches, "dtype": dtype}
+        return {
+            "llm": llm,
+            "branches": self.branches,
+            "masks": self.masks,
+            "control_tokens": self.control_tokens,
+            "dtype": dtype,
+        }
 
 
 def generation_of(config: Mapping[str, object]) -> str | None:
