@@ -7,7 +7,9 @@ depends on no data set, token or loss.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import Field
 
 from medm.config import Options
 from medm.registry import Registry
@@ -15,6 +17,8 @@ from medm.types import MASK_TOKEN
 
 if TYPE_CHECKING:
     from medm.heads.base import MaskHead
+
+FeatureNetwork: TypeAlias = Literal["unet", "segresnet", "swin-unetr"]
 
 
 class HeadOptions(Options):
@@ -31,4 +35,41 @@ class HeadOptions(Options):
     """Sizes that replace those of the published config, or all of them when there is no `path`."""
 
 
+class DotProductOptions(HeadOptions):
+    """Dot product of the prompt with the features of a network of MONAI, from scratch."""
+
+    network: FeatureNetwork = "unet"
+    """Network of MONAI that gives the features. `architecture` holds its sizes by MONAI's names,
+    beside `dim` (width of a prompt, 64), `features` (32), `in_channels` (1) and `stride` (1: a mask
+    as fine as the input)."""
+    image_size: int | list[int] | None = None
+    """Size of the input: one side, or one number for each axis. Default: 256 x 256 for images, 32 x
+    128 x 128 for volumes."""
+
+
+class VISTA3DOptions(HeadOptions):
+    """VISTA3D of MONAI (arXiv 2406.05285) with a prompt in place of its class embedding."""
+
+    patch: list[int] | None = Field(default=[128, 128, 128], min_length=3, max_length=3)
+    """Voxels of a window: outside of training, a larger volume is read in windows of this size.
+    null reads it as a whole, as training always does."""
+    overlap: float = Field(default=0.25, ge=0, lt=1)
+    """Fraction by which neighboring windows overlap. More is smoother and slower: the authors
+    evaluate whole volumes with 0.625, which reads each voxel up to 19 times."""
+    image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
+    """Voxels of the input. Default: 128 x 128 x 128."""
+
+
 HEADS: Registry[type[MaskHead]] = Registry("mask head", group="medm.heads", options=HeadOptions)
+HEADS.add(
+    "dot-product",
+    "medm.heads.dot_product:DotProductHead",
+    "a small network of MONAI, 2-D or 3-D, whose features are compared with the prompt",
+    options=DotProductOptions,
+)
+HEADS.add(
+    "vista3d",
+    "medm.heads.vista3d:VISTA3DHead",
+    "MONAI's VISTA3D for CT volumes, the prompt in place of its class embedding",
+    options=VISTA3DOptions,
+)

@@ -72,6 +72,14 @@ class MaskHead(nn.Module, metaclass=ABCMeta):
         return dict(published)
 
     @classmethod
+    def architecture_for(cls, kind: Kind, architecture: Mapping[str, object]) -> Config:
+        """Complete the sizes of a head that reads several kinds of file by the one it is used for.
+
+        The default changes nothing. Raises `RecipeError` where they disagree.
+        """
+        return dict(architecture)
+
+    @classmethod
     @abstractmethod
     def preprocess_from(
         cls,

@@ -36,7 +36,7 @@ def described_head(
     published = PretrainedSource(head.path) if head.path else None
     entry: Config = {"name": head.name, **fields_of(head, _NOT_FOR_THE_HEAD)}
     sizes = head_class.architecture_from(published.config() if published else {})
-    sizes |= head.architecture
+    sizes = head_class.architecture_for(kind, sizes | head.architecture)
     described = head_class.preprocess_from(
         published.preprocessor() if published else {}, sizes, getattr(head, "image_size", None)
     )
