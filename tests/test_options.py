@@ -11,6 +11,7 @@ import pytest
 from medm.config import Options
 from medm.connectors import CONNECTORS
 from medm.encoders import ENCODERS
+from medm.heads import HEADS
 from medm.llms import LLMS, LLMOptions
 from medm.llms.base import LLMFamily
 from medm.metrics import METRICS
@@ -34,6 +35,7 @@ TABLES = (
     Table(
         CONNECTORS, frozenset({"name", "path"}), frozenset({"in_dim", "out_dim", "grid", "prefix"})
     ),
+    Table(HEADS, frozenset({"name", "path", "image_size"}), frozenset()),
     Table(OBJECTIVES, frozenset({"name"}), frozenset()),
     Table(METRICS, frozenset({"name"}), frozenset()),
     Table(TASKS, frozenset({"name"}), frozenset()),

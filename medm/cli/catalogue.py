@@ -16,6 +16,7 @@ REGISTRIES = {
     "text_encoders": "medm.text_encoders:TEXT_ENCODERS",
     "connectors": "medm.connectors:CONNECTORS",
     "llms": "medm.llms:LLMS",
+    "heads": "medm.heads:HEADS",
     "models": "medm.models:MODELS",
     "pipelines": "medm.data.pipelines:PIPELINES",
     "objectives": "medm.objectives:OBJECTIVES",
