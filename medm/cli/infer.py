@@ -17,7 +17,8 @@ def flags() -> list[Flag]:
 
 
 def infer(typed: Typed) -> None:
-    """Generate a reply to every record of an annotation file. Not for clinical use.
+    """Generate a reply to every record of an annotation file, or to a question about every file of
+    a folder. Models with a mask head also write masks. Not for clinical use.
 
     A run that was stopped resumes with the same command, which also tries every record again that
     has no reply. The exit status is 1 while a record has no reply. Several GPUs: --processes, or
@@ -40,6 +41,8 @@ def infer(typed: Typed) -> None:
     if summary.unfinished:
         length = options.generation.max_new_tokens
         note(f"{summary.unfinished} replies were cut at {length} tokens")
+    for line in summary.masks.notes if summary.masks is not None else ():
+        note(line)
     pace = ""
     if summary.new:
         pace = f"{summary.seconds:.1f} s, {summary.per_second:.2f} records/s, "

@@ -16,13 +16,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from logging.handlers import QueueHandler
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -33,28 +33,48 @@ from medm.data.pipelines import pipeline_for
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.files import atomic_write_text
+from medm.imaging.paths import MissingFileError
 from medm.inference.batches import (
     Prepared,
+    Problem,
     Prompts,
     make_prompts,
     order_by_length,
+    reason,
     shard_indices,
 )
 from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
-from medm.inference.generator import load_engine, pick_device
+from medm.inference.folder_records import write_folder_records
+from medm.inference.generator import Reply, load_engine, pick_device
+from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, require_format
 from medm.inference.options import EmbedOptions, InferOptions
 from medm.inference.predictions import Appender, ResultLine, Results, model_fingerprint
+from medm.inference.segmenter import Segmenter, Shown
+from medm.inference.volume_modes import SlicedVolumes, require_mode
 from medm.launcher import launched_world_size
 from medm.models import kind_of_config, load_config, load_processor
 from medm.os_errors import explain, require_writable
 from medm.registry import load_plugin, loaded_plugins
 from medm.stopping import ignore_stops
-from medm.types import Config, ConversationProcessor, Example, JsonObject, Processor, Sample, Turn
+from medm.types import (
+    Config,
+    ConversationProcessor,
+    Example,
+    JsonObject,
+    Processor,
+    Sample,
+    Turn,
+    parse_view,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from medm.models.lvlm.processing import LVLMProcessor
+
 logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=InferOptions | EmbedOptions)
 
 Progress = Callable[[int, int, int], None]
 """Called with (records done by this run, records this run has to do, errors so far)."""
@@ -109,6 +129,8 @@ class InferSummary:
     """Tokens of all replies."""
     seconds: float
     """Duration of this run, loading included."""
+    masks: MaskCounts | None = None
+    """Masks of the replies, of a model with a mask head."""
 
     @property
     def new(self) -> int:
@@ -146,6 +168,8 @@ class _Job:
     context: int | None
     """Longest prompt in tokens; None for no limit."""
     records: Records[Any, Any]
+    masks: bool = False
+    """Replies have masks."""
 
 
 def infer(
@@ -170,11 +194,13 @@ def infer(
     """
     started = time.monotonic()
     check_files(options)
+    options = with_records(options)
     job = _open_job(options)
     records = job.records
-    results = Results(
-        Path(options.output), run_settings(options), options.model_dump(include=_NOTED)
-    )
+    settings = run_settings(options)
+    if job.masks and isinstance(options, InferOptions):
+        settings |= mask_settings(options)
+    results = Results(Path(options.output), settings, options.model_dump(include=_NOTED))
     with _launched() as (rank, world), results.locked() if rank == 0 else nullcontext():
         if rank == 0:
             results.begin(overwrite=options.overwrite)
@@ -206,6 +232,7 @@ def infer(
         unfinished=sum(not line.get("finished", True) for line in kept),
         tokens=sum(line.get("tokens", 0) for line in kept),
         seconds=time.monotonic() - started,
+        masks=MaskCounts.of(kept) if job.masks else None,
     )
 
 
@@ -242,9 +269,14 @@ def _open_job(options: InferOptions | EmbedOptions) -> _Job:
         # A template may require more than a question; a broken one raises another error.
         with suppress(DataError):
             processor.encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
-    source = SourceOptions(path=options.data, root=options.root, limit=options.limit)
+    masks = isinstance(options, InferOptions) and "masks" in gives
+    if isinstance(options, InferOptions) and masks:
+        view = cast("LVLMProcessor", processor).mask_view
+        require_mode(options.segmentation, parse_view(str(view)).kind)
+        require_format(options.mask_format)
+    source = SourceOptions(path=str(options.data), root=options.root, limit=options.limit)
     records = Records([source], pipeline_for(kind, inference=True))
-    return _Job(options, device, processor, context, records)
+    return _Job(options, device, processor, context, records, masks)
 
 
 def check_files(options: InferOptions | EmbedOptions) -> None:
@@ -269,10 +301,11 @@ def _require_different_files(options: InferOptions | EmbedOptions) -> None:
     """Raise `RecipeError` if one file would be read and written, or written twice."""
     results = Results(Path(options.output), {})
     named = {
-        "--data": Path(options.data),
         "--output": results.output,
         "the settings of --output": results.sidecar,
     }
+    if options.data is not None:
+        named["--data"] = Path(options.data)
     if isinstance(options, InferOptions) and options.json_output is not None:
         named["--json"] = Path(options.json_output)
     seen: dict[Path, str] = {}
@@ -284,22 +317,54 @@ def _require_different_files(options: InferOptions | EmbedOptions) -> None:
             )
 
 
+def with_records(options: OptionsT) -> OptionsT:
+    """Return the options with the annotation file of their folder, which is written.
+
+    Raises:
+        DataError: the folder holds no image or volume.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(options, InferOptions) or options.folder is None:
+        return options
+    output = Path(options.output)
+    data = output.with_name(f"{output.name}.records.jsonl")
+    processor = load_processor(options.model)
+    write_folder_records(
+        data,
+        Path(options.folder),
+        str(options.prompt),
+        processor.preprocess,
+        overwrite=options.overwrite,
+    )
+    return options.model_copy(update={"data": str(data), "root": options.folder})
+
+
 def run_settings(options: InferOptions | EmbedOptions) -> Config:
     """Return the settings that the replies depend on; they are kept with the output."""
-    try:
-        with Path(options.data).open("rb") as stream:
-            data = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})", file=options.data) from None
-    settings = {
-        "data_sha256": data,
-        "root": str(Path(options.root or Path(options.data).parent).resolve()),
+    data = Path(str(options.data))
+    settings: Config = {}
+    if isinstance(options, InferOptions) and options.folder is not None:
+        settings["prompt"] = options.prompt  # records of new files are added at the end
+    else:
+        try:
+            with data.open("rb") as stream:
+                settings["data_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror or error})", file=data) from None
+    settings |= {
+        "root": str(Path(options.root or data.parent).resolve()),
         "model_fingerprint": model_fingerprint(Path(options.model).expanduser()),
         "dtype": options.dtype,
     }
     if isinstance(options, EmbedOptions):
         return settings | options.model_dump(include={"captions", "vectors", "class_texts"})
     return settings | {"generation": options.generation.model_dump()}
+
+
+def mask_settings(options: InferOptions) -> Config:
+    """Return the settings that the masks of replies depend on, beside those of `run_settings`."""
+    own = options.model_dump(include={"mask_format", "rle", "overlays"})
+    return {"masks": options.segmentation.model_dump() | own}
 
 
 def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int], None]) -> None:
@@ -352,9 +417,15 @@ class _Shard:
         self, job: _Job, world: int, appender: Appender, note: Callable[[int, int], None]
     ) -> None:
         self.job, self.options, self.world = job, job.options, world
+        options = job.options
         self.processor = job.processor
         self.appender, self.note = appender, note
         self.engine: Answers | None = None
+        self.masks: ReplyMasks | None = None
+        self.sliced: SlicedVolumes | None = None
+        """Shows volumes as slices, to models that read images alone."""
+        if job.masks and isinstance(options, InferOptions):
+            self.sliced = SlicedVolumes(cast("LVLMProcessor", job.processor), options.segmentation)
         self._replied: dict[int, bool] = {}
         """Records that were tried, and whether the last try gave a reply."""
         self._unavailable = 0
@@ -378,6 +449,10 @@ class _Shard:
             dtype=options.dtype,
             slots=options.batch_size,
         )
+        if self.job.masks:
+            writer = MaskWriter.of(options)
+            segmenter = Segmenter(self.engine, options.segmentation, soft=writer.soft)
+            self.masks = ReplyMasks(segmenter, writer)
 
     def any_answerable(self, indexes: Sequence[int]) -> bool:
         """Return True if one of the records that failed before is good now; needs no weights.
@@ -401,10 +476,46 @@ class _Shard:
         again: list[int] = []
         for prepared in self._prepare(indexes, size=size):
             replies = self.engine.generate(prepared.batch) if prepared.batch is not None else []
+            if self.masks is not None and prepared.batch is not None:
+                prepared, replies = self._with_masks(prepared, replies)
             self._take(prepared, replies)
             again += [problem.named["index"] for problem in prepared.problems if problem.retry]
             _stop_with_parent()
         return again
+
+    def _with_masks(
+        self, prepared: Prepared, replies: Sequence[Answer]
+    ) -> tuple[Prepared, list[Answer]]:
+        """Return the replies with their masks, whose files are written.
+
+        A record whose masks cannot be made has no reply but a reason.
+        """
+        assert self.masks is not None
+        records = self.job.records
+        shown: list[list[Shown]] = []
+        names: list[str] = []
+        for named in prepared.named:
+            index = named["index"]
+            media = records[index].media
+            shown.append([Shown(m.branch, records.media_source(index, m)) for m in media])
+            names.append(f"{index:06d}_{named.get('id', '')}")
+        made = self.masks.of(prepared.batch, cast(Sequence[Reply], replies), names, shown)
+        problems = [
+            Problem(named, reason(error), retry=isinstance(error, MissingFileError))
+            for named, error in zip(prepared.named, made, strict=True)
+            if isinstance(error, DataError)
+        ]
+        kept = [
+            (named, answer)
+            for named, answer in zip(prepared.named, made, strict=True)
+            if not isinstance(answer, DataError)
+        ]
+        done = replace(
+            prepared,
+            named=[named for named, _ in kept],
+            problems=[*prepared.problems, *problems],
+        )
+        return done, [answer for _, answer in kept]
 
     def _prepare(self, indexes: Sequence[int], *, size: int) -> Iterator[Prepared]:
         batches = [list(indexes[start : start + size]) for start in range(0, len(indexes), size)]
@@ -417,6 +528,7 @@ class _Shard:
                 batches,
                 context=self.job.context,
                 make=make_files if isinstance(self.options, EmbedOptions) else make_prompts,
+                sliced=self.sliced,
             ),
             self.options,
             self.world,

@@ -25,8 +25,9 @@ from medm.errors import DataError, InputLostError, RecipeError, machine_fault
 from medm.imaging.paths import MissingFileError
 from medm.inference.generator import PromptBatch, prepare
 from medm.inference.predictions import RecordName
+from medm.inference.volume_modes import SlicedVolumes
 from medm.os_errors import explain
-from medm.types import BaseSample, Example, Processor
+from medm.types import BaseSample, Example, Processor, Sample
 
 _BYTES_PER_TOKEN = 4
 """Bytes of English text per token; only the order of work depends on it."""
@@ -84,6 +85,7 @@ class Prompts(Dataset[Prepared]):
         batches: the records of each batch.
         context: longest prompt in tokens; None for no limit.
         make: makes a batch of examples and their samples.
+        sliced: shows volumes as slices to models without a branch for volumes.
     """
 
     def __init__(
@@ -94,10 +96,12 @@ class Prompts(Dataset[Prepared]):
         *,
         context: int | None = None,
         make: Callable[[Sequence[Any], Sequence[BaseSample]], Any] = make_prompts,
+        sliced: SlicedVolumes | None = None,
     ) -> None:
         self.examples = ExampleDataset(records.with_processor(processor))
         self.records = records
         self.batches, self.context, self.make = batches, context, make
+        self.sliced = sliced
         self._patience = _FRUITLESS
 
     def __len__(self) -> int:
@@ -163,13 +167,21 @@ class Prompts(Dataset[Prepared]):
             )
 
     def _example(self, index: int) -> Example:
-        example = self.examples.read_once(index)
+        example = self._read(index)
         if self.context is not None and len(example.input_ids) > self.context:
             raise DataError(
                 f"the prompt has {len(example.input_ids)} tokens, vision tokens included; "
                 f"the model's context leaves {self.context} beside the reply"
             )
         return example
+
+    def _read(self, index: int) -> Example:
+        sample = self.records[index]
+        if self.sliced is None or not isinstance(sample, Sample) or not self.sliced.needed(sample):
+            return self.examples.read_once(index)
+        with self.records.placed(index):
+            sources = [self.records.media_source(index, media) for media in sample.media]
+            return self.sliced.example(sample, sources)
 
     def _named(self, index: int) -> RecordName:
         sample = self.records[index]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
 from medm.config import Options
+
+MaskFormat: TypeAlias = Literal["auto", "png", "nifti", "npy", "rle", "dicom-seg"]
 
 _ONLY_IN_GENERATE = {
     "do_sample", "length_penalty", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
@@ -139,15 +141,20 @@ class InferenceOptions(RunOptions):
 
 
 class InferOptions(InferenceOptions):
-    """Batch inference over one annotation file."""
+    """Batch inference over one annotation file, or one question about every file of a folder."""
 
     model: str
     """Model folder that medm saved."""
-    data: str
+    data: str | None = None
     """JSON array or JSONL of records; a last reply is not shown to the model and kept as
     `answer`."""
     root: str | None = None
     """Folder that image and volume paths are relative to. Default: the folder of `data`."""
+    folder: str | None = None
+    """In place of `data`: a folder whose images and volumes, at any depth, are each asked about
+    with `prompt`. Files that are added later are answered by the next run."""
+    prompt: str | None = None
+    """Question about each file of `folder`: "Segment the lesion."."""
     output: str
     """JSONL file to append to, one line per record once it has its reply. A run that was stopped
     resumes in it."""
@@ -156,6 +163,25 @@ class InferOptions(InferenceOptions):
     MedM-VL's form."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first N records."""
+    masks: str | None = None
+    """Folder for the masks of replies, of a model with a mask head. Default: `NAME_masks` beside
+    the output `NAME.jsonl`."""
+    mask_format: MaskFormat = "auto"
+    """Files of the masks, on the grid of their image or volume: `auto` is `png` for images and
+    `nifti` for volumes, `npy` holds probabilities, `dicom-seg` is one DICOM SEG for each series or
+    image of a reply, `rle` writes run-length codes into the output and no files."""
+    rle: bool = False
+    """Write run-length codes into the output as well."""
+    overlays: bool = False
+    """Write a sheet with the masks drawn over their image or volume as PNG, too."""
+
+    @model_validator(mode="after")
+    def _data_or_folder(self) -> InferOptions:
+        if (self.data is None) == (self.folder is None):
+            raise ValueError("expected either data or folder, found both or none")
+        if (self.folder is None) != (self.prompt is None):
+            raise ValueError("folder and prompt go together: the prompt is asked about every file")
+        return self
 
 
 class EmbedOptions(RunOptions):

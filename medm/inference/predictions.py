@@ -24,7 +24,7 @@ from medm.errors import MedmError, RecipeError
 from medm.files import LockedError, atomic_write_text, lock, lock_file, to_bytes
 from medm.inference.options import GenerationOptions
 from medm.os_errors import explain, naming, require_writable
-from medm.types import Config
+from medm.types import Config, JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,15 @@ class ResultLine(RecordName):
     """Tokens of the reply, the end token included."""
     finished: NotRequired[bool]
     """False for a reply that was cut at `max_new_tokens`."""
+    raw: NotRequired[str]
+    """The reply with its marks (`[SEG]`, `<p>`), where it has some."""
+    spans: NotRequired[list[JsonObject]]
+    """Of a model with a mask head, for each `[SEG]`: where its phrase stands in `reply`, and its
+    mask."""
+    unmasked: NotRequired[int]
+    """Marked phrases that no mask belongs to."""
+    overlay: NotRequired[str]
+    """Sheet with the masks over their image."""
     embedding: NotRequired[list[float]]
     """Vector of the file, of length 1."""
     text_embeddings: NotRequired[list[list[float]]]

@@ -1,0 +1,99 @@
+"""Records of a folder: one question about each of its images and volumes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from medm.data.record_files import RecordFile
+from medm.errors import DataError, RecipeError
+from medm.files import atomic_write_text
+from medm.imaging.paths import files_below
+from medm.types import JsonObject, Kind
+
+_DICOM = ".dcm"
+
+
+def write_folder_records(
+    file: Path, folder: Path, prompt: str, kinds: Collection[str], *, overwrite: bool = False
+) -> None:
+    """Write a record for each file of a folder, with its path in the folder as `id`.
+
+    Records that the file holds already stay where they are, and new files come after them, so that
+    results by position are kept.
+
+    Args:
+        file: JSONL to write.
+        folder: whose files are asked about.
+        prompt: the question.
+        kinds: what the model reads; a .npy file is an image for models that read images.
+        overwrite: start over, without the records of the file.
+
+    Raises:
+        RecipeError: the file holds records with another prompt.
+        DataError: the folder is missing, or holds nothing that the model reads.
+        OSError: the file cannot be written.
+    """
+    if not folder.is_dir():
+        raise DataError("no such folder; expected one with images or volumes", file=folder)
+    known = list(_records(file)) if file.exists() and not overwrite else []
+    if known and known[0] != _record(known[0]["id"], _kind(known[0]), prompt):
+        raise RecipeError(
+            f"{file}: holds questions of another run, with another prompt; choose another "
+            "--output, repeat the run as it was, or --overwrite"
+        )
+    listed = {record["id"] for record in known}
+    found = dict(_files(folder, kinds))
+    new = [_record(path, kind, prompt) for path, kind in found.items() if path not in listed]
+    if not known and not new:
+        raise DataError(
+            "no image or volume in it; expected PNG, JPEG, TIFF, BMP, DICOM, NIfTI, NRRD, "
+            "MetaImage or .npy files",
+            file=folder,
+        )
+    if new:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(record, ensure_ascii=False) for record in [*known, *new])
+        atomic_write_text(file, "\n".join(lines) + "\n")
+
+
+def _records(file: Path) -> Iterator[JsonObject]:
+    for index, record in enumerate(RecordFile(file)):
+        if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+            raise DataError(
+                "expected a record with an id, as medm writes it; delete the file, or choose "
+                "another output",
+                file=file,
+                index=index,
+            )
+        yield record
+
+
+def _files(folder: Path, kinds: Collection[str]) -> Iterator[tuple[str, Kind]]:
+    """Yield every file of a folder and its kind; folders of several DICOM files are volumes."""
+    images, volumes = files_below(folder, "image"), files_below(folder, "volume")
+    arrays = {path for path in images if path.suffix.lower() == ".npy"}
+    dicom = [path for path in images if path.suffix.lower() == _DICOM]
+    per_folder = Counter(path.parent for path in dicom)
+    series = {path for path, count in per_folder.items() if count > 1 and path != folder}
+    images = [path for path in images if path.parent not in series]
+    if arrays:
+        as_volumes = "image" not in kinds
+        images = [path for path in images if not (as_volumes and path in arrays)]
+        volumes = [path for path in volumes if as_volumes or path not in arrays]
+    pairs: list[tuple[Path, Kind]] = [(path, "image") for path in images]
+    pairs += [(path, "volume") for path in (*volumes, *series)]
+    for path, kind in sorted(pairs):
+        yield path.relative_to(folder).as_posix(), kind
+
+
+def _kind(record: JsonObject) -> Kind:
+    return "volume" if record["messages"][0]["content"][0]["type"] == "volume" else "image"
+
+
+def _record(path: str, kind: Kind, prompt: str) -> JsonObject:
+    # Parts, so that a prompt with the letters of a placeholder stays text.
+    content = [{"type": kind, "path": path}, {"type": "text", "text": f"\n{prompt}"}]
+    return {"id": path, "messages": [{"role": "user", "content": content}]}
