@@ -408,6 +408,10 @@ class ConversationProcessor(Processor, Protocol):
     """Per branch the token that stands for one vision token."""
     control_token_ids: dict[str, int]
     """Ids of the control tokens in replies, by their text (`[SEG]`)."""
+    mask_view: str | None
+    """View of the mask head, which no placeholder stands for; None without one."""
+    mask_grid: tuple[int, ...] | None
+    """Grid on which masks are learned."""
     regions: Literal["draw", "text"] | None
     """How regions of records are read: marks on the pixels, or coordinates in the text."""
 
@@ -422,12 +426,21 @@ class ConversationProcessor(Processor, Protocol):
         ...
 
     def encode(
-        self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], *, generation: bool = False
+        self,
+        sample: Sample,
+        pixels: Mapping[str, list[np.ndarray]],
+        *,
+        generation: bool = False,
+        masks: MaskTargets | None = None,
     ) -> Example:
         """Make an example of a checked sample and its preprocessed pixels.
 
-        `generation=True`: the prompt ends where the assistant's reply begins, and nothing is
-        labeled.
+        Args:
+            sample: the conversation.
+            pixels: by view, in the order of the files; for `mask_view` the files that masks belong
+                to.
+            generation: the prompt ends where the assistant's reply begins, and nothing is labeled.
+            masks: to learn, on `mask_grid`.
         """
         ...
 

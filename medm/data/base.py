@@ -11,11 +11,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Generic, Self, TypeAlias, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    Self,
+    TypeAlias,
+    TypeVar,
+)
 
 from medm.errors import DataError, RecipeError
 from medm.imaging.marks import MarkedImage
-from medm.types import BaseSample, Batch, MediaExample, Processor
+from medm.types import BaseSample, Batch, MaskTargets, MediaExample, Processor, views_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +55,14 @@ class Segment:
 
     text: str
     learned: bool
+
+
+class MaskView(NamedTuple):
+    """The view of a mask head, and the grid of the masks that it learns."""
+
+    name: str
+    """`image@masks` or `volume@masks`."""
+    grid: tuple[int, ...]
 
 
 class Pipeline(ABC, Generic[S, E, P]):
@@ -89,6 +107,27 @@ class Pipeline(ABC, Generic[S, E, P]):
     def preprocess(self) -> Mapping[str, Preprocess]:
         """Preprocessing of the pixels by view."""
         return self.processor.preprocess
+
+    @property
+    def mask_view(self) -> MaskView | None:
+        """The view of the model's mask head; None where no masks are learned."""
+        return None
+
+    def views(self, sample: S, number: int) -> list[str]:
+        """Return the views that a file of a sample is read for; that of a mask head comes last.
+
+        Args:
+            sample: the record.
+            number: position of the file in `sample.media`.
+
+        Raises:
+            DataError: the model has no view of that kind of file.
+        """
+        kind = sample.media[number].branch
+        views = views_of(kind, self.preprocess)
+        if not views:
+            raise DataError(missing_branch(kind, self.preprocess))
+        return views
 
     def with_processor(self, processor: P) -> Self:
         """Return the same pipeline for a processor."""
@@ -185,15 +224,33 @@ class Pipeline(ABC, Generic[S, E, P]):
             DataError: the model cannot take the sample.
         """
 
+    def make_masked_example(
+        self, sample: S, pixels: Mapping[str, list[np.ndarray]], masks: MaskTargets
+    ) -> E:
+        """Make an example of a sample with masks, for a pipeline that has a `mask_view`.
+
+        Raises:
+            DataError: as `make_example`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a mask_view and makes no masks")
+
     def require_usable(self, example: E) -> None:
         """Raise `DataError` for an example without anything to learn."""
 
-    def example(self, sample: S, pixels: Mapping[str, list[np.ndarray]]) -> E:
-        """Return the usable example of a sample.
+    def example(
+        self,
+        sample: S,
+        pixels: Mapping[str, list[np.ndarray]],
+        masks: MaskTargets | None = None,
+    ) -> E:
+        """Return the usable example of a sample, with its masks where the model learns them.
 
         Raises `DataError`, as `make_example` and `require_usable` do.
         """
-        example = self.make_example(sample, pixels)
+        if masks is None:
+            example = self.make_example(sample, pixels)
+        else:
+            example = self.make_masked_example(sample, pixels, masks)
         self.require_usable(example)
         return example
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,47 @@ from medm.data.options import CacheOptions
 from medm.data.records import Records
 from medm.data.volume_cache import MediaCache
 from medm.errors import DataError
-from medm.imaging import Preprocess, load_pixels
+from medm.imaging import Preprocess, load_pixels, prepare
 from medm.imaging.notices import Notice, collected
+from medm.imaging.placement import Prepared
 from medm.stopping import ignore_stops
-from medm.types import views_of
 
 MAX_KEPT = 1000
 """Number of problems that are kept with place and reason; further ones are only counted."""
 
 
-def loader(
-    options: CacheOptions | None, *, device: str = "cpu"
-) -> Callable[[MediaSource, Preprocess], np.ndarray]:
+@dataclass(frozen=True, slots=True)
+class MediaLoader:
+    """Loads files as prepared arrays, through a cache where there is one."""
+
+    cache: MediaCache | None = None
+    kinds: frozenset[str] = frozenset()
+    """Kinds of file that the cache is for."""
+
+    def __call__(self, source: MediaSource, preprocess: Preprocess) -> np.ndarray:
+        """Return the pixels as `medm.imaging.load_pixels`. Raises `MediaError` likewise."""
+        cached = self._cached(source, preprocess)
+        if cached is None:
+            return load_pixels(source, preprocess)
+        return cached[0].load(cached[1], preprocess)
+
+    def prepare(self, source: MediaSource, preprocess: Preprocess) -> Prepared:
+        """Return pixels and placement as `medm.imaging.prepare`. Raises `MediaError` likewise."""
+        cached = self._cached(source, preprocess)
+        if cached is None:
+            return prepare(source, preprocess)
+        return cached[0].prepare(cached[1], preprocess)
+
+    def _cached(
+        self, source: MediaSource, preprocess: Preprocess
+    ) -> tuple[MediaCache, Path] | None:
+        """Return the cache and the file in it; None for what is not cached."""
+        if self.cache is None or preprocess.kind not in self.kinds or not isinstance(source, Path):
+            return None
+        return self.cache, source
+
+
+def loader(options: CacheOptions | None, *, device: str = "cpu") -> MediaLoader:
     """Return the function that loads a file as a prepared array.
 
     It reads through the cache that a recipe names; without a cache it reads the file each time.
@@ -39,17 +67,9 @@ def loader(
             workers.
     """
     if options is None:
-        return load_pixels
+        return MediaLoader()
     cache = MediaCache(options.dir, round(options.max_gb * 1e9), device=device)
-    return partial(_load_through, cache, frozenset(options.branches))
-
-
-def _load_through(
-    cache: MediaCache, kinds: frozenset[str], source: MediaSource, preprocess: Preprocess
-) -> np.ndarray:
-    if preprocess.kind in kinds and isinstance(source, Path):
-        return cache.load(source, preprocess)
-    return load_pixels(source, preprocess)
+    return MediaLoader(cache, frozenset(options.branches))
 
 
 @dataclass(slots=True)
@@ -168,8 +188,10 @@ def _places(
         for index in range(len(records)):
             try:
                 with records.placed(index):
-                    for number, media in enumerate(records[index].media):
-                        for view in views_of(media.branch, preprocess):
+                    sample = records[index]
+                    for number, media in enumerate(sample.media):
+                        views = records.views(sample, number)
+                        for view in (name for name in views if name in preprocess):
                             path = records.media_path(index, media)
                             if (view, path) not in seen:
                                 seen.add((view, path))

@@ -20,6 +20,8 @@ import numpy as np
 from medm.data.base import AnyPipeline, MediaSource, Segment
 from medm.data.compact import PlacedTexts, SeenTexts
 from medm.data.limits import LengthLimit
+from medm.data.mask_check import check_masks
+from medm.data.mask_targets import blank_targets
 from medm.data.options import DataOptions, SourceOptions, format_of
 from medm.data.record_files import check_beginning
 from medm.data.records import Records
@@ -30,7 +32,7 @@ from medm.imaging import Preprocess, VolumePreprocess
 from medm.imaging.notices import Notice, collected
 from medm.imaging.paths import MissingFileError
 from medm.imaging.probe import count_items, probe
-from medm.types import parse_view
+from medm.types import BaseSample, parse_view
 
 MAX_KEPT = 1000
 """Number of bad records that are kept with place and reason; further ones are only counted."""
@@ -53,7 +55,7 @@ class Report:
     text_only: int = 0
     """Good records without image or volume."""
     media: Counter[str] = field(default_factory=Counter)
-    """Images and volumes of good records by branch, and masks."""
+    """Images and volumes of good records by branch; masks, and those of absent targets."""
     tasks: Counter[str] = field(default_factory=Counter)
     """Good records by task; "" for those that name none."""
     bad: list[DataError] = field(default_factory=list)
@@ -188,10 +190,12 @@ class _Checker:
             self.report.ids.append(position, sample.id)
         sample = records.write_regions(index, sample)
         pixels = records.load_media(index, sample, self._blank)
-        records.mask_paths(index, sample)
+        masks = self._check_masks(records, index, sample)
+        view = self.pipeline.mask_view
         if self.pipeline.makes_examples:
             with records.placed(index):
-                example = self.pipeline.example(sample, pixels)
+                targets = blank_targets(sample, view) if view is not None and sample.masks else None
+                example = self.pipeline.example(sample, pixels, targets)
                 fitting = self.limit.apply(example, self.pipeline)
             self.report.num_too_long += fitting is None
             self.report.num_truncated += fitting is not None and fitting is not example
@@ -204,9 +208,26 @@ class _Checker:
         self.report.counts.update(self.pipeline.counts(sample))
         self.report.text_only += not sample.media
         self.report.media.update(media.branch for media in sample.media)
-        self.report.media.update("mask" for _ in sample.masks)
+        self.report.media.update(masks)
         self.report.media.update("region" for _ in getattr(sample, "regions", ()))
         self.report.tasks[sample.task or ""] += 1
+
+    def _check_masks(
+        self, records: Records[Any, Any], index: int, sample: BaseSample
+    ) -> Counter[str]:
+        """Check the masks of a record and count them. Raises `DataError`."""
+        if not sample.masks:
+            return Counter()
+        views = self.pipeline.preprocess.values() if self.pipeline.makes_examples else ()
+        series = {view.series for view in views if isinstance(view, VolumePreprocess)}
+        with records.placed(index):
+            return check_masks(
+                sample,
+                records.root(index),
+                lambda media: records.media_path(index, sample.media[media]),
+                decode=self.decode,
+                several="largest" if "largest" in series else "only",
+            )
 
     def _blank(self, file: MediaSource, view: str) -> np.ndarray:
         """Check a file, once for each view that reads it, and return blank pixels in its place."""

@@ -58,7 +58,7 @@ class Collator:
         if self.with_mask:
             mask = [[1] * len(example.input_ids) for example in kept]
             batch["attention_mask"] = padded(mask, width, 0, side=side)
-        return {**batch, **stack_media(kept)}
+        return {**batch, **stack_media(kept), **stack_masks(kept)}
 
 
 def padded(
@@ -120,6 +120,38 @@ def stack_media(examples: Sequence[MediaExample]) -> ConversationBatch:
     if tasks:
         batch["task_ids"] = {branch: torch.tensor(ids) for branch, ids in tasks.items()}
     return batch
+
+
+def stack_masks(examples: Sequence[Example]) -> ConversationBatch:
+    """Return `mask_targets`, `mask_tokens` and `mask_items` of all examples in order.
+
+    Every `[SEG]` of an example has a mask, and so has every item of its mask view: their numbers go
+    on from one example to the next. Without masks there is no entry.
+
+    Raises:
+        ValueError: masks of several sizes.
+    """
+    arrays: list[np.ndarray] = []
+    tokens: list[int] = []
+    items: list[int] = []
+    first_token = first_item = 0
+    for masks in (example.masks for example in examples):
+        if masks is None or not masks.arrays:
+            continue
+        arrays += masks.arrays
+        tokens += [first_token + token for token in masks.tokens]
+        items += [first_item + item for item in masks.items]
+        first_token += max(masks.tokens) + 1
+        first_item += max(masks.items) + 1
+    if not arrays:
+        return ConversationBatch()
+    if len(shapes := {array.shape for array in arrays}) > 1:
+        raise ValueError(f"masks of sizes {sorted(shapes)} in one batch; a head has one grid")
+    return ConversationBatch(
+        mask_targets=torch.from_numpy(np.stack(arrays)),
+        mask_tokens=torch.tensor(tokens),
+        mask_items=torch.tensor(items),
+    )
 
 
 def _stack(by_example: Sequence[Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:

@@ -8,12 +8,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from medm.data.base import Collate, MediaSource, Pipeline, Segment
+from medm.data.base import Collate, MaskView, MediaSource, Pipeline, Segment, missing_branch
+from medm.data.mask_targets import masked_media
 from medm.data.regions import is_drawn_on, marked_image, prepare_regions
 from medm.data.turns import media_field, parse_record
 from medm.errors import DataError, RecipeError
 from medm.imaging.marks import MarkedImage
-from medm.types import IGNORE_INDEX, ConversationProcessor, Example, Sample
+from medm.types import IGNORE_INDEX, ConversationProcessor, Example, MaskTargets, Sample, views_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +64,26 @@ class Conversations(Pipeline[Sample, Example, ConversationProcessor]):
         way = self.processor.regions if self.makes_examples else "draw"
         return marked_image(source, sample, media) if way == "draw" else source
 
+    @property
+    def mask_view(self) -> MaskView | None:
+        # Masks of prompts are reference: nothing is learned from them.
+        if self.inference or not self.makes_examples or self.processor.mask_view is None:
+            return None
+        if self.processor.mask_grid is None:
+            raise ValueError(f"a processor with view {self.processor.mask_view} and no mask_grid")
+        return MaskView(self.processor.mask_view, self.processor.mask_grid)
+
+    def views(self, sample: Sample, number: int) -> list[str]:
+        kind = sample.media[number].branch
+        others = [name for name in self.preprocess if name != self.processor.mask_view]
+        views = views_of(kind, others)
+        if not views:
+            raise DataError(missing_branch(kind, others))
+        view = self.mask_view
+        if view is not None and number in masked_media(sample, view):
+            views.append(view.name)
+        return views
+
     def media_field(self, record: object, number: int) -> str:
         return media_field(record, number)
 
@@ -71,6 +92,11 @@ class Conversations(Pipeline[Sample, Example, ConversationProcessor]):
 
     def make_example(self, sample: Sample, pixels: Mapping[str, list[np.ndarray]]) -> Example:
         return self.processor.encode(sample, pixels, generation=self.inference)
+
+    def make_masked_example(
+        self, sample: Sample, pixels: Mapping[str, list[np.ndarray]], masks: MaskTargets
+    ) -> Example:
+        return self.processor.encode(sample, pixels, masks=masks)
 
     def require_usable(self, example: Example) -> None:
         if not self.inference and not has_label(example.labels):

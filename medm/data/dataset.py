@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Generic, Literal
 
 import numpy as np
@@ -19,13 +18,15 @@ from torch.utils.data import Dataset
 
 from medm.data.base import E, MediaSource
 from medm.data.features import FeatureStore
+from medm.data.file_reader import FileReader
 from medm.data.limits import BadRecordsLimit, LengthLimit, TooLongError
+from medm.data.mask_targets import masked_media, read_targets
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, RecipeError, machine_fault
-from medm.imaging import Augment, ImagePreprocess, Preprocess, load_pixels
-from medm.imaging.augment import augment
-from medm.imaging.marks import MarkedImage
+from medm.imaging import Augment, ImagePreprocess, Preprocess, load_pixels, prepare
 from medm.imaging.paths import MissingFileError
+from medm.imaging.placement import Prepared
+from medm.types import parse_view
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         records: to read; their pipeline has a processor.
         load: function from file and preprocessing to (C, *spatial) float32, or (T, C, *spatial) of
             an image that is cut into tiles; may read a cache.
+        prepare: the same with the placement of the pixels, for files that masks belong to.
         limit: the longest example, and what happens to a longer one; one that cannot be shortened
             counts as bad. None for no limit.
         bad_records: stop with the `DataError`, or leave the record out and count it.
@@ -52,7 +54,8 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         usable: result of a check by record. An unusable record is left out without being read
             again. The files of a usable record existed, so a file that is missing now is lost, not
             the record's fault.
-        augmentation: by branch, random changes of the pixels.
+        augmentation: by view, random changes of the pixels. The view of a mask head moves with the
+            usual view of its kind.
         features: by branch, cached features of a frozen encoder; they replace the pixels of the
             files.
         seed: of the augmentation, and of what the pipeline draws.
@@ -63,6 +66,7 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         records: Records[Any, E],
         *,
         load: Callable[[MediaSource, Preprocess], np.ndarray] = load_pixels,
+        prepare: Callable[[MediaSource, Preprocess], Prepared] = prepare,
         limit: LengthLimit | None = None,
         bad_records: Literal["stop", "skip"] = "stop",
         bad_records_limit: BadRecordsLimit | None = None,
@@ -71,7 +75,8 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         features: Mapping[str, FeatureStore] | None = None,
         seed: int = 0,
     ) -> None:
-        self.records, self.pipeline, self.load = records, records.pipeline, load
+        self.records, self.pipeline = records, records.pipeline
+        self.load, self.prepare = load, prepare
         self.limit = limit or LengthLimit()
         self.preprocess = dict(self.pipeline.preprocess)
         self.bad_records, self.bad_records_limit = bad_records, bad_records_limit
@@ -83,6 +88,14 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
                 f"data.augment: {unknown} are not branches of the model; it has "
                 f"{sorted(self.preprocess)}"
             )
+        view = self.pipeline.mask_view
+        if view is not None and view.name in self.augmentation:
+            kind = parse_view(view.name).kind
+            for motion in self.augmentation[view.name].motions:
+                raise RecipeError(
+                    f"data.augment.{view.name}.{motion}: {kind}s and their masks move together; "
+                    f"set data.augment.{kind}.{motion}, which moves this view alike"
+                )
         for branch in self.augmentation:
             preprocess = self.preprocess[branch]
             if isinstance(preprocess, ImagePreprocess) and preprocess.tiles is not None:
@@ -183,34 +196,25 @@ class ExampleDataset(Dataset[E | None], Generic[E]):
         place = [self.seed, int(self._epoch), index]
         sample = self.pipeline.draw(self.records[index], np.random.default_rng([*place, 1]))
         sample = self.records.write_regions(index, sample)
-        rng = np.random.default_rng(place)
-        pixels = self.records.load_media(
-            index, sample, lambda file, branch: self._load(file, branch, rng)
+        view = self.pipeline.mask_view
+        reader = FileReader(
+            self.load,
+            self.prepare,
+            self.preprocess,
+            augmentation=self.augmentation,
+            features=self.features,
+            mask_view=None if view is None else view.name,
+            rng=np.random.default_rng(place),
         )
-        example = self.pipeline.example(sample, pixels)
+        pixels = self.records.load_media(index, sample, reader.load)
+        masks = None
+        if view is not None and sample.masks:
+            placements = dict(zip(masked_media(sample, view), reader.placements, strict=True))
+            masks = read_targets(sample, self.records.root(index), placements, view)
+        example = self.pipeline.example(sample, pixels, masks)
         for branch in self.features.keys() & example.pixels.keys():
             example.features[branch] = example.pixels.pop(branch)
         return example
-
-    def _load(self, file: MediaSource, branch: str, rng: np.random.Generator) -> np.ndarray:
-        """Return the pixels of a file, augmented, or its cached features."""
-        if branch in self.features and isinstance(file, MarkedImage):
-            raise DataError(
-                "the record has regions, which model.regions: draw marks on the pixels, and cached "
-                "features have no pixels; set data.cache_features: null, or model.regions: text"
-            )
-        if branch not in self.features or not isinstance(file, Path):
-            array = self.load(file, self.preprocess[branch])
-            if branch in self.augmentation:
-                array = augment(self.augmentation[branch], array, rng)
-            return array
-        found = self.features[branch].get(file)
-        if found is None:
-            self.load(file, self.preprocess[branch])  # a file that cannot be read says why
-            raise InputLostError(
-                f"{file.name} changed after its features were computed; start the run again"
-            )
-        return found
 
     def _note(self, what: str, index: int) -> bool:
         """Count a record once, however often it is drawn. Return whether it was new."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medm.data.collator import dummy_example, label_positions, round_up, stack_media
+from medm.data.collator import dummy_example, label_positions, round_up, stack_masks, stack_media
 from medm.data.sampling import DistributedBatchSampler, IndexOrder
 from medm.types import IGNORE_INDEX, ConversationBatch, Example
 
@@ -108,7 +108,7 @@ class PackingCollator:
             packed["position_ids"].append(
                 [p for e in row for p in range(len(e.input_ids))] + list(range(rest))
             )
-        # Rows are written in the order of their examples, and so are the pixels.
+        # Rows are written in the order of their examples, and so are pixels and masks.
         batch = ConversationBatch(
             input_ids=torch.tensor(packed["input_ids"]),
             labels=torch.tensor(packed["labels"]),
@@ -118,7 +118,8 @@ class PackingCollator:
             batch["label_positions"] = label_positions(batch["labels"])
         if self.padding_free:
             batch |= _boundaries(batch["position_ids"])
-        return {**batch, **stack_media([example for row in rows for example in row])}
+        written = [example for row in rows for example in row]
+        return {**batch, **stack_media(written), **stack_masks(written)}
 
     def _rows(self, examples: list[Example]) -> list[list[Example]]:
         lengths = [len(example.input_ids) for example in examples]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self
 
-from medm.data.base import AnyPipeline, E, MediaSource, Pipeline, S, missing_branch
+from medm.data.base import AnyPipeline, E, MediaSource, Pipeline, S
 from medm.data.options import SourceOptions, format_of
 from medm.data.record_files import RecordFile, RecordSource
 from medm.data.shards import ShardFile
@@ -18,7 +18,7 @@ from medm.data.tables import TableFile
 from medm.errors import DataError
 from medm.imaging import resolve_inside
 from medm.imaging.images import check_image
-from medm.types import Media, Processor, views_of
+from medm.types import Media, Processor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,23 +139,6 @@ class Records(Sequence[S], Generic[S, E]):
             raise DataError(f"a {media.branch} in a shard is not read; name its file in JSON")
         return inside
 
-    def mask_paths(self, index: int, sample: S) -> list[Path]:
-        """Return the mask files of record `index`.
-
-        Raises:
-            DataError: one is missing or lies outside the root; with file, index and field.
-        """
-        found: list[Path] = []
-        with self.placed(index):
-            for mask in sample.masks:
-                if mask.path is None:
-                    continue
-                try:
-                    found.append(resolve_inside(self.root(index), mask.path))
-                except DataError as error:
-                    raise error.at(field=mask.field) from None
-        return found
-
     def write_regions(self, index: int, sample: S) -> S:
         """Return a sample of record `index` whose regions are text, where its model reads them so.
 
@@ -195,7 +178,7 @@ class Records(Sequence[S], Generic[S, E]):
         with self.placed(index):
             for number, media in enumerate(sample.media):
                 try:
-                    for view in self._views(media.branch):
+                    for view in self.views(sample, number):
                         source = self.media_source(index, media)
                         array = load(self.pipeline.with_marks(source, sample, number, view), view)
                         pixels.setdefault(view, []).append(array)
@@ -203,11 +186,12 @@ class Records(Sequence[S], Generic[S, E]):
                     raise error.at(field=self.media_field(index, number)) from None
         return pixels
 
-    def _views(self, kind: str) -> list[str]:
-        """Return the views that read a kind of file; the kind itself without a model."""
+    def views(self, sample: S, number: int) -> list[str]:
+        """Return the views that file `number` of a sample is read for; its kind without a model.
+
+        Raises:
+            DataError: the model has no view of that kind of file.
+        """
         if not self.pipeline.makes_examples:
-            return [kind]
-        views = views_of(kind, self.pipeline.preprocess)
-        if not views:
-            raise DataError(missing_branch(kind, self.pipeline.preprocess))
-        return views
+            return [sample.media[number].branch]
+        return self.pipeline.views(sample, number)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medm.imaging.options import Augment
-from medm.imaging.placement import Prepared
+from medm.imaging.placement import Placement, Prepared
 
 
 def augment(options: Augment, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -44,6 +44,27 @@ def augment_prepared(options: Augment, prepared: Prepared, rng: np.random.Genera
     return Prepared(_changed(options, prepared.pixels, motion, rng), placement)
 
 
+def follow(prepared: Prepared, before: Placement, after: Placement) -> Prepared:
+    """Return pixels moved as those of another view of the same file, and their placement.
+
+    The views may differ in size, crop and orientation: the motion is carried over through the
+    grid of the file.
+
+    Args:
+        prepared: the view that follows.
+        before: placement of the other view.
+        after: placement of its moved pixels.
+    """
+    if before == after:
+        return prepared
+    placement = prepared.placement.carried(before, after)
+    matrix, offset = prepared.placement.indices_of(placement)
+    sides = np.asarray(prepared.pixels.shape[1:], dtype=np.float64)
+    center = (sides - 1) / 2
+    motion = _Motion(matrix, offset + matrix @ center - center, sides)
+    return Prepared(_moved(prepared.pixels, motion), placement)
+
+
 @dataclass(frozen=True, slots=True)
 class _Motion:
     """From voxels of the result to voxels of the source, both counted from the center."""
@@ -71,7 +92,7 @@ def _draw_motion(
     options: Augment, shape: tuple[int, ...], rng: np.random.Generator
 ) -> _Motion | None:
     """Return the spatial change; None if no change is enabled; then nothing is drawn."""
-    if not (options.rotate or options.scale or options.shift or options.mirror):
+    if not options.motions:
         return None
     sides = np.asarray(shape, dtype=np.float64)
     dims = len(sides)

@@ -308,6 +308,11 @@ class Augment(Options):
     """Flip the last axis half of the time. Reports say left and right: only for tasks without
     sides."""
 
+    @property
+    def motions(self) -> list[str]:
+        """Names of the options that are set and move pixels."""
+        return [name for name in ("rotate", "scale", "shift", "mirror") if getattr(self, name)]
+
     @model_validator(mode="after")
     def _warn_of_mirroring(self) -> Augment:
         if self.mirror:

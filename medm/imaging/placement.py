@@ -135,6 +135,26 @@ class Placement:
             self.affine,
         )
 
+    def carried(self, before: Placement, after: Placement) -> Placement:
+        """Return the placement after the motion of another grid of the same file.
+
+        Args:
+            before: placement of the other grid.
+            after: placement of the other grid when its pixels were moved.
+        """
+        back, back_offset = _inverse(before.matrix)
+        moved, moved_offset = _split(after.matrix)
+        own, offset = _split(self.matrix)
+        matrix = moved @ back
+        place = matrix @ offset + moved @ back_offset + moved_offset
+        return Placement(self.source_shape, self.shape, _rows(matrix @ own, place), self.affine)
+
+    def indices_of(self, other: Placement) -> tuple[np.ndarray, np.ndarray]:
+        """Return the matrix and offset from an index of another grid of the file to this one."""
+        back, back_offset = _inverse(self.matrix)
+        matrix, offset = _split(other.matrix)
+        return back @ matrix, back @ offset + back_offset
+
     # Masks and points.
 
     def to_prepared(self, mask: np.ndarray, *, fill: float = 0) -> np.ndarray:

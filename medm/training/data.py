@@ -143,9 +143,11 @@ class TrainingData:
     def _dataset(
         self, sources: list[SourceOptions], found: Report, *, augmented: bool
     ) -> ExampleDataset[MediaExample]:
+        load = loader(self.options.cache)
         return ExampleDataset(
             Records(sources, self.pipeline),
-            load=loader(self.options.cache),
+            load=load,
+            prepare=load.prepare,
             limit=self.limit,
             bad_records=self.options.bad_records,
             bad_records_limit=BadRecordsLimit(

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medm.data.cached import fill, loader
+from medm.data.cached import MediaLoader, fill, loader
 from medm.data.conversations import Conversations
 from medm.data.dataset import ExampleDataset
 from medm.data.options import CacheOptions, DataOptions, SourceOptions
 from medm.data.records import Records
 from medm.data.volume_cache import MediaCache
-from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, load_pixels, prepare
+from medm.imaging import ImagePreprocess, Preprocess, VolumePreprocess, prepare
 from medm.imaging.placement import Prepared
 from tests.data.tiny import conversations, record, write_image, write_json
 
@@ -96,4 +96,4 @@ def test_images_are_kept_where_the_recipe_says_so(source: SourceOptions, tmp_pat
 
 def test_the_cache_is_off_unless_it_is_named() -> None:
     assert DataOptions().cache is None
-    assert loader(None) is load_pixels
+    assert loader(None) == MediaLoader(cache=None)

@@ -89,6 +89,8 @@ def conversations(
         preprocess=dict(preprocess),
         placeholder_ids={"image": PLACEHOLDER},
         control_token_ids={"[SEG]": CONTROL},
+        mask_view=None,
+        mask_grid=None,
         pad_id=PAD,
         encode=encode,
         tokenizer=SimpleNamespace(decode=to_text),
