@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from medm.config import validate
 from medm.errors import RecipeError
 from medm.heads import HEADS, HeadOptions
 from medm.models import build
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
-from medm.models.lvlm.options import LVLMOptions
+from medm.models.lvlm.options import LVLMOptions, MaskOptions
 from medm.models.lvlm.processing import LVLMProcessor
 from medm.models.mask_heads import described_head
+from medm.objectives import TermsOptions
 from medm.objectives.segmentation import Segmentation
+from medm.objectives.terms import terms_of
 from medm.types import Kind
 from tests import tiny
 
@@ -54,6 +57,26 @@ def test_vista3d_reads_volumes_alone() -> None:
     assert entry["patch"] == preprocess.size == [128, 128, 128]
     with pytest.raises(RecipeError, match="reads volume, not image"):
         described_head("image", options("vista3d"), {}, place="model.masks")
+
+
+def test_the_recipes_of_the_page_describe_heads() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "mask-heads.md").read_text("utf-8")
+    first, second = (
+        yaml.safe_load(block.partition("```")[0]) for block in page.split("```yaml\n")[1:]
+    )
+    grids = []
+    for section in (first["model"]["masks"], second["masks"]):
+        section["head"].pop("path", None)
+        masks = validate(MaskOptions, section, source="page")
+        entry, preprocess = described_head(
+            masks.view, masks.head, masks.preprocess, place="model.masks"
+        )
+        assert preprocess.size is not None
+        with torch.device("meta"):
+            grids.append(HEADS.constructor(entry)().grid(tuple(preprocess.size)))
+    assert grids == [(32, 96, 96), (128, 128, 128)]
+    terms = terms_of(validate(TermsOptions, first["objective"], source="page"))
+    assert terms.reads == {"loss_sum", "mask_logits", "mask_presence"}
 
 
 @pytest.mark.parametrize("kind", ["image", "volume"])
