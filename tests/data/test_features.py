@@ -112,7 +112,7 @@ def test_a_shard_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
         store.add(dies(), most=2, shape=(2, 3), dtype=np.dtype(np.float16))
     for most, rows in ((2, 1), (1, 2)):
         with pytest.raises(
-            ValueError, match=f"expected 2 items, at most {most} in all, found {rows}"
+            ValueError, match=f"2 items in 2 rows, at most {most} rows in all, found {rows}"
         ):
             store.add(
                 [batch(["k", "l"], np.ones((rows, 2, 3)))],
@@ -179,3 +179,26 @@ def test_a_header_without_voxels_is_known_by_those_beside_it(tmp_path: Path, suf
     assert keys[0] != keys[1]
     (tmp_path / "one" / "ct.raw").write_bytes((tmp_path / "two" / "ct.raw").read_bytes())
     assert store.key(tmp_path / "one" / f"ct{suffix}") == keys[1]
+
+
+def test_an_image_that_is_cut_has_a_row_for_each_tile(tmp_path: Path) -> None:
+    files = write(tmp_path, a="x", b="xy", c="xyz")
+    store = open_store(tmp_path / "cache", "encoder")
+    wanted, _ = missing(store, files.values())
+    table = np.arange(6 * 3, dtype=np.float32).reshape(6, 1, 3)
+    keys, counts = [key for key, _ in wanted], [3, 1, 2]
+    batches = [
+        FeatureBatch(keys[:2], [PLACEMENT] * 2, table[:4], counts[:2]),
+        FeatureBatch(keys[2:], [PLACEMENT], table[4:], counts[2:]),
+    ]
+    store.add(batches, most=9, shape=(1, 3), dtype=table.dtype)
+    for opened in (store, open_store(tmp_path / "cache", "encoder")):
+        found = [opened.get(file) for _, file in wanted]
+        expected = [table[:3], table[3:4], table[4:]]
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    wrong = FeatureBatch(["k"], [PLACEMENT], table[:3], [2])
+    with pytest.raises(ValueError, match=r"1 items in 2 rows, at most 9 .*found 3 arrays"):
+        store.add([wrong], most=9, shape=(1, 3), dtype=table.dtype)
+    with pytest.raises(ValueError, match="at most 2 rows in all"):
+        store.add(batches[:1], most=2, shape=(1, 3), dtype=table.dtype)

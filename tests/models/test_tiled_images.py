@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import medm
 import medm.models
 from medm.config import validate
 from medm.data.check import check
@@ -143,6 +145,20 @@ def test_engine_chat_and_generate_agree(built: tuple[Any, Any], folder: Path) ->
     talk.show("image", folder / "tall.png")
     assert "".join(talk.ask("And this?")) is not None
     assert len(talk.pixels["image"]) == 2, "arrays by image, not by tile"
+
+
+def test_questions_in_python_take_images_of_any_shape(
+    built: tuple[Any, Any], folder: Path, tmp_path: Path
+) -> None:
+    for part in built:
+        part.save_pretrained(tmp_path)
+    model = medm.load(str(tmp_path), device="cpu")
+    with Image.open(folder / "tall.png") as opened:
+        found = model.ask("What?", image=opened.convert("RGB"), max_new_tokens=8)
+    record = {"image": "tall.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
+    assert model.ask_many([record], root=folder, max_new_tokens=8) == [found]
+    other = model.ask("What?", image=folder / "wide.png", max_new_tokens=8)
+    assert other != found
 
 
 def source(folder: Path) -> SourceOptions:

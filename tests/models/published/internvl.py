@@ -67,8 +67,9 @@ def write_published(
     tokenizer.add_special_tokens({"additional_special_tokens": TOKENS})
     tokenizer.chat_template = None
     sizes = llm_architecture(
-        "qwen2.5", vocab_size=len(tokenizer), tie_word_embeddings=False, eos_token_id=257
-    )
+        "qwen2.5", vocab_size=len(tokenizer), tie_word_embeddings=False, eos_token_id=257,
+        rope_theta=5000.0,
+    )  # fmt: skip
     vision = original_config()
     stock: Any = InternVLForConditionalGeneration(
         InternVLConfig(text_config=sizes, vision_config=InternViTEncoder.architecture_from(vision))
@@ -99,7 +100,7 @@ def write_published(
         # transformers 4 wrote every setting of generation into a config.
         "llm_config": {
             **sizes, "architectures": ["Qwen2ForCausalLM"], "torch_dtype": "float32",
-            "rope_theta": 10000.0, "temperature": 1.0, "top_k": 50, "num_beams": 1, "bad_words_ids": None,
+            "temperature": 1.0, "top_k": 50, "num_beams": 1, "bad_words_ids": None,
         },
         "select_layer": -1, "force_image_size": 16, "downsample_ratio": 0.5, "ps_version": "v2",
         "template": template, "dynamic_image_size": True, "use_thumbnail": True,
