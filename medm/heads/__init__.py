@@ -7,9 +7,10 @@ depends on no data set, token or loss.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medm.config import Options
 from medm.registry import Registry
@@ -60,6 +61,41 @@ class VISTA3DOptions(HeadOptions):
     """Voxels of the input. Default: 128 x 128 x 128."""
 
 
+Sam2Size: TypeAlias = Literal["tiny", "small", "base_plus", "large", "medsam2"]
+Sam2Era: TypeAlias = Literal["2.0", "2.1"]
+
+
+class Sam2Options(HeadOptions):
+    """SAM 2, MedSAM2, and the grounding encoder of UniBiomed and Sa2VA."""
+
+    size: Sam2Size | None = None
+    """Encoder: Hiera `tiny`, `small`, `base_plus`, `large`, or `medsam2`, which is `tiny` at 512
+    pixels. Needed for a `.pt` file, which has no config. Default: that of the published config,
+    else `tiny`."""
+    era: Sam2Era | None = None
+    """Generation of the weights, of which the memory depends: UniBiomed's are 2.0, MedSAM2's 2.1.
+    Weights of the other one are refused. Default: that of the published config, else 2.1."""
+    multimask: bool = True
+    """Decode three candidates and take the one of the best predicted IoU; false decodes one
+    mask."""
+    padding_points: int = Field(default=2, ge=0)
+    """Tokens that stand for no point in front of a prompt without points; SAM 2 and Sa2VA have
+    two."""
+    memory: bool = False
+    """Also build and load the memory, which carries a mask through the slices of a volume (3-D mode
+    `memory`). It is for inference and is not trained."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square input in pixels. Positions adapt. Default: the published one, 1024 or
+    512."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _image_size_of_the_preset(cls, value: object) -> object:
+        if not isinstance(value, Mapping) or value.get("size") != "medsam2":
+            return value
+        return {**value, "image_size": value.get("image_size") or 512}
+
+
 HEADS: Registry[type[MaskHead]] = Registry("mask head", group="medm.heads", options=HeadOptions)
 HEADS.add(
     "dot-product",
@@ -72,4 +108,10 @@ HEADS.add(
     "medm.heads.vista3d:VISTA3DHead",
     "MONAI's VISTA3D for CT volumes, the prompt in place of its class embedding",
     options=VISTA3DOptions,
+)
+HEADS.add(
+    "sam2",
+    "medm.heads.sam2:Sam2Head",
+    "SAM 2 and MedSAM2, language prompt beside points",
+    options=Sam2Options,
 )

@@ -1,0 +1,76 @@
+"""Tiny architectures of the registered mask heads, by name."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from medm.heads import HEADS
+from medm.heads.base import MaskHead
+from medm.types import Kind
+
+NOT_FOR_CONSTRUCTORS = {"name", "path", "image_size"}
+
+TINY_SAM2: dict[str, Any] = {
+    "vision_config": {
+        "backbone_channel_list": [64, 32, 16, 8],
+        "fpn_hidden_size": 128,
+        "backbone_config": {
+            "model_type": "sam2_hiera_det_model",
+            "hidden_size": 8,
+            "blocks_per_stage": [1, 2, 2, 1],
+            "embed_dim_per_stage": [8, 16, 32, 64],
+            "num_attention_heads_per_stage": [1, 2, 4, 8],
+            "window_size_per_stage": [8, 4, 4, 2],
+            "global_attention_blocks": [4],
+        },
+        "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+    },
+    "prompt_encoder_config": {"hidden_size": 128, "image_size": 128},
+    "mask_decoder_config": {
+        "hidden_size": 128,
+        "mlp_dim": 48,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 32,
+    },
+}
+"""Hiera and mask decoder of 128 pixels."""
+
+TINY_MEMORY: dict[str, Any] = {
+    "memory_attention_hidden_size": 128,
+    "memory_attention_num_layers": 2,
+    "memory_attention_feed_forward_hidden_size": 48,
+    "memory_encoder_hidden_size": 128,
+    "mask_downsampler_embed_dim": 128,
+    "memory_fuser_embed_dim": 128,
+    "memory_fuser_intermediate_dim": 48,
+    "num_maskmem": 4,
+    "max_object_pointers_in_encoder": 5,
+}
+"""Memory beside `TINY_SAM2`: four memories, five pointers."""
+
+
+class TinyHead(NamedTuple):
+    """A head as a recipe would write it, and its input."""
+
+    block: dict[str, Any]
+    pixels: tuple[int, ...]
+    """(C, *spatial)."""
+
+
+TINY_HEADS: dict[str, TinyHead] = {
+    "dot-product": TinyHead(
+        {"architecture": {"dim": 6, "features": 5, "channels": [4, 8], "strides": [2]}}, (1, 12, 8)
+    ),
+    "vista3d": TinyHead({"architecture": {"width": 8, "blocks_down": [1, 1, 1]}}, (1, 8, 8, 8)),
+    "sam2": TinyHead({"architecture": TINY_SAM2 | TINY_MEMORY}, (3, 128, 128)),
+}
+
+
+def build_head(name: str, **options: Any) -> MaskHead:
+    """Build a registered head as a recipe with these options would."""
+    block = HEADS.entry(name).options.model_validate(
+        {"name": name, **TINY_HEADS[name].block, **options}
+    )
+    member, keywords = HEADS.get(name), block.model_dump(exclude=NOT_FOR_CONSTRUCTORS)
+    kind: Kind = "image" if len(TINY_HEADS[name].pixels) == 3 else "volume"
+    return member(**keywords | {"architecture": member.architecture_for(kind, block.architecture)})
