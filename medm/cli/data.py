@@ -13,8 +13,12 @@ from medm.cli.console import note, out
 if TYPE_CHECKING:
     from medm.data.base import AnyPipeline
     from medm.data.options import SourceOptions
+    from medm.tasks.mask_sources.base import MaskSet
     from medm.tasks.pair_sources.base import PairSource
     from medm.training.recipe import Recipe
+
+LISTED = 20
+"""Rows and files of grounded sources that are listed for each reason to leave them out."""
 
 app = typer.Typer(
     help="Check, preview, cache and convert data before training or inference.",
@@ -227,8 +231,10 @@ def convert(
     task: Annotated[
         str,
         typer.Option(
-            help="A benchmark that `medm list tasks` prints (m3d-cap, m3d-vqa-closed ...), or a "
-            "source of image-text pairs that `medm list pair_sources` prints (unimed/chexpert ...)."
+            help="A benchmark that `medm list tasks` prints (m3d-cap, m3d-vqa-closed ...), a "
+            "source of image-text pairs that `medm list pair_sources` prints (unimed/chexpert "
+            "...), or one of grounded records that `medm list mask_sources` prints (biomedparse, "
+            "decathlon ...). A name of both a benchmark and a grounded source is the latter."
         ),
     ],
     data: Annotated[Path, typer.Option(help="Folder of the data as it is distributed.")],
@@ -236,8 +242,8 @@ def convert(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Draw each instruction from the task's own wordings; without it all are worded "
-            "alike."
+            help="Draw each instruction, and the replies of grounded sources, from their own "
+            "wordings; without it all are worded alike."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
@@ -249,20 +255,29 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Turn a published data folder into records to train on: conversations, or image-text pairs.
+    """Turn a published data folder into records to train on.
+
+    They are conversations, with masks or regions where the source has them, or image-text pairs.
 
     Files stay where they are.
 
     Paths in the records are relative to the folder, which is the `root` of the source in a recipe.
-    Rows of image-text pairs without a file or a caption are counted and left out.
+    Rows without a file or a text are left out, counted and named, as are files without a row.
     """
     from itertools import islice
 
     from medm.data.writing import write_records
     from medm.tasks import TASKS
     from medm.tasks.base import task_to_records
+    from medm.tasks.mask_sources import MASK_SOURCES
     from medm.tasks.pair_sources import PAIR_SOURCES
 
+    families = {name.partition("/")[0] for name in MASK_SOURCES.names() if "/" in name}
+    if task in MASK_SOURCES or task.partition("/")[0] in families:
+        if exclude is not None:
+            raise typer.BadParameter("--exclude is for image-text pairs")
+        _convert_masks(output, MASK_SOURCES.get(task), data, split, seed, limit)
+        return
     if "/" in task or task in PAIR_SOURCES:
         if seed is not None:
             raise typer.BadParameter("--seed is for questions; captions are drawn in training")
@@ -282,6 +297,29 @@ def convert(
     records = task_to_records(TASKS.get(task)(), data, split, seed=seed)
     count = write_records(output, islice(records, limit))
     out.print(f"{output}: {count} records of {task}, {split}", markup=False)
+    note(f"look at them: medm data check {output} --root {data}")
+
+
+def _convert_masks(
+    output: Path,
+    source: MaskSet,
+    data: Path,
+    split: str,
+    seed: int | None,
+    limit: int | None,
+) -> None:
+    """Write a source of grounded records, and list what was left out."""
+    from itertools import islice
+
+    from medm.data.writing import write_records
+    from medm.tasks.pair_sources.base import LeftOut
+
+    left_out = LeftOut(keep=LISTED)
+    records = source.records(data, split, left_out=left_out, seed=seed)
+    count = write_records(output, islice(records, limit))
+    out.print(f"{output}: {count} records of {source.source}, {split}", markup=False)
+    for line in left_out.lines():
+        out.print(line, markup=False)
     note(f"look at them: medm data check {output} --root {data}")
 
 
