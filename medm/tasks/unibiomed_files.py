@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -170,6 +170,22 @@ def inner_path(folder: Path, prefix: str, part: str, name: str) -> str:
     raise DataError(
         f"{inner!r} is missing in {folder}; the annotations name it", file=folder / inner
     )
+
+
+def slice_of(mask: str, slices: Sequence[str]) -> int | None:
+    """Return the position of the slice that a mask is named after; None if there is none.
+
+    The name of a mask is that of its slice, alone or followed by '_' or '-' and more. Where several
+    names fit, the longest is meant.
+    """
+    own = PurePosixPath(mask).stem
+    stems = [PurePosixPath(name).stem for name in slices]
+    fitting = [
+        place
+        for place, stem in enumerate(stems)
+        if own == stem or own.startswith((f"{stem}_", f"{stem}-"))
+    ]
+    return max(fitting, key=lambda place: len(stems[place]), default=None)
 
 
 def read_plane(folder: Path, path: str) -> np.ndarray:

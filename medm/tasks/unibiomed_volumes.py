@@ -20,7 +20,7 @@ from medm.tasks.base import Record, make_sample, pick_template
 from medm.tasks.benchmark_files import field_of, image_size, read_json_map
 from medm.tasks.masks import MaskReference, MaskTask, number, present
 from medm.tasks.unibiomed import with_set_mean
-from medm.tasks.unibiomed_files import inner_path, read_plane, sets_of
+from medm.tasks.unibiomed_files import inner_path, read_plane, sets_of, slice_of
 from medm.types import Config, JsonObject, Media, Sample
 
 _LAYOUT = (
@@ -86,23 +86,16 @@ def _by_slice(
 ) -> tuple[str | None, ...]:
     """Return the mask of each slice: its name begins with that of the slice."""
     listed = field_of(expression, "mask_file", list, file=file, index=index)
-    stems = [PurePosixPath(one).stem for one in names]
     found: list[str | None] = [None] * len(names)
     for mask in listed:
-        own = PurePosixPath(str(mask)).stem
-        fitting = [
-            place
-            for place, stem in enumerate(stems)
-            if own == stem or own.startswith((f"{stem}_", f"{stem}-"))
-        ]
-        if not fitting:
+        best = slice_of(str(mask), names)
+        if best is None:
             raise DataError(
                 f"mask {mask!r} begins with the name of no slice of its volume",
                 file=file,
                 index=index,
                 field="mask_file",
             )
-        best = max(fitting, key=lambda place: len(stems[place]))
         found[best] = inner_path(folder, prefix, f"{split}_mask", str(mask))
     return tuple(found)
 

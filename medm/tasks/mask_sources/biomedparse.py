@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from medm.errors import DataError
 from medm.imaging.images import check_image
 from medm.imaging.mask_files import read_mask
 from medm.imaging.placement import Placement
-from medm.tasks.benchmark_files import field_of, read_json_map, require
+from medm.tasks.benchmark_files import field_of, read_json_map
 from medm.tasks.mask_sources.base import (
     Draw,
     MaskSet,
@@ -32,6 +32,7 @@ from medm.tasks.mask_sources.base import (
     wordings,
 )
 from medm.tasks.pair_sources.base import LeftOut
+from medm.tasks.unibiomed_files import LAYOUT, annotation_rows, sets_of
 from medm.types import JsonObject, MaskSource
 
 MIN_BOX_AREA = 400
@@ -59,24 +60,21 @@ class Annotation:
 class CocoSet(MaskSet):
     """One set, or a folder of them."""
 
-    places: tuple[str, ...] = ("",)
-    """Folders that a set or several sets may lie in, below the folder that is given."""
-    needs_masks = True
+    top: str = ""
+    """Folder of these sets, where the given one holds sets of other kinds as well."""
+    skip: tuple[str, ...] = ()
+    """Folders that hold sets of other kinds."""
+    needs_masks: ClassVar[bool] = True
 
     def rows(
         self, folder: Path, split: str, *, draw: Draw, left_out: LeftOut
     ) -> Iterator[JsonObject]:
-        for file in self.files(folder, split):
+        top = folder / self.top
+        found = sets_of(
+            top if top.is_dir() else folder, f"{split}.json", self.layout, skip=self.skip
+        )
+        for file, _ in found.values():
             yield from self._rows_of(folder, file, split, draw, left_out)
-
-    def files(self, folder: Path, split: str) -> list[Path]:
-        """Return the annotation file of each set, by name. Raises `DataError` if there is none."""
-        for place in self.places:
-            if (folder / place / f"{split}.json").is_file():
-                return [folder / place / f"{split}.json"]
-            if found := sorted((folder / place).glob(f"*/{split}.json")):
-                return found
-        return [require(folder, f"{split}.json", layout=self.layout)]
 
     def _rows_of(
         self,
@@ -86,10 +84,7 @@ class CocoSet(MaskSet):
         draw: Draw,
         left_out: LeftOut,
     ) -> Iterator[JsonObject]:
-        content = read_json_map(file)
-        rows = content.get("annotations")
-        if not isinstance(rows, list):
-            raise DataError("expected a list of objects", file=file, field="annotations")
+        rows = annotation_rows(file)
         images, masks = (f"{self._place(folder, file)}{name}" for name in (split, f"{split}_mask"))
         named: set[str] = set()
         for index, row in enumerate(rows):
@@ -102,7 +97,7 @@ class CocoSet(MaskSet):
                 if found.mask is not None:
                     named.add(found.mask)
                 yield from self.make(folder, found, draw)
-        listed = content.get("images")
+        listed = read_json_map(file).get("images")
         for index, entry in enumerate(listed if isinstance(listed, list) else []):
             name = entry.get("file_name") if isinstance(entry, dict) else None
             if isinstance(name, str) and f"{images}/{name}" not in named:
@@ -203,7 +198,7 @@ class RegionSet(CocoSet):
 class CaptionSet(CocoSet):
     """An image to its caption."""
 
-    needs_masks = False
+    needs_masks: ClassVar[bool] = False
 
     def annotation(
         self, folder: Path, file: Path, split: str, row: object, index: int
@@ -288,14 +283,14 @@ def _named(row: object, images: str, masks: str) -> set[str]:
     return {f"{place}/{row[key]}" for key, place in places.items() if isinstance(row.get(key), str)}
 
 
-_LAYOUT = "SET/train.json (or test.json) beside SET/train and SET/train_mask, or one such set"
+_OTHERS = ("Disease", "MedTrinity")
 
-BIOMEDPARSE = CocoSet(source="biomedparse", layout=_LAYOUT)
-SEGMENTATION_2D = CocoSet(source="unibiomed-2d", layout=_LAYOUT)
-DISEASE = DiseaseSet(source="unibiomed-disease", layout=_LAYOUT, places=("", "Disease"))
-REGION = RegionSet(source="unibiomed-region", layout=_LAYOUT)
+BIOMEDPARSE = CocoSet(source="biomedparse", layout=LAYOUT)
+SEGMENTATION_2D = CocoSet(source="unibiomed-2d", layout=LAYOUT, skip=_OTHERS)
+DISEASE = DiseaseSet(source="unibiomed-disease", layout=LAYOUT, top="Disease")
+REGION = RegionSet(source="unibiomed-region", layout=LAYOUT, skip=_OTHERS)
 MEDTRINITY = CaptionSet(
     source="medtrinity",
-    layout="train.json with file_name and caption in 'annotations', beside the images",
-    places=("", "MedTrinity"),
+    layout="<split>.json with file_name and caption in 'annotations', beside the images",
+    top="MedTrinity",
 )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from medm.errors import DataError
-from medm.tasks.benchmark_files import field_of, read_json_map, require
+from medm.tasks.benchmark_files import field_of, read_json_map
 from medm.tasks.mask_sources.base import (
     Draw,
     MaskSet,
@@ -24,6 +24,7 @@ from medm.tasks.mask_sources.base import (
     wordings,
 )
 from medm.tasks.pair_sources.base import LeftOut
+from medm.tasks.unibiomed_files import sets_of, slice_of
 from medm.types import JsonObject
 
 MAX_SLICES = 10
@@ -37,18 +38,12 @@ class SliceSet(MaskSet):
     def rows(
         self, folder: Path, split: str, *, draw: Draw, left_out: LeftOut
     ) -> Iterator[JsonObject]:
-        name = f"meta_{split}.json"
-        files = [folder / name] if (folder / name).is_file() else []
-        for pattern in (f"*/{name}", f"3D/*/{name}"):
-            files = files or sorted(folder.glob(pattern))
-        for file in files or [require(folder, name, layout=self.layout)]:
-            yield from self._rows_of(folder, file, split, draw, left_out)
+        for file, top in sets_of(folder, f"meta_{split}.json", self.layout).values():
+            yield from self._rows_of(folder, file, top, split, draw, left_out)
 
     def _rows_of(
-        self, folder: Path, file: Path, split: str, draw: Draw, left_out: LeftOut
+        self, folder: Path, file: Path, top: str, split: str, draw: Draw, left_out: LeftOut
     ) -> Iterator[JsonObject]:
-        relative = file.parent.relative_to(folder).as_posix()
-        top = "" if relative == "." else f"{relative}/"
         named: set[str] = set()
         volumes = field_of(read_json_map(file), "volumes", dict, file=file, index=0)
         index = -1
@@ -107,28 +102,24 @@ class _Place:
         slices, masks = self._names(entry, "img_file"), self._names(entry, "mask_file")
         self.name(slices, self.split)
         self.name(masks, f"{self.split}_mask")
-        by_stem = {PurePosixPath(name).stem: name for name in slices}
-        found: dict[str, tuple[str, str]] = {}
-        for mask in masks:
-            # A mask is named after its slice, so the longest name that it begins with is its own.
-            stem = PurePosixPath(mask).stem
-            owners = [name for name in by_stem if stem.startswith(name)]
+        found: dict[int, tuple[str, str]] = {}
+        owners = [slice_of(mask, slices) for mask in masks]
+        for mask, owner in zip(masks, owners, strict=True):
             with noting(self.left_out, self.file, self.index):
                 mask_path = self._find(mask, f"{self.split}_mask")
-                if not owners:
-                    raise DataError(f"{mask}: no slice has a name that this one begins with")
-                owner = max(owners, key=len)
+                if owner is None:
+                    raise DataError(f"{mask}: it is named after no slice of the expression")
                 if owner in found:
-                    raise DataError(f"{mask}: a second mask of the slice {by_stem[owner]}")
-                found[owner] = self._find(by_stem[owner], self.split), mask_path
-        for stem, name in by_stem.items():
-            if not any(PurePosixPath(mask).stem.startswith(stem) for mask in masks):
+                    raise DataError(f"{mask}: a second mask of the slice {slices[owner]}")
+                found[owner] = self._find(slices[owner], self.split), mask_path
+        for number, name in enumerate(slices):
+            if number not in owners:
                 with noting(self.left_out, self.file, self.index):
                     self._find(name, self.split)
                     raise DataError(f"{name}: the slice has no mask", field="img_file")
         if not found:
             raise DataError("no slice of the expression has a mask", field="mask_file")
-        return [found[stem] for stem in by_stem if stem in found]
+        return [found[number] for number in sorted(found)]
 
     def _names(self, entry: dict[str, Any], field: str) -> list[str]:
         values = field_of(entry, field, list, file=self.file, index=self.index)

@@ -180,6 +180,18 @@ def test_a_volume_gives_at_most_ten_slices_in_order(seed: int | None, tmp_path: 
     assert linked(parse_record(record), tmp_path) == [pixels]
 
 
+def test_a_mask_of_slice_10_is_not_one_of_slice_1(tmp_path: Path) -> None:
+    for name in ("v_1", "v_10"):
+        put_image(tmp_path / f"train/{name}.png", SIZE)
+        put_mask(tmp_path / f"train_mask/{name}_m.png", 2)
+    masks = ["v_10_m.png", "v_1_m.png"]
+    entry = {"exp": "x", "img_file": ["v_1.png"], "mask_file": masks}
+    put_json(tmp_path / "meta_train.json", {"volumes": {"v": {"expressions": {"0": entry}}}})
+    (record,), left_out = converted("unibiomed/segmentation-3d", tmp_path)
+    assert [mask["file"] for mask in record["masks"][0]] == ["train_mask/v_1_m.png"]
+    assert "v_10_m.png: it is named after no slice" in left_out.lines()[0]
+
+
 def test_a_second_mask_of_a_slice_is_left_out(tmp_path: Path) -> None:
     put_image(tmp_path / "train/a.png", SIZE)
     put_mask(tmp_path / "train_mask/a_1.png", 2)
