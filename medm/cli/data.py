@@ -119,6 +119,10 @@ def preview(
     slices: Annotated[
         int, typer.Option(min=1, help="Most slices of a volume that are shown.")
     ] = 12,
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option(help="Mask file whose outline is drawn; may be given several times."),
+    ] = None,
 ) -> None:
     """Draw what a model will see of one file: after window, orientation and size.
 
@@ -139,7 +143,7 @@ def preview(
         raise RecipeError(f"--branch {branch}: the model has {', '.join(sorted(known))}")
     described = known[branch].model_dump() if known else {"kind": branch}
     wanted = preprocess_from_dict(changed(described, apply_overrides({}, fields or [])))
-    save_contact_sheet(file, wanted, output, slices=slices)
+    save_contact_sheet(file, wanted, output, slices=slices, masks=mask or ())
     out.print(str(output), markup=False)
 
 

@@ -97,7 +97,8 @@ class DataOptions(Options):
     """With `skip`: stop when more records than this are bad. A number below 1 is a fraction of the
     records, any other a count; each record counts once per run; null for no limit."""
     augment: dict[str, Augment] | None = None
-    """Random changes by branch, in training only."""
+    """Random changes by view, in training only. The view of a mask head and its masks move as
+    `image` or `volume` does."""
     cache_features: str | None = None
     """Folder of the feature cache: a frozen encoder runs once per file instead of once per epoch.
     Any number of runs may use one folder; delete it when it is no longer needed."""

@@ -5,7 +5,8 @@ For people who check data; not for clinical use, and the sheet says so.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,35 @@ from PIL import Image
 
 from medm.imaging import Preprocess
 from medm.imaging.images import prepare_image, read_image
+from medm.imaging.mask_colors import Color, mask_color
+from medm.imaging.mask_files import read_mask
 from medm.imaging.options import ImagePreprocess, VolumePreprocess
-from medm.imaging.sheet import Tile, draw_sheet, marks_of
+from medm.imaging.placement import Placement
+from medm.imaging.sheet import Line, Tile, draw_sheet, marks_of
 from medm.imaging.tiles import num_items, whole_image
 from medm.imaging.transforms import default_window, windowed_volume
 from medm.imaging.volumes import read_volume
+from medm.types import MaskSource
 
 _NOTICE = "As the model sees it. Not for clinical use."
 
 
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What the model sees of a file."""
+
+    title: list[str]
+    tiles: list[Tile]
+    placement: Placement
+
+
 def contact_sheet(
-    path: Path, preprocess: Preprocess, *, slices: int = 12, tile: int = 192
+    path: Path,
+    preprocess: Preprocess,
+    *,
+    slices: int = 12,
+    tile: int = 192,
+    masks: Sequence[Path] = (),
 ) -> Image.Image:
     """Return an image of what the model sees.
 
@@ -32,11 +51,21 @@ def contact_sheet(
         preprocess: the description that training uses.
         slices: most slices of a volume that are shown, evenly spread over its first axis.
         tile: width of one tile, in pixels.
+        masks: mask files of the image or volume, whose outlines are drawn where the prepared grid
+            shows them.
 
     Raises:
-        MediaError: as `load_pixels`.
+        MediaError: as `load_pixels`, and as `medm.imaging.mask_files.read_mask`.
     """
-    title, tiles = _tiles(path, preprocess, slices)
+    shown = _tiles(path, preprocess, slices)
+    title: list[str | Line] = [*shown.title]
+    tiles = shown.tiles
+    for number, file in enumerate(masks):
+        source = MaskSource(token=0, media=0, field="mask", path=file.name)
+        mask = read_mask(source, file.parent, shown.placement)
+        title.append(Line(file.name, mask_color(number)))
+        planes = shown.placement.to_prepared(mask)
+        tiles = [_outlined(one, planes, mask_color(number)) for one in tiles]
     return draw_sheet([*title, _NOTICE], tiles, tile)
 
 
@@ -63,16 +92,16 @@ def similarity_sheet(
     Raises:
         MediaError: as `load_pixels`.
     """
-    title, tiles = _tiles(path, preprocess, slices)
+    shown = _tiles(path, preprocess, slices)
     low, high = float(similarity.min()), float(similarity.max())
     planes = (similarity - low) / max(high - low, 1e-12)
     planes = planes if planes.ndim == 3 else planes[None]
     covered = []
-    for one in tiles:
+    for one in shown.tiles:
         plane = planes[min(int(one.depth * len(planes)), len(planes) - 1)]
         covered.append(replace(one, pixels=_covered(one.pixels, plane)))
     scale = f"cosine of each patch alone, {low:.3f} (blue) to {high:.3f} (red)"
-    return draw_sheet([*title, f"text: {text}", scale, _NOTICE], covered, tile)
+    return draw_sheet([*shown.title, f"text: {text}", scale, _NOTICE], covered, tile)
 
 
 def _covered(pixels: np.ndarray, plane: np.ndarray) -> np.ndarray:
@@ -88,27 +117,43 @@ def _covered(pixels: np.ndarray, plane: np.ndarray) -> np.ndarray:
     return 0.6 * gray + 0.4 * color
 
 
-def _tiles(path: Path, preprocess: Preprocess, slices: int) -> tuple[list[str], list[Tile]]:
+def _tiles(path: Path, preprocess: Preprocess, slices: int) -> _Shown:
     if isinstance(preprocess, ImagePreprocess):
         return _image_tiles(path, preprocess)
     return _volume_tiles(path, preprocess, slices)
 
 
+def _outlined(tile: Tile, mask: np.ndarray, color: Color) -> Tile:
+    """Return a tile with the outline of a mask (H, W) or (D, H, W) of the prepared grid."""
+    plane = mask if mask.ndim == 2 else mask[int(tile.depth * len(mask))]
+    padded = np.pad(plane, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    pixels = tile.pixels if tile.pixels.ndim == 3 else np.repeat(tile.pixels[..., None], 3, axis=2)
+    edge = (plane & ~inner)[..., None]
+    return replace(tile, pixels=np.where(edge, np.asarray(color, np.float32) / 255, pixels))
+
+
 def save_contact_sheet(
-    path: Path, preprocess: Preprocess, output: Path, *, slices: int = 12, tile: int = 192
+    path: Path,
+    preprocess: Preprocess,
+    output: Path,
+    *,
+    slices: int = 12,
+    tile: int = 192,
+    masks: Sequence[Path] = (),
 ) -> None:
     """`contact_sheet`, written as PNG without metadata."""
-    contact_sheet(path, preprocess, slices=slices, tile=tile).save(output, "PNG")
+    contact_sheet(path, preprocess, slices=slices, tile=tile, masks=masks).save(output, "PNG")
 
 
-def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], list[Tile]]:
+def _image_tiles(path: Path, preprocess: ImagePreprocess) -> _Shown:
     image = read_image(path)
     shape = image.pixels.shape[:2]
     preprocess, items = whole_image(preprocess, shape), num_items(preprocess, shape)
-    pixels = prepare_image(preprocess, image).pixels
+    prepared = prepare_image(preprocess, image)
     mean = np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
-    shown = np.moveaxis(pixels * std + mean, 0, -1)
+    shown = np.moveaxis(prepared.pixels * std + mean, 0, -1)
     height, width = image.pixels.shape[:2]
     window = image.shown_range(preprocess.window)
     depth = f"window {window[0]:g}..{window[1]:g}" if image.is_deep and window else "8 bits"
@@ -119,14 +164,14 @@ def _image_tiles(path: Path, preprocess: ImagePreprocess) -> tuple[list[str], li
         f"{width} x {height}, {depth}, to {preprocess.size[1]} x {preprocess.size[0]} "
         f"({preprocess.fit})" + (f", cut into {items} items" if items > 1 else ""),
     ]
-    return title, [Tile(shown[..., 0] if shown.shape[-1] == 1 else shown, "")]
+    tile = Tile(shown[..., 0] if shown.shape[-1] == 1 else shown, "")
+    return _Shown(title, [tile], prepared.placement)
 
 
-def _volume_tiles(
-    path: Path, preprocess: VolumePreprocess, slices: int
-) -> tuple[list[str], list[Tile]]:
+def _volume_tiles(path: Path, preprocess: VolumePreprocess, slices: int) -> _Shown:
     volume = read_volume(path, several=preprocess.series)
-    shown = windowed_volume(preprocess, volume)  # [C, D, H, W]
+    prepared = windowed_volume(preprocess, volume)
+    shown = prepared.pixels  # [C, D, H, W]
     axes = None
     if volume.geometry is not None:
         axes = preprocess.orientation or volume.geometry.axes
@@ -145,4 +190,5 @@ def _volume_tiles(
         " x ".join(str(length) for length in shape)
         for shape in (volume.voxels.shape, shown.shape[1:])
     ]
-    return [path.name, f"{sizes[0]} voxels ({volume.unit}) to {sizes[1]}, {direction}"], tiles
+    title = [path.name, f"{sizes[0]} voxels ({volume.unit}) to {sizes[1]}, {direction}"]
+    return _Shown(title, tiles, prepared.placement)

@@ -62,9 +62,10 @@ def prepare_volume(
     return Prepared(((shown - mean) / std).contiguous().cpu().numpy(), placement)
 
 
-def windowed_volume(preprocess: VolumePreprocess, volume: Volume) -> np.ndarray:
-    """Return the pixels of `prepare_volume` before `mean` and `std`, in 0..1, for display."""
-    return _checked(preprocess, volume, "cpu")[0].numpy()
+def windowed_volume(preprocess: VolumePreprocess, volume: Volume) -> Prepared:
+    """Return what `prepare_volume` does before `mean` and `std`, in 0..1, for display."""
+    shown, placement = _checked(preprocess, volume, "cpu")
+    return Prepared(shown.numpy(), placement)
 
 
 def _checked(preprocess: VolumePreprocess, volume: Volume, device: str) -> tuple[Tensor, Placement]:

@@ -11,7 +11,11 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image, ImageDraw
 
+from medm.errors import MediaError
 from medm.imaging import ImagePreprocess, VolumePreprocess
+from medm.imaging.geometry import Geometry
+from medm.imaging.mask_colors import mask_color
+from medm.imaging.nifti import write_nifti
 from medm.imaging.preview import contact_sheet, save_contact_sheet
 from tests.imaging.tiny import CANARY, phantom, write_series
 
@@ -98,3 +102,42 @@ def test_nothing_of_the_header_is_shown(tmp_path: Path, drawn: list[Any]) -> Non
     write_series(tmp_path / "ct", phantom())
     contact_sheet(tmp_path / "ct", VolumePreprocess(size=[2, 4, 4]))
     assert not [text for _, text in drawn if CANARY.split("^")[0].lower() in text.lower()]
+
+
+def test_outlines_of_masks_lie_on_the_prepared_pixels(tmp_path: Path, drawn: list[Any]) -> None:
+    """A volume turned over, and an image whose sides are cropped: edges are colored, areas not."""
+    inside = np.zeros((4, 40, 40), np.uint8)
+    inside[1:3, 4:20, 10:30] = 1
+    geometry = Geometry(np.array([5.0, 1.0, 1.0]), -np.eye(3)[:, [2, 1, 0]], np.zeros(3))
+    write_nifti(tmp_path / "v.nii", inside.astype(np.int16) * 300 - 150, geometry)
+    write_nifti(tmp_path / "m.nii", inside, geometry)
+    preprocess = VolumePreprocess(size=[4, 40, 40], windows=[[-2000, 2000]], orientation="SPL")
+    sheet = contact_sheet(
+        tmp_path / "v.nii", preprocess, slices=4, tile=40, masks=[tmp_path / "m.nii"]
+    )
+    assert any(text == "m.nii" for _, text in drawn)
+    assert count(sheet, 0) >= 2 * (2 * 16 + 2 * 20 - 4), "two slices, and the legend"
+
+    Image.fromarray(np.full((40, 80), 100, np.uint8)).save(tmp_path / "i.png")
+    for number, columns in enumerate((slice(30, 50), slice(0, 15))):
+        mask = np.zeros((40, 80), np.uint8)
+        mask[10:30, columns] = 255
+        Image.fromarray(mask).save(tmp_path / f"m{number}.png")
+    files = [tmp_path / "m0.png", tmp_path / "m1.png"]
+    cropped = ImagePreprocess(size=[40, 40], fit="crop")
+    sheet = contact_sheet(tmp_path / "i.png", cropped, tile=40, masks=files)
+    tile = np.asarray(sheet)[-48:-8, 4:44]
+    edge = (np.abs(tile.astype(int) - mask_color(0)) < 3).all(axis=-1)
+    rows, columns = np.nonzero(edge)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10, 29, 10, 29)
+    assert edge.sum() == 4 * 20 - 4
+    assert not (np.abs(tile.astype(int) - mask_color(1)) < 3).all(axis=-1).any(), "cropped away"
+    with pytest.raises(MediaError, match="no such file") as caught:
+        contact_sheet(tmp_path / "i.png", cropped, masks=[tmp_path / "gone.png"])
+    assert caught.value.field == "mask"
+
+
+def count(sheet: Image.Image, number: int) -> int:
+    """Pixels of a sheet in the color of a mask."""
+    distance = np.abs(np.asarray(sheet).astype(int) - mask_color(number))
+    return int((distance < 40).all(axis=-1).sum())
