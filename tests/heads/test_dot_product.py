@@ -238,3 +238,15 @@ def test_points_are_refused() -> None:
     points = Points(torch.zeros(1, 1, 2), torch.ones(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="takes no points"):
         head(torch.randn(1, 1, 8, 8), torch.randn(1, 6), torch.tensor([0]), points)
+
+
+def test_bf16_weights_stay_close_to_fp32() -> None:
+    """Counts of voxels beyond 256 are not numbers of bf16: sums of the quality are in fp32."""
+    head = tiny(axes=3).eval()
+    pixels, prompts, items = torch.randn(1, 1, 8, 16, 16), torch.randn(2, 6), torch.zeros(2).long()
+    with torch.no_grad():
+        expected = head(pixels, prompts, items)
+        found = head.bfloat16()(pixels.bfloat16(), prompts.bfloat16(), items)
+    for half, full in zip(found, expected, strict=True):
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)

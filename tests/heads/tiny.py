@@ -61,7 +61,9 @@ TINY_HEADS: dict[str, TinyHead] = {
     "dot-product": TinyHead(
         {"architecture": {"dim": 6, "features": 5, "channels": [4, 8], "strides": [2]}}, (1, 12, 8)
     ),
-    "vista3d": TinyHead({"architecture": {"width": 8, "blocks_down": [1, 1, 1]}}, (1, 8, 8, 8)),
+    "vista3d": TinyHead(
+        {"architecture": {"width": 8, "blocks_down": [1, 1, 1]}, "patch": [8, 8, 8]}, (1, 8, 12, 8)
+    ),
     "sam2": TinyHead({"architecture": TINY_SAM2 | TINY_MEMORY}, (3, 128, 128)),
 }
 
