@@ -20,13 +20,13 @@ from medm.config import validate
 from medm.errors import CheckpointError, DataError, DeviceError, MedmError, RecipeError
 from medm.evaluation.cases import Case, choose_cases, render_thumbnails
 from medm.evaluation.options import EvalOptions
-from medm.evaluation.prediction_files import read_predictions
+from medm.evaluation.prediction_files import fields_given, read_predictions
 from medm.evaluation.report import group_table
 from medm.evaluation.runner import evaluate
 from medm.evaluation.task_report import TaskReport
 from medm.metrics.base import MetricResult
 from medm.tasks import TASKS
-from medm.tasks.base import Scores
+from medm.tasks.base import PredictedMask, Scores
 from medm.tasks.custom import Custom
 from medm.types import Media, Sample, Turn
 from tests.cli.runner import medm
@@ -266,6 +266,49 @@ def test_numbers_of_masks_come_with_the_answers(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"id": "i0", "reply": "It is [SEG].", "dice": 0.5, "finished": true}\n')
     assert read_predictions(file, items(1))["i0"].numbers == {"dice": 0.5}
+
+
+RLE = {"size": [2, 2], "counts": [1, 3]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "masks"),
+    [
+        ({"mask": "a.png"}, (PredictedMask("a.png"),)),
+        ({"mask": {"file": "a.nii", "value": 3}}, (PredictedMask("a.nii", 3),)),
+        ({"mask": ["a.png", {"rle": RLE}]}, (PredictedMask("a.png"), PredictedMask(rle=RLE))),
+        ({"mask": RLE}, (PredictedMask(rle=RLE),)),
+        ({"mask": None, "text": "There is none."}, ()),
+        (
+            {
+                "reply": "Both.",
+                "spans": [
+                    {"token": 0, "image": 1, "mask": "a.png", "voxels": 4},
+                    {"token": 1, "image": 0, "rle": RLE},
+                    {"token": 2, "phrase": "of no image"},
+                ],
+            },
+            (PredictedMask("a.png", media=1), PredictedMask(rle=RLE, media=0)),
+        ),
+    ],
+)
+def test_masks_are_files_codes_and_spans(
+    fields: dict[str, Any], masks: tuple[PredictedMask, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"id": "i0", **fields}) + "\n")
+    found = read_predictions(file, items(1))["i0"]
+    assert found.masks == masks
+    assert found.folder == tmp_path
+    assert ("masks" in fields_given(file)) == bool(masks)
+
+
+@pytest.mark.parametrize("mask", [3, {"value": 3}, {"file": "a", "value": "liver"}, [None]])
+def test_a_mask_of_another_form_is_refused(mask: object, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"id": "i0", "mask": mask}) + "\n")
+    with pytest.raises(DataError, match=r"p\.jsonl.*record 0.*mask.*expected a file"):
+        read_predictions(file, items(1))
 
 
 def test_an_object_of_texts_may_use_any_id(tmp_path: Path) -> None:
