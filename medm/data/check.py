@@ -19,6 +19,7 @@ import numpy as np
 
 from medm.data.base import AnyPipeline, MediaSource, Segment
 from medm.data.compact import PlacedTexts, SeenTexts
+from medm.data.concepts import ConceptCounts
 from medm.data.limits import LengthLimit
 from medm.data.mask_check import check_masks
 from medm.data.mask_targets import blank_targets
@@ -56,6 +57,8 @@ class Report:
     """Good records without image or volume."""
     media: Counter[str] = field(default_factory=Counter)
     """Images and volumes of good records by branch; masks, and those of absent targets."""
+    concepts: ConceptCounts = field(default_factory=ConceptCounts)
+    """Phrases of the masks of good records."""
     tasks: Counter[str] = field(default_factory=Counter)
     """Good records by task; "" for those that name none."""
     bad: list[DataError] = field(default_factory=list)
@@ -210,6 +213,7 @@ class _Checker:
         self.report.media.update(media.branch for media in sample.media)
         self.report.media.update(masks)
         self.report.media.update("region" for _ in getattr(sample, "regions", ()))
+        self.report.concepts.add(sample)
         self.report.tasks[sample.task or ""] += 1
 
     def _check_masks(
@@ -380,6 +384,7 @@ def merged(reports: Sequence[Report]) -> Report:
         whole.counts.update(report.counts)
         whole.text_only += report.text_only
         whole.media.update(report.media)
+        whole.concepts.merge(report.concepts)
         whole.tasks.update(report.tasks)
         whole.num_bad += report.num_bad
         whole.num_unreadable += report.num_unreadable

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import medm
-from medm.errors import MedmError
+from medm.errors import CheckpointError, MedmError
 from medm.models.manifest import write_manifest
 from medm.os_errors import require_writable
 
-CARD, ORIGIN = "README.md", "origin"
-_RECORDS = ("recipe.yaml", "run.json", "import.json", CARD)
+CARD, ORIGIN, CONCEPTS = "README.md", "origin", "concepts.json"
+_RECORDS = ("recipe.yaml", "run.json", "import.json", CONCEPTS, CARD)
 """What a model folder says about its making."""
 NOT_CLINICAL = (
     "**Not for clinical use.** This model is for research; it must not be used to diagnose, "
@@ -30,6 +32,34 @@ def require_free(out: Path, *, error: type[MedmError]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise error(f"{out}: exists already; choose another folder, or remove it")
     require_writable(out, folder=True)
+
+
+def read_concepts(folder: Path) -> dict[str, Any] | None:
+    """Return what the model of a folder was trained to name; None where nothing says so.
+
+    It is the file `concepts.json` of a training with masks, also of the model that an export was
+    made from.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    for file in (folder / CONCEPTS, folder / ORIGIN / CONCEPTS):
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
+        concepts = found.get("concepts") if isinstance(found, dict) else None
+        if not isinstance(concepts, dict) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("records"), int)
+            for entry in concepts.values()
+        ):
+            raise CheckpointError(
+                f"{file}: expected 'concepts' with the number of records of each phrase"
+            )
+        return dict(found)
+    return None
 
 
 def describe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -253,6 +254,17 @@ def _folder_of(folder: Path, target: Target) -> str:
             f"holds {len(there)} files), so that they cannot be read as a volume; move each "
             "volume to a folder, name a file of it as 'volume' in the annotation, or show the "
             "slices as images (media: images)",
+            file=folder / parent,
+        )
+    numbers = [
+        [int(number) for number in re.findall(r"[0-9]+", PurePosixPath(path).stem)][-1:]
+        for path in target.slices
+    ]
+    if numbers != sorted(numbers) or [] in numbers:
+        raise DataError(
+            f"the slices of {target.scan!r} are not listed in the order of the last number of "
+            "their names, in which a folder is read as a volume; show the slices as images "
+            "(media: images)",
             file=folder / parent,
         )
     return parent.as_posix()

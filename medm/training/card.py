@@ -15,7 +15,7 @@ from typing import Any
 
 import medm
 from medm.models.base import CardText
-from medm.models.provenance import CARD, NOT_CLINICAL
+from medm.models.provenance import CARD, CONCEPTS, NOT_CLINICAL
 from medm.training.parts import PartTable
 from medm.training.recipe import dump
 
@@ -67,8 +67,9 @@ def write_record(
     counts: Mapping[str, int],
     device: str = "cpu",
     fallback: Mapping[str, str] | None = None,
+    concepts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `recipe.yaml`, `run.json` and `README.md` into a model's folder.
+    """Write `recipe.yaml`, `run.json`, `README.md` and `concepts.json` into a model's folder.
 
     Args:
         folder: folder of the weights.
@@ -80,6 +81,7 @@ def write_record(
         counts: records that were skipped or shortened.
         device: device of the training.
         fallback: keys of the recipe that this machine could not follow, and their replacements.
+        concepts: what the model was trained to name (`medm.data.concepts`); None without masks.
     """
     last = _last(history)
     run = {
@@ -89,6 +91,9 @@ def write_record(
     }  # fmt: skip
     (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
     (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    if concepts is not None:
+        text_of_concepts = json.dumps(concepts, indent=1, ensure_ascii=False) + "\n"
+        (folder / CONCEPTS).write_text(text_of_concepts, encoding="utf-8")
     (folder / CARD).write_text(_card(recipe, text, table, run), encoding="utf-8")
 
 

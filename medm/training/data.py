@@ -65,6 +65,7 @@ class TrainingData:
         self.limit = LengthLimit(options.max_length, options.too_long)
         self.files = [source.path for source in (*options.train, *options.eval)]
         found = self._check("training", options.train)
+        self.concepts = found.concepts
         lengths = found.lengths
         self._left_out = sum(length == 0 for length in lengths)
         self.train = self._dataset(options.train, found, augmented=True)

@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.utils import logging as transformers_logging
 
 from medm.data.check import require_sources
+from medm.data.concepts import ConceptCounts
 from medm.data.pipelines import PIPELINES, pipeline_for
 from medm.distributed import on_rank_zero
 from medm.errors import CheckpointError, RecipeError
@@ -18,6 +19,7 @@ from medm.files import move_contents, replace_directory
 from medm.launcher import LINK
 from medm.models import build, kind_of
 from medm.models.manifest import MANIFEST, read_manifest, write_manifest
+from medm.models.provenance import read_concepts
 from medm.objectives.terms import terms_of
 from medm.training import checkpoints
 from medm.training.arguments import on_this_machine, require_start, training_arguments, whole_models
@@ -253,9 +255,11 @@ def _save_final(
     output_dir = Path(recipe.output_dir)
     folder = output_dir / ".tmp-model"
     trainer.save_whole(folder)
-    counts = data.counts
+    counts, concepts = data.counts, data.concepts
     with LINK.writing():
-        on_rank_zero(lambda: _finish_folder(folder, trainer, recipe, table, counts, fallback))
+        on_rank_zero(
+            lambda: _finish_folder(folder, trainer, recipe, table, counts, concepts, fallback)
+        )
     if trainer.args.process_index == 0:
         logger.info("the model is in %s. Not for clinical use.", output_dir)
 
@@ -266,6 +270,7 @@ def _finish_folder(
     recipe: Recipe,
     table: PartTable,
     counts: Mapping[str, int],
+    concepts: ConceptCounts,
     fallback: Mapping[str, str],
 ) -> None:
     """Add the records and the manifest to a folder of weights, and publish it.
@@ -280,6 +285,8 @@ def _finish_folder(
         "loss": losses[-1] if losses else None,
         "recipe": resolved(recipe),
     }
+    earlier = None if recipe.init_from is None else read_concepts(Path(recipe.init_from))
+    named = concepts.as_json(earlier=earlier) if concepts.records or earlier else None
     try:
         write_record(
             folder,
@@ -291,6 +298,7 @@ def _finish_folder(
             counts=counts,
             device=trainer.args.device.type,
             fallback=fallback,
+            concepts=named,
         )
         write_manifest(folder, metadata)
         finished = output_dir / checkpoints.FINISHED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,29 @@ def test_list_of_one_kind_and_of_one_part() -> None:
     assert "depth" in options
     assert "Number of linear layers" in options
     assert "integer, ≥ 1" in options
+
+
+def test_list_of_what_a_model_was_trained_to_name(tmp_path: Path) -> None:
+    arguments = ("list", "concepts", "--model", str(tmp_path))
+    assert "no config.json in it" in medm(*arguments).err
+    (tmp_path / "config.json").write_text("{}")
+    done = medm(*arguments)
+    assert done.code != 0
+    assert "no concepts.json in it" in done.err and "imported weights" in done.err
+    found = {
+        "min_records": 5, "records": 12, "other_phrases": 3, "unnamed_records": 1,
+        "concepts": {"left lung": {"records": 9, "absent": 2}, "cyst": {"records": 5, "absent": 0}},
+    }  # fmt: skip
+    (tmp_path / "origin").mkdir()
+    (tmp_path / "origin" / "concepts.json").write_text(json.dumps(found))  # of an export
+    lines = medm(*arguments).out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:3]] == ["left lung", "cyst"]
+    assert lines[1].split() == ["left", "lung", "9", "2"]
+    assert "2 phrases of the masks of 12 records; 3 others, each in fewer than 5" in lines[-1]
+    (tmp_path / "concepts.json").write_text('{"concepts": ["liver"]}')
+    assert "expected 'concepts' with the number of records" in medm(*arguments).err
+    assert medm("list", "concepts").code == 2
+    assert medm("list", "tasks", "--model", str(tmp_path)).code == 2
 
 
 @pytest.mark.parametrize(

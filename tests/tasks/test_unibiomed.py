@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,16 @@ def test_volumes_are_folders_files_or_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no folder of their own .* 5 files"):
         list(task().samples(tmp_path))
     assert list(task(media="images").samples(tmp_path))
+
+
+def test_slices_in_another_order_are_no_volume(tmp_path: Path) -> None:
+    layouts.unibiomed_seg3d(tmp_path)
+    file = tmp_path / "Spleen" / "meta_test.json"
+    content = json.loads(file.read_text())
+    content["volumes"]["v1"]["slices"].reverse()
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="order of the last number"):
+        list(TASKS.get("unibiomed-seg3d")().samples(tmp_path))
 
 
 def test_a_disease_is_named_and_drawn(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from medm.errors import CheckpointError, DataError, MedmError, RecipeError
 from medm.models import load
 from medm.models.manifest import read_manifest
+from medm.models.provenance import read_concepts
 from medm.training import checkpoints, run
 from medm.training.card import write_record
 from medm.training.recipe import load_recipe
@@ -128,6 +129,7 @@ def test_the_folder_opens_and_says_where_it_comes_from(world: Path, trained: Pat
         "loss.png",
     } <= present
     assert not [name for name in present if name.startswith(".tmp")]
+    assert "concepts.json" not in present  # no record has a mask
     card = (trained / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: medm\ntags: [medical, vision-language]\n---\n# ")
     assert "Not for clinical use" in card
@@ -492,6 +494,28 @@ def test_a_model_that_was_not_put_in_place_is_put_there_by_resume(
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == entry["sha256"]
     load(str(tmp_path / "out"))
     assert not (tmp_path / "out" / ".finished-model").exists()
+
+
+def test_the_folder_says_what_the_model_was_trained_to_name(world: Path, tmp_path: Path) -> None:
+    records = json.loads((world / "train.json").read_text())
+    for record in records:
+        record["masks"] = [{"file": record["image"][0], "phrase": "Liver"}]
+        record["conversations"][1]["value"] = "It is [SEG]."
+    (tmp_path / "masks.json").write_text(json.dumps(records))
+    train(
+        recipe(
+            world,
+            tmp_path / "out",
+            model={"control_tokens": ["[SEG]"]},
+            data={"train": [{"path": str(tmp_path / "masks.json"), "root": str(world / "images")}]},
+            parts={"llm": {"tune": "lora", "r": 4, "lr": 1e-3, "new_tokens": "train"}},
+            train={"max_steps": 1, "eval_strategy": "no"},
+        )
+    )
+    found = read_concepts(tmp_path / "out")
+    assert found is not None
+    assert found["concepts"] == {"liver": {"records": 8, "absent": 0}}
+    assert "concepts.json" in read_manifest(tmp_path / "out")["files"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
