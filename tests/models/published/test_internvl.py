@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from medm.config import validate
 from medm.errors import CheckpointError, MedmError
+from medm.heads import HEADS
+from medm.heads.sam2 import HIERA, Sam2Head
 from medm.models import load
+from medm.models.lvlm.options import MaskOptions
 from medm.models.published import internvl
 from medm.models.published.importing import import_model
 from medm.models.published.source_configs import Hints
 from medm.types import ControlToken, Media, Sample, Turn
 from tests.cli.runner import medm
+from tests.heads.test_sam2 import make_video_model, meta_names
+from tests.heads.tiny import TINY_MEMORY, TINY_SAM2
 from tests.models.plain_head import PlainHead, registered
 from tests.models.published.internvl import TOKENS, Published, write_published
 
@@ -185,3 +192,79 @@ def test_a_sa2va_folder_gives_the_masks_of_its_parts(
     assert text.startswith("<|user|>\n<img>") and text.endswith("?<|end|>\n<|assistant|>\n")
     assert processor.chat.end_text == "<|end|>"
     assert any("Hiera-L of SAM 2.0" in note for note in report.notes)
+
+
+def test_unibiomed_with_sam_2_under_metas_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SAM 2.0 with its memory, `gamma` written as `g_weight`, as in `Luffy503/UniBiomed`."""
+    era = {
+        "enable_temporal_pos_encoding_for_object_pointers": False,
+        "enable_occlusion_spatial_embedding": False,
+    }
+    video = make_video_model(era)
+    meta = {
+        re.sub(r"\.gamma$", ".g_weight", name): tensor for name, tensor in meta_names(video).items()
+    }
+    assert sum(name.endswith(".g_weight") for name in meta) == 2
+    block = {
+        "name": "sam2", "era": "2.0", "memory": True, "architecture": TINY_SAM2 | TINY_MEMORY,
+    }  # fmt: skip
+    monkeypatch.setattr(internvl, "MASKS", internvl.MASKS | {"head": block})
+    published = write_published(
+        tmp_path / "UniBiomed", head=meta, prompt_dim=128, template="phi3_chat"
+    )
+    import_model(str(published.folder), str(tmp_path / "model"))
+    model, processor = load(str(tmp_path / "model"))
+    check_language(published, model, processor)
+    prompts, found = segmented(published, model, processor)
+
+    images = images_for(model)
+    with torch.no_grad():
+        flat = video.get_image_features(images, return_dict=True).fpn_hidden_states
+        levels = [
+            level.permute(1, 2, 0).unflatten(2, (side, side))
+            for level, side in zip(flat, (32, 16, 8), strict=True)
+        ]
+        coarse = levels[-1] + video.no_memory_embedding.view(1, -1, 1, 1)
+        empty = video.prompt_encoder.not_a_point_embed.weight.expand(1, 1, 2, -1)
+        dense = video.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        logits, quality, _, presence = video.mask_decoder(
+            image_embeddings=coarse,
+            image_positional_embeddings=video.get_image_wide_positional_embeddings(),
+            sparse_prompt_embeddings=torch.cat([empty, prompts[None, :, None]], dim=2),
+            dense_prompt_embeddings=dense.expand(1, -1, *coarse.shape[-2:]),
+            multimask_output=True,
+            high_resolution_features=levels[:2],
+        )
+    best = quality[0, 0].argmax()
+    torch.testing.assert_close(found.logits[0], logits[0, 0, best], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.quality[0], quality[0, 0, best], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.presence, presence.flatten(), atol=1e-4, rtol=1e-4)
+    named = json.loads((tmp_path / "model" / "import.json").read_text())["parts"]
+    listed = [name for part in named.values() for name in part["loaded"]]
+    assert sorted(listed) == sorted(published.tensors), "memory included, nothing ignored"
+
+    file = published.folder / "model.safetensors"
+    tensors = load_file(file)
+    extra = "grounding_encoder.sam2_model.no_obj_embed_spatial"
+    save_file({**tensors, extra: torch.zeros(1, 128)}, file)
+    with pytest.raises(CheckpointError, match=r"neither SAM 2\.0 nor SAM 2\.1"):
+        import_model(str(published.folder), str(tmp_path / "mixed"))
+    save_file({**tensors, extra.replace("no_obj_embed_spatial", "other"): torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match="1 unexpected: other"):
+        import_model(str(published.folder), str(tmp_path / "unknown"))
+    assert not (tmp_path / "unknown").exists()
+
+
+def test_the_mask_head_of_the_published_code_is_one_of_medm() -> None:
+    options = validate(MaskOptions, internvl.MASKS, source="Sa2VA")
+    sizes = HIERA["large"]["backbone_config"]
+    assert isinstance(sizes, dict) and sizes["blocks_per_stage"] == [2, 6, 36, 4]
+    with torch.device("meta"):
+        head = HEADS.constructor({**options.head.model_dump(exclude={"path", "image_size"})})()
+    assert isinstance(head, Sam2Head)
+    assert (head.dim, head.era, head.grid((1024, 1024))) == (256, "2.0", (256, 256))
+    assert head.decoder.memory is not None
+    images = sum(p.numel() for p in [*head.encoder.parameters()])
+    assert 210e6 < images < 215e6, "Hiera-L has 212 million weights"
