@@ -263,9 +263,9 @@ class Model:
             sample = parse_record(dict(question), inference=True)
             files = [resolve_inside(root, str(media.path)) for media in sample.media]
             way = self.processor.regions
-            sample = prepare_regions(sample, way, lambda number: check_image(files[number]))
+            sample = prepare_regions(sample, way, lambda number: check_image(files[number]), root)
             items = [
-                marked_image(file, sample, number) if way == "draw" else file
+                marked_image(file, sample, number, root) if way == "draw" else file
                 for number, file in enumerate(files)
             ]
         else:

@@ -179,19 +179,22 @@ class Pipeline(ABC, Generic[S, E, P]):
         """
         return sample
 
-    def write_regions(self, sample: S, size_of: Callable[[int], tuple[int, int]]) -> S:
+    def write_regions(self, sample: S, size_of: Callable[[int], tuple[int, int]], root: Path) -> S:
         """Return a sample whose regions are text, where its model reads them so.
 
         Args:
             sample: the record.
             size_of: height and width of the upright image at a position of `sample.media`.
+            root: folder that paths of masks are relative to.
 
         Raises:
             DataError: a region that its model cannot read, or that does not lie in its image.
         """
         return sample
 
-    def with_marks(self, source: MediaSource, sample: S, media: int, view: str) -> MediaSource:
+    def with_marks(
+        self, source: MediaSource, sample: S, media: int, view: str, root: Path
+    ) -> MediaSource:
         """Return a file with the regions of it that are drawn on its pixels for a view.
 
         Args:
@@ -199,6 +202,10 @@ class Pipeline(ABC, Generic[S, E, P]):
             sample: the record.
             media: position of the file in `sample.media`.
             view: the view that reads it.
+            root: folder that paths of masks are relative to.
+
+        Raises:
+            DataError: a region that cannot be read.
         """
         return source
 

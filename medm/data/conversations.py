@@ -52,17 +52,21 @@ class Conversations(Pipeline[Sample, Example, ConversationProcessor]):
     def read(self, record: object, *, file: Path, index: int) -> Sample:
         return parse_record(record, inference=self.inference, file=file, index=index)
 
-    def write_regions(self, sample: Sample, size_of: Callable[[int], tuple[int, int]]) -> Sample:
+    def write_regions(
+        self, sample: Sample, size_of: Callable[[int], tuple[int, int]], root: Path
+    ) -> Sample:
         if not sample.regions or not self.makes_examples:
             return sample
-        return prepare_regions(sample, self.processor.regions, size_of)
+        return prepare_regions(sample, self.processor.regions, size_of, root)
 
-    def with_marks(self, source: MediaSource, sample: Sample, media: int, view: str) -> MediaSource:
+    def with_marks(
+        self, source: MediaSource, sample: Sample, media: int, view: str, root: Path
+    ) -> MediaSource:
         if not sample.regions or not is_drawn_on(view) or isinstance(source, MarkedImage):
             return source
         # Without a model the marks are for the check of their places.
         way = self.processor.regions if self.makes_examples else "draw"
-        return marked_image(source, sample, media) if way == "draw" else source
+        return marked_image(source, sample, media, root) if way == "draw" else source
 
     @property
     def mask_view(self) -> MaskView | None:

@@ -66,7 +66,7 @@ def mask_entries(value: object) -> list[list[MaskEntry]]:
     if value is None:
         return []
     if isinstance(value, str):
-        return [[_entry(value, MASK_FIELD)]]
+        return [[mask_entry(value, MASK_FIELD)]]
     if not isinstance(value, list):
         raise DataError(
             f"expected a path, or a list with one entry for each [SEG], found {json_type(value)}",
@@ -78,15 +78,16 @@ def mask_entries(value: object) -> list[list[MaskEntry]]:
 def _group(value: object, field: str) -> list[MaskEntry]:
     """Return the masks that share one `[SEG]`."""
     if not isinstance(value, list):
-        return [_entry(value, field)]
+        return [mask_entry(value, field)]
     if not value:
         raise DataError(
             "an empty list; write null for a target that is not in the image", field=field
         )
-    return [_entry(entry, f"{field}.{number}") for number, entry in enumerate(value)]
+    return [mask_entry(entry, f"{field}.{number}") for number, entry in enumerate(value)]
 
 
-def _entry(value: object, field: str) -> MaskEntry:
+def mask_entry(value: object, field: str) -> MaskEntry:
+    """Return one mask of a record. Raises `DataError` with field and reason."""
     if value is None:
         return MaskEntry(field=field)
     if isinstance(value, str):

@@ -150,7 +150,7 @@ class Records(Sequence[S], Generic[S, E]):
             return check_image(self.media_source(index, sample.media[media]))
 
         with self.placed(index):
-            return self.pipeline.write_regions(sample, size_of)
+            return self.pipeline.write_regions(sample, size_of, self.root(index))
 
     def media_field(self, index: int, media_index: int) -> str:
         """Return the field that names file `media_index` of a sample, for messages.
@@ -179,8 +179,10 @@ class Records(Sequence[S], Generic[S, E]):
             for number, media in enumerate(sample.media):
                 try:
                     for view in self.views(sample, number):
-                        source = self.media_source(index, media)
-                        array = load(self.pipeline.with_marks(source, sample, number, view), view)
+                        source = self.pipeline.with_marks(
+                            self.media_source(index, media), sample, number, view, self.root(index)
+                        )
+                        array = load(source, view)
                         pixels.setdefault(view, []).append(array)
                 except DataError as error:
                     raise error.at(field=self.media_field(index, number)) from None

@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
 from medm.data.field_types import json_type
+from medm.data.mask_entries import mask_entry
 from medm.errors import DataError
-from medm.imaging.marks import Mark, MarkedImage
+from medm.imaging.images import check_image
+from medm.imaging.marks import Mark, MarkedImage, box_around
+from medm.imaging.mask_files import read_mask
+from medm.imaging.placement import Placement
 from medm.metrics.boxes import CODECS
 from medm.types import (
     REGION_MARK,
@@ -36,7 +40,7 @@ RegionWay: TypeAlias = Literal["draw", "text"]
 CODEC = "uni-med"
 """Codec of the coordinates (`medm.metrics.boxes`): whole numbers on a grid of 100."""
 
-_SHAPES = ("box", "point")
+_SHAPES = ("box", "point", "contour", "mask")
 _LENGTHS = {"box": 4, "point": 2}
 _COORDINATES = {"box": "[x1, y1, x2, y2]", "point": "[x, y]"}
 
@@ -74,7 +78,7 @@ def read_regions(
         )
     kinds = [part.branch for turn in marked for part in turn.content if isinstance(part, Media)]
     regions = tuple(
-        _region(entry, f"{REGION_FIELD}.{number}", kinds, shown)
+        _region(entry, number, kinds, shown)
         for number, (entry, shown) in enumerate(zip(value, before, strict=True))
     )
     return marked, regions
@@ -100,16 +104,17 @@ def _split_marks(turns: Sequence[Turn]) -> tuple[list[Turn], list[int]]:
     return result, before
 
 
-def _region(entry: object, field: str, kinds: Sequence[str], shown: int) -> RegionSource:
+def _region(entry: object, number: int, kinds: Sequence[str], shown: int) -> RegionSource:
     """Return one region.
 
     Args:
         entry: as the record has it.
-        field: its place, for messages.
+        number: its position among the regions.
         kinds: kinds of the record's media in order.
         shown: number of media before its `<region>`.
     """
-    expected = "an object with 'box' or 'point', and perhaps 'image'"
+    field = f"{REGION_FIELD}.{number}"
+    expected = f"an object with one of {', '.join(_SHAPES)}, and perhaps 'image'"
     if not isinstance(entry, dict):
         raise DataError(f"expected {expected}, found {json_type(entry)}", field=field)
     if unknown := sorted(entry.keys() - {"image", *_SHAPES}):
@@ -121,14 +126,19 @@ def _region(entry: object, field: str, kinds: Sequence[str], shown: int) -> Regi
             field=field,
         )
     media = _image(entry.get("image"), f"{field}.image", kinds, shown)
-    name = given[0]
-    numbers = _numbers(entry[name], name, f"{field}.{name}")
-    return RegionSource(
-        media=media,
-        field=field,
-        box=numbers if name == "box" else None,
-        point=numbers if name == "point" else None,
-    )
+    name, place = given[0], f"{field}.{given[0]}"
+    region = RegionSource(media=media, field=field)
+    if name == "box":
+        return replace(region, box=_numbers(entry[name], name, place))
+    if name == "point":
+        return replace(region, point=_numbers(entry[name], name, place))
+    mask = mask_entry(entry[name], place)
+    if mask.kind is not None:
+        raise DataError("name the image beside the mask: {'mask': ..., 'image': 0}", field=place)
+    source = mask.source(token=number, media=media, phrase=None)
+    if source.absent:
+        raise DataError("an absent target is no region", field=place)
+    return replace(region, contour=source) if name == "contour" else replace(region, mask=source)
 
 
 def _image(value: object, field: str, kinds: Sequence[str], shown: int) -> int:
@@ -173,16 +183,18 @@ def _numbers(value: object, name: str, field: str) -> tuple[float, ...]:
 
 
 def prepare_regions(
-    sample: Sample, way: RegionWay | None, size_of: Callable[[int], tuple[int, int]]
+    sample: Sample, way: RegionWay | None, size_of: Callable[[int], tuple[int, int]], root: Path
 ) -> Sample:
     """Return a sample whose regions are text: `<region>` beside a mark, or coordinates.
 
-    Coordinates are boxes in the codec `CODEC`; a point is a box whose corners are the same.
+    Coordinates are boxes in the codec `CODEC`: around a contour or mask, and for a point a box
+    whose corners are the same.
 
     Args:
         sample: the record.
         way: how its model reads regions; None where it does not.
         size_of: height and width of the upright image at a position of `Sample.media`.
+        root: folder that paths of masks are relative to.
 
     Raises:
         DataError: the sample has regions, and the model reads none.
@@ -200,7 +212,12 @@ def prepare_regions(
     def text(part: TurnPart) -> TurnPart:
         if not isinstance(part, RegionMark):
             return part
-        return REGION_MARK if way == "draw" else _coordinates(sample, part.number, size_of)
+        if way == "draw":
+            return REGION_MARK
+        region = sample.regions[part.number]
+        return _coordinates(
+            region, size_of(region.media), str(sample.media[region.media].path), root
+        )
 
     return replace(
         sample,
@@ -208,17 +225,21 @@ def prepare_regions(
     )
 
 
-def _coordinates(sample: Sample, number: int, size_of: Callable[[int], tuple[int, int]]) -> str:
+def _coordinates(region: RegionSource, size: tuple[int, int], name: str, root: Path) -> str:
     """Return the text of a region. Raises `MediaError` where it does not lie in its image."""
-    region = sample.regions[number]
-    height, width = size = size_of(region.media)
-    _mark(region).require_inside(size, str(sample.media[region.media].path))
-    corners = region.box if region.box is not None else (region.point or ()) * 2
-    return CODECS[CODEC].encode(corners, (width, height))
+    mark = _mark(region, size, root)
+    mark.require_inside(size, name)
+    mask = mark.outline if mark.outline is not None else mark.area
+    if mask is not None:
+        box = box_around(mask)
+    else:
+        box = mark.box if mark.box is not None else (mark.point or ()) * 2
+    height, width = size
+    return CODECS[CODEC].encode(box, (width, height))
 
 
 def marked_image(
-    source: Path | BinaryIO, sample: Sample, media: int
+    source: Path | BinaryIO, sample: Sample, media: int, root: Path
 ) -> Path | BinaryIO | MarkedImage:
     """Return an image with the regions that lie in it, for `medm.imaging.prepare`.
 
@@ -226,9 +247,16 @@ def marked_image(
         source: the image.
         sample: the record.
         media: position of the image in `Sample.media`.
+        root: folder that paths of masks are relative to.
+
+    Raises:
+        MediaError: the image or a mask cannot be read, or they differ in size.
     """
-    marks = tuple(_mark(region) for region in sample.regions if region.media == media)
-    return MarkedImage(source, marks) if marks else source
+    regions = [region for region in sample.regions if region.media == media]
+    if not regions:
+        return source
+    size = check_image(source)
+    return MarkedImage(source, tuple(_mark(region, size, root) for region in regions))
 
 
 def is_drawn_on(view: str) -> bool:
@@ -236,5 +264,11 @@ def is_drawn_on(view: str) -> bool:
     return view == "image"
 
 
-def _mark(region: RegionSource) -> Mark:
-    return Mark(region.field, box=region.box, point=region.point)
+def _mark(region: RegionSource, size: tuple[int, int], root: Path) -> Mark:
+    """Return a region in pixels of its image. Raises `MediaError` for a mask that is not read."""
+    placement = Placement.of_source(size)
+    contour, mask = (
+        None if source is None else read_mask(source, root, placement)
+        for source in (region.contour, region.mask)
+    )
+    return Mark(region.field, box=region.box, point=region.point, outline=contour, area=mask)

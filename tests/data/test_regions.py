@@ -125,6 +125,11 @@ def test_the_letters_are_text_in_a_reply_and_a_system_prompt() -> None:
         ([{"box": [30, 5, 10, 15]}], "regions.0.box", "x1 < x2"),
         ([{"point": [1, "2"]}], "regions.0.point", r"\[x, y\]"),
         ([{"point": [1, float("nan")]}], "regions.0.point", r"\[x, y\]"),
+        ([{"mask": None}], "regions.0", "found none"),
+        ([{"mask": {"file": None}}], "regions.0.mask", "an absent target"),
+        ([{"contour": {"file": "m.png", "image": 0}}], "regions.0.contour", "beside the mask"),
+        ([{"contour": {"files": "m.png"}}], "regions.0.contour.files", "unknown key"),
+        ([{"mask": 3}], "regions.0.mask", "found a number"),
         ([{"box": BOX, "image": 1}], "regions.0.image", "from 0 to 0"),
         ([{"box": BOX, "image": -1}], "regions.0.image", "from 0 to 0"),
     ],
@@ -151,7 +156,7 @@ def test_a_region_before_every_image_must_name_its_image() -> None:
 
 def test_a_model_without_a_way_refuses_regions() -> None:
     with pytest.raises(DataError, match=r"model\.regions: draw"):
-        prepare_regions(parse_record(record()), None, lambda _: SIZE)
+        prepare_regions(parse_record(record()), None, lambda _: SIZE, Path())
 
 
 def test_drawn_regions_leave_the_text_and_change_the_pixels(tmp_path: Path) -> None:
@@ -181,6 +186,71 @@ def test_coordinates_stand_in_the_text_and_the_pixels_stay(tmp_path: Path) -> No
     assert np.allclose(example.pixels["image"][0], 100 / 255)
 
 
+def put_mask(file: Path, size: tuple[int, int] = SIZE) -> None:
+    """A label map with a 3 x 8 rectangle of 2, and a pixel of 1."""
+    labels = np.zeros(size, np.uint8)
+    labels[10:13, 20:28], labels[0, 0] = 2, 1
+    Image.fromarray(labels).save(file)
+
+
+POLYGON = {"polygons": [[20, 10, 27, 10, 27, 12, 20, 12]]}
+"""Outline through the centers of the corner pixels of the same rectangle."""
+
+
+@pytest.mark.parametrize("entry", [{"file": "m.png", "value": 2}, POLYGON])
+@pytest.mark.parametrize("shape", ["contour", "mask"])
+def test_masks_are_regions_by_their_box_in_text(
+    shape: str, entry: dict[str, Any], tmp_path: Path
+) -> None:
+    put_mask(tmp_path / "m.png")
+    example = ExampleDataset(
+        Records(written(tmp_path, record(regions=({shape: entry},))), pipeline("text"))
+    )[0]
+    assert example is not None
+    # 20 / 50, 10 / 40, 28 / 50 and 13 / 40 of 100 steps.
+    assert "{<40><25><56><32>}" in to_text(example.input_ids)
+
+
+@pytest.mark.parametrize("shape", ["contour", "mask"])
+def test_masks_are_drawn_at_their_place(shape: str, tmp_path: Path) -> None:
+    put_mask(tmp_path / "m.png")
+    records = written(tmp_path, record(regions=({shape: {"file": "m.png", "value": 2}},)))
+    large = conversations(
+        {"image": ImagePreprocess(size=list(SIZE), mean=[0.0], std=[1.0], fit="squash")}
+    )
+    large.processor.regions = "draw"
+    example = ExampleDataset(Records(records, large))[0]
+    assert example is not None
+    changed = np.abs(example.pixels["image"][0] - 100 / 255).max(axis=0) > 0.1
+    expected = np.zeros(SIZE, bool)
+    expected[10:13, 20:28] = True
+    if shape == "contour":
+        expected[9, 20:28] = expected[13, 20:28] = True
+        expected[10:13, 19] = expected[10:13, 28] = True
+        expected[11, 21:27] = False
+    assert (changed == expected).all()
+
+
+@pytest.mark.parametrize("way", ["draw", "text", None])
+@pytest.mark.parametrize(
+    ("entry", "size", "words"),
+    [
+        ("m.png", (50, 40), "expected"),
+        ("away.png", SIZE, "away.png"),
+        ({"file": "m.png", "value": 7}, SIZE, "an empty mask marks nothing"),
+    ],
+)
+def test_a_check_names_the_mask_that_is_no_region_of_its_image(
+    entry: Any, size: tuple[int, int], words: str, way: str | None, tmp_path: Path
+) -> None:
+    put_mask(tmp_path / "m.png", size)
+    sources = written(tmp_path, record(regions=({"contour": entry},)))
+    report = check(sources, pipeline(way) if way else Conversations())
+    assert report.num_bad == 1
+    assert str(report.bad[0].field).startswith("regions.0")
+    assert words in str(report.bad[0])
+
+
 @pytest.mark.parametrize("way", ["draw", "text", None])
 def test_a_check_names_the_region_that_does_not_lie_in_its_image(
     way: str | None, tmp_path: Path
@@ -192,12 +262,13 @@ def test_a_check_names_the_region_that_does_not_lie_in_its_image(
     assert "50 x 40 pixels" in str(report.bad[0])
 
 
-def test_marks_are_not_drawn_for_a_mask_head() -> None:
+def test_marks_are_not_drawn_for_a_mask_head(tmp_path: Path) -> None:
+    written(tmp_path)
     sample = parse_record(record())
     drawn = pipeline("draw")
-    source = Path("a.png")
-    assert drawn.with_marks(source, sample, 0, "image@masks") is source
-    assert drawn.with_marks(source, sample, 0, "image") is not source
+    source = tmp_path / "a.png"
+    assert drawn.with_marks(source, sample, 0, "image@masks", tmp_path) is source
+    assert drawn.with_marks(source, sample, 0, "image", tmp_path) is not source
 
 
 def test_cached_features_and_drawn_regions_are_refused(tmp_path: Path) -> None:
