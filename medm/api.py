@@ -23,7 +23,10 @@ from medm.imaging import load_pixels, resolve_inside
 from medm.imaging.images import check_image
 from medm.inference.chat import Conversation
 from medm.inference.generator import Engine, Request, load_engine, pick_device, prepare
-from medm.inference.options import GenerationOptions
+from medm.inference.grounded_text import Phrase
+from medm.inference.options import GenerationOptions, SegmentationOptions
+from medm.inference.segmenter import Answered, MaskPrediction, Segmenter, Shown
+from medm.inference.volume_modes import SlicedVolumes
 from medm.types import Example, Media, Sample, Turn
 
 if TYPE_CHECKING:
@@ -31,6 +34,23 @@ if TYPE_CHECKING:
 
     from medm.models.lvlm.modeling import LVLMForConditionalGeneration
     from medm.models.lvlm.processing import LVLMProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A reply with its masks."""
+
+    text: str
+    """The words, without marks."""
+    raw: str
+    """The reply with its marks (`[SEG]`, `<p>`) in letters."""
+    spans: tuple[Phrase, ...] = ()
+    """Of each `[SEG]` the words that it belongs to: `start` and `end` in `text`."""
+    masks: tuple[MaskPrediction, ...] = ()
+    """Of each `[SEG]` its mask, on the grid of the file. Empty for a model without a mask head, and
+    for a prompt without an image that the head reads."""
+    finished: bool = True
+    """False where the reply was cut at `max_new_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +137,7 @@ class Model:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._segmenters: dict[str, Segmenter] = {}
 
     @property
     def model(self) -> LVLMForConditionalGeneration:
@@ -157,6 +178,53 @@ class Model:
         choice = _options(options)
         example = self._example(asked, Path(), choice)
         return self.engine.generate(prepare([example]), choice)[0].text
+
+    def predict(
+        self,
+        question: str,
+        *,
+        image: object = None,
+        volume: object = None,
+        system: str | None = None,
+        task: str | None = None,
+        segmentation: Mapping[str, object] | None = None,
+        soft: bool = False,
+        **options: object,
+    ) -> Prediction:
+        """Return the reply to one question with its masks.
+
+        Args:
+            question: as in `ask`.
+            image: as in `ask`.
+            volume: as in `ask`. A model with a branch for images alone is shown slices of it.
+            system: as in `ask`.
+            task: as in `ask`.
+            segmentation: fields of `medm.inference.options.SegmentationOptions`.
+            soft: keep the probabilities of each mask.
+            options: settings of the reply, see the class.
+
+        Raises:
+            DataError: as `ask`.
+            RecipeError: an option that is unknown or out of range.
+        """
+        choice = _options(options)
+        own = validate(SegmentationOptions, segmentation or {}, source="segmentation")
+        # An opened file is read twice: for the language model, and for the mask head.
+        image, volume = _kept(image), _kept(volume)
+        asked = _Question(question, image, volume, system, task)
+        batch = prepare([self._example(asked, Path(), choice, own)])
+        reply = self.engine.generate(batch, choice)[0]
+        if self.model.masks is None:
+            return Prediction(reply.text, reply.text, finished=reply.finished)
+        key = f"{own.model_dump_json()} {soft}"
+        if key not in self._segmenters:
+            self._segmenters[key] = Segmenter(self.engine, own, soft=soft)
+        media = [Shown("image", item) for item in _listed(image)]
+        media += [Shown("volume", item) for item in _listed(volume)]
+        answered = Answered(batch.requests()[0], reply.ids, media)
+        (grounded,) = self._segmenters[key].segment([answered])
+        text = grounded.text
+        return Prediction(text.text, text.raw, text.phrases, grounded.masks, reply.finished)
 
     def ask_many(
         self,
@@ -221,8 +289,14 @@ class Model:
 
         `show("image", item)` adds to the next question; `ask(question)` streams its reply.
         """
+        segmenter = Segmenter(self.engine) if self.model.masks is not None else None
         return Conversation(
-            self.engine, self.processor, system=system, task=task, options=_options(options)
+            self.engine,
+            self.processor,
+            system=system,
+            task=task,
+            options=_options(options),
+            segmenter=segmenter,
         )
 
     def submit(
@@ -252,6 +326,7 @@ class Model:
         question: str | Mapping[str, object] | _Question,
         root: Path,
         options: GenerationOptions,
+        segmentation: SegmentationOptions | None = None,
     ) -> Example:
         if isinstance(question, str):
             question = _Question(question)
@@ -270,15 +345,11 @@ class Model:
             ]
         else:
             raise DataError(f"expected a question or a record, found {type(question).__name__}")
-        pixels: dict[str, list[np.ndarray]] = {}
-        for media, item in zip(sample.media, items, strict=True):
-            if media.branch not in self.processor.preprocess:
-                raise DataError(
-                    missing_branch(media.branch, self.processor.preprocess), field=media.branch
-                )
-            array = load_pixels(item, self.processor.preprocess[media.branch])
-            pixels.setdefault(media.branch, []).append(array)
-        example = self.processor.encode(sample, pixels, generation=True)
+        sliced = SlicedVolumes(self.processor, segmentation or SegmentationOptions())
+        if sliced.needed(sample):
+            example = sliced.example(sample, items)
+        else:
+            example = self.processor.encode(sample, self._pixels(sample, items), generation=True)
         longest = self.engine.max_tokens
         if longest is not None and len(example.input_ids) + options.max_new_tokens > longest:
             raise DataError(
@@ -288,6 +359,24 @@ class Model:
                 "max_new_tokens"
             )
         return example
+
+    def _pixels(self, sample: Sample, items: Sequence[object]) -> dict[str, list[np.ndarray]]:
+        pixels: dict[str, list[np.ndarray]] = {}
+        for media, item in zip(sample.media, items, strict=True):
+            if media.branch not in self.processor.branches:
+                raise DataError(
+                    missing_branch(media.branch, self.processor.branches), field=media.branch
+                )
+            array = load_pixels(item, self.processor.preprocess[media.branch])
+            pixels.setdefault(media.branch, []).append(array)
+        return pixels
+
+
+def _kept(shown: object) -> object:
+    """Return images or volumes with the bytes of opened files in their place."""
+    if isinstance(shown, (list, tuple)):
+        return [_kept(item) for item in shown]
+    return shown.read() if hasattr(shown, "read") else shown
 
 
 def _options(options: Mapping[str, object]) -> GenerationOptions:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,6 +15,7 @@ from medm.errors import MedmError
 
 if TYPE_CHECKING:
     from medm.inference.chat import Conversation
+    from medm.inference.mask_writing import MaskWriter
 
 HELP = (
     "/image FILE   /volume FILE   add one to the next question;   /reset   start over;   /quit   "
@@ -39,6 +42,13 @@ def chat(
     top_p: Annotated[
         float, typer.Option(help="Sample from the most likely tokens of this total probability.")
     ] = 1.0,
+    masks: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder for the masks of replies, of a model with a mask head. Default: a new "
+            "folder medm-chat-DATE-TIME."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         Literal["saved", "float32", "bfloat16", "float16"],
@@ -49,12 +59,19 @@ def chat(
     from medm.config import validate
     from medm.inference.chat import Conversation
     from medm.inference.generator import load_engine, pick_device
+    from medm.inference.mask_writing import MaskWriter
     from medm.inference.options import GenerationOptions
+    from medm.inference.segmenter import Segmenter
 
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     options = validate(GenerationOptions, given, source="medm chat")
     engine, processor = load_engine(model, options, device=pick_device(device), dtype=dtype)
-    conversation = Conversation(engine, processor, system=system, task=task)
+    segmenter = writer = None
+    if engine.model.masks is not None:
+        segmenter = Segmenter(engine)
+        folder = Path(masks or time.strftime("medm-chat-%Y%m%d-%H%M%S"))
+        writer = MaskWriter(folder, beside=folder, overlays=True)
+    conversation = Conversation(engine, processor, system=system, task=task, segmenter=segmenter)
     for branch, files in (("image", image), ("volume", volume)):
         for file in files or []:
             conversation.show(branch, file)
@@ -64,7 +81,7 @@ def chat(
         if line in ("/quit", "/exit"):
             return
         try:
-            respond(conversation, line)
+            respond(conversation, line, writer)
         except MedmError as error:
             report(str(error))
         except KeyboardInterrupt:  # ends the reply, not the conversation
@@ -83,8 +100,11 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def respond(conversation: Conversation, line: str) -> None:
-    """One line of the person: a command, or a question whose reply is printed as it comes."""
+def respond(conversation: Conversation, line: str, writer: MaskWriter | None = None) -> None:
+    """One line of the person: a command, or a question whose reply is printed as it comes.
+
+    Masks of the reply are saved by `writer`, and their files named.
+    """
     command, _, rest = line.partition(" ")
     if command in ("/image", "/volume"):
         conversation.show(command.removeprefix("/"), rest.strip())
@@ -98,3 +118,10 @@ def respond(conversation: Conversation, line: str) -> None:
         for piece in conversation.ask(line):
             out.print(piece, end="", markup=False)
         out.print()
+        if writer is not None and conversation.grounded is not None:
+            name = f"reply-{conversation.replies:02d}"
+            written = writer.spans_of(name, conversation.grounded, conversation.sources)
+            for span in written:
+                if span["mask"] is not None:
+                    file = writer.folder / span["mask"]
+                    note(f"{span['phrase'] or 'mask'}: {span['voxels']} voxels  {file}")

@@ -79,19 +79,24 @@ class SavedModelPredictor(Predictor):
 
 
 class GenerationPredictor(SavedModelPredictor):
-    """Replies in text, by batch inference. A run that was stopped resumes."""
+    """Replies in text and their masks, by batch inference. A run that was stopped resumes."""
 
     def predict(self, items: Items, *, progress: Progress | None = None) -> Predictions:
         questions, output = items.folder / "questions.jsonl", items.folder / "predictions.jsonl"
         lines = (json.dumps(record_of(sample), ensure_ascii=False) for sample in items.scored)
         atomic_write_text(questions, "\n".join(lines) + "\n")
         run = {name: getattr(self.options, name) for name in InferenceOptions.model_fields}
+        files = [media.path or "" for sample in items.scored for media in sample.media]
+        # M3D scores the probabilities of its arrays, which no label map holds.
+        arrays = bool(files) and all(file.endswith(".npy") for file in files)
         summary = infer(
             InferOptions(
                 model=self.source,
                 data=str(questions),
                 root=str(items.root),
                 output=str(output),
+                masks=str(items.folder / "masks"),
+                mask_format="npy" if arrays else "auto",
                 **run,
             ),
             progress=progress,
@@ -101,4 +106,7 @@ class GenerationPredictor(SavedModelPredictor):
         return read_predictions(output, items.samples, limit=items.limit)
 
     def metadata(self) -> JsonObject:
-        return {**super().metadata(), "generation": self.options.generation.model_dump()}
+        made = {"generation": self.options.generation.model_dump()}
+        if "masks" in self.gives:
+            made["segmentation"] = self.options.segmentation.model_dump()
+        return {**super().metadata(), **made}

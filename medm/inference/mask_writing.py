@@ -152,13 +152,33 @@ class MaskWriter:
     def write(
         self, name: str, reply: Reply, grounded: Grounded, media: Sequence[Shown]
     ) -> GroundedReply:
-        """Write the masks of one reply; files of the same name are replaced.
+        """Write the masks of one reply, and return what its line says. See `spans_of`.
 
         Args:
             name: of the record, by which files are named.
             reply: as it was generated.
             grounded: its masks.
             media: images and volumes of the prompt.
+        """
+        further: JsonObject = {}
+        return GroundedReply(
+            reply, grounded, self.spans_of(name, grounded, media, further), further
+        )
+
+    def spans_of(
+        self,
+        name: str,
+        grounded: Grounded,
+        media: Sequence[Shown],
+        further: JsonObject | None = None,
+    ) -> list[JsonObject]:
+        """Write the masks of one reply, and return its spans; files of the same name are replaced.
+
+        Args:
+            name: by which files are named.
+            grounded: the masks.
+            media: images and volumes of the prompt.
+            further: gets the name of the overlay sheet.
 
         Raises:
             DataError: the format does not go with the image or volume.
@@ -166,7 +186,6 @@ class MaskWriter:
         """
         stem = file_stem(name)
         spans = [_span(token, grounded) for token in range(len(grounded.text.phrases))]
-        further: JsonObject = {}
         by_file = groupby(grounded.masks, key=lambda mask: (mask.kind, mask.media))
         for (kind, number), group in by_file:
             masks = list(group)
@@ -177,8 +196,9 @@ class MaskWriter:
                 sheet = self._path(f"{stem}_overlay.png")
                 named = [(mask.phrase.text, mask.mask) for mask in masks]
                 save_overlay_sheet(sheet, as_source(source), named, masks[0].placement)
-                further["overlay"] = self._named(sheet)
-        return GroundedReply(reply, grounded, spans, further)
+                if further is not None:
+                    further["overlay"] = self._named(sheet)
+        return spans
 
     def _write_files(
         self,

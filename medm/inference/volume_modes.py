@@ -145,6 +145,31 @@ def choose(count: int, depth: int, choice: str) -> list[int]:
     return [int((index + 0.5) * depth / count) for index in range(count)]
 
 
+def needs_slices(processor: LVLMProcessor, kind: str) -> bool:
+    """Return true for a volume, if a model with a mask head has a branch for images alone."""
+    branches = processor.branches
+    return (
+        kind == "volume"
+        and processor.mask_view is not None
+        and "image" in branches
+        and "volume" not in branches
+    )
+
+
+def slice_pixels(
+    processor: LVLMProcessor, source: object, options: SegmentationOptions
+) -> list[np.ndarray]:
+    """Return the slices of a volume that a language model is shown, prepared as its images.
+
+    Raises:
+        MediaError: the volume cannot be read.
+    """
+    preprocess = processor.preprocess["image"]
+    stack = open_slices(source, options, preprocess)
+    chosen = choose(options.slices, len(stack), options.slice_choice)
+    return [stack.prepared(index, preprocess).pixels for index in chosen]
+
+
 class SlicedVolumes:
     """Prompts for models without a branch for volumes: slices are shown in place of a volume.
 
@@ -158,13 +183,7 @@ class SlicedVolumes:
 
     def needed(self, sample: Sample) -> bool:
         """Return true if a sample shows a volume, and the model reads images alone."""
-        known = self.processor.branches
-        return (
-            getattr(self.processor, "mask_view", None) is not None
-            and "image" in known
-            and "volume" not in known
-            and any(media.branch == "volume" for media in sample.media)
-        )
+        return any(needs_slices(self.processor, media.branch) for media in sample.media)
 
     def example(self, sample: Sample, sources: Sequence[object]) -> Example:
         """Return the prompt of a sample whose volumes are shown as slices.
@@ -185,10 +204,9 @@ class SlicedVolumes:
                 pixels.append(load_pixels(source, preprocess))
                 counts.append(1)
                 continue
-            stack = open_slices(source, self.options, preprocess)
-            chosen = choose(self.options.slices, len(stack), self.options.slice_choice)
-            pixels += [stack.prepared(index, preprocess).pixels for index in chosen]
-            counts.append(len(chosen))
+            arrays = slice_pixels(self.processor, source, self.options)
+            pixels += arrays
+            counts.append(len(arrays))
         left = iter(counts)
         turns = tuple(
             replace(turn, content=tuple(p for part in turn.content for p in _shown(part, left)))

@@ -61,3 +61,23 @@ def answering(monkeypatch: Any, processor: Any, *texts: str) -> None:
         return made
 
     monkeypatch.setattr(Engine, "generate", generate)
+
+
+def streaming(monkeypatch: Any, processor: Any, text: str) -> None:
+    """Let every engine stream this reply."""
+    ids = tuple(ids_of(processor, text))
+
+    def stream(self: Engine, request: Any, options: Any = None) -> Any:
+        words = self.processor.text(list(ids))
+        yield words
+        return Reply(words, len(ids), True, ids)
+
+    monkeypatch.setattr(Engine, "stream", stream)
+
+
+def save_grounded(folder: Path, **masks: Any) -> tuple[Path, Any]:
+    """The model of `build_grounded` in a folder, and its processor."""
+    model, processor = build_grounded(folder, **masks)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder / "model", processor

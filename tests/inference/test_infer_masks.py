@@ -19,7 +19,7 @@ from medm.inference.folder_records import write_folder_records
 from medm.inference.mask_writing import MaskCounts, MaskWriter, file_stem
 from medm.inference.options import GenerationOptions, InferOptions
 from tests.cli.runner import medm
-from tests.inference.grounded import answering, build_grounded
+from tests.inference.grounded import answering, save_grounded
 from tests.inference.tiny import read_output, save_image, write_records
 from tests.models import plain_head
 
@@ -33,11 +33,7 @@ REPLIES = (
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
     with plain_head.registered():
-        folder = tmp_path_factory.mktemp("grounded")
-        model, processor = build_grounded(folder)
-        model.save_pretrained(folder / "model")
-        processor.save_pretrained(folder / "model")
-        yield folder / "model", processor
+        yield save_grounded(tmp_path_factory.mktemp("grounded"))
 
 
 @pytest.fixture
