@@ -323,3 +323,21 @@ def test_the_command_says_how_many_masks_there_are(model: Path, tmp_path: Path) 
     assert done.code == 0, done.err
     assert "1 answered" in done.out
     assert " masks" in done.out + done.err
+
+
+def test_masks_of_the_reference_are_not_read(model: Path, tmp_path: Path) -> None:
+    """A record for training is answered, too: its reply and masks are those of the reference."""
+    save_image(tmp_path / "a.png", 1)
+    record = {
+        "image": "a.png",
+        "masks": ["not-there.png"],
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhere is it???"},
+            {"from": "gpt", "value": "It is [SEG]."},
+        ],
+    }
+    data = write_records(tmp_path, [record])
+    summary = run(model, tmp_path / "o.jsonl", data=str(data))
+    (line,) = read_output(tmp_path / "o.jsonl")
+    assert summary.errors == 0, line
+    assert "answer" in line
