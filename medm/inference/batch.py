@@ -272,7 +272,12 @@ def _open_job(options: InferOptions | EmbedOptions) -> _Job:
     masks = isinstance(options, InferOptions) and "masks" in gives
     if isinstance(options, InferOptions) and masks:
         view = cast("LVLMProcessor", processor).mask_view
-        require_mode(options.segmentation, parse_view(str(view)).kind)
+        head = config.masks["head"]
+        require_mode(
+            options.segmentation,
+            parse_view(str(view)).kind,
+            memory=isinstance(head, dict) and bool(head.get("memory")),
+        )
         require_format(options.mask_format)
     source = SourceOptions(path=str(options.data), root=options.root, limit=options.limit)
     records = Records([source], pipeline_for(kind, inference=True))

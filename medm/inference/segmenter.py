@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from medm.errors import DeviceError, RecipeError
-from medm.heads.base import Maps, MaskLogits
+from medm.heads.base import MaskHead, MaskLogits, Maps
 from medm.imaging import Preprocess, prepare
 from medm.imaging.placement import Placement, Prepared
 from medm.inference.generator import Engine, FeatureMemory, Request, content_key
@@ -30,6 +30,7 @@ from medm.inference.volume_modes import (
     MODES,
     NOTHING,
     FileMasks,
+    memory_of,
     open_slices,
     require_mode,
 )
@@ -138,12 +139,19 @@ class Segmenter:
         self.kind: Kind = parse_view(self.view).kind
         self.token_id = self.branch.token_id
         self.mode = require_mode(self.options, self.kind)
+        if self.mode == "memory":
+            memory_of(self.mask_head)
         self.maps = FeatureMemory[Maps](store, lambda maps: sum(one.nbytes for one in maps))
 
     @property
     def preprocess(self) -> Preprocess:
         """Preprocessing of the view of the head."""
         return self.processor.preprocess[self.view]
+
+    @property
+    def mask_head(self) -> MaskHead:
+        """The head."""
+        return self.branch.head
 
     def segment(self, answered: Sequence[Answered]) -> list[Grounded]:
         """Return the masks of several replies.

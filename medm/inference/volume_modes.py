@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from medm.errors import MediaError, RecipeError
-from medm.heads.base import Maps, MaskLogits
+from medm.heads.base import MaskHead, MaskLogits, Maps
+from medm.heads.sam2 import Sam2Head
+from medm.heads.sam2_memory import Sam2Memory
 from medm.imaging import ImagePreprocess, Preprocess, load_pixels, prepare
 from medm.imaging.placement import Placement, Prepared
 from medm.imaging.sources import as_source
@@ -57,6 +59,11 @@ class SliceHead(Protocol):
         """Preprocessing of the images."""
         ...
 
+    @property
+    def mask_head(self) -> MaskHead:
+        """The head itself."""
+        ...
+
     def decode(self, prepared: Prepared, prompts: Tensor) -> MaskLogits:
         """Return the output for one image, (masks, *grid), in host memory."""
         ...
@@ -83,8 +90,13 @@ class SliceStack:
         return prepare(self.pixels[index], preprocess)
 
 
-def require_mode(options: SegmentationOptions, head: Kind) -> str:
+def require_mode(options: SegmentationOptions, head: Kind, *, memory: bool = True) -> str:
     """Return the mode of a head of images or volumes.
+
+    Args:
+        options: name the mode.
+        head: kind of file that the head reads.
+        memory: the head was built with memory.
 
     Raises:
         RecipeError: the head does not go with `volume_mode`.
@@ -95,6 +107,11 @@ def require_mode(options: SegmentationOptions, head: Kind) -> str:
         raise RecipeError(
             f"segmentation.volume_mode: {mode!r}, and the mask head of the model reads {head}s; "
             f"expected {expected}"
+        )
+    if mode == "memory" and not memory:
+        raise RecipeError(
+            "segmentation.volume_mode: 'memory' needs the head sam2 with memory: true in its "
+            "block; set slices"
         )
     return mode
 
@@ -264,8 +281,65 @@ def _on_file(
     )
 
 
+def propagate(
+    head: SliceHead, stack: SliceStack, prompts: Tensor, options: SegmentationOptions
+) -> FileMasks:
+    """Follow each target through the volume by SAM 2's memory, from a few slices with its prompt.
+
+    From the first of these slices to the last slice of the volume, and back to its first one.
+    """
+    prepared = [stack.prepared(index, head.preprocess) for index in range(len(stack))]
+    slices = [head.encode(one.pixels) for one in prepared]
+    maps = tuple(torch.cat(level) for level in zip(*slices, strict=True))
+    memory = memory_of(head.mask_head)
+    logits, presence, quality = [], [], []
+    for prompt in prompts:
+        alone = [head.decode(one, prompt[None]) for one in prepared]
+        trust = torch.cat([one.presence.sigmoid() * one.quality for one in alone])
+        chosen = conditioning(options, trust)
+        found = memory.propagate(maps, dict.fromkeys(chosen, prompt))
+        logits.append(found[0].float().cpu())
+        presence.append(found[1].float().cpu())
+        quality.append(torch.cat([alone[index].quality for index in chosen]).mean())
+    by_slice = [
+        MaskLogits(values, torch.stack(quality), there)
+        for values, there in zip(
+            torch.stack(logits, dim=1), torch.stack(presence, dim=1), strict=True
+        )
+    ]
+    return _on_file(head, stack, by_slice, options)
+
+
+def conditioning(options: SegmentationOptions, trust: Tensor) -> list[int]:
+    """Return the slices that a target is followed from, rising.
+
+    Args:
+        options: number and choice.
+        trust: (slices,), presence times quality of the mask that each slice has by itself.
+    """
+    if options.slice_choice != "score":
+        return choose(options.slices, len(trust), options.slice_choice)
+    count = min(options.slices, len(trust))
+    return sorted(trust.argsort(descending=True, stable=True)[:count].tolist())
+
+
+def memory_of(head: MaskHead) -> Sam2Memory:
+    """Return the memory of a head.
+
+    Raises:
+        RecipeError: the head has none.
+    """
+    if not isinstance(head, Sam2Head):
+        raise RecipeError(
+            f"segmentation.volume_mode: 'memory' needs the head sam2, and the model has a "
+            f"{type(head).__name__}; set slices"
+        )
+    return Sam2Memory(head)
+
+
 VolumeMode: TypeAlias = Callable[[SliceHead, SliceStack, Tensor, SegmentationOptions], FileMasks]
 
 MODES: Mapping[str, VolumeMode] = {
     "slices": segment_slices,
+    "memory": propagate,
 }

@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 from medm.errors import MediaError, RecipeError
+from medm.heads.sam2_memory import Sam2Memory
 from medm.imaging import load_pixels, prepare
 from medm.imaging.volumes import read_volume
 from medm.inference.generator import Engine, Request
 from medm.inference.options import SegmentationOptions
 from medm.inference.segmenter import Answered, Segmenter, Shown
-from medm.inference.volume_modes import SlicedVolumes, choose, open_slices
+from medm.inference.volume_modes import SlicedVolumes, choose, conditioning, open_slices
 from medm.types import Media, Sample, Turn
+from tests.heads.tiny import TINY_MEMORY, TINY_SAM2
 from tests.inference.grounded import build_grounded, ids_of, request
 from tests.inference.tiny import build_tiny
 from tests.models import plain_head
@@ -328,6 +330,42 @@ def test_slices_without_the_target_are_empty(volume: Path, grounded: tuple[Any, 
     (found,) = Segmenter(Engine(model, processor), options).segment([one])
     assert found.masks[0].absent
     assert found.masks[0].voxels == 0
+
+
+def test_targets_are_followed_by_memory(
+    volume: Path, tmp_path: Path, grounded: tuple[Any, Any]
+) -> None:
+    sizes = TINY_SAM2 | TINY_MEMORY
+    model, processor = build_grounded(
+        tmp_path, head={"name": "sam2", "memory": True, "architecture": sizes}
+    )
+    own = SegmentationOptions(volume_mode="memory", slices=2, slice_choice="first")
+    segmenter = Segmenter(Engine(model, processor), own, soft=True)
+    one = sliced_answer((model, processor), volume, own)
+    (prompts,) = segmenter.prompts([one])
+    (found,) = segmenter.segment([one])
+    stack = open_slices(volume, own, processor.preprocess[VIEW])
+    prepared = [stack.prepared(index, processor.preprocess[VIEW]) for index in range(6)]
+    pixels = torch.from_numpy(np.stack([each.pixels for each in prepared]))
+    with torch.no_grad():
+        maps = model.masks.head.encode(pixels)
+        memory = Sam2Memory(model.masks.head)
+        logits, _ = memory.propagate(maps, {0: prompts[1], 1: prompts[1]})
+    whole = torch.nn.functional.interpolate(logits[:, None], (12, 10), mode="bilinear")[:, 0]
+    expected = stack.placement.to_source(whole.sigmoid().numpy())
+    assert found.masks[1].probabilities is not None
+    np.testing.assert_allclose(found.masks[1].probabilities, expected, atol=1e-4)
+    assert found.masks[1].mask.shape == (6, 12, 10)
+
+    trust = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.0, 0.3])
+    for choice, slices in (("first", [0, 1]), ("uniform", [1, 4]), ("score", [1, 3])):
+        chosen = SegmentationOptions.model_validate({"slices": 2, "slice_choice": choice})
+        assert conditioning(chosen, trust) == slices
+    by_score = own.model_copy(update={"slice_choice": "score"})
+    (scored,) = Segmenter(Engine(model, processor), by_score).segment([one])
+    assert scored.masks[0].mask.shape == (6, 12, 10)
+    with pytest.raises(RecipeError, match="needs the head sam2"):
+        Segmenter(Engine(*grounded), own)
 
 
 def test_a_head_of_volumes_reads_the_volume_itself(
