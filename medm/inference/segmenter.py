@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from medm.errors import DeviceError, RecipeError
-from medm.heads.base import MaskHead, MaskLogits, Maps
+from medm.heads.base import Maps, MaskHead, MaskLogits
 from medm.imaging import Preprocess, prepare
 from medm.imaging.placement import Placement, Prepared
 from medm.inference.generator import Engine, FeatureMemory, Request, content_key

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from medm.errors import MediaError, RecipeError
-from medm.heads.base import MaskHead, MaskLogits, Maps
+from medm.heads.base import Maps, MaskHead, MaskLogits
 from medm.heads.sam2 import Sam2Head
 from medm.heads.sam2_memory import Sam2Memory
 from medm.imaging import ImagePreprocess, Preprocess, load_pixels, prepare
