@@ -45,9 +45,9 @@ class Prediction:
     raw: str
     """The reply with its marks (`[SEG]`, `<p>`) in letters."""
     spans: tuple[Phrase, ...] = ()
-    """Of each `[SEG]` the words that it belongs to: `start` and `end` in `text`."""
+    """Of each mask the words that it belongs to: `start` and `end` in `text`."""
     masks: tuple[MaskPrediction, ...] = ()
-    """Of each `[SEG]` its mask, on the grid of the file. Empty for a model without a mask head, and
+    """One for each `[SEG]`, on the grid of the file. Empty for a model without a mask head, and
     for a prompt without an image that the head reads."""
     finished: bool = True
     """False where the reply was cut at `max_new_tokens`."""
@@ -223,8 +223,9 @@ class Model:
         media += [Shown("volume", item) for item in _listed(volume)]
         answered = Answered(batch.requests()[0], reply.ids, media)
         (grounded,) = self._segmenters[key].segment([answered])
-        text = grounded.text
-        return Prediction(text.text, text.raw, text.phrases, grounded.masks, reply.finished)
+        text, masks = grounded.text, grounded.masks
+        spans = tuple(mask.phrase for mask in masks) if masks else text.phrases
+        return Prediction(text.text, text.raw, spans, masks, reply.finished)
 
     def ask_many(
         self,

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -185,20 +184,25 @@ class MaskWriter:
             OSError: a file cannot be written.
         """
         stem = file_stem(name)
-        spans = [_span(token, grounded) for token in range(len(grounded.text.phrases))]
-        by_file = groupby(grounded.masks, key=lambda mask: (mask.kind, mask.media))
-        for (kind, number), group in by_file:
-            masks = list(group)
-            own = [spans[mask.token] for mask in masks]
+        pairs = [(mask, _span(mask.token, grounded, mask)) for mask in grounded.masks]
+        files = sorted({(mask.kind, mask.media) for mask in grounded.masks})
+        sheets: list[str] = []
+        for kind, number in files:
+            own = [pair for pair in pairs if (pair[0].kind, pair[0].media) == (kind, number)]
             source = [one for one in media if one.kind == kind][number].source
-            self._write_files(stem, kind, source, masks, own)
+            part = f"{stem}_{number}" if len(files) > 1 else stem
+            masks = [mask for mask, _ in own]
+            self._write_files(part, kind, source, masks, [span for _, span in own])
             if self.overlays:
-                sheet = self._path(f"{stem}_overlay.png")
+                sheet = self._path(f"{part}_overlay.png")
                 named = [(mask.phrase.text, mask.mask) for mask in masks]
                 save_overlay_sheet(sheet, as_source(source), named, masks[0].placement)
-                if further is not None:
-                    further["overlay"] = self._named(sheet)
-        return spans
+                sheets.append(self._named(sheet))
+        if sheets and further is not None:
+            further["overlay"] = sheets[0] if len(sheets) == 1 else sheets
+        if pairs:
+            return [span for _, span in pairs]
+        return [_span(token, grounded, None) for token in range(len(grounded.text.phrases))]
 
     def _write_files(
         self,
@@ -314,8 +318,8 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:_NAME].strip("-.") or "reply"
 
 
-def _span(token: int, grounded: Grounded) -> JsonObject:
-    """Return what a line says of a `[SEG]`, without its file."""
+def _span(token: int, grounded: Grounded, mask: MaskPrediction | None) -> JsonObject:
+    """Return what a line says of a `[SEG]` and one of its masks, without its file."""
     phrase = grounded.text.phrases[token]
     span: JsonObject = {
         "start": phrase.start,
@@ -324,9 +328,8 @@ def _span(token: int, grounded: Grounded) -> JsonObject:
         "token": token,
         "mask": None,
     }
-    if not grounded.masks:
+    if mask is None:
         return span
-    mask = grounded.masks[token]
     span |= {
         mask.kind: mask.media,
         "presence": round(mask.presence, 4),

@@ -75,7 +75,8 @@ class SegmentationOptions(Options):
     volume_mode: Literal["slices", "memory", "volume"] | None = None
     """Masks of a volume: `slices` segments each slice by itself, `memory` follows the target from a
     few slices through the others (SAM 2), `volume` is for heads that read volumes. Default:
-    `volume` for such heads, `slices` for heads that read images."""
+    `volume` for such heads, `slices` for heads that read images. With a mode, several images of a
+    record are slices as well, and masks belong to all of them; without, to the last one."""
     slices: int = Field(default=5, ge=1)
     """Slices of a volume that a language model without volumes is shown; in the mode `memory` also
     those that the target is followed from."""

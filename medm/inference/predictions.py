@@ -69,12 +69,12 @@ class ResultLine(RecordName):
     raw: NotRequired[str]
     """The reply with its marks (`[SEG]`, `<p>`), where it has some."""
     spans: NotRequired[list[JsonObject]]
-    """Of a model with a mask head, for each `[SEG]`: where its phrase stands in `reply`, and its
-    mask."""
+    """Of a model with a mask head, for each mask: where its phrase stands in `reply`, and its
+    file."""
     unmasked: NotRequired[int]
     """Marked phrases that no mask belongs to."""
-    overlay: NotRequired[str]
-    """Sheet with the masks over their image."""
+    overlay: NotRequired[str | list[str]]
+    """Sheet with the masks over their image; of several images a list."""
     embedding: NotRequired[list[float]]
     """Vector of the file, of length 1."""
     text_embeddings: NotRequired[list[list[float]]]

@@ -30,7 +30,9 @@ from medm.inference.volume_modes import (
     MODES,
     NOTHING,
     FileMasks,
+    ImageStack,
     memory_of,
+    on_volume,
     open_slices,
     require_mode,
 )
@@ -101,7 +103,8 @@ class Grounded:
 
     text: GroundedText
     masks: tuple[MaskPrediction, ...] = ()
-    """In the order of the `[SEG]`. Empty if the prompt shows no image that the head reads."""
+    """In the order of the `[SEG]`, and for each of them in the order of its images. Empty if the
+    prompt shows no image that the head reads."""
 
     @property
     def without_image(self) -> int:
@@ -227,36 +230,38 @@ class Segmenter:
             DataError: a file cannot be read.
         """
         text = self.text(answered.reply)
-        target = self._target(answered.media)
-        if target is None or not len(prompts):
+        if not len(prompts):
             return Grounded(text)
-        number, shown = target
-        files = self._masks_of(shown, prompts)
-        masks = []
-        for token, phrase in enumerate(text.phrases):
-            presence = float(torch.sigmoid(files.presence[token]))
-            threshold = self.options.presence_threshold
-            absent = threshold is not None and presence < threshold
-            logits = files.logits(token)
-            mask = np.zeros_like(logits, dtype=bool) if absent else logits > 0
-            soft = None
-            if self.soft:
-                soft = np.zeros_like(logits) if absent else expit(logits)
-            masks.append(
-                MaskPrediction(
-                    token=token,
-                    phrase=phrase,
-                    kind=shown.kind,
-                    media=number,
-                    mask=mask,
-                    placement=files.placement,
-                    quality=float(files.quality[token]),
-                    presence=presence,
-                    absent=absent,
-                    probabilities=soft,
-                )
-            )
+        files = self._files(answered.media, prompts)
+        masks = [
+            self._mask(token, phrase, *file)
+            for token, phrase in enumerate(text.phrases)
+            for file in files
+        ]
         return Grounded(text, tuple(masks))
+
+    def _mask(
+        self, token: int, phrase: Phrase, number: int, kind: Kind, found: FileMasks
+    ) -> MaskPrediction:
+        presence = float(torch.sigmoid(found.presence[token]))
+        threshold = self.options.presence_threshold
+        absent = threshold is not None and presence < threshold
+        logits = found.logits(token)
+        soft = None
+        if self.soft:
+            soft = np.zeros_like(logits) if absent else expit(logits)
+        return MaskPrediction(
+            token=token,
+            phrase=phrase,
+            kind=kind,
+            media=number,
+            mask=np.zeros_like(logits, dtype=bool) if absent else logits > 0,
+            placement=found.placement,
+            quality=float(found.quality[token]),
+            presence=presence,
+            absent=absent,
+            probabilities=soft,
+        )
 
     def text(self, reply: Sequence[int]) -> GroundedText:
         """Return the words of a reply, and the phrase of each `[SEG]`."""
@@ -264,23 +269,35 @@ class Segmenter:
         marks = set(PHRASE_TOKENS) <= set(self.processor.control_tokens)
         return grounded_text(decoded, phrase_tokens=marks)
 
-    def _target(self, media: Sequence[Shown]) -> tuple[int, Shown] | None:
-        """Return the image or volume that masks belong to, and its position among its kind.
+    def _files(self, media: Sequence[Shown], prompts: Tensor) -> list[tuple[int, Kind, FileMasks]]:
+        """Return the masks of each image or volume that they belong to.
 
-        It is the last one that the head reads, or else, for a head of images, the last volume.
+        It is the last one that the head reads, or else, for a head of images, the last volume. With
+        a `volume_mode`, several images are slices of one body, and masks belong to all of them.
+
+        Returns:
+            Position among the media of its kind, the kind, and the masks; nothing where the prompt
+            shows no image that they could be of.
         """
-        for kind in dict.fromkeys((self.kind, "volume")):
-            own = [one for one in media if one.kind == kind]
-            if own:
-                return len(own) - 1, own[-1]
-        return None
-
-    def _masks_of(self, shown: Shown, prompts: Tensor) -> FileMasks:
-        if shown.kind != self.kind:
-            stack = open_slices(shown.source, self.options, self.preprocess)
-            return MODES[self.mode](self, stack, prompts, self.options)
-        prepared = prepare(shown.source, self.preprocess)
-        return self.on_file(prepared, self.decode(prepared, prompts))
+        own = [one.source for one in media if one.kind == self.kind]
+        volumes = [one.source for one in media if one.kind == "volume"]
+        if own and (len(own) == 1 or self.kind == "volume" or self.options.volume_mode is None):
+            prepared = prepare(own[-1], self.preprocess)
+            found = self.on_file(prepared, self.decode(prepared, prompts))
+            return [(len(own) - 1, self.kind, found)]
+        if own:
+            images = ImageStack(own)
+            slices = MODES[self.mode](self, images, prompts, self.options)
+            return [
+                (number, "image", self.on_file(images.prepared(number, self.preprocess), one))
+                for number, one in enumerate(slices)
+            ]
+        if volumes:
+            stack = open_slices(volumes[-1], self.options, self.preprocess)
+            slices = MODES[self.mode](self, stack, prompts, self.options)
+            found = on_volume(self, stack, slices, self.options)
+            return [(len(volumes) - 1, "volume", found)]
+        return []
 
     def on_file(self, prepared: Prepared, found: MaskLogits) -> FileMasks:
         """Return the output of the head for one image or volume on the grid of its file."""

@@ -7,7 +7,7 @@ volume's own grid, oblique or flipped as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medm.errors import MediaError, RecipeError
+from medm.data.base import missing_branch
+from medm.errors import DataError, MediaError, RecipeError
 from medm.heads.base import Maps, MaskHead, MaskLogits
 from medm.heads.sam2 import Sam2Head
 from medm.heads.sam2_memory import Sam2Memory
@@ -49,6 +50,30 @@ class FileMasks:
     """(masks,), logit of the target being there at all."""
     placement: Placement
     """Of what the head saw in the file."""
+
+
+class Slices(Protocol):
+    """Slices of one body, in order."""
+
+    def __len__(self) -> int: ...
+
+    def prepared(self, index: int, preprocess: Preprocess) -> Prepared:
+        """Return a slice as a head or an encoder takes it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStack:
+    """Slices that a prompt shows as images of their own."""
+
+    sources: Sequence[object]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def prepared(self, index: int, preprocess: Preprocess) -> Prepared:
+        """Return a slice as a head or an encoder takes it. Raises `MediaError`."""
+        return prepare(self.sources[index], preprocess)
 
 
 class SliceHead(Protocol):
@@ -188,22 +213,27 @@ def slice_pixels(
 
 
 class SlicedVolumes:
-    """Prompts for models without a branch for volumes: slices are shown in place of a volume.
+    """Prompts about volumes for models that read images: a few slices are shown.
 
     Args:
-        processor: of a model with a mask head and a branch of images.
-        options: number, choice and window of the slices.
+        processor: of a model.
+        options: number, choice and window of the slices. With a `volume_mode`, the images of a
+            record are slices, too: of more than `slices`, those of the choice are shown.
     """
 
     def __init__(self, processor: LVLMProcessor, options: SegmentationOptions) -> None:
         self.processor, self.options = processor, options
 
     def needed(self, sample: Sample) -> bool:
-        """Return true if a sample shows a volume, and the model reads images alone."""
-        return any(needs_slices(self.processor, media.branch) for media in sample.media)
+        """Return true if the language model is shown something else than the sample's media."""
+        images = sum(media.branch == "image" for media in sample.media)
+        many = self.options.volume_mode is not None and images > self.options.slices
+        return (many and self.processor.mask_view is not None) or any(
+            needs_slices(self.processor, media.branch) for media in sample.media
+        )
 
     def example(self, sample: Sample, sources: Sequence[object]) -> Example:
-        """Return the prompt of a sample whose volumes are shown as slices.
+        """Return the prompt of a sample of which slices are shown.
 
         Args:
             sample: the conversation.
@@ -213,45 +243,66 @@ class SlicedVolumes:
             MediaError: one of them cannot be read.
             DataError: as `LVLMProcessor.encode`.
         """
-        preprocess = self.processor.preprocess["image"]
-        pixels: list[np.ndarray] = []
+        processor, options = self.processor, self.options
+        images = [index for index, media in enumerate(sample.media) if media.branch == "image"]
+        left_out: set[int] = set()
+        if options.volume_mode is not None:
+            chosen = choose(options.slices, len(images), options.slice_choice) if images else []
+            left_out = {*images} - {images[number] for number in chosen}
+        pixels: dict[str, list[np.ndarray]] = {}
         counts: list[int] = []
-        for media, source in zip(sample.media, sources, strict=True):
-            if media.branch == "image":
-                pixels.append(load_pixels(source, preprocess))
+        for index, (media, source) in enumerate(zip(sample.media, sources, strict=True)):
+            if needs_slices(processor, media.branch):
+                arrays = slice_pixels(processor, source, options)
+                pixels.setdefault("image", []).extend(arrays)
+                counts.append(len(arrays))
+            elif index in left_out:
+                counts.append(0)
+            elif media.branch not in processor.branches:
+                raise DataError(
+                    missing_branch(media.branch, processor.branches), field=media.branch
+                )
+            else:
+                array = load_pixels(source, processor.preprocess[media.branch])
+                pixels.setdefault(media.branch, []).append(array)
                 counts.append(1)
-                continue
-            arrays = slice_pixels(self.processor, source, self.options)
-            pixels += arrays
-            counts.append(len(arrays))
         left = iter(counts)
-        turns = tuple(
-            replace(turn, content=tuple(p for part in turn.content for p in _shown(part, left)))
-            for turn in sample.turns
-        )
-        shown = replace(sample, turns=turns, masks=())
-        return self.processor.encode(shown, {"image": pixels}, generation=True)
+        turns = []
+        for turn in sample.turns:
+            parts: list[TurnPart] = []
+            dropped = False
+            for part in turn.content:
+                if dropped and isinstance(part, str):
+                    part = part.removeprefix("\n")  # of the line of the image
+                dropped = False
+                if isinstance(part, Media):
+                    count = next(left)
+                    dropped = count == 0
+                    kind = "image" if needs_slices(processor, part.branch) else part.branch
+                    parts += _lines(Media(kind, part.path), count)
+                elif part != "":
+                    parts.append(part)
+            turns.append(replace(turn, content=tuple(parts)))
+        shown = replace(sample, turns=tuple(turns), masks=())
+        return processor.encode(shown, pixels, generation=True)
 
 
-def _shown(part: TurnPart, counts: Iterator[int]) -> list[TurnPart]:
-    """Return a part of a turn with images in place of a volume, each on a line of its own."""
-    if not isinstance(part, Media):
-        return [part]
+def _lines(media: Media, count: int) -> list[TurnPart]:
+    """Return so many images, each on a line of its own."""
     parts: list[TurnPart] = []
-    for _ in range(next(counts)):
-        parts += ["\n", Media("image", part.path)] if parts else [Media("image", part.path)]
+    for _ in range(count):
+        parts += ["\n", media] if parts else [media]
     return parts
 
 
 def segment_slices(
-    head: SliceHead, stack: SliceStack, prompts: Tensor, options: SegmentationOptions
-) -> FileMasks:
+    head: SliceHead, stack: Slices, prompts: Tensor, options: SegmentationOptions
+) -> list[MaskLogits]:
     """Segment each slice by itself; the same prompt goes to all."""
-    found = [head.decode(stack.prepared(i, head.preprocess), prompts) for i in range(len(stack))]
-    return _on_file(head, stack, found, options)
+    return [head.decode(stack.prepared(i, head.preprocess), prompts) for i in range(len(stack))]
 
 
-def _on_file(
+def on_volume(
     head: SliceHead,
     stack: SliceStack,
     found: Sequence[MaskLogits],
@@ -282,8 +333,8 @@ def _on_file(
 
 
 def propagate(
-    head: SliceHead, stack: SliceStack, prompts: Tensor, options: SegmentationOptions
-) -> FileMasks:
+    head: SliceHead, stack: Slices, prompts: Tensor, options: SegmentationOptions
+) -> list[MaskLogits]:
     """Follow each target through the volume by SAM 2's memory, from a few slices with its prompt.
 
     From the first of these slices to the last slice of the volume, and back to its first one.
@@ -301,13 +352,8 @@ def propagate(
         logits.append(found[0].float().cpu())
         presence.append(found[1].float().cpu())
         quality.append(torch.cat([alone[index].quality for index in chosen]).mean())
-    by_slice = [
-        MaskLogits(values, torch.stack(quality), there)
-        for values, there in zip(
-            torch.stack(logits, dim=1), torch.stack(presence, dim=1), strict=True
-        )
-    ]
-    return _on_file(head, stack, by_slice, options)
+    by_slice = zip(torch.stack(logits, dim=1), torch.stack(presence, dim=1), strict=True)
+    return [MaskLogits(values, torch.stack(quality), there) for values, there in by_slice]
 
 
 def conditioning(options: SegmentationOptions, trust: Tensor) -> list[int]:
@@ -337,7 +383,8 @@ def memory_of(head: MaskHead) -> Sam2Memory:
     return Sam2Memory(head)
 
 
-VolumeMode: TypeAlias = Callable[[SliceHead, SliceStack, Tensor, SegmentationOptions], FileMasks]
+VolumeMode: TypeAlias = Callable[[SliceHead, Slices, Tensor, SegmentationOptions], list[MaskLogits]]
+"""Gives the output of the head for each slice, in host memory."""
 
 MODES: Mapping[str, VolumeMode] = {
     "slices": segment_slices,

@@ -277,6 +277,30 @@ def test_masks_of_volumes_lie_on_their_volume(model: Path, tmp_path: Path) -> No
         assert sitk.GetArrayFromImage(mask).sum() == span["voxels"]
 
 
+def test_images_of_a_record_as_slices(model: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        save_image(tmp_path / f"{number}.png", number)
+    record = {
+        "image": ["0.png", "1.png", "2.png"],
+        "conversations": [{"from": "human", "value": "<image>\n<image>\n<image>\nWhere"}],
+    }
+    longer = [
+        {"from": "human", "value": record["conversations"][0]["value"] + "?" * n} for n in (0, 1, 2)
+    ]  # type: ignore[index]
+    data = write_records(tmp_path, [record | {"conversations": [turn]} for turn in longer])
+    given: dict[str, Any] = {"data": str(data), "overlays": True}
+    run(model, tmp_path / "o.jsonl", segmentation={"volume_mode": "slices", "slices": 2}, **given)
+    lines = read_output(tmp_path / "o.jsonl")
+    spans = [span for line in lines for span in line["spans"]]
+    assert [span["image"] for span in spans] == [0, 1, 2] * 3  # two masks, one, and none
+    files = {span["mask"] for span in spans}
+    assert len(files) == len(spans)
+    assert all((tmp_path / file).is_file() for file in files)
+    for line in lines:
+        if line["spans"]:
+            assert len(line["overlay"]) == 3
+
+
 def test_formats(model: Path, tmp_path: Path) -> None:
     data = records(tmp_path, 6)
     run(model, tmp_path / "npy.jsonl", data=str(data), mask_format="npy")

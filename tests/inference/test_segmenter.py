@@ -314,6 +314,35 @@ def test_slices_are_segmented_one_by_one(volume: Path, grounded: tuple[Any, Any]
     assert found.masks[0].phrase.text == "mass"
 
 
+def test_images_of_a_record_as_slices(grounded: tuple[Any, Any]) -> None:
+    model, processor = grounded
+    arrays = np.random.default_rng(8).integers(0, 256, (4, 12, 10), np.uint8)
+    content: list[Any] = [part for _ in arrays for part in (Media("image"), "\n")]
+    sample = Sample((Turn("user", (*content, "Where?")),))
+    options = SegmentationOptions(volume_mode="slices", slices=2, slice_choice="first")
+    sliced = SlicedVolumes(processor, options)
+    assert sliced.needed(sample)
+    assert not SlicedVolumes(processor, SegmentationOptions(slices=2)).needed(sample)
+    example = sliced.example(sample, list(arrays))
+    same = Sample((Turn("user", (*content[:4], "Where?")),))
+    pixels = [load_pixels(array, processor.preprocess["image"]) for array in arrays[:2]]
+    expected = processor.encode(same, {"image": pixels}, generation=True)
+    assert example.input_ids == expected.input_ids
+    assert len(example.pixels["image"]) == 2
+    one = Answered(
+        Request.of(example),
+        ids_of(processor, "[SEG][SEG]"),
+        [Shown("image", array) for array in arrays],
+    )
+    (found,) = Segmenter(Engine(model, processor), options).segment([one])
+    assert [(mask.token, mask.media) for mask in found.masks] == [
+        (token, image) for token in range(2) for image in range(4)
+    ]
+    single = Answered(one.request, one.reply, one.media[:3])  # the third alone is the last one
+    (alone,) = Segmenter(Engine(model, processor)).segment([single])
+    assert (alone.masks[1].mask == found.masks[6].mask).all()
+
+
 def test_slices_without_the_target_are_empty(volume: Path, grounded: tuple[Any, Any]) -> None:
     model, processor = grounded
     one = sliced_answer(grounded, volume, SegmentationOptions())
