@@ -13,9 +13,11 @@ from typing import Any
 
 from medm.cli.recipes import find
 from medm.models.dual_encoder.options import DualEncoderOptions
+from medm.models.lvlm.options import MaskOptions
 from medm.training.recipe import load_recipe
 from tests import tiny
 from tests.encoders.tiny import TINY_ENCODERS
+from tests.heads.tiny import TINY_HEADS
 from tests.models.dual_encoder.tiny import TEXT, save_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -54,7 +56,31 @@ def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
             result.append(
                 f"model.branches.volume.preprocess.size={list(TINY_ENCODERS[options.encoder.name].pixels[1:])}"
             )
+    if recipe.model.masks is not None:
+        result += head_overrides(recipe.model.masks)
     return result
+
+
+TINY_SEGRESNET = {
+    "dim": 6,
+    "features": 5,
+    "init_filters": 8,
+    "blocks_down": [1, 1],
+    "blocks_up": [1],
+}
+
+
+def head_overrides(masks: MaskOptions) -> list[str]:
+    """A tiny mask head in place of the published one; projection and targets stay."""
+    block = masks.head.model_dump() | {"path": None, "image_size": None}
+    tiny_head = TINY_HEADS[masks.head.name]
+    block["architecture"] = tiny_head.block["architecture"]
+    size = list(tiny_head.pixels[1:])
+    if masks.head.name == "sam2":
+        block["size"] = None
+    elif masks.view == "volume" and masks.head.name == "dot-product":
+        block["architecture"], size = TINY_SEGRESNET, [8, 8, 8]
+    return [f"model.masks.head={json.dumps(block)}", f"model.masks.preprocess.size={size}"]
 
 
 def dual_encoder_overrides(model: DualEncoderOptions, folder: Path) -> list[str]:
@@ -98,5 +124,6 @@ def records(name: str) -> Path:
         stage, branches = "pairs", {model.branch}
     else:
         stage = "pretrain" if name.endswith("/pretrain") else "finetune"
+        stage = "masks" if model.masks is not None else stage
         branches = set(model.branches)
     return DOCS / f"example_{stage}{'_3d' if 'volume' in branches else ''}.json"

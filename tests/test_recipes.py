@@ -68,10 +68,13 @@ def test_preprocessing_is_known_without_the_language_model(
     if recipe.model.kind != "lvlm":
         pytest.skip("other kinds know their preprocessing from their processor")
     known = preprocess_of(recipe.model)
-    assert list(known) == list(recipe.model.branches)
-    for branch, how in known.items():
-        written = recipe.model.branches[branch].preprocess
-        assert how.size and all(getattr(how, key) == value for key, value in written.items())
+    fields = {name: branch.preprocess for name, branch in recipe.model.branches.items()}
+    if (masks := recipe.model.masks) is not None:
+        fields[f"{masks.view}@masks"] = masks.preprocess
+    assert list(known) == list(fields)
+    for view, written in fields.items():
+        said = known[view].model_dump()
+        assert said["size"] and written.items() <= said.items()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,6 +92,8 @@ def test_parts_are_those_of_the_model(name: str) -> None:
     known = {"llm"} | {
         f"{branch}.{part}" for branch in branches for part in ("encoder", "connector")
     }
+    if recipe.model.masks is not None:
+        known |= {"masks.encoder", "masks.decoder", "masks.projection"}
     assert set(recipe.parts) <= known
 
 

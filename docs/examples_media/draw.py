@@ -38,10 +38,27 @@ def picture(*discs: tuple[float, float, float]) -> Image.Image:
     return Image.fromarray(gray.astype(np.uint8))
 
 
+def label_map(*discs: tuple[float, float, float]) -> Image.Image:
+    """Each disc by its number, from 1, on 0."""
+    labels = np.zeros((SIZE, SIZE), np.uint8)
+    for number, each in enumerate(discs, start=1):
+        labels[disc(*each)] = number
+    return Image.fromarray(labels)
+
+
 def bars(count: int) -> Image.Image:
     """Vertical bars of equal width."""
     columns = np.arange(SIZE) * count * 2 // SIZE
     return Image.fromarray(np.tile(np.where(columns % 2, 200, 30), (SIZE, 1)).astype(np.uint8))
+
+
+def ball(z: float, y: float, x: float, radius: float) -> np.ndarray:
+    """A filled ball, in fractions of the volume's sides: SHAPE bool."""
+    slices, rows, columns = (
+        grid / length
+        for grid, length in zip(np.mgrid[tuple(map(slice, SHAPE))], SHAPE, strict=True)
+    )
+    return (slices - z) ** 2 + (rows - y) ** 2 + (columns - x) ** 2 < radius**2
 
 
 def volume(*balls: tuple[float, float, float, float]) -> sitk.Image:
@@ -59,11 +76,22 @@ def volume(*balls: tuple[float, float, float, float]) -> sitk.Image:
         (columns - 0.5) / 0.46
     ) ** 2 < 1
     values = np.where(body, SOFT_TISSUE, AIR)
-    for z, y, x, radius in balls:
-        values = np.where(
-            (slices - z) ** 2 + (rows - y) ** 2 + (columns - x) ** 2 < radius**2, BONE, values
-        )
-    image = sitk.GetImageFromArray(values.astype(np.int16))
+    for each in balls:
+        values = np.where(ball(*each), BONE, values)
+    return on_grid(values.astype(np.int16))
+
+
+def labels_of(*balls: tuple[float, float, float, float]) -> sitk.Image:
+    """Each ball by its number, from 1, on 0."""
+    values = np.zeros(SHAPE, np.uint8)
+    for number, each in enumerate(balls, start=1):
+        values[ball(*each)] = number
+    return on_grid(values)
+
+
+def on_grid(values: np.ndarray) -> sitk.Image:
+    """Voxels with the spacing of the volumes."""
+    image = sitk.GetImageFromArray(values)
     image.SetSpacing(SPACING)
     return image
 
@@ -73,12 +101,15 @@ def main() -> None:
     picture((0.5, 0.3, 0.1)).save(FOLDER / "disc_left.png", optimize=True)
     picture((0.5, 0.7, 0.1)).save(FOLDER / "disc_right.png", optimize=True)
     picture((0.35, 0.35, 0.09), (0.65, 0.65, 0.13)).save(FOLDER / "two_discs.png", optimize=True)
+    label_map((0.35, 0.35, 0.09), (0.65, 0.65, 0.13)).save(FOLDER / "two_discs_labels.png")
+    label_map((0.5, 0.3, 0.1)).save(FOLDER / "disc_left_labels.png", optimize=True)
     bars(4).convert("RGB").save(FOLDER / "bars.jpg", quality=80)
     for name, phantom in {
         "ball_left": volume((0.5, 0.5, 0.7, 0.12)),
         "ball_right": volume((0.5, 0.5, 0.3, 0.12)),
         "ball_left_upper": volume((0.75, 0.5, 0.65, 0.12)),
         "two_balls": volume((0.35, 0.5, 0.35, 0.09), (0.65, 0.5, 0.65, 0.15)),
+        "two_balls_labels": labels_of((0.35, 0.5, 0.35, 0.09), (0.65, 0.5, 0.65, 0.15)),
     }.items():
         sitk.WriteImage(phantom, FOLDER / f"{name}.nii.gz", True)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 from fetch import ASSETS, COMPLETE
-from volumes import DATA
+from volumes import DATA, STRUCTURES
 
 HU_STEP = 8
 HU_RANGE = (-1024, 1016)
@@ -36,11 +36,27 @@ class Source:
     image: str
     lesion: str | None = None
     lungs: bool = False
+    labels: str | None = None
+    """File of TotalSegmentator's labels (class map `total`)."""
+    only: str | None = None
+    """The labels are a mask of this structure alone."""
+    first_label: int = 0
+    """Slice of the image that the first slice of the labels belongs to: `example_seg.nii.gz` marks
+    the top of its image, and its header names the bottom."""
     spacing: tuple[float, float, float] | None = None
     """New spacing in mm (left, posterior, superior); None keeps the source's."""
     kind: str = "ct"
     """ct, atlas (CT kept exactly: an average has no noise to hide rounding) or mr."""
 
+
+LABELS: dict[str, tuple[int, ...]] = {
+    "liver": (5,),
+    "spleen": (1,),
+    "aorta": (52,),
+    "vertebrae": tuple(range(26, 51)),
+    "lungs": tuple(range(10, 15)),
+}
+"""Labels of the kept structures in TotalSegmentator's class map `total`."""
 
 MNI152 = "mni_icbm152_t1_tal_nlin_sym_09a_converted"
 
@@ -52,10 +68,22 @@ SOURCES = {
         "pyradiomics", "lung2_image.nrrd", "lung2_label.nrrd", lungs=True, spacing=(1.5, 1.5, 5.0)
     ),
     "chest-ct-3": Source(
-        "totalsegmentator", "aorta_ct.nii.gz", lungs=True, spacing=(2.0, 2.0, 2.5)
+        "totalsegmentator",
+        "aorta_ct.nii.gz",
+        lungs=True,
+        labels="aorta_seg.nii.gz",
+        only="aorta",
+        spacing=(2.0, 2.0, 2.5),
     ),
-    "abdomen-ct-1": Source("totalsegmentator", "example_ct.nii.gz"),
-    "abdomen-ct-2": Source("totalsegmentator", "example_ct_dicom", spacing=(1.95, 1.95, 2.0)),
+    "abdomen-ct-1": Source(
+        "totalsegmentator", "example_ct.nii.gz", labels="example_seg.nii.gz", first_label=82
+    ),
+    "abdomen-ct-2": Source(
+        "totalsegmentator",
+        "example_ct_dicom",
+        labels="example_seg_dicom.nii.gz",
+        spacing=(1.95, 1.95, 2.0),
+    ),
     "abdomen-mr-1": Source("totalsegmentator", "example_mr_sm.nii.gz", kind="mr"),
     "spine-ct-1": Source("tptbox", "sub-ct_label-22_ct.nii.gz"),
     "spine-mr-1": Source("tptbox", "sub-mri_label-6_T2w.nii.gz", kind="mr"),
@@ -87,6 +115,8 @@ def main() -> int:
             write(sitk.Cast(share >= 0.5, sitk.sitkUInt8), f"{name}.lesion")
         if source.lungs:
             write(lungs(image), f"{name}.lungs")
+        if source.labels:
+            write(structures(source, image), f"{name}.labels")
     return 0
 
 
@@ -175,6 +205,32 @@ def lungs(image: sitk.Image) -> sitk.Image:
     result = sitk.GetImageFromArray((kept * labels).astype(np.uint8))
     result.CopyInformation(image)
     return result
+
+
+def structures(source: Source, image: sitk.Image) -> sitk.Image:
+    """The structures of `volumes.STRUCTURES` by position from 1, on the grid of the image; 0
+    elsewhere.
+
+    A structure takes the voxels of which it fills at least a half.
+    """
+    labels = read(ASSETS / source.asset / str(source.labels))
+    origin = list(labels.GetOrigin())
+    origin[2] += source.first_label * labels.GetSpacing()[2]
+    labels.SetOrigin(origin)
+    values = sitk.GetArrayFromImage(labels)
+    result = np.zeros(image.GetSize()[::-1], dtype=np.uint8)
+    for number, name in enumerate(STRUCTURES, start=1):
+        if source.only not in (None, name):
+            continue
+        inside = values > 0 if source.only else np.isin(values, LABELS[name])
+        own = sitk.GetImageFromArray(inside.astype(np.float32))
+        own.CopyInformation(labels)
+        coarser = resample(own, source.spacing)
+        share = sitk.Resample(coarser, image, sitk.Transform(), sitk.sitkLinear, 0.0)
+        result[sitk.GetArrayFromImage(share) >= 0.5] = number
+    marked = sitk.GetImageFromArray(result)
+    marked.CopyInformation(image)
+    return marked
 
 
 def write(image: sitk.Image, name: str) -> None:

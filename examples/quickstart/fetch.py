@@ -4,6 +4,7 @@ volumes.
     python examples/quickstart/fetch.py              what `make quickstart` needs
     python examples/quickstart/fetch.py 3d           what the 3-D quickstart needs
     python examples/quickstart/fetch.py clip         what the contrastive quickstart needs
+    python examples/quickstart/fetch.py seg          what the quickstart of grounded models needs
     python examples/quickstart/fetch.py sources      what build_data.py reads
     python examples/quickstart/fetch.py astra ...    single assets by name
 
@@ -298,9 +299,16 @@ def _totalsegmentator(unpacked: Path, result: Path) -> None:
     tests = root / "tests" / "reference_files"
     files = {
         name: tests / name
-        for name in ("example_ct.nii.gz", "example_mr_sm.nii.gz", "example_ct_dicom")
+        for name in (
+            "example_ct.nii.gz",
+            "example_mr_sm.nii.gz",
+            "example_ct_dicom",
+            "example_seg.nii.gz",
+            "example_seg_dicom.nii.gz",
+        )
     }
     files["aorta_ct.nii.gz"] = tests / "aorta_report" / "example_ct.nii.gz"
+    files["aorta_seg.nii.gz"] = tests / "aorta_report" / "test_result" / "models" / "aorta.nii.gz"
     files["ct_brain_atlas_1mm.nii.gz"] = (
         root / "totalsegmentator" / "resources" / "ct_brain_atlas_1mm.nii.gz"
     )
@@ -436,6 +444,7 @@ TABLE = {
 GROUPS = {
     "quickstart": ("SmolLM2-135M-Instruct", "efficientnet-lite0", "head-ct"),
     "clip": ("SmolLM2-135M-Instruct", "efficientnet-lite0", "all-MiniLM-L6-v2"),
+    "seg": ("SmolLM2-135M-Instruct", "efficientnet-lite0"),
     "3d": ("SmolLM2-135M-Instruct", "astra", "head-ct"),
     "sources": ("pyradiomics", "totalsegmentator", "tptbox", "mni152", "colin27"),
 }

@@ -243,7 +243,7 @@ def choose(scan: Scan, random: np.random.Generator) -> Iterator[Picture]:
                 split=scan.about.split,
                 plane=plane,
                 index=index,
-                view=_train_view(window, random) if train else _test_view(window, random),
+                view=train_view(window, random) if train else test_view(window, random),
                 answers={kind: answer for kind, answer in answers.items() if answer is not None},
             )
 
@@ -278,7 +278,8 @@ def _test_slices(scan: Scan, plane: Plane, random: np.random.Generator) -> list[
     return [candidates[round(place)] for place in places]
 
 
-def _train_view(window: list[float], random: np.random.Generator) -> View:
+def train_view(window: list[float], random: np.random.Generator) -> View:
+    """Turned, moved, resized and brightened a little; never mirrored."""
     low, high = window
     width = high - low
     return View(  # black stays black: a lower window would show where the turned slice ends
@@ -290,7 +291,8 @@ def _train_view(window: list[float], random: np.random.Generator) -> View:
     )
 
 
-def _test_view(window: list[float], random: np.random.Generator) -> View:
+def test_view(window: list[float], random: np.random.Generator) -> View:
+    """Moved and made smaller a little."""
     shift = (random.uniform(-0.03, 0.03), random.uniform(-0.03, 0.03))
     return View(window=(window[0], window[1]), scale=random.uniform(0.85, 1.0), shift=shift)
 

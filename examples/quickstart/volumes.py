@@ -6,7 +6,7 @@ Knows nothing of slices, questions or models.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
@@ -19,6 +19,11 @@ DATA = Path(__file__).parent / "data"
 Region = Literal["head", "chest", "abdomen", "spine"]
 Plane = Literal["axial", "coronal", "sagittal"]
 
+Structure = Literal["liver", "spleen", "aorta", "vertebrae", "lungs"]
+
+STRUCTURES: tuple[Structure, ...] = get_args(Structure)
+"""Structures of label maps, by their label from 1: TotalSegmentator's own output, not drawn by a
+person."""
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
 AXIS = {"axial": 0, "coronal": 1, "sagittal": 2}
 """Array axis that a plane cuts across; arrays are (superior, posterior, left)."""
@@ -51,6 +56,10 @@ class Volume(Options):
     lungs: bool = False
     """A lung mask lies beside it: 1 the right lung, 2 the left, from air below -450 HU
     (`build_data.py`)."""
+    labels: list[int] | None = Field(default=None, min_length=2, max_length=2)
+    """First and last axial slice whose structures are marked in a label map beside it."""
+    structures: list[Structure] = list(STRUCTURES)
+    """Structures that the label map marks; others may be there unmarked."""
     about: str
     """One sentence."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
-from medm.errors import RecipeError
+from medm.errors import CheckpointError, RecipeError
 from medm.heads import HEADS, HeadOptions
 from medm.heads.base import MaskHead
 from medm.imaging import Preprocess, preprocess_from_dict
@@ -12,6 +13,8 @@ from medm.imaging.options import changed
 from medm.models.published.weights import PretrainedSource, load_module
 from medm.models.vision import fields_of, num_channels, spatial_of
 from medm.types import Config, Kind
+
+logger = logging.getLogger(__name__)
 
 _NOT_FOR_THE_HEAD = {"name", "path", "architecture", "image_size"}
 
@@ -48,6 +51,23 @@ def described_head(
             f"{place}.preprocess.tiles: a mask head reads the whole image; set tiles: null"
         )
     return entry, preprocess
+
+
+def head_preprocess(
+    kind: Kind, head: HeadOptions, fields: Mapping[str, object], *, place: str
+) -> Preprocess:
+    """Return the preprocessing alone, also where the head's published config is out of reach.
+
+    Arguments as those of `described_head`.
+    """
+    try:
+        return described_head(kind, head, fields, place=place)[1]
+    except CheckpointError as error:
+        logger.warning(
+            "%s; size, mean and std are the head's usual ones, not those of that file", error
+        )
+        alone = head.model_copy(update={"path": None})
+        return described_head(kind, alone, fields, place=place)[1]
 
 
 def check_pixels(name: str, preprocess: Preprocess, head: MaskHead, *, place: str) -> None:

@@ -67,8 +67,6 @@ class PlainHead(MaskHead):
 @contextmanager
 def registered() -> Iterator[str]:
     """Register the head for a while, and give its name."""
-    HEADS.add(NAME, PlainHead, "for tests", options=PlainOptions)
-    try:
+    with HEADS.temporary():
+        HEADS.add(NAME, PlainHead, "for tests", options=PlainOptions)
         yield NAME
-    finally:
-        del HEADS._entries[NAME]

@@ -21,7 +21,7 @@ from transformers import (
 from medm.connectors import ConnectorOptions
 from medm.errors import CheckpointError, RecipeError, unavailable
 from medm.heads import HEADS
-from medm.imaging import Preprocess, preprocess_from_dict
+from medm.imaging import Preprocess
 from medm.llms import LLMS, LLMOptions
 from medm.llms.attention import check_usable
 from medm.llms.base import read_template
@@ -32,7 +32,7 @@ from medm.models.lvlm.grounding import MaskBranch
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
 from medm.models.lvlm.options import BranchOptions, LVLMOptions, MaskOptions
 from medm.models.lvlm.processing import LVLMProcessor, MaskSpec, padded_size, wrap_fields
-from medm.models.mask_heads import check_pixels, described_head, load_head
+from medm.models.mask_heads import check_pixels, described_head, head_preprocess, load_head
 from medm.models.published.weights import PretrainedSource, load_module
 from medm.models.vision import (
     check_channels,
@@ -148,8 +148,10 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
             for name, branch in options.branches.items()
         }
         if options.masks is not None:
-            _, spec = _described_masks(options.masks)
-            views[spec.view] = preprocess_from_dict(spec.preprocess)
+            masks = options.masks
+            views[f"{masks.view}@{MASK_VIEW}"] = head_preprocess(
+                masks.view, masks.head, masks.preprocess, place="model.masks"
+            )
         return views
 
     def adapt(

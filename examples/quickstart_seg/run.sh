@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# From nothing to masks on volumes that were never seen, beside a constant mask and a threshold. `make quickstart-seg`
+# calls this. Public commands only; a second run resumes with what the first one left, and what was made from other data
+# or another recipe is made again. TRAIN="train.max_steps=2" for a try.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=work_dirs/quickstart_seg
+recipe=recipes/quickstart-seg/finetune.yaml
+read -r -a more <<<"${TRAIN:-}"
+
+python examples/quickstart/fetch.py seg
+python examples/quickstart_seg/masks.py
+made_from="$(cat $recipe $out/data/made_from.txt | cksum) ${TRAIN:-}"
+if [ "$(cat $out/model_made_from.txt 2>/dev/null)" != "$made_from" ]; then
+  rm -rf $out/model $out/answers* $out/*-ct-* $out/features
+  echo "$made_from" >$out/model_made_from.txt
+fi
+if [ ! -e $out/model/config.json ]; then
+  resume=()
+  compgen -G "$out/model/checkpoint-*" >/dev/null && resume=(--resume)
+  medm train $recipe ${resume[@]+"${resume[@]}"} ${more[@]+"${more[@]}"}
+  rm -rf $out/model/checkpoint-*
+fi
+medm infer --model $out/model --data $out/data/test.json --root $out/data --batch-size 32 --max-new-tokens 16 \
+  --output $out/answers.jsonl --overlays
+whole() { # volume, window: each slice by itself, the masks on the grid of the volume
+  medm infer --model $out/model --data $out/data/$1.json --root examples/quickstart/data --max-new-tokens 16 \
+    --volume-mode slices --slice-window=$2 --output $out/$1.jsonl --overlays
+}
+whole chest-ct-2 -1000,400
+whole abdomen-ct-2 -160,240
+python examples/quickstart_seg/report.py
+echo "Took $((SECONDS / 60)) min $((SECONDS % 60)) s. Not for clinical use."
