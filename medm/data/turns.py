@@ -461,8 +461,27 @@ def _mask_sources(
                     field=entry.field,
                 )
             owners[owner] = entry.field
+            _check_axes(entry, media[owner])
             sources.append(entry.source(token=token, media=owner, phrase=phrase))
     return tuple(sources)
+
+
+def _check_axes(entry: MaskEntry, owner: Media) -> None:
+    """Raise `DataError` for run lengths or outlines of another kind of file than the mask's."""
+    is_volume = owner.branch == "volume"
+    if entry.polygons is not None and is_volume:
+        raise DataError(
+            "outlines are for images, and the mask belongs to a volume; write a label map or run "
+            "lengths",
+            field=f"{entry.field}.polygons",
+        )
+    if entry.rle is not None and len(entry.rle["size"]) != 2 + is_volume:
+        expected = "[slices, rows, columns]" if is_volume else "[rows, columns]"
+        raise DataError(
+            f"{len(entry.rle['size'])} numbers; the mask is of the kind {owner.branch}, whose size "
+            f"is {expected}",
+            field=f"{entry.field}.rle.size",
+        )
 
 
 def _before_mask_tokens(turns: Sequence[Turn]) -> list[tuple[int, str | None]]:

@@ -308,6 +308,17 @@ def test_an_image_of_a_later_turn_is_the_default_of_what_follows_it() -> None:
         ({"rle": {"size": [2, 2]}}, "masks.1.rle", "found an object with size"),
         ({"rle": {"size": [4], "counts": []}}, "masks.1.rle.size", r"\[rows, columns\]"),
         ({"rle": {"size": [4, 4], "counts": 3}}, "masks.1.rle.counts", "found a number"),
+        (
+            {"rle": {"size": [2, 4, 4], "counts": [32]}},
+            "masks.1.rle.size",
+            "3 numbers; the mask is of the kind image",
+        ),
+        (
+            {"rle": {"size": [4, 4], "counts": [16]}, "volume": 0},
+            "masks.1.rle.size",
+            r"2 numbers; the mask is of the kind volume, whose size is \[slices, rows, columns\]",
+        ),
+        ({**SQUARE, "volume": 0}, "masks.1.polygons", "outlines are for images"),
         ({"polygons": []}, "masks.1.polygons", "list of outlines"),
         ({"polygons": [3]}, "masks.1.polygons.0", "an outline"),
         ({"polygons": [[0, 0, 1, 1]]}, "masks.1.polygons.0", "4 numbers"),
