@@ -34,6 +34,7 @@ from medm.types import Example, Media, Sample, Turn
 from tests.inference.tiny import awaken, save_image, write_records
 from tests.models.dual_encoder.tiny import save_tokenizer
 from tests.models.dual_encoder.tiny import section as dual_section
+from tests.models.plain_head import registered
 from tests.tiny import lvlm_section
 
 SIZES = {"wide": (20, 60), "tall": (61, 22), "small": (16, 16), "large": (40, 60)}
@@ -275,3 +276,41 @@ def test_who_cannot_take_tiles_says_so(built: tuple[Any, Any], tmp_path: Path) -
     section["image"]["preprocess"] = {"tiles": {}, "fit": "squash"}
     with pytest.raises(RecipeError, match=r"model.image.preprocess.tiles: .*set tiles: null"):
         medm.models.build(validate(DualEncoderOptions, section, source="test"))
+
+
+def test_masks_beside_tiles_are_of_the_whole_image(llm: Path, folder: Path) -> None:
+    """Tiles go to the language model, the mask head reads the image once."""
+    target = np.zeros(SIZES["large"], np.uint8)
+    target[10:30, 30:50] = 255
+    Image.fromarray(target).save(folder / "mask.png")
+    turns = [
+        {"from": "human", "value": "<image>\nWhere?"},
+        {"from": "gpt", "value": "Here [SEG]."},
+    ]
+    records = [
+        {"image": "large.png", "conversations": turns, "masks": ["mask.png"]},
+        {"image": "wide.png", "conversations": turns, "masks": [None]},
+    ]
+    file = write_records(folder, records, name="masks.json")
+    with registered() as head:
+        section = tiled(llm) | {"masks": {"head": {"name": head}}}
+        torch.manual_seed(1)
+        model, processor = medm.models.build(validate(LVLMOptions, section, source="test"))
+        pipeline = Conversations(processor)
+        sources = [SourceOptions(path=str(file), root=str(folder))]
+        report = check(sources, pipeline)
+        assert report.ok, report.bad
+        dataset = ExampleDataset(Records(sources, pipeline))
+        examples = [dataset[index] for index in range(2)]
+        assert report.lengths == [len(made.input_ids) for made in examples if made is not None]
+        assert examples[0] is not None
+        assert [len(examples[0].pixels[view]) for view in ("image", "image@masks")] == [7, 1]
+        assert examples[0].masks is not None
+        # 16 x 16 pixels, logits on 8 x 8: rows 2 to 5 of 8, columns 4 to 6 of 8 (40 x 60 pixels).
+        rows, columns = np.nonzero(examples[0].masks.arrays[0])
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 5, 4, 6)
+        batch = Collator(processor.pad_id)(examples)
+        assert batch["pixels"]["image"].shape[0] == ITEMS["large"] + ITEMS["wide"]
+        output = model(**batch)
+    assert output.mask_logits.shape == (2, 8, 8)
+    assert torch.isfinite(output.mask_logits).all()
