@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medm.errors import MediaError
-from medm.imaging import ImagePreprocess, VolumePreprocess, prepare
+from medm.imaging import ImagePreprocess, VolumePreprocess, prepare, rle
 from medm.imaging.geometry import Geometry
 from medm.imaging.label_maps import read_label_map
+from medm.imaging.mask_files import read_mask
 from medm.imaging.mask_output import (
     WrittenLabels,
     mask_file_name,
@@ -28,6 +29,7 @@ from medm.imaging.mask_output import (
     write_masks,
 )
 from medm.imaging.placement import Placement
+from medm.types import MaskSource
 from tests.imaging.tiny import on_grid, phantom
 
 PLANE = Placement.of_source((3, 4))
@@ -165,6 +167,22 @@ def test_a_label_map_of_more_masks_than_a_byte_has_numbers(tmp_path: Path) -> No
     for few in ([], flat):
         with pytest.raises(MediaError, match=rf"expected 1 to 255 masks .*, found {len(few)}"):
             write_labels(tmp_path / "all.png", few, PLANE)
+
+
+@pytest.mark.parametrize(("placement", "suffix"), [(PLANE, ".png"), (SPACE, ".nii.gz")])
+def test_a_written_mask_is_a_mask_of_a_record(
+    placement: Placement, suffix: str, tmp_path: Path
+) -> None:
+    """Predictions can be trained on: `read_mask` gives back what was written, by each way."""
+    mask = a_mask(placement.source_shape)
+    write_mask(tmp_path / f"m{suffix}", mask, placement)
+    write_labels(tmp_path / f"all{suffix}", [("other", ~mask), ("this", mask)], placement)
+    for source in (
+        MaskSource(token=0, media=0, field="masks.0", path=f"m{suffix}"),
+        MaskSource(token=0, media=0, field="masks.0", path=f"all{suffix}", value=2),
+        MaskSource(token=0, media=0, field="masks.0", rle=rle.encode(mask)),
+    ):
+        np.testing.assert_array_equal(read_mask(source, tmp_path, placement), mask)
 
 
 # Files of every kind: the mask returns through preparation to the grid of its file.
