@@ -86,17 +86,20 @@ class GenerationPredictor(SavedModelPredictor):
         lines = (json.dumps(record_of(sample), ensure_ascii=False) for sample in items.scored)
         atomic_write_text(questions, "\n".join(lines) + "\n")
         run = {name: getattr(self.options, name) for name in InferenceOptions.model_fields}
-        files = [media.path or "" for sample in items.scored for media in sample.media]
-        # M3D scores the probabilities of its arrays, which no label map holds.
-        arrays = bool(files) and all(file.endswith(".npy") for file in files)
+        if "masks" in self.gives:
+            files = [media.path or "" for sample in items.scored for media in sample.media]
+            # M3D scores the probabilities of its arrays, which no label map holds.
+            arrays = bool(files) and all(file.endswith(".npy") for file in files)
+            run |= {
+                "masks": str(items.folder / "masks"),
+                "mask_format": "npy" if arrays else "auto",
+            }
         summary = infer(
             InferOptions(
                 model=self.source,
                 data=str(questions),
                 root=str(items.root),
                 output=str(output),
-                masks=str(items.folder / "masks"),
-                mask_format="npy" if arrays else "auto",
                 **run,
             ),
             progress=progress,

@@ -95,6 +95,10 @@ _NOTED = {"limit", "batch_size", "processes", "device", "json_output"}
 """Options that replies do not depend on, kept with the results for the reader."""
 
 
+_FOR_MASKS = {"masks", "mask_format", "rle", "overlays"}
+"""Options that only masks of replies depend on."""
+
+
 class Answer(Protocol):
     """Result of a model for one record."""
 
@@ -270,6 +274,11 @@ def _open_job(options: InferOptions | EmbedOptions) -> _Job:
         with suppress(DataError):
             processor.encode(Sample((Turn("user", ("?",)),)), {}, generation=True)
     masks = isinstance(options, InferOptions) and "masks" in gives
+    if asked := sorted(options.model_fields_set & _FOR_MASKS) if not masks else []:
+        raise RecipeError(
+            f"{', '.join(asked)}: for models that answer with masks; model {options.model} gives "
+            f"{' and '.join(sorted(gives))}"
+        )
     if isinstance(options, InferOptions) and masks:
         view = cast("LVLMProcessor", processor).mask_view
         head = config.masks["head"]
@@ -502,7 +511,7 @@ class _Shard:
         for named in prepared.named:
             index = named["index"]
             media = records[index].media
-            shown.append([Shown(m.branch, records.media_source(index, m)) for m in media])
+            shown.append([Shown(m.branch, _kept(records.media_source(index, m))) for m in media])
             names.append(f"{index:06d}_{named.get('id', '')}")
         made = self.masks.of(prepared.batch, cast(Sequence[Reply], replies), names, shown)
         problems = [
@@ -566,6 +575,11 @@ class _Shard:
                     )
         if prepared.read_files:
             self._unavailable = 0
+
+
+def _kept(source: object) -> object:
+    """Return a file, or the bytes of a stream, which are read more than once."""
+    return source.read() if hasattr(source, "read") else source
 
 
 def output_lines(prepared: Prepared, replies: Sequence[Answer]) -> list[ResultLine]:

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from medm.errors import DataError, RecipeError
+from medm.errors import DataError, DeviceError, RecipeError
 from medm.imaging import rle
 from medm.inference.batch import InferSummary, infer
 from medm.inference.folder_records import write_folder_records
@@ -20,7 +20,7 @@ from medm.inference.mask_writing import MaskCounts, MaskWriter, file_stem
 from medm.inference.options import GenerationOptions, InferOptions
 from tests.cli.runner import medm
 from tests.inference.grounded import answering, save_grounded
-from tests.inference.tiny import read_output, save_image, write_records
+from tests.inference.tiny import read_output, save_image, save_tiny, write_records
 from tests.models import plain_head
 
 REPLIES = (
@@ -336,6 +336,18 @@ def test_options_that_do_not_go_together(model: Path, tmp_path: Path) -> None:
         )
     assert file_stem("000001_q/1: é ä") == "000001_q-1"
     assert file_stem("..") == "reply"
+
+
+def test_what_a_model_or_machine_cannot_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = records(tmp_path)
+    monkeypatch.setattr("medm.inference.mask_writing.find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match=r"needs highdicom; pip install 'medm\[dicom\]'"):
+        run(model, tmp_path / "o.jsonl", data=str(data), mask_format="dicom-seg")
+    text = save_tiny(tmp_path / "text")
+    with pytest.raises(RecipeError, match=r"overlays, rle: for models that answer with masks"):
+        run(text, tmp_path / "o.jsonl", data=str(data), rle=True, overlays=True)
 
 
 def test_the_command_says_how_many_masks_there_are(model: Path, tmp_path: Path) -> None:
