@@ -311,7 +311,10 @@ class Segmenter:
 
     def decode(self, prepared: Prepared, prompts: Tensor) -> MaskLogits:
         """Return the output of the head for one image, (masks, *grid), in host memory."""
-        maps = self.encode(prepared.pixels)
+        return self.decode_maps(self.encode(prepared.pixels), prompts)
+
+    def decode_maps(self, maps: Maps, prompts: Tensor) -> MaskLogits:
+        """Return the output of the head for the maps of one image; see `decode`."""
         parts = []
         for some in prompts.split(_PROMPTS):
             items = torch.zeros(len(some), dtype=torch.int64, device=some.device)

@@ -97,6 +97,10 @@ class SliceHead(Protocol):
         """Return the maps of one image, (1, ...) each."""
         ...
 
+    def decode_maps(self, maps: Maps, prompts: Tensor) -> MaskLogits:
+        """Return the output for the maps of one image, as `decode`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SliceStack:
@@ -339,14 +343,18 @@ def propagate(
 
     From the first of these slices to the last slice of the volume, and back to its first one.
     """
-    prepared = [stack.prepared(index, head.preprocess) for index in range(len(stack))]
-    slices = [head.encode(one.pixels) for one in prepared]
+    count = len(stack)
+    slices = [head.encode(stack.prepared(i, head.preprocess).pixels) for i in range(count)]
     maps = tuple(torch.cat(level) for level in zip(*slices, strict=True))
     memory = memory_of(head.mask_head)
     logits, presence, quality = [], [], []
     for prompt in prompts:
-        alone = [head.decode(one, prompt[None]) for one in prepared]
-        trust = torch.cat([one.presence.sigmoid() * one.quality for one in alone])
+        scored = options.slice_choice == "score"
+        looked_at = range(count) if scored else choose(options.slices, count, options.slice_choice)
+        alone = {index: head.decode_maps(slices[index], prompt[None]) for index in looked_at}
+        trust = torch.zeros(count)
+        for index, one in alone.items():
+            trust[index] = one.presence.sigmoid()[0] * one.quality[0]
         chosen = conditioning(options, trust)
         found = memory.propagate(maps, dict.fromkeys(chosen, prompt))
         logits.append(found[0].float().cpu())
