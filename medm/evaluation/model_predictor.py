@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from medm.errors import CheckpointError, DataError, MediaError
+from medm.data.regions import REGION_FIELD
+from medm.errors import CheckpointError, DataError, MediaError, RecipeError
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.prediction_files import read_predictions
 from medm.evaluation.predictors import PREDICTORS, Items, Predictions, Predictor
@@ -80,6 +81,16 @@ class SavedModelPredictor(Predictor):
 
 class GenerationPredictor(SavedModelPredictor):
     """Replies in text and their masks, by batch inference. A run that was stopped resumes."""
+
+    def check(self, items: Items) -> None:
+        """Refuse questions about regions, too, for a model that reads none."""
+        super().check(items)
+        asked = any(REGION_FIELD in sample.extra for sample in items.scored)
+        if asked and getattr(load_processor(self.source), "regions", None) is None:
+            raise RecipeError(
+                f"{items.task}: asks about regions, and {self.source} was trained without "
+                "model.regions (draw or text)"
+            )
 
     def predict(self, items: Items, *, progress: Progress | None = None) -> Predictions:
         questions, output = items.folder / "questions.jsonl", items.folder / "predictions.jsonl"
