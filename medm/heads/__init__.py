@@ -65,6 +65,16 @@ Sam2Size: TypeAlias = Literal["tiny", "small", "base_plus", "large", "medsam2"]
 Sam2Era: TypeAlias = Literal["2.0", "2.1"]
 
 
+class SamOptions(HeadOptions):
+    """SAM of 2023, and MedSAM."""
+
+    multimask: bool = True
+    """Decode three candidates and take the one of the best predicted IoU; false decodes one mask,
+    as MedSAM was trained."""
+    padding_points: int = Field(default=0, ge=0)
+    """Tokens that stand for no point in front of a prompt without points."""
+
+
 class Sam2Options(HeadOptions):
     """SAM 2, MedSAM2, and the grounding encoder of UniBiomed and Sa2VA."""
 
@@ -114,4 +124,10 @@ HEADS.add(
     "medm.heads.sam2:Sam2Head",
     "SAM 2 and MedSAM2, language prompt beside points",
     options=Sam2Options,
+)
+HEADS.add(
+    "sam",
+    "medm.heads.sam:SamHead",
+    "SAM and MedSAM, language prompt beside points",
+    options=SamOptions,
 )

@@ -20,6 +20,7 @@ from medm.heads import Sam2Era, Sam2Size
 from medm.heads.base import Maps, MaskHead, MaskLogits, Points
 from medm.heads.sam2_keys import MEMORY, era_of, is_meta, transformers_names
 from medm.heads.sam2_memory_modules import MEMORY_FIELDS, Sam2MemoryModules
+from medm.heads.sam_pixels import square_pixels
 from medm.heads.sam_prompts import best_candidate, image_positions, point_tokens
 from medm.types import Config
 
@@ -73,7 +74,6 @@ HIERA: Mapping[Sam2Size, Config] = {
 IMAGE_SIZE = 1024
 _STRIDE = 16
 """Pixels of a cell of the coarsest map, which the mask decoder attends to."""
-_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _ERA_FLAGS = (
     "enable_temporal_pos_encoding_for_object_pointers",
     "enable_occlusion_spatial_embedding",
@@ -188,14 +188,7 @@ class Sam2Head(MaskHead):
         prompts = architecture.get("prompt_encoder_config")
         trained = prompts.get("image_size") if isinstance(prompts, Mapping) else None
         size = image_size or trained or IMAGE_SIZE
-        resample = published.get("resample")
-        return {
-            "size": [size, size] if isinstance(size, int) else list(size),
-            "fit": "squash",
-            "interpolation": _FILTERS.get(resample if isinstance(resample, int) else 2, "bilinear"),
-            "mean": published.get("image_mean") or [0.485, 0.456, 0.406],
-            "std": published.get("image_std") or [0.229, 0.224, 0.225],
-        }
+        return square_pixels(published, size)
 
     def grid(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
         if len(spatial) != 2 or any(side <= 0 or side % self._multiple for side in spatial):

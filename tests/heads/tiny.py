@@ -49,6 +49,30 @@ TINY_MEMORY: dict[str, Any] = {
 """Memory beside `TINY_SAM2`: four memories, five pointers."""
 
 
+TINY_SAM: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "mlp_dim": 24,
+        "image_size": 64,
+        "patch_size": 16,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+        "num_pos_feats": 16,
+        "output_channels": 32,
+    },
+    "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 16},
+    "mask_decoder_config": {
+        "hidden_size": 32,
+        "mlp_dim": 24,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 16,
+    },
+}
+"""ViT and mask decoder of 64 pixels."""
+
+
 class TinyHead(NamedTuple):
     """A head as a recipe would write it, and its input."""
 
@@ -64,6 +88,7 @@ TINY_HEADS: dict[str, TinyHead] = {
     "vista3d": TinyHead(
         {"architecture": {"width": 8, "blocks_down": [1, 1, 1]}, "patch": [8, 8, 8]}, (1, 8, 12, 8)
     ),
+    "sam": TinyHead({"architecture": TINY_SAM}, (3, 64, 64)),
     "sam2": TinyHead({"architecture": TINY_SAM2 | TINY_MEMORY}, (3, 128, 128)),
 }
 
