@@ -93,6 +93,26 @@ def test_add_an_encoder(tmp_path: Path) -> None:
     assert shapes == [[2, 8, 12], [4, 2], 12, 0]
 
 
+def test_add_a_mask_head(tmp_path: Path) -> None:
+    (source,) = blocks("add-a-mask-head.md", "python")
+    plugin = tmp_path / "patch_head.py"
+    plugin.write_text(source)
+    lines = [line for block in blocks("add-a-mask-head.md", "") for line in block.splitlines()]
+    assert [line.split()[2:5] for line in lines] == [["patch_head.py", "list", "heads"]] * 2
+    listed, options = lines
+    assert "dot product of the prompt with patches" in run(listed, tmp_path).stdout
+    assert "Factor of the logits." in run(options, tmp_path).stdout
+    shapes = ask(
+        tmp_path,
+        plugin,
+        "import torch\nfrom medm.heads import HEADS\nhead = "
+        "HEADS.get('patches')(architecture={'patch': 8, 'dim': 12})\nmasks = "
+        "head(torch.zeros(2, 3, 32, 16), torch.ones(3, 12), torch.tensor([1, 1, 0]))\n"
+        "print(json.dumps([[list(t.shape) for t in masks], list(head.grid((32, 16)))]))",
+    )
+    assert shapes == [[[3, 4, 2], [3], [3]], [4, 2]]
+
+
 @pytest.mark.timeout(900)
 def test_add_an_objective(tmp_path: Path) -> None:
     (source,), (section,) = (

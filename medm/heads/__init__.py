@@ -65,6 +65,17 @@ Sam2Size: TypeAlias = Literal["tiny", "small", "base_plus", "large", "medsam2"]
 Sam2Era: TypeAlias = Literal["2.0", "2.1"]
 
 
+Sam3Instances: TypeAlias = Literal["union", "best"]
+
+
+class Sam3Options(HeadOptions):
+    """SAM 3, with the prompt in place of the words of a concept."""
+
+    instances: Sam3Instances = "union"
+    """Mask of a prompt: the `union` of all instances, by the head for semantic segmentation, or the
+    instance of the `best` score."""
+
+
 class SamOptions(HeadOptions):
     """SAM of 2023, and MedSAM."""
 
@@ -130,4 +141,10 @@ HEADS.add(
     "medm.heads.sam:SamHead",
     "SAM and MedSAM, language prompt beside points",
     options=SamOptions,
+)
+HEADS.add(
+    "sam3",
+    "medm.heads.sam3:Sam3Head",
+    "SAM 3, the prompt in place of the words of a concept",
+    options=Sam3Options,
 )

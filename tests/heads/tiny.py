@@ -73,6 +73,38 @@ TINY_SAM: dict[str, Any] = {
 """ViT and mask decoder of 64 pixels."""
 
 
+_DETR = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_layers": 1}
+TINY_SAM3: dict[str, Any] = {
+    "vision_config": {
+        "backbone_config": {
+            "model_type": "sam3_vit_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 112,
+            "patch_size": 14,
+            "window_size": 4,
+            "global_attn_indexes": [1],
+            "pretrain_image_size": 56,
+        },
+        "fpn_hidden_size": 32,
+        "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+    },
+    "text_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 32,
+    },
+    "detr_encoder_config": _DETR,
+    "detr_decoder_config": {**_DETR, "num_queries": 7},
+    "mask_decoder_config": {"hidden_size": 32, "num_attention_heads": 2},
+}
+"""ViT, DETR and mask decoder of 112 pixels."""
+
+
 class TinyHead(NamedTuple):
     """A head as a recipe would write it, and its input."""
 
@@ -89,6 +121,7 @@ TINY_HEADS: dict[str, TinyHead] = {
         {"architecture": {"width": 8, "blocks_down": [1, 1, 1]}, "patch": [8, 8, 8]}, (1, 8, 12, 8)
     ),
     "sam": TinyHead({"architecture": TINY_SAM}, (3, 64, 64)),
+    "sam3": TinyHead({"architecture": TINY_SAM3}, (3, 112, 112)),
     "sam2": TinyHead({"architecture": TINY_SAM2 | TINY_MEMORY}, (3, 128, 128)),
 }
 
