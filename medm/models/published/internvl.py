@@ -131,8 +131,8 @@ def _llm(config: Mapping[str, object]) -> Config:
         )
     # Configs of transformers 4 hold every setting of generation, too.
     own = CONFIG_MAPPING[kind]().to_dict()
-    foreign = {"transformers_version", "architectures", "torch_dtype", "dtype", "_name_or_path"}
-    known = (own.keys() | _OLDER_FIELDS) - foreign
+    foreign = {"transformers_version", "architectures", "torch_dtype", "dtype"}
+    known = {key for key in own.keys() | _OLDER_FIELDS if not key.startswith("_")} - foreign
     return {"model_type": kind} | {key: value for key, value in given.items() if key in known}
 
 
