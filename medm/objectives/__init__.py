@@ -128,6 +128,43 @@ class SegmentationOptions(ObjectiveOptions):
         return frozenset({"mask_logits", "mask_presence", *quality})
 
 
+class ItcOptions(ObjectiveOptions):
+    """Image-text contrast against soft targets: cross-entropy of both directions, their mean.
+
+    The model gives scores and targets (momentum similarities and queues: kind `blip`).
+    """
+
+    def reads(self) -> frozenset[str]:
+        return frozenset(
+            {
+                "itc_logits_image",
+                "itc_logits_text",
+                "itc_targets_image",
+                "itc_targets_text",
+            }
+        )
+
+
+class ItmOptions(ObjectiveOptions):
+    """Image-text matching: cross-entropy of true pairs and of hard negatives.
+
+    The model draws the negatives, one image for each text and one text for each image.
+    """
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({"itm_logits", "itm_labels"})
+
+
+class MultilabelOptions(ObjectiveOptions):
+    """Several labels an item, each by itself: binary cross-entropy from logits.
+
+    Labels that a record does not know (null) teach nothing and are not counted.
+    """
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({"label_logits"})
+
+
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective", group="medm.objectives", options=ObjectiveOptions
 )
@@ -149,6 +186,24 @@ OBJECTIVES.add(
     "medm.objectives.segmentation:Segmentation",
     "masks of a grounded model: cross-entropy and Dice at uncertain points, or at every voxel",
     options=SegmentationOptions,
+)
+OBJECTIVES.add(
+    "itc",
+    "medm.objectives.image_text_contrast:ImageTextContrast",
+    "image-text contrast against soft targets of a momentum model (ALBEF, BLIP)",
+    options=ItcOptions,
+)
+OBJECTIVES.add(
+    "itm",
+    "medm.objectives.matching:ImageTextMatching",
+    "image-text matching: true pairs against hard negatives that the model draws",
+    options=ItmOptions,
+)
+OBJECTIVES.add(
+    "multilabel",
+    "medm.objectives.classification:Multilabel",
+    "several labels an item, each by itself; unknown ones are left out",
+    options=MultilabelOptions,
 )
 
 
