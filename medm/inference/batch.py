@@ -314,12 +314,8 @@ def check_files(options: InferOptions | EmbedOptions) -> None:
 def _require_different_files(options: InferOptions | EmbedOptions) -> None:
     """Raise `RecipeError` if one file would be read and written, or written twice."""
     results = Results(Path(options.output), {})
-    named = {
-        "--output": results.output,
-        "the settings of --output": results.sidecar,
-    }
-    if options.data is not None:
-        named["--data"] = Path(options.data)
+    named = {} if options.data is None else {"--data": Path(options.data)}
+    named |= {"--output": results.output, "the settings of --output": results.sidecar}
     if isinstance(options, InferOptions) and options.json_output is not None:
         named["--json"] = Path(options.json_output)
     seen: dict[Path, str] = {}
