@@ -166,6 +166,7 @@ TABLE = [
     PrivateInterface(
         "transformers.PreTrainedConfig._attn_implementation",
         (
+            "medm/heads/sam2_memory_modules.py",
             "medm/llms/attention.py",
             "medm/models/checkpoint.py",
             "medm/models/lvlm/build.py",

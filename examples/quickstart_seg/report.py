@@ -70,7 +70,8 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0]) if arguments else OUT.parent
     table = rows(folder)
     volumes = whole(folder)
-    notes = [*NOTES, f"Training: {trained(folder / 'model' / 'loss.jsonl')}."]
+    logs = [folder / stage / "loss.jsonl" for stage in ("answers", "model")]
+    notes = [*NOTES, f"Training: {trained(logs[0])}; then {trained(logs[1])}, the mask head alone."]
     content = {
         "targets": [asdict(row) for row in table],
         "volumes": [asdict(one) for one in volumes],
@@ -98,7 +99,7 @@ def rows(folder: Path) -> list[Row]:
     """Return the scores of each target on held-out slices."""
     data = folder / "data"
     train = masks_by_target(data, read(data / "train.json"))
-    lines = {line["index"]: line for line in read_lines(folder / "answers.jsonl")}
+    lines = {line["index"]: line for line in read_lines(folder / "replies.jsonl")}
     table = []
     for target in TARGETS:
         constant, limits = fitted(train[target])

@@ -5,24 +5,26 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=work_dirs/quickstart_seg
-recipe=recipes/quickstart-seg/finetune.yaml
 read -r -a more <<<"${TRAIN:-}"
+train() { # recipe, folder of the model; a run that was stopped resumes
+  [ -e "$out/$2/config.json" ] && return
+  local resume=()
+  compgen -G "$out/$2/checkpoint-*" >/dev/null && resume=(--resume)
+  medm train recipes/quickstart-seg/$1.yaml ${resume[@]+"${resume[@]}"} ${more[@]+"${more[@]}"}
+  rm -rf "$out/$2"/checkpoint-*
+}
 
 python examples/quickstart/fetch.py seg
 python examples/quickstart_seg/masks.py
-made_from="$(cat $recipe $out/data/made_from.txt | cksum) ${TRAIN:-}"
-if [ "$(cat $out/model_made_from.txt 2>/dev/null)" != "$made_from" ]; then
-  rm -rf $out/model $out/answers* $out/*-ct-* $out/features
-  echo "$made_from" >$out/model_made_from.txt
+made_from="$(cat recipes/quickstart-seg/*.yaml $out/data/made_from.txt | cksum) ${TRAIN:-}"
+if [ "$(cat $out/models_made_from.txt 2>/dev/null)" != "$made_from" ]; then
+  rm -rf $out/answers $out/model $out/replies* $out/*-ct-*
+  echo "$made_from" >$out/models_made_from.txt
 fi
-if [ ! -e $out/model/config.json ]; then
-  resume=()
-  compgen -G "$out/model/checkpoint-*" >/dev/null && resume=(--resume)
-  medm train $recipe ${resume[@]+"${resume[@]}"} ${more[@]+"${more[@]}"}
-  rm -rf $out/model/checkpoint-*
-fi
+train finetune answers
+train masks model
 medm infer --model $out/model --data $out/data/test.json --root $out/data --batch-size 32 --max-new-tokens 16 \
-  --output $out/answers.jsonl --overlays
+  --output $out/replies.jsonl --overlays
 whole() { # volume, window: each slice by itself, the masks on the grid of the volume
   medm infer --model $out/model --data $out/data/$1.json --root examples/quickstart/data --max-new-tokens 16 \
     --volume-mode slices --slice-window=$2 --output $out/$1.jsonl --overlays

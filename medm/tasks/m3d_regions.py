@@ -208,7 +208,7 @@ class M3DSeg(_M3DMasks):
     """A name to a mask.
 
     Args:
-        absent: also ask for classes that are not in a volume; published scores leave them out.
+        absent: see `M3DSegOptions`.
     """
 
     layout = _LAYOUT

@@ -35,7 +35,7 @@ class ReXGroundingCT(MaskTask):
     sums over scans.
 
     Args:
-        masks: rows and columns of the masks, as stored or both reversed.
+        masks: see `ReXGroundingOptions`.
     """
 
     layout = (

@@ -90,7 +90,7 @@ class RadGenomeReport(RadGenome):
     """A slice to its report, with the mask of what the report finds.
 
     Args:
-        bertscore: folder of an encoder.
+        bertscore: see `ReportTaskOptions`.
     """
 
     tag = "caption"

@@ -125,8 +125,8 @@ class Segment3D(MaskTask):
     The published scores are of the slices that hold the target: what is drawn elsewhere is free.
 
     Args:
-        only: names of the sets that are scored. Default: all.
-        media: what a model is given: the volume, or its slices as images in order.
+        only: see `SetTaskOptions`.
+        media: see `SliceTaskOptions`.
     """
 
     layout = _LAYOUT
