@@ -12,6 +12,7 @@ from medm.config import Options
 from medm.connectors import CONNECTORS
 from medm.encoders import ENCODERS
 from medm.heads import HEADS
+from medm.knowledge import KNOWLEDGE
 from medm.llms import LLMS, LLMOptions
 from medm.llms.base import LLMFamily
 from medm.metrics import METRICS
@@ -36,6 +37,11 @@ TABLES = (
         CONNECTORS, frozenset({"name", "path"}), frozenset({"in_dim", "out_dim", "grid", "prefix"})
     ),
     Table(HEADS, frozenset({"name", "path", "image_size"}), frozenset()),
+    Table(
+        KNOWLEDGE,
+        frozenset({"name", "file", "shuffle", "fusion"}),
+        frozenset({"graph", "node_ids", "word_dim", "key_dim", "length"}),
+    ),
     Table(OBJECTIVES, frozenset({"name"}), frozenset()),
     Table(METRICS, frozenset({"name"}), frozenset()),
     Table(TASKS, frozenset({"name"}), frozenset()),

@@ -18,6 +18,7 @@ REGISTRIES = {
     "connectors": "medm.connectors:CONNECTORS",
     "llms": "medm.llms:LLMS",
     "heads": "medm.heads:HEADS",
+    "knowledge": "medm.knowledge:KNOWLEDGE",
     "models": "medm.models:MODELS",
     "pipelines": "medm.data.pipelines:PIPELINES",
     "objectives": "medm.objectives:OBJECTIVES",
