@@ -22,6 +22,11 @@ PIPELINES.add(
     "medm.data.pairs:Pairs",
     "an image or volume and its captions, for contrastive training",
 )
+PIPELINES.add(
+    "studies",
+    "medm.data.studies:Studies",
+    "images of a study with report, findings, triplets or a question",
+)
 
 
 class PipelineUser(Protocol):
