@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -33,6 +33,16 @@ class Points(NamedTuple):
     """(M, P, axes), in voxels of the input (rows, columns) or (depth, rows, columns)."""
     labels: Tensor
     """(M, P) int64: 1 inside, 0 outside, 2 and 3 the first and last corner of a box, -1 padding."""
+
+
+def zero_of(weights: Iterable[Tensor]) -> Tensor:
+    """Return zero that depends on weights that a batch leaves unused.
+
+    DDP waits for the gradient of every weight. ZeRO-3 does not; the weights that it holds in shards
+    are empty outside of their modules, take no gradient there, and are left out.
+    """
+    sums = [weight.sum() for weight in weights if weight.numel()]
+    return 0.0 * torch.stack(sums).sum() if sums else torch.zeros(())
 
 
 class MaskHead(nn.Module, metaclass=ABCMeta):

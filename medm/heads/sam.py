@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import SamConfig, SamModel
 
 from medm.errors import CheckpointError
-from medm.heads.base import Maps, MaskHead, MaskLogits, Points
+from medm.heads.base import Maps, MaskHead, MaskLogits, Points, zero_of
 from medm.heads.sam_pixels import square_pixels
 from medm.heads.sam_prompts import best_candidate, image_positions, point_tokens
 from medm.types import Config
@@ -187,18 +187,10 @@ class SamHead(MaskHead):
         return MaskLogits(best, best_quality, best.flatten(1).amax(dim=1))
 
     def _unused_weights(self) -> Tensor:
-        """Zero times the weights of prompts that a batch may lack.
-
-        Distributed training waits for the gradient of every weight.
-        """
+        """Return zero that depends on the weights of prompts that a batch may lack."""
         prompts = self.decoder.prompt_encoder
-        unused: list[nn.Module] = [
-            prompts.point_embed,
-            prompts.not_a_point_embed,
-            prompts.mask_embed,
-        ]
-        sums = [weight.sum() for module in unused for weight in module.parameters()]
-        return 0.0 * torch.stack(sums).sum()
+        unused = (prompts.point_embed, prompts.not_a_point_embed, prompts.mask_embed)
+        return zero_of(weight for module in unused for weight in module.parameters())
 
     def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the tensors of Meta's files (`sam_vit_b_01ec64.pth`, `medsam_vit_b.pth`) by the

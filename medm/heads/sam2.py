@@ -17,7 +17,7 @@ from transformers import Sam2Config, Sam2Model
 
 from medm.errors import CheckpointError, RecipeError
 from medm.heads import Sam2Era, Sam2Size
-from medm.heads.base import Maps, MaskHead, MaskLogits, Points
+from medm.heads.base import Maps, MaskHead, MaskLogits, Points, zero_of
 from medm.heads.sam2_keys import MEMORY, era_of, is_meta, transformers_names
 from medm.heads.sam2_memory_modules import MEMORY_FIELDS, Sam2MemoryModules
 from medm.heads.sam_pixels import square_pixels
@@ -276,17 +276,10 @@ class Sam2Head(MaskHead):
         return Decoded(masks, outputs[:, 0][rows, best])
 
     def _unused_weights(self) -> Tensor:
-        """Zero times the weights of prompts that a batch may lack.
-
-        Distributed training waits for the gradient of every weight.
-        """
+        """Return zero that depends on the weights of prompts that a batch may lack."""
         prompts = self.decoder.prompt_encoder
-        weights = [
-            prompts.point_embed.weight,
-            prompts.not_a_point_embed.weight,
-            *prompts.mask_embed.parameters(),
-        ]
-        return 0.0 * torch.stack([weight.sum() for weight in weights]).sum()
+        unused = (prompts.point_embed, prompts.not_a_point_embed, prompts.mask_embed)
+        return zero_of(weight for module in unused for weight in module.parameters())
 
     def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the tensors by the names of `Sam2VideoModel`, checked for size and generation.

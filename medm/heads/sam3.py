@@ -16,7 +16,7 @@ from transformers import Sam3Config, Sam3Model
 
 from medm.errors import CheckpointError
 from medm.heads import Sam3Instances
-from medm.heads.base import Maps, MaskHead, MaskLogits, Points
+from medm.heads.base import Maps, MaskHead, MaskLogits, Points, zero_of
 from medm.heads.sam_pixels import square_pixels
 from medm.types import Config
 
@@ -172,9 +172,7 @@ class Sam3Head(MaskHead):
             masks.semantic_seg[:, 0] if self.instances == "union" else masks.pred_masks[rows, best]
         )
         if self.training:
-            # Boxes and one kind of mask are left out, but distributed training waits for the
-            # gradient of every weight.
-            every = torch.stack([weight.sum() for weight in self.decoder.parameters()])
-            logits = logits + 0.0 * every.sum()
+            # Boxes and one kind of mask are left out.
+            logits = logits + zero_of(self.decoder.parameters())
         presence = queries.presence_logits[-1].reshape(-1)
         return MaskLogits(logits, scores[rows, best].sigmoid(), presence)

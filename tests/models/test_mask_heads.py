@@ -61,9 +61,10 @@ def test_vista3d_reads_volumes_alone() -> None:
 
 def test_the_recipes_of_the_page_describe_heads() -> None:
     page = (Path(__file__).parents[2] / "docs" / "mask-heads.md").read_text("utf-8")
-    first, second = (
+    first, second, *heads = (
         yaml.safe_load(block.partition("```")[0]) for block in page.split("```yaml\n")[1:]
     )
+    assert all(options(**section["head"]) for section in heads)
     grids = []
     for section in (first["model"]["masks"], second["masks"]):
         section["head"].pop("path", None)

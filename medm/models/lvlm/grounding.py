@@ -75,26 +75,25 @@ class MaskBranch(nn.Module):
         states = hidden.flatten(0, 1).index_select(0, places - self._offset)
         return self.projection(states.to(self._dtype))
 
-    def forward(self, hidden: Tensor, input_ids: Tensor, inputs: MaskInputs) -> MaskLogits:
-        """Return one mask for each entry of `inputs.tokens`."""
+    def forward(self, hidden: Tensor, input_ids: Tensor, inputs: MaskInputs | None) -> MaskLogits:
+        """Return one mask for each entry of `inputs.tokens`.
+
+        Without inputs there are none (M = 0), and they depend on every weight that masks use: a
+        mask of a blank item is computed and left out. ZeRO-3 compares the modules that the ranks
+        call, this one included, and a rank may have masks where another has none.
+        """
+        if inputs is None:
+            prompts = self.projection(hidden[:1, 0].to(self._dtype))
+            pixels = prompts.new_zeros(1, self.channels, *self.spatial)
+            items = torch.zeros(1, dtype=torch.int64, device=prompts.device)
+            return MaskLogits(*(value[:0] for value in self.head(pixels, prompts, items)))
         prompts = self.prompts(hidden, input_ids, inputs.tokens)
         return self.head(inputs.pixels.to(self._dtype), prompts, inputs.items)
 
-    def nothing(self, hidden: Tensor, *, connected: bool) -> MaskLogits:
-        """Return the output for no mask.
-
-        Args:
-            hidden: as in `prompts`.
-            connected: it depends on every weight that masks use. The same modules run in the same
-                order as with a mask: ZeRO-3 compares what the ranks call.
-        """
-        if not connected:
-            scores = hidden.new_zeros(0)
-            return MaskLogits(hidden.new_zeros(0, *self.grid), scores, scores)
-        prompts = self.projection(hidden[:1, 0].to(self._dtype))
-        pixels = prompts.new_zeros(1, self.channels, *self.spatial)
-        items = torch.zeros(1, dtype=torch.int64, device=prompts.device)
-        return MaskLogits(*(value[:0] for value in self.head(pixels, prompts, items)))
+    def nothing(self, hidden: Tensor) -> MaskLogits:
+        """Return the output for no mask that depends on no weight: no module is called."""
+        scores = hidden.new_zeros(0)
+        return MaskLogits(hidden.new_zeros(0, *self.grid), scores, scores)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -463,7 +463,8 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
     ) -> dict[str, Tensor]:
         """Return the mask fields of the output."""
         if tokens is None or items is None:
-            made = masks.nothing(hidden, connected=self._sync_all_branches())
+            connected = self._sync_all_branches()
+            made = masks(hidden, input_ids, None) if connected else masks.nothing(hidden)
         else:
             if masks.view not in (pixels or {}):
                 raise ValueError(f"masks in the batch, and no pixels of the view {masks.view!r}")
