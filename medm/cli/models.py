@@ -65,6 +65,8 @@ def import_(
             "auto",
             "medm-vl",
             "llava",
+            "internvl",
+            "sa2va",
             "clip",
             "siglip",
             "m3d-clip",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -20,13 +20,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from medm.cli.models import import_
 from medm.config import validate
 from medm.encoders import M3DCLIPOptions
 from medm.errors import CheckpointError
 from medm.models import load
 from medm.models.export.export import export
 from medm.models.manifest import verify
-from medm.models.published.importing import import_model
+from medm.models.published.importing import KINDS, import_model
 from medm.models.published.source_configs import Hints
 from medm.models.published.weights import read_tensors
 from medm.models.vision import build_encoder
@@ -477,3 +478,7 @@ def test_the_command_says_what_became_of_every_tensor(tmp_path: Path) -> None:
     again = medm("import", str(tmp_path / "nowhere"), str(tmp_path / "out"))
     assert again.code == 1
     assert "exists already" in again.err, "said before the source is looked for"
+
+
+def test_the_command_names_every_kind() -> None:
+    assert set(get_args(get_type_hints(import_)["kind"])) == {"auto", *KINDS}
