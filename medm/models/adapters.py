@@ -8,6 +8,7 @@ named tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,17 +23,30 @@ ADAPTER = "default"
 def inject(part: nn.Module, spec: Mapping[str, object]) -> None:
     """Put LoRA layers into a part, in place.
 
-    B starts at zero, so the part computes what it did before.
+    B starts at zero, so the part computes what it did before. Layers whose weights are buffers (the
+    memory of SAM 2) are never trained, and get none.
 
     Raises:
         RecipeError: `target_modules` names nothing in this part, or the part is adapted already.
     """
     if adapted(part):
         raise RecipeError("this part has LoRA layers already; merge them first")
+    fields: dict[str, Any] = dict(spec)
+    if constant := _constant_layers(part):
+        fields["exclude_modules"] = constant
     try:
-        inject_adapter_in_model(LoraConfig(**spec), part, adapter_name=ADAPTER)
+        inject_adapter_in_model(LoraConfig(**fields), part, adapter_name=ADAPTER)
     except ValueError as error:
         raise RecipeError(f"LoRA cannot be put into {type(part).__name__}: {error}") from None
+
+
+def _constant_layers(part: nn.Module) -> list[str]:
+    """Return the names of layers whose weights are buffers."""
+    return [
+        name
+        for name, module in part.named_modules()
+        if "weight" in dict(module.named_buffers(recurse=False))
+    ]
 
 
 def check_unshared(model: nn.Module) -> None:
