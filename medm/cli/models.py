@@ -33,10 +33,17 @@ def export(
         str | None, typer.Option(help="Question to compare with.  [default: a fixed one]")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the reply that is compared.")] = 24,
+    without_masks: Annotated[
+        bool,
+        typer.Option(
+            "--without-masks",
+            help="llava: write the words alone of a model that also answers with masks.",
+        ),
+    ] = False,
 ) -> None:
     """Write a model in another form, and verify it.
 
-    The export gives the same logits and the same reply, or nothing is written.
+    The export gives the same logits, the same reply and the same masks, or nothing is written.
 
     A llava export runs in a process that cannot import medm. OUT also gets a README and the records
     of the model.
@@ -52,6 +59,7 @@ def export(
         image=image,
         prompt=prompt or PROMPT,
         max_new_tokens=max_new_tokens,
+        without_masks=without_masks,
     )
     out.print(f"{target}: {proof}", markup=False)
     note("Not for clinical use.")

@@ -21,6 +21,18 @@ class ModelOptions(Options):
         """Fields of the output of the model that this section describes; by default `outputs`."""
         return self.outputs
 
+    def untaught_parts(self, read: frozenset[str]) -> dict[str, str]:
+        """Parts that no objective teaches, and why.
+
+        Args:
+            read: fields of the model's output that the objectives read.
+        """
+        return {}
+
+    def missing_fields_advice(self, missing: frozenset[str]) -> str:
+        """Say how this section gives fields of the output that it lacks; "" where it cannot."""
+        return ""
+
     scores_texts: ClassVar[bool] = False
     """True if the kind defines `ModelKind.embedder`: its models score texts for an image."""
 

@@ -130,11 +130,23 @@ class Recipe(Options):
         given = outputs_of(self.model)
         for name, objective in self.objective.objectives().items():
             if missing := sorted(objective.reads() - given):
+                advice = self.model.missing_fields_advice(frozenset(missing))
                 raise ValueError(
-                    f"objective: {name!r} reads {', '.join(missing)}, and a model of kind "
-                    f"{self.model.kind!r} gives {', '.join(sorted(given))}; choose another "
-                    "objective or kind of model"
+                    f"objective: {name!r} reads {', '.join(missing)}, and this model of kind "
+                    f"{self.model.kind!r} gives {', '.join(sorted(given))}; "
+                    f"{advice or 'choose another objective or kind of model'}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _every_part_is_taught(self) -> Recipe:
+        read: frozenset[str] = frozenset().union(
+            *(objective.reads() for objective in self.objective.objectives().values())
+        )
+        for name, why in self.model.untaught_parts(read).items():
+            part = self.parts.get(name)
+            if part is not None and part.tune != "frozen":
+                raise ValueError(f"parts.{name}: tune {part.tune} would train nothing: {why}")
         return self
 
 

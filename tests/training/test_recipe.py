@@ -117,6 +117,27 @@ def test_mistakes_are_named(file: Path, override: str, words: list[str]) -> None
         assert word in str(error.value)
 
 
+MASKS = [
+    "model.masks={head: {name: dot-product, image_size: 32}}",
+    "parts={llm: {tune: lora}, masks.encoder: full, masks.decoder: full, masks.projection: full}",
+]
+SEGMENTATION = (
+    "objective={terms: {language: {objective: language-modeling}, "
+    "masks: {objective: segmentation}}}"
+)
+
+
+def test_masks_and_their_objective_go_together(file: Path) -> None:
+    """A head that no objective teaches, and an objective without a head, before anything is read."""
+    load_recipe(file, [*MASKS, SEGMENTATION])
+    with pytest.raises(RecipeError, match=r"mask_logits.*model\.masks"):
+        load_recipe(file, [SEGMENTATION])
+    with pytest.raises(RecipeError, match=r"parts\.masks\.encoder: .*no objective reads masks"):
+        load_recipe(file, MASKS)
+    frozen = "parts={llm: {tune: lora}}"
+    assert load_recipe(file, [MASKS[0], frozen]).model.part_names()
+
+
 def test_what_matters_for_learning_is_told_from_what_does_not(file: Path) -> None:
     before = resolved(load_recipe(file))
     assert (

@@ -63,15 +63,18 @@ class Proof:
     """Largest logit."""
     reply: str
     """What both said."""
+    masks: str = ""
+    """How masks compare, or that the export has none; empty for a model without a mask head."""
 
     def __str__(self) -> str:
         if not self.reply and not self.difference:
             return "the same features, bit for bit"
         if not self.reply:
             return f"largest feature difference {self.difference:.2g} (of {self.largest:.3g})"
+        masks = f"; {self.masks}" if self.masks else ""
         return (
             f"largest logit difference {self.difference:.2g} (of {self.largest:.3g}), same reply: "
-            f"{self.reply!r}"
+            f"{self.reply!r}{masks}"
         )
 
 
@@ -84,6 +87,7 @@ def export(
     image: str | None = None,
     prompt: str = PROMPT,
     max_new_tokens: int = 24,
+    without_masks: bool = False,
 ) -> Proof:
     """Write a saved model in another form.
 
@@ -95,6 +99,7 @@ def export(
         image: image to prove with; a drawn one without it.
         prompt: question to prove with.
         max_new_tokens: length of the reply that is compared.
+        without_masks: for "llava", of a model with a mask head: write the words alone.
 
     Raises:
         ExportError: the form cannot hold this model, or the proof failed. Nothing is left at `out`.
@@ -106,6 +111,12 @@ def export(
     require_free(place, error=ExportError)
     if image is not None and not Path(image).is_file():
         raise ExportError(f"{image}: no such file; expected an image to compare with")
+    if form == "llava" and not without_masks and getattr(load_config(folder), "masks", None):
+        raise ExportError(
+            f"{folder}: the model has a mask head, and transformers' LlavaForConditionalGeneration "
+            "has none: the export would write [SEG] and draw no mask. Export the words alone with "
+            "--without-masks, or keep the masks with --format merged"
+        )
     if form == "encoder":
         _branch_of(load_config(folder), branch)
         trained = load(folder)
@@ -207,6 +218,8 @@ class _Heard:
     logits: Tensor
     reply: list[int]
     text: str
+    masks: Tensor | None = None
+    """(1, *grid), logits of the mask head; None without one."""
 
 
 @torch.no_grad()
@@ -230,7 +243,29 @@ def _ask(
     ids = model.generate(**batch, generation_config=choice)
     reply = ids[0, batch["input_ids"].shape[1] :]
     seen = batch["pixels"]["image"] if "pixels" in batch else torch.zeros(0)
-    return _Heard(batch["input_ids"], seen, logits.float(), reply.tolist(), processor.text(reply))
+    return _Heard(
+        batch["input_ids"],
+        seen,
+        logits.float(),
+        reply.tolist(),
+        processor.text(reply),
+        None if model.masks is None else _draw(model, batch),
+    )
+
+
+def _draw(model: LVLMForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
+    """Return the logits (1, *grid) of one mask of noise, for a reply that is `[SEG]` alone.
+
+    Noise, since the head may read volumes, and the compared image is none.
+    """
+    head = model.masks
+    assert head is not None
+    mark = torch.full_like(batch["input_ids"][:, :1], head.token_id)
+    ids = torch.cat([batch["input_ids"], mark], dim=1)
+    prompts = model.mask_prompts(ids, pixels=batch.get("pixels"))
+    noise = torch.randn(1, head.channels, *head.spatial, generator=torch.Generator().manual_seed(0))
+    items = torch.zeros(len(prompts), dtype=torch.int64)
+    return head.head(noise.to(prompts), prompts, items).logits.float()
 
 
 def _compare(own: _Heard, other: _Heard, *, dtype: torch.dtype, what: str) -> Proof:
@@ -247,7 +282,24 @@ def _compare(own: _Heard, other: _Heard, *, dtype: torch.dtype, what: str) -> Pr
         raise ExportError(
             f"{what} replies {other.text!r} instead of {own.text!r}; nothing was written"
         )
-    return Proof(difference, largest, own.text)
+    return Proof(difference, largest, own.text, _compare_masks(own, other, dtype=dtype, what=what))
+
+
+def _compare_masks(own: _Heard, other: _Heard, *, dtype: torch.dtype, what: str) -> str:
+    """Return how the masks compare. Raises `ExportError` where they differ."""
+    if own.masks is None:
+        return ""
+    if other.masks is None:
+        return "the masks of its replies are lost: the export has no mask head"
+    difference = float((own.masks - other.masks).abs().max())
+    largest = float(own.masks.abs().max())
+    allowed = TOLERANCES[dtype] * max(1.0, largest)
+    if not difference <= allowed:
+        raise ExportError(
+            f"{what} draws other masks: their logits differ by up to {difference:.3g}, and "
+            f"rounding in {dtype} explains {allowed:.3g} at most; nothing was written"
+        )
+    return f"largest difference of a mask logit {difference:.2g} (of {largest:.3g})"
 
 
 def _merged(

@@ -109,6 +109,16 @@ class LVLMOptions(ModelOptions):
     def output_fields(self) -> frozenset[str]:
         return self.outputs if self.masks is not None else self.outputs - MASK_OUTPUTS
 
+    def untaught_parts(self, read: frozenset[str]) -> dict[str, str]:
+        if MASK_OUTPUTS & read:
+            return {}
+        return dict.fromkeys(
+            MASK_PARTS, "no objective reads masks; add the term 'segmentation', or freeze the part"
+        )
+
+    def missing_fields_advice(self, missing: frozenset[str]) -> str:
+        return "give the model a mask head (model.masks)" if missing <= MASK_OUTPUTS else ""
+
     @property
     def reply_tokens(self) -> list[str]:
         """Control tokens of replies: those of `control_tokens`, and those of the mask head."""

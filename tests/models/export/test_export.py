@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import medm.models.export.export as export_module
@@ -23,13 +25,17 @@ from medm.errors import CheckpointError, ExportError
 from medm.models import build, load
 from medm.models.export.export import Question, _ask, draw_test_image, export
 from medm.models.export.llava import literal, save_llava, stock_template
+from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.manifest import verify
 from medm.models.vision import build_encoder
-from medm.training.options import PartOptions
+from medm.training.options import PartOptions, TrainOptions
+from medm.training.parts import apply_parts
 from tests.cli.runner import medm
 from tests.encoders.tiny import TINY_ENCODERS
+from tests.inference.grounded import build_grounded
 from tests.inference.tiny import awaken
+from tests.models import plain_head
 from tests.models.dual_encoder.tiny import make as make_dual
 from tests.models.dual_encoder.tiny import save_tokenizer
 from tests.models.dual_encoder.tiny import section as dual_section
@@ -438,3 +444,86 @@ def test_other_forms_of_a_dual_encoder_are_refused(
     with pytest.raises(ExportError, match=r"branches \['image'\]"):
         export(dual["image"], str(tmp_path / "out"), form="encoder", branch="volume")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def grounded(tmp_path: Path) -> Iterator[str]:
+    """A model with a mask head, LoRA, trained rows of its tokens and LoRA on its projection."""
+    with plain_head.registered():
+        model, processor = build_grounded(tmp_path)
+        parts = {
+            "llm": {"tune": "lora", "r": 4, "new_tokens": {}},
+            "masks.projection": {"tune": "lora", "r": 2},
+        }
+        apply_parts(
+            model,
+            {name: PartOptions.model_validate(part) for name, part in parts.items()},
+            TrainOptions(),
+        )
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name or "new_rows" in name:
+                    parameter.normal_(std=0.2, generator=generator)
+        yield save((model.eval(), processor), tmp_path / "model")
+
+
+def masks_of(folder: str) -> Tensor:
+    """Logits of the masks of a fixed reply."""
+    model, processor = load(folder)
+    reply = "<p>mass</p>[SEG] and [SEG]"
+    ids = torch.tensor([processor.tokenizer(reply, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        prompts = model.mask_prompts(ids)
+        noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        return model.masks.head(noise, prompts, torch.zeros(2, dtype=torch.int64)).logits
+
+
+def test_masks_and_trained_rows_survive_merging(grounded: str, tmp_path: Path) -> None:
+    proof = export(grounded, str(tmp_path / "merged"), form="merged", max_new_tokens=2)
+    assert "largest difference of a mask logit" in str(proof)
+    assert load(str(tmp_path / "merged"))[0].config.adapters == {}
+    own = masks_of(grounded)
+    assert own.abs().max() > 0.01
+    assert (own[0] - own[1]).abs().max() > 1e-3
+    torch.testing.assert_close(masks_of(str(tmp_path / "merged")), own, atol=1e-5, rtol=1e-4)
+    proof = export(grounded, str(tmp_path / "tower"), form="encoder")
+    assert "features" in str(proof)
+
+
+def test_a_wrong_merge_of_the_mask_head_is_found(
+    grounded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = LVLMForConditionalGeneration.merge_adapters
+
+    def wrong(self: Any) -> None:
+        merge(self)
+        with torch.no_grad():
+            self.masks.head.decoder.weight.mul_(1.5)
+
+    monkeypatch.setattr(LVLMForConditionalGeneration, "merge_adapters", wrong)
+    with pytest.raises(ExportError, match="the merged model draws other masks"):
+        export(grounded, str(tmp_path / "out"), form="merged", max_new_tokens=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_are_lost_in_the_stock_class_only_where_that_is_asked_for(
+    grounded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "out")
+    with monkeypatch.context() as before_weights:
+        before_weights.setattr(export_module, "load", lambda _folder: pytest.fail("weights read"))
+        done = medm("export", out, "--model", grounded, "--format", "llava")
+    assert done.code != 0
+    said = " ".join(done.err.split())
+    assert "the model has a mask head" in said
+    assert "--without-masks" in said
+    assert not Path(out).exists()
+    done = medm(
+        "export", out, "--model", grounded, "--format", "llava", "--without-masks",
+        "--max-new-tokens", "2",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    lost = "the masks of its replies are lost"
+    assert lost in " ".join(done.out.split())
+    assert lost in (tmp_path / "out" / "README.md").read_text("utf-8")
