@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 import medm.knowledge
+from medm.config import flatten
 from medm.errors import RecipeError, suggest
 from medm.knowledge import GraphOptions, KnowledgeOptions
 from medm.knowledge.spec import GraphSpec
@@ -191,11 +192,9 @@ def described_knowledge(
     if not isinstance(options, GraphOptions):
         return fields
     try:
-        graph = read_graph(options.file)
+        graph = _graph_of(options)
     except RecipeError as error:
         raise RecipeError(f"{place}.file: {error}") from None
-    if options.shuffle is not None:
-        graph = graph.shuffled(options.shuffle)
     pieces = word_pieces(graph.nodes, tokenizer)
     if empty := [name for name, own in zip(graph.nodes, pieces, strict=True) if not own]:
         raise RecipeError(
@@ -206,3 +205,32 @@ def described_knowledge(
         "graph": graph.model_dump(),
         "node_ids": pieces,
     }
+
+
+def knowledge_differences(
+    held: Mapping[str, object], options: KnowledgeOptions | None
+) -> list[str]:
+    """List what a recipe says otherwise than the config of a checkpoint.
+
+    Args:
+        held: entry in the config, as `described_knowledge` returns it.
+        options: block of the recipe; None where it has none.
+    """
+    if options is None:
+        return [f"knowledge {held['name']!r}, and the recipe none"]
+    mine = flatten(held)
+    different = [
+        f"knowledge.{key} {mine[key]!r}, not {value!r}"
+        for key, value in flatten(options.model_dump()).items()
+        if key in mine and mine[key] != value
+    ]
+    if isinstance(options, GraphOptions) and held["name"] == options.name:
+        graph = _graph_of(options)
+        if graph.model_dump() != held.get("graph"):
+            different.append(f"knowledge.graph of other nodes or edges than {options.file!r}")
+    return different
+
+
+def _graph_of(options: GraphOptions) -> GraphSpec:
+    graph = read_graph(options.file)
+    return graph if options.shuffle is None else graph.shuffled(options.shuffle)

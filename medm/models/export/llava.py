@@ -165,6 +165,8 @@ def _vision_reasons(branch: Branch, entry: BranchEntry, preprocess: Preprocess) 
             "its connector is linear, activation, linear ('mlp' of depth 2); this model has "
             f"{found}"
         )
+    if branch.knowledge is not None:
+        reasons.append("it has no knowledge; this model's vision tokens attend to some")
     height, width = branch.spatial
     if height != width:
         reasons.append(f"its images are square; this model takes {height} x {width}")

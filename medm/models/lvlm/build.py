@@ -22,11 +22,14 @@ from medm.connectors import ConnectorOptions
 from medm.errors import CheckpointError, RecipeError, unavailable
 from medm.heads import HEADS
 from medm.imaging import Preprocess
+from medm.knowledge import KNOWLEDGE, KnowledgeOptions
 from medm.llms import LLMS, LLMOptions
 from medm.llms.attention import check_usable
 from medm.llms.base import read_template
 from medm.llms.lm_head import stop_tokens
 from medm.models.base import CardText, ModelKind
+from medm.models.knowledge import KnowledgeBranch
+from medm.models.knowledge_files import described_knowledge
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig, MaskEntry
 from medm.models.lvlm.grounding import MaskBranch
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
@@ -173,6 +176,7 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
                 model.masks = branch.to(model.device, model.dtype)
                 model.config.masks = entry.model_dump()
         if model is not None:
+            _add_knowledge(model, options, adapted)
             model.adapt(options, adapted)
         return adapted
 
@@ -199,6 +203,7 @@ def resolve(options: LVLMOptions) -> tuple[LVLMConfig, LVLMProcessor]:
             channels=num_channels(preprocess),
             spatial=spatial_of(preprocess, place=place),
             placeholder_id=tokenizer.added_tokens_encoder[PLACEHOLDERS[name]],
+            knowledge=_knowledge_config(name, block.knowledge, tokenizer),
         )
         with torch.device("meta"):
             branch = Branch(branches[name], out_dim=text_config.hidden_size)
@@ -278,6 +283,36 @@ def _mask_entry(options: MaskOptions, head: Config, processor: LVLMProcessor) ->
         token_id=processor.control_token_ids[MASK_TOKEN],
         state=options.state,
     )
+
+
+def _knowledge_config(
+    name: str, options: KnowledgeOptions | None, tokenizer: PreTrainedTokenizerBase
+) -> Config | None:
+    """Return name and keywords of the knowledge of a branch; None without any."""
+    if options is None:
+        return None
+    place = f"model.branches.{name}.knowledge"
+    if KNOWLEDGE.get(options.name).needs_query:
+        raise RecipeError(
+            f"{place}: {options.name!r} is retrieved by features that a language model's branch "
+            "does not have; use a graph here"
+        )
+    return described_knowledge(options, tokenizer, place=place)
+
+
+def _add_knowledge(
+    model: LVLMForConditionalGeneration, options: LVLMOptions, processor: LVLMProcessor
+) -> None:
+    """Give the branches of a saved model the knowledge of a recipe where they have none."""
+    for name, block in options.branches.items():
+        branch = model.branch(name)
+        if branch.knowledge is not None or block.knowledge is None:
+            continue
+        entry = _knowledge_config(name, block.knowledge, processor.tokenizer)
+        assert entry is not None
+        knowledge = KnowledgeBranch(entry, dim=model.width, word_dim=model.width)
+        branch.knowledge = knowledge.to(model.device, model.dtype).train(model.training)
+        model.config.branches[name]["knowledge"] = entry
 
 
 def _mask_branch(entry: MaskEntry, options: MaskOptions, width: int) -> MaskBranch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any, ClassVar, Literal
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from transformers import AutoConfig, PreTrainedConfig
 
 from medm.config import Options, validate
@@ -29,6 +30,16 @@ class BranchEntry(Options):
     """Size of the input, (height, width) or (depth, height, width)."""
     placeholder_id: int
     """Token that stands for one vision token in `input_ids`."""
+    knowledge: Config | None = None
+    """Such as `{"name": "graph", "graph": {...}, "node_ids": [...], "fusion": {...}}`."""
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> Config:
+        """Leave out knowledge where there is none: an earlier medm opens such folders."""
+        values: Config = serialize(self)
+        return {
+            key: value for key, value in values.items() if key != "knowledge" or value is not None
+        }
 
 
 class MaskEntry(Options):

@@ -27,10 +27,13 @@ from medm.distributed import world_size
 from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
+from medm.knowledge.base import Embed
 from medm.llms.attention import enable_padding_free, no_mask
 from medm.llms.end_sequence import EndSequence
 from medm.llms.lm_head import has_known_logits, stop_tokens
 from medm.models.base import MedmModel
+from medm.models.knowledge import KnowledgeBranch
+from medm.models.knowledge_files import knowledge_differences
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig
 from medm.models.lvlm.grounding import MaskBranch, MaskInputs
 from medm.models.lvlm.options import MASK_OUTPUTS, MASK_PARTS, LVLMOptions, MaskOptions
@@ -107,6 +110,9 @@ class Branch(nn.Module):
             grid=self.encoder.grid(self.spatial),
             prefix=self.encoder.prefix,
         )()
+        self.knowledge: KnowledgeBranch | None = None
+        if config.knowledge is not None:
+            self.knowledge = KnowledgeBranch(config.knowledge, dim=out_dim, word_dim=out_dim)
 
     @property
     def num_tokens(self) -> int:
@@ -132,10 +138,22 @@ class Branch(nn.Module):
         tokens = features.to(**self.encoder.device_and_dtype)
         return VisionFeatures(tokens, self.encoder.grid(self.spatial), self.encoder.prefix)
 
-    def dummy_forward(self) -> Tensor:
+    def connect(self, seen: VisionFeatures, task_ids: Tensor | None, words: Embed) -> Tensor:
+        """Return the tokens for the language model, (N, num_tokens, out_dim).
+
+        Args:
+            seen: features of N items.
+            task_ids: (N,).
+            words: embeds the word pieces of knowledge.
+        """
+        tokens: Tensor = self.connector(seen, task_ids)
+        return tokens if self.knowledge is None else self.knowledge(tokens, words)
+
+    def dummy_forward(self, words: Embed) -> Tensor:
         """Return zero that depends on every weight that a batch with an item would have used.
 
         The same modules run in the same order as with an item: ZeRO-3 compares what the ranks call.
+        `words` as in `connect`.
         """
         reference = self.encoder.device_and_dtype
         no_task = torch.full((1,), -1, device=reference["device"])
@@ -150,7 +168,7 @@ class Branch(nn.Module):
             )
         else:
             seen = self.encode(torch.zeros(1, self.channels, *self.spatial, **reference))
-        return 0.0 * self.connector(seen, no_task).sum()
+        return 0.0 * self.connect(seen, no_task, words).sum()
 
 
 class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
@@ -209,6 +227,8 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         for name in self.branches:
             parts[f"{name}.encoder"] = self.branch(name).encoder
             parts[f"{name}.connector"] = self.branch(name).connector
+            if (knowledge := self.branch(name).knowledge) is not None:
+                parts[f"{name}.knowledge"] = knowledge
         if self.masks is not None:
             modules = (self.masks.head.encoder, self.masks.head.decoder, self.masks.projection)
             parts |= dict(zip(MASK_PARTS, modules, strict=True))
@@ -259,6 +279,11 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
                 and held[key] != value
                 and "architecture" not in key.split(".")  # sizes are resolved
             ]
+            if (known := self.config.branches[name].get("knowledge")) is not None:
+                differences += [
+                    f"{name}.{difference}"
+                    for difference in knowledge_differences(known, options.branches[name].knowledge)
+                ]
         if self.masks is not None:
             differences += self._mask_differences(options.masks)
         if differences:
@@ -359,7 +384,7 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
                     if name in features
                     else branch.encode(pixels[name])
                 )
-                tokens = branch.connector(seen, task_ids.get(name))  # (N, M, D)
+                tokens = branch.connect(seen, task_ids.get(name), self._words)  # (N, M, D)
                 losses |= {
                     f"{name}.{key}": value
                     for key, value in branch.connector.auxiliary_losses().items()
@@ -370,8 +395,12 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
             else:
                 _check_no_placeholder(input_ids, branch.placeholder_id, branch=name)
                 if self._sync_all_branches():
-                    embeds = embeds + branch.dummy_forward().to(embeds.dtype)
+                    embeds = embeds + branch.dummy_forward(self._words).to(embeds.dtype)
         return embeds, losses
+
+    def _words(self, ids: Tensor, _mask: Tensor) -> Tensor:
+        """Return the word embeddings (R, T, D) of ids (R, T)."""
+        return self.get_input_embeddings()(ids)
 
     def forward(
         self,

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from medm.config import Options
 from medm.connectors import CONNECTORS, Activation, ConnectorOptions
 from medm.encoders import ENCODERS, EncoderOptions
 from medm.heads import HEADS, HeadOptions
+from medm.knowledge import KNOWLEDGE, KnowledgeOptions
 from medm.llms import LLMS, LLMOptions
 from medm.models.options import ModelOptions
 from medm.registry import NamedBlock
@@ -36,6 +42,18 @@ class BranchOptions(Options):
     """Texts before and after the vision tokens of an image or volume, all its tiles included:
     InternVL has ["<img>", "</img>"]. They are special tokens where the tokenizer has them, else
     plain text. Default: none; of a saved model, what it was saved with."""
+    knowledge: Annotated[KnowledgeOptions, NamedBlock(KNOWLEDGE)] | None = None
+    """Knowledge that the connector's tokens attend to, by name (docs/knowledge.md): `{name: graph,
+    file: chest}`. Its names are read with the word embeddings of the language model. Default:
+    none."""
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave out knowledge where there is none, so that other recipes resolve as before."""
+        values: dict[str, object] = serialize(self)
+        return {
+            key: value for key, value in values.items() if key != "knowledge" or value is not None
+        }
 
 
 class MaskProjectionOptions(Options):
@@ -102,6 +120,11 @@ class LVLMOptions(ModelOptions):
             {
                 "llm",
                 *(f"{name}.{part}" for name in self.branches for part in ("encoder", "connector")),
+                *(
+                    f"{name}.knowledge"
+                    for name, branch in self.branches.items()
+                    if branch.knowledge
+                ),
                 *(MASK_PARTS if self.masks is not None else ()),
             }
         )
