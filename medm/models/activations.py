@@ -7,8 +7,9 @@ frozen weights, gated layers and precisions count as they are. Counted are tenso
 once, without the weights. Assumed: attention keeps queries, keys, values and its output (flash or
 memory-efficient kernels, not the plain one); a layer that recomputes keeps its input, and one layer
 at a time is recomputed; logits exist for 4096 labels at most, each in 16 bits, in float32 for the
-loss, and as a gradient. Not counted are kernels' workspaces, fragmentation and CUDA itself (about 1
-GiB), and the work of frozen encoders, which keeps nothing.
+loss, and as a gradient; a mask head draws one mask for each row. Not counted are kernels'
+workspaces, fragmentation and CUDA itself (about 1 GiB), the work of frozen encoders, which keeps
+nothing, and the loss of masks.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from medm.types import VisionBranch
 
 if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM
+    from medm.models.lvlm.grounding import MaskBranch
 
 HEAD_LABELS = 4096
 """Labels whose logits exist at a time (`medm.models.lvlm.token_loss.HEAD_CHUNK`)."""
@@ -48,6 +50,8 @@ class Step:
     """Labelled tokens of a row, at most."""
     items: dict[str, int]
     """Images or volumes by branch."""
+    masks: int = 0
+    """Images that a mask head reads, each with one mask."""
 
 
 def activations(model: MedmModel, step: Step, *, half: bool) -> float:
@@ -79,6 +83,13 @@ def activations(model: MedmModel, step: Step, *, half: bool) -> float:
             total += _kept(
                 language_model, partial(_through_llm, language_model, step, dtype, begun)
             )
+            masks = getattr(model, "masks", None)
+            if masks is not None and step.masks:
+                begun |= any(weight.requires_grad for weight in language_model.parameters())
+                width = language_model.get_input_embeddings().embedding_dim
+                total += _kept(
+                    masks, partial(_through_masks, masks, step.masks, width, dtype, begun)
+                )
     except (
         RuntimeError,
         NotImplementedError,
@@ -107,6 +118,16 @@ def _through_llm(language_model: CausalLM, step: Step, dtype: torch.dtype, begun
     # A mask of four axes is taken as it is: to build one, transformers looks at numbers.
     mask = torch.zeros(step.rows, 1, 1, 1, dtype=dtype, device="meta")
     language_model.get_decoder()(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+
+
+def _through_masks(
+    masks: MaskBranch, count: int, width: int, dtype: torch.dtype, begun: bool
+) -> None:
+    """`begun`: the states that prompt the masks have a gradient."""
+    states = torch.empty(count, width, dtype=dtype, device="meta", requires_grad=begun)
+    pixels = torch.empty(count, masks.channels, *masks.spatial, dtype=dtype, device="meta")
+    items = torch.arange(count)  # numbers: some heads group masks by them
+    masks.head(pixels, masks.projection(states), items)
 
 
 class _Attention(torch.autograd.Function):

@@ -132,7 +132,7 @@ def estimate(
         quantized: parts whose linear layers are held in 4 bits.
         init_from: model folder whose config is used in place of the published ones.
         rows: samples of a forward pass on one GPU, each with one image or volume of every branch,
-            which has the most tiles that it can have.
+            which has the most tiles that it can have, and one mask for a mask head.
         length: tokens of each, vision tokens included; without it no activations are counted.
 
     Raises:
@@ -167,6 +167,7 @@ def estimate(
             length,
             max(length - sum(tokens.values()), 1),
             {name: rows * count for name, count in items.items()},
+            masks=rows,
         )
         try:
             kept = activations(model, step, half=half)

@@ -73,7 +73,7 @@ class Recipe(Options):
         parts = flatten_parts(parts)
         if known is not None and isinstance(parts, Mapping):
             unknown = [
-                f"no part {name!r}{suggest(str(name), known)}"
+                f"no part {name!r}{_nearest(str(name), known)}"
                 for name in parts
                 if name not in known
             ]
@@ -148,6 +148,19 @@ class Recipe(Options):
             if part is not None and part.tune != "frozen":
                 raise ValueError(f"parts.{name}: tune {part.tune} would train nothing: {why}")
         return self
+
+
+def _nearest(part: str, known: Iterable[str]) -> str:
+    """Return the nearest known part, or say that the model has nothing that the name begins with.
+
+    `masks.encoder` is close to `image.encoder` in letters alone.
+    """
+    owner, _, rest = part.partition(".")
+    owners = sorted({name.partition(".")[0] for name in known})
+    near = suggest(owner, owners)
+    if rest and owner not in owners and "did you mean" not in near:
+        return f": the model section has no {owner!r} (known: {', '.join(sorted(known))})"
+    return suggest(part, known)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -108,3 +108,65 @@ def test_the_estimate_is_what_autograd_saves(llm: Path, parts: dict[str, PartOpt
     found = activations(model, step, half=False)
     expected = really_saved(llm, parts, TrainOptions()) + ROWS * LABELS * 320 * 4
     assert found == pytest.approx(expected, rel=0.15)
+
+
+def grounded_options(llm: Path, head: dict[str, Any]) -> LVLMOptions:
+    section = lvlm_section(llm)
+    section["masks"] = {"head": {"name": "dot-product", **head}}
+    return validate(LVLMOptions, section, source="test")
+
+
+UNET = {
+    "image_size": 16,
+    "architecture": {"dim": 6, "features": 4, "channels": [4, 8], "strides": [2]},
+}
+MASK_PARTS = {"masks.encoder": FULL, "masks.decoder": FULL, "masks.projection": FULL}
+
+
+def test_a_mask_head_counts_by_what_autograd_saves_in_it(llm: Path) -> None:
+    options = grounded_options(llm, UNET)
+    count, saved = 5, {}
+    with_head, without = (
+        activations(_adapted(options), Step(1, 40, 10, {}, masks=masks), half=False)
+        for masks in (count, 0)
+    )
+    model, _ = build(options)
+    apply_parts(model, MASK_PARTS, TrainOptions())
+    masks = model.train().masks
+    assert masks is not None
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*masks.parameters(), *masks.buffers())
+    }
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    states = torch.randn(count, 64)
+    pixels = torch.randn(count, masks.channels, 16, 16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = masks.head(pixels, masks.projection(states), torch.arange(count))
+    assert len(output.logits) == count
+    expected = sum(storage.nbytes() for storage in saved.values())
+    assert with_head - without == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_a_published_head_is_counted_and_its_frozen_encoder_keeps_nothing(
+    llm: Path, name: str
+) -> None:
+    options = grounded_options(llm, {"name": name})
+    full, frozen = (
+        activations(_adapted(options, *kept), Step(1, 40, 10, {}, masks=1), half=True)
+        for kept in ((), ("masks.encoder",))
+    )
+    assert full > 3 * frozen > 0
+
+
+def _adapted(options: LVLMOptions, *frozen: str) -> Any:
+    model = skeleton(options)
+    parts = {name: part for name, part in MASK_PARTS.items() if name not in frozen}
+    apply_parts(model, parts, TrainOptions(), keep_float32=False)
+    return model

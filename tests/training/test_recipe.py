@@ -130,6 +130,8 @@ SEGMENTATION = (
 def test_masks_and_their_objective_go_together(file: Path) -> None:
     """A head that no objective teaches, and an objective without a head, before anything is read."""
     load_recipe(file, [*MASKS, SEGMENTATION])
+    with pytest.raises(RecipeError, match=r"'masks\.encoder': the model section has no 'masks'"):
+        load_recipe(file, [MASKS[1], SEGMENTATION])
     with pytest.raises(RecipeError, match=r"mask_logits.*model\.masks"):
         load_recipe(file, [SEGMENTATION])
     with pytest.raises(RecipeError, match=r"parts\.masks\.encoder: .*no objective reads masks"):
