@@ -354,6 +354,49 @@ def _convert_pairs(
 
 
 @app.command()
+def triplets(
+    file: Annotated[Path, typer.Argument(help="Annotation file of reports: JSON array or JSONL.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json or .jsonl.")],
+    radgraph: Annotated[
+        Path | None,
+        typer.Option(
+            help="RadGraph file whose triplets are taken, by the record's id or else its report; "
+            "without it rules extract them."
+        ),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of a record that holds the report.")] = "report",
+) -> None:
+    """Add triplets, [finding, relation, location], to the records of reports.
+
+    The rules read English reports of the chest, offline. Records without a report stay as they are.
+    """
+    from medm.data.record_files import RecordFile
+    from medm.data.triplets import TripletCounts, read_radgraph, with_triplets
+    from medm.data.writing import write_records
+
+    counts = TripletCounts()
+    known = read_radgraph(radgraph) if radgraph is not None else None
+    records = with_triplets(
+        RecordFile(file), file=file, report_field=field, radgraph=known, counts=counts
+    )
+    write_records(output, records)
+    out.print(
+        f"{output}: {counts.records} records, {counts.reports} reports, {counts.triplets} "
+        f"triplets; {counts.empty} reports without any",
+        markup=False,
+    )
+    if counts.unknown:
+        listed = ", ".join(counts.unknown[:LISTED])
+        more = ", ..." if len(counts.unknown) > LISTED else ""
+        out.print(
+            f"warning: {radgraph} has {len(counts.unknown)} of the reports neither by id nor by "
+            f"text: {listed}{more}",
+            markup=False,
+        )
+    note(f"look at them: medm data check {output} --pipeline studies")
+
+
+@app.command()
 def shards(
     output: Annotated[
         Path, typer.Argument(metavar="OUT", help="Manifest to write: NAME.shards.json.")

@@ -13,6 +13,10 @@ Embed: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 encoder."""
 
 
+NO_OWNER = -1
+"""Owner of a sample without a report: no entry of a memory is left out for it."""
+
+
 class KnowledgeTokens(NamedTuple):
     """Tokens of knowledge. A tuple, so that ZeRO-3 finds its tensors."""
 
@@ -28,7 +32,8 @@ class KnowledgeQuery(NamedTuple):
     features: Tensor
     """(B, E), in the space of the memory's keys."""
     owners: Tensor
-    """(B,) int64, of each sample the number of its report (`medm.knowledge.owners`)."""
+    """(B,) int64, of each sample the number of its report, equal for duplicates of the report;
+    `NO_OWNER` for none."""
 
 
 class Knowledge(nn.Module, metaclass=ABCMeta):

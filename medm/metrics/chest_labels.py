@@ -19,8 +19,8 @@ Scores compare with each other, and not with CheXbert's or the CheXpert labeler'
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -163,18 +163,47 @@ def label_report(text: str, *, no_finding: str = "stated") -> dict[str, Status]:
     """
     found: dict[str, Status] = {}
     evidence = no_finding == "unmentioned" and not is_blank(text)
-    for sentence in _SENTENCE.split(text.lower()):
-        for clause in _CLAUSE.split(re.sub(r"\s+", " ", sentence)):
-            for label, pattern in _MENTION.items():
-                for mention in pattern.finditer(clause):
-                    found[label] = _stronger(
-                        found.get(label), _status(clause, mention.start(), mention.end())
-                    )
-            evidence = evidence or _states_normality(clause)
+    for clause in _clauses(text):
+        for mention in _mentions(clause):
+            found[mention.label] = _stronger(found.get(mention.label), mention.status)
+        evidence = evidence or _states_normality(clause)
     pathology = {status for label, status in found.items() if label != "Support Devices"}
     if not pathology & {"positive", "uncertain"} and (found or evidence):
         found[NO_FINDING] = "positive"
     return found
+
+
+class Mention(NamedTuple):
+    """A finding that a clause names."""
+
+    label: str
+    """One of `PHRASES`."""
+    status: Status
+    """Affirmed, denied or left open."""
+    clause: str
+    """The clause, in small letters and with single blanks."""
+    start: int
+    """Place of the phrase in the clause."""
+    end: int
+    """Behind its last character."""
+
+
+def mentions(text: str) -> Iterator[Mention]:
+    """Yield every finding that a report names, clause by clause."""
+    for clause in _clauses(text):
+        yield from _mentions(clause)
+
+
+def _clauses(text: str) -> Iterator[str]:
+    for sentence in _SENTENCE.split(text.lower()):
+        yield from _CLAUSE.split(re.sub(r"\s+", " ", sentence))
+
+
+def _mentions(clause: str) -> Iterator[Mention]:
+    for label, pattern in _MENTION.items():
+        for found in pattern.finditer(clause):
+            start, end = found.span()
+            yield Mention(label, _status(clause, start, end), clause, start, end)
 
 
 def _states_normality(clause: str) -> bool:

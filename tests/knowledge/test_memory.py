@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from medm.config import validate
+from medm.data.captions import same_label
 from medm.errors import DeviceError, RecipeError
 from medm.knowledge import MemoryOptions
-from medm.knowledge.base import KnowledgeQuery
+from medm.knowledge.base import NO_OWNER, KnowledgeQuery
 from medm.knowledge.memory import Memory
-from medm.knowledge.owners import NO_OWNER, owner_of
 from tests.knowledge.tiny import build_knowledge, embedding
 
 
@@ -82,9 +82,11 @@ def test_the_best_entries_come_first_with_softmax_weights() -> None:
 def test_a_sample_and_duplicates_of_its_report_are_never_retrieved() -> None:
     held = memory(size=8, k=3)
     report = "No pleural effusion."
-    own, other = owner_of(report), owner_of("Small left effusion.")
-    assert owner_of("no  pleural EFFUSION.\n") == own != other
-    assert 0 <= own < 2**63
+    own, same, other = (
+        same_label(text, None, source="test")
+        for text in (report, "no  pleural EFFUSION\n", "Small left effusion.")
+    )
+    assert own == same != other
     keys, ids, mask, _ = entries(0, 5)
     owners = torch.tensor([other, 3, other, own, own])
     held.enqueue(keys, ids, mask, owners)
