@@ -37,15 +37,27 @@ class HeadOptions(Options):
 
 
 class DotProductOptions(HeadOptions):
-    """Dot product of the prompt with the features of a network of MONAI, from scratch."""
+    """Dot product of the prompt with features: of a network of MONAI from scratch, or of a vision
+    encoder.
+    """
 
     network: FeatureNetwork = "unet"
     """Network of MONAI that gives the features. `architecture` holds its sizes by MONAI's names,
     beside `dim` (width of a prompt, 64), `features` (32), `in_channels` (1) and `stride` (1: a mask
     as fine as the input)."""
+    encoder: dict[str, Any] | None = None
+    """Block of a vision encoder, in place of `network`: its patches are the features, which a small
+    decoder makes finer. `architecture` then holds `dim` (64), `features` (32) and `upsample` (4:
+    cells of the mask per patch along an axis, a power of 2; one number, or one for each axis)."""
     image_size: int | list[int] | None = None
     """Size of the input: one side, or one number for each axis. Default: 256 x 256 for images, 32 x
-    128 x 128 for volumes."""
+    128 x 128 for volumes. With `encoder`, its own block gives the size."""
+
+    @model_validator(mode="after")
+    def _size_stands_once(self) -> DotProductOptions:
+        if self.encoder is not None and self.image_size is not None:
+            raise ValueError("image_size: with encoder, write it in the block of the encoder")
+        return self
 
 
 class VISTA3DOptions(HeadOptions):
@@ -121,7 +133,7 @@ HEADS: Registry[type[MaskHead]] = Registry("mask head", group="medm.heads", opti
 HEADS.add(
     "dot-product",
     "medm.heads.dot_product:DotProductHead",
-    "a small network of MONAI, 2-D or 3-D, whose features are compared with the prompt",
+    "features of a network of MONAI or of a vision encoder, 2-D or 3-D, compared with the prompt",
     options=DotProductOptions,
 )
 HEADS.add(

@@ -5,18 +5,50 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from medm.encoders import ENCODERS, EncoderOptions
+from medm.encoders.base import VisionEncoder
 from medm.errors import CheckpointError, RecipeError
 from medm.heads import HEADS, HeadOptions
 from medm.heads.base import MaskHead
 from medm.imaging import Preprocess, preprocess_from_dict
 from medm.imaging.options import changed
 from medm.models.published.weights import PretrainedSource, load_module
-from medm.models.vision import fields_of, num_channels, spatial_of
+from medm.models.vision import (
+    described_encoder,
+    encoder_options,
+    fields_of,
+    load_encoder,
+    num_channels,
+    preprocess_of,
+    spatial_of,
+)
 from medm.types import Config, Kind
 
 logger = logging.getLogger(__name__)
 
 _NOT_FOR_THE_HEAD = {"name", "path", "architecture", "image_size"}
+
+
+def construct_head(entry: Config) -> MaskHead:
+    """Construct a head from its entry in the config of a checkpoint, with random weights.
+
+    A head of a vision encoder is given the module: heads and encoders do not know each other.
+    """
+    block = entry.get("encoder")
+    if not isinstance(block, Mapping):
+        return HEADS.constructor(entry)()
+    return HEADS.constructor({**entry, "encoder": ENCODERS.constructor(block)()})()
+
+
+def encoder_of(head: HeadOptions, *, place: str) -> EncoderOptions | None:
+    """Return the block of the vision encoder that gives the features of a head; None without one.
+
+    Args:
+        head: block of the head.
+        place: key of the recipe that holds it, for messages.
+    """
+    block = getattr(head, "encoder", None)
+    return None if block is None else encoder_options(block, source=f"{place}.head.encoder")
 
 
 def described_head(
@@ -40,17 +72,34 @@ def described_head(
     entry: Config = {"name": head.name, **fields_of(head, _NOT_FOR_THE_HEAD)}
     sizes = head_class.architecture_from(published.config() if published else {})
     sizes = head_class.architecture_for(kind, sizes | head.architecture)
-    described = head_class.preprocess_from(
-        published.preprocessor() if published else {}, sizes, getattr(head, "image_size", None)
-    )
     entry["architecture"] = sizes
-    preprocess = preprocess_from_dict(changed({"kind": kind, **described}, fields))
-    spatial_of(preprocess, place=f"{place}.preprocess")
+    if (encoder := encoder_of(head, place=place)) is not None:
+        _require_axes(kind, encoder, place=place)
+        entry["encoder"], preprocess = described_encoder(
+            kind, encoder, fields, place=f"{place}.preprocess"
+        )
+    else:
+        entry.pop("encoder", None)  # an earlier medm opens the folders of heads without one
+        described = head_class.preprocess_from(
+            published.preprocessor() if published else {}, sizes, getattr(head, "image_size", None)
+        )
+        preprocess = preprocess_from_dict(changed({"kind": kind, **described}, fields))
+        spatial_of(preprocess, place=f"{place}.preprocess")
     if preprocess.max_items > 1:
         raise RecipeError(
             f"{place}.preprocess.tiles: a mask head reads the whole image; set tiles: null"
         )
     return entry, preprocess
+
+
+def _require_axes(kind: Kind, encoder: EncoderOptions, *, place: str) -> None:
+    """Raise `RecipeError` for an encoder of images where the head reads volumes, and reverse."""
+    expected, found = (3 if kind == "volume" else 2), ENCODERS.get(encoder.name).axes
+    if expected != found:
+        raise RecipeError(
+            f"{place}.head.encoder: encoder {encoder.name!r} reads inputs of {found} axes, and "
+            f"files of kind {kind} have {expected}; choose another encoder or view"
+        )
 
 
 def head_preprocess(
@@ -60,6 +109,8 @@ def head_preprocess(
 
     Arguments as those of `described_head`.
     """
+    if (encoder := encoder_of(head, place=place)) is not None:
+        return preprocess_of(kind, encoder, fields, place=f"{place}.preprocess")
     try:
         return described_head(kind, head, fields, place=place)[1]
     except CheckpointError as error:
@@ -81,7 +132,10 @@ def check_pixels(name: str, preprocess: Preprocess, head: MaskHead, *, place: st
 
 
 def load_head(head: MaskHead, options: HeadOptions) -> None:
-    """Load published weights into a head, where its options name some."""
+    """Load published weights into a head and into its vision encoder, where options name some."""
+    encoder = encoder_of(options, place="model.masks")
+    if encoder is not None and isinstance(head.encoder, VisionEncoder):
+        load_encoder(head.encoder, encoder, "masks.encoder")
     if options.path is None:
         return
     load_module(

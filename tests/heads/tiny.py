@@ -1,4 +1,7 @@
-"""Tiny architectures of the registered mask heads, by name."""
+"""Tiny architectures of the registered mask heads, by name.
+
+A name with a slash is a variant of the head before it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from typing import Any, NamedTuple
 
 from medm.heads import HEADS
 from medm.heads.base import MaskHead
+from medm.models.mask_heads import construct_head
 from medm.types import Kind
+from tests.encoders.tiny import TINY_ENCODERS
 
 NOT_FOR_CONSTRUCTORS = {"name", "path", "image_size"}
 
@@ -117,6 +122,20 @@ TINY_HEADS: dict[str, TinyHead] = {
     "dot-product": TinyHead(
         {"architecture": {"dim": 6, "features": 5, "channels": [4, 8], "strides": [2]}}, (1, 12, 8)
     ),
+    "dot-product/siglip": TinyHead(
+        {
+            "architecture": {"dim": 6, "features": 5},
+            "encoder": TINY_ENCODERS["siglip"].block,
+        },
+        (3, 16, 24),
+    ),
+    "dot-product/m3d-clip": TinyHead(
+        {
+            "architecture": {"dim": 6, "features": 5, "upsample": [1, 2, 4]},
+            "encoder": TINY_ENCODERS["m3d-clip"].block,
+        },
+        (1, 8, 16, 16),
+    ),
     "vista3d": TinyHead(
         {"architecture": {"width": 8, "blocks_down": [1, 1, 1]}, "patch": [8, 8, 8]}, (1, 8, 12, 8)
     ),
@@ -127,10 +146,17 @@ TINY_HEADS: dict[str, TinyHead] = {
 
 
 def build_head(name: str, **options: Any) -> MaskHead:
-    """Build a registered head as a recipe with these options would."""
-    block = HEADS.entry(name).options.model_validate(
-        {"name": name, **TINY_HEADS[name].block, **options}
+    """Build a registered head, or a variant of one, as a recipe with these options would."""
+    registered = registered_name(name)
+    block = HEADS.entry(registered).options.model_validate(
+        {"name": registered, **TINY_HEADS[name].block, **options}
     )
-    member, keywords = HEADS.get(name), block.model_dump(exclude=NOT_FOR_CONSTRUCTORS)
+    entry = {"name": registered, **block.model_dump(exclude=NOT_FOR_CONSTRUCTORS)}
     kind: Kind = "image" if len(TINY_HEADS[name].pixels) == 3 else "volume"
-    return member(**keywords | {"architecture": member.architecture_for(kind, block.architecture)})
+    sizes = HEADS.get(registered).architecture_for(kind, block.architecture)
+    return construct_head(entry | {"architecture": sizes})
+
+
+def registered_name(name: str) -> str:
+    """Return the registered name of a head or of a variant."""
+    return name.partition("/")[0]

@@ -1,8 +1,8 @@
 """Ranks of which some have masks and others none take the steps of one process with all of them.
 
 python -m tests.models.grounding_ranks LLM RUNNER..., by `tests.launch`. A runner is `ddp` or a
-stage of ZeRO. DDP and ZeRO-3 train every registered mask head, `sam2` with a frozen encoder, and
-ZeRO-2, in which every rank holds all weights, two of them.
+stage of ZeRO. DDP and ZeRO-3 train every registered mask head; ZeRO-2, in which every rank holds
+all weights, trains one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from medm.objectives.terms import Terms, terms_of
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import apply_parts
 from tests import tiny
-from tests.heads.tiny import TINY_HEADS
+from tests.heads.tiny import TINY_HEADS, registered_name
 
 RATE = 0.05
 COUNTS = ((3, 1, 0, 0), (0, 0, 0, 1), (0, 3, 1, 0))
 """Masks of each row of the whole batch by step; the first rank has the first two rows."""
-FROZEN = {"sam2"}
+FROZEN = {"sam2", "dot-product/siglip"}
 """Heads whose encoder is not trained."""
+VARIANTS = {"dot-product": "dot-product/siglip"}
+"""Variants that ZeRO-3 trains in place of the head."""
 OBJECTIVE = {
     "terms": {
         "language": {"objective": {"name": "language-modeling"}, "weight": 0.5},
@@ -49,7 +51,7 @@ def section(llm: str, name: str) -> dict[str, Any]:
     view = "image" if len(head.pixels) == 3 else "volume"
     masks = {
         "view": view,
-        "head": {"name": name, **head.block},
+        "head": {"name": registered_name(name), **head.block},
         "preprocess": {"size": list(head.pixels[1:])},
     }
     given = tiny.lvlm_section(Path(llm))
@@ -207,7 +209,10 @@ def run(llm: str, name: str, head: str) -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     for runner_name in sys.argv[2:]:
-        for head_name in ("dot-product", "sam2") if runner_name == "2" else HEADS.names():
-            run(sys.argv[1], runner_name, head_name)
+        for head_name in HEADS.names():
+            if runner_name == "3":
+                run(sys.argv[1], runner_name, VARIANTS.get(head_name, head_name))
+            elif runner_name == "ddp" or head_name == "sam2":
+                run(sys.argv[1], runner_name, head_name)
     leave_group()
     end_rank(0)

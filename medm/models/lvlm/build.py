@@ -20,7 +20,6 @@ from transformers import (
 
 from medm.connectors import ConnectorOptions
 from medm.errors import CheckpointError, RecipeError, unavailable
-from medm.heads import HEADS
 from medm.imaging import Preprocess
 from medm.knowledge import KNOWLEDGE, KnowledgeOptions
 from medm.llms import LLMS, LLMOptions
@@ -35,7 +34,13 @@ from medm.models.lvlm.grounding import MaskBranch
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
 from medm.models.lvlm.options import BranchOptions, LVLMOptions, MaskOptions
 from medm.models.lvlm.processing import LVLMProcessor, MaskSpec, padded_size, wrap_fields
-from medm.models.mask_heads import check_pixels, described_head, head_preprocess, load_head
+from medm.models.mask_heads import (
+    check_pixels,
+    construct_head,
+    described_head,
+    head_preprocess,
+    load_head,
+)
 from medm.models.published.weights import PretrainedSource, load_module
 from medm.models.vision import (
     check_channels,
@@ -256,7 +261,7 @@ def _described_masks(options: MaskOptions) -> tuple[Config, MaskSpec]:
     entry, preprocess = described_head(options.view, options.head, options.preprocess, place=place)
     spatial = spatial_of(preprocess, place=f"{place}.preprocess")
     with torch.device("meta"):
-        head = HEADS.constructor(entry)()
+        head = construct_head(entry)
     check_pixels(options.head.name, preprocess, head, place=place)
     try:
         grid = head.grid(tuple(spatial))

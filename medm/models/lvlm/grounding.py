@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from medm.heads import HEADS
 from medm.heads.base import MaskHead, MaskLogits
 from medm.models.lvlm.configuration import MaskEntry
 from medm.models.lvlm.options import MaskProjectionOptions
 from medm.models.lvlm.scatter import check
+from medm.models.mask_heads import construct_head
 
 
 class MaskInputs(NamedTuple):
@@ -43,7 +43,7 @@ class MaskBranch(nn.Module):
         self.view, self.token_id = config.view, config.token_id
         self.spatial, self.channels = tuple(config.spatial), config.channels
         self._offset = 1 if config.state == "before" else 0
-        self.head: MaskHead = HEADS.constructor(config.head)()
+        self.head: MaskHead = construct_head(config.head)
         self.projection = mask_projection(config.projection, in_dim, self.head.dim)
 
     @property

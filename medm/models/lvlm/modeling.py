@@ -297,8 +297,9 @@ class LVLMForConditionalGeneration(MedmModel, GenerationMixin):
         """List what a recipe says otherwise about the mask head; a model without one takes any."""
         if options is None:
             return ["a mask head, and the recipe none (model.masks)"]
-        held = flatten(self.config.masks)
-        given = {
+        none = {"head.encoder.name": None}  # heads with and without a vision encoder differ
+        held = none | flatten(self.config.masks)
+        given = none | {
             "view": f"{options.view}@{MASK_VIEW}",
             **flatten(options.model_dump(include={"head", "projection", "state"})),
         }

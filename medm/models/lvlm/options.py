@@ -67,6 +67,10 @@ class MaskProjectionOptions(Options):
     """Dropout after the last layer (M3D-LaMed takes 0.1)."""
 
 
+class _EncoderOfHead(Options):
+    encoder: Annotated[EncoderOptions, NamedBlock(ENCODERS)]
+
+
 class MaskOptions(Options):
     """A mask head: each `[SEG]` of a reply becomes a mask of an image or volume."""
 
@@ -83,6 +87,15 @@ class MaskOptions(Options):
     or at the position `before` it, from which it is predicted (M3D-LaMed)."""
     targets: Literal["head", "full"] = "head"
     """Grid on which masks are learned: that of the head's logits, or of the prepared pixels."""
+
+    @field_validator("head")
+    @classmethod
+    def _known_encoder(cls, head: HeadOptions) -> HeadOptions:
+        block = getattr(head, "encoder", None)
+        if block is None:
+            return head
+        checked = _EncoderOfHead.model_validate({"encoder": block}).encoder
+        return head.model_copy(update={"encoder": checked.model_dump()})
 
 
 class LVLMOptions(ModelOptions):
