@@ -31,6 +31,7 @@ from medm.imaging.options import ImagePreprocess
 from medm.imaging.placement import Placement, Prepared
 from medm.imaging.samples import (
     Samples,
+    check_label_format,
     check_layout,
     decoded_samples,
     read_labels,
@@ -121,6 +122,22 @@ def check_image(file: Path | BinaryIO) -> tuple[int, int]:
         return _check_stream(file, "image", None)
     with _regular_file(file, str(file)) as stream:
         return _check_stream(stream, str(file), file)
+
+
+def check_label_image(file: Path) -> tuple[int, int]:
+    """`check_image` of a label map, whose header must not tell that its numbers were changed.
+
+    Raises:
+        MediaError: as `check_image`, and for a file that was compressed with loss.
+    """
+    size = check_image(file)
+    name = str(file)
+    with _regular_file(file, name) as stream:
+        head = _head(stream, name)
+        if not head.startswith(_NPY) and not is_dicom_head(head):
+            with _pillow_image(stream, head, name, file.suffix.lower()) as image:
+                check_label_format(image, name)
+    return size
 
 
 def _check_stream(stream: BinaryIO, name: str, file: Path | None) -> tuple[int, int]:

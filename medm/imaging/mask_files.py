@@ -8,7 +8,7 @@ import numpy as np
 
 from medm.errors import DataError, MediaError
 from medm.imaging import rle
-from medm.imaging.images import check_image
+from medm.imaging.images import check_label_image
 from medm.imaging.label_maps import read_label_map
 from medm.imaging.paths import resolve_inside
 from medm.imaging.placement import Placement
@@ -99,7 +99,7 @@ def _read(source: MaskSource, root: Path, placement: Placement) -> np.ndarray:
 def _check_file(path: Path, shape: tuple[int, ...] | None) -> None:
     """Check the header of a label map."""
     if shape is not None and len(shape) == 2:
-        found: tuple[int, ...] | None = check_image(path)
+        found: tuple[int, ...] | None = check_label_image(path)
     else:
         found = check_volume(path)
     # The axes of a volume may be in another order, which only both geometries tell.

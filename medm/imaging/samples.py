@@ -67,17 +67,7 @@ def read_labels(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> np.nda
             its smallest number.
     """
     check_layout(image, name)
-    tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
-    if image.format in ("JPEG", "MPO") or tags.get(259) in _JPEG_IN_TIFF:
-        raise MediaError(
-            f"{name}: JPEG changes values, so that labels in it are not exact; write the label map "
-            "as PNG"
-        )
-    if image.format == "TIFF" and tags.get(262, 0) == 0:
-        raise MediaError(
-            f"{name}: a TIFF whose 0 is white (PhotometricInterpretation 0); expected 0 for the "
-            "background. Write the label map as PNG"
-        )
+    check_label_format(image, name)
     image.info.pop(
         "transparency", None
     )  # a number that is shown transparent is a label all the same
@@ -94,6 +84,25 @@ def read_labels(image: ImageFile.ImageFile, reopen: Reopen, name: str) -> np.nda
     samples = read_samples(image, reopen, name)
     _require_opaque(samples.alpha is None, name)
     return samples.pixels
+
+
+def check_label_format(image: ImageFile.ImageFile, name: str) -> None:
+    """Refuse what the header of a label map tells to have changed its numbers.
+
+    Raises:
+        MediaError: a file that was compressed with loss, or has white for its smallest number.
+    """
+    tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+    if image.format in ("JPEG", "MPO") or tags.get(259) in _JPEG_IN_TIFF:
+        raise MediaError(
+            f"{name}: JPEG changes values, so that labels in it are not exact; write the label map "
+            "as PNG"
+        )
+    if image.format == "TIFF" and tags.get(262, 0) == 0:
+        raise MediaError(
+            f"{name}: a TIFF whose 0 is white (PhotometricInterpretation 0); expected 0 for the "
+            "background. Write the label map as PNG"
+        )
 
 
 def _require_opaque(opaque: bool | np.bool_, name: str) -> None:

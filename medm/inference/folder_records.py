@@ -36,6 +36,8 @@ def write_folder_records(
         DataError: the folder is missing, or holds nothing that the model reads.
         OSError: the file cannot be written.
     """
+    if folder.is_file():
+        raise DataError("a file; expected the folder that holds it", file=folder)
     if not folder.is_dir():
         raise DataError("no such folder; expected one with images or volumes", file=folder)
     known = list(_records(file)) if file.exists() and not overwrite else []

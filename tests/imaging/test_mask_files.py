@@ -139,6 +139,10 @@ def test_what_is_no_mask_is_refused_with_its_field(tmp_path: Path, name: str, re
     with pytest.raises(MediaError, match=reason) as caught:
         read(tmp_path, path=name)
     assert caught.value.field == "masks.0"
+    if name in ("m.jpg", "white.tif"):  # the header tells: no need to decode
+        with pytest.raises(MediaError, match=reason) as caught:
+            check_mask(mask_of(path=name), tmp_path, (3, 4))
+        assert caught.value.field == "masks.0"
 
 
 # Run lengths and polygons

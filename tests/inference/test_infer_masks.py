@@ -213,6 +213,8 @@ def test_a_folder_is_asked_about_and_new_files_are_added(model: Path, tmp_path: 
     with pytest.raises(RecipeError, match="with another prompt"):
         run(model, output, **other)
     assert run(model, output, overwrite=True, **other).resumed == 0
+    with pytest.raises(DataError, match="expected the folder that holds it"):
+        run(model, output.with_name("x.jsonl"), **(given | {"folder": str(cases / "c.png")}))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image or volume"):
         run(model, output.with_name("x.jsonl"), **(given | {"folder": str(tmp_path / "empty")}))
