@@ -61,15 +61,15 @@ class Proof:
     """Largest difference of a logit between the model and its export."""
     largest: float
     """Largest logit."""
-    reply: str
-    """What both said."""
+    reply: str | None
+    """What both said; None for an encoder, of which features are compared."""
     masks: str = ""
     """How masks compare, or that the export has none; empty for a model without a mask head."""
 
     def __str__(self) -> str:
-        if not self.reply and not self.difference:
+        if self.reply is None and not self.difference:
             return "the same features, bit for bit"
-        if not self.reply:
+        if self.reply is None:
             return f"largest feature difference {self.difference:.2g} (of {self.largest:.3g})"
         masks = f"; {self.masks}" if self.masks else ""
         return (
@@ -111,6 +111,10 @@ def export(
     require_free(place, error=ExportError)
     if image is not None and not Path(image).is_file():
         raise ExportError(f"{image}: no such file; expected an image to compare with")
+    if without_masks and form != "llava":
+        raise ExportError(
+            f"without_masks: for the form llava alone, and this is {form!r}; leave it out"
+        )
     if form == "llava" and not without_masks and getattr(load_config(folder), "masks", None):
         raise ExportError(
             f"{folder}: the model has a mask head, and transformers' LlavaForConditionalGeneration "
@@ -466,4 +470,4 @@ def _compare_features(
             )
         differences.append((difference, largest))
     difference, largest = max(differences)
-    return Proof(difference, largest, "")
+    return Proof(difference, largest, None)

@@ -23,7 +23,7 @@ from medm.config import validate
 from medm.encoders import ENCODERS, ViTOptions
 from medm.errors import CheckpointError, ExportError
 from medm.models import build, load
-from medm.models.export.export import Question, _ask, draw_test_image, export
+from medm.models.export.export import Proof, Question, _ask, draw_test_image, export
 from medm.models.export.llava import literal, save_llava, stock_template
 from medm.models.lvlm.modeling import LVLMForConditionalGeneration
 from medm.models.lvlm.options import LVLMOptions
@@ -468,6 +468,12 @@ def grounded(tmp_path: Path) -> Iterator[str]:
         yield save((model.eval(), processor), tmp_path / "model")
 
 
+def test_a_reply_without_a_word_is_compared_as_a_reply() -> None:
+    said = str(Proof(0.5, 2.0, "", "masks as well"))
+    assert said == "largest logit difference 0.5 (of 2), same reply: ''; masks as well"
+    assert "features" in str(Proof(0.5, 2.0, None))
+
+
 def masks_of(folder: str) -> Tensor:
     """Logits of the masks of a fixed reply."""
     model, processor = load(folder)
@@ -524,6 +530,8 @@ def test_masks_are_lost_in_the_stock_class_only_where_that_is_asked_for(
         "--max-new-tokens", "2",
     )  # fmt: skip
     assert done.code == 0, done.err
+    with pytest.raises(ExportError, match="for the form llava alone"):
+        export(grounded, str(tmp_path / "x"), form="merged", without_masks=True)
     lost = "the masks of its replies are lost"
     assert lost in " ".join(done.out.split())
     assert lost in (tmp_path / "out" / "README.md").read_text("utf-8")
