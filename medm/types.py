@@ -301,6 +301,19 @@ class MaskTargets:
     """Of each mask: position of its image in `pixels` of the mask view."""
 
 
+class EncodedText(NamedTuple):
+    """A text that is learned, as tokens."""
+
+    input_ids: list[int]
+    """With the tokens of the text encoder around it, cut to its length."""
+    labels: list[int]
+    """Same length; `IGNORE_INDEX` at the first token and at what is given before the text."""
+
+
+Triplet: TypeAlias = tuple[str, str, str]
+"""A statement of a report: subject, relation, object."""
+
+
 @dataclass(slots=True)
 class Example:
     """A conversation as the model takes it, before batching; a `MediaExample`."""

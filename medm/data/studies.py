@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 from medm.data.base import Collate, Pipeline, Segment
 from medm.data.captions import same_label
 from medm.errors import DataError
-from medm.types import IGNORE_INDEX, BaseSample, Media, Processor
+from medm.types import IGNORE_INDEX, BaseSample, EncodedText, Media, Processor, Triplet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from medm.data.options import DataOptions
-
-Triplet: TypeAlias = tuple[str, str, str]
-"""Subject, relation, object."""
 
 _TEXTS = ("report", "question", "answer")
 _NAMES = ("id", "task", "question_type", "answer_type")
@@ -53,15 +50,6 @@ class Study(BaseSample):
     def text(self) -> str | None:
         """The text that is learned: the answer of a question, or the report."""
         return self.report if self.question is None else self.answer
-
-
-class EncodedText(NamedTuple):
-    """A text as the model takes it."""
-
-    input_ids: list[int]
-    """With the tokens of the text encoder around it, cut to its length."""
-    labels: list[int]
-    """Same length; `IGNORE_INDEX` at the first token and at the prompt."""
 
 
 class StudyProcessor(Processor, Protocol):

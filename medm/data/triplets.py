@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medm.data.record_files import open_regular, parse_json
-from medm.data.studies import Triplet
 from medm.errors import DataError
 from medm.metrics.chest_labels import NO_FINDING, Mention, Status, label_report, mentions
+from medm.types import Triplet
 
 RELATIONS: Mapping[Status, str] = {
     "positive": "present at",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medm.errors import CheckpointError
+from medm.models.blip.options import BlipOptions
 from medm.models.dual_encoder.options import DualEncoderOptions
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.options import ModelOptions
@@ -28,6 +29,13 @@ MODELS.add(
     "medm.models.dual_encoder.build:DualEncoderKind",
     "image and text encoder with one space (CLIP, SigLIP): vectors and scores",
     options=DualEncoderOptions,
+)
+MODELS.add(
+    "blip",
+    "medm.models.blip.build:BlipKind",
+    "image and text encoder with cross-attention and tied decoder (BLIP, MOTOR): contrast, "
+    "matching, reports, labels",
+    options=BlipOptions,
 )
 
 

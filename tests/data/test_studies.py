@@ -13,10 +13,10 @@ import pytest
 from medm.data.check import check
 from medm.data.options import SourceOptions
 from medm.data.records import Records
-from medm.data.studies import EncodedText, Studies, Study
+from medm.data.studies import Studies, Study
 from medm.errors import DataError
 from medm.imaging import ImagePreprocess
-from medm.types import IGNORE_INDEX, Media
+from medm.types import IGNORE_INDEX, EncodedText, Media
 from tests.data.tiny import PAD, write_image, write_lines
 
 HERE = Path("a.jsonl")

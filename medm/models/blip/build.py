@@ -1,0 +1,287 @@
+"""From a recipe's `model` section to a model of kind `blip`: resolve sizes, build, load weights."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import torch
+from torch import Tensor
+from transformers import AddedToken, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
+
+from medm.errors import CheckpointError, RecipeError
+from medm.imaging import Preprocess
+from medm.models.base import CardText, ModelKind
+from medm.models.blip.configuration import ImageEntry, MedmBlipConfig, TextEntry
+from medm.models.blip.modeling import MedmBlip, StudyImageTower
+from medm.models.blip.options import BlipOptions, StudyTextOptions
+from medm.models.blip.processing import DECODER_TOKEN, ENCODER_TOKEN, MedmBlipProcessor
+from medm.models.blip.text import StudyTextEncoder
+from medm.models.published.weights import LoadReport, PretrainedSource, load_module
+from medm.models.vision import (
+    check_channels,
+    described_encoder,
+    load_encoder,
+    num_channels,
+    preprocess_of,
+    spatial_of,
+)
+from medm.text_encoders.bert import BertTextEncoder
+
+logger = logging.getLogger(__name__)
+
+_PLACE = "model.image.preprocess"
+_SUMMARY = (
+    "A medical image-text model trained with medm on studies and their reports. It can be wrong, "
+    "and carries the biases of its data. It was\nnot validated on any clinical task."
+)
+_EXAMPLE = """from transformers import AutoModel, AutoProcessor
+
+import medm
+
+model = AutoModel.from_pretrained("path/to/this/folder").eval()
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+inputs = processor("a text", images=["image.png"])
+print(model.get_image_features(inputs["pixels"]))
+"""
+
+
+class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
+    """The kind `blip`."""
+
+    config_class = MedmBlipConfig
+    model_class = MedmBlip
+    processor_class = MedmBlipProcessor
+    pipeline = "studies"
+    outputs = BlipOptions.outputs
+
+    def build(self, options: BlipOptions) -> tuple[MedmBlip, MedmBlipProcessor]:
+        """Return a model with published weights wherever the recipe gives a path, and its
+        processor.
+
+        Raises:
+            RecipeError: parts that do not fit each other or the recipe.
+            CheckpointError: published weights that do not fit.
+        """
+        config, processor = resolve(options)
+        model = MedmBlip(config)
+        load_encoder(model.image.encoder, options.image.encoder, "image.encoder")
+        if options.image.encoder.path is not None:
+            _load_norm(model.image, PretrainedSource(options.image.encoder.path))
+        if options.text.path is not None:
+            load_text(model, PretrainedSource(options.text.path))
+        model.init_training_state()
+        model.eval()
+        return model, processor
+
+    def card_text(self, options: BlipOptions) -> CardText:
+        return CardText(
+            tags=("medical", "vision-language", "contrastive", "image-to-text"),
+            summary=_SUMMARY,
+            example=_EXAMPLE,
+        )
+
+    def skeleton(self, options: BlipOptions) -> MedmBlip:
+        config, _ = resolve(options)
+        with torch.device("meta"):
+            return MedmBlip(config)
+
+    def processor(self, options: BlipOptions) -> MedmBlipProcessor:
+        return resolve(options)[1]
+
+    def preprocess(self, options: BlipOptions) -> dict[str, Preprocess]:
+        image = options.image
+        return {"image": preprocess_of("image", image.encoder, image.preprocess, place=_PLACE)}
+
+    def adapt(
+        self,
+        options: BlipOptions,
+        processor: MedmBlipProcessor,
+        *,
+        model: MedmBlip | None = None,
+    ) -> MedmBlipProcessor:
+        adapted = processor.adapt(options)
+        if model is not None:
+            _check_length(options, int(model.text.config.max_position_embeddings))
+            for name in ("alpha", "alpha_steps", "same_report", "negatives", "label_smoothing"):
+                setattr(model.config, name, getattr(options, name))
+        return adapted
+
+
+def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
+    """Every size and the processor, from published configs and tokenizers; no weights are read."""
+    block = options.image.encoder
+    encoder, preprocess = described_encoder("image", block, options.image.preprocess, place=_PLACE)
+    tokenizer = _tokenizer(options.text)
+    published = PretrainedSource(options.text.path).config() if options.text.path else {}
+    architecture = BertTextEncoder.architecture_from(published) | options.text.architecture
+    sizes = BertConfig(**architecture)
+    architecture["vocab_size"] = max(sizes.vocab_size, len(tokenizer))
+    architecture["pad_token_id"] = int(tokenizer.pad_token_id)
+    _check_length(options, int(sizes.max_position_embeddings))
+    processor = MedmBlipProcessor(
+        tokenizer,
+        image_views={"image": preprocess.model_dump()},
+        max_length=options.text.max_length,
+        prompt=options.text.prompt,
+        labels=options.labels,
+        views=options.image.views,
+        reads_text=set(options.heads) != {"labels"},
+    )
+    config = MedmBlipConfig(
+        image=ImageEntry(
+            encoder=encoder,
+            channels=num_channels(preprocess),
+            spatial=spatial_of(preprocess, place=_PLACE),
+            views=options.image.views,
+            fusion=options.image.fusion,
+        ).model_dump(),
+        text=TextEntry(
+            architecture=architecture,
+            decoder_id=_id_of(tokenizer, DECODER_TOKEN),
+            encoder_id=_id_of(tokenizer, ENCODER_TOKEN),
+            end_id=int(tokenizer.sep_token_id),
+            label_ids=[processor.encode_target(name, "").input_ids for name in options.labels],
+        ).model_dump(),
+        **options.model_dump(
+            include={
+                "embed_dim", "heads", "momentum", "queue", "alpha", "alpha_steps", "temperature",
+                "same_report", "negatives", "label_smoothing", "labels", "label_head",
+            }
+        ),
+    )  # fmt: skip
+    config.pad_token_id = processor.pad_id
+    with torch.device("meta"):
+        tower = StudyImageTower(config.image_entry()).encoder
+    check_channels(block.name, preprocess, tower, place=_PLACE)
+    if preprocess.max_items > 1:
+        raise RecipeError(
+            f"{_PLACE}.tiles: images are cut into up to {preprocess.max_items} tiles, and this "
+            "kind takes an image as a whole; set tiles: null"
+        )
+    if tower.axes != 2:
+        raise RecipeError(
+            f"model.image.encoder: {block.name!r} reads volumes; expected an encoder of images"
+        )
+    tower.grid(tuple(config.image["spatial"]))
+    return config, processor
+
+
+def load_text(model: MedmBlip, source: PretrainedSource) -> list[LoadReport]:
+    """Load a published BERT into the text encoder and the decoder.
+
+    The decoder's self-attention starts as the encoder's, and its head from the file's `cls.` where
+    it has one. Cross-attention and the rows of the two new tokens keep their new weights.
+
+    Returns:
+        A report on each module.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or misshaped.
+    """
+    tensors = source.tensors()
+    words = next((name for name in tensors if name.endswith(_WORDS)), None)
+    own = model.text.embeddings.word_embeddings.weight
+    if words is not None and len(tensors[words]) < len(own):
+        new = own[len(tensors[words]) :].detach()
+        tensors[words] = torch.cat([tensors[words], new.to(tensors[words].dtype)])
+    head = {name: tensors.pop(name) for name in list(tensors) if _HEAD.match(name)}
+    plain = StudyTextEncoder(model.text.config, None)
+    reports = [
+        load_module(
+            plain,
+            tensors,
+            source=f"text.encoder from {source.path}",
+            key_map=_TEXT_NAMES,
+            ignored=(r"^cls\.", r"position_ids$", r"^(?:bert\.)?pooler\."),
+        )
+    ]
+    model.text.load_state_dict(plain.state_dict(), strict=False)
+    if model.decoder is None:
+        return reports
+    for layer, attention in zip(plain.blocks(), model.decoder.attentions(), strict=True):
+        attention.load_state_dict(layer.attention.state_dict())
+    loaded = {_HEAD.sub("", name): tensor for name, tensor in head.items()}
+    if "transform.dense.weight" in loaded:
+        bias = loaded["bias"]
+        rest = model.decoder.bias.detach()[len(bias) :].to(bias.dtype)
+        parts: dict[str, Tensor] = {**loaded, "bias": torch.cat([bias, rest])}
+        parts |= {
+            f"attention.{name}": tensor
+            for name, tensor in model.decoder.attention.state_dict().items()
+        }
+        reports.append(
+            load_module(
+                model.decoder,
+                parts,
+                source=f"text.decoder from {source.path}",
+                ignored=(r"^decoder\.",),
+            )
+        )
+    return reports
+
+
+_WORDS = "embeddings.word_embeddings.weight"
+_HEAD = re.compile(r"^cls\.predictions\.")
+_TEXT_NAMES = (
+    (r"^(?:bert\.)?encoder\.layer\.", "layers."),
+    (r"^(?:bert\.)?embeddings\.", "embeddings."),
+    (r"(?:LayerNorm)\.gamma$", "LayerNorm.weight"),
+    (r"(?:LayerNorm)\.beta$", "LayerNorm.bias"),
+)
+
+
+def _load_norm(tower: StudyImageTower, source: PretrainedSource) -> None:
+    """Load the norm behind the last block, which encoders leave out, where the source has one."""
+    if source.is_bundle():
+        return
+    found = {
+        match[1]: tensor
+        for name, tensor in source.encoder_tensors().items()
+        if (
+            match := re.fullmatch(
+                r"(?:vision_model\.)?(?:post_layernorm|layernorm|norm)\.(.+)", name
+            )
+        )
+    }
+    if {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in tower.norm.state_dict().items()
+    }:
+        load_module(tower.norm, found, source=f"image.norm from {source.path}")
+    else:
+        logger.info("%s: no norm behind the last block; it starts from new weights", source.path)
+
+
+def _tokenizer(options: StudyTextOptions) -> PreTrainedTokenizerBase:
+    source = options.tokenizer or options.path
+    if source is None:
+        raise RecipeError("model.text.tokenizer: required where model.text has no path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"model.text: no usable tokenizer at {source!r} ({error}); set model.text.tokenizer"
+        ) from None
+    for name in ("cls_token_id", "sep_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise RecipeError(
+                f"model.text.tokenizer: {source!r} has no {name.removesuffix('_id')}; expected the "
+                "tokenizer of a BERT"
+            )
+    new = [AddedToken(token, special=True) for token in (DECODER_TOKEN, ENCODER_TOKEN)]
+    tokenizer.add_tokens(new, special_tokens=True)
+    return tokenizer
+
+
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
+
+
+def _check_length(options: BlipOptions, positions: int) -> None:
+    if options.text.max_length > positions:
+        raise RecipeError(
+            f"model.text.max_length: {options.text.max_length}, but the text encoder has "
+            f"{positions} positions"
+        )

@@ -1,0 +1,651 @@
+"""BLIP on studies: vectors, matches, reports and labels of images with their texts.
+
+Knows nothing of losses beyond that of tokens: objectives compare what the forward gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig
+from transformers.utils.generic import ModelOutput
+
+from medm.config import flatten
+from medm.distributed import all_gather, rank, row_counts
+from medm.encoders import ENCODERS
+from medm.encoders.base import VisionEncoder
+from medm.errors import RecipeError
+from medm.models.base import MedmModel
+from medm.models.blip.beam import beam_search
+from medm.models.blip.configuration import ImageEntry, MedmBlipConfig
+from medm.models.blip.momentum import FeatureQueue, draws, hard_negatives, soft_targets
+from medm.models.blip.options import OUTPUTS_OF_HEAD, BlipOptions, Head, projects
+from medm.models.blip.text import Decoder, KeyValues, StudyTextEncoder
+from medm.models.options import ModelOptions
+from medm.types import IGNORE_INDEX, Config
+
+PROTOTYPE_SCALE = 100.0
+"""Factor of the cosine of an image and the name of a finding (MOTOR)."""
+LOWEST, HIGHEST = 0.001, 0.5
+"""Bounds of the temperature (ALBEF, BLIP)."""
+BEAMS = 3
+
+
+@dataclass
+class MedmBlipOutput(ModelOutput):
+    """What the heads of the model give for a batch of B studies."""
+
+    itc_logits_image: Tensor | None = None
+    """(B, C) scores of each image with the texts of the batch of all ranks and of the queue."""
+    itc_logits_text: Tensor | None = None
+    """(B, C) scores of each text with such images."""
+    itc_targets_image: Tensor | None = None
+    """(B, C) probabilities that the scores of an image learn."""
+    itc_targets_text: Tensor | None = None
+    """(B, C)."""
+    itm_logits: Tensor | None = None
+    """(3B, 2) scores of no match and match: true pairs, texts with a wrong image, images with a
+    wrong text."""
+    itm_labels: Tensor | None = None
+    """(3B,) int64, 1 match, 0 no match, `IGNORE_INDEX` where there is no other study."""
+    loss_sum: Tensor | None = None
+    """Sum of the loss over the labeled tokens."""
+    label_logits: Tensor | None = None
+    """(B, L)."""
+
+
+class StudyImages(NamedTuple):
+    """Images of B studies."""
+
+    tokens: Tensor
+    """(B, N, D)."""
+    mask: Tensor
+    """(B, N) bool, False where a study has fewer images."""
+    vector: Tensor
+    """(B, D)."""
+
+
+class StudyImageTower(nn.Module):
+    """Images of studies to tokens and one vector.
+
+    Args:
+        entry: of the config.
+    """
+
+    def __init__(self, entry: ImageEntry) -> None:
+        super().__init__()
+        self.encoder: VisionEncoder = ENCODERS.constructor(entry.encoder)()
+        self.spatial, self.channels = tuple(entry.spatial), entry.channels
+        self.views, self.fusion = entry.views, entry.fusion
+        self.dim = self.encoder.dim
+        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        joined = entry.views > 1 and entry.fusion == "channels"
+        self.join = nn.Linear(entry.views * self.dim, self.dim) if joined else None
+
+    def forward(self, pixels: Tensor, counts: Tensor) -> StudyImages:
+        """Encode the images of studies.
+
+        Args:
+            pixels: (images, C, height, width), the studies in order.
+            counts: (B,) int64, images of each study, 1 to `views`.
+
+        Raises:
+            ValueError: counts that do not fit.
+        """
+        total, most = int(counts.sum()), int(counts.max())
+        if total != len(pixels) or most > self.views or int(counts.min()) < 1:
+            raise ValueError(
+                f"image_counts {counts.tolist()}: expected 1 to {self.views} images a study, and "
+                f"{len(pixels)} in all"
+            )
+        features = self.encoder(pixels)
+        tokens = self.norm(features.tokens)  # (images, n, D)
+        own = tokens[:, 0] if features.prefix else tokens.mean(dim=1)  # (images, D)
+        starts = counts.cumsum(0) - counts  # (B,)
+        place = torch.arange(self.views, device=counts.device)  # (V,)
+        present = place < counts.unsqueeze(1)  # (B, V)
+        taken = starts.unsqueeze(1) + torch.minimum(place, counts.unsqueeze(1) - 1)  # (B, V)
+        if self.join is not None:
+            joined = self.join(tokens[taken].transpose(1, 2).flatten(2))  # (B, n, D)
+            vector = joined[:, 0] if features.prefix else joined.mean(dim=1)
+            return StudyImages(joined, joined.new_ones(joined.shape[:2]).bool(), vector)
+        shares = (present / counts.unsqueeze(1)).to(own.dtype)  # (B, V)
+        vector = (own[taken] * shares.unsqueeze(2)).sum(dim=1)
+        mask = present.repeat_interleave(tokens.shape[1], dim=1)  # (B, V * n)
+        return StudyImages(tokens[taken].flatten(1, 2), mask, vector)
+
+
+class Temperature(nn.Module):
+    """Divisor of cosines.
+
+    Args:
+        start: at the start.
+    """
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.full((1,), start))
+
+    def forward(self) -> Tensor:
+        """(1,)."""
+        return self.value
+
+
+class MedmBlip(MedmModel):
+    """Image tower, text encoder with cross-attention, decoder on its weights, heads.
+
+    `forward` takes what the collator of studies makes (`medm.data.studies`). For contrast there is
+    a momentum copy of towers and projections, and a queue (`training_only`).
+    """
+
+    batches: Tensor
+    """Batches of this run that negatives were drawn for, a scalar."""
+    steps: Tensor
+    """Optimizer steps of this run, a scalar."""
+
+    config_class = MedmBlipConfig
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    accepts_loss_kwargs = True
+    training_only = ("momentum.*", "queue.*", "batches", "steps")
+    zero3_refusal = (
+        "its momentum copy is a mean of whole weights, and ZeRO-3 keeps a shard of each; use ZeRO "
+        "0, 1 or 2, or leave the heads itc and itm out"
+    )
+
+    def __init__(self, config: MedmBlipConfig) -> None:
+        super().__init__(config)
+        bert, text = BertConfig(**cast(Any, config.text["architecture"])), config.text_entry()
+        heads = config.heads
+        self.image = StudyImageTower(config.image_entry())
+        self.text = StudyTextEncoder(bert, self.image.dim if {"itm", "lm"} & {*heads} else None)
+        self.decoder = Decoder(bert) if "lm" in heads else None
+        projected = projects(heads, config.label_head)
+        self.image_projection = nn.Linear(self.image.dim, config.embed_dim) if projected else None
+        self.text_projection = nn.Linear(bert.hidden_size, config.embed_dim) if projected else None
+        self.itm = nn.Linear(bert.hidden_size, 2) if "itm" in heads else None
+        linear = "labels" in heads and config.label_head == "linear"
+        self.labels = nn.Linear(self.image.dim, len(config.labels)) if linear else None
+        self.temperature: Temperature | None = None
+        self.momentum: nn.ModuleDict | None = None
+        self.queue: FeatureQueue | None = None
+        self.ids = text
+        if "itc" in heads:
+            self.temperature = Temperature(config.temperature)
+            self.momentum = nn.ModuleDict(
+                {
+                    "image": StudyImageTower(config.image_entry()),
+                    "text": StudyTextEncoder(bert, None),
+                    "image_projection": nn.Linear(self.image.dim, config.embed_dim),
+                    "text_projection": nn.Linear(bert.hidden_size, config.embed_dim),
+                }
+            ).requires_grad_(False)
+            self.queue = FeatureQueue(config.queue, config.embed_dim)
+            self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+            # Equal on every rank without DDP, which would send the queue around before each batch.
+            self._ddp_params_and_buffers_to_ignore = [
+                name for name in self.state_dict() if self.is_training_only(name)
+            ]
+            self.init_training_state()
+        self._added: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.inject_adapters()
+        self.post_init()
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The units that a recipe freezes, trains or adapts. The decoder is its self-attention and
+        LM head; all else in it is the text encoder's.
+        """
+        tower = self.image
+        image = [tower.encoder, tower.norm, *([] if tower.join is None else [tower.join])]
+        parts: dict[str, nn.Module | None] = {
+            "image.encoder": nn.ModuleList(image),
+            "image.projection": self.image_projection,
+            "text.encoder": self.text,
+            "text.projection": self.text_projection,
+            "text.decoder": self.decoder,
+            "itm": self.itm,
+            "labels": self.labels,
+            "temperature": self.temperature,
+            "momentum": self.momentum,  # no recipe names it, so it stays frozen
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def check_same_parts(self, options: ModelOptions, *, source: str) -> None:
+        if not isinstance(options, BlipOptions):
+            raise RecipeError(
+                f"init_from {source}: holds a model of kind 'blip', not {options.kind!r}. Change "
+                "the recipe or init_from"
+            )
+        config = cast(MedmBlipConfig, self.config)
+        held: dict[str, object] = {
+            name: getattr(config, name)
+            for name in ("embed_dim", "heads", "momentum", "queue", "labels", "label_head")
+        } | flatten({"image": config.image})
+        named = {
+            **options.model_dump(include={*held}),
+            **flatten({"image": options.image.model_dump()}),
+        }
+        differences = [
+            f"{key} {held[key]!r}, not {value!r}"
+            for key, value in named.items()
+            if key in held and held[key] != value and "architecture" not in key.split(".")
+        ]
+        if differences:
+            raise RecipeError(
+                f"init_from {source}: holds {'; '.join(differences)}. Change the recipe or "
+                "init_from"
+            )
+
+    def add_adapter_to_part(self, part: str, spec: Mapping[str, object]) -> None:
+        if self.momentum is not None and part in _COPIED:
+            raise RecipeError(
+                f"parts.{part}: LoRA beside a momentum copy, which is a mean of whole weights; set "
+                "tune: full or frozen, or leave the heads itc and itm out"
+            )
+        super().add_adapter_to_part(part, cast(Config, spec))
+
+    # -- state that training alone needs -----------------------------------------------------------
+
+    @torch.no_grad()
+    def init_training_state(self) -> None:
+        """Copy the weights into the momentum copy, and empty the queue."""
+        if self.queue is None:
+            return
+        for slow, fast in self._pairs():
+            slow.copy_(fast)
+        self.queue.clear()
+        self.batches.zero_()
+        self.steps.zero_()
+
+    @torch.no_grad()
+    def after_step(self) -> Sequence[nn.Parameter]:
+        """Move the momentum copy, fill the queue, and hold the temperature in its bounds."""
+        if self.queue is None or self.temperature is None:
+            return ()
+        for slow, fast in self._pairs():
+            slow.lerp_(fast.to(slow.dtype), 1 - self.config.momentum)
+        for image, text, owners in self._added:
+            self.queue.add(image, text, owners)
+        self._added.clear()
+        self.steps += 1
+        value = self.temperature.value
+        held = value.clamp(LOWEST, HIGHEST)
+        if not value.requires_grad or torch.equal(held, value):
+            return ()
+        value.copy_(held)
+        return (value,)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each weight or buffer of the momentum copy, and that of the model."""
+        assert self.momentum is not None
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for name, copy in self.momentum.items():
+            own = dict(getattr(self, name).named_parameters())
+            pairs += [(slow, own[key]) for key, slow in copy.named_parameters()]
+        return pairs
+
+    # -- parts of the forward ----------------------------------------------------------------------
+
+    def encode_images(
+        self, pixels: Mapping[str, Tensor] | Tensor, image_counts: Tensor | None = None
+    ) -> StudyImages:
+        """Return tokens and vectors of studies.
+
+        Args:
+            pixels: (images, C, height, width), or a mapping of "image" to them.
+            image_counts: (B,) images of each study; without it one each.
+        """
+        images = pixels if isinstance(pixels, Tensor) else pixels["image"]
+        counts = image_counts
+        if counts is None:
+            counts = torch.ones(len(images), dtype=torch.int64, device=images.device)
+        return cast(StudyImages, self.image(images, counts))
+
+    def get_image_features(
+        self, pixels: Mapping[str, Tensor] | Tensor, image_counts: Tensor | None = None
+    ) -> Tensor:
+        """Return the vectors of studies in the common space, not normalized, (B, embed_dim).
+
+        Arguments as those of `encode_images`.
+        """
+        return self._projected("image", self.encode_images(pixels, image_counts).vector)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the vectors of texts in the common space, not normalized, (B, embed_dim)."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self._projected("text", self.text(input_ids, mask)[:, 0])
+
+    def match(self, images: StudyImages, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the scores of no match and match of images with texts, (B, 2), one text each."""
+        if self.itm is None:
+            raise RecipeError("this model matches nothing: model.heads has no 'itm'")
+        ids = _begun(input_ids, self.ids.encoder_id)
+        states = self.text(ids, attention_mask, images.tokens, images.mask)
+        return self.itm(states[:, 0])
+
+    def label_scores(self, vector: Tensor) -> Tensor:
+        """Return the logit of each finding for vectors (B, D) of studies, (B, L)."""
+        if "labels" not in self.config.heads:
+            raise RecipeError("this model knows no labels: model.heads has no 'labels'")
+        if self.labels is not None:
+            return self.labels(vector)
+        rows = self.ids.label_ids
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=vector.device)
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=vector.device
+        )
+        names = F.normalize(self.get_text_features(ids, mask).float(), dim=-1)  # (L, E)
+        images = F.normalize(self._projected("image", vector).float(), dim=-1)
+        return PROTOTYPE_SCALE * images @ names.T
+
+    def _projected(self, side: str, vector: Tensor) -> Tensor:
+        projection = self.image_projection if side == "image" else self.text_projection
+        if projection is None:
+            raise RecipeError(
+                "this model has no common space: model.heads has neither 'itc' nor prototypes of "
+                "labels"
+            )
+        return projection(vector)
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixels: Mapping[str, Tensor] | None = None,
+        image_counts: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        owners: Tensor | None = None,
+        outputs: frozenset[str] | None = None,
+        **kwargs: Any,
+    ) -> MedmBlipOutput:
+        """Run the heads on a batch. A batch without studies gives no rows, through every weight.
+
+        Args:
+            pixels: "image" to (images, C, height, width), the studies in order.
+            image_counts: (B,) images of each study; without it one each.
+            input_ids: (B, T), padded on the right.
+            attention_mask: (B, T), 0 at padding.
+            labels: (B, T), `IGNORE_INDEX` where no token is learned.
+            owners: (B,) int64, equal where two studies have the same text.
+            outputs: fields that are read. In training every head runs, so that each weight has a
+                gradient.
+            kwargs: fields of the batch that objectives read.
+
+        Raises:
+            RecipeError: a head needs texts, and the batch has none.
+        """
+        device = self.device
+        rows = len(image_counts) if image_counts is not None else len((pixels or {})["image"])
+        empty = rows == 0
+        if empty:  # one blank study runs through every weight; its rows are cut off
+            shape = (1, self.image.channels, *self.image.spatial)
+            pixels = {"image": torch.zeros(shape, device=device, dtype=self.dtype)}
+            image_counts = torch.ones(1, dtype=torch.int64, device=device)
+        wanted = [head for head in self.config.heads if self._asked(head, outputs)]
+        images = self.encode_images(pixels or {}, image_counts)
+        output = MedmBlipOutput()
+        if "labels" in wanted:
+            output.label_logits = self.label_scores(images.vector)[:rows]
+        if set(wanted) <= {"labels"}:
+            return output
+        if empty:
+            input_ids = torch.full((1, 2), self.ids.end_id, device=device)
+            attention_mask, labels = torch.ones_like(input_ids), input_ids
+            owners = torch.zeros(1, dtype=torch.int64, device=device)
+        if input_ids is None:
+            raise RecipeError(
+                f"the heads {', '.join(wanted)} learn from texts, and the batch has no input_ids; "
+                "give records with reports, or set model.heads: [labels]"
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if "lm" in wanted:
+            output.loss_sum = self._token_loss(images, input_ids, mask, labels) * (not empty)
+        if "itc" in wanted:
+            if owners is None:
+                owners = -1 - torch.arange(len(input_ids), device=device)  # all differ
+            texts = _Texts(input_ids, mask, owners)
+            given = (pixels or {})["image"]
+            similar = self._contrast(output, images, given, image_counts, texts, rows)
+            if "itm" in wanted:
+                self._matches(output, images, texts, similar, rows)
+            if self.training and torch.is_grad_enabled():
+                self.batches += 1
+        return output
+
+    def _asked(self, head: Head, outputs: frozenset[str] | None) -> bool:
+        """Return whether a head runs: in training all do; matching draws by the scores of `itc`."""
+        if self.training or outputs is None:
+            return True
+        asked = bool(OUTPUTS_OF_HEAD[head] & outputs)
+        return asked or (head == "itc" and self._asked("itm", outputs))
+
+    def _token_loss(
+        self, images: StudyImages, ids: Tensor, mask: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        """Return the sum of the smoothed cross-entropy over the labeled tokens."""
+        assert self.decoder is not None
+        if labels is None:
+            raise RecipeError("the head lm learns the batch field 'labels', and there is none")
+        begun = _begun(ids, self.ids.decoder_id)
+        states = self.decoder(self.text, begun, mask, images.tokens, images.mask)
+        targets = labels[:, 1:]
+        learned = targets != IGNORE_INDEX
+        logits = self.decoder.logits(self.text, states[:, :-1][learned]).float()  # (labels, V)
+        return F.cross_entropy(
+            logits,
+            targets[learned],
+            label_smoothing=self.config.label_smoothing,
+            reduction="sum",
+        )
+
+    def _contrast(
+        self,
+        output: MedmBlipOutput,
+        images: StudyImages,
+        pixels: Tensor,
+        counts: Tensor | None,
+        texts: _Texts,
+        rows: int,
+    ) -> _Similar:
+        """Score the pairs against those of all ranks and of the queue, as the momentum copy sees
+        them; return what hard negatives are drawn by.
+
+        ALBEF (arXiv 2107.07651) and BLIP compare with the momentum vectors of one rank and with
+        the queue; the vectors of all ranks make the loss independent of their number.
+        """
+        assert self.temperature is not None
+        assert self.queue is not None
+        temperature = self.temperature()
+        own_image = F.normalize(self._projected("image", images.vector).float(), dim=-1)
+        own_text = F.normalize(
+            self.get_text_features(texts.ids, texts.mask).float(), dim=-1
+        )  # (B, E)
+        with torch.no_grad():
+            slow_image, slow_text = self._slow(pixels, counts, texts)
+            sizes = row_counts(slow_image[:rows])
+            batch = (
+                all_gather(slow_image[:rows], sizes),
+                all_gather(slow_text[:rows], sizes),
+                all_gather(texts.owners[:rows].unsqueeze(1), sizes).squeeze(1),
+            )
+            queue = self.queue.held()
+            every_image, every_text, owners = (
+                torch.cat([now, before.to(now.dtype)])
+                for now, before in zip(batch, queue, strict=True)
+            )
+            place = torch.arange(rows, device=owners.device) + sum(sizes[: rank()])  # (B,)
+            partners = place.unsqueeze(1) == torch.arange(len(owners), device=owners.device)
+            same = partners | (texts.owners[:rows].unsqueeze(1) == owners)
+            positives = same if self.config.same_report == "positive" else partners
+            alpha = self.config.alpha * min(
+                1.0, int(self.steps) / self.config.alpha_steps if self.config.alpha_steps else 1.0
+            )
+            output.itc_targets_image = soft_targets(
+                slow_image[:rows] @ every_text.T / temperature, positives, alpha
+            )
+            output.itc_targets_text = soft_targets(
+                slow_text[:rows] @ every_image.T / temperature, positives, alpha
+            )
+        output.itc_logits_image = own_image[:rows] @ every_text.T / temperature
+        output.itc_logits_text = own_text[:rows] @ every_image.T / temperature
+        if self.training and torch.is_grad_enabled():
+            self._added.append(batch)
+        total = sum(sizes)
+        allowed = ~positives[:, :total]
+        if self.config.negatives == "local":
+            first = sum(sizes[: rank()])
+            allowed[:, :first] = False
+            allowed[:, first + rows :] = False
+        return _Similar(
+            image=output.itc_logits_image[:, :total].detach(),
+            text=output.itc_logits_text[:, :total].detach(),
+            allowed=allowed,
+            sizes=sizes,
+        )
+
+    def _slow(self, pixels: Tensor, counts: Tensor | None, texts: _Texts) -> tuple[Tensor, Tensor]:
+        """Return the momentum copy's vectors of images and texts, of length 1."""
+        assert self.momentum is not None
+        copy = self.momentum
+        if counts is None:
+            counts = torch.ones(len(pixels), dtype=torch.int64, device=pixels.device)
+        image = copy["image_projection"](copy["image"](pixels, counts).vector)
+        text = copy["text_projection"](copy["text"](texts.ids, texts.mask)[:, 0])
+        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+
+    def _matches(
+        self,
+        output: MedmBlipOutput,
+        images: StudyImages,
+        texts: _Texts,
+        similar: _Similar,
+        rows: int,
+    ) -> None:
+        """Match true pairs, and each text and image with a hard negative of the other side."""
+        sizes, device = similar.sizes, texts.ids.device
+        tokens = all_gather(images.tokens[:rows].flatten(1), sizes)  # (all, N * D)
+        seen = all_gather(images.mask[:rows].long(), sizes)
+        width = max(row_counts(texts.ids.T))
+        ids, mask = (
+            all_gather(F.pad(rows_of, (0, width - rows_of.shape[1]))[:rows], sizes)
+            for rows_of in (texts.ids, texts.mask)
+        )
+        shape = images.tokens.shape[1:]
+        if not rows:  # a blank pair, so that every weight has a gradient
+            logits = self.match(images, texts.ids, texts.mask)
+            output.itm_logits = logits[:0] + 0.0 * tokens.sum()
+            output.itm_labels = torch.zeros(0, dtype=torch.int64, device=device)
+            return
+        first = sum(sizes[: rank()])
+        # A wrong image for each text, and a wrong text for each image.
+        places = draws(int(self.batches) if self.training else 0, sum(sizes), device)
+        places = places[:, first : first + rows]
+        wrong_image, found_image = hard_negatives(similar.text, similar.allowed, places[0])
+        wrong_text, found_text = hard_negatives(similar.image, similar.allowed, places[1])
+        own = torch.arange(rows, device=device) + first
+        image_of, text_of = torch.cat([own, wrong_image, own]), torch.cat([own, own, wrong_text])
+        chosen = StudyImages(
+            tokens[image_of].unflatten(1, shape), seen[image_of].bool(), images.vector
+        )
+        output.itm_logits = self.match(chosen, ids[text_of], mask[text_of])
+        found = torch.cat([found_image, found_text])
+        output.itm_labels = torch.cat([torch.ones_like(own), torch.where(found, 0, IGNORE_INDEX)])
+
+    # -- texts from images -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixels: Mapping[str, Tensor] | Tensor,
+        image_counts: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        *,
+        num_beams: int = BEAMS,
+        max_length: int | None = None,
+        min_length: int = 5,
+    ) -> Tensor:
+        """Return a text for each study by beam search, (B, T) with the prompt, padded on the right.
+
+        Args:
+            pixels: as those of `encode_images`.
+            image_counts: (B,) images of each study; without it one each.
+            input_ids: (B, P) prompts of one length, without an end token; without it texts begin at
+                once.
+            num_beams: texts that are kept open.
+            max_length: tokens of a text, prompt and end included; default the positions of the
+                model.
+            min_length: tokens of a text below which it does not end.
+
+        Raises:
+            RecipeError: the model has no decoder.
+        """
+        if self.decoder is None:
+            raise RecipeError("this model writes no texts: model.heads has no 'lm'")
+        images = self.encode_images(pixels, image_counts)
+        rows, device = len(images.tokens), images.tokens.device
+        start = torch.full((rows, 1), self.ids.decoder_id, device=device)
+        prompt = start if input_ids is None else _begun(input_ids, self.ids.decoder_id)
+        memory = [
+            KeyValues(*(one.repeat_interleave(num_beams, dim=0) for one in layer))
+            for layer in self.decoder.image_memory(self.text, images.tokens)
+        ]
+        mask = images.mask.repeat_interleave(num_beams, dim=0)
+        past: list[KeyValues] = []
+
+        def step(texts: Tensor, origin: Tensor | None) -> Tensor:
+            nonlocal past
+            assert self.decoder is not None
+            if origin is not None:
+                past = [KeyValues(*(one[origin] for one in layer)) for layer in past]
+            known = past[0].keys.shape[2] if past else 0
+            logits, past = self.decoder.step(self.text, texts[:, known:], known, past, memory, mask)
+            return logits
+
+        return beam_search(
+            step,
+            prompt,
+            beams=num_beams,
+            max_length=max_length or int(self.text.config.max_position_embeddings),
+            min_length=min_length,
+            end_id=self.ids.end_id,
+            pad_id=int(self.text.config.pad_token_id or 0),
+        )
+
+
+class _Texts(NamedTuple):
+    """Texts of a batch."""
+
+    ids: Tensor
+    mask: Tensor
+    owners: Tensor
+
+
+class _Similar(NamedTuple):
+    """What hard negatives are drawn by."""
+
+    image: Tensor
+    """(B, pairs of all ranks) scores of each image with the texts."""
+    text: Tensor
+    """(B, pairs of all ranks) scores of each text with the images."""
+    allowed: Tensor
+    """(B, pairs of all ranks) bool, which pairs are wrong for a row."""
+    sizes: list[int]
+    """Pairs of each rank."""
+
+
+_COPIED = frozenset({"image.encoder", "image.projection", "text.encoder", "text.projection"})
+"""Parts that the momentum copy follows."""
+
+
+def _begun(ids: Tensor, first: int) -> Tensor:
+    """Return texts (B, T) whose first token is another one."""
+    return torch.cat([torch.full_like(ids[:, :1], first), ids[:, 1:]], dim=1)

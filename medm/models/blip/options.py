@@ -1,0 +1,153 @@
+"""The `model` section of a recipe for the kind `blip`. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from medm.config import Options
+from medm.encoders import ENCODERS, EncoderOptions
+from medm.models.options import ModelOptions
+from medm.registry import NamedBlock
+
+Head: TypeAlias = Literal["itc", "itm", "lm", "labels"]
+Fusion: TypeAlias = Literal["tokens", "channels"]
+LabelHead: TypeAlias = Literal["prototype", "linear"]
+Negatives: TypeAlias = Literal["all", "local"]
+SameReport: TypeAlias = Literal["positive", "negative"]
+
+_ITC = frozenset({"itc_logits_image", "itc_logits_text", "itc_targets_image", "itc_targets_text"})
+OUTPUTS_OF_HEAD: dict[Head, frozenset[str]] = {
+    "itc": _ITC,
+    "itm": frozenset({"itm_logits", "itm_labels"}),
+    "lm": frozenset({"loss_sum"}),
+    "labels": frozenset({"label_logits"}),
+}
+"""Fields of the model's output by head."""
+
+
+class StudyImageOptions(Options):
+    """From the images of a study to tokens and one vector."""
+
+    encoder: Annotated[EncoderOptions, NamedBlock(ENCODERS)]
+    """The vision encoder, by name, and its options."""
+    preprocess: dict[str, Any] = {}
+    """Fields of the preprocessing that replace what the encoder was published with (size, window,
+    fit ...)."""
+    views: int = Field(default=1, ge=1)
+    """Images of a study that are looked at, at most; of more, others are drawn each epoch."""
+    fusion: Fusion = "tokens"
+    """Several views: `tokens` stand side by side, and the vector is the mean of the images' own;
+    `channels` are laid beside each other and projected, as MOTOR does for two views of IU X-ray. A
+    study with fewer images then repeats its last one."""
+
+    @model_validator(mode="after")
+    def _class_token_is_kept(self) -> StudyImageOptions:
+        """The vector of an image is its class token, which encoders leave out unless asked."""
+        encoder = self.encoder
+        if "tokens" in type(encoder).model_fields and "tokens" not in encoder.model_fields_set:
+            kept = encoder.model_copy(update={"tokens": "cls_patch"})
+            return self.model_copy(update={"encoder": kept})
+        return self
+
+
+class StudyTextOptions(Options):
+    """The text encoder, and the decoder that shares its weights except self-attention."""
+
+    name: Literal["bert"] = "bert"
+    """Architecture."""
+    path: str | None = None
+    """Published BERT, SciBERT or BiomedBERT: a Hugging Face id, a folder or a file. Its
+    self-attention is also the start of the decoder's; cross-attention starts from new weights."""
+    architecture: dict[str, Any] = {}
+    """Sizes that replace those of the published config, or all of them when there is no `path`."""
+    tokenizer: str | None = None
+    """Tokenizer folder or id, where it is not the one at `path`."""
+    max_length: int = Field(default=90, ge=3)
+    """Tokens of a text; longer ones are cut."""
+    prompt: str = ""
+    """Words that are given before a generated report (BLIP: "a picture of"), and not learned."""
+
+
+class BlipOptions(ModelOptions):
+    """Image encoder, text encoder with cross-attention and a tied decoder (arXiv 2201.12086)."""
+
+    outputs: ClassVar[frozenset[str]] = frozenset().union(*OUTPUTS_OF_HEAD.values())
+
+    kind: Literal["blip"] = "blip"
+    """Kind of model."""
+    image: StudyImageOptions
+    """The image tower."""
+    text: StudyTextOptions = StudyTextOptions()
+    """The text tower."""
+    embed_dim: int = Field(default=256, ge=1)
+    """Width of the common space of images and texts."""
+    heads: list[Head] = Field(default=["itc", "itm", "lm"], min_length=1)
+    """What the model computes: contrast, matching, reports, labels. List the heads that terms of
+    the objective read; a head that no term reads would have weights without a gradient."""
+    momentum: float = Field(default=0.995, ge=0, lt=1)
+    """Share of the momentum copy that is kept each step. Copy and queue serve `itc`, and belong to
+    checkpoints alone."""
+    queue: int = Field(default=65536, ge=0)
+    """Vectors of earlier batches that a batch is compared with. It starts empty, where BLIP starts
+    from random vectors, and wraps where the batch of all ranks does not divide it."""
+    alpha: float = Field(default=0.4, ge=0, le=1)
+    """Share of the momentum model's similarities in the targets of `itc`."""
+    alpha_steps: int = Field(default=0, ge=0)
+    """Steps over which `alpha` rises from 0; BLIP takes the first two epochs, MOTOR the first."""
+    temperature: float = Field(default=0.07, ge=0.001, le=0.5)
+    """Divisor of the cosines at the start. It is trained and held within 0.001 and 0.5."""
+    same_report: SameReport = "positive"
+    """Other studies with the same text: `positive` shares the target of `itc` among them and never
+    draws them as hard negatives; `negative` takes them for wrong, as BLIP and MOTOR do."""
+    negatives: Negatives = "all"
+    """Where hard negatives of `itm` are drawn: from the batch of `all` ranks, which does not depend
+    on their number, or from the `local` one, as BLIP pretrains."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the target that is spread over all tokens in the loss of `lm`."""
+    labels: list[str] = []
+    """Names of the findings of the head `labels`."""
+    label_head: LabelHead = "prototype"
+    """`prototype`: 100 times the cosine of the image and the text encoder's vector of the name
+    (MOTOR); `linear`: a layer on the image's vector."""
+    dtype: Literal["float32"] = "float32"
+    """Precision in which the weights are held. Mixed precision in training is `train.bf16`."""
+
+    def part_names(self) -> frozenset[str]:
+        """See `ModelOptions`."""
+        names = {"image.encoder", "text.encoder"}
+        if projects(self.heads, self.label_head):
+            names |= {"image.projection", "text.projection"}
+        names |= {"temperature"} if "itc" in self.heads else set()
+        names |= {"itm"} if "itm" in self.heads else set()
+        names |= {"text.decoder"} if "lm" in self.heads else set()
+        if "labels" in self.heads and self.label_head == "linear":
+            names |= {"labels"}
+        return frozenset(names)
+
+    def output_fields(self) -> frozenset[str]:
+        """See `ModelOptions`."""
+        return frozenset().union(*(OUTPUTS_OF_HEAD[head] for head in self.heads))
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> BlipOptions:
+        if len(set(self.heads)) != len(self.heads):
+            raise ValueError(f"heads: {', '.join(self.heads)}; expected each head once")
+        if "itm" in self.heads and "itc" not in self.heads:
+            raise ValueError(
+                "heads: itm draws its negatives by the similarities of itc; list itc too"
+            )
+        if ("labels" in self.heads) != bool(self.labels):
+            raise ValueError(
+                "labels: the names of the findings and the head 'labels' belong together; give "
+                "both or neither"
+            )
+        if len(set(self.labels)) != len(self.labels) or not all(map(str.strip, self.labels)):
+            raise ValueError("labels: expected different names, none of them blank")
+        return self
+
+
+def projects(heads: list[Head], label_head: LabelHead) -> bool:
+    """Return whether images and texts meet in the common space."""
+    return "itc" in heads or ("labels" in heads and label_head == "prototype")
