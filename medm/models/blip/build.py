@@ -17,6 +17,7 @@ from medm.models.blip.modeling import MedmBlip, StudyImageTower
 from medm.models.blip.options import BlipOptions, StudyTextOptions
 from medm.models.blip.processing import DECODER_TOKEN, ENCODER_TOKEN, MedmBlipProcessor
 from medm.models.blip.text import StudyTextEncoder
+from medm.models.knowledge_files import described_knowledge
 from medm.models.published.weights import LoadReport, PretrainedSource, load_module
 from medm.models.vision import (
     check_channels,
@@ -127,6 +128,7 @@ def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
         labels=options.labels,
         views=options.image.views,
         reads_text=set(options.heads) != {"labels"},
+        stores_triplets=any(one.name == "memory" for one in options.knowledge),
     )
     config = MedmBlipConfig(
         image=ImageEntry(
@@ -143,8 +145,14 @@ def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
             end_id=int(tokenizer.sep_token_id),
             label_ids=[processor.encode_target(name, "").input_ids for name in options.labels],
         ).model_dump(),
+        knowledge=[
+            described_knowledge(one, tokenizer, place=f"model.knowledge.{number}")
+            for number, one in enumerate(options.knowledge)
+        ],
+        memory_length=options.text.max_length,
         **options.model_dump(
             include={
+                "keep_memory",
                 "embed_dim", "heads", "momentum", "queue", "alpha", "alpha_steps", "temperature",
                 "same_report", "negatives", "label_smoothing", "labels", "label_head",
             }

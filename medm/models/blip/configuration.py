@@ -62,6 +62,11 @@ class MedmBlipConfig(PreTrainedConfig):
     label_smoothing: float = 0.1
     labels: list[str] = field(default_factory=list)
     label_head: LabelHead = "prototype"
+    knowledge: list[Config] = field(default_factory=list)
+    """Sources of knowledge with every size (`medm.models.knowledge_files.described_knowledge`)."""
+    keep_memory: bool = False
+    memory_length: int = 90
+    """Tokens of a text in the memory, at most."""
     adapters: dict[str, Config] = field(default_factory=dict)
     """Part name to the LoRA that sits in it, in peft's field names."""
 

@@ -5,9 +5,9 @@ Knows nothing of losses beyond that of tokens: objectives compare what the forwa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,16 @@ from medm.distributed import all_gather, rank, row_counts
 from medm.encoders import ENCODERS
 from medm.encoders.base import VisionEncoder
 from medm.errors import RecipeError
+from medm.knowledge.base import NO_OWNER, KnowledgeQuery
+from medm.knowledge.memory import Memory
 from medm.models.base import MedmModel
 from medm.models.blip.beam import beam_search
 from medm.models.blip.configuration import ImageEntry, MedmBlipConfig
 from medm.models.blip.momentum import FeatureQueue, draws, hard_negatives, soft_targets
 from medm.models.blip.options import OUTPUTS_OF_HEAD, BlipOptions, Head, projects
 from medm.models.blip.text import Decoder, KeyValues, StudyTextEncoder
+from medm.models.knowledge import KnowledgeBranch
+from medm.models.knowledge_files import knowledge_differences
 from medm.models.options import ModelOptions
 from medm.types import IGNORE_INDEX, Config
 
@@ -68,6 +72,8 @@ class StudyImages(NamedTuple):
     """(B, N) bool, False where a study has fewer images."""
     vector: Tensor
     """(B, D)."""
+    label_vector: Tensor
+    """(B, D), what findings are scored by: it has seen the graph, and no memory."""
 
 
 class StudyImageTower(nn.Module):
@@ -105,19 +111,32 @@ class StudyImageTower(nn.Module):
             )
         features = self.encoder(pixels)
         tokens = self.norm(features.tokens)  # (images, n, D)
-        own = tokens[:, 0] if features.prefix else tokens.mean(dim=1)  # (images, D)
         starts = counts.cumsum(0) - counts  # (B,)
         place = torch.arange(self.views, device=counts.device)  # (V,)
         present = place < counts.unsqueeze(1)  # (B, V)
         taken = starts.unsqueeze(1) + torch.minimum(place, counts.unsqueeze(1) - 1)  # (B, V)
         if self.join is not None:
             joined = self.join(tokens[taken].transpose(1, 2).flatten(2))  # (B, n, D)
-            vector = joined[:, 0] if features.prefix else joined.mean(dim=1)
-            return StudyImages(joined, joined.new_ones(joined.shape[:2]).bool(), vector)
-        shares = (present / counts.unsqueeze(1)).to(own.dtype)  # (B, V)
-        vector = (own[taken] * shares.unsqueeze(2)).sum(dim=1)
+            mask = torch.ones(joined.shape[:2], dtype=torch.bool, device=joined.device)
+            return self.with_vector(joined, mask)
         mask = present.repeat_interleave(tokens.shape[1], dim=1)  # (B, V * n)
-        return StudyImages(tokens[taken].flatten(1, 2), mask, vector)
+        return self.with_vector(tokens[taken].flatten(1, 2), mask)
+
+    def with_vector(
+        self, tokens: Tensor, mask: Tensor, label_vector: Tensor | None = None
+    ) -> StudyImages:
+        """Return images with their vector: the mean of class tokens, or of all tokens without.
+
+        Args:
+            tokens: (B, N, D).
+            mask: (B, N) bool.
+            label_vector: (B, D); default the vector.
+        """
+        cells = tokens.shape[1] // (1 if self.join is not None else self.views)
+        step = cells if self.encoder.prefix else 1
+        seen = mask[:, ::step].to(tokens.dtype).unsqueeze(2)
+        vector = (tokens[:, ::step] * seen).sum(dim=1) / seen.sum(dim=1)
+        return StudyImages(tokens, mask, vector, vector if label_vector is None else label_vector)
 
 
 class Temperature(nn.Module):
@@ -171,6 +190,11 @@ class MedmBlip(MedmModel):
         self.itm = nn.Linear(bert.hidden_size, 2) if "itm" in heads else None
         linear = "labels" in heads and config.label_head == "linear"
         self.labels = nn.Linear(self.image.dim, len(config.labels)) if linear else None
+        self.knowledge: nn.ModuleDict | None = None
+        if config.knowledge:
+            self.knowledge = nn.ModuleDict(
+                {str(one["name"]): self._branch(one, bert) for one in config.knowledge}
+            )
         self.temperature: Temperature | None = None
         self.momentum: nn.ModuleDict | None = None
         self.queue: FeatureQueue | None = None
@@ -185,6 +209,9 @@ class MedmBlip(MedmModel):
                     "text_projection": nn.Linear(bert.hidden_size, config.embed_dim),
                 }
             ).requires_grad_(False)
+            for one in config.knowledge:
+                if one["name"] == "graph":
+                    self.momentum["graph"] = self._branch(one, bert).requires_grad_(False)
             self.queue = FeatureQueue(config.queue, config.embed_dim)
             self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -194,8 +221,30 @@ class MedmBlip(MedmModel):
             ]
             self.init_training_state()
         self._added: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._known: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.inject_adapters()
         self.post_init()
+
+    def _branch(self, entry: Config, bert: BertConfig) -> KnowledgeBranch:
+        """Return a source of knowledge and its fusion into image tokens."""
+        sizes: dict[str, object] = {"word_dim": bert.hidden_size}
+        if entry["name"] == "memory":
+            sizes |= {"key_dim": self.config.embed_dim, "length": self.config.memory_length}
+        return KnowledgeBranch(entry, dim=self.image.dim, **sizes)
+
+    def _memory(self) -> Memory | None:
+        """Return the memory of triplets, where there is one."""
+        branch = self._knowledge("memory")
+        return None if branch is None else cast(Memory, branch.source)
+
+    def _knowledge(self, name: str) -> KnowledgeBranch | None:
+        known = self.knowledge
+        return cast(KnowledgeBranch, known[name]) if known is not None and name in known else None
+
+    def is_training_only(self, name: str) -> bool:
+        """Besides `training_only`: the texts of a memory that the final folder is not to have."""
+        stored = name.startswith("knowledge.memory.source.") and not self.config.keep_memory
+        return stored or super().is_training_only(name)
 
     def parts(self) -> dict[str, nn.Module]:
         """The units that a recipe freezes, trains or adapts. The decoder is its self-attention and
@@ -212,6 +261,7 @@ class MedmBlip(MedmModel):
             "itm": self.itm,
             "labels": self.labels,
             "temperature": self.temperature,
+            "knowledge": self.knowledge,
             "momentum": self.momentum,  # no recipe names it, so it stays frozen
         }
         return {name: part for name, part in parts.items() if part is not None}
@@ -236,6 +286,11 @@ class MedmBlip(MedmModel):
             for key, value in named.items()
             if key in held and held[key] != value and "architecture" not in key.split(".")
         ]
+        entries = {str(one["name"]): one for one in config.knowledge}
+        wanted = {one.name: one for one in options.knowledge}
+        differences += [f"no knowledge {name!r}" for name in wanted if name not in entries]
+        for name, entry in entries.items():
+            differences += knowledge_differences(entry, wanted.get(name))
         if differences:
             raise RecipeError(
                 f"init_from {source}: holds {'; '.join(differences)}. Change the recipe or "
@@ -257,9 +312,14 @@ class MedmBlip(MedmModel):
         """Copy the weights into the momentum copy, and empty the queue."""
         if self.queue is None:
             return
-        for slow, fast in self._pairs():
+        for slow, fast in self._pairs(buffers=True):
             slow.copy_(fast)
         self.queue.clear()
+        memory = self._memory()
+        if memory is not None and not self.config.keep_memory:
+            memory.keys.zero_()
+            memory.ids.zero_()
+            memory.clear()
         self.batches.zero_()
         self.steps.zero_()
 
@@ -273,6 +333,11 @@ class MedmBlip(MedmModel):
         for image, text, owners in self._added:
             self.queue.add(image, text, owners)
         self._added.clear()
+        memory = self._memory()
+        for keys, ids, mask, owners in self._known:
+            if memory is not None:
+                memory.enqueue(keys, ids, mask, owners)
+        self._known.clear()
         self.steps += 1
         value = self.temperature.value
         held = value.clamp(LOWEST, HIGHEST)
@@ -281,31 +346,69 @@ class MedmBlip(MedmModel):
         value.copy_(held)
         return (value,)
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return each weight or buffer of the momentum copy, and that of the model."""
+    def _pairs(self, *, buffers: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """Return each weight of the momentum copy, and that of the model.
+
+        Args:
+            buffers: their buffers as well.
+        """
         assert self.momentum is not None
         pairs: list[tuple[Tensor, Tensor]] = []
         for name, copy in self.momentum.items():
-            own = dict(getattr(self, name).named_parameters())
+            part: nn.Module = self if name != "graph" else cast(nn.Module, self.knowledge)
+            part = cast(nn.Module, getattr(part, name))
+            own = dict(part.named_parameters()) | dict(part.named_buffers())
             pairs += [(slow, own[key]) for key, slow in copy.named_parameters()]
+            if buffers:
+                pairs += [(slow, own[key]) for key, slow in copy.named_buffers()]
         return pairs
 
     # -- parts of the forward ----------------------------------------------------------------------
 
     def encode_images(
-        self, pixels: Mapping[str, Tensor] | Tensor, image_counts: Tensor | None = None
+        self,
+        pixels: Mapping[str, Tensor] | Tensor,
+        image_counts: Tensor | None = None,
+        owners: Tensor | None = None,
     ) -> StudyImages:
-        """Return tokens and vectors of studies.
+        """Return tokens and vectors of studies, with the knowledge of the model.
 
         Args:
             pixels: (images, C, height, width), or a mapping of "image" to them.
             image_counts: (B,) images of each study; without it one each.
+            owners: (B,) numbers of the studies' own texts, which a memory does not give them.
         """
         images = pixels if isinstance(pixels, Tensor) else pixels["image"]
         counts = image_counts
         if counts is None:
             counts = torch.ones(len(images), dtype=torch.int64, device=images.device)
-        return cast(StudyImages, self.image(images, counts))
+        seen: StudyImages = self.image(images, counts)
+        graph = self._knowledge("graph")
+        if graph is not None:
+            seen = self._after_graph(seen, graph, self.text)
+        return self._after_memory(seen, owners, self._projected)
+
+    def _after_graph(
+        self, images: StudyImages, graph: KnowledgeBranch, text: StudyTextEncoder
+    ) -> StudyImages:
+        """Return images whose tokens attended to the graph, whose names are words of `text`."""
+        words = text.embeddings.word_embeddings
+        tokens = graph(images.tokens, lambda ids, mask: words(ids))
+        return self.image.with_vector(tokens, images.mask)
+
+    def _after_memory(
+        self, images: StudyImages, owners: Tensor | None, project: Project
+    ) -> StudyImages:
+        """Return images whose tokens attended to what the memory has for their vectors."""
+        memory = self._knowledge("memory")
+        if memory is None:
+            return images
+        rows = len(images.tokens)
+        if owners is None:
+            owners = torch.full((rows,), NO_OWNER, device=images.tokens.device)
+        query = F.normalize(project("image", images.vector).float(), dim=-1)
+        tokens = memory(images.tokens, self.text, KnowledgeQuery(query, owners))
+        return self.image.with_vector(tokens, images.mask, images.label_vector)
 
     def get_image_features(
         self, pixels: Mapping[str, Tensor] | Tensor, image_counts: Tensor | None = None
@@ -364,6 +467,8 @@ class MedmBlip(MedmModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         owners: Tensor | None = None,
+        knowledge_ids: Tensor | None = None,
+        knowledge_mask: Tensor | None = None,
         outputs: frozenset[str] | None = None,
         **kwargs: Any,
     ) -> MedmBlipOutput:
@@ -376,6 +481,8 @@ class MedmBlip(MedmModel):
             attention_mask: (B, T), 0 at padding.
             labels: (B, T), `IGNORE_INDEX` where no token is learned.
             owners: (B,) int64, equal where two studies have the same text.
+            knowledge_ids: (B, K) tokens of the studies' triplets, for a memory.
+            knowledge_mask: (B, K), 0 at padding.
             outputs: fields that are read. In training every head runs, so that each weight has a
                 gradient.
             kwargs: fields of the batch that objectives read.
@@ -391,10 +498,10 @@ class MedmBlip(MedmModel):
             pixels = {"image": torch.zeros(shape, device=device, dtype=self.dtype)}
             image_counts = torch.ones(1, dtype=torch.int64, device=device)
         wanted = [head for head in self.config.heads if self._asked(head, outputs)]
-        images = self.encode_images(pixels or {}, image_counts)
+        images = self.encode_images(pixels or {}, image_counts, None if empty else owners)
         output = MedmBlipOutput()
         if "labels" in wanted:
-            output.label_logits = self.label_scores(images.vector)[:rows]
+            output.label_logits = self.label_scores(images.label_vector)[:rows]
         if set(wanted) <= {"labels"}:
             return output
         if empty:
@@ -419,7 +526,30 @@ class MedmBlip(MedmModel):
                 self._matches(output, images, texts, similar, rows)
             if self.training and torch.is_grad_enabled():
                 self.batches += 1
+                self._learn(texts, similar, knowledge_ids, knowledge_mask)
         return output
+
+    @torch.no_grad()
+    def _learn(
+        self, texts: _Texts, similar: _Similar, ids: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Note the triplets of all ranks, which the memory takes behind the step.
+
+        Its keys are the vectors of the studies' texts.
+        """
+        memory = self._memory()
+        if memory is None:
+            return
+        device = texts.ids.device
+        if ids is None or mask is None:
+            ids = mask = torch.zeros(len(texts.ids), 1, dtype=torch.int64, device=device)
+        sizes, rows = similar.sizes, len(similar.keys)
+        pad = (0, memory.length - ids.shape[1])
+        every_ids, every_mask = (all_gather(F.pad(one, pad)[:rows], sizes) for one in (ids, mask))
+        keys = all_gather(similar.keys, sizes)
+        owners = all_gather(texts.owners[:rows].unsqueeze(1), sizes).squeeze(1)
+        some = every_mask.bool().any(dim=1)
+        self._known.append((keys[some], every_ids[some], every_mask[some].bool(), owners[some]))
 
     def _asked(self, head: Head, outputs: frozenset[str] | None) -> bool:
         """Return whether a head runs: in training all do; matching draws by the scores of `itc`."""
@@ -509,6 +639,7 @@ class MedmBlip(MedmModel):
             image=output.itc_logits_image[:, :total].detach(),
             text=output.itc_logits_text[:, :total].detach(),
             allowed=allowed,
+            keys=own_text[:rows].detach(),
             sizes=sizes,
         )
 
@@ -518,7 +649,15 @@ class MedmBlip(MedmModel):
         copy = self.momentum
         if counts is None:
             counts = torch.ones(len(pixels), dtype=torch.int64, device=pixels.device)
-        image = copy["image_projection"](copy["image"](pixels, counts).vector)
+        seen: StudyImages = copy["image"](pixels, counts)
+        if "graph" in copy:
+            slow_text = cast(StudyTextEncoder, copy["text"])
+            seen = self._after_graph(seen, cast(KnowledgeBranch, copy["graph"]), slow_text)
+        # The memory's fusion has no copy, as in MOTOR; this batch is not in the memory yet.
+        seen = self._after_memory(
+            seen, texts.owners, lambda side, vector: copy[f"{side}_projection"](vector)
+        )
+        image = copy["image_projection"](seen.vector)
         text = copy["text_projection"](copy["text"](texts.ids, texts.mask)[:, 0])
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
@@ -554,7 +693,10 @@ class MedmBlip(MedmModel):
         own = torch.arange(rows, device=device) + first
         image_of, text_of = torch.cat([own, wrong_image, own]), torch.cat([own, own, wrong_text])
         chosen = StudyImages(
-            tokens[image_of].unflatten(1, shape), seen[image_of].bool(), images.vector
+            tokens[image_of].unflatten(1, shape),
+            seen[image_of].bool(),
+            images.vector,
+            images.label_vector,
         )
         output.itm_logits = self.match(chosen, ids[text_of], mask[text_of])
         found = torch.cat([found_image, found_text])
@@ -621,6 +763,10 @@ class MedmBlip(MedmModel):
         )
 
 
+Project: TypeAlias = Callable[[str, Tensor], Tensor]
+"""From a side, "image" or "text", and vectors of it to the common space."""
+
+
 class _Texts(NamedTuple):
     """Texts of a batch."""
 
@@ -638,11 +784,15 @@ class _Similar(NamedTuple):
     """(B, pairs of all ranks) scores of each text with the images."""
     allowed: Tensor
     """(B, pairs of all ranks) bool, which pairs are wrong for a row."""
+    keys: Tensor
+    """(B, embed_dim) vectors of the texts, of length 1."""
     sizes: list[int]
     """Pairs of each rank."""
 
 
-_COPIED = frozenset({"image.encoder", "image.projection", "text.encoder", "text.projection"})
+_COPIED = frozenset(
+    {"image.encoder", "image.projection", "text.encoder", "text.projection", "knowledge"}
+)
 """Parts that the momentum copy follows."""
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from medm.config import Options
 from medm.encoders import ENCODERS, EncoderOptions
+from medm.knowledge import KNOWLEDGE, KnowledgeOptions
 from medm.models.options import ModelOptions
 from medm.registry import NamedBlock
 
@@ -111,6 +112,12 @@ class BlipOptions(ModelOptions):
     label_head: LabelHead = "prototype"
     """`prototype`: 100 times the cosine of the image and the text encoder's vector of the name
     (MOTOR); `linear`: a layer on the image's vector."""
+    knowledge: list[Annotated[KnowledgeOptions, NamedBlock(KNOWLEDGE)]] = []
+    """Knowledge that image tokens attend to, each at most once: a `graph` first, before labels are
+    scored, then a `memory` of triplets (docs/knowledge.md). Empty is a plain model."""
+    keep_memory: bool = False
+    """Keep the texts of a memory in the final model folder, so that inference retrieves them. They
+    are parts of training reports. Without it the folder has an empty memory."""
     dtype: Literal["float32"] = "float32"
     """Precision in which the weights are held. Mixed precision in training is `train.bf16`."""
 
@@ -119,6 +126,7 @@ class BlipOptions(ModelOptions):
         names = {"image.encoder", "text.encoder"}
         if projects(self.heads, self.label_head):
             names |= {"image.projection", "text.projection"}
+        names |= {"knowledge"} if self.knowledge else set()
         names |= {"temperature"} if "itc" in self.heads else set()
         names |= {"itm"} if "itm" in self.heads else set()
         names |= {"text.decoder"} if "lm" in self.heads else set()
@@ -142,6 +150,14 @@ class BlipOptions(ModelOptions):
             raise ValueError(
                 "labels: the names of the findings and the head 'labels' belong together; give "
                 "both or neither"
+            )
+        named = [one.name for one in self.knowledge]
+        if len(set(named)) != len(named):
+            raise ValueError(f"knowledge: {', '.join(named)}; expected each source once")
+        if "memory" in named and "itc" not in self.heads:
+            raise ValueError(
+                "knowledge: a memory is searched by the vectors of itc; list itc in heads, or "
+                "leave the memory out"
             )
         if len(set(self.labels)) != len(self.labels) or not all(map(str.strip, self.labels)):
             raise ValueError("labels: expected different names, none of them blank")

@@ -32,6 +32,7 @@ class MedmBlipProcessor(ProcessorMixin):
         labels: names of the findings.
         images: images of a study that the model looks at, at most.
         reads_text: whether the model learns from texts.
+        stores_triplets: whether the model has a memory of triplets.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class MedmBlipProcessor(ProcessorMixin):
         labels: Sequence[str] = (),
         views: int = 1,
         reads_text: bool = True,
+        stores_triplets: bool = False,
         **kwargs: Any,
     ) -> None:
         if tokenizer is None:
@@ -51,6 +53,7 @@ class MedmBlipProcessor(ProcessorMixin):
         self.image_views = {name: dict(fields) for name, fields in (image_views or {}).items()}
         self.max_length, self.prompt, self.labels = int(max_length), prompt, list(labels)
         self.views, self.reads_text = int(views), bool(reads_text)
+        self.stores_triplets = bool(stores_triplets)
         self.preprocess: dict[str, Preprocess] = {
             name: preprocess_from_dict(fields) for name, fields in self.image_views.items()
         }
@@ -70,8 +73,11 @@ class MedmBlipProcessor(ProcessorMixin):
         return EncodedText(ids, [IGNORE_INDEX] * (len(ids) - len(learned)) + learned)
 
     def encode_knowledge(self, triplets: Sequence[Triplet]) -> list[int]:
-        """Return no tokens: this model stores no triplets."""
-        return []
+        """Return the tokens of triplets, cut to the length of a text; none without a memory."""
+        if not self.stores_triplets or not triplets:
+            return []
+        text = "; ".join(" ".join(triplet) for triplet in triplets)
+        return self.encode_target(text, "").input_ids
 
     def encode_text(self, texts: str | Sequence[str]) -> dict[str, torch.Tensor]:
         """Return `input_ids` and `attention_mask`, (N, T) int64, padded on the right.
@@ -161,6 +167,7 @@ class MedmBlipProcessor(ProcessorMixin):
             labels=self.labels,
             views=self.views,
             reads_text=self.reads_text,
+            stores_triplets=self.stores_triplets,
         )
 
     @property

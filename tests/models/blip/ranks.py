@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +22,7 @@ from medm.objectives.classification import Multilabel
 from medm.objectives.image_text_contrast import ImageTextContrast
 from medm.objectives.language_modeling import LanguageModeling
 from medm.objectives.matching import ImageTextMatching
-from tests.models.blip.tiny import make, section, studies
+from tests.models.blip.tiny import knowledge, make, section, studies
 from tests.models.dual_encoder.ranks import descend, runner_of, weights_of
 
 OBJECTIVES: tuple[Any, ...] = (
@@ -51,7 +52,8 @@ def after(model: MedmBlip) -> None:
 
 def run(tokenizer: str, name: str) -> None:
     """Take the steps; each ends with equal losses, weights and training state."""
-    model = make(section(tokenizer))[0].train()
+    (Path(tokenizer) / name).mkdir(exist_ok=True)
+    model = make(section(tokenizer, knowledge=knowledge(Path(tokenizer) / name)))[0].train()
     single = copy.deepcopy(model)
     runner = runner_of(name, model)
     for number, sizes in enumerate(SIZES):

@@ -24,7 +24,7 @@ from medm.models.blip.options import BlipOptions
 from medm.models.blip.processing import MedmBlipProcessor
 from medm.models.blip.text import Decoder, StudyTextEncoder
 from medm.models.published.weights import PretrainedSource
-from tests.models.blip.tiny import IDS, MASK, make, section, studies
+from tests.models.blip.tiny import IDS, MASK, knowledge, make, section, studies
 from tests.models.dual_encoder.tiny import TEXT, WORDS, save_tokenizer
 
 BERT = BertConfig(**TEXT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -177,7 +177,7 @@ def test_every_output_equals_a_straight_computation(
         model.queue.add(*earlier)
     assert model.queue.size == 6
     output = model(**batch)
-    image = model.image(batch["pixels"]["image"], batch["image_counts"])
+    image = model.encode_images(batch["pixels"], batch["image_counts"])
     tau = model.temperature()
     for side, other in (("image", "text"), ("text", "image")):
         mine = unit(
@@ -208,7 +208,7 @@ def test_every_output_equals_a_straight_computation(
     places = draws(0, 4, torch.device("cpu"))
     allowed = ~torch.tensor([[i == j or {i, j} == {0, 3} for j in range(4)] for i in range(4)])
     wrong, _ = hard_negatives(output.itc_logits_text[:, :4], allowed, places[0])
-    chosen = type(image)(image.tokens[wrong], image.mask[wrong], image.vector[wrong])
+    chosen = type(image)(*(one[wrong] for one in image))
     torch.testing.assert_close(output.itm_logits[4:8], model.match(chosen, IDS, MASK))
     wrong, _ = hard_negatives(output.itc_logits_image[:, :4], allowed, places[1])
     torch.testing.assert_close(output.itm_logits[8:], model.match(image, IDS[wrong], MASK[wrong]))
@@ -332,6 +332,85 @@ def test_the_parts_that_options_name_are_those_of_the_model(tokenizer: str) -> N
         content = section(tokenizer, **changes)
         options = validate(BlipOptions, content, source="test")
         assert options.part_names() == set(make(content)[0].parts()) - {"momentum"}
+
+
+# -- knowledge -------------------------------------------------------------------------------------
+
+
+def outputs(model: MedmBlip, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return dict(model.eval()(**batch))
+
+
+def with_weights_of(model: MedmBlip, other: MedmBlip) -> None:
+    missing, unexpected = model.load_state_dict(other.state_dict(), strict=False)
+    assert not unexpected
+    assert all("knowledge" in name or "graph" in name for name in missing)
+
+
+def test_knowledge_that_adds_nothing_is_a_plain_model(tokenizer: str, tmp_path: Path) -> None:
+    plain = make(section(tokenizer))[0]
+    informed = make(
+        section(tokenizer, knowledge=knowledge(tmp_path, fusion={"start": "identity"}))
+    )[0]
+    with_weights_of(informed, plain)
+    for name, value in outputs(plain, studies()).items():
+        torch.testing.assert_close(outputs(informed, studies())[name], value)
+
+
+def test_a_shuffled_graph_changes_outputs(tokenizer: str, tmp_path: Path) -> None:
+    straight = make(section(tokenizer, knowledge=knowledge(tmp_path)[:1]))[0]
+    shuffled = make(section(tokenizer, knowledge=knowledge(tmp_path, shuffle=1)[:1]))[0]
+    assert straight.config.knowledge[0]["graph"] != shuffled.config.knowledge[0]["graph"]
+    nodes = {name: shuffled.state_dict()[name] for name in shuffled.state_dict() if "node_" in name}
+    shuffled.load_state_dict(straight.state_dict() | nodes)
+    mine, other = outputs(straight, studies()), outputs(shuffled, studies())
+    assert not torch.allclose(mine["label_logits"], other["label_logits"])
+    assert not torch.allclose(mine["itm_logits"], other["itm_logits"])
+
+
+def test_a_memory_takes_triplets_and_never_gives_a_study_its_own(
+    tokenizer: str, tmp_path: Path
+) -> None:
+    model = make(section(tokenizer, knowledge=knowledge(tmp_path)))[0].train()
+    memory = model._memory()
+    assert memory is not None
+    model(**studies())
+    assert int(memory.filled) == 0, "a batch is not in the memory before its step"
+    with torch.no_grad():
+        model.after_step()
+    assert memory.owners[:3].tolist() == [11, 12, 14], "a study without triplets is not stored"
+    assert memory.ids[:3, :3].tolist() == [[2, 8, 3], [2, 15, 3], [2, 12, 3]]
+    texts = F.normalize(model.get_text_features(IDS, MASK), dim=-1)
+    first = memory.keys[:3].clone()
+    torch.testing.assert_close(first, texts[[0, 1, 3]].detach())
+    pixels = studies()["pixels"]["image"][:2]
+    duplicates = torch.tensor([12, 12])
+    with torch.no_grad():
+        own = model.encode_images(pixels, owners=duplicates)
+        memory.ids[1, 1] = 5  # the text that both may not see
+        changed = model.encode_images(pixels, owners=duplicates)
+        torch.testing.assert_close(changed.tokens, own.tokens)
+        torch.testing.assert_close(changed.label_vector, own.label_vector)
+        free = model.encode_images(pixels)
+    assert not torch.allclose(free.tokens, own.tokens)
+
+
+def test_knowledge_that_does_not_fit_is_refused(tokenizer: str, tmp_path: Path) -> None:
+    graph, memory = knowledge(tmp_path)
+    for changes, reason in (
+        ({"knowledge": [graph, graph]}, "expected each source once"),
+        ({"knowledge": [memory], "heads": ["lm", "labels"]}, "list itc in heads"),
+    ):
+        with pytest.raises(RecipeError, match=reason):
+            validate(BlipOptions, section("t", **changes), source="test")
+    model = make(section(tokenizer, knowledge=[graph]))[0]
+    same = validate(BlipOptions, section(tokenizer, knowledge=[graph]), source="test")
+    model.check_same_parts(same, source="folder")
+    for other in ([], [graph, memory], [graph | {"layers": 1}]):
+        options = validate(BlipOptions, section(tokenizer, knowledge=other), source="test")
+        with pytest.raises(RecipeError, match="knowledge"):
+            model.check_same_parts(options, source="folder")
 
 
 # -- texts from images -----------------------------------------------------------------------------

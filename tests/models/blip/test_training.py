@@ -23,7 +23,7 @@ from medm.errors import RecipeError
 from medm.models.blip.modeling import MedmBlip
 from medm.training.recipe import Recipe, load_recipe
 from medm.training.run import train
-from tests.models.blip.tiny import make, section
+from tests.models.blip.tiny import knowledge, make, section
 from tests.models.dual_encoder.tiny import save_tokenizer
 
 REPORTS = ("a chest radiograph", "normal", "effusion of the left", "a mass of the brain")
@@ -41,6 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "images": [f"{n}.png", f"{(n + 1) % 8}.png"][: 1 + n % 2],
             "report": REPORTS[n % 4],
+            "triplets": [["mass", "of", "brain"]] if n % 4 == 3 else [],
             "labels": {"effusion": int(n % 4 == 2), "mass": None if n % 2 else 0},
         }
         for n in range(8)
@@ -52,14 +53,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(world: Path, out: Path, **changes: Any) -> Recipe:
     terms = {"itc": "itc", "itm": "itm", "text": "language-modeling", "labels": "multilabel"}
     content: dict[str, Any] = {
-        "model": section(str(world / "tokenizer"), alpha_steps=3),
+        "model": section(
+            str(world / "tokenizer"), alpha_steps=3, knowledge=knowledge(world)
+        ),
         "data": {"train": [{"path": str(world / "train.json"), "root": str(world)}]},
         "objective": {"terms": {name: {"objective": one} for name, one in terms.items()}},
         "parts": {
             part: {"tune": "full", "lr": 1e-3}
             for part in (
                 "image.encoder", "image.projection", "text.encoder", "text.projection",
-                "text.decoder", "itm", "temperature",
+                "text.decoder", "itm", "temperature", "knowledge",
             )
         },
         "train": {
@@ -97,18 +100,29 @@ def test_checkpoints_hold_the_training_state_and_the_final_folder_does_not(train
     assert tensors["queue.filled"].item() == 6
     assert tensors["queue.next"].item() == 4  # 16 studies through 6 places
     assert tensors["steps"].item() == tensors["batches"].item() == 4
+    assert tensors["knowledge.memory.source.filled"].item() == 4
+    assert "momentum.graph.source.global_node" in tensors
     weight = "text_projection.weight"
     assert not torch.equal(tensors[f"momentum.{weight}"], tensors[weight])
     final = load_file(trained / "model.safetensors")
     names = {name.partition(".")[0] for name in final}
     assert not names & {"momentum", "queue", "steps", "batches"}
+    assert not [name for name in final if name.startswith("knowledge.memory.source.")]
+    assert "knowledge.graph.source.global_node" in final
     first = load_file(next(trained.glob("checkpoint-2/*.safetensors")))
-    for part in ("image.encoder", "crossattention", "decoder.attention", "itm", "temperature"):
+    for part in (
+        "image.encoder",
+        "crossattention",
+        "decoder.attention",
+        "itm",
+        "temperature",
+        "knowledge",
+    ):
         assert any(not torch.equal(first[k], final[k]) for k in final if part in k), part
 
 
 def test_a_killed_run_continues_bit_for_bit(world: Path, trained: Path) -> None:
-    """Queue, momentum copy and the draws of negatives are those of the run in one piece."""
+    """Queue, momentum copy, memory and the draws of negatives are those of the run in one piece."""
     out = world / "resumed"
     content = yaml.safe_load((world / "trained.yaml").read_text()) | {"output_dir": str(out)}
     (world / "resumed.yaml").write_text(yaml.safe_dump(content))
@@ -129,6 +143,9 @@ def test_a_trained_model_opens_by_auto_classes_and_writes(world: Path, trained: 
     for slow, fast in model._pairs():
         torch.testing.assert_close(slow, fast)
     processor = AutoProcessor.from_pretrained(trained)
+    memory = model._memory()
+    assert memory is not None
+    assert not any(bool(buffer.clamp(min=0).any()) for buffer in memory.buffers())
     assert processor.labels == ["effusion", "mass"]
     inputs = processor(["normal", "a mass"], images=[str(world / f"{n}.png") for n in range(2)])
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,23 @@ def section(tokenizer: str, **changes: Any) -> dict[str, Any]:
     return content | changes
 
 
+FUSION = {"heads": 2, "feed_forward": 16, "layers": 1, "dropout": 0.0}
+
+
+def knowledge(folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    """A graph of three findings, and a memory of five texts."""
+    nodes: list[dict[str, Any]] = [
+        {"name": "effusion", "groups": ["chest"], "edges": []},
+        {"name": "mass", "groups": ["chest"], "edges": ["brain"]},
+        {"name": "brain", "groups": [], "edges": []},
+    ]
+    file = folder / "graph.json"
+    file.write_text(json.dumps({"nodes": nodes}))
+    fusion = FUSION | changes.pop("fusion", {})
+    graph = {"name": "graph", "file": str(file), "dropout": 0.0, "fusion": fusion} | changes
+    return [graph, {"name": "memory", "size": 5, "k": 2, "fusion": fusion}]
+
+
 def make(content: dict[str, Any]) -> tuple[MedmBlip, MedmBlipProcessor]:
     """A model without dropout, so that a forward can be computed again."""
     torch.manual_seed(0)
@@ -66,6 +85,8 @@ def studies(start: int = 0, stop: int = 4) -> dict[str, Any]:
         "labels": labels[rows],
         "label_targets": targets[rows],
         "owners": torch.tensor([11, 12, 13, 14])[rows],
+        "knowledge_ids": torch.tensor([[2, 8, 3], [2, 15, 3], [0, 0, 0], [2, 12, 3]])[rows],
+        "knowledge_mask": torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 1]])[rows],
     }
     if stop > start:
         batch["pixels"] = {"image": pixels[rows]}
