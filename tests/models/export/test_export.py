@@ -471,7 +471,7 @@ def grounded(tmp_path: Path) -> Iterator[str]:
 def test_a_reply_without_a_word_is_compared_as_a_reply() -> None:
     said = str(Proof(0.5, 2.0, "", "masks as well"))
     assert said == "largest logit difference 0.5 (of 2), same reply: ''; masks as well"
-    assert "features" in str(Proof(0.5, 2.0, None))
+    assert "feature difference" in str(Proof(0.5, 2.0, None))
 
 
 def masks_of(folder: str) -> Tensor:
@@ -494,7 +494,7 @@ def test_masks_and_trained_rows_survive_merging(grounded: str, tmp_path: Path) -
     assert (own[0] - own[1]).abs().max() > 1e-3
     torch.testing.assert_close(masks_of(str(tmp_path / "merged")), own, atol=1e-5, rtol=1e-4)
     proof = export(grounded, str(tmp_path / "tower"), form="encoder")
-    assert "features" in str(proof)
+    assert "feature" in str(proof)
 
 
 def test_a_wrong_merge_of_the_mask_head_is_found(
