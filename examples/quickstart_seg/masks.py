@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
+sys.path.append(str(REPOSITORY / "examples" / "quickstart"))
 
 from prepare import Scan, View, place, test_view, train_view  # noqa: E402
 from volumes import DATA, STRUCTURES, read_table, read_voxels  # noqa: E402
@@ -211,12 +211,13 @@ def record(
         file = f"masks/{name}_{target}.png"
         if np.asarray(drawn).any():
             drawn.save(folder / file)
-            masks.append({"file": file, "phrase": f"the {target}"})
+            masks.append({"file": file, "phrase": target})
         else:
             masks.append(None)
         question = f"Segment the {target}."
         turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
-        turns.append({"from": "gpt", "value": f"<p> the {target} </p> [SEG]"})
+        # The name follows the token: its state, which prompts the head, then tells names apart.
+        turns.append({"from": "gpt", "value": f"[SEG] {target}"})
     return {
         "id": f"{name}{suffix}",
         "image": f"images/{name}.png",

@@ -146,7 +146,7 @@ def masks_by_target(
     for record in records:
         image = np.asarray(Image.open(data / record["image"]))
         for target, mask in zip(record["targets"], record["masks"], strict=True):
-            if mask is not None:
+            if mask is not None and target in found:
                 found[target].append((image, np.asarray(Image.open(data / mask["file"])) > 0))
     return found
 
