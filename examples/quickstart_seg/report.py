@@ -29,11 +29,16 @@ NOTES = (
     "several. Where there is one, it draws slices, which resemble each other: it is too narrow.",
     "'Constant' is the mask that fits the training slices best, the same for every slice; "
     "'threshold' keeps the range of gray values that fits them best. Neither knows absent targets.",
-    "'False' is the share of slices without the target in which a mask is drawn all the same.",
+    "'Seen' is the share of slices with the target whose presence score is 0.5 or more; 'claimed' "
+    "the same of slices without it, 'drawn' the share of those in which a mask is drawn at all. "
+    "`medm infer --presence-threshold 0.5` would draw the claimed ones alone.",
     "Lesions: training holds a nodule on three slices and one small brain lesion, too little to "
     "learn from; the row is there so that nobody has to wonder.",
 )
 """Limits of the table; printed under it."""
+
+PRESENT = 0.5
+"""Presence score from which on a target is taken to be in the slice."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,11 @@ class Row:
     threshold: float
     slices: int
     volumes: int
-    false: float | None
+    seen: float
+    """Share of the slices with the target that the presence score says are such."""
+    claimed: float | None
+    """Share of the slices without the target that the presence score says have it."""
+    drawn: float | None
     """Share of the slices without the target in which the model draws a mask."""
     without: int
     """Slices without the target."""
@@ -105,15 +114,20 @@ def rows(folder: Path) -> list[Row]:
         constant, limits = fitted(train[target])
         scores: dict[str, list[float]] = {"model": [], "constant": [], "threshold": []}
         volumes: list[str] = []
-        false: list[bool] = []
+        seen: list[bool] = []
+        claimed: list[bool] = []
+        drawn: list[bool] = []
         for index, record in enumerate(read(data / "test.json")):
             if record["targets"] != [target]:
                 continue
             image = np.asarray(Image.open(data / record["image"]))
             predicted = predicted_mask(folder, lines[index], image.shape)
+            is_there = any(span["presence"] >= PRESENT for span in lines[index].get("spans", []))
             if record["masks"][0] is None:
-                false.append(bool(predicted.any()))
+                claimed.append(is_there)
+                drawn.append(bool(predicted.any()))
                 continue
+            seen.append(is_there)
             truth = np.asarray(Image.open(data / record["masks"][0]["file"])) > 0
             volumes.append(record["source_volume"])
             low, high = limits
@@ -125,8 +139,9 @@ def rows(folder: Path) -> list[Row]:
             Row(
                 target, mean.value, mean.low, mean.high,
                 float(np.mean(scores["constant"])), float(np.mean(scores["threshold"])),
-                len(volumes), len(set(volumes)),
-                float(np.mean(false)) if false else None, len(false),
+                len(volumes), len(set(volumes)), float(np.mean(seen)),
+                float(np.mean(claimed)) if claimed else None,
+                float(np.mean(drawn)) if drawn else None, len(drawn),
             )
         )  # fmt: skip
     return table
@@ -234,17 +249,25 @@ def trained(log: Path) -> str:
 
 def slices_table(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return head and lines of the table of slices."""
-    head = ["target", "Dice", "95 %", "constant", "threshold", "n", "volumes", "false", "without"]
+    head = [
+        "target", "Dice", "95 %", "constant", "threshold", "n", "volumes",
+        "seen", "claimed", "drawn", "without",
+    ]  # fmt: skip
     lines = [
         [
             row.target, f"{row.model:.2f}",
             "-" if row.low is None else f"{row.low:.2f} to {row.high:.2f}",
             f"{row.constant:.2f}", f"{row.threshold:.2f}", str(row.slices), str(row.volumes),
-            "-" if row.false is None else f"{row.false:.2f}", str(row.without),
+            f"{row.seen:.2f}", share(row.claimed), share(row.drawn), str(row.without),
         ]
         for row in table
     ]  # fmt: skip
     return head, lines
+
+
+def share(value: float | None) -> str:
+    """Return a share for the table; a dash where there is nothing to count."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def volumes_table(volumes: Sequence[Whole]) -> tuple[list[str], list[list[str]]]:

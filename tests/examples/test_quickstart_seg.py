@@ -131,16 +131,22 @@ def test_the_table_counts_what_was_answered(
             if truth is None
             else f"data/{truth['file']}"
         )
-        lines.append(json.dumps({"index": index, "spans": [{"mask": file}]}))
+        spans = [{"mask": file, "presence": 0.9 if index % 2 else 0.1}]
+        lines.append(json.dumps({"index": index, "spans": spans}))
     (folder / "replies.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.setattr(report, "TARGETS", ("lungs", "liver"))
     lungs, liver = report.rows(folder)
     assert (lungs.model, liver.model) == (1.0, 1.0)
     assert lungs.constant < 1
-    assert lungs.false == 1.0 and lungs.without == sum(
-        record["targets"] == ["lungs"] and record["masks"][0] is None
-        for record in read(data / "test.json")
-    )
+    asked = [
+        (index % 2, record["masks"][0] is not None)
+        for index, record in enumerate(read(data / "test.json"))
+        if record["targets"] == ["lungs"]
+    ]
+    assert lungs.drawn == 1.0
+    assert lungs.without == sum(not present for _, present in asked)
+    assert lungs.seen == np.mean([said for said, present in asked if present])
+    assert lungs.claimed == np.mean([said for said, present in asked if not present])
 
 
 def test_a_reply_without_a_mask_is_an_empty_one(modules: tuple[ModuleType, ModuleType]) -> None:
