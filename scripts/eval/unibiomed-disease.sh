@@ -4,8 +4,7 @@ MODEL=${MODEL:-work_dirs/unibiomed/small}
 PREDICTIONS=${PREDICTIONS:-}  # masks of another program in place of a model: a JSONL, see docs/evaluation.md
 DATA=${DATA:-data/Biomed/Disease}  # the benchmark's folder as it is distributed
 OUTPUT=${OUTPUT:-work_dirs/eval}
-GPUS=${GPUS:-}     # processes on this machine; empty: one for each GPU, or one on the CPU
+GPUS=${GPUS:-${PREDICTIONS:+1}}  # processes on this machine; empty: one for each GPU, or one on the CPU
 set -euo pipefail
 source "$(dirname "$0")/../launch.sh"
-SOURCE=(--model "$MODEL"); [ -z "$PREDICTIONS" ] || { SOURCE=(--predictions "$PREDICTIONS"); GPUS=1; }
-launch eval --task unibiomed-disease --data "$DATA" "${SOURCE[@]}" --output "$OUTPUT" "$@"
+launch eval "--${PREDICTIONS:+predictions=}${PREDICTIONS:-model=$MODEL}" --task unibiomed-disease --data "$DATA" --output "$OUTPUT" "$@"

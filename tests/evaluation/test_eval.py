@@ -631,8 +631,8 @@ def test_all_of_m3d_may_be_in_one_tree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"MODEL": "m"}, ["--model m"]),
-        ({"PREDICTIONS": "p.jsonl"}, ["--predictions p.jsonl", "GPUS=1"]),
+        ({"MODEL": "m"}, ["--model=m"]),
+        ({"PREDICTIONS": "p.jsonl"}, ["--predictions=p.jsonl", "GPUS=1"]),
     ],
 )
 def test_launchers_of_masks_take_a_model_or_predictions(
@@ -647,7 +647,7 @@ def test_launchers_of_masks_take_a_model_or_predictions(
         check=True,
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", **variables},
     )
-    for word in ["launch eval --task m3d-seg --data data/M3D", "--limit 2", *words]:
+    for word in ["launch eval --", "--task m3d-seg --data data/M3D", "--limit 2", *words]:
         assert word in done.stdout
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of noise, on which the random model draws something."""
 
     def put(path: Path, size: tuple[int, int] = (40, 30)) -> None:
-        rng = np.random.default_rng(len(str(path)))
+        rng = np.random.default_rng([5, crc32(path.name.encode())])
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, size[::-1], dtype=np.uint8)).save(path)
 

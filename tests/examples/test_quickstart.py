@@ -196,7 +196,7 @@ def test_pictures_are_never_mirrored(prepare):
     pixels[20:, 20:] = 200  # lower right
     random = np.random.default_rng(3)
     for _ in range(50):
-        view = prepare._train_view([0, 255], random)
+        view = prepare.train_view([0, 255], random)
         assert 0 <= view.window[0] < 26, "black stays black"
         shown = np.asarray(prepare.place(pixels, (1.0, 1.0), view)).astype(float)
         left, right = shown[:, :112].mean(), shown[:, 112:].mean()
