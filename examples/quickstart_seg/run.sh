@@ -25,9 +25,10 @@ train finetune answers
 train masks model
 medm infer --model $out/model --data $out/data/test.json --root $out/data --batch-size 32 --max-new-tokens 16 \
   --output $out/replies.jsonl --overlays
-whole() { # volume, window: each slice by itself, the masks on the grid of the volume
+whole() { # volume, window: each slice by itself, the masks on the grid of the volume. The language model is shown one
+  # slice, as in training: with five, the state at [SEG] is one that the head has never seen.
   medm infer --model $out/model --data $out/data/$1.json --root examples/quickstart/data --max-new-tokens 16 \
-    --volume-mode slices --slice-window=$2 --output $out/$1.jsonl --overlays
+    --volume-mode slices --slices 1 --slice-choice uniform --slice-window=$2 --output $out/$1.jsonl --overlays
 }
 whole chest-ct-2 -1000,400
 whole abdomen-ct-2 -160,240
