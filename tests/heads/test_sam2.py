@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Sam2Config, Sam2Model, Sam2VideoConfig, Sam2VideoModel
+from transformers.models.sam2_video.configuration_sam2_video import Sam2VideoMaskDecoderConfig
 
 from medm.errors import CheckpointError, RecipeError
 from medm.heads import Sam2Options
@@ -50,7 +51,10 @@ def video_model() -> Sam2VideoModel:
 
 def make_video_model(era: dict[str, bool]) -> Sam2VideoModel:
     torch.manual_seed(0)
-    config = Sam2VideoConfig(**TINY_SAM2, **TINY_MEMORY, **era, image_size=128,
+    # transformers 5.17 makes a prompt encoder's config of a dict.
+    decoder = Sam2VideoMaskDecoderConfig(**TINY_SAM2["mask_decoder_config"])
+    sizes = TINY_SAM2 | {"mask_decoder_config": decoder}
+    config = Sam2VideoConfig(**sizes, **TINY_MEMORY, **era, image_size=128,
                              memory_attention_rope_feat_sizes=[8, 8])  # fmt: skip
     return fill(Sam2VideoModel(config))
 
