@@ -21,6 +21,7 @@ from medm.data.turns import parse_record
 from medm.errors import DataError
 from medm.imaging import load_pixels, resolve_inside
 from medm.imaging.images import check_image
+from medm.imaging.sources import rereadable
 from medm.inference.chat import Conversation
 from medm.inference.generator import Engine, Request, load_engine, pick_device, prepare
 from medm.inference.grounded_text import Phrase
@@ -210,7 +211,7 @@ class Model:
         choice = _options(options)
         own = validate(SegmentationOptions, segmentation or {}, source="segmentation")
         # An opened file is read twice: for the language model, and for the mask head.
-        image, volume = _kept(image), _kept(volume)
+        image, volume = rereadable(image), rereadable(volume)
         asked = _Question(question, image, volume, system, task)
         batch = prepare([self._example(asked, Path(), choice, own)])
         reply = self.engine.generate(batch, choice)[0]
@@ -371,13 +372,6 @@ class Model:
             array = load_pixels(item, self.processor.preprocess[media.branch])
             pixels.setdefault(media.branch, []).append(array)
         return pixels
-
-
-def _kept(shown: object) -> object:
-    """Return images or volumes with the bytes of opened files in their place."""
-    if isinstance(shown, (list, tuple)):
-        return [_kept(item) for item in shown]
-    return shown.read() if hasattr(shown, "read") else shown
 
 
 def _options(options: Mapping[str, object]) -> GenerationOptions:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from medm.errors import RecipeError
 from medm.types import Config, Kind
 
 Maps = tuple[Tensor, ...]
@@ -43,6 +44,33 @@ def zero_of(weights: Iterable[Tensor]) -> Tensor:
     """
     sums = [weight.sum() for weight in weights if weight.numel()]
     return 0.0 * torch.stack(sums).sum() if sums else torch.zeros(())
+
+
+class MaskMemory(Protocol):
+    """Follows targets through the slices of a volume."""
+
+    def propagate(
+        self,
+        maps_of: Callable[[int], Maps],
+        num_slices: int,
+        conditioning: Sequence[Mapping[int, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the masks of every slice, of all targets.
+
+        Args:
+            maps_of: gives the maps of a slice, (1, ...) each. It is asked for one slice at a time,
+                so that a volume's maps need not lie in memory together.
+            num_slices: of the volume, S.
+            conditioning: of each of M targets, by slice, the prompt (D,), or a mask as logits
+                (*grid).
+
+        Returns:
+            Logits (S, M, *grid) and presence (S, M), a logit, float32 in host memory.
+
+        Raises:
+            ValueError: a target without conditioning, or with one of another slice or shape.
+        """
+        ...
 
 
 class MaskHead(nn.Module, metaclass=ABCMeta):
@@ -141,6 +169,17 @@ class MaskHead(nn.Module, metaclass=ABCMeta):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             maps = self.encode(pixels)
         return self.decode(maps, prompts, items, points)
+
+    def memory(self) -> MaskMemory:
+        """Return the memory of the head, for the 3-D mode `memory`.
+
+        Raises:
+            RecipeError: the head has none.
+        """
+        raise RecipeError(
+            f"3-D mode memory: {type(self).__name__} has no memory; use the head sam2 with memory: "
+            "true in its block, or the mode slices"
+        )
 
     def rename_published(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Rename published tensors to the names that `key_map` reads.

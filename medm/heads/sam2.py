@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from medm.errors import CheckpointError, RecipeError
 from medm.heads import Sam2Era, Sam2Size
 from medm.heads.base import Maps, MaskHead, MaskLogits, Points, zero_of
 from medm.heads.sam2_keys import MEMORY, era_of, is_meta, transformers_names
-from medm.heads.sam2_memory_modules import MEMORY_FIELDS, Sam2MemoryModules
+from medm.heads.sam2_memory import Sam2Memory
+from medm.heads.sam2_memory_modules import MEMORY_FIELDS, Decoded, Sam2MemoryModules
 from medm.heads.sam_pixels import square_pixels
 from medm.heads.sam_prompts import best_candidate, image_positions, point_tokens
 from medm.types import Config
@@ -78,14 +79,6 @@ _ERA_FLAGS = (
     "enable_temporal_pos_encoding_for_object_pointers",
     "enable_occlusion_spatial_embedding",
 )
-
-
-class Decoded(NamedTuple):
-    """Masks of M prompts, and what the memory keeps of them."""
-
-    masks: MaskLogits
-    token: Tensor
-    """(M, D), output token of the mask, from which its object pointer is made."""
 
 
 class Sam2Decoder(nn.Module):
@@ -212,6 +205,9 @@ class Sam2Head(MaskHead):
         if self.training:
             masks = masks._replace(logits=masks.logits + self._unused_weights())
         return masks
+
+    def memory(self) -> Sam2Memory:
+        return Sam2Memory(self)
 
     def fine_levels(self, maps: Maps) -> list[Tensor]:
         """Return the levels at strides 4 and 8 with the channels of the decoder."""

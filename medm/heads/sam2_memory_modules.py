@@ -20,6 +20,7 @@ from transformers.models.sam2_video.modeling_sam2_video import (
 )
 
 from medm.errors import RecipeError
+from medm.heads.base import MaskLogits
 
 MEMORY_FIELDS = (
     "num_maskmem",
@@ -54,6 +55,14 @@ MEMORY_FIELDS = (
 
 _WIDTH = 64
 """Width of a memory, which transformers writes into its attention."""
+
+
+class Decoded(NamedTuple):
+    """Masks of M prompts, and what the memory keeps of them."""
+
+    masks: MaskLogits
+    token: Tensor
+    """(M, D), output token of the mask, from which its object pointer is made."""
 
 
 class SliceMemory(NamedTuple):
@@ -135,7 +144,7 @@ class Sam2MemoryModules(nn.Module):
             coarse: (1, dim, rows, columns), as the encoder gives it.
             mask: (1, 1, *image) in 0..1.
             present: (1,) bool.
-            dtype: of the kept features; None keeps that of the weights.
+            dtype: of the stored features; None keeps that of the weights.
         """
         scale, bias = self.config.sigmoid_scale_for_mem_enc, self.config.sigmoid_bias_for_mem_enc
         features, positions = self.memory_encoder(coarse, mask * scale + bias)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from medm.types import Config
+from PIL import Image
 
-_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""Pillow's filter numbers, which `preprocessor_config.json` stores."""
+from medm.types import Config
 
 
 def square_pixels(published: Mapping[str, object], size: int | list[int]) -> Config:
@@ -21,10 +20,11 @@ def square_pixels(published: Mapping[str, object], size: int | list[int]) -> Con
         size: side in pixels, or rows and columns.
     """
     resample = published.get("resample")
+    number = resample if isinstance(resample, int) else Image.Resampling.BILINEAR
     return {
         "size": [size, size] if isinstance(size, int) else list(size),
         "fit": "squash",
-        "interpolation": _FILTERS.get(resample if isinstance(resample, int) else 2, "bilinear"),
+        "interpolation": Image.Resampling(number).name.lower(),
         "mean": published.get("image_mean") or [0.485, 0.456, 0.406],
         "std": published.get("image_std") or [0.229, 0.224, 0.225],
     }

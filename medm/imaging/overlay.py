@@ -60,7 +60,7 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Picture:
+class _Panel:
     """A plane to be drawn."""
 
     pixels: np.ndarray
@@ -112,20 +112,20 @@ def overlay_sheet(
     entries = _entries(masks, reference, placement)
     tile = tile or (512 if len(placement.source_shape) == 2 else 256)
     if len(placement.source_shape) == 2:
-        title, pictures = _image_pictures(source, entries, placement, window, tile)
+        title, panels = _image_panels(source, entries, placement, window, tile)
         voxel = None
     else:
-        title, pictures, voxel = _volume_pictures(
+        title, panels, voxel = _volume_panels(
             source, entries, placement, window, several=several, slices=slices
         )
     tiles = []
     colors = [entry.color for entry in entries]
-    for picture in pictures:
+    for panel in panels:
         for column, name in enumerate(("predicted", "reference")[: 1 if reference is None else 2]):
-            shown = [pair[column] for pair in picture.masks]
-            caption = picture.caption if reference is None else f"{picture.caption} {name}".strip()
-            pixels = _drawn(picture, shown, colors, tile, style)
-            tiles.append(Tile(pixels, caption, picture.marks))
+            shown = [pair[column] for pair in panel.masks]
+            caption = panel.caption if reference is None else f"{panel.caption} {name}".strip()
+            pixels = _drawn(panel, shown, colors, tile, style)
+            tiles.append(Tile(pixels, caption, panel.marks))
     legend: list[str | Line] = [
         Line(_legend(number, entry, reference is not None, voxel), entry.color)
         for number, entry in enumerate(entries, start=1)
@@ -189,13 +189,13 @@ def _size(mask: np.ndarray | None, voxel: float | None) -> str:
     return f"{count} voxels" + ("" if voxel is None else f" ({count * voxel / 1000:.3g} ml)")
 
 
-def _image_pictures(
+def _image_panels(
     source: Source,
     entries: Sequence[_Entry],
     placement: Placement,
     window: tuple[float, float] | None,
     tile: int,
-) -> tuple[list[str], list[_Picture]]:
+) -> tuple[list[str], list[_Panel]]:
     image = read_image(source)
     height, width = image.pixels.shape[:2]
     _check_shape((height, width), placement, image.name)
@@ -207,10 +207,10 @@ def _image_pictures(
     pixels = np.moveaxis(prepare_image(preprocess, image).pixels, 0, -1)
     masks = [(entry.predicted, entry.reference) for entry in entries]
     title = [Path(image.name).name, f"{width} x {height} pixels"]
-    return title, [_Picture(pixels, masks, "", (height, width), "px")]
+    return title, [_Panel(pixels, masks, "", (height, width), "px")]
 
 
-def _volume_pictures(
+def _volume_panels(
     source: Source,
     entries: Sequence[_Entry],
     placement: Placement,
@@ -218,8 +218,8 @@ def _volume_pictures(
     *,
     several: Literal["only", "largest"],
     slices: int,
-) -> tuple[list[str], list[_Picture], float | None]:
-    """Return title, pictures and volume of a voxel in mm^3."""
+) -> tuple[list[str], list[_Panel], float | None]:
+    """Return title, panels and volume of a voxel in mm^3."""
     if not isinstance(source, (str, Path, np.ndarray)):
         raise MediaError(
             f"volume: expected a path or an array (D, H, W), found {type(source).__name__}"
@@ -229,7 +229,7 @@ def _volume_pictures(
     shown = _Shown.of(volume, entries)
     low, high = window or tuple(np.percentile(volume.voxels, (1, 99)))
     chosen = _chosen(shown, slices)
-    pictures = [shown.picture(axis, index, low, high) for axis, index in chosen]
+    panels = [shown.panel(axis, index, low, high) for axis, index in chosen]
     title = [
         Path(volume.name).name,
         f"{' x '.join(map(str, volume.voxels.shape))} voxels ({volume.unit}), window "
@@ -239,7 +239,7 @@ def _volume_pictures(
     if left_out:
         title.append(f"{left_out} further slices with the largest area of a mask are not shown")
     voxel = None if volume.geometry is None else float(np.prod(volume.geometry.spacing))
-    return title, pictures, voxel
+    return title, panels, voxel
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +283,7 @@ class _Shown:
         thick = self.geometry.spacing[axis] > _THICK_SLICES * self.geometry.spacing.min()
         return axis if thick else 0
 
-    def picture(self, axis: int, index: int, low: float, high: float) -> _Picture:
+    def panel(self, axis: int, index: int, low: float, high: float) -> _Panel:
         """Return one plane; the head is at the top of coronal and sagittal ones."""
         down, across = [other for other in range(3) if other != axis]
         flip = self.geometry is not None and axis > 0
@@ -307,7 +307,7 @@ class _Shown:
             for one, other in self.masks
         ]
         caption = f"{name} slice {number + 1}/{self.voxels.shape[axis]}"
-        return _Picture(values, pairs, caption, extent, unit, marks)
+        return _Panel(values, pairs, caption, extent, unit, marks)
 
     def _file_index(self, axis: int, index: int) -> int:
         """Return the number of a shown slice along its axis in the file."""
@@ -347,23 +347,23 @@ def _check_shape(shape: tuple[int, ...], placement: Placement, name: str) -> Non
 
 
 def _fitted(extent: tuple[float, float], tile: int) -> tuple[int, int]:
-    """Return rows and columns of a picture of some extent inside a tile."""
+    """Return rows and columns of a panel of some extent inside a tile."""
     scale = tile / max(extent)
     height, width = (max(1, round(length * scale)) for length in extent)
     return height, width
 
 
 def _drawn(
-    picture: _Picture,
+    panel: _Panel,
     masks: Sequence[np.ndarray | None],
     colors: Sequence[Color],
     tile: int,
     style: Style,
 ) -> np.ndarray:
-    """(tile, tile, 3), 0..1: a picture in the middle, with masks, their numbers and a scale."""
-    height, width = _fitted(picture.extent, tile)
-    unit = picture.extent[1] / width
-    shades = Image.fromarray(np.round(picture.pixels * 255).astype(np.uint8)).convert("RGB")
+    """(tile, tile, 3), 0..1: a panel in the middle, with masks, their numbers and a scale."""
+    height, width = _fitted(panel.extent, tile)
+    unit = panel.extent[1] / width
+    shades = Image.fromarray(np.round(panel.pixels * 255).astype(np.uint8)).convert("RGB")
     canvas = np.array(shades.resize((width, height), Image.Resampling.BILINEAR), np.float32)
     numbers = []
     for index, (mask, color) in enumerate(zip(masks, colors, strict=True)):
@@ -388,7 +388,7 @@ def _drawn(
     bar, base = round(length / unit), tile - 6
     draw.line((6, base, 6 + bar, base), fill=(255, 255, 255), width=2)
     draw.text(
-        (6, base - 3), f"{length:g} {picture.unit}", fill=(255, 255, 255), font=font, anchor="ls",
+        (6, base - 3), f"{length:g} {panel.unit}", fill=(255, 255, 255), font=font, anchor="ls",
         stroke_width=2, stroke_fill=(0, 0, 0),
     )  # fmt: skip
     return np.asarray(whole, np.float32) / 255

@@ -58,6 +58,16 @@ def as_source(item: object) -> Source:
     )
 
 
+def rereadable(item: object) -> object:
+    """Return an item that can be read more than once: the bytes of a stream in its place.
+
+    Lists are taken item by item.
+    """
+    if isinstance(item, (list, tuple)):
+        return [rereadable(one) for one in item]
+    return item.read() if hasattr(item, "read") else item
+
+
 def decode_base64(text: str | bytes) -> io.BytesIO:
     """Raises `MediaError`."""
     try:

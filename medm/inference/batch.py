@@ -34,6 +34,7 @@ from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.files import atomic_write_text
 from medm.imaging.paths import MissingFileError
+from medm.imaging.sources import rereadable
 from medm.inference.batches import (
     Prepared,
     Problem,
@@ -507,7 +508,9 @@ class _Shard:
         for named in prepared.named:
             index = named["index"]
             media = records[index].media
-            shown.append([Shown(m.branch, _kept(records.media_source(index, m))) for m in media])
+            shown.append(
+                [Shown(m.branch, rereadable(records.media_source(index, m))) for m in media]
+            )
             names.append(f"{index:06d}_{named.get('id', '')}")
         made = self.masks.of(prepared.batch, cast(Sequence[Reply], replies), names, shown)
         problems = [
@@ -571,11 +574,6 @@ class _Shard:
                     )
         if prepared.read_files:
             self._unavailable = 0
-
-
-def _kept(source: object) -> object:
-    """Return a file, or the bytes of a stream, which are read more than once."""
-    return source.read() if hasattr(source, "read") else source
 
 
 def output_lines(prepared: Prepared, replies: Sequence[Answer]) -> list[ResultLine]:

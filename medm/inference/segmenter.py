@@ -31,7 +31,6 @@ from medm.inference.volume_modes import (
     NOTHING,
     FileMasks,
     ImageStack,
-    memory_of,
     on_volume,
     open_slices,
     require_mode,
@@ -143,7 +142,7 @@ class Segmenter:
         self.token_id = self.branch.token_id
         self.mode = require_mode(self.options, self.kind)
         if self.mode == "memory":
-            memory_of(self.mask_head)
+            self.mask_head.memory()  # refused before anything is generated
         self.maps = FeatureMemory[Maps](store, lambda maps: sum(one.nbytes for one in maps))
 
     @property

@@ -19,8 +19,6 @@ from torch import Tensor
 from medm.data.base import missing_branch
 from medm.errors import DataError, MediaError, RecipeError
 from medm.heads.base import Maps, MaskHead, MaskLogits
-from medm.heads.sam2 import Sam2Head
-from medm.heads.sam2_memory import Sam2Memory
 from medm.imaging import ImagePreprocess, Preprocess, load_pixels, prepare
 from medm.imaging.placement import Placement, Prepared
 from medm.imaging.sources import as_source
@@ -341,27 +339,28 @@ def propagate(
 ) -> list[MaskLogits]:
     """Follow each target through the volume by SAM 2's memory, from a few slices with its prompt.
 
-    From the first of these slices to the last slice of the volume, and back to its first one.
+    From the first of these slices to the last slice of the volume, and back to its first one. The
+    maps of a slice are made when they are needed: those of a whole volume would fill the memory.
     """
     count = len(stack)
-    slices = [head.encode(stack.prepared(i, head.preprocess).pixels) for i in range(count)]
-    maps = tuple(torch.cat(level) for level in zip(*slices, strict=True))
-    memory = memory_of(head.mask_head)
-    logits, presence, quality = [], [], []
-    for prompt in prompts:
-        scored = options.slice_choice == "score"
-        looked_at = range(count) if scored else choose(options.slices, count, options.slice_choice)
-        alone = {index: head.decode_maps(slices[index], prompt[None]) for index in looked_at}
-        trust = torch.zeros(count)
-        for index, one in alone.items():
-            trust[index] = one.presence.sigmoid()[0] * one.quality[0]
-        chosen = conditioning(options, trust)
-        found = memory.propagate(maps, dict.fromkeys(chosen, prompt))
-        logits.append(found[0].float().cpu())
-        presence.append(found[1].float().cpu())
-        quality.append(torch.cat([alone[index].quality for index in chosen]).mean())
-    by_slice = zip(torch.stack(logits, dim=1), torch.stack(presence, dim=1), strict=True)
-    return [MaskLogits(values, torch.stack(quality), there) for values, there in by_slice]
+
+    def maps_of(index: int) -> Maps:
+        return head.encode(stack.prepared(index, head.preprocess).pixels)
+
+    scored = options.slice_choice == "score"
+    looked_at = range(count) if scored else choose(options.slices, count, options.slice_choice)
+    trust, quality = torch.zeros(2, len(prompts), count)
+    for index in looked_at:
+        alone = head.decode_maps(maps_of(index), prompts)
+        trust[:, index] = alone.presence.sigmoid() * alone.quality
+        quality[:, index] = alone.quality
+    chosen = [conditioning(options, own) for own in trust]
+    given = [dict.fromkeys(own, prompt) for own, prompt in zip(chosen, prompts, strict=True)]
+    logits, presence = head.mask_head.memory().propagate(maps_of, count, given)
+    means = torch.stack([own[places].mean() for own, places in zip(quality, chosen, strict=True)])
+    return [
+        MaskLogits(values, means, there) for values, there in zip(logits, presence, strict=True)
+    ]
 
 
 def conditioning(options: SegmentationOptions, trust: Tensor) -> list[int]:
@@ -375,20 +374,6 @@ def conditioning(options: SegmentationOptions, trust: Tensor) -> list[int]:
         return choose(options.slices, len(trust), options.slice_choice)
     count = min(options.slices, len(trust))
     return sorted(trust.argsort(descending=True, stable=True)[:count].tolist())
-
-
-def memory_of(head: MaskHead) -> Sam2Memory:
-    """Return the memory of a head.
-
-    Raises:
-        RecipeError: the head has none.
-    """
-    if not isinstance(head, Sam2Head):
-        raise RecipeError(
-            f"segmentation.volume_mode: 'memory' needs the head sam2, and the model has a "
-            f"{type(head).__name__}; set slices"
-        )
-    return Sam2Memory(head)
 
 
 VolumeMode: TypeAlias = Callable[[SliceHead, Slices, Tensor, SegmentationOptions], list[MaskLogits]]

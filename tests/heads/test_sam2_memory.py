@@ -68,6 +68,16 @@ def theirs(
     return torch.stack(logits), torch.cat(presence)
 
 
+def followed(memory, maps, conditioning):
+    """Masks and presence of one target in every slice."""
+    logits, presence = memory.propagate(
+        lambda index: tuple(level[index : index + 1] for level in maps),
+        len(maps[0]),
+        [conditioning],
+    )
+    return logits[:, 0], presence[:, 0]
+
+
 @pytest.mark.parametrize("conditioned", [(0,), (3,), (2, 6)])
 def test_propagation_equals_the_video_model(model, head, conditioned):
     """After masks, with what the published predictors do: bfloat16 memory, binary masks of
@@ -80,7 +90,7 @@ def test_propagation_equals_the_video_model(model, head, conditioned):
     memory = Sam2Memory(head, binarize=True, blank_absent=True, dtype=torch.bfloat16)
     with torch.no_grad():
         maps = head.encode(pixels)
-    ours, score = memory.propagate(maps, dict.fromkeys(conditioned, target()))
+    ours, score = followed(memory, maps, dict.fromkeys(conditioned, target()))
     assert ours.shape == (SLICES, 32, 32)
     tracked = [i for i in range(SLICES) if i not in conditioned]
     torch.testing.assert_close(ours[tracked], logits[tracked], atol=1e-4, rtol=1e-4)
@@ -97,7 +107,7 @@ def test_a_prompted_slice_is_decoded_without_memory(head):
     with torch.no_grad():
         maps = head.encode(pixels)
         alone = head.decode(maps, prompt.unsqueeze(0), torch.tensor([4]))
-    logits, presence = Sam2Memory(head).propagate(maps, {4: prompt})
+    logits, presence = followed(Sam2Memory(head), maps, {4: prompt})
     torch.testing.assert_close(logits[4], alone.logits[0])
     torch.testing.assert_close(presence[4], alone.presence[0])
     assert not torch.allclose(logits[3], logits[4])
@@ -107,8 +117,8 @@ def test_the_prompt_reaches_every_slice(head):
     with torch.no_grad():
         maps = head.encode(volume())
     memory = Sam2Memory(head)
-    first, _ = memory.propagate(maps, {4: torch.full((128,), 2.0)})
-    second, _ = memory.propagate(maps, {4: torch.full((128,), -2.0)})
+    first, _ = followed(memory, maps, {4: torch.full((128,), 2.0)})
+    second, _ = followed(memory, maps, {4: torch.full((128,), -2.0)})
     assert (first - second).abs().amax(dim=(1, 2)).gt(0).all()
 
 
@@ -117,22 +127,40 @@ def test_slices_between_two_prompts_know_both(head):
         maps = head.encode(volume())
     memory = Sam2Memory(head)
     prompt, other = torch.full((128,), 2.0), torch.full((128,), -2.0)
-    one, _ = memory.propagate(maps, {1: prompt, 7: prompt})
-    two, _ = memory.propagate(maps, {1: prompt, 7: other})
+    one, _ = followed(memory, maps, {1: prompt, 7: prompt})
+    two, _ = followed(memory, maps, {1: prompt, 7: other})
     torch.testing.assert_close(one[1], two[1])
     assert not torch.allclose(one[4], two[4], atol=1e-6, rtol=0)
+
+
+def test_targets_together_equal_each_alone_and_ask_for_one_slice_at_a_time(head):
+    with torch.no_grad():
+        maps = head.encode(volume())
+    given = [{2: torch.full((128,), 2.0)}, {5: torch.full((128,), -2.0), 7: target()}]
+    memory, asked = head.memory(), []
+
+    def maps_of(index):
+        asked.append(index)
+        return tuple(level[index : index + 1] for level in maps)
+
+    logits, presence = memory.propagate(maps_of, SLICES, given)
+    assert max(asked.count(index) for index in range(SLICES)) <= 3
+    for number, own in enumerate(given):
+        alone, score = followed(memory, maps, own)
+        torch.testing.assert_close(logits[:, number], alone)
+        torch.testing.assert_close(presence[:, number], score)
 
 
 def test_blanking_and_binary_memory_are_choices(head):
     with torch.no_grad():
         maps = head.encode(volume())
     conditioning = {0: torch.full((128,), 0.7)}
-    plain, presence = Sam2Memory(head).propagate(maps, conditioning)
-    binary, _ = Sam2Memory(head, binarize=True).propagate(maps, conditioning)
+    plain, presence = followed(Sam2Memory(head), maps, conditioning)
+    binary, _ = followed(Sam2Memory(head, binarize=True), maps, conditioning)
     assert torch.equal(plain[0], binary[0])
     assert not torch.allclose(plain[1], binary[1], atol=1e-6, rtol=0)
     assert (plain > ABSENT_LOGIT).all()
-    blanked, score = Sam2Memory(head, blank_absent=True).propagate(maps, conditioning)
+    blanked, score = followed(Sam2Memory(head, blank_absent=True), maps, conditioning)
     absent = score <= 0
     assert (blanked[absent] == ABSENT_LOGIT).all()
     assert (blanked[~absent] > ABSENT_LOGIT).all()
@@ -143,7 +171,7 @@ def test_memory_adapts_to_the_grid_of_the_slices(head):
     """Rotary positions of 16 x 16 cells, where the config says 64 x 64."""
     with torch.no_grad():
         maps = head.encode(torch.randn(3, 3, 256, 256))
-    logits, _ = Sam2Memory(head).propagate(maps, {1: torch.randn(128)})
+    logits, _ = followed(Sam2Memory(head), maps, {1: torch.randn(128)})
     assert logits.shape == (3, 64, 64)
     assert logits.isfinite().all()
 
@@ -164,9 +192,9 @@ def test_faulty_calls_are_refused(head):
         maps = head.encode(volume()[:2])
     memory = Sam2Memory(head)
     with pytest.raises(ValueError, match="no conditioning slice"):
-        memory.propagate(maps, {})
+        followed(memory, maps, {})
     with pytest.raises(ValueError, match="slice 2 of a volume of 2"):
-        memory.propagate(maps, {2: torch.ones(128)})
+        followed(memory, maps, {2: torch.ones(128)})
     with pytest.raises(ValueError, match=r"expected a prompt \(128,\) or logits \(32, 32\)"):
-        memory.propagate(maps, {0: torch.ones(8, 8)})
+        followed(memory, maps, {0: torch.ones(8, 8)})
     assert TINY_MEMORY["num_maskmem"] < SLICES

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from medm.errors import MediaError, RecipeError
-from medm.heads.sam2_memory import Sam2Memory
 from medm.imaging import load_pixels, prepare
 from medm.imaging.volumes import read_volume
 from medm.inference.generator import Engine, Request
@@ -378,9 +377,12 @@ def test_targets_are_followed_by_memory(
     pixels = torch.from_numpy(np.stack([each.pixels for each in prepared]))
     with torch.no_grad():
         maps = model.masks.head.encode(pixels)
-        memory = Sam2Memory(model.masks.head)
-        logits, _ = memory.propagate(maps, {0: prompts[1], 1: prompts[1]})
-    whole = torch.nn.functional.interpolate(logits[:, None], (12, 10), mode="bilinear")[:, 0]
+        logits, _ = model.masks.head.memory().propagate(
+            lambda index: tuple(level[index : index + 1] for level in maps),
+            6,
+            [{0: prompts[1], 1: prompts[1]}],
+        )
+    whole = torch.nn.functional.interpolate(logits, (12, 10), mode="bilinear")[:, 0]
     expected = stack.placement.to_source(whole.sigmoid().numpy())
     assert found.masks[1].probabilities is not None
     np.testing.assert_allclose(found.masks[1].probabilities, expected, atol=1e-4)
@@ -393,7 +395,7 @@ def test_targets_are_followed_by_memory(
     by_score = own.model_copy(update={"slice_choice": "score"})
     (scored,) = Segmenter(Engine(model, processor), by_score).segment([one])
     assert scored.masks[0].mask.shape == (6, 12, 10)
-    with pytest.raises(RecipeError, match="needs the head sam2"):
+    with pytest.raises(RecipeError, match="PlainHead has no memory"):
         Segmenter(Engine(*grounded), own)
 
 

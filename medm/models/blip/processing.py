@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from medm.errors import DataError, RecipeError
+from medm.errors import RecipeError
 from medm.imaging import Preprocess, load_pixels, preprocess_from_dict
 from medm.imaging.options import changed
 from medm.models.blip.options import BlipOptions
 from medm.models.dual_encoder.processing import DualInputs
 from medm.models.lvlm.messages import flatten
+from medm.models.text_inputs import list_texts, pad_texts
 from medm.types import IGNORE_INDEX, EncodedText, Triplet
 
 DECODER_TOKEN, ENCODER_TOKEN = "[DEC]", "[ENC]"
@@ -88,19 +89,8 @@ class MedmBlipProcessor(ProcessorMixin):
         Raises:
             DataError: no texts, or something that is no text.
         """
-        rows = [texts] if isinstance(texts, str) else list(texts)
-        if wrong := [row for row in rows if not isinstance(row, str)]:
-            raise DataError(f"expected texts, found {type(wrong[0]).__name__}")
-        if not rows:
-            raise DataError("expected one or more texts, found none")
-        ids = [self.encode_target(row, "").input_ids for row in rows]
-        width = max(map(len, ids))
-        return {
-            "input_ids": torch.tensor([row + [self.pad_id] * (width - len(row)) for row in ids]),
-            "attention_mask": torch.tensor(
-                [[1] * len(row) + [0] * (width - len(row)) for row in ids]
-            ),
-        }
+        ids = [self.encode_target(row, "").input_ids for row in list_texts(texts)]
+        return pad_texts(ids, self.pad_id)
 
     def encode_prompt(self, prompt: str | None = None) -> torch.Tensor:
         """Return the tokens (1, P) that a generated text begins with.

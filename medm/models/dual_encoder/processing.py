@@ -17,6 +17,7 @@ from medm.imaging import Preprocess, load_pixels, preprocess_from_dict
 from medm.imaging.options import changed
 from medm.models.dual_encoder.options import DualEncoderOptions
 from medm.models.lvlm.messages import flatten
+from medm.models.text_inputs import list_texts, pad_texts
 
 
 class DualInputs(BatchFeature):
@@ -71,21 +72,11 @@ class DualEncoderProcessor(ProcessorMixin):
         Raises:
             DataError: no texts, or something that is no text.
         """
-        rows = [texts] if isinstance(texts, str) else list(texts)
-        if wrong := [row for row in rows if not isinstance(row, str)]:
-            raise DataError(f"expected texts, found {type(wrong[0]).__name__}")
-        if not rows:
-            raise DataError("expected one or more texts, found none")
-        encoded: BatchEncoding = self.tokenizer(rows, truncation=True, max_length=self.max_length)
-        ids = encoded["input_ids"]
-        # Filled up here: not every tokenizer of a text encoder names a padding token.
-        width = self.max_length if self.pad_to_max_length else max(1, *map(len, ids))
-        return {
-            "input_ids": torch.tensor([row + [self.pad_id] * (width - len(row)) for row in ids]),
-            "attention_mask": torch.tensor(
-                [[1] * len(row) + [0] * (width - len(row)) for row in ids]
-            ),
-        }
+        encoded: BatchEncoding = self.tokenizer(
+            list_texts(texts), truncation=True, max_length=self.max_length
+        )
+        width = self.max_length if self.pad_to_max_length else 1
+        return pad_texts(encoded["input_ids"], self.pad_id, width)
 
     def load_pixels(self, item: object) -> np.ndarray:
         """Return the preprocessed pixels (C, *spatial) of a path, an image or an array."""
