@@ -19,7 +19,7 @@ PACKAGE = ROOT / "medm"
 LAYERS: list[set[str]] = [
     {
         "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed", "files",
-        "transformers_hook",
+        "transformers_hook", "environment",
     },
     {"encoders", "text_encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
     {"models", "data"},
@@ -54,6 +54,7 @@ TORCH_FREE_MODULES = (
     "types",
     "stopping",
     "children",
+    "environment",
     "launcher",
     "files",
     "cli",

@@ -12,7 +12,19 @@ import typer
 from typer.core import TyperGroup
 
 from medm import __version__
-from medm.cli import catalogue, chat, data, embed, evaluate, infer, launch, models, pages, train
+from medm.cli import (
+    catalogue,
+    chat,
+    data,
+    doctor,
+    embed,
+    evaluate,
+    infer,
+    launch,
+    models,
+    pages,
+    train,
+)
 from medm.cli.console import out, start_logging
 from medm.cli.option_flags import add_option_command
 from medm.cli.running import LAUNCHER
@@ -90,4 +102,5 @@ add_option_command(app, "embed", embed.embed, embed.flags)
 app.command("estimate", context_settings={"ignore_unknown_options": True})(models.estimate)
 app.command("export")(models.export)
 app.command("import")(models.import_)
+app.command("doctor")(doctor.doctor)
 app.command("reference", hidden=True)(pages.reference)

@@ -62,6 +62,7 @@ CASES: list[tuple[str, list[str]]] = [
                    "--heatmap", "maps"]),
     ("embed", ["docs/examples_media", "--model", "dual", "--output", "vectors.npz"]),
     ("estimate", ["second.yaml"]),
+    ("doctor", ["--json"]),
     ("export", ["merged", "--model", "model", "--format", "merged", "--max-new-tokens", "2"]),
     ("import", ["siglip", "imported", "--kind", "siglip"]),
 ]  # fmt: skip
