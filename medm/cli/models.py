@@ -131,6 +131,12 @@ def estimate(
             min=2, help="Tokens of a sample, vision tokens included; data.max_length without it."
         ),
     ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="GB", help="Print the largest micro-batch that fits a GPU of this size."
+        ),
+    ] = None,
 ) -> None:
     """Print what a recipe costs in parameters, vision tokens and memory.
 
@@ -145,7 +151,11 @@ def estimate(
     from medm.training.parts import apply_parts
     from medm.training.recipe import load_recipe
 
-    refuse_options("estimate", [recipe, *(overrides or [])], known=["--gpus", "--help"])
+    refuse_options(
+        "estimate",
+        [recipe, *(overrides or [])],
+        known=["--gpus", "--gpu-memory", "--length", "--help"],
+    )
     read = load_recipe(find(recipe), overrides or [])
     # On the meta device there is nothing to quantise; the sizes are counted all the same.
     parts = {
@@ -161,6 +171,7 @@ def estimate(
         init_from=read.init_from,
         rows=read.train.per_device_train_batch_size,
         length=length or read.data.max_length,
+        gpu_memory=gpu_memory,
     )
     _print_parts(result)
     out.print()
@@ -187,6 +198,34 @@ def estimate(
         for m in result.memory
     ]
     rows(lines, header=["", "weights", "gradients", "optimizer", "activations", "sum", "fits in"])
+    if gpu_memory is not None:
+        batch = read.train.per_device_train_batch_size * read.train.gradient_accumulation_steps
+        _print_micro_batches(result, gpu_memory, batch)
+
+
+def _print_micro_batches(result: Estimate, size: float, batch: int) -> None:
+    """Print the largest micro-batch by stage, and the keys that keep the recipe's batch.
+
+    Args:
+        result: of the recipe.
+        size: GB of the GPU.
+        batch: samples of an optimizer step on one GPU.
+    """
+    out.print(f"\nlargest micro-batch on {size:g} GB, for {batch} samples of a step and GPU")
+    if not result.micro_batches:
+        out.print(f"not known ({result.unknown})", markup=False)
+        return
+    lines = []
+    for stage, most in result.micro_batches.items():
+        rows_of = max((count for count in range(1, most + 1) if batch % count == 0), default=0)
+        keys = (
+            f"train.per_device_train_batch_size={rows_of} "
+            f"train.gradient_accumulation_steps={batch // rows_of}"
+            if rows_of
+            else "one sample does not fit"
+        )
+        lines.append((stage, str(most), keys))
+    rows(lines, header=["", "largest", "set"])
 
 
 def _print_parts(result: Estimate) -> None:

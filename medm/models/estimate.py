@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ columns round to 0."""
 
 _GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 """Memory of usual GPUs in GB, which makers count as GiB."""
+_MOST_ROWS = 1024
+"""Largest micro-batch that is looked for."""
 _CUDA_BYTES = 1.5 * 2**30
 """For CUDA's context, the libraries' workspaces and unused parts of blocks."""
 
@@ -74,9 +77,13 @@ class Memory:
         """All of it."""
         return self.weights + self.gradients + self.optimiser + self.activations
 
+    def fits(self, size: float) -> bool:
+        """Return whether a GPU of this many GB holds it beside CUDA's own memory."""
+        return self.total + _CUDA_BYTES <= size * 2**30
+
     def fits_in(self) -> str:
         """The smallest usual GPU that holds it beside CUDA's own memory."""
-        size = next((size for size in _GPUS if self.total + _CUDA_BYTES <= size * 2**30), None)
+        size = next((size for size in _GPUS if self.fits(size)), None)
         return f"more than {_GPUS[-1]} GB" if size is None else f"{size} GB"
 
 
@@ -96,6 +103,9 @@ class Estimate:
     """Why they are not known."""
     items: dict[str, int] = field(default_factory=dict)
     """Per branch the most items of one image or volume: its tiles and the thumbnail, or 1."""
+    micro_batches: dict[str, int] = field(default_factory=dict)
+    """By ZeRO stage the most rows of a forward pass that fit the GPU that was asked about, 0 where
+    one does not; empty where no GPU was."""
 
     @property
     def parameters(self) -> int:
@@ -119,6 +129,7 @@ def estimate(
     init_from: str | None = None,
     rows: int = 1,
     length: int | None = None,
+    gpu_memory: float | None = None,
 ) -> Estimate:
     """Sizes of the model that a recipe's `model` section describes.
 
@@ -134,6 +145,7 @@ def estimate(
         rows: samples of a forward pass on one GPU, each with one image or volume of every branch,
             which has the most tiles that it can have, and one mask for a mask head.
         length: tokens of each, vision tokens included; without it no activations are counted.
+        gpu_memory: GB of a GPU, for which the largest micro-batch is searched.
 
     Raises:
         CheckpointError: a published config or tokenizer is neither in a local folder nor in the
@@ -160,25 +172,37 @@ def estimate(
     }
     tokens = {name: branch.num_tokens * items[name] for name, branch in branches.items()}
     states = [memory(parts, stage, half=half, optimiser=optimiser, gpus=gpus) for stage in STAGES]
-    step, kept, unknown = None, 0.0, "no length is given"
-    if length is not None:
-        step = Step(
-            rows,
-            length,
-            max(length - sum(tokens.values()), 1),
-            {name: rows * count for name, count in items.items()},
-            masks=rows,
-        )
-        try:
-            kept = activations(model, step, half=half)
-        except ValueError as error:
-            step, unknown = None, str(error)
-    if step is not None:
-        copies = cast_copies(parts) if half else 0.0
-        states = [
+    copies = cast_copies(parts) if half else 0.0
+    step, unknown = None, "no length is given"
+
+    def step_of(rows: int, length: int) -> Step:
+        learned = max(length - sum(tokens.values()), 1)
+        seen = {name: rows * count for name, count in items.items()}
+        return Step(rows, length, learned, seen, masks=rows)
+
+    def with_activations(step: Step) -> list[Memory]:
+        kept = activations(model, step, half=half)
+        return [
             replace(one, activations=kept + (copies if one.stage == "zero0" else 0.0))
             for one in states
         ]
+
+    largest: dict[str, int] = {}
+    if length is not None:
+        step = step_of(rows, length)
+        try:
+            counted = with_activations(step)
+        except ValueError as error:
+            step, unknown = None, str(error)
+        else:
+            if gpu_memory is not None:
+                measured = cache(lambda count: with_activations(step_of(count, length)))
+                for place, stage in enumerate(STAGES):
+                    largest[stage] = largest_count(
+                        lambda count, place=place: measured(count)[place].fits(gpu_memory),
+                        _MOST_ROWS,
+                    )
+            states = counted
     return Estimate(
         parts=parts,
         tokens=tokens,
@@ -187,7 +211,22 @@ def estimate(
         step=step,
         unknown="" if step else unknown,
         items=items,
+        micro_batches=largest,
     )
+
+
+def largest_count(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest count up to `most` that fits, 0 for none; more never fits where less does
+    not.
+    """
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def skeleton(options: ModelOptions, *, init_from: str | None = None) -> MedmModel:

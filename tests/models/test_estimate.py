@@ -11,7 +11,15 @@ import yaml
 from medm.config import validate
 from medm.errors import CheckpointError
 from medm.models import build
-from medm.models.estimate import Memory, PartSize, cast_copies, estimate, memory
+from medm.models.estimate import (
+    Estimate,
+    Memory,
+    PartSize,
+    cast_copies,
+    estimate,
+    largest_count,
+    memory,
+)
 from medm.models.lvlm.options import LVLMOptions
 from medm.training.options import PartOptions, TrainOptions
 from medm.training.parts import apply_parts
@@ -144,6 +152,37 @@ def test_the_smallest_gpu_that_holds_it(total: float, gpu: str) -> None:
     assert Memory("zero0", total * 2**30 - 300, 100, 100, 100).fits_in() == gpu
 
 
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 100, 1024])
+def test_the_largest_count_is_found_with_few_questions(most: int) -> None:
+    asked: list[int] = []
+
+    def fits(count: int) -> bool:
+        asked.append(count)
+        return count <= most
+
+    assert largest_count(fits, 1024) == most
+    assert len(asked) <= 22
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not(llm: Path) -> None:
+    def of(rows: int, gpu_memory: float | None = None) -> Estimate:
+        return estimate(
+            options_of(llm),
+            choose=chooser(llm=LORA),
+            rows=rows,
+            length=32,
+            gpu_memory=gpu_memory,
+        )
+
+    size = (of(5).memory[0].total + 1.5 * 2**30) / 2**30  # GB that five rows fill
+    rows = of(1, gpu_memory=size).micro_batches["zero0"]
+    assert rows == 5
+    assert of(rows).memory[0].fits(size)
+    assert not of(rows + 1).memory[0].fits(size)
+    assert of(1, gpu_memory=1.0).micro_batches["zero0"] == 0
+    assert of(1).micro_batches == {}
+
+
 def test_autocast_keeps_copies_of_float32_weights() -> None:
     parts = [
         PartSize("a", 1000, 1000, 0, 0, 0),
@@ -186,3 +225,24 @@ def test_the_command(llm: Path, tmp_path: Path) -> None:
         in medm("estimate", str(recipe), "data.max_length=null").out
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_which_micro_batch_keeps_the_batch(llm: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    section = {
+        "model": lvlm_section(llm),
+        "data": {"train": [{"path": "none.json"}]},
+        "parts": {"llm": {"tune": "lora", "r": 4}},
+        "train": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+        "output_dir": "out",
+    }
+    recipe.write_text(yaml.safe_dump(section))
+    done = medm("estimate", str(recipe), "--length", "32", "--gpu-memory", "24")
+    assert done.code == 0, done.err
+    assert "largest micro-batch on 24 GB, for 12 samples of a step and GPU" in done.out
+    line = next(
+        line for line in done.out.splitlines() if line.startswith("zero2") and "train.per" in line
+    )
+    assert line.endswith("train.per_device_train_batch_size=12 train.gradient_accumulation_steps=1")
+    small = medm("estimate", str(recipe), "--length", "32", "--gpu-memory", "1")
+    assert "one sample does not fit" in small.out
