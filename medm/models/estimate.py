@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -197,11 +197,13 @@ def estimate(
         else:
             if gpu_memory is not None:
                 measured = cache(lambda count: with_activations(step_of(count, length)))
+
+                def fits(size: float, place: int, count: int) -> bool:
+                    return measured(count)[place].fits(size)
+
                 for place, stage in enumerate(STAGES):
-                    largest[stage] = largest_count(
-                        lambda count, place=place: measured(count)[place].fits(gpu_memory),
-                        _MOST_ROWS,
-                    )
+                    holds = partial(fits, gpu_memory, place)
+                    largest[stage] = largest_count(holds, _MOST_ROWS)
             states = counted
     return Estimate(
         parts=parts,
