@@ -7,6 +7,7 @@
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
 # make format       ruff's fixes and formatting
 # make docs         the generated pages of docs/
+# make site         the documentation as a site, with search, in site/
 # make golden       the resolved recipes that tests/test_golden_recipes.py compares with
 # make env          the environment alone
 #
@@ -37,7 +38,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions/$(VERSIONS)
 
-.PHONY: help env quickstart quickstart-3d quickstart-clip quickstart-seg uni-med-demo test check lint types layers format docs golden lock clean
+.PHONY: help env quickstart quickstart-3d quickstart-clip quickstart-seg uni-med-demo test check lint types layers format docs site golden lock clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -108,8 +109,12 @@ docs: env
 	$(BIN)/medm reference recipes docs/recipe-reference.md
 	$(BIN)/medm reference commands docs/cli.md
 
+site: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html: $(BIN)/mkdocs serve shows it at http://127.0.0.1:8000"
+
 golden: env
 	$(BIN)/python -m tests.test_golden_recipes
 
 clean:
-	rm -rf build dist *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache
