@@ -19,7 +19,7 @@ PACKAGE = ROOT / "medm"
 LAYERS: list[set[str]] = [
     {
         "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed", "files",
-        "transformers_hook",
+        "slurm", "transformers_hook",
     },
     {"encoders", "text_encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
     {"models", "data"},
@@ -56,6 +56,7 @@ TORCH_FREE_MODULES = (
     "children",
     "launcher",
     "files",
+    "slurm",
     "cli",
 )
 HEAVY = ("torch", "transformers", "deepspeed", "monai", "peft", "SimpleITK")
