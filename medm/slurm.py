@@ -176,7 +176,7 @@ def _settings(job: SlurmJob) -> list[str]:
         f"OUTPUT={shlex.quote(str(job.output_dir))}  # checkpoints are in it",
         f"SAVE_SECONDS={job.save_seconds}  # between the early signal and the time limit",
         f"MAX_STARTS={job.max_starts}  # from one checkpoint; then the job gives up",
-        f"CHAINED={'yes' if job.chained else ''}  # of jobs that run one after another, not requeued",
+        f"CHAINED={'yes' if job.chained else ''}  # one of several jobs in a row, not requeued",
         f"RESUME={'yes' if job.resume else ''}  # also at the first start",
         "PREFIX=()  # of the command of each rank, such as (apptainer exec --nv medm.sif)",
         "",
@@ -236,7 +236,8 @@ remember() {  # the outcome of this start: running, stopped, finished or failed
   mv "$STATE.tmp" "$STATE"
 }
 
-# Starts from the same checkpoint are counted, also those after a failure of a node, which Slurm requeues.
+# Starts from the same checkpoint are counted, also those after the failure of a node, when Slurm
+# itself requeues the job.
 step=$(newest_step) starts=1 job="" before="" count=0 outcome=""
 if [ -e "$STATE" ]; then read -r job before count outcome <"$STATE" || true; fi
 if [ -n "$job" ] && [ "$outcome" != finished ]; then RESUME=yes; fi
@@ -249,8 +250,8 @@ if [ "$job" = "$JOB" ]; then
 fi
 if [ "$starts" -gt "$MAX_STARTS" ]; then
   remember failed
-  echo "gave up: $MAX_STARTS starts from step $step brought no newer checkpoint; raise --time, lower" \
-    "train.save_steps or raise --save-seconds, and submit again" >&2
+  echo "gave up: $MAX_STARTS starts from step $step brought no newer checkpoint; raise --time or" \
+    "--save-seconds, or lower train.save_steps, and submit again" >&2
   exit 1
 fi
 remember running
@@ -265,7 +266,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
 # 75 (stopped with a checkpoint) becomes 0 and a file: --kill-on-bad-exit would kill the ranks that
 # still write. An error behind another rank's stop is a lost neighbor, not a failure.
 RANK_SCRIPT=$(cat <<'END'
-export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID GROUP_RANK=$SLURM_NODEID WORLD_SIZE=$SLURM_NTASKS
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID GROUP_RANK=$SLURM_NODEID
+export WORLD_SIZE=$SLURM_NTASKS
 setsid "$@" & run=$!  # a process group of its own
 trap 'kill -TERM -- -$run 2>/dev/null' TERM INT
 until wait "$run"; ! kill -0 "$run" 2>/dev/null; do :; done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -277,7 +276,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
         assert words in done.err, done.err
     before = medm("launch", "--nodes", "2", "slurm", known)
     assert before.code == 2 and "stand behind it" in before.err
-    assert os.listdir(tmp_path) == ["own.sh"]
+    assert [file.name for file in tmp_path.iterdir()] == ["own.sh"]
 
 
 def test_time_limits() -> None:
