@@ -58,6 +58,29 @@ def atomic_write_text(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
+def atomic_create_text(file: Path, text: str) -> bool:
+    """Write a complete file if there is none of its name. Return False if there is one.
+
+    Of several processes that call it at once, on whatever machines, one writes.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    temporary = _temporary(file)
+    with naming(file, temporary=temporary):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(to_bytes(text))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.link(temporary, file)  # unlike a rename, it fails where the name is taken
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
 def to_bytes(text: str) -> bytes:
     """Return JSON text as UTF-8, with half of a surrogate pair as its JSON escape."""
     return text.encode("utf-8", errors="backslashreplace")

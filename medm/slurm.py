@@ -215,7 +215,6 @@ def _rank_start(job: SlurmJob) -> list[str]:
 
 
 _BODY = r"""# From here on the script is the same for every job.
-set -u
 LOGS="$OUTPUT/slurm" STATE="$OUTPUT/slurm/state"
 JOB=${1:-$SLURM_JOB_ID}  # of a chain: its first job
 STOPPED="$LOGS/$SLURM_JOB_ID.stopped"

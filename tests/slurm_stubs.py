@@ -103,7 +103,7 @@ class Cluster:
             stderr=subprocess.PIPE,
             text=True,
         )
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while stop is not None and not (
             self.step.exists() and stop.exists() and stop.stat().st_size > size
         ):
@@ -111,7 +111,7 @@ class Cluster:
             time.sleep(0.02)
         if stop is not None:
             os.kill(int(self.step.read_text()), signal.SIGUSR1)
-        out, err = run.communicate(timeout=120)
+        out, err = run.communicate(timeout=300)
         return subprocess.CompletedProcess(run.args, run.returncode, out, err)
 
     def told(self, run: subprocess.Popen[str]) -> str:

@@ -56,12 +56,15 @@ def parse_shard(text: str) -> Shard:
     return shard
 
 
-def all_shards(files: Iterable[Path], *, target: Path) -> list[Shard]:
+def all_shards(
+    files: Iterable[Path], *, target: Path, names: Iterable[str] | None = None
+) -> list[Shard]:
     """Return the shards of a complete set, in order.
 
     Args:
         files: one of each shard, named by its label.
         target: that is merged from them, for messages.
+        names: of all samples, where a shard that owns none writes no file. It is left out.
 
     Raises:
         RecipeError: there are none, some are missing, or there are those of several sets.
@@ -82,6 +85,9 @@ def all_shards(files: Iterable[Path], *, target: Path) -> list[Shard]:
             f"set (*shard-*-of-{counts[0]}*, or *shard-*-of-{counts[1]}*)"
         )
     wanted = [Shard(index, counts[0]) for index in range(counts[0])]
+    if names is not None:
+        known = list(names)
+        wanted = [shard for shard in wanted if shard in found or any(map(shard.owns, known))]
     if missing := sorted(set(wanted) - set(found)):
         listed = ", ".join(str(shard) for shard in missing[:10])
         more = ", ..." if len(missing) > 10 else ""

@@ -46,7 +46,7 @@ from medm.inference.batches import (
     shard_indices,
 )
 from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
-from medm.inference.folder_records import write_folder_records
+from medm.inference.folder_records import Existing, write_folder_records
 from medm.inference.generator import Reply, load_engine, pick_device
 from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, require_format
 from medm.inference.options import EmbedOptions, InferOptions
@@ -338,14 +338,11 @@ def with_records(options: OptionsT) -> OptionsT:
         return options
     output = Path(options.output)
     data = output.with_name(f"{output.name}.records.jsonl")
-    processor = load_processor(options.model)
-    write_folder_records(
-        data,
-        Path(options.folder),
-        str(options.prompt),
-        processor.preprocess,
-        overwrite=options.overwrite,
-    )
+    kinds = load_processor(options.model).preprocess
+    existing: Existing = "replace" if options.overwrite else "extend"
+    if options.merge or options.own_shard is not None:  # tasks on several machines read one list
+        existing = "keep"
+    write_folder_records(data, Path(options.folder), str(options.prompt), kinds, existing=existing)
     return options.model_copy(update={"data": str(data), "root": options.folder})
 
 

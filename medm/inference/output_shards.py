@@ -58,8 +58,8 @@ def merged_lines(
     """
     pattern = f"{glob.escape(output.name)}.shard-*-of-*"
     files = [file for file in output.parent.glob(pattern) if file.name.rpartition("-")[2].isdigit()]
-    shards = all_shards(files, target=output)
     names = [owner_name(records, index) for index in range(len(records))]
+    shards = all_shards(files, target=output, names=names)
     merged: dict[int, ResultLine] = {}
     for shard in shards:
         results = Results(output.with_name(f"{output.name}.{shard.label}"), settings)

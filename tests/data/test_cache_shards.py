@@ -134,9 +134,7 @@ def test_added_records_keep_their_owners_and_are_asked_for(
     shard(opened, folder, owner, 3)
     assert merge_shards(opened, PREPROCESS, folder).entries == 10
     after = {file.name: file.read_text() for file in (folder / "shards").iterdir()}
-    assert {file for file in before if before[file] != after[file]} == {
-        f"shard-{owner}-of-3.jsonl"
-    }
+    assert {file for file in before if before[file] != after[file]} == {f"shard-{owner}-of-3.jsonl"}
 
 
 def test_other_settings_lost_entries_and_two_sets_are_refused(

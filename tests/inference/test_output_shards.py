@@ -89,6 +89,26 @@ def test_shards_that_were_killed_and_merged_are_one_run_byte_for_byte(
     assert parts.read_bytes() == whole.read_bytes()
 
 
+def test_the_tasks_of_a_folder_have_one_list_of_files(model: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "images", tmp_path / "out.jsonl"
+    for n in range(4):
+        save_image(folder / f"{n}.png", n)
+    given: dict[str, Any] = {"folder": str(folder), "prompt": "What?", "generation": REPLY}
+    given |= {"model": str(model), "output": str(output), "device": "cpu", "workers": 0}
+
+    def run_folder(**more: Any) -> InferSummary:
+        summary = infer(InferOptions(**given | more))
+        assert summary is not None
+        return summary
+
+    first = run_folder(shard="0/2")
+    save_image(folder / "00.png", 9)  # sorted before the others: positions would shift
+    second = run_folder(shard="1/2", overwrite=True)
+    assert first.records + second.records == 4
+    assert run_folder(merge=True).answered == 4
+    assert [line["id"] for line in read_output(output)] == [f"{n}.png" for n in range(4)]
+
+
 def test_only_failed_tries_nothing_new(model: Path, tmp_path: Path) -> None:
     data = write_records(tmp_path, questions(tmp_path, 4))
     summary = run(model, data, tmp_path / "out.jsonl", shard="0/1", only_failed=True)
