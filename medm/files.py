@@ -2,7 +2,8 @@
 
 A file or folder is written under a temporary name in the same folder and renamed when it is
 complete. A kill at any moment leaves either the old content or the new one. Locks are those of the
-operating system, which releases the locks of a killed process.
+operating system, which releases the locks of a killed process. `MEDM_LOCKS=off` in the environment
+switches them off, for shared file systems that have none: complete files still appear by rename.
 """
 
 from __future__ import annotations
@@ -55,6 +56,29 @@ def atomic_write_text(file: Path, text: str) -> None:
         while left:
             left = left[stream.write(left) or 0 :]
         os.fsync(stream.fileno())
+
+
+def atomic_create_text(file: Path, text: str) -> bool:
+    """Write a complete file if there is none of its name. Return False if there is one.
+
+    Of several processes that call it at once, on whatever machines, one writes.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    temporary = _temporary(file)
+    with naming(file, temporary=temporary):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(to_bytes(text))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.link(temporary, file)  # unlike a rename, it fails where the name is taken
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
 
 
 def to_bytes(text: str) -> bytes:
@@ -154,6 +178,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _locks_off() -> bool:
+    return os.environ.get("MEDM_LOCKS") == "off"
+
+
 def lock(stream: IO[str] | IO[bytes], *, shared: bool = False) -> None:
     """Lock an open file until it is closed, without waiting.
 
@@ -165,6 +193,8 @@ def lock(stream: IO[str] | IO[bytes], *, shared: bool = False) -> None:
         LockedError: another process holds it.
         OSError: this file system cannot lock.
     """
+    if _locks_off():
+        return
     try:
         fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -173,6 +203,8 @@ def lock(stream: IO[str] | IO[bytes], *, shared: bool = False) -> None:
 
 def wait_for_lock(stream: IO[str] | IO[bytes]) -> None:
     """Wait for the lock of an open file, and hold it until the file is closed."""
+    if _locks_off():
+        return
     fcntl.flock(stream, fcntl.LOCK_EX)
 
 

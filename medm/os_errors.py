@@ -19,6 +19,10 @@ _SHARE = f"the disk or network share does not answer; check that it is mounted, 
 _PERMISSION = "check the owner and the permissions, or choose another path"
 _OPEN_FILES = f"too many files are open; raise the limit (ulimit -n) or use fewer workers, {_AGAIN}"
 
+_LOCKS = (
+    "choose a folder on another one, or set MEDM_LOCKS=off and start one run at a time in a folder"
+)
+
 _ADVICE: dict[int, str] = {
     errno.ENOSPC: f"make room on the disk, {_AGAIN}",
     errno.EDQUOT: f"the disk quota is used up; make room, {_AGAIN}",
@@ -39,10 +43,8 @@ _ADVICE: dict[int, str] = {
     errno.EMFILE: _OPEN_FILES,
     errno.ENFILE: _OPEN_FILES,
     errno.ENOMEM: "not enough memory; use smaller batches or fewer processes",
-    errno.ENOLCK: "this file system cannot lock files; choose a folder on another one",
-    errno.ENOSYS: (
-        "this file system cannot do that (lock files, perhaps); choose a folder on another one"
-    ),
+    errno.ENOLCK: f"this file system cannot lock files; {_LOCKS}",
+    errno.ENOSYS: f"this file system cannot do that (lock files, perhaps); {_LOCKS}",
     errno.ENOTSUP: "this file system does not support it; choose a folder on another one",
     errno.EIO: _SHARE,
     errno.ESTALE: _SHARE,

@@ -10,6 +10,7 @@ import pytest
 from medm import files
 from medm.files import (
     LockedError,
+    atomic_create_text,
     atomic_directory,
     atomic_file,
     atomic_write_text,
@@ -167,3 +168,21 @@ def test_contents_move_with_the_last_names_last_and_a_second_call_moves_the_rest
     assert not source.exists()
     assert [(target / name).read_text() for name in "zma"] == ["new"] * 3
     assert contents(target / "inner") == {"x": "new"}
+
+
+def test_one_of_several_writers_creates_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    assert atomic_create_text(file, "first")
+    assert not atomic_create_text(file, "second")
+    assert [path.name for path in tmp_path.iterdir()] == ["list.txt"]
+    assert file.read_text() == "first"
+    with pytest.raises(OSError, match="nowhere") as caught:
+        atomic_create_text(tmp_path / "nowhere" / "x", "text")
+    assert caught.value.filename == str(tmp_path / "nowhere" / "x")
+
+
+def test_locks_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / ".lock"
+    monkeypatch.setenv("MEDM_LOCKS", "off")
+    with lock_file(file, target=tmp_path), lock_file(file, target=tmp_path):
+        assert file.exists()

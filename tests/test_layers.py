@@ -19,7 +19,7 @@ PACKAGE = ROOT / "medm"
 LAYERS: list[set[str]] = [
     {
         "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed", "files",
-        "transformers_hook", "environment",
+        "slurm", "transformers_hook", "environment",
     },
     {"encoders", "text_encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
     {"models", "data"},
@@ -57,6 +57,7 @@ TORCH_FREE_MODULES = (
     "environment",
     "launcher",
     "files",
+    "slurm",
     "cli",
 )
 HEAVY = ("torch", "transformers", "deepspeed", "monai", "peft", "SimpleITK")

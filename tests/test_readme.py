@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -214,29 +215,25 @@ def test_the_sets_of_unimed_clip_are_scored_by_one_launcher(checkout: Path, stub
         assert word in report
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False)])
-def test_a_job_of_slurm_is_queued_again_where_it_stopped_with_a_checkpoint(
-    status: int, requeued: bool, checkout: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_of_slurm_is_written_by_its_launcher(
+    checkout: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`srun` and `scontrol` of a cluster of two machines; this is the second of them."""
-    words = {
-        "medm": f'printf "%s " "$NODES" "$NODE_RANK" "$GPUS" "$MASTER_ADDR" "$@"; exit {status}',
-        "srun": 'SLURM_NODEID=1 exec "$@"',
-        "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "again: $*"; fi',
-    }
-    for name, text in words.items():
-        (stub.parent / name).write_text(f"#!/bin/sh\n{text}\n")
-        (stub.parent / name).chmod(0o755)
-    for name, value in {"JOB_NODELIST": "n[1-2]", "JOB_NUM_NODES": "2", "JOB_ID": "17"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    done = subprocess.run(
-        ["bash", "scripts/train/UniMed-CLIP/slurm.sh", "train.max_steps=3"],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == status
-    assert done.stdout.startswith("2 1 1 n1 launch train unimed-clip/vit-b16 "), done.stdout
-    assert "--resume train.max_steps=3" in done.stdout
-    assert ("again: requeue 17" in done.stdout) == requeued
+    """`tests/test_slurm.py` executes such a job."""
+    monkeypatch.setenv("NODES", "4")
+    monkeypatch.setenv("GPUS", "4")
+    line = "bash scripts/train/UniMed-CLIP/slurm.sh --partition=gpu train.max_steps=3"
+    words = words_of(line, checkout)
+    assert words[:3] == ["launch", "slurm", "unimed-clip/vit-b16"]
+    done = medm(*words)
+    assert done.code == 0, done.err
+    text = (checkout / "unimed-clip.sbatch").read_text()
+    for option in ("--nodes=4", "--gpus-per-node=4", "--time=1-24:00:00", "--partition=gpu"):
+        assert f"#SBATCH {option}\n" in text
+    (recipe,) = (line for line in text.splitlines() if line.startswith("RECIPE="))
+    name, *overrides = shlex.split(recipe.removeprefix("RECIPE=(").removesuffix(")"))
+    loaded = load_recipe(find(name), overrides)
+    assert (loaded.train.max_steps, loaded.output_dir) == (3, "work_dirs/unimed-clip/vit-b16")
+    assert loaded.model == load_recipe(find(name)).model
 
 
 def test_the_launchers_of_volumes_train(checkout: Path, stub: Path) -> None:

@@ -92,7 +92,9 @@ app.add_typer(data.app, name="data")
 # (`recipes.refuse_options`).
 app.command("train", context_settings={"ignore_unknown_options": True})(train.train)
 app.command(
-    LAUNCHER, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True}
+    LAUNCHER,
+    cls=launch.LaunchCommand,
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
 )(launch.launch)
 add_option_command(app, "infer", infer.infer, infer.flags)
 add_option_command(app, "eval", evaluate.evaluate, evaluate.flags)

@@ -164,16 +164,31 @@ def cache(
             "own."
         ),
     ] = "cpu",
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Only a part of the files, as i/N with i from 0: one task of a job array.",
+            metavar="i/N",
+        ),
+    ] = None,
+    only_failed: Annotated[
+        bool,
+        typer.Option("--only-failed", help="Only the files that this shard failed at before."),
+    ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="Write one manifest of the entries, after all shards; caches nothing."
+        ),
+    ] = False,
 ) -> None:
     """Fill the cache of a recipe (data.cache) before training.
 
     Every volume is read and resampled once.
 
     Started again, it resumes. The exit status is 1 when a file or record is bad; the others are
-    cached all the same.
+    cached all the same. Many machines: --shard in each task of a job array, then --merge.
     """
-    import os
-
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -183,11 +198,18 @@ def cache(
     )
 
     from medm.cli.console import err
-    from medm.data.cached import fill, loader
+    from medm.data.cache_shards import fill_shard
+    from medm.data.cached import fill, loader, media_cache
+    from medm.data.owners import parse_shard
     from medm.data.records import Records
     from medm.data.volume_cache import MediaCache
     from medm.errors import RecipeError
 
+    part = None if shard is None else parse_shard(shard)
+    if merge and part is not None:
+        raise typer.BadParameter("--merge takes no --shard: it is for the files of all shards")
+    if only_failed and part is None:
+        raise typer.BadParameter("--only-failed needs --shard, whose index lists what failed")
     read = _load(recipe, overrides or [])
     options = read.data.cache
     if options is None:
@@ -203,17 +225,22 @@ def cache(
         name: how for name, how in pipeline.preprocess.items() if how.kind in options.branches
     }
     sources = [Records([source], pipeline) for source in _sources([], None, read)]
+    if merge:
+        _merge_cache(sources, prepared, Path(options.dir))
+        return
     columns = (TextColumn("volumes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as bar:
         task = bar.add_task("volumes", total=None)
-        filled = fill(
-            sources,
-            prepared,
-            loader(options, device=device),
-            workers=(os.cpu_count() or 1) if workers is None else workers,
-            start=None if device == "cpu" else "spawn",
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        running: Any = {
+            "workers": _cores() if workers is None else workers,
+            "start": None if device == "cpu" else "spawn",
+            "progress": lambda done, total: bar.update(task, completed=done, total=total),
+        }
+        if part is None:
+            filled = fill(sources, prepared, loader(options, device=device), **running)
+        else:
+            stored = media_cache(options, device=device, evict=False)
+            filled = fill_shard(sources, prepared, stored, part, only_failed=only_failed, **running)
     for error in filled.bad:
         out.print(str(error), markup=False)
     for message in filled.warnings:
@@ -226,6 +253,34 @@ def cache(
         markup=False,
     )
     if filled.num_bad:
+        raise typer.Exit(1)
+
+
+def _cores() -> int:
+    """Return the cores that this process may use, which a batch system limits."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _merge_cache(sources: Sequence[Any], prepared: Mapping[str, Any], folder: Path) -> None:
+    """Write the manifest of a cache, and list what is not in it."""
+    from medm.data.cache_shards import FAILED, MANIFEST, merge_shards
+
+    merged = merge_shards(sources, prepared, folder)
+    for row in merged.failed[:LISTED]:
+        place = row["record"]
+        out.print(
+            f"{place['file']}: record {place['index']}: {row.get('path', '')} {row['error']}",
+            markup=False,
+        )
+    out.print(
+        f"{folder / MANIFEST}: {merged.entries} files, {merged.bytes / 1e9:.2f} GB, "
+        f"{len(merged.failed)} bad",
+        markup=False,
+    )
+    if merged.failed:
+        note(f"every bad one, with its reason: {folder / FAILED}")
         raise typer.Exit(1)
 
 

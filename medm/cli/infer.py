@@ -22,7 +22,7 @@ def infer(typed: Typed) -> None:
 
     A run that was stopped resumes with the same command, which also tries every record again that
     has no reply. The exit status is 1 while a record has no reply. Several GPUs: --processes, or
-    `medm launch infer`.
+    `medm launch infer`. Many machines: --shard in each task of a job array, then --merge.
     """
     from medm.config import validate
     from medm.errors import MedmError
@@ -46,14 +46,14 @@ def infer(typed: Typed) -> None:
     pace = ""
     if summary.new:
         pace = f"{summary.seconds:.1f} s, {summary.per_second:.2f} records/s, "
-    written = Path(options.json_output or options.output)
+    written = Path(options.json_output or options.lines_file)
     out.print(f"{pace}{summary.tokens} tokens  {written}", markup=False)
     note("Not for clinical use.")
     if summary.errors:
         raise MedmError(
             f"no reply to {summary.errors} of {summary.records} records; the 'error' of their "
-            f"lines in {options.output} says why. Replies are kept: correct the cause and run the "
-            "same command again, which tries these records again"
+            f"lines in {options.lines_file} says why. Replies are kept: correct the cause and run "
+            "the same command again, which tries these records again"
         )
 
 

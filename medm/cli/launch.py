@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from medm.cli import slurm
 from medm.cli.running import CONTINUED, LAUNCHER, command_of, plugins_first, run
 from medm.errors import RecipeError
 from medm.launcher import Launcher, Place
+
+
+class LaunchCommand(TyperCommand):
+    """The command, and those that write its launch for a batch system."""
+
+    @property
+    def commands(self) -> dict[str, Any]:
+        """Commands by the word that takes the place of train, infer, eval or embed."""
+        return {slurm.NAME: typer.main.get_command(slurm.app)}
 
 
 def launch(
@@ -19,7 +30,9 @@ def launch(
     command: Annotated[
         list[str],
         typer.Argument(
-            metavar="COMMAND...", help="train, infer, eval or embed, with its arguments."
+            metavar="COMMAND...",
+            help="train, infer, eval or embed, with its arguments; or slurm, which has a page of "
+            "its own: medm launch slurm --help.",
         ),
     ],
     processes: Annotated[
@@ -53,6 +66,17 @@ def launch(
     end, a checkpoint is written however long it takes, and the exit status is 75. An error is
     printed once and keeps its exit status. With one process the command runs in this one.
     """
+    if command[0] == slurm.NAME:
+        if any(
+            (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+            for name in ("processes", "nodes", "node_rank", "master_addr", "master_port")
+        ):
+            raise RecipeError(
+                f"medm {LAUNCHER}: options of '{slurm.NAME}' stand behind it: "
+                f"medm {LAUNCHER} {slurm.NAME} RECIPE --nodes N --gpus-per-node G"
+            )
+        _run_below(context, slurm.NAME, command[1:])
+        return
     arguments = [*(context.obj or []), *command]
     _check(arguments, context)
     if nodes > 1 and (node_rank is None or master_addr is None):
@@ -75,6 +99,15 @@ def launch(
         run(context.find_root().command, plugins_first(arguments))
         return
     raise typer.Exit(Launcher(arguments, place).run())
+
+
+def _run_below(context: typer.Context, name: str, words: list[str]) -> None:
+    """Run one of the commands below `launch`."""
+    command = context.command.commands[name]  # type: ignore[attr-defined]
+    context.meta[name] = list(words)
+    shown = f"{LAUNCHER} {name}"
+    with command.make_context(shown, list(words), parent=context.parent) as inner:
+        command.invoke(inner)
 
 
 def _check(arguments: list[str], context: typer.Context) -> None:

@@ -56,6 +56,11 @@ class MediaLoader:
         return self.cache, source
 
 
+def media_cache(options: CacheOptions, *, device: str = "cpu", evict: bool = True) -> MediaCache:
+    """Return the cache that a recipe names."""
+    return MediaCache(options.dir, round(options.max_gb * 1e9), device=device, evict=evict)
+
+
 def loader(options: CacheOptions | None, *, device: str = "cpu") -> MediaLoader:
     """Return the function that loads a file as a prepared array.
 
@@ -68,8 +73,7 @@ def loader(options: CacheOptions | None, *, device: str = "cpu") -> MediaLoader:
     """
     if options is None:
         return MediaLoader()
-    cache = MediaCache(options.dir, round(options.max_gb * 1e9), device=device)
-    return MediaLoader(cache, frozenset(options.branches))
+    return MediaLoader(media_cache(options, device=device), frozenset(options.branches))
 
 
 @dataclass(slots=True)
@@ -99,10 +103,12 @@ class FillReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class FilePlace:
     """A file, and where it is named first."""
 
     path: Path
+    name: str
+    """The path as the record has it."""
     view: str
     records: Records
     index: int
@@ -115,25 +121,32 @@ class _Place:
         return DataError(reason, file=self.records.files[source].path, index=position, field=field)
 
 
-class _FileDataset(Dataset[tuple["str | None", list[Notice]]]):
-    """Dataset that loads files in workers and returns the problems of each, not its pixels."""
+class _FileDataset(Dataset[tuple["str | None", list[Notice], Any]]):
+    """Dataset that loads files in workers and returns the problems of each, not its pixels.
+
+    With `results` it also returns what `load` returns.
+    """
 
     def __init__(
-        self, files: list[tuple[Path, Preprocess]], load: Callable[[Path, Any], np.ndarray]
+        self,
+        files: list[tuple[Path, Preprocess]],
+        load: Callable[[Path, Any], object],
+        *,
+        results: bool,
     ) -> None:
-        self.files, self.load = files, load
+        self.files, self.load, self.results = files, load, results
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[str | None, list[Notice]]:
-        reason = None
+    def __getitem__(self, index: int) -> tuple[str | None, list[Notice], Any]:
+        reason = result = None
         with collected() as notices:
             try:
-                self.load(*self.files[index])
+                result = self.load(*self.files[index])
             except DataError as error:
                 reason = error.reason
-        return reason, notices
+        return reason, notices, result if self.results else None
 
 
 def fill(
@@ -158,31 +171,67 @@ def fill(
         progress: called with (files done, files in all) after each.
     """
     report = FillReport()
-    places = list(_places(data, preprocess, report))
+    places = list(file_places(data, preprocess, report.note))
+    load_places(places, preprocess, load, report, workers=workers, start=start, progress=progress)
+    return report
+
+
+def load_places(
+    places: Sequence[FilePlace],
+    preprocess: Mapping[str, Preprocess],
+    load: Callable[[Path, Any], object],
+    report: FillReport,
+    *,
+    workers: int = 0,
+    start: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    keep: Callable[[FilePlace, str | None, Any], None] | None = None,
+) -> None:
+    """Load files once, and count them and their problems in a report.
+
+    Args:
+        places: the files.
+        preprocess: how the files of each view are prepared.
+        load: returns something small where `keep` takes it.
+        report: of the run.
+        workers: as of `fill`.
+        start: as of `fill`.
+        progress: as of `fill`.
+        keep: called with each file, the reason why it cannot be used, and the result of `load`.
+    """
     files = [(place.path, preprocess[place.view]) for place in places]
     # batch_size None: one file at a time and in order, so that a reason belongs to its place.
     loading = DataLoader(
-        _FileDataset(files, load),
+        _FileDataset(files, load, results=keep is not None),
         batch_size=None,
         num_workers=workers,
         multiprocessing_context=start if workers else None,
         worker_init_fn=ignore_stops,
     )
     with safe_path():
-        for place, (reason, notices) in zip(places, loading, strict=True):
+        for place, (reason, notices, result) in zip(places, loading, strict=True):
             report.files += 1
             report.warn(notices)
             if reason is not None:
                 report.note(place.error(reason))
+            if keep is not None:
+                keep(place, reason, result)
             if progress is not None:
                 progress(report.files, len(places))
-    return report
 
 
-def _places(
-    data: Sequence[Records], preprocess: Mapping[str, Preprocess], report: FillReport
-) -> Iterator[_Place]:
-    """Yield each file once, in the order of the records; count bad records."""
+def file_places(
+    data: Sequence[Records],
+    preprocess: Mapping[str, Preprocess],
+    note: Callable[[DataError], None],
+) -> Iterator[FilePlace]:
+    """Yield each file of some views once, in the order of the records.
+
+    Args:
+        data: the records.
+        preprocess: the views.
+        note: called with the error of each record that cannot be used.
+    """
     seen: set[tuple[str, Path]] = set()
     for records in data:
         for index in range(len(records)):
@@ -195,6 +244,7 @@ def _places(
                             path = records.media_path(index, media)
                             if (view, path) not in seen:
                                 seen.add((view, path))
-                                yield _Place(path, view, records, index, number)
+                                name = media.path or str(path)
+                                yield FilePlace(path, name, view, records, index, number)
             except DataError as error:
-                report.note(error)
+                note(error)

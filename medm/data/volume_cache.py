@@ -76,10 +76,14 @@ class MediaCache:
         folder: of the entries; created with the first entry.
         max_bytes: maximum bytes of all files in it, by any writer.
         device: of the preparation of volumes that are not stored.
+        evict: False keeps every entry, also of earlier runs, and stores no more when it is full.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int, *, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: str | Path, max_bytes: int, *, device: str = "cpu", evict: bool = True
+    ) -> None:
         self.folder, self.max_bytes, self.device = Path(folder), max_bytes, device
+        self.evict = evict
         self._started = time.time()
         self._verified: set[str] = set()
         self._blank: set[str] = set()
@@ -127,8 +131,7 @@ class MediaCache:
         content = self._content(path, before)
         if content is None:
             return self._prepare(path, preprocess)
-        key = f"{content}-{fingerprint(preprocess)}"
-        entry = self.folder / "arrays" / key[:2] / f"{key}.npy"
+        entry = self._entry(content, preprocess)
         stored = self._open(entry)
         if stored is not None and with_placement and not stored.placement:
             self._report_old()
@@ -147,6 +150,20 @@ class MediaCache:
         if entry.name in self._blank:
             self._blank_files.add(path)
         return prepared
+
+    def entry_file(self, path: Path, preprocess: Preprocess) -> Path | None:
+        """Return the entry of a file that was prepared before; None if it is not stored.
+
+        Raises:
+            MediaError: the file is missing.
+        """
+        content = self._content(path, identity(path))
+        entry = None if content is None else self._entry(content, preprocess)
+        return entry if entry is not None and entry.exists() else None
+
+    def _entry(self, content: str, preprocess: Preprocess) -> Path:
+        key = f"{content}-{fingerprint(preprocess)}"
+        return self.folder / "arrays" / key[:2] / f"{key}.npy"
 
     def _prepare(self, path: Path, preprocess: Preprocess) -> Prepared:
         return prepare(path, preprocess, device=self.device)
@@ -282,7 +299,7 @@ class MediaCache:
             text = ledger.read(32)
             used = int(text) if text.isdigit() else self.size()[1]
             if used + size > self.max_bytes:
-                used = self._evict(size)
+                used = self._evict(size) if self.evict else self.size()[1]
             fits = used + size <= self.max_bytes
             if fits:
                 with temporary.open("xb") as stream:

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from medm.children import safe_path
 from medm.data.options import SourceOptions
+from medm.data.owners import Shard
 from medm.data.pipelines import pipeline_for
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
@@ -45,10 +46,11 @@ from medm.inference.batches import (
     shard_indices,
 )
 from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
-from medm.inference.folder_records import write_folder_records
+from medm.inference.folder_records import Existing, write_folder_records
 from medm.inference.generator import Reply, load_engine, pick_device
 from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, require_format
 from medm.inference.options import EmbedOptions, InferOptions
+from medm.inference.output_shards import merged_lines, owned_indices
 from medm.inference.predictions import Appender, ResultLine, Results, model_fingerprint
 from medm.inference.segmenter import Segmenter, Shown
 from medm.inference.volume_modes import SlicedVolumes, require_mode
@@ -205,32 +207,29 @@ def infer(
     settings = run_settings(options)
     if job.masks and isinstance(options, InferOptions):
         settings |= mask_settings(options)
-    results = Results(Path(options.output), settings, options.model_dump(include=_NOTED))
+    owned = owned_indices(records, _own_shard(options))
+    results = Results(_lines_file(options), settings, options.model_dump(include=_NOTED))
     with _launched() as (rank, world), results.locked() if rank == 0 else nullcontext():
         if rank == 0:
             results.begin(overwrite=options.overwrite)
         _wait_for_all(world)
-        before = [
-            index
-            for index, line in results.done().items()
-            if "error" not in line and index < len(records)
-        ]
-        counter = _Counter(len(records) - len(before), progress if rank == 0 else None)
-        if world > 1:
-            _generate_shard(job, rank, world, lambda done, errors: counter.note(rank, done, errors))
-        elif options.processes > 1 and counter.total > 0:
-            _generate_in_processes(options, counter)
-        elif counter.total > 0:
-            _generate_shard(job, 0, 1, lambda done, errors: counter.note(0, done, errors))
+        merged = None
+        if isinstance(options, InferOptions) and options.merge:
+            merged = merged_lines(Path(options.output), settings, records)
+        lines = results.done() if merged is None else merged
+        before = [index for index in owned if "error" not in lines.get(index, {"error": None})]
+        counter = _Counter(len(_left(options, owned, lines)), progress if rank == 0 else None)
+        if merged is None:
+            _generate(job, rank, world, counter)
         _wait_for_all(world)
         if rank > 0:
             return None
-        lines = results.finish()
+        lines = results.finish(merged)
         if isinstance(options, InferOptions) and options.json_output is not None:
             write_conversations(options, records, lines)
-    kept = [line for index, line in lines.items() if index < len(records)]
+    kept = [lines[index] for index in owned if index in lines]
     return InferSummary(
-        records=len(records),
+        records=len(owned),
         answered=sum("error" not in line for line in kept),
         errors=sum("error" in line for line in kept),
         resumed=len(before),
@@ -339,14 +338,11 @@ def with_records(options: OptionsT) -> OptionsT:
         return options
     output = Path(options.output)
     data = output.with_name(f"{output.name}.records.jsonl")
-    processor = load_processor(options.model)
-    write_folder_records(
-        data,
-        Path(options.folder),
-        str(options.prompt),
-        processor.preprocess,
-        overwrite=options.overwrite,
-    )
+    kinds = load_processor(options.model).preprocess
+    existing: Existing = "replace" if options.overwrite else "extend"
+    if options.merge or options.own_shard is not None:  # tasks on several machines read one list
+        existing = "keep"
+    write_folder_records(data, Path(options.folder), str(options.prompt), kinds, existing=existing)
     return options.model_copy(update={"data": str(data), "root": options.folder})
 
 
@@ -378,6 +374,16 @@ def mask_settings(options: InferOptions) -> Config:
     return {"masks": options.segmentation.model_dump() | own}
 
 
+def _generate(job: _Job, rank: int, world: int, counter: _Counter) -> None:
+    """Generate the replies that are missing: as a rank of a launch, in processes, or here."""
+    if world > 1:
+        _generate_shard(job, rank, world, lambda done, errors: counter.note(rank, done, errors))
+    elif job.options.processes > 1 and counter.total > 0:
+        _generate_in_processes(job.options, counter)
+    elif counter.total > 0:
+        _generate_shard(job, 0, 1, lambda done, errors: counter.note(0, done, errors))
+
+
 def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int], None]) -> None:
     """Generate replies to this rank's shard of the records that have none yet.
 
@@ -385,7 +391,7 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
     tried at the end, when their files may be available again.
     """
     _stop_with_parent()
-    results = Results(Path(job.options.output), {})
+    results = Results(_lines_file(job.options), {})
     with results.append(rank=rank, world=world) as appender:
         if isinstance(job.options, EmbedOptions):  # every file costs the same
             order = list(range(len(job.records)))
@@ -399,10 +405,12 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
                     for name, count in job.processor.num_tokens.items()
                 },
             )
-        shard = shard_indices(order, rank=rank, world=world).tolist()
+        owned = set(owned_indices(job.records, _own_shard(job.options)))
+        order = [index for index in order if index in owned]
         lines = results.done()
-        fresh = [index for index in shard if index not in lines]
-        failed = [index for index in shard if "error" in lines.get(index, {})]
+        left = _left(job.options, shard_indices(order, rank=rank, world=world).tolist(), lines)
+        fresh = [index for index in left if index not in lines]
+        failed = [index for index in left if index in lines]
         logger.debug(
             "process %d of %d: %d records to answer", rank, world, len(fresh) + len(failed)
         )
@@ -411,6 +419,29 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
             work.load_model(_device_of_rank(job.device, rank))
             again = work.generate(fresh)
             work.generate([*failed, *again])
+
+
+def _own_shard(options: InferOptions | EmbedOptions) -> Shard | None:
+    return options.own_shard if isinstance(options, InferOptions) else None
+
+
+def _lines_file(options: InferOptions | EmbedOptions) -> Path:
+    """Return the file that the lines of a run are written to."""
+    return Path(options.lines_file if isinstance(options, InferOptions) else options.output)
+
+
+def _left(
+    options: InferOptions | EmbedOptions,
+    indexes: Sequence[int],
+    lines: Mapping[int, ResultLine],
+) -> list[int]:
+    """Return the records without a reply that a run tries."""
+    only_failed = isinstance(options, InferOptions) and options.only_failed
+    return [
+        index
+        for index in indexes
+        if ("error" in lines[index] if index in lines else not only_failed)
+    ]
 
 
 class _Shard:
@@ -548,7 +579,7 @@ class _Shard:
         ):
             if prepared.lost is not None:
                 raise InputLostError(
-                    f"{prepared.lost}; what was answered is kept in {self.options.output}"
+                    f"{prepared.lost}; what was answered is kept in {self.appender.file}"
                 )
             yield prepared
 
@@ -569,7 +600,7 @@ class _Shard:
                     raise InputLostError(
                         f"{self._unavailable} consecutive records could not be read, for a cause "
                         f"outside the records ({problem.reason}); what was answered is kept in "
-                        f"{self.options.output}. Run the same command again when the files are "
+                        f"{self.appender.file}. Run the same command again when the files are "
                         "available: it tries every record that has no reply"
                     )
         if prepared.read_files:

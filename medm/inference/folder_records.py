@@ -6,18 +6,27 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from medm.data.record_files import RecordFile
 from medm.errors import DataError, RecipeError
-from medm.files import atomic_write_text
+from medm.files import atomic_create_text, atomic_write_text
 from medm.imaging.paths import files_below
 from medm.types import JsonObject, Kind
+
+Existing: TypeAlias = Literal["extend", "replace", "keep"]
+"""What becomes of records that were written before."""
 
 _DICOM = ".dcm"
 
 
 def write_folder_records(
-    file: Path, folder: Path, prompt: str, kinds: Collection[str], *, overwrite: bool = False
+    file: Path,
+    folder: Path,
+    prompt: str,
+    kinds: Collection[str],
+    *,
+    existing: Existing = "extend",
 ) -> None:
     """Write a record for each file of a folder, with its path in the folder as `id`.
 
@@ -29,7 +38,8 @@ def write_folder_records(
         folder: whose files are asked about.
         prompt: the question.
         kinds: what the model reads; a .npy file is an image for models that read images.
-        overwrite: start over, without the records of the file.
+        existing: `extend` adds new files to the records of the file, `replace` starts over, `keep`
+            leaves a file that exists as it is, so that processes on several machines have one list.
 
     Raises:
         RecipeError: the file holds records with another prompt.
@@ -40,12 +50,14 @@ def write_folder_records(
         raise DataError("a file; expected the folder that holds it", file=folder)
     if not folder.is_dir():
         raise DataError("no such folder; expected one with images or volumes", file=folder)
-    known = list(_records(file)) if file.exists() and not overwrite else []
+    known = list(_records(file)) if file.exists() and existing != "replace" else []
     if known and known[0] != _record(known[0]["id"], _kind(known[0]), prompt):
         raise RecipeError(
             f"{file}: holds questions of another run, with another prompt; choose another "
             "--output, repeat the run as it was, or --overwrite"
         )
+    if known and existing == "keep":
+        return
     listed = {record["id"] for record in known}
     found = dict(_files(folder, kinds))
     new = [_record(path, kind, prompt) for path, kind in found.items() if path not in listed]
@@ -58,7 +70,8 @@ def write_folder_records(
     if new:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(record, ensure_ascii=False) for record in [*known, *new])
-        atomic_write_text(file, "\n".join(lines) + "\n")
+        write = atomic_create_text if existing == "keep" else atomic_write_text
+        write(file, "\n".join(lines) + "\n")
 
 
 def _records(file: Path) -> Iterator[JsonObject]:

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from medm.config import Options
+from medm.data.owners import Shard, parse_shard
 
 MaskFormat: TypeAlias = Literal["auto", "png", "nifti", "npy", "rle", "dicom-seg"]
 
@@ -175,6 +176,34 @@ class InferOptions(InferenceOptions):
     """Write run-length codes into the output as well."""
     overlays: bool = False
     """Write a sheet with the masks drawn over their image or volume as PNG, too."""
+    shard: str | None = None
+    """Part of the records, as `i/N` with i from 0: one task of a job array. Its lines are written
+    beside the output, to `NAME.shard-i-of-N`. Then `--merge`."""
+    merge: bool = False
+    """Write the output from the files of all shards, in the order of the records. Options are those
+    of the shards."""
+    only_failed: bool = False
+    """Try only the records that an earlier run left without a reply."""
+
+    @property
+    def own_shard(self) -> Shard | None:
+        """The part of the records that is answered; None for all."""
+        return None if self.shard is None else parse_shard(self.shard)
+
+    @property
+    def lines_file(self) -> str:
+        """File that the lines of this run are written to."""
+        return self.output if self.own_shard is None else f"{self.output}.{self.own_shard.label}"
+
+    @model_validator(mode="after")
+    def _consistent_parts(self) -> InferOptions:
+        if self.own_shard is not None and self.json_output is not None:
+            raise ValueError("json belongs to merge: one shard has not all records")
+        if self.merge and (self.own_shard is not None or self.only_failed):
+            raise ValueError("merge answers nothing: expected neither shard nor only_failed")
+        if self.only_failed and self.overwrite:
+            raise ValueError("only_failed needs the lines that overwrite would delete")
+        return self
 
     @model_validator(mode="after")
     def _data_or_folder(self) -> InferOptions:

@@ -160,6 +160,18 @@ class Results:
             self.sidecar, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         )
 
+    def require_same_settings(self) -> None:
+        """Raise `RecipeError` where the file has lines of other settings, or no settings."""
+        if not self.sidecar.exists():
+            raise RecipeError(
+                f"{self.output}: has no {self.sidecar.name} with its settings; run it again"
+            )
+        if changes := self._changes():
+            raise RecipeError(
+                f"{self.output}: holds replies of other settings ({'; '.join(changes)}); repeat "
+                "the command with the options of its run, or run it again with --overwrite"
+            )
+
     def _remove_lines(self) -> None:
         for file in (self.sidecar, *self._files()):
             file.unlink(missing_ok=True)
@@ -220,9 +232,13 @@ class Results:
         with Appender(file) as appender:
             yield appender
 
-    def finish(self) -> dict[int, ResultLine]:
-        """Merge the parts, one line a record in the order of the records, and return every line."""
-        lines = self.done()
+    def finish(self, lines: dict[int, ResultLine] | None = None) -> dict[int, ResultLine]:
+        """Write one line a record in the order of the records, and return every line.
+
+        Args:
+            lines: by record; those of the output and its parts without it.
+        """
+        lines = self.done() if lines is None else lines
         text = "".join(encode(lines[index]) for index in sorted(lines))
         if not self.output.exists() or self.output.read_bytes() != to_bytes(text):
             atomic_write_text(self.output, text)

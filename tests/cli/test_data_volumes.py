@@ -62,6 +62,26 @@ def test_cache_is_filled_once_and_again_for_another_preprocessing(recipe: Path) 
     assert len(list(entries.rglob("*.npy"))) == 6
 
 
+def test_shards_of_a_cache_are_merged_into_one_manifest(recipe: Path, tmp_path: Path) -> None:
+    command = ["data", "cache", str(recipe), f"data.cache.dir={tmp_path}", "--workers", "0"]
+    early = medm(*command, "--merge")
+    assert early.code == 2 and "run --shard 0/N to --shard N-1/N first" in early.err
+    files = [medm(*command, "--shard", f"{i}/2") for i in range(2)]
+    assert [done.code for done in files] == [0, 0]
+    assert sum(int(done.out.partition(" files")[0]) for done in files) == 3
+    done = medm(*command, "--merge")
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"{tmp_path / 'manifest.jsonl'}: 3 files, ")
+    assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 3
+    for words, expected in {
+        ("--shard", "2/2"): "expected i/N with i from 0 to N-1",
+        ("--merge", "--shard", "0/2"): "takes no --shard",
+        ("--only-failed",): "needs --shard",
+    }.items():
+        refused = medm(*command, *words)
+        assert refused.code == 2 and expected in refused.err, refused.err
+
+
 def test_cache_names_what_is_bad_and_what_is_missing(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.nii.gz").write_bytes(BALL.read_bytes()[:300])
     bad = {

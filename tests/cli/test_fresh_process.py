@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from transformers import SiglipVisionConfig, SiglipVisionModel
+from typer.core import TyperGroup
 from typer.main import get_command
 
 import medm.models
@@ -53,6 +54,7 @@ CASES: list[tuple[str, list[str]]] = [
     ("train", ["second.yaml"]),
     ("launch", ["--processes", "1", "infer", "--model", "model", "--data", "docs/example_inference.json", *SHORT,
                 "--output", "launched.jsonl"]),
+    ("launch slurm", ["volumes.yaml", "--nodes", "2", "--output", "volumes.sbatch"]),
     ("infer", ["--model", "model", "--data", "docs/example_inference.json", "--output", "a.jsonl", *SHORT]),
     ("eval", ["--model", "model", "--task", "custom", "--data", "docs", "--option", "path=example_finetune.json",
               "--option", "metrics=[exact-match]", "--output", "scores", *SHORT]),
@@ -69,13 +71,15 @@ CASES: list[tuple[str, list[str]]] = [
 """Commands and arguments, in a folder made by `world`. No two of them write to one place."""
 
 TYPED = {"chat": "Where is the disc?\n/quit\n"}
-FREE_OF_TORCH = ["list", "recipes list", "recipes show", "reference", "data convert"]
+FREE_OF_TORCH = [
+    "list", "recipes list", "recipes show", "reference", "data convert", "launch slurm",
+]  # fmt: skip
 
 
 def leaves(command: Any, path: str = "") -> Iterator[str]:
     """Every command below one, by its words."""
     members = getattr(command, "commands", {})
-    if not members:
+    if not isinstance(command, TyperGroup):
         yield path
     for name, member in members.items():
         yield from leaves(member, f"{path} {name}".strip())

@@ -406,8 +406,12 @@ def test_a_lock_that_cannot_be_made_names_the_output(
         pytest.fail("held without a lock")
     assert explain(caught.value) == (
         f"{tmp_path / 'out.jsonl'}: No locks available; this file system cannot lock files; "
-        "choose a folder on another one"
+        "choose a folder on another one, or set MEDM_LOCKS=off and start one run at a time in a "
+        "folder"
     )
+    monkeypatch.setenv("MEDM_LOCKS", "off")
+    with Results(tmp_path / "out.jsonl", {}).locked():
+        assert (tmp_path / ".out.jsonl.lock").exists()
 
 
 @pytest.mark.parametrize("name", ["out.jsonl.part-1-of-2", "out.jsonl"])

@@ -228,7 +228,7 @@ def test_files_of_a_folder_by_kind(tmp_path: Path) -> None:
 
     def kinds(*read: str) -> dict[str, str]:
         file = tmp_path / "records.jsonl"
-        write_folder_records(file, tmp_path, "<image> What?", read, overwrite=True)
+        write_folder_records(file, tmp_path, "<image> What?", read, existing="replace")
         found = [json.loads(line) for line in file.read_text().splitlines()]
         assert found[0]["messages"][0]["content"][1] == {"type": "text", "text": "\n<image> What?"}
         return {record["id"]: record["messages"][0]["content"][0]["type"] for record in found}

@@ -1,14 +1,10 @@
 #!/usr/bin/env bash
-# UniMed-CLIP under Slurm, from the checkout: sbatch --partition=NAME --nodes=4 --time=1-24:00:00 scripts/train/UniMed-CLIP/slurm.sh
-# Five minutes before the time limit the run writes a checkpoint, and the job is queued again and resumes.
-#SBATCH --job-name=unimed-clip --ntasks-per-node=1 --gpus-per-node=4 --cpus-per-task=64
-#SBATCH --requeue --open-mode=append --signal=TERM@300
-LAUNCHER=${LAUNCHER:-scripts/train/UniMed-CLIP/vit_b16.sh}
-GPUS=${GPUS:-4}  # processes on each machine, as many as --gpus-per-node
+# UniMed-CLIP ViT-B/16 under Slurm: writes unimed-clip.sbatch. Further arguments go to `medm launch slurm`: --partition=NAME --submit ...
+RECIPE=${RECIPE:-unimed-clip/vit-b16}
+METACLIP=${METACLIP:-.assets/metaclip/b16_400m.pt}
+OUTPUT=${OUTPUT:-work_dirs/unimed-clip/vit-b16}
+GPUS=${GPUS:-4}    # of each machine, with one rank each; published with 16 in all
+NODES=${NODES:-4}  # machines
 set -euo pipefail
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export LAUNCHER GPUS MASTER_ADDR NODES="$SLURM_JOB_NUM_NODES"
-status=0
-srun bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$LAUNCHER" "$@"' launcher --resume "$@" || status=$?
-if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi  # 75: stopped with a checkpoint
-exit "$status"
+source "$(dirname "$0")/../../launch.sh"
+launch slurm "$RECIPE" model.image.encoder.path="$METACLIP" output_dir="$OUTPUT" --time 1-24:00:00 --cpus-per-task 16 --output unimed-clip.sbatch "$@"
