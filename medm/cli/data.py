@@ -315,8 +315,8 @@ def _convert_masks(
     """Write a source of grounded records, and list what was left out."""
     from itertools import islice
 
+    from medm.data.left_out import LeftOut
     from medm.data.writing import write_records
-    from medm.tasks.pair_sources.base import LeftOut
 
     left_out = LeftOut(keep=LISTED)
     records = source.records(data, split, left_out=left_out, seed=seed)
@@ -338,8 +338,9 @@ def _convert_pairs(
     """Write a source of pairs, and say which rows were left out."""
     from itertools import islice
 
+    from medm.data.left_out import LeftOut
     from medm.data.writing import write_records
-    from medm.tasks.pair_sources.base import LeftOut, read_paths
+    from medm.tasks.pair_sources.base import read_paths
 
     left_out = LeftOut()
     excluded = read_paths(exclude) if exclude is not None else []
