@@ -12,7 +12,20 @@ import typer
 from typer.core import TyperGroup
 
 from medm import __version__
-from medm.cli import catalogue, chat, data, embed, evaluate, infer, launch, models, pages, train
+from medm.cli import (
+    catalogue,
+    chat,
+    convert,
+    data,
+    embed,
+    evaluate,
+    infer,
+    launch,
+    models,
+    pages,
+    split,
+    train,
+)
 from medm.cli.console import out, start_logging
 from medm.cli.option_flags import add_option_command
 from medm.cli.running import LAUNCHER
@@ -75,6 +88,9 @@ def common(
 
 app.command("list")(catalogue.list_parts)
 app.add_typer(catalogue.recipes, name="recipes")
+data.app.add_typer(convert.app, name="convert")
+data.app.command("split")(split.split)
+data.app.command("leaks")(split.leaks)
 app.add_typer(data.app, name="data")
 # A recipe's keys that are typed as options of other trainers are answered by name
 # (`recipes.refuse_options`).
