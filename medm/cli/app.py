@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from medm import __version__
 from medm.cli import (
+    archive,
     catalogue,
     chat,
     convert,
@@ -91,6 +92,9 @@ app.add_typer(catalogue.recipes, name="recipes")
 data.app.add_typer(convert.app, name="convert")
 data.app.command("split")(split.split)
 data.app.command("leaks")(split.leaks)
+data.app.command("clean")(archive.clean)
+data.app.command("fetch-dicomweb")(archive.fetch_dicomweb)
+data.app.command("store-dicomweb")(archive.store_dicomweb)
 app.add_typer(data.app, name="data")
 # A recipe's keys that are typed as options of other trainers are answered by name
 # (`recipes.refuse_options`).
