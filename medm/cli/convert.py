@@ -447,10 +447,10 @@ def _write(
     from medm.errors import DataError
 
     pool = read_prompts(prompt or [], prompts)
-    if pool is None and classes:
-        pool = ["Which of these does the image show: {classes}?"]
     if pool is not None and to != "conversations":
         raise typer.BadParameter("--prompt and --prompts are for conversations")
+    if pool is None and classes:
+        pool = ["Which of these does the image show: {classes}?"]
     maker = RecordMaker(to, PromptPool(pool, seed=seed, classes=classes))
 
     def records() -> Iterator[JsonObject]:

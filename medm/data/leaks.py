@@ -30,9 +30,10 @@ Kind: TypeAlias = Literal["patient", "study", "path", "content", "text", "near d
 LEAKS: tuple[Kind, ...] = ("patient", "study", "path", "content")
 """Kinds that no two splits may share. Equal texts and similar images may be of two patients."""
 _KINDS: tuple[Kind, ...] = (*LEAKS, "text", "near duplicate")
-MAX_DISTANCE = 6
-"""Most bits of `image_hash` in which near duplicates differ."""
-_BANDS = MAX_DISTANCE + 2
+MAX_DISTANCE = 12
+"""Most bits of `image_hash` in which near duplicates differ. Copies of an image in another size or
+as JPEG differ in up to a dozen of 256, different images in about a hundred."""
+_BANDS = MAX_DISTANCE + 1
 """Parts of a hash, one of which at least is equal in near duplicates."""
 _LISTED = 5
 

@@ -187,9 +187,7 @@ def test_characteristics_of_the_patient_are_kept_by_their_profile(tmp_path: Path
         dataset.PatientAge, dataset.PatientSex, dataset.Allergies = "054Y", "F", "none"
 
     write_series(tmp_path / "in", phantom(), change=change)
-    _, found = cleaned(
-        tmp_path / "in", tmp_path / "out", profile="basic-patient-characteristics"
-    )
+    _, found = cleaned(tmp_path / "in", tmp_path / "out", profile="basic-patient-characteristics")
     assert (found[0].PatientAge, found[0].PatientSex, found[0].PatientName) == ("054Y", "F", "")
     assert "Allergies" not in found[0]
     (tmp_path / "own.yaml").write_text("extends: basic\nkeep: [StudyDescription]\n")

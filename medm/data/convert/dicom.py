@@ -129,7 +129,7 @@ def check_keywords(keywords: Sequence[str]) -> None:
     for keyword in keywords:
         if tag_for_keyword(keyword) is None:
             raise RecipeError(f"{keyword!r} is no keyword of DICOM, such as PatientAge")
-        if dictionary_VR(keyword) in ("SQ", "OB", "OW", "UN"):
+        if dictionary_VR(keyword).startswith(("SQ", "O", "UN")):
             raise RecipeError(f"{keyword}: holds no single value; name an element of text")
 
 

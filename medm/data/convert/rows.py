@@ -126,10 +126,10 @@ class RecordMaker:
         return made
 
     def _conversation(self, row: Row, index: int) -> JsonObject:
-        if row.labels is not None or row.label is not None:
+        if row.labels is not None:
             raise DataError(
-                "labels beside a conversation are not learned; write the answer as text, or "
-                "choose the form studies or pairs"
+                "findings beside a conversation are not learned; write the answer as text, or "
+                "choose the form studies"
             )
         question = row.question
         if question is None:
