@@ -38,6 +38,7 @@ INFER = RUN | {
     "--folder": ("folder", str, None), "--prompt": ("prompt", str, None), "--masks": ("masks", str, None),
     "--mask-format": ("mask_format", Literal["auto", "png", "nifti", "npy", "rle", "dicom-seg"], "auto"),
     "--rle": ("rle", bool, False), "--overlays": ("overlays", bool, False),
+    "--report-format": ("report_format", Literal["none", "dicom-sr"], "none"), "--reports": ("reports", str, None),
     "--root": ("root", str, None), "--json": ("json_output", str, None), "--limit": ("limit", int, None),
     "--top-k": ("generation.top_k", int, 0),
     "--top-p": ("generation.top_p", float, 1.0), "--seed": ("generation.seed", int, 0),
