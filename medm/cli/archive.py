@@ -86,11 +86,13 @@ def clean(
         if count > LISTED:
             out.print(f"  ... and {count - LISTED} more")
     if report.flagged:
-        out.print(f"look at these {len(report.flagged)} files before they leave the hospital:")
-    for name, reasons in list(report.flagged.items())[:LISTED]:
-        out.print(f"  {name}: {'; '.join(reasons)}", markup=False)
-    if len(report.flagged) > LISTED:
-        out.print(f"  ... and {len(report.flagged) - LISTED} more in {REPORT}")
+        out.print(
+            f"look at {len(report.flagged)} files before they leave the hospital, all in {REPORT}:"
+        )
+    reasons = Counter(reason for found in report.flagged.values() for reason in found)
+    for reason, count in reasons.items():
+        first = next(name for name, found in report.flagged.items() if reason in found)
+        out.print(f"  {count} files: {reason}; the first: {first}", markup=False)
     note("Header cleaning is no anonymization: pixels are unchanged, and heads show faces.")
 
 

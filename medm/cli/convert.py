@@ -64,8 +64,15 @@ class _Sources(TyperGroup):
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        from medm.errors import suggest
+
         own = {*self.commands, *ctx.help_option_names}
         if args and args[0] not in own:
+            if not any(word.partition("=")[0] == "--task" for word in args):
+                ctx.fail(
+                    f"expected a source{suggest(args[0], self.commands)}, or --task for a "
+                    "published set"
+                )
             args = [_DEFAULT, *args]
         return super().parse_args(ctx, args)
 

@@ -284,6 +284,11 @@ def test_the_old_form_of_the_command_is_still_read(tmp_path: Path) -> None:
         assert "did you mean 'm3d-cap'" in convert(*arguments, code=2)
 
 
+def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
+    said = convert("cvs", tmp_path / "t.csv", tmp_path / "o.json", code=2)
+    assert "expected a source: did you mean 'csv'?" in said
+
+
 def test_a_pool_draws_the_same_for_the_same_row() -> None:
     pool = PromptPool(["a", "b", "c"], seed=3)
     drawn = [pool.pick(index, "image") for index in range(60)]
