@@ -13,8 +13,10 @@ from typer.core import TyperGroup
 
 from medm import __version__
 from medm.cli import (
+    archive,
     catalogue,
     chat,
+    convert,
     data,
     doctor,
     embed,
@@ -23,6 +25,7 @@ from medm.cli import (
     launch,
     models,
     pages,
+    split,
     train,
 )
 from medm.cli.console import out, start_logging
@@ -87,6 +90,12 @@ def common(
 
 app.command("list")(catalogue.list_parts)
 app.add_typer(catalogue.recipes, name="recipes")
+data.app.add_typer(convert.app, name="convert")
+data.app.command("split")(split.split)
+data.app.command("leaks")(split.leaks)
+data.app.command("clean")(archive.clean)
+data.app.command("fetch-dicomweb")(archive.fetch_dicomweb)
+data.app.command("store-dicomweb")(archive.store_dicomweb)
 app.add_typer(data.app, name="data")
 # A recipe's keys that are typed as options of other trainers are answered by name
 # (`recipes.refuse_options`).

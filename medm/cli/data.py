@@ -13,8 +13,6 @@ from medm.cli.console import note, out
 if TYPE_CHECKING:
     from medm.data.base import AnyPipeline
     from medm.data.options import SourceOptions
-    from medm.tasks.mask_sources.base import MaskSet
-    from medm.tasks.pair_sources.base import PairSource
     from medm.training.recipe import Recipe
 
 LISTED = 20
@@ -282,130 +280,6 @@ def _merge_cache(sources: Sequence[Any], prepared: Mapping[str, Any], folder: Pa
     if merged.failed:
         note(f"every bad one, with its reason: {folder / FAILED}")
         raise typer.Exit(1)
-
-
-@app.command()
-def convert(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json or .jsonl.")],
-    task: Annotated[
-        str,
-        typer.Option(
-            help="A benchmark that `medm list tasks` prints (m3d-cap, m3d-vqa-closed ...), a "
-            "source of image-text pairs that `medm list pair_sources` prints (unimed/chexpert "
-            "...), or one of grounded records that `medm list mask_sources` prints (biomedparse, "
-            "decathlon ...). A name of both a benchmark and a grounded source is the latter."
-        ),
-    ],
-    data: Annotated[Path, typer.Option(help="Folder of the data as it is distributed.")],
-    split: Annotated[str, typer.Option(help="Which split.")] = "train",
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Draw each instruction, and the replies of grounded sources, from their own "
-            "wordings; without it all are worded alike."
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
-    exclude: Annotated[
-        Path | None,
-        typer.Option(
-            help="Pairs: files that are left out, such as the test images of a benchmark. One path "
-            "a line, or the column Path or image of a CSV."
-        ),
-    ] = None,
-) -> None:
-    """Turn a published data folder into records to train on.
-
-    They are conversations, with masks or regions where the source has them, or image-text pairs.
-
-    Files stay where they are.
-
-    Paths in the records are relative to the folder, which is the `root` of the source in a recipe.
-    Rows without a file or a text are left out, counted and named, as are files without a row.
-    """
-    from itertools import islice
-
-    from medm.data.writing import write_records
-    from medm.tasks import TASKS
-    from medm.tasks.base import task_to_records
-    from medm.tasks.mask_sources import MASK_SOURCES
-    from medm.tasks.pair_sources import PAIR_SOURCES
-
-    families = {name.partition("/")[0] for name in MASK_SOURCES.names() if "/" in name}
-    if task in MASK_SOURCES or task.partition("/")[0] in families:
-        if exclude is not None:
-            raise typer.BadParameter("--exclude is for image-text pairs")
-        _convert_masks(output, MASK_SOURCES.get(task), data, split, seed, limit)
-        return
-    if "/" in task or task in PAIR_SOURCES:
-        if seed is not None:
-            raise typer.BadParameter("--seed is for questions; captions are drawn in training")
-        _convert_pairs(output, PAIR_SOURCES.get(task), data, split, limit, exclude)
-        return
-    if exclude is not None:
-        raise typer.BadParameter("--exclude is for image-text pairs")
-    options = TASKS.entry(task).options
-    if needed := [
-        name
-        for name, field in options.model_fields.items()
-        if field.is_required() and name != "name"
-    ]:
-        raise typer.BadParameter(
-            f"task {task!r} needs {', '.join(needed)}: its file is in the training format already"
-        )
-    records = task_to_records(TASKS.get(task)(), data, split, seed=seed)
-    count = write_records(output, islice(records, limit))
-    out.print(f"{output}: {count} records of {task}, {split}", markup=False)
-    note(f"look at them: medm data check {output} --root {data}")
-
-
-def _convert_masks(
-    output: Path,
-    source: MaskSet,
-    data: Path,
-    split: str,
-    seed: int | None,
-    limit: int | None,
-) -> None:
-    """Write a source of grounded records, and list what was left out."""
-    from itertools import islice
-
-    from medm.data.writing import write_records
-    from medm.tasks.pair_sources.base import LeftOut
-
-    left_out = LeftOut(keep=LISTED)
-    records = source.records(data, split, left_out=left_out, seed=seed)
-    count = write_records(output, islice(records, limit))
-    out.print(f"{output}: {count} records of {source.source}, {split}", markup=False)
-    for line in left_out.lines():
-        out.print(line, markup=False)
-    note(f"look at them: medm data check {output} --root {data}")
-
-
-def _convert_pairs(
-    output: Path,
-    source: PairSource,
-    data: Path,
-    split: str,
-    limit: int | None,
-    exclude: Path | None,
-) -> None:
-    """Write a source of pairs, and say which rows were left out."""
-    from itertools import islice
-
-    from medm.data.writing import write_records
-    from medm.tasks.pair_sources.base import LeftOut, read_paths
-
-    left_out = LeftOut()
-    excluded = read_paths(exclude) if exclude is not None else []
-    records = source.records(data, split, left_out=left_out, exclude=excluded)
-    count = write_records(output, islice(records, limit))
-    out.print(f"{output}: {count} pairs of {source.source}, {split}", markup=False)
-    for line in left_out.lines():
-        out.print(line, markup=False)
-    if exclude is not None and not left_out.counts.get("excluded"):
-        out.print(f"warning: none of the {len(excluded)} paths of {exclude} is in the set")
-    note(f"look at them: medm data check {output} --pipeline pairs --root {data}")
 
 
 @app.command()

@@ -56,6 +56,17 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def total_size(path: Path) -> int:
+    """Return the bytes of all files: different sizes are different contents. Raises `MediaError`
+    as `identity`.
+    """
+    files, _ = _parts(path)
+    try:
+        return sum(file.stat().st_size for file in files)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be opened ({error.strerror})") from None
+
+
 def _parts(path: Path) -> tuple[list[Path], str]:
     """Return the regular files of a path (all of a folder), and the series that it names."""
     path, named = split_series(path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -56,6 +56,11 @@ class TableFile(RecordFile):
             except DataError as error:
                 error.reason = f"row 1: {error.reason}"
                 raise error.at(file=self.path) from None
+
+    @property
+    def fields(self) -> Sequence[str]:
+        """Fields of the table in the order of its columns."""
+        return self._fields
 
     def _index(self, file: BinaryIO) -> Index:
         head, start = decodable(file.read(_HEAD), self.path, expected=_EXPECTED)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from medm.data.regions import REGION_FIELD
+from medm.data.writing import record_of
 from medm.errors import CheckpointError, DataError, MediaError, RecipeError
 from medm.evaluation.options import EvalOptions
 from medm.evaluation.prediction_files import read_predictions
@@ -18,7 +19,6 @@ from medm.inference.generator import pick_device
 from medm.inference.options import InferenceOptions, InferOptions
 from medm.inference.predictions import model_fingerprint
 from medm.models import kind_of_config, load_config, load_processor
-from medm.tasks.base import record_of
 from medm.types import JsonObject, PredictionField
 
 

@@ -211,7 +211,7 @@ def read_header(path: Path, name: str | None = None) -> Header | None:
         MediaError: damaged, of an encoding that is not read, or declaring more than the file holds.
     """
     name = name or str(path)
-    pydicom_errors = _pydicom().errors
+    pydicom_errors = load_pydicom().errors
     try:
         size = path.stat().st_size
         with path.open("rb") as stream, quiet():
@@ -240,7 +240,7 @@ def read_elements(header: Header, keywords: Sequence[str]) -> Dataset:
     Raises:
         MediaError: the elements are damaged.
     """
-    pydicom = _pydicom()
+    pydicom = load_pydicom()
     wanted = [pydicom.tag.Tag(keyword) for keyword in keywords]
     try:
         with header.path.open("rb") as stream, quiet():
@@ -277,13 +277,14 @@ def quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _pydicom() -> ModuleType:
+def load_pydicom() -> ModuleType:
+    """Return pydicom, whose log is off: its messages quote header values."""
     import pydicom
     import pydicom.errors
     import pydicom.filereader
     import pydicom.tag
 
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote header values
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     return pydicom
 
 
@@ -306,7 +307,7 @@ class _Found:
 
 
 def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
-    pydicom = _pydicom()
+    pydicom = load_pydicom()
     bare = not has_file_header(stream.read(HEAD))
     stream.seek(0)
     storage, is_declared = "", True
@@ -364,8 +365,8 @@ def _read_until_pixels(stream: BinaryIO, size: int, name: str) -> _Found:
 
 def _check_no_image(found: _Found, name: str) -> None:
     """Refuse an image class without pixels; skipping the file would shorten a volume."""
-    uid = _pydicom().uid.UID(found.storage)
-    known = uid in _pydicom().uid.UID_dictionary
+    uid = load_pydicom().uid.UID(found.storage)
+    known = uid in load_pydicom().uid.UID_dictionary
     if (
         "Image Storage" in uid.name
         or uid.name in _OTHER_IMAGES

@@ -8,31 +8,27 @@ in a message or a log.
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from medm import __version__
-from medm.errors import DeviceError, MediaError
+from medm.errors import MediaError
 from medm.files import atomic_file
 from medm.imaging.damage import DECODE_ERRORS
-from medm.imaging.dicom import Header, quiet, read_elements
+from medm.imaging.dicom import Header, quiet
 from medm.imaging.dicom_image import read_image_header
 from medm.imaging.dicom_series import select_series
+from medm.imaging.dicom_source import IDENTIFIERS, load_highdicom, read_source_image
 from medm.imaging.mask_colors import mask_color
 from medm.imaging.mask_output import NamedMasks, as_mask
 from medm.imaging.paths import split_series
 from medm.imaging.placement import Placement
-
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
 
 CONTENT_LABEL = "NOT_CLINICAL"
 """Content Label (0070,0080) of every SEG: 16 capitals at most."""
@@ -42,13 +38,8 @@ _SERIES_NUMBER = 1000
 _LONG_STRING = 64
 """Most characters of a label, VR LO."""
 
-_PATIENT_AND_STUDY = (
-    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyID",
-    "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName",
-)  # fmt: skip
-"""Elements of type 1 and 2 of the modules Patient and General Study."""
 _IMAGE = (
-    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "ImageType",
+    *IDENTIFIERS, "Modality", "ImageType",
     "FrameOfReferenceUID", "PositionReferenceIndicator", "ImagePositionPatient",
     "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "Rows",
     "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation",
@@ -57,13 +48,6 @@ _IMAGE = (
     "PerFrameFunctionalGroupsSequence",
 )  # fmt: skip
 """Elements that place a SEG on its images."""
-_FORMS = {
-    "PatientBirthDate": r"\d{8}",
-    "StudyDate": r"\d{8}",
-    "StudyTime": r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?",
-    "PatientSex": r"[MFO]",
-}
-"""Forms of elements of type 2; what has another form is left empty, as the type allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +98,12 @@ def write_dicom_seg(
             needs; masks of another size or with other values than 0 and 1.
         OSError: the file cannot be written.
     """
-    highdicom = _highdicom()
+    highdicom = load_highdicom("DICOM SEG")
     if not masks:
         raise MediaError(f"{path}: expected at least one mask for a DICOM SEG, found none")
     headers, stored_at = _source_headers(Path(source), placement, several=several)
-    images = [_source_image(header) for header in headers]
+    placed = ["FrameOfReferenceUID"] if headers[0].planes else []
+    images = [read_source_image(header, _IMAGE, required=placed) for header in headers]
     pixels = np.zeros((*_stack_shape(placement), len(masks)), np.uint8)  # [D, H, W, segments]
     for index, (phrase, mask) in enumerate(masks):
         inside = as_mask(mask, placement, name=f"{path}: mask {index + 1} ({phrase!r})")
@@ -199,19 +184,6 @@ def _terms() -> Mapping[str, SegmentCode]:
     return found
 
 
-def _highdicom() -> ModuleType:
-    try:
-        highdicom = importlib.import_module("highdicom")
-    except ModuleNotFoundError as error:
-        if error.name != "highdicom":
-            raise
-        raise DeviceError(
-            "DICOM SEG needs highdicom: pip install 'highdicom' (or 'medm[dicom]')"
-        ) from None
-    logging.getLogger("highdicom").setLevel(logging.CRITICAL)  # its messages quote header values
-    return highdicom
-
-
 def _source_headers(
     source: Path, placement: Placement, *, several: Literal["only", "largest"]
 ) -> tuple[list[Header], list[int]]:
@@ -251,28 +223,6 @@ def _check_shape(shape: tuple[int, ...], source: Path, placement: Placement) -> 
 def _stack_shape(placement: Placement) -> tuple[int, ...]:
     shape = placement.source_shape
     return shape if len(shape) == 3 else (1, *shape)
-
-
-def _source_image(header: Header) -> Dataset:
-    """Return what a SEG needs of an image. Raises `MediaError` where an identifier is missing."""
-    image = read_elements(header, [*_IMAGE, *_PATIENT_AND_STUDY])
-    required = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"]
-    if header.planes:
-        required.append("FrameOfReferenceUID")
-    missing = [keyword for keyword in required if not image.get(keyword)]
-    if missing:
-        raise MediaError(
-            f"{header.name}: {', '.join(missing)} missing or empty; expected them in every image "
-            "that a SEG lies on. Write the masks as NIfTI or PNG, or add the identifiers"
-        )
-    for keyword in _PATIENT_AND_STUDY:
-        value = image.get(keyword)
-        text = "" if value is None else str(value)
-        form = _FORMS.get(keyword)
-        # Decoded, because the SEG is written in UTF-8 whatever the series is written in.
-        setattr(image, keyword, text if form is None or re.fullmatch(form, text) else "")
-    image.pop("SpecificCharacterSet", None)
-    return image
 
 
 def _segment(highdicom: ModuleType, number: int, phrase: str, code: SegmentCode) -> Any:

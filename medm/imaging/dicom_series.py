@@ -122,14 +122,27 @@ def _series(
     for header in headers:
         groups.setdefault(header.series_uid, []).append(header)
     chosen = _choose(list(groups.items()), name, series=series, several=several)
-    if any(header.frames > 1 for header in chosen):
-        if len(chosen) > 1:
+    return chosen, *arrange_series(chosen, name)
+
+
+def arrange_series(headers: list[Header], name: str) -> tuple[list[int], Geometry]:
+    """Return the order of the slices or frames of one series, and the geometry of the sorted stack.
+
+    Args:
+        headers: of all files of the series: slices, or one file of several frames.
+        name: of the series, for messages.
+
+    Raises:
+        MediaError: they form no volume.
+    """
+    if any(header.frames > 1 for header in headers):
+        if len(headers) > 1:
             raise MediaError(
-                f"{name}: the series has {len(chosen)} files of several frames; name one file "
+                f"{name}: the series has {len(headers)} files of several frames; name one file "
                 "instead"
             )
-        return chosen, *_frame_order(chosen[0], name)
-    return chosen, *_slice_order(chosen, name)
+        return _frame_order(headers[0], name)
+    return _slice_order(headers, name)
 
 
 def _headers(folder: Path, name: str) -> tuple[list[Header], int]:

@@ -12,7 +12,8 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
@@ -20,6 +21,7 @@ from medm.errors import MediaError
 from medm.types import Kind
 
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".npy")
+_DICOM = ".dcm"
 _VOLUME_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".npy")
 
 _URL = re.compile(r"^([a-z][a-z0-9+.-]*://|data:|file:)", re.IGNORECASE)
@@ -58,6 +60,31 @@ def files_below(folder: Path, media: Kind) -> list[Path]:
     endings = _IMAGE_ENDINGS if media == "image" else _VOLUME_ENDINGS
     found = (path for path in folder.rglob("*") if path.name.lower().endswith(endings))
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def media_below(folder: Path, kinds: Collection[str]) -> Iterator[tuple[str, Kind]]:
+    """Yield every image and volume at any depth of a folder: its path in the folder, its kind.
+
+    A folder with several DICOM files, other than the given one, is a volume.
+
+    Args:
+        folder: is searched.
+        kinds: what is wanted of a .npy file, which may be either: an image where `kinds` has it.
+    """
+    images, volumes = files_below(folder, "image"), files_below(folder, "volume")
+    arrays = {path for path in images if path.suffix.lower() == ".npy"}
+    dicom = [path for path in images if path.suffix.lower() == _DICOM]
+    per_folder = Counter(path.parent for path in dicom)
+    series = {path for path, count in per_folder.items() if count > 1 and path != folder}
+    images = [path for path in images if path.parent not in series]
+    if arrays:
+        as_volumes = "image" not in kinds
+        images = [path for path in images if not (as_volumes and path in arrays)]
+        volumes = [path for path in volumes if as_volumes or path not in arrays]
+    pairs: list[tuple[Path, Kind]] = [(path, "image") for path in images]
+    pairs += [(path, "volume") for path in (*volumes, *series)]
+    for path, kind in sorted(pairs):
+        yield path.relative_to(folder).as_posix(), kind
 
 
 def resolve_inside(root: Path, relative: str) -> Path:

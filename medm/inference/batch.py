@@ -34,6 +34,7 @@ from medm.data.pipelines import pipeline_for
 from medm.data.records import Records
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.files import atomic_write_text
+from medm.imaging import VolumePreprocess
 from medm.imaging.paths import MissingFileError
 from medm.imaging.sources import rereadable
 from medm.inference.batches import (
@@ -51,7 +52,14 @@ from medm.inference.generator import Reply, load_engine, pick_device
 from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, require_format
 from medm.inference.options import EmbedOptions, InferOptions
 from medm.inference.output_shards import merged_lines, owned_indices
-from medm.inference.predictions import Appender, ResultLine, Results, model_fingerprint
+from medm.inference.predictions import (
+    Appender,
+    RecordName,
+    ResultLine,
+    Results,
+    model_fingerprint,
+)
+from medm.inference.report_writing import ReportWriter, require_report_format
 from medm.inference.segmenter import Segmenter, Shown
 from medm.inference.volume_modes import SlicedVolumes, require_mode
 from medm.launcher import launched_world_size
@@ -207,6 +215,8 @@ def infer(
     settings = run_settings(options)
     if job.masks and isinstance(options, InferOptions):
         settings |= mask_settings(options)
+    if isinstance(options, InferOptions) and options.report_format != "none":
+        settings |= {"report_format": options.report_format}
     owned = owned_indices(records, _own_shard(options))
     results = Results(_lines_file(options), settings, options.model_dump(include=_NOTED))
     with _launched() as (rank, world), results.locked() if rank == 0 else nullcontext():
@@ -288,6 +298,8 @@ def _open_job(options: InferOptions | EmbedOptions) -> _Job:
             memory=isinstance(head, dict) and bool(head.get("memory")),
         )
         require_format(options.mask_format)
+    if isinstance(options, InferOptions):
+        require_report_format(options.report_format)
     source = SourceOptions(path=str(options.data), root=options.root, limit=options.limit)
     records = Records([source], pipeline_for(kind, inference=True))
     return _Job(options, device, processor, context, records, masks)
@@ -464,6 +476,11 @@ class _Shard:
         self.appender, self.note = appender, note
         self.engine: Answers | None = None
         self.masks: ReplyMasks | None = None
+        self.reports: ReportWriter | None = None
+        if isinstance(options, InferOptions) and options.report_format != "none":
+            volumes = job.processor.preprocess.get("volume")
+            several = volumes.series if isinstance(volumes, VolumePreprocess) else "only"
+            self.reports = ReportWriter.of(options, several=several)
         self.sliced: SlicedVolumes | None = None
         """Shows volumes as slices, to models that read images alone."""
         if job.masks and isinstance(options, InferOptions):
@@ -520,6 +537,8 @@ class _Shard:
             replies = self.engine.generate(prepared.batch) if prepared.batch is not None else []
             if self.masks is not None and prepared.batch is not None:
                 prepared, replies = self._with_masks(prepared, replies)
+            if self.reports is not None:
+                prepared, replies = self._with_reports(prepared, replies)
             self._take(prepared, replies)
             again += [problem.named["index"] for problem in prepared.problems if problem.retry]
             _stop_with_parent()
@@ -533,33 +552,38 @@ class _Shard:
         A record whose masks cannot be made has no reply but a reason.
         """
         assert self.masks is not None
-        records = self.job.records
-        shown: list[list[Shown]] = []
-        names: list[str] = []
-        for named in prepared.named:
-            index = named["index"]
-            media = records[index].media
-            shown.append(
-                [Shown(m.branch, rereadable(records.media_source(index, m))) for m in media]
-            )
-            names.append(f"{index:06d}_{named.get('id', '')}")
+        shown = [self._shown(named) for named in prepared.named]
+        names = [self._name(named) for named in prepared.named]
         made = self.masks.of(prepared.batch, cast(Sequence[Reply], replies), names, shown)
-        problems = [
-            Problem(named, reason(error), retry=isinstance(error, MissingFileError))
-            for named, error in zip(prepared.named, made, strict=True)
-            if isinstance(error, DataError)
+        return _without_failed(prepared, made)
+
+    def _with_reports(
+        self, prepared: Prepared, replies: Sequence[Answer]
+    ) -> tuple[Prepared, list[Answer]]:
+        """Return the replies with their reports, whose files are written.
+
+        A record whose report cannot be made has no reply but a reason.
+        """
+        assert self.reports is not None
+        made: list[Answer | DataError] = []
+        for named, reply in zip(prepared.named, replies, strict=True):
+            try:
+                made.append(self.reports.write(self._name(named), reply, self._shown(named)))
+            except DataError as error:
+                made.append(error)
+        return _without_failed(prepared, made)
+
+    def _name(self, named: RecordName) -> str:
+        """Return the name of a record's files."""
+        return f"{named['index']:06d}_{named.get('id', '')}"
+
+    def _shown(self, named: RecordName) -> list[Shown]:
+        """Return the images and volumes of a record."""
+        records, index = self.job.records, named["index"]
+        return [
+            Shown(media.branch, rereadable(records.media_source(index, media)))
+            for media in records[index].media
         ]
-        kept = [
-            (named, answer)
-            for named, answer in zip(prepared.named, made, strict=True)
-            if not isinstance(answer, DataError)
-        ]
-        done = replace(
-            prepared,
-            named=[named for named, _ in kept],
-            problems=[*prepared.problems, *problems],
-        )
-        return done, [answer for _, answer in kept]
 
     def _prepare(self, indexes: Sequence[int], *, size: int) -> Iterator[Prepared]:
         batches = [list(indexes[start : start + size]) for start in range(0, len(indexes), size)]
@@ -605,6 +629,28 @@ class _Shard:
                     )
         if prepared.read_files:
             self._unavailable = 0
+
+
+def _without_failed(
+    prepared: Prepared, made: Sequence[Answer | DataError]
+) -> tuple[Prepared, list[Answer]]:
+    """Return a batch whose failed records are problems, and the answers of the others."""
+    problems = [
+        Problem(named, reason(error), retry=isinstance(error, MissingFileError))
+        for named, error in zip(prepared.named, made, strict=True)
+        if isinstance(error, DataError)
+    ]
+    kept = [
+        (named, answer)
+        for named, answer in zip(prepared.named, made, strict=True)
+        if not isinstance(answer, DataError)
+    ]
+    done = replace(
+        prepared,
+        named=[named for named, _ in kept],
+        problems=[*prepared.problems, *problems],
+    )
+    return done, [answer for _, answer in kept]
 
 
 def output_lines(prepared: Prepared, replies: Sequence[Answer]) -> list[ResultLine]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -11,13 +10,11 @@ from typing import Literal, TypeAlias
 from medm.data.record_files import RecordFile
 from medm.errors import DataError, RecipeError
 from medm.files import atomic_create_text, atomic_write_text
-from medm.imaging.paths import files_below
+from medm.imaging.paths import media_below
 from medm.types import JsonObject, Kind
 
 Existing: TypeAlias = Literal["extend", "replace", "keep"]
 """What becomes of records that were written before."""
-
-_DICOM = ".dcm"
 
 
 def write_folder_records(
@@ -59,7 +56,7 @@ def write_folder_records(
     if known and existing == "keep":
         return
     listed = {record["id"] for record in known}
-    found = dict(_files(folder, kinds))
+    found = dict(media_below(folder, kinds))
     new = [_record(path, kind, prompt) for path, kind in found.items() if path not in listed]
     if not known and not new:
         raise DataError(
@@ -84,24 +81,6 @@ def _records(file: Path) -> Iterator[JsonObject]:
                 index=index,
             )
         yield record
-
-
-def _files(folder: Path, kinds: Collection[str]) -> Iterator[tuple[str, Kind]]:
-    """Yield every file of a folder and its kind; folders of several DICOM files are volumes."""
-    images, volumes = files_below(folder, "image"), files_below(folder, "volume")
-    arrays = {path for path in images if path.suffix.lower() == ".npy"}
-    dicom = [path for path in images if path.suffix.lower() == _DICOM]
-    per_folder = Counter(path.parent for path in dicom)
-    series = {path for path, count in per_folder.items() if count > 1 and path != folder}
-    images = [path for path in images if path.parent not in series]
-    if arrays:
-        as_volumes = "image" not in kinds
-        images = [path for path in images if not (as_volumes and path in arrays)]
-        volumes = [path for path in volumes if as_volumes or path not in arrays]
-    pairs: list[tuple[Path, Kind]] = [(path, "image") for path in images]
-    pairs += [(path, "volume") for path in (*volumes, *series)]
-    for path, kind in sorted(pairs):
-        yield path.relative_to(folder).as_posix(), kind
 
 
 def _kind(record: JsonObject) -> Kind:

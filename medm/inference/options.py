@@ -10,6 +10,7 @@ from medm.config import Options
 from medm.data.owners import Shard, parse_shard
 
 MaskFormat: TypeAlias = Literal["auto", "png", "nifti", "npy", "rle", "dicom-seg"]
+ReportFormat: TypeAlias = Literal["none", "dicom-sr"]
 
 _ONLY_IN_GENERATE = {
     "do_sample", "length_penalty", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
@@ -205,12 +206,20 @@ class InferOptions(InferenceOptions):
             raise ValueError("only_failed needs the lines that overwrite would delete")
         return self
 
+    report_format: ReportFormat = "none"
+    """`dicom-sr` also writes each reply as a DICOM Structured Report that references the DICOM
+    files of its record; `none` writes the output alone."""
+    reports: str | None = None
+    """Folder for the reports. Default: `NAME_reports` beside the output `NAME.jsonl`."""
+
     @model_validator(mode="after")
     def _data_or_folder(self) -> InferOptions:
         if (self.data is None) == (self.folder is None):
             raise ValueError("expected either data or folder, found both or none")
         if (self.folder is None) != (self.prompt is None):
             raise ValueError("folder and prompt go together: the prompt is asked about every file")
+        if self.reports is not None and self.report_format == "none":
+            raise ValueError("reports: no report_format; set report_format to dicom-sr")
         return self
 
 

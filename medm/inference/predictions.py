@@ -75,6 +75,8 @@ class ResultLine(RecordName):
     """Marked phrases that no mask belongs to."""
     overlay: NotRequired[str | list[str]]
     """Sheet with the masks over their image; of several images a list."""
+    report_file: NotRequired[str]
+    """DICOM SR of the reply."""
     embedding: NotRequired[list[float]]
     """Vector of the file, of length 1."""
     text_embeddings: NotRequired[list[list[float]]]

@@ -14,17 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
+from medm.data.writing import record_of
 from medm.errors import DataError, MedmError
 from medm.metrics.base import Clusters, MetricResult, Resampling
 from medm.types import (
-    KIND_OF_PLACEHOLDER,
     JsonObject,
     Media,
     PredictionField,
     Sample,
     Turn,
-    TurnPart,
-    written,
 )
 
 Record: TypeAlias = Mapping[str, Any]
@@ -392,43 +390,9 @@ def task_to_records(
     it, all samples have the same instruction.
     """
     for sample in task.samples(folder, split, rng=None if seed is None else random.Random(seed)):
+        if sample.answer is None:
+            raise DataError(f"sample {sample.id!r} has no answer to learn")
         yield record_of(sample)
-
-
-def record_of(sample: Sample) -> JsonObject:
-    """One sample as a training record; `medm.data` reads it back as the same turns."""
-    if sample.answer is None:
-        raise DataError(f"sample {sample.id!r} has no answer to learn")
-    record: JsonObject = {"id": sample.id, "task": sample.task}
-    for media in sample.media:
-        record.setdefault(media.branch, []).append(media.path)
-    texts = [part for turn in sample.turns for part in turn.content if isinstance(part, str)]
-    if any(name in text for text in texts for name in KIND_OF_PLACEHOLDER):
-        # Text that looks like a placeholder can only be told from one where media are parts of
-        # their own.
-        messages: list[JsonObject] = [
-            {"role": turn.role, "content": [_part(part) for part in turn.content]}
-            for turn in sample.turns
-        ]
-        messages.append({"role": "assistant", "content": sample.answer})
-        return {
-            **{key: record[key] for key in ("id", "task")},
-            "messages": messages,
-            **sample.extra,
-        }
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    turns = [{"from": names[turn.role], "value": turn.as_written} for turn in sample.turns]
-    return {
-        **record,
-        "conversations": [*turns, {"from": "gpt", "value": sample.answer}],
-        **sample.extra,
-    }
-
-
-def _part(part: TurnPart) -> JsonObject:
-    if isinstance(part, Media):
-        return {"type": part.branch, "path": part.path}
-    return {"type": "text", "text": written(part)}
 
 
 def scoped(scope: str, results: Iterable[MetricResult]) -> list[MetricResult]:

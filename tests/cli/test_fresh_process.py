@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pydicom
 import pytest
 import torch
 import yaml
@@ -28,7 +29,9 @@ from medm.cli.app import app
 from medm.config import validate
 from medm.models.lvlm.options import LVLMOptions
 from tests import tiny
+from tests.data.archive import small_archive
 from tests.encoders.tiny import TINY_ENCODERS
+from tests.imaging.tiny import phantom, write_series
 from tests.models.dual_encoder import tiny as dual_tiny
 from tests.tasks.layouts import LAYOUTS
 
@@ -48,7 +51,17 @@ CASES: list[tuple[str, list[str]]] = [
     ("data preview", ["docs/examples_media/disc_left.png", "of-model.png", "--model", "model", "--branch", "image"]),
     ("data preview", ["docs/examples_media/ball_left.nii.gz", "of-recipe.png", "--recipe", "second.yaml"]),
     ("data cache", ["volumes.yaml", "init_from=model", "--workers", "0"]),
-    ("data convert", ["converted.jsonl", "--task", "m3d-cap", "--data", "benchmark"]),
+    ("data convert published", ["converted.jsonl", "--task", "m3d-cap", "--data", "benchmark"]),
+    ("data convert csv", ["pictures.csv", "csv.jsonl", "--image-column", "file", "--text-column", "text",
+                          "--root", "docs/examples_media"]),
+    ("data convert folder", ["docs/examples_media", "folder.jsonl", "--kind", "image"]),
+    ("data convert dicom", ["studies", "studies.jsonl", "--reports", "reports.csv", "--val", "0.5"]),
+    ("data convert rows", ["alpaca.json", "rows.jsonl"]),
+    ("data split", ["patients.jsonl", "--by", "patient", "--val", "0.5", "--root", "docs/examples_media"]),
+    ("data leaks", ["patients.jsonl", "docs/example_finetune.json"]),
+    ("data clean", ["studies", "cleaned"]),
+    ("data fetch-dicomweb", ["ARCHIVE", "fetched", "--study", "1.2.3"]),
+    ("data store-dicomweb", ["ARCHIVE", "studies"]),
     ("data triplets", ["pairs.jsonl", "triplets.json", "--field", "caption"]),
     ("data shards", ["pairs.shards.json", "pairs.jsonl", "--root", "docs/examples_media"]),
     ("train", ["second.yaml"]),
@@ -72,7 +85,8 @@ CASES: list[tuple[str, list[str]]] = [
 
 TYPED = {"chat": "Where is the disc?\n/quit\n"}
 FREE_OF_TORCH = [
-    "list", "recipes list", "recipes show", "reference", "data convert", "launch slurm",
+    "list", "recipes list", "recipes show", "reference", "data convert published", "data convert csv",
+    "data convert folder", "data convert dicom", "data convert rows", "data split", "data leaks", "launch slurm",
 ]  # fmt: skip
 
 
@@ -128,11 +142,39 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "volumes.yaml").write_text(yaml.safe_dump(volumes))
     LAYOUTS["m3d-cap"].build(folder / "benchmark")
     SiglipVisionModel(SiglipVisionConfig(**tiny.VIT)).save_pretrained(folder / "siglip")
+    write_hospital(folder)
     return folder
 
 
+def write_hospital(folder: Path) -> None:
+    """Two DICOM studies with reports, a table, rows of another program, records of patients."""
+    for number in (1, 2):
+
+        def named(dataset: Any, z: int, number: int = number) -> None:
+            dataset.StudyInstanceUID, dataset.PatientID = f"1.2.{number}", str(number)
+
+        for file in write_series(folder / "studies" / str(number), phantom(), change=named):
+            file.rename(file.with_suffix(".dcm"))
+    (folder / "reports.csv").write_text("StudyInstanceUID,report\n1.2.1,Clear.\n1.2.2,Effusion.\n")
+    (folder / "pictures.csv").write_text("file;text\nbars.jpg;Bars.\n")
+    (folder / "alpaca.json").write_text('[{"instruction": "Say A.", "output": "A"}]')
+    pairs = ('{"patient": 1, "image": "bars.jpg", "caption": "bars"}',
+             '{"patient": 2, "image": "disc_left.png", "caption": "disc"}')  # fmt: skip
+    (folder / "patients.jsonl").write_text("\n".join(pairs) + "\n")
+
+
 @pytest.fixture(scope="module")
-def done(world: Path) -> list[subprocess.CompletedProcess[str]]:
+def archive(world: Path) -> Iterator[str]:
+    """Address of a DICOMweb archive that holds the study 1.2.3."""
+    with small_archive() as server:
+        one = pydicom.dcmread(next((world / "studies" / "1").iterdir()))
+        one.StudyInstanceUID = "1.2.3"
+        server.stored.append(one)
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def done(world: Path, archive: str) -> list[subprocess.CompletedProcess[str]]:
     """Every case, two at a time: most of a case is importing torch on one core."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -145,7 +187,13 @@ def done(world: Path) -> list[subprocess.CompletedProcess[str]]:
     def run(case: tuple[str, list[str]]) -> subprocess.CompletedProcess[str]:
         command, arguments = case
         return subprocess.run(
-            [sys.executable, "-m", "medm", *command.split(), *arguments],
+            [
+                sys.executable,
+                "-m",
+                "medm",
+                *command.split(),
+                *(archive if word == "ARCHIVE" else word for word in arguments),
+            ],
             cwd=world,
             env=environment,
             input=TYPED.get(command, ""),
@@ -194,6 +242,12 @@ def test_they_did_what_they_say(world: Path, done: list[subprocess.CompletedProc
     assert (world / "scores" / "custom").is_dir()
     assert (world / "merged" / "model.safetensors").is_file()
     assert (world / "imported" / "config.json").is_file()
+    assert (world / "studies.val.jsonl").is_file() and (world / "patients.train.jsonl").is_file()
+    assert len(list((world / "cleaned").rglob("*.dcm"))) == 24
+    assert (world / "fetched" / "study-0001" / "series-0001" / "000001.dcm").is_file()
+    assert "24 files stored" in next(
+        run.stdout for case, run in by_case.items() if "store-dicomweb" in case
+    )
 
 
 def test_commands_that_need_no_torch_import_none(world: Path) -> None:

@@ -40,6 +40,7 @@ INFER = RUN | {
     "--rle": ("rle", bool, False), "--overlays": ("overlays", bool, False),
     "--shard": ("shard", str, None), "--merge": ("merge", bool, False),
     "--only-failed": ("only_failed", bool, False),
+    "--report-format": ("report_format", Literal["none", "dicom-sr"], "none"), "--reports": ("reports", str, None),
     "--root": ("root", str, None), "--json": ("json_output", str, None), "--limit": ("limit", int, None),
     "--top-k": ("generation.top_k", int, 0),
     "--top-p": ("generation.top_p", float, 1.0), "--seed": ("generation.seed", int, 0),

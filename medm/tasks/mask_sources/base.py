@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from medm.config import Options, validate
+from medm.data.left_out import LeftOut
 from medm.errors import DataError, MediaError
 from medm.imaging import resolve_inside
 from medm.imaging.paths import MissingFileError
-from medm.tasks.pair_sources.base import LeftOut
 from medm.types import (
     KIND_OF_PLACEHOLDER,
     MASK_TOKEN,

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from medm.data.left_out import LeftOut
 from medm.errors import DataError
 from medm.imaging.images import check_image
 from medm.imaging.mask_files import read_mask
@@ -31,7 +32,6 @@ from medm.tasks.mask_sources.base import (
     require_plain,
     wordings,
 )
-from medm.tasks.pair_sources.base import LeftOut
 from medm.tasks.unibiomed_files import LAYOUT, annotation_rows, sets_of
 from medm.types import JsonObject, MaskSource
 

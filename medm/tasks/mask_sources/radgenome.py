@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medm.data.left_out import LeftOut
 from medm.tasks.benchmark_files import field_of, read_json_map, require
 from medm.tasks.mask_sources.base import (
     Draw,
@@ -23,7 +24,6 @@ from medm.tasks.mask_sources.base import (
     wordings,
 )
 from medm.tasks.mask_sources.biomedparse import NO_FINDING
-from medm.tasks.pair_sources.base import LeftOut
 from medm.types import JsonObject
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from medm.data.left_out import LeftOut
 from medm.errors import DataError
 from medm.tasks.benchmark_files import field_of, read_json_list, require
 from medm.tasks.mask_sources.base import (
@@ -22,7 +23,6 @@ from medm.tasks.mask_sources.base import (
     require_plain,
     wordings,
 )
-from medm.tasks.pair_sources.base import LeftOut
 from medm.types import JsonObject
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medm.data.left_out import LeftOut
 from medm.errors import DataError
 from medm.tasks.benchmark_files import field_of, read_json_map
 from medm.tasks.mask_sources.base import (
@@ -23,7 +24,6 @@ from medm.tasks.mask_sources.base import (
     require_plain,
     wordings,
 )
-from medm.tasks.pair_sources.base import LeftOut
 from medm.tasks.unibiomed_files import sets_of, slice_of
 from medm.types import JsonObject
 

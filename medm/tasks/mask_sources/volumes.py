@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medm.data.left_out import LeftOut
 from medm.errors import DataError
 from medm.imaging.probe import probe
 from medm.imaging.volumes import read_volume
@@ -26,7 +27,6 @@ from medm.tasks.mask_sources.base import (
     require_plain,
     wordings,
 )
-from medm.tasks.pair_sources.base import LeftOut
 from medm.types import MASK_TOKEN, JsonObject
 
 

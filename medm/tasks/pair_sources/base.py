@@ -6,10 +6,11 @@ import ast
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from medm.data.left_out import LeftOut
 from medm.errors import DataError, MediaError
 from medm.imaging import resolve_inside
 from medm.imaging.paths import MissingFileError
@@ -43,43 +44,6 @@ class Pair:
     def fault(self, reason: str) -> DataError:
         """Return the fault of a row, and its place."""
         return DataError(reason, file=self.file, index=self.index)
-
-
-@dataclass(slots=True)
-class LeftOut:
-    """Rows that give no record: how many for each reason, and the first of them."""
-
-    keep: int = 1
-    """Rows that are listed for each reason."""
-    counts: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, fault: DataError) -> None:
-        """Count a row.
-
-        Args:
-            reason: the same words for every row of the kind.
-            fault: the row, and what is wrong with it in particular.
-        """
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        kept = self.kept.setdefault(reason, [])
-        if len(kept) < self.keep:
-            kept.append(str(fault))
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def lines(self) -> list[str]:
-        """One line a reason, with the first row; below it the further rows that are kept."""
-        lines = []
-        for reason, count in self.counts.items():
-            first, *further = self.kept[reason]
-            lines.append(f"{count} left out: {reason}; the first: {first}")
-            lines += [f"  {row}" for row in further]
-            if further and count > self.keep:
-                lines.append(f"  ... and {count - self.keep} more")
-        return lines
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import pytest
 
 from medm.data.check import check
 from medm.data.conversations import Conversations
+from medm.data.left_out import LeftOut
 from medm.data.options import SourceOptions
 from medm.data.turns import parse_record
 from medm.data.writing import write_records
@@ -19,7 +20,7 @@ from medm.errors import DataError
 from medm.imaging import ImagePreprocess, VolumePreprocess, prepare
 from medm.imaging.mask_files import read_mask
 from medm.tasks.mask_sources import MASK_SOURCES
-from medm.tasks.mask_sources.base import WORDINGS, LeftOut, wordings
+from medm.tasks.mask_sources.base import WORDINGS, wordings
 from medm.tasks.mask_sources.slices import MAX_SLICES
 from medm.types import MASK_TOKEN, Sample
 from tests.cli.runner import medm

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from medm.data.left_out import LeftOut
 from medm.data.options import SourceOptions
 from medm.data.pairs import Pairs
 from medm.data.records import Records
 from medm.data.writing import write_records
 from medm.errors import DataError
 from medm.tasks.pair_sources import PAIR_SOURCES
-from medm.tasks.pair_sources.base import MAX_LITERAL, LeftOut, read_list, read_paths
+from medm.tasks.pair_sources.base import MAX_LITERAL, read_list, read_paths
 from medm.tasks.pair_sources.labels import CAPTIONS, wordings
 from tests.cli.runner import medm
 from tests.tasks.layouts import put_csv

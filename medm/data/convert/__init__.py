@@ -1,0 +1,1 @@
+"""Conversion of files of one's own into records: tables, folders, DICOM, rows of other programs."""
