@@ -75,11 +75,12 @@ class ResNetEncoder(CNNEncoder):
         self, *, architecture: Mapping[str, Any], statistics: Statistics = "running"
     ) -> None:
         super().__init__()
-        config = ResNetConfig(**architecture)
-        self.tower: Any = ResNetModel(config)
-        fix_statistics(self.tower, statistics)
-        for stage in self.tower.encoder.stages:
+        config: Any = ResNetConfig(**architecture)
+        tower: Any = ResNetModel(config)
+        fix_statistics(tower, statistics)
+        for stage in tower.encoder.stages:
             stage.layers = nn.Sequential(*(RecomputedBlock(block) for block in stage.layers))
+        self.tower = tower
         halvings = len(config.depths) - (0 if config.downsample_in_first_stage else 1)
         self.stride = _STEM * 2**halvings
         self.channels = (int(config.num_channels),)
