@@ -307,8 +307,8 @@ def _tokenizer(options: StudyTextOptions, path: str | None) -> PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"model.text: no usable tokenizer at {source!r} ({error}); set model.text.tokenizer (medm "
-            "import: --tokenizer)"
+            f"model.text: no usable tokenizer at {source!r} ({error}); set model.text.tokenizer "
+            "(medm import: --tokenizer)"
         ) from None
     for name in ("cls_token_id", "sep_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is None:

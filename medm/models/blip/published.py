@@ -322,8 +322,8 @@ class _Load:
             raise CheckpointError(
                 f"{path}: {len(different)} tensors of the decoder differ from those of the text "
                 f"encoder, and medm's decoder shares them: {', '.join(different[:3])} ... Such a "
-                "file (fine-tuned without tied weights) cannot be represented; leave the head lm out, "
-                "or start from the pretrained file"
+                "file (fine-tuned without tied weights) cannot be represented; leave the head lm "
+                "out, or start from the pretrained file"
             )
         bias = "cls.predictions.bias"
         second = decoder.get("cls.predictions.decoder.bias")
@@ -399,8 +399,8 @@ def _refuse_answers(parts: Mapping[str, Mapping[str, Tensor]], source: Pretraine
         raise CheckpointError(
             f"{source.path}: a BLIP that answers questions. Its decoder attends to the text "
             "encoder's states of the question, and that of the kind blip to the image, so this "
-            "model cannot be represented. Name it as model.path of a recipe without the head lm: image "
-            "tower and text encoder are loaded, and the decoder is left out"
+            "model cannot be represented. Name it as model.path of a recipe without the head lm: "
+            "image tower and text encoder are loaded, and the decoder is left out"
         )
 
 

@@ -360,8 +360,8 @@ class Import:
                 )
         else:
             self.report.notes.append(
-                "sizes are those of the tensors; attention heads are 64 wide, and images are normalized as "
-                "BLIP's: MOTOR's have --preprocess image.mean=[0.485,0.456,0.406] "
+                "sizes are those of the tensors; attention heads are 64 wide, and images are "
+                "normalized as BLIP's: MOTOR's have --preprocess image.mean=[0.485,0.456,0.406] "
                 "image.std=[0.229,0.224,0.225]"
             )
         model.save_pretrained(self.target)
