@@ -133,12 +133,24 @@ class M3DCLIPOptions(VolumeViTOptions):
     """Output of layer -1: `before` the last layer norm (MedM-VL), or `after` it (M3D-LaMed)."""
 
 
-class I3DResNetOptions(EncoderOptions):
-    """Inflated ResNet over volumes."""
+class BatchNormOptions(EncoderOptions):
+    """Encoders with batch norm."""
 
     statistics: Statistics = "running"
     """Batch norm in training: stored statistics that never change, or those of each batch (needs
     large batches)."""
+
+
+class CNNOptions(BatchNormOptions):
+    """ResNet and DenseNet over images."""
+
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square input in pixels. Default: that of the published preprocessing, or 224."""
+
+
+class I3DResNetOptions(BatchNormOptions):
+    """Inflated ResNet over volumes."""
+
     image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
     """Slices, rows and columns of the input. Default: 160, 224, 224."""
 
@@ -205,6 +217,18 @@ ENCODERS.add(
     "medm.encoders.efficientnet_lite:EfficientNetLiteEncoder",
     "EfficientNet-Lite 0 to 4 (ImageNet CNN): pooled cells of several feature maps",
     options=EfficientNetLiteOptions,
+)
+ENCODERS.add(
+    "resnet",
+    "medm.encoders.resnet:ResNetEncoder",
+    "ResNet-18 to -152 (microsoft/resnet-101, torch's names): one token per cell",
+    options=CNNOptions,
+)
+ENCODERS.add(
+    "densenet",
+    "medm.encoders.densenet:DenseNetEncoder",
+    "DenseNet-121 and its family (torch's and MONAI's names): one token per cell",
+    options=CNNOptions,
 )
 ENCODERS.add(
     "m3d-clip",

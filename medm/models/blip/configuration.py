@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from medm.config import Options, validate
-from medm.models.blip.options import Fusion, Head, LabelHead, Negatives, SameReport
+from medm.models.blip.options import Fusion, Head, LabelHead, LMHead, Negatives, SameReport
 from medm.types import Config
 
 
@@ -24,6 +24,8 @@ class ImageEntry(Options):
     views: int
     fusion: Fusion
     """See `StudyImageOptions`."""
+    norm_eps: float = 1e-6
+    """Summand in the norm behind the encoder."""
 
 
 class TextEntry(Options):
@@ -37,6 +39,8 @@ class TextEntry(Options):
     """Token that a text begins with where it attends to an image."""
     end_id: int
     """Token that ends a text."""
+    lm_head: LMHead = "tied"
+    """See `StudyTextOptions`."""
     label_ids: list[list[int]] = []
     """Tokens of the name of each finding."""
 

@@ -89,7 +89,7 @@ class StudyImageTower(nn.Module):
         self.spatial, self.channels = tuple(entry.spatial), entry.channels
         self.views, self.fusion = entry.views, entry.fusion
         self.dim = self.encoder.dim
-        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.norm = nn.LayerNorm(self.dim, eps=entry.norm_eps)
         joined = entry.views > 1 and entry.fusion == "channels"
         self.join = nn.Linear(entry.views * self.dim, self.dim) if joined else None
 
@@ -183,7 +183,8 @@ class MedmBlip(MedmModel):
         heads = config.heads
         self.image = StudyImageTower(config.image_entry())
         self.text = StudyTextEncoder(bert, self.image.dim if {"itm", "lm"} & {*heads} else None)
-        self.decoder = Decoder(bert) if "lm" in heads else None
+        own_words = text.lm_head == "own"
+        self.decoder = Decoder(bert, own_words=own_words) if "lm" in heads else None
         projected = projects(heads, config.label_head)
         self.image_projection = nn.Linear(self.image.dim, config.embed_dim) if projected else None
         self.text_projection = nn.Linear(bert.hidden_size, config.embed_dim) if projected else None
@@ -277,8 +278,11 @@ class MedmBlip(MedmModel):
             name: getattr(config, name)
             for name in ("embed_dim", "heads", "momentum", "queue", "labels", "label_head")
         } | flatten({"image": config.image})
+        if "lm" in config.heads:
+            held["text.lm_head"] = config.text_entry().lm_head
         named = {
             **options.model_dump(include={*held}),
+            "text.lm_head": options.text.lm_head,
             **flatten({"image": options.image.model_dump()}),
         }
         differences = [
