@@ -112,7 +112,7 @@ class Answer(Protocol):
 
 
 class Answers(Protocol):
-    """A model that is ready: `Engine`, `EmbeddingEngine` or `StudyEngine`."""
+    """A model that is ready: `Engine`, `EmbeddingEngine` or `StudyAnswerer`."""
 
     def generate(self, batch: Any) -> Sequence[Answer]:
         """Return the answer to each record of a batch."""

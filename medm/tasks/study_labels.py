@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -271,6 +271,12 @@ def same_name(name: str) -> str:
     matter.
     """
     return " ".join(re.split(r"[\s_\-]+", name.strip())).casefold()
+
+
+def unknown_labels(wanted: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the labels that a model with these does not know."""
+    names = {same_name(name) for name in known}
+    return [name for name in wanted if same_name(name) not in names]
 
 
 def _tables(records: Sequence[Record]) -> tuple[list[str], np.ndarray, np.ndarray]:
