@@ -32,7 +32,7 @@ from medm.tasks.base import (
 from medm.tasks.benchmark_files import read_json_map
 from medm.tasks.study_sources.annotation import AnnotationFile
 from medm.tasks.study_sources.base import StudyRow, StudySource, Uncertain, ordered_labels
-from medm.tasks.study_sources.mimic import MimicCXR
+from medm.tasks.study_sources.mimic import MimicCXR, label_table
 from medm.tasks.study_sources.nih import NIHChestXray14
 from medm.types import JsonObject, Media, PredictionField, Sample
 
@@ -85,11 +85,15 @@ class StudyLabels(Task):
         self.thresholds = None if thresholds is None else _read_thresholds(Path(thresholds))
         self._labels: list[str] = []
         self._split = self.eval_split
+        self._uncertain: Uncertain | None = None
+        """Policy of the uncertain labels that were read, if any."""
 
     def samples(
         self, folder: Path, split: str = "test", *, rng: random.Random | None = None
     ) -> Iterator[Sample]:
         self._split = self._known_split(split)
+        if label_table(Path(folder)) is not None:
+            self._uncertain = getattr(self.source, "uncertain", None)
         rows = [row for row in self.source.studies(Path(folder), split) if row.labels is not None]
         if not rows:
             raise DataError(
@@ -197,9 +201,8 @@ class StudyLabels(Task):
         unknown = sum(one is None for row in rows for one in row[TRUTH].values())
         if unknown:
             scores.notes.append(f"{unknown} labels are unknown and count in nothing")
-        uncertain = getattr(self.source, "uncertain", None)
-        if uncertain is not None:
-            scores.notes.append(f"uncertain labels (-1) by the policy {uncertain}")
+        if self._uncertain is not None:
+            scores.notes.append(f"uncertain labels (-1) by the policy {self._uncertain}")
         if self.thresholds is not None and rows:
             lacking = [name for name in rows[0][TRUTH] if same_name(name) not in self.thresholds]
             if lacking:
