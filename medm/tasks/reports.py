@@ -56,7 +56,7 @@ class AnnotatedReports(CaptionTask):
     """R2Gen's `annotation.json`: {split: [{id, report, image_path: [...]}]}.
 
     Args:
-        radeval: scores of RadEval, besides.
+        radeval: see `medm.tasks.ChestReportOptions`.
         options: those of a task, and `bertscore`.
     """
 
@@ -146,7 +146,7 @@ class MimicCXR(AnnotatedReports):
     """MIMIC-CXR by R2Gen's split.
 
     Args:
-        images: of an examination, the first or all.
+        images: see `medm.tasks.ChestStudyOptions`.
         options: those of reports.
     """
 
