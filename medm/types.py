@@ -112,7 +112,7 @@ Role: TypeAlias = Literal["system", "user", "assistant"]
 JsonObject: TypeAlias = dict[str, Any]
 """An object of a JSON file: a record, a row of a benchmark, results."""
 
-PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings"]
+PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings", "matches"]
 """Output of a model, or of a file of predictions, for an item of a benchmark; a benchmark needs
 some."""
 
@@ -471,6 +471,32 @@ class Embedder(Protocol):
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
         """Return the scores (N, K) of vectors (N, D) and (K, D)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerItem:
+    """An item of a benchmark, with its files."""
+
+    sample: Sample
+    pixels: list[np.ndarray]
+    """Its files in order, preprocessed, each (C, *spatial)."""
+    question: str | None
+    """What is asked; None where the answer is a report of the files."""
+
+
+class Answerer(Protocol):
+    """Model that answers items of a benchmark, ready for use."""
+
+    @property
+    def max_files(self) -> int | None:
+        """Files of an item that are read, at most."""
+        ...
+
+    def answer(self, items: Sequence[AnswerItem]) -> list[JsonObject]:
+        """Return the answer to each item, as fields of a line of predictions: `reply`, `scores`,
+        `embedding`, `text_embeddings`.
+        """
         ...
 
 

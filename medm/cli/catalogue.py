@@ -24,6 +24,7 @@ REGISTRIES = {
     "objectives": "medm.objectives:OBJECTIVES",
     "tasks": "medm.tasks:TASKS",
     "pair_sources": "medm.tasks.pair_sources:PAIR_SOURCES",
+    "study_sources": "medm.tasks.study_sources:STUDY_SOURCES",
     "mask_sources": "medm.tasks.mask_sources:MASK_SOURCES",
     "metrics": "medm.metrics:METRICS",
 }

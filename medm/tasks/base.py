@@ -61,6 +61,8 @@ class Prediction:
     """Vector of the item's file."""
     text_embeddings: Sequence[Sequence[float]] | None = None
     """Vectors of its captions."""
+    matches: Mapping[str, float] | None = None
+    """By id of an item the score that its text belongs to the images of this one."""
     error: str | None = None
     """Reason why there is no prediction; the text is then empty."""
     masks: tuple[PredictedMask, ...] = ()
@@ -114,6 +116,10 @@ class Task(ABC):
     several questions about one scan are no independent items. None where every item is
     independent."""
 
+    matched: int = 0
+    """Candidates of a query, the best by its vector, whose matches are scored as well
+    (`Prediction.matches`)."""
+
     def __init__(self, *, rounds: int = 1000, seed: int = 0, cluster_by: str | None = None) -> None:
         self.resampling = Resampling(rounds=rounds, seed=seed)
         self._must_cluster = cluster_by is not None
@@ -147,6 +153,12 @@ class Task(ABC):
         by class. Known after `samples` was read. Nothing for a task without such scores.
         """
         return {}
+
+    def labels(self) -> Sequence[str]:
+        """Names of the labels that scores are of, where a model knows them by name. Known after
+        `samples` was read. Nothing for a task without such scores.
+        """
+        return ()
 
     def measure_item(
         self, record: JsonObject, prediction: Prediction | None, folder: Path
@@ -334,6 +346,17 @@ def make_sample(
     return Sample(
         turns=(Turn("user", tuple(content)),), id=id, task=tag, answer=answer, extra=extra
     )
+
+
+def question_of(sample: Sample) -> str | None:
+    """Return what a sample asks, for a model without a language model; None where the answer is a
+    report or a caption.
+
+    The field `question` of a sample is the question without an instruction around it.
+    """
+    if sample.task == "caption":
+        return None
+    return str(sample.extra.get("question") or sample.turns[-1].text.strip())
 
 
 def pick_template(pool: Sequence[str], rng: random.Random | None) -> str:

@@ -8,7 +8,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from medm.encoders import EncoderOptions
 from medm.encoders.sizes import number
@@ -17,7 +23,7 @@ from medm.imaging import Preprocess
 from medm.models.base import CardText, ModelKind
 from medm.models.blip.configuration import ImageEntry, MedmBlipConfig, TextEntry
 from medm.models.blip.modeling import MedmBlip, StudyImageTower
-from medm.models.blip.options import BlipOptions, StudyTextOptions
+from medm.models.blip.options import GIVES, BlipOptions, StudyTextOptions
 from medm.models.blip.processing import DECODER_TOKEN, ENCODER_TOKEN, MedmBlipProcessor
 from medm.models.blip.published import load_published, text_sizes
 from medm.models.blip.text import StudyTextEncoder
@@ -32,6 +38,7 @@ from medm.models.vision import (
     spatial_of,
 )
 from medm.text_encoders.bert import BertTextEncoder
+from medm.types import Answerer, PredictionField
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,11 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
     processor_class = MedmBlipProcessor
     pipeline = "studies"
     outputs = BlipOptions.outputs
+    predictor = "studies"
+
+    def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
+        """Return what the heads of the model give."""
+        return frozenset(GIVES[head] for head in cast(MedmBlipConfig, config).heads)
 
     def build(self, options: BlipOptions) -> tuple[MedmBlip, MedmBlipProcessor]:
         """Return a model with published weights wherever the recipe gives a path, and its
@@ -83,6 +95,18 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
         model.init_training_state()
         model.eval()
         return model, processor
+
+    def answerer(
+        self,
+        model: MedmBlip,
+        processor: MedmBlipProcessor,
+        fields: frozenset[PredictionField],
+        *,
+        batch_size: int,
+    ) -> Answerer:
+        from medm.models.blip.answering import StudyAnswerer
+
+        return StudyAnswerer(model, processor, fields, batch_size=batch_size, with_reports=True)
 
     def card_text(self, options: BlipOptions) -> CardText:
         return CardText(

@@ -11,6 +11,7 @@ from medm.encoders import ENCODERS, EncoderOptions
 from medm.knowledge import KNOWLEDGE, KnowledgeOptions
 from medm.models.options import ModelOptions
 from medm.registry import NamedBlock
+from medm.types import PredictionField
 
 Head: TypeAlias = Literal["itc", "itm", "lm", "labels"]
 Fusion: TypeAlias = Literal["tokens", "channels"]
@@ -27,6 +28,13 @@ OUTPUTS_OF_HEAD: dict[Head, frozenset[str]] = {
     "labels": frozenset({"label_logits"}),
 }
 """Fields of the model's output by head."""
+GIVES: dict[Head, PredictionField] = {
+    "itc": "embeddings",
+    "itm": "matches",
+    "lm": "text",
+    "labels": "scores",
+}
+"""Fields of predictions by head."""
 
 
 class StudyImageOptions(Options):
@@ -145,6 +153,10 @@ class BlipOptions(ModelOptions):
     def output_fields(self) -> frozenset[str]:
         """See `ModelOptions`."""
         return frozenset().union(*(OUTPUTS_OF_HEAD[head] for head in self.heads))
+
+    def answers(self) -> frozenset[PredictionField]:
+        """See `ModelOptions`."""
+        return frozenset(GIVES[head] for head in self.heads if head != "itm")
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> BlipOptions:
