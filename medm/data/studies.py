@@ -150,7 +150,8 @@ class StudyBatch(TypedDict, total=False):
     answer_branches: Tensor
     """(B,) int64, place of the type in `ANSWER_BRANCHES`, `IGNORE_INDEX` where it is unknown."""
     answer_targets: Tensor
-    """(B, closed and open answers) float32, score of each answer of the lists in turn."""
+    """(B, closed and open answers) float32, score of each answer of the lists in turn. Absent in
+    inference."""
     owners: Tensor
     """(B,) int64: equal where the texts of two studies are equal, on any rank and in any batch."""
 
@@ -197,12 +198,16 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
         return study
 
     def draw(self, sample: Study, rng: np.random.Generator) -> Study:
-        """Choose the images that are looked at, anew each epoch, in their order."""
-        if self.inference or self._processor is None:
+        """Choose the images that are looked at, in their order: anew each epoch, and in inference
+        the first ones.
+        """
+        if self._processor is None:
             return sample
         count = self.processor.views
         if len(sample.images) <= count:
             return sample
+        if self.inference:
+            return replace(sample, images=sample.images[:count])
         chosen = sorted(rng.choice(len(sample.images), count, replace=False).tolist())
         return replace(sample, images=tuple(sample.images[place] for place in chosen))
 
@@ -213,7 +218,8 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
 
     def counts(self, sample: Study) -> Mapping[str, int]:
         unlisted = {}
-        if self.makes_examples and self.processor.answers and sample.answer is not None:
+        learns = self.makes_examples and self.processor.answers and not self.inference
+        if learns and sample.answer is not None:
             unlisted["unlisted answer"] = int(not self._answer_target(sample).listed)
         return unlisted | {
             "report": int(sample.report is not None),
@@ -227,14 +233,15 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
         asked, target = list[int](), AnswerTarget(IGNORE_INDEX, [], False)
         if processor.answers:
             asked = processor.encode_target(sample.question or "", "").input_ids
-            target = self._answer_target(sample)
+            if not self.inference:
+                target = self._answer_target(sample)
         encoded = EncodedText([], [])
         if processor.reads_text and not self.inference and text is not None:
             encoded = processor.encode_target(text, sample.question)
         return StudyExample(
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            label_targets=_targets(sample.labels, processor.labels),
+            label_targets=_targets(None if self.inference else sample.labels, processor.labels),
             knowledge_ids=processor.encode_knowledge(sample.triplets),
             owner=same_label(
                 f"{sample.question or ''}\0{text or sample.id or ''}", None, source=""
@@ -380,6 +387,7 @@ class StudyCollator:
             )
             branches = [example.answer_branch for example in kept]
             batch["answer_branches"] = torch.tensor(branches, dtype=torch.int64)
+        if self.num_answers and all(example.answer_targets for example in kept):
             right = [example.answer_targets for example in kept]
             batch["answer_targets"] = torch.tensor(right, dtype=torch.float32).reshape(
                 len(kept), self.num_answers

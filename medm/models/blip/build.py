@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from medm.errors import CheckpointError, RecipeError
 from medm.imaging import Preprocess
@@ -15,7 +22,7 @@ from medm.models.base import CardText, ModelKind
 from medm.models.blip.answers import resolved_answers
 from medm.models.blip.configuration import ImageEntry, MedmBlipConfig, TextEntry
 from medm.models.blip.modeling import MedmBlip, StudyImageTower
-from medm.models.blip.options import BlipOptions, StudyTextOptions
+from medm.models.blip.options import BlipOptions, Head, StudyTextOptions
 from medm.models.blip.processing import DECODER_TOKEN, ENCODER_TOKEN, MedmBlipProcessor
 from medm.models.blip.text import StudyTextEncoder
 from medm.models.knowledge_files import described_knowledge
@@ -29,7 +36,7 @@ from medm.models.vision import (
     spatial_of,
 )
 from medm.text_encoders.bert import BertTextEncoder
-from medm.types import ANSWER_BRANCHES
+from medm.types import ANSWER_BRANCHES, PredictionField
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +64,11 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
     processor_class = MedmBlipProcessor
     pipeline = "studies"
     outputs = BlipOptions.outputs
+    predictor = "studies"
+
+    def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
+        """Return what the heads of the model give."""
+        return frozenset(_GIVES[head] for head in cast(MedmBlipConfig, config).heads)
 
     def build(self, options: BlipOptions) -> tuple[MedmBlip, MedmBlipProcessor]:
         """Return a model with published weights wherever the recipe gives a path, and its
@@ -113,6 +125,16 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
             if options.answers is not None:
                 model.config.answers = {**model.config.answers, "route": options.answers.route}
         return adapted
+
+
+_GIVES: dict[Head, PredictionField] = {
+    "itc": "embeddings",
+    "itm": "matches",
+    "lm": "text",
+    "labels": "scores",
+    "answers": "text",
+}
+"""What a model gives by its heads."""
 
 
 def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:

@@ -90,6 +90,11 @@ class StudyImages(NamedTuple):
     label_vector: Tensor
     """(B, D), what findings are scored by: it has seen the graph, and no memory."""
 
+    def rows(self, rows: Sequence[int]) -> StudyImages:
+        """Return some of the studies, in this order; one may come several times."""
+        taken = torch.tensor(rows, device=self.tokens.device)
+        return StudyImages(*(one[taken] for one in self))
+
 
 class StudyImageTower(nn.Module):
     """Images of studies to tokens and one vector.
@@ -442,7 +447,11 @@ class MedmBlip(MedmModel):
 
         Arguments as those of `encode_images`.
         """
-        return self._projected("image", self.encode_images(pixels, image_counts).vector)
+        return self.image_vectors(self.encode_images(pixels, image_counts))
+
+    def image_vectors(self, images: StudyImages) -> Tensor:
+        """Return the vectors of encoded studies in the common space, not normalized."""
+        return self._projected("image", images.vector)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the vectors of texts in the common space, not normalized, (B, embed_dim)."""
@@ -512,8 +521,20 @@ class MedmBlip(MedmModel):
         Raises:
             RecipeError: the model chooses no answers, or `route: gold` has no type of a question.
         """
+        images = self.encode_images(pixels, image_counts)
+        return self.choose_answers(images, question_ids, question_mask, answer_branches)
+
+    @torch.no_grad()
+    def choose_answers(
+        self,
+        images: StudyImages,
+        question_ids: Tensor,
+        question_mask: Tensor | None = None,
+        answer_branches: Tensor | None = None,
+    ) -> Answers:
+        """Choose an answer for each of some encoded studies; see `answer`."""
         mask = torch.ones_like(question_ids) if question_mask is None else question_mask
-        logits = self.answer_scores(self.encode_images(pixels, image_counts), question_ids, mask)
+        logits = self.answer_scores(images, question_ids, mask)
         gold = None
         if self.config.answers["route"] == "gold":
             unknown = torch.full_like(question_ids[:, 0], IGNORE_INDEX)
@@ -822,9 +843,33 @@ class MedmBlip(MedmModel):
         Raises:
             RecipeError: the model has no decoder.
         """
+        return self.write(
+            self.encode_images(pixels, image_counts),
+            input_ids,
+            attention_mask,
+            num_beams=num_beams,
+            max_length=max_length,
+            min_length=min_length,
+        )
+
+    @torch.no_grad()
+    def write(
+        self,
+        images: StudyImages,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        num_beams: int = BEAMS,
+        max_length: int | None = None,
+        min_length: int = 5,
+    ) -> Tensor:
+        """Return a text for each of some encoded studies; arguments as those of `generate`.
+
+        Raises:
+            RecipeError: the model has no decoder.
+        """
         if self.decoder is None:
             raise RecipeError("this model writes no texts: model.heads has no 'lm'")
-        images = self.encode_images(pixels, image_counts)
         rows, device = len(images.tokens), images.tokens.device
         start = torch.full((rows, 1), self.ids.decoder_id, device=device)
         prompt = start if input_ids is None else _begun(input_ids, self.ids.decoder_id)
@@ -834,9 +879,8 @@ class MedmBlip(MedmModel):
         texts: dict[int, Tensor] = {}
         for length in lengths.unique().tolist():
             places = (lengths == length).nonzero().squeeze(1)
-            group = StudyImages(*(one[places] for one in images))
             found = self._search(
-                group,
+                images.rows(places.tolist()),
                 prompt[places, :length],
                 num_beams=num_beams,
                 max_length=max_length,

@@ -105,11 +105,11 @@ class MedmBlipProcessor(ProcessorMixin):
         words = self._words(self.prompt if prompt is None else prompt)
         return torch.tensor([[int(self.tokenizer.cls_token_id), *words]])
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return questions that answers are generated behind: `input_ids` and `attention_mask`,
-        (N, P) int64, padded on the right, without an end token.
+    def encode_prompts(self, prompts: Sequence[str | None]) -> dict[str, torch.Tensor]:
+        """Return what generated texts begin with, such as questions: `input_ids` and
+        `attention_mask`, (N, P) int64, padded on the right, without an end token.
         """
-        rows = [self.encode_prompt(prompt)[0].tolist() for prompt in list_texts(prompts)]
+        rows = [self.encode_prompt(prompt)[0].tolist() for prompt in prompts]
         return pad_texts(rows, self.pad_id)
 
     def decode_answers(self, answers: Answers) -> list[str]:
