@@ -69,7 +69,7 @@ def test_a_batch_of_questions_by_hand() -> None:
     assert batch["answer_targets"].tolist() == [[0, 1, 0, 0, 0], [0] * 5]
     assert "input_ids" not in batch
     assert pipeline.length(first) == 5
-    assert [one.text for one in pipeline.preview(second)] == ["\n\1c\2", "\nopen: none of the list"]
+    assert [one.text for one in pipeline.preview(second)] == ["\1c\2", "\nopen: none of the list"]
     empty = pipeline.eval_collator()([None])
     assert (empty["question_ids"].shape, empty["answer_targets"].shape) == ((0, 2), (0, 5))
 
