@@ -283,6 +283,59 @@ def _merge_cache(sources: Sequence[Any], prepared: Mapping[str, Any], folder: Pa
 
 
 @app.command()
+def answers(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files of studies to TRAIN on, whose answers become the classes."),
+    ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of published lists (close_label2ans, open_label2ans), in place of files. "
+            "They hold answers of test questions too."
+        ),
+    ] = None,
+) -> None:
+    """Write the lists of closed and open answers that a model of kind blip chooses from.
+
+    A recipe names the file as model.answers.file. Answers that differ in case, articles or
+    punctuation alone are one class. Take training records alone: a list with answers of test
+    questions tells the model what is asked there.
+    """
+    from medm.data.answers import branch_of, collect_answers, write_answers
+    from medm.data.record_files import RecordFile
+    from medm.data.studies import Studies
+    from medm.errors import DataError
+    from medm.tasks.answer_classes import AnswerMaps
+    from medm.types import ANSWER_BRANCHES
+
+    if bool(files) == (maps is not None):
+        raise typer.BadParameter("name files of studies, or --maps FOLDER")
+    if maps is not None:
+        lists = AnswerMaps(maps).lists
+        note("published lists hold answers of test questions too")
+    else:
+        found: list[tuple[str, str]] = []
+        for file in files or []:
+            for index, record in enumerate(RecordFile(file)):
+                try:
+                    study = Studies().read(record, file=file, index=index)
+                    if study.answer is not None:
+                        branch = branch_of(study.answer_type or "")
+                        found.append((ANSWER_BRANCHES[branch], study.answer))
+                except DataError as error:
+                    raise error.at(file=file, index=index) from None
+        lists = collect_answers(found)
+    write_answers(output, lists)
+    out.print(
+        f"{output}: {len(lists['closed'])} closed and {len(lists['open'])} open answers",
+        markup=False,
+    )
+    note(f"train with them: medm train RECIPE model.answers.file={output}")
+
+
+@app.command()
 def triplets(
     file: Annotated[Path, typer.Argument(help="Annotation file of reports: JSON array or JSONL.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json or .jsonl.")],

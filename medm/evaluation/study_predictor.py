@@ -189,4 +189,6 @@ def _record(sample: Sample, *, ask: bool) -> JsonObject:
     question = question_of(sample) if ask else None
     if question is not None:
         record["question"] = question
+        if sample.extra.get("answer_type"):
+            record["answer_type"] = sample.extra["answer_type"]  # read with `route: gold` alone
     return record

@@ -35,6 +35,7 @@ def make_studies(examples: Sequence[Any], samples: Sequence[BaseSample]) -> Stud
         pixels={"image": torch.from_numpy(stacked.astype(np.float32, copy=False))},
         counts=[len(images) for images in items],
         questions=[getattr(sample, "question", None) for sample in samples],
+        answer_types=[getattr(sample, "answer_type", None) for sample in samples],
         reports=[getattr(sample, "report", None) for sample in samples],
         candidates=[
             tuple(map(str, getattr(sample, "extra", {}).get(CANDIDATES, ()))) for sample in samples

@@ -34,7 +34,7 @@ class ModelOptions(Options):
         """Say how this section gives fields of the output that it lacks; "" where it cannot."""
         return ""
 
-    def answers(self) -> frozenset[PredictionField]:
+    def predicted_fields(self) -> frozenset[PredictionField]:
         """Fields of predictions that the kind gives during the training (`ModelKind.answerer`)."""
         return frozenset()
 

@@ -40,8 +40,10 @@ Pair = tuple[list[str], list[str]]
 
 
 def texts(records: Sequence[Record]) -> Pair:
-    """Predictions and answers."""
-    return [record["prediction"] for record in records], [
+    """Predictions and answers. What is said where the answer is in no published list of classes
+    (`unlisted`) is no prediction, because its text is not known.
+    """
+    return ["" if record.get("unlisted") else record["prediction"] for record in records], [
         str(record["answer"]) for record in records
     ]
 
@@ -81,6 +83,31 @@ def vqa(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]
             for metric in (normalized_match, token_f1):
                 results += scoped(name, metric(*pair, resampling=drawn))
             results += scoped(name, bleu_nltk(*pair, resampling=drawn)[:1])
+    return results
+
+
+def class_accuracy(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """MOTOR's accuracy of all, open and closed questions: the score of the class that is chosen.
+
+    A reply is a class when it is its text, letter by letter. Reads `answer_type`, and
+    `answer_scores` where answers are published as classes; without them the answer scores 1. An
+    answer that is in no published list can never be right.
+    """
+    results: list[MetricResult] = []
+    for name, part in {"all": list(range(len(records))), **answer_types(records)}.items():
+        rows = [records[index] for index in part]
+        right = [row.get("answer_scores") or {str(row["answer"]): 1.0} for row in rows]
+        hits = [
+            float(scores.get(said, 0.0)) for scores, said in zip(right, texts(rows)[0], strict=True)
+        ]
+        unlisted = sum(bool(row.get("unlisted")) for row in rows)
+        note = (
+            f"{unlisted} of {len(rows)} answers are in no published list and count as wrong"
+            if unlisted
+            else None
+        )
+        result = mean_result("class-accuracy", hits, "motor|exact class", resampling.part(part))
+        results += scoped(name, [with_note(result, note)])
     return results
 
 

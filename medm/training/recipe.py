@@ -115,7 +115,7 @@ class Recipe(Options):
                     f"monitors: {name} needs a model that scores texts (kind 'dual-encoder'), and "
                     f"this one is {self.model.kind!r}; leave it out"
                 )
-            if not monitor.scores_texts and not self.model.answers():
+            if not monitor.scores_texts and not self.model.predicted_fields():
                 raise ValueError(
                     f"monitors: {name} needs a model that answers during the training (kind "
                     f"'blip'), and this one is {self.model.kind!r}; leave it out"

@@ -244,10 +244,10 @@ def _monitors(recipe: Recipe, processor: Processor) -> list[TrainerCallback]:
             opened.append(ZeroShotMonitor(options, kind, processor))
             continue
         monitor = TaskMonitor(options, kind, processor)
-        if lacking := sorted(monitor.task.needs - recipe.model.answers()):
+        if lacking := sorted(monitor.task.needs - recipe.model.predicted_fields()):
             raise RecipeError(
                 f"monitors: {options.task.label} needs {' and '.join(lacking)}; this model gives "
-                f"{' and '.join(sorted(recipe.model.answers()))} during the training"
+                f"{' and '.join(sorted(recipe.model.predicted_fields()))} during the training"
             )
         opened.append(monitor)
     return opened

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from medm.errors import DataError
+from medm.models.blip.answers import branch_or_unknown
 from medm.models.blip.modeling import BEAMS, MedmBlip, StudyImages
 from medm.models.blip.processing import MedmBlipProcessor
 from medm.models.text_inputs import pad_texts
-from medm.types import AnswerItem, JsonObject, PredictionField
+from medm.types import ANSWER_BRANCHES, AnswerItem, JsonObject, PredictionField
 
 _TEXTS_PER_STUDY = 8
 """Texts that are matched at once, for each study of a batch."""
@@ -34,6 +35,8 @@ class StudyFiles:
     """Images of each study."""
     questions: list[str | None]
     """Words before the text of each study; None for the model's own prompt."""
+    answer_types: list[str | None]
+    """Types of the questions, for models that are told them."""
     reports: list[str | None]
     candidates: list[tuple[str, ...]]
     """Of each study the ids of the reports that are matched with it."""
@@ -48,6 +51,10 @@ class StudyAnswer:
     """Tokens of the reply, the end token included."""
     finished: bool = True
     """False for a reply that was cut at the longest length."""
+    answer_type: str | None = None
+    """Type of the question that the model took its answer for, where it chooses from lists."""
+    answer_score: float | None = None
+    """Sigmoid of the logit of the chosen answer."""
     scores: Mapping[str, float] | None = None
     """Logit of each label."""
     vector: Sequence[float] | None = None
@@ -62,6 +69,8 @@ class StudyAnswer:
         line: JsonObject = {}
         if self.reply is not None:
             line |= {"reply": self.reply, "tokens": self.tokens, "finished": self.finished}
+        if self.answer_type is not None:
+            line |= {"answer_type": self.answer_type, "answer_score": self.answer_score}
         if self.scores is not None:
             line["scores"] = dict(self.scores)
             line["probabilities"] = {
@@ -145,6 +154,7 @@ class StudyAnswerer:
             pixels={"image": torch.from_numpy(pixels)},
             counts=[len(item.pixels) for item in items],
             questions=[item.question for item in items],
+            answer_types=[item.sample.extra.get("answer_type") for item in items],
             reports=[one[0] if one else None for one in texts],
             candidates=[() for _ in items],
         )
@@ -154,7 +164,13 @@ class StudyAnswerer:
         count = rows.stop - rows.start
         found: list[dict[str, Any]] = [{} for _ in range(count)]
         if "text" in self.wanted:
-            for answer, fields in zip(found, self._texts(seen, batch.questions[rows]), strict=True):
+            # A model of classes and of texts chooses: that is what its questions were learned for.
+            replies = (
+                self._texts(seen, batch.questions[rows])
+                if self.model.answers is None
+                else self._classes(seen, batch.questions[rows], batch.answer_types[rows])
+            )
+            for answer, fields in zip(found, replies, strict=True):
                 answer |= fields
         if "scores" in self.wanted:
             logits = self.model.label_scores(seen.label_vector).float().tolist()
@@ -174,32 +190,59 @@ class StudyAnswerer:
         return [StudyAnswer(**fields) for fields in found]
 
     def _texts(self, seen: StudyImages, questions: Sequence[str | None]) -> list[dict[str, Any]]:
-        """Return reply, tokens and finished of each study: a report, or the answer to its question.
-
-        Beam search takes prompts of one length at once.
+        """Return reply, tokens and finished of each study: a report, or the answer to its
+        question.
         """
-        prompts = [self.processor.encode_prompt(question) for question in questions]
-        found: list[dict[str, Any]] = [{} for _ in prompts]
+        prompts = self.processor.encode_prompts(questions)
+        ids = self.model.write(
+            seen,
+            prompts["input_ids"].to(self.model.device),
+            prompts["attention_mask"].to(self.model.device),
+            num_beams=self.beams,
+            max_length=self.max_length,
+            min_length=self.min_length,
+        )
+        found: list[dict[str, Any]] = []
         end = self.processor.tokenizer.sep_token_id
-        for length in sorted({prompt.shape[1] for prompt in prompts}):
-            rows = [row for row, prompt in enumerate(prompts) if prompt.shape[1] == length]
-            prompt = torch.cat([prompts[row] for row in rows]).to(self.model.device)
-            ids = self.model.write(
-                seen.rows(rows),
-                prompt,
-                num_beams=self.beams,
-                max_length=self.max_length,
-                min_length=self.min_length,
-            )
-            for row, text in zip(rows, ids[:, length:].tolist(), strict=True):
-                finished = end in text
-                words = text[: text.index(end)] if finished else text
-                found[row] = {
-                    "reply": self.processor.decode(words),
-                    "tokens": len(words) + finished,
-                    "finished": finished,
-                }
+        given = prompts["attention_mask"].sum(dim=1).tolist()
+        for length, row in zip(given, ids.tolist(), strict=True):
+            text = row[length:]
+            finished = end in text
+            words = text[: text.index(end)] if finished else text
+            fields = {"reply": self.processor.decode(words), "tokens": len(words) + finished}
+            found.append({**fields, "finished": finished})
         return found
+
+    def _classes(
+        self, seen: StudyImages, questions: Sequence[str | None], types: Sequence[str | None]
+    ) -> list[dict[str, Any]]:
+        """Return reply, type and score of each question: one of the answers that the model knows.
+
+        Raises:
+            DataError: a study without a question.
+            RecipeError: an unknown type where the model is told it.
+        """
+        if any(question is None for question in questions):
+            raise DataError(
+                "the model chooses answers to questions; expected a question", field="question"
+            )
+        asked = self.processor.encode_text([str(question) for question in questions])
+        answers = self.model.choose_answers(
+            seen,
+            asked["input_ids"].to(self.model.device),
+            asked["attention_mask"].to(self.model.device),
+            torch.tensor([branch_or_unknown(one) for one in types], device=self.model.device),
+        )
+        chosen = zip(
+            self.processor.decode_answers(answers),
+            answers.branches.tolist(),
+            answers.scores.tolist(),
+            strict=True,
+        )
+        return [
+            {"reply": reply, "answer_type": ANSWER_BRANCHES[branch], "answer_score": score}
+            for reply, branch, score in chosen
+        ]
 
     def _text_vectors(self, reports: Sequence[str | None]) -> list[list[list[float]]]:
         """Return the vector of each study's report, none where it has none."""

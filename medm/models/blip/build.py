@@ -21,6 +21,7 @@ from medm.encoders.sizes import number
 from medm.errors import CheckpointError, RecipeError
 from medm.imaging import Preprocess
 from medm.models.base import CardText, ModelKind
+from medm.models.blip.answers import resolved_answers
 from medm.models.blip.configuration import ImageEntry, MedmBlipConfig, TextEntry
 from medm.models.blip.modeling import MedmBlip, StudyImageTower
 from medm.models.blip.options import GIVES, BlipOptions, StudyTextOptions
@@ -38,7 +39,7 @@ from medm.models.vision import (
     spatial_of,
 )
 from medm.text_encoders.bert import BertTextEncoder
-from medm.types import Answerer, PredictionField
+from medm.types import ANSWER_BRANCHES, Answerer, PredictionField
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
                 _load_norm(model.image, PretrainedSource(options.image.encoder.path))
             if options.text.path is not None:
                 load_text(model, PretrainedSource(options.text.path))
+        if model.answer_encoder is not None:
+            model.answer_encoder.load_state_dict(model.text.state_dict())
         model.init_training_state()
         model.eval()
         return model, processor
@@ -139,6 +142,8 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
             _check_length(options, int(model.text.config.max_position_embeddings))
             for name in ("alpha", "alpha_steps", "same_report", "negatives", "label_smoothing"):
                 setattr(model.config, name, getattr(options, name))
+            if options.answers is not None:
+                model.config.answers = {**model.config.answers, "route": options.answers.route}
         return adapted
 
 
@@ -157,6 +162,7 @@ def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
     architecture["vocab_size"] = max(sizes.vocab_size, len(tokenizer))
     architecture["pad_token_id"] = int(tokenizer.pad_token_id)
     _check_length(options, int(sizes.max_position_embeddings))
+    answers = None if options.answers is None else resolved_answers(options.answers)
     processor = MedmBlipProcessor(
         tokenizer,
         image_views={"image": preprocess.model_dump()},
@@ -164,7 +170,8 @@ def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
         prompt=options.text.prompt,
         labels=options.labels,
         views=options.image.views,
-        reads_text=set(options.heads) != {"labels"},
+        reads_text=bool({"itc", "itm", "lm"} & {*options.heads}),
+        answers={name: getattr(answers, name) for name in ANSWER_BRANCHES} if answers else {},
         stores_triplets=any(one.name == "memory" for one in options.knowledge),
     )
     config = MedmBlipConfig(
@@ -188,6 +195,7 @@ def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
             described_knowledge(one, tokenizer, place=f"model.knowledge.{number}")
             for number, one in enumerate(options.knowledge)
         ],
+        answers={} if answers is None else answers.model_dump(exclude={"file"}),
         memory_length=options.text.max_length,
         **options.model_dump(
             include={
