@@ -51,7 +51,7 @@ from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
 from medm.inference.folder_records import Existing, write_folder_records
 from medm.inference.generator import Reply, load_engine, pick_device
 from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, require_format
-from medm.inference.options import EmbedOptions, InferOptions
+from medm.inference.options import EmbedOptions, InferOptions, changed_fields
 from medm.inference.output_shards import merged_lines, owned_indices
 from medm.inference.predictions import (
     Appender,
@@ -283,7 +283,7 @@ def _open_job(options: InferOptions | EmbedOptions) -> _Job:
     pipeline = pipeline_for(kind, inference=True)
     if isinstance(pipeline, Studies):
         return _open_studies(options, device, pipeline, gives)
-    if asked := sorted(options.studies.model_fields_set):
+    if asked := changed_fields(options.studies):
         raise RecipeError(
             f"{', '.join(asked)}: for models of studies (kind blip); model {options.model} gives "
             f"{' and '.join(sorted(gives)) or 'nothing'} of other records"

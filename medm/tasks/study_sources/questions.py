@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from medm.data.left_out import LeftOut
 from medm.errors import DataError
 from medm.tasks.base import Task
-from medm.tasks.pair_sources.base import LeftOut
 from medm.tasks.slake import Slake
 from medm.tasks.study_sources.base import StudyRow, StudySource
 from medm.tasks.vqa_rad import VQARAD
