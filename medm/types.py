@@ -112,7 +112,7 @@ Role: TypeAlias = Literal["system", "user", "assistant"]
 JsonObject: TypeAlias = dict[str, Any]
 """An object of a JSON file: a record, a row of a benchmark, results."""
 
-PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings"]
+PredictionField: TypeAlias = Literal["text", "masks", "scores", "embeddings", "matches"]
 """Output of a model, or of a file of predictions, for an item of a benchmark; a benchmark needs
 some."""
 

@@ -79,7 +79,13 @@ def flags() -> list[Flag]:
     """Return the flags of `medm embed`: the fields of its options."""
     from medm.inference.options import EmbedOptions
 
-    return flags_of(EmbedOptions, leave_out=("data", "vectors", "class_texts"))
+    return flags_of(EmbedOptions, leave_out=_LEFT_OUT)
+
+
+_LEFT_OUT = (
+    "data", "vectors", "class_texts",
+    "studies.answers", "studies.beams", "studies.max_length", "studies.min_length",
+)  # fmt: skip
 
 
 def embed(

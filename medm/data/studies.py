@@ -163,12 +163,16 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
         return study
 
     def draw(self, sample: Study, rng: np.random.Generator) -> Study:
-        """Choose the images that are looked at, anew each epoch, in their order."""
-        if self.inference or self._processor is None:
+        """Choose the images that are looked at, in their order: anew each epoch, and in inference
+        the first ones.
+        """
+        if self._processor is None:
             return sample
         count = self.processor.views
         if len(sample.images) <= count:
             return sample
+        if self.inference:
+            return replace(sample, images=sample.images[:count])
         chosen = sorted(rng.choice(len(sample.images), count, replace=False).tolist())
         return replace(sample, images=tuple(sample.images[place] for place in chosen))
 
@@ -193,7 +197,7 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
         return StudyExample(
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            label_targets=_targets(sample.labels, processor.labels),
+            label_targets=_targets(None if self.inference else sample.labels, processor.labels),
             knowledge_ids=processor.encode_knowledge(sample.triplets),
             owner=same_label(
                 f"{sample.question or ''}\0{text or sample.id or ''}", None, source=""

@@ -83,6 +83,8 @@ def _fields(prediction: Prediction) -> set[PredictionField]:
         found.add("scores")
     if prediction.embedding is not None:
         found.add("embeddings")
+    if prediction.matches is not None:
+        found.add("matches")
     if prediction.text or not found:  # an empty reply is a reply
         found.add("text")
     return found
@@ -168,8 +170,14 @@ def _prediction(item: object) -> Prediction:
     if item.get("error") is not None:
         return Prediction("", numbers, error=str(item["error"]))
     scores = _scores(item.get("scores"))
-    masks = _masks(item)
-    made = partial(Prediction, numbers=numbers, scores=scores, masks=masks, **_vectors(item))
+    masks, matches = _masks(item), item.get("matches")
+    if matches is not None and not (
+        isinstance(matches, dict) and all(map(_is_number, matches.values()))
+    ):
+        raise DataError("expected an object of item id to number", field="matches")
+    made = partial(
+        Prediction, numbers=numbers, scores=scores, masks=masks, matches=matches, **_vectors(item)
+    )
     turns = item.get("conversations") or item.get("messages")
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         last = turns[-1]
@@ -178,7 +186,8 @@ def _prediction(item: object) -> Prediction:
     for key in _TEXT_FIELDS:
         if isinstance(item.get(key), str):
             return made(text=item[key])
-    if masks or scores is not None or item.get("embedding") is not None:
+    parts = (scores, matches, item.get("embedding"))
+    if masks or any(part is not None for part in parts):
         return made(text="")
     raise DataError(
         f"no answer in it; expected one of {', '.join(_TEXT_FIELDS)}, or a last turn of the "
@@ -282,7 +291,7 @@ def join(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> li
             record.setdefault(key, value)
         if found.scores is not None:
             record["scores"] = found.scores
-        for name in ("embedding", "text_embeddings"):
+        for name in ("embedding", "text_embeddings", "matches"):
             if getattr(found, name) is not None:
                 record[name] = getattr(found, name)
     return records

@@ -36,6 +36,7 @@ _FILE_FORMATS: dict[PredictionField, str] = {
     "masks": 'a JSONL with a line {"id": ..., "mask": FILE} an item (docs/evaluation.md)',
     "scores": 'lines with "scores": a number, or one for each class',
     "embeddings": 'lines with "embedding": a vector, and "text_embeddings": one for each caption',
+    "matches": 'lines with "matches": by id of another item the score of its text with the images',
 }
 """Form of each field in a file of predictions."""
 
@@ -58,6 +59,10 @@ class Items:
     """What the benchmark scores."""
     class_texts: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     """By the field `set` of an item and by class the texts that scores are of."""
+    labels: Sequence[str] = ()
+    """Names of the labels that scores are of, where they belong to no texts."""
+    matched: int = 0
+    """Best candidates of each query whose matches are scored."""
 
     @property
     def scored(self) -> Sequence[Sample]:
@@ -128,6 +133,13 @@ PREDICTORS.add(
     "dual-encoder",
     "medm.evaluation.dual_predictor:DualEncoderPredictor",
     "a saved dual encoder: vectors, and scores of texts",
+)
+
+
+PREDICTORS.add(
+    "studies",
+    "medm.evaluation.study_predictor:StudyPredictor",
+    "a saved model of studies: texts, scores of labels, vectors and matches",
 )
 
 

@@ -138,6 +138,8 @@ def _open(
         folder=Path(options.output_dir) / block.task.label,
         needs=task.needs,
         class_texts=task.class_texts(),
+        labels=task.labels(),
+        matched=task.matched,
     )
     return _Run(block, task, predictor, against, items)
 
@@ -290,6 +292,7 @@ def _compare(task: Task, other: Sequence[JsonObject], scores: Scores) -> list[Co
         if result.name in by_name
         and by_name[result.name].n == result.n > 0
         and not math.isnan(result.value)
+        and result.reweighted is not None  # a threshold, for instance, is no score
     ]
 
 

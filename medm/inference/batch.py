@@ -31,6 +31,7 @@ from medm.children import safe_path
 from medm.data.options import SourceOptions
 from medm.data.pipelines import pipeline_for
 from medm.data.records import Records
+from medm.data.studies import Studies
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.files import atomic_write_text
 from medm.imaging.paths import MissingFileError
@@ -51,6 +52,7 @@ from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, requ
 from medm.inference.options import EmbedOptions, InferOptions
 from medm.inference.predictions import Appender, ResultLine, Results, model_fingerprint
 from medm.inference.segmenter import Segmenter, Shown
+from medm.inference.studies import load_studies, make_studies, study_outputs
 from medm.inference.volume_modes import SlicedVolumes, require_mode
 from medm.launcher import launched_world_size
 from medm.models import kind_of_config, load_config, load_processor
@@ -62,6 +64,7 @@ from medm.types import (
     ConversationProcessor,
     Example,
     JsonObject,
+    PredictionField,
     Processor,
     Sample,
     Turn,
@@ -109,7 +112,7 @@ class Answer(Protocol):
 
 
 class Answers(Protocol):
-    """A model that is ready: `Engine` or `EmbeddingEngine`."""
+    """A model that is ready: `Engine`, `EmbeddingEngine` or `StudyEngine`."""
 
     def generate(self, batch: Any) -> Sequence[Answer]:
         """Return the answer to each record of a batch."""
@@ -175,6 +178,8 @@ class _Job:
     records: Records[Any, Any]
     masks: bool = False
     """Replies have masks."""
+    of_studies: frozenset[PredictionField] = frozenset()
+    """What is written of each record, where records are studies."""
 
 
 def infer(
@@ -205,6 +210,8 @@ def infer(
     settings = run_settings(options)
     if job.masks and isinstance(options, InferOptions):
         settings |= mask_settings(options)
+    if job.of_studies:
+        settings |= {"studies": options.studies.model_dump()}
     results = Results(Path(options.output), settings, options.model_dump(include=_NOTED))
     with _launched() as (rank, world), results.locked() if rank == 0 else nullcontext():
         if rank == 0:
@@ -255,6 +262,14 @@ def _open_job(options: InferOptions | EmbedOptions) -> _Job:
     config = load_config(options.model)
     kind = kind_of_config(config)
     gives = kind.gives(config)
+    pipeline = pipeline_for(kind, inference=True)
+    if isinstance(pipeline, Studies):
+        return _open_studies(options, device, pipeline, gives)
+    if asked := sorted(options.studies.model_fields_set):
+        raise RecipeError(
+            f"{', '.join(asked)}: for models of studies (kind blip); model {options.model} gives "
+            f"{' and '.join(sorted(gives)) or 'nothing'} of other records"
+        )
     command, wanted = "infer writes", "text"
     if isinstance(options, EmbedOptions):
         command, wanted = "embed needs", "embeddings"
@@ -289,9 +304,40 @@ def _open_job(options: InferOptions | EmbedOptions) -> _Job:
             memory=isinstance(head, dict) and bool(head.get("memory")),
         )
         require_format(options.mask_format)
-    source = SourceOptions(path=str(options.data), root=options.root, limit=options.limit)
-    records = Records([source], pipeline_for(kind, inference=True))
+    records = Records([_source(options)], pipeline)
     return _Job(options, device, processor, context, records, masks)
+
+
+def _open_studies(
+    options: InferOptions | EmbedOptions,
+    device: torch.device,
+    pipeline: Studies,
+    gives: frozenset[PredictionField],
+) -> _Job:
+    """Return the inputs of a run over studies.
+
+    Raises:
+        RecipeError: the model does not give what is asked for, or an option is for other models.
+    """
+    if isinstance(options, EmbedOptions) and "embeddings" not in gives:
+        raise RecipeError(
+            f"medm embed needs embeddings; model {options.model} gives "
+            f"{' and '.join(sorted(gives)) or 'nothing'}"
+        )
+    wanted = study_outputs(options, gives)
+    if isinstance(options, InferOptions):
+        asked = sorted(options.model_fields_set & {*_FOR_MASKS, "json_output"})
+        if asked := [name for name in asked if getattr(options, name)]:
+            raise RecipeError(
+                f"{', '.join(asked)}: not for models of studies such as {options.model}; give "
+                "--data with studies, and read the output"
+            )
+    records = Records([_source(options)], pipeline)
+    return _Job(options, device, load_processor(options.model), None, records, of_studies=wanted)
+
+
+def _source(options: InferOptions | EmbedOptions) -> SourceOptions:
+    return SourceOptions(path=str(options.data), root=options.root, limit=options.limit)
 
 
 def check_files(options: InferOptions | EmbedOptions) -> None:
@@ -339,6 +385,11 @@ def with_records(options: OptionsT) -> OptionsT:
         return options
     output = Path(options.output)
     data = output.with_name(f"{output.name}.records.jsonl")
+    if kind_of_config(load_config(options.model)).pipeline == "studies":
+        raise RecipeError(
+            f"--folder asks a question about each file, and model {options.model} reads studies; "
+            "give --data with a record of each study"
+        )
     processor = load_processor(options.model)
     write_folder_records(
         data,
@@ -387,7 +438,7 @@ def _generate_shard(job: _Job, rank: int, world: int, note: Callable[[int, int],
     _stop_with_parent()
     results = Results(Path(job.options.output), {})
     with results.append(rank=rank, world=world) as appender:
-        if isinstance(job.options, EmbedOptions):  # every file costs the same
+        if isinstance(job.options, EmbedOptions) or job.of_studies:  # every file costs the same
             order = list(range(len(job.records)))
         else:
             assert isinstance(job.processor, ConversationProcessor)
@@ -445,6 +496,9 @@ class _Shard:
     def load_model(self, device: torch.device) -> None:
         """Read the weights."""
         options = self.options
+        if self.job.of_studies:
+            self.engine = load_studies(options, self.job.of_studies, self._reports(), device=device)
+            return
         if isinstance(options, EmbedOptions):
             self.engine = EmbeddingEngine(
                 load_embedder(
@@ -464,6 +518,18 @@ class _Shard:
             writer = MaskWriter.of(options)
             segmenter = Segmenter(self.engine, options.segmentation, soft=writer.soft)
             self.masks = ReplyMasks(segmenter, writer)
+
+    def _reports(self) -> dict[str, str]:
+        """Return the reports of the records by id, where images are matched with them."""
+        if "matches" not in self.job.of_studies:
+            return {}
+        found: dict[str, str] = {}
+        for index in range(len(self.job.records)):
+            with suppress(DataError):  # the line of the record says what is wrong with it
+                study = self.job.records[index]
+                if study.id is not None and study.report is not None:
+                    found[study.id] = study.report
+        return found
 
     def any_answerable(self, indexes: Sequence[int]) -> bool:
         """Return True if one of the records that failed before is good now; needs no weights.
@@ -534,13 +600,18 @@ class _Shard:
         batches = [list(indexes[start : start + size]) for start in range(0, len(indexes), size)]
         if not batches:
             return
+        make: Callable[..., Any] = make_prompts
+        if self.job.of_studies:
+            make = make_studies
+        elif isinstance(self.options, EmbedOptions):
+            make = make_files
         for prepared in _load(
             Prompts(
                 self.job.records,
                 self.processor,
                 batches,
                 context=self.job.context,
-                make=make_files if isinstance(self.options, EmbedOptions) else make_prompts,
+                make=make,
                 sliced=self.sliced,
             ),
             self.options,
@@ -642,6 +713,12 @@ def _launched() -> Iterator[tuple[int, int]]:
         yield torch.distributed.get_rank(), world
     finally:
         torch.distributed.destroy_process_group()
+
+
+def wait_for_ranks() -> None:
+    """Wait until every rank of a launch is here; without a launch there is nothing to wait for."""
+    with _launched() as (_, world):
+        _wait_for_all(world)
 
 
 def _wait_for_all(world: int) -> None:

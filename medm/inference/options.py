@@ -113,6 +113,26 @@ class SegmentationOptions(Options):
         return low, high
 
 
+class StudyOptions(Options):
+    """Answers to studies, for models of kind `blip`."""
+
+    answers: Literal["all", "text", "scores", "matches"] = "all"
+    """What is written: `text` is a report, or the answer to the record's question; `scores` are the
+    logits of labels, with their probabilities; `all` is what of these two the model gives;
+    `matches` are the logits of a match of the images with the reports of the records that
+    `candidates` of a record names."""
+    beams: int = Field(default=3, ge=1)
+    """Texts that beam search keeps open; 1 is greedy."""
+    max_length: int | None = Field(default=None, ge=3)
+    """Longest text of a study in tokens, prompt and end included. Default: that of the training."""
+    min_length: int = Field(default=5, ge=0)
+    """Tokens of a text of a study, prompt and end included, below which it does not end."""
+    knowledge: Literal["on", "off"] = "on"
+    """Whether images of studies attend to the knowledge of the model. `off` leaves the fusion out
+    of a model that was trained with it, which shows what it adds; it is not the model that training
+    without knowledge gives."""
+
+
 class RunOptions(Options):
     """Options of a run over many records."""
 
@@ -139,6 +159,8 @@ class InferenceOptions(RunOptions):
     """Options of the generation of a reply."""
     segmentation: SegmentationOptions = SegmentationOptions()
     """Masks of replies, for models with a mask head."""
+    studies: StudyOptions = StudyOptions()
+    """Answers to studies, for models of kind `blip`."""
 
 
 class InferOptions(InferenceOptions):
@@ -186,14 +208,15 @@ class InferOptions(InferenceOptions):
 
 
 class EmbedOptions(RunOptions):
-    """Vectors of images or volumes, and of their captions, over one annotation file."""
+    """Vectors of images, volumes or studies, and of their captions, over one annotation file."""
 
     batch_size: int = Field(default=32, ge=1)
     """Files encoded at once."""
     model: str
-    """Folder of a dual encoder that medm saved."""
+    """Folder that medm saved of a dual encoder, or of a model of studies with the head `itc`."""
     data: str
-    """Annotation file of pairs (JSON, JSONL, CSV or TSV); captions may be missing."""
+    """Annotation file of pairs (JSON, JSONL, CSV or TSV) or of studies, as the model takes them;
+    captions and reports may be missing."""
     root: str | None = None
     """Folder that image and volume paths are relative to. Default: the folder of `data`."""
     output: str
@@ -204,9 +227,11 @@ class EmbedOptions(RunOptions):
     overwrite: bool = False
     """Delete the vectors of an earlier run and start over, instead of resuming."""
     captions: bool = False
-    """Write the vectors of the captions, too."""
+    """Write the vectors of the captions, or of the reports of studies, too."""
     vectors: Literal["files", "none"] = "files"
     """Whether the vectors are written; scores alone need none."""
     class_texts: dict[str, dict[str, list[str]]] = {}
     """By task of a record and by class the texts of the class: the scores of the classes are
     written."""
+    studies: StudyOptions = StudyOptions()
+    """Whether images of studies attend to knowledge; for models of kind `blip`."""

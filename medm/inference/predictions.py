@@ -80,7 +80,11 @@ class ResultLine(RecordName):
     text_embeddings: NotRequired[list[list[float]]]
     """Vectors of the captions."""
     scores: NotRequired[dict[str, float]]
-    """By class."""
+    """By class, or logits by label."""
+    probabilities: NotRequired[dict[str, float]]
+    """By label, each by itself; not calibrated."""
+    matches: NotRequired[dict[str, float]]
+    """By candidate the logit of a match."""
     error: NotRequired[str]
     """Reason for a missing reply."""
 

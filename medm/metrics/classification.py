@@ -126,8 +126,8 @@ def auroc(
 
     Args:
         predictions: (n,) or (n, C) scores, higher for positive.
-        references: (n,) or (n, C) of 0/1; for C > 1 also (n,) class numbers, scored one against the
-            rest.
+        references: (n,) or (n, C) of 0/1, nan where it is unknown, which leaves the item out of the
+            class; for C > 1 also (n,) class numbers, scored one against the rest.
         class_names: C names for the per-class results.
         resampling: how the interval is drawn.
 
@@ -149,11 +149,11 @@ def auroc(
         raise ValueError(
             f"auroc: {int(np.isnan(scores).sum())} scores are nan and cannot be ranked"
         )
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError(
-            f"auroc needs 0/1 labels, found {sorted(set(labels.ravel().tolist()))[:5]}"
-        )
-    columns = [_RankedScores(scores[:, c], labels[:, c].astype(bool)) for c in range(classes)]
+    labels = labels.astype(np.float64)
+    known = ~np.isnan(labels)
+    if not np.isin(labels[known], (0, 1)).all():
+        raise ValueError(f"auroc needs 0/1 labels, found {sorted(set(labels[known].tolist()))[:5]}")
+    columns = [_RankedScores(scores[:, c], labels[:, c] == 1, known[:, c]) for c in range(classes)]
     names = class_names or [str(c) for c in range(classes)]
     signature = f"mann-whitney|ties:half|classes:{classes}"
     mean = result_of(
@@ -183,15 +183,19 @@ def auroc(
 
 def _one_label(labels: np.ndarray) -> str | None:
     """Return the reason why a class has no area under the curve, or None if it has one."""
-    found = sorted(set(labels.astype(int).tolist()))
-    return f"undefined: all {len(labels)} labels are {found[0]}" if len(found) == 1 else None
+    known = labels[~np.isnan(labels)]
+    found = sorted(set(known.astype(int).tolist()))
+    if len(labels) and not found:
+        return f"undefined: all {len(labels)} labels are unknown"
+    return f"undefined: all {len(known)} labels are {found[0]}" if len(found) == 1 else None
 
 
 class _RankedScores:
     """One class's AUROC under any counts of the items; sorted once."""
 
-    def __init__(self, scores: np.ndarray, positive: np.ndarray) -> None:
-        self.order = np.argsort(scores, kind="stable")
+    def __init__(self, scores: np.ndarray, positive: np.ndarray, known: np.ndarray) -> None:
+        items = np.flatnonzero(known)
+        self.order = items[np.argsort(scores[items], kind="stable")]
         ranked = scores[self.order]
         self.positive = positive[self.order]
         self.starts = (
@@ -202,6 +206,8 @@ class _RankedScores:
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
         """(R, n) -> (R,); nan where a resample holds only one label."""
+        if not len(self.order):
+            return np.full(len(counts), np.nan)
         counts = counts[:, self.order]
         positives = np.add.reduceat(
             counts * self.positive, self.starts, axis=1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -27,6 +27,32 @@ def ranks(similarity: np.ndarray, relevant: np.ndarray) -> np.ndarray:
         raise ValueError("similarities hold nan and cannot be ranked")
     best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
     return 1 + ((similarity >= best) & ~relevant).sum(axis=1)
+
+
+def nearest(queries: np.ndarray, candidates: np.ndarray, k: int) -> Iterator[np.ndarray]:
+    """Yield for each query the (k,) positions of the candidates with the highest cosines, in
+    ascending order of position; all of them where there are no more.
+
+    Args:
+        queries: (Q, D) vectors of any length.
+        candidates: (C, D).
+        k: candidates of a query.
+    """
+    queries, candidates = unit(queries), unit(candidates)
+    k = min(k, len(candidates))
+    for start in range(0, len(queries), _BLOCK):
+        similarity = queries[start : start + _BLOCK] @ candidates.T
+        for row in np.argpartition(-similarity, k - 1, axis=1)[:, :k] if k else similarity[:, :0]:
+            yield np.sort(row)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors (N, D) of length 1; one without length stays."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+_BLOCK = 1024
+"""Queries that are compared at once."""
 
 
 def recall_at_k(

@@ -138,6 +138,69 @@ class RetrievalOptions(TaskOptions):
     """Annotation file of pairs (JSON, JSONL, CSV, TSV), relative to the data folder."""
 
 
+class StudyRetrievalOptions(TaskOptions):
+    """Studies and their reports."""
+
+    path: str = "annotation.json"
+    """R2Gen's annotation.json, MOTOR's JSON, or a file of studies, relative to the data folder."""
+    rerank: int = Field(default=0, ge=0)
+    """Best candidates of each query by cosine that are ranked again by match + cosine (BLIP,
+    MOTOR: 256); 0 ranks by cosine alone."""
+    images: Literal["all", "first"] = "all"
+    """Images of a study."""
+    image_folder: str | None = None
+    """Folder that `image_path` of the file is relative to. Default: `images` where there is one."""
+
+
+class LabelTaskOptions(TaskOptions):
+    """Labels of studies."""
+
+    probabilities: bool = False
+    """The scores of predictions are probabilities. Default: they are logits, as models give
+    them."""
+    thresholds: str | None = None
+    """`results.json` of the same task on a validation split (`--split val`): decisions are also
+    taken at the thresholds that were chosen there."""
+    criterion: Literal["f1", "youden"] = "f1"
+    """What thresholds are chosen by on a split other than the test split."""
+
+
+class NIHOptions(LabelTaskOptions):
+    """NIH ChestX-ray14."""
+
+    validation: Literal["patient", "image"] = "patient"
+    """How a tenth of the official train_val list is drawn for validation: whole patients, or single
+    images, as published."""
+
+
+class MimicLabelOptions(LabelTaskOptions):
+    """MIMIC-CXR-JPG."""
+
+    labeler: Literal["chexpert", "negbio"] = "chexpert"
+    """Whose labels."""
+    uncertain: Literal["u-zero", "u-one", "ignore"] = "u-zero"
+    """Uncertain labels (-1) are absent, present or unknown."""
+    images: Literal["all", "first"] = "all"
+    """Images of a study."""
+
+
+class OwnLabelOptions(LabelTaskOptions):
+    """Labels of an annotation file."""
+
+    path: str
+    """A file of studies with `labels`, MOTOR's JSON with `label_index`, or R2Gen's annotation.json
+    beside the labels of MIMIC-CXR-JPG; relative to the data folder."""
+    label_names: list[str] = []
+    """Labels that lists of numbers or names are of, in their order. Default: CheXpert's 14 in
+    alphabetical order."""
+    image_folder: str | None = None
+    """Folder that `image_path` of the file is relative to. Default: `images` where there is one."""
+    uncertain: Literal["u-zero", "u-one", "ignore"] = "u-zero"
+    """Uncertain labels (-1) of MIMIC-CXR-JPG are absent, present or unknown."""
+    images: Literal["all", "first"] = "all"
+    """Images of a study."""
+
+
 TASKS: Registry[type[Task]] = Registry("task", group="medm.tasks", options=TaskOptions)
 
 # fmt: off
@@ -179,5 +242,9 @@ TASKS.add("pubmedqa", "medm.tasks.text_qa:PubMedQA", "PubMedQA, yes / no / maybe
 TASKS.add("zero-shot", "medm.tasks.zero_shot:ZeroShot", "class-labelled sets by card: the class whose texts are nearest", options=ZeroShotOptions)
 TASKS.add("probe", "medm.tasks.probe:Probe", "class-labelled sets by card: linear and few-shot classifiers on vectors", options=ProbeOptions)
 TASKS.add("retrieval", "medm.tasks.retrieval:Retrieval", "image-text retrieval, both ways, on a file of pairs", options=RetrievalOptions)
+TASKS.add("study-retrieval", "medm.tasks.study_retrieval:StudyRetrieval", "image-report retrieval on studies, both ways (IU X-Ray, MIMIC-CXR by R2Gen's annotation.json)", options=StudyRetrievalOptions)
+TASKS.add("study-labels", "medm.tasks.study_labels:OwnLabels", "labels of a file of studies, or of MOTOR's JSON", options=OwnLabelOptions)
+TASKS.add("nih-chest-xray14", "medm.tasks.study_labels:NIHChestXray14Labels", "NIH ChestX-ray14, 14 labels by the official lists", options=NIHOptions)
+TASKS.add("mimic-cxr-labels", "medm.tasks.study_labels:MimicLabels", "MIMIC-CXR-JPG, 14 labels of CheXpert or NegBio by the official split", options=MimicLabelOptions)
 TASKS.add("custom", "medm.tasks.custom:Custom", "your own JSON with a list of metrics", options=CustomOptions)
 # fmt: on

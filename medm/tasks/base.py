@@ -63,6 +63,8 @@ class Prediction:
     """Vector of the item's file."""
     text_embeddings: Sequence[Sequence[float]] | None = None
     """Vectors of its captions."""
+    matches: Mapping[str, float] | None = None
+    """By id of an item the score that its text belongs to the images of this one."""
     error: str | None = None
     """Reason why there is no prediction; the text is then empty."""
     masks: tuple[PredictedMask, ...] = ()
@@ -116,6 +118,10 @@ class Task(ABC):
     several questions about one scan are no independent items. None where every item is
     independent."""
 
+    matched: int = 0
+    """Candidates of a query, the best by its vector, whose matches are scored as well
+    (`Prediction.matches`)."""
+
     def __init__(self, *, rounds: int = 1000, seed: int = 0, cluster_by: str | None = None) -> None:
         self.resampling = Resampling(rounds=rounds, seed=seed)
         self._must_cluster = cluster_by is not None
@@ -149,6 +155,12 @@ class Task(ABC):
         by class. Known after `samples` was read. Nothing for a task without such scores.
         """
         return {}
+
+    def labels(self) -> Sequence[str]:
+        """Names of the labels that scores are of, where a model knows them by name. Known after
+        `samples` was read. Nothing for a task without such scores.
+        """
+        return ()
 
     def measure_item(
         self, record: JsonObject, prediction: Prediction | None, folder: Path

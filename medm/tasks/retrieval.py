@@ -69,7 +69,7 @@ class Retrieval(Task):
     def measure(self, records: Sequence[Record]) -> list[MetricResult]:
         if not records:
             return []
-        images, texts, owner = _vectors(records)
+        images, texts, owner = vectors_of(records)
         captions = [" ".join(text.split()) for record in records for text in record["captions"]]
         same: dict[str, list[int]] = {}
         for place, text in enumerate(captions):
@@ -79,8 +79,8 @@ class Retrieval(Task):
             own[image] += same[captions[place]]
         holders = {text: owner[places].tolist() for text, places in same.items()}
         drawn = self.resampling_of(records)
-        to_text = _places(images, texts, own)
-        to_image = _places(texts, images, [holders[text] for text in captions])
+        to_text = rank_places(images, texts, own)
+        to_image = rank_places(texts, images, [holders[text] for text in captions])
         return [
             *recall_of_ranks(to_text, len(texts), "image-to-text", resampling=drawn),
             *recall_of_ranks(
@@ -89,7 +89,7 @@ class Retrieval(Task):
         ]
 
 
-def _vectors(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def vectors_of(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Vectors of length 1 of the images (N, D) and captions (M, D), and the image of each caption
     (M,). A row of nan is a vector that is missing.
 
@@ -123,22 +123,53 @@ def _has_vectors(record: Record) -> bool:
     return record.get(FAILED) is None and record.get("embedding") is not None
 
 
-def _places(
-    queries: np.ndarray, candidates: np.ndarray, relevant: Sequence[Sequence[int]]
+def rank_places(
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    relevant: Sequence[Sequence[int]],
+    *,
+    matches: np.ndarray | None = None,
+    matched: int = 0,
 ) -> np.ndarray:
-    """The rank of each query's best right candidate; a vector that is missing is similar to none
-    and, as a query, ranks the right one last.
+    """Return the rank of each query's best right candidate, (Q,).
+
+    A vector that is missing is similar to none and, as a query, ranks the right one last.
+
+    Args:
+        queries: (Q, D) vectors of length 1.
+        candidates: (C, D).
+        relevant: right candidates of each query.
+        matches: (Q, C) scores of a match, nan where there is none. The best candidates by cosine
+            are ranked again by the sum of both, before all others (ALBEF, BLIP).
+        matched: how many of them.
     """
     places = [np.zeros(0, dtype=int)]
     for start in range(0, len(queries), _BLOCK):
         block = queries[start : start + _BLOCK]
         similarity = block @ candidates.T
+        if matches is not None:
+            similarity = _ranked_again(similarity, matches[start : start + _BLOCK], matched)
         right = np.zeros(similarity.shape, dtype=bool)
         for row in range(len(block)):
             right[row, relevant[start + row]] = True
         place = ranks(np.where(np.isnan(similarity), -np.inf, similarity), right)
         places.append(np.where(np.isnan(block[:, 0]), len(candidates), place))
     return np.concatenate(places)
+
+
+def _ranked_again(similarity: np.ndarray, matches: np.ndarray, matched: int) -> np.ndarray:
+    """Return similarities (Q, C) whose best ones have their match added and lie above the rest."""
+    count = min(matched, similarity.shape[1])
+    if not count:
+        return similarity
+    order = np.where(np.isnan(similarity), np.inf, -similarity)
+    best = np.zeros(similarity.shape, dtype=bool)
+    np.put_along_axis(best, np.argpartition(order, count - 1, axis=1)[:, :count], True, axis=1)
+    best &= ~np.isnan(matches)
+    if not best.any():
+        return similarity
+    above = 3.0 - min(0.0, float(matches[best].min()))  # cosines lie within -1 and 1
+    return np.where(best, similarity + matches + above, similarity)
 
 
 def _of_texts(drawn: Resampling, owner: np.ndarray) -> Resampling:

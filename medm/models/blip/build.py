@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from medm.errors import CheckpointError, RecipeError
 from medm.imaging import Preprocess
 from medm.models.base import CardText, ModelKind
 from medm.models.blip.configuration import ImageEntry, MedmBlipConfig, TextEntry
 from medm.models.blip.modeling import MedmBlip, StudyImageTower
-from medm.models.blip.options import BlipOptions, StudyTextOptions
+from medm.models.blip.options import BlipOptions, Head, StudyTextOptions
 from medm.models.blip.processing import DECODER_TOKEN, ENCODER_TOKEN, MedmBlipProcessor
 from medm.models.blip.text import StudyTextEncoder
 from medm.models.knowledge_files import described_knowledge
@@ -28,6 +35,7 @@ from medm.models.vision import (
     spatial_of,
 )
 from medm.text_encoders.bert import BertTextEncoder
+from medm.types import PredictionField
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +63,11 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
     processor_class = MedmBlipProcessor
     pipeline = "studies"
     outputs = BlipOptions.outputs
+    predictor = "studies"
+
+    def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
+        """Return what the heads of the model give."""
+        return frozenset(_GIVES[head] for head in cast(MedmBlipConfig, config).heads)
 
     def build(self, options: BlipOptions) -> tuple[MedmBlip, MedmBlipProcessor]:
         """Return a model with published weights wherever the recipe gives a path, and its
@@ -107,6 +120,15 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
             for name in ("alpha", "alpha_steps", "same_report", "negatives", "label_smoothing"):
                 setattr(model.config, name, getattr(options, name))
         return adapted
+
+
+_GIVES: dict[Head, PredictionField] = {
+    "itc": "embeddings",
+    "itm": "matches",
+    "lm": "text",
+    "labels": "scores",
+}
+"""What a model gives by its heads."""
 
 
 def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:

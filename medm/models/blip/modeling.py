@@ -76,6 +76,11 @@ class StudyImages(NamedTuple):
     label_vector: Tensor
     """(B, D), what findings are scored by: it has seen the graph, and no memory."""
 
+    def rows(self, rows: Sequence[int]) -> StudyImages:
+        """Return some of the studies, in this order; one may come several times."""
+        taken = torch.tensor(rows, device=self.tokens.device)
+        return StudyImages(*(one[taken] for one in self))
+
 
 class StudyImageTower(nn.Module):
     """Images of studies to tokens and one vector; a `medm.types.VisionBranch`.
@@ -450,7 +455,11 @@ class MedmBlip(MedmModel):
 
         Arguments as those of `encode_images`.
         """
-        return self._projected("image", self.encode_images(pixels, image_counts).vector)
+        return self.image_vectors(self.encode_images(pixels, image_counts))
+
+    def image_vectors(self, images: StudyImages) -> Tensor:
+        """Return the vectors of encoded studies in the common space, not normalized."""
+        return self._projected("image", images.vector)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the vectors of texts in the common space, not normalized, (B, embed_dim)."""
@@ -773,9 +782,31 @@ class MedmBlip(MedmModel):
         Raises:
             RecipeError: the model has no decoder.
         """
+        return self.write(
+            self.encode_images(pixels, image_counts),
+            input_ids,
+            num_beams=num_beams,
+            max_length=max_length,
+            min_length=min_length,
+        )
+
+    @torch.no_grad()
+    def write(
+        self,
+        images: StudyImages,
+        input_ids: Tensor | None = None,
+        *,
+        num_beams: int = BEAMS,
+        max_length: int | None = None,
+        min_length: int = 5,
+    ) -> Tensor:
+        """Return a text for each of some encoded studies; arguments as those of `generate`.
+
+        Raises:
+            RecipeError: the model has no decoder.
+        """
         if self.decoder is None:
             raise RecipeError("this model writes no texts: model.heads has no 'lm'")
-        images = self.encode_images(pixels, image_counts)
         rows, device = len(images.tokens), images.tokens.device
         start = torch.full((rows, 1), self.ids.decoder_id, device=device)
         prompt = start if input_ids is None else _begun(input_ids, self.ids.decoder_id)
