@@ -24,6 +24,7 @@ from medm.models.blip.modeling import MedmBlip, StudyImageTower
 from medm.models.blip.options import BlipOptions, Head, StudyTextOptions
 from medm.models.blip.processing import DECODER_TOKEN, ENCODER_TOKEN, MedmBlipProcessor
 from medm.models.blip.text import StudyTextEncoder
+from medm.models.blip.trained import load_trained
 from medm.models.knowledge_files import described_knowledge
 from medm.models.published.weights import LoadReport, PretrainedSource, load_module
 from medm.models.vision import (
@@ -79,11 +80,10 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
         """
         config, processor = resolve(options)
         model = MedmBlip(config)
-        load_encoder(model.image.encoder, options.image.encoder, "image.encoder")
-        if options.image.encoder.path is not None:
-            _load_norm(model.image, PretrainedSource(options.image.encoder.path))
-        if options.text.path is not None:
-            load_text(model, PretrainedSource(options.text.path))
+        if options.path is not None:
+            load_trained(model, options.path)
+        else:
+            _load_published(model, options)
         model.init_training_state()
         model.eval()
         return model, processor
@@ -129,6 +129,15 @@ _GIVES: dict[Head, PredictionField] = {
     "labels": "scores",
 }
 """What a model gives by its heads."""
+
+
+def _load_published(model: MedmBlip, options: BlipOptions) -> None:
+    """Load published weights of the towers wherever the recipe gives a path."""
+    load_encoder(model.image.encoder, options.image.encoder, "image.encoder")
+    if options.image.encoder.path is not None:
+        _load_norm(model.image, PretrainedSource(options.image.encoder.path))
+    if options.text.path is not None:
+        load_text(model, PretrainedSource(options.text.path))
 
 
 def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:

@@ -78,6 +78,11 @@ class BlipOptions(ModelOptions):
 
     kind: Literal["blip"] = "blip"
     """Kind of model."""
+    path: str | None = None
+    """Folder of a trained model of this kind, such as the pretraining that a model is fine-tuned
+    from: its towers, and every head and source of knowledge that both models have, in place of the
+    weights at `image.encoder.path` and `text.path`. What it lacks starts from new weights, as the
+    heads of labels do, which belong to a data set."""
     image: StudyImageOptions
     """The image tower."""
     text: StudyTextOptions = StudyTextOptions()
