@@ -40,6 +40,9 @@ IGNORE_INDEX = -100
 """Label of a position that is not learned; the value that torch's cross-entropy ignores by
 default."""
 
+ANSWER_BRANCHES = ("closed", "open")
+"""Types of questions in the order of their numbers: those with a choice of answers, and others."""
+
 Kind: TypeAlias = Literal["image", "volume"]
 """Kind of file: 2-D or 3-D."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from medm.data.options import SourceOptions
     from medm.tasks.mask_sources.base import MaskSet
     from medm.tasks.pair_sources.base import PairSource
+    from medm.tasks.study_sources.base import StudySource
     from medm.training.recipe import Recipe
 
 LISTED = 20
@@ -237,7 +238,8 @@ def convert(
         typer.Option(
             help="A benchmark that `medm list tasks` prints (m3d-cap, m3d-vqa-closed ...), a "
             "source of image-text pairs that `medm list pair_sources` prints (unimed/chexpert "
-            "...), or one of grounded records that `medm list mask_sources` prints (biomedparse, "
+            "...), one of studies that `medm list study_sources` prints (studies/vqa-rad ...), or "
+            "one of grounded records that `medm list mask_sources` prints (biomedparse, "
             "decathlon ...). A name of both a benchmark and a grounded source is the latter."
         ),
     ],
@@ -275,12 +277,18 @@ def convert(
     from medm.tasks.base import task_to_records
     from medm.tasks.mask_sources import MASK_SOURCES
     from medm.tasks.pair_sources import PAIR_SOURCES
+    from medm.tasks.study_sources import STUDY_SOURCES
 
     families = {name.partition("/")[0] for name in MASK_SOURCES.names() if "/" in name}
     if task in MASK_SOURCES or task.partition("/")[0] in families:
         if exclude is not None:
             raise typer.BadParameter("--exclude is for image-text pairs")
         _convert_masks(output, MASK_SOURCES.get(task), data, split, seed, limit)
+        return
+    if task in STUDY_SOURCES:
+        if seed is not None or exclude is not None:
+            raise typer.BadParameter("--seed and --exclude are not for studies")
+        _convert_studies(output, STUDY_SOURCES.get(task)(), data, split, limit)
         return
     if "/" in task or task in PAIR_SOURCES:
         if seed is not None:
@@ -351,6 +359,77 @@ def _convert_pairs(
     if exclude is not None and not left_out.counts.get("excluded"):
         out.print(f"warning: none of the {len(excluded)} paths of {exclude} is in the set")
     note(f"look at them: medm data check {output} --pipeline pairs --root {data}")
+
+
+def _convert_studies(
+    output: Path, source: StudySource, data: Path, split: str, limit: int | None
+) -> None:
+    """Write a source of studies, and say which were left out."""
+    from itertools import islice
+
+    from medm.data.writing import write_records
+    from medm.tasks.pair_sources.base import LeftOut
+
+    left_out = LeftOut()
+    records = source.records(data, split, left_out=left_out)
+    count = write_records(output, islice(records, limit))
+    out.print(f"{output}: {count} studies of {source.source}, {split}", markup=False)
+    for line in left_out.lines():
+        out.print(line, markup=False)
+    note(f"look at them: medm data check {output} --pipeline studies --root {data}")
+
+
+@app.command()
+def answers(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files of studies to TRAIN on, whose answers become the classes."),
+    ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of published lists (close_label2ans, open_label2ans), in place of files. "
+            "They hold answers of test questions too."
+        ),
+    ] = None,
+) -> None:
+    """Write the lists of closed and open answers that a model of kind blip chooses from.
+
+    A recipe names the file as model.answers.file. Answers that differ in case, articles or
+    punctuation alone are one class. Take training records alone: a list with answers of test
+    questions tells the model what is asked there.
+    """
+    from medm.data.answers import branch_of, collect_answers, write_answers
+    from medm.data.record_files import RecordFile
+    from medm.data.studies import Studies
+    from medm.errors import DataError
+    from medm.tasks.answer_classes import AnswerMaps
+    from medm.types import ANSWER_BRANCHES
+
+    if bool(files) == (maps is not None):
+        raise typer.BadParameter("name files of studies, or --maps FOLDER")
+    if maps is not None:
+        lists = AnswerMaps(maps).lists
+        note("published lists hold answers of test questions too")
+    else:
+        found: list[tuple[str, str]] = []
+        for file in files or []:
+            for index, record in enumerate(RecordFile(file)):
+                try:
+                    study = Studies().read(record, file=file, index=index)
+                    if study.answer is not None:
+                        branch = branch_of(study.answer_type or "")
+                        found.append((ANSWER_BRANCHES[branch], study.answer))
+                except DataError as error:
+                    raise error.at(file=file, index=index) from None
+        lists = collect_answers(found)
+    write_answers(output, lists)
+    out.print(
+        f"{output}: {len(lists['closed'])} closed and {len(lists['open'])} open answers",
+        markup=False,
+    )
+    note(f"train with them: medm train RECIPE model.answers.file={output}")
 
 
 @app.command()

@@ -7,10 +7,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
+from medm.data.answers import AnswerTarget, answer_target
 from medm.data.base import Collate, Pipeline, Segment
 from medm.data.captions import same_label
 from medm.errors import DataError
-from medm.types import IGNORE_INDEX, BaseSample, EncodedText, Media, Processor, Triplet
+from medm.types import (
+    ANSWER_BRANCHES,
+    IGNORE_INDEX,
+    BaseSample,
+    EncodedText,
+    Media,
+    Processor,
+    Triplet,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +30,7 @@ if TYPE_CHECKING:
 
 _TEXTS = ("report", "question", "answer")
 _NAMES = ("id", "task", "question_type", "answer_type")
-_OWN_FIELDS = {*_TEXTS, *_NAMES, "image", "images", "labels", "triplets"}
+_OWN_FIELDS = {*_TEXTS, *_NAMES, "image", "images", "labels", "triplets", "answer_scores"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +48,9 @@ class Study(BaseSample):
     question: str | None = None
     answer: str | None = None
     """Reference answer of the question."""
+    answer_scores: Mapping[str, float] | None = None
+    """Right answers and their scores in (0, 1], where there are several; `answer` is one of them or
+    the best one."""
     question_type: str | None = None
     answer_type: str | None = None
 
@@ -67,6 +79,10 @@ class StudyProcessor(Processor, Protocol):
     def pad_id(self) -> int:
         """Id that fills up short rows."""
         ...
+
+    answers: Mapping[str, Sequence[str]]
+    """By type of question (`ANSWER_BRANCHES`) the answers that the model chooses from; empty where
+    it chooses none."""
 
     def encode_target(self, text: str, prompt: str | None = None) -> EncodedText:
         """Return a text that is learned.
@@ -98,6 +114,11 @@ class StudyExample:
     pixels: dict[str, list[np.ndarray]]
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
     task_id: int = 0
+    question_ids: list[int] = field(default_factory=list)
+    """Empty where the model chooses no answers."""
+    answer_branch: int = IGNORE_INDEX
+    answer_targets: list[float] = field(default_factory=list)
+    """See `medm.data.answers.AnswerTarget`."""
 
 
 class StudyBatch(TypedDict, total=False):
@@ -121,6 +142,16 @@ class StudyBatch(TypedDict, total=False):
     """(B, K) int64, tokens of the triplets. Absent where no study of the batch has any."""
     knowledge_mask: Tensor
     """(B, K) int64, 0 at padding."""
+    question_ids: Tensor
+    """(B, Q) int64, the questions. Absent, as the next three, where the model chooses no answers.
+    """
+    question_mask: Tensor
+    """(B, Q) int64, 0 at padding."""
+    answer_branches: Tensor
+    """(B,) int64, place of the type in `ANSWER_BRANCHES`, `IGNORE_INDEX` where it is unknown."""
+    answer_targets: Tensor
+    """(B, closed and open answers) float32, score of each answer of the lists in turn. Absent in
+    inference."""
     owners: Tensor
     """(B,) int64: equal where the texts of two studies are equal, on any rank and in any batch."""
 
@@ -136,6 +167,9 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
                 f"expected an object with 'images' and a report, found {type(record).__name__}"
             )
         names = {name: _text(record, name) for name in (*_TEXTS, *_NAMES)}
+        scores = _answer_scores(record.get("answer_scores"))
+        if scores and names["answer"] is None:
+            names["answer"] = max(scores, key=scores.__getitem__)
         study = Study(
             images=_images(record),
             report=names["report"],
@@ -143,6 +177,7 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
             triplets=_triplets(record.get("triplets")),
             question=names["question"],
             answer=names["answer"],
+            answer_scores=scores,
             question_type=names["question_type"],
             answer_type=names["answer_type"],
             id=names["id"],
@@ -182,7 +217,11 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
         return "image" if isinstance(record, dict) and "image" in record else "images"
 
     def counts(self, sample: Study) -> Mapping[str, int]:
-        return {
+        unlisted = {}
+        learns = self.makes_examples and self.processor.answers and not self.inference
+        if learns and sample.answer is not None:
+            unlisted["unlisted answer"] = int(not self._answer_target(sample).listed)
+        return unlisted | {
             "report": int(sample.report is not None),
             "question": int(sample.question is not None),
             "label": len(sample.labels or ()),
@@ -191,6 +230,11 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
 
     def make_example(self, sample: Study, pixels: Mapping[str, list[np.ndarray]]) -> StudyExample:
         processor, text = self.processor, sample.text
+        asked, target = list[int](), AnswerTarget(IGNORE_INDEX, [], False)
+        if processor.answers:
+            asked = processor.encode_target(sample.question or "", "").input_ids
+            if not self.inference:
+                target = self._answer_target(sample)
         encoded = EncodedText([], [])
         if processor.reads_text and not self.inference and text is not None:
             encoded = processor.encode_target(text, sample.question)
@@ -204,7 +248,16 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
             ),
             # A check reads every image; the model looks at the first ones where none are drawn.
             pixels={view: items[: processor.views] for view, items in pixels.items()},
+            question_ids=asked,
+            answer_branch=target.branch,
+            answer_targets=target.scores,
         )
+
+    def _answer_target(self, sample: Study) -> AnswerTarget:
+        """Return what the question of a record teaches. Raises `DataError` for its type."""
+        known = {} if sample.answer is None else {sample.answer: 1.0}
+        asked = sample.answer_type if sample.question is not None else None
+        return answer_target(sample.answer_scores or known, asked, self.processor.answers)
 
     def require_usable(self, example: StudyExample) -> None:
         if self.inference:
@@ -214,9 +267,15 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
                 "the model learns from texts, and this record has none that is learned; expected "
                 "a report, or a question and its answer that fit model.text.max_length"
             )
-        if not self.processor.reads_text and all(
-            target != target for target in example.label_targets
-        ):
+        if self.processor.reads_text:
+            return
+        if self.processor.answers and example.answer_branch == IGNORE_INDEX:
+            raise DataError(
+                "the model learns the answers of closed and open questions; expected question, "
+                "answer and answer_type, closed or open",
+                field="answer_type",
+            )
+        if not self.processor.answers and all(target != target for target in example.label_targets):
             raise DataError(
                 "no finding is known; the model learns "
                 f"{', '.join(self.processor.labels) or 'none'}",
@@ -224,7 +283,7 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
             )
 
     def length(self, example: StudyExample) -> int:
-        return max(len(example.input_ids), 1)
+        return max(len(example.input_ids), len(example.question_ids), 1)
 
     def preview(self, example: StudyExample) -> list[Segment]:
         segments: list[Segment] = []
@@ -247,17 +306,32 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
         ]
         if known:
             segments.append(Segment(f"\n{'; '.join(known)}", learned=True))
+        if example.answer_branch != IGNORE_INDEX:
+            name = ANSWER_BRANCHES[example.answer_branch]
+            listed = [one for branch in ANSWER_BRANCHES for one in self.processor.answers[branch]]
+            right = [
+                f"{answer} ({score:g})"
+                for answer, score in zip(listed, example.answer_targets, strict=True)
+                if score
+            ]
+            segments.append(Segment(f"\n{decode(example.question_ids)}", learned=False))
+            segments.append(
+                Segment(f"\n{name}: {', '.join(right) or 'none of the list'}", learned=True)
+            )
         return segments
 
     def training_collator(
         self, options: DataOptions, *, padding_free: bool = False
     ) -> Collate[StudyExample]:
-        return StudyCollator(
-            self.processor.pad_id, len(self.processor.labels), options.pad_to_multiple_of
-        )
+        return replace(self._collator(), pad_to_multiple_of=options.pad_to_multiple_of)
 
     def eval_collator(self) -> Collate[StudyExample]:
-        return StudyCollator(self.processor.pad_id, len(self.processor.labels))
+        return self._collator()
+
+    def _collator(self) -> StudyCollator:
+        processor = self.processor
+        answers = sum(map(len, processor.answers.values()))
+        return StudyCollator(processor.pad_id, len(processor.labels), num_answers=answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +347,8 @@ class StudyCollator:
     """Findings of the model."""
     pad_to_multiple_of: int | None = None
     """Lengths are rounded up to it."""
+    num_answers: int = 0
+    """Answers of all lists of the model."""
 
     def __call__(self, examples: Sequence[StudyExample | None]) -> StudyBatch:
         """Return a batch of one row a study."""
@@ -301,6 +377,20 @@ class StudyCollator:
             targets = [example.label_targets for example in kept]
             batch["label_targets"] = torch.tensor(targets, dtype=torch.float32).reshape(
                 len(kept), self.num_labels
+            )
+        if self.num_answers:
+            asked = [example.question_ids for example in kept]
+            width = round_up(max(map(len, asked), default=2), self.pad_to_multiple_of)
+            batch["question_ids"] = padded(asked, width, self.pad_id, side="right")
+            batch["question_mask"] = padded(
+                [[1] * len(row) for row in asked], width, 0, side="right"
+            )
+            branches = [example.answer_branch for example in kept]
+            batch["answer_branches"] = torch.tensor(branches, dtype=torch.int64)
+        if self.num_answers and all(example.answer_targets for example in kept):
+            right = [example.answer_targets for example in kept]
+            batch["answer_targets"] = torch.tensor(right, dtype=torch.float32).reshape(
+                len(kept), self.num_answers
             )
         if any(example.knowledge_ids for example in kept):
             known = [example.knowledge_ids for example in kept]
@@ -346,6 +436,24 @@ def _text(record: Mapping[str, Any], name: str) -> str | None:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"expected text, found {_found(value)}", field=name)
     return value.strip()
+
+
+def _answer_scores(value: object) -> Mapping[str, float] | None:
+    """Return the right answers of a record and their scores. Raises `DataError`."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not value or not all(map(str.strip, value)):
+        raise DataError(
+            f"expected an object of answers and their scores, found {_found(value)}",
+            field="answer_scores",
+        )
+    for answer, score in value.items():
+        if not isinstance(score, (int, float)) or isinstance(score, bool) or not 0 < score <= 1:
+            raise DataError(
+                f"expected a score above 0 and at most 1, found {score!r:.20}",
+                field=f"answer_scores.{answer}",
+            )
+    return {answer.strip(): float(score) for answer, score in value.items()}
 
 
 def _labels(

@@ -193,4 +193,6 @@ def _record(sample: Sample, *, ask: bool) -> JsonObject:
     if ask and sample.task != _REPORT:
         turn = sample.turns[-1].text.strip()
         record["question"] = str(sample.extra.get("question") or turn)
+        if sample.extra.get("answer_type"):
+            record["answer_type"] = sample.extra["answer_type"]  # read with `route: gold` alone
     return record

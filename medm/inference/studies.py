@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from medm.data.answers import branch_of
 from medm.errors import DataError, RecipeError
 from medm.inference.loading import load_model
 from medm.inference.options import EmbedOptions, InferOptions
-from medm.types import BaseSample, JsonObject, PredictionField
+from medm.types import (
+    ANSWER_BRANCHES,
+    IGNORE_INDEX,
+    BaseSample,
+    JsonObject,
+    PredictionField,
+)
 
 if TYPE_CHECKING:
     from medm.data.studies import StudyExample
@@ -41,6 +48,8 @@ class StudyFiles:
     """Images of each study."""
     questions: list[str | None]
     """Words before the text of each study; None for the model's own prompt."""
+    answer_types: list[str | None]
+    """Types of the questions, for models that are told them."""
     reports: list[str | None]
     candidates: list[tuple[str, ...]]
     """Of each study the ids of the reports that are matched with it."""
@@ -54,6 +63,7 @@ def make_studies(examples: Sequence[Any], samples: Sequence[BaseSample]) -> Stud
         pixels={"image": torch.from_numpy(stacked.astype(np.float32, copy=False))},
         counts=[len(images) for images in items],
         questions=[getattr(sample, "question", None) for sample in samples],
+        answer_types=[getattr(sample, "answer_type", None) for sample in samples],
         reports=[getattr(sample, "report", None) for sample in samples],
         candidates=[
             tuple(map(str, getattr(sample, "extra", {}).get(CANDIDATES, ()))) for sample in samples
@@ -70,6 +80,10 @@ class StudyAnswer:
     """Tokens of the reply, the end token included."""
     finished: bool = True
     """False for a reply that was cut at the longest length."""
+    answer_type: str | None = None
+    """Type of the question that the model took its answer for, where it chooses from lists."""
+    answer_score: float | None = None
+    """Sigmoid of the logit of the chosen answer."""
     scores: Mapping[str, float] | None = None
     """Logit of each label."""
     vector: Sequence[float] | None = None
@@ -84,6 +98,8 @@ class StudyAnswer:
         line: JsonObject = {}
         if self.reply is not None:
             line |= {"reply": self.reply, "tokens": self.tokens, "finished": self.finished}
+        if self.answer_type is not None:
+            line |= {"answer_type": self.answer_type, "answer_score": self.answer_score}
         if self.scores is not None:
             line["scores"] = dict(self.scores)
             line["probabilities"] = {
@@ -221,7 +237,14 @@ class StudyEngine:
         count = rows.stop - rows.start
         found: list[dict[str, Any]] = [{} for _ in range(count)]
         if "text" in self.wanted:
-            for answer, fields in zip(found, self._texts(seen, batch.questions[rows]), strict=True):
+            questions = batch.questions[rows]
+            # A model of classes and of texts chooses: that is what its questions were learned for.
+            texts = (
+                self._texts(seen, questions)
+                if self.model.answers is None
+                else self._classes(seen, questions, batch.answer_types[rows])
+            )
+            for answer, fields in zip(found, texts, strict=True):
                 answer |= fields
         if "scores" in self.wanted:
             logits = self.model.label_scores(seen.label_vector).float().tolist()
@@ -232,8 +255,8 @@ class StudyEngine:
             for answer, row in zip(found, vectors, strict=True):
                 answer["vector"] = row
             if self.with_reports:
-                texts = self._text_vectors(batch.reports[rows])
-                for answer, of_text in zip(found, texts, strict=True):
+                vectors_of = self._text_vectors(batch.reports[rows])
+                for answer, of_text in zip(found, vectors_of, strict=True):
                     answer["text_vectors"] = of_text
         if "matches" in self.wanted:
             for row, (answer, ids) in enumerate(zip(found, batch.candidates[rows], strict=True)):
@@ -241,33 +264,60 @@ class StudyEngine:
         return [StudyAnswer(**fields) for fields in found]
 
     def _texts(self, seen: StudyImages, questions: Sequence[str | None]) -> list[dict[str, Any]]:
-        """Return reply, tokens and finished of each study: a report, or the answer to its question.
-
-        Beam search takes prompts of one length at once.
+        """Return reply, tokens and finished of each study: a report, or the answer to its
+        question.
         """
-        prompts = [self.processor.encode_prompt(question) for question in questions]
-        found: list[dict[str, Any]] = [{} for _ in prompts]
-        longest = self.options.max_length or self.processor.max_length
+        prompts = self.processor.encode_prompts(questions)
+        ids = self.model.write(
+            seen,
+            *(prompts[name].to(self.model.device) for name in ("input_ids", "attention_mask")),
+            num_beams=self.options.beams,
+            max_length=self.options.max_length or self.processor.max_length,
+            min_length=self.options.min_length,
+        )
+        found: list[dict[str, Any]] = []
         end = self.processor.tokenizer.sep_token_id
-        for length in sorted({prompt.shape[1] for prompt in prompts}):
-            rows = [row for row, prompt in enumerate(prompts) if prompt.shape[1] == length]
-            prompt = torch.cat([prompts[row] for row in rows]).to(self.model.device)
-            ids = self.model.write(
-                seen.rows(rows),
-                prompt,
-                num_beams=self.options.beams,
-                max_length=longest,
-                min_length=self.options.min_length,
-            )
-            for row, text in zip(rows, ids[:, length:].tolist(), strict=True):
-                finished = end in text
-                words = text[: text.index(end)] if finished else text
-                found[row] = {
-                    "reply": self.processor.decode(words),
-                    "tokens": len(words) + finished,
-                    "finished": finished,
-                }
+        given = prompts["attention_mask"].sum(dim=1).tolist()
+        for length, row in zip(given, ids.tolist(), strict=True):
+            text = row[length:]
+            finished = end in text
+            words = text[: text.index(end)] if finished else text
+            fields = {"reply": self.processor.decode(words), "tokens": len(words) + finished}
+            found.append({**fields, "finished": finished})
         return found
+
+    def _classes(
+        self, seen: StudyImages, questions: Sequence[str | None], types: Sequence[str | None]
+    ) -> list[dict[str, Any]]:
+        """Return reply, type and score of each question: one of the answers that the model knows.
+
+        Raises:
+            DataError: a study without a question, or an unknown type where the model is told it.
+        """
+        if any(question is None for question in questions):
+            raise DataError(
+                "the model chooses answers to questions; expected a question", field="question"
+            )
+        branches = None
+        if self.model.config.answers["route"] == "gold":
+            known = [IGNORE_INDEX if one is None else branch_of(one) for one in types]
+            branches = torch.tensor(known, device=self.model.device)
+        asked = self.processor.encode_text([str(question) for question in questions])
+        answers = self.model.choose_answers(
+            seen,
+            asked["input_ids"].to(self.model.device),
+            asked["attention_mask"].to(self.model.device),
+            branches,
+        )
+        return [
+            {"reply": reply, "answer_type": ANSWER_BRANCHES[branch], "answer_score": score}
+            for reply, branch, score in zip(
+                self.processor.decode_answers(answers),
+                answers.branches.tolist(),
+                answers.scores.tolist(),
+                strict=True,
+            )
+        ]
 
     def _text_vectors(self, reports: Sequence[str | None]) -> list[list[list[float]]]:
         """Return the vector of each study's report, none where it has none."""

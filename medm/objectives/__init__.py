@@ -165,6 +165,22 @@ class MultilabelOptions(ObjectiveOptions):
         return frozenset({"label_logits"})
 
 
+class AnswersOptions(ObjectiveOptions):
+    """Answers as classes: binary cross-entropy of a branch's answers, and the type of the question.
+
+    The binary cross-entropy of a question is its mean over the answers of its list, as published.
+    """
+
+    part: Literal["all", "closed", "open", "type"] = "all"
+    """What is learned. `all` gives each question the same weight; MOTOR adds the mean over closed
+    questions and that over open ones: two terms, `part: closed` and `part: open`."""
+    type_weight: float = Field(default=1.0, ge=0)
+    """Weight of the cross-entropy of the type beside the answers (`all`)."""
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({"answer_logits_closed", "answer_logits_open", "answer_type_logits"})
+
+
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective", group="medm.objectives", options=ObjectiveOptions
 )
@@ -204,6 +220,12 @@ OBJECTIVES.add(
     "medm.objectives.classification:Multilabel",
     "several labels an item, each by itself; unknown ones are left out",
     options=MultilabelOptions,
+)
+OBJECTIVES.add(
+    "answers",
+    "medm.objectives.answers:AnswerClasses",
+    "answers as classes: the right ones of the list of a question's type, and that type",
+    options=AnswersOptions,
 )
 
 

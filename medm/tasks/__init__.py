@@ -83,6 +83,14 @@ class ReXGroundingOptions(TaskOptions):
     lie turned by half a turn on CT-RATE's volumes; look at one before a run."""
 
 
+class VQARADOptions(TaskOptions):
+    """VQA-RAD."""
+
+    phrases: Literal["all", "freeform", "para"] = "all"
+    """Wordings of questions that are scored: all, as published; free-form ones; or paraphrases of
+    them."""
+
+
 class CustomOptions(TaskOptions):
     """A user's own file."""
 
@@ -209,7 +217,7 @@ TASKS.add("slake-rec", "medm.tasks.slake:SlakeREC", "SLAKE objects: name to box"
 TASKS.add("slake-reg", "medm.tasks.slake:SlakeREG", "SLAKE objects: box to name", options=BoxTaskOptions)
 TASKS.add("slake", "medm.tasks.slake:Slake", "SLAKE English, the distributed train, validate and test JSON")
 TASKS.add("path-vqa", "medm.tasks.path_vqa:PathVQA", "PathVQA pathology questions")
-TASKS.add("vqa-rad", "medm.tasks.vqa_rad:VQARAD", "VQA-RAD radiology questions")
+TASKS.add("vqa-rad", "medm.tasks.vqa_rad:VQARAD", "VQA-RAD radiology questions", options=VQARADOptions)
 TASKS.add("sa-med2d-rec", "medm.tasks.sa_med2d:SAMed2DREC", "SA-Med2D-20M subset of Uni-Med: name to box", options=BoxTaskOptions)
 TASKS.add("sa-med2d-reg", "medm.tasks.sa_med2d:SAMed2DREG", "SA-Med2D-20M subset of Uni-Med: box to name", options=BoxTaskOptions)
 TASKS.add("medpix", "medm.tasks.reports:MedPix", "MPx-Single captions (RadFM's CSV)", options=ReportTaskOptions)

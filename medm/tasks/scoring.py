@@ -83,6 +83,33 @@ def vqa(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]
     return results
 
 
+def class_accuracy(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
+    """MOTOR's accuracy of all, open and closed questions: the score of the class that is chosen.
+
+    A reply is a class when it is its text, letter by letter. Reads `answer_type`, and
+    `answer_scores` where answers are published as classes; without them the answer scores 1. An
+    answer that is in no published list can never be right.
+    """
+    results: list[MetricResult] = []
+    for name, part in {"all": list(range(len(records))), **answer_types(records)}.items():
+        rows = [records[index] for index in part]
+        hits = [
+            float(
+                (row.get("answer_scores") or {str(row["answer"]): 1.0}).get(row["prediction"], 0.0)
+            )
+            for row in rows
+        ]
+        unlisted = sum(bool(row.get("unlisted")) for row in rows)
+        note = (
+            f"{unlisted} of {len(rows)} answers are in no published list and count as wrong"
+            if unlisted
+            else None
+        )
+        result = mean_result("class-accuracy", hits, "motor|exact class", resampling.part(part))
+        results += scoped(name, [with_note(result, note)])
+    return results
+
+
 def uni_med_vqa(records: Sequence[Record], resampling: Resampling) -> list[MetricResult]:
     """Uni-Med's table: BLEU-1 to 4 and token F1 of open, closed and all, accuracy of closed."""
     results: list[MetricResult] = []

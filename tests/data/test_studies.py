@@ -37,6 +37,7 @@ def processor(**changes: Any) -> Any:
         "labels": LABELS,
         "views": 2,
         "reads_text": True,
+        "answers": {},
         "encode_target": encode_target,
         "encode_knowledge": lambda triplets: [ord(one[0][0]) for one in triplets],
         "tokenizer": SimpleNamespace(decode=lambda ids: "".join(map(chr, ids))),

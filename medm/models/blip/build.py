@@ -19,6 +19,7 @@ from transformers import (
 from medm.errors import CheckpointError, RecipeError
 from medm.imaging import Preprocess
 from medm.models.base import CardText, ModelKind
+from medm.models.blip.answers import resolved_answers
 from medm.models.blip.configuration import ImageEntry, MedmBlipConfig, TextEntry
 from medm.models.blip.modeling import MedmBlip, StudyImageTower
 from medm.models.blip.options import BlipOptions, Head, StudyTextOptions
@@ -36,7 +37,7 @@ from medm.models.vision import (
     spatial_of,
 )
 from medm.text_encoders.bert import BertTextEncoder
-from medm.types import PredictionField
+from medm.types import ANSWER_BRANCHES, PredictionField
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
             load_trained(model, options.path)
         else:
             _load_published(model, options)
+        if model.answer_encoder is not None:
+            model.answer_encoder.load_state_dict(model.text.state_dict())
         model.init_training_state()
         model.eval()
         return model, processor
@@ -119,6 +122,8 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
             _check_length(options, int(model.text.config.max_position_embeddings))
             for name in ("alpha", "alpha_steps", "same_report", "negatives", "label_smoothing"):
                 setattr(model.config, name, getattr(options, name))
+            if options.answers is not None:
+                model.config.answers = {**model.config.answers, "route": options.answers.route}
         return adapted
 
 
@@ -127,6 +132,7 @@ _GIVES: dict[Head, PredictionField] = {
     "itm": "matches",
     "lm": "text",
     "labels": "scores",
+    "answers": "text",
 }
 """What a model gives by its heads."""
 
@@ -151,6 +157,7 @@ def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
     architecture["vocab_size"] = max(sizes.vocab_size, len(tokenizer))
     architecture["pad_token_id"] = int(tokenizer.pad_token_id)
     _check_length(options, int(sizes.max_position_embeddings))
+    answers = None if options.answers is None else resolved_answers(options.answers)
     processor = MedmBlipProcessor(
         tokenizer,
         image_views={"image": preprocess.model_dump()},
@@ -158,7 +165,8 @@ def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
         prompt=options.text.prompt,
         labels=options.labels,
         views=options.image.views,
-        reads_text=set(options.heads) != {"labels"},
+        reads_text=bool({"itc", "itm", "lm"} & {*options.heads}),
+        answers={name: getattr(answers, name) for name in ANSWER_BRANCHES} if answers else {},
         stores_triplets=any(one.name == "memory" for one in options.knowledge),
     )
     config = MedmBlipConfig(
@@ -180,6 +188,7 @@ def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
             described_knowledge(one, tokenizer, place=f"model.knowledge.{number}")
             for number, one in enumerate(options.knowledge)
         ],
+        answers={} if answers is None else answers.model_dump(exclude={"file"}),
         memory_length=options.text.max_length,
         **options.model_dump(
             include={

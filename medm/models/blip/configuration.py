@@ -8,7 +8,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from medm.config import Options, validate
-from medm.models.blip.options import Fusion, Head, LabelHead, Negatives, SameReport
+from medm.models.blip.options import (
+    AnswerOptions,
+    Fusion,
+    Head,
+    LabelHead,
+    Negatives,
+    SameReport,
+)
 from medm.types import Config
 
 
@@ -62,6 +69,8 @@ class MedmBlipConfig(PreTrainedConfig):
     label_smoothing: float = 0.1
     labels: list[str] = field(default_factory=list)
     label_head: LabelHead = "prototype"
+    answers: Config = field(default_factory=dict)
+    """Fields of `AnswerOptions` with both lists; empty without the head `answers`."""
     knowledge: list[Config] = field(default_factory=list)
     """Sources of knowledge with every size (`medm.models.knowledge_files.described_knowledge`)."""
     keep_memory: bool = False
@@ -81,6 +90,12 @@ class MedmBlipConfig(PreTrainedConfig):
     def text_entry(self) -> TextEntry:
         """Return the text tower, checked. Raises `RecipeError` with every problem."""
         return validate(TextEntry, self.text, source="text of config.json")
+
+    def answers_entry(self) -> AnswerOptions | None:
+        """Return the classes of answers, checked. Raises `RecipeError` with every problem."""
+        if not self.answers:
+            return None
+        return validate(AnswerOptions, self.answers, source="answers of config.json")
 
     def encoder_entries(self) -> dict[str, Config]:
         """Return name and keywords of the vision encoder by branch."""

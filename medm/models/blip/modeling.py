@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig
 from transformers.utils.generic import ModelOutput
 
@@ -24,10 +25,18 @@ from medm.errors import RecipeError
 from medm.knowledge.base import NO_OWNER, KnowledgeQuery
 from medm.knowledge.memory import Memory
 from medm.models.base import MedmModel
+from medm.models.blip.answers import (
+    AnswerHead,
+    AnswerLogits,
+    Answers,
+    Question,
+    choose,
+    resolved_answers,
+)
 from medm.models.blip.beam import beam_search
 from medm.models.blip.configuration import ImageEntry, MedmBlipConfig
 from medm.models.blip.momentum import FeatureQueue, draws, hard_negatives, soft_targets
-from medm.models.blip.options import OUTPUTS_OF_HEAD, BlipOptions, Head, projects
+from medm.models.blip.options import OUTPUTS_OF_HEAD, AnswerOptions, BlipOptions, Head, projects
 from medm.models.blip.text import Decoder, KeyValues, StudyTextEncoder
 from medm.models.knowledge import KnowledgeBranch
 from medm.models.knowledge_files import knowledge_differences
@@ -62,6 +71,12 @@ class MedmBlipOutput(ModelOutput):
     """Sum of the loss over the labeled tokens."""
     label_logits: Tensor | None = None
     """(B, L)."""
+    answer_logits_closed: Tensor | None = None
+    """(B, closed answers), of every question, whatever its type."""
+    answer_logits_open: Tensor | None = None
+    """(B, open answers), of every question."""
+    answer_type_logits: Tensor | None = None
+    """(B, 2), in the order of `medm.types.ANSWER_BRANCHES`."""
 
 
 class StudyImages(NamedTuple):
@@ -218,7 +233,8 @@ class MedmBlip(MedmModel):
         bert, text = BertConfig(**cast(Any, config.text["architecture"])), config.text_entry()
         heads = config.heads
         self.image = StudyImageTower(config.image_entry())
-        self.text = StudyTextEncoder(bert, self.image.dim if {"itm", "lm"} & {*heads} else None)
+        crossed = {"itm", "lm", "answers"} & {*heads}
+        self.text = StudyTextEncoder(bert, self.image.dim if crossed else None)
         self.decoder = Decoder(bert) if "lm" in heads else None
         projected = projects(heads, config.label_head)
         self.image_projection = nn.Linear(self.image.dim, config.embed_dim) if projected else None
@@ -226,6 +242,11 @@ class MedmBlip(MedmModel):
         self.itm = nn.Linear(bert.hidden_size, 2) if "itm" in heads else None
         linear = "labels" in heads and config.label_head == "linear"
         self.labels = nn.Linear(self.image.dim, len(config.labels)) if linear else None
+        answers = config.answers_entry()
+        self.answers = None if answers is None else AnswerHead(answers, bert.hidden_size)
+        self.answer_encoder: StudyTextEncoder | None = None
+        if answers is not None and answers.encoders == "separate":
+            self.answer_encoder = StudyTextEncoder(bert, self.image.dim)
         self.knowledge: nn.ModuleDict | None = None
         if config.knowledge:
             self.knowledge = nn.ModuleDict(
@@ -296,6 +317,8 @@ class MedmBlip(MedmModel):
             "text.decoder": self.decoder,
             "itm": self.itm,
             "labels": self.labels,
+            "answers": self.answers,
+            "answers.encoder": self.answer_encoder,
             "temperature": self.temperature,
             "knowledge": self.knowledge,
             "momentum": self.momentum,  # no recipe names it, so it stays frozen
@@ -330,6 +353,8 @@ class MedmBlip(MedmModel):
         differences += [f"no knowledge {name!r}" for name in wanted if name not in entries]
         for name, entry in entries.items():
             differences += knowledge_differences(entry, wanted.get(name))
+        if not _same_answers(config.answers_entry(), options.answers):
+            differences.append("other lists of answers, or another head of answers")
         if differences:
             raise RecipeError(
                 f"init_from {source}: holds {'; '.join(differences)}. Change the recipe or "
@@ -490,6 +515,65 @@ class MedmBlip(MedmModel):
         images = F.normalize(self._projected("image", vector).float(), dim=-1)
         return PROTOTYPE_SCALE * images @ names.T
 
+    def answer_scores(
+        self, images: StudyImages, question_ids: Tensor, question_mask: Tensor
+    ) -> AnswerLogits:
+        """Score the answers of both branches for questions (B, T), one a study."""
+        if self.answers is None:
+            raise RecipeError("this model chooses no answers: model.heads has no 'answers'")
+        begun = _begun(question_ids, self.ids.encoder_id)
+        questions = [
+            Question(
+                encoder.embed(question_ids),
+                encoder(question_ids, question_mask),
+                encoder(begun, question_mask, images.tokens, images.mask)[:, 0],
+            )
+            for encoder in (self.text, self.answer_encoder)
+            if encoder is not None
+        ]
+        return self.answers([questions[0], questions[-1]], question_mask)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        pixels: Mapping[str, Tensor] | Tensor,
+        image_counts: Tensor | None,
+        question_ids: Tensor,
+        question_mask: Tensor | None = None,
+        answer_branches: Tensor | None = None,
+    ) -> Answers:
+        """Choose an answer for each study's question; `decode_answers` of the processor reads it.
+
+        Args:
+            pixels: as those of `encode_images`.
+            image_counts: (B,) images of each study; None for one each.
+            question_ids: (B, T) as `encode_text` of the processor gives them.
+            question_mask: (B, T), 0 at padding; None where there is none.
+            answer_branches: (B,) types of the questions; read with `route: gold` alone.
+
+        Raises:
+            RecipeError: the model chooses no answers, or `route: gold` has no type of a question.
+        """
+        images = self.encode_images(pixels, image_counts)
+        return self.choose_answers(images, question_ids, question_mask, answer_branches)
+
+    @torch.no_grad()
+    def choose_answers(
+        self,
+        images: StudyImages,
+        question_ids: Tensor,
+        question_mask: Tensor | None = None,
+        answer_branches: Tensor | None = None,
+    ) -> Answers:
+        """Choose an answer for each of some encoded studies; see `answer`."""
+        mask = torch.ones_like(question_ids) if question_mask is None else question_mask
+        logits = self.answer_scores(images, question_ids, mask)
+        gold = None
+        if self.config.answers["route"] == "gold":
+            unknown = torch.full_like(question_ids[:, 0], IGNORE_INDEX)
+            gold = unknown if answer_branches is None else answer_branches
+        return choose(logits, gold)
+
     def _projected(self, side: str, vector: Tensor) -> Tensor:
         projection = self.image_projection if side == "image" else self.text_projection
         if projection is None:
@@ -512,6 +596,8 @@ class MedmBlip(MedmModel):
         knowledge_ids: Tensor | None = None,
         knowledge_mask: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
         outputs: frozenset[str] | None = None,
         **kwargs: Any,
     ) -> MedmBlipOutput:
@@ -528,6 +614,8 @@ class MedmBlip(MedmModel):
             knowledge_mask: (B, K), 0 at padding.
             features: "image" to what the encoder gave before, (images, tokens, D), in place of
                 `pixels`.
+            question_ids: (B, T) tokens of the questions, for classes of answers.
+            question_mask: (B, T), 0 at padding.
             outputs: fields that are read. In training every head runs, so that each weight has a
                 gradient.
             kwargs: fields of the batch that objectives read.
@@ -551,7 +639,21 @@ class MedmBlip(MedmModel):
         output = MedmBlipOutput()
         if "labels" in wanted:
             output.label_logits = self.label_scores(images.label_vector)[:rows]
-        if set(wanted) <= {"labels"}:
+        if "answers" in wanted:
+            if empty:
+                question_ids = torch.full((1, 2), self.ids.end_id, device=device)
+                question_mask = None
+            if question_ids is None:
+                raise RecipeError(
+                    "the head answers learns from questions, and the batch has no question_ids; "
+                    "give records with question, answer and answer_type"
+                )
+            asked = torch.ones_like(question_ids) if question_mask is None else question_mask
+            scores = self.answer_scores(images, question_ids, asked)
+            output.answer_logits_closed = scores.closed[:rows]
+            output.answer_logits_open = scores.open[:rows]
+            output.answer_type_logits = scores.type[:rows]
+        if set(wanted) <= {"labels", "answers"}:
             return output
         if empty:
             input_ids = torch.full((1, 2), self.ids.end_id, device=device)
@@ -560,7 +662,7 @@ class MedmBlip(MedmModel):
         if input_ids is None:
             raise RecipeError(
                 f"the heads {', '.join(wanted)} learn from texts, and the batch has no input_ids; "
-                "give records with reports, or set model.heads: [labels]"
+                "give records with reports, or leave these heads out"
             )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if "lm" in wanted:
@@ -762,6 +864,7 @@ class MedmBlip(MedmModel):
         pixels: Mapping[str, Tensor] | Tensor,
         image_counts: Tensor | None = None,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         *,
         num_beams: int = BEAMS,
         max_length: int | None = None,
@@ -772,8 +875,9 @@ class MedmBlip(MedmModel):
         Args:
             pixels: as those of `encode_images`.
             image_counts: (B,) images of each study; without it one each.
-            input_ids: (B, P) prompts of one length, without an end token; without it texts begin at
-                once.
+            input_ids: (B, P) prompts without an end token; without it texts begin at once.
+            attention_mask: (B, P), 0 at padding on the right of shorter prompts. Rows with prompts
+                of one length are searched together, so that a text is the one it is alone.
             num_beams: texts that are kept open.
             max_length: tokens of a text, prompt and end included; default the positions of the
                 model.
@@ -785,6 +889,7 @@ class MedmBlip(MedmModel):
         return self.write(
             self.encode_images(pixels, image_counts),
             input_ids,
+            attention_mask,
             num_beams=num_beams,
             max_length=max_length,
             min_length=min_length,
@@ -795,6 +900,7 @@ class MedmBlip(MedmModel):
         self,
         images: StudyImages,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         *,
         num_beams: int = BEAMS,
         max_length: int | None = None,
@@ -810,6 +916,34 @@ class MedmBlip(MedmModel):
         rows, device = len(images.tokens), images.tokens.device
         start = torch.full((rows, 1), self.ids.decoder_id, device=device)
         prompt = start if input_ids is None else _begun(input_ids, self.ids.decoder_id)
+        lengths = torch.full((rows,), prompt.shape[1], device=device)
+        if attention_mask is not None:
+            lengths = attention_mask.sum(dim=1)
+        texts: dict[int, Tensor] = {}
+        for length in lengths.unique().tolist():
+            places = (lengths == length).nonzero().squeeze(1)
+            found = self._search(
+                images.rows(places.tolist()),
+                prompt[places, :length],
+                num_beams=num_beams,
+                max_length=max_length,
+                min_length=min_length,
+            )
+            texts |= dict(zip(places.tolist(), found, strict=True))
+        padding = float(self.text.config.pad_token_id or 0)
+        return pad_sequence([texts[row] for row in range(rows)], True, padding)
+
+    def _search(
+        self,
+        images: StudyImages,
+        prompt: Tensor,
+        *,
+        num_beams: int,
+        max_length: int | None,
+        min_length: int,
+    ) -> Tensor:
+        """Return the texts behind prompts (B, P) of one length; see `generate`."""
+        assert self.decoder is not None
         memory = [
             KeyValues(*(one.repeat_interleave(num_beams, dim=0) for one in layer))
             for layer in self.decoder.image_memory(self.text, images.tokens)
@@ -874,6 +1008,14 @@ def _one_each(images: Tensor | VisionFeatures) -> Tensor:
     """Return counts (B,) of studies of one image each."""
     items = images.tokens if isinstance(images, VisionFeatures) else images
     return torch.ones(len(items), dtype=torch.int64, device=items.device)
+
+
+def _same_answers(held: AnswerOptions | None, named: AnswerOptions | None) -> bool:
+    """Return whether two heads of answers have the same weights and lists."""
+    if held is None or named is None:
+        return held is named
+    free = {"route", "dropout"}
+    return held.model_dump(exclude=free) == resolved_answers(named).model_dump(exclude=free)
 
 
 def _begun(ids: Tensor, first: int) -> Tensor:

@@ -11,12 +11,15 @@ from medm.encoders import ENCODERS, EncoderOptions
 from medm.knowledge import KNOWLEDGE, KnowledgeOptions
 from medm.models.options import ModelOptions
 from medm.registry import NamedBlock
+from medm.types import ANSWER_BRANCHES
 
-Head: TypeAlias = Literal["itc", "itm", "lm", "labels"]
+Head: TypeAlias = Literal["itc", "itm", "lm", "labels", "answers"]
 Fusion: TypeAlias = Literal["tokens", "channels"]
 LabelHead: TypeAlias = Literal["prototype", "linear"]
 Negatives: TypeAlias = Literal["all", "local"]
 SameReport: TypeAlias = Literal["positive", "negative"]
+Gate: TypeAlias = Literal["cls", "projected", "none"]
+Route: TypeAlias = Literal["predicted", "gold"]
 
 _ITC = frozenset({"itc_logits_image", "itc_logits_text", "itc_targets_image", "itc_targets_text"})
 OUTPUTS_OF_HEAD: dict[Head, frozenset[str]] = {
@@ -24,6 +27,7 @@ OUTPUTS_OF_HEAD: dict[Head, frozenset[str]] = {
     "itm": frozenset({"itm_logits", "itm_labels"}),
     "lm": frozenset({"loss_sum"}),
     "labels": frozenset({"label_logits"}),
+    "answers": frozenset({f"answer_logits_{name}" for name in (*ANSWER_BRANCHES, "type")}),
 }
 """Fields of the model's output by head."""
 
@@ -71,6 +75,43 @@ class StudyTextOptions(Options):
     """Words that are given before a generated report (BLIP: "a picture of"), and not learned."""
 
 
+class AnswerOptions(Options):
+    """Answers as classes: one list for closed questions and one for open ones (MOTOR)."""
+
+    closed: list[str] = []
+    """Answers of closed questions."""
+    open: list[str] = []
+    """Answers of open questions."""
+    file: str | None = None
+    """JSON of both lists, `{"closed": [...], "open": [...]}`, in place of them: `medm data answers`
+    writes it from training records."""
+    encoders: Literal["shared", "separate"] = "shared"
+    """Text encoder of the two branches: one, or one each, as published. The second one starts as a
+    copy of the first."""
+    gate: Gate = "cls"
+    """Gate of the vector by the question: on the state of the first token (`cls`, published as
+    typeatt2), behind its projection (`projected`, typeatt1), or `none`."""
+    route: Route = "predicted"
+    """Choice of the branch that answers: by the `predicted` type of the question, or by the `gold`
+    answer_type of the record, as published, which no user has."""
+    dim: int = Field(default=1024, ge=1)
+    """Width of the vector that answers are classified by."""
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    """Dropout of classifiers, gate and predictor of the type."""
+
+    @model_validator(mode="after")
+    def _lists_or_file(self) -> AnswerOptions:
+        lists = {name: getattr(self, name) for name in ANSWER_BRANCHES}
+        if self.file is not None and any(lists.values()):
+            raise ValueError("file and lists: give either the file, or closed and open")
+        for name, answers in lists.items():
+            if self.file is None and not answers:
+                raise ValueError(f"{name}: the list is empty; give closed and open, or file")
+            if len(set(answers)) != len(answers) or not all(map(str.strip, answers)):
+                raise ValueError(f"{name}: expected different answers, none of them blank")
+        return self
+
+
 class BlipOptions(ModelOptions):
     """Image encoder, text encoder with cross-attention and a tied decoder (arXiv 2201.12086)."""
 
@@ -90,8 +131,9 @@ class BlipOptions(ModelOptions):
     embed_dim: int = Field(default=256, ge=1)
     """Width of the common space of images and texts."""
     heads: list[Head] = Field(default=["itc", "itm", "lm"], min_length=1)
-    """What the model computes: contrast, matching, reports, labels. List the heads that terms of
-    the objective read; a head that no term reads would have weights without a gradient."""
+    """What the model computes: contrast, matching, texts, labels, answers as classes. List the
+    heads that terms of the objective read; a head that no term reads would have weights without a
+    gradient."""
     momentum: float = Field(default=0.995, ge=0, lt=1)
     """Share of the momentum copy that is kept each step. Copy and queue serve `itc`, and belong to
     checkpoints alone."""
@@ -117,6 +159,8 @@ class BlipOptions(ModelOptions):
     label_head: LabelHead = "prototype"
     """`prototype`: 100 times the cosine of the image and the text encoder's vector of the name
     (MOTOR); `linear`: a layer on the image's vector."""
+    answers: AnswerOptions | None = None
+    """Lists of answers and their classifiers, of the head `answers`."""
     knowledge: list[Annotated[KnowledgeOptions, NamedBlock(KNOWLEDGE)]] = []
     """Knowledge that image tokens attend to, each at most once: a `graph` first, before labels are
     scored, then a `memory` of triplets (docs/knowledge.md). Empty is a plain model."""
@@ -137,6 +181,9 @@ class BlipOptions(ModelOptions):
         names |= {"text.decoder"} if "lm" in self.heads else set()
         if "labels" in self.heads and self.label_head == "linear":
             names |= {"labels"}
+        if self.answers is not None:
+            names |= {"answers"}
+            names |= {"answers.encoder"} if self.answers.encoders == "separate" else set()
         return frozenset(names)
 
     def output_fields(self) -> frozenset[str]:
@@ -155,6 +202,11 @@ class BlipOptions(ModelOptions):
             raise ValueError(
                 "labels: the names of the findings and the head 'labels' belong together; give "
                 "both or neither"
+            )
+        if ("answers" in self.heads) != (self.answers is not None):
+            raise ValueError(
+                "answers: the lists of answers and the head 'answers' belong together; give both "
+                "or neither"
             )
         named = [one.name for one in self.knowledge]
         if len(set(named)) != len(named):

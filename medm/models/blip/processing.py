@@ -12,11 +12,12 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from medm.errors import RecipeError
 from medm.imaging import Preprocess, load_pixels, preprocess_from_dict
 from medm.imaging.options import changed
+from medm.models.blip.answers import Answers
 from medm.models.blip.options import BlipOptions
 from medm.models.dual_encoder.processing import DualInputs
 from medm.models.lvlm.messages import flatten
 from medm.models.text_inputs import list_texts, pad_texts
-from medm.types import IGNORE_INDEX, EncodedText, Triplet
+from medm.types import ANSWER_BRANCHES, IGNORE_INDEX, EncodedText, Triplet
 
 DECODER_TOKEN, ENCODER_TOKEN = "[DEC]", "[ENC]"
 """First token of a text in the decoder, and where it attends to an image (BLIP)."""
@@ -34,6 +35,7 @@ class MedmBlipProcessor(ProcessorMixin):
         images: images of a study that the model looks at, at most.
         reads_text: whether the model learns from texts.
         stores_triplets: whether the model has a memory of triplets.
+        answers: by type of question (`ANSWER_BRANCHES`) the answers that the model chooses from.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class MedmBlipProcessor(ProcessorMixin):
         views: int = 1,
         reads_text: bool = True,
         stores_triplets: bool = False,
+        answers: Mapping[str, Sequence[str]] | None = None,
         **kwargs: Any,
     ) -> None:
         if tokenizer is None:
@@ -55,6 +58,7 @@ class MedmBlipProcessor(ProcessorMixin):
         self.max_length, self.prompt, self.labels = int(max_length), prompt, list(labels)
         self.views, self.reads_text = int(views), bool(reads_text)
         self.stores_triplets = bool(stores_triplets)
+        self.answers = {name: list(listed) for name, listed in (answers or {}).items()}
         self.preprocess: dict[str, Preprocess] = {
             name: preprocess_from_dict(fields) for name, fields in self.image_views.items()
         }
@@ -100,6 +104,18 @@ class MedmBlipProcessor(ProcessorMixin):
         """
         words = self._words(self.prompt if prompt is None else prompt)
         return torch.tensor([[int(self.tokenizer.cls_token_id), *words]])
+
+    def encode_prompts(self, prompts: Sequence[str | None]) -> dict[str, torch.Tensor]:
+        """Return what generated texts begin with, such as questions: `input_ids` and
+        `attention_mask`, (N, P) int64, padded on the right, without an end token.
+        """
+        rows = [self.encode_prompt(prompt)[0].tolist() for prompt in prompts]
+        return pad_texts(rows, self.pad_id)
+
+    def decode_answers(self, answers: Answers) -> list[str]:
+        """Return the answers that `MedmBlip.answer` chose, as texts."""
+        chosen = zip(answers.branches.tolist(), answers.classes.tolist(), strict=True)
+        return [self.answers[ANSWER_BRANCHES[branch]][place] for branch, place in chosen]
 
     def decode(self, ids: Sequence[int] | torch.Tensor, **kwargs: Any) -> str:
         """Return the words of a generated text, without special tokens."""
@@ -158,6 +174,7 @@ class MedmBlipProcessor(ProcessorMixin):
             views=self.views,
             reads_text=self.reads_text,
             stores_triplets=self.stores_triplets,
+            answers=self.answers,
         )
 
     @property

@@ -20,4 +20,6 @@ STUDY_SOURCES: Registry[type[StudySource]] = Registry("study source", group="med
 STUDY_SOURCES.add("studies/annotation", "medm.tasks.study_sources.annotation:AnnotationFile", "R2Gen's annotation.json or MOTOR's JSON (lists by split, or one list): images, report, triplets, labels")
 STUDY_SOURCES.add("studies/nih-chest-xray14", "medm.tasks.study_sources.nih:NIHChestXray14", "NIH ChestX-ray14: Data_Entry_2017.csv and the official lists, 14 labels")
 STUDY_SOURCES.add("studies/mimic-cxr", "medm.tasks.study_sources.mimic:MimicCXR", "MIMIC-CXR-JPG: the official split and the 14 labels of CheXpert or NegBio")
+STUDY_SOURCES.add("studies/vqa-rad", "medm.tasks.study_sources.questions:VQARADQuestions", "VQA-RAD: questions and answers, the public file or split files with classes")
+STUDY_SOURCES.add("studies/slake", "medm.tasks.study_sources.questions:SlakeQuestions", "SLAKE English: questions and answers, the distributed JSON or MOTOR's classes")
 # fmt: on
