@@ -128,6 +128,9 @@ def blip_overrides(model: BlipOptions, folder: Path) -> list[str]:
     ]
     if "itc" in model.heads:
         result.append("model.queue=6")
+    if model.answers is not None:
+        lists = {"file": None, "closed": ["yes", "no"], "open": ["left", "right"], "dim": 8}
+        result.append(f"model.answers={json.dumps(model.answers.model_dump() | lists)}")
     if model.labels:
         result.append(f"model.labels={json.dumps(LABELS)}")
     for place, source in enumerate(model.knowledge):
@@ -158,7 +161,8 @@ def records(name: str) -> Path:
     if model.kind == "dual-encoder":
         stage, branches = "pairs", {model.branch}
     elif model.kind == "blip":
-        stage, branches = "studies", {"image"}
+        stage = "study_questions" if model.answers is not None else "studies"
+        branches = {"image"}
     else:
         stage = "pretrain" if name.endswith("/pretrain") else "finetune"
         stage = "masks" if model.masks is not None else stage
