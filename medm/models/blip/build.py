@@ -242,6 +242,7 @@ def load_text(model: MedmBlip, source: PretrainedSource) -> list[LoadReport]:
             source=f"text.encoder from {source.path}",
             key_map=_TEXT_NAMES,
             ignored=(r"^cls\.", r"position_ids$", r"^(?:bert\.)?pooler\."),
+            truncated=(r"^layers\.\d+\.",),  # beyond those that text.architecture asks for
         )
     ]
     model.text.load_state_dict(plain.state_dict(), strict=False)

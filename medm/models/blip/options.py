@@ -66,7 +66,8 @@ class StudyTextOptions(Options):
     """Published BERT, SciBERT or BiomedBERT: a Hugging Face id, a folder or a file. Its
     self-attention is also the start of the decoder's; cross-attention starts from new weights."""
     architecture: dict[str, Any] = {}
-    """Sizes that replace those of the published config, or all of them when there is no `path`."""
+    """Sizes that replace those of the published config, or all of them when there is no `path`.
+    `{num_hidden_layers: 2}` takes the first two layers of `path`."""
     tokenizer: str | None = None
     """Tokenizer folder or id, where it is not the one at `path`."""
     max_length: int = Field(default=90, ge=3)
