@@ -285,7 +285,7 @@ def convert(
             raise typer.BadParameter("--exclude is for image-text pairs")
         _convert_masks(output, MASK_SOURCES.get(task), data, split, seed, limit)
         return
-    if task in STUDY_SOURCES:
+    if task in STUDY_SOURCES or task.startswith("studies/"):
         if seed is not None or exclude is not None:
             raise typer.BadParameter("--seed and --exclude are not for studies")
         _convert_studies(output, STUDY_SOURCES.get(task)(), data, split, limit)

@@ -314,7 +314,8 @@ class Studies(Pipeline[Study, StudyExample, StudyProcessor]):
                 for answer, score in zip(listed, example.answer_targets, strict=True)
                 if score
             ]
-            segments.append(Segment(f"\n{decode(example.question_ids)}", learned=False))
+            start = "\n" if segments else ""
+            segments.append(Segment(f"{start}{decode(example.question_ids)}", learned=False))
             segments.append(
                 Segment(f"\n{name}: {', '.join(right) or 'none of the list'}", learned=True)
             )

@@ -178,7 +178,7 @@ class AnswersOptions(ObjectiveOptions):
     """Weight of the cross-entropy of the type beside the answers (`all`)."""
 
     def reads(self) -> frozenset[str]:
-        return frozenset({"answer_logits_closed", "answer_logits_open", "answer_type_logits"})
+        return frozenset({"answer_logits_closed", "answer_logits_open", "answer_logits_type"})
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry(

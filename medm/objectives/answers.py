@@ -18,7 +18,7 @@ class AnswerClasses(Objective):
     """Binary cross-entropy against soft scores of answers, and cross-entropy of two types.
 
     The output has `answer_logits_closed` (B, C), `answer_logits_open` (B, O) and
-    `answer_type_logits` (B, 2); the batch has `answer_branches` (B,) and `answer_targets`
+    `answer_logits_type` (B, 2); the batch has `answer_branches` (B,) and `answer_targets`
     (B, C + O). A question counts in the branch of its record's type alone; one without a type does
     not count. Every output has a place in the graph, so that a batch without questions of a type
     gives each weight a gradient.
@@ -42,7 +42,7 @@ class AnswerClasses(Objective):
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({"answer_logits_closed", "answer_logits_open", "answer_type_logits"})
+        return frozenset({"answer_logits_closed", "answer_logits_open", "answer_logits_type"})
 
     def count(self, batch: Batch) -> Tensor:
         """Return the questions of the part."""
@@ -53,7 +53,7 @@ class AnswerClasses(Objective):
 
     def loss(self, output: Output, batch: Batch) -> Tensor:
         closed, open_ = output["answer_logits_closed"], output["answer_logits_open"]
-        types = output["answer_type_logits"].float()
+        types = output["answer_logits_type"].float()
         branches = self._field(batch, "answer_branches")
         targets = self._field(batch, "answer_targets")
         if targets.shape[1] != closed.shape[1] + open_.shape[1]:

@@ -39,8 +39,10 @@ Pair = tuple[list[str], list[str]]
 
 
 def texts(records: Sequence[Record]) -> Pair:
-    """Predictions and answers."""
-    return [record["prediction"] for record in records], [
+    """Predictions and answers. What is said where the answer is in no published list of classes
+    (`unlisted`) is no prediction, because its text is not known.
+    """
+    return ["" if record.get("unlisted") else record["prediction"] for record in records], [
         str(record["answer"]) for record in records
     ]
 
@@ -93,11 +95,9 @@ def class_accuracy(records: Sequence[Record], resampling: Resampling) -> list[Me
     results: list[MetricResult] = []
     for name, part in {"all": list(range(len(records))), **answer_types(records)}.items():
         rows = [records[index] for index in part]
+        right = [row.get("answer_scores") or {str(row["answer"]): 1.0} for row in rows]
         hits = [
-            float(
-                (row.get("answer_scores") or {str(row["answer"]): 1.0}).get(row["prediction"], 0.0)
-            )
-            for row in rows
+            float(scores.get(said, 0.0)) for scores, said in zip(right, texts(rows)[0], strict=True)
         ]
         unlisted = sum(bool(row.get("unlisted")) for row in rows)
         note = (

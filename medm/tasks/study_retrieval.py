@@ -53,7 +53,7 @@ class StudyRetrieval(Task):
         if cluster_by is None:
             self.cluster_by = "patient"
         self.source = AnnotationFile.with_options(
-            {"path": path, "images": images, "image_folder": image_folder}
+            {"path": path, "images": images, "image_folder": image_folder, "label_names": ()}
         )
         self.layout = self.source.layout
         self.matched = rerank
@@ -94,12 +94,13 @@ class StudyRetrieval(Task):
         return results
 
     def original(self, records: Sequence[Record]) -> list[MetricResult]:
-        """Published scoring: only the report of the study itself is right."""
-        if not records:
-            return []
+        """Published scoring, where it differs: only the report of the study itself is right."""
+        studies = _Studies(records, self.matched)
         own = [[place] for place in range(len(records))]
+        if studies.equal_reports() == own:
+            return []
         drawn = self.resampling_of(records)
-        results = _recalls(_Studies(records, self.matched), own, drawn, matches=True)
+        results = _recalls(studies, own, drawn, matches=True)
         note = "another study with the same report counts as wrong, as published"
         return scoped(self.system, [with_note(result, note) for result in results])
 

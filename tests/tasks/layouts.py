@@ -404,6 +404,69 @@ def pairs(root: Path) -> None:
     put_json(root / "pairs.json", rows)
 
 
+def own_studies(root: Path) -> None:
+    """Three studies of three patients, the first with two images."""
+    effusion, mass = (1, 0, 1), (0, 1, None)
+    rows = [
+        {
+            "id": f"s{n}",
+            "patient": f"p{n}",
+            "images": [f"{n}.png", f"{n}b.png"][: 2 - (n > 0)],
+            "report": f"finding {n}",
+            "labels": {"effusion": effusion[n], "mass": mass[n]},
+        }
+        for n in range(3)
+    ]
+    for row in rows:
+        for path in row["images"]:
+            put_image(root / path, (8, 8))
+    put_json(root / "studies.json", rows)
+
+
+def nih(root: Path) -> None:
+    """ChestX-ray14: twenty images of ten patients to learn from, four of two patients to test."""
+    found = ["Hernia", "No Finding", "Mass|Effusion", "No Finding"]
+    rows = [
+        {
+            "Image Index": f"{n:08d}_000.png",
+            "Finding Labels": found[n % 4],
+            "Follow-up #": 0,
+            "Patient ID": n // 2,
+            "View Position": "PA",
+        }
+        for n in range(24)
+    ]
+    put_csv(root / "Data_Entry_2017.csv", rows)
+    names = [str(row["Image Index"]) for row in rows]
+    for place, name in enumerate(names):
+        put_image(root / f"images_{1 + place // 12:03d}/images" / name, (8, 8))
+    (root / "train_val_list.txt").write_text("\n".join(names[:20]) + "\n")
+    (root / "test_list.txt").write_text("\n".join(names[20:]) + "\n")
+
+
+def mimic_labels(root: Path) -> None:
+    """MIMIC-CXR-JPG: a study of each split, three to test; the first of these has two images."""
+    from medm.tasks.study_sources.base import CHEXPERT_LABELS
+
+    rows, labels = [], []
+    for n, split in enumerate(("test", "test", "test", "validate", "train")):
+        for view in range(1 + (n == 0)):
+            rows.append(
+                {
+                    "dicom_id": f"d{n}{view}",
+                    "study_id": f"5{n}",
+                    "subject_id": f"1{n}",
+                    "split": split,
+                }
+            )
+            put_image(root / f"files/p1{n}/p1{n}/s5{n}/d{n}{view}.jpg", (8, 8))
+        states = dict.fromkeys(CHEXPERT_LABELS, "")
+        states |= {"Edema": ("1.0", "0.0", "-1.0")[n % 3], "Fracture": ("", "1.0", "0.0")[n % 3]}
+        labels.append({"subject_id": f"1{n}", "study_id": f"5{n}", **states})
+    put_csv(root / "mimic-cxr-2.0.0-split.csv", rows)
+    put_csv(root / "mimic-cxr-2.0.0-chexpert.csv", labels)
+
+
 def put_mask(
     path: Path, *boxes: tuple[int, int, int, int], size: tuple[int, int] = (40, 30)
 ) -> None:
@@ -594,6 +657,10 @@ LAYOUTS: dict[str, Layout] = {
     "zero-shot": Layout(breast_us, 3, "test.csv", {"card": "breast-us"}),
     "probe": Layout(breast_us, 6, "train.csv", {"card": "breast-us"}, scored=3),
     "retrieval": Layout(pairs, 3, "pairs.json", {"path": "pairs.json"}),
+    "study-retrieval": Layout(own_studies, 3, "studies.json", {"path": "studies.json", "rerank": 2}),
+    "study-labels": Layout(own_studies, 3, "studies.json", {"path": "studies.json"}),
+    "nih-chest-xray14": Layout(nih, 4, "test_list.txt"),
+    "mimic-cxr-labels": Layout(mimic_labels, 3, "mimic-cxr-2.0.0-chexpert.csv"),
     "custom": Layout(
         custom, 2, "mine.json",
         {"path": "mine.json", "metrics": [{"name": "closed-accuracy"}, {"name": "rouge", "stem": True}],

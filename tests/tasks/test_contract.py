@@ -63,6 +63,10 @@ def records(task: Task, folder: Path, answer: Any) -> list[dict[str, Any]]:
         if "embeddings" in task.needs and row["prediction"] == row["answer"]:
             row["embedding"] = VECTORS[row["answer"]]
             row["text_embeddings"] = [VECTORS[row["answer"]]]
+        if "findings" in row and row["prediction"] == row["answer"]:
+            row["scores"] = {
+                name: 5.0 if one == 1 else -5.0 for name, one in row["findings"].items()
+            }
     return rows
 
 

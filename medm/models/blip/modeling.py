@@ -75,7 +75,7 @@ class MedmBlipOutput(ModelOutput):
     """(B, closed answers), of every question, whatever its type."""
     answer_logits_open: Tensor | None = None
     """(B, open answers), of every question."""
-    answer_type_logits: Tensor | None = None
+    answer_logits_type: Tensor | None = None
     """(B, 2), in the order of `medm.types.ANSWER_BRANCHES`."""
 
 
@@ -652,7 +652,7 @@ class MedmBlip(MedmModel):
             scores = self.answer_scores(images, question_ids, asked)
             output.answer_logits_closed = scores.closed[:rows]
             output.answer_logits_open = scores.open[:rows]
-            output.answer_type_logits = scores.type[:rows]
+            output.answer_logits_type = scores.type[:rows]
         if set(wanted) <= {"labels", "answers"}:
             return output
         if empty:

@@ -27,7 +27,7 @@ OUTPUTS_OF_HEAD: dict[Head, frozenset[str]] = {
     "itm": frozenset({"itm_logits", "itm_labels"}),
     "lm": frozenset({"loss_sum"}),
     "labels": frozenset({"label_logits"}),
-    "answers": frozenset({f"answer_logits_{name}" for name in (*ANSWER_BRANCHES, "type")}),
+    "answers": frozenset(f"answer_logits_{name}" for name in (*ANSWER_BRANCHES, "type")),
 }
 """Fields of the model's output by head."""
 

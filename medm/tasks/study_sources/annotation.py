@@ -49,7 +49,8 @@ class AnnotationFile(StudySource):
     image_folder: str | None = None
     """Folder that `image_path` is relative to. Default: `images` where there is one."""
     label_names: Sequence[str] = CHEXPERT_LABELS
-    """Labels that `label_index` and other lists of numbers are of, in their order."""
+    """Labels that `label_index` and other lists of numbers are of, in their order. Without any, no
+    labels are read."""
     uncertain: Uncertain = "u-zero"
     """Labels with -1 in the file of MIMIC-CXR-JPG beside."""
 
@@ -92,7 +93,7 @@ class AnnotationFile(StudySource):
         place = self.image_folder
         if place is None:
             place = "images" if (folder / "images").is_dir() else ""
-        table = label_table(folder)
+        table = label_table(folder) if self.label_names else None
         labels = {} if table is None else read_labels(table, self.uncertain)
         knowledge = _Knowledge.beside(folder, split, file)
         rows = [row for part in content for row in part.get(split, ())]
@@ -109,7 +110,7 @@ class AnnotationFile(StudySource):
         paths = _paths(row, file, index)
         report = field_of(row, "report", str, file=file, index=index)
         states: Mapping[str, int | None] | None = None
-        if row.get("label_index") is not None:
+        if row.get("label_index") is not None and self.label_names:
             numbers = field_of(row, "label_index", list, file=file, index=index)
             states = _named(numbers, self.label_names, file, index)
         name = row.get("id", row.get("study_id"))
@@ -238,7 +239,9 @@ def _own(study: Study, names: Sequence[str], file: Path, index: int) -> StudyRow
     """Return a record of the pipeline `studies` as a row."""
     labels: Mapping[str, int | None] | None
     given = study.labels
-    if given is None or isinstance(given, Mapping):
+    if not names:
+        labels = None
+    elif given is None or isinstance(given, Mapping):
         labels = given
     elif all(isinstance(label, str) for label in given):
         if unknown := [label for label in given if label not in names]:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from medm.distributed import rank, world_size
 from medm.models.blip.modeling import MedmBlip
+from medm.objectives.answers import AnswerClasses
 from medm.objectives.classification import Multilabel
 from medm.objectives.image_text_contrast import ImageTextContrast
 from medm.objectives.language_modeling import LanguageModeling
 from medm.objectives.matching import ImageTextMatching
-from tests.models.blip.tiny import knowledge, make, section, studies
+from tests.models.blip.tiny import ANSWERS, knowledge, make, section, studies
 from tests.models.dual_encoder.ranks import descend, runner_of, weights_of
 
 OBJECTIVES: tuple[Any, ...] = (
@@ -30,9 +31,11 @@ OBJECTIVES: tuple[Any, ...] = (
     ImageTextMatching(),
     LanguageModeling(),
     Multilabel(),
+    AnswerClasses(),
 )
 SIZES = ([3, 1], [2, 2], [0, 4], [1, 3])
-"""Studies of each rank, by step."""
+"""Studies of each rank, by step. In the first, one has closed questions alone, the other open
+ones."""
 
 
 def total(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -53,7 +56,10 @@ def after(model: MedmBlip) -> None:
 def run(tokenizer: str, name: str) -> None:
     """Take the steps; each ends with equal losses, weights and training state."""
     (Path(tokenizer) / name).mkdir(exist_ok=True)
-    model = make(section(tokenizer, knowledge=knowledge(Path(tokenizer) / name)))[0].train()
+    content = section(tokenizer, knowledge=knowledge(Path(tokenizer) / name))
+    content["heads"] = [*content["heads"], "answers"]
+    content["answers"] = {**ANSWERS, "encoders": "separate", "dim": 16}
+    model = make(content)[0].train()
     single = copy.deepcopy(model)
     runner = runner_of(name, model)
     for number, sizes in enumerate(SIZES):

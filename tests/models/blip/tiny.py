@@ -19,6 +19,7 @@ from tests.models.dual_encoder.tiny import TEXT, VISION
 IDS = torch.tensor([[2, 4, 5, 6, 3], [2, 7, 3, 0, 0], [2, 8, 9, 3, 0], [2, 12, 15, 3, 0]])
 MASK = (IDS != 0).long()
 LABELS = ["effusion", "mass"]
+ANSWERS = {"closed": ["normal", "a mass"], "open": ["left", "right", "the brain"]}
 
 
 def section(tokenizer: str, **changes: Any) -> dict[str, Any]:
@@ -85,6 +86,12 @@ def studies(start: int = 0, stop: int = 4) -> dict[str, Any]:
         "labels": labels[rows],
         "label_targets": targets[rows],
         "owners": torch.tensor([11, 12, 13, 14])[rows],
+        "question_ids": IDS.flip(0)[rows],
+        "question_mask": MASK.flip(0)[rows],
+        "answer_branches": torch.tensor([0, 0, 0, 1])[rows],
+        "answer_targets": torch.tensor(
+            [[1.0, 0, 0, 0, 0], [0.4, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0.5, 1]]
+        )[rows],
         "knowledge_ids": torch.tensor([[2, 8, 3], [2, 15, 3], [0, 0, 0], [2, 12, 3]])[rows],
         "knowledge_mask": torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 1]])[rows],
     }
