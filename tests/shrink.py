@@ -119,7 +119,7 @@ def blip_overrides(model: BlipOptions, folder: Path) -> list[str]:
     image = tiny_block(model.image.encoder.model_dump())
     text = {"path": None, "architecture": TEXT, "tokenizer": str(tokenizer), "max_length": 12}
     result = [
-        "model.path=null",
+        "model.pretrained=null",
         f"model.image.encoder={json.dumps(image)}",
         f"model.text={json.dumps(text)}",
         "model.embed_dim=20",

@@ -80,6 +80,7 @@ def import_(
             "m3d-clip",
             "medm-clip",
             "dual-encoder",
+            "blip",
             "projector",
         ],
         typer.Option(help="What the source is; found out without it."),
@@ -95,7 +96,7 @@ def import_(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Folder or id with a dual encoder's tokenizer, if the source has none."),
+        typer.Option(help="Folder or id with the tokenizer, if a dual encoder or BLIP has none."),
     ] = None,
     preprocess: Annotated[
         list[str] | None,

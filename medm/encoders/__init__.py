@@ -86,7 +86,15 @@ class HFVisionOptions(EncoderOptions):
     config."""
 
 
-class EfficientNetLiteOptions(EncoderOptions):
+class BatchNormOptions(EncoderOptions):
+    """Encoders with batch norm."""
+
+    statistics: Statistics = "running"
+    """Batch norm in training: stored statistics that never change, or those of each batch (needs
+    large batches)."""
+
+
+class EfficientNetLiteOptions(BatchNormOptions):
     """The EfficientNet-Lite family."""
 
     variant: Literal["lite0", "lite1", "lite2", "lite3", "lite4"] = "lite0"
@@ -98,9 +106,6 @@ class EfficientNetLiteOptions(EncoderOptions):
     pool: int | None = Field(default=None, ge=1)
     """Side of the token grid to which each map is averaged. Default: the grid of the coarsest
     map."""
-    statistics: Statistics = "running"
-    """Batch norm in training: stored statistics that never change, or those of each batch (needs
-    large batches)."""
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square input in pixels. Default: the one that the variant was trained at, 224 to
     300."""
@@ -133,12 +138,16 @@ class M3DCLIPOptions(VolumeViTOptions):
     """Output of layer -1: `before` the last layer norm (MedM-VL), or `after` it (M3D-LaMed)."""
 
 
-class I3DResNetOptions(EncoderOptions):
+class CNNOptions(BatchNormOptions):
+    """ResNet and DenseNet over images."""
+
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square input in pixels. Default: that of the published preprocessing, or 224."""
+
+
+class I3DResNetOptions(BatchNormOptions):
     """Inflated ResNet over volumes."""
 
-    statistics: Statistics = "running"
-    """Batch norm in training: stored statistics that never change, or those of each batch (needs
-    large batches)."""
     image_size: list[int] | None = Field(default=None, min_length=3, max_length=3)
     """Slices, rows and columns of the input. Default: 160, 224, 224."""
 
@@ -205,6 +214,18 @@ ENCODERS.add(
     "medm.encoders.efficientnet_lite:EfficientNetLiteEncoder",
     "EfficientNet-Lite 0 to 4 (ImageNet CNN): pooled cells of several feature maps",
     options=EfficientNetLiteOptions,
+)
+ENCODERS.add(
+    "resnet",
+    "medm.encoders.resnet:ResNetEncoder",
+    "ResNet-18 to -152 (microsoft/resnet-101, torch's names): one token per cell",
+    options=CNNOptions,
+)
+ENCODERS.add(
+    "densenet",
+    "medm.encoders.densenet:DenseNetEncoder",
+    "DenseNet-121 and its family (torch's and MONAI's names): one token per cell",
+    options=CNNOptions,
 )
 ENCODERS.add(
     "m3d-clip",

@@ -22,8 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from medm.encoders import NormPlace, PrefixTokens
 from medm.encoders.base import VisionEncoder
-from medm.encoders.sizes import numbers, whole
-from medm.encoders.vit import PILLOW_FILTERS, num_blocks
+from medm.encoders.preprocessor_file import published_fields
+from medm.encoders.sizes import whole
+from medm.encoders.vit import num_blocks
 from medm.errors import RecipeError
 from medm.types import Config, VisionFeatures
 
@@ -329,13 +330,9 @@ class HFVisionEncoder(VisionEncoder):
         fields: Config = {"kind": "image", **usual}
         if side is not None:
             fields["size"] = [side, side]
-        if "resample" in published:
-            fields["interpolation"] = PILLOW_FILTERS[whole(published, "resample")]
+        fields |= published_fields(published)
         if (fit := _published_fit(published)) is not None:
             fields["fit"] = fit
-        for own, theirs in (("mean", "image_mean"), ("std", "image_std")):
-            if published.get(theirs) is not None:
-                fields[own] = numbers(published, theirs)
         if published.get("do_normalize") is False:
             fields |= {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
         return fields

@@ -22,7 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.encoders import NormPlace, VisionTokens
 from medm.encoders.base import VisionEncoder
-from medm.encoders.sizes import numbers, whole, wholes
+from medm.encoders.preprocessor_file import published_fields
+from medm.encoders.sizes import number, whole, wholes
 from medm.errors import RecipeError
 from medm.types import Config, VisionFeatures
 
@@ -110,8 +111,8 @@ class PlainViT(VisionEncoder):
 
     Args:
         architecture: `image_size` and `patch_size` (one number per axis), `num_channels`,
-            `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`; what is
-            left out is the published size.
+            `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`,
+            `layer_norm_eps`; what is left out is the published size.
         layer: see `VolumeViTOptions`; a positive number counts blocks from the input.
         others: see `M3DCLIPOptions`.
     """
@@ -139,7 +140,7 @@ class PlainViT(VisionEncoder):
         norm: NormPlace = "before",
     ) -> None:
         super().__init__()
-        sizes = {**self.published_sizes, **architecture}
+        sizes = {"layer_norm_eps": self.eps, **self.published_sizes, **architecture}
         depth = whole(sizes, "num_hidden_layers")
         count = depth + 1 + layer if layer < 0 else layer
         if not 1 <= count <= depth:
@@ -171,11 +172,15 @@ class PlainViT(VisionEncoder):
                 norm=self.block_norm,
                 activation=self.block_activation,
                 bias=self.block_bias,
-                eps=self.eps,
+                eps=number(sizes, "layer_norm_eps"),
             )
             for _ in range(count)
         )
-        self.norm = nn.LayerNorm(self.dim, eps=self.eps) if norm == "after" else nn.Identity()
+        self.norm = (
+            nn.LayerNorm(self.dim, eps=number(sizes, "layer_norm_eps"))
+            if norm == "after"
+            else nn.Identity()
+        )
         self._initialize()
 
     @abstractmethod
@@ -298,7 +303,4 @@ class ImageViT(PlainViT):
         }
         if "do_center_crop" in published:
             fields["fit"] = "crop" if published["do_center_crop"] else "squash"
-        for own, theirs in (("mean", "image_mean"), ("std", "image_std")):
-            if theirs in published:
-                fields[own] = numbers(published, theirs)
-        return fields
+        return fields | published_fields(published)

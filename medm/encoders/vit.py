@@ -12,14 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from medm.encoders import NormPlace, VisionTokens
 from medm.encoders.base import VisionEncoder
-from medm.encoders.sizes import numbers, whole
+from medm.encoders.preprocessor_file import published_fields
+from medm.encoders.sizes import whole
 from medm.errors import RecipeError
 from medm.types import Config, VisionFeatures
 
 logger = logging.getLogger(__name__)
-
-PILLOW_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""Pillow's filter numbers, which `preprocessor_config.json` stores."""
 
 _DUAL_ENCODERS = {"clip", "siglip", "siglip2", "metaclip_2", "aimv2", "chinese_clip", "altclip"}
 """Types of published models whose other part is a text encoder, not an LLM."""
@@ -187,11 +185,6 @@ class HFViTEncoder(VisionEncoder):
         native = {"image_size": cls.config_class().image_size, **architecture}
         side = image_size or whole(native, "image_size")
         fields: Config = {"kind": "image", "size": [side, side]}
-        if "resample" in published:
-            fields["interpolation"] = PILLOW_FILTERS[whole(published, "resample")]
         if "do_center_crop" in published:
             fields["fit"] = "crop" if published["do_center_crop"] else "squash"
-        for own, theirs in (("mean", "image_mean"), ("std", "image_std")):
-            if theirs in published:
-                fields[own] = numbers(published, theirs)
-        return fields
+        return fields | published_fields(published)

@@ -68,6 +68,20 @@ TINY_ENCODERS = {
         {"name": "slices", "encoder": {"name": "siglip", "architecture": VIT | {"image_size": 16, "patch_size": 8}}},
         pixels=(3, 3, 16, 16),
     ),
+    "resnet": Tiny(
+        {
+            "name": "resnet",
+            "architecture": {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 1]},
+        },
+        pixels=(3, 37, 48),
+    ),
+    "densenet": Tiny(
+        {
+            "name": "densenet",
+            "architecture": {"init_features": 8, "growth_rate": 4, "block_config": [2, 1, 2], "bn_size": 2},
+        },
+        pixels=(3, 70, 48),
+    ),
     "efficientnet-lite": Tiny(
         {
             "name": "efficientnet-lite", "stages": [3, 5],

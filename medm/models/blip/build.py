@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from medm.encoders import EncoderOptions
+from medm.encoders.sizes import number
 from medm.errors import CheckpointError, RecipeError
 from medm.imaging import Preprocess
 from medm.models.base import CardText, ModelKind
@@ -24,6 +26,7 @@ from medm.models.blip.configuration import ImageEntry, MedmBlipConfig, TextEntry
 from medm.models.blip.modeling import MedmBlip, StudyImageTower
 from medm.models.blip.options import BlipOptions, Head, StudyTextOptions
 from medm.models.blip.processing import DECODER_TOKEN, ENCODER_TOKEN, MedmBlipProcessor
+from medm.models.blip.published import load_published, text_sizes
 from medm.models.blip.text import StudyTextEncoder
 from medm.models.blip.trained import load_trained
 from medm.models.knowledge_files import described_knowledge
@@ -42,6 +45,8 @@ from medm.types import ANSWER_BRANCHES, PredictionField
 logger = logging.getLogger(__name__)
 
 _PLACE = "model.image.preprocess"
+_NORM_EPS = 1e-6
+"""Of the norm behind an encoder whose sizes do not say one."""
 _SUMMARY = (
     "A medical image-text model trained with medm on studies and their reports. It can be wrong, "
     "and carries the biases of its data. It was\nnot validated on any clinical task."
@@ -81,10 +86,12 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
         """
         config, processor = resolve(options)
         model = MedmBlip(config)
-        if options.path is not None:
-            load_trained(model, options.path)
+        if options.pretrained is not None:
+            load_trained(model, options.pretrained)
+        elif options.path is not None:
+            load_published(model, PretrainedSource(options.path))
         else:
-            _load_published(model, options)
+            _load_towers(model, options)
         if model.answer_encoder is not None:
             model.answer_encoder.load_state_dict(model.text.state_dict())
         model.init_training_state()
@@ -107,8 +114,8 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
         return resolve(options)[1]
 
     def preprocess(self, options: BlipOptions) -> dict[str, Preprocess]:
-        image = options.image
-        return {"image": preprocess_of("image", image.encoder, image.preprocess, place=_PLACE)}
+        fields = options.image.preprocess
+        return {"image": preprocess_of("image", _image_encoder(options), fields, place=_PLACE)}
 
     def adapt(
         self,
@@ -137,7 +144,7 @@ _GIVES: dict[Head, PredictionField] = {
 """What a model gives by its heads."""
 
 
-def _load_published(model: MedmBlip, options: BlipOptions) -> None:
+def _load_towers(model: MedmBlip, options: BlipOptions) -> None:
     """Load published weights of the towers wherever the recipe gives a path."""
     load_encoder(model.image.encoder, options.image.encoder, "image.encoder")
     if options.image.encoder.path is not None:
@@ -147,12 +154,16 @@ def _load_published(model: MedmBlip, options: BlipOptions) -> None:
 
 
 def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
-    """Every size and the processor, from published configs and tokenizers; no weights are read."""
-    block = options.image.encoder
+    """Every size and the processor, from published configs and tokenizers.
+
+    No weights are read, except for a published file that has no config: its sizes are those of its
+    tensors.
+    """
+    block = _image_encoder(options)
     encoder, preprocess = described_encoder("image", block, options.image.preprocess, place=_PLACE)
-    tokenizer = _tokenizer(options.text)
-    published = PretrainedSource(options.text.path).config() if options.text.path else {}
-    architecture = BertTextEncoder.architecture_from(published) | options.text.architecture
+    sizes_of_tower = cast(dict[str, object], encoder["architecture"])
+    tokenizer = _tokenizer(options.text, options.path)
+    architecture = _text_sizes(options) | options.text.architecture
     sizes = BertConfig(**architecture)
     architecture["vocab_size"] = max(sizes.vocab_size, len(tokenizer))
     architecture["pad_token_id"] = int(tokenizer.pad_token_id)
@@ -176,12 +187,14 @@ def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
             spatial=spatial_of(preprocess, place=_PLACE),
             views=options.image.views,
             fusion=options.image.fusion,
+            norm_eps=number({"layer_norm_eps": _NORM_EPS, **sizes_of_tower}, "layer_norm_eps"),
         ).model_dump(),
         text=TextEntry(
             architecture=architecture,
             decoder_id=_id_of(tokenizer, DECODER_TOKEN),
             encoder_id=_id_of(tokenizer, ENCODER_TOKEN),
             end_id=int(tokenizer.sep_token_id),
+            lm_head=options.text.lm_head,
             label_ids=[processor.encode_target(name, "").input_ids for name in options.labels],
         ).model_dump(),
         knowledge=[
@@ -219,7 +232,8 @@ def load_text(model: MedmBlip, source: PretrainedSource) -> list[LoadReport]:
     """Load a published BERT into the text encoder and the decoder.
 
     The decoder's self-attention starts as the encoder's, and its head from the file's `cls.` where
-    it has one. Cross-attention and the rows of the two new tokens keep their new weights.
+    it has one. Cross-attention and the rows of the two new tokens keep their new weights, which the
+    log says.
 
     Returns:
         A report on each module.
@@ -230,7 +244,9 @@ def load_text(model: MedmBlip, source: PretrainedSource) -> list[LoadReport]:
     tensors = source.tensors()
     words = next((name for name in tensors if name.endswith(_WORDS)), None)
     own = model.text.embeddings.word_embeddings.weight
-    if words is not None and len(tensors[words]) < len(own):
+    added = 0 if words is None else len(own) - len(tensors[words])
+    if words is not None and added > 0:
+        logger.info("%s: %d rows of new tokens start from new weights", source.path, added)
         new = own[len(tensors[words]) :].detach()
         tensors[words] = torch.cat([tensors[words], new.to(tensors[words].dtype)])
     head = {name: tensors.pop(name) for name in list(tensors) if _HEAD.match(name)}
@@ -245,9 +261,15 @@ def load_text(model: MedmBlip, source: PretrainedSource) -> list[LoadReport]:
             truncated=(r"^layers\.\d+\.",),  # beyond those that text.architecture asks for
         )
     ]
-    model.text.load_state_dict(plain.state_dict(), strict=False)
+    kept = model.text.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    if kept:
+        logger.info(
+            "%s: no cross-attention; its %d tensors start from new weights", source.path, len(kept)
+        )
     if model.decoder is None:
         return reports
+    if model.decoder.words is not None:
+        model.decoder.words.data.copy_(model.text.embeddings.word_embeddings.weight)
     for layer, attention in zip(plain.blocks(), model.decoder.attentions(), strict=True):
         attention.load_state_dict(layer.attention.state_dict())
     loaded = {_HEAD.sub("", name): tensor for name, tensor in head.items()}
@@ -256,8 +278,9 @@ def load_text(model: MedmBlip, source: PretrainedSource) -> list[LoadReport]:
         rest = model.decoder.bias.detach()[len(bias) :].to(bias.dtype)
         parts: dict[str, Tensor] = {**loaded, "bias": torch.cat([bias, rest])}
         parts |= {
-            f"attention.{name}": tensor
-            for name, tensor in model.decoder.attention.state_dict().items()
+            name: tensor
+            for name, tensor in model.decoder.state_dict().items()
+            if name == "words" or name.startswith("attention.")
         }
         reports.append(
             load_module(
@@ -267,6 +290,8 @@ def load_text(model: MedmBlip, source: PretrainedSource) -> list[LoadReport]:
                 ignored=(r"^decoder\.",),
             )
         )
+    else:
+        logger.info("%s: no LM head; that of the decoder starts from new weights", source.path)
     return reports
 
 
@@ -275,9 +300,11 @@ _HEAD = re.compile(r"^cls\.predictions\.")
 _TEXT_NAMES = (
     (r"^(?:bert\.)?encoder\.layer\.", "layers."),
     (r"^(?:bert\.)?embeddings\.", "embeddings."),
-    (r"(?:LayerNorm)\.gamma$", "LayerNorm.weight"),
-    (r"(?:LayerNorm)\.beta$", "LayerNorm.bias"),
 )
+_NORM = re.compile(
+    r"(?:(?:vision_model|vit|deit|dinov2|ijepa)\.)?(?:post_layernorm|layernorm|norm)\.(.+)"
+)
+"""The norm behind the last block in the files of towers, alone or behind a classifier."""
 
 
 def _load_norm(tower: StudyImageTower, source: PretrainedSource) -> None:
@@ -287,11 +314,7 @@ def _load_norm(tower: StudyImageTower, source: PretrainedSource) -> None:
     found = {
         match[1]: tensor
         for name, tensor in source.encoder_tensors().items()
-        if (
-            match := re.fullmatch(
-                r"(?:vision_model\.)?(?:post_layernorm|layernorm|norm)\.(.+)", name
-            )
-        )
+        if (match := _NORM.fullmatch(name))
     }
     if {name: tensor.shape for name, tensor in found.items()} == {
         name: tensor.shape for name, tensor in tower.norm.state_dict().items()
@@ -301,15 +324,30 @@ def _load_norm(tower: StudyImageTower, source: PretrainedSource) -> None:
         logger.info("%s: no norm behind the last block; it starts from new weights", source.path)
 
 
-def _tokenizer(options: StudyTextOptions) -> PreTrainedTokenizerBase:
-    source = options.tokenizer or options.path
+def _image_encoder(options: BlipOptions) -> EncoderOptions:
+    """Return the encoder's block, whose sizes come from the published BLIP if there is one."""
+    block = options.image.encoder
+    return block if options.path is None else block.model_copy(update={"path": options.path})
+
+
+def _text_sizes(options: BlipOptions) -> dict[str, Any]:
+    """Return the published sizes of the text encoder; empty without a path."""
+    if options.path is not None:
+        return text_sizes(PretrainedSource(options.path))
+    published = PretrainedSource(options.text.path).config() if options.text.path else {}
+    return BertTextEncoder.architecture_from(published)
+
+
+def _tokenizer(options: StudyTextOptions, path: str | None) -> PreTrainedTokenizerBase:
+    source = options.tokenizer or options.path or path
     if source is None:
         raise RecipeError("model.text.tokenizer: required where model.text has no path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"model.text: no usable tokenizer at {source!r} ({error}); set model.text.tokenizer"
+            f"model.text: no usable tokenizer at {source!r} ({error}); set model.text.tokenizer "
+            "(medm import: --tokenizer)"
         ) from None
     for name in ("cls_token_id", "sep_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is None:

@@ -13,6 +13,7 @@ from medm.models.blip.options import (
     Fusion,
     Head,
     LabelHead,
+    LMHead,
     Negatives,
     SameReport,
 )
@@ -31,6 +32,8 @@ class ImageEntry(Options):
     views: int
     fusion: Fusion
     """See `StudyImageOptions`."""
+    norm_eps: float = 1e-6
+    """Summand in the norm behind the encoder."""
 
 
 class TextEntry(Options):
@@ -44,6 +47,8 @@ class TextEntry(Options):
     """Token that a text begins with where it attends to an image."""
     end_id: int
     """Token that ends a text."""
+    lm_head: LMHead = "tied"
+    """See `StudyTextOptions`."""
     label_ids: list[list[int]] = []
     """Tokens of the name of each finding."""
 

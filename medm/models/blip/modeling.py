@@ -111,7 +111,7 @@ class StudyImageTower(nn.Module):
         self.spatial, self.channels = tuple(entry.spatial), entry.channels
         self.views, self.fusion = entry.views, entry.fusion
         self.dim = self.encoder.dim
-        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.norm = nn.LayerNorm(self.dim, eps=entry.norm_eps)
         joined = entry.views > 1 and entry.fusion == "channels"
         self.join = nn.Linear(entry.views * self.dim, self.dim) if joined else None
 
@@ -235,7 +235,8 @@ class MedmBlip(MedmModel):
         self.image = StudyImageTower(config.image_entry())
         crossed = {"itm", "lm", "answers"} & {*heads}
         self.text = StudyTextEncoder(bert, self.image.dim if crossed else None)
-        self.decoder = Decoder(bert) if "lm" in heads else None
+        own_words = text.lm_head == "own"
+        self.decoder = Decoder(bert, own_words=own_words) if "lm" in heads else None
         projected = projects(heads, config.label_head)
         self.image_projection = nn.Linear(self.image.dim, config.embed_dim) if projected else None
         self.text_projection = nn.Linear(bert.hidden_size, config.embed_dim) if projected else None

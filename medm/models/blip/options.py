@@ -15,6 +15,7 @@ from medm.types import ANSWER_BRANCHES
 
 Head: TypeAlias = Literal["itc", "itm", "lm", "labels", "answers"]
 Fusion: TypeAlias = Literal["tokens", "channels"]
+LMHead: TypeAlias = Literal["tied", "own"]
 LabelHead: TypeAlias = Literal["prototype", "linear"]
 Negatives: TypeAlias = Literal["all", "local"]
 SameReport: TypeAlias = Literal["positive", "negative"]
@@ -72,6 +73,9 @@ class StudyTextOptions(Options):
     """Tokenizer folder or id, where it is not the one at `path`."""
     max_length: int = Field(default=90, ge=3)
     """Tokens of a text; longer ones are cut."""
+    lm_head: LMHead = "tied"
+    """Last layer of the decoder: `tied` is the word embeddings; `own` a matrix of its own, as the
+    pretrained BLIP and MOTOR files have it."""
     prompt: str = ""
     """Words that are given before a generated report (BLIP: "a picture of"), and not learned."""
 
@@ -121,6 +125,10 @@ class BlipOptions(ModelOptions):
     kind: Literal["blip"] = "blip"
     """Kind of model."""
     path: str | None = None
+    """Published BLIP whose weights are the start: a Hugging Face id, a folder of transformers, or
+    a file of BLIP's or MOTOR's own code. Parts that it does not have start from new weights, which
+    the log says. Without it, each encoder may name weights of its own."""
+    pretrained: str | None = None
     """Folder of a trained model of this kind, such as the pretraining that a model is fine-tuned
     from: its towers, and every head and source of knowledge that both models have, in place of the
     weights at `image.encoder.path` and `text.path`. What it lacks starts from new weights, as the
@@ -190,6 +198,18 @@ class BlipOptions(ModelOptions):
     def output_fields(self) -> frozenset[str]:
         """See `ModelOptions`."""
         return frozenset().union(*(OUTPUTS_OF_HEAD[head] for head in self.heads))
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> BlipOptions:
+        if self.path is not None and self.pretrained is not None:
+            raise ValueError("path and pretrained name the weights of one model twice; keep one")
+        for key, path in (("image.encoder", self.image.encoder.path), ("text", self.text.path)):
+            if self.path is not None and path is not None:
+                raise ValueError(
+                    f"path holds the weights of both towers, and {key}.path names others; keep one "
+                    "of the two"
+                )
+        return self
 
     @model_validator(mode="after")
     def _heads_fit(self) -> BlipOptions:

@@ -203,13 +203,19 @@ class Decoder(nn.Module):
 
     Args:
         config: of BERT.
+        own_words: the matrix of the LM head is one of its own, as in BLIP's pretraining, and not
+            that of the word embeddings.
     """
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, *, own_words: bool = False) -> None:
         super().__init__()
         self.attention = nn.ModuleList(Attention(config) for _ in range(config.num_hidden_layers))
         self.transform = BertPredictionHeadTransform(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.words: nn.Parameter | None = None
+        if own_words:
+            shape = (config.vocab_size, config.hidden_size)
+            self.words = nn.Parameter(torch.randn(shape) * config.initializer_range)
         _initialise(self, config)
 
     def forward(
@@ -232,8 +238,8 @@ class Decoder(nn.Module):
         return cast(list[Attention], list(self.attention))
 
     def logits(self, encoder: StudyTextEncoder, states: Tensor) -> Tensor:
-        """Return (..., vocabulary): the rows of the word embeddings are the last layer."""
-        words = encoder.embeddings.word_embeddings.weight
+        """Return (..., vocabulary): the last layer is the word embeddings, or an own matrix."""
+        words = encoder.embeddings.word_embeddings.weight if self.words is None else self.words
         return F.linear(self.transform(states), words, self.bias)
 
     def image_memory(self, encoder: StudyTextEncoder, image: Tensor) -> list[KeyValues]:

@@ -41,8 +41,9 @@ def load_trained(model: MedmBlip, folder: str) -> LoadReport:
     kind = source.config().get("model_type")
     if kind != MedmBlipConfig.model_type:
         raise CheckpointError(
-            f"model.path {folder}: expected a folder of the kind 'blip' that medm saved, found "
-            f"{kind!r}; set model.image.encoder.path and model.text.path for published weights"
+            f"model.pretrained {folder}: expected a folder of the kind 'blip' that medm saved, "
+            f"found {kind!r}; name published weights as model.path, or those of one tower as "
+            "image.encoder.path or text.path"
         )
     verify_weights(Path(folder).expanduser())
     held = {

@@ -27,6 +27,11 @@ from medm.files import atomic_directory
 from medm.heads.base import MaskHead
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat
+from medm.models.blip.build import resolve as resolve_blip
+from medm.models.blip.modeling import MedmBlip
+from medm.models.blip.options import BlipOptions
+from medm.models.blip.published import load_published as load_blip
+from medm.models.blip.published import published_section as blip_section
 from medm.models.dual_encoder.build import resolve
 from medm.models.dual_encoder.modeling import DualEncoder
 from medm.models.dual_encoder.options import DualEncoderOptions
@@ -34,6 +39,7 @@ from medm.models.dual_encoder.published import load_published, published_section
 from medm.models.lvlm.build import LVLM
 from medm.models.lvlm.options import LVLMOptions
 from medm.models.provenance import describe, require_free
+from medm.models.published.blip import BLIP
 from medm.models.published.internvl import MODEL_TYPES, PREFIXES, internvl_section
 from medm.models.published.open_clip import OPEN_CLIP
 from medm.models.published.source_configs import (
@@ -120,6 +126,7 @@ KINDS: dict[str, str] = {
     "m3d-clip": "M3D-CLIP, or pretrained_ViT.bin",
     "medm-clip": "MedM-CLIP",
     "dual-encoder": "CLIP and SigLIP whole: image and text tower, projections and scale",
+    "blip": "BLIP and MOTOR whole: image tower, text encoder, decoder and heads",
     "projector": "MLP projectors of LLaVA, TinyLLaVA and MedM-VL",
 }
 """What can be imported, and what it is."""
@@ -149,7 +156,7 @@ def import_model(
         kind = guess(published)
     elif kind not in KINDS:
         raise CheckpointError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
-    if hints.tokenizer is not None and kind != "dual-encoder":
+    if hints.tokenizer is not None and kind not in ("dual-encoder", "blip"):
         raise CheckpointError(
             f"{source}: a tokenizer is given, and a source of kind {kind!r} takes none; leave "
             "--tokenizer out"
@@ -166,6 +173,7 @@ def import_model(
                 "internvl": job.internvl,
                 "sa2va": job.internvl,
                 "dual-encoder": job.dual_encoder,
+                "blip": job.blip,
                 "projector": job.projector,
             }[kind]()
         text = json.dumps(report.as_json(), indent=2, ensure_ascii=False)
@@ -195,6 +203,7 @@ def guess(published: PretrainedSource) -> str:
         return "medm-vl"
     types = {
         OPEN_CLIP: "dual-encoder",
+        BLIP: "blip",
         "m3d_clip": "m3d-clip",
         "medm-pretrain": "medm-clip",
         "clip": "clip",
@@ -326,6 +335,34 @@ class Import:
             self.report.notes.append(
                 "sizes are those of the tensors; heads are 64 wide, and the activation is the "
                 "quick GELU, as in the files of OpenAI, MetaCLIP and UniMed-CLIP"
+            )
+        model.save_pretrained(self.target)
+        processor.save_pretrained(self.target)
+
+    def blip(self) -> None:
+        """A BLIP as a medm checkpoint, with all heads that the source has."""
+        section = blip_section(
+            self.published,
+            tokenizer=self.hints.tokenizer,
+            preprocess=self.hints.preprocess.get("image"),
+        )
+        options = validate(BlipOptions, section, source="the model that the source is")
+        config, processor = resolve_blip(options)
+        model = MedmBlip(config)
+        loaded = load_blip(model, self.published)
+        self.report.parts += loaded.reports
+        self.report.notes += loaded.notes
+        if self.published.has_config():
+            if "itm" in options.heads:
+                self.report.notes.append(
+                    "a text that is matched begins with [ENC], as in BLIP's code; transformers' "
+                    "class takes the tokens as they are given"
+                )
+        else:
+            self.report.notes.append(
+                "sizes are those of the tensors; heads are 64 wide, and images are normalized as "
+                "BLIP's: MOTOR's have --preprocess image.mean=[0.485,0.456,0.406] "
+                "image.std=[0.229,0.224,0.225]"
             )
         model.save_pretrained(self.target)
         processor.save_pretrained(self.target)

@@ -49,7 +49,7 @@ class Hints:
     preprocess: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """By branch, fields of the preprocessing that replace what the kind is known for."""
     tokenizer: str | None = None
-    """Folder or id with the tokenizer of a dual encoder, where the source has none."""
+    """Folder or id with the tokenizer of a dual encoder or a BLIP, where the source has none."""
 
 
 @dataclass(slots=True)

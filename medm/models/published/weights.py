@@ -23,12 +23,7 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from medm.errors import CheckpointError, unavailable
-from medm.models.published.open_clip import (
-    config_of,
-    is_open_clip,
-    preprocessor_of,
-    stock_names,
-)
+from medm.models.published import blip, open_clip
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +69,10 @@ class PretrainedSource:
     def config(self) -> dict[str, Any]:
         """`config.json`, or an empty mapping for a bare weight file or a folder without one.
 
-        A dual encoder in open_clip's layout has none that says every size: they are read from its
-        tensors.
+        A dual encoder in open_clip's layout and a file of BLIP have none that says every size: they
+        are read from the tensors.
         """
-        return self._json("config.json") or self._open_clip_config()
+        return self._json("config.json") or self._config_of_tensors()
 
     def preprocessor(self) -> dict[str, Any]:
         """Return the config of the image processor, or an empty mapping.
@@ -90,7 +85,9 @@ class PretrainedSource:
         inner = self._json("processor_config.json").get("image_processor")
         if isinstance(inner, dict):
             return inner
-        return preprocessor_of(self._json("open_clip_config.json").get("preprocess_cfg", {}))
+        return open_clip.preprocessor_of(
+            self._json("open_clip_config.json").get("preprocess_cfg", {})
+        )
 
     def has_config(self) -> bool:
         """Return True if a file has the sizes, be it transformers' or open_clip's."""
@@ -105,7 +102,8 @@ class PretrainedSource:
         return self.config().get("model_type") == BUNDLE_TYPE
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its published name; those of a dual encoder by that of transformers.
+        """Every tensor by its published name; those of a dual encoder, of BLIP and of norms under
+        TensorFlow's names by that of transformers.
 
         Raises:
             CheckpointError: there are no weights, a file is damaged, or it would run code when
@@ -114,8 +112,13 @@ class PretrainedSource:
         tensors = {
             name: tensor for file in self._files() for name, tensor in read_tensors(file).items()
         }
-        if is_open_clip(tensors):
-            tensors, self._in_file = stock_names(tensors)
+        if open_clip.is_open_clip(tensors):
+            tensors, self._in_file = open_clip.stock_names(tensors)
+        elif blip.is_blip(tensors):
+            tensors, self._in_file = blip.stock_names(tensors)
+        else:
+            self._in_file = {_norm_name(name): name for name in tensors}
+            tensors = {new: tensors[name] for new, name in self._in_file.items()}
         return tensors
 
     def tensors_under(self, prefix: str) -> dict[str, Tensor]:
@@ -142,7 +145,14 @@ class PretrainedSource:
             {"vision_config", "vision_tower"} & config.keys()
             and {"text_config", "llm_config"} & config.keys()
         ):
-            return self.tensors()
+            tensors = self.tensors()
+            if self.config().get("model_type") != blip.BLIP:
+                return tensors
+            return {
+                name.removeprefix(blip.VISION): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(blip.VISION)
+            }
         files = self._files()
         names = [name for file in files for name in tensor_names(file)]
         prefix = next(
@@ -159,13 +169,19 @@ class PretrainedSource:
             for name, tensor in read_tensors(file, prefix=prefix).items()
         }
 
-    def _open_clip_config(self) -> dict[str, Any]:
-        """Sizes of a dual encoder in open_clip's layout; empty for everything else."""
+    def _config_of_tensors(self) -> dict[str, Any]:
+        """Sizes of a dual encoder in open_clip's layout and of BLIP; empty for everything else."""
         published = self._json("open_clip_config.json")
-        if not published and self._local.suffix != ".pt" and not list(self._local.glob("*.pt")):
+        files = [self._local] if self._local.is_file() else list(self._local.glob("*.pt*"))
+        if not published and [file.suffix in (".pt", ".pth") for file in files] != [True]:
             return {}
-        tensors = self.tensors()
-        return config_of(tensors, published.get("model_cfg", {})) if self._in_file else {}
+        tensors = {
+            name: tensor for file in self._files() for name, tensor in read_tensors(file).items()
+        }
+        if open_clip.is_open_clip(tensors):
+            stock = open_clip.stock_names(tensors)[0]
+            return open_clip.config_of(stock, published.get("model_cfg", {}))
+        return blip.config_of(blip.stock_names(tensors)[0]) if blip.is_blip(tensors) else {}
 
     def _files(self) -> list[Path]:
         """Every file of weights. Raises `CheckpointError` where there are none."""
@@ -214,6 +230,12 @@ class PretrainedSource:
         if file is None:
             raise CheckpointError(f"{self.path}: the index names {name}, which is missing")
         return file
+
+
+def _norm_name(name: str) -> str:
+    """Return today's name of a layer norm's tensor that has TensorFlow's name, as in old BERTs."""
+    name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name)
+    return re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
 
 
 def read_object(file: Path) -> dict[str, Any]:

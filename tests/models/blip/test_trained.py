@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def finetuned(world: Path, **changes: Any) -> dict[str, torch.Tensor]:
     """The state of a model that starts from the pretraining."""
-    content = section(str(world / "tokenizer"), path=str(world / "trained"), **changes)
+    content = section(str(world / "tokenizer"), pretrained=str(world / "trained"), **changes)
     return make(content)[0].state_dict()
 
 
@@ -81,7 +81,7 @@ def test_other_sizes_a_torn_head_and_other_folders_are_refused(world: Path) -> N
     with pytest.raises(CheckpointError, match=r"of another shape: .*text\.embeddings"):
         finetuned(world, text={"architecture": TEXT | {"vocab_size": 90}})
     with pytest.raises(CheckpointError, match="expected a folder of the kind 'blip'"):
-        make(section(str(world / "tokenizer"), path=str(world / "tokenizer")))
+        make(section(str(world / "tokenizer"), pretrained=str(world / "tokenizer")))
     torn = world / "torn"
     torn.mkdir()
     (torn / "config.json").write_text((world / "trained" / "config.json").read_text())
@@ -89,4 +89,4 @@ def test_other_sizes_a_torn_head_and_other_folders_are_refused(world: Path) -> N
     del held["itm.bias"]
     save_file(held, torn / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"1 missing: itm\.bias"):
-        make(section(str(world / "tokenizer"), path=str(torn)))
+        make(section(str(world / "tokenizer"), pretrained=str(torn)))
