@@ -173,9 +173,7 @@ def test_every_launcher_of_motor_runs_its_recipe(checkout: Path, stub: Path) -> 
         line = f"bash scripts/train/MOTOR/{name.replace('-', '_')}.sh train.max_steps=3"
         words = words_of(line, checkout)
         recipe = load_recipe(find(f"motor/{name}"))
-        loaded = load_recipe(
-            find(f"motor/{name}"), [word for word in words[words.index(f"motor/{name}") + 1 :]]
-        )
+        loaded = load_recipe(find(f"motor/{name}"), words[words.index(f"motor/{name}") + 1 :])
         assert loaded.train.max_steps == 3
         assert (loaded.model, loaded.output_dir) == (recipe.model, recipe.output_dir)
 
