@@ -477,6 +477,32 @@ class Embedder(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerItem:
+    """An item of a benchmark, with its files."""
+
+    sample: Sample
+    pixels: list[np.ndarray]
+    """Its files in order, preprocessed, each (C, *spatial)."""
+    question: str | None
+    """What is asked; None where the answer is a report of the files."""
+
+
+class Answerer(Protocol):
+    """Model that answers items of a benchmark, ready for use."""
+
+    @property
+    def max_files(self) -> int | None:
+        """Files of an item that are read, at most."""
+        ...
+
+    def answer(self, items: Sequence[AnswerItem]) -> list[JsonObject]:
+        """Return the answer to each item, as fields of a line of predictions: `reply`, `scores`,
+        `embedding`, `text_embeddings`.
+        """
+        ...
+
+
 class VisionBranch(Protocol):
     """One way for vision to come into a model, as `MedmModel.encoders` gives it.
 

@@ -24,8 +24,8 @@ REGISTRIES = {
     "objectives": "medm.objectives:OBJECTIVES",
     "tasks": "medm.tasks:TASKS",
     "pair_sources": "medm.tasks.pair_sources:PAIR_SOURCES",
-    "mask_sources": "medm.tasks.mask_sources:MASK_SOURCES",
     "study_sources": "medm.tasks.study_sources:STUDY_SOURCES",
+    "mask_sources": "medm.tasks.mask_sources:MASK_SOURCES",
     "metrics": "medm.metrics:METRICS",
 }
 """What `medm list` prints: kind, and where its table is."""

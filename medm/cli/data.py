@@ -238,8 +238,8 @@ def convert(
         typer.Option(
             help="A benchmark that `medm list tasks` prints (m3d-cap, m3d-vqa-closed ...), a "
             "source of image-text pairs that `medm list pair_sources` prints (unimed/chexpert "
-            "...), one of studies that `medm list study_sources` prints (studies/vqa-rad ...), or "
-            "one of grounded records that `medm list mask_sources` prints (biomedparse, "
+            "...), one of studies that `medm list study_sources` prints (studies/annotation ...), "
+            "or one of grounded records that `medm list mask_sources` prints (biomedparse, "
             "decathlon ...). A name of both a benchmark and a grounded source is the latter."
         ),
     ],
@@ -260,10 +260,17 @@ def convert(
             "a line, or the column Path or image of a CSV."
         ),
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Studies: key=value of the source, such as uncertain=u-one; may be repeated."
+        ),
+    ] = None,
 ) -> None:
     """Turn a published data folder into records to train on.
 
-    They are conversations, with masks or regions where the source has them, or image-text pairs.
+    They are conversations, with masks or regions where the source has them, image-text pairs, or
+    studies.
 
     Files stay where they are.
 
@@ -279,16 +286,18 @@ def convert(
     from medm.tasks.pair_sources import PAIR_SOURCES
     from medm.tasks.study_sources import STUDY_SOURCES
 
+    if task in STUDY_SOURCES or task.partition("/")[0] == "studies":
+        if seed is not None or exclude is not None:
+            raise typer.BadParameter("--seed and --exclude are not for studies")
+        _convert_studies(output, STUDY_SOURCES.get(task), data, split, limit, option or [])
+        return
+    if option:
+        raise typer.BadParameter("--option is for studies")
     families = {name.partition("/")[0] for name in MASK_SOURCES.names() if "/" in name}
     if task in MASK_SOURCES or task.partition("/")[0] in families:
         if exclude is not None:
             raise typer.BadParameter("--exclude is for image-text pairs")
         _convert_masks(output, MASK_SOURCES.get(task), data, split, seed, limit)
-        return
-    if task in STUDY_SOURCES or task.startswith("studies/"):
-        if seed is not None or exclude is not None:
-            raise typer.BadParameter("--seed and --exclude are not for studies")
-        _convert_studies(output, STUDY_SOURCES.get(task)(), data, split, limit)
         return
     if "/" in task or task in PAIR_SOURCES:
         if seed is not None:
@@ -310,6 +319,42 @@ def convert(
     count = write_records(output, islice(records, limit))
     out.print(f"{output}: {count} records of {task}, {split}", markup=False)
     note(f"look at them: medm data check {output} --root {data}")
+
+
+def _convert_studies(
+    output: Path,
+    source_class: type[StudySource],
+    data: Path,
+    split: str,
+    limit: int | None,
+    options: Sequence[str],
+) -> None:
+    """Write a source of studies, say what was left out and which patients other splits have."""
+    from itertools import islice
+
+    from medm.config import parse_value
+    from medm.data.writing import write_records
+    from medm.tasks.pair_sources.base import LeftOut
+
+    given = {}
+    for item in options:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--option {item!r}: expected key=value")
+        given[key] = parse_value(value)
+    source, left_out = source_class.with_options(given), LeftOut()
+    records = source.records(data, split, left_out=left_out)
+    count = write_records(output, islice(records, limit))
+    out.print(f"{output}: {count} studies of {source.source}, {split}", markup=False)
+    for line in left_out.lines():
+        out.print(line, markup=False)
+    for other, patients in source.shared_patients(data, split).items():
+        out.print(
+            f"warning: {len(patients)} patients of {split} are in {other}, too, so that scores of "
+            "one are too good after training on the other",
+            markup=False,
+        )
+    note(f"look at them: medm data check {output} --pipeline studies --root {data}")
 
 
 def _convert_masks(
@@ -359,24 +404,6 @@ def _convert_pairs(
     if exclude is not None and not left_out.counts.get("excluded"):
         out.print(f"warning: none of the {len(excluded)} paths of {exclude} is in the set")
     note(f"look at them: medm data check {output} --pipeline pairs --root {data}")
-
-
-def _convert_studies(
-    output: Path, source: StudySource, data: Path, split: str, limit: int | None
-) -> None:
-    """Write a source of studies, and say which were left out."""
-    from itertools import islice
-
-    from medm.data.writing import write_records
-    from medm.tasks.pair_sources.base import LeftOut
-
-    left_out = LeftOut()
-    records = source.records(data, split, left_out=left_out)
-    count = write_records(output, islice(records, limit))
-    out.print(f"{output}: {count} studies of {source.source}, {split}", markup=False)
-    for line in left_out.lines():
-        out.print(line, markup=False)
-    note(f"look at them: medm data check {output} --pipeline studies --root {data}")
 
 
 @app.command()

@@ -39,8 +39,8 @@ def infer(typed: Typed) -> None:
     if summary.resumed:
         note(f"{summary.resumed} of them by earlier runs")
     if summary.unfinished:
-        length = options.generation.max_new_tokens
-        note(f"{summary.unfinished} replies were cut at {length} tokens")
+        length = "the model's length" if summary.longest is None else f"{summary.longest} tokens"
+        note(f"{summary.unfinished} replies were cut at {length}")
     for line in summary.masks.notes if summary.masks is not None else ():
         note(line)
     pace = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from medm.errors import RecipeError
 from medm.evaluation.model_predictor import SavedModelPredictor
 from medm.evaluation.prediction_files import read_predictions
 from medm.evaluation.predictors import Items, Predictions
@@ -17,6 +18,21 @@ class DualEncoderPredictor(SavedModelPredictor):
     """Vectors of files and captions, and the scores of the texts of classes. A run that was stopped
     resumes.
     """
+
+    def check(self, items: Items) -> None:
+        """Refuse labels without texts, and items of several files, too."""
+        super().check(items)
+        if items.labels:
+            raise RecipeError(
+                f"{items.task}: scores labels by name, and {self.source} scores texts of classes; "
+                "choose zero-shot with a card of these labels"
+            )
+        if several := [sample for sample in items.scored if len(sample.media) > 1]:
+            raise RecipeError(
+                f"{items.task}: {len(several)} items have several files, the first is "
+                f"{several[0].id!r}, and {self.source} takes one. Set images to first where the "
+                "task has that option"
+            )
 
     def predict(self, items: Items, *, progress: Progress | None = None) -> Predictions:
         records, output = items.folder / "items.jsonl", items.folder / "predictions.jsonl"

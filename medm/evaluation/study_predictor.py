@@ -21,11 +21,9 @@ from medm.inference.studies import CANDIDATES
 from medm.launcher import launched_rank
 from medm.metrics.retrieval import nearest
 from medm.models import load_processor
-from medm.tasks.study_labels import same_name
+from medm.tasks.base import question_of
+from medm.tasks.study_labels import unknown_labels
 from medm.types import JsonObject, Sample
-
-_REPORT = "caption"
-"""Tag of items that are answered by a report, without a question."""
 
 
 class StudyPredictor(SavedModelPredictor):
@@ -44,9 +42,7 @@ class StudyPredictor(SavedModelPredictor):
                 f"{items.task}: scores texts of classes, and {self.source} scores its own labels; "
                 "choose a task of labels (medm list tasks), or a dual encoder"
             )
-        known = {same_name(name) for name in self._processor().labels}
-        lacking = [name for name in items.labels if same_name(name) not in known]
-        if lacking:
+        if lacking := unknown_labels(items.labels, self._processor().labels):
             raise RecipeError(
                 f"{items.task}: scores {len(items.labels)} labels, and {self.source} does not "
                 f"know {', '.join(lacking)}; choose others by --option labels=[...]"
@@ -190,9 +186,9 @@ def _record(sample: Sample, *, ask: bool) -> JsonObject:
     record: JsonObject = {"id": sample.id, "images": [media.path for media in sample.media]}
     if sample.extra.get("captions"):
         record["report"] = sample.extra["captions"][0]
-    if ask and sample.task != _REPORT:
-        turn = sample.turns[-1].text.strip()
-        record["question"] = str(sample.extra.get("question") or turn)
+    question = question_of(sample) if ask else None
+    if question is not None:
+        record["question"] = question
         if sample.extra.get("answer_type"):
             record["answer_type"] = sample.extra["answer_type"]  # read with `route: gold` alone
     return record

@@ -112,7 +112,7 @@ class Answer(Protocol):
 
 
 class Answers(Protocol):
-    """A model that is ready: `Engine`, `EmbeddingEngine` or `StudyEngine`."""
+    """A model that is ready: `Engine`, `EmbeddingEngine` or `StudyAnswerer`."""
 
     def generate(self, batch: Any) -> Sequence[Answer]:
         """Return the answer to each record of a batch."""
@@ -139,6 +139,8 @@ class InferSummary:
     """Duration of this run, loading included."""
     masks: MaskCounts | None = None
     """Masks of the replies, of a model with a mask head."""
+    longest: int | None = None
+    """Tokens at which replies are cut, where the run and not the model sets them."""
 
     @property
     def new(self) -> int:
@@ -245,7 +247,14 @@ def infer(
         tokens=sum(line.get("tokens", 0) for line in kept),
         seconds=time.monotonic() - started,
         masks=MaskCounts.of(kept) if job.masks else None,
+        longest=_longest(options, job),
     )
+
+
+def _longest(options: InferOptions | EmbedOptions, job: _Job) -> int | None:
+    if job.of_studies:
+        return options.studies.max_length
+    return options.generation.max_new_tokens if isinstance(options, InferOptions) else None
 
 
 def _open_job(options: InferOptions | EmbedOptions) -> _Job:

@@ -12,7 +12,7 @@ metrics.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -167,27 +167,29 @@ class ChestLabelOptions(MetricOptions):
     (CheXpert's rule). A blank text never."""
 
 
+RadEvalScore: TypeAlias = Literal[
+    "bleu",
+    "rouge",
+    "bertscore",
+    "radeval_bertscore",
+    "f1chexbert",
+    "f1radbert_ct",
+    "radgraph",
+    "ratescore",
+    "radgraph_radcliq",
+    "radcliq",
+    "srrbert",
+    "temporal",
+    "green",
+]
+"""RadEval's names; those that need a service over the network are not offered."""
+
+
 class RadEvalOptions(ExternalMetricOptions):
     """RadEval's scores of radiology reports."""
 
-    scores: list[
-        Literal[
-            "bleu",
-            "rouge",
-            "bertscore",
-            "radeval_bertscore",
-            "f1chexbert",
-            "f1radbert_ct",
-            "radgraph",
-            "ratescore",
-            "radgraph_radcliq",
-            "radcliq",
-            "srrbert",
-            "temporal",
-            "green",
-        ]
-    ] = Field(default=["radgraph"], min_length=1)
-    """RadEval's names; those that need a service over the network are not offered."""
+    scores: list[RadEvalScore] = Field(default=["radgraph"], min_length=1)
+    """Scores that are computed."""
 
 
 METRICS: Registry[Metric] = Registry("metric", group="medm.metrics", options=MetricOptions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from types import ModuleType
 
 from medm.metrics.base import (
     DEFAULT,
@@ -19,6 +20,11 @@ from medm.metrics.base import (
     optional,
     undefined,
 )
+
+
+def require_radeval() -> ModuleType:
+    """Return the package. Raises `DeviceError` where it is not installed."""
+    return optional("radeval", package="RadEval>=2.2", extra="report")
 
 
 def radeval(
@@ -44,7 +50,7 @@ def radeval(
         ValueError: RadEval gave no number for each report.
     """
     n = check_lengths(predictions, references)
-    library = optional("radeval", package="RadEval>=2.2", extra="report")
+    library = require_radeval()
     if n == 0:
         return []
     evaluator = library.RadEval(metrics=list(scores), per_sample=True, show_progress=False)

@@ -21,7 +21,14 @@ from medm.imaging import Preprocess
 from medm.models.adapters import check_unshared, inject, merge
 from medm.models.options import ModelOptions
 from medm.models.token_rows import HeldRows, hold_apart, is_tied, merge_rows
-from medm.types import MODEL_TYPE_PREFIX, Embedder, PredictionField, Processor, VisionBranch
+from medm.types import (
+    MODEL_TYPE_PREFIX,
+    Answerer,
+    Embedder,
+    PredictionField,
+    Processor,
+    VisionBranch,
+)
 
 OptionsT = TypeVar("OptionsT", bound=ModelOptions)
 ModelT = TypeVar("ModelT", bound="MedmModel")
@@ -307,6 +314,26 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
             batch_size: files or texts that are encoded at once.
         """
         raise NotImplementedError(f"model kind {type(self).__name__} scores no texts")
+
+    def answerer(
+        self,
+        model: ModelT,
+        processor: ProcessorT,
+        fields: frozenset[PredictionField],
+        *,
+        batch_size: int,
+    ) -> Answerer:
+        """Return the access to answers of a model, in eval mode, for scores during the training.
+
+        For kinds whose options name `answers`.
+
+        Args:
+            model: on its device.
+            processor: of the model.
+            fields: what is asked for, some of what the kind's `answers` names.
+            batch_size: items that are answered at once.
+        """
+        raise NotImplementedError(f"model kind {type(self).__name__} answers no items in training")
 
     def card_text(self, options: OptionsT) -> CardText:
         """Return the sentences of the model card that depend on the kind."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from medm.config import Options
+from medm.types import PredictionField
 
 
 class ModelOptions(Options):
@@ -32,6 +33,10 @@ class ModelOptions(Options):
     def missing_fields_advice(self, missing: frozenset[str]) -> str:
         """Say how this section gives fields of the output that it lacks; "" where it cannot."""
         return ""
+
+    def predicted_fields(self) -> frozenset[PredictionField]:
+        """Fields of predictions that the kind gives during the training (`ModelKind.answerer`)."""
+        return frozenset()
 
     scores_texts: ClassVar[bool] = False
     """True if the kind defines `ModelKind.embedder`: its models score texts for an image."""

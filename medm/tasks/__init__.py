@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from medm.config import Options
-from medm.metrics import METRICS, MetricOptions
+from medm.metrics import METRICS, MetricOptions, RadEvalScore
 from medm.registry import NamedBlock, Registry
 
 if TYPE_CHECKING:
@@ -51,6 +51,21 @@ class ReportTaskOptions(TaskOptions):
 
     bertscore: str | None = None
     """Folder of an encoder on this machine. Default: no BERTScore."""
+
+
+class ChestReportOptions(ReportTaskOptions):
+    """Reports of chest radiographs."""
+
+    radeval: list[RadEvalScore] = []
+    """Scores of RadEval besides, such as radgraph, where that package is installed (extra
+    `report`)."""
+
+
+class ChestStudyOptions(ChestReportOptions):
+    """Reports of examinations with any number of images."""
+
+    images: Literal["first", "all"] = "first"
+    """Images of an examination. A model of studies reads the first `views` of them."""
 
 
 class M3DSegOptions(TaskOptions):
@@ -222,8 +237,8 @@ TASKS.add("sa-med2d-rec", "medm.tasks.sa_med2d:SAMed2DREC", "SA-Med2D-20M subset
 TASKS.add("sa-med2d-reg", "medm.tasks.sa_med2d:SAMed2DREG", "SA-Med2D-20M subset of Uni-Med: box to name", options=BoxTaskOptions)
 TASKS.add("medpix", "medm.tasks.reports:MedPix", "MPx-Single captions (RadFM's CSV)", options=ReportTaskOptions)
 TASKS.add("mimic-caption", "medm.tasks.reports:MimicCaption", "MIMIC-CXR, first image to report, Uni-Med's layout", options=ReportTaskOptions)
-TASKS.add("mimic-cxr", "medm.tasks.reports:MimicCXR", "MIMIC-CXR reports, R2Gen's annotation.json", options=ReportTaskOptions)
-TASKS.add("iu-xray", "medm.tasks.reports:IUXray", "IU X-Ray reports from two views, R2Gen's annotation.json", options=ReportTaskOptions)
+TASKS.add("mimic-cxr", "medm.tasks.reports:MimicCXR", "MIMIC-CXR reports, R2Gen's annotation.json", options=ChestStudyOptions)
+TASKS.add("iu-xray", "medm.tasks.reports:IUXray", "IU X-Ray reports from two views, R2Gen's annotation.json", options=ChestReportOptions)
 TASKS.add("medmnist-derma", "medm.tasks.medmnist:DermaMNIST", "DermaMNIST, 7 skin lesions")
 TASKS.add("medmnist-organs", "medm.tasks.medmnist:OrganSMNIST", "OrganSMNIST, 11 organs in sagittal CT")
 TASKS.add("m3d-cap", "medm.tasks.m3d:M3DCap", "M3D-Cap: volume to report", options=ReportTaskOptions)

@@ -350,6 +350,17 @@ def make_sample(
     )
 
 
+def question_of(sample: Sample) -> str | None:
+    """Return what a sample asks, for a model without a language model; None where the answer is a
+    report or a caption.
+
+    The field `question` of a sample is the question without an instruction around it.
+    """
+    if sample.task == "caption":
+        return None
+    return str(sample.extra.get("question") or sample.turns[-1].text.strip())
+
+
 def pick_template(pool: Sequence[str], rng: random.Random | None) -> str:
     """Return the first instruction, or a random one with `rng`."""
     return pool[0] if rng is None else rng.choice(pool)

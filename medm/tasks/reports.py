@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from medm.errors import DataError
+from medm.metrics import RadEvalScore
 from medm.metrics.base import MetricResult
 from medm.metrics.bertscore import require_encoder
+from medm.metrics.radeval import radeval, require_radeval
 from medm.tasks import prompts, scoring
 from medm.tasks.base import Record, Task, make_sample, pick_template
 from medm.tasks.benchmark_files import field_of, read_csv, read_json_map, require
@@ -51,14 +53,44 @@ class CaptionTask(Task):
 
 
 class AnnotatedReports(CaptionTask):
-    """R2Gen's `annotation.json`: {split: [{id, report, image_path: [...]}]}."""
+    """R2Gen's `annotation.json`: {split: [{id, report, image_path: [...]}]}.
+
+    Args:
+        radeval: see `medm.tasks.ChestReportOptions`.
+        options: those of a task, and `bertscore`.
+    """
 
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
     chest = True
     images: ClassVar[str] = "images"
     """Folder that `image_path` is relative to."""
-    views: ClassVar[int] = 1
+    views: int = 1
     """Images used of each examination."""
+    every_image: bool = False
+    """All images are used, `views` or more."""
+
+    def __init__(self, *, radeval: Sequence[RadEvalScore] = (), **options: Any) -> None:
+        super().__init__(**options)
+        self.radeval = list(radeval)
+
+    def without_models(self) -> Task:
+        task = super().without_models()
+        assert isinstance(task, AnnotatedReports)
+        task.radeval = []
+        return task
+
+    def require_metrics(self) -> None:
+        super().require_metrics()
+        if self.radeval:
+            require_radeval()
+
+    def measure(self, records: Sequence[Record]) -> list[MetricResult]:
+        results = super().measure(records)
+        if self.radeval:
+            pair = scoring.texts(records)
+            drawn = self.resampling_of(records)
+            results += radeval(*pair, scores=self.radeval, resampling=drawn)
+        return results
 
     @property
     def layout(self) -> str:  # type: ignore[override]
@@ -86,7 +118,8 @@ class AnnotatedReports(CaptionTask):
                     index=index,
                     field="image_path",
                 )
-            media = [Media("image", f"{self.images}/{path}") for path in paths[: self.views]]
+            used = paths if self.every_image else paths[: self.views]
+            media = [Media("image", f"{self.images}/{path}") for path in used]
             yield make_sample(
                 pick_template(prompts.CHEST_REPORT, rng),
                 id=str(row.get("id", paths[0])),
@@ -105,9 +138,24 @@ class IUXray(AnnotatedReports):
 
     views = 2
 
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
+        return scoring.motor_report(records, self.resampling_of(records))
+
 
 class MimicCXR(AnnotatedReports):
-    """MIMIC-CXR by R2Gen's split."""
+    """MIMIC-CXR by R2Gen's split.
+
+    Args:
+        images: see `medm.tasks.ChestStudyOptions`.
+        options: those of reports.
+    """
+
+    def __init__(self, *, images: Literal["first", "all"] = "first", **options: Any) -> None:
+        super().__init__(**options)
+        self.every_image = images == "all"
+
+    def original(self, records: Sequence[Record]) -> list[MetricResult]:
+        return scoring.motor_report(records, self.resampling_of(records))
 
 
 class MimicCaption(AnnotatedReports):

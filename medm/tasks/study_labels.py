@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from medm.tasks.base import (
 from medm.tasks.benchmark_files import read_json_map
 from medm.tasks.study_sources.annotation import AnnotationFile
 from medm.tasks.study_sources.base import StudyRow, StudySource, Uncertain, ordered_labels
-from medm.tasks.study_sources.mimic import MimicCXR
+from medm.tasks.study_sources.mimic import MimicCXR, label_table
 from medm.tasks.study_sources.nih import NIHChestXray14
 from medm.types import JsonObject, Media, PredictionField, Sample
 
@@ -85,11 +85,15 @@ class StudyLabels(Task):
         self.thresholds = None if thresholds is None else _read_thresholds(Path(thresholds))
         self._labels: list[str] = []
         self._split = self.eval_split
+        self._uncertain: Uncertain | None = None
+        """Policy of the uncertain labels that were read, if any."""
 
     def samples(
         self, folder: Path, split: str = "test", *, rng: random.Random | None = None
     ) -> Iterator[Sample]:
         self._split = self._known_split(split)
+        if label_table(Path(folder)) is not None:
+            self._uncertain = getattr(self.source, "uncertain", None)
         rows = [row for row in self.source.studies(Path(folder), split) if row.labels is not None]
         if not rows:
             raise DataError(
@@ -197,9 +201,8 @@ class StudyLabels(Task):
         unknown = sum(one is None for row in rows for one in row[TRUTH].values())
         if unknown:
             scores.notes.append(f"{unknown} labels are unknown and count in nothing")
-        uncertain = getattr(self.source, "uncertain", None)
-        if uncertain is not None:
-            scores.notes.append(f"uncertain labels (-1) by the policy {uncertain}")
+        if self._uncertain is not None:
+            scores.notes.append(f"uncertain labels (-1) by the policy {self._uncertain}")
         if self.thresholds is not None and rows:
             lacking = [name for name in rows[0][TRUTH] if same_name(name) not in self.thresholds]
             if lacking:
@@ -271,6 +274,12 @@ def same_name(name: str) -> str:
     matter.
     """
     return " ".join(re.split(r"[\s_\-]+", name.strip())).casefold()
+
+
+def unknown_labels(wanted: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the labels that a model with these does not know."""
+    names = {same_name(name) for name in known}
+    return [name for name in wanted if same_name(name) not in names]
 
 
 def _tables(records: Sequence[Record]) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -28,28 +28,27 @@ class DiagnosticsOptions(Options):
 
 
 class MonitorOptions(Options):
-    """Zero-shot scores of a class-labelled set after each evaluation
-    (`medm.training.zero_shot_monitor`), without effect on the training.
+    """Scores of a task after each evaluation (`medm.training.task_monitor`), without effect on the
+    training.
     """
 
     task: Annotated[TaskOptions, NamedBlock(TASKS)]
-    """`{name: zero-shot, card: NAME}`: one set, or a suite."""
+    """A task by name, and its options: `{name: zero-shot, card: NAME}` for models that score texts;
+    for models of studies one that scores what their heads give (labels, reports, vectors)."""
     data: str
-    """Folder of the set, or the one that holds a folder for each set of a suite."""
+    """Folder of the task, or for a suite the one that holds a folder for each set."""
     split: str | None = None
-    """Split that is scored. Default: test. Choose another one where the best weights are chosen by
-    its score."""
+    """Split that is scored. Default: val; for zero-shot test. The best weights are not chosen by
+    scores of the test split of other tasks."""
     limit: int | None = Field(default=None, ge=1)
-    """Score only the first N files."""
+    """Score only the first N items."""
     batch_size: int = Field(default=32, ge=1)
-    """Files that each rank encodes at once."""
+    """Items that each rank answers at once."""
 
-    @field_validator("task")
-    @classmethod
-    def _scores_texts(cls, task: TaskOptions) -> TaskOptions:
-        if not isinstance(task, ZeroShotOptions):
-            raise ValueError(f"{task.name!r} is no monitor; expected zero-shot")
-        return task
+    @property
+    def scores_texts(self) -> bool:
+        """The task scores texts of classes."""
+        return isinstance(self.task, ZeroShotOptions)
 
 
 class NewTokenOptions(Options):

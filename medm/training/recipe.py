@@ -27,6 +27,7 @@ from medm.objectives import (
     TermsOptions,
 )
 from medm.registry import EACH_ITEM, EACH_VALUE, NamedBlock, sections_in
+from medm.tasks import TASKS
 from medm.training.options import (
     DiagnosticsOptions,
     MonitorOptions,
@@ -57,8 +58,8 @@ class Recipe(Options):
     diagnostics: ResumeSafe[DiagnosticsOptions | None] = None
     """Measure gradients between tasks and routing weights during the run; null does not."""
     monitors: ResumeSafe[list[MonitorOptions]] = []
-    """Zero-shot scores of class-labelled sets after each evaluation, on all ranks; for models
-    that score texts, such as dual encoders."""
+    """Scores of tasks after each evaluation, on all ranks: zero-shot scores of models that score
+    texts, such as dual encoders; labels, reports and retrieval of models of studies."""
     init_from: str | None = None
     """Folder of a trained model to start from. `--resume`, in contrast, continues this run."""
     output_dir: ResumeSafe[str]
@@ -104,18 +105,21 @@ class Recipe(Options):
     def _monitors_have_their_moment(self) -> Recipe:
         labels = [monitor.task.label for monitor in self.monitors]
         metric = (self.train.metric_for_best_model or "").removeprefix("eval_")
-        if metric.startswith("zero-shot-") and metric.rpartition("_")[0] not in labels:
-            raise ValueError(
-                f"train.metric_for_best_model: {metric} is of no monitor; expected "
-                f"{' or '.join(f'{label}_accuracy' for label in labels) or 'one in monitors'}"
-            )
+        self._best_score_is_of_a_monitor(metric, labels)
         if not self.monitors:
             return self
-        if not self.model.scores_texts:
-            raise ValueError(
-                f"monitors: need a model that scores texts (kind 'dual-encoder'), and this one is "
-                f"{self.model.kind!r}; leave monitors out"
-            )
+        for monitor in self.monitors:
+            name = monitor.task.name
+            if monitor.scores_texts and not self.model.scores_texts:
+                raise ValueError(
+                    f"monitors: {name} needs a model that scores texts (kind 'dual-encoder'), and "
+                    f"this one is {self.model.kind!r}; leave it out"
+                )
+            if not monitor.scores_texts and not self.model.predicted_fields():
+                raise ValueError(
+                    f"monitors: {name} needs a model that answers during the training (kind "
+                    f"'blip'), and this one is {self.model.kind!r}; leave it out"
+                )
         if self.train.eval_strategy == "no":
             raise ValueError(
                 "monitors: scored after each evaluation, and train.eval_strategy is no; set it to "
@@ -124,6 +128,21 @@ class Recipe(Options):
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"monitors: {', '.join(twice)} stands twice; one key would hold both")
         return self
+
+    def _best_score_is_of_a_monitor(self, metric: str, labels: list[str]) -> None:
+        """Refuse a score of no monitor, or of a test split, for the choice of the best weights."""
+        label = metric.rpartition("_")[0]
+        if (label in TASKS or metric.startswith("zero-shot-")) and label not in labels:
+            expected = " or ".join(f"{one}_accuracy" for one in labels) or "one in monitors"
+            raise ValueError(
+                f"train.metric_for_best_model: {metric} is of no monitor; expected {expected}"
+            )
+        for monitor in self.monitors:
+            if monitor.task.label == label and monitor.split == "test" and not monitor.scores_texts:
+                raise ValueError(
+                    f"monitors: {label} scores its test split, and train.metric_for_best_model "
+                    "chooses the best weights by it; set split: val"
+                )
 
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:

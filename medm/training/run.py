@@ -234,10 +234,23 @@ def _monitors(recipe: Recipe, processor: Processor) -> list[TrainerCallback]:
     """Open the sets that are scored during the run. Raises `DataError` where one is incomplete."""
     if not recipe.monitors:
         return []
+    from medm.training.task_monitor import TaskMonitor
     from medm.training.zero_shot_monitor import ZeroShotMonitor
 
     kind = kind_of(recipe.model)
-    return [ZeroShotMonitor(options, kind, processor) for options in recipe.monitors]
+    opened: list[TrainerCallback] = []
+    for options in recipe.monitors:
+        if options.scores_texts:
+            opened.append(ZeroShotMonitor(options, kind, processor))
+            continue
+        monitor = TaskMonitor(options, kind, processor)
+        if lacking := sorted(monitor.task.needs - recipe.model.predicted_fields()):
+            raise RecipeError(
+                f"monitors: {options.task.label} needs {' and '.join(lacking)}; this model gives "
+                f"{' and '.join(sorted(recipe.model.predicted_fields()))} during the training"
+            )
+        opened.append(monitor)
+    return opened
 
 
 def _save_final(

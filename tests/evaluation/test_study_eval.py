@@ -17,6 +17,7 @@ from medm.evaluation.options import EvalOptions
 from medm.evaluation.runner import evaluate
 from medm.evaluation.task_report import TaskReport
 from tests.models.blip import tiny
+from tests.models.dual_encoder import tiny as dual
 from tests.models.dual_encoder.tiny import save_tokenizer
 
 REPORTS = ("mass of the left lung", "normal", "effusion", "a chest radiograph", "normal", "mass")
@@ -149,3 +150,19 @@ def test_what_the_model_does_not_know_is_refused_before_weights(
     section = {"tasks": [block], "output_dir": str(tmp_path / "out"), "model": str(root / "model")}
     with pytest.raises(RecipeError, match=message):
         evaluate(validate(EvalOptions, section, source="test"))
+
+
+def test_a_dual_encoder_takes_the_first_image_of_a_study_and_no_labels(
+    root: Path, tmp_path: Path
+) -> None:
+    model, processor = dual.make(dual.section(str(root / "tokenizer")))
+    model.save_pretrained(tmp_path / "dual")
+    processor.save_pretrained(tmp_path / "dual")
+    own: dict[str, Any] = {"model": str(tmp_path / "dual")}
+    with pytest.raises(RecipeError, match="3 items have several files, the first is 's1'"):
+        score(root, tmp_path / "a", {"name": "study-retrieval"}, **own)
+    found = score(root, tmp_path / "b", {"name": "study-retrieval", "images": "first"}, **own)
+    assert found.answered == 6
+    labels = {"name": "study-labels", "path": "annotation.json", "label_names": ["a", "b"]}
+    with pytest.raises(RecipeError, match=r"scores labels by name, and .* scores texts"):
+        score(root, tmp_path / "c", labels, **own)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from medm.errors import DataError, RecipeError
-from medm.metrics.base import MetricResult
-from medm.tasks import TASKS
+from medm.metrics.base import MetricResult, Resampling
+from medm.tasks import TASKS, scoring
 from medm.tasks.base import PredictedMask, Prediction, join_predictions, metric_notes
 from medm.tasks.benchmark_files import NumberArchive, read_csv
 from medm.tasks.custom import Custom
@@ -468,3 +468,18 @@ def test_m3d_training_data_leaves_out_what_it_cannot_use(
     assert sample.answer == "No"
     with pytest.raises(DataError, match="none of 1 rows can be used"):
         list(M3DClosedVQA().samples(tmp_path, "yn_train"))
+
+
+def test_motors_scoring_of_reports_cleans_and_cuts_both_sides() -> None:
+    long = " ".join(["word"] * 95)
+    assert scoring.motor_text(f"(No) EFFUSION: {long}!").split() == [
+        "no",
+        "effusion",
+        *["word"] * 88,
+    ]
+    rows = [{"id": "a", "prediction": "no effusion", "answer": "No effusion. *" + long}]
+    results = {r.name: r for r in scoring.motor_report(rows, Resampling(rounds=0))}
+    assert "motor-90-words/bleu-4" in results or "motor-90-words/bleu-coco-4" in results
+    assert all(
+        "1 of 1 references are longer than 90 words" in str(r.note) for r in results.values()
+    )

@@ -144,7 +144,7 @@ def test_a_recipe_without_evaluations_or_for_another_kind_is_refused(world: Path
         load_recipe(path)
     content["monitors"] = [{"task": "medqa", "data": "d"}]
     path.write_text(yaml.safe_dump(content))
-    with pytest.raises(RecipeError, match="'medqa' is no monitor"):
+    with pytest.raises(RecipeError, match="medqa needs a model that answers during"):
         load_recipe(path)
 
 

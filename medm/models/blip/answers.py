@@ -197,6 +197,12 @@ class AnswerHead(nn.Module):
         return self.projection(question.fused * self.gate(question.words, states, mask))
 
 
+def branch_or_unknown(answer_type: str | None) -> int:
+    """Return the place of a type in `ANSWER_BRANCHES`, or `IGNORE_INDEX` for any other."""
+    name = (answer_type or "").strip().casefold()
+    return ANSWER_BRANCHES.index(name) if name in ANSWER_BRANCHES else IGNORE_INDEX
+
+
 def choose(logits: AnswerLogits, gold: Tensor | None) -> Answers:
     """Return the best answer of each question in its branch.
 

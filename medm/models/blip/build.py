@@ -24,7 +24,7 @@ from medm.models.base import CardText, ModelKind
 from medm.models.blip.answers import resolved_answers
 from medm.models.blip.configuration import ImageEntry, MedmBlipConfig, TextEntry
 from medm.models.blip.modeling import MedmBlip, StudyImageTower
-from medm.models.blip.options import BlipOptions, Head, StudyTextOptions
+from medm.models.blip.options import GIVES, BlipOptions, StudyTextOptions
 from medm.models.blip.processing import DECODER_TOKEN, ENCODER_TOKEN, MedmBlipProcessor
 from medm.models.blip.published import load_published, text_sizes
 from medm.models.blip.text import StudyTextEncoder
@@ -40,7 +40,7 @@ from medm.models.vision import (
     spatial_of,
 )
 from medm.text_encoders.bert import BertTextEncoder
-from medm.types import ANSWER_BRANCHES, PredictionField
+from medm.types import ANSWER_BRANCHES, Answerer, PredictionField
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
 
     def gives(self, config: PreTrainedConfig) -> frozenset[PredictionField]:
         """Return what the heads of the model give."""
-        return frozenset(_GIVES[head] for head in cast(MedmBlipConfig, config).heads)
+        return frozenset(GIVES[head] for head in cast(MedmBlipConfig, config).heads)
 
     def build(self, options: BlipOptions) -> tuple[MedmBlip, MedmBlipProcessor]:
         """Return a model with published weights wherever the recipe gives a path, and its
@@ -97,6 +97,18 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
         model.init_training_state()
         model.eval()
         return model, processor
+
+    def answerer(
+        self,
+        model: MedmBlip,
+        processor: MedmBlipProcessor,
+        fields: frozenset[PredictionField],
+        *,
+        batch_size: int,
+    ) -> Answerer:
+        from medm.models.blip.answering import StudyAnswerer
+
+        return StudyAnswerer(model, processor, fields, batch_size=batch_size, with_reports=True)
 
     def card_text(self, options: BlipOptions) -> CardText:
         return CardText(
@@ -132,16 +144,6 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
             if options.answers is not None:
                 model.config.answers = {**model.config.answers, "route": options.answers.route}
         return adapted
-
-
-_GIVES: dict[Head, PredictionField] = {
-    "itc": "embeddings",
-    "itm": "matches",
-    "lm": "text",
-    "labels": "scores",
-    "answers": "text",
-}
-"""What a model gives by its heads."""
 
 
 def _load_towers(model: MedmBlip, options: BlipOptions) -> None:

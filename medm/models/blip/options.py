@@ -11,7 +11,7 @@ from medm.encoders import ENCODERS, EncoderOptions
 from medm.knowledge import KNOWLEDGE, KnowledgeOptions
 from medm.models.options import ModelOptions
 from medm.registry import NamedBlock
-from medm.types import ANSWER_BRANCHES
+from medm.types import ANSWER_BRANCHES, PredictionField
 
 Head: TypeAlias = Literal["itc", "itm", "lm", "labels", "answers"]
 Fusion: TypeAlias = Literal["tokens", "channels"]
@@ -31,6 +31,14 @@ OUTPUTS_OF_HEAD: dict[Head, frozenset[str]] = {
     "answers": frozenset(f"answer_logits_{name}" for name in (*ANSWER_BRANCHES, "type")),
 }
 """Fields of the model's output by head."""
+GIVES: dict[Head, PredictionField] = {
+    "itc": "embeddings",
+    "itm": "matches",
+    "lm": "text",
+    "labels": "scores",
+    "answers": "text",
+}
+"""Fields of predictions by head."""
 
 
 class StudyImageOptions(Options):
@@ -198,6 +206,10 @@ class BlipOptions(ModelOptions):
     def output_fields(self) -> frozenset[str]:
         """See `ModelOptions`."""
         return frozenset().union(*(OUTPUTS_OF_HEAD[head] for head in self.heads))
+
+    def predicted_fields(self) -> frozenset[PredictionField]:
+        """See `ModelOptions`."""
+        return frozenset(GIVES[head] for head in self.heads if head != "itm")
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> BlipOptions:

@@ -85,8 +85,7 @@ class StudySource(ABC):
         for name, value in options.items():
             if name not in known:
                 raise RecipeError(
-                    f"{cls.source} has no option {name!r}{suggest(name, list(known))}; it has "
-                    f"{', '.join(known)}"
+                    f"{cls.source} has no option {name!r}{suggest(name, list(known))}"
                 )
             allowed = cls.choices().get(name)
             if allowed is not None and value not in allowed:

@@ -1,0 +1,169 @@
+"""Scores of a task during training, beside the evaluation loss and on all ranks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from medm.data.check import blank_pixels
+from medm.distributed import all_gather_objects, rank, world_size
+from medm.errors import DataError, MedmError, RecipeError
+from medm.imaging import load_pixels, resolve_inside
+from medm.models.base import ModelKind
+from medm.tasks import TASKS
+from medm.tasks.base import FAILED, Task, join_predictions, question_of
+from medm.tasks.study_labels import unknown_labels
+from medm.training.options import MonitorOptions
+from medm.types import Answerer, AnswerItem, JsonObject, Processor
+
+logger = logging.getLogger(__name__)
+
+
+class TaskMonitor(TrainerCallback):
+    """Scores of one task after each evaluation.
+
+    Each rank answers its shard of the items, and every rank has the scores. All ranks make the same
+    number of calls of the model, as ZeRO-3 needs it.
+
+    Args:
+        options: of the task.
+        kind: of the model; it answers items, or scores texts.
+        processor: of the model.
+
+    Raises:
+        DataError: the folder is incomplete.
+        MediaError: a file is missing.
+        RecipeError: the kind of model does not give what the task scores, or the task has no
+            validation split.
+    """
+
+    def __init__(self, options: MonitorOptions, kind: ModelKind, processor: Processor) -> None:
+        task = TASKS.get(options.task.name)(**options.task.model_dump(exclude={"name"}))
+        self.options, self.kind, self.processor = options, kind, processor
+        self.task = task.without_models()  # intervals are those of `medm eval`
+        self.root = Path(options.data)
+        self.samples = list(islice(self.task.samples(self.root, self._split(task)), options.limit))
+        if not self.samples:
+            raise DataError(f"split {self._split(task)!r} holds no items", file=self.root)
+        lacking = unknown_labels(self.task.labels(), getattr(processor, "labels", ()))
+        if lacking:
+            raise RecipeError(
+                f"monitors: {options.task.label} scores {', '.join(lacking)}, which model.labels "
+                "does not name"
+            )
+        for sample in self.samples:
+            for media in sample.media:
+                resolve_inside(self.root, media.path or "")
+
+    def _split(self, task: Task) -> str:
+        """Return the split that is scored: by default one for validation."""
+        split = self.options.split
+        if split is None and "val" not in task.splits:
+            raise RecipeError(
+                f"monitors: {self.options.task.label} has no split 'val'; it has "
+                f"{', '.join(task.splits)}. Set split"
+            )
+        return split or "val"
+
+    def open(self, model: nn.Module) -> Answerer:
+        """Return the access to answers of the model, which is in eval mode."""
+        return self.kind.answerer(
+            model, self.processor, self.task.needs, batch_size=self.options.batch_size
+        )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        metrics: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        assert model is not None
+        assert metrics is not None
+        model.eval()
+        found = self.measure(self.open(model))
+        metrics.update(found)  # for the choice of the best evaluation
+        entry = next((one for one in reversed(state.log_history) if "eval_loss" in one), None)
+        if entry is not None:
+            entry.update(found)
+        if state.is_world_process_zero:
+            text = ", ".join(
+                f"{key.rpartition('_')[2]} {value:.3f}" for key, value in found.items()
+            )
+            logger.info("step %d: %s: %s", state.global_step, self.options.task.label, text)
+
+    def measure(self, answerer: Answerer) -> dict[str, float]:
+        """Return the scores by their keys in the log: `eval_TASK_METRIC`."""
+        task = self.task
+        shard: dict[str, JsonObject] = {}
+        for indexes in self._batches():
+            items, errors = self._read(indexes, answerer.max_files)
+            lines = answerer.answer(items)
+            for line, error, item, index in zip(lines, errors, items, indexes, strict=True):
+                if index < len(self.samples):
+                    shard[str(item.sample.id)] = line if error is None else {FAILED: error}
+        answers = {name: one for part in all_gather_objects(shard) for name, one in part.items()}
+        records = join_predictions(self.samples, {})
+        for record in records:
+            line = answers[str(record["id"])]
+            record |= {name: line[name] for name in _FIELDS if name in line}
+            record["prediction"] = str(line.get("reply", ""))
+        scores = task.score([task.measure_item(record, None, self.root) for record in records])
+        if scores.failed and rank() == 0:
+            failed = next(record[FAILED] for record in records if FAILED in record)
+            logger.warning(
+                "%s: %d of %d files could not be read and count as wrong; the first error: %s",
+                self.options.task.label, scores.failed, len(records), failed,
+            )  # fmt: skip
+        label = self.options.task.label
+        return {
+            f"eval_{label}_{result.name}": result.value
+            for result in scores.results
+            if "[" not in result.name and not math.isnan(result.value)
+        }
+
+    def _batches(self) -> list[list[int]]:
+        """Indices of this rank by batch, as many on every rank; those beyond the samples stand for
+        samples that another rank scores.
+        """
+        count = -(-len(self.samples) // world_size())
+        own = [rank() + place * world_size() for place in range(count)]
+        size = self.options.batch_size
+        return [own[start : start + size] for start in range(0, len(own), size)]
+
+    def _read(
+        self, indexes: Sequence[int], max_files: int | None
+    ) -> tuple[list[AnswerItem], list[str | None]]:
+        """Return items, blank where a file cannot be read, and why it cannot."""
+        items: list[AnswerItem] = []
+        errors: list[str | None] = []
+        for index in indexes:
+            sample = self.samples[index % len(self.samples)]
+            media = sample.media[:max_files]
+            error: str | None = None
+            try:
+                arrays = [
+                    load_pixels(
+                        resolve_inside(self.root, one.path or ""),
+                        self.processor.preprocess[one.branch],
+                    )
+                    for one in media
+                ]
+            except (MedmError, OSError) as fault:
+                arrays = [blank_pixels(self.processor.preprocess[one.branch]) for one in media]
+                error = str(fault)
+            items.append(AnswerItem(sample, arrays, question_of(sample)))
+            errors.append(error)
+        return items, errors
+
+
+_FIELDS = ("scores", "embedding", "text_embeddings", FAILED)
+"""Fields of an answer that are scored beside its text."""
