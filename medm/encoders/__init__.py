@@ -86,15 +86,7 @@ class HFVisionOptions(EncoderOptions):
     config."""
 
 
-class BatchNormOptions(EncoderOptions):
-    """Encoders with batch norm."""
-
-    statistics: Statistics = "running"
-    """Batch norm in training: stored statistics that never change, or those of each batch (needs
-    large batches)."""
-
-
-class EfficientNetLiteOptions(BatchNormOptions):
+class EfficientNetLiteOptions(EncoderOptions):
     """The EfficientNet-Lite family."""
 
     variant: Literal["lite0", "lite1", "lite2", "lite3", "lite4"] = "lite0"
@@ -106,6 +98,9 @@ class EfficientNetLiteOptions(BatchNormOptions):
     pool: int | None = Field(default=None, ge=1)
     """Side of the token grid to which each map is averaged. Default: the grid of the coarsest
     map."""
+    statistics: Statistics = "running"
+    """Batch norm in training: stored statistics that never change, or those of each batch (needs
+    large batches)."""
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square input in pixels. Default: the one that the variant was trained at, 224 to
     300."""
@@ -136,6 +131,14 @@ class M3DCLIPOptions(VolumeViTOptions):
 
     norm: NormPlace = "before"
     """Output of layer -1: `before` the last layer norm (MedM-VL), or `after` it (M3D-LaMed)."""
+
+
+class BatchNormOptions(EncoderOptions):
+    """Encoders with batch norm."""
+
+    statistics: Statistics = "running"
+    """Batch norm in training: stored statistics that never change, or those of each batch (needs
+    large batches)."""
 
 
 class CNNOptions(BatchNormOptions):

@@ -340,8 +340,11 @@ class MedmBlip(MedmModel):
             name: getattr(config, name)
             for name in ("embed_dim", "heads", "momentum", "queue", "labels", "label_head")
         } | flatten({"image": config.image})
+        if "lm" in config.heads:
+            held["text.lm_head"] = config.text_entry().lm_head
         named = {
             **options.model_dump(include={*held}),
+            "text.lm_head": options.text.lm_head,
             **flatten({"image": options.image.model_dump()}),
         }
         differences = [

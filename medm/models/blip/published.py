@@ -261,7 +261,8 @@ class _Load:
         if model.decoder is not None:
             _refuse_answers(self.parts, self.source)
         used = dict(encoder or shared)
-        if _TYPES not in used:  # BLIP has none
+        if _TYPES not in used:
+            self.note("the embeddings of token types, which BLIP does not have, start as zeros")
             used[_TYPES] = torch.zeros_like(model.text.embeddings.token_type_embeddings.weight)
         report = load_module(
             model.text,
@@ -321,8 +322,8 @@ class _Load:
             raise CheckpointError(
                 f"{path}: {len(different)} tensors of the decoder differ from those of the text "
                 f"encoder, and medm's decoder shares them: {', '.join(different[:3])} ... Such a "
-                "file (fine-tuned without tied weights) cannot be computed; leave the head lm out, "
-                "or start from the pretrained file"
+                "file (fine-tuned without tied weights) cannot be represented; leave the head lm "
+                "out, or start from the pretrained file"
             )
         bias = "cls.predictions.bias"
         second = decoder.get("cls.predictions.decoder.bias")
@@ -397,9 +398,9 @@ def _refuse_answers(parts: Mapping[str, Mapping[str, Tensor]], source: Pretraine
     if parts["text.encoder"] and parts["text.decoder"] and not parts["itm"]:
         raise CheckpointError(
             f"{source.path}: a BLIP that answers questions. Its decoder attends to the text "
-            "encoder's states of the question, and that of the kind blip to the image, so the file "
-            "cannot be computed. Name it as model.path of a recipe without the head lm: image "
-            "tower and text encoder are loaded, and the decoder is left out"
+            "encoder's states of the question, and that of the kind blip to the image, so this "
+            "model cannot be represented. Name it as model.path of a recipe without the head lm: "
+            "image tower and text encoder are loaded, and the decoder is left out"
         )
 
 

@@ -126,7 +126,7 @@ KINDS: dict[str, str] = {
     "m3d-clip": "M3D-CLIP, or pretrained_ViT.bin",
     "medm-clip": "MedM-CLIP",
     "dual-encoder": "CLIP and SigLIP whole: image and text tower, projections and scale",
-    "blip": "BLIP and MOTOR whole: image tower, text encoder, decoder and heads",
+    "blip": "BLIP and MOTOR: image tower, text encoder, decoder and heads",
     "projector": "MLP projectors of LLaVA, TinyLLaVA and MedM-VL",
 }
 """What can be imported, and what it is."""
@@ -360,8 +360,8 @@ class Import:
                 )
         else:
             self.report.notes.append(
-                "sizes are those of the tensors; heads are 64 wide, and images are normalized as "
-                "BLIP's: MOTOR's have --preprocess image.mean=[0.485,0.456,0.406] "
+                "sizes are those of the tensors; attention heads are 64 wide, and images are "
+                "normalized as BLIP's: MOTOR's have --preprocess image.mean=[0.485,0.456,0.406] "
                 "image.std=[0.229,0.224,0.225]"
             )
         model.save_pretrained(self.target)

@@ -65,6 +65,7 @@ class PretrainedSource:
         self.path = path
         self._local = Path(path).expanduser()
         self._in_file: dict[str, str] = {}
+        self._sizes: dict[str, Any] | None = None
 
     def config(self) -> dict[str, Any]:
         """`config.json`, or an empty mapping for a bare weight file or a folder without one.
@@ -72,7 +73,11 @@ class PretrainedSource:
         A dual encoder in open_clip's layout and a file of BLIP have none that says every size: they
         are read from the tensors.
         """
-        return self._json("config.json") or self._config_of_tensors()
+        if published := self._json("config.json"):
+            return published
+        if self._sizes is None:  # whole files of weights are read for them
+            self._sizes = self._config_of_tensors()
+        return self._sizes
 
     def preprocessor(self) -> dict[str, Any]:
         """Return the config of the image processor, or an empty mapping.
@@ -99,7 +104,7 @@ class PretrainedSource:
 
     def is_bundle(self) -> bool:
         """Return whether medm exported the folder as an encoder."""
-        return self.config().get("model_type") == BUNDLE_TYPE
+        return self._json("config.json").get("model_type") == BUNDLE_TYPE
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its published name; those of a dual encoder, of BLIP and of norms under

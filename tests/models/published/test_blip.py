@@ -292,6 +292,13 @@ def test_a_pretraining_file_has_every_head(system: str, tmp_path: Path, tokenize
     with pytest.raises(CheckpointError, match=r"set model\.text\.lm_head: own"):
         made(section(file, tokenizer))
     assert made(section(file, tokenizer, text={"lm_head": "own"})).decoder is not None
+    # A recipe goes on from the imported folder, and says what it holds.
+    given = section(file, tokenizer, queue=65536, temperature=0.043) | {"path": None}
+    options = validate(BlipOptions, given, source="test")
+    with pytest.raises(RecipeError, match=r"holds text\.lm_head 'own', not 'tied'"):
+        build(options, init_from=str(out))
+    given["text"] |= {"lm_head": "own"}
+    build(validate(BlipOptions, given, source="test"), init_from=str(out))
 
 
 def test_a_decoder_that_shares_nothing_is_refused_by_name(tmp_path: Path, tokenizer: str) -> None:
@@ -370,7 +377,7 @@ def test_the_command_names_parts_and_what_is_left(tmp_path: Path, tokenizer: str
         "import", str(tmp_path / "model_base.pth"), str(tmp_path / "out"), "--tokenizer", tokenizer
     )
     assert done.code == 0, done.err
-    assert "BLIP and MOTOR whole" in done.out
+    assert "BLIP and MOTOR: image tower" in done.out
     assert "training state: 0 tensors loaded" in done.out
     again = medm("import", str(tmp_path / "model_base.pth"), str(tmp_path / "other"))
     assert again.code == 1
