@@ -3,6 +3,7 @@
 # make quickstart-clip contrastive pretraining: zero-shot and retrieval on held-out volumes, the tower in an LVLM (8 minutes on 2 cores after the downloads)
 # make quickstart-seg answers with masks: a mask head behind a small LLM, Dice on held-out volumes (10 minutes on 2 cores after the downloads)
 # make uni-med-demo several tasks: experts against the dense baseline on held-out volumes, one table (half an hour on 2 busy cores)
+# make motor-demo   pretraining on studies with and without knowledge, three seeds, one table of held-out volumes (12 minutes on 2 cores)
 # make test         environment, then the tests
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
 # make format       ruff's fixes and formatting
@@ -38,7 +39,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions/$(VERSIONS)
 
-.PHONY: help env quickstart quickstart-3d quickstart-clip quickstart-seg uni-med-demo test check lint types layers format docs site golden lock clean
+.PHONY: help env quickstart quickstart-3d quickstart-clip quickstart-seg uni-med-demo motor-demo test check lint types layers format docs site golden lock clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -85,6 +86,9 @@ quickstart-seg: env
 
 uni-med-demo: env
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/uni_med_demo/run.sh
+
+motor-demo: env
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/motor_demo/run.sh
 
 test: env
 	OMP_NUM_THREADS=1 $(PYTEST) $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medm.cli.recipes import find
+from medm.models.blip.options import BlipOptions
 from medm.models.dual_encoder.options import DualEncoderOptions
 from medm.models.lvlm.options import MaskOptions
 from medm.training.recipe import load_recipe
@@ -38,6 +39,8 @@ def overrides(name: str, folder: Path, *, steps: int = 2) -> list[str]:
     ]
     if recipe.model.kind == "dual-encoder":
         return result + dual_encoder_overrides(recipe.model, folder)
+    if recipe.model.kind == "blip":
+        return result + blip_overrides(recipe.model, folder)
     family = recipe.model.llm.name
     llm = folder / f"tiny-{family}"
     if not llm.exists():
@@ -103,6 +106,41 @@ def dual_encoder_overrides(model: DualEncoderOptions, folder: Path) -> list[str]
     return result
 
 
+LABELS = ["left disc", "right disc"]
+"""Findings of the example records of studies."""
+TINY_FUSION = {"layers": 1, "heads": 2, "feed_forward": 16}
+
+
+def blip_overrides(model: BlipOptions, folder: Path) -> list[str]:
+    """Tiny towers and knowledge in place of the published ones; heads and flaws stay."""
+    tokenizer = folder / "tiny-bert"
+    if not tokenizer.exists():
+        save_tokenizer(tokenizer)
+    image = tiny_block(model.image.encoder.model_dump())
+    text = {"path": None, "architecture": TEXT, "tokenizer": str(tokenizer), "max_length": 12}
+    result = [
+        "model.pretrained=null",
+        f"model.image.encoder={json.dumps(image)}",
+        f"model.text={json.dumps(text)}",
+        "model.embed_dim=20",
+        "train.load_best_model_at_end=false",
+        "data.cache_features=null",
+    ]
+    if "itc" in model.heads:
+        result.append("model.queue=6")
+    if model.answers is not None:
+        lists = {"file": None, "closed": ["yes", "no"], "open": ["left", "right"], "dim": 8}
+        result.append(f"model.answers={json.dumps(model.answers.model_dump() | lists)}")
+    if model.labels:
+        result.append(f"model.labels={json.dumps(LABELS)}")
+    for place, source in enumerate(model.knowledge):
+        block = source.model_dump()
+        block |= {"size": 5} if source.name == "memory" else {"heads": 2, "feed_forward": 16}
+        block["fusion"] |= TINY_FUSION
+        result.append(f"model.knowledge.{place}={json.dumps(block)}")
+    return result
+
+
 def tiny_block(block: dict[str, Any]) -> dict[str, Any]:
     """An encoder's block with its options, a tiny architecture and no published weights."""
     small = {
@@ -122,6 +160,9 @@ def records(name: str) -> Path:
     model = load_recipe(find(name)).model
     if model.kind == "dual-encoder":
         stage, branches = "pairs", {model.branch}
+    elif model.kind == "blip":
+        stage = "study_questions" if model.answers is not None else "studies"
+        branches = {"image"}
     else:
         stage = "pretrain" if name.endswith("/pretrain") else "finetune"
         stage = "masks" if model.masks is not None else stage

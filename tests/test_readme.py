@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from medm.cli.recipes import find
+from medm.cli.recipes import find, shipped
 from medm.tasks.pair_sources import PAIR_SOURCES
 from medm.training.recipe import load_recipe
 from tests import shrink
@@ -162,6 +162,45 @@ def test_every_launcher_of_pairs_runs_its_recipe(checkout: Path, stub: Path) -> 
         # What the launcher writes is what the recipe says.
         assert loaded.model == load_recipe(find(name)).model
         assert loaded.data == load_recipe(find(name)).data
+
+
+def test_every_launcher_of_motor_runs_its_recipe(checkout: Path, stub: Path) -> None:
+    folder = ROOT / "scripts/train/MOTOR"
+    launchers = {path.stem.replace("_", "-") for path in folder.glob("*.sh")} - {"convert"}
+    assert {f"motor/{name}" for name in launchers} == {
+        name for name in shipped() if name.startswith("motor/")
+    }
+    for name in launchers:
+        line = f"bash scripts/train/MOTOR/{name.replace('-', '_')}.sh train.max_steps=3"
+        words = words_of(line, checkout)
+        recipe = load_recipe(find(f"motor/{name}"))
+        loaded = load_recipe(find(f"motor/{name}"), words[words.index(f"motor/{name}") + 1 :])
+        assert loaded.train.max_steps == 3
+        assert (loaded.model, loaded.output_dir) == (recipe.model, recipe.output_dir)
+
+
+def test_the_sets_of_motor_are_converted_and_scored_by_one_script_each(
+    checkout: Path, stub: Path
+) -> None:
+    """The files that the recipes train on are those that convert.sh writes."""
+    words = words_of("bash scripts/train/MOTOR/convert.sh 2>/dev/null || true", checkout)
+    assert {word for word in words if word.startswith("studies/")} == {"studies/annotation"}
+    written = set()
+    for name in ("mimic-cxr-labels", "nih-chest-xray14", "vqa-rad", "slake"):
+        words = words_of(f"SETS={name} bash scripts/train/MOTOR/convert.sh", checkout)
+        written |= {word for word in words if word.startswith("data/motor/")}
+    for name in ("mimic-cxr", "iu-xray"):
+        written |= {f"data/motor/{name}-{split}.jsonl" for split in ("train", "val")}
+    recipes = [load_recipe(find(name)) for name in shipped() if name.startswith("motor/")]
+    for recipe in recipes:
+        named = {source.path for source in [*recipe.data.train, *recipe.data.eval]}
+        answers = recipe.model.answers
+        assert named | ({answers.file} if answers else set()) <= written
+    jobs = words_of("bash scripts/eval/motor.sh --limit 3", checkout)
+    models = [jobs[place + 1] for place, word in enumerate(jobs) if word == "--model"]
+    outputs = {recipe.output_dir for recipe in recipes}
+    assert len(models) == 8 and set(models) <= outputs
+    assert [word for word in jobs if word.startswith("rerank")] == ["rerank=256"] * 2
 
 
 def test_a_launcher_of_pairs_trains(checkout: Path, stub: Path) -> None:

@@ -394,6 +394,8 @@ def test_recipe_trains(name: str, tiny_parts: Path, tmp_path: Path) -> None:
     assert outcome.steps == 2
     model, processor = load(str(tmp_path / "out"))
     for part, module in model.parts().items():
+        if part == "momentum":  # not in the folder: it starts again as what it follows
+            continue
         after, tune = (
             module.state_dict(),
             recipe.parts[part].tune if part in recipe.parts else "frozen",

@@ -445,6 +445,7 @@ GROUPS = {
     "quickstart": ("SmolLM2-135M-Instruct", "efficientnet-lite0", "head-ct"),
     "clip": ("SmolLM2-135M-Instruct", "efficientnet-lite0", "all-MiniLM-L6-v2"),
     "seg": ("SmolLM2-135M-Instruct", "efficientnet-lite0"),
+    "motor": ("efficientnet-lite0", "all-MiniLM-L6-v2"),
     "3d": ("SmolLM2-135M-Instruct", "astra", "head-ct"),
     "sources": ("pyradiomics", "totalsegmentator", "tptbox", "mni152", "colin27"),
 }

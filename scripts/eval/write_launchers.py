@@ -96,17 +96,26 @@ SUITES = {
             "radgenome-vqa",
         ),
     ),
+    "motor-pretraining": (
+        "What a pretraining of MOTOR gives before it is fine-tuned: retrieval, labels, reports",
+        "motor/pretrain",
+        ("study-retrieval rerank=256", "mimic-cxr-labels", "mimic-cxr"),
+    ),
 }
 """Name to summary, model and tasks, with their options. A suite has one model: M3D's masks need one
-with a mask head, UniBiomed's regions have weights of their own, and both have launchers."""
+with a mask head, UniBiomed's regions have weights of their own, and both have launchers. So has each of
+MOTOR's fine-tuned models; motor.sh, which no table writes, scores them all."""
 
-_OWN = ("custom", "retrieval")
+_OWN = ("custom", "retrieval", "study-labels")
 """Tasks that need a file of one's own."""
 
 CARDS = {"zero-shot": "unimed-clip-21", "probe": "breast-us"}
 """Card or suite of the launchers of tasks on cards."""
 
-GROUNDED = {
+MODELS = {
+    "nih-chest-xray14": "motor/diagnosis-nih",
+    "mimic-cxr-labels": "motor/diagnosis-mimic",
+    "study-retrieval": "motor/retrieval-mimic",
     "unibiomed-region": "unibiomed/region",
     "unibiomed-": "unibiomed/small",
     "medtrinity-": "unibiomed/small",
@@ -114,7 +123,8 @@ GROUNDED = {
     "m3d-": "m3d-lamed/seg",
     "rexgroundingct": "m3d-lamed/seg",
 }
-"""Beginnings of the names of grounded benchmarks, and the recipe whose model answers them."""
+"""Beginnings of the names of benchmarks, and the recipe whose model answers them where that is not
+a vision-language model of the first stages."""
 
 OF_VOLUMES = ("m3d-", "ct-rate-")
 """Beginnings of the names of benchmarks over volumes."""
@@ -124,6 +134,8 @@ FOLDERS = {
     "sa-med2d-": "sa-med2d",
     "medmnist-": "medmnist",
     "mimic-caption": "mimic-cxr",
+    "mimic-cxr-labels": "mimic-cxr-jpg",
+    "study-retrieval": "mimic-cxr",
     "m3d-": "M3D",
     "ct-rate-": "CT-RATE",
     "unibiomed-seg2d": "Biomed",
@@ -150,7 +162,7 @@ def launcher(entry: Entry) -> str:
         return OF_CARD.format(name=entry.name, summary=entry.summary, card=CARDS[entry.name])
     branch = "ct" if entry.name.startswith(OF_VOLUMES) else "2d"
     model = next(
-        (model for beginning, model in GROUNDED.items() if entry.name.startswith(beginning)), None
+        (model for beginning, model in MODELS.items() if entry.name.startswith(beginning)), None
     )
     if "masks" in TASKS.get(entry.name).needs:
         return OF_MASKS.format(

@@ -28,6 +28,7 @@ from medm.models.blip.options import GIVES, BlipOptions, StudyTextOptions
 from medm.models.blip.processing import DECODER_TOKEN, ENCODER_TOKEN, MedmBlipProcessor
 from medm.models.blip.published import load_published, text_sizes
 from medm.models.blip.text import StudyTextEncoder
+from medm.models.blip.trained import load_trained
 from medm.models.knowledge_files import described_knowledge
 from medm.models.published.weights import LoadReport, PretrainedSource, load_module
 from medm.models.vision import (
@@ -85,14 +86,12 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
         """
         config, processor = resolve(options)
         model = MedmBlip(config)
-        if options.path is not None:
+        if options.pretrained is not None:
+            load_trained(model, options.pretrained)
+        elif options.path is not None:
             load_published(model, PretrainedSource(options.path))
         else:
-            load_encoder(model.image.encoder, options.image.encoder, "image.encoder")
-            if options.image.encoder.path is not None:
-                _load_norm(model.image, PretrainedSource(options.image.encoder.path))
-            if options.text.path is not None:
-                load_text(model, PretrainedSource(options.text.path))
+            _load_towers(model, options)
         if model.answer_encoder is not None:
             model.answer_encoder.load_state_dict(model.text.state_dict())
         model.init_training_state()
@@ -145,6 +144,15 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
             if options.answers is not None:
                 model.config.answers = {**model.config.answers, "route": options.answers.route}
         return adapted
+
+
+def _load_towers(model: MedmBlip, options: BlipOptions) -> None:
+    """Load published weights of the towers wherever the recipe gives a path."""
+    load_encoder(model.image.encoder, options.image.encoder, "image.encoder")
+    if options.image.encoder.path is not None:
+        _load_norm(model.image, PretrainedSource(options.image.encoder.path))
+    if options.text.path is not None:
+        load_text(model, PretrainedSource(options.text.path))
 
 
 def resolve(options: BlipOptions) -> tuple[MedmBlipConfig, MedmBlipProcessor]:
@@ -252,6 +260,7 @@ def load_text(model: MedmBlip, source: PretrainedSource) -> list[LoadReport]:
             source=f"text.encoder from {source.path}",
             key_map=_TEXT_NAMES,
             ignored=(r"^cls\.", r"position_ids$", r"^(?:bert\.)?pooler\."),
+            truncated=(r"^layers\.\d+\.",),  # beyond those that text.architecture asks for
         )
     ]
     kept = model.text.load_state_dict(plain.state_dict(), strict=False).missing_keys

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -40,7 +41,7 @@ from medm.models.blip.text import Decoder, KeyValues, StudyTextEncoder
 from medm.models.knowledge import KnowledgeBranch
 from medm.models.knowledge_files import knowledge_differences
 from medm.models.options import ModelOptions
-from medm.types import IGNORE_INDEX, Config
+from medm.types import IGNORE_INDEX, Config, VisionFeatures
 
 PROTOTYPE_SCALE = 100.0
 """Factor of the cosine of an image and the name of a finding (MOTOR)."""
@@ -97,7 +98,7 @@ class StudyImages(NamedTuple):
 
 
 class StudyImageTower(nn.Module):
-    """Images of studies to tokens and one vector.
+    """Images of studies to tokens and one vector; a `medm.types.VisionBranch`.
 
     Args:
         entry: of the config.
@@ -105,6 +106,7 @@ class StudyImageTower(nn.Module):
 
     def __init__(self, entry: ImageEntry) -> None:
         super().__init__()
+        self.encoder_bypassed = False
         self.encoder: VisionEncoder = ENCODERS.constructor(entry.encoder)()
         self.spatial, self.channels = tuple(entry.spatial), entry.channels
         self.views, self.fusion = entry.views, entry.fusion
@@ -113,23 +115,52 @@ class StudyImageTower(nn.Module):
         joined = entry.views > 1 and entry.fusion == "channels"
         self.join = nn.Linear(entry.views * self.dim, self.dim) if joined else None
 
-    def forward(self, pixels: Tensor, counts: Tensor) -> StudyImages:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image."""
+        return self.encoder.prefix + prod(self.encoder.grid(self.spatial))
+
+    @property
+    def connector(self) -> nn.Module:
+        """What stands behind the encoder: the norm."""
+        return self.norm
+
+    def encode(self, pixels: Tensor) -> VisionFeatures:
+        """Return the vision features of (images, C, height, width)."""
+        return self.encoder(pixels)
+
+    def from_cached(self, features: VisionFeatures | Tensor) -> VisionFeatures:
+        """Return features that were encoded before, of the tower's input size."""
+        if isinstance(features, VisionFeatures):
+            return features
+        tokens = features.to(**self.encoder.device_and_dtype)
+        return VisionFeatures(tokens, self.encoder.grid(self.spatial), self.encoder.prefix)
+
+    def blank(self, device: torch.device, dtype: torch.dtype) -> Tensor | VisionFeatures:
+        """Return one blank image, as features where the encoder is bypassed."""
+        if self.encoder_bypassed:
+            tokens = torch.zeros(1, self.num_tokens, self.dim, device=device, dtype=dtype)
+            return self.from_cached(tokens)
+        return torch.zeros(1, self.channels, *self.spatial, device=device, dtype=dtype)
+
+    def forward(self, pixels: Tensor | VisionFeatures, counts: Tensor) -> StudyImages:
         """Encode the images of studies.
 
         Args:
-            pixels: (images, C, height, width), the studies in order.
+            pixels: (images, C, height, width), the studies in order; or their features.
             counts: (B,) int64, images of each study, 1 to `views`.
 
         Raises:
             ValueError: counts that do not fit.
         """
+        given = len(pixels.tokens) if isinstance(pixels, VisionFeatures) else len(pixels)
         total, most = int(counts.sum()), int(counts.max())
-        if total != len(pixels) or most > self.views or int(counts.min()) < 1:
+        if total != given or most > self.views or int(counts.min()) < 1:
             raise ValueError(
                 f"image_counts {counts.tolist()}: expected 1 to {self.views} images a study, and "
-                f"{len(pixels)} in all"
+                f"{given} in all"
             )
-        features = self.encoder(pixels)
+        features = pixels if isinstance(pixels, VisionFeatures) else self.encode(pixels)
         tokens = self.norm(features.tokens)  # (images, n, D)
         starts = counts.cumsum(0) - counts  # (B,)
         place = torch.arange(self.views, device=counts.device)  # (V,)
@@ -295,6 +326,9 @@ class MedmBlip(MedmModel):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
+    def encoders(self) -> dict[str, StudyImageTower]:
+        return {"image": self.image}
+
     def check_same_parts(self, options: ModelOptions, *, source: str) -> None:
         if not isinstance(options, BlipOptions):
             raise RecipeError(
@@ -401,21 +435,20 @@ class MedmBlip(MedmModel):
 
     def encode_images(
         self,
-        pixels: Mapping[str, Tensor] | Tensor,
+        pixels: Mapping[str, Tensor] | Tensor | VisionFeatures,
         image_counts: Tensor | None = None,
         owners: Tensor | None = None,
     ) -> StudyImages:
         """Return tokens and vectors of studies, with the knowledge of the model.
 
         Args:
-            pixels: (images, C, height, width), or a mapping of "image" to them.
+            pixels: (images, C, height, width), or a mapping of "image" to them; or features of the
+                encoder.
             image_counts: (B,) images of each study; without it one each.
             owners: (B,) numbers of the studies' own texts, which a memory does not give them.
         """
-        images = pixels if isinstance(pixels, Tensor) else pixels["image"]
-        counts = image_counts
-        if counts is None:
-            counts = torch.ones(len(images), dtype=torch.int64, device=images.device)
+        images = pixels if isinstance(pixels, (Tensor, VisionFeatures)) else pixels["image"]
+        counts = _one_each(images) if image_counts is None else image_counts
         seen: StudyImages = self.image(images, counts)
         graph = self._knowledge("graph")
         if graph is not None:
@@ -566,6 +599,7 @@ class MedmBlip(MedmModel):
         owners: Tensor | None = None,
         knowledge_ids: Tensor | None = None,
         knowledge_mask: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
         outputs: frozenset[str] | None = None,
@@ -582,6 +616,8 @@ class MedmBlip(MedmModel):
             owners: (B,) int64, equal where two studies have the same text.
             knowledge_ids: (B, K) tokens of the studies' triplets, for a memory.
             knowledge_mask: (B, K), 0 at padding.
+            features: "image" to what the encoder gave before, (images, tokens, D), in place of
+                `pixels`.
             question_ids: (B, T) tokens of the questions, for classes of answers.
             question_mask: (B, T), 0 at padding.
             outputs: fields that are read. In training every head runs, so that each weight has a
@@ -594,12 +630,16 @@ class MedmBlip(MedmModel):
         device = self.device
         rows = len(image_counts) if image_counts is not None else len((pixels or {})["image"])
         empty = rows == 0
+        given: Tensor | VisionFeatures
         if empty:  # one blank study runs through every weight; its rows are cut off
-            shape = (1, self.image.channels, *self.image.spatial)
-            pixels = {"image": torch.zeros(shape, device=device, dtype=self.dtype)}
+            given = self.image.blank(device, self.dtype)
             image_counts = torch.ones(1, dtype=torch.int64, device=device)
+        elif features:
+            given = self.image.from_cached(features["image"])
+        else:
+            given = (pixels or {})["image"]
         wanted = [head for head in self.config.heads if self._asked(head, outputs)]
-        images = self.encode_images(pixels or {}, image_counts, None if empty else owners)
+        images = self.encode_images(given, image_counts, None if empty else owners)
         output = MedmBlipOutput()
         if "labels" in wanted:
             output.label_logits = self.label_scores(images.label_vector)[:rows]
@@ -635,7 +675,6 @@ class MedmBlip(MedmModel):
             if owners is None:
                 owners = -1 - torch.arange(len(input_ids), device=device)  # all differ
             texts = _Texts(input_ids, mask, owners)
-            given = (pixels or {})["image"]
             similar = self._contrast(output, images, given, image_counts, texts, rows)
             if "itm" in wanted:
                 self._matches(output, images, texts, similar, rows)
@@ -696,7 +735,7 @@ class MedmBlip(MedmModel):
         self,
         output: MedmBlipOutput,
         images: StudyImages,
-        pixels: Tensor,
+        pixels: Tensor | VisionFeatures,
         counts: Tensor | None,
         texts: _Texts,
         rows: int,
@@ -758,12 +797,16 @@ class MedmBlip(MedmModel):
             sizes=sizes,
         )
 
-    def _slow(self, pixels: Tensor, counts: Tensor | None, texts: _Texts) -> tuple[Tensor, Tensor]:
-        """Return the momentum copy's vectors of images and texts, of length 1."""
+    def _slow(
+        self, pixels: Tensor | VisionFeatures, counts: Tensor | None, texts: _Texts
+    ) -> tuple[Tensor, Tensor]:
+        """Return the momentum copy's vectors of images and texts, of length 1.
+
+        Features are those of a frozen encoder, of which the copy is equal.
+        """
         assert self.momentum is not None
         copy = self.momentum
-        if counts is None:
-            counts = torch.ones(len(pixels), dtype=torch.int64, device=pixels.device)
+        counts = _one_each(pixels) if counts is None else counts
         seen: StudyImages = copy["image"](pixels, counts)
         if "graph" in copy:
             slow_text = cast(StudyTextEncoder, copy["text"])
@@ -963,6 +1006,12 @@ _COPIED = frozenset(
     {"image.encoder", "image.projection", "text.encoder", "text.projection", "knowledge"}
 )
 """Parts that the momentum copy follows."""
+
+
+def _one_each(images: Tensor | VisionFeatures) -> Tensor:
+    """Return counts (B,) of studies of one image each."""
+    items = images.tokens if isinstance(images, VisionFeatures) else images
+    return torch.ones(len(items), dtype=torch.int64, device=items.device)
 
 
 def _same_answers(held: AnswerOptions | None, named: AnswerOptions | None) -> bool:

@@ -75,7 +75,8 @@ class StudyTextOptions(Options):
     """Published BERT, SciBERT or BiomedBERT: a Hugging Face id, a folder or a file. Its
     self-attention is also the start of the decoder's; cross-attention starts from new weights."""
     architecture: dict[str, Any] = {}
-    """Sizes that replace those of the published config, or all of them when there is no `path`."""
+    """Sizes that replace those of the published config, or all of them when there is no `path`.
+    `{num_hidden_layers: 2}` takes the first two layers of `path`."""
     tokenizer: str | None = None
     """Tokenizer folder or id, where it is not the one at `path`."""
     max_length: int = Field(default=90, ge=3)
@@ -135,6 +136,11 @@ class BlipOptions(ModelOptions):
     """Published BLIP whose weights are the start: a Hugging Face id, a folder of transformers, or
     a file of BLIP's or MOTOR's own code. Parts that it does not have start from new weights, which
     the log says. Without it, each encoder may name weights of its own."""
+    pretrained: str | None = None
+    """Folder of a trained model of this kind, such as the pretraining that a model is fine-tuned
+    from: its towers, and every head and source of knowledge that both models have, in place of the
+    weights at `image.encoder.path` and `text.path`. What it lacks starts from new weights, as the
+    heads of labels do, which belong to a data set."""
     image: StudyImageOptions
     """The image tower."""
     text: StudyTextOptions = StudyTextOptions()
@@ -207,6 +213,8 @@ class BlipOptions(ModelOptions):
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> BlipOptions:
+        if self.path is not None and self.pretrained is not None:
+            raise ValueError("path and pretrained name the weights of one model twice; keep one")
         for key, path in (("image.encoder", self.image.encoder.path), ("text", self.text.path)):
             if self.path is not None and path is not None:
                 raise ValueError(

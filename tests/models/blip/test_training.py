@@ -157,6 +157,22 @@ def test_a_trained_model_opens_by_auto_classes_and_writes(world: Path, trained: 
     assert isinstance(processor.decode(texts[0]), str)
 
 
+def test_cached_features_give_the_weights_of_a_frozen_encoder_that_runs(world: Path) -> None:
+    """Image and momentum copy read the same features; the encoder runs once a file."""
+    trained = {}
+    parts = {"image.encoder": {"tune": "frozen"}}
+    for name, data in (("pixels", {}), ("cached", {"cache_features": str(world / "features")})):
+        given = recipe(world, world / name, data=data, parts=parts)
+        assert train(given).steps == 4
+        trained[name] = load_file(world / name / "checkpoint-4" / "model.safetensors")
+    pixels, cached = trained["pixels"], trained["cached"]
+    assert pixels.keys() == cached.keys()
+    for name in pixels:
+        torch.testing.assert_close(cached[name], pixels[name], atol=1e-6, rtol=1e-5, msg=name)
+    frozen = make(section(str(world / "tokenizer"), knowledge=knowledge(world)))[0]
+    assert frozen.encoders()["image"].num_tokens == 5
+
+
 def test_zero3_is_refused_with_the_reason(world: Path) -> None:
     with pytest.raises(RecipeError, match="its momentum copy is a mean of whole weights"):
         train(recipe(world, world / "zero3", train={"deepspeed": "zero3"}))
