@@ -12,7 +12,19 @@ import typer
 from typer.core import TyperGroup
 
 from medm import __version__
-from medm.cli import catalogue, chat, data, embed, evaluate, infer, launch, models, pages, train
+from medm.cli import (
+    catalogue,
+    chat,
+    data,
+    embed,
+    evaluate,
+    infer,
+    launch,
+    models,
+    pages,
+    serve,
+    train,
+)
 from medm.cli.console import out, start_logging
 from medm.cli.option_flags import add_option_command
 from medm.cli.running import LAUNCHER
@@ -85,6 +97,7 @@ app.command(
 add_option_command(app, "infer", infer.infer, infer.flags)
 add_option_command(app, "eval", evaluate.evaluate, evaluate.flags)
 app.command("chat")(chat.chat)
+add_option_command(app, "serve", serve.serve, serve.flags)
 app.command("zero-shot")(embed.zero_shot)
 add_option_command(app, "embed", embed.embed, embed.flags)
 app.command("estimate", context_settings={"ignore_unknown_options": True})(models.estimate)

@@ -1,4 +1,4 @@
-"""Images from hosts that an option names: public addresses, no redirects, bounded bytes and time."""
+"""Images from hosts that an option names: public addresses, no redirects, bounded in size."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class FileStore:
         decoders: read every upload once.
         limits: of files.
         keep_seconds: after which a file is deleted, unless it is in use.
-        max_bytes: of everything that is kept, results of jobs included.
+        max_bytes: of all files that are kept.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class FileStore:
         """Deleted ones that are still in use."""
         self._lock = threading.Lock()
         self._reserved = 0
-        """Bytes of uploads that are being read, and of results of jobs."""
+        """Bytes of uploads that are being read."""
 
     @property
     def stored(self) -> int:
-        """Bytes of all files and results."""
+        """Bytes of all files."""
         with self._lock:
             return self._stored()
 
@@ -157,30 +157,38 @@ class FileStore:
         """Return a file by its id. Raises `ServingError`."""
         self.sweep()
         with self._lock:
-            if name not in self._files:
-                raise ServingError(
-                    "file_not_found", "no such file; it was deleted or is expired", param=param
-                )
-            return self._files[name]
+            return self._find(name, param)
 
     @contextmanager
     def using(
         self, names: Iterable[str], *, param: str | None = None
     ) -> Iterator[list[StoredFile]]:
-        """Give files by their ids; they stay on the disk inside the block. Raises `ServingError`."""
+        """Give files by their ids; they stay on the disk inside the block.
+
+        Raises:
+            ServingError: there is no such file.
+        """
+        self.sweep()
         files: list[StoredFile] = []
         try:
-            for name in names:
-                file = self.get(name, param=param)
-                with self._lock:
+            with self._lock:
+                for name in names:
+                    file = self._find(name, param)
                     file.users += 1
-                files.append(file)
+                    files.append(file)
             yield files
         finally:
             with self._lock:
                 for file in files:
                     file.users -= 1
             self.sweep()
+
+    def _find(self, name: str, param: str | None) -> StoredFile:
+        if name not in self._files:
+            raise ServingError(
+                "file_not_found", "no such file; it was deleted or is expired", param=param
+            )
+        return self._files[name]
 
     def delete(self, name: str) -> None:
         """Delete a file, at once or when nothing uses it any more. Raises `ServingError`."""

@@ -1,4 +1,4 @@
-"""Images and volumes that a request names: data URIs, ids of uploaded files, URLs of listed hosts."""
+"""Sources of the images of a request: data URIs, uploaded files, URLs of listed hosts."""
 
 from __future__ import annotations
 

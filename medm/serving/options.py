@@ -68,9 +68,9 @@ class ServeOptions(Options):
     keep_minutes: int = Field(default=60, ge=1)
     """Minutes after which uploaded files and the results of jobs are deleted."""
     storage_mb: int = Field(default=8192, ge=1)
-    """Most MiB of uploaded files and results together."""
+    """Most MiB of uploaded files together."""
     body_seconds: float = Field(default=30.0, gt=0)
-    """Seconds that a client may take to send the next part of a body."""
+    """Seconds that a client may take to send a body, and one more for each 64 KiB of it."""
     drain_seconds: float = Field(default=60.0, ge=0)
     """Seconds that running requests are given after SIGTERM or SIGINT."""
 
