@@ -13,12 +13,11 @@ from fastapi import APIRouter, FastAPI, File, Form, Query, Request, Response, Up
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 from starlette.types import Scope
 
 from medm import __version__
 from medm.serving import chat, vectors
-from medm.serving.errors import ERRORS, ServingError
+from medm.serving.errors import ERRORS, ServingError, as_serving_error
 from medm.serving.jobs import JobRequest
 from medm.serving.limits import ApiKey, Gate
 from medm.serving.schemas import IGNORED_HEADER, JobBody, ignored_fields, stops_of
@@ -69,6 +68,7 @@ def build_app(service: Service, *, key: ApiKey | None) -> Gate:
     app.add_exception_handler(ServingError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_defect)
     app.include_router(_pages(service))
     app.include_router(_files(service))
     app.include_router(_jobs(service))
@@ -232,12 +232,11 @@ def _jobs(service: Service) -> APIRouter:
 
 def _route_names(app: FastAPI) -> Callable[[Scope], str]:
     """Return a function that gives the route of a request, without ids and unknown paths."""
+    plain = {"/", *app.openapi()["paths"]}
 
     def name(scope: Scope) -> str:
-        for route in app.routes:
-            if route.matches(scope)[0] is not Match.NONE:
-                return str(getattr(route, "path", "other"))
-        return "other"
+        path = getattr(scope.get("route"), "path", scope["path"])
+        return str(path) if path in plain else "other"
 
     return name
 
@@ -261,6 +260,11 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
         return _response(ServingError("invalid_json", "the body is not valid JSON"))
     reason = first["msg"] if first["type"] != "extra_forbidden" else "unknown field"
     return _response(ServingError("invalid_value", f"{param or 'body'}: {reason}", param=param))
+
+
+async def _on_defect(request: Request, error: Exception) -> Response:
+    """Answer a defect. The gate logs its type."""
+    return _response(as_serving_error(error))
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

@@ -129,6 +129,12 @@ class Gate:
             return
         if not path.endswith("/cancel"):
             self.service.worker.require_ready()
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        expected = "multipart/form-data" if path == UPLOAD else "application/json"
+        if media_type != expected and not path.endswith("/cancel"):
+            raise ServingError(
+                "unsupported_type", f"expected a body of the content-type {expected}"
+            )
         length = headers.get("content-length")
         if length is not None and int(length) > self.most(path):
             raise self.too_large(path)
@@ -160,6 +166,8 @@ class _Exchange:
         self.received = self.sent = 0
         self.status: int | None = None
         self.code = ""
+        headers = Headers(scope=scope)
+        self.has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         self.complete = False
         """All of the body is received."""
         self.left = False
@@ -218,8 +226,13 @@ class _Exchange:
 
     async def _send(self, message: Message) -> None:
         """Pass on the response. A refusal takes the place of what a parser makes of it."""
-        if self.refusal is not None and self.status is None:
-            raise self.refusal
+        if self.refusal is not None:
+            if self.status is None:
+                await self._refuse(self.refusal)
+            return
+        await self._pass_on(message)
+
+    async def _pass_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(raw=message["headers"])
@@ -228,7 +241,7 @@ class _Exchange:
             headers["x-content-type-options"] = "nosniff"
             self.code = headers.get("x-medm-error", "")
             message["headers"] = headers.raw
-            if not self.complete and self.status >= 400:
+            if self.has_body and not self.complete:
                 headers["connection"] = "close"
         else:
             self.sent += len(message.get("body", b""))
@@ -238,7 +251,6 @@ class _Exchange:
     async def _refuse(self, error: ServingError) -> None:
         if self.status is not None:
             return
-        self.refusal = None
         body = json.dumps(error.body()).encode()
         headers = {
             **error.headers,
@@ -246,8 +258,9 @@ class _Exchange:
             "content-length": str(len(body)),
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self._send({"type": "http.response.start", "status": error.status, "headers": raw})
-        await self._send({"type": "http.response.body", "body": body})
+        start = {"type": "http.response.start", "status": error.status, "headers": raw}
+        await self._pass_on(start)
+        await self._pass_on({"type": "http.response.body", "body": body})
 
     def _note(self) -> None:
         """Write the line of the log and count the request."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from medm.serving.errors import ServingError
 
@@ -40,6 +40,18 @@ _MAX_STOPS, _MAX_STOP = 4, 256
 _LONG = 2**63
 
 
+def _encodable(text: str) -> str:
+    """Refuse half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected Unicode text, found half of a surrogate pair") from None
+    return text
+
+
+Text: TypeAlias = Annotated[str, AfterValidator(_encodable)]
+
+
 class Body(BaseModel):
     """A body, or a part of one, with fields of the right types and no others."""
 
@@ -50,13 +62,13 @@ class TextPart(Body):
     """Text of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageUrl(Body):
     """An image."""
 
-    url: str
+    url: Text
     """A data URI."""
     detail: str | None = None
     """Ignored."""
@@ -72,7 +84,7 @@ class ImagePart(Body):
 class FileId(Body):
     """An uploaded file."""
 
-    file_id: str
+    file_id: Text
 
 
 class FilePart(Body):
@@ -91,7 +103,7 @@ class Message(Body):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
 
 
 class StreamOptions(Body):
@@ -107,14 +119,14 @@ class Replying(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
-    model: str
+    model: Text
     max_tokens: int | None = Field(default=None, ge=1, lt=_LONG)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     """0 or null for greedy decoding."""
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=0, lt=_LONG)
     seed: int | None = Field(default=None, ge=-_LONG, lt=_LONG)
-    stop: str | Annotated[list[str], Field(max_length=_MAX_STOPS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=_MAX_STOPS)] | None = None
 
 
 class ChatBody(Replying):
@@ -126,7 +138,7 @@ class ChatBody(Replying):
     """1."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    task: str | None = None
+    task: Text | None = None
     """Kind of task, for models whose experts are chosen by it."""
 
 
@@ -134,9 +146,9 @@ class JobBody(Replying):
     """`POST /v1/jobs`."""
 
     task: Literal["report", "segmentation"]
-    files: Annotated[list[str], Field(min_length=1)]
+    files: Annotated[list[Text], Field(min_length=1)]
     """Ids of uploaded files."""
-    prompt: Annotated[str, Field(min_length=1)]
+    prompt: Annotated[Text, Field(min_length=1)]
 
 
 class EmbeddingsBody(BaseModel):
@@ -144,8 +156,8 @@ class EmbeddingsBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
-    model: str
-    input: str | Annotated[list[str | Part], Field(min_length=1, max_length=2048)]
+    model: Text
+    input: Text | Annotated[list[Text | Part], Field(min_length=1, max_length=2048)]
     """Texts, images and uploaded files."""
     encoding_format: Literal["float", "base64"] | None = None
 
@@ -153,13 +165,13 @@ class EmbeddingsBody(BaseModel):
 class ZeroShotBody(Body):
     """`POST /v1/zero-shot`."""
 
-    model: str
+    model: Text
     input: Annotated[list[Part], Field(min_length=1)]
     """Images and uploaded files."""
     labels: Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=512)
+        list[Annotated[Text, Field(min_length=1)]], Field(min_length=2, max_length=512)
     ]
-    templates: Annotated[list[str], Field(min_length=1, max_length=64)] | None = None
+    templates: Annotated[list[Text], Field(min_length=1, max_length=64)] | None = None
     """Sentences with {} for the label; several are an ensemble."""
 
 

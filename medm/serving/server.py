@@ -91,7 +91,7 @@ def serve(options: ServeOptions, *, on_listening: Callable[[str], None] | None =
             f"--host {options.host} is reachable by other machines: expected an API key, by "
             f"--api-key-file or the environment variable {KEY_VARIABLE}"
         )
-    with _listening(options) as listener:
+    with listen(options) as listener:
         service = Service.of(options)
         server = Server(build_app(service, key=key), options)
 
@@ -110,7 +110,8 @@ def serve(options: ServeOptions, *, on_listening: Callable[[str], None] | None =
             raise service.worker.failure
 
 
-def _listening(options: ServeOptions) -> socket.socket:
+def listen(options: ServeOptions) -> socket.socket:
+    """Return a socket that listens. Raises `DeviceError`."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         return socket.create_server((options.host, options.port), family=family, backlog=_BACKLOG)
