@@ -40,6 +40,8 @@ _BYTES_PER_SECOND = 2**16
 _FORM_BYTES = 2**16
 """Of an upload beside its file: boundaries and fields of the form."""
 _MIN_KEY = 16
+_LINGER_SECONDS, _LINGER_BYTES = 2.0, 2**26
+"""Of the body of a refused request that are discarded."""
 
 
 class ApiKey:
@@ -245,8 +247,29 @@ class _Exchange:
                 headers["connection"] = "close"
         else:
             self.sent += len(message.get("body", b""))
-            self.ended = not message.get("more_body", False)
+            if not message.get("more_body", False):
+                if self.has_body and not self.complete:
+                    await self.send({**message, "more_body": True})
+                    await self._linger()
+                    message = {"type": "http.response.body", "body": b""}
+                self.ended = True
         await self.send(message)
+
+    async def _linger(self) -> None:
+        """Discard the rest of a body for a moment: a connection that is closed amid it is reset,
+        and the client may never see the response.
+        """
+        if self.code == "body_timeout":
+            return
+        end, left = time.monotonic() + _LINGER_SECONDS, _LINGER_BYTES
+        while left > 0 and (seconds := end - time.monotonic()) > 0:
+            try:
+                message = await asyncio.wait_for(self.receive(), seconds)
+            except TimeoutError:
+                return
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                return
+            left -= len(message.get("body", b""))
 
     async def _refuse(self, error: ServingError) -> None:
         if self.status is not None:
