@@ -10,8 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from medm.serving.errors import ServingError
 
 HARMLESS = frozenset({
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
-    "reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity",
+    "chat_template_kwargs", "metadata", "parallel_tool_calls", "prompt_cache_key",
+    "prompt_cache_retention", "reasoning_effort", "safety_identifier", "service_tier", "store",
+    "user", "verbosity",
 })  # fmt: skip
 """Fields of OpenAI that change no reply: they are ignored, and a header says so."""
 WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
