@@ -10,6 +10,11 @@ from types import FrameType
 
 import uvicorn
 
+try:
+    import resource
+except ImportError:  # not on every system
+    resource = None  # type: ignore[assignment]
+
 from medm.errors import DeviceError, MedmError
 from medm.serving.app import build_app
 from medm.serving.limits import KEY_VARIABLE, Gate, read_api_key
@@ -91,6 +96,7 @@ def serve(options: ServeOptions, *, on_listening: Callable[[str], None] | None =
             f"--host {options.host} is reachable by other machines: expected an API key, by "
             f"--api-key-file or the environment variable {KEY_VARIABLE}"
         )
+    _raise_file_limit()
     with listen(options) as listener:
         service = Service.of(options)
         server = Server(build_app(service, key=key), options)
@@ -108,6 +114,13 @@ def serve(options: ServeOptions, *, on_listening: Callable[[str], None] | None =
             service.close()
         if service.worker.failure is not None:
             raise service.worker.failure
+
+
+def _raise_file_limit() -> None:
+    """Allow as many connections as the system does: each takes a descriptor."""
+    if resource is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def listen(options: ServeOptions) -> socket.socket:
