@@ -78,6 +78,14 @@ class MediaError(DataError):
     """An image or a volume is missing, damaged, unsafe or not what the recipe declares."""
 
 
+class MediaSizeError(MediaError):
+    """An image or a volume has more pixels or voxels than are allowed."""
+
+
+class GeometryError(MediaError):
+    """The header of a volume, or the slices of a series, describe no grid that can be used."""
+
+
 class InputLostError(MedmError):
     """Input became unreadable, or changed, after the work began.
 

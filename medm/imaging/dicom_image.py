@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from medm.errors import MediaError
+from medm.errors import MediaError, MediaSizeError
 from medm.imaging.decoded_image import MAX_PIXELS, DecodedImage
 from medm.imaging.dicom import Header, read_header, warn_not_applied
 from medm.imaging.dicom_pixels import read_pixels
@@ -31,7 +31,7 @@ def read_image_header(file: Path, name: str) -> Header:
             f"{name}: holds {header.frames} frames where one image is expected; give it as a volume"
         )
     if header.rows * header.columns > MAX_PIXELS:
-        raise MediaError(
+        raise MediaSizeError(
             f"{name}: {header.columns} x {header.rows} pixels are more than the {MAX_PIXELS} that "
             "are allowed"
         )

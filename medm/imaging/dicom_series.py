@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from medm.errors import MediaError
+from medm.errors import GeometryError, MediaError
 from medm.imaging.arrays import compact
 from medm.imaging.dicom import MAX_FRAMES, Header, Plane, is_dicom, read_header, warn_not_applied
 from medm.imaging.dicom_pixels import read_pixels
@@ -223,7 +223,7 @@ def _slices(found: Sequence[Header]) -> int:
 def _slice_order(headers: list[Header], name: str) -> tuple[list[int], Geometry]:
     sizes = {(header.rows, header.columns, header.samples) for header in headers}
     if len(sizes) > 1:
-        raise MediaError(
+        raise GeometryError(
             f"{name}: the series mixes slices of {len(sizes)} sizes (rows, columns, samples): "
             f"{sorted(sizes)}"
         )
@@ -232,7 +232,7 @@ def _slice_order(headers: list[Header], name: str) -> tuple[list[int], Geometry]
     check_size((len(headers), headers[0].rows, headers[0].columns), 4, name)
     planes = [header.planes[0] for header in headers if header.planes]
     if len(planes) < len(headers):
-        raise MediaError(
+        raise GeometryError(
             f"{name}: {len(headers) - len(planes)} of {len(headers)} slices lack "
             "ImagePositionPatient, ImageOrientationPatient or PixelSpacing; their order in the "
             "body is unknown"
@@ -244,7 +244,7 @@ def _frame_order(header: Header, name: str) -> tuple[list[int], Geometry]:
     _check_gray(header, name)
     check_size((header.frames, header.rows, header.columns), 4, name)
     if not header.planes:
-        raise MediaError(
+        raise GeometryError(
             f"{name}: {header.frames} frames without positions (a film over time?); a volume "
             "needs a position for each"
         )
@@ -308,7 +308,7 @@ def arrange(planes: Sequence[Plane], name: str) -> tuple[list[int], Geometry]:
     """Return the order of slices along their normal, and the geometry of the sorted stack.
 
     Raises:
-        MediaError: different orientations or pixel sizes, two slices at one place, gaps, uneven
+        GeometryError: different orientations or pixel sizes, two slices at one place, gaps, uneven
             distances, a tilt.
     """
     first = planes[0]
@@ -317,14 +317,14 @@ def arrange(planes: Sequence[Plane], name: str) -> tuple[list[int], Geometry]:
             np.allclose(plane.across, first.across, atol=1e-3)
             and np.allclose(plane.down, first.down, atol=1e-3)
         ):
-            raise MediaError(
+            raise GeometryError(
                 f"{name}: the slices have different orientations (a scout among them?)"
             )
         if not np.allclose(plane.spacing, first.spacing, rtol=1e-3):
-            raise MediaError(f"{name}: the slices have different PixelSpacing")
+            raise GeometryError(f"{name}: the slices have different PixelSpacing")
     normal = np.cross(first.across, first.down)
     if abs(np.linalg.norm(normal) - 1) > 1e-2:
-        raise MediaError(
+        raise GeometryError(
             f"{name}: DICOM ImageOrientationPatient is singular: not two unit vectors at a right "
             "angle"
         )
@@ -340,7 +340,7 @@ def arrange(planes: Sequence[Plane], name: str) -> tuple[list[int], Geometry]:
     drift = float(np.linalg.norm(sideways, axis=1).max())
     if drift > 0.5 * min(first.spacing):
         angle = np.degrees(np.arctan2(np.linalg.norm(travel - depth * normal), depth))
-        raise MediaError(
+        raise GeometryError(
             f"{name}: the slices shift sideways by {drift:.1f} mm (gantry tilt of {angle:.1f} "
             "degrees?); resample to a right-angled grid first"
         )
@@ -359,19 +359,19 @@ def _check_distances(distances: np.ndarray, name: str) -> None:
     usual = float(np.median(distances))
     doubles = int((distances < 0.01).sum())
     if doubles:
-        raise MediaError(
+        raise GeometryError(
             f"{name}: {doubles} slices lie where another lies (duplicates, or several phases in "
             "one series)"
         )
     gaps = distances[distances > (1 + _GAP_TOLERANCE) * usual]
     if len(gaps) and float(gaps.max()) > 1.5 * usual:
         missing = int(np.round(gaps / usual - 1).sum())
-        raise MediaError(
+        raise GeometryError(
             f"{name}: about {missing} slice{' is' if missing == 1 else 's are'} missing: "
             f"distances of {usual:.2f} mm, but up to {gaps.max():.2f}"
         )
     if np.abs(distances - usual).max() > _GAP_TOLERANCE * usual:
-        raise MediaError(
+        raise GeometryError(
             f"{name}: distances between slices are uneven, {distances.min():.2f} to "
             f"{distances.max():.2f} mm; resample to an even grid first"
         )

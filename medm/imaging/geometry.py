@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medm.errors import MediaError
+from medm.errors import GeometryError, MediaError, MediaSizeError
 
 MAX_VOXELS = 2**29
 """Largest volume that is read: 512 x 512 x 2048."""
@@ -74,7 +74,7 @@ class Geometry:
 
 
 def check_size(shape: Sequence[int], itemsize: int, name: str) -> None:
-    """Refuse shapes before anything is allocated. Raises `MediaError`."""
+    """Refuse shapes before anything is allocated. Raises `MediaError`, by its kinds."""
     text = " x ".join(str(length) for length in shape)
     if len(shape) != 3:
         raise MediaError(
@@ -84,22 +84,22 @@ def check_size(shape: Sequence[int], itemsize: int, name: str) -> None:
     if any(length < 1 for length in shape):
         raise MediaError(f"{name}: declares an impossible size {text}")
     if math.prod(shape) > MAX_VOXELS or math.prod(shape) * itemsize > MAX_BYTES:
-        raise MediaError(
+        raise MediaSizeError(
             f"{name}: declares {text} voxels, more than the {MAX_VOXELS} voxels or {MAX_BYTES} "
             "bytes that are allowed"
         )
     if any(length < 2 for length in shape):
-        raise MediaError(
+        raise GeometryError(
             f"{name}: {text} voxels are a single slice, not a volume; give it as an image"
         )
 
 
 def check_spacing(spacing: Sequence[float], name: str, *, source: str = "") -> None:
-    """Refuse impossible spacings; `source` names their origin. Raises `MediaError`."""
+    """Refuse impossible spacings; `source` names their origin. Raises `GeometryError`."""
     low, high = SPACING_RANGE
     if not all(math.isfinite(value) and low <= value <= high for value in spacing):
         text = join_numbers(spacing)
-        raise MediaError(
+        raise GeometryError(
             f"{name}: spacing {text}{source}: expected {low:g} to {high:g} mm between voxels; "
             "correct the header"
         )
@@ -131,21 +131,23 @@ def geometry_from_steps(steps: np.ndarray, origin: np.ndarray, name: str) -> Geo
         name: the file, for messages.
 
     Raises:
-        MediaError: steps that are not finite, vanish, are parallel or sheared.
+        GeometryError: steps that are not finite, vanish, are parallel or sheared.
     """
     if not (np.isfinite(steps).all() and np.isfinite(origin).all()):
-        raise MediaError(
+        raise GeometryError(
             f"{name}: the direction or origin in the header holds NaN or infinite numbers"
         )
     spacing = np.linalg.norm(steps, axis=0)
     check_spacing([float(value) for value in spacing], name)
     direction = steps / spacing
     if abs(np.linalg.det(direction)) < 1e-3:
-        raise MediaError(f"{name}: the direction in the header is singular: two axes are parallel")
+        raise GeometryError(
+            f"{name}: the direction in the header is singular: two axes are parallel"
+        )
     skew = np.abs(direction.T @ direction - np.eye(3)).max()
     if skew > 1e-2:
         angle = math.degrees(math.asin(min(1.0, float(skew))))
-        raise MediaError(
+        raise GeometryError(
             f"{name}: the axes are sheared by {angle:.1f} degrees (a tilted gantry?); "
             "resample to a right-angled grid first"
         )

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from medm.errors import MediaError
+from medm.errors import MediaError, MediaSizeError
 from medm.imaging.arrays import check_npy, read_npy
 from medm.imaging.constant import Step, check_prepared
 from medm.imaging.damage import DECODE_ERRORS
@@ -324,7 +324,7 @@ def _pillow_errors(name: str) -> Iterator[None]:
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MediaError(
+        raise MediaSizeError(
             f"{name}: declares more than the {MAX_PIXELS} pixels that are allowed"
         ) from None
     except DECODE_ERRORS as error:
@@ -335,7 +335,7 @@ def _pillow_errors(name: str) -> Iterator[None]:
 
 def _check_header(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
-        raise MediaError(
+        raise MediaSizeError(
             f"{name}: {image.width} x {image.height} pixels are more than the {MAX_PIXELS} that "
             "are allowed"
         )
@@ -392,7 +392,7 @@ def _check_array(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
             f"found {shape} of {dtype}"
         )
     if shape[0] * shape[1] > MAX_PIXELS:
-        raise MediaError(
+        raise MediaSizeError(
             f"{name}: {shape[1]} x {shape[0]} pixels are more than the {MAX_PIXELS} that are "
             "allowed"
         )

@@ -15,10 +15,10 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TypeVar, cast
 
 try:
     import resource
@@ -33,6 +33,8 @@ from medm.errors import MediaError
 from medm.imaging.arrays import read_npy
 from medm.stopping import ignore_stops
 
+T = TypeVar("T")
+
 _MEMORY, _BYTES_PER_NUMBER = 2**30, 32
 """Address space of the child (0.4 GiB at start), and more for each number the header declares."""
 _SECONDS = 10
@@ -46,56 +48,67 @@ _REPLY = struct.Struct("<?")
 """True if an array follows."""
 
 
-class Decoder:
-    """One child, started on the first request and again after it died. Threads take turns.
+class ChildDiedError(Exception):
+    """A program crashed, or took too much time or memory."""
+
+
+class LimitedChild:
+    """A program that answers requests over its pipes, in a process of its own.
+
+    It is started on the first request and again after it died. Threads take turns. The program
+    limits its memory and CPU time itself (`limit_process`).
 
     Args:
-        command: the program that answers requests; this module by default.
+        command: the program.
     """
 
-    def __init__(
-        self, command: Sequence[str] = (sys.executable, "-P", "-m", "medm.imaging.isolated")
-    ) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         self.command = list(command)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
-    def decode(self, path: Path, name: str, *, max_items: int) -> np.ndarray:
-        """Return the pixels of a DICOM file from SimpleITK: (frames, rows, columns[, samples]).
+    def ask(
+        self,
+        request: Sequence[bytes | memoryview],
+        answer: Callable[[IO[bytes]], T],
+        *,
+        seconds: float,
+    ) -> T:
+        """Write a request and return what `answer` reads of the reply.
 
         Args:
-            path: the file; its header has been checked.
-            name: the file, for messages.
-            max_items: numbers that the header declares.
+            request: its parts.
+            answer: reads the whole reply.
+            seconds: by the clock, after which the program is killed.
 
         Raises:
-            MediaError: GDCM refused the file, crashed on it, or took too much time or memory.
+            ChildDiedError: the program crashed, or took too much time or memory.
+            MediaError: of `answer`; the program is started anew for the next request.
         """
         with self._lock:
             child = self._running()
-            seconds = _SECONDS + max_items // _NUMBERS_PER_SECOND
-            memory = _MEMORY + max_items * _BYTES_PER_NUMBER
-            timer = threading.Timer(seconds * _PATIENCE, child.kill)
+            timer = threading.Timer(seconds, child.kill)
             timer.daemon = True
             timer.start()
             try:
-                pixels = self._ask(child, path, name, (seconds, memory), max_items)
+                pipe = cast(IO[bytes], child.stdin)
+                for part in request:
+                    pipe.write(part)
+                pipe.flush()
+                return answer(cast(IO[bytes], child.stdout))
             except (OSError, EOFError):
                 self._stop()
-                raise MediaError(
-                    f"{name}: the DICOM pixels are damaged: decoding them crashed or took too "
-                    "much time or memory"
-                ) from None
+                raise ChildDiedError from None
             except MediaError:
                 self._stop()  # remaining bytes in the pipe belong to this request
                 raise
             finally:
                 timer.cancel()
-        if pixels is None:
-            raise MediaError(
-                f"{name}: the DICOM pixels are damaged or encoded in a way that is not read"
-            )
-        return pixels
+
+    def stop(self) -> None:
+        """End the program; the next request starts it again."""
+        with self._lock:
+            self._stop()
 
     def forget(self) -> None:
         """Start anew in a forked process, which must not write to the pipes of its parent."""
@@ -114,21 +127,6 @@ class Decoder:
             )
         return self._child
 
-    def _ask(
-        self,
-        child: subprocess.Popen[bytes],
-        path: Path,
-        name: str,
-        limits: tuple[int, int],
-        max_items: int,
-    ) -> np.ndarray | None:
-        request, reply = cast(IO[bytes], child.stdin), cast(IO[bytes], child.stdout)
-        encoded = os.fsencode(path.resolve())
-        request.write(_REQUEST.pack(*limits, len(encoded)) + encoded)
-        request.flush()
-        (decoded,) = _REPLY.unpack(_exactly(reply, _REPLY.size))
-        return read_npy(reply, name, max_items=max_items, exact=False) if decoded else None
-
     def _stop(self) -> None:
         child, self._child = self._child, None
         if child is not None:
@@ -139,7 +137,57 @@ class Decoder:
             child.wait()
 
 
-def _exactly(stream: IO[bytes], count: int) -> bytes:
+class Decoder(LimitedChild):
+    """The program that decodes compressed DICOM.
+
+    Args:
+        command: the program that answers requests; this module by default.
+    """
+
+    def __init__(
+        self, command: Sequence[str] = (sys.executable, "-P", "-m", "medm.imaging.isolated")
+    ) -> None:
+        super().__init__(command)
+
+    def decode(self, path: Path, name: str, *, max_items: int) -> np.ndarray:
+        """Return the pixels of a DICOM file from SimpleITK: (frames, rows, columns[, samples]).
+
+        Args:
+            path: the file; its header has been checked.
+            name: the file, for messages.
+            max_items: numbers that the header declares.
+
+        Raises:
+            MediaError: GDCM refused the file, crashed on it, or took too much time or memory.
+        """
+        seconds = _SECONDS + max_items // _NUMBERS_PER_SECOND
+        memory = _MEMORY + max_items * _BYTES_PER_NUMBER
+        encoded = os.fsencode(path.resolve())
+
+        def pixels_of(reply: IO[bytes]) -> np.ndarray | None:
+            (decoded,) = _REPLY.unpack(read_exactly(reply, _REPLY.size))
+            return read_npy(reply, name, max_items=max_items, exact=False) if decoded else None
+
+        try:
+            pixels = self.ask(
+                [_REQUEST.pack(seconds, memory, len(encoded)), encoded],
+                pixels_of,
+                seconds=seconds * _PATIENCE,
+            )
+        except ChildDiedError:
+            raise MediaError(
+                f"{name}: the DICOM pixels are damaged: decoding them crashed or took too "
+                "much time or memory"
+            ) from None
+        if pixels is None:
+            raise MediaError(
+                f"{name}: the DICOM pixels are damaged or encoded in a way that is not read"
+            )
+        return pixels
+
+
+def read_exactly(stream: IO[bytes], count: int) -> bytes:
+    """Return so many bytes. Raises `EOFError` where the stream ends before."""
     data = stream.read(count)
     if len(data) < count:
         raise EOFError
@@ -157,10 +205,10 @@ def main() -> None:
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     while len(head := requests.read(_REQUEST.size)) == _REQUEST.size:
         seconds, memory, length = _REQUEST.unpack(head)
-        _limit(seconds, memory)
+        limit_process(seconds, memory)
         reader = SimpleITK.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(os.fsdecode(_exactly(requests, length)))
+        reader.SetFileName(os.fsdecode(read_exactly(requests, length)))
         try:
             image = reader.Execute()
             pixels = SimpleITK.GetArrayFromImage(image)
@@ -174,8 +222,13 @@ def main() -> None:
         replies.flush()
 
 
-def _limit(seconds: int, memory: int) -> None:
-    """Limit CPU time (it stands still while other programs run) and address space from now on."""
+def limit_process(seconds: int, memory: int) -> None:
+    """Limit CPU time (it stands still while other programs run) and address space from now on.
+
+    Args:
+        seconds: from now on.
+        memory: bytes of address space in all.
+    """
     if resource is not None:
         spent = resource.getrusage(resource.RUSAGE_SELF)
         for what, limit in (

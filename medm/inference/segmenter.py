@@ -9,7 +9,7 @@ Knows nothing of annotation files and output files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -144,6 +144,9 @@ class Segmenter:
         if self.mode == "memory":
             self.mask_head.memory()  # refused before anything is generated
         self.maps = FeatureMemory[Maps](store, lambda maps: sum(one.nbytes for one in maps))
+        self.on_slice: Callable[[int, int], None] | None = None
+        """Called before each slice of a volume with the slices that are done, and all of them. What
+        it raises ends `ground`."""
 
     @property
     def preprocess(self) -> Preprocess:
@@ -319,6 +322,11 @@ class Segmenter:
             items = torch.zeros(len(some), dtype=torch.int64, device=some.device)
             parts.append(self.branch.head.decode(maps, some, items))
         return MaskLogits(*(torch.cat(part).float().cpu() for part in zip(*parts, strict=True)))
+
+    def report(self, done: int, total: int) -> None:
+        """Call `on_slice`."""
+        if self.on_slice is not None:
+            self.on_slice(done, total)
 
     def encode(self, pixels: np.ndarray) -> Maps:
         """Return the maps of one image, (1, ...) each. A known image is not encoded again."""

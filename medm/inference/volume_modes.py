@@ -7,6 +7,7 @@ volume's own grid, oblique or flipped as it is.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,6 +98,10 @@ class SliceHead(Protocol):
 
     def decode_maps(self, maps: Maps, prompts: Tensor) -> MaskLogits:
         """Return the output for the maps of one image, as `decode`."""
+        ...
+
+    def report(self, done: int, total: int) -> None:
+        """Take note of how many slices of a volume are done."""
         ...
 
 
@@ -301,7 +306,11 @@ def segment_slices(
     head: SliceHead, stack: Slices, prompts: Tensor, options: SegmentationOptions
 ) -> list[MaskLogits]:
     """Segment each slice by itself; the same prompt goes to all."""
-    return [head.decode(stack.prepared(i, head.preprocess), prompts) for i in range(len(stack))]
+    found = []
+    for index in range(len(stack)):
+        head.report(index, len(stack))
+        found.append(head.decode(stack.prepared(index, head.preprocess), prompts))
+    return found
 
 
 def on_volume(
@@ -343,8 +352,11 @@ def propagate(
     maps of a slice are made when they are needed: those of a whole volume would fill the memory.
     """
     count = len(stack)
+    visits = itertools.count()
 
     def maps_of(index: int) -> Maps:
+        total = len(looked_at) + count
+        head.report(min(next(visits), total), total)
         return head.encode(stack.prepared(index, head.preprocess).pixels)
 
     scored = options.slice_choice == "score"
