@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from medm import __version__
 from medm.errors import MediaError
-from medm.files import atomic_directory, atomic_write_text
+from medm.files import atomic_directory, atomic_file, atomic_write_text
 from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom import is_dicom, load_pydicom, quiet
 from medm.imaging.dicom_bare import HEAD, has_file_header
@@ -149,11 +149,7 @@ def clean_folder(
                 name = _place(dataset, places)
                 cleaner = _Cleaner(profile, pseudonyms, report, uids)
                 reasons = cleaner.clean(dataset)
-                target = written / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with quiet():
-                    # A file without its identifiers stays one: they are not invented.
-                    dataset.save_as(target, enforce_file_format=False)
+                _save(dataset, written / name)
             except MediaError as error:
                 report.left_out[str(file)] = error.reason
                 continue
@@ -205,6 +201,14 @@ def _read(file: Path) -> FileDataset | None:
         # A bare data set has no file header; `is_dicom` has looked at its elements.
         dataset: FileDataset = pydicom.dcmread(file, force=bare)
     return dataset
+
+
+def _save(dataset: FileDataset, target: Path) -> None:
+    """Write a file as a whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as temporary, quiet():
+        # A file without its identifiers stays one: they are not invented.
+        dataset.save_as(temporary, enforce_file_format=False)
 
 
 def _place(dataset: Dataset, places: dict[tuple[str, ...], int]) -> str:
