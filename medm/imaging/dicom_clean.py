@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from medm import __version__
 from medm.errors import MediaError
-from medm.files import atomic_directory, atomic_write_text
+from medm.files import atomic_directory, atomic_file, atomic_write_text
 from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom import is_dicom, load_pydicom, quiet
+from medm.imaging.dicom_bare import HEAD, has_file_header
 from medm.imaging.dicom_profiles import Action, Profile
 from medm.imaging.pseudonyms import Pseudonyms
 from medm.types import JsonObject
@@ -50,6 +51,7 @@ _DUMMIES: dict[str, object] = {
 }  # fmt: skip
 """Dummy values by value representation; of those that are not listed it is `_DUMMY`."""
 _PATIENT_ID = 0x00100020
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 _STANDARD_UIDS = "1.2.840.10008."
 _TEXT_VRS = {"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"}
 _IDENTIFYING = (
@@ -147,11 +149,10 @@ def clean_folder(
                 name = _place(dataset, places)
                 cleaner = _Cleaner(profile, pseudonyms, report, uids)
                 reasons = cleaner.clean(dataset)
-                target = written / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with quiet():
-                    # A file without its identifiers stays one: they are not invented.
-                    dataset.save_as(target, enforce_file_format=False)
+                _save(dataset, written / name)
+            except MediaError as error:
+                report.left_out[str(file)] = error.reason
+                continue
             except OSError as error:
                 if error.errno is not None:
                     raise
@@ -183,13 +184,31 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _read(file: Path) -> FileDataset | None:
+    """Return a file with its pixels as they are stored; None for what is not DICOM.
+
+    Raises `MediaError` for a deflated file, which pydicom would inflate without a limit.
+    """
     pydicom = load_pydicom()
     if not is_dicom(file):
         return None
     with quiet():
-        # Bare data sets have no file header; `is_dicom` has looked at their elements.
-        dataset: FileDataset = pydicom.dcmread(file, force=True)
+        with file.open("rb") as stream:
+            bare = not has_file_header(stream.read(HEAD))
+        if not bare:
+            meta = pydicom.filereader.read_file_meta_info(file)
+            if meta.get("TransferSyntaxUID") == _DEFLATED:
+                raise MediaError("deflated, which is not read")
+        # A bare data set has no file header; `is_dicom` has looked at its elements.
+        dataset: FileDataset = pydicom.dcmread(file, force=bare)
     return dataset
+
+
+def _save(dataset: FileDataset, target: Path) -> None:
+    """Write a file as a whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as temporary, quiet():
+        # A file without its identifiers stays one: they are not invented.
+        dataset.save_as(temporary, enforce_file_format=False)
 
 
 def _place(dataset: Dataset, places: dict[tuple[str, ...], int]) -> str:

@@ -12,7 +12,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from medm.errors import MediaError, RecipeError, UnknownNameError
 from medm.imaging.dicom_clean import REPORT, CleaningReport, clean_folder
@@ -179,6 +179,23 @@ def test_what_is_no_image_is_left_out(tmp_path: Path) -> None:
     assert reasons == {"notes.txt": "not DICOM", "sr.dcm": "DICOM without an image"}
     assert CANARY not in (tmp_path / "out" / REPORT).read_text()
     assert "in/" not in (tmp_path / "out" / REPORT).read_text()
+
+
+def test_a_bare_data_set_and_a_deflated_one(tmp_path: Path) -> None:
+    """Without the file header, as some archives export them; and one that could be a bomb."""
+    files = write_series(tmp_path / "in", phantom())
+    dataset = pydicom.dcmread(files[0])
+    dataset.save_as(files[0], enforce_file_format=False)
+    data = files[0].read_bytes()
+    meta = 132 + 12 + int.from_bytes(data[140:144], "little")
+    files[0].write_bytes(data[meta:])
+    dataset = pydicom.dcmread(files[1])
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    dataset.save_as(files[1], enforce_file_format=True)
+    report, found = cleaned(tmp_path / "in", tmp_path / "out")
+    assert report.left_out == {str(files[1]): "deflated, which is not read"}
+    assert len(found) == 11 and not any("Canary" in everything(one) for one in found)
+    assert {one.file_meta.TransferSyntaxUID for one in found} == {ExplicitVRLittleEndian}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
