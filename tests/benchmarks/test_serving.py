@@ -20,7 +20,7 @@ def test_nothing_is_lost_and_a_lost_request_is_seen(
     model = save_model(tmp_path, serving.SMALL)
     log = tmp_path / "log"
     log.write_text("")
-    bodies = mixed_requests(40, side=serving.SMALL.image_size, tokens=8)
+    bodies = mixed_requests(20, side=serving.SMALL.image_size, tokens=8)
     cell: Any = serving.Lost("cpu")
     with running(ServeOptions(model=str(model), name="model", slots=4, queue=8), key=None) as live:
         here = Running(None, int(live.url.rpartition(":")[2]), log)  # type: ignore[arg-type]
