@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,6 +39,7 @@ SECONDS = 600
 """After which a client gives up."""
 _READY_SECONDS = 120
 _TRIES = 2000
+_CONTROL = ("<|im_start|>", "<|im_end|>")
 _CHATML = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
@@ -60,22 +62,25 @@ class Outcome:
 
 
 def save_model(folder: Path, sizes: Sizes) -> Path:
-    """A random model of a workload with a byte-level tokenizer, as medm saves it.
+    """Save a random model of a workload with a byte-level tokenizer, and return its folder.
 
-    It has no end token, so that every reply is as long as it is asked to be.
+    Its weights are far enough apart that replies differ. It never generates an end token, so that
+    every reply is as long as it is asked to be.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    # Texts become bytes; the other tokens have words of their own in replies.
+    size = int(sizes.text["vocab_size"]) - len(_CONTROL)
+    words = [*alphabet, *(f"w{number}" for number in range(len(alphabet), size))]
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")]
-    )
+    backend.add_special_tokens([AddedToken(token, special=True) for token in _CONTROL])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     tokenizer.chat_template = _CHATML
     text = sizes.text | {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    torch.manual_seed(0)
     llm = LlamaForCausalLM(LlamaConfig(**text))
     llm.save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
@@ -89,6 +94,10 @@ def save_model(folder: Path, sizes: Sizes) -> Path:
         },
     }
     model, processor = build(validate(LVLMOptions, section, source="benchmarks"))
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
     model.generation_config.suppress_tokens = [tokenizer.eos_token_id]
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

@@ -169,9 +169,9 @@ class Memory(Figure):
 
 @contextmanager
 def _server() -> Iterator[Running]:
-    with tempfile.TemporaryDirectory() as folder:
-        with serving(save_model(Path(folder), SMALL), slots=16, queue=64) as running:
-            yield running
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        yield stack.enter_context(serving(save_model(folder, SMALL), slots=16, queue=64))
 
 
 def _p95(outcomes: Sequence[Outcome]) -> float:

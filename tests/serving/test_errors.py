@@ -242,7 +242,8 @@ def test_logs_and_figures_hold_no_content(live: Live, caplog: pytest.LogCaptureF
     live.chat("A secret finding", stop=["hidden"])
     live.chat("A secret finding", nonsense="hidden")
     with live.client() as client:
-        client.post("/v1/files", files={"file": ("Secret^Patient.png", png())})
+        name = client.post("/v1/files", files={"file": ("Secret^Patient.png", png())}).json()["id"]
+        client.delete(f"/v1/files/{name}")
         client.get("/secret/path")
         client.post(CHAT, json=question("A secret finding", data_uri(png())))
         figures = client.get("/metrics").text

@@ -75,6 +75,8 @@ def test_the_page(tmp_path: Path) -> None:
             ["bash", "-ec", start], cwd=tmp_path, env=env, stdout=log, stderr=log
         )
     try:
+        while "http://" not in (tmp_path / "log").read_text() and server.poll() is None:
+            time.sleep(0.05)
         for command in commands:
             done = subprocess.run(
                 ["bash", "-ec", command], cwd=tmp_path, env=env, capture_output=True, text=True,
