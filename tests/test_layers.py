@@ -18,7 +18,7 @@ PACKAGE = ROOT / "medm"
 # fmt: off
 LAYERS: list[set[str]] = [
     {
-        "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed", "files",
+        "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed", "files", "limits",
         "transformers_hook",
     },
     {"encoders", "text_encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
@@ -56,6 +56,7 @@ TORCH_FREE_MODULES = (
     "children",
     "launcher",
     "files",
+    "limits",
     "cli",
 )
 HEAVY = ("torch", "transformers", "deepspeed", "monai", "peft", "SimpleITK")
