@@ -58,12 +58,10 @@ MAX_RECIPE_VALUES = _setting("MEDM_MAX_RECIPE_VALUES", 100_000)
 MAX_RECIPE_DEPTH = 100
 """Deepest nesting of a recipe or an override."""
 
-MAX_PARAMETERS = _setting("MEDM_MAX_PARAMETERS", 10**12)
-"""Most parameters that the config of a model folder may declare."""
 MAX_TEMPLATE_SECONDS = _setting("MEDM_MAX_TEMPLATE_SECONDS", 10)
 """Longest time of one conversation in a chat template, which is a program from somewhere else."""
-MAX_TEMPLATE_CHARACTERS = _setting("MEDM_MAX_TEMPLATE_CHARACTERS", 2**26)
-"""Most characters that a chat template may write for one conversation."""
+MAX_TEMPLATE_MEMORY = _setting("MEDM_MAX_TEMPLATE_MEMORY", 2**30)
+"""Most bytes by which memory may grow while a chat template is rendered."""
 
 
 def check_memory(

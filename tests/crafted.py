@@ -328,6 +328,7 @@ class Cost:
 
 _PROGRAM = """
 import resource, sys, time
+resource.setrlimit(resource.RLIMIT_CPU, ({limit}, {limit} + 5))
 sys.setrecursionlimit(10000)
 {imports}
 who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
@@ -347,13 +348,20 @@ print(seconds, grown / 2**20, said.replace(chr(10), " "))
 """
 
 
-def measured(imports: str, call: str, *, timeout: float = 120.0) -> Cost:
+def measured(imports: str, call: str, *, limit: int = 120) -> Cost:
     """Run an expression in a process of its own.
+
+    Args:
+        imports: run before the measurement.
+        call: the expression.
+        limit: processor seconds after which the process is killed; by the clock five times as many,
+            since a machine may be busy.
 
     Raises:
         AssertionError: the process crashed, or did not end in time.
     """
-    program = _PROGRAM.format(imports=imports, call=call)
+    program = _PROGRAM.format(imports=imports, call=call, limit=limit)
+    timeout = 5.0 * limit
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", program],

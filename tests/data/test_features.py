@@ -244,7 +244,7 @@ def test_row_17_what_a_kill_left_is_removed(tmp_path: Path) -> None:
 def test_items_are_spread_over_shards_of_bounded_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_SHARD_BYTES", 200)
+    monkeypatch.setattr(features, "_SHARD_BYTES", 150)
     files = write(tmp_path, a="x", b="xy", c="xyz")
     store = open_store(tmp_path / "cache", "encoder")
     fill(store, list(files.values()))
