@@ -394,6 +394,7 @@ IMAGES: dict[str, tuple[str, Maker]] = {
     "jpeg-allowed-color-scans": (".jpg", progressive_jpeg(8192, 100, mode="RGB", scan=0)),
     "tiff-many-directories": (".tif", many_frames(27_000)),
     "tiff-8192-x-8192-float": (".tif", deflated_tiff(8192, 8192, dtype="float32")),
+    "dicom-rle-8192-x-8192": (".dcm", rle_dicom(8192, 8192, 1)),
     "npy-bool-shape": (".npy", npy_header("(True, 2, 2)", data=bytes(4))),
     "npy-lying": (".npy", npy_header("(8192, 8192)")),
 }
@@ -415,6 +416,5 @@ VOLUMES: dict[str, tuple[str, Maker]] = {
     "metaimage-uint8": (".mha", metaimage((1024, 1024, 512))),
     "metaimage-int32": (".mha", metaimage((1024, 1024, 512), kind="MET_INT", itemsize=4)),
     "npy-bool-shape": (".npy", npy_header("(True, 2, 2)", data=bytes(4))),
-    "dicom-rle": (".dcm", rle_dicom(1024, 1024, 512)),
 }
 """Volumes by name: suffix and maker."""

@@ -42,8 +42,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize("layers", [2**63, 10**6])
 def test_row_37_a_config_of_endless_layers_is_refused(model: Path, layers: int) -> None:
     def deepen(config: dict[str, Any]) -> None:
-        llm = config["llm"]["architecture"] if "architecture" in config["llm"] else config["llm"]
-        llm["num_hidden_layers"] = layers
+        config["text_config"]["num_hidden_layers"] = layers
 
     edit(model / "config.json", deepen)
     started = time.process_time()
