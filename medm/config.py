@@ -7,6 +7,7 @@ recipe; this file defines how a section is written, read, checked and reported.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from enum import Enum
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from medm.errors import RecipeError, suggest
+from medm.limits import MAX_RECIPE_BYTES, MAX_RECIPE_DEPTH, MAX_RECIPE_VALUES
 
 
 class Options(BaseModel):
@@ -71,8 +73,37 @@ On a section it covers every key below. Options of plug-ins use it too.
 class _RecipeLoader(yaml.SafeLoader):
     """SafeLoader that reads `2e-4` as a number and `no` as text, unlike YAML 1.1.
 
-    It refuses duplicate keys.
+    It refuses duplicate keys, values that are none of their type, and aliases that repeat a block
+    without end or often.
     """
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _check_extent(node)
+        return self.construct_document(node)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            kind = str(node.tag).rpartition(":")[2]
+            text = f" {node.value[:40]!r}" if isinstance(node, yaml.ScalarNode) else ""
+            raise RecipeError(
+                f"{_place(node)}: cannot read{text} as {kind} ({str(error)[:100]}); put it in "
+                "quotes if it is text"
+            ) from None
+        if (isinstance(value, int) and value.bit_length() > 63) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            raise RecipeError(
+                f"{_place(node)}: expected a finite number of at most 63 bits, found "
+                f"{str(node.value)[:40]!r}"
+            )
+        return value
 
     def construct_mapping(
         self, node: yaml.MappingNode, deep: bool = False
@@ -80,6 +111,10 @@ class _RecipeLoader(yaml.SafeLoader):
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(
+                    f"{_place(key_node)}: expected a word as a key, found {type(key).__name__}"
+                )
             if key in seen:
                 raise RecipeError(
                     f"{_place(key_node)}: key {key!r} is written twice; keep one of the two"
@@ -103,6 +138,66 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
+def _check_extent(root: yaml.Node) -> None:
+    """Raise `RecipeError` for a tree that is too deep or too large with its aliases expanded.
+
+    Each node is visited once; an alias counts as what it repeats.
+    """
+    counts: dict[int, int] = {}
+    inside: set[int] = set()
+
+    def count(node: yaml.Node, depth: int) -> int:
+        if id(node) in inside:
+            raise RecipeError(f"{_place(node)}: an alias repeats the block that it stands in")
+        if depth > MAX_RECIPE_DEPTH:
+            raise RecipeError(
+                f"{_place(node)}: nested deeper than {MAX_RECIPE_DEPTH} levels; no key is so deep"
+            )
+        if id(node) not in counts:
+            inside.add(id(node))
+            total = 1
+            for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+                for part in child if isinstance(child, tuple) else (child,):
+                    total += count(part, depth + 1)
+            inside.discard(id(node))
+            counts[id(node)] = total
+        if counts[id(node)] > MAX_RECIPE_VALUES:
+            raise RecipeError(
+                f"{_place(node)}: holds more than {MAX_RECIPE_VALUES} values, each counted as "
+                "often as an alias repeats it; write less, or set MEDM_MAX_RECIPE_VALUES"
+            )
+        return counts[id(node)]
+
+    count(root, 0)
+
+
+def _load(text: str, name: str) -> object:
+    """Return the value of a YAML text. Raises `RecipeError` with the place."""
+    try:
+        loader = _RecipeLoader(text)
+        loader.name = name
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"{name}, line {line}: holds the character {error.character!r}, which YAML does not "
+            "allow; remove it"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}, line {mark.line + 1}" if mark else name
+        raise RecipeError(
+            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
+    except RecursionError:
+        raise RecipeError(
+            f"{name}: nested deeper than {MAX_RECIPE_DEPTH} levels; no key is so deep"
+        ) from None
+
+
 def _place(node: yaml.Node) -> str:
     return f"{node.start_mark.name}, line {node.start_mark.line + 1}"
 
@@ -111,25 +206,20 @@ def read_yaml(path: str | Path) -> dict[str, object]:
     """Read a YAML file as a mapping. Raises `RecipeError` with file and line."""
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            data = stream.read(MAX_RECIPE_BYTES + 1)
+        text = data.decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(
             f"{path}: no such recipe; 'medm list recipes' prints the ones that are shipped"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    loader = _RecipeLoader(text)
-    loader.name = str(path)
-    try:
-        value = loader.get_single_data()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+    if len(data) > MAX_RECIPE_BYTES:
         raise RecipeError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
-    finally:
-        loader.dispose()
+            f"{path}: larger than {MAX_RECIPE_BYTES} bytes, which no recipe is; is it another file?"
+        )
+    value = _load(text, str(path))
     if not isinstance(value, dict):
         raise RecipeError(
             f"{path}: expected a mapping of keys at the top, found {type(value).__name__}"
@@ -142,13 +232,12 @@ def parse_value(text: str) -> object:
 
     `1e-3` is a number, `[a, b]` a list, `null` is None.
     """
-    loader = _RecipeLoader(text)
     try:
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise RecipeError(f"cannot read the value {text!r}: {error}") from None
-    finally:
-        loader.dispose()
+        return _load(text, "the value")
+    except RecipeError as error:
+        shown = text if len(text) <= 200 else f"{text[:200]}..."
+        reason = str(error).removeprefix("the value, ")
+        raise RecipeError(f"cannot read the value {shown!r}: {reason}") from None
 
 
 ShortForm: TypeAlias = Callable[[Sequence[str]], "str | None"]

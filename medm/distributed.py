@@ -9,6 +9,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,16 @@ def world_size() -> int:
 def rank() -> int:
     """Return the rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def set_timeout(seconds: float) -> None:
+    """Set the time-out of collective operations; transformers leaves it out where `use_cpu` is set.
+
+    All ranks call it, before the first collective operation. Without a process group it does
+    nothing.
+    """
+    if world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +15,7 @@ from pydantic import Field
 from medm.config import Options, apply_overrides, parse_value, read_yaml, validate
 from medm.errors import RecipeError
 from medm.registry import NamedBlock, Registry
+from tests.crafted import yaml_aliases
 
 
 class Plain(Options):
@@ -137,3 +142,65 @@ def test_words_stay_words(word: str) -> None:
     """`train.save_strategy=no` means the word: YAML 1.1 would make it false."""
     assert parse_value(word) == word
     assert parse_value(f"[{word}]") == [word]
+
+
+BAD_VALUES = {
+    "nul": "\0",
+    "control character": "x\x01y",
+    "key that is a list": "{[a, b]: 1}",
+    "key that is a mapping": "{{a: b}: 1}",
+    "date that is none": "2024-99-99",
+    "time that is none": "2001-01-01 99:99:99",
+    "integer of 5,000 digits": "1" * 5000,
+    "integer of 50,000 hexadecimal digits": "0x" + "f" * 50_000,
+    "300 brackets": "[" * 300 + "]" * 300,
+    "3,000 brackets": "[" * 3000 + "]" * 3000,
+    "300 blocks": "{a: " * 300 + "1" + "}" * 300,
+    "alias to itself": "&a [*a]",
+    "alias to a block around it": "&a {b: {c: *a}}",
+    "number that is none": "!!int x",
+    "truth that is none": "!!bool x",
+    "moment that is none": "!!timestamp x",
+    "set of lists": "!!set {[a]: 1}",
+    "infinity": ".inf",
+    "no number": ".nan",
+    "number beyond all floats": "1e999",
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_row_34_oddities_of_yaml_are_messages(tmp_path: Path, name: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"a: 1\nb: {BAD_VALUES[name]}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml(, line 2)?: "):
+        read_yaml(recipe)
+    with pytest.raises(RecipeError, match="cannot read the value") as error:
+        apply_overrides({}, [f"b={BAD_VALUES[name]}"])
+    assert len(str(error.value)) < 600
+
+
+def test_row_35_nested_aliases_are_counted_and_not_expanded(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    yaml_aliases(40)(recipe)
+    started = time.process_time()
+    with pytest.raises(RecipeError, match="more than 100000 values"):
+        read_yaml(recipe)
+    assert time.process_time() - started < 1
+
+
+def test_row_35_a_recipe_without_end_is_not_read() -> None:
+    with pytest.raises(RecipeError, match="larger than 1048576 bytes"):
+        read_yaml("/dev/zero")
+
+
+@pytest.mark.parametrize("value", ["0", "1e9"])
+def test_a_limit_in_the_environment_is_a_whole_number(value: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "medm", "list"],
+        env={**os.environ, "MEDM_MAX_RECIPE_BYTES": value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "MEDM_MAX_RECIPE_BYTES (environment): expected a whole number" in done.stderr

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "medm"
 # fmt: off
 LAYERS: list[set[str]] = [
     {
-        "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed", "files",
+        "errors", "os_errors", "config", "registry", "types", "stopping", "children", "launcher", "distributed", "files", "limits",
         "slurm", "transformers_hook", "environment",
     },
     {"encoders", "text_encoders", "connectors", "llms", "heads", "knowledge", "imaging", "metrics"},
@@ -58,6 +58,7 @@ TORCH_FREE_MODULES = (
     "launcher",
     "files",
     "slurm",
+    "limits",
     "cli",
 )
 HEAVY = ("torch", "transformers", "deepspeed", "monai", "peft", "SimpleITK")

@@ -30,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with STOP_SIGNALS.handled(resumable=command in (*CONTINUED, LAUNCHER)), safe_path():
             LINK.join()
-            from medm.cli.app import app
-
-            run(app, given)
+            run(_program, given)
     except Stopped as stop:
         # Under a launcher another rank's error may be what stopped this one: the launcher speaks.
         if stop.code == RESUMABLE and not LINK.connected:
@@ -45,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (distributed := sys.modules.get("medm.distributed")) is not None:
             distributed.end_rank(end.code if isinstance(end.code, int) else 0)
         raise
+
+
+def _program(arguments: Sequence[str], *, prog_name: str) -> None:
+    from medm.cli.app import app  # here, where an error of a wrong setting becomes a message
+
+    app(arguments, prog_name=prog_name)
 
 
 def _note(message: str) -> None:

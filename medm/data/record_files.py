@@ -20,10 +20,7 @@ from typing import BinaryIO, NoReturn, Protocol
 import numpy as np
 
 from medm.errors import DataError, InputLostError
-
-MAX_RECORD_BYTES = 16 * 1024 * 1024
-"""Maximum bytes of a record; a longer one is bad. Conversations are kilobytes, and one endless line
-must not fill the memory."""
+from medm.limits import MAX_RECORD_BYTES
 
 _CHUNK = 1024 * 1024
 _HEAD = 4096

@@ -28,9 +28,10 @@ import numpy as np
 from pydantic import Field
 
 from medm.config import Options, validate
-from medm.data.record_files import MAX_RECORD_BYTES, open_regular, parse_json
+from medm.data.record_files import open_regular, parse_json
 from medm.errors import DataError, MediaError, RecipeError
 from medm.imaging import resolve_inside
+from medm.limits import MAX_RECORD_BYTES
 from medm.types import JsonObject
 
 MAX_SAMPLE_BYTES = 512 * 1024 * 1024

@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 
 from medm.errors import MediaError
 from medm.imaging.damage import DECODE_ERRORS
-from medm.imaging.payload import check_ratio
+from medm.imaging.payload import check_cost, check_ratio
 
 _MAX_HEADER = 10_000
 _MAX_PREFIX = 12 + _MAX_HEADER
@@ -157,10 +157,7 @@ def check_npz(
     """
     with _open_npz(path, name) as (archive, member):
         _check_member(member, name, max_bytes=max_bytes)
-        with archive.open(member) as stream:
-            return check_npy(
-                stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size
-            )
+        return _check_header(archive, member, name, max_items=max_items, max_bytes=max_bytes)
 
 
 @contextmanager
@@ -196,10 +193,23 @@ def read_npz_member(
         zipfile.BadZipFile: a checksum that does not fit, or a damaged archive.
     """
     _check_member(member, name, max_bytes=max_bytes)
+    _check_header(archive, member, name, max_items=max_items, max_bytes=max_bytes)
     with archive.open(member) as stream:
         return read_npy(
             stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size
         )
+
+
+def _check_header(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, *, max_items: int, max_bytes: int
+) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape and dtype of one array, whose memory is bounded by its packed bytes."""
+    with archive.open(member) as stream:
+        shape, dtype = check_npy(
+            stream, name, max_items=max_items, max_bytes=max_bytes, length=member.file_size
+        )
+    check_cost(shape, dtype, held=member.compress_size, name=name)
+    return shape, dtype
 
 
 def _check_member(member: zipfile.ZipInfo, name: str, *, max_bytes: int) -> None:

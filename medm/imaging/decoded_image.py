@@ -9,12 +9,6 @@ import numpy as np
 
 from medm.imaging.dicom_values import Voi
 
-MAX_PIXELS = 64 * 2**20
-"""Largest image that is decoded, in pixels.
-
-Pillow alone would allow 179 million (a 17 kB PNG can declare 144 million).
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:

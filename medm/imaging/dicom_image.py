@@ -10,9 +10,10 @@ from typing import BinaryIO
 import numpy as np
 
 from medm.errors import MediaError, MediaSizeError
-from medm.imaging.decoded_image import MAX_PIXELS, DecodedImage
+from medm.imaging.decoded_image import DecodedImage
 from medm.imaging.dicom import Header, read_header, warn_not_applied
 from medm.imaging.dicom_pixels import read_pixels
+from medm.limits import MAX_PIXELS
 
 
 def read_image_header(file: Path, name: str) -> Header:

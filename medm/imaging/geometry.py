@@ -14,11 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from medm.errors import GeometryError, MediaError, MediaSizeError
+from medm.limits import MAX_BYTES, MAX_VOXELS
 
-MAX_VOXELS = 2**29
-"""Largest volume that is read: 512 x 512 x 2048."""
-MAX_BYTES = 2**31
-"""Most bytes of voxels, as stored."""
 SPACING_RANGE = (0.01, 50.0)
 """Plausible range of millimeters between voxels."""
 
@@ -86,7 +83,7 @@ def check_size(shape: Sequence[int], itemsize: int, name: str) -> None:
     if math.prod(shape) > MAX_VOXELS or math.prod(shape) * itemsize > MAX_BYTES:
         raise MediaSizeError(
             f"{name}: declares {text} voxels, more than the {MAX_VOXELS} voxels or {MAX_BYTES} "
-            "bytes that are allowed"
+            "bytes that are allowed (environment: MEDM_MAX_VOXELS, MEDM_MAX_VOLUME_BYTES)"
         )
     if any(length < 2 for length in shape):
         raise GeometryError(

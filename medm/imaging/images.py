@@ -23,7 +23,7 @@ from medm.errors import MediaError, MediaSizeError
 from medm.imaging.arrays import check_npy, read_npy
 from medm.imaging.constant import Step, check_prepared
 from medm.imaging.damage import DECODE_ERRORS
-from medm.imaging.decoded_image import MAX_PIXELS, DecodedImage
+from medm.imaging.decoded_image import DecodedImage
 from medm.imaging.dicom_bare import HEAD, is_dicom_head
 from medm.imaging.formats import READ, describe_content
 from medm.imaging.notices import warn_once
@@ -36,15 +36,15 @@ from medm.imaging.samples import (
     decoded_samples,
     read_labels,
     read_samples,
+    stored_bytes,
 )
 from medm.imaging.sources import Source
+from medm.limits import MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SCANS, MAX_SIDE
 
 logger = logging.getLogger(__name__)
 
 _MAX_FRAMES_COUNTED = 100
 """Frames that a message counts; Pillow needs longer for each further directory of a TIFF."""
-_MAX_SCANS = 100
-"""Most scans of a progressive JPEG. Encoders write about ten; each costs 0.07 s at 64 Mpixel."""
 
 _FORMATS = ["PNG", "JPEG", "TIFF", "BMP"]
 _NPY = b"\x93NUMPY"
@@ -337,7 +337,18 @@ def _check_header(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise MediaSizeError(
             f"{name}: {image.width} x {image.height} pixels are more than the {MAX_PIXELS} that "
-            "are allowed"
+            "are allowed (MEDM_MAX_PIXELS)"
+        )
+    if max(image.size) > MAX_SIDE:
+        raise MediaError(
+            f"{name}: {image.width} x {image.height} pixels, expected at most {MAX_SIDE} along one "
+            "side; cut it into parts, or set MEDM_MAX_SIDE"
+        )
+    if (needed := stored_bytes(image)) > MAX_IMAGE_BYTES:
+        raise MediaError(
+            f"{name}: {image.width} x {image.height} pixels of {needed} bytes are more than the "
+            f"{MAX_IMAGE_BYTES} that are allowed; save it smaller or with 8 bits, or set "
+            "MEDM_MAX_IMAGE_BYTES"
         )
     # A phone's JPEG may carry a thumbnail or depth map as further frames (MPO); the photograph is
     # the first.
@@ -370,9 +381,9 @@ def _check_scans(stream: BinaryIO, name: str) -> None:
     stream.seek(0)
     scans = stream.read().count(b"\xff\xda")
     stream.seek(at)
-    if scans > _MAX_SCANS:
+    if scans > MAX_SCANS:
         raise MediaError(
-            f"{name}: a JPEG of {scans} scans, more than the {_MAX_SCANS} that are allowed; save "
+            f"{name}: a JPEG of {scans} scans, more than the {MAX_SCANS} that are allowed; save "
             "it anew"
         )
 
@@ -394,7 +405,11 @@ def _check_array(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
     if shape[0] * shape[1] > MAX_PIXELS:
         raise MediaSizeError(
             f"{name}: {shape[1]} x {shape[0]} pixels are more than the {MAX_PIXELS} that are "
-            "allowed"
+            "allowed (MEDM_MAX_PIXELS)"
+        )
+    if max(shape[:2]) > MAX_SIDE:
+        raise MediaError(
+            f"{name}: {shape[1]} x {shape[0]} pixels, expected at most {MAX_SIDE} along one side"
         )
 
 

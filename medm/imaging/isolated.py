@@ -31,12 +31,15 @@ from numpy.lib import format as npy
 from medm.children import child_environment
 from medm.errors import MediaError
 from medm.imaging.arrays import read_npy
+from medm.limits import check_memory
 from medm.stopping import ignore_stops
 
 T = TypeVar("T")
 
 _MEMORY, _BYTES_PER_NUMBER = 2**30, 32
 """Address space of the child (0.4 GiB at start), and more for each number the header declares."""
+_BYTES_KEPT = 8
+"""Bytes of memory for each number, here and in the child together."""
 _SECONDS = 10
 _NUMBERS_PER_SECOND = 5_000_000
 """CPU time of a request: `_SECONDS`, and more for its numbers at this slow pace."""
@@ -160,6 +163,8 @@ class Decoder(LimitedChild):
         Raises:
             MediaError: GDCM refused the file, crashed on it, or took too much time or memory.
         """
+        # Two bytes in the child, two here, and two to four more for what they are converted to.
+        check_memory(max_items * _BYTES_KEPT, held=path.stat().st_size, name=name, error=MediaError)
         seconds = _SECONDS + max_items // _NUMBERS_PER_SECOND
         memory = _MEMORY + max_items * _BYTES_PER_NUMBER
         encoded = os.fsencode(path.resolve())

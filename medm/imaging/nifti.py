@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import math
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from medm.imaging.geometry import (
     spacings_differ,
 )
 from medm.imaging.notices import warn_of_file
-from medm.imaging.payload import open_binary, read_voxels
+from medm.imaging.payload import check_cost, open_binary, read_voxels
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def read_nifti(path: Path, name: str) -> tuple[np.ndarray, Geometry | None]:
     with open_binary(path, name) as stream:
         header, packed = _read_header(stream, name)
         shape, dtype = _check(header, name)
+        _check_cost(stream, header, shape, dtype, name)
         voxels = _voxels(stream, header, packed, shape, dtype, name)
     return _scaled(voxels, header, name), _geometry(header, name)
 
@@ -139,6 +141,7 @@ def read_nifti_stack(path: Path, name: str) -> np.ndarray:
         if _scaling(header, name) is not None:
             raise MediaError(f"{name}: scaled values; expected label maps")
         shape = (*sides[::-1], volumes)  # the first axis of NIfTI is the fastest
+        _check_cost(stream, header, shape, dtype, name)
         voxels = _voxels(stream, header, packed, shape, dtype, name)
     return np.moveaxis(voxels, -1, 0)
 
@@ -150,8 +153,8 @@ def check_nifti(path: Path, name: str) -> tuple[int, int, int]:
     """
     with open_binary(path, name) as stream:
         header, packed = _read_header(stream, name)
-    shape, dtype = _check(header, name)
-    _scaling(header, name)
+        shape, dtype = _check(header, name)
+        _check_cost(stream, header, shape, dtype, name)
     _geometry(header, name)
     needed, found = int(header.vox_offset) + math.prod(shape) * dtype.itemsize, path.stat().st_size
     if not packed and found < needed:
@@ -319,6 +322,14 @@ def _check(header: _Header, name: str) -> tuple[tuple[int, int, int], np.dtype]:
             f"3 um); mm are taken: voxels of {join_numbers(header.spacing)} mm",
         )
     return (lengths[2], lengths[1], lengths[0]), dtype
+
+
+def _check_cost(
+    stream: BinaryIO, header: _Header, shape: tuple[int, ...], dtype: np.dtype, name: str
+) -> None:
+    is_scaled = _scaling(header, name) is not None
+    held = os.fstat(stream.fileno()).st_size
+    check_cost(shape, dtype, held=held, name=name, is_scaled=is_scaled)
 
 
 def _scaling(header: _Header, name: str) -> tuple[float, float] | None:

@@ -16,6 +16,7 @@ import numpy as np
 from zlib_ng import zlib_ng  # unpacks twice as fast as Python's zlib, with the same checks
 
 from medm.errors import MediaError
+from medm.limits import check_memory
 
 Packing = Literal["raw", "gzip", "zlib"]
 
@@ -82,6 +83,30 @@ def check_ratio(packed: int, needed: int, name: str) -> None:
             f"{name}: {packed} packed bytes cannot hold the {needed} bytes that its header "
             "declares; the file is truncated or its header is wrong"
         )
+
+
+def check_cost(
+    shape: tuple[int, ...], dtype: np.dtype, *, held: int, name: str, is_scaled: bool = False
+) -> None:
+    """Refuse a small file whose voxels would take much memory, before allocating.
+
+    They are counted as stored, and once more in the type that they are converted to.
+
+    Args:
+        shape: of the array.
+        dtype: as stored.
+        held: bytes of the file.
+        name: the file, for messages.
+        is_scaled: the values are multiplied, and so become float32.
+
+    Raises:
+        MediaError: see `medm.limits.check_memory`.
+    """
+    kept = dtype.isnative and dtype in (np.int16, np.float32) and not is_scaled
+    small = dtype.itemsize == 1 and not is_scaled
+    converted = 0 if kept else 2 if small else 4
+    needed = math.prod(shape) * (dtype.itemsize + converted)
+    check_memory(needed, held=held, name=name, error=MediaError)
 
 
 def check_length(

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from medm.errors import MediaError
-from medm.imaging.decoded_image import MAX_PIXELS
-from medm.imaging.geometry import MAX_VOXELS
+from medm.limits import MAX_PIXELS, MAX_VOXELS
 
 _FIRST = 48
 """Code of the character that stands for 0 ("0")."""

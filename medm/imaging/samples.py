@@ -130,7 +130,7 @@ def check_layout(image: ImageFile.ImageFile, name: str) -> None:
 
 def decoded_samples(image: Image.Image) -> Samples:
     """Return the pixels of an image that Pillow has decoded; what it dropped on the way is gone."""
-    samples = _from_mode(image)
+    samples = _from_mode(ImageOps.exif_transpose(image))  # a copy: the image is the caller's
     tags = getattr(image, "tag_v2", None) or {}
     # Pillow turns white-is-zero TIFFs of 8 bits over, and leaves wider ones as they are stored.
     inverted = tags.get(262) == 0 and samples.pixels.dtype != np.uint8
@@ -148,6 +148,18 @@ def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
         tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
         for tile in image.tile
     ]
+
+
+def stored_bytes(image: Image.Image) -> int:
+    """Return the bytes of the samples of an opened image, as far as its header tells."""
+    bands, size = len(image.getbands()), 1
+    if isinstance(image, ImageFile.ImageFile) and _is_deep_color(image):
+        bands, size = max(bands, 4 * _raw_mode(image).startswith("LA;")), 2
+    elif image.mode.startswith("I;16"):
+        size = 2
+    elif image.mode in ("I", "F"):
+        size = 4
+    return image.width * image.height * bands * size
 
 
 def _is_deep_color(image: ImageFile.ImageFile) -> bool:
@@ -224,7 +236,8 @@ def _with_palette(image: Image.Image, colors: tuple[int, ...]) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
-    return ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much again
+    return image
 
 
 def _deep_color(image: ImageFile.ImageFile, reopen: Reopen) -> Samples:
@@ -283,4 +296,5 @@ def _from_mode(image: Image.Image) -> Samples:
             image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return Samples(np.array(image.convert("L" if gray else "RGB")))
+    wanted = "L" if gray else "RGB"
+    return Samples(np.array(image if image.mode == wanted else image.convert(wanted)))

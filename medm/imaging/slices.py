@@ -12,6 +12,7 @@ from medm.errors import MediaError
 from medm.imaging.folders import is_system_file, refuse_lost_slice, report_skipped
 from medm.imaging.geometry import check_size
 from medm.imaging.images import check_image, read_image
+from medm.imaging.payload import check_cost
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"}
 _OTHER_IMAGES = {
@@ -84,6 +85,8 @@ def read_slices(folder: Path, name: str) -> np.ndarray:
     start = files[0][0]
     first = _gray(files[0][1])
     check_size((len(files), *first.shape), first.dtype.itemsize, name)
+    held = sum(path.stat().st_size for _, path in files)
+    check_cost((len(files) * 2, *first.shape), first.dtype, held=held, name=name)
     slices = [first]
     for number, path in files[1:]:
         pixels = _gray(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import BinaryIO, NamedTuple, TypeAlias
 import numpy as np
 
 from medm.imaging.geometry import Geometry
-from medm.imaging.payload import Packing, check_length, open_binary, read_voxels
+from medm.imaging.payload import Packing, check_cost, check_length, open_binary, read_voxels
 
 Fields: TypeAlias = dict[str, str]
 
@@ -44,9 +45,10 @@ class TextHeaderFormat:
                 in its header.
         """
         with self._at_voxels(path, name) as (stream, fields):
-            return read_voxels(stream, *self.layout(fields, name), name), self.geometry(
-                fields, name
-            )
+            layout = self.layout(fields, name)
+            held = os.fstat(stream.fileno()).st_size
+            check_cost(layout.shape, layout.dtype, held=held, name=name)
+            return read_voxels(stream, *layout, name), self.geometry(fields, name)
 
     def check(self, path: Path, name: str) -> tuple[int, ...]:
         """Check the header and the length of uncompressed voxels. Return the size (D, H, W).
@@ -56,6 +58,7 @@ class TextHeaderFormat:
         with self._at_voxels(path, name) as (stream, fields):
             shape, dtype, packing = self.layout(fields, name)
             check_length(stream, shape, dtype, packing, name)
+            check_cost(shape, dtype, held=os.fstat(stream.fileno()).st_size, name=name)
         return shape
 
     def data_file(self, path: Path, name: str) -> Path | None:

@@ -12,11 +12,12 @@ import numpy as np
 
 from medm.errors import MediaError
 from medm.imaging.constant import Step, check_prepared
-from medm.imaging.geometry import MAX_VOXELS, Geometry
+from medm.imaging.geometry import Geometry
 from medm.imaging.notices import warn_of_file, warn_once
 from medm.imaging.options import VolumePreprocess
 from medm.imaging.placement import Placement, Prepared
 from medm.imaging.volumes import Volume
+from medm.limits import MAX_VOXELS, check_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,6 +101,7 @@ def _shown(
     voxels, placement = _on_grid(preprocess, volume)
     blend = _blend(preprocess, len(voxels))
     used = range(len(voxels)) if blend is None else blend.used
+    _check_cost(preprocess, volume, len(used) * voxels[0].size)
     values = _on_device(voxels, used, device)  # [D, H, W]
     common = []
     if ranges is not None:
@@ -217,6 +219,7 @@ def _on_grid(preprocess: VolumePreprocess, volume: Volume) -> tuple[np.ndarray, 
     if preprocess.interpolation == "area" and preprocess.spacing is not None:
         voxels, geometry = _averaged(voxels, geometry, preprocess.spacing)
     _check_result(size, volume.name, limit=limit)
+    _check_cost(preprocess, volume, math.prod(size), copies=2)
     resampled = _resampled(
         voxels, geometry, target, size, nearest=preprocess.interpolation == "nearest"
     )
@@ -531,6 +534,27 @@ def _foreground(
             )
         box.append(slice(int(inside[0]), int(inside[-1]) + 1))
     return box[0], box[1], box[2]
+
+
+def _check_cost(
+    preprocess: VolumePreprocess, volume: Volume, count: int, *, copies: int = 0
+) -> None:
+    """Refuse a small file whose preparation would take much memory.
+
+    Args:
+        preprocess: the preprocessing.
+        volume: as it was read.
+        count: voxels that are windowed, in float32 each; all windows but the last copy them.
+        copies: further copies of them.
+
+    Raises:
+        MediaError: see `medm.limits.check_memory`.
+    """
+    if volume.held is None:
+        return
+    copies += 1 + (len(preprocess.windows or []) > 1) + (preprocess.scale == "minmax")
+    needed = volume.voxels.nbytes + 4 * count * copies
+    check_memory(needed, held=volume.held, name=volume.name, error=MediaError, what="preparing it")
 
 
 def _check_result(shape: Sequence[int], name: str, *, limit: int) -> None:

@@ -17,9 +17,10 @@ from medm.errors import MediaError
 from medm.imaging.arrays import check_npy, check_npz, compact, read_npy, read_npz
 from medm.imaging.constant import refuse_lost_values
 from medm.imaging.dicom_bare import is_dicom_head
-from medm.imaging.geometry import MAX_BYTES, MAX_VOXELS, Geometry, check_size
+from medm.imaging.geometry import Geometry, check_size
 from medm.imaging.paths import split_series
 from medm.imaging.payload import open_binary
+from medm.limits import MAX_BYTES, MAX_VOXELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class Volume:
     """Spacing, direction and origin in array-axis order; None if the file has no direction."""
     modality: str | None = None
     """DICOM modality, where there is one."""
+    held: int | None = None
+    """Bytes of the file on the disk; None for a folder, and for an array in memory."""
 
 
 def read_volume(
@@ -67,9 +70,9 @@ def read_volume(
     if not path.exists():
         raise MediaError(f"{name}: no such file or folder")
     volume = _read_folder(path, name, series, several) if path.is_dir() else _read_file(path, name)
-    return Volume(
-        _checked(volume.voxels, name), name, volume.unit, volume.geometry, volume.modality
-    )
+    voxels = _checked(volume.voxels, name)
+    held = None if path.is_dir() else path.stat().st_size
+    return Volume(voxels, name, volume.unit, volume.geometry, volume.modality, held)
 
 
 def check_volume(
@@ -239,7 +242,7 @@ def _checked(voxels: np.ndarray, name: str) -> np.ndarray:
     check_size(voxels.shape, voxels.dtype.itemsize, name)
     stored, voxels = voxels, np.ascontiguousarray(compact(voxels))
     if voxels.dtype.kind == "f":
-        bad = int(voxels.size - np.isfinite(voxels).sum())
+        bad = sum(int(plane.size - np.isfinite(plane).sum()) for plane in voxels)
         if bad:
             raise MediaError(
                 f"{name}: {bad} of {voxels.size} voxels are NaN or infinite; replace them or "

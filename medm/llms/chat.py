@@ -24,6 +24,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from medm.errors import DataError, RecipeError
+from medm.llms.template_bounds import TemplateLimitError, bounded, check_operations
 from medm.llms.template_clock import fix_clock
 from medm.types import Role
 
@@ -72,6 +73,7 @@ class ChatFormat:
         reply_tokens: Collection[str] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        check_operations(template)
         self.template = fix_clock(template)
         self.template_kwargs = dict(template_kwargs or {})
         self._control = {
@@ -227,6 +229,8 @@ class ChatFormat:
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
         try:
             return self._apply(messages, generation)
+        except TemplateLimitError:
+            raise
         except Exception as error:  # noqa: BLE001 (a template is somebody's program, and may raise anything)
             raise self._fault(error, messages) from None
 
@@ -234,15 +238,16 @@ class ChatFormat:
         marked = [
             {"role": message.role, "content": _MARK.format(i)} for i, message in enumerate(messages)
         ]
-        return str(
-            self.tokenizer.apply_chat_template(
-                marked,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=generation,
-                **self.template_kwargs,
+        with bounded():
+            return str(
+                self.tokenizer.apply_chat_template(
+                    marked,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=generation,
+                    **self.template_kwargs,
+                )
             )
-        )
 
     def _fault(self, error: Exception, messages: Sequence[Message]) -> DataError | RecipeError:
         """Return an error about the conversation or the template.

@@ -6,7 +6,6 @@ import inspect
 import logging
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
 
 from medm.errors import CheckpointError
@@ -14,6 +13,7 @@ from medm.models.auto import register
 from medm.models.base import MedmModel
 from medm.models.manifest import verify_weights
 from medm.models.published.weights import LoadReport, read_object
+from medm.models.small_files import check_small_files, opening
 from medm.types import MODEL_TYPE_PREFIX, Processor
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,9 @@ def open_config(folder: str) -> PreTrainedConfig:
             "processor_config.json in it"
         )
     register()
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: its config cannot be opened ({error})") from None
+    config = opening(
+        path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), what="config.json"
+    )
     if not config.model_type.startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
             f"{folder}: a model of type {config.model_type!r}, which medm did not save; "
@@ -50,20 +49,26 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
     """See `medm.models.load`."""
     path, config = Path(folder).expanduser(), open_config(folder)
     verify_weights(path)
-    try:
-        # Mismatched tensors are let through here, so that the report below names them as it names
-        # the others.
-        model, report = AutoModel.from_pretrained(
+    check_small_files(path)
+    processor = opening(
+        path,
+        lambda: AutoProcessor.from_pretrained(path, trust_remote_code=False),
+        what="its tokenizer or processor",
+    )
+    # Mismatched tensors are let through here, so that the report below names them as it names the
+    # others.
+    model, report = opening(
+        path,
+        lambda: AutoModel.from_pretrained(
             path,
             config=config,
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
-        )
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be opened ({error})") from None
+        ),
+        what="its model",
+    )
     loaded = LoadReport(
         folder,
         missing=sorted(report["missing_keys"]),
@@ -86,10 +91,12 @@ def open_processor(folder: str) -> Processor:
     if not (path / "processor_config.json").is_file():
         raise CheckpointError(f"{folder}: not a model folder; expected processor_config.json in it")
     register()
-    try:
-        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its processor cannot be opened ({error})") from None
+    check_small_files(path)
+    return opening(
+        path,
+        lambda: AutoProcessor.from_pretrained(path, trust_remote_code=False),
+        what="its tokenizer or processor",
+    )
 
 
 def _report_unknown_fields(folder: Path, config: PreTrainedConfig, processor: Processor) -> None:

@@ -18,6 +18,12 @@ from medm.files import sync
 from medm.models import verified
 
 MANIFEST = "manifest.json"
+_CHECKSUM = "sha256"
+"""Key of the manifest's own checksum. Manifests of earlier versions of medm have none."""
+_READ = (".json", ".jinja", ".model", ".txt")
+"""Suffixes of small files that opening a model reads."""
+_RECORDS = ("run.json", "trainer_state.json")
+"""Files of that kind that no opening reads."""
 _BLOCK = 1 << 22
 
 
@@ -45,6 +51,8 @@ def write_manifest(folder: Path, metadata: Mapping[str, object]) -> None:
             for path, digest in zip(files, digests, strict=True)
         },
     }
+    record = json.loads(json.dumps(record))
+    record[_CHECKSUM] = _own_checksum(record)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(record, indent=1), encoding="utf-8")
     for path in [manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
@@ -68,6 +76,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise CheckpointError(
             f"{folder / MANIFEST}: expected files with size and sha256, found something else"
+        )
+    if _CHECKSUM in record and record.pop(_CHECKSUM) != _own_checksum(record):
+        raise CheckpointError(
+            f"{folder / MANIFEST}: the content changed since it was written (its own sha256 "
+            "differs)"
         )
     return record
 
@@ -129,6 +142,33 @@ def verify_weights(folder: Path) -> None:
     _compare(folder, listed)
     if before is not None:
         verified.note(folder, before)
+
+
+def changed_small_files(folder: Path) -> list[str]:
+    """Return the files beside the weights that are missing or not as they were written.
+
+    Configs, tokenizers and templates are for people to edit, so a change is no error. Without a
+    manifest nothing is known, and the result is empty.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    if not (folder / MANIFEST).is_file():
+        return []
+    listed: dict[str, FileEntry] = read_manifest(folder)["files"]
+    return [
+        name
+        for name, entry in sorted(listed.items())
+        if name.endswith(_READ)
+        and "/" not in name
+        and name not in _RECORDS
+        and not ((folder / name).is_file() and _hash(folder / name) == entry["sha256"])
+    ]
+
+
+def _own_checksum(record: Mapping[str, object]) -> str:
+    """Return the sha256 of a manifest's content, whatever its layout."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _is_entry(entry: object) -> bool:

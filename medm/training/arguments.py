@@ -24,6 +24,7 @@ from transformers.integrations.integration_utils import (
 from transformers.training_args import OptimizerNames
 
 from medm.config import Mark
+from medm.distributed import set_timeout
 from medm.errors import DeviceError, RecipeError, suggest
 from medm.launcher import launched_rank
 from medm.training.kernels import require_liger
@@ -222,6 +223,7 @@ def training_arguments(options: TrainOptions, output_dir: Path) -> TrainingArgum
         arguments._n_gpu = (
             1  # torch's DataParallel, which transformers would choose, cannot split our batches
         )
+    set_timeout(options.ddp_timeout)  # the process group is there since `n_gpu` was read
     return arguments
 
 

@@ -46,6 +46,7 @@ from medm.training.quantize import four_bit_weights, plain_state_dict
 from medm.training.recipe import differences
 from medm.training.safe_load import safe_loading
 from medm.training.snapshot import Snapshot, check_types, tensor_bytes, write_files
+from medm.training.watchdog import Watchdog
 from medm.types import JsonObject
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ class ResumableTrainer(Trainer):
         self._commits = AsyncCheckpointWriter(args.device)
         self._committed_step: int | None = None
         self._keeps_training_state = True
-        callbacks = [*callbacks, self.interruption, _PollWriter(self._commits)]
+        self.watchdog = Watchdog(self.output_dir, args.ddp_timeout)
+        callbacks = [*callbacks, self.interruption, _PollWriter(self._commits), self.watchdog]
         super().__init__(model=model, args=args, callbacks=callbacks, **rest)
 
     # Running --------------------------------------------------------------------------------------
@@ -129,7 +131,8 @@ class ResumableTrainer(Trainer):
             self._commits,
         ):
             start = on_rank_zero(lambda: self._starting_point(self.output_dir, resume=resume))
-            super().train(resume_from_checkpoint=None if start is None else str(start))
+            with self.watchdog.watching():
+                super().train(resume_from_checkpoint=None if start is None else str(start))
         return not self.interruption.raised
 
     def _starting_point(self, output_dir: Path, *, resume: bool) -> Path | None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from medm.data import features
 from medm.data.features import FeatureBatch, missing, open_store
 from medm.errors import MediaError, MedmError
+from medm.files import lock
 from medm.imaging.placement import Placement
 from tests.imaging.tiny import phantom, write_series
 
@@ -100,8 +107,7 @@ def test_another_encoder_has_a_store_of_its_own(tmp_path: Path) -> None:
     assert open_store(tmp_path / "cache", "two").get(files["a"]) is None
 
 
-def test_a_shard_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
-    files = write(tmp_path, a="x", b="xy")
+def test_row_17_an_interruption_keeps_what_was_written(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cache", "encoder")
 
     def dies() -> Iterator[FeatureBatch]:
@@ -110,6 +116,14 @@ def test_a_shard_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         store.add(dies(), most=2, shape=(2, 3), dtype=np.dtype(np.float16))
+    assert "k" in store
+    assert "k" in open_store(tmp_path / "cache", "encoder")
+    assert sorted(path.suffix for path in store.folder.iterdir()) == [".json", ".npy"]
+
+
+def test_items_that_differ_in_number_leave_nothing(tmp_path: Path) -> None:
+    files = write(tmp_path, a="x", b="xy")
+    store = open_store(tmp_path / "cache", "encoder")
     for most, rows in ((2, 1), (1, 2)):
         with pytest.raises(
             ValueError, match=f"2 items in 2 rows, at most {most} rows in all, found {rows}"
@@ -124,6 +138,121 @@ def test_a_shard_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
     assert fill(open_store(tmp_path / "cache", "encoder"), list(files.values())) == 2
 
 
+def test_row_14_a_flipped_bit_is_found_and_its_shard_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = write(tmp_path, a="x", b="xy")
+    fill(open_store(tmp_path / "cache", "encoder"), list(files.values()))
+    [shard] = (tmp_path / "cache" / "encoder").glob("*.npy")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    store = open_store(tmp_path / "cache", "encoder")
+    assert len(missing(store, [files["b"], files["a"]])[0]) == 2
+    assert "a damaged shard of features is computed again (a checksum does not fit)" in caplog.text
+    assert not shard.exists()
+    assert fill(store, list(files.values())) == 2
+    assert store.get(files["b"]).tolist() == [[2.0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".npy", lambda old: old[:-1]),
+        (".npy", lambda old: b""),
+        (".npy", lambda old: bytes(len(old))),
+        (".json", lambda old: old[: len(old) // 2]),
+        (".json", lambda old: bytes(len(old))),
+        (".json", lambda old: b"{}"),
+        (".json", lambda old: b"[1, [2]]"),
+        (".json", lambda old: old.replace(b'"placements": [', b'"placements": [3, ')),
+        (".json", lambda old: b"null"),
+    ],
+)
+def test_row_15_a_damaged_shard_or_index_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str, content: Callable[[bytes], bytes]
+) -> None:
+    files = write(tmp_path, a="x", b="xy")
+    fill(open_store(tmp_path / "cache", "encoder"), list(files.values()))
+    [damaged] = (tmp_path / "cache" / "encoder").glob(f"*{suffix}")
+    damaged.write_bytes(content(damaged.read_bytes()))
+    store = open_store(tmp_path / "cache", "encoder")
+    assert "is computed again" in caplog.text
+    assert fill(store, list(files.values())) == 2
+    assert len(list(store.folder.iterdir())) == 2
+    assert store.get(files["a"])[0, 0] == 1
+
+
+def test_row_15_a_shard_that_another_rank_removed_is_forgotten(tmp_path: Path) -> None:
+    files = write(tmp_path, a="x")
+    store = open_store(tmp_path / "cache", "encoder")
+    fill(store, [files["a"]])
+    for file in store.folder.iterdir():
+        file.unlink()
+    store.refresh()
+    assert store.get(files["a"]) is None
+
+
+def test_row_16_a_disk_that_fills_while_features_are_made_is_an_error(tmp_path: Path) -> None:
+    """The limit on the size of files (RLIMIT_FSIZE) stands for a disk that another program fills.
+
+    A memory map would end with SIGBUS.
+    """
+    program = f"""
+import resource, signal
+import numpy as np
+from medm.data import features
+from medm.data.features import FeatureBatch, open_store
+from medm.imaging.placement import Placement
+store = open_store(__import__("pathlib").Path({str(tmp_path)!r}), "encoder")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+place = Placement.of_source((4, 6))
+parts = (FeatureBatch([str(n)], [place], np.ones((1, 1000), np.float32)) for n in range(100))
+try:
+    store.add(parts, most=100, shape=(1000,), dtype=np.dtype(np.float32))
+except OSError as error:
+    print(error.errno, str(error.filename).endswith(".npy"), list(store.folder.iterdir()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == f"{errno.EFBIG} True []", done.stderr
+
+
+def test_row_17_what_a_kill_left_is_removed(tmp_path: Path) -> None:
+    files = write(tmp_path, a="x")
+    folder = open_store(tmp_path / "cache", "encoder").folder
+    fill(open_store(tmp_path / "cache", "encoder"), [files["a"]])
+    killed, orphan, young, held = (
+        folder / name for name in (".a.npy.1-2.tmp", "b.npy", ".c.npy.1-2.tmp", ".d.npy.1-2.tmp")
+    )
+    for file in (killed, orphan, young, held):
+        file.write_bytes(b"x")
+    for file in (killed, orphan, held):
+        os.utime(file, (time.time() - 120,) * 2)
+    with held.open("rb") as stream:
+        lock(stream)
+        store = open_store(tmp_path / "cache", "encoder")
+        assert [file.exists() for file in (killed, orphan, young, held)] == [
+            False,
+            False,
+            True,
+            True,
+        ]
+    assert store.get(files["a"]) is not None
+
+
+def test_items_are_spread_over_shards_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_SHARD_BYTES", 150)
+    files = write(tmp_path, a="x", b="xy", c="xyz")
+    store = open_store(tmp_path / "cache", "encoder")
+    fill(store, list(files.values()))
+    assert len(list(store.folder.glob("*.npy"))) > 1
+    again = open_store(tmp_path / "cache", "encoder")
+    assert [int(again.get(file)[0, 0]) for file in files.values()] == [1, 2, 3]
+
+
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cache", "encoder")
     with pytest.raises(MedmError, match=r"need .* GB, and .* GB are free"):
@@ -131,14 +260,15 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
     assert list(store.folder.iterdir()) == []
 
 
-def test_a_shard_may_hold_less_than_was_hoped_for_and_takes_no_more_disk(tmp_path: Path) -> None:
+def test_a_shard_is_no_larger_than_its_items(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cache", "encoder")
     store.add(
         [batch(["k"], np.ones((1, 1000)))], most=10_000, shape=(1000,), dtype=np.dtype(np.float64)
     )
     assert "k" in open_store(tmp_path / "cache", "encoder")
     [table] = store.folder.glob("*.npy")
-    assert table.stat().st_blocks * 512 < 1_000_000 < table.stat().st_size
+    assert table.stat().st_size == 8000 + 128
+    assert np.load(table).shape == (1, 1000)
 
 
 def test_what_cannot_be_read_is_named_beside_what_is_missing(tmp_path: Path) -> None:

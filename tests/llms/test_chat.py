@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from medm.errors import DataError, RecipeError
-from medm.llms import LLMS
+from medm.llms import LLMS, template_bounds
 from medm.llms.base import read_template
 from medm.llms.chat import ChatFormat, Message
 from tests.tiny import FAMILIES, make_tokenizer
@@ -217,7 +219,7 @@ def test_templates_that_cannot_teach_are_refused() -> None:
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
         ("{{ 'a' + 1 }}", "TypeError"),
         ("{{ messages[0].content.nothing.there }}", "UndefinedError"),
-        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+        ("{% for i in range(1000000000) %}{% endfor %}", "OverflowError"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     ],
 )
@@ -225,6 +227,45 @@ def test_a_broken_template_is_blamed_and_not_the_conversation(template: str, wor
     chat = ChatFormat(make_tokenizer("qwen2.5"), template=template)
     with pytest.raises(RecipeError, match=f"chat template has an error .{words}"):
         chat.encode([Message("user", ["a"])], generation=True)
+
+
+ENDLESS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ m(60) }}",
+    "filters": "{% for i in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_row_39_an_endless_template_is_ended(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_bounds, "MAX_TEMPLATE_SECONDS", 0.3)
+    chat = ChatFormat(make_tokenizer("qwen2.5"), template=ENDLESS[name])
+    started = time.process_time()
+    with pytest.raises(RecipeError, match=r"took more than 0\.3 s for one conversation"):
+        chat.encode([Message("user", ["a"])], generation=True)
+    assert time.process_time() - started < 5
+    assert chat_format("qwen2.5").encode([Message("user", ["a"])], generation=True)
+
+
+def test_row_39_a_template_that_fills_memory_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_bounds, "MAX_TEMPLATE_MEMORY", 2**27)
+    monkeypatch.setattr(template_bounds, "_INTERVAL", 0.001)
+    text = "{% set n = namespace(s='xxxxxxxxxxxxxxxx') %}{% for i in range(27) %}{% set n.s = n.s ~ n.s %}"
+    text += "{% for j in range(20000) %}{% endfor %}{% endfor %}{{ n.s[:1] }}"
+    chat = ChatFormat(make_tokenizer("qwen2.5"), template=text)
+    with pytest.raises(RecipeError, match=r"took more than [0-9.]+ GiB for one conversation"):
+        chat.encode([Message("user", ["a"])], generation=True)
+
+
+@pytest.mark.parametrize(
+    "block",
+    ["{{ 9 ** 9 ** 9 }}", "{{ 'x' * 10000000000 }}", "{{ ''|center(9999999999) }}"],
+)
+def test_row_39_operations_without_bound_are_refused(block: str) -> None:
+    with pytest.raises(RecipeError, match="chat template computes"):
+        ChatFormat(make_tokenizer("qwen2.5"), template=block)
+    ChatFormat(make_tokenizer("qwen2.5"), template="**bold** {{ '2 ** 3' }}{{ '=' * 40 }}")
 
 
 def test_a_template_that_works_for_a_question_blames_the_conversation_that_it_fails_on() -> None:

@@ -57,7 +57,17 @@ def spoil_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("{")
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, empty, lose, plant, spoil_manifest])
+def flip_row_19_fact(folder: Path) -> None:
+    """A digit of the step, which no file of the checkpoint holds."""
+    manifest = folder / "manifest.json"
+    text = manifest.read_text()
+    assert text.count('"step": 12') == 1
+    manifest.write_text(text.replace('"step": 12', '"step": 13'))
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, truncate, empty, lose, plant, spoil_manifest, flip_row_19_fact]
+)
 def test_damage_is_seen_and_an_older_checkpoint_is_used_loudly(
     tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,6 +148,7 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_cleared_and_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
     folder = checkpoints.staging(tmp_path, 4)
     (folder / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".tmp-x").write_bytes(b"a plain file (row 44)")
     assert checkpoints.newest_good(tmp_path) is None
     checkpoints.clear_staging(tmp_path)
     assert list(tmp_path.iterdir()) == []
