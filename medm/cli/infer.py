@@ -2,36 +2,85 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
 
 from medm.cli.console import err, note, out
 from medm.cli.option_flags import Flag, Typed, flags_of
+from medm.types import JsonObject
 
 
 def flags() -> list[Flag]:
     """Return the flags of the command: every field of its options."""
     from medm.inference.options import InferOptions
 
-    return flags_of(InferOptions, names={"json_output": "--json"})
+    names = {"json_output": "--json", "csv_output": "--csv"}
+    return [
+        replace(flag, required=False) if flag.key == "output" else flag  # printed for --image
+        for flag in flags_of(InferOptions, names=names, leave_out={"image", "volume"})
+    ]
 
 
-def infer(typed: Typed) -> None:
-    """Generate a reply to every record of an annotation file, or to a question about every file of
-    a folder. Models with a mask head also write masks. Not for clinical use.
+def infer(
+    typed: Typed,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="In place of --data: an image that is asked about with --prompt; several are "
+            "asked about together. The reply is printed, and --output may be left out."
+        ),
+    ] = None,
+    volume: Annotated[
+        list[str] | None, typer.Option(help="A volume that is asked about, likewise.")
+    ] = None,
+) -> None:
+    """Generate a reply to every record of an annotation file, to a question about every file of a
+    folder, or to one question. Models with a mask head also write masks. Not for clinical use.
 
     A run that was stopped resumes with the same command, which also tries every record again that
     has no reply. The exit status is 1 while a record has no reply. Several GPUs: --processes, or
     `medm launch infer`. Many machines: --shard in each task of a job array, then --merge.
+    """
+    section = typed.under({})
+    if image or volume:
+        section |= {"image": image or [], "volume": volume or []}
+    if "output" in section or not (image or volume):
+        _run(section, typed.shown)
+        return
+    with TemporaryDirectory() as folder:
+        lines = Path(folder) / "reply.jsonl"
+        _run({**section, "output": str(lines)}, typed.shown, kept=False)
+
+
+def _run(section: JsonObject, shown: Mapping[str, str], *, kept: bool = True) -> None:
+    """Run inference and print what it did, or the reply to one question.
+
+    Args:
+        section: the options.
+        shown: see `Typed`.
+        kept: the output stays; else the reply is printed, and the output is removed.
     """
     from medm.config import validate
     from medm.errors import MedmError
     from medm.inference.batch import infer as run
     from medm.inference.options import InferOptions
 
-    options = validate(InferOptions, typed.under({}), source="medm infer", shown=typed.shown)
-    summary = run(options, progress=CalmProgress())
+    options = validate(InferOptions, section, source="medm infer", shown=shown)
+    summary = run(options, progress=CalmProgress() if kept else None)
     if summary is None:
+        return
+    if not kept:
+        _print_reply(Path(options.output))
+        if summary.masks is not None and options.masks is None and summary.masks.masks:
+            note("its masks were not kept: give --masks FOLDER or --output FILE")
+        note("Not for clinical use.")
         return
     out.print(
         f"{summary.records} records: {summary.answered} answered, {summary.errors} without a reply"
@@ -55,6 +104,22 @@ def infer(typed: Typed) -> None:
             f"lines in {options.lines_file} says why. Replies are kept: correct the cause and run "
             "the same command again, which tries these records again"
         )
+
+
+def _print_reply(lines: Path) -> None:
+    """Print the reply of an output of one line.
+
+    Raises:
+        MedmError: there is none; the message is its error.
+    """
+    from medm.errors import MedmError
+
+    line = json.loads(lines.read_text(encoding="utf-8"))
+    if "error" in line:
+        raise MedmError(str(line["error"]))
+    out.print(line["reply"], markup=False)
+    if not line.get("finished", True):
+        note(f"cut at {line['tokens']} tokens")
 
 
 class CalmProgress:

@@ -6,7 +6,9 @@ once. A record that cannot be used becomes a line with its error, and the next r
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import logging
 import multiprocessing
@@ -48,7 +50,7 @@ from medm.inference.batches import (
     shard_indices,
 )
 from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
-from medm.inference.folder_records import Existing, write_folder_records
+from medm.inference.folder_records import Existing, write_file_record, write_folder_records
 from medm.inference.generator import Reply, load_engine, pick_device
 from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, require_format
 from medm.inference.options import EmbedOptions, InferOptions, changed_fields
@@ -105,7 +107,7 @@ _BATCHES_AHEAD = 4
 _OUTAGE = 32
 """Consecutive records with unavailable files that stop the run."""
 
-_NOTED = {"limit", "batch_size", "processes", "device", "json_output"}
+_NOTED = {"limit", "batch_size", "processes", "device", "json_output", "csv_output"}
 """Options that replies do not depend on, kept with the results for the reader."""
 
 
@@ -244,8 +246,11 @@ def infer(
         if rank > 0:
             return None
         lines = results.finish(merged)
-        if isinstance(options, InferOptions) and options.json_output is not None:
-            write_conversations(options, records, lines)
+        if isinstance(options, InferOptions):
+            if options.json_output is not None:
+                write_conversations(options, records, lines)
+            if options.csv_output is not None:
+                write_csv(Path(options.csv_output), lines)
     kept = [lines[index] for index in owned if index in lines]
     return InferSummary(
         records=len(owned),
@@ -374,8 +379,10 @@ def check_files(options: InferOptions | EmbedOptions) -> None:
             f"root {options.root}: no such folder; expected the folder of images and volumes"
         )
     require_writable(Path(options.output))
-    if isinstance(options, InferOptions) and options.json_output is not None:
-        require_writable(Path(options.json_output))
+    if isinstance(options, InferOptions):
+        for file in (options.json_output, options.csv_output):
+            if file is not None:
+                require_writable(Path(file))
 
 
 def _require_different_files(options: InferOptions | EmbedOptions) -> None:
@@ -383,8 +390,11 @@ def _require_different_files(options: InferOptions | EmbedOptions) -> None:
     results = Results(Path(options.output), {})
     named = {} if options.data is None else {"--data": Path(options.data)}
     named |= {"--output": results.output, "the settings of --output": results.sidecar}
-    if isinstance(options, InferOptions) and options.json_output is not None:
-        named["--json"] = Path(options.json_output)
+    if isinstance(options, InferOptions):
+        if options.json_output is not None:
+            named["--json"] = Path(options.json_output)
+        if options.csv_output is not None:
+            named["--csv"] = Path(options.csv_output)
     seen: dict[Path, str] = {}
     for name, file in named.items():
         other = seen.setdefault(file.resolve(), name)
@@ -395,17 +405,21 @@ def _require_different_files(options: InferOptions | EmbedOptions) -> None:
 
 
 def with_records(options: OptionsT) -> OptionsT:
-    """Return the options with the annotation file of their folder, which is written.
+    """Return the options with an annotation file of their folder or files, which is written.
 
     Raises:
-        DataError: the folder holds no image or volume.
+        DataError: the folder holds no image or volume, or a file is missing.
         OSError: the file cannot be written.
     """
-    if not isinstance(options, InferOptions) or options.folder is None:
+    if not isinstance(options, InferOptions) or options.data is not None:
         return options
     output = Path(options.output)
     data = output.with_name(f"{output.name}.records.jsonl")
-    if kind_of_config(load_config(options.model)).pipeline == "studies":
+    study = kind_of_config(load_config(options.model)).pipeline == "studies"
+    if options.files:
+        root = write_file_record(data, options.files, str(options.prompt), study=study)
+        return options.model_copy(update={"data": str(data), "root": str(root)})
+    if study:
         raise RecipeError(
             f"--folder asks a question about each file, and model {options.model} reads studies; "
             "give --data with a record of each study"
@@ -414,8 +428,9 @@ def with_records(options: OptionsT) -> OptionsT:
     existing: Existing = "replace" if options.overwrite else "extend"
     if options.merge or options.own_shard is not None:  # tasks on several machines read one list
         existing = "keep"
-    write_folder_records(data, Path(options.folder), str(options.prompt), kinds, existing=existing)
-    return options.model_copy(update={"data": str(data), "root": options.folder})
+    folder = Path(str(options.folder))
+    write_folder_records(data, folder, str(options.prompt), kinds, existing=existing)
+    return options.model_copy(update={"data": str(data), "root": str(folder)})
 
 
 def run_settings(options: InferOptions | EmbedOptions) -> Config:
@@ -906,6 +921,17 @@ def _stop_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise SystemExit(1)
+
+
+def write_csv(file: Path, lines: Mapping[int, ResultLine]) -> None:
+    """Write id, reply and error of each record, in the order of the records."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("id", "reply", "error"))
+    for index, line in sorted(lines.items()):
+        table.writerow((line.get("id", index), line.get("reply", ""), line.get("error", "")))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, text.getvalue())
 
 
 def write_conversations(

@@ -1,9 +1,12 @@
-"""Records of a folder: one question about each of its images and volumes."""
+"""Records of files without an annotation file: one question about each file of a folder, or about
+files together.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -69,6 +72,45 @@ def write_folder_records(
         lines = (json.dumps(record, ensure_ascii=False) for record in [*known, *new])
         write = atomic_create_text if existing == "keep" else atomic_write_text
         write(file, "\n".join(lines) + "\n")
+
+
+def write_file_record(
+    file: Path, files: Sequence[tuple[Kind, str]], prompt: str, *, study: bool
+) -> Path:
+    """Write one record with a question about files together.
+
+    Args:
+        file: JSONL to write.
+        files: images and volumes with their kinds.
+        prompt: the question; a study without one has its report written.
+        study: for a model of studies.
+
+    Returns:
+        The folder that the paths of the record are relative to.
+
+    Raises:
+        DataError: a file is missing.
+        RecipeError: a volume for a model of studies.
+        OSError: the record cannot be written.
+    """
+    paths = [Path(path).expanduser().resolve() for _, path in files]
+    for (kind, given), path in zip(files, paths, strict=True):
+        if not path.exists():
+            raise DataError(f"no such file; expected an {kind}".replace("an v", "a v"), file=given)
+        if study and kind == "volume":
+            raise RecipeError(f"{given}: a model of studies reads images")
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    names = [path.relative_to(root).as_posix() for path in paths]
+    record: JsonObject
+    if study:
+        record = {"id": names[0], "images": names} | ({"question": prompt} if prompt else {})
+    else:
+        parts = [{"type": kind, "path": name} for (kind, _), name in zip(files, names, strict=True)]
+        text = {"type": "text", "text": f"\n{prompt}"}
+        record = {"id": names[0], "messages": [{"role": "user", "content": [*parts, text]}]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, json.dumps(record, ensure_ascii=False) + "\n")
+    return root
 
 
 def _records(file: Path) -> Iterator[JsonObject]:

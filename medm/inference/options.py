@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medm.config import Options
 from medm.data.owners import Shard, parse_shard
+from medm.types import Kind
 
 MaskFormat: TypeAlias = Literal["auto", "png", "nifti", "npy", "rle", "dicom-seg"]
 ReportFormat: TypeAlias = Literal["none", "dicom-sr"]
@@ -184,11 +185,19 @@ class InferOptions(InferenceOptions):
     folder: str | None = None
     """In place of `data`: a folder whose images and volumes, at any depth, are each asked about
     with `prompt`. Files that are added later are answered by the next run."""
+    image: list[str] = []
+    """In place of `data`: an image that is asked about with `prompt`; several are asked about
+    together. The command prints the reply, and needs no output."""
+    volume: list[str] = []
+    """A volume that is asked about, likewise."""
     prompt: str | None = None
-    """Question about each file of `folder`: "Segment the lesion."."""
+    """Question about each file of `folder`, or about `image` and `volume`: "Segment the lesion.".
+    Models of studies write a report where it is empty."""
     output: str
     """JSONL file to append to, one line per record once it has its reply. A run that was stopped
     resumes in it."""
+    csv_output: str | None = None
+    """File to which id, reply and error of each record are written at the end, as CSV."""
     json_output: str | None = None
     """File to which the records with their replies are written at the end, as one JSON array in
     MedM-VL's form."""
@@ -226,8 +235,8 @@ class InferOptions(InferenceOptions):
 
     @model_validator(mode="after")
     def _consistent_parts(self) -> InferOptions:
-        if self.own_shard is not None and self.json_output is not None:
-            raise ValueError("json belongs to merge: one shard has not all records")
+        if self.own_shard is not None and (self.json_output or self.csv_output):
+            raise ValueError("json and csv belong to merge: one shard has not all records")
         if self.merge and (self.own_shard is not None or self.only_failed):
             raise ValueError("merge answers nothing: expected neither shard nor only_failed")
         if self.only_failed and self.overwrite:
@@ -240,12 +249,33 @@ class InferOptions(InferenceOptions):
     reports: str | None = None
     """Folder for the reports. Default: `NAME_reports` beside the output `NAME.jsonl`."""
 
+    @property
+    def files(self) -> list[tuple[Kind, str]]:
+        """The images and volumes that are asked about together, with their kind."""
+        return [("image", path) for path in self.image] + [("volume", path) for path in self.volume]
+
     @model_validator(mode="after")
-    def _data_or_folder(self) -> InferOptions:
-        if (self.data is None) == (self.folder is None):
-            raise ValueError("expected either data or folder, found both or none")
-        if (self.folder is None) != (self.prompt is None):
-            raise ValueError("folder and prompt go together: the prompt is asked about every file")
+    def _one_source(self) -> InferOptions:
+        given = [
+            name
+            for name, value in (
+                ("data", self.data),
+                ("folder", self.folder),
+                ("image or volume", self.files),
+            )
+            if value
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                "expected one of data, folder, and image or volume; found "
+                f"{' and '.join(given) or 'none'}"
+            )
+        if (self.data is None) != (self.prompt is not None):
+            raise ValueError(
+                "a prompt belongs to folder, or to image and volume: it is asked about their files"
+            )
+        if self.files and (self.root is not None or self.own_shard is not None or self.merge):
+            raise ValueError("image and volume: expected neither root, shard nor merge")
         if self.reports is not None and self.report_format == "none":
             raise ValueError("reports: no report_format; set report_format to dicom-sr")
         return self
