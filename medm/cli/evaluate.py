@@ -35,6 +35,7 @@ def flags() -> list[Flag]:
         "generation.top_p",
         "generation.seed",
         "generation.compile",
+        "studies.answers",
     )
     names = {"output_dir": "--output"}
     return [

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medm.encoders import Statistics
@@ -108,7 +107,7 @@ def fix_statistics(network: nn.Module, statistics: Statistics) -> None:
     kind = batch_norm(statistics, axes=2)
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, _BatchNorm) and type(child) is not kind:
+            if isinstance(child, nn.BatchNorm2d) and type(child) is not kind:
                 setattr(parent, name, kind(child.num_features, child.eps, child.momentum))
 
 

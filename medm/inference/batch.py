@@ -49,7 +49,7 @@ from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
 from medm.inference.folder_records import write_folder_records
 from medm.inference.generator import Reply, load_engine, pick_device
 from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, require_format
-from medm.inference.options import EmbedOptions, InferOptions
+from medm.inference.options import EmbedOptions, InferOptions, changed_fields
 from medm.inference.predictions import Appender, ResultLine, Results, model_fingerprint
 from medm.inference.segmenter import Segmenter, Shown
 from medm.inference.studies import load_studies, make_studies, study_outputs
@@ -274,7 +274,7 @@ def _open_job(options: InferOptions | EmbedOptions) -> _Job:
     pipeline = pipeline_for(kind, inference=True)
     if isinstance(pipeline, Studies):
         return _open_studies(options, device, pipeline, gives)
-    if asked := sorted(options.studies.model_fields_set):
+    if asked := changed_fields(options.studies):
         raise RecipeError(
             f"{', '.join(asked)}: for models of studies (kind blip); model {options.model} gives "
             f"{' and '.join(sorted(gives)) or 'nothing'} of other records"

@@ -133,6 +133,12 @@ class StudyOptions(Options):
     without knowledge gives."""
 
 
+def changed_fields(options: Options) -> list[str]:
+    """Return the names of the fields whose value is not the default."""
+    fields = type(options).model_fields
+    return sorted(name for name in fields if getattr(options, name) != fields[name].default)
+
+
 class RunOptions(Options):
     """Options of a run over many records."""
 

@@ -14,7 +14,7 @@ import torch
 
 from medm.errors import RecipeError
 from medm.inference.loading import load_model
-from medm.inference.options import EmbedOptions, InferOptions
+from medm.inference.options import EmbedOptions, InferOptions, changed_fields
 from medm.types import BaseSample, PredictionField
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def study_outputs(
     """
     if isinstance(options, EmbedOptions):
         return frozenset({"embeddings"})
-    if named := sorted(options.generation.model_fields_set):
+    if named := changed_fields(options.generation):
         raise RecipeError(
             f"generation: {', '.join(named)}: for language models; model {options.model} writes by "
             "beam search. Set beams, max_length and min_length of studies"

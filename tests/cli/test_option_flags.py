@@ -32,11 +32,15 @@ RUN = {
     "--volume-mode": ("segmentation.volume_mode", Literal["slices", "memory", "volume"], None),
     "--slices": ("segmentation.slices", int, 5), "--slice-window": ("segmentation.slice_window", str, None),
     "--slice-choice": ("segmentation.slice_choice", Literal["first", "uniform", "score"], "uniform"),
+    "--beams": ("studies.beams", int, 3), "--max-length": ("studies.max_length", int, None),
+    "--min-length": ("studies.min_length", int, 5),
+    "--knowledge": ("studies.knowledge", Literal["on", "off"], "on"),
 }
 INFER = RUN | {
     "--model": ("model", str, ...), "--data": ("data", str, None), "--output": ("output", str, ...),
     "--folder": ("folder", str, None), "--prompt": ("prompt", str, None), "--masks": ("masks", str, None),
     "--mask-format": ("mask_format", Literal["auto", "png", "nifti", "npy", "rle", "dicom-seg"], "auto"),
+    "--answers": ("studies.answers", Literal["all", "text", "scores", "matches"], "all"),
     "--rle": ("rle", bool, False), "--overlays": ("overlays", bool, False),
     "--root": ("root", str, None), "--json": ("json_output", str, None), "--limit": ("limit", int, None),
     "--top-k": ("generation.top_k", int, 0),
