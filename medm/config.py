@@ -84,7 +84,7 @@ class _RecipeLoader(yaml.SafeLoader):
         _check_extent(node)
         return self.construct_document(node)
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # type: ignore[override]
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:

@@ -108,7 +108,7 @@ class FeatureStore:
     def _forget(self, name: str) -> None:
         for key in self._shards.pop(name, []):
             for table in (self._rows, self._placements, self._checksums):
-                table.pop(key, None)  # type: ignore[attr-defined]
+                table.pop(key, None)
 
     def _discard(self, name: str, reason: str) -> None:
         """Remove a damaged shard, so that its items are computed again."""

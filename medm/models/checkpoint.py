@@ -30,6 +30,7 @@ def open_config(folder: str) -> PreTrainedConfig:
             "processor_config.json in it"
         )
     register()
+    check_small_files(path)  # a config of endless layers would not even be read
     config = opening(
         path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), what="config.json"
     )
@@ -49,7 +50,6 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
     """See `medm.models.load`."""
     path, config = Path(folder).expanduser(), open_config(folder)
     verify_weights(path)
-    check_small_files(path)
     processor = opening(
         path,
         lambda: AutoProcessor.from_pretrained(path, trust_remote_code=False),

@@ -6,6 +6,7 @@ The weights of the folder, which are compared with their checksums, show what is
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -56,12 +57,7 @@ def check_small_files(folder: Path) -> None:
                 f"{folder}: {', '.join(needed)} is missing, which its manifest.json lists; copy "
                 "the folder again"
             )
-        logger.warning(
-            "%s: %s changed since the model was written (sha256 in manifest.json). If you did not "
-            "edit it, copy the folder again",
-            folder,
-            ", ".join(changed),
-        )
+        _warn_once(folder.absolute(), tuple(changed))
     for name in _JSON:
         if (folder / name).is_file():
             if name == "tokenizer.json":
@@ -84,6 +80,17 @@ def check_small_files(folder: Path) -> None:
                     f"{folder / 'config.json'}: {field}: expected at most {limit}, found "
                     f"{str(value)[:40]} ({reason}); the file is damaged, copy it again"
                 )
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(folder: Path, changed: tuple[str, ...]) -> None:
+    """Warn of changed files; a command opens config, processor and weights one after another."""
+    logger.warning(
+        "%s: %s changed since the model was written (sha256 in manifest.json). If you did not "
+        "edit it, copy the folder again",
+        folder,
+        ", ".join(changed),
+    )
 
 
 def opening(folder: Path, action: Callable[[], T], *, what: str) -> T:
