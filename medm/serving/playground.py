@@ -138,9 +138,10 @@ def application(
         uploads = stack.enter_context(tempfile.TemporaryDirectory(prefix="medm-uploads-"))
         os.environ.update(_QUIET | {"GRADIO_TEMP_DIR": uploads})
         workers = [Worker(options.of_worker(model)) for model in options.models]
-        for worker in workers:
+        for worker in workers:  # one by one: transformers loads no two models at a time
             stack.callback(worker.close)
             worker.start()
+            worker.wait_ready()
         keep = 60.0 * options.keep_minutes
         decoders = workers[0].decoders
         store = FileStore(
@@ -152,8 +153,6 @@ def application(
         files = ViewerFiles()
         sessions = Sessions(store, files, keep_seconds=keep)
         stack.callback(sessions.close_all)
-        for worker in workers:
-            worker.wait_ready()
         app = _routes(options, workers, sessions, Views(decoders, files))
         yield Application(Guard(app, passwords), workers, sessions)
 

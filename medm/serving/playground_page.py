@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from medm.errors import MedmError
 from medm.inference.options import GenerationOptions
+from medm.serving.file_types import TAKEN
 from medm.serving.playground_chat import Answer, ask
 from medm.serving.playground_session import Session, Sessions
 from medm.serving.playground_viewer import FILES, Views, describe, viewer
@@ -82,8 +83,8 @@ def _page(request: gr.Request) -> str:
 
 def _upload(section: str) -> gr.File:
     return gr.File(
-        label="Add an image or volume (PNG, JPEG, TIFF, DICOM, NIfTI, NRRD, MHA, zipped DICOM)",
-        height=110,
+        label="Add an image or volume",
+        height=130,
         elem_id=f"{section}-upload",
     )
 
@@ -261,7 +262,9 @@ def _generation(
 
 
 def _waiting(parts: Sequence[str]) -> str:
-    text = f"With the next question: {', '.join(parts)}" if any(parts) else ""
+    text = f"Files are {TAKEN}."
+    if any(parts):
+        text = f"With the next question: {', '.join(parts)}"
     return f'<div class="medm-state">{html.escape(text)}</div>'
 
 

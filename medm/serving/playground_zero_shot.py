@@ -51,7 +51,7 @@ def score(worker: Worker, file: StoredFile, labels: Sequence[str], template: str
         ServingError: the file or the template cannot be used.
     """
     worker.require_ready("dual-encoder")
-    pixels = torch.from_numpy(worker.pixels(file.kind, file.path))[None]
+    pixels = torch.from_numpy(np.stack([worker.pixels(file.kind, file.path)]))
     embedder = worker.embedder
     assert embedder is not None
 

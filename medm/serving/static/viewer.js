@@ -67,8 +67,8 @@
       if (!this.nv) {
         this.nv = new niivue.Niivue({
           backColor: [0, 0, 0, 1],
-          crosshairColor: [0.9, 0.8, 0.1, 0.6],
-          crosshairWidth: 1,
+          crosshairColor: [0.9, 0.8, 0.1, 0.5],
+          crosshairWidth: 0.5,
           dragMode: DRAG_WINDOW,
           isRadiologicalConvention: true, // the patient's left is on the right, as in reports
           multiplanarShowRender: RENDER_NEVER,
