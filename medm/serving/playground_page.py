@@ -196,7 +196,11 @@ def _chat_section(play: Playground, workers: Mapping[int, Worker]) -> None:
         empty = [viewer(None, f"chat-{number}") for number in workers]
         return ["", _waiting([]), *empty, *[[] for _ in chats], *["" for _ in states]]
 
-    hidden: Any = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+    hidden: Any = {
+        "api_visibility": "private",
+        "show_progress": "hidden",
+        "concurrency_limit": None,
+    }
     upload.upload(added, [upload], [upload, waiting, *viewers], **hidden)
     for trigger in (send.click, question.submit):
         trigger(_with_request(asked), [question, *chats, *settings], outputs, **hidden)
@@ -332,6 +336,10 @@ def _zero_shot_section(play: Playground, workers: Mapping[int, Worker]) -> None:
             pages.append(f'<div class="medm-maps">{"".join(parts)}</div>')
         return [*(one.probabilities for one in found), *pages]
 
-    hidden: Any = {"api_visibility": "private", "show_progress": "minimal", "concurrency_limit": None}
+    hidden: Any = {
+        "api_visibility": "private",
+        "show_progress": "minimal",
+        "concurrency_limit": None,
+    }
     upload.upload(added, [upload], [upload, shown], **hidden)
     send.click(compared, [labels, template], [*bars, *maps], **hidden)

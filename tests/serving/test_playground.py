@@ -36,9 +36,7 @@ from tests.serving.live import Live, png
 
 @pytest.fixture
 def sessions(live: Live) -> Iterator[Sessions]:
-    store = FileStore(
-        live.service.worker.decoders, limits=LIMITS, keep_seconds=60, max_bytes=2**21
-    )
+    store = FileStore(live.service.worker.decoders, limits=LIMITS, keep_seconds=60, max_bytes=2**21)
     made = Sessions(store, ViewerFiles(), keep_seconds=60)
     yield made
     made.close_all()
@@ -122,7 +120,9 @@ def test_stopped_replies_free_their_slots(live: Live, sessions: Sessions) -> Non
     assert [turn.role for turn in session.turns[0]] == ["user", "assistant"]
 
 
-def test_each_turn_is_kept_and_the_file_belongs_to_the_first(live: Live, sessions: Sessions) -> None:
+def test_each_turn_is_kept_and_the_file_belongs_to_the_first(
+    live: Live, sessions: Sessions
+) -> None:
     worker, session = live.service.worker, sessions.get("page")
     file = add(sessions, session, png())
     options = GenerationOptions(max_new_tokens=3)
@@ -160,9 +160,7 @@ def test_a_late_page_is_forgotten(live: Live, sessions: Sessions) -> None:
     assert sessions.get("late") is not session
 
 
-def test_masks_of_a_volume_lie_on_its_grid(
-    live: Live, sessions: Sessions, tmp_path: Path
-) -> None:
+def test_masks_of_a_volume_lie_on_its_grid(live: Live, sessions: Sessions, tmp_path: Path) -> None:
     sitk.WriteImage(phantom(), str(tmp_path / "ct.nii.gz"))
     session = sessions.get("page")
     file = add(sessions, session, (tmp_path / "ct.nii.gz").read_bytes())

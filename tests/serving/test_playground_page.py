@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +19,7 @@ from PIL import Image
 
 from medm.inference.batch import infer
 from medm.inference.options import GenerationOptions, InferOptions
-from medm.serving.listening import listen
+from medm.serving.listening import listen, url_of
 from medm.serving.options import Limits
 from medm.serving.playground import application, server_of
 from medm.serving.playground_options import PlaygroundOptions
@@ -25,6 +28,7 @@ from tests.inference.grounded import build_grounded
 from tests.inference.tiny import read_output, save_image, save_tiny, write_records
 from tests.models import plain_head
 from tests.models.dual_encoder import tiny
+from tests.test_readme import environment
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = [
@@ -41,43 +45,74 @@ pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {C
 def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with api.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield opened
-        opened.close()
+        started = running.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        yield started
+        started.close()
 
 
 @contextmanager
-def shown(browser: Any, *models: Path) -> Iterator[Any]:
-    """The page of some models, open in the browser."""
+def opened(browser: Any, url: str) -> Iterator[Any]:
+    """A page in the browser, which asks no other server."""
+    page = browser.new_page(viewport={"width": 900, "height": 800})
+    page.set_default_timeout(WAIT)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    failed: list[str] = []
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.goto(url)
+    yield page
+    assert not failed
+    assert [one for one in asked if not one.startswith((url, "data:", "blob:"))] == []
+    page.close()
+
+
+@contextmanager
+def in_thread(*models: Path) -> Iterator[str]:
+    """The address of a page of some models."""
     limits = Limits(max_new_tokens=TOKENS, max_voxels=100_000)
     options = PlaygroundOptions(
         models=[str(model) for model in models], port=0, device="cpu", limits=limits
     )
-    with plain_head.registered(), listen(options.host, 0) as listener:
-        with application(options) as app:
-            server = server_of(app)
-            thread = threading.Thread(
-                target=server.run, kwargs={"sockets": [listener]}, daemon=True
-            )
-            thread.start()
-            page = browser.new_page(viewport={"width": 1400, "height": 1000})
-            page.set_default_timeout(WAIT)
-            asked: list[str] = []
-            page.on("request", lambda request: asked.append(request.url))
-            failed: list[str] = []
-            page.on("pageerror", lambda error: failed.append(str(error)))
-            own = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            try:
-                page.goto(own)
-                yield page
-                assert not failed
-                assert {url for url in asked if not url.startswith((own, "data:", "blob:"))} == set()
-                folders = [app.sessions.store.folder, app.sessions.viewer_files.folder]
-                page.close()
-            finally:
-                server.stop()
-                thread.join(30)
-    assert not any(folder.exists() for folder in folders)
+    with (
+        plain_head.registered(),
+        listen(options.host, 0) as listener,
+        application(options) as app,
+    ):
+        server = server_of(app)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield url_of(listener, options.host)
+        finally:
+            server.stop()
+            thread.join(30)
+
+
+@contextmanager
+def by_command(model: Path, folder: Path) -> Iterator[str]:
+    """The same by `medm playground`, which is ended by SIGTERM and leaves no file."""
+    folder.mkdir()
+    command = [
+        sys.executable, "-m", "medm", "playground", "--model", str(model), "--port", "0",
+        "--device", "cpu",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, env=environment() | {"TMPDIR": str(folder)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as started:  # fmt: skip
+        assert started.stdout is not None
+        try:
+            lines = iter(started.stdout.readline, "")
+            yield next(line.strip() for line in lines if line.startswith("http://"))
+            assert any(folder.glob("medm-*"))
+            started.send_signal(signal.SIGTERM)
+            rest, _ = started.communicate(timeout=60)
+            assert started.returncode == 0, rest
+            assert "Not for clinical use" in rest and "Traceback" not in rest
+            assert "knee" not in rest
+            assert not [*folder.glob("medm-*")]
+        finally:
+            started.kill()
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +171,7 @@ def test_two_models_reply_and_masks_are_shown(
     save_image(tmp_path / "a.png", 3)
     sitk.WriteImage(phantom(), str(tmp_path / "ct.nii.gz"))
     expected = infer_reply(models["text"], tmp_path, "What is seen?")
-    with shown(browser, models["masks"], models["text"]) as page:
+    with in_thread(models["masks"], models["text"]) as url, opened(browser, url) as page:
         assert "Not for clinical use" in page.inner_text(".medm-notice")
         page.set_input_files("#chat-upload input[type=file]", str(tmp_path / "a.png"))
         page.wait_for_selector('[data-name="chat-1"][data-ready=image]')
@@ -171,7 +206,7 @@ def test_two_models_reply_and_masks_are_shown(
 
 def test_zero_shot(browser: Any, models: dict[str, Path], tmp_path: Path) -> None:
     save_image(tmp_path / "a.png", 3)
-    with shown(browser, models["dual"]) as page:
+    with by_command(models["dual"], tmp_path / "tmp") as url, opened(browser, url) as page:
         page.set_input_files("#zero-shot-upload input[type=file]", str(tmp_path / "a.png"))
         page.wait_for_selector('[data-name="zero-shot"][data-ready=image]')
         page.fill("#labels textarea", "knee\nbrain")
