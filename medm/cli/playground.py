@@ -48,5 +48,4 @@ def playground(
         note("Open this address in a browser of this machine. Ctrl-C ends the page.")
         note("Not for clinical use: replies can be wrong in every way.")
 
-    note("The models are loading.")
     run(options, on_listening=listening)

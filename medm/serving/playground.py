@@ -138,6 +138,7 @@ def application(
         uploads = stack.enter_context(tempfile.TemporaryDirectory(prefix="medm-uploads-"))
         os.environ.update(_QUIET | {"GRADIO_TEMP_DIR": uploads})
         workers = [Worker(options.of_worker(model)) for model in options.models]
+        logger.info("loading %s", ", ".join(_names(options.models)))
         for worker in workers:  # one by one: transformers loads no two models at a time
             stack.callback(worker.close)
             worker.start()

@@ -166,7 +166,9 @@ def _size(mask: MaskPrediction) -> str:
     grid = mask.placement.geometry
     if grid is None:
         return f"{mask.voxels} voxels"
-    return f"{mask.voxels} voxels, {mask.voxels * float(np.prod(grid.spacing)) / 1000:.3g} ml"
+    volume = mask.voxels * float(np.prod(grid.spacing)) / 1000
+    digits = ".0f" if volume >= 100 else ".3g"
+    return f"{mask.voxels} voxels, {volume:{digits}} ml"
 
 
 def _center(mask: np.ndarray, placement: Placement) -> list[float] | None:

@@ -198,6 +198,9 @@ def test_two_models_reply_and_masks_are_shown(
         assert page.input_value('[data-name="chat-0"] .medm-width') == "400"
         page.click(".medm-findings li:nth-child(2) button")
         assert page.get_attribute('[data-name="chat-0"]', "data-selected")
+        page.wait_for_timeout(300)
+        assert colored(pixels(page, "chat-0")) < masked - 100  # the others are gray
+        page.click(".medm-findings li:nth-child(2) button")
         for box in page.locator(".medm-findings input").all():
             box.uncheck()
         page.wait_for_timeout(300)

@@ -10,6 +10,7 @@
   ];
   const OPACITY = 0.5;
   const DIMMED = 0.2;
+  const GRAY = 90;
   const RENDER_NEVER = 0;
   const DRAG_WINDOW = 1;
   const scenes = new Map(); // name of a viewer to what it shows; outlives its element
@@ -105,10 +106,13 @@
       const map = { R: [0], G: [0], B: [0], A: [0], I: [0], labels: [""] };
       findings.forEach((finding, number) => {
         const strong = selected === null || selected === number;
-        map.R.push(finding.color[0]);
-        map.G.push(finding.color[1]);
-        map.B.push(finding.color[2]);
-        map.A.push(shown[number] ? Math.round(255 * (strong ? 1 : DIMMED / OPACITY)) : 0);
+        // NiiVue shows any alpha of a label in full, so that the others are grayed instead.
+        const part = (value) => (strong ? value : Math.round(GRAY + (value - GRAY) * DIMMED));
+        const [red, green, blue] = finding.color.map(part);
+        map.R.push(red);
+        map.G.push(green);
+        map.B.push(blue);
+        map.A.push(shown[number] ? 255 : 0);
         map.I.push(number + 1);
         map.labels.push(finding.phrase);
       });
