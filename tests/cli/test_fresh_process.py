@@ -84,7 +84,10 @@ CASES: list[tuple[str, list[str]]] = [
 ]  # fmt: skip
 """Commands and arguments, in a folder made by `world`. No two of them write to one place."""
 
-RUN_ELSEWHERE = {"serve": "tests/serving/test_page.py starts it, asks it and ends it"}
+RUN_ELSEWHERE = {
+    "serve": "tests/serving/test_page.py starts it, asks it and ends it",
+    "playground": "tests/serving/test_playground_page.py does the same in a browser",
+}
 """Commands that do not end by themselves."""
 TYPED = {"chat": "Where is the disc?\n/quit\n"}
 FREE_OF_TORCH = [
