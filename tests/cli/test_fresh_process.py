@@ -49,6 +49,7 @@ CASES: list[tuple[str, list[str]]] = [
     ("data cache", ["volumes.yaml", "init_from=model", "--workers", "0"]),
     ("data convert", ["converted.jsonl", "--task", "m3d-cap", "--data", "benchmark"]),
     ("data triplets", ["pairs.jsonl", "triplets.json", "--field", "caption"]),
+    ("data answers", ["answers.json", "docs/example_study_questions.json"]),
     ("data shards", ["pairs.shards.json", "pairs.jsonl", "--root", "docs/examples_media"]),
     ("train", ["second.yaml"]),
     ("launch", ["--processes", "1", "infer", "--model", "model", "--data", "docs/example_inference.json", *SHORT,
