@@ -63,7 +63,7 @@ CASES: list[tuple[str, list[str]]] = [
     ("data fetch-dicomweb", ["ARCHIVE", "fetched", "--study", "1.2.3"]),
     ("data store-dicomweb", ["ARCHIVE", "studies"]),
     ("data triplets", ["pairs.jsonl", "triplets.json", "--field", "caption"]),
-    ("data answers", ["answers.json", "questions.jsonl"]),
+    ("data answers", ["answers.json", "docs/example_study_questions.json"]),
     ("data shards", ["pairs.shards.json", "pairs.jsonl", "--root", "docs/examples_media"]),
     ("train", ["second.yaml"]),
     ("launch", ["--processes", "1", "infer", "--model", "model", "--data", "docs/example_inference.json", *SHORT,
@@ -130,10 +130,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     (folder / "pairs.jsonl").write_text('{"id": "1", "image": "bars.jpg", "caption": "bars"}\n')
-    (folder / "questions.jsonl").write_text(
-        '{"images": ["bars.jpg"], "question": "Bars?", "answer": "yes", "answer_type": "closed"}\n'
-        '{"images": ["bars.jpg"], "question": "What?", "answer": "bars", "answer_type": "open"}\n'
-    )
     dual, dual_processor = dual_tiny.make(
         dual_tiny.section(dual_tiny.save_tokenizer(folder / "tokenizer"))
     )
