@@ -143,7 +143,7 @@ def serving(model: Path, *, slots: int, queue: int) -> Iterator[Running]:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = int(taken.getsockname()[1])
         command = [
-            sys.executable, "-m", "medm", "serve", "--model", str(model), "--name", "model",
+            sys.executable, "-P", "-m", "medm", "serve", "--model", str(model), "--name", "model",
             "--port", str(port), "--slots", str(slots), "--queue", str(queue),
         ]  # fmt: skip
         with log.open("wb") as stream:

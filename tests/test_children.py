@@ -25,12 +25,16 @@ PROGRAM = Path(sys.executable).with_name("medm")
 
 STARTS: dict[str, str] = {
     "medm/cli/launch.py: subprocess.run": "nvidia-smi, by its full path",
+    "medm/cli/doctor.py: platform.system": "starts none: the name of the operating system",
+    "medm/cli/slurm.py: subprocess.run": "sbatch",
     "medm/data/cached.py: DataLoader": "inside safe_path",
+    "medm/environment.py: subprocess.run": "python -P",
     "medm/inference/batch.py: DataLoader": "forked, or inside main's safe_path",
     "medm/inference/batch.py: multiprocessing.get_context": "inside safe_path",
     "medm/inference/batch.py: context.Process": "inside safe_path",
     "medm/imaging/isolated.py: subprocess.Popen": "python -P",
     "medm/launcher.py: subprocess.Popen": "python -P",
+    "medm/llms/template_bounds.py: psutil.Process": "starts none: reads the memory of this one",
     "medm/models/export/export.py: subprocess.run": "python -I",
     "medm/training/card.py: subprocess.run": "git",
     "medm/training/trainer.py: DataLoader": "forked, or inside main's safe_path",
@@ -38,6 +42,7 @@ STARTS: dict[str, str] = {
     "benchmarks/cells/ranks.py: context.Process": "inside safe_path",
     "benchmarks/cells/ranks.py: get_context": "inside safe_path",
     "benchmarks/cells/startup.py: subprocess.run": "python -P",
+    "benchmarks/server.py: subprocess.Popen": "python -P",
     "benchmarks/cells/training.py: DataLoader": "forked; measured, not shipped",
 }
 """Every place that starts a process, and why that process imports nothing from the working

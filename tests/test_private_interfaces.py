@@ -55,6 +55,12 @@ RESUMABLE = ("medm/training/resumable.py",)
 TRAINER = ("medm/training/trainer.py",)
 
 TABLE = [
+    PrivateInterface(
+        "torch.distributed.distributed_c10d._set_pg_timeout",
+        ("medm/distributed.py",),
+        "transformers leaves ddp_timeout out where use_cpu is set; torch has no public setter",
+        parameters=("timeout", "group"),
+    ),
     # Trainer: overridden
     PrivateInterface(
         "transformers.Trainer._save_checkpoint",

@@ -25,6 +25,7 @@ from medm.cli import (
     launch,
     models,
     pages,
+    playground,
     serve,
     split,
     train,
@@ -110,6 +111,7 @@ add_option_command(app, "infer", infer.infer, infer.flags)
 add_option_command(app, "eval", evaluate.evaluate, evaluate.flags)
 app.command("chat")(chat.chat)
 add_option_command(app, "serve", serve.serve, serve.flags)
+add_option_command(app, "playground", playground.playground, playground.flags)
 app.command("zero-shot")(embed.zero_shot)
 add_option_command(app, "embed", embed.embed, embed.flags)
 app.command("estimate", context_settings={"ignore_unknown_options": True})(models.estimate)

@@ -293,7 +293,7 @@ def answers(
         Path | None,
         typer.Option(
             help="Folder of published lists (close_label2ans, open_label2ans), in place of files. "
-            "They hold answers of test questions too."
+            "They may hold answers of test questions too."
         ),
     ] = None,
 ) -> None:
@@ -314,7 +314,7 @@ def answers(
         raise typer.BadParameter("name files of studies, or --maps FOLDER")
     if maps is not None:
         lists = AnswerMaps(maps).lists
-        note("published lists hold answers of test questions too")
+        note("published lists may hold answers of test questions too")
     else:
         found: list[tuple[str, str]] = []
         for file in files or []:

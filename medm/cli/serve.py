@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from importlib.util import find_spec
 
 from medm.cli.console import note, out
@@ -38,3 +39,4 @@ def serve(typed: Typed) -> None:
         note("Not for clinical use: replies can be wrong in every way.")
 
     run(options, on_listening=listening)
+    gc.freeze()  # the end of Python would visit every object of its libraries: seconds

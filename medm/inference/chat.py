@@ -116,7 +116,7 @@ class Conversation:
             return
         parts: tuple[TurnPart, ...] = (reply.text,)
         if self.segmenter is not None:
-            parts = _with_tokens(self.processor.decode_with_control_tokens(reply.ids))
+            parts = with_tokens(self.processor.decode_with_control_tokens(reply.ids))
         self.turns += [turn, Turn("assistant", parts)]
         self._shown = []
         self.replies += 1
@@ -125,7 +125,7 @@ class Conversation:
             (self.grounded,) = self.segmenter.segment([Answered(request, reply.ids, self.sources)])
 
 
-def _with_tokens(reply: DecodedReply) -> tuple[TurnPart, ...]:
+def with_tokens(reply: DecodedReply) -> tuple[TurnPart, ...]:
     """Return a reply as parts of a turn: the next prompt holds its control tokens as tokens."""
     parts: list[TurnPart] = []
     place = 0

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.lib import format as npy
@@ -27,14 +27,13 @@ from numpy.lib import format as npy
 from medm.errors import GeometryError, MediaError, MediaSizeError
 from medm.imaging import ImagePreprocess, Preprocess, load_pixels, preprocess_from_dict
 from medm.imaging.arrays import read_npy
+from medm.imaging.geometry import Geometry
 from medm.imaging.isolated import ChildDiedError, LimitedChild, limit_process, read_exactly
+from medm.imaging.volumes import Volume, read_volume
 from medm.serving.errors import media_error
 from medm.serving.options import Limits
 from medm.stopping import ignore_stops
 from medm.types import JsonObject, Kind
-
-if TYPE_CHECKING:
-    from medm.imaging.geometry import Geometry
 
 Content: TypeAlias = bytes | Path
 """An image in memory, or a file or folder that was uploaded."""
@@ -119,6 +118,15 @@ class Decoders:
             modality=found["modality"],
             unit=found["unit"],
         )
+
+    def volume(self, content: Path, *, param: str | None = None) -> Volume:
+        """Return a volume as its file holds it. Raises as `pixels`."""
+        request = {"kind": "volume", "preprocess": None, "voxels": True}
+        found, voxels = self._ask(content, request, param)
+        assert voxels is not None
+        grid = found["grid"]
+        geometry = None if grid is None else Geometry(*(np.array(part) for part in grid))
+        return Volume(voxels, "volume", found["unit"], geometry, found["modality"])
 
     def start(self) -> None:
         """Start one program, so that the first request need not wait for it."""
@@ -238,12 +246,16 @@ def _answer(request: JsonObject, data: bytes) -> tuple[JsonObject, np.ndarray | 
         from medm.imaging.images import read_image
 
         return {**_form(read_image(source).pixels.shape[:2], None)}, None
-    from medm.imaging.volumes import read_volume
-
     assert path is not None
     volume = read_volume(path)
     form = _form(volume.voxels.shape, volume.geometry)
-    return {**form, "modality": volume.modality, "unit": volume.unit}, None
+    found = {**form, "modality": volume.modality, "unit": volume.unit}
+    if not request.get("voxels"):
+        return found, None
+    grid = volume.geometry
+    parts = None if grid is None else [grid.spacing, grid.direction, grid.origin]
+    found["grid"] = None if parts is None else [part.tolist() for part in parts]
+    return found, volume.voxels
 
 
 def _form(shape: tuple[int, ...], geometry: Geometry | None) -> dict[str, Any]:

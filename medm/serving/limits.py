@@ -16,7 +16,6 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medm.errors import MedmError
 from medm.serving.errors import ServingError
+from medm.serving.listening import require_own_host
 from medm.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ NOTICE_HEADER = ("x-medm-notice", "Not for clinical use")
 
 _OPEN = frozenset({"/", "/health/live", "/health/ready"})
 """Paths that need no key."""
-_OWN_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _BYTES_PER_SECOND = 2**16
 """Slowest body beyond the first seconds."""
 _FORM_BYTES = 2**16
@@ -122,7 +121,7 @@ class Gate:
         """Refuse a request by its headers. Raises `ServingError`."""
         path, headers = scope["path"], Headers(scope=scope)
         if self.key is None:
-            _require_own_host(headers)
+            require_own_host(headers, protection="an API key")
         elif path not in _OPEN and not self.key.fits(headers.get("authorization")):
             raise ServingError(
                 "invalid_api_key", "expected the header 'Authorization: Bearer KEY' with the key"
@@ -306,29 +305,3 @@ class _Exchange:
             self.sent,
             seconds,
         )
-
-
-def _require_own_host(headers: Headers) -> None:
-    """Refuse requests of web pages of others, where no key protects the server.
-
-    A page of any site can send forms to this machine, and a name of its own can lead here.
-
-    Raises:
-        ServingError: "host_refused".
-    """
-    for name, place in (
-        ("host", "//" + headers.get("host", "")),
-        ("origin", headers.get("origin")),
-    ):
-        if place is None:
-            continue
-        try:
-            found = urlsplit(place).hostname
-        except ValueError:
-            found = None
-        if found not in _OWN_HOSTS:
-            raise ServingError(
-                "host_refused",
-                f"the header {name.title()} names another machine; without an API key the server "
-                "answers programs of this machine alone",
-            )

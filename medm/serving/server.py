@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -15,16 +14,15 @@ try:
 except ImportError:  # not on every system
     resource = None  # type: ignore[assignment]
 
-from medm.errors import DeviceError, MedmError
+from medm.errors import MedmError
 from medm.serving.app import build_app
 from medm.serving.limits import KEY_VARIABLE, Gate, read_api_key
+from medm.serving.listening import OWN_HOSTS, listen, url_of
 from medm.serving.options import ServeOptions
 from medm.serving.service import Service
 
 logger = logging.getLogger(__name__)
 
-_LOCAL = ("127.0.0.1", "localhost", "::1")
-_BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 15
 _CLOSE_SECONDS = 5
 """For connections that do not close after their requests were ended."""
@@ -91,13 +89,13 @@ def serve(options: ServeOptions, *, on_listening: Callable[[str], None] | None =
         MedmError: an API key is missing or unfit.
     """
     key = read_api_key(options.api_key_file)
-    if key is None and options.host not in _LOCAL:
+    if key is None and options.host not in OWN_HOSTS:
         raise MedmError(
             f"--host {options.host} is reachable by other machines: expected an API key, by "
             f"--api-key-file or the environment variable {KEY_VARIABLE}"
         )
     _raise_file_limit()
-    with listen(options) as listener:
+    with listen(options.host, options.port) as listener:
         service = Service.of(options)
         server = Server(build_app(service, key=key), options)
 
@@ -106,8 +104,7 @@ def serve(options: ServeOptions, *, on_listening: Callable[[str], None] | None =
 
         service.worker.on_failure = stop
         if on_listening is not None:
-            host = f"[{options.host}]" if ":" in options.host else options.host
-            on_listening(f"http://{host}:{listener.getsockname()[1]}")
+            on_listening(url_of(listener, options.host))
         try:
             server.run(sockets=[listener])
         finally:
@@ -121,15 +118,3 @@ def _raise_file_limit() -> None:
     if resource is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def listen(options: ServeOptions) -> socket.socket:
-    """Return a socket that listens. Raises `DeviceError`."""
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    try:
-        return socket.create_server((options.host, options.port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise DeviceError(
-            f"{options.host}:{options.port}: cannot listen there ({error.strerror}); choose "
-            "another --port"
-        ) from None

@@ -3,7 +3,7 @@
 Conditional reasoning (Zhan et al., ACM MM 2020) and MOTOR give the answer of a question as
 `{"labels": [3], "scores": [1.0]}` or as a number, in the list of its type: `close_label2ans` and
 `open_label2ans` (.json or .pkl, in the folder or its `cache/`), or `trainval_label2ans` for both.
-The published lists hold answers of test questions too.
+The published lists may hold answers of test questions too.
 """
 
 from __future__ import annotations

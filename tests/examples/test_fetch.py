@@ -99,7 +99,7 @@ def test_unknown_name_lists_the_known_ones(fetch, capsys):
     message = capsys.readouterr().err
     assert (
         "unknown smolllm" in message
-        and "quickstart, clip, seg, 3d, sources, SmolLM2-135M-Instruct" in message
+        and "quickstart, clip, seg, motor, 3d, sources, SmolLM2-135M-Instruct" in message
     )
 
 

@@ -68,13 +68,13 @@ def test_a_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder()
     np.testing.assert_array_equal(decode(decoder), EXPECTED)
-    big = FILES / "examples_palette.dcm"
+    big = FILES / "examples_ybr_color.dcm"
     with monkeypatch.context() as patch:
         patch.setattr(isolated, "_MEMORY", 1)  # less than it has: nothing more is given
         patch.setattr(isolated, "_BYTES_PER_NUMBER", 0)
         with pytest.raises(MediaError, match="damaged"):
-            decoder.decode(big, "scan", max_items=350 * 800 * 3)
-    assert decoder.decode(big, "scan", max_items=350 * 800 * 3).shape == (1, 350, 800, 3)
+            decoder.decode(big, "scan", max_items=30 * 240 * 320 * 3)
+    assert decoder.decode(big, "scan", max_items=30 * 240 * 320 * 3).shape == (30, 240, 320, 3)
     decoder._stop()
 
 

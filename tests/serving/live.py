@@ -18,8 +18,9 @@ from PIL import Image
 
 from medm.serving.app import build_app
 from medm.serving.limits import ApiKey, Gate
+from medm.serving.listening import listen
 from medm.serving.options import ServeOptions
-from medm.serving.server import Server, listen
+from medm.serving.server import Server
 from medm.serving.service import Service
 
 KEY = "a-key-of-the-tests-0123456789"
@@ -59,7 +60,7 @@ class Live:
 def running(options: ServeOptions, *, key: str | None = KEY) -> Iterator[Live]:
     """A server that is ready."""
     options = options.model_copy(update={"port": 0, "device": "cpu"})
-    with listen(options) as listener:
+    with listen(options.host, options.port) as listener:
         service = Service.of(options)
         gate = build_app(service, key=None if key is None else ApiKey(key))
         server = Server(gate, options)
