@@ -51,7 +51,9 @@ def infer(
     section = typed.under({})
     if image or volume:
         section |= {"image": image or [], "volume": volume or []}
-    if "output" in section or not (image or volume):
+    elif "output" not in section:
+        raise typer.BadParameter("Missing option '--output'; only --image and --volume need none")
+    if "output" in section:
         _run(section, typed.shown)
         return
     with TemporaryDirectory() as folder:

@@ -38,7 +38,7 @@ RUN = {
 }
 INFER = RUN | {
     "--model": ("model", str, ...), "--data": ("data", str, None), "--output": ("output", str, ...),
-    "--folder": ("folder", str, None), "--prompt": ("prompt", str, None), "--masks": ("masks", str, None),
+    "--csv": ("csv_output", str, None), "--folder": ("folder", str, None), "--prompt": ("prompt", str, None), "--masks": ("masks", str, None),
     "--mask-format": ("mask_format", Literal["auto", "png", "nifti", "npy", "rle", "dicom-seg"], "auto"),
     "--answers": ("studies.answers", Literal["all", "text", "scores", "matches"], "all"),
     "--rle": ("rle", bool, False), "--overlays": ("overlays", bool, False),
@@ -87,7 +87,8 @@ def test_the_flags_are_the_known_ones_and_say_what_their_fields_say(
         field = field_at(inner, options)
         text = " ".join(field.description.split()).removesuffix(".")
         assert flag.help.startswith(text), name
-        assert flag.required == (command is infer and default is ...)
+        needed = command is infer and default is ... and inner != "output"  # not for --image
+        assert flag.required == needed
         assert field.is_required() if default is ... else field.default == default, name
         shown = default not in (..., None) and default is not False
         assert (f"[default: {default}]" in flag.help) == shown, name

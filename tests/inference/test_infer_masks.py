@@ -325,9 +325,9 @@ def test_formats(model: Path, tmp_path: Path) -> None:
 
 
 def test_options_that_do_not_go_together(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="either data or folder"):
+    with pytest.raises(ValueError, match="one of data, folder, and image or volume"):
         run(model, tmp_path / "o.jsonl")
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="a prompt belongs to folder"):
         run(model, tmp_path / "o.jsonl", folder=str(tmp_path))
     with pytest.raises(RecipeError, match="volume_mode"):
         run(
