@@ -16,6 +16,7 @@ from medm.errors import MediaError
 from medm.imaging import isolated
 from medm.imaging.images import read_image
 from medm.imaging.isolated import Decoder
+from tests.crafted import rle_dicom
 
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 GOOD = FILES / "MR_small_RLE.dcm"
@@ -65,16 +66,17 @@ def test_a_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     decoder = Decoder()
     np.testing.assert_array_equal(decode(decoder), EXPECTED)
-    big = FILES / "examples_ybr_color.dcm"
+    big = tmp_path / "big.dcm"  # more than the child may have free within what it holds
+    rle_dicom(4096, 4096, 1)(big)
     with monkeypatch.context() as patch:
         patch.setattr(isolated, "_MEMORY", 1)  # less than it has: nothing more is given
         patch.setattr(isolated, "_BYTES_PER_NUMBER", 0)
         with pytest.raises(MediaError, match="damaged"):
-            decoder.decode(big, "scan", max_items=30 * 240 * 320 * 3)
-    assert decoder.decode(big, "scan", max_items=30 * 240 * 320 * 3).shape == (30, 240, 320, 3)
+            decoder.decode(big, "scan", max_items=4096 * 4096)
+    assert decoder.decode(big, "scan", max_items=4096 * 4096).shape == (1, 4096, 4096)
     decoder._stop()
 
 
