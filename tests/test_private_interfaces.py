@@ -155,11 +155,6 @@ TABLE = [
         "declares what the language model inside is allowed to use",
     ),
     PrivateInterface(
-        "torch.distributed.distributed_c10d._set_pg_timeout",
-        ("medm/distributed.py",),
-        "time-out of collective operations, which transformers leaves at 30 minutes under use_cpu",
-    ),
-    PrivateInterface(
         "transformers.PreTrainedModel._supports_flash_attn",
         ("medm/models/lvlm/modeling.py",),
         "declares what the language model inside is allowed to use",
