@@ -24,7 +24,6 @@ from campaign.parts import caches
 from medm.data.options import SourceOptions
 from medm.data.shard_writing import write_shards
 from medm.errors import MedmError
-from medm.files import sync
 from medm.inference.batch import infer
 from medm.inference.options import GenerationOptions, InferOptions
 from medm.models.export.export import export
@@ -69,7 +68,7 @@ def _train_toy(folder: Path) -> None:
 
 
 def _train(folder: Path) -> None:
-    given = load_recipe(folder / "recipe.yaml")
+    given = load_recipe(folder / "recipe.yaml", [f"output_dir={folder / 'out'}"])
     if not train(given, resume=True).finished:
         raise WrongResultError("the run did not finish")
 
@@ -219,8 +218,6 @@ def _kill(work: Work, folder: Path, number: int, how: How) -> None:
     shutil.copytree(folder / work.name, place, dirs_exist_ok=True)
 
     def cut() -> None:
-        for path in place.rglob("*"):  # what was there before is on the disk
-            sync(path)
         watch(place / "out", die_at=number, how=how)
         work.run(place)
 
