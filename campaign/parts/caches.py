@@ -110,10 +110,10 @@ def shards(name: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         for number in range(3):
             write_image(folder / f"{number}.png", shade=number)
-        lines = [{"image": f"{n}.png", "captions": [f"caption {n}"], "id": f"p{n}"} for n in range(3)]
-        source = SourceOptions(
-            path=str(write_lines(folder / "in.jsonl", *lines)), root=str(folder)
-        )
+        lines = [
+            {"image": f"{n}.png", "captions": [f"caption {n}"], "id": f"p{n}"} for n in range(3)
+        ]
+        source = SourceOptions(path=str(write_lines(folder / "in.jsonl", *lines)), root=str(folder))
         manifest = folder / "a.shards.json"
         write_shards(manifest, [source], samples=2)
         expected = [_content(ShardFile(manifest), index) for index in range(3)]

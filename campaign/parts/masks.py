@@ -1,5 +1,6 @@
 """Mutated masks: run lengths, polygons and label maps give a mask of the image's size, or a
-message."""
+message.
+"""
 
 from __future__ import annotations
 

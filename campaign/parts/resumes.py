@@ -1,5 +1,6 @@
 """Runs that are killed or stopped at a step and resumed: the weights are those of a run in one
-piece, bit for bit, for every kind of model and objective."""
+piece, bit for bit, for every kind of model and objective.
+"""
 
 from __future__ import annotations
 

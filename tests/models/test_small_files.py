@@ -97,6 +97,14 @@ def test_row_36_damage_of_any_small_file_is_a_message(model: Path) -> None:
         (model / name).write_bytes(whole)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_brackets_deeper_than_the_parser_are_a_message(model: Path, name: str) -> None:
+    (model / name).write_text('{"a":' * 10_000 + "1" + "}" * 10_000)
+    for opening in (medm.models.load, medm.models.load_processor):
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            opening(str(model))
+
+
 def _damaged(whole: bytes, rng: random.Random) -> bytes:
     content, values = json.loads(whole), [None, True, -1, "x", [], {}, 1.5, [None], {"a": 1}]
     node = content

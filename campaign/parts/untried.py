@@ -1,0 +1,198 @@
+"""What the first campaign did not try: loss of power, exchange of a file between check and read,
+I/O errors, control and pad tokens and bidirectional characters as text.
+
+GPU-only faults are listed in the report as not run.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from campaign.harness import Case, Limits, Part, WrongResultError
+from campaign.parts import caches, kills, media
+from medm.data.record_files import RecordFile
+from medm.data.shards import ShardFile
+from medm.errors import MedmError
+from medm.imaging import load_pixels
+from medm.models import load, load_processor
+from medm.training.recipe import load_recipe
+from medm.types import Sample, Turn
+from tests.inference.tiny import save_tiny
+
+TEXTS = {
+    "bidi": "a\u202egnp.\u202c \u2066b\u2069",
+    "control characters": "a\x00b\x1b[2J\x7f\x85",
+    "zero width": "a\u200b\u200d\ufeffb",
+    "placeholder": "<image><volume>",
+    "combining": "e" + "\u0301" * 500,
+}
+
+
+def _texts(folder: Path, name: str) -> None:
+    """A text gives ids that hold no control token, and comes back."""
+    processor = load_processor(str(folder / "texts" / "model"))
+    tokenizer = processor.tokenizer
+    control = set(tokenizer.all_special_ids)
+    text = TEXTS.get(name, name)
+
+    def ids(words: str) -> list[int]:
+        sample = Sample((Turn("user", (words,)),))
+        return [int(one) for one in processor.encode(sample, {}, generation=True).input_ids]
+
+    around = sum(one in control for one in ids("x"))
+    found = ids(text)
+    if sum(one in control for one in found) != around:
+        raise WrongResultError(f"{text!r} gives control tokens: {found}")
+
+
+def _special_tokens(folder: Path) -> None:
+    """Every special token of the tokenizer, written by a person, is text."""
+    processor = load_processor(str(folder / "texts" / "model"))
+    for token in processor.tokenizer.all_special_tokens:
+        _texts(folder, f"a {token} b")
+
+
+def _exchange(folder: Path, make: Callable[[Path], Path], other: bytes) -> None:
+    """The file is another one when it is opened for the second time."""
+    place = folder / f"exchange {len(other)} {os.getpid()}"
+    place.mkdir(exist_ok=True)
+    file = make(place)
+    real, opened = os.open, 0
+
+    def exchanged(path: Any, *arguments: Any, **keywords: Any) -> int:
+        nonlocal opened
+        if str(path) == str(file):
+            opened += 1
+            if opened == 2:
+                file.unlink()
+                file.write_bytes(other)
+        return real(path, *arguments, **keywords)
+
+    os.open = exchanged
+    try:
+        load_pixels(file, media.IMAGE if file.suffix in (".png", ".jpg") else media.VOLUME)
+    finally:
+        os.open = real
+
+
+class _FailingFile(io.FileIO):
+    """A file whose reads fail behind some bytes, as on a disk with a bad block."""
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() >= 64:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().readinto(memoryview(buffer)[:64])
+
+    def readall(self) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() >= 64 or size is None or size < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(min(size, 64))
+
+
+def _io_error(folder: Path, make: Callable[[Path], Path], read: Callable[[Path], object]) -> None:
+    """Reads of the file fail with EIO: an error that names the file, and no result."""
+    place = folder / f"eio {os.getpid()} {len(list(folder.iterdir()))}"
+    place.mkdir()
+    file = make(place)
+    real = io.open
+
+    def failing(path: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
+        if not isinstance(path, int) and str(path) == str(file) and "r" in mode:
+            raw = _FailingFile(os.fspath(path), "r")
+            buffered = raw if keywords.get("buffering") == 0 else io.BufferedReader(raw)
+            return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
+        return real(path, mode, *arguments, **keywords)
+
+    io.open = builtins.open = failing
+    try:
+        read(file)
+    except OSError as error:
+        if error.errno == errno.EIO and error.filename is None and file.name not in str(error):
+            raise WrongResultError(f"EIO without the file's name: {error}") from None
+        raise MedmError(str(error)) from None  # the command line explains it
+    finally:
+        io.open = builtins.open = real
+
+
+def _records_file(place: Path) -> Path:
+    lines = [json.dumps({"id": n, "text": "x" * 90}) for n in range(9)]
+    (place / "a.jsonl").write_text("\n".join(lines))
+    return place / "a.jsonl"
+
+
+def _recipe_file(place: Path) -> Path:
+    (place / "recipe.yaml").write_text("# " + "x" * 200 + "\nmodel: {}\n")
+    return place / "recipe.yaml"
+
+
+def _all_records(file: Path) -> None:
+    list(RecordFile(file))
+
+
+def _all_samples(file: Path) -> None:
+    list(ShardFile(file))
+
+
+READS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
+    "PNG": (media.image("png"), lambda file: load_pixels(file, media.IMAGE)),
+    "JPEG": (media.image("jpg"), lambda file: load_pixels(file, media.IMAGE)),
+    **{
+        name: (media.FORMATS[name], lambda file: load_pixels(file, media.VOLUME))
+        for name in ("nifti", "nifti.gz", "nrrd", "mha", "npy", "dicom")
+    },
+    "JSONL": (_records_file, _all_records),
+    "recipe": (_recipe_file, load_recipe),
+    "tar shard": (caches.shards("*.tar"), _all_samples),
+    "config.json": (lambda place: save_tiny(place) / "config.json", lambda file: load(str(file.parent))),
+    "model.safetensors": (
+        lambda place: save_tiny(place) / "model.safetensors",
+        lambda file: load(str(file.parent)),
+    ),
+}  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    """Prepare the works for losses of power, and a model for texts."""
+    kills.prepare(folder)
+    (folder / "texts").mkdir()
+    save_tiny(folder / "texts")
+
+
+def cases(folder: Path, count: int, seed: int) -> list[Case]:
+    """Return `count` losses of power of each work, and each other trial once."""
+    made = [
+        Case(f"power: {case.name}", case.run, "loss of power")
+        for case in kills.cases_of(("power",), folder, count, seed)
+    ]
+    made += [Case(f"text {name}", partial(_texts, folder, name), "texts") for name in TEXTS]
+    made.append(Case("special tokens as text", partial(_special_tokens, folder), "texts"))
+    for name, make in {"PNG": media.image("png"), **media.FORMATS}.items():
+        for other in (b"", b"\x00" * 5000):
+            run = partial(_exchange, folder, make, other)
+            made.append(Case(f"{name} exchanged for {len(other)} bytes", run, "exchange"))
+    made += [
+        Case(f"EIO: {name}", partial(_io_error, folder, make, read), "EIO")
+        for name, (make, read) in READS.items()
+    ]
+    return made
+
+
+PART = Part(
+    "untried",
+    "Loss of power, exchanged files, I/O errors, hostile text",
+    prepare,
+    cases,
+    8,
+    Limits(cpu=120, gib=4, wall=900),
+)
