@@ -58,7 +58,7 @@ def watch(folder: Path, *, die_at: int | None = None, how: How = "before") -> Ca
 
     def fsync(file: Any) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         inside = place in name
         if inside and Path(name).is_file():
             happens(descriptor)

@@ -21,10 +21,10 @@ from PIL.PngImagePlugin import PngInfo
 from campaign.harness import Case, Limits, Part, WrongResultError, in_fork
 from tests import tiny
 from tests.cli.runner import medm
-from tests.imaging.tiny import phantom, write_series
+from tests.imaging.tiny import CANARY, phantom, write_series
 
-TAG = "Canary"
-"""Of DICOM tags: `tests.imaging.tiny.CANARY` without its second part."""
+TAG = CANARY.partition("^")[2]
+"""Of DICOM tags."""
 CANARIES = {
     "DICOM tags": TAG,
     "EXIF": "Exifcanary",
@@ -50,14 +50,6 @@ def prepare(folder: Path) -> None:
         place.mkdir()
     _write_data(data)
     model = tiny.lvlm_section(tiny.save_llm("qwen2.5", data / "llm"))
-    model["branches"]["volume"] = {
-        "encoder": {"name": "volume-vit", "architecture": {
-            "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "image_size": [8, 8, 8], "patch_size": [4, 4, 4],
-        }},
-        "connector": {"name": "mlp", "depth": 2},
-    }  # fmt: skip
-    del model["branches"]["volume"]  # volumes are read by `data check` and the cache
     recipe = {
         "model": model,
         "data": {"train": [{"path": str(data / "train.json"), "root": str(data)}]},
@@ -78,11 +70,10 @@ def prepare(folder: Path) -> None:
             "--max-new-tokens", "2", "--device", "cpu", "--workers", "0",
         ],
         "preview": [
-            "data", "preview", str(data / "train.json"), "--root", str(data), "--output",
-            str(out / "preview.png"),
+            "data", "preview", str(data / "a.png"), str(out / "preview.png"),
         ],
         "export": [
-            "export", str(out / "model"), str(out / "merged"), "--format", "merged",
+            "export", "--model", str(out / "model"), "--format", "merged", str(out / "merged"),
         ],
     }  # fmt: skip
     for name, arguments in commands.items():
