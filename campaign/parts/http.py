@@ -29,7 +29,14 @@ from tests.imaging.tiny import phantom, write_series
 from tests.inference.tiny import save_tiny
 from tests.serving.live import data_uri, png, question
 
-LIMITS = Limits(max_new_tokens=8, max_body_mb=1, max_file_mb=1, max_images=3, max_pixels=250_000)
+LIMITS = Limits(
+    max_new_tokens=8,
+    max_body_mb=1,
+    max_file_mb=1,
+    max_images=3,
+    max_pixels=250_000,
+    max_voxels=100_000,
+)
 BOUNDARY = "campaign-boundary"
 
 
