@@ -41,7 +41,7 @@ def _command(launcher: str, folder: Path, file: Path) -> list[str]:
 
 
 def _signal(folder: Path, launcher: str, number: signal.Signals) -> None:
-    place = folder / f"{launcher} {number.name}"
+    place = folder / f"{launcher} {number.name}".replace("/", "-")
     place.mkdir()
     file = recipe(place, max_steps=40, save_strategy="no", logging_steps=1)
     (place / "slow.py").write_text(PLUGIN)
@@ -52,7 +52,10 @@ def _signal(folder: Path, launcher: str, number: signal.Signals) -> None:
     )  # fmt: skip
     try:
         _wait(place / "out" / "loss.jsonl", process)
-        os.kill(process.pid, number)
+        if number == signal.SIGINT:  # Ctrl-C reaches the whole group
+            os.killpg(process.pid, number)
+        else:
+            os.kill(process.pid, number)
         _, err = process.communicate(timeout=300)
     finally:
         if process.poll() is None:

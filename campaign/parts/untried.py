@@ -9,8 +9,10 @@ from __future__ import annotations
 import builtins
 import errno
 import io
+import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -60,27 +62,30 @@ def _special_tokens(folder: Path) -> None:
         _texts(folder, f"a {token} b")
 
 
-def _exchange(folder: Path, make: Callable[[Path], Path], other: bytes) -> None:
-    """The file is another one when it is opened for the second time."""
-    place = folder / f"exchange {len(other)} {os.getpid()}"
-    place.mkdir(exist_ok=True)
+def _exchange(folder: Path, make: Callable[[Path], Path], other: bytes, at: int) -> None:
+    """The file is another one from its opening number `at` on.
+
+    A reader that opens it fewer times has no gap between check and read there.
+    """
+    place = folder / f"exchange {at} {len(other)} {len(list(folder.iterdir()))}"
+    place.mkdir()
     file = make(place)
-    real, opened = os.open, 0
+    opened = 0
 
-    def exchanged(path: Any, *arguments: Any, **keywords: Any) -> int:
+    def exchange(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal opened
-        if str(path) == str(file):
+        if event == "open" and str(arguments[0]) == str(file):
             opened += 1
-            if opened == 2:
-                file.unlink()
-                file.write_bytes(other)
-        return real(path, *arguments, **keywords)
+            if opened == at:
+                os.replace(place / "other", file)  # noqa: PTH105 - opens nothing
 
-    os.open = exchanged
-    try:
-        load_pixels(file, media.IMAGE if file.suffix in (".png", ".jpg") else media.VOLUME)
-    finally:
-        os.open = real
+    (place / "other").write_bytes(other)
+    sys.addaudithook(exchange)  # stays, and knows this file alone
+    load_pixels(file, media.IMAGE if file.suffix in (".png", ".jpg") else media.VOLUME)
+    if opened >= at and other != file.read_bytes():
+        raise WrongResultError("the file was not exchanged")
+    if opened >= at:
+        raise WrongResultError("an exchanged file, which holds no pixels, gave pixels")
 
 
 class _FailingFile(io.FileIO):
@@ -178,9 +183,11 @@ def cases(folder: Path, count: int, seed: int) -> list[Case]:
     made += [Case(f"text {name}", partial(_texts, folder, name), "texts") for name in TEXTS]
     made.append(Case("special tokens as text", partial(_special_tokens, folder), "texts"))
     for name, make in {"PNG": media.image("png"), **media.FORMATS}.items():
-        for other in (b"", b"\x00" * 5000):
-            run = partial(_exchange, folder, make, other)
-            made.append(Case(f"{name} exchanged for {len(other)} bytes", run, "exchange"))
+        for other, at in itertools.product((b"", b"\x00" * 5000), (1, 2)):
+            run = partial(_exchange, folder, make, other, at)
+            made.append(
+                Case(f"{name} exchanged for {len(other)} bytes, opening {at}", run, "exchange")
+            )
     made += [
         Case(f"EIO: {name}", partial(_io_error, folder, make, read), "EIO")
         for name, (make, read) in READS.items()

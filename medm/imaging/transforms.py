@@ -510,11 +510,13 @@ def _start(length: int, wanted: int) -> int:
 
 
 def _stretched(values: Tensor) -> Tensor:
-    """Scale between the smallest and the largest value; 0 if equal (`check_prepared` warns)."""
+    """Scale between the smallest and the largest value; 0 if equal (`check_prepared` warns).
+
+    In place: a volume is large.
+    """
     low, high = values.aminmax()
-    if low == high:
-        return values - low
-    return (values - low) / (high - low)
+    values.sub_(low)
+    return values if low == high else values.div_(high - low)
 
 
 def _foreground(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
 
 from medm.errors import CheckpointError
@@ -13,10 +15,13 @@ from medm.models.auto import register
 from medm.models.base import MedmModel
 from medm.models.manifest import verify_weights
 from medm.models.published.weights import LoadReport, read_object
-from medm.models.small_files import check_small_files, opening
+from medm.models.small_files import check_small_files, count_values, opening
 from medm.types import MODEL_TYPE_PREFIX, Processor
 
 logger = logging.getLogger(__name__)
+
+_SMALL = 2**26
+"""Parameters that a config may always describe."""
 
 
 def open_config(folder: str) -> PreTrainedConfig:
@@ -30,6 +35,7 @@ def open_config(folder: str) -> PreTrainedConfig:
             "processor_config.json in it"
         )
     register()
+    check_small_files(path)  # a config of endless layers would not even be read
     config = opening(
         path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), what="config.json"
     )
@@ -49,12 +55,12 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
     """See `medm.models.load`."""
     path, config = Path(folder).expanduser(), open_config(folder)
     verify_weights(path)
-    check_small_files(path)
     processor = opening(
         path,
         lambda: AutoProcessor.from_pretrained(path, trust_remote_code=False),
         what="its tokenizer or processor",
     )
+    opening(path, lambda: _check_extent(path, config), what="its model")
     # Mismatched tensors are let through here, so that the report below names them as it names the
     # others.
     model, report = opening(
@@ -83,6 +89,22 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
     model.upgrade(processor)
     model.eval()
     return model, processor
+
+
+def _check_extent(folder: Path, config: PreTrainedConfig) -> None:
+    """Raise `CheckpointError` for a config of a model much larger than its weights.
+
+    Tensors that the weights do not hold would be allocated before they are reported.
+    """
+    with torch.device("meta"):
+        blank = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
+    declared = sum(parameter.numel() for parameter in blank.parameters())
+    held = count_values(folder)
+    if declared > 2 * held + _SMALL:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: describes a model of {declared} parameters, and the "
+            f"weights hold {held} numbers; the file is damaged, or of another model"
+        )
 
 
 def open_processor(folder: str) -> Processor:

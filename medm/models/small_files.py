@@ -6,16 +6,18 @@ The weights of the folder, which are compared with their checksums, show what is
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from medm.errors import CheckpointError
+from medm.errors import CheckpointError, MedmError
 from medm.models.manifest import changed_small_files
 from medm.models.published.weights import read_object
 
@@ -56,12 +58,7 @@ def check_small_files(folder: Path) -> None:
                 f"{folder}: {', '.join(needed)} is missing, which its manifest.json lists; copy "
                 "the folder again"
             )
-        logger.warning(
-            "%s: %s changed since the model was written (sha256 in manifest.json). If you did not "
-            "edit it, copy the folder again",
-            folder,
-            ", ".join(changed),
-        )
+        _warn_once(folder.absolute(), tuple(changed))
     for name in _JSON:
         if (folder / name).is_file():
             if name == "tokenizer.json":
@@ -103,6 +100,17 @@ def _check_values(file: Path, content: Mapping[str, object]) -> None:
         )
 
 
+@functools.lru_cache(maxsize=64)
+def _warn_once(folder: Path, changed: tuple[str, ...]) -> None:
+    """Warn of changed files; a command opens config, processor and weights one after another."""
+    logger.warning(
+        "%s: %s changed since the model was written (sha256 in manifest.json). If you did not "
+        "edit it, copy the folder again",
+        folder,
+        ", ".join(changed),
+    )
+
+
 def opening(folder: Path, action: Callable[[], T], *, what: str) -> T:
     """Run an action that opens a part of a folder; any error of it names the files that changed.
 
@@ -119,10 +127,10 @@ def opening(folder: Path, action: Callable[[], T], *, what: str) -> T:
             raise
         changed = changed_small_files(folder)
         hint = f"; changed since it was written: {', '.join(changed)}" if changed else ""
-        reason = " ".join(str(error).split())[:500]
-        raise CheckpointError(
-            f"{folder}: {what} cannot be opened ({type(error).__name__}: {reason}){hint}"
-        ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if isinstance(error, MedmError):
+            reason = str(error)
+        raise CheckpointError(f"{folder}: {what} cannot be opened ({reason}){hint}") from None
 
 
 def _check_ids(file: Path) -> None:
@@ -149,16 +157,27 @@ def _numbers(value: object, place: str = "") -> Iterator[tuple[str, int]]:
             yield from _numbers(item, place)
 
 
+def count_values(folder: Path) -> int:
+    """Return the numbers that the weights of a folder hold, by their headers.
+
+    Raises:
+        CheckpointError: a header is damaged.
+    """
+    return sum(math.prod(shape) for shape in _shapes(folder))
+
+
 def _extent(folder: Path) -> tuple[int, int]:
     """Return the number of tensors of the weights, and the largest side of any, by the headers."""
-    tensors, width = 0, 0
+    shapes = list(_shapes(folder))
+    return len(shapes), max((side for shape in shapes for side in shape), default=0)
+
+
+def _shapes(folder: Path) -> Iterator[list[int]]:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
                 names = opened.keys()
-                shapes: list[Any] = [opened.get_slice(name).get_shape() for name in names]
+                shapes: list[list[int]] = [opened.get_slice(name).get_shape() for name in names]
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{file}: cannot be opened ({error})") from None
-        tensors += len(shapes)
-        width = max([width, *(side for shape in shapes for side in shape)])
-    return tensors, width
+        yield from shapes

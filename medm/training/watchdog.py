@@ -34,6 +34,8 @@ FOLDER = ".tmp-ranks"
 _EARLY, _LATE = 0.9, 1.2
 """Parts of the time-out after which a rank is named, and after which this rank ends by itself if
 the collective operation that it waits in does not."""
+_SHORT = 0.1
+"""Fewest seconds between signs of life at the beginning of steps."""
 _TIMED_OUT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
 _WAITING = ("distributed_c10d.py", "_engine_run_backward", "deepspeed")
 
@@ -58,7 +60,8 @@ class Watchdog(TrainerCallback):
         self.folder, self.timeout = output_dir / FOLDER, timeout
         self.verdict: str | None = None
         """The message about a rank that stands still."""
-        self._step, self._count = 0, 0
+        self._step, self._count, self._signed = 0, 0, 0.0
+        self._lock = threading.Lock()
         self._seen: dict[int, _Seen] = {}
         self._ended = threading.Event()
         self._main = threading.main_thread().ident or 0
@@ -71,6 +74,8 @@ class Watchdog(TrainerCallback):
         **kwargs: object,
     ) -> None:
         self._step = state.global_step + 1
+        if world_size() > 1 and time.monotonic() - self._signed > _SHORT:
+            self._sign(rank())
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -125,7 +130,11 @@ class Watchdog(TrainerCallback):
                 os._exit(1)  # the main thread waits for the rank, and cannot be ended
 
     def _sign(self, number: int) -> None:
-        self._count += 1
+        with self._lock:
+            self._write(number)
+
+    def _write(self, number: int) -> None:
+        self._count, self._signed = self._count + 1, time.monotonic()
         content = {
             "count": self._count,
             "step": self._step,
@@ -154,7 +163,7 @@ class Watchdog(TrainerCallback):
     def _named(self, ranks: Iterable[int]) -> str:
         return "; ".join(
             f"rank {other} of {world_size()} (process {sign.get('process')} on "
-            f"{sign.get('host')}) at step {sign.get('step')}, {sign.get('at')}"
+            f"{sign.get('host')}), last seen at step {sign.get('step')}, {sign.get('at')}"
             for other in sorted(ranks)
             for sign in [self._seen[other].content]
         )

@@ -51,6 +51,13 @@ def test_row_37_a_config_of_endless_layers_is_refused(model: Path, layers: int) 
     assert time.process_time() - started < 5
 
 
+def test_row_37_a_config_of_another_size_allocates_nothing(model: Path) -> None:
+    """Without `text_config` the defaults of transformers describe a model of seven billion."""
+    edit(model / "config.json", lambda config: config.pop("text_config"))
+    with pytest.raises(CheckpointError, match=r"describes a model of \d{9,} parameters, and the"):
+        medm.models.load(str(model))
+
+
 def test_row_37_a_token_id_of_ten_digits_is_refused(model: Path) -> None:
     def enlarge(tokenizer: dict[str, Any]) -> None:
         tokenizer["model"]["vocab"] = {
