@@ -16,6 +16,7 @@ NOT_RUN = (
     ("GPU out of memory during training and inference", "needs a GPU"),
     ("a rank that dies or stands still on NCCL", "needs GPUs"),
     ("EIO by a real disk, and loss of power of a real machine", "simulated in `untried`"),
+    ("EIO in readers that open by descriptor or in compiled code", "images, JSONL, tar shards, safetensors"),
     ("a full disk", "needs a file system of its own; the tests of rows 16, 31 and 32 limit file sizes"),
 )  # fmt: skip
 """What no part tries, and why."""

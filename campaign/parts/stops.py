@@ -41,7 +41,7 @@ def _command(launcher: str, folder: Path, file: Path) -> list[str]:
 
 
 def _signal(folder: Path, launcher: str, number: signal.Signals) -> None:
-    place = folder / f"{launcher} {number.name}".replace("/", "-")
+    place = folder / f"{launcher} {number.name}".replace("/", "-").replace(" ", "-")
     place.mkdir()
     file = recipe(place, max_steps=40, save_strategy="no", logging_steps=1)
     (place / "slow.py").write_text(PLUGIN)

@@ -10,7 +10,6 @@ import builtins
 import errno
 import io
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from campaign.harness import Case, Limits, Part, WrongResultError
-from campaign.parts import caches, kills, media
-from medm.data.record_files import RecordFile
-from medm.data.shards import ShardFile
+from campaign.parts import kills, media
 from medm.errors import MedmError
 from medm.imaging import load_pixels
 from medm.models import load, load_processor
@@ -110,10 +107,12 @@ def _io_error(folder: Path, make: Callable[[Path], Path], read: Callable[[Path],
     place = folder / f"eio {os.getpid()} {len(list(folder.iterdir()))}"
     place.mkdir()
     file = make(place)
-    real = io.open
+    real, met = io.open, False
 
     def failing(path: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
         if not isinstance(path, int) and str(path) == str(file) and "r" in mode:
+            nonlocal met
+            met = True
             raw = _FailingFile(os.fspath(path), "r")
             buffered = raw if keywords.get("buffering") == 0 else io.BufferedReader(raw)
             return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
@@ -128,12 +127,7 @@ def _io_error(folder: Path, make: Callable[[Path], Path], read: Callable[[Path],
         raise MedmError(str(error)) from None  # the command line explains it
     finally:
         io.open = builtins.open = real
-
-
-def _records_file(place: Path) -> Path:
-    lines = [json.dumps({"id": n, "text": "x" * 90}) for n in range(9)]
-    (place / "a.jsonl").write_text("\n".join(lines))
-    return place / "a.jsonl"
+    raise WrongResultError("a result in spite of the error" if met else "no read was met")
 
 
 def _recipe_file(place: Path) -> Path:
@@ -141,30 +135,17 @@ def _recipe_file(place: Path) -> Path:
     return place / "recipe.yaml"
 
 
-def _all_records(file: Path) -> None:
-    list(RecordFile(file))
-
-
-def _all_samples(file: Path) -> None:
-    list(ShardFile(file))
-
-
 READS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
-    "PNG": (media.image("png"), lambda file: load_pixels(file, media.IMAGE)),
-    "JPEG": (media.image("jpg"), lambda file: load_pixels(file, media.IMAGE)),
     **{
         name: (media.FORMATS[name], lambda file: load_pixels(file, media.VOLUME))
         for name in ("nifti", "nifti.gz", "nrrd", "mha", "npy", "dicom")
     },
-    "JSONL": (_records_file, _all_records),
     "recipe": (_recipe_file, load_recipe),
-    "tar shard": (caches.shards("*.tar"), _all_samples),
-    "config.json": (lambda place: save_tiny(place) / "config.json", lambda file: load(str(file.parent))),
-    "model.safetensors": (
-        lambda place: save_tiny(place) / "model.safetensors",
+    "config.json": (
+        lambda place: save_tiny(place) / "config.json",
         lambda file: load(str(file.parent)),
     ),
-}  # fmt: skip
+}
 
 
 def prepare(folder: Path) -> None:
