@@ -5,6 +5,7 @@
 # make uni-med-demo several tasks: experts against the dense baseline on held-out volumes, one table (half an hour on 2 busy cores)
 # make motor-demo   pretraining on studies with and without knowledge, three seeds, one table of held-out volumes (12 to 15 minutes on 2 cores, estimated)
 # make test         environment, then the tests
+# make campaign     the fault campaign: damage, kills, stops, hostile content; a table in campaign/results (an hour on 2 idle cores)
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
 # make format       ruff's fixes and formatting
 # make docs         the generated pages of docs/
@@ -39,7 +40,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions/$(VERSIONS)
 
-.PHONY: help env quickstart quickstart-3d quickstart-clip quickstart-seg uni-med-demo motor-demo test check lint types layers format docs site golden lock clean
+.PHONY: help env quickstart quickstart-3d quickstart-clip quickstart-seg uni-med-demo motor-demo test campaign check lint types layers format docs site golden lock clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -92,6 +93,11 @@ motor-demo: env
 
 test: env
 	OMP_NUM_THREADS=1 $(PYTEST) $(PYTEST_ARGS)
+
+# The options of python -m campaign: make campaign CAMPAIGN="--only media --count 50"
+CAMPAIGN ?=
+campaign: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaign $(CAMPAIGN)
 
 check: lint types layers
 

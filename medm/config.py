@@ -263,6 +263,11 @@ def apply_overrides(
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise RecipeError(f"override {override!r}: expected dotted.key=value")
+        if path.count(".") >= MAX_RECIPE_DEPTH:
+            raise RecipeError(
+                f"override {override[:40]!r}...: nested deeper than {MAX_RECIPE_DEPTH} levels; no "
+                "key is so deep"
+            )
         _assign(result, path.split("."), parse_value(text), override, short_form)
     return result
 

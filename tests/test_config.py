@@ -204,3 +204,9 @@ def test_a_limit_in_the_environment_is_a_whole_number(value: str) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "MEDM_MAX_RECIPE_BYTES (environment): expected a whole number" in done.stderr
+
+
+def test_a_key_of_an_override_is_not_deeper_than_a_recipe() -> None:
+    with pytest.raises(RecipeError, match="nested deeper than 100 levels"):
+        apply_overrides({}, [".".join(["a"] * 10_000) + "=1"])
+    assert apply_overrides({}, ["a.b.c=1"]) == {"a": {"b": {"c": 1}}}

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import time
+import tokenize
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 _SLACK = 1.05
 """Required free space, as a multiple of the size of all items."""
+_DAMAGE = (
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, tokenize.TokenError,
+)  # fmt: skip
+"""What reading a damaged shard or index raises; the last by numpy for the header of an array."""
 _SHARD_BYTES, _SHARD_SECONDS = 2**28, 300.0
 """Size and age at which a shard is finished: a kill loses no more than that."""
 _SETTLED, _ABANDONED = 60.0, 3600.0
@@ -83,7 +88,7 @@ class FeatureStore:
         for name in present.keys() - self._shards.keys():
             try:
                 self._open_shard(present[name])
-            except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+            except _DAMAGE as error:
                 self._discard(name, str(error) or type(error).__name__)
 
     def _open_shard(self, index: Path) -> None:

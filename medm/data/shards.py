@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import tarfile
+import tokenize
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -347,11 +348,15 @@ def _read_index(path: Path, manifest: Manifest) -> np.ndarray:
     try:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != manifest.index_sha256:  # before numpy parses what anything may have written
+            raise DataError(f"its index {file} belongs to another manifest; {again}", file=path)
         samples = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, tokenize.TokenError) as error:
         raise DataError(f"its index {file} cannot be read ({error}); {again}", file=path) from None
     expected = sum(shard.samples for shard in manifest.shards)
-    if found != manifest.index_sha256 or samples.dtype != SAMPLE or samples.shape != (expected,):
+    if samples.dtype != SAMPLE or samples.shape != (expected,):
         raise DataError(f"its index {file} belongs to another manifest; {again}", file=path)
     return samples
 

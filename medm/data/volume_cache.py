@@ -21,6 +21,7 @@ import os
 import re
 import struct
 import time
+import tokenize
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -229,7 +230,10 @@ class MediaCache:
         """
         if npy.read_magic(stream) != (1, 0):
             raise ValueError("it is of another version")
-        shape, _, dtype = npy.read_array_header_1_0(stream)
+        try:
+            shape, _, dtype = npy.read_array_header_1_0(stream)
+        except tokenize.TokenError:  # numpy's, for a bracket that is not closed
+            raise ValueError("its header is damaged") from None
         offset, size = stream.tell(), math.prod(shape) * dtype.itemsize
         behind = os.fstat(stream.fileno()).st_size - offset - size - _FOOTER.size
         if dtype != np.float32 or not 0 <= behind <= _MAX_PLACEMENT:

@@ -69,7 +69,13 @@ def read_volume(
     name = str(path)
     if not path.exists():
         raise MediaError(f"{name}: no such file or folder")
-    volume = _read_folder(path, name, series, several) if path.is_dir() else _read_file(path, name)
+    try:
+        volume = (
+            _read_folder(path, name, series, several) if path.is_dir() else _read_file(path, name)
+        )
+    except OSError as error:
+        error.filename = error.filename or name  # errors of reads have none
+        raise
     voxels = _checked(volume.voxels, name)
     held = None if path.is_dir() else path.stat().st_size
     return Volume(voxels, name, volume.unit, volume.geometry, volume.modality, held)

@@ -64,7 +64,7 @@ def check_small_files(folder: Path) -> None:
             if name == "tokenizer.json":
                 _check_ids(folder / name)
             else:
-                read_object(folder / name)
+                _check_values(folder / name, read_object(folder / name))
     if (folder / "tokenizer_config.json").is_file() and not any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt")
     ):
@@ -81,6 +81,23 @@ def check_small_files(folder: Path) -> None:
                     f"{folder / 'config.json'}: {field}: expected at most {limit}, found "
                     f"{str(value)[:40]} ({reason}); the file is damaged, copy it again"
                 )
+
+
+def _check_values(file: Path, content: Mapping[str, object]) -> None:
+    """Refuse values that transformers keeps unseen and the first question would meet."""
+    ends = content.get("eos_token_id") if file.name == "generation_config.json" else None
+    for value in ends if isinstance(ends, list) else [ends]:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise CheckpointError(
+                f"{file}: eos_token_id: expected token ids, found {str(value)[:40]!r}; the file is "
+                "damaged, copy it again"
+            )
+    length = content.get("model_max_length") if file.name == "tokenizer_config.json" else None
+    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float))):
+        raise CheckpointError(
+            f"{file}: model_max_length: expected a number, found {str(length)[:40]!r}; the file is "
+            "damaged, copy it again"
+        )
 
 
 @functools.lru_cache(maxsize=64)

@@ -625,3 +625,15 @@ def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     assert num_open() <= before + 3
     del file
     assert num_open() <= before
+
+
+def test_a_damaged_index_is_not_parsed(tmp_path: Path) -> None:
+    """numpy raises TokenError for a header with an open bracket."""
+    write_image(tmp_path / "a.png")
+    lines = write_lines(tmp_path / "in.jsonl", {"image": "a.png", "captions": ["one"]})
+    manifest = tmp_path / "a.shards.json"
+    write_shards(manifest, [SourceOptions(path=str(lines), root=str(tmp_path))])
+    [index] = tmp_path.glob("*.npy")
+    index.write_bytes(index.read_bytes().replace(b"}", b"(", 1))
+    with pytest.raises(DataError, match="belongs to another manifest"):
+        ShardFile(manifest)

@@ -454,3 +454,11 @@ def test_many_processes_share_a_folder_and_its_bound(tmp_path: Path, clear: bool
     number, size = cache.size()
     assert size <= limit
     assert clear or number >= 4
+
+
+def test_a_header_with_an_open_bracket_is_written_again(cache: MediaCache, volume: Path) -> None:
+    expected = cache.load(volume, PREPROCESS)
+    [entry] = entries(cache)
+    entry.write_bytes(entry.read_bytes().replace(b"}", b"(", 1))
+    again = MediaCache(cache.folder, max_bytes=10**6)
+    np.testing.assert_array_equal(again.load(volume, PREPROCESS), expected)

@@ -104,6 +104,30 @@ def test_row_36_damage_of_any_small_file_is_a_message(model: Path) -> None:
         (model / name).write_bytes(whole)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_brackets_deeper_than_the_parser_are_a_message(model: Path, name: str) -> None:
+    (model / name).write_text('{"a":' * 10_000 + "1" + "}" * 10_000)
+    for opening in (medm.models.load, medm.models.load_processor):
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            opening(str(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("generation_config.json", "eos_token_id", [[]]),
+        ("generation_config.json", "eos_token_id", "x"),
+        ("tokenizer_config.json", "model_max_length", "x"),
+    ],
+)
+def test_values_that_the_first_question_would_meet_are_refused(
+    model: Path, name: str, field: str, value: object
+) -> None:
+    edit(model / name, lambda content: content.update({field: value}))
+    with pytest.raises(CheckpointError, match=f"{field}: expected"):
+        medm.models.load(str(model))
+
+
 def _damaged(whole: bytes, rng: random.Random) -> bytes:
     content, values = json.loads(whole), [None, True, -1, "x", [], {}, 1.5, [None], {"a": 1}]
     node = content

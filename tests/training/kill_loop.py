@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from medm.errors import CheckpointError
 from medm.models.manifest import verify
 from medm.training import checkpoints
+from tests.operations import watch
 from tests.training.toys import trainer, weights
 
 KILLS = 10
@@ -41,22 +42,11 @@ def attempt(
     """Fork a run; returns its process id."""
     if child := os.fork():
         return child
-    calls = 0
-
-    def note(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal calls
-        if event.startswith(("open", "os.", "shutil.")) and any(
-            str(output_dir) in str(value) for value in arguments
-        ):
-            calls += 1
-            if calls == die_at_call:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(note)
+    calls = watch(output_dir, die_at=die_at_call)
     run = trainer(output_dir, **CASE)
     run.fit(resume=True)
     if count is not None:
-        count.write_text(str(calls))
+        count.write_text(str(calls()))
     save_file(weights(run.model), finished)
     os._exit(0)
 

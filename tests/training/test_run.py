@@ -36,10 +36,8 @@ from tests import tiny
 QUESTIONS = ("Which plane is shown?", "Is there a lesion?")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_world(folder: Path) -> Path:
     """A tiny language model, twelve images, annotation files and a recipe."""
-    folder = tmp_path_factory.mktemp("run")
     tiny.save_llm("qwen2.5", folder / "llm")
     (folder / "images").mkdir()
     rng, records = np.random.default_rng(0), []
@@ -55,6 +53,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.json").write_text(json.dumps(records[:8]))
     (folder / "eval.json").write_text(json.dumps(records[8:]))
     return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("run"))
 
 
 def recipe(world: Path, output_dir: Path, **changes: Any) -> Any:

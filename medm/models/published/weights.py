@@ -247,7 +247,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds. Raises `CheckpointError`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: cannot be read as JSON ({error}); fetch or copy it again"
         ) from None

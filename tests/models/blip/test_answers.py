@@ -243,10 +243,8 @@ QUESTIONS = (
 """The third has two right answers; the answer of the fourth is in no list."""
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_world(folder: Path) -> Path:
     """Eight questions about images, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("questions")
     save_tokenizer(folder / "tokenizer")
     records = []
     for index in range(8):
@@ -258,6 +256,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.json").write_text(json.dumps(records))
     (folder / "answers.json").write_text(json.dumps(ANSWERS))
     return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("questions"))
 
 
 def recipe(world: Path, out: Path, *changes: str) -> Recipe:

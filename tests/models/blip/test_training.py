@@ -29,10 +29,8 @@ from tests.models.dual_encoder.tiny import save_tokenizer
 REPORTS = ("a chest radiograph", "normal", "effusion of the left", "a mass of the brain")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_world(folder: Path) -> Path:
     """Eight studies of one or two images, half of them with labels, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("studies")
     save_tokenizer(folder / "tokenizer")
     for index in range(8):
         noise = np.random.default_rng(index).integers(0, 255, (16, 16, 3), np.uint8)
@@ -48,6 +46,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "train.json").write_text(json.dumps(records))
     return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("studies"))
 
 
 def recipe(world: Path, out: Path, **changes: Any) -> Recipe:
