@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import transformers
 from safetensors import SafetensorError, safe_open
 
 from medm.errors import CheckpointError, MedmError
@@ -44,6 +45,16 @@ _JSON = (
 )
 
 
+def _vocabulary_files(tokenizer_class: object) -> list[str]:
+    """Return the files one of which a tokenizer needs; none for one of bytes, which has none."""
+    found = (
+        getattr(transformers, tokenizer_class, None) if isinstance(tokenizer_class, str) else None
+    )
+    if found is None:
+        return ["tokenizer.json", "tokenizer.model", "vocab.txt"]
+    return list(found.vocab_files_names.values())
+
+
 def check_small_files(folder: Path) -> None:
     """Check the sizes that configs declare, and the ids of the tokenizer. Warn of changed files.
 
@@ -65,10 +76,11 @@ def check_small_files(folder: Path) -> None:
                 _check_ids(folder / name)
             else:
                 _check_values(folder / name, read_object(folder / name))
-    if (folder / "tokenizer_config.json").is_file() and not any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt")
-    ):
-        raise CheckpointError(f"{folder}: tokenizer.json is missing; copy the folder again")
+    described = folder / "tokenizer_config.json"
+    if described.is_file():
+        names = _vocabulary_files(read_object(described).get("tokenizer_class"))
+        if names and not any((folder / name).is_file() for name in names):
+            raise CheckpointError(f"{folder}: tokenizer.json is missing; copy the folder again")
     tensors, width = _extent(folder)
     bounds = (
         (_MODULES, max(_LEAST_MODULES, tensors), f"the weights hold {tensors} tensors"),

@@ -36,6 +36,8 @@ _EARLY, _LATE = 0.9, 1.2
 the collective operation that it waits in does not."""
 _SHORT = 0.1
 """Fewest seconds between signs of life at the beginning of steps."""
+_END_SECONDS = 5.0
+"""Longest wait for the thread at the end of a run."""
 _TIMED_OUT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
 _WAITING = ("distributed_c10d.py", "_engine_run_backward", "deepspeed")
 
@@ -104,6 +106,7 @@ class Watchdog(TrainerCallback):
             raise MedmError(self.verdict) from error
         finally:
             self._ended.set()
+            thread.join(_END_SECONDS)  # or a last sign of life would be left behind
             with suppress(OSError):
                 self._file(number).unlink()
                 self.folder.rmdir()  # fails while others are there

@@ -157,7 +157,7 @@ def test_wrong_shards_are_refused(model: Path, tmp_path: Path) -> None:
     for words, expected in {
         ("--shard", "4/4"): "expected i/N with i from 0 to N-1",
         ("--shard", "0/2", "--merge"): "expected neither shard nor only_failed",
-        ("--shard", "0/2", "--json", str(tmp_path / "j")): "json belongs to merge",
+        ("--shard", "0/2", "--json", str(tmp_path / "j")): "json and csv belong to merge",
         ("--only-failed", "--overwrite"): "would delete",
     }.items():
         done = medm(*given, *words)

@@ -271,7 +271,8 @@ def test_a_full_disk_of_one_process_stops_all_and_leaves_no_half_checkpoint(
         assert name == "CheckpointError"
         assert "checkpoint-4 failed (process 1: [Errno 28] No space left on device)" in text
         assert step in ((5, 6) if "background" in case else (4,))
-        assert folders == ["checkpoint-2"]
+        # The other process may be at its end still.
+        assert [name for name in folders if name != ".tmp-ranks"] == ["checkpoint-2"]
 
 
 @needs_compiler
