@@ -120,7 +120,7 @@ docs: env
 	$(BIN)/medm reference commands docs/cli.md
 
 site: env
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html: $(BIN)/mkdocs serve shows it at http://127.0.0.1:8000"
 
 golden: env
