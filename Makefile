@@ -3,7 +3,7 @@
 # make quickstart-clip contrastive pretraining: zero-shot and retrieval on held-out volumes, the tower in an LVLM (8 minutes on 2 cores after the downloads)
 # make quickstart-seg answers with masks: a mask head behind a small LLM, Dice on held-out volumes (10 minutes on 2 cores after the downloads)
 # make uni-med-demo several tasks: experts against the dense baseline on held-out volumes, one table (half an hour on 2 busy cores)
-# make motor-demo   pretraining on studies with and without knowledge, three seeds, one table of held-out volumes (12 to 15 minutes on 2 cores, estimated)
+# make motor-demo   pretraining on studies with and without knowledge, three seeds, one table of held-out volumes (8 minutes on 2 cores after the downloads)
 # make test         environment, then the tests
 # make campaign     the fault campaign: damage, kills, stops, hostile content; a table in campaign/results (an hour on 2 idle cores)
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
