@@ -7,7 +7,6 @@ transformers (`-hf`), and that of InternVL's own code (`intern_vit_6b`, alone or
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from medm.encoders import NormPlace, PrefixTokens
 from medm.encoders.hf_vision import HFVisionEncoder
+from medm.encoders.key_map import map_key
 from medm.errors import RecipeError
 from medm.types import Config
 
@@ -149,11 +149,7 @@ def stock_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     renamed: dict[str, Tensor] = {}
     published: dict[str, str] = {}
     for name, tensor in tensors.items():
-        new = name
-        for pattern, replacement in _STOCK_NAMES:
-            new, count = re.subn(pattern, replacement, name)
-            if count:
-                break
+        new = map_key(name, _STOCK_NAMES)
         parts = {new: tensor}
         if _FUSED in new:
             parts = {

@@ -24,7 +24,12 @@ from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom import Header, quiet
 from medm.imaging.dicom_image import read_image_header
 from medm.imaging.dicom_series import select_series
-from medm.imaging.dicom_source import IDENTIFIERS, load_highdicom, read_source_image
+from medm.imaging.dicom_source import (
+    EQUIPMENT,
+    IDENTIFIERS,
+    load_highdicom,
+    read_source_image,
+)
 from medm.imaging.mask_colors import mask_color
 from medm.imaging.mask_output import NamedMasks, as_mask
 from medm.imaging.paths import split_series
@@ -128,10 +133,7 @@ def write_dicom_seg(
                 series_number=_SERIES_NUMBER,
                 sop_instance_uid=highdicom.UID(),
                 instance_number=1,
-                manufacturer="medm",
-                manufacturer_model_name="medm",
-                software_versions=__version__,
-                device_serial_number="none",
+                **EQUIPMENT,
                 content_description=NOTICE,
                 content_label=CONTENT_LABEL,
                 series_description=NOTICE,

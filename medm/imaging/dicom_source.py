@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from medm import __version__
 from medm.errors import DeviceError, MediaError
 from medm.imaging.dicom import Header, read_elements
 
@@ -22,6 +23,13 @@ _PATIENT_AND_STUDY = (
     "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
 """Elements of type 1 and 2 of the modules Patient and General Study."""
+EQUIPMENT = {
+    "manufacturer": "medm",
+    "manufacturer_model_name": "medm",
+    "software_versions": __version__,
+    "device_serial_number": "none",
+}
+"""What writes new objects, by the names of highdicom's arguments."""
 _FORMS = {
     "PatientBirthDate": r"\d{8}",
     "StudyDate": r"\d{8}",

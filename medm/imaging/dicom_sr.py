@@ -21,7 +21,7 @@ from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom import Header, is_dicom, quiet
 from medm.imaging.dicom_image import read_image_header
 from medm.imaging.dicom_series import select_series
-from medm.imaging.dicom_source import load_highdicom, read_source_image
+from medm.imaging.dicom_source import EQUIPMENT, load_highdicom, read_source_image
 from medm.imaging.paths import split_series
 from medm.types import Kind
 
@@ -91,10 +91,7 @@ def write_dicom_sr(
                 series_number=_SERIES_NUMBER,
                 sop_instance_uid=highdicom.UID(),
                 instance_number=1,
-                manufacturer="medm",
-                manufacturer_model_name="medm",
-                software_versions=__version__,
-                device_serial_number="none",
+                **EQUIPMENT,
                 series_description=NOTICE,
                 is_complete=True,
                 is_final=False,

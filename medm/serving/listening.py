@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
+
+import uvicorn
 
 from medm.errors import DeviceError
 from medm.serving.errors import ServingError
@@ -24,6 +27,25 @@ def listen(host: str, port: int) -> socket.socket:
         raise DeviceError(
             f"{host}:{port}: cannot listen there ({error.strerror}); choose another --port"
         ) from None
+
+
+def quiet_config(app: Any, **settings: Any) -> uvicorn.Config:
+    """Return the settings of a server that logs no request and trusts no proxy.
+
+    Args:
+        app: ASGI.
+        settings: more of them.
+    """
+    return uvicorn.Config(
+        app,
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        **settings,
+    )
 
 
 def url_of(listener: socket.socket, host: str) -> str:

@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 
 from medm.errors import MedmError
 from medm.serving.files import FileStore
-from medm.serving.listening import OWN_HOSTS, listen, url_of
+from medm.serving.listening import OWN_HOSTS, listen, quiet_config, url_of
 from medm.serving.playground_guard import Guard, Passwords, read_passwords
 from medm.serving.playground_options import PlaygroundOptions
 from medm.serving.playground_session import Sessions, ViewerFiles
@@ -91,17 +91,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Application) -> None:
-        config = uvicorn.Config(
-            app.guard,
-            lifespan="on",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=_CLOSE_SECONDS,
-        )
-        super().__init__(config)
+        super().__init__(quiet_config(app.guard, timeout_graceful_shutdown=_CLOSE_SECONDS))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal. It is not raised again: files are deleted after the server has ended."""

@@ -17,7 +17,7 @@ except ImportError:  # not on every system
 from medm.errors import MedmError
 from medm.serving.app import build_app
 from medm.serving.limits import KEY_VARIABLE, Gate, read_api_key
-from medm.serving.listening import OWN_HOSTS, listen, url_of
+from medm.serving.listening import OWN_HOSTS, listen, quiet_config, url_of
 from medm.serving.options import ServeOptions
 from medm.serving.service import Service
 
@@ -40,14 +40,8 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, gate: Gate, options: ServeOptions) -> None:
-        config = uvicorn.Config(
+        config = quiet_config(
             gate,
-            lifespan="on",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_CLOSE_SECONDS,
         )

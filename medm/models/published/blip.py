@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from medm.encoders.key_map import map_key
+
 BLIP = "blip"
 """`model_type` of transformers' folders, and of the config that stands for the other layout."""
 VISION = "vision_model."
@@ -46,11 +48,7 @@ def stock_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     stock: dict[str, Tensor] = {}
     in_file: dict[str, str] = {}
     for name, tensor in tensors.items():
-        new = name
-        for pattern, replacement in _NAMES:
-            new, count = re.subn(pattern, replacement, name)
-            if count:
-                break
+        new = map_key(name, _NAMES)
         stock[new], in_file[new] = tensor, name
     return stock, in_file
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from medm.encoders.key_map import map_key
+
 OPEN_CLIP = "open-clip"
 """`model_type` of the config that stands for the layout; no published file has it."""
 _HEAD_WIDTH = 64
@@ -58,11 +60,7 @@ def stock_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     stock: dict[str, Tensor] = {}
     in_file: dict[str, str] = {}
     for name, tensor in tensors.items():
-        new = name
-        for pattern, replacement in _NAMES:
-            new, count = re.subn(pattern, replacement, name)
-            if count:
-                break
+        new = map_key(name, _NAMES)
         value = tensor.T if _MATRICES.match(name) else tensor
         if ".encoder.layers." in new and "resblocks" in name:
             for pattern, replacement in _BLOCK:

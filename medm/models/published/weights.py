@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
+from medm.encoders.key_map import map_key
 from medm.errors import CheckpointError, unavailable
 from medm.models.published import blip, open_clip
 
@@ -367,19 +368,14 @@ def rename(
 
     A name that matches `ignored` is left out and noted; other names stay as they are.
     """
-    patterns = [(re.compile(pattern), replacement) for pattern, replacement in key_map]
+    rules = tuple(key_map)
     useless = [re.compile(pattern) for pattern in ignored]
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if any(pattern.search(name) for pattern in useless):
             report.ignored.append(name)
             continue
-        for pattern, replacement in patterns:
-            new, count = pattern.subn(replacement, name, count=1)
-            if count:
-                break
-        else:
-            new = name
+        new = map_key(name, rules)
         if new in renamed:
             raise CheckpointError(
                 f"{report.source}: two tensors become {new!r}; the second is {name!r}"
