@@ -267,11 +267,19 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
 RANK_SCRIPT=$(cat <<'END'
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID GROUP_RANK=$SLURM_NODEID
 export WORLD_SIZE=$SLURM_NTASKS
+run="" told=""
+stop() {  # may come before the command has its process group
+  told=yes
+  if [ -z "$run" ]; then return; fi
+  until kill -TERM -- "-$run" 2>/dev/null || ! kill -0 "$run" 2>/dev/null; do sleep 0.05; done
+}
+trap stop TERM INT
 setsid "$@" & run=$!  # a process group of its own
-trap 'kill -TERM -- -$run 2>/dev/null' TERM INT
+if [ -n "$told" ]; then stop; fi
 until wait "$run"; ! kill -0 "$run" 2>/dev/null; do :; done
 wait "$run"
 status=$?
+if [ "$status" -eq 143 ] && [ -n "$told" ]; then status=75; fi  # before medm took signals
 if [ "$status" -eq 75 ]; then touch "$STOPPED"; fi
 if [ "$status" -ne 0 ] && [ -e "$STOPPED" ]; then exit 0; fi
 exit "$status"

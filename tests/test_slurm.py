@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -163,12 +164,31 @@ def test_a_rank_that_still_writes_is_not_killed_by_one_that_stopped(job: Any) ->
     cluster, make, output = job
     file = make(
         f'cd {output}\nif [ "$RANK" = 0 ]; then trap "sleep 1; touch saved; exit 75" TERM; '
-        'else trap "exit 75" TERM; fi\ntouch up.$RANK\necho up >up.$RANK\n'
+        'else trap "exit 75" TERM; fi\ntouch up.$RANK\n'
+        "if [ -e up.0 ] && [ -e up.1 ]; then echo up >up; fi\n"
         "while true; do sleep 0.1; done"
     )
-    done = cluster.start(file, stop=output / "up.0")
+    done = cluster.start(file, stop=output / "up")
     assert done.returncode == 75, done.stderr
     assert (output / "saved").exists()
+
+
+@pytest.mark.parametrize("trapped", [True, False])
+def test_a_signal_before_the_command_has_begun_is_not_lost(job: Any, trapped: bool) -> None:
+    """It is sent while `setsid` has not made the process group yet, or before medm takes it."""
+    cluster, make, output = job
+    output.mkdir(exist_ok=True)
+    slow = cluster.folder / "programs" / "setsid"
+    slow.write_text(
+        f"#!/bin/sh\ncd {output}\ntouch asked.$RANK\n"
+        "if [ -e asked.0 ] && [ -e asked.1 ]; then echo up >up; fi\n"
+        f'sleep 1\nexec {which("setsid")} "$@"\n'
+    )
+    slow.chmod(0o755)
+    trap = 'trap "exit 75" TERM\n' if trapped else ""
+    done = cluster.start(make(f"{trap}while true; do sleep 0.1; done"), stop=output / "up")
+    assert done.returncode == 75, done.stderr
+    assert cluster.requeued.exists()
 
 
 def test_an_error_behind_the_stop_of_another_rank_is_not_a_failure(job: Any) -> None:
