@@ -56,6 +56,8 @@ def infer(
     if "output" in section:
         _run(section, typed.shown)
         return
+    if section.get("report_format", "none") != "none" and "reports" not in section:
+        raise typer.BadParameter("--report-format needs --reports or --output, where reports stay")
     with TemporaryDirectory() as folder:
         lines = Path(folder) / "reply.jsonl"
         _run({**section, "output": str(lines)}, typed.shown, kept=False)

@@ -68,6 +68,10 @@ def test_with_an_output_the_line_is_kept(world: Path, tmp_path: Path) -> None:
             ["--image", "0.png", "--folder", ".", "--prompt", "?"],
             "found folder and image or volume",
         ),
+        (
+            ["--image", "0.png", "--prompt", "?", "--report-format", "dicom-sr"],
+            "--report-format needs --reports or --output",
+        ),
         (["--prompt", "?", "--output", "o.jsonl"], "expected one of data, folder, and image"),
     ],
 )
