@@ -59,6 +59,8 @@ class Outcome:
     """The reply came with its end."""
     left: bool = False
     """The client closed the connection on purpose."""
+    error: str = ""
+    """Why there is no reply: the error of the connection, or the body of the response."""
 
 
 def save_model(folder: Path, sizes: Sizes) -> Path:
@@ -254,13 +256,15 @@ async def _ask(port: int, body: JsonObject, *, leaves: bool) -> Outcome:
                 answer = await asyncio.wait_for(reader.read(), SECONDS)
             finally:
                 writer.close()
-        except (OSError, TimeoutError):
-            return Outcome(0, time.perf_counter() - start)
+        except (OSError, TimeoutError) as error:
+            return Outcome(0, time.perf_counter() - start, error=repr(error))
         first, _, rest = answer.decode().partition("\r\n")
         status = int(first.split()[1]) if first else 0
         if status != 429 or time.perf_counter() - start > SECONDS:
-            reply, complete = _reply(rest.partition("\r\n\r\n")[2], stream=bool(body["stream"]))
-            return Outcome(status, time.perf_counter() - start, reply, complete)
+            text = rest.partition("\r\n\r\n")[2]
+            reply, complete = _reply(text, stream=bool(body["stream"]))
+            error = "" if complete else answer.decode()[-500:]
+            return Outcome(status, time.perf_counter() - start, reply, complete, error=error)
         await asyncio.sleep(0.5 + 0.5 * (number % 7) / 7)
     return Outcome(status, time.perf_counter() - start)
 

@@ -131,12 +131,14 @@ class Lost(Figure):
 
     def _lost(self, running: Running, bodies: list[JsonObject], seed: int) -> float:
         outcomes = ask_all(running.port, bodies, at_once=len(bodies), leave=0.05, seed=seed)
-        lost = sum(not (outcome.complete or outcome.left) for outcome in outcomes)
+        lost = [outcome for outcome in outcomes if not (outcome.complete or outcome.left)]
+        for outcome in lost:
+            print(f"lost: status {outcome.status} after {outcome.seconds:.1f} s: {outcome.error}")
         if not running.idle():
             raise GateError("a slot of a client that left is not free")
         if "Traceback" in running.log.read_text():
             raise GateError("the log of the server holds a traceback")
-        return float(lost)
+        return float(len(lost))
 
 
 class Memory(Figure):

@@ -24,6 +24,7 @@ from medm.models.token_rows import HeldRows, hold_apart, is_tied, merge_rows
 from medm.types import (
     MODEL_TYPE_PREFIX,
     Answerer,
+    AnswerItem,
     Embedder,
     PredictionField,
     Processor,
@@ -322,18 +323,27 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
         fields: frozenset[PredictionField],
         *,
         batch_size: int,
+        max_new_tokens: int | None = None,
     ) -> Answerer:
         """Return the access to answers of a model, in eval mode, for scores during the training.
 
-        For kinds whose options name `answers`.
+        For kinds whose options have `predicted_fields`.
 
         Args:
             model: on its device.
             processor: of the model.
-            fields: what is asked for, some of what the kind's `answers` names.
+            fields: what is asked for, some of the options' `predicted_fields`.
             batch_size: items that are answered at once.
+            max_new_tokens: longest reply in tokens; None for the kind's own.
         """
         raise NotImplementedError(f"model kind {type(self).__name__} answers no items in training")
+
+    def check_item(self, processor: ProcessorT, item: AnswerItem) -> None:
+        """Refuse an item that a model could not answer. Its pixels are blank.
+
+        Raises:
+            DataError: what the model does not read.
+        """
 
     def card_text(self, options: OptionsT) -> CardText:
         """Return the sentences of the model card that depend on the kind."""

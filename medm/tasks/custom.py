@@ -35,7 +35,7 @@ class Custom(Task):
     """
 
     tag = "custom"
-    splits = ("test", "train")
+    splits = ("test", "train", "val")  # the file decides
     layout = "the JSON or JSONL file that `path` names, and the images or volumes of its records"
 
     def __init__(

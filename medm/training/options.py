@@ -34,7 +34,8 @@ class MonitorOptions(Options):
 
     task: Annotated[TaskOptions, NamedBlock(TASKS)]
     """A task by name, and its options: `{name: zero-shot, card: NAME}` for models that score texts;
-    for models of studies one that scores what their heads give (labels, reports, vectors)."""
+    for language models one that scores replies (`custom` for records of your own); for models of
+    studies one that scores what their heads give (labels, reports, vectors)."""
     data: str
     """Folder of the task, or for a suite the one that holds a folder for each set."""
     split: str | None = None
@@ -44,6 +45,12 @@ class MonitorOptions(Options):
     """Score only the first N items."""
     batch_size: int = Field(default=32, ge=1)
     """Items that each rank answers at once."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Longest reply of a language model in tokens. Default: 256, as in inference."""
+    samples: int = Field(default=0, ge=0)
+    """Items whose question, reply and reference are shown after each evaluation, the first N: in
+    `samples/` of the output folder, and as a table in TensorBoard and Weights & Biases where
+    `train.report_to` names them. They hold text of the records; by default none is shown."""
 
     @property
     def scores_texts(self) -> bool:

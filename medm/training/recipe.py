@@ -58,8 +58,9 @@ class Recipe(Options):
     diagnostics: ResumeSafe[DiagnosticsOptions | None] = None
     """Measure gradients between tasks and routing weights during the run; null does not."""
     monitors: ResumeSafe[list[MonitorOptions]] = []
-    """Scores of tasks after each evaluation, on all ranks: zero-shot scores of models that score
-    texts, such as dual encoders; labels, reports and retrieval of models of studies."""
+    """Scores of tasks after each evaluation, on all ranks: replies of language models; zero-shot
+    scores of models that score texts, such as dual encoders; labels, reports and retrieval of
+    models of studies."""
     init_from: str | None = None
     """Folder of a trained model to start from. `--resume`, in contrast, continues this run."""
     output_dir: ResumeSafe[str]
@@ -115,10 +116,14 @@ class Recipe(Options):
                     f"monitors: {name} needs a model that scores texts (kind 'dual-encoder'), and "
                     f"this one is {self.model.kind!r}; leave it out"
                 )
+            if monitor.scores_texts and (monitor.samples or monitor.max_new_tokens):
+                raise ValueError(
+                    f"monitors: {name} has no replies; leave samples and max_new_tokens out"
+                )
             if not monitor.scores_texts and not self.model.predicted_fields():
                 raise ValueError(
                     f"monitors: {name} needs a model that answers during the training (kind "
-                    f"'blip'), and this one is {self.model.kind!r}; leave it out"
+                    f"'lvlm' or 'blip'), and this one is {self.model.kind!r}; leave it out"
                 )
         if self.train.eval_strategy == "no":
             raise ValueError(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -40,6 +41,9 @@ from medm.training.recipe import Recipe, differences, resolved
 from medm.training.resumable import check_continues, lock_on_rank_zero
 from medm.training.trainer import MedmTrainer
 from medm.types import Processor
+
+if TYPE_CHECKING:
+    from medm.training.task_monitor import TaskMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +81,20 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     options, fallback = on_this_machine(recipe.train)
     require_sources(recipe.data, PIPELINES.get(kind_of(recipe.model).pipeline).formats)
     require_start(recipe)
+    _require_folders(recipe)
     _require_zero3_support(recipe)
     args = training_arguments(options, output_dir)
     with lock_on_rank_zero(output_dir):
         if (done := on_rank_zero(lambda: _require_usable(recipe, args, resume=resume))) is not None:
             return done
         return _train(recipe, options, args, resume=resume, fallback=fallback)
+
+
+def _require_folders(recipe: Recipe) -> None:
+    """Raise `RecipeError` for a monitor whose folder is not there."""
+    for number, monitor in enumerate(recipe.monitors):
+        if not Path(monitor.data).is_dir():
+            raise RecipeError(f"monitors.{number}.data: {monitor.data}: no such folder")
 
 
 def _require_zero3_support(recipe: Recipe) -> None:
@@ -184,7 +196,7 @@ def _train(
         )
     apply_kernels(model, options)
     terms, callbacks = terms_of(recipe.objective), _callbacks(recipe)
-    callbacks += _monitors(recipe, processor)
+    monitors = _monitors(recipe, processor)
     if recipe.diagnostics is not None:
         tasks = list(getattr(processor, "tasks", None) or [])
         require_measurable(terms, tasks, packing=recipe.data.packing, deepspeed=options.deepspeed)
@@ -208,9 +220,12 @@ def _train(
         eval_collator=data.eval_collate,
         processing_class=processor,
         callbacks=callbacks,
+        monitors=monitors,
         recipe=resolved(recipe),
         data_hashes=hashes,
     )
+    for monitor in monitors:
+        monitor.show_samples(output_dir, trainer.callback_handler.callbacks)
     with trainer.interruption.listening():
         finished = trainer.fit(resume=resume, locked=True)
         if finished:
@@ -230,7 +245,7 @@ def _callbacks(recipe: Recipe) -> list[TrainerCallback]:
     return callbacks
 
 
-def _monitors(recipe: Recipe, processor: Processor) -> list[TrainerCallback]:
+def _monitors(recipe: Recipe, processor: Processor) -> list[TaskMonitor]:
     """Open the sets that are scored during the run. Raises `DataError` where one is incomplete."""
     if not recipe.monitors:
         return []
@@ -238,18 +253,13 @@ def _monitors(recipe: Recipe, processor: Processor) -> list[TrainerCallback]:
     from medm.training.zero_shot_monitor import ZeroShotMonitor
 
     kind = kind_of(recipe.model)
-    opened: list[TrainerCallback] = []
+    opened: list[TaskMonitor] = []
     for options in recipe.monitors:
         if options.scores_texts:
             opened.append(ZeroShotMonitor(options, kind, processor))
             continue
-        monitor = TaskMonitor(options, kind, processor)
-        if lacking := sorted(monitor.task.needs - recipe.model.predicted_fields()):
-            raise RecipeError(
-                f"monitors: {options.task.label} needs {' and '.join(lacking)}; this model gives "
-                f"{' and '.join(sorted(recipe.model.predicted_fields()))} during the training"
-            )
-        opened.append(monitor)
+        gives = recipe.model.predicted_fields()
+        opened.append(TaskMonitor(options, kind, processor, gives=gives))
     return opened
 
 

@@ -9,9 +9,10 @@ from itertools import islice
 from pathlib import Path
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from medm.data.check import blank_pixels
+from medm.data.regions import REGION_FIELD
 from medm.distributed import all_gather_objects, rank, world_size
 from medm.errors import DataError, MedmError, RecipeError
 from medm.imaging import load_pixels, resolve_inside
@@ -20,12 +21,20 @@ from medm.tasks import TASKS
 from medm.tasks.base import FAILED, Task, join_predictions, question_of
 from medm.tasks.study_labels import unknown_labels
 from medm.training.options import MonitorOptions
-from medm.types import Answerer, AnswerItem, JsonObject, Processor
+from medm.training.sample_table import SampleTable
+from medm.types import (
+    Answerer,
+    AnswerItem,
+    JsonObject,
+    PredictionField,
+    Processor,
+    Sample,
+)
 
 logger = logging.getLogger(__name__)
 
 
-class TaskMonitor(TrainerCallback):
+class TaskMonitor:
     """Scores of one task after each evaluation.
 
     Each rank answers its shard of the items, and every rank has the scores. All ranks make the same
@@ -35,16 +44,31 @@ class TaskMonitor(TrainerCallback):
         options: of the task.
         kind: of the model; it answers items, or scores texts.
         processor: of the model.
+        gives: what the kind of model gives during the training; None where it scores texts.
 
     Raises:
-        DataError: the folder is incomplete.
+        DataError: the folder is incomplete, or an item is not for this model.
         MediaError: a file is missing.
         RecipeError: the kind of model does not give what the task scores, or the task has no
             validation split.
     """
 
-    def __init__(self, options: MonitorOptions, kind: ModelKind, processor: Processor) -> None:
+    _table: SampleTable | None = None
+
+    def __init__(
+        self,
+        options: MonitorOptions,
+        kind: ModelKind,
+        processor: Processor,
+        *,
+        gives: frozenset[PredictionField] | None = None,
+    ) -> None:
         task = TASKS.get(options.task.name)(**options.task.model_dump(exclude={"name"}))
+        if gives is not None and (unknown := sorted(task.needs - gives)):
+            raise RecipeError(
+                f"monitors: {options.task.label} needs {' and '.join(unknown)}; this model gives "
+                f"{' and '.join(sorted(gives))} during the training"
+            )
         self.options, self.kind, self.processor = options, kind, processor
         self.task = task.without_models()  # intervals are those of `medm eval`
         self.root = Path(options.data)
@@ -60,6 +84,26 @@ class TaskMonitor(TrainerCallback):
         for sample in self.samples:
             for media in sample.media:
                 resolve_inside(self.root, media.path or "")
+            self._check(sample)
+
+    def _check(self, sample: Sample) -> None:
+        """Refuse an item that could not be answered, before the run begins."""
+        if sample.regions or REGION_FIELD in sample.extra:
+            raise RecipeError(
+                f"monitors: {self.options.task.label} asks about regions, which are not drawn "
+                "during the training; score it with medm eval"
+            )
+        place = f"monitors: {self.options.task.label}, item {sample.id}"
+        views = self.processor.preprocess
+        if foreign := sorted({media.branch for media in sample.media} - set(views)):
+            raise RecipeError(
+                f"{place} has {' and '.join(foreign)}s; the model reads {', '.join(views)}"
+            )
+        blank = [blank_pixels(views[media.branch]) for media in sample.media]
+        try:
+            self.kind.check_item(self.processor, AnswerItem(sample, blank, question_of(sample)))
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
 
     def _split(self, task: Task) -> str:
         """Return the split that is scored: by default one for validation."""
@@ -71,38 +115,44 @@ class TaskMonitor(TrainerCallback):
             )
         return split or "val"
 
+    def show_samples(self, folder: Path, trackers: Sequence[TrainerCallback]) -> None:
+        """Show the first items after each evaluation, if the recipe asks for it.
+
+        Args:
+            folder: output folder of the run.
+            trackers: callbacks of the trainer.
+        """
+        if self.options.samples:
+            self._table = SampleTable(self.options.task.label, folder, trackers)
+
     def open(self, model: nn.Module) -> Answerer:
         """Return the access to answers of the model, which is in eval mode."""
         return self.kind.answerer(
-            model, self.processor, self.task.needs, batch_size=self.options.batch_size
+            model,
+            self.processor,
+            self.task.needs,
+            batch_size=self.options.batch_size,
+            max_new_tokens=self.options.max_new_tokens,
         )
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        metrics: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
-        assert model is not None
-        assert metrics is not None
-        model.eval()
-        found = self.measure(self.open(model))
-        metrics.update(found)  # for the choice of the best evaluation
-        entry = next((one for one in reversed(state.log_history) if "eval_loss" in one), None)
-        if entry is not None:
-            entry.update(found)
-        if state.is_world_process_zero:
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Return the scores of a model in eval mode, by their keys in the log: `eval_TASK_METRIC`.
+
+        All ranks call it at the same time.
+        """
+        records = self.answers(self.open(model))
+        found = self.scores(records)
+        if rank() == 0:
             text = ", ".join(
                 f"{key.rpartition('_')[2]} {value:.3f}" for key, value in found.items()
             )
-            logger.info("step %d: %s: %s", state.global_step, self.options.task.label, text)
+            logger.info("step %d: %s: %s", step, self.options.task.label, text)
+            if self._table is not None:
+                self._table.write(self._shown(records), step)
+        return found
 
-    def measure(self, answerer: Answerer) -> dict[str, float]:
-        """Return the scores by their keys in the log: `eval_TASK_METRIC`."""
-        task = self.task
+    def answers(self, answerer: Answerer) -> list[JsonObject]:
+        """Return the items with their predictions, of all ranks and on every rank."""
         shard: dict[str, JsonObject] = {}
         for indexes in self._batches():
             items, errors = self._read(indexes, answerer.max_files)
@@ -116,6 +166,11 @@ class TaskMonitor(TrainerCallback):
             line = answers[str(record["id"])]
             record |= {name: line[name] for name in _FIELDS if name in line}
             record["prediction"] = str(line.get("reply", ""))
+        return records
+
+    def scores(self, records: Sequence[JsonObject]) -> dict[str, float]:
+        """Return the scores of predictions, by their keys in the log."""
+        task = self.task
         scores = task.score([task.measure_item(record, None, self.root) for record in records])
         if scores.failed and rank() == 0:
             failed = next(record[FAILED] for record in records if FAILED in record)
@@ -129,6 +184,19 @@ class TaskMonitor(TrainerCallback):
             for result in scores.results
             if "[" not in result.name and not math.isnan(result.value)
         }
+
+    def _shown(self, records: Sequence[JsonObject]) -> list[JsonObject]:
+        """Return the first items as rows of the table of samples."""
+        rows: list[JsonObject] = []
+        for record, sample in zip(records[: self.options.samples], self.samples, strict=False):
+            row: JsonObject = {
+                "id": record["id"],
+                "question": question_of(sample) or "",
+                "reply": record["prediction"],
+                "answer": str(sample.answer),
+            }
+            rows.append(row | {name: record[name] for name in (FAILED,) if name in record})
+        return rows
 
     def _batches(self) -> list[list[int]]:
         """Indices of this rank by batch, as many on every rank; those beyond the samples stand for

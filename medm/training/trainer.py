@@ -172,6 +172,14 @@ class _ErrorReturningCollator:
         return self.collate(samples) if error is None else error
 
 
+class Monitor(Protocol):
+    """Scores of the model beside the loss of held-out data."""
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Return the scores of a model in eval mode by their keys in the log; on all ranks."""
+        ...
+
+
 class MedmTrainer(ResumableTrainer):
     """Trains `model` on the weighted sum of `terms`.
 
@@ -188,6 +196,7 @@ class MedmTrainer(ResumableTrainer):
         eval_collator: list of held-out samples -> batch; default: `data_collator`.
         processing_class: saved beside the weights.
         callbacks: further callbacks.
+        monitors: scores that are measured and logged with the loss of the held-out data.
         recipe: the resolved recipe; stored in every checkpoint, and compared when a run continues.
         data_hashes: sha256 of every annotation file; stored and compared likewise.
     """
@@ -207,6 +216,7 @@ class MedmTrainer(ResumableTrainer):
         eval_collator: Collate | None = None,
         processing_class: object = None,
         callbacks: Sequence[TrainerCallback] = (),
+        monitors: Sequence[Monitor] = (),
         recipe: Mapping[str, object] | None = None,
         data_hashes: Mapping[str, str] | None = None,
     ) -> None:
@@ -214,6 +224,7 @@ class MedmTrainer(ResumableTrainer):
         self.parts: dict[str, PartOptions] = dict(parts)
         self.epochs = _Epochs(sampler, train_dataset, args.seed)
         self.eval_collator = eval_collator or data_collator
+        self.monitors = monitors
         super().__init__(
             model,
             args,
@@ -472,6 +483,10 @@ class MedmTrainer(ResumableTrainer):
             )
         loss = sum(total / count for total, count in zip(totals, items, strict=True) if count)
         metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": loss}
+        assert isinstance(self.model, nn.Module)
+        with self.compute_loss_context_manager():  # autocast, as for the loss
+            for monitor in self.monitors:
+                metrics |= monitor.evaluate(self.model, self.state.global_step)
         return output._replace(metrics=metrics)
 
     def prediction_step(

@@ -65,21 +65,27 @@ def recipe(folder: Path, output: Path, *, batch: int, deepspeed: bool) -> Recipe
         "model": section,
         "data": {
             "train": [{"path": str(folder / "data.json"), "root": str(MEDIA)}],
+            "eval": [{"path": str(folder / "data.json"), "root": str(MEDIA)}],
             "cache": {"dir": str(folder / "cache"), "max_gb": 0.1},
         },
         "parts": dict.fromkeys(parts, "full"),
         "train": {
             "use_cpu": True, "max_steps": STEPS, "per_device_train_batch_size": batch, "learning_rate": 1e-3,
             "logging_steps": 1, "save_strategy": "no", "deepspeed": str(folder / "zero3.json") if deepspeed else None,
+            "eval_strategy": "steps", "eval_steps": STEPS,
         },
+        "monitors": [
+            {"task": {"name": "custom", "path": str(folder / "data.json"), "metrics": ["token-f1"]},
+             "data": str(MEDIA), "batch_size": 2, "limit": 5, "samples": 5, "max_new_tokens": 6}
+        ],
         "output_dir": str(output),
     }  # fmt: skip
     return validate(Recipe, value, source="tests")
 
 
 def watch(seen: list[list[str]], norms: list[dict[str, float]]) -> None:
-    """Note the branches of every forward pass, and before every step the gradient norm of every
-    part."""
+    """Note the branches of every forward pass of the training, and before every step the gradient
+    norm of every part."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.utils import safe_get_full_grad
 
@@ -88,7 +94,8 @@ def watch(seen: list[list[str]], norms: list[dict[str, float]]) -> None:
     def noting_embed(
         self: Any, input_ids: Any, pixels: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        seen.append(sorted(pixels or {}))
+        if self.training:
+            seen.append(sorted(pixels or {}))
         return embed(self, input_ids, pixels, *args, **kwargs)
 
     def noting_step(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -62,11 +62,20 @@ def test_every_part_has_its_gradient_where_one_of_the_processes_sees_its_branch(
 
 
 @needs_compiler
-def test_the_curve_is_that_of_one_process_without_deepspeed(folder: Path, tmp_path: Path) -> None:
+def test_curve_and_replies_are_those_of_one_process_without_deepspeed(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Five items on two ranks: images, volumes and text, whose replies are of unlike lengths."""
     train(recipe(folder, tmp_path / "alone", batch=2, deepspeed=False))
     alone = losses(tmp_path / "alone")
     assert len(alone) == STEPS
     assert losses(folder / "out") == pytest.approx(alone, abs=1e-4)
+    ours, theirs = (
+        (path / f"samples/custom-{STEPS}.jsonl").read_text()
+        for path in (folder / "out", tmp_path / "alone")
+    )
+    assert ours == theirs
+    assert len(ours.splitlines()) == 5
 
 
 @needs_compiler

@@ -126,7 +126,7 @@ def test_ranks_share_the_items_and_weights_are_not_touched(
         MonitorOptions, {"task": LABELS, "data": str(world), "batch_size": 2}, source="test"
     )
     monitor = TaskMonitor(options, BlipKind(), processor)
-    whole = monitor.measure(monitor.open(model))
+    whole = monitor.scores(monitor.answers(monitor.open(model)))
     shards: list[dict[str, Any]] = []
 
     def gather(shard: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ def test_ranks_share_the_items_and_weights_are_not_touched(
     monkeypatch.setattr(task_monitor, "world_size", lambda: 2)
     for number in range(2):
         monkeypatch.setattr(task_monitor, "rank", lambda number=number: number)
-        found = monitor.measure(monitor.open(model))
+        found = monitor.scores(monitor.answers(monitor.open(model)))
     assert found == whole
     assert [sorted(shard) for shard in shards] == [["s0", "s2", "s4"], ["s1", "s3"]]
     after = model.state_dict()

@@ -138,10 +138,14 @@ def test_a_recipe_without_evaluations_or_for_another_kind_is_refused(world: Path
     with pytest.raises(RecipeError, match=r"of no monitor; expected zero-shot-breast-us_accuracy"):
         load_recipe(path, ["train.metric_for_best_model=zero-shot-pcam_accuracy"])
     content = yaml.safe_load(path.read_text())
-    content["monitors"] *= 2
-    path.write_text(yaml.safe_dump(content))
-    with pytest.raises(RecipeError, match="zero-shot-breast-us stands twice"):
-        load_recipe(path)
+    [monitor] = content["monitors"]
+    for monitors, message in (
+        ([monitor, monitor], "zero-shot-breast-us stands twice"),
+        ([{**monitor, "samples": 2}], "zero-shot has no replies; leave samples and max_new_tokens"),
+    ):
+        path.write_text(yaml.safe_dump({**content, "monitors": monitors}))
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
     content["monitors"] = [{"task": "medqa", "data": "d"}]
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(RecipeError, match="medqa needs a model that answers during"):

@@ -29,6 +29,7 @@ from medm.llms.lm_head import stop_tokens
 from medm.models.base import CardText, ModelKind
 from medm.models.knowledge import KnowledgeBranch
 from medm.models.knowledge_files import described_knowledge
+from medm.models.lvlm.answering import ConversationAnswerer, encode_item
 from medm.models.lvlm.configuration import BranchEntry, LVLMConfig, MaskEntry
 from medm.models.lvlm.grounding import MaskBranch
 from medm.models.lvlm.modeling import Branch, LVLMForConditionalGeneration
@@ -51,7 +52,15 @@ from medm.models.vision import (
     preprocess_of,
     spatial_of,
 )
-from medm.types import MASK_TOKEN, MASK_VIEW, PLACEHOLDERS, Config, PredictionField
+from medm.types import (
+    MASK_TOKEN,
+    MASK_VIEW,
+    PLACEHOLDERS,
+    Answerer,
+    AnswerItem,
+    Config,
+    PredictionField,
+)
 
 if TYPE_CHECKING:
     from medm.llms.lm_head import CausalLM
@@ -59,6 +68,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NOT_FOR_THE_CONNECTOR = {"name", "path"}
+_REPLY_TOKENS = 256
+"""Longest reply during the training, as `generation.max_new_tokens` of inference."""
 
 
 _SUMMARY = (
@@ -91,6 +102,22 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
             {"masks"} if getattr(config, "masks", None) else ()
         )
         return masks | {"text"}
+
+    def answerer(
+        self,
+        model: LVLMForConditionalGeneration,
+        processor: LVLMProcessor,
+        fields: frozenset[PredictionField],
+        *,
+        batch_size: int,
+        max_new_tokens: int | None = None,
+    ) -> Answerer:
+        return ConversationAnswerer(
+            model, processor, max_new_tokens=max_new_tokens or _REPLY_TOKENS
+        )
+
+    def check_item(self, processor: LVLMProcessor, item: AnswerItem) -> None:
+        encode_item(processor, item)
 
     def card_text(self, options: LVLMOptions) -> CardText:
         shown = [_SHOWN[branch] for branch in _SHOWN if branch in options.branches]

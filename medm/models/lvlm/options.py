@@ -19,7 +19,7 @@ from medm.knowledge import KNOWLEDGE, KnowledgeOptions
 from medm.llms import LLMS, LLMOptions
 from medm.models.options import ModelOptions
 from medm.registry import NamedBlock
-from medm.types import MASK_TOKEN, PHRASE_TOKENS, Kind, parse_view
+from medm.types import MASK_TOKEN, PHRASE_TOKENS, Kind, PredictionField, parse_view
 
 MASK_OUTPUTS = frozenset({"mask_logits", "mask_quality", "mask_presence"})
 """Fields of the output of a model with a mask head."""
@@ -144,6 +144,10 @@ class LVLMOptions(ModelOptions):
 
     def output_fields(self) -> frozenset[str]:
         return self.outputs if self.masks is not None else self.outputs - MASK_OUTPUTS
+
+    def predicted_fields(self) -> frozenset[PredictionField]:
+        """See `ModelOptions`."""
+        return frozenset({"text"})
 
     def untaught_parts(self, read: frozenset[str]) -> dict[str, str]:
         if MASK_OUTPUTS & read:
