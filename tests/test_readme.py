@@ -10,12 +10,22 @@ import shlex
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from medm.cli.recipes import find, shipped
+from medm.connectors import CONNECTORS
+from medm.encoders import ENCODERS
+from medm.heads import HEADS
+from medm.knowledge import KNOWLEDGE
+from medm.llms import LLMS
+from medm.registry import Registry
 from medm.tasks.pair_sources import PAIR_SOURCES
+from medm.text_encoders import TEXT_ENCODERS
 from medm.training.recipe import load_recipe
 from tests import shrink
 from tests.cli.runner import medm
@@ -289,6 +299,42 @@ def test_the_launchers_of_volumes_train(checkout: Path, stub: Path) -> None:
         done = medm(*words)
         assert done.code == 0, f"{line}\n{done.out[-2000:]}\n{done.err[-4000:]}"
         assert (checkout / "work_dirs" / recipe / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("row", "registries"),
+    [
+        ("vision encoders", [ENCODERS]),
+        ("connectors", [CONNECTORS]),
+        ("language models", [LLMS]),
+        ("text encoders, knowledge", [TEXT_ENCODERS, KNOWLEDGE]),
+        ("mask heads", [HEADS]),
+    ],
+)
+def test_the_table_of_components_is_that_of_the_registries(
+    row: str, registries: list[Registry[Any]]
+) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    [line] = [line for line in readme.splitlines() if line.startswith(f"| {row} |")]
+    names = [name for registry in registries for name in registry.names()]
+    assert sorted(re.findall(r"`([^`]+)`", line)) == sorted(names)
+
+
+def test_the_table_of_systems_names_recipes() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = readme[readme.index("| system |") : readme.index("| component |")]
+    folders = {path.parent.name for path in (ROOT / "recipes").glob("*/*.yaml")}
+    named = set(re.findall(r"`([^`]+)`", table))
+    assert named <= folders
+    # Demonstrations, and a model for comparison with another code base.
+    own = {"motor-demo", "uni-med-demo", "tinyllava-phi2-siglip"}
+    assert {name for name in folders - named if not name.startswith("quickstart")} == own
+
+
+def test_the_version_to_cite_is_that_of_the_package() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == version
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_what_the_readme_points_to_is_there() -> None:
