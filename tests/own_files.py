@@ -21,7 +21,7 @@ LOCALIZER, GAPS = "case3/scout", "case5/thick"
 
 
 def ct_studies(folder: Path) -> None:
-    """`studies/caseN/{thin,thick}` and `reports.csv`: patients with one study of two series each.
+    """`data/studies/caseN/{thin,thick}` and `data/reports.csv`: patients with one study of two series each.
 
     A ball on one side of each body is what its report speaks of. There are one localizer and one
     series with missing slices.
@@ -32,7 +32,7 @@ def ct_studies(folder: Path) -> None:
         thin = with_ball(side, size=case % 3)
         thick = sitk.Resample(thin, [*thin.GetSize()[:2], 8], sitk.Transform(), sitk.sitkLinear,
                               thin.GetOrigin(), [*SPACING[:2], 7.5], thin.GetDirection(), -1000.0)  # fmt: skip
-        place = folder / "studies" / f"case{case}"
+        place = folder / "data" / "studies" / f"case{case}"
         study, frame = generate_uid(), generate_uid()
 
         def change(
@@ -56,7 +56,7 @@ def ct_studies(folder: Path) -> None:
 
             write_series(place / "scout", thin[:, :, 4:6], change=scout, number=3)
         rows.append({"AccessionNumber": f"A{1000 + case}", "report": f"Nodule in the {side} lung."})
-    write_table(folder / "reports.csv", rows)
+    write_table(folder / "data" / "reports.csv", rows)
 
 
 def with_ball(side: str, *, size: int) -> sitk.Image:
@@ -70,9 +70,9 @@ def with_ball(side: str, *, size: int) -> sitk.Image:
 
 
 def image_table(folder: Path) -> None:
-    """`images/*.png` and `questions.csv`: a drawn disc for each of ten patients, two questions
+    """`data/images/*.png` and `data/questions.csv`: a drawn disc for each of ten patients, two questions
     each."""
-    (folder / "images").mkdir()
+    (folder / "data" / "images").mkdir(parents=True)
     rows = []
     for number in range(10):
         side, x = SIDES[number % 2], (70 if number % 2 == 0 else 10) + number
@@ -80,13 +80,13 @@ def image_table(folder: Path) -> None:
         image = Image.fromarray(noise)
         ImageDraw.Draw(image).ellipse((x, 40, x + 14, 54), fill=230)
         name = f"{number:02d}.png"
-        image.save(folder / "images" / name)
+        image.save(folder / "data" / "images" / name)
         for question, answer in (("Where is the disc?", side), ("Is there a disc?", "yes")):
             rows.append({
                 "id": f"q{len(rows)}", "patient": f"p{number}", "image": name, "question": question,
                 "answer": answer,
             })  # fmt: skip
-    write_table(folder / "questions.csv", rows)
+    write_table(folder / "data" / "questions.csv", rows)
 
 
 def write_table(file: Path, rows: list[dict[str, str]]) -> None:

@@ -36,9 +36,9 @@ with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as link:
     link.sendall(json.dumps(request).encode())
     link.shutdown(socket.SHUT_WR)
     answer = json.loads(link.makefile("rb").read())
-sys.stdout.write(answer["out"])
-sys.stdout.flush()
-sys.stderr.write(answer["err"])
+for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+    stream.buffer.write(answer[name].encode())
+    stream.flush()
 sys.exit(answer["code"])
 """
 SHIM = """\
