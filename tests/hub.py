@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import SiglipConfig, SiglipModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipConfig, SiglipModel
 
 from tests.models.published import medm_vl
 from tests.models.published.test_towers import save_vlm
@@ -34,7 +35,7 @@ TEXT = {
 
 def medm_vl_ct(folder: Path) -> None:
     """MedM-VL-CT-3B-en: Llama 3.2, M3D-CLIP, spatial pooling; two shards."""
-    llm = save_llm("llama-3.2", folder.parent / "llm", max_position_embeddings=2048)
+    llm = language_model("llama-3.2", folder.parent / "llm")
     _, connector = medm_vl.mlp("connector_image3d.connector", 24)
     tower = medm_vl.volume_names(medm_vl.m3d_tower())
     medm_vl.write(folder, llm, medm_vl.config_ct(llm), tower | connector)
@@ -43,7 +44,7 @@ def medm_vl_ct(folder: Path) -> None:
 
 def medm_vl_2d(folder: Path) -> None:
     """MedM-VL-2D-3B-en: Qwen2.5, SigLIP, an MLP; the parts at places of the authors' machine."""
-    llm = save_llm("qwen2.5", folder.parent / "llm", max_position_embeddings=2048)
+    llm = language_model("qwen2.5", folder.parent / "llm")
     _, connector = medm_vl.mlp("connector_image.connector", 24)
     tower = medm_vl.vision_names(medm_vl.siglip())
     config = medm_vl.config_2d(llm="/somewhere/Qwen2.5-3B-Instruct", encoder="/somewhere/siglip")
@@ -53,7 +54,24 @@ def medm_vl_2d(folder: Path) -> None:
 
 def qwen(folder: Path) -> None:
     """A Qwen2.5."""
-    save_llm("qwen2.5", folder, max_position_embeddings=2048)
+    language_model("qwen2.5", folder)
+
+
+def language_model(family: str, folder: Path) -> Path:
+    """A tiny one that writes printable ASCII alone: consoles show other bytes in their own ways.
+
+    Embeddings, to which the LM head is tied, of other tokens are 0, so that their logits are.
+    """
+    save_llm(family, folder, max_position_embeddings=2048)
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    other = [i for word, i in vocabulary.items() if len(word) > 1 or not "!" <= word <= "~"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows[other] = 0
+        rows[len(vocabulary) :] = 0
+    model.save_pretrained(folder)
+    return folder
 
 
 def siglip(folder: Path) -> None:

@@ -18,6 +18,8 @@ CASES = 8
 SIDES = ("left", "right")
 LOCALIZER, GAPS = "case3/scout", "case5/thick"
 """Series that cannot be used."""
+IMAGES, ASKED = 14, 10
+"""Drawn images, and those of them that the table has questions about."""
 
 
 def ct_studies(folder: Path) -> None:
@@ -70,17 +72,19 @@ def with_ball(side: str, *, size: int) -> sitk.Image:
 
 
 def image_table(folder: Path) -> None:
-    """`data/images/*.png` and `data/questions.csv`: a drawn disc for each of ten patients, two questions
-    each."""
+    """`data/images/*.png` and `data/questions.csv`: a drawn disc for each patient, two questions about
+    most of them; the last images are in no table."""
     (folder / "data" / "images").mkdir(parents=True)
     rows = []
-    for number in range(10):
+    for number in range(IMAGES):
         side, x = SIDES[number % 2], (70 if number % 2 == 0 else 10) + number
         noise = np.random.default_rng(number).integers(0, 60, (96, 96), np.uint8)
         image = Image.fromarray(noise)
         ImageDraw.Draw(image).ellipse((x, 40, x + 14, 54), fill=230)
         name = f"{number:02d}.png"
         image.save(folder / "data" / "images" / name)
+        if number >= ASKED:
+            continue
         for question, answer in (("Where is the disc?", side), ("Is there a disc?", "yes")):
             rows.append({
                 "id": f"q{len(rows)}", "patient": f"p{number}", "image": name, "question": question,

@@ -132,7 +132,7 @@ def test_own_dicom_folder(environment: dict[str, str], tmp_path: Path) -> None:
         "SR",
         "patient-1",
     )
-    reply = printed_by(run, "medm infer").rpartition("\ncut at 64 tokens\n")[0]
+    reply = printed_by(run, "medm infer").rpartition("\ncut at 256 tokens\n")[0]
     (client,) = [block for block in run if block.language == "python"]
     served = re.sub(r"^[\d:]{8}  req-.*\n", "", client.printed, flags=re.MULTILINE)
     assert len(reply) > 8 and served.strip("\n") == reply.strip("\n")
@@ -178,17 +178,18 @@ def test_own_images(images: tuple[Path, list[Block]]) -> None:
 @pytest.mark.timeout(600)
 def test_own_benchmark(environment: dict[str, str], images: tuple[Path, list[Block]]) -> None:
     folder, _ = images
-    run_page("tutorials/own-benchmark.md", folder, environment=environment)
+    run = run_page("tutorials/own-benchmark.md", folder, environment=environment)
+    assert "no leak between 2 files of 19 records" in run[0].printed
     eval_dirs = folder / "work_dirs"
     after = results_of(eval_dirs / "after" / "custom")
     assert after["against"] == "work_dirs/before" and after["n"] == 5
     assert set(after["groups"]["kind"]) == {"place", "presence"}
     other = results_of(eval_dirs / "other" / "custom")
     score, compared = other["scores"][0], other["comparison"][0]
-    assert (score["value"], score["low"], score["high"]) == (0.8, 0.5, 1.0)  # 4 of 5; p1: 1 of 2
+    assert (score["value"], score["low"], score["high"]) == (0.8, 0.5, 1.0)  # 4 of 5; p11: 1 of 2
     assert score["per_item"] == [1, 1, 0, 1, 1] and score["clusters"] == 3
     assert compared["first"] - compared["second"] == compared["difference"]
-    assert compared["p_value"] >= 0.25 or compared["difference"] == 0
+    assert compared["p_value"] > 0.2 or compared["difference"] == 0
     sides = results_of(eval_dirs / "after" / "sides")
     assert (sides["n"], sides["scores"][0]["name"]) == (4, "side-accuracy")
     assert "first side named|version:1" in sides["scores"][0]["signature"]
