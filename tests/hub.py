@@ -23,6 +23,8 @@ from tests.models.published.test_towers import save_vlm
 from tests.tiny import VIT, save_llm
 
 COMMIT = "0" * 40
+CT_SIZE = (16, 64, 64)
+"""Voxels of the tiny MedM-VL-CT: enough vision tokens, 32, that a reply depends on them."""
 TEXT = {
     "hidden_size": 24,
     "intermediate_size": 32,
@@ -37,8 +39,8 @@ def medm_vl_ct(folder: Path) -> None:
     """MedM-VL-CT-3B-en: Llama 3.2, M3D-CLIP, spatial pooling; two shards."""
     llm = language_model("llama-3.2", folder.parent / "llm")
     _, connector = medm_vl.mlp("connector_image3d.connector", 24)
-    tower = medm_vl.volume_names(medm_vl.m3d_tower())
-    medm_vl.write(folder, llm, medm_vl.config_ct(llm), tower | connector)
+    tower = medm_vl.volume_names(medm_vl.m3d_tower(CT_SIZE))
+    medm_vl.write(folder, llm, medm_vl.config_ct(llm, CT_SIZE), tower | connector)
     cut_in_two(folder)
 
 

@@ -25,13 +25,13 @@ IMAGES, ASKED = 14, 10
 def ct_studies(folder: Path) -> None:
     """`data/studies/caseN/{thin,thick}` and `data/reports.csv`: patients with one study of two series each.
 
-    A ball on one side of each body is what its report speaks of. There are one localizer and one
+    A block on one side of each body is what its report speaks of. There are one localizer and one
     series with missing slices.
     """
     rows = []
     for case in range(1, CASES + 1):
         side = SIDES[case % 2]
-        thin = with_ball(side, size=case % 3)
+        thin = with_block(side, size=case % 3)
         thick = sitk.Resample(thin, [*thin.GetSize()[:2], 8], sitk.Transform(), sitk.sitkLinear,
                               thin.GetOrigin(), [*SPACING[:2], 7.5], thin.GetDirection(), -1000.0)  # fmt: skip
         place = folder / "data" / "studies" / f"case{case}"
@@ -61,11 +61,11 @@ def ct_studies(folder: Path) -> None:
     write_table(folder / "data" / "reports.csv", rows)
 
 
-def with_ball(side: str, *, size: int) -> sitk.Image:
-    """The phantom with a ball of 200 HU at one side."""
+def with_block(side: str, *, size: int) -> sitk.Image:
+    """The phantom with a block of 900 HU at one side."""
     voxels = body()
-    x = 17 if side == "left" else 5
-    voxels[4 : 6 + size, 11:14, x : x + 3] = 200
+    x = 16 if side == "left" else 4
+    voxels[4 : 6 + size, 9:15, x : x + 5] = 900
     image = sitk.GetImageFromArray(voxels)
     image.CopyInformation(phantom())
     return image

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import medm
 from tests import hub, own_files
 from tests.launch import free_port
 from tests.pages import DOCS, ROOT, Block, run_page
@@ -95,9 +96,9 @@ def test_own_dicom_folder(environment: dict[str, str], tmp_path: Path) -> None:
 
     assert "17 series, 2 not used" in run[0].printed
     with (tmp_path / "data" / "ct.series.csv").open(encoding="utf-8", newline="") as table:
-        series = {row["place"]: row for row in csv.DictReader(table)}
-    refused = {place: row["reason"] for place, row in series.items() if row["usable"] == "no"}
-    assert len(series) == 2 * own_files.CASES + 1
+        listed = {row["place"]: row for row in csv.DictReader(table)}
+    refused = {place: row["reason"] for place, row in listed.items() if row["usable"] == "no"}
+    assert len(listed) == 2 * own_files.CASES + 1
     assert refused == {
         own_files.LOCALIZER: "localizer",
         own_files.GAPS: "too few slices: 6, expected 8 or more",
@@ -114,11 +115,11 @@ def test_own_dicom_folder(environment: dict[str, str], tmp_path: Path) -> None:
     assert "8 records, 0 bad" in printed_by(run, "data check")
     with Image.open(tmp_path / "work_dirs" / "sheet.png") as sheet:
         assert sheet.format == "PNG"
-    assert "one volume: 1 tokens" in printed_by(run, "medm estimate")
+    assert "one volume: 32 tokens" in printed_by(run, "medm estimate")
 
-    model = tmp_path / "work_dirs" / "ct"
-    assert changed(tmp_path / "models" / "medm-vl-ct", model) == {"llm", "volume.connector"}
-    steps = losses(model)
+    trained = tmp_path / "work_dirs" / "ct"
+    assert changed(tmp_path / "models" / "medm-vl-ct", trained) == {"llm", "volume.connector"}
+    steps = losses(trained)
     assert len(steps) == 9 and steps[-1] < steps[0]
 
     scored = results_of(tmp_path / "work_dirs" / "ct_eval" / "custom")
@@ -136,6 +137,11 @@ def test_own_dicom_folder(environment: dict[str, str], tmp_path: Path) -> None:
     (client,) = [block for block in run if block.language == "python"]
     served = re.sub(r"^[\d:]{8}  req-.*\n", "", client.printed, flags=re.MULTILINE)
     assert len(reply) > 8 and served.strip("\n") == reply.strip("\n")
+    model = medm.load(str(tmp_path / "models" / "medm-vl-ct"))
+    series = [tmp_path / "data" / "studies" / f"case{case}" / "thin" for case in (1, 2)]
+    question = "Describe the findings of this CT."
+    one, other = (model.ask(question, volume=place, max_new_tokens=64) for place in series)
+    assert one != other, "a reply does not depend on the volume: equal replies would say nothing"
     # `wait` gives the exit status of the server, and the page ends at the first that is not 0.
     assert "draining" in run[-1].printed and "Traceback" not in run[-1].printed
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.tiny import VIT
 
 DIM = 32
 """Width of the tiny language models."""
+M3D_SIZE, M3D_PATCH = (8, 16, 16), (4, 8, 8)
 
 
 def write(folder: Path, llm: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
@@ -65,9 +67,10 @@ def vision_names(tower: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def m3d_tower() -> dict[str, Tensor]:
-    """The tensors of an M3D-CLIP tower of 8 x 16 x 16 voxels."""
-    return random_state(m3d_shapes(), seed=4)
+def m3d_tower(size: Sequence[int] = M3D_SIZE) -> dict[str, Tensor]:
+    """The tensors of an M3D-CLIP tower for volumes of a size."""
+    cells = prod(side // patch for side, patch in zip(size, M3D_PATCH, strict=True))
+    return random_state(m3d_shapes(cells=cells), seed=4)
 
 
 def volume_names(tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,14 +95,14 @@ def config_2d(*, llm: str, encoder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def config_ct(llm: Path) -> dict[str, Any]:
+def config_ct(llm: Path, size: Sequence[int] = M3D_SIZE) -> dict[str, Any]:
     """Generation A with an M3D-CLIP, as MedM-VL-CT-3B-en: the configs of the parts are nested."""
     return {
         "llm_type": "llama3", "llm_name_or_path": "/somewhere/Llama-3.2-3B-Instruct",
         "llm_config": json.loads((llm / "config.json").read_text()),
         "encoder_image3d_type": "m3dclip",
         "encoder_image3d_config": {
-            "img_size": [8, 16, 16], "patch_size": [4, 8, 8], "in_channels": 1, "hidden_size": 24, "mlp_dim": 40,
+            "img_size": list(size), "patch_size": list(M3D_PATCH), "in_channels": 1, "hidden_size": 24, "mlp_dim": 40,
             "num_layers": 3, "num_heads": 3, "encoder_image3d_select_layer": -1, "select_feature": "patch",
         },
         "connector_image3d_config": {"connector_type": "spatial_pooling", "connector_name": "mlp2x_gelu"},
