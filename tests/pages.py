@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MARK = "==== block {} of the page ===="
+LOGGED = re.compile(
+    r"what is trained|part  |llm  |\w+\.(encoder|connector)|step \d|the model is in"
+)
 BIN = Path(sys.executable).parent
 
 RELAY = """\
@@ -43,8 +46,8 @@ sys.exit(answer["code"])
 """
 SHIM = """\
 #!/bin/sh
-case " $* " in
-  *" serve "*|*" --plugin "*) exec {bin}/medm "$@" ;;
+case "$1 $*" in
+  "serve "*|*" --plugin "*) exec {bin}/medm "$@" ;;
 esac
 exec {bin}/python -S -E {relay} {port} "$@"
 """
@@ -58,6 +61,8 @@ class Block:
     source: str
     printed: str
     """Both streams."""
+    shown: str
+    """What the page says that it prints, in a `text` block behind it; empty without one."""
 
 
 def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
@@ -81,11 +86,15 @@ def run_page(
         environment: variables beside those of this process.
         replace: what cannot be as it is written on every machine (a port), and what replaces it.
     """
-    sources = []
-    for language, source in blocks(page, "bash", "python"):
+    sources, shown = [], []
+    for language, source in blocks(page, "bash", "python", "text"):
         for old, new in (replace or {}).items():
             source = source.replace(old, new)
-        sources.append((language, source))
+        if language == "text":
+            shown[-1] = source
+        else:
+            sources.append((language, source))
+            shown.append("")
     script = ["set -euo pipefail"]
     for number, (language, source) in enumerate(sources):
         body = (
@@ -94,7 +103,22 @@ def run_page(
         script.append(f"echo; echo '{MARK.format(number)}'\n{body}")
     printed = run_script("\n".join(script), folder, environment)
     parts = re.split(re.escape(MARK).replace(r"\{\}", r"\d+") + "\n", printed)[1:]
-    return [Block(*one, part) for one, part in zip(sources, parts, strict=True)]
+    return [Block(*one) for one in zip(*zip(*sources, strict=True), parts, shown, strict=True)]
+
+
+def not_printed(block: Block) -> list[str]:
+    """Lines that the page shows behind a block and that the block did not print.
+
+    `...` stands for anything, and spaces are not compared. Lines of the log of a training, which
+    goes to the tests' own log, are left out.
+    """
+    printed = [" ".join(line.split()) for line in block.printed.splitlines()]
+    missing = []
+    for line in block.shown.splitlines():
+        pattern = re.escape(" ".join(line.split())).replace(r"\.\.\.", ".*")
+        if not LOGGED.match(line) and not any(re.fullmatch(pattern, one) for one in printed):
+            missing.append(line)
+    return missing
 
 
 def run_script(script: str, folder: Path, environment: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import medm
 from tests import hub, own_files
 from tests.launch import free_port
-from tests.pages import DOCS, ROOT, Block, run_page
+from tests.pages import DOCS, ROOT, Block, not_printed, run_page
 
 PAGES = {"own-dicom-folder", "own-images", "own-benchmark", "medgemma-tower"}
 
@@ -78,6 +78,12 @@ def patients_of(file: Path) -> set[str]:
     return {record["patient"] for record in lines(file)}
 
 
+def shows_what_is_printed(run: list[Block], *, but: str = "no block") -> None:
+    """The output on a page is that of its commands; `but` is in a block whose output is not."""
+    for block in run:
+        assert but in block.source or not not_printed(block), (not_printed(block), block.printed)
+
+
 def results_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text("utf-8"))
 
@@ -94,6 +100,7 @@ def test_own_dicom_folder(environment: dict[str, str], tmp_path: Path) -> None:
         replace={"8000": str(free_port())},
     )  # fmt: skip
 
+    shows_what_is_printed(run, but="medm estimate")  # whose table is of the published sizes
     assert "17 series, 2 not used" in run[0].printed
     with (tmp_path / "data" / "ct.series.csv").open(encoding="utf-8", newline="") as table:
         listed = {row["place"]: row for row in csv.DictReader(table)}
@@ -159,6 +166,7 @@ def images(
 @pytest.mark.timeout(600)
 def test_own_images(images: tuple[Path, list[Block]]) -> None:
     folder, run = images
+    shows_what_is_printed(run)
     records = lines(folder / "data" / "own.jsonl")
     assert [record["id"] for record in records] == [f"q{number}" for number in range(20)]
     train, test = (patients_of(folder / "data" / f"own.{part}.jsonl") for part in ("train", "test"))
@@ -185,6 +193,7 @@ def test_own_images(images: tuple[Path, list[Block]]) -> None:
 def test_own_benchmark(environment: dict[str, str], images: tuple[Path, list[Block]]) -> None:
     folder, _ = images
     run = run_page("tutorials/own-benchmark.md", folder, environment=environment)
+    shows_what_is_printed(run)
     assert "no leak between 2 files of 19 records" in run[0].printed
     eval_dirs = folder / "work_dirs"
     after = results_of(eval_dirs / "after" / "custom")
@@ -208,6 +217,7 @@ def test_own_benchmark(environment: dict[str, str], images: tuple[Path, list[Blo
 @pytest.mark.timeout(600)
 def test_medgemma_tower(environment: dict[str, str], tmp_path: Path) -> None:
     run = run_page("tutorials/medgemma-tower.md", checkout(tmp_path), environment=environment)
+    shows_what_is_printed(run)
     assert "4 records, 0 bad" in run[0].printed
     pretrained, finetuned = (
         tmp_path / "work_dirs/medgemma" / name for name in ("pretrain", "finetune")
