@@ -36,7 +36,10 @@ class Custom(Task):
 
     tag = "custom"
     splits = ("test", "train")
-    layout = "the JSON or JSONL file that `path` names, and the images or volumes of its records"
+    layout = (
+        "the JSON or JSONL file that `path` names, there or in the working directory, and the "
+        "images or volumes of its records"
+    )
 
     def __init__(
         self,
