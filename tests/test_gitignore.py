@@ -19,7 +19,13 @@ def git(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "path", ["data/finetune.json", "data/volumes/p1.nii.gz", "work_dirs/finetune/config.json"]
+    "path",
+    [
+        "data/finetune.json",
+        "data/volumes/p1.nii.gz",
+        "work_dirs/finetune/config.json",
+        "models/a/config.json",
+    ],
 )
 def test_the_folders_of_a_users_images_and_runs_are_ignored(path: str) -> None:
     assert git("check-ignore", path).returncode == 0

@@ -13,12 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from PIL import Image
 
+import medm as medm_api
 from tests.cli.runner import medm
 from tests.inference.grounded import answering, save_grounded
+from tests.inference.tiny import awaken
 from tests.models import plain_head
 from tests.models.dual_encoder.tiny import make, save_tokenizer, section
+from tests.models.test_lvlm_volume import build as build_both
+from tests.tiny import save_llm
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTEBOOKS = DOCS / "notebooks"
@@ -73,7 +78,7 @@ def grounded(saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_notebook_has_a_test_of_its_own() -> None:
-    assert ALL == ["grounded.ipynb", "zero_shot.ipynb"]
+    assert ALL == ["ask.ipynb", "grounded.ipynb", "zero_shot.ipynb"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -110,6 +115,46 @@ def test_the_commands_of_zero_shot_run(
         assert done.code == 0, done.err
     assert len(list((tmp_path / "maps").iterdir())) == 4
     assert (tmp_path / "vectors.npz").is_file()
+
+
+def test_ask_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = tmp_path / "model"
+    llm = save_llm("qwen2.5", tmp_path / "llm", max_position_embeddings=2048)
+    for part in build_both(llm):
+        if isinstance(part, torch.nn.Module):
+            awaken(part)
+        part.save_pretrained(both)
+    monkeypatch.setenv("IMAGE_MODEL", str(both))
+    monkeypatch.setenv("VOLUME_MODEL", str(both))
+    monkeypatch.setenv("OUTPUT", str(tmp_path))
+    monkeypatch.chdir(DOCS.parent)
+    space = run_cells("ask.ipynb")
+    text = capsys.readouterr().out
+    assert "reads: image volume" in text
+    model = medm_api.load(str(both))
+    asked = {
+        "reply": ("Where is the disc?", {"image": MEDIA / "disc_left.png"}),
+        "found": ("Describe the findings of this CT.", {"volume": MEDIA / "ball_left.nii.gz"}),
+    }
+    for name, (question, files) in asked.items():
+        assert space[name] and space[name] == model.ask(question, **files, max_new_tokens=32)
+        assert space[name] != model.ask(question, max_new_tokens=32), "the file is looked at"
+        assert space[name] in text
+    for name in ("image", "volume"):
+        with Image.open(tmp_path / f"{name}.png") as sheet:
+            assert sheet.format == "PNG"
+
+
+def test_the_imports_of_ask_are_those_of_the_tutorials() -> None:
+    """`tests/test_tutorials.py` runs them."""
+    pages = "".join(page.read_text("utf-8") for page in (DOCS / "tutorials").glob("*.md"))
+    shown = "\n".join(cells("ask.ipynb", "markdown")).replace("\\\n    ", "")
+    found = commands(shown, "import")
+    assert len(found) == 2
+    for words in found:
+        assert shlex.join(["medm", *words]) in pages.replace("\\\n    ", "")
 
 
 def test_grounded_runs(

@@ -142,8 +142,10 @@ def save_contact_sheet(
     tile: int = 192,
     masks: Sequence[Path] = (),
 ) -> None:
-    """`contact_sheet`, written as PNG without metadata."""
-    contact_sheet(path, preprocess, slices=slices, tile=tile, masks=masks).save(output, "PNG")
+    """`contact_sheet`, written as PNG without metadata; its folder is made."""
+    sheet = contact_sheet(path, preprocess, slices=slices, tile=tile, masks=masks)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(output, "PNG")
 
 
 def _image_tiles(path: Path, preprocess: ImagePreprocess) -> _Shown:

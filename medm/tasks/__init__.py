@@ -110,8 +110,8 @@ class CustomOptions(TaskOptions):
     """A user's own file."""
 
     path: str
-    """JSON or JSONL of records in the training format, relative to the data folder; the last reply
-    is the answer."""
+    """JSON or JSONL of records in the training format, relative to the data folder, or else to the
+    working directory; the last reply is the answer."""
     metrics: Annotated[list[Annotated[MetricOptions, NamedBlock(METRICS)]], Field(min_length=1)]
     """Metric names, or blocks with options; those that take texts, labels or boxes written in
     texts."""

@@ -36,7 +36,10 @@ class Custom(Task):
 
     tag = "custom"
     splits = ("test", "train", "val")  # the file decides
-    layout = "the JSON or JSONL file that `path` names, and the images or volumes of its records"
+    layout = (
+        "the JSON or JSONL file that `path` names, there or in the working directory, and the "
+        "images or volumes of its records"
+    )
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class Custom(Task):
         self, folder: Path, split: str = "test", *, rng: random.Random | None = None
     ) -> Iterator[Sample]:
         self._known_split(split)
-        file = RecordFile(require(Path(folder), self.path, layout=self.layout))
+        file = RecordFile(self._file(Path(folder)))
         for index in range(len(file)):
             sample = parse_record(file[index], inference=True, file=file.path, index=index)
             if sample.answer is None:
@@ -77,6 +80,12 @@ class Custom(Task):
                     field="answer",
                 )
             yield replace(sample, id=sample.id if sample.id is not None else str(index))
+
+    def _file(self, folder: Path) -> Path:
+        """Return the file of records: in the data folder, or where the path leads from here."""
+        if not (folder / self.path).exists() and (own := Path(self.path)).is_file():
+            return own
+        return require(folder, self.path, layout=self.layout)
 
     def score(self, records: Iterable[Record]) -> Scores:
         rows = list(records)

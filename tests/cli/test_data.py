@@ -226,7 +226,7 @@ def test_records_longer_than_the_recipe_allows_are_bad(recipe: Path) -> None:
 
 
 def test_preview_draws_what_the_model_sees(recipe: Path, tmp_path: Path) -> None:
-    picture, sheet = DOCS / "examples_media" / "disc_left.png", tmp_path / "sheet.png"
+    picture, sheet = DOCS / "examples_media" / "disc_left.png", tmp_path / "new" / "sheet.png"
     done = medm("data", "preview", str(picture), str(sheet), "size=[40,80]")
     assert (done.code, done.out) == (0, f"{sheet}\n")
     plain = Image.open(sheet).size

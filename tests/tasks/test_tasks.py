@@ -344,6 +344,22 @@ def custom(folder: Path, answers: list[str], *metrics: str) -> Custom:
     return Custom(path="c.json", metrics=[{"name": name} for name in metrics], rounds=5)
 
 
+def test_a_custom_file_is_in_the_data_folder_or_where_the_path_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records often lie outside of the folder of the images; a file of the folder goes first."""
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for folder in (images, elsewhere):
+        folder.mkdir()
+    monkeypatch.chdir(elsewhere)
+    task = custom(elsewhere, ["CT", "MRI"], "accuracy")
+    assert [sample.answer for sample in task.samples(images)] == ["CT", "MRI"]
+    custom(images, ["US"], "accuracy")
+    assert [sample.answer for sample in task.samples(images)] == ["US"]
+    with pytest.raises(DataError, match=r"missing in .*images; .* or in the working directory"):
+        list(Custom(path="gone.json", metrics=[{"name": "accuracy"}]).samples(images))
+
+
 def test_custom_labels_are_read_from_the_answers(tmp_path: Path) -> None:
     task = custom(tmp_path, ["CT", "MRI", "MRI", "US"], "accuracy", "macro-f1")
     found = values(

@@ -12,13 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from medm.cli.models import import_
 from medm.config import validate
@@ -47,46 +41,23 @@ from tests.encoders.test_volume_vit import DIM as DIM_3D
 from tests.encoders.test_volume_vit import SIZES as M3D_SIZES
 from tests.inference.tiny import awaken
 from tests.models.export.test_export import make, save
+from tests.models.published.medm_vl import (
+    config_2d,
+    config_ct,
+    m3d_tower,
+    mlp,
+    siglip,
+    vision_names,
+    volume_names,
+    write,
+)
 from tests.tiny import VIT, save_llm
-
-DIM = 32
-"""Width of the tiny language models."""
 
 
 @pytest.fixture(scope="module")
 def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("llms")
     return {family: save_llm(family, folder / family) for family in ("qwen2.5", "llama-3.2", "phi")}
-
-
-def write(folder: Path, llm: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """A published folder: config, tensors under MedM-VL's prefixes, the LLM's tokenizer. Returns
-    the LLM."""
-    folder.mkdir(parents=True)
-    model = AutoModelForCausalLM.from_pretrained(llm)
-    awaken(model)
-    language = {f"llm.{name}": tensor for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        language.pop("llm.lm_head.weight")
-    save_file(
-        {k: v.detach().clone().contiguous() for k, v in (language | tensors).items()},
-        folder / "model.safetensors",
-    )
-    for file in llm.iterdir():
-        if file.name.startswith("tokenizer"):
-            (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "config.json").write_text(json.dumps(config))
-    return model
-
-
-def mlp(prefix: str, in_dim: int, depth: int = 2) -> tuple[nn.Sequential, dict[str, Tensor]]:
-    """MedM-VL's mlpNx_gelu and its tensors."""
-    torch.manual_seed(5)
-    layers: list[nn.Module] = [nn.Linear(in_dim, DIM)]
-    for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(DIM, DIM)]
-    module = nn.Sequential(*layers)
-    return module, {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
 def logits_by_hand(llm: Any, ids: list[int], placeholder: int, vision: Tensor) -> Tensor:
@@ -131,33 +102,12 @@ def check_every_tensor_is_listed(source: Path, out: Path) -> None:
     assert sorted(listed) == sorted(read_tensors(source / "model.safetensors"))
 
 
-def siglip() -> SiglipVisionModel:
-    torch.manual_seed(2)
-    tower = SiglipVisionModel(SiglipVisionConfig(**VIT)).eval()
-    awaken(tower)
-    return tower
-
-
-def vision_names(tower: nn.Module) -> dict[str, Tensor]:
-    """As transformers 4 wrote them."""
-    return {
-        f"encoder_image.encoder.vision_model.{name}": tensor
-        for name, tensor in tower.state_dict().items()
-    }
-
-
 @torch.no_grad()
 def test_generation_c_in_2d(llms: dict[str, Path], tmp_path: Path) -> None:
     tower = siglip()
     projector, names = mlp("connector_image.connector", 24)
     tower.save_pretrained(tmp_path / "siglip")
-    config = {
-        "model_type": "lvlm", "lvlm_llm_type": "qwen2", "lvlm_llm_name_or_path": str(llms["qwen2.5"]),
-        "lvlm_encoder_image_type": "siglip", "lvlm_encoder_image_name_or_path": str(tmp_path / "siglip"),
-        "lvlm_encoder_image_select_layer": -1, "lvlm_encoder_image_select_feature": "cls_patch",
-        "lvlm_connector_image_type": "mlp", "lvlm_connector_image_name": "mlp2x_gelu",
-        "lvlm_encoder_image3d_type": None,
-    }  # fmt: skip
+    config = config_2d(llm=str(llms["qwen2.5"]), encoder=str(tmp_path / "siglip"))
     llm = write(tmp_path / "src", llms["qwen2.5"], config, vision_names(tower) | names)
     report = import_model(str(tmp_path / "src"), str(tmp_path / "out"))
     assert report.kind == "MedM-VL model folder, generation C"
@@ -184,21 +134,9 @@ def test_a_3d_tower_with_spatial_pooling(
 ) -> None:
     """Nested configs (A), bare keys without a word about the connector (B) and prefixed keys (C);
     M3D-CLIP with its text side, tied embeddings stored once, a BOS in prompts."""
-    tower = random_state(m3d_shapes(), seed=4)
+    tower = m3d_tower()
     projector, names = mlp("connector_image3d.connector", 24)
-    whole = {
-        f"encoder_image3d.encoder.{name}": tensor for name, tensor in whole_clip(tower).items()
-    }
-    nested = json.loads((llms["llama-3.2"] / "config.json").read_text())
-    config = {
-        "llm_type": "llama3", "llm_name_or_path": "/somewhere/Llama-3.2-3B-Instruct", "llm_config": nested,
-        "encoder_image3d_type": "m3dclip",
-        "encoder_image3d_config": {
-            "img_size": [8, 16, 16], "patch_size": [4, 8, 8], "in_channels": 1, "hidden_size": 24, "mlp_dim": 40,
-            "num_layers": 3, "num_heads": 3, "encoder_image3d_select_layer": -1, "select_feature": "patch",
-        },
-        "connector_image3d_config": {"connector_type": "spatial_pooling", "connector_name": "mlp2x_gelu"},
-    }  # fmt: skip
+    config = config_ct(llms["llama-3.2"])
     if generation != "A":
         prefix = "lvlm_" if generation == "C" else ""
         (tmp_path / "m3d").mkdir()
@@ -213,7 +151,7 @@ def test_a_3d_tower_with_spatial_pooling(
         }
         if generation == "C":
             config["lvlm_connector_image3d_type"] = "spatial_pooling"
-    llm = write(tmp_path / "src", llms["llama-3.2"], config, whole | names)
+    llm = write(tmp_path / "src", llms["llama-3.2"], config, volume_names(tower) | names)
     report = import_model(str(tmp_path / "src"), str(tmp_path / "out"))
     check_every_tensor_is_listed(tmp_path / "src", tmp_path / "out")
     assert ("generation C" if generation == "C" else "generation A/B") in report.kind

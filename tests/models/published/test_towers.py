@@ -4,6 +4,7 @@ an encoder."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,21 @@ OWN_ENCODER = {"medgemma": "siglip", "llava": "clip", "llava-next": "clip"}
 PIXELS = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def save_vlm(name: str, folder: Path, *, layout: str = "published") -> Any:
+def save_vlm(
+    name: str,
+    folder: Path,
+    *,
+    layout: str = "published",
+    vision: Mapping[str, Any] | None = None,
+) -> Any:
     """A tiny model of random weights in two shards, in the names of the published folders or of
-    transformers 5.
+    transformers 5. `vision` replaces sizes of its tower.
     """
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(VLMS[name]()).eval()
+    config = VLMS[name]()
+    for key, value in (vision or {}).items():
+        setattr(config.vision_config, key, value)
+    model = AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(folder, max_shard_size="40KB")
     index = folder / "model.safetensors.index.json"
     assert index.is_file()
