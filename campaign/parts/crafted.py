@@ -60,9 +60,7 @@ def deep_fields(pipeline: str, field: str) -> Callable[[Path], None]:
     return make
 
 
-def _media(folder: Path, suffix: str, maker: crafted.Maker, kind: str) -> None:
-    file = folder / f"a{suffix}"
-    in_fork(partial(maker, file))  # what the maker costs is not the reader's
+def _media(file: Path, kind: str) -> None:
     load_pixels(file, media.IMAGE if kind == "image" else media.VOLUME)
 
 
@@ -150,16 +148,26 @@ def _sparse(folder: Path) -> None:
         opened[index]
 
 
+MEDIA = {"image": crafted.IMAGES, "volume": crafted.VOLUMES}
+
+
+def _file(folder: Path, kind: str, name: str) -> Path:
+    return folder / f"{kind} {name}{MEDIA[kind][name][0]}"
+
+
 def _prepare(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    """Write images and volumes: what a maker costs is not the reader's."""
+    for kind, table in MEDIA.items():
+        for name, (_, maker) in table.items():
+            in_fork(partial(maker, _file(folder, kind, name)))
 
 
 def cases(folder: Path, count: int, seed: int) -> list[Case]:
     """Return every crafted file once; count and seed change nothing."""
     made = []
-    for kind, table in (("image", crafted.IMAGES), ("volume", crafted.VOLUMES)):
-        for name, (suffix, maker) in table.items():
-            run = partial(_media, folder, suffix, maker, kind)
+    for kind, table in MEDIA.items():
+        for name in table:
+            run = partial(_media, _file(folder, kind, name), kind)
             made.append(Case(f"{kind} {name}", run, f"{kind}s"))
     for name, maker in RECORDS.items():
         made.append(
