@@ -333,6 +333,23 @@ def test_manifest_and_index_belong_together(tmp_path: Path) -> None:
             require_sources(DataOptions(train=[source(manifest)]), Pairs.formats)
 
 
+@pytest.mark.parametrize("name", ["", ".", "/", "a/..", "a\0b"])
+def test_a_manifest_names_its_index(tmp_path: Path, name: str) -> None:
+    manifest = shard_set(tmp_path, 1)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"index": name}))
+    with pytest.raises(DataError, match="index"):
+        ShardFile(manifest)
+
+
+def test_damage_without_a_reason_is_told(tmp_path: Path) -> None:
+    manifest = shard_set(tmp_path, 1)
+    content = json.loads(manifest.read_text())
+    content["shards"][0]["damage"] = ""
+    manifest.write_text(json.dumps(content))
+    (message,) = bad_of(source(manifest))
+    assert "the shard is damaged" in message
+
+
 def test_a_manifest_leads_nowhere_out_of_its_root(tmp_path: Path) -> None:
     shard_set(tmp_path / "secret", 1)
     manifest = shard_set(tmp_path / "a", 1)

@@ -117,6 +117,11 @@ def test_brackets_deeper_than_the_parser_are_a_message(model: Path, name: str) -
     [
         ("generation_config.json", "eos_token_id", [[]]),
         ("generation_config.json", "eos_token_id", "x"),
+        ("generation_config.json", "eos_token_id", [2, None]),
+        ("generation_config.json", "eos_token_id", 2**63),
+        ("generation_config.json", "suppress_tokens", ["x"]),
+        ("generation_config.json", "suppress_tokens", -1),
+        ("generation_config.json", "suppress_tokens", 3),
         ("tokenizer_config.json", "model_max_length", "x"),
     ],
 )
@@ -125,6 +130,22 @@ def test_values_that_the_first_question_would_meet_are_refused(
 ) -> None:
     edit(model / name, lambda content: content.update({field: value}))
     with pytest.raises(CheckpointError, match=f"{field}: expected"):
+        medm.models.load(str(model))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("branches", {}, "branches none; the model of config.json has image"),
+        ("processor_class", "CLIPProcessor", "processor_config.json"),
+        ("processor_class", "DualEncoderProcessor", "processor_config.json"),
+    ],
+)
+def test_a_processor_of_another_model_is_refused(
+    model: Path, field: str, value: object, expected: str
+) -> None:
+    edit(model / "processor_config.json", lambda content: content.update({field: value}))
+    with pytest.raises(CheckpointError, match=expected):
         medm.models.load(str(model))
 
 
