@@ -49,6 +49,10 @@ def open_config(folder: str) -> PreTrainedConfig:
     # fetched and run.
     config._attn_implementation = None
     config._experts_implementation = None
+    # medm reads outputs by name, which a config could switch off.
+    for part in (config, *vars(config).values()):
+        if isinstance(part, PreTrainedConfig):
+            part.return_dict = True
     return config
 
 
@@ -61,7 +65,7 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
         lambda: AutoProcessor.from_pretrained(path, trust_remote_code=False),
         what="its tokenizer or processor",
     )
-    _check_processor(path, config, processor)
+    opening(path, lambda: _check_processor(path, config, processor), what="its processor")
     opening(path, lambda: _check_extent(path, config), what="its model")
     # Mismatched tensors are let through here, so that the report below names them as it names the
     # others.
@@ -94,7 +98,9 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
 
 
 def _check_processor(folder: Path, config: PreTrainedConfig, processor: Processor) -> None:
-    """Raise `CheckpointError` for a processor of another kind of model, or of other branches."""
+    """Raise `CheckpointError` for a processor of another kind of model or of other branches, and
+    for placeholders with other ids than the model's.
+    """
     file, expected = folder / "processor_config.json", kind_of_config(config).processor_class
     if not isinstance(processor, expected):
         raise CheckpointError(
@@ -108,6 +114,13 @@ def _check_processor(folder: Path, config: PreTrainedConfig, processor: Processo
             f"{file}: branches {', '.join(views) or 'none'}; the model of config.json has "
             f"{', '.join(sorted(entries())) or 'none'}. The file is damaged, or of another model"
         )
+    for name, token in getattr(processor, "placeholder_ids", {}).items():
+        if (known := config.branches[name]["placeholder_id"]) != token:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'}: the placeholder of the branch {name} has the id "
+                f"{token}; the model of config.json expects {known}. The file is damaged, or of "
+                "another model"
+            )
 
 
 def _check_extent(folder: Path, config: PreTrainedConfig) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import medm.models
 from medm.errors import CheckpointError, MedmError
@@ -147,6 +148,21 @@ def test_a_processor_of_another_model_is_refused(
     edit(model / "processor_config.json", lambda content: content.update({field: value}))
     with pytest.raises(CheckpointError, match=expected):
         medm.models.load(str(model))
+
+
+def test_a_placeholder_with_another_id_is_refused(model: Path) -> None:
+    edit(model / "config.json", lambda c: c["branches"]["image"].update(placeholder_id=1))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: the placeholder of the branch i"):
+        medm.models.load(str(model))
+
+
+def test_outputs_have_names_whatever_the_config_says(model: Path) -> None:
+    def switch_off(config: dict[str, Any]) -> None:
+        config["return_dict"] = config["text_config"]["return_dict"] = False
+
+    edit(model / "config.json", switch_off)
+    opened, _ = medm.models.load(str(model))
+    assert opened.language_model(torch.tensor([[1, 2]])).logits.shape[:2] == (1, 2)
 
 
 def _damaged(whole: bytes, rng: random.Random) -> bytes:
