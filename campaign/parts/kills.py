@@ -240,4 +240,5 @@ PART = Part(
     partial(cases_of, ("before", "half")),
     12,
     Limits(cpu=120, gib=4, wall=900),
+    "cases",
 )
