@@ -141,4 +141,4 @@ def _cases(folder: Path, count: int, seed: int) -> list[Case]:
     ]
 
 
-PART = Part("http", "Mutated HTTP bodies", _prepare, _cases, 500)
+PART = Part("http", "Mutated HTTP bodies", _prepare, _cases, 1000)
