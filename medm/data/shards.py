@@ -347,7 +347,7 @@ def _read_index(path: Path, manifest: Manifest) -> np.ndarray:
     name = Path(manifest.index).name
     if not name or "\0" in name:
         raise DataError(
-            f"no name of an index, {ascii(manifest.index[:40])}, in the field index; {again}",
+            f"no name of an index, {manifest.index[:40]!a}, in the field index; {again}",
             file=path,
         )
     file = path.with_name(name)
