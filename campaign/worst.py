@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="Markdown file")
     arguments = parser.parse_args()
     quiet()
+    setting = "".join(f"- {key}: {value}\n" for key, value in machine().items())
     rows = []
     with scratch() as root:
         run_cases([Case("served", partial(save_tiny, root / "served"))], Limits(cpu=300), "served")
@@ -237,7 +238,6 @@ def main() -> None:
                 (folder / "served").symlink_to(root / "served")
                 rows.append((one, *measure(one, folder)))
                 print(table(rows[-1:]).splitlines()[-1], rows[-1][2].detail, file=sys.stderr)
-    setting = "".join(f"- {key}: {value}\n" for key, value in machine().items())
     text = f"# Worst files\n\n{setting}\n{table(rows)}"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(arguments.out, text)
