@@ -592,6 +592,19 @@ def test_written_shards_hold_the_same_pairs(tmp_path: Path) -> None:
         assert (again.parent / file.name).read_bytes() == file.read_bytes()
 
 
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    write_image(tmp_path / "0.png", shade=0)
+    path = write_lines(tmp_path / "in.jsonl", {"image": "0.png", "captions": ["a"], "id": "p"})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("p-000000.tar", "p.index.npy", "p.shards.json"):
+        (folder / f".{name}.99-0123abcd.tmp").write_bytes(b"half")
+    (folder / ".q-000000.tar.99-0123abcd.tmp").write_bytes(b"of another set")
+    write_shards(folder / "p.shards.json", [source(path)])
+    hidden = [file.name for file in folder.iterdir() if file.name.startswith(".")]
+    assert hidden == [".q-000000.tar.99-0123abcd.tmp"]
+
+
 def test_bad_records_are_refused_or_left_out_when_writing(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "r1": {"image": "images/gone.png"}, "r2": {"captions": []}, "r4": {"image": "p.jsonl"},
