@@ -160,8 +160,8 @@ def write_manifest(
     listed = Manifest(index=index.name, index_sha256=digest, shards=entries)
     try:
         manifest.parent.mkdir(parents=True, exist_ok=True)
-        for name in (index, manifest):
-            remove_leftovers(name)
+        for made in (index, manifest):
+            remove_leftovers(made)
         with atomic_file(index) as temporary:
             temporary.write_bytes(content.getvalue())
         atomic_write_text(manifest, f"{json.dumps(listed.model_dump(), indent=1)}\n")
