@@ -1,4 +1,4 @@
-"""`python -m campaign [--only NAME] [--count N] [--seed S] [--out FILE]`: the fault campaign.
+"""`python -m campaign [--only NAME] [--count N] [--seed S] [--jobs N] [--out FILE]`: the fault campaign.
 
 Ends with status 1 if any outcome is not as intended.
 """
@@ -28,19 +28,29 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--count", type=int, help="cases of each group; each part has its default")
     parser.add_argument("--seed", type=int, default=0, help="of all draws")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1,
+        help="cases at the same time; default: the number of cores",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=OUT, help="Markdown; a .json is beside it")
     arguments = parser.parse_args()
     chosen = [name.partition(":") for name in arguments.only or PARTS]
     if unknown := sorted({name for name, _, _ in chosen} - set(PARTS)):
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     quiet()
-    setting = {"seed": arguments.seed, "count": arguments.count or "defaults", **machine()}
+    setting = {
+        "seed": arguments.seed,
+        "count": arguments.count or "defaults",
+        "jobs": arguments.jobs,
+        **machine(),
+    }
     results: list[PartResult] = []
     for name, _, group in chosen:
         with scratch() as folder:
             result = run_part(
-                load(name), count=arguments.count, seed=arguments.seed, folder=folder, only=group
-            )
+                load(name), count=arguments.count, seed=arguments.seed, folder=folder, only=group,
+                jobs=arguments.jobs,
+            )  # fmt: skip
         results.append(result)
         bad = len(result.bad())
         print(

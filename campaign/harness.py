@@ -2,7 +2,8 @@
 
 A child is a fork of this process, so that imports are paid once. It runs cases until one of them
 kills it or exceeds a limit; the next child continues behind that case. The parent never runs a case
-and never trains: threads of autograd do not survive a fork.
+and never trains: threads of autograd do not survive a fork. With several jobs, each group of cases
+has a runner, a fork in turn, which forks the children of its group.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import resource
 import select
+import selectors
 import shutil
 import signal
 import sys
@@ -21,9 +23,9 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 from medm.errors import MedmError
 
@@ -77,6 +79,8 @@ class Part:
     count: int
     """Default number of cases of each group."""
     limits: Limits = Limits()
+    apart: Literal["groups", "cases"] = "groups"
+    """What may run at the same time: groups, or also the cases of a group, which share no files."""
 
 
 @dataclass(slots=True)
@@ -128,7 +132,13 @@ def scratch() -> Iterator[Path]:
 
 
 def run_part(
-    part: Part, *, count: int | None = None, seed: int = 0, folder: Path, only: str = ""
+    part: Part,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    folder: Path,
+    only: str = "",
+    jobs: int = 1,
 ) -> PartResult:
     """Run all cases of a part.
 
@@ -138,6 +148,7 @@ def run_part(
         seed: of all draws.
         folder: a folder for what is prepared.
         only: run only groups whose name contains this.
+        jobs: cases that run at the same time.
     """
     started = time.monotonic()
     result = PartResult(part.name, part.title)
@@ -152,9 +163,62 @@ def run_part(
         cases = [
             case for case in part.cases(folder, count or part.count, seed) if only in case.group
         ]
-        result.outcomes += run_cases(cases, part.limits, part.name)
+        result.outcomes += run_in_jobs(cases, part, jobs)
     result.seconds = time.monotonic() - started
     return result
+
+
+def run_in_jobs(cases: Sequence[Case], part: Part, jobs: int) -> list[Outcome]:
+    """Run cases, so many at the same time, and return an outcome for each, in their order."""
+    lines: dict[str, list[int]] = {}
+    for number, case in enumerate(cases):
+        lines.setdefault(case.group if part.apart == "groups" else case.name, []).append(number)
+    if jobs == 1 or len(lines) == 1:
+        return run_cases(cases, part.limits, part.name)
+    waiting, outcomes = list(lines.values())[::-1], dict[int, Outcome]()
+    with selectors.DefaultSelector() as running:
+        while waiting or running.get_map():
+            while waiting and len(running.get_map()) < jobs:
+                numbers = waiting.pop()
+                runner = _start_runner([cases[number] for number in numbers], part)
+                running.register(runner.stream, selectors.EVENT_READ, (numbers, runner))
+            for key, _ in running.select():
+                numbers, runner = key.data
+                if data := os.read(key.fd, 2**16):
+                    runner.told += data
+                    continue
+                running.unregister(key.fileobj)
+                runner.stream.close()
+                os.waitpid(runner.process, 0)
+                found = [Outcome(**one) for one in json.loads(runner.told)]
+                outcomes.update(zip(numbers, found, strict=True))
+    return [outcomes[number] for number in range(len(cases))]
+
+
+@dataclass(slots=True)
+class _Runner:
+    """A fork that runs the cases of a group, and tells the outcomes when it is done."""
+
+    process: int
+    stream: BinaryIO
+    told: bytes = b""
+
+
+def _start_runner(cases: Sequence[Case], part: Part) -> _Runner:
+    reading, writing = os.pipe()
+    process = os.fork()
+    if not process:
+        os.close(reading)
+        status = 1
+        try:
+            told = [asdict(one) for one in run_cases(cases, part.limits, part.name)]
+            with os.fdopen(writing, "wb") as stream:
+                stream.write(json.dumps(told).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    return _Runner(process, os.fdopen(reading, "rb", buffering=0))
 
 
 def run_cases(cases: Sequence[Case], limits: Limits, group: str) -> list[Outcome]:

@@ -9,6 +9,7 @@ switches them off, for shared file systems that have none: complete files still 
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import socket
@@ -255,6 +256,12 @@ def _locked_stream(file: Path, target: Path) -> IO[bytes]:
             stream.close()
             raise
         stream.close()
+
+
+def remove_leftovers(file: Path) -> None:
+    """Remove what killed processes left of atomic writes of a file that has one writer."""
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:

@@ -158,5 +158,5 @@ PART = Part(
     "Mutated caches and tar shards",
     partial(prepare, TARGETS),
     partial(mutation_cases, TARGETS),
-    500,
+    2000,
 )

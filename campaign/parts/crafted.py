@@ -60,9 +60,7 @@ def deep_fields(pipeline: str, field: str) -> Callable[[Path], None]:
     return make
 
 
-def _media(folder: Path, suffix: str, maker: crafted.Maker, kind: str) -> None:
-    file = folder / f"a{suffix}"
-    in_fork(partial(maker, file))  # what the maker costs is not the reader's
+def _media(file: Path, kind: str) -> None:
     load_pixels(file, media.IMAGE if kind == "image" else media.VOLUME)
 
 
@@ -150,20 +148,35 @@ def _sparse(folder: Path) -> None:
         opened[index]
 
 
+GROUPS = ("records", "nesting", "recipes", "tar")
+"""Each has a folder: groups run at the same time."""
+MEDIA = {"image": crafted.IMAGES, "volume": crafted.VOLUMES}
+
+
+def _file(folder: Path, kind: str, name: str) -> Path:
+    return folder / f"{kind} {name}{MEDIA[kind][name][0]}"
+
+
 def _prepare(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    """Write images and volumes: what a maker costs is not the reader's."""
+    for kind, table in MEDIA.items():
+        for name, (_, maker) in table.items():
+            in_fork(partial(maker, _file(folder, kind, name)))
+    for group in GROUPS:
+        (folder / group).mkdir()
 
 
 def cases(folder: Path, count: int, seed: int) -> list[Case]:
     """Return every crafted file once; count and seed change nothing."""
     made = []
-    for kind, table in (("image", crafted.IMAGES), ("volume", crafted.VOLUMES)):
-        for name, (suffix, maker) in table.items():
-            run = partial(_media, folder, suffix, maker, kind)
+    records, nesting, recipes, tar = (folder / group for group in GROUPS)
+    for kind, table in MEDIA.items():
+        for name in table:
+            run = partial(_media, _file(folder, kind, name), kind)
             made.append(Case(f"{kind} {name}", run, f"{kind}s"))
     for name, maker in RECORDS.items():
         made.append(
-            Case(f"record: {name}", partial(_records, folder, maker, "conversations"), "records")
+            Case(f"record: {name}", partial(_records, records, maker, "conversations"), "records")
         )
     for pipeline, fields in {
         "conversations": ("conversations", "image", "masks", "id", "task"),
@@ -171,27 +184,24 @@ def cases(folder: Path, count: int, seed: int) -> list[Case]:
         "studies": ("images", "report", "triplets", "labels"),
     }.items():
         for field in fields:
-            run = partial(_records, folder, deep_fields(pipeline, field), pipeline)
+            run = partial(_records, nesting, deep_fields(pipeline, field), pipeline)
             made.append(Case(f"deep {pipeline}.{field}", run, "nesting"))
     made += [
         Case("deep JSON", partial(_refused, partial(parse_json, DEEP.encode())), "nesting"),
-        Case("deep recipe", partial(_refused, partial(_yaml, folder, f"a: {DEEP}\n")), "nesting"),
+        Case("deep recipe", partial(_refused, partial(_yaml, nesting, f"a: {DEEP}\n")), "nesting"),
         Case(
             "deep recipe by indents",
-            partial(_refused, partial(_yaml, folder, _indents())),
+            partial(_refused, partial(_yaml, nesting, _indents())),
             "nesting",
         ),
         Case("deep override", partial(_refused, partial(parse_value, DEEP)), "nesting"),
         Case("deep key of an override", partial(_refused, _deep_override), "nesting"),
         Case("deep masks", partial(_refused, partial(mask_entries, _lists(900))), "nesting"),
-        Case("deep shard manifest", partial(_manifest, folder), "nesting"),
-        *(Case(f"deep {name}", partial(_model, folder, name), "nesting") for name in FILES),
-        Case("aliases of aliases", partial(_refused, partial(_aliases, folder)), "recipes"),
-        Case("tar of 1 TiB", partial(_sparse, folder), "tar"),
-        *(
-            Case(f"tar {name}", partial(_tar, folder, *trick), "tar")
-            for name, trick in TRICKS.items()
-        ),
+        Case("deep shard manifest", partial(_manifest, nesting), "nesting"),
+        *(Case(f"deep {name}", partial(_model, nesting, name), "nesting") for name in FILES),
+        Case("aliases of aliases", partial(_refused, partial(_aliases, recipes)), "recipes"),
+        Case("tar of 1 TiB", partial(_sparse, tar), "tar"),
+        *(Case(f"tar {name}", partial(_tar, tar, *trick), "tar") for name, trick in TRICKS.items()),
     ]
     return made
 

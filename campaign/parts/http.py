@@ -97,7 +97,7 @@ def _gate(model: str) -> Gate:
     return build_app(service, key=None)
 
 
-async def _post(gate: Gate, path: str, kind: str, body: bytes) -> httpx.Response:
+async def post(gate: Gate, path: str, kind: str, body: bytes) -> httpx.Response:
     transport = httpx.ASGITransport(gate, raise_app_exceptions=False, client=("127.0.0.1", 9))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         return await client.post(path, content=body, headers={"content-type": kind}, timeout=60)
@@ -108,7 +108,7 @@ def _run(folder: Path, name: str, number: int, seed: int) -> None:
     rng = random.Random(f"{seed} {name} {number}")
     body = mutated(whole, rng, text=kind == JSON) if number else whole
     gate = _gate(str(folder / "model"))
-    response = asyncio.run(_post(gate, path, kind, body))
+    response = asyncio.run(post(gate, path, kind, body))
     if response.status_code >= 500:
         raise WrongResultError(f"status {response.status_code}: {response.text[:300]}")
     if response.status_code >= 400:
@@ -141,4 +141,4 @@ def _cases(folder: Path, count: int, seed: int) -> list[Case]:
     ]
 
 
-PART = Part("http", "Mutated HTTP bodies", _prepare, _cases, 200)
+PART = Part("http", "Mutated HTTP bodies", _prepare, _cases, 1000)

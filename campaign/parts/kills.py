@@ -238,6 +238,7 @@ PART = Part(
     "Kills at file operations, and the same command again",
     prepare,
     partial(cases_of, ("before", "half")),
-    12,
+    24,
     Limits(cpu=120, gib=4, wall=900),
+    "cases",
 )

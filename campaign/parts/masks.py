@@ -114,5 +114,5 @@ PART = Part(
     "Mutated masks",
     partial(prepare, TARGETS),
     partial(mutation_cases, TARGETS),
-    500,
+    2000,
 )

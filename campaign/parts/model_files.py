@@ -61,5 +61,5 @@ PART = Part(
     "Mutated files of a model folder",
     partial(prepare, TARGETS),
     partial(mutation_cases, TARGETS),
-    200,
+    1000,
 )

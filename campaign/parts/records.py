@@ -127,5 +127,5 @@ PART = Part(
     "Mutated annotation files and recipes",
     partial(prepare, TARGETS),
     partial(mutation_cases, TARGETS),
-    500,
+    2000,
 )

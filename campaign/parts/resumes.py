@@ -162,4 +162,5 @@ PART = Part(
     cases,
     3,
     Limits(cpu=200, gib=4, wall=1200),
+    "cases",
 )

@@ -125,4 +125,5 @@ PART = Part(
     cases,
     1000,
     Limits(cpu=300, gib=8, wall=1500),
+    "cases",
 )

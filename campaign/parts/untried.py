@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -64,8 +65,7 @@ def _exchange(folder: Path, make: Callable[[Path], Path], other: bytes, at: int)
 
     A reader that opens it fewer times has no gap between check and read there.
     """
-    place = folder / f"exchange {at} {len(other)} {len(list(folder.iterdir()))}"
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(dir=folder))
     file = make(place)
     opened = 0
 
@@ -104,8 +104,7 @@ class _FailingFile(io.FileIO):
 
 def _io_error(folder: Path, make: Callable[[Path], Path], read: Callable[[Path], object]) -> None:
     """Reads of the file fail with EIO: an error that names the file, and no result."""
-    place = folder / f"eio {os.getpid()} {len(list(folder.iterdir()))}"
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(dir=folder))
     file = make(place)
     real, met = io.open, False
 
@@ -183,4 +182,5 @@ PART = Part(
     cases,
     8,
     Limits(cpu=120, gib=4, wall=900),
+    "cases",
 )

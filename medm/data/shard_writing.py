@@ -20,7 +20,7 @@ from medm.data.pairs import Pair, Pairs
 from medm.data.records import Records
 from medm.data.shards import IMAGE_SUFFIXES, SAMPLE, Manifest, ShardEntry, index_shard
 from medm.errors import DataError
-from medm.files import atomic_file, atomic_write_text
+from medm.files import atomic_file, atomic_write_text, remove_leftovers
 from medm.imaging.images import check_image
 
 SUFFIX = ".shards.json"
@@ -90,6 +90,7 @@ def write_shards(
         content = usable()
         for first in content:
             path = manifest.with_name(f"{stem}-{len(paths):06d}.tar")
+            remove_leftovers(path)
             written.samples += _write_shard(path, first, content, samples, written.samples)
             paths.append(path)
     except OSError as error:
@@ -159,6 +160,8 @@ def write_manifest(
     listed = Manifest(index=index.name, index_sha256=digest, shards=entries)
     try:
         manifest.parent.mkdir(parents=True, exist_ok=True)
+        for made in (index, manifest):
+            remove_leftovers(made)
         with atomic_file(index) as temporary:
             temporary.write_bytes(content.getvalue())
         atomic_write_text(manifest, f"{json.dumps(listed.model_dump(), indent=1)}\n")

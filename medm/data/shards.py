@@ -275,7 +275,7 @@ class ShardFile:
         shard, number = self._locate(index)
         entry = self.shards[shard]
         if number >= entry.samples:
-            raise DataError(entry.damage or "")
+            raise DataError(entry.damage or "the shard is damaged; its manifest does not say how")
         start, size = self._samples[self._first[shard] + number].tolist()
         if size > MAX_SAMPLE_BYTES:
             raise DataError(f"a sample of {size:,} bytes; at most {MAX_SAMPLE_BYTES:,} are read")
@@ -344,7 +344,13 @@ def check_shards(path: Path) -> None:
 def _read_index(path: Path, manifest: Manifest) -> np.ndarray:
     """Return the index of a manifest, memory-mapped. Raises `DataError`."""
     again = "write the manifest again with 'medm data shards'"
-    file = path.with_name(Path(manifest.index).name)
+    name = Path(manifest.index).name
+    if not name or "\0" in name:
+        raise DataError(
+            f"no name of an index, {manifest.index[:40]!a}, in the field index; {again}",
+            file=path,
+        )
+    file = path.with_name(name)
     try:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -230,6 +230,8 @@ def main() -> None:
 def limit_process(seconds: int, memory: int) -> None:
     """Limit CPU time (it stands still while other programs run) and address space from now on.
 
+    A lower limit that this process was started with (`ulimit -v`) stays.
+
     Args:
         seconds: from now on.
         memory: bytes of address space in all.
@@ -241,7 +243,9 @@ def limit_process(seconds: int, memory: int) -> None:
             (resource.RLIMIT_AS, memory),
             (resource.RLIMIT_CORE, 0),
         ):
-            resource.setrlimit(what, (limit, resource.getrlimit(what)[1]))
+            _, hard = resource.getrlimit(what)
+            allowed = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(what, (allowed, hard))
 
 
 DECODER = Decoder()

@@ -56,7 +56,8 @@ def read_voxels(
     data: bytes | bytearray
     try:
         if packing == "raw":
-            left = os.fstat(stream.fileno()).st_size - stream.tell()
+            # A header may place the voxels behind the end of the file.
+            left = max(os.fstat(stream.fileno()).st_size - stream.tell(), 0)
             data, more = stream.read(min(needed, left)), left - needed
         else:
             check_ratio(os.fstat(stream.fileno()).st_size - stream.tell(), needed, name)

@@ -285,7 +285,7 @@ class Engine:
         """
         if compiled not in self._decoders:
             config = self.model.generation_config
-            stops = config.eos_token_id
+            stops, vocabulary = config.eos_token_id, self.model.get_input_embeddings()
             self._decoders[compiled] = Decoder(
                 self.model.language_model,
                 stops=[
@@ -294,7 +294,11 @@ class Engine:
                     if stop is not None
                 ],
                 end_sequence=self.processor.chat.end_sequence,
-                suppress=config.suppress_tokens or [],
+                suppress=[
+                    token
+                    for token in config.suppress_tokens or []
+                    if token < vocabulary.num_embeddings
+                ],
                 slots=self._slots,
                 compiled=compiled,
                 max_tokens=self.max_tokens,

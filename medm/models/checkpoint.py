@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
 from medm.errors import CheckpointError
 from medm.models.auto import register
 from medm.models.base import MedmModel
+from medm.models.kinds import kind_of_config
 from medm.models.manifest import verify_weights
 from medm.models.published.weights import LoadReport, read_object
 from medm.models.small_files import check_small_files, count_values, opening
@@ -48,6 +49,10 @@ def open_config(folder: str) -> PreTrainedConfig:
     # fetched and run.
     config._attn_implementation = None
     config._experts_implementation = None
+    # medm reads outputs by name, which a config could switch off.
+    for part in (config, *vars(config).values()):
+        if isinstance(part, PreTrainedConfig):
+            part.return_dict = True
     return config
 
 
@@ -60,6 +65,7 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
         lambda: AutoProcessor.from_pretrained(path, trust_remote_code=False),
         what="its tokenizer or processor",
     )
+    opening(path, lambda: _check_processor(path, config, processor), what="its processor")
     opening(path, lambda: _check_extent(path, config), what="its model")
     # Mismatched tensors are let through here, so that the report below names them as it names the
     # others.
@@ -89,6 +95,32 @@ def open_saved(folder: str) -> tuple[MedmModel, Processor]:
     model.upgrade(processor)
     model.eval()
     return model, processor
+
+
+def _check_processor(folder: Path, config: PreTrainedConfig, processor: Processor) -> None:
+    """Raise `CheckpointError` for a processor of another kind of model or of other branches, and
+    for placeholders with other ids than the model's.
+    """
+    file, expected = folder / "processor_config.json", kind_of_config(config).processor_class
+    if not isinstance(processor, expected):
+        raise CheckpointError(
+            f"{file}: expected a {expected.__name__}, found a {type(processor).__name__}; the file "
+            "is damaged, or of another model"
+        )
+    entries = getattr(config, "encoder_entries", None)
+    views = sorted(name for name in processor.preprocess if "@" not in name)
+    if entries is not None and views != sorted(entries()):
+        raise CheckpointError(
+            f"{file}: branches {', '.join(views) or 'none'}; the model of config.json has "
+            f"{', '.join(sorted(entries())) or 'none'}. The file is damaged, or of another model"
+        )
+    for name, token in getattr(processor, "placeholder_ids", {}).items():
+        if (known := config.branches[name]["placeholder_id"]) != token:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'}: the placeholder of the branch {name} has the id "
+                f"{token}; the model of config.json expects {known}. The file is damaged, or of "
+                "another model"
+            )
 
 
 def _check_extent(folder: Path, config: PreTrainedConfig) -> None:

@@ -97,19 +97,25 @@ def check_small_files(folder: Path) -> None:
 
 def _check_values(file: Path, content: Mapping[str, object]) -> None:
     """Refuse values that transformers keeps unseen and the first question would meet."""
-    ends = content.get("eos_token_id") if file.name == "generation_config.json" else None
-    for value in ends if isinstance(ends, list) else [ends]:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise CheckpointError(
-                f"{file}: eos_token_id: expected token ids, found {str(value)[:40]!r}; the file is "
-                "damaged, copy it again"
-            )
+    for field in ("eos_token_id", "suppress_tokens"):
+        ids = content.get(field) if file.name == "generation_config.json" else None
+        for value in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if not _is_token_id(value) or (field == "suppress_tokens" and ids is value):
+                expected = "a list of token ids" if field == "suppress_tokens" else "token ids"
+                raise CheckpointError(
+                    f"{file}: {field}: expected {expected}, found {str(value)[:40]!r}; the file is "
+                    "damaged, copy it again"
+                )
     length = content.get("model_max_length") if file.name == "tokenizer_config.json" else None
     if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float))):
         raise CheckpointError(
             f"{file}: model_max_length: expected a number, found {str(length)[:40]!r}; the file is "
             "damaged, copy it again"
         )
+
+
+def _is_token_id(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_TOKEN
 
 
 @functools.lru_cache(maxsize=64)

@@ -253,12 +253,20 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_invalid(request: Request, error: Exception) -> Response:
     """Answer a body or query of another form. What was found is not repeated."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = ascii(".".join(place))[1:-1][:128] or None
-    if first["type"] == "json_invalid":
+    # Of a value that may be of several types, the error that is farthest inside says most.
+    found = max(
+        error.errors(), key=lambda one: (len(one["loc"]), one["type"] == "union_tag_invalid")
+    )
+    if found["type"] == "json_invalid":
         return _response(ServingError("invalid_json", "the body is not valid JSON"))
-    reason = first["msg"] if first["type"] != "extra_forbidden" else "unknown field"
+    place = [str(part) for part in found["loc"] if part not in ("body", "query", "path")]
+    # pydantic's own names of types hold brackets, and are no fields
+    param = ascii(".".join(part for part in place if "[" not in part))[1:-1][:128] or None
+    reason = found["msg"]
+    if found["type"] == "extra_forbidden":
+        reason = "unknown field"
+    elif found["type"] == "union_tag_invalid":  # its text repeats what was found
+        reason = f"expected the type {found['ctx']['expected_tags']}"
     return _response(ServingError("invalid_value", f"{param or 'body'}: {reason}", param=param))
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from campaign.harness import OUTCOMES, Case, Limits, WrongResultError, run_cases
+from campaign.harness import (
+    OUTCOMES,
+    Case,
+    Limits,
+    Part,
+    WrongResultError,
+    run_cases,
+    run_in_jobs,
+)
 from campaign.parts import PARTS, load
 from medm.errors import MedmError
 
@@ -48,6 +56,23 @@ def test_every_outcome_is_told_and_the_cases_behind_a_crash_run() -> None:
     outcomes = run_cases(cases, Limits(cpu=0.5, gib=0.1, wall=60), "trials")
     assert [(one.case, one.outcome) for one in outcomes] == [(name, name) for name in TRIALS]
     assert outcomes[1].detail == "no such file"
+
+
+def test_jobs_give_the_same_outcomes_in_the_same_order() -> None:
+    cases = [
+        Case(f"{name} {number}", run, f"group {number}")
+        for number in range(3)
+        for name, run in TRIALS.items()
+        if name not in ("hang", "over budget")
+    ]
+    limits = Limits(cpu=5, gib=1, wall=60)
+    for apart in ("groups", "cases"):
+        part = Part("trials", "", lambda folder: None, lambda *_: cases, 1, limits, apart)
+        one, three = run_in_jobs(cases, part, 1), run_in_jobs(cases, part, 3)
+        assert [(o.case, o.group, o.outcome) for o in one] == [
+            (o.case, o.group, o.outcome) for o in three
+        ]
+        assert [o.outcome for o in three] == [case.name.rpartition(" ")[0] for case in cases]
 
 
 def test_a_child_that_sleeps_is_ended_by_the_clock() -> None:

@@ -333,6 +333,23 @@ def test_manifest_and_index_belong_together(tmp_path: Path) -> None:
             require_sources(DataOptions(train=[source(manifest)]), Pairs.formats)
 
 
+@pytest.mark.parametrize("name", ["", ".", "/", "a/..", "a\0b"])
+def test_a_manifest_names_its_index(tmp_path: Path, name: str) -> None:
+    manifest = shard_set(tmp_path, 1)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"index": name}))
+    with pytest.raises(DataError, match="index"):
+        ShardFile(manifest)
+
+
+def test_damage_without_a_reason_is_told(tmp_path: Path) -> None:
+    manifest = shard_set(tmp_path, 1)
+    content = json.loads(manifest.read_text())
+    content["shards"][0]["damage"] = ""
+    manifest.write_text(json.dumps(content))
+    (message,) = bad_of(source(manifest))
+    assert "the shard is damaged" in message
+
+
 def test_a_manifest_leads_nowhere_out_of_its_root(tmp_path: Path) -> None:
     shard_set(tmp_path / "secret", 1)
     manifest = shard_set(tmp_path / "a", 1)
@@ -573,6 +590,19 @@ def test_written_shards_hold_the_same_pairs(tmp_path: Path) -> None:
     write_shards(again, [source(path)], samples=3)
     for file in manifest.parent.iterdir():
         assert (again.parent / file.name).read_bytes() == file.read_bytes()
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    write_image(tmp_path / "0.png", shade=0)
+    path = write_lines(tmp_path / "in.jsonl", {"image": "0.png", "captions": ["a"], "id": "p"})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("p-000000.tar", "p.index.npy", "p.shards.json"):
+        (folder / f".{name}.99-0123abcd.tmp").write_bytes(b"half")
+    (folder / ".q-000000.tar.99-0123abcd.tmp").write_bytes(b"of another set")
+    write_shards(folder / "p.shards.json", [source(path)])
+    hidden = [file.name for file in folder.iterdir() if file.name.startswith(".")]
+    assert hidden == [".q-000000.tar.99-0123abcd.tmp"]
 
 
 def test_bad_records_are_refused_or_left_out_when_writing(tmp_path: Path) -> None:

@@ -80,6 +80,15 @@ def test_a_slope_that_is_none_means_stored_numbers(
     assert warnings == []
 
 
+@pytest.mark.parametrize("place", [{"vox_offset": 900}, {"vox_offset": 1e30},
+                                   {"vox_offset": 2**60, "version": 2}])  # fmt: skip
+def test_voxels_behind_the_end_of_the_file_are_refused(
+    tmp_path: Path, place: dict[str, Any]
+) -> None:
+    with pytest.raises(MediaError, match=r"a\.nii: .*(truncated|by the header)"):
+        read_volume(nifti(tmp_path / "a.nii", **place))
+
+
 @pytest.mark.parametrize("slope", [0, NAN])
 def test_an_intercept_that_is_not_added_is_said(tmp_path: Path, slope: float) -> None:
     volume, warnings = read(nifti(tmp_path / "a.nii", slope=slope, inter=-1024))

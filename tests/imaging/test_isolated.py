@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -117,3 +118,17 @@ def test_a_forked_process_has_a_child_of_its_own() -> None:
     assert os.waitpid(pid, 0)[1] == 0
     assert parent._child is child
     np.testing.assert_array_equal(decode(parent), EXPECTED)
+
+
+def test_a_lower_limit_of_the_machine_stays() -> None:
+    """Asking for more memory than `ulimit -v` allows is no damage of a file."""
+    program = (
+        "import resource as r; from medm.imaging.isolated import limit_process; "
+        "r.setrlimit(r.RLIMIT_AS, (2**33, 2**33)); "
+        "limit_process(5, 2**34); print(r.getrlimit(r.RLIMIT_AS)); "
+        "limit_process(5, 2**32); print(r.getrlimit(r.RLIMIT_AS))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{(2**33, 2**33)}\n{(2**32, 2**33)}\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import medm.models
 from medm.errors import CheckpointError, MedmError
@@ -117,6 +118,11 @@ def test_brackets_deeper_than_the_parser_are_a_message(model: Path, name: str) -
     [
         ("generation_config.json", "eos_token_id", [[]]),
         ("generation_config.json", "eos_token_id", "x"),
+        ("generation_config.json", "eos_token_id", [2, None]),
+        ("generation_config.json", "eos_token_id", 2**63),
+        ("generation_config.json", "suppress_tokens", ["x"]),
+        ("generation_config.json", "suppress_tokens", -1),
+        ("generation_config.json", "suppress_tokens", 3),
         ("tokenizer_config.json", "model_max_length", "x"),
     ],
 )
@@ -126,6 +132,37 @@ def test_values_that_the_first_question_would_meet_are_refused(
     edit(model / name, lambda content: content.update({field: value}))
     with pytest.raises(CheckpointError, match=f"{field}: expected"):
         medm.models.load(str(model))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("branches", {}, "branches none; the model of config.json has image"),
+        ("processor_class", "CLIPProcessor", "processor_config.json"),
+        ("processor_class", "DualEncoderProcessor", "processor_config.json"),
+    ],
+)
+def test_a_processor_of_another_model_is_refused(
+    model: Path, field: str, value: object, expected: str
+) -> None:
+    edit(model / "processor_config.json", lambda content: content.update({field: value}))
+    with pytest.raises(CheckpointError, match=expected):
+        medm.models.load(str(model))
+
+
+def test_a_placeholder_with_another_id_is_refused(model: Path) -> None:
+    edit(model / "config.json", lambda c: c["branches"]["image"].update(placeholder_id=1))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: the placeholder of the branch i"):
+        medm.models.load(str(model))
+
+
+def test_outputs_have_names_whatever_the_config_says(model: Path) -> None:
+    def switch_off(config: dict[str, Any]) -> None:
+        config["return_dict"] = config["text_config"]["return_dict"] = False
+
+    edit(model / "config.json", switch_off)
+    opened, _ = medm.models.load(str(model))
+    assert opened.language_model(torch.tensor([[1, 2]])).logits.shape[:2] == (1, 2)
 
 
 def _damaged(whole: bytes, rng: random.Random) -> bytes:

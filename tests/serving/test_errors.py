@@ -232,6 +232,7 @@ def test_a_defect_is_told_without_its_text(
         patch.setattr(live.service.worker, "submit", fail)
         response = live.chat()
     assert code(response) == (500, "internal_error")
+    assert live.idle()  # the log is written behind the response
     assert "patient" not in response.text + caplog.text
     assert "RuntimeError" in caplog.text
     assert live.chat().status_code == 200
@@ -254,6 +255,25 @@ def test_logs_and_figures_hold_no_content(live: Live, caplog: pytest.LogCaptureF
     assert "medm_open_requests" in figures
     assert 'medm_requests_total{route="/v1/chat/completions",status="200"}' in figures
     assert 'medm_tokens_total{part="reply"}' in figures
+
+
+@pytest.mark.parametrize("route", [CHAT, "/v1/zero-shot", "/v1/embeddings"])
+def test_a_wrong_part_is_named_and_not_repeated(live: Live, route: str) -> None:
+    part = {"type": "Secret^Patient", "text": "A secret finding"}
+    body = {
+        "model": "model",
+        "input": [part],
+        "labels": ["a", "b"],
+        "messages": [{"role": "user", "content": [part]}],
+    }
+    kept = {CHAT: ("messages",), "/v1/zero-shot": ("input", "labels"), "/v1/embeddings": ("input",)}
+    with live.client() as client:
+        response = client.post(route, json={name: body[name] for name in ("model", *kept[route])})
+    assert code(response) == (400, "invalid_value")
+    place = "messages.0.content.0" if route == CHAT else "input.0"
+    expected = f"{place}: expected the type 'text', 'image_url', 'file'"
+    assert response.json()["error"]["message"] == expected
+    assert response.json()["error"]["param"] == place
 
 
 def test_a_server_without_a_key_answers_this_machine_alone(dual: Live) -> None:
