@@ -39,6 +39,8 @@ _BYTES_PER_SECOND = 2**16
 _FORM_BYTES = 2**16
 """Of an upload beside its file: boundaries and fields of the form."""
 _MIN_KEY = 16
+_MAX_VALUES = 100_000
+"""Of a JSON body, by its commas and brackets: parsed, 32 MiB of empty lists take 1 GiB."""
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 2**26
 """Of the body of a refused request that are discarded."""
 
@@ -164,7 +166,7 @@ class _Exchange:
         self.gate, self.scope, self.receive, self.send = gate, scope, receive, send
         self.id = f"req-{secrets.token_hex(8)}"
         self.started = time.monotonic()
-        self.received = self.sent = 0
+        self.received = self.sent = self.values = 0
         self.status: int | None = None
         self.code = ""
         headers = Headers(scope=scope)
@@ -223,6 +225,15 @@ class _Exchange:
         if self.received > self.gate.most(self.scope["path"]):
             self.refusal = self.gate.too_large(self.scope["path"])
             raise self.refusal
+        if self.scope["path"] != UPLOAD:
+            body = message.get("body", b"")
+            self.values += sum(body.count(mark) for mark in (b",", b"[", b"{"))
+            if self.values > _MAX_VALUES:
+                self.refusal = ServingError(
+                    "body_too_large",
+                    f"the body has more than {_MAX_VALUES:,} commas and brackets",
+                )
+                raise self.refusal
         return message
 
     async def _send(self, message: Message) -> None:

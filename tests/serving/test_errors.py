@@ -85,6 +85,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[int, str]]] = {
     "model": ({"json": question() | {"model": "gpt"}}, (404, "model_not_found")),
     "file id": (shown("file-unknown"), (404, "file_not_found")),
     "body": (raw(b" " * (2**20 + 1)), (413, "body_too_large")),
+    "values": (raw(b"[" + b"[]," * 60_000 + b"[]]"), (413, "body_too_large")),
     "PNG bomb": (shown(data_uri(png_bomb())), (413, "too_many_pixels")),
     "huge image": (shown(data_uri(large_png())), (413, "too_many_pixels")),
     "long reply": ({"json": question(max_tokens=301)}, (413, "context_length_exceeded")),
