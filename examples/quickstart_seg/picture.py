@@ -1,8 +1,10 @@
 """One picture of the replies: of each target the middle one of the held-out slices that show it.
 
-    python examples/quickstart_seg/picture.py [FILE, by default work_dirs/quickstart_seg/result.png]
+    python examples/quickstart_seg/picture.py [folder [file]]
 
-No slice is chosen by its score. Read after `run.sh`: data/test.json and replies.jsonl.
+By default work_dirs/quickstart_seg, and result.png in it.
+
+No slice is chosen by its score. Reads what `run.sh` left: data/test.json and replies.jsonl.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import numpy as np
-from masks import OUT, TARGETS
+from masks import OUT
 from matplotlib import pyplot as plt
 from PIL import Image
 from report import predicted_mask, read, read_lines
@@ -25,18 +27,22 @@ from report import predicted_mask, read, read_lines
 from medm.metrics.masks import dice_of
 
 COLUMNS = 3
+ORDER = ("lungs", "liver", "vertebrae", "aorta", "spleen", "lesion")
+"""Of the targets: those that are learned first."""
 MASK, REFERENCE = (1.0, 0.75, 0.1, 0.45), "#19d3f3"
 
 
 def main(arguments: list[str]) -> int:
     """Draw the picture. Returns the exit status."""
-    folder = OUT.parent
-    target_file = Path(arguments[0]) if arguments else folder / "result.png"
+    folder = Path(arguments[0]) if arguments else OUT.parent
+    file = Path(arguments[1]) if len(arguments) > 1 else folder / "result.png"
     lines = {line["index"]: line for line in read_lines(folder / "replies.jsonl")}
-    records = read(OUT / "test.json")
-    rows = -(-len(TARGETS) // COLUMNS)
+    records = read(folder / "data" / "test.json")
+    rows = -(-len(ORDER) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(9, 3.55 * rows), facecolor="black")
-    for target, axis in zip(TARGETS, axes.flat, strict=True):
+    for axis in axes.flat[len(ORDER) :]:
+        axis.set_visible(False)
+    for target, axis in zip(ORDER, axes.flat, strict=False):
         index = middle(records, target)
         show(axis, folder, records[index], lines[index])
     figure.text(
@@ -46,8 +52,9 @@ def main(arguments: list[str]) -> int:
         color="white", ha="center", fontsize=8,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(target_file, dpi=100, facecolor="black")
-    print(f"  picture                  {target_file}")
+    figure.savefig(file, dpi=100, facecolor="black")
+    plt.close(figure)
+    print(f"  picture                  {file}")
     return 0
 
 
@@ -63,8 +70,9 @@ def middle(records: Sequence[Mapping[str, Any]], target: str) -> int:
 
 def show(axis: Any, folder: Path, record: Mapping[str, Any], line: Mapping[str, Any]) -> None:
     """Draw a slice, the mask of the reply over it, and the outline of the reference."""
-    image = np.asarray(Image.open(OUT / record["image"]))
-    truth = np.asarray(Image.open(OUT / record["masks"][0]["file"])) > 0
+    data = folder / "data"
+    image = np.asarray(Image.open(data / record["image"]))
+    truth = np.asarray(Image.open(data / record["masks"][0]["file"])) > 0
     predicted = predicted_mask(folder, line, image.shape)
     axis.imshow(image, cmap="gray")
     over = np.zeros((*image.shape, 4))

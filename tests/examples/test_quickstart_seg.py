@@ -151,3 +151,29 @@ def test_the_table_counts_what_was_answered(
 
 def test_a_reply_without_a_mask_is_an_empty_one(modules: tuple[ModuleType, ModuleType]) -> None:
     assert not modules[1].predicted_mask(Path(), {"spans": [{"mask": None}]}, (4, 4)).any()
+
+
+def test_the_picture_shows_the_middle_slice_of_each_target(
+    modules: tuple[ModuleType, ModuleType], data: Path
+) -> None:
+    picture = importlib.import_module("picture")
+    records = read(data / "test.json")
+    lungs = [i for i, one in enumerate(records) if one["targets"] == ["lungs"] and one["masks"][0]]
+    assert picture.middle(records, "lungs") == lungs[len(lungs) // 2]
+    shown = [
+        name
+        for name in picture.ORDER
+        if any(r["targets"] == [name] and r["masks"][0] for r in records)
+    ]
+    lines = [
+        {"index": i, "reply": one["targets"][0],
+         "spans": [{"mask": f"data/{one['masks'][0]['file']}"}] if one["masks"][0] else []}
+        for i, one in enumerate(records)
+    ]  # fmt: skip
+    (data.parent / "replies.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picture, "ORDER", tuple(shown))
+        assert picture.main([str(data.parent)]) == 0
+    drawn = np.asarray(Image.open(data.parent / "result.png").convert("RGB")).astype(int)
+    # The masks are filled: more red than blue, which neither slices nor outlines are.
+    assert (drawn[..., 0] - drawn[..., 2] > 60).mean() > 0.01
