@@ -165,15 +165,21 @@ def test_the_picture_shows_the_middle_slice_of_each_target(
         for name in picture.ORDER
         if any(r["targets"] == [name] and r["masks"][0] for r in records)
     ]
-    lines = [
-        {"index": i, "reply": one["targets"][0],
-         "spans": [{"mask": f"data/{one['masks'][0]['file']}"}] if one["masks"][0] else []}
-        for i, one in enumerate(records)
-    ]  # fmt: skip
-    (data.parent / "replies.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picture, "ORDER", tuple(shown))
-        assert picture.main([str(data.parent)]) == 0
-    drawn = np.asarray(Image.open(data.parent / "result.png").convert("RGB")).astype(int)
-    # The masks are filled: more red than blue, which neither slices nor outlines are.
-    assert (drawn[..., 0] - drawn[..., 2] > 60).mean() > 0.01
+    # Masks are filled with more red than blue, which neither slices nor outlines have.
+    filled = {}
+    for with_masks in (True, False):
+        lines = [
+            {"index": i, "reply": one["targets"][0],
+             "spans": [{"mask": f"data/{one['masks'][0]['file']}"}] if one["masks"][0] and with_masks else []}
+            for i, one in enumerate(records)
+        ]  # fmt: skip
+        (data.parent / "replies.jsonl").write_text(
+            "".join(f"{json.dumps(line)}\n" for line in lines)
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(picture, "ORDER", tuple(shown))
+            assert picture.main([str(data.parent)]) == 0
+        drawn = np.asarray(Image.open(data.parent / "result.png").convert("RGB")).astype(int)
+        filled[with_masks] = (drawn[..., 0] - drawn[..., 2] > 60).mean()
+    assert filled[True] > 0.005
+    assert filled[False] == 0
