@@ -31,7 +31,7 @@ class LLMOptions(Options):
     """Tokenizer folder or id. Default: `path`."""
     chat_template: str | None = None
     """A Jinja file, or one of medm's templates by name (`chatml`, `internvl-2.5`, `phi-3`,
-    `vicuna`, `plain` ...); the model's own template without it."""
+    `vicuna`, `plain` ...). Default: the model's own template; with `init_from` the saved one."""
     attention: Literal[
         "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "sdpa"
