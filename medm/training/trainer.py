@@ -484,7 +484,7 @@ class MedmTrainer(ResumableTrainer):
         loss = sum(total / count for total, count in zip(totals, items, strict=True) if count)
         metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": loss}
         assert isinstance(self.model, nn.Module)
-        with self.compute_loss_context_manager():  # autocast, as for the loss
+        with self.accelerator.autocast():  # as for the loss
             for monitor in self.monitors:
                 metrics |= monitor.evaluate(self.model, self.state.global_step)
         return output._replace(metrics=metrics)

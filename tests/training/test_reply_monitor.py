@@ -108,6 +108,14 @@ def test_the_best_checkpoint_by_replies_scores_as_in_the_evaluation(world: Path)
     assert "reply" not in log
 
 
+def test_replies_are_written_in_mixed_precision(world: Path) -> None:
+    """Frozen weights in bfloat16, trained ones in float32: only autocast brings them together."""
+    path = recipe(world, "mixed", monitor={"samples": 1, "max_new_tokens": 2}, bf16=True)
+    overrides = ["model.dtype=bfloat16", "train.max_steps=3", "parts.llm={tune: lora, r: 2}"]
+    assert train(load_recipe(path, overrides)).finished
+    assert len(read_output(world / "mixed/samples/custom-3.jsonl")) == 1
+
+
 @pytest.mark.parametrize("family", ["qwen2.5", "phi"])
 def test_replies_are_those_of_batch_inference(tmp_path: Path, family: str) -> None:
     """Rows of unlike lengths; a template without an end token ends at a sequence of tokens."""
